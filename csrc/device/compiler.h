@@ -1,0 +1,16 @@
+// Which device this translation unit is compiled for. The only place that asks the compiler.
+//
+// Every kernel source is compiled twice: by nvcc (the CUDA half) and by the host compiler (the SIMT executor). Both
+// sets of objects end up in one extension, so whatever is compiled for a device lives in the inline namespace
+// EP_BACKEND: equal source, different mangled names.
+#pragma once
+
+#if defined(__CUDACC__)
+#define EP_BACKEND cuda_backend
+#define EP_DEVICE __device__ __forceinline__
+#define EP_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define EP_BACKEND simt_backend
+#define EP_DEVICE inline
+#define EP_HOST_DEVICE inline
+#endif

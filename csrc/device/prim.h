@@ -1,0 +1,137 @@
+// The seam: everything a kernel may ask of its device beyond plain CUDA C++.
+//
+// Kernels are written in plain CUDA style (threadIdx, blockIdx, blockDim, gridDim, __syncthreads, __syncwarp(mask),
+// __shfl_sync, __shfl_xor_sync, __shfl_up_sync, __ballot_sync, __any_sync, __all_sync, __popc, __ffs: the SIMT half
+// supplies the same names) plus the functions below. Each is implemented twice, in device/cuda/prim_impl.h (PTX) and
+// device/simt/prim_impl.h (the executor), and tested from one source for both.
+//
+// Vocabulary. "generic proxy": ordinary loads and stores. "async proxy": what bulk copies do. "weak": no ordering.
+// Every primitive that orders or touches memory is also a compiler barrier.
+#pragma once
+
+#include <cstdint>
+
+#include "device/compiler.h"
+
+namespace deep_ep::prim {
+inline namespace EP_BACKEND {
+
+constexpr int kWarpSize = 32;
+constexpr uint32_t kFullMask = 0xffffffffu;
+
+enum class Order { kRelaxed, kAcquire, kRelease, kAcqRel };
+
+// Who takes part in the ordering. Whatever another rank reads or writes is kSys, never less: ranks may share a GPU,
+// sit on different ones, or be CPU processes.
+enum class Scope { kCta, kGpu, kSys };
+
+// Sixteen bytes, moved by one instruction. Addresses must be 16-byte aligned.
+struct alignas(16) Vec16 {
+    uint32_t word[4];
+};
+
+// ---------------------------------------------------------------------------------------------------------------
+// Memory. T is a 4- or 8-byte integer, naturally aligned. Any single thread may call these.
+// ---------------------------------------------------------------------------------------------------------------
+
+// O: kRelaxed or kAcquire. Acquire orders every later access of this thread after the load; other lanes of its warp
+// may touch the guarded data only after a __syncwarp().                              CUDA: ld.{relaxed,acquire}.scope
+template <Order O, Scope S, class T> EP_DEVICE T load(const T* ptr);
+
+// O: kRelaxed or kRelease. Release orders every earlier access of this thread, and every access that a barrier
+// (__syncwarp, __syncthreads, barrier_sync) ordered before it, before the store.     CUDA: st.{relaxed,release}.scope
+template <Order O, Scope S, class T> EP_DEVICE void store(T* ptr, T value);
+
+// Returns the old value. Any order.                                                   CUDA: atom.add
+template <Order O, Scope S, class T> EP_DEVICE T fetch_add(T* ptr, T value);
+
+// Stores `desired` if *ptr == expected; returns the old value. Any order.             CUDA: atom.cas
+template <Order O, Scope S, class T> EP_DEVICE T compare_swap(T* ptr, T expected, T desired);
+
+// O: kAcqRel only.                                                                    CUDA: fence.acq_rel.scope
+template <Order O, Scope S> EP_DEVICE void fence();
+
+// Weak 16-byte load that does not pollute L1. The data must not be written by anyone while the kernel runs
+// (inputs), because the non-coherent path may serve it.                               CUDA: ld.global.nc.L1::no_allocate
+EP_DEVICE Vec16 load_input(const Vec16* ptr);
+
+// Weak 16-byte load of data that somebody else wrote during this kernel; an acquire must come first.
+//                                                                                     CUDA: ld.global.L1::no_allocate
+EP_DEVICE Vec16 load_shared_with_peers(const Vec16* ptr);
+
+// Weak 16-byte store that does not pollute L1.                                        CUDA: st.global.L1::no_allocate
+EP_DEVICE void store_streaming(Vec16* ptr, Vec16 value);
+
+// ---------------------------------------------------------------------------------------------------------------
+// mbarriers: 8-byte objects in shared memory (phase, pending arrivals, pending transaction bytes).
+// ---------------------------------------------------------------------------------------------------------------
+struct alignas(8) MBarrier {
+    uint64_t state;
+};
+
+// One thread, once, before anyone uses it: `arrivals` per phase.                      CUDA: mbarrier.init
+EP_DEVICE void mbarrier_init(MBarrier* bar, uint32_t arrivals);
+
+// After mbarrier_init and before the __syncthreads that publishes it: makes the initialisation visible to the async
+// proxy.                                                                              CUDA: fence.mbarrier_init + fence.proxy.async
+EP_DEVICE void mbarrier_init_fence();
+
+// Release (cta).                                                                      CUDA: mbarrier.arrive
+EP_DEVICE void mbarrier_arrive(MBarrier* bar);
+
+// Adds `bytes` to what the current phase waits for, then arrives.                     CUDA: mbarrier.arrive.expect_tx
+EP_DEVICE void mbarrier_arrive_expect_tx(MBarrier* bar, uint32_t bytes);
+
+// True when the phase with this parity has completed; acquire (cta). May suspend for a short, bounded time. Wait with
+// algo::wait_mbarrier, not with a loop of your own.                                   CUDA: mbarrier.try_wait.parity
+EP_DEVICE bool mbarrier_try_wait(MBarrier* bar, uint32_t phase_parity);
+
+// ---------------------------------------------------------------------------------------------------------------
+// Bulk copies (TMA, not tensor). Minimum sm_90; where kHasBulkCopy is false a call is a bug. One elected thread issues
+// and waits. `bytes` and both addresses are multiples of 16.
+// ---------------------------------------------------------------------------------------------------------------
+EP_DEVICE bool has_bulk_copy();
+
+// Completes on `bar` with `bytes` transaction bytes. Reads global memory, writes shared memory, by the async proxy.
+//                                                                                     CUDA: cp.async.bulk.shared::cluster.global
+EP_DEVICE void bulk_load(void* shared_dst, const void* global_src, uint32_t bytes, MBarrier* bar);
+
+// Joins this thread's current bulk group. The shared source may be reused after bulk_wait_read, the global destination
+// may be published after bulk_wait.                                                   CUDA: cp.async.bulk.global.shared::cta
+EP_DEVICE void bulk_store(void* global_dst, const void* shared_src, uint32_t bytes);
+EP_DEVICE void bulk_commit();
+
+// Waits until at most N of this thread's committed groups are unfinished: source read (_read) or fully done.
+template <int N> EP_DEVICE void bulk_wait();
+template <int N> EP_DEVICE void bulk_wait_read();
+
+// Orders this thread's generic accesses to shared memory before later async accesses, and the other way round.
+//                                                                                     CUDA: fence.proxy.async.shared::cta
+EP_DEVICE void fence_async_shared();
+
+// The same for global memory: after an acquire, before a bulk_load of what it guards; after bulk_wait, before a
+// release that publishes what was stored.                                             CUDA: fence.proxy.async.global
+EP_DEVICE void fence_async_global();
+
+// ---------------------------------------------------------------------------------------------------------------
+// Execution
+// ---------------------------------------------------------------------------------------------------------------
+
+// Named barrier `id` (1..15; 0 is __syncthreads) for exactly `num_threads` (a multiple of 32) threads of the block;
+// acquire and release at cta scope.                                                   CUDA: barrier.cta.sync
+EP_DEVICE void barrier_sync(int id, int num_threads);
+
+// Nanoseconds of a clock that runs on while the thread waits; comparable within one device only.
+//                                                                                     CUDA: %globaltimer
+EP_DEVICE uint64_t clock_ns();
+
+// Between two polls of the same word: lets somebody else run.                         CUDA: nanosleep; SIMT: yield as "polling"
+EP_DEVICE void pause();
+
+// The dynamic shared memory of this launch, 128-byte aligned.
+EP_DEVICE void* dynamic_shared();
+
+}  // namespace EP_BACKEND
+}  // namespace deep_ep::prim
+
+#include "prim_impl.h"  // device/cuda/ or device/simt/, by include path

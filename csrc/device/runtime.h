@@ -1,0 +1,78 @@
+// What the host side may ask of a device: memory, streams, events. One implementation per device kind.
+//
+// Streams and events are opaque handles: cudaStream_t / cudaEvent_t on CUDA (torch's own may be passed in), pointers to
+// the executor's objects on the CPU.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+
+namespace deep_ep::dev {
+
+enum class DeviceKind { kCpu, kCuda };
+
+using Stream = void*;
+using Event = void*;
+
+// Host memory that kernels can read and write while the host does: `host` and `device` name the same bytes.
+struct HostMapped {
+    void* host = nullptr;
+    void* device = nullptr;
+};
+
+// Memory that other processes can map. `handle` is what they need: plain bytes, to be sent through any channel.
+struct ShareableMemory {
+    void* address = nullptr;
+    std::string handle;
+};
+
+class Device {
+public:
+    virtual ~Device() = default;
+
+    virtual DeviceKind kind() const = 0;
+    virtual int num_sms() const = 0;
+    virtual int max_shared_bytes() const = 0;  // dynamic, per block
+    virtual bool has_bulk_copy() const = 0;
+    // Identifies the physical device on this host (a GPU's UUID, the CPU's host identity): two ranks may share one.
+    virtual std::string unique_id() const = 0;
+
+    // Device-local memory, zero-filled; 256-byte aligned.
+    virtual void* allocate(size_t bytes) = 0;
+    virtual void free(void* ptr) = 0;
+
+    virtual HostMapped allocate_host_mapped(size_t bytes) = 0;  // zero-filled
+    virtual void free_host_mapped(const HostMapped& memory) = 0;
+
+    // Zero-filled. Peers open the handle (same process included) and close what they opened before the owner frees it.
+    virtual ShareableMemory allocate_shareable(size_t bytes) = 0;
+    virtual void free_shareable(const ShareableMemory& memory) = 0;
+    virtual void* open_shared(const std::string& handle) = 0;
+    virtual void close_shared(void* address) = 0;
+
+    virtual Stream create_stream() = 0;
+    virtual void destroy_stream(Stream stream) = 0;
+    virtual void synchronize_stream(Stream stream) = 0;
+
+    virtual Event create_event() = 0;
+    virtual void destroy_event(Event event) = 0;
+    virtual void record_event(Event event, Stream stream) = 0;
+    virtual void stream_wait_event(Stream stream, Event event) = 0;
+    virtual void synchronize_event(Event event) = 0;
+    virtual bool query_event(Event event) = 0;
+
+    virtual void memset_async(void* ptr, int value, size_t bytes, Stream stream) = 0;
+    virtual void memcpy_async(void* dst, const void* src, size_t bytes, Stream stream) = 0;
+
+    // Blocking, off every stream; host or device pointers. For lifecycle words, not for data.
+    virtual void copy_now(void* dst, const void* src, size_t bytes) = 0;
+
+    // The host waits until `done()`: spins kindly on a GPU, drives or yields to the executor on the CPU. Returns
+    // false when `timeout_s` passed first.
+    virtual bool host_wait(const std::function<bool()>& done, double timeout_s) = 0;
+};
+
+}  // namespace deep_ep::dev

@@ -1,0 +1,106 @@
+"""The native extension. Addresses and streams are plain integers; 0 means "none". Nothing here knows torch.
+
+Callers use `deep_ep.Buffer`; this is the seam below it. Python has validated every argument before a call arrives here;
+the native code repeats the checks that guard memory only. Every method that may wait releases the GIL.
+"""
+from typing import Any, List, Tuple
+
+class Error(RuntimeError):
+    """Base of everything the native code raises."""
+
+class InvalidArgument(Error, ValueError): ...
+class CudaError(Error): ...
+class TransportError(Error): ...
+
+class TimeoutError(Error):  # noqa: A001
+    """A peer did not arrive in time, or a peer reported a failure. The message names operation, stage and peer."""
+
+class Config:
+    def __init__(self, num_sms: int = 20, num_max_nvl_chunked_send_tokens: int = 6,
+                 num_max_nvl_chunked_recv_tokens: int = 256, num_max_rdma_chunked_send_tokens: int = 6,
+                 num_max_rdma_chunked_recv_tokens: int = 256) -> None: ...
+    def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int: ...
+    def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int: ...
+    @property
+    def num_sms(self) -> int: ...
+
+EventHandle: Any  # lazily forwarded to deep_ep.utils.EventHandle (callers import it from here)
+topk_idx_t: Any  # torch.int64 or torch.int32, lazily resolved
+
+def is_cuda_built() -> bool: ...
+def is_sm90_compiled() -> bool: ...
+def topk_idx_bits() -> int: ...
+def get_environment() -> dict[str, Any]:
+    """What csrc/core/env.cc read: {'timeout_s': float, 'warn_s': float, 'ranks_per_node': int (0: found), ...}."""
+
+class Device:
+    """A device of this process: the CPU executor (index -1) or a GPU."""
+
+    def __init__(self, index: int) -> None: ...
+    @property
+    def kind(self) -> str:
+        """'cpu' or 'cuda'."""
+    @property
+    def num_sms(self) -> int: ...
+    @property
+    def unique_id(self) -> str: ...
+    def create_stream(self) -> int: ...
+    def destroy_stream(self, stream: int) -> None: ...
+    def synchronize_stream(self, stream: int) -> None: ...
+    def create_event(self) -> int: ...
+    def destroy_event(self, event: int) -> None: ...
+    def record_event(self, event: int, stream: int) -> None: ...
+    def stream_wait_event(self, stream: int, event: int) -> None: ...
+    def synchronize_event(self, event: int) -> None: ...
+    def query_event(self, event: int) -> bool: ...
+
+class Buffer:
+    def __init__(self, device: Device, rank: int, num_ranks: int, num_data_bytes: int, timeout_s: float,
+                 warn_s: float) -> None:
+        """Allocates the local part of the symmetric heap: control words plus `num_data_bytes` of data."""
+
+    def export_handle(self) -> bytes: ...
+    def connect(self, handles: List[bytes]) -> None:
+        """Maps every peer's heap; `handles[rank]` is this rank's own."""
+
+    @property
+    def data_ptr(self) -> int: ...
+    @property
+    def data_bytes(self) -> int: ...
+
+    def destroy(self, timeout_s: float) -> None:
+        """Idempotent, bounded in time, not collective: memory that peers still map is kept until they let go."""
+
+    def check(self) -> None:
+        """Raises TimeoutError when a kernel of this buffer reported a failure (also: every later operation)."""
+
+    def take_warnings(self) -> List[str]:
+        """Sentences about waits that have passed the warning threshold since the last call."""
+
+    def get_dispatch_layout(self, topk_idx: int, idx_bytes: int, num_tokens: int, num_topk: int, num_experts: int,
+                            num_tokens_per_rank: int, num_tokens_per_expert: int, is_token_in_rank: int,
+                            stream: int) -> None:
+        """int32[R], int32[E], bool[N,R] outputs."""
+
+    def notify_dispatch(self, num_tokens_per_rank: int, num_tokens_per_expert: int, is_token_in_rank: int,
+                        num_tokens: int, num_experts: int, expert_alignment: int, rank_prefix_matrix: int,
+                        send_head: int, wants_host_counts: bool, stream: int) -> None:
+        """Exchanges counts. Writes rank_prefix_matrix int32[R,R] (inclusive over sources, [src][dst]) and send_head
+        int32[N,R] (position of the token among those this rank sends to that rank, -1: not sent)."""
+
+    def wait_counts(self) -> Tuple[int, List[int]]:
+        """After notify_dispatch(wants_host_counts=True): (received rows, aligned counts of the local experts)."""
+
+    def dispatch(self, x: int, num_tokens: int, row_bytes: int, scales: int, num_scales: int,
+                 scale_stride_token: int, scale_stride_scale: int, topk_idx: int, topk_weights: int, num_topk: int,
+                 idx_bytes: int, num_experts: int, rank_prefix_matrix: int, send_head: int, recv_x: int,
+                 recv_scales: int, recv_topk_idx: int, recv_topk_weights: int, recv_src_idx: int, num_recv_rows: int,
+                 is_worst_case: bool, num_sms: int, stream: int) -> None:
+        """Moves the tokens to their rows. Scales are 4-byte elements, strides in elements. `num_recv_rows` is the
+        number of rows the recv_* tensors hold; with `is_worst_case` fewer may arrive and the tail of recv_topk_idx is
+        filled with -1, of recv_topk_weights with 0."""
+
+    def combine(self, x: int, num_rows: int, hidden: int, topk_weights: int, num_topk: int, bias_0: int, bias_1: int,
+                rank_prefix_matrix: int, send_head: int, num_tokens: int, combined_x: int,
+                combined_topk_weights: int, num_sms: int, stream: int) -> None:
+        """bfloat16 rows; float32 weights [M,K] -> [N,K]."""
