@@ -9,7 +9,7 @@
 #include <mutex>
 #include <thread>
 
-#include "device/cuda/error.h"
+#include "device/cuda/cuda_error.h"
 #include "device/cuda/guard.h"
 #include "device/cuda/probe.h"
 #include "device/cuda/shared_handle.h"

@@ -5,7 +5,7 @@
 #include <mutex>
 #include <vector>
 
-#include "device/cuda/error.h"
+#include "device/cuda/cuda_error.h"
 
 namespace deep_ep::dev::cuda {
 namespace {

@@ -4,7 +4,7 @@
 
 #include <string>
 
-#include "device/cuda/error.h"
+#include "device/cuda/cuda_error.h"
 #include "device/cuda/guard.h"
 
 namespace deep_ep::dev::cuda {

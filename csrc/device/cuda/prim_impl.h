@@ -13,9 +13,10 @@
 
 #include <type_traits>
 
+#include "device/cuda/build_options.h"
 #include "device/prim.h"
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && !defined(DISABLE_SM90_FEATURES)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && EP_HAS_SM90_FEATURES
 #define EP_PTX_HAS_BULK 1
 #else
 #define EP_PTX_HAS_BULK 0
@@ -166,14 +167,14 @@ template <Order O, Scope S> EP_DEVICE void fence() {
     asm volatile("fence.acq_rel%0;" ::"C"(ptx::ScopeName<S>::text) : "memory");
 }
 
-#if defined(DISABLE_AGGRESSIVE_PTX_INSTRS)
-#define EP_PTX_LOAD_INPUT "ld.global.v4.b32"
-#define EP_PTX_LOAD_SHARED_WITH_PEERS "ld.global.v4.b32"
-#define EP_PTX_STORE_STREAMING "st.global.v4.b32"
-#else
+#if EP_HAS_CACHE_HINTS
 #define EP_PTX_LOAD_INPUT "ld.global.nc.L1::no_allocate.v4.b32"
 #define EP_PTX_LOAD_SHARED_WITH_PEERS "ld.global.L1::no_allocate.v4.b32"
 #define EP_PTX_STORE_STREAMING "st.global.L1::no_allocate.v4.b32"
+#else
+#define EP_PTX_LOAD_INPUT "ld.global.v4.b32"
+#define EP_PTX_LOAD_SHARED_WITH_PEERS "ld.global.v4.b32"
+#define EP_PTX_STORE_STREAMING "st.global.v4.b32"
 #endif
 
 EP_DEVICE Vec16 load_input(const Vec16* ptr) {

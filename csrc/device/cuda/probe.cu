@@ -1,6 +1,7 @@
 #include "device/cuda/probe.h"
 
-#include "device/cuda/error.h"
+#include "device/cuda/cuda_error.h"
+#include "device/cuda/build_options.h"
 
 namespace deep_ep::dev::cuda {
 namespace {
@@ -17,13 +18,8 @@ CompiledCode find_compiled_code() {
         return {};
     }
     check(error, "cudaFuncGetAttributes(probe_kernel)", __FILE__, __LINE__);
-#if defined(DISABLE_SM90_FEATURES)
-    constexpr bool has_sm90_features = false;
-#else
-    constexpr bool has_sm90_features = true;
-#endif
     // ptxVersion is the architecture that the code was written for, which may be older than the GPU it runs on.
-    return {.exists = true, .has_bulk_copy = has_sm90_features && attributes.ptxVersion >= 90};
+    return {.exists = true, .has_bulk_copy = EP_HAS_SM90_FEATURES && attributes.ptxVersion >= 90};
 }
 
 }  // namespace deep_ep::dev::cuda

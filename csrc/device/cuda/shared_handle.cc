@@ -8,7 +8,7 @@
 #include <random>
 #include <type_traits>
 
-#include "device/cuda/error.h"
+#include "device/cuda/cuda_error.h"
 
 namespace deep_ep::dev::cuda {
 

@@ -1,4 +1,4 @@
-#include "device/cuda/error.h"
+#include "device/cuda/cuda_error.h"
 
 namespace deep_ep::dev::cuda {
 namespace {
