@@ -26,6 +26,7 @@ constexpr int kUnroll = 8;
 
 struct Kernel {
     using Params = DispatchParams;
+    static constexpr int kMaxThreads = 512;
     struct Shared {
         int is_ready;
     };
