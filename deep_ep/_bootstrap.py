@@ -3,13 +3,14 @@
 import dataclasses
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, TypeVar
+from typing import Any, Callable, Optional, TypeVar
 
-import deep_ep_cpp
 import torch
 import torch.distributed as dist
 
+import deep_ep_cpp
 from deep_ep import _streams
 from deep_ep._checks import BUFFER_ALIGNMENT_BYTES, check_int, check_positive
 from deep_ep._errors import Error
@@ -33,14 +34,14 @@ class Peers:
         if not 0 <= self.rank < self.size:
             raise ValueError(f"group: this process is not a member (rank {self.rank} of {self.size})")
 
-    def all_gather(self, mine: Any) -> List[Any]:
+    def all_gather(self, mine: Any) -> list[Any]:
         if self._group is None:
             return list(self._comm.allgather(mine))
-        gathered: List[Any] = [None] * self.size
+        gathered: list[Any] = [None] * self.size
         dist.all_gather_object(gathered, mine, group=self._group)
         return gathered
 
-    def all_gather_results(self, step: str, work: Callable[[], T]) -> List[T]:
+    def all_gather_results(self, step: str, work: Callable[[], T]) -> list[T]:
         """Runs `work` on every rank and gathers what it returns, or raises on every rank when it failed on one.
 
         A rank whose own work failed raises that exception; the others raise an Error that names the ranks.
@@ -122,17 +123,21 @@ class Session:
             return
         self._is_closed = True
         deadline = time.monotonic() + timeout_s
-        for step in (lambda: self.streams.drain(timeout_s),
-                     lambda: self.runtime.destroy(max(0.0, deadline - time.monotonic())), self.streams.close):
-            try:
-                step()
-            except Exception as error:  # noqa: BLE001 - nothing can be done about it here, and peers must go on
-                logger.debug("releasing a Buffer: %s", error)
+        _attempt(lambda: self.streams.drain(timeout_s))
+        _attempt(lambda: self.runtime.destroy(max(0.0, deadline - time.monotonic())))
+        _attempt(self.streams.close)
+
+
+def _attempt(step: Callable[[], object]) -> None:
+    try:
+        step()
+    except Exception as error:  # noqa: BLE001 - nothing can be done about it while releasing, and the rest must follow
+        logger.debug("releasing a Buffer: %s", error)
 
 
 def _raise_differences(facts: Sequence[Agreed]) -> None:
     for field in dataclasses.fields(Agreed):
-        ranks_by_value: Dict[Any, List[int]] = {}
+        ranks_by_value: dict[Any, list[int]] = {}
         for rank, fact in enumerate(facts):
             ranks_by_value.setdefault(getattr(fact, field.name), []).append(rank)
         if len(ranks_by_value) > 1:
@@ -149,12 +154,12 @@ def _require_one_node(topology: Topology) -> None:
 
 def build_session(peers: Peers, request: Request) -> Session:
     """Collective: allocates and connects the heaps of all ranks."""
-    opened: List[_streams.Streams] = []
-    created: List[deep_ep_cpp.Buffer] = []
-    rdma_regions: List[torch.Tensor] = []
+    opened: list[_streams.Streams] = []
+    created: list[deep_ep_cpp.Buffer] = []
+    rdma_regions: list[torch.Tensor] = []
     environment = deep_ep_cpp.get_environment()
 
-    def describe() -> Tuple[Agreed, Place]:
+    def describe() -> tuple[Agreed, Place]:
         request.check()
         opened.append(_streams.open_streams())
         facts = Agreed(request.num_nvl_bytes, request.num_rdma_bytes, request.low_latency_mode, request.enable_shrink,

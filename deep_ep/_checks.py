@@ -4,7 +4,8 @@ TypeError: not the kind of object, or not the dtype, that is expected. ValueErro
 or combination.
 """
 
-from typing import Any, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any, Optional
 
 import torch
 
@@ -80,7 +81,7 @@ def check_rows(
     return rows
 
 
-def check_payload(x: Any, device: torch.device) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+def check_payload(x: Any, device: torch.device) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
     """`x` of dispatch: rows, or (rows of 1-byte elements, scales)."""
     if not isinstance(x, tuple):
         return check_rows("x", x, device), None

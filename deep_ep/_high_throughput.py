@@ -3,7 +3,8 @@
 The native code tells "no top-k" and "no scales" by a count of zero, never by an address: an empty tensor's is zero.
 """
 
-from typing import Any, List, NamedTuple, Optional, Sequence, Tuple, Union
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 
@@ -13,9 +14,9 @@ from deep_ep._errors import Error
 from deep_ep._streams import Operation, is_capturing
 from deep_ep.utils import EventHandle, EventOverlap
 
-Payload = Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]
-DispatchResult = Tuple[Payload, Optional[torch.Tensor], Optional[torch.Tensor], Optional[List[int]],
-                       Optional[Tuple[torch.Tensor, ...]], EventOverlap]
+Payload = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
+DispatchResult = tuple[Payload, Optional[torch.Tensor], Optional[torch.Tensor], Optional[list[int]],
+                       Optional[tuple[torch.Tensor, ...]], EventOverlap]
 
 
 class Handle(NamedTuple):
@@ -76,7 +77,7 @@ def _ptr(tensor: Optional[torch.Tensor]) -> int:
 def get_dispatch_layout(
     session: Session, topk_idx: torch.Tensor, num_experts: int, previous_event: Optional[EventOverlap],
     async_finish: bool, allocate_on_comm_stream: bool
-) -> Tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torch.Tensor, EventOverlap]:
+) -> tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torch.Tensor, EventOverlap]:
     device, num_ranks = session.streams.device, session.num_ranks
     topk_idx = _checks.check_topk_idx(topk_idx, device)
     num_experts = _checks.check_int("num_experts", num_experts, 1)
@@ -115,7 +116,7 @@ def dispatch_fresh(session: Session, x: Payload, routing: Routing, expert_alignm
     session.runtime.notify_dispatch(_ptr(routing.num_tokens_per_rank), _ptr(routing.num_tokens_per_expert),
                                     _ptr(routing.is_token_in_rank), rows.shape[0], num_experts, expert_alignment,
                                     _ptr(rank_prefix_matrix), _ptr(send_head), received is None, operation.stream)
-    per_expert: List[int] = []
+    per_expert: list[int] = []
     if received is None:
         num_rows, per_expert = session.runtime.wait_counts()
         with operation.allocation():
@@ -149,7 +150,7 @@ def dispatch_cached(session: Session, x: Payload, handle: Any, num_sms: int, pre
 
 def combine(session: Session, x: torch.Tensor, handle: Any, topk_weights: Optional[torch.Tensor], bias: Any,
             num_sms: int, previous_event: Optional[EventOverlap], async_finish: bool,
-            allocate_on_comm_stream: bool) -> Tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]:
+            allocate_on_comm_stream: bool) -> tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]:
     device = session.streams.device
     checked = check_handle(session, handle)
     num_rows, num_tokens = checked.recv_src_idx.shape[0], checked.send_head.shape[0]
@@ -223,7 +224,7 @@ def _check_routing(session: Session, routing: Routing, num_tokens: int) -> None:
 
 
 def _check_bias(bias: Any, device: torch.device, num_tokens: int,
-                hidden: int) -> Tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
+                hidden: int) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
     if bias is None:
         return None, None
     given = bias if isinstance(bias, tuple) else (bias, )
@@ -236,7 +237,7 @@ def _check_bias(bias: Any, device: torch.device, num_tokens: int,
     return checked[0], checked[1] if len(checked) == 2 else None
 
 
-def _notify_outputs(session: Session, num_tokens: int) -> Tuple[torch.Tensor, torch.Tensor]:
+def _notify_outputs(session: Session, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """rank_prefix_matrix and send_head."""
     device, num_ranks = session.streams.device, session.num_ranks
     return (torch.empty((num_ranks, num_ranks), dtype=torch.int32,
@@ -250,7 +251,7 @@ def _make_handle(rank_prefix_matrix: torch.Tensor, recv_src_idx: torch.Tensor, i
 
 
 def _receive_outputs(rows: torch.Tensor, scales: Optional[torch.Tensor], routing: Optional[Routing],
-                     num_rows: int) -> Tuple[Outputs, torch.Tensor]:
+                     num_rows: int) -> tuple[Outputs, torch.Tensor]:
     """The receive tensors for `num_rows` rows, and recv_src_idx."""
     device = rows.device
     topk_idx = topk_weights = None

@@ -10,11 +10,12 @@ import functools
 import os
 import time
 from collections import deque
-from typing import Any, Callable, ContextManager, Deque, Iterable, List, Optional, Tuple, Union
+from collections.abc import Iterable
+from typing import Any, Callable, Optional, Union
 
-import deep_ep_cpp
 import torch
 
+import deep_ep_cpp
 from deep_ep._errors import Error
 
 CPU_DEVICE_INDEX = -1
@@ -30,8 +31,8 @@ def requested_device() -> str:
     return value
 
 
-@functools.lru_cache(maxsize=None)
-def device_choice() -> Tuple[str, str]:
+@functools.cache
+def device_choice() -> tuple[str, str]:
     """('cuda' or 'cpu', why), decided once per process."""
     requested = requested_device()
     if requested == "cpu":
@@ -48,7 +49,7 @@ def device_choice() -> Tuple[str, str]:
     return "cpu", obstacle
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def native_device(index: int) -> deep_ep_cpp.Device:
     return deep_ep_cpp.Device(index)
 
@@ -61,7 +62,7 @@ def is_capturing() -> bool:
 class HostEvent:
     """A point on the comm stream of a CPU Buffer; keeps the tensors that the work before it uses alive."""
 
-    def __init__(self, device: deep_ep_cpp.Device, stream: int, tensors: Tuple[torch.Tensor, ...],
+    def __init__(self, device: deep_ep_cpp.Device, stream: int, tensors: tuple[torch.Tensor, ...],
                  check: Callable[[], None]) -> None:
         self._device = device
         self._tensors = tensors
@@ -97,7 +98,7 @@ RecordedEvent = Union[torch.cuda.Event, HostEvent, None]
 def record_on_current_stream() -> RecordedEvent:
     if device_choice()[0] == "cpu":
         return None
-    event = torch.cuda.Event()
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream())
     return event
 
@@ -119,7 +120,7 @@ class Operation:
 
     stream: int
 
-    def allocation(self) -> ContextManager[Any]:
+    def allocation(self) -> contextlib.AbstractContextManager[Any]:
         raise NotImplementedError
 
     def start(self) -> None:
@@ -128,7 +129,7 @@ class Operation:
     def cover_allocations(self) -> None:
         raise NotImplementedError
 
-    def finish(self, tensors: Iterable[Optional[torch.Tensor]]) -> Tuple[bool, RecordedEvent]:
+    def finish(self, tensors: Iterable[Optional[torch.Tensor]]) -> tuple[bool, RecordedEvent]:
         """Returns (whether the caller has an event to wait for, that event)."""
         raise NotImplementedError
 
@@ -158,7 +159,8 @@ class CudaStreams(Streams):
     def __init__(self, index: int) -> None:
         self.device = torch.device("cuda", index)
         self.native = native_device(index)
-        self.comm_stream = torch.cuda.Stream(self.device, priority=COMM_STREAM_PRIORITY)
+        self.comm_stream: torch.cuda.Stream = torch.cuda.Stream(
+            self.device, priority=COMM_STREAM_PRIORITY)  # type: ignore[no-untyped-call]
 
     def operation(self, previous: RecordedEvent, is_async: bool, on_comm_stream: bool) -> Operation:
         return _CudaOperation(self, previous, is_async, on_comm_stream)
@@ -177,7 +179,7 @@ class _CudaOperation(Operation):
         self._on_comm_stream = on_comm_stream
         self.stream = self._comm.cuda_stream
 
-    def allocation(self) -> ContextManager[Any]:
+    def allocation(self) -> contextlib.AbstractContextManager[Any]:
         return torch.cuda.stream(self._comm) if self._on_comm_stream else contextlib.nullcontext()
 
     def start(self) -> None:
@@ -193,11 +195,11 @@ class _CudaOperation(Operation):
         if not self._on_comm_stream:
             self._comm.wait_stream(self._compute)
 
-    def finish(self, tensors: Iterable[Optional[torch.Tensor]]) -> Tuple[bool, RecordedEvent]:
+    def finish(self, tensors: Iterable[Optional[torch.Tensor]]) -> tuple[bool, RecordedEvent]:
         if not self._is_async:
             self._compute.wait_stream(self._comm)
             return False, None
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._comm)
         for tensor in tensors:
             if tensor is not None:
@@ -215,10 +217,10 @@ class HostStreams(Streams):
         self.native = native_device(CPU_DEVICE_INDEX)
         self.comm_stream = self.native.create_stream()
         self.check: Callable[[], None] = _no_check
-        self._in_flight: Deque[HostEvent] = deque()
+        self._in_flight: deque[HostEvent] = deque()
         self._is_idle = True
 
-    def operation(self, previous: RecordedEvent, is_async: bool, on_comm_stream: bool) -> Operation:
+    def operation(self, previous: RecordedEvent, is_async: bool, on_comm_stream: bool) -> Operation:  # noqa: ARG002
         return _HostOperation(self, previous, is_async)
 
     def record(self, tensors: Iterable[Optional[torch.Tensor]]) -> HostEvent:
@@ -255,7 +257,7 @@ class _HostOperation(Operation):
         self._is_async = is_async
         self.stream = streams.comm_stream
 
-    def allocation(self) -> ContextManager[Any]:
+    def allocation(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
     def start(self) -> None:
@@ -267,7 +269,7 @@ class _HostOperation(Operation):
     def cover_allocations(self) -> None:
         pass
 
-    def finish(self, tensors: Iterable[Optional[torch.Tensor]]) -> Tuple[bool, RecordedEvent]:
+    def finish(self, tensors: Iterable[Optional[torch.Tensor]]) -> tuple[bool, RecordedEvent]:
         if self._is_async:
             return True, self._streams.record(tensors)
         self._streams.native.synchronize_stream(self.stream)
@@ -282,7 +284,7 @@ def open_streams() -> Streams:
     return HostStreams()
 
 
-_ABANDONED: List[HostStreams] = []
+_ABANDONED: list[HostStreams] = []
 
 
 def _no_check() -> None:

@@ -2,9 +2,9 @@
 
 import platform
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Sequence, Tuple
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -22,8 +22,8 @@ class Place:
 class Topology:
     """Ranks by node, in rank order; nodes in the order of their first rank."""
 
-    nodes: Tuple[Tuple[int, ...], ...]
-    places: Tuple[Place, ...]
+    nodes: tuple[tuple[int, ...], ...]
+    places: tuple[Place, ...]
     is_override: bool
 
     @property
@@ -54,7 +54,7 @@ def find_topology(places: Sequence[Place], ranks_per_node: int = 0) -> Topology:
         ranks = range(len(places))
         runs = [tuple(ranks[begin:begin + ranks_per_node]) for begin in range(0, len(places), ranks_per_node)]
         return Topology(tuple(runs), tuple(places), True)
-    nodes: Dict[str, List[int]] = {}
+    nodes: dict[str, list[int]] = {}
     for rank, place in enumerate(places):
         nodes.setdefault(place.host, []).append(rank)
     return Topology(tuple(tuple(ranks) for ranks in nodes.values()), tuple(places), False)

@@ -1,4 +1,6 @@
 """`Buffer`: the memory that the ranks of a group share, and the operations on it."""
+# The signatures are fixed by the callers, also where this version has no use for an argument.
+# ruff: noqa: ARG002, ARG004
 
 import bisect
 import contextlib
@@ -6,28 +8,29 @@ import ctypes
 import os
 import sys
 from types import TracebackType
-from typing import Any, Callable, Dict, Optional, Tuple, Type, Union
+from typing import Any, Callable, Optional, Union
 
-import deep_ep_cpp
 import torch
 import torch.distributed as dist
-from deep_ep_cpp import Config
+from typing_extensions import Self
 
+import deep_ep_cpp
 from deep_ep import _checks, _high_throughput
 from deep_ep._bootstrap import Peers, Request, Session, build_session
 from deep_ep._errors import Error
-from deep_ep._streams import is_capturing
+from deep_ep._streams import CudaStreams, is_capturing
 from deep_ep.utils import EventHandle, EventOverlap
+from deep_ep_cpp import Config
 
 __all__ = ["Buffer", "Config", "EventHandle", "EventOverlap"]
 
-Bias = Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]
+Bias = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 Hook = Callable[[], None]
 
 DESTROY_TIMEOUT_S = 5.0
 
 # Chunk sizes by rank count: (nvl send, nvl recv, rdma send, rdma recv). A count between two entries takes the next one.
-DISPATCH_CHUNKS: Dict[int, Tuple[int, int, int, int]] = {
+DISPATCH_CHUNKS: dict[int, tuple[int, int, int, int]] = {
     2: (24, 256, 6, 128),
     **dict.fromkeys((4, 8), (6, 256, 6, 128)),
     16: (36, 288, 20, 128),
@@ -37,7 +40,7 @@ DISPATCH_CHUNKS: Dict[int, Tuple[int, int, int, int]] = {
     144: (32, 720, 12, 128),
     160: (28, 720, 12, 128),
 }
-COMBINE_CHUNKS: Dict[int, Tuple[int, int, int, int]] = {
+COMBINE_CHUNKS: dict[int, tuple[int, int, int, int]] = {
     2: (10, 256, 6, 128),
     4: (9, 256, 6, 128),
     8: (4, 256, 6, 128),
@@ -49,7 +52,7 @@ COMBINE_CHUNKS: Dict[int, Tuple[int, int, int, int]] = {
 }
 
 
-def _chunks(table: Dict[int, Tuple[int, int, int, int]], num_ranks: int) -> Tuple[int, int, int, int]:
+def _chunks(table: dict[int, tuple[int, int, int, int]], num_ranks: int) -> tuple[int, int, int, int]:
     _checks.check_int("num_ranks", num_ranks, 1)
     listed = sorted(table)
     return table[listed[min(bisect.bisect_left(listed, num_ranks), len(listed) - 1)]]
@@ -125,10 +128,10 @@ class Buffer:
         if session is not None:
             session.close(timeout_s)
 
-    def __enter__(self) -> "Buffer":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, exc_type: Optional[Type[BaseException]], exc: Optional[BaseException],
+    def __exit__(self, exc_type: Optional[type[BaseException]], exc: Optional[BaseException],
                  traceback: Optional[TracebackType]) -> None:
         self.destroy()
 
@@ -144,10 +147,9 @@ class Buffer:
             self._release(0.0)
 
     def _require_session(self) -> Session:
-        session = getattr(self, "_session", None)
-        if session is None:
+        if self._session is None:
             raise Error("this Buffer was destroyed")
-        return session
+        return self._session
 
     def check(self) -> None:
         """Raises the failure that a kernel of this Buffer reported, if any. Does not wait for running kernels."""
@@ -189,7 +191,7 @@ class Buffer:
     def get_comm_stream(self) -> torch.cuda.Stream:
         """The stream on which the kernels run. On the CPU there is no torch stream, and this raises deep_ep.Error."""
         streams = self._require_session().streams
-        if streams.kind != "cuda":
+        if not isinstance(streams, CudaStreams):
             raise Error("get_comm_stream: this Buffer works on the CPU, where torch has no streams")
         return streams.comm_stream
 
@@ -206,10 +208,7 @@ class Buffer:
         session = self._require_session()
         item_bytes = torch.empty(0, dtype=dtype).element_size()
         _checks.check_int("offset", offset, 0, item_bytes)
-        if use_rdma_buffer:
-            region = session.rdma_region
-        else:
-            region = _view_memory(session.runtime, session.streams.device)
+        region = session.rdma_region if use_rdma_buffer else _view_memory(session.runtime, session.streams.device)
         num_elements = (region.numel() - offset) // item_bytes
         wanted = num_elements if size is None else torch.Size(size).numel()
         if offset > region.numel() or wanted > num_elements:
@@ -227,7 +226,7 @@ class Buffer:
         previous_event: Optional[EventOverlap] = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False
-    ) -> Tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torch.Tensor, EventOverlap]:
+    ) -> tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torch.Tensor, EventOverlap]:
         """Counts where the tokens of this rank go. Not collective.
 
         topk_idx: int64 or int32 [N, K], contiguous; -1 selects nothing. num_experts: E, a multiple of R.
@@ -241,7 +240,7 @@ class Buffer:
 
     def dispatch(self,
                  x: _high_throughput.Payload,
-                 handle: Optional[Tuple[torch.Tensor, ...]] = None,
+                 handle: Optional[tuple[torch.Tensor, ...]] = None,
                  num_tokens_per_rank: Optional[torch.Tensor] = None,
                  num_tokens_per_rdma_rank: Optional[torch.Tensor] = None,
                  is_token_in_rank: Optional[torch.Tensor] = None,
@@ -284,13 +283,13 @@ class Buffer:
 
     def combine(self,
                 x: torch.Tensor,
-                handle: Tuple[torch.Tensor, ...],
+                handle: tuple[torch.Tensor, ...],
                 topk_weights: Optional[torch.Tensor] = None,
                 bias: Optional[Bias] = None,
                 config: Optional[Config] = None,
                 previous_event: Optional[EventOverlap] = None,
                 async_finish: bool = False,
-                allocate_on_comm_stream: bool = False) -> Tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]:
+                allocate_on_comm_stream: bool = False) -> tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]:
         """Brings the rows of a dispatch back to their tokens and sums them over the ranks. Collective.
 
         x: bfloat16 [M, hidden], contiguous, rows of a multiple of 16 bytes. handle: that of the dispatch.
@@ -312,7 +311,7 @@ class Buffer:
 
     def internode_dispatch(self,
                            x: _high_throughput.Payload,
-                           handle: Optional[Tuple[torch.Tensor, ...]] = None,
+                           handle: Optional[tuple[torch.Tensor, ...]] = None,
                            num_tokens_per_rank: Optional[torch.Tensor] = None,
                            num_tokens_per_rdma_rank: Optional[torch.Tensor] = None,
                            is_token_in_rank: Optional[torch.Tensor] = None,
@@ -331,13 +330,13 @@ class Buffer:
     def internode_combine(
             self,
             x: torch.Tensor,
-            handle: Tuple[torch.Tensor, ...],
+            handle: tuple[torch.Tensor, ...],
             topk_weights: Optional[torch.Tensor] = None,
             bias: Optional[Bias] = None,
             config: Optional[Config] = None,
             previous_event: Optional[EventOverlap] = None,
             async_finish: bool = False,
-            allocate_on_comm_stream: bool = False) -> Tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]:
+            allocate_on_comm_stream: bool = False) -> tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]:
         """`combine` over several nodes. Not in this version."""
         raise Error("internode_combine: this version works within one node; call combine")
 
@@ -360,7 +359,7 @@ class Buffer:
         use_ue8m0: bool = False,
         async_finish: bool = False,
         return_recv_hook: bool = False
-    ) -> Tuple[_high_throughput.Payload, torch.Tensor, Tuple[Any, ...], EventOverlap, Optional[Hook]]:
+    ) -> tuple[_high_throughput.Payload, torch.Tensor, tuple[Any, ...], EventOverlap, Optional[Hook]]:
         """Dispatch without the host for small batches. Not in this version."""
         raise _no_low_latency("low_latency_dispatch")
 
@@ -369,14 +368,14 @@ class Buffer:
         x: torch.Tensor,
         topk_idx: torch.Tensor,
         topk_weights: torch.Tensor,
-        handle: Tuple[Any, ...],
+        handle: tuple[Any, ...],
         use_logfmt: bool = False,
         zero_copy: bool = False,
         async_finish: bool = False,
         return_recv_hook: bool = False,
         out: Optional[torch.Tensor] = None,
         combine_wait_recv_cost_stats: Optional[torch.Tensor] = None
-    ) -> Tuple[torch.Tensor, EventOverlap, Optional[Hook]]:
+    ) -> tuple[torch.Tensor, EventOverlap, Optional[Hook]]:
         """The way back of `low_latency_dispatch`. Not in this version."""
         raise _no_low_latency("low_latency_combine")
 
@@ -392,7 +391,7 @@ class Buffer:
         """Unmasks all ranks. Not in this version."""
         raise _no_low_latency("low_latency_clean_mask_buffer")
 
-    def get_next_low_latency_combine_buffer(self, handle: Tuple[Any, ...]) -> torch.Tensor:
+    def get_next_low_latency_combine_buffer(self, handle: tuple[Any, ...]) -> torch.Tensor:
         """The memory that the next `low_latency_combine(zero_copy=True)` sends. Not in this version."""
         raise _no_low_latency("get_next_low_latency_combine_buffer")
 

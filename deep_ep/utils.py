@@ -2,10 +2,11 @@
 
 import os
 from types import TracebackType
-from typing import Any, List, Optional, Tuple, Type
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
+from typing_extensions import Self
 
 from deep_ep import _streams
 from deep_ep._errors import Error
@@ -20,7 +21,7 @@ class EventHandle:
     complete at once; a handle that an asynchronous call returned is complete when the kernels of that call are.
     """
 
-    __slots__ = ("_recorded", "__weakref__")
+    __slots__ = ("__weakref__", "_recorded")
 
     def __init__(self) -> None:
         self._recorded: _streams.RecordedEvent = _streams.record_on_current_stream()
@@ -51,7 +52,7 @@ class EventOverlap:
 
     def __init__(self,
                  event: Optional[EventHandle] = None,
-                 extra_tensors: Optional[Tuple[torch.Tensor, ...]] = None) -> None:
+                 extra_tensors: Optional[tuple[torch.Tensor, ...]] = None) -> None:
         self.event = event
         self.extra_tensors = extra_tensors
 
@@ -65,10 +66,10 @@ class EventOverlap:
                         "synchronous, so its results are ready)")
         self.event.current_stream_wait()
 
-    def __enter__(self) -> "EventOverlap":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, exc_type: Optional[Type[BaseException]], exc: Optional[BaseException],
+    def __exit__(self, exc_type: Optional[type[BaseException]], exc: Optional[BaseException],
                  traceback: Optional[TracebackType]) -> None:
         if self.event is not None:
             self.event.current_stream_wait()
@@ -84,10 +85,10 @@ def check_nvlink_connections(group: dist.ProcessGroup) -> None:
     if group.size() > 2:
         raise Error(f"check_nvlink_connections: a bridge joins two PCIe GPUs, but the group has {group.size()} ranks")
     try:
-        import pynvml
+        import pynvml  # type: ignore[import-not-found,unused-ignore]  # noqa: PLC0415 - rarely needed
     except ImportError as error:
         raise Error("check_nvlink_connections needs pynvml (pip install nvidia-ml-py)") from error
-    physical: List[Any] = [None] * group.size()
+    physical: list[Any] = [None] * group.size()
     dist.all_gather_object(physical, _physical_gpu(torch.cuda.current_device()), group)
     pynvml.nvmlInit()
     try:
