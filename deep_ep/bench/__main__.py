@@ -8,9 +8,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import deep_ep_cpp
 import torch
 
+import deep_ep_cpp
 from deep_ep.bench.intranode import Options, read_rows, run_worker
 from deep_ep.bench.results import Report, format_table, save
 from deep_ep.bench.routing import ROUTINGS

@@ -1,10 +1,10 @@
 """The wire ceiling: what the links of this machine carry when every rank writes to all its peers at once."""
 from __future__ import annotations
 
-import deep_ep_cpp
 import torch
 import torch.distributed as dist
 
+import deep_ep_cpp
 from deep_ep import Buffer
 from deep_ep.bench.timing import Timer, median
 

@@ -16,7 +16,12 @@ import torch.distributed as dist
 from deep_ep import Buffer, Config
 from deep_ep.bench.ceiling import measure_ceilings
 from deep_ep.bench.results import Row
-from deep_ep.bench.routing import Shape, busiest_remote_copies, choose_experts, count_copies
+from deep_ep.bench.routing import (
+    Shape,
+    busiest_remote_copies,
+    choose_experts,
+    count_copies,
+)
 from deep_ep.bench.timing import Call, Timer, median, percentile
 
 try:

@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ class Report:
         return {
             "format": FORMAT_VERSION,
             "benchmark": self.benchmark,
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "commit": commit or find_commit(),
             "command": self.command,
             "machine": describe_machine(self.device),
