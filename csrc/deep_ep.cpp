@@ -206,7 +206,10 @@ void bind_buffer(py::module_& m) {
         .def("notify_dispatch", &notify_dispatch)
         .def("wait_counts", &wait_counts)
         .def("dispatch", &dispatch)
-        .def("combine", &combine);
+        .def("combine", &combine)
+        .def("bench_push", [](Buffer& b, int64_t bytes_per_peer, int num_sms, uintptr_t stream) {
+            b.bench_push(bytes_per_peer, num_sms, pointer<void>(stream));
+        });
 }
 
 // Callers import these from here, but they are made of torch: deep_ep supplies them when asked.
