@@ -235,6 +235,17 @@ PYBIND11_MODULE(deep_ep_cpp, m) {
         return false;
 #endif
     });
+    m.def("get_environment", [] {
+        const Environment& env = environment();
+        py::dict variables;
+        variables["timeout_s"] = env.timeout_s;
+        variables["warn_s"] = env.warn_s;
+        variables["ranks_per_node"] = env.ranks_per_node;
+        variables["device"] = env.device;
+        variables["num_sms"] = env.num_sms;
+        variables["cpu_sms"] = env.cpu_sms;
+        return variables;
+    });
     m.def("topk_idx_bits", [] { return TOPK_IDX_BITS; });
     m.def("__getattr__", &forwarded);
 }
