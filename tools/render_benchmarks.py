@@ -18,6 +18,7 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN = "<!-- begin: made by tools/render_benchmarks.py -->"
 END = "<!-- end -->"
 
+NOTHING = "\u2013"
 HEADER = ("operation", "tokens", "SMs", "chained µs", "fresh µs", "remote MB", "GB/s", "ceiling GB/s", "share")
 
 
@@ -27,13 +28,13 @@ def render_row(row: dict[str, Any]) -> str:
     cells = (
         row["operation"] if row["routing"] == "uniform" else f"{row['operation']}, {row['routing']} routing",
         f"{row['num_tokens']}",
-        f"{row['num_sms']}" if row["num_sms"] else "–",
+        f"{row['num_sms']}" if row["num_sms"] else NOTHING,
         f"{row['chained_us']:.0f}",
         f"{row['fresh_us']:.0f}",
-        f"{row['remote_bytes'] / 1e6:.1f}" if has_bytes else "–",
-        f"{row['remote_gb_per_s']:.0f}" if has_bytes else "–",
-        f"{row['ceiling_gb_per_s']:.0f}" if has_ceiling else "–",
-        f"{row['share_of_ceiling']:.2f}" if has_ceiling else "–",
+        f"{row['remote_bytes'] / 1e6:.1f}" if has_bytes else NOTHING,
+        f"{row['remote_gb_per_s']:.0f}" if has_bytes else NOTHING,
+        f"{row['ceiling_gb_per_s']:.0f}" if has_ceiling else NOTHING,
+        f"{row['share_of_ceiling']:.2f}" if has_ceiling else NOTHING,
     )
     return f"| {' | '.join(cells)} |"
 
@@ -43,11 +44,12 @@ def render_report(report: dict[str, Any], name: str) -> list[str]:
     first = report["rows"][0]
     where = machine.get("gpu", "CPU executor")
     versions = ", ".join(f"{key} {machine[key]}" for key in ("driver", "cuda", "torch") if key in machine)
+    shape = f"Hidden {first['hidden']}, top-{first['num_topk']} of {first['num_experts']} experts."
+    source = f"{report['date'][:10]}, commit {report['commit']}, {versions}. [{name}](../benchmarks/results/{name})"
     lines = [
         f"### {report['benchmark']}: {report['num_ranks']} ranks, {where}",
         "",
-        f"Hidden {first['hidden']}, top-{first['num_topk']} of {first['num_experts']} experts. {report['date'][:10]}, "
-        f"commit {report['commit']}, {versions}. [{name}](../benchmarks/results/{name})",
+        f"{shape} {source}",
         "",
         f"    {report['command']}",
         "",
