@@ -141,7 +141,7 @@ private:
     BulkEngine bulk_;
 };
 
-extern __thread Fiber* current_fiber __attribute__((tls_model("initial-exec")));
+extern __thread Fiber* current_fiber;
 
 // The running fiber; an error outside kernels.
 Fiber& running_fiber(const char* primitive);
