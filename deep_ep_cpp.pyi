@@ -12,7 +12,7 @@ class InvalidArgument(Error, ValueError): ...
 class CudaError(Error): ...
 class TransportError(Error): ...
 
-class TimeoutError(Error):  # noqa: A001
+class TimeoutError(Error):
     """A peer did not arrive in time, or a peer reported a failure. The message names operation, stage and peer."""
 
 class Config:
@@ -104,3 +104,6 @@ class Buffer:
                 rank_prefix_matrix: int, send_head: int, num_tokens: int, combined_x: int,
                 combined_topk_weights: int, num_sms: int, stream: int) -> None:
         """bfloat16 rows; float32 weights [M,K] -> [N,K]."""
+
+    def bench_push(self, bytes_per_peer: int, num_sms: int, stream: int) -> None:
+        """Benchmarks only: writes that much to every peer at once, over whatever the data regions hold."""

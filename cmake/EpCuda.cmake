@@ -1,6 +1,9 @@
 # Is there a CUDA toolkit, and which GPUs is it to compile for? Sets EP_WITH_CUDA and CMAKE_CUDA_ARCHITECTURES.
 set(EP_WITH_CUDA 0)
 set(ep_cuda_reason "EP_CUDA=OFF")
+if(NOT EP_SANITIZE STREQUAL "")
+    set(ep_cuda_reason "EP_SANITIZE=${EP_SANITIZE}")
+endif()
 
 if(NOT EP_CUDA MATCHES "^(AUTO|ON|OFF)$")
     message(FATAL_ERROR "EP_CUDA must be AUTO, ON or OFF, got '${EP_CUDA}'")
@@ -96,9 +99,10 @@ if(EP_WITH_CUDA)
 
     # Set before enable_language, whose own default would end up in the cache and outrank the environment next time.
     enable_language(CUDA)
-    set(CMAKE_CUDA_STANDARD 20)
-    set(CMAKE_CUDA_STANDARD_REQUIRED ON)
-    set(CMAKE_CUDA_EXTENSIONS OFF)
+    # CUDA takes its standard from CMAKE_CXX_STANDARD; CMake up to 3.25 does not know that nvcc has C++20.
+    if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)
+        set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")
+    endif()
     set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
     find_package(CUDAToolkit REQUIRED)
 endif()

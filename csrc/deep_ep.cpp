@@ -206,7 +206,10 @@ void bind_buffer(py::module_& m) {
         .def("notify_dispatch", &notify_dispatch)
         .def("wait_counts", &wait_counts)
         .def("dispatch", &dispatch)
-        .def("combine", &combine);
+        .def("combine", &combine)
+        .def("bench_push", [](Buffer& b, int64_t bytes_per_peer, int num_sms, uintptr_t stream) {
+            b.bench_push(bytes_per_peer, num_sms, pointer<void>(stream));
+        });
 }
 
 // Callers import these from here, but they are made of torch: deep_ep supplies them when asked.
@@ -231,6 +234,17 @@ PYBIND11_MODULE(deep_ep_cpp, m) {
 #else
         return false;
 #endif
+    });
+    m.def("get_environment", [] {
+        const Environment& env = environment();
+        py::dict variables;
+        variables["timeout_s"] = env.timeout_s;
+        variables["warn_s"] = env.warn_s;
+        variables["ranks_per_node"] = env.ranks_per_node;
+        variables["device"] = env.device;
+        variables["num_sms"] = env.num_sms;
+        variables["cpu_sms"] = env.cpu_sms;
+        return variables;
     });
     m.def("topk_idx_bits", [] { return TOPK_IDX_BITS; });
     m.def("__getattr__", &forwarded);

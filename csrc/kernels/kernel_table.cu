@@ -15,6 +15,7 @@ const KernelTable& simt_kernel_table() {
         .notify_dispatch = notify_dispatch::launch,
         .dispatch = dispatch::launch,
         .combine = combine::launch,
+        .push_all = push_all::launch,
     };
     return table;
 }

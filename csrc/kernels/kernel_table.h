@@ -2,6 +2,7 @@
 #pragma once
 
 #include "device/runtime.h"
+#include "kernels/bench/push_all.h"
 #include "kernels/params.h"
 
 namespace deep_ep::kernels {
@@ -11,6 +12,7 @@ struct KernelTable {
     void (*notify_dispatch)(const NotifyDispatchParams& params, dev::Stream stream);
     void (*dispatch)(const DispatchParams& params, dev::Stream stream);
     void (*combine)(const CombineParams& params, dev::Stream stream);
+    void (*push_all)(const PushAllParams& params, int num_blocks, dev::Stream stream);
 };
 
 const KernelTable& simt_kernel_table();

@@ -79,7 +79,7 @@ struct DispatchParams {
     uint32_t* recv_scales;  // [rows, num_scales]
     void* recv_topk_idx;
     float* recv_topk_weights;
-    int* recv_src_idx;
+    int* recv_src_idx;   // null: the caller has it already
     int num_recv_rows;   // that the outputs hold
     bool is_worst_case;  // fewer may arrive: mark the rest
 };

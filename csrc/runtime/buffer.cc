@@ -252,6 +252,16 @@ void Buffer::combine(const CombineArgs& args, int num_sms, dev::Stream stream) {
                       stream);
 }
 
+void Buffer::bench_push(int64_t bytes_per_peer, int num_sms, dev::Stream stream) {
+    check();
+    EP_CHECK(bytes_per_peer >= 0 && bytes_per_peer % 16 == 0, "bytes_per_peer must be a multiple of 16, got ",
+             bytes_per_peer);
+    EP_CHECK(bytes_per_peer <= options_.num_data_bytes / options_.num_ranks, "bytes_per_peer must be at most ",
+             options_.num_data_bytes / options_.num_ranks, ", got ", bytes_per_peer);
+    kernels_->push_all({.heap = heap_params(), .bytes_per_peer = static_cast<uint64_t>(bytes_per_peer)},
+                       std::clamp(num_sms, 1, device_->num_sms()), stream);
+}
+
 std::vector<uint64_t> Buffer::read_started() const {
     std::vector<uint64_t> started(static_cast<size_t>(options_.num_ranks));
     device_->copy_now(started.data(), heap_->local() + control_.started.offset, control_.started.bytes());

@@ -99,6 +99,10 @@ public:
     void dispatch(const DispatchArgs& args, int num_sms, dev::Stream stream);
     void combine(const CombineArgs& args, int num_sms, dev::Stream stream);
 
+    // Measures the links: `num_sms` SMs write `bytes_per_peer` to every peer at once. For benchmarks only; it overwrites
+    // the data regions and takes part in no protocol.
+    void bench_push(int64_t bytes_per_peer, int num_sms, dev::Stream stream);
+
     // Throws what a kernel has reported; a Buffer that failed once throws the same at every later operation.
     void check();
     // Sentences about waits that have passed the warning threshold since the last call; each was also printed.

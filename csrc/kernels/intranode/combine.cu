@@ -28,6 +28,7 @@ constexpr int kPairs = 4;  // of bfloat16 in 16 bytes
 
 struct Kernel {
     using Params = CombineParams;
+    static constexpr int kMaxThreads = 512;
     struct Shared {
         int is_ready;
     };

@@ -26,6 +26,7 @@ constexpr int kUnroll = 8;
 
 struct Kernel {
     using Params = DispatchParams;
+    static constexpr int kMaxThreads = 512;
     struct Shared {
         int is_ready;
     };
@@ -52,7 +53,7 @@ struct Kernel {
     template <class Expert, class Weight, class Scale>
     static EP_DEVICE void deliver_metadata(const Params& p, int64_t row, int src_idx, const Expert& expert,
                                            const Weight& weight, const Scale& scale) {
-        if (prim::lane_idx() == 0) p.recv_src_idx[row] = src_idx;
+        if (prim::lane_idx() == 0 && p.recv_src_idx != nullptr) p.recv_src_idx[row] = src_idx;
         for (int k = prim::lane_idx(); k < p.num_topk; k += kWarpSize) {
             const int id = expert(k);
             store_expert_id(p.recv_topk_idx, p.idx_bytes, row * p.num_topk + k, id);

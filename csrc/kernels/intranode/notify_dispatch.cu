@@ -23,6 +23,7 @@ constexpr int kMaxScanBlocks = 8;
 
 struct Kernel {
     using Params = NotifyDispatchParams;
+    static constexpr int kMaxThreads = kNumThreads;
     struct Shared {
         int is_ok[kNumWarps];
         int warp_totals[kNumWarps];

@@ -15,6 +15,7 @@ using prim::Scope;
 
 struct Kernel {
     using Params = LayoutParams;
+    static constexpr int kMaxThreads = kNumThreads;
     struct Shared {
         int is_last_block;
     };
