@@ -131,8 +131,9 @@ def test_cached_after_worst_case(pool: Pool) -> None:
 
 
 def test_too_few_worst_rows_is_an_error(pool: Pool) -> None:
-    for message in pool.run(cases.too_few_worst_rows, 2):
-        assert "num_worst_tokens" in message
+    messages = pool.run(cases.too_few_worst_rows, 2)
+    # Who reports first aborts the others, which then name that rank.
+    assert any("num_worst_tokens" in message for message in messages), messages
 
 
 @pytest.mark.parametrize("num_biases", [1, 2])
