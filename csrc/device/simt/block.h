@@ -17,6 +17,7 @@
 #include "device/simt/cuda_names.h"
 #include "device/simt/shared_arena.h"
 #include "device/simt/stacks.h"
+#include "device/simt/tls.h"
 
 namespace deep_ep::simt {
 
@@ -141,7 +142,7 @@ private:
     BulkEngine bulk_;
 };
 
-extern __thread Fiber* current_fiber __attribute__((tls_model("initial-exec")));
+extern __thread Fiber* current_fiber EP_SIMT_TLS;
 
 // The running fiber; an error outside kernels.
 Fiber& running_fiber(const char* primitive);

@@ -10,6 +10,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "device/simt/tls.h"
+
 namespace deep_ep::simt {
 
 struct Index3 {
@@ -17,10 +19,10 @@ struct Index3 {
 };
 
 // Where the running fiber is. Written by the executor at every switch; a block never leaves its OS thread.
-extern __thread Index3 threadIdx __attribute__((tls_model("initial-exec")));
-extern __thread Index3 blockIdx __attribute__((tls_model("initial-exec")));
-extern __thread Index3 blockDim __attribute__((tls_model("initial-exec")));
-extern __thread Index3 gridDim __attribute__((tls_model("initial-exec")));
+extern __thread Index3 threadIdx EP_SIMT_TLS;
+extern __thread Index3 blockIdx EP_SIMT_TLS;
+extern __thread Index3 blockDim EP_SIMT_TLS;
+extern __thread Index3 gridDim EP_SIMT_TLS;
 
 enum class WarpOp : uint8_t { kSync, kBallot, kAny, kAll, kShuffle, kShuffleXor, kShuffleUp, kShuffleDown };
 
