@@ -6,8 +6,6 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "device/simt/tls.h"
-
 namespace deep_ep::simt {
 
 // Which memory a fiber looked at since its last pause. Two pauses in a row with equal records and nothing changed by
@@ -25,7 +23,7 @@ struct Running {
     PollRecord* poll;  // of the running fiber; null outside kernels
     bool is_seeded;    // yield at random before accesses
 };
-extern __thread Running running EP_SIMT_TLS;
+extern __thread Running running;
 
 // Seeded schedules: lets others run first, at random.
 void perturb();

@@ -10,8 +10,6 @@
 #include <cstring>
 #include <type_traits>
 
-#include "device/simt/tls.h"
-
 namespace deep_ep::simt {
 
 struct Index3 {
@@ -19,10 +17,10 @@ struct Index3 {
 };
 
 // Where the running fiber is. Written by the executor at every switch; a block never leaves its OS thread.
-extern __thread Index3 threadIdx EP_SIMT_TLS;
-extern __thread Index3 blockIdx EP_SIMT_TLS;
-extern __thread Index3 blockDim EP_SIMT_TLS;
-extern __thread Index3 gridDim EP_SIMT_TLS;
+extern __thread Index3 threadIdx;
+extern __thread Index3 blockIdx;
+extern __thread Index3 blockDim;
+extern __thread Index3 gridDim;
 
 enum class WarpOp : uint8_t { kSync, kBallot, kAny, kAll, kShuffle, kShuffleXor, kShuffleUp, kShuffleDown };
 
