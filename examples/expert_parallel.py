@@ -107,8 +107,8 @@ class Dispatcher:
             explicitly_destroy=True)
 
     def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, num_experts: int) -> Received:
-        """`x` [N, hidden] of any float type (sent as bfloat16), `topk_idx` int64 [N, K], -1 for none, over all experts."""
-        outputs = _Dispatch.apply(self.buffer, x.to(torch.bfloat16), topk_idx, topk_weights.float(), num_experts)
+        """`x` [N, hidden] of any float type (sent as bfloat16); `topk_idx` int64 [N, K] over all experts, -1: none."""
+        outputs = _Dispatch.apply(self.buffer, x.to(torch.bfloat16), topk_idx, topk_weights, num_experts)
         return Received(*outputs)
 
     def combine(self, x: Tensor, handle: Handle) -> Tensor:
@@ -130,9 +130,9 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, hidden))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        probabilities = F.linear(x.float(), self.weight.float()).softmax(dim=-1)
+        probabilities = F.linear(x, self.weight).softmax(dim=-1)
         topk_weights, topk_idx = probabilities.topk(self.num_topk, dim=-1)
-        return topk_idx, topk_weights / topk_weights.sum(dim=-1, keepdim=True)
+        return topk_idx, (topk_weights / topk_weights.sum(dim=-1, keepdim=True)).float()
 
 
 class Expert(nn.Module):

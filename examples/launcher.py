@@ -11,7 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -72,6 +72,16 @@ def add_options(parser: argparse.ArgumentParser, default_steps: int) -> None:
     parser.add_argument('--num-processes', type=int, default=4, metavar='N', help='number of ranks (default: 4)')
     parser.add_argument('--device', choices=['auto', 'cpu', 'cuda'], default='auto', help='auto: GPUs if there are any')
     parser.add_argument('--steps', type=int, default=default_steps, help=f'training steps (default: {default_steps})')
+
+
+def exit_with(main: Callable[[], int]) -> NoReturn:
+    """Ends this process with the exit code of `main`; a failed worker's traceback is shown without the parent's."""
+    try:
+        sys.exit(main())
+    except WorkerFailed as error:
+        sys.exit(f'\nFAIL: {error}')
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def print_header(title: str) -> None:

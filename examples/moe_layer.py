@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -231,4 +230,4 @@ def _print_verdict(differences: dict[str, tuple[float, float, float]]) -> bool:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    launcher.exit_with(main)
