@@ -95,12 +95,15 @@ class Buffer:
                  scale_stride_token: int, scale_stride_scale: int, topk_idx: int, topk_weights: int, num_topk: int,
                  idx_bytes: int, num_experts: int, rank_prefix_matrix: int, send_head: int, recv_x: int,
                  recv_scales: int, recv_topk_idx: int, recv_topk_weights: int, recv_src_idx: int, num_recv_rows: int,
-                 is_worst_case: bool, num_sms: int, stream: int) -> None:
+                 is_worst_case: bool, is_cached: bool, num_sms: int, stream: int) -> None:
         """Moves the tokens to their rows. Scales are 4-byte elements, strides in elements. `num_recv_rows` is the
         number of rows the recv_* tensors hold; with `is_worst_case` fewer may arrive and the tail of recv_topk_idx is
-        filled with -1, of recv_topk_weights with 0."""
+        filled with -1, of recv_topk_weights with 0. `is_cached`: no notify_dispatch came before."""
 
     def combine(self, x: int, num_rows: int, hidden: int, topk_weights: int, num_topk: int, bias_0: int, bias_1: int,
                 rank_prefix_matrix: int, send_head: int, num_tokens: int, combined_x: int,
                 combined_topk_weights: int, num_sms: int, stream: int) -> None:
         """bfloat16 rows; float32 weights [M,K] -> [N,K]."""
+
+    def bench_push(self, bytes_per_peer: int, num_sms: int, stream: int) -> None:
+        """Benchmarks only: writes that much to every peer at once, over whatever the data regions hold."""

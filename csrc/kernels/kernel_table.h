@@ -1,0 +1,21 @@
+// The operations of one back end. The runtime picks a table by device; nothing else knows that there are two.
+#pragma once
+
+#include "device/runtime.h"
+#include "kernels/bench/push_all.h"
+#include "kernels/params.h"
+
+namespace deep_ep::kernels {
+
+struct KernelTable {
+    void (*layout)(const LayoutParams& params, int num_blocks, dev::Stream stream);
+    void (*notify_dispatch)(const NotifyDispatchParams& params, dev::Stream stream);
+    void (*dispatch)(const DispatchParams& params, dev::Stream stream);
+    void (*combine)(const CombineParams& params, dev::Stream stream);
+    void (*push_all)(const PushAllParams& params, int num_blocks, dev::Stream stream);
+};
+
+const KernelTable& simt_kernel_table();
+const KernelTable& cuda_kernel_table();  // only where EP_WITH_CUDA
+
+}  // namespace deep_ep::kernels
