@@ -3,10 +3,10 @@
     x ──► router ──► dispatch ──► this rank's experts, weighted ──► combine ──► y
             top-k      bfloat16     float32                           bfloat16
 
-Rank r owns the experts [r * E/R, (r + 1) * E/R). `dispatch` brings every token to the ranks that own at least one of its
-experts, once per rank; each rank adds up the weighted outputs of its own experts; `combine` brings those partial sums
-home and adds them. The library sums without weights, so the weights are applied where the experts are, which is also why
-they travel with the tokens: their gradient is born at the experts and comes home with the backward combine.
+Rank r owns the experts [r * E/R, (r + 1) * E/R). `dispatch` brings every token to the ranks that own at least one of
+its experts, once per rank; each rank adds up the weighted outputs of its own experts; `combine` brings those partial
+sums home and adds them. The library sums without weights, so the weights are applied where the experts are, which is
+also why they travel with the tokens: their gradient is born at the experts and comes home with the backward combine.
 """
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 if TYPE_CHECKING:  # the dense layer, which the tests and the reference use, must work where the library is not built
     import deep_ep
@@ -31,15 +31,23 @@ class _Dispatch(torch.autograd.Function):
     """Forward: dispatch. Backward: combine, for what was sent to several ranks gets the sum of their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, buffer: deep_ep.Buffer, x: Tensor, topk_idx: Tensor, topk_weights: Tensor,
-                num_experts: int) -> tuple[Tensor, Tensor, Tensor, list[int], Handle]:
+    def forward(  # noqa: PLR0917 (autograd passes them by position)
+            ctx: Any, buffer: deep_ep.Buffer, x: Tensor, topk_idx: Tensor, topk_weights: Tensor,
+            num_experts: int) -> tuple[Tensor, Tensor, Tensor, list[int], Handle]:
         start = buffer.capture()
         per_rank, per_rdma_rank, per_expert, is_token_in_rank, counted = buffer.get_dispatch_layout(
             topk_idx, num_experts, previous_event=start, async_finish=True, allocate_on_comm_stream=True)
         recv_x, recv_topk_idx, recv_topk_weights, counts, handle, done = buffer.dispatch(
-            x, num_tokens_per_rank=per_rank, num_tokens_per_rdma_rank=per_rdma_rank,
-            is_token_in_rank=is_token_in_rank, num_tokens_per_expert=per_expert, topk_idx=topk_idx,
-            topk_weights=topk_weights, previous_event=counted, async_finish=True, allocate_on_comm_stream=True)
+            x,
+            num_tokens_per_rank=per_rank,
+            num_tokens_per_rdma_rank=per_rdma_rank,
+            is_token_in_rank=is_token_in_rank,
+            num_tokens_per_expert=per_expert,
+            topk_idx=topk_idx,
+            topk_weights=topk_weights,
+            previous_event=counted,
+            async_finish=True,
+            allocate_on_comm_stream=True)
         done.current_stream_wait()
         ctx.buffer = buffer
         ctx.save_for_backward(*handle)  # a handle is a tuple of tensors, made to be kept this way
@@ -49,9 +57,12 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         grad_recv_x, _, grad_recv_topk_weights = grads[:3]
-        grad_x, grad_topk_weights, done = ctx.buffer.combine(
-            grad_recv_x.contiguous(), ctx.saved_tensors, topk_weights=grad_recv_topk_weights.contiguous(),
-            previous_event=ctx.buffer.capture(), async_finish=True, allocate_on_comm_stream=True)
+        grad_x, grad_topk_weights, done = ctx.buffer.combine(grad_recv_x.contiguous(),
+                                                             ctx.saved_tensors,
+                                                             topk_weights=grad_recv_topk_weights.contiguous(),
+                                                             previous_event=ctx.buffer.capture(),
+                                                             async_finish=True,
+                                                             allocate_on_comm_stream=True)
         done.current_stream_wait()
         return None, grad_x, None, grad_topk_weights, None
 
@@ -61,7 +72,10 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, buffer: deep_ep.Buffer, x: Tensor, *handle: Tensor) -> Tensor:
-        combined_x, _, done = buffer.combine(x, handle, previous_event=buffer.capture(), async_finish=True,
+        combined_x, _, done = buffer.combine(x,
+                                             handle,
+                                             previous_event=buffer.capture(),
+                                             async_finish=True,
                                              allocate_on_comm_stream=True)
         done.current_stream_wait()
         ctx.buffer = buffer
@@ -71,8 +85,10 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         handle = ctx.saved_tensors
-        grad_x, _, _, _, _, done = ctx.buffer.dispatch(grads[0].contiguous(), handle=handle,
-                                                       previous_event=ctx.buffer.capture(), async_finish=True,
+        grad_x, _, _, _, _, done = ctx.buffer.dispatch(grads[0].contiguous(),
+                                                       handle=handle,
+                                                       previous_event=ctx.buffer.capture(),
+                                                       async_finish=True,
                                                        allocate_on_comm_stream=True)
         done.current_stream_wait()
         return None, grad_x, *(None for _ in handle)
@@ -89,22 +105,26 @@ class Received:
     handle: Handle
 
 
+def make_buffer(group: dist.ProcessGroup, hidden: int) -> deep_ep.Buffer:
+    """A Buffer for bfloat16 tokens of this width. Collective."""
+    from deep_ep import Buffer  # noqa: PLC0415 (see above: the dense layer needs no library)
+
+    num_ranks, row_bytes = group.size(), hidden * torch.bfloat16.itemsize
+    configs = Buffer.get_dispatch_config(num_ranks), Buffer.get_combine_config(num_ranks)
+    return Buffer(group,
+                  num_nvl_bytes=max(config.get_nvl_buffer_size_hint(row_bytes, num_ranks) for config in configs),
+                  num_rdma_bytes=max(config.get_rdma_buffer_size_hint(row_bytes, num_ranks) for config in configs),
+                  explicitly_destroy=True)
+
+
 class Dispatcher:
     """Brings tokens to their experts and back, with gradients. One serves all layers of a model with the same width.
 
     Both methods are collective, forward and backward: every rank calls them in the same order, also one without tokens.
     """
 
-    def __init__(self, group: dist.ProcessGroup, hidden: int) -> None:
-        from deep_ep import Buffer
-
-        num_ranks, row_bytes = group.size(), hidden * torch.bfloat16.itemsize
-        configs = Buffer.get_dispatch_config(num_ranks), Buffer.get_combine_config(num_ranks)
-        self.num_ranks, self.rank = num_ranks, group.rank()
-        self.buffer = Buffer(
-            group, num_nvl_bytes=max(config.get_nvl_buffer_size_hint(row_bytes, num_ranks) for config in configs),
-            num_rdma_bytes=max(config.get_rdma_buffer_size_hint(row_bytes, num_ranks) for config in configs),
-            explicitly_destroy=True)
+    def __init__(self, buffer: deep_ep.Buffer) -> None:
+        self.buffer, self.num_ranks, self.rank = buffer, buffer.group_size, buffer.rank
 
     def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, num_experts: int) -> Received:
         """`x` [N, hidden] of any float type (sent as bfloat16); `topk_idx` int64 [N, K] over all experts, -1: none."""
@@ -130,7 +150,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, hidden))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        probabilities = F.linear(x, self.weight).softmax(dim=-1)
+        probabilities = functional.linear(x, self.weight).softmax(dim=-1)
         topk_weights, topk_idx = probabilities.topk(self.num_topk, dim=-1)
         return topk_idx, (topk_weights / topk_weights.sum(dim=-1, keepdim=True)).float()
 
@@ -145,7 +165,8 @@ class Expert(nn.Module):
         self.down = nn.Parameter(torch.empty(hidden, ffn_hidden))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.silu(F.linear(x, self.gate)) * F.linear(x, self.up), self.down)
+        return functional.linear(
+            functional.silu(functional.linear(x, self.gate)) * functional.linear(x, self.up), self.down)
 
 
 @dataclasses.dataclass
@@ -194,14 +215,14 @@ def init_parameters(module: nn.Module, seed: int) -> None:
         if parameter.dim() == 1:
             parameter.fill_(1.0)
             continue
-        generator = torch.Generator().manual_seed(zlib.crc32(f'{seed}/{name}'.encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
         values = torch.randn(parameter.shape, generator=generator) * parameter.shape[-1]**-0.5
         parameter.copy_(values)
 
 
 def is_expert_parameter(name: str) -> bool:
     """Whether the named parameter lives on one rank only; all others are replicated, their gradients summed."""
-    return '.experts.' in f'.{name}'
+    return ".experts." in f".{name}"
 
 
 # --- The two layers -------------------------------------------------------------------------------------------------
@@ -210,7 +231,7 @@ class ExpertParallelMoE(nn.Module):
 
     def __init__(self, dispatcher: Dispatcher, hidden: int, ffn_hidden: int, num_experts: int, num_topk: int) -> None:
         super().__init__()
-        assert num_experts % dispatcher.num_ranks == 0, f'{num_experts} experts over {dispatcher.num_ranks} ranks'
+        assert num_experts % dispatcher.num_ranks == 0, f"{num_experts} experts over {dispatcher.num_ranks} ranks"
         num_local = num_experts // dispatcher.num_ranks
         first = dispatcher.rank * num_local
         self.dispatcher, self.num_experts = dispatcher, num_experts
@@ -234,7 +255,7 @@ class DenseMoE(nn.Module):
 
     def __init__(self, num_ranks: int, hidden: int, ffn_hidden: int, num_experts: int, num_topk: int) -> None:
         super().__init__()
-        assert num_experts % num_ranks == 0, f'{num_experts} experts over {num_ranks} ranks'
+        assert num_experts % num_ranks == 0, f"{num_experts} experts over {num_ranks} ranks"
         self.num_ranks, self.num_experts = num_ranks, num_experts
         self.router = Router(hidden, num_experts, num_topk)
         self.experts = make_experts(range(num_experts), hidden, ffn_hidden)

@@ -1,4 +1,4 @@
-"""Starts one process per rank (and others beside them), shows what they report, and stops all of them when one fails."""
+"""Starts one process per rank (and others beside them), passes on their reports, stops all of them when one fails."""
 from __future__ import annotations
 
 import argparse
@@ -6,8 +6,10 @@ import dataclasses
 import multiprocessing as mp
 import multiprocessing.connection as mp_connection
 import os
+import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +24,7 @@ except ImportError:
     tqdm = None
 
 
-class WorkerFailed(RuntimeError):
+class WorkerError(RuntimeError):
     """A worker raised or died; the message holds its name and its traceback."""
 
 
@@ -60,26 +62,26 @@ class _Start:
 
 def resolve_device(name: str) -> str:
     """`auto` means the GPUs of this machine if it has any, else the CPU."""
-    if name == 'auto':
-        return 'cuda' if torch.cuda.is_available() else 'cpu'
-    if name == 'cuda' and not torch.cuda.is_available():
-        raise SystemExit('--device cuda: PyTorch sees no GPU on this machine (try --device cpu)')
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: PyTorch sees no GPU on this machine (try --device cpu)")
     return name
 
 
 def add_options(parser: argparse.ArgumentParser, default_steps: int) -> None:
     """The options that all examples share."""
-    parser.add_argument('--num-processes', type=int, default=4, metavar='N', help='number of ranks (default: 4)')
-    parser.add_argument('--device', choices=['auto', 'cpu', 'cuda'], default='auto', help='auto: GPUs if there are any')
-    parser.add_argument('--steps', type=int, default=default_steps, help=f'training steps (default: {default_steps})')
+    parser.add_argument("--num-processes", type=int, default=4, metavar="N", help="number of ranks (default: 4)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: GPUs if there are any")
+    parser.add_argument("--steps", type=int, default=default_steps, help=f"training steps (default: {default_steps})")
 
 
 def exit_with(main: Callable[[], int]) -> NoReturn:
     """Ends this process with the exit code of `main`; a failed worker's traceback is shown without the parent's."""
     try:
         sys.exit(main())
-    except WorkerFailed as error:
-        sys.exit(f'\nFAIL: {error}')
+    except WorkerError as error:
+        sys.exit(f"\nFAIL: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -90,46 +92,51 @@ def print_header(title: str) -> None:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere nothing, since the callers print lines as they go."""
+    """A bar on a terminal, plain lines elsewhere. Close it in the end."""
 
     def __init__(self, total: int, unit: str) -> None:
+        self._start = time.perf_counter()
         # tqdm makes demos nicer, it is no reason to fail.
         self._bar = tqdm(total=total, unit=unit, leave=False, disable=None) if tqdm else None
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Removes the bar."""
         if self._bar is not None:
             self._bar.close()
 
-    def advance(self) -> None:
-        """One more done."""
-        if self._bar is not None:
+    def advance(self, what: str = "") -> None:
+        """One more done; `what` says which."""
+        if self._is_bar_visible():
+            self._bar.set_description(what)
             self._bar.update()
+        elif what:
+            print(f"[{time.perf_counter() - self._start:5.1f} s] {what}", flush=True)
 
     def print(self, line: str) -> None:
         """Prints above the bar."""
-        if self._bar is not None and not self._bar.disable:
+        if self._is_bar_visible():
             self._bar.write(line)
         else:
             print(line, flush=True)
 
+    def _is_bar_visible(self) -> bool:
+        return self._bar is not None and not self._bar.disable
+
 
 def make_workers(function: Callable[..., None], num_ranks: int, args: tuple[Any, ...] = ()) -> list[Worker]:
     """One worker per rank, all running `function(context, *args)`."""
-    return [Worker(f'rank {rank}', function, args, rank) for rank in range(num_ranks)]
+    return [Worker(f"rank {rank}", function, args, rank) for rank in range(num_ranks)]
 
 
 def run(workers: list[Worker], device_type: str) -> Iterator[tuple[str, Any]]:
     """Runs all workers and yields `(worker name, report)` in order of arrival, until every worker has returned.
 
-    When one fails, the others are stopped and `WorkerFailed` is raised with the traceback of the one that failed first:
+    When one fails, the others are stopped and `WorkerError` is raised with the traceback of the one that failed first:
     its peers, waiting for it, could only say that it is gone.
     """
     num_ranks = sum(worker.rank is not None for worker in workers)
-    context = mp.get_context('spawn')  # CUDA does not survive a fork
-    with tempfile.TemporaryDirectory(prefix='deep_ep_demo_') as folder:
+    context = mp.get_context("spawn")  # CUDA does not survive a fork
+    with tempfile.TemporaryDirectory(prefix="deep_ep_demo_") as folder:
         processes: dict[mp_connection.Connection, Any] = {}
         try:
             for worker in workers:
@@ -155,12 +162,16 @@ def _listen(processes: dict[mp_connection.Connection, Any]) -> Iterator[tuple[st
             except EOFError:
                 process.join()
                 if process.exitcode != 0:
-                    raise WorkerFailed(f'{process.name} ended with exit code {process.exitcode}') from None
+                    raise WorkerError(f"{process.name} ended {_explain(process.exitcode)}") from None
                 del waiting[connection]
                 continue
-            if kind == 'error':
-                raise WorkerFailed(f'{process.name} failed:\n\n{payload}')
+            if kind == "error":
+                raise WorkerError(f"{process.name} failed:\n\n{payload}")
             yield process.name, payload
+
+
+def _explain(exit_code: int) -> str:
+    return f"by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"with exit code {exit_code}"
 
 
 def _stop(processes: list[Any]) -> None:
@@ -176,32 +187,33 @@ def _stop(processes: list[Any]) -> None:
 
 def _enter(start: _Start, connection: mp_connection.Connection) -> None:
     try:
-        context = _make_context(start, lambda report: connection.send(('report', report)))
+        context = _make_context(start, lambda report: connection.send(("report", report)))
         start.worker.function(context, *start.worker.args)
         if context.group is not None:
             dist.destroy_process_group()
     except KeyboardInterrupt:
         sys.exit(130)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 (whatever it was, the parent shows it)
         # Told before this process ends, hence before its peers notice that it is gone.
-        connection.send(('error', traceback.format_exc()))
+        connection.send(("error", traceback.format_exc()))
         connection.close()
         sys.exit(1)
     connection.close()
 
 
 def _make_context(start: _Start, report: Callable[[Any], None]) -> Context:
+    os.environ["DEEP_EP_DEVICE"] = start.device_type  # --device cpu holds for the library too
     # As many threads as the cores allow; several processes with all cores each would mostly fight for them.
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // start.num_processes))
     rank = start.worker.rank
-    device = torch.device('cpu')
-    if start.device_type == 'cuda':
+    device = torch.device("cpu")
+    if start.device_type == "cuda":
         # Fewer GPUs than ranks: ranks share them in turn.
-        device = torch.device('cuda', (rank or 0) % torch.cuda.device_count())
+        device = torch.device("cuda", (rank or 0) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     if rank is None:
         return Context(0, 1, device, None, report)
     # All ranks are on this machine: names need not resolve. Gloo also serves ranks that share a GPU, NCCL does not.
-    os.environ.setdefault('GLOO_SOCKET_IFNAME', 'lo')
-    dist.init_process_group('gloo', init_method=start.rendezvous, rank=rank, world_size=start.num_ranks)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=start.rendezvous, rank=rank, world_size=start.num_ranks)
     return Context(rank, start.num_ranks, device, dist.group.WORLD, report)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import time
@@ -16,13 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 import launcher
-from expert_parallel import DenseMoE, Dispatcher, ExpertParallelMoE, init_parameters, is_expert_parameter
+from expert_parallel import DenseMoE, Dispatcher, ExpertParallelMoE, init_parameters, is_expert_parameter, make_buffer
 
 # Both ways compute the same float32 sums and round at the same places, but a matrix product over another number of rows
 # may add in another order. Where that moves a value across the border between two bfloat16 numbers, the results differ
 # by a step of bfloat16, 2**-7 of the value at most. A value is rounded twice on its way: as partial sum and as sum.
 TOLERANCE_MAX = 2 * 2**-7  # largest difference, relative to the largest value
-# Such cases are rare, so that all differences together stay far below one step. One lost row of 2048 would show as 2e-2.
+# Such cases are rare, so that all differences together stay far below one step. One lost row of 2048 would be 2e-2.
 TOLERANCE_NORM = 1e-3  # norm of the difference, relative to the norm
 
 
@@ -49,22 +50,27 @@ class RankReport:
 
 def run_rank(context: launcher.Context, sizes: Sizes, num_steps: int) -> None:
     """Runs the layer on this rank, then checks it against rank 0's dense layer; reports both."""
-    dispatcher = Dispatcher(context.group, sizes.hidden)
+
+    def report_progress(what: str) -> None:
+        if context.rank == 0:
+            context.report(what)
+
+    dispatcher = Dispatcher(make_buffer(context.group, sizes.hidden))
     layer = ExpertParallelMoE(dispatcher, sizes.hidden, sizes.ffn_hidden, sizes.num_experts, sizes.num_topk)
     init_parameters(layer, sizes.seed)
     layer.to(context.device)
     x, grad_y = (tensor.to(context.device) for tensor in _make_inputs(sizes, context.rank))
 
-    context.report('step')
+    report_progress("ranks are ready")
     seconds = _time_communication(layer, x, context)
-    for _ in range(num_steps):  # the first ones warm up; the last one counts
+    for step in range(num_steps):  # the first ones warm up; the last one counts
         layer.zero_grad()
         x = x.detach().requires_grad_()
-        seconds['forward'], y = _timed(lambda: layer(x), context)  # noqa: B023
-        seconds['backward'], _ = _timed(lambda: y.backward(grad_y), context)  # noqa: B023
-        context.report('step')
+        seconds["forward"], y = _timed(lambda: layer(x), context)  # noqa: B023
+        seconds["backward"], _ = _timed(lambda: y.backward(grad_y), context)  # noqa: B023
+        report_progress(f"step {step + 1} of {num_steps} done")
     context.report(RankReport(*_count_rows(layer, x, context.rank), seconds))
-    results = {'output': y, 'gradient of input': x.grad}
+    results = {"output": y, "gradient of input": x.grad}
     for name, difference in _compare(layer, results, sizes, context).items():
         if context.rank == 0:
             context.report((name, difference))
@@ -82,7 +88,7 @@ def _timed(function: Callable[[], Any], context: launcher.Context) -> tuple[floa
     dist.barrier()
     start = time.perf_counter()
     result = function()
-    if context.device.type == 'cuda':
+    if context.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start, result
 
@@ -94,14 +100,14 @@ def _time_communication(layer: ExpertParallelMoE, x: Tensor, context: launcher.C
     for _ in range(3):
         dispatch_s, received = _timed(lambda: layer.dispatcher.dispatch(x, *routes, layer.num_experts), context)
         combine_s, _ = _timed(lambda: layer.dispatcher.combine(received.x, received.handle), context)  # noqa: B023
-        for name, value in ('dispatch', dispatch_s), ('combine', combine_s):
+        for name, value in ("dispatch", dispatch_s), ("combine", combine_s):
             best[name] = min(value, best.get(name, value))
     return best
 
 
 @torch.no_grad()
 def _count_rows(layer: ExpertParallelMoE, x: Tensor, rank: int) -> tuple[list[int], list[int]]:
-    """Rows to and from each rank, as the handle of a dispatch tells them: [source, destination], summed over sources."""
+    """Rows to and from each rank, as a dispatch's handle tells them: [source, destination], summed over sources."""
     ends = layer.dispatcher.dispatch(x, *layer.router(x), layer.num_experts).handle[0].cpu()
     rows = ends.diff(dim=0, prepend=torch.zeros_like(ends[:1]))
     return rows[rank].tolist(), rows[:, rank].tolist()
@@ -120,16 +126,16 @@ def _compare(layer: ExpertParallelMoE, results: dict[str, Tensor], sizes: Sizes,
     dist.all_reduce(layer.router.weight.grad)  # a replicated parameter: every rank holds the part of its own tokens
     chunks = [dense.router.weight.grad] * context.num_ranks if dense else []
     router_grad = layer.router.weight.grad
-    differences['gradient of router'] = _difference([router_grad], [_scatter(chunks, router_grad)])
+    differences["gradient of router"] = _difference([router_grad], [_scatter(chunks, router_grad)])
     experts = {name: p.grad for name, p in layer.named_parameters() if is_expert_parameter(name)}
     owned = []  # per parameter of this rank, what its owner in the dense layer holds
     num_local = sizes.num_experts // context.num_ranks
     for name, grad in experts.items():
-        _, expert_id, part = name.split('.')
+        _, expert_id, part = name.split(".")
         ids = [int(expert_id) % num_local + rank * num_local for rank in range(context.num_ranks)]
         grads = [getattr(dense.experts[str(i)], part).grad for i in ids] if dense else []
         owned.append(_scatter(grads, grad))
-    differences['gradients of experts'] = _difference(list(experts.values()), owned)
+    differences["gradients of experts"] = _difference(list(experts.values()), owned)
     return differences
 
 
@@ -144,8 +150,8 @@ def _run_dense(sizes: Sizes, context: launcher.Context) -> tuple[DenseMoE, dict[
     torch.set_num_threads(os.cpu_count() or 1)  # the other ranks wait
     y = dense(x)
     y.backward(grad_y)
-    context.report('step')
-    return dense, {'output': y, 'gradient of input': x.grad}
+    context.report("the same on one rank done")
+    return dense, {"output": y, "gradient of input": x.grad}
 
 
 def _scatter(chunks: list[Tensor], like: Tensor) -> Tensor:
@@ -172,19 +178,20 @@ def main(argv: list[str] | None = None) -> int:
     options = _parse(argv)
     sizes, num_ranks = Sizes(), options.num_processes
     device = launcher.resolve_device(options.device)
-    launcher.print_header('A MoE layer spread over ranks, against the same layer on one rank')
-    print(f'{num_ranks} ranks on {device}, {sizes.num_tokens} tokens each, hidden {sizes.hidden}, {sizes.num_experts} '
-          f'experts (SwiGLU, {sizes.ffn_hidden} wide), top-{sizes.num_topk}', flush=True)
+    launcher.print_header("A MoE layer spread over ranks, against the same layer on one rank")
+    print(
+        f"{num_ranks} ranks on {device}, {sizes.num_tokens} tokens each, hidden {sizes.hidden}, {sizes.num_experts} "
+        f"experts (SwiGLU, {sizes.ffn_hidden} wide), top-{sizes.num_topk}",
+        flush=True)
     if sizes.num_experts % num_ranks:
-        raise SystemExit(f'--num-processes must divide the number of experts, {sizes.num_experts}, got {num_ranks}')
+        raise SystemExit(f"--num-processes must divide the number of experts, {sizes.num_experts}, got {num_ranks}")
     ranks: dict[str, RankReport] = {}
     differences: dict[str, tuple[float, float, float]] = {}
     workers = launcher.make_workers(run_rank, num_ranks, (sizes, options.steps))
-    # Each rank reports its start and its steps, rank 0 the dense layer besides.
-    with launcher.Progress((1 + options.steps) * num_ranks + 1, 'steps') as progress:
+    with contextlib.closing(launcher.Progress(2 + options.steps, "part")) as progress:
         for name, report in launcher.run(workers, device):
-            if report == 'step':
-                progress.advance()
+            if isinstance(report, str):
+                progress.advance(report)
             elif isinstance(report, RankReport):
                 ranks[name] = report
             else:
@@ -206,14 +213,14 @@ def _print_traffic(ranks: dict[str, RankReport], sizes: Sizes) -> None:
           f'{"dispatch":>11}{"combine":>10}{"forward":>10}{"backward":>10}')
     for rank, (name, report) in enumerate(sorted(ranks.items(), key=lambda item: int(item[0].split()[1]))):
         to_others = sum(report.sent) - report.sent[rank]
-        times = ''.join(f'{report.seconds[key] * 1e3:7.1f} ms'
-                        for key in ('dispatch', 'combine', 'forward', 'backward'))
-        print(f'{name:8}{sum(report.sent):11}{to_others:11}{to_others * row_bytes / 1e6:7.1f}{sum(report.received):10} '
-              f'{times}')
+        times = "".join(f"{report.seconds[key] * 1e3:7.1f} ms"
+                        for key in ("dispatch", "combine", "forward", "backward"))
+        print(f"{name:8}{sum(report.sent):11}{to_others:11}{to_others * row_bytes / 1e6:7.1f}{sum(report.received):10} "
+              f"{times}")
     num_copies = sizes.num_tokens * sizes.num_topk
-    print(f'A token goes once to each rank that has one of its experts: '
-          f'{sum(sum(r.sent) for r in ranks.values())} rows for {num_copies * len(ranks)} token-expert pairs.\n'
-          'dispatch, combine: alone, best of 3. forward, backward: the whole layer with its experts, last step.')
+    print(f"A token goes once to each rank that has one of its experts: "
+          f"{sum(sum(r.sent) for r in ranks.values())} rows for {num_copies * len(ranks)} token-expert pairs.\n"
+          "dispatch, combine: alone, best of 3. forward, backward: the whole layer with its experts, last step.")
 
 
 def _print_verdict(differences: dict[str, tuple[float, float, float]]) -> bool:
@@ -229,5 +236,5 @@ def _print_verdict(differences: dict[str, tuple[float, float, float]]) -> bool:
     return all_passed
 
 
-if __name__ == '__main__':
+if __name__ == "__main__":
     launcher.exit_with(main)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import platform
@@ -15,22 +16,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 import launcher
 import text
-from expert_parallel import DenseMoE, Dispatcher, ExpertParallelMoE, init_parameters, is_expert_parameter
+from expert_parallel import DenseMoE, Dispatcher, ExpertParallelMoE, init_parameters, is_expert_parameter, make_buffer
 
 # Both models start equal and round at the same places, and an expert gets the same rows in the same order in both. What
 # differs is the order of sums over tokens in the replicated part. There float32 would do for learning, but not for
 # comparing: its 1e-7 makes a token near the border between two experts go the other way in one of the two models within
-# a few steps, and from then on their losses differ by 1e-3. Hence that part is float64 here. What is left of 1e-16 stays
-# far below what a bfloat16 on the wire can show, and a loss that differs at all points at the library.
+# a few steps, and from then on their losses differ by 1e-3. Hence that part is float64 here. Its 1e-16 stays far below
+# what a bfloat16 on the wire can show, and losses that differ at all point at the library.
 TOLERANCE = 1e-6  # largest difference of the losses in any step
 
-PROMPT = 'The value of the expression is'
-OUT = Path(__file__).resolve().parent / 'out'
+PROMPT = "The value of the expression is"
+OUT = Path(__file__).resolve().parent / "out"
 
 
 @dataclasses.dataclass
@@ -69,7 +70,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, length, hidden = x.shape
         qkv = self.qkv(self.norm_attention(x)).view(batch, length, 3, self.num_heads, hidden // self.num_heads)
-        attention = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), is_causal=True)
+        attention = functional.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), is_causal=True)
         x = x + self.project(attention.transpose(1, 2).reshape(x.shape))
         return x + self.moe(self.norm_moe(x).view(-1, hidden)).view(x.shape)
 
@@ -113,7 +114,7 @@ def continue_text(model: LanguageModel, tokens: Tensor, num_new_tokens: int, see
 # --- Training -------------------------------------------------------------------------------------------------------
 def train_on_rank(context: launcher.Context, settings: Settings, tokens: Tensor, prompt: list[int]) -> None:
     """One rank of the expert-parallel model. Reports the loss over all ranks and, from rank 0, the continued text."""
-    dispatcher = Dispatcher(context.group, settings.hidden)
+    dispatcher = Dispatcher(make_buffer(context.group, settings.hidden))
     widths = settings.hidden, settings.ffn_hidden, settings.num_experts, settings.num_topk
     model = LanguageModel(settings, lambda: ExpertParallelMoE(dispatcher, *widths)).to(context.device)
     share = settings.batch // context.num_ranks
@@ -123,7 +124,7 @@ def train_on_rank(context: launcher.Context, settings: Settings, tokens: Tensor,
     batch = torch.tensor([prompt], device=context.device)[:1 if context.rank == 0 else 0]
     continued = continue_text(model, batch, settings.num_new_tokens, settings.seed)
     if context.rank == 0:
-        context.report(('text', continued[0].tolist()))
+        context.report(("text", continued[0].tolist()))
     dispatcher.destroy()
 
 
@@ -135,20 +136,20 @@ def train_alone(context: launcher.Context, settings: Settings, tokens: Tensor, p
     _train(model, settings, tokens, slice(None), context)
     batch = torch.tensor([prompt], device=context.device)
     continued = continue_text(model, batch, settings.num_new_tokens, settings.seed)
-    context.report(('text', continued[0].tolist()))
+    context.report(("text", continued[0].tolist()))
 
 
 def _train(model: LanguageModel, settings: Settings, tokens: Tensor, mine: slice, context: launcher.Context) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
     for step in range(settings.num_steps):
         for group in optimizer.param_groups:
-            group['lr'] = settings.learning_rate * min(1.0, (step + 1) / settings.num_warmup_steps)
+            group["lr"] = settings.learning_rate * min(1.0, (step + 1) / settings.num_warmup_steps)
         batch = _sample_batch(settings, tokens, step)[mine].to(context.device)
         logits = model(batch[:, :-1])
         # The mean over the tokens of all ranks. Of this loss, experts need no further scaling: the gradients of all
         # tokens that they served have come to them with the backward pass. Replicated parameters need the sum.
         num_tokens = settings.batch * settings.context
-        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction='sum') / num_tokens
+        loss = functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum") / num_tokens
         optimizer.zero_grad(set_to_none=False)
         loss.backward()
         total = loss.detach()
@@ -156,7 +157,7 @@ def _train(model: LanguageModel, settings: Settings, tokens: Tensor, mine: slice
             total = _sum_over_ranks(model, total)
         optimizer.step()
         if context.rank == 0:
-            context.report(('loss', total.item()))
+            context.report(("loss", total.item()))
 
 
 def _sample_batch(settings: Settings, tokens: Tensor, step: int) -> Tensor:
@@ -190,25 +191,27 @@ def main(argv: list[str] | None = None) -> int:
     options = _parse(argv)
     settings, num_ranks = Settings(num_steps=options.steps), options.num_processes
     if settings.num_experts % num_ranks or settings.batch % num_ranks:
-        raise SystemExit(f'--num-processes must divide {settings.num_experts} experts and a batch of {settings.batch}')
+        raise SystemExit(f"--num-processes must divide {settings.num_experts} experts and a batch of {settings.batch}")
     device = launcher.resolve_device(options.device)
-    launcher.print_header('A MoE language model trained over ranks, beside the same model on one rank')
+    launcher.print_header("A MoE language model trained over ranks, beside the same model on one rank")
     corpus = text.load_text()
     tokenizer = text.train_tokenizer(corpus, settings.vocab_size)
     settings.vocab_size = len(tokenizer.pieces)
     tokens = tokenizer.encode(corpus)
-    print(f'Text: pydoc_data.topics of Python {platform.python_version()} (its language reference), '
-          f'{len(corpus.encode())} bytes, {len(tokens)} tokens of {settings.vocab_size}\n'
-          f'{num_ranks} ranks on {device}; {settings.num_layers} layers, hidden {settings.hidden}, '
-          f'{settings.num_experts} experts each, top-{settings.num_topk}; '
-          f'{settings.batch} x {settings.context} tokens a step', flush=True)
+    print(
+        f"Text: pydoc_data.topics of Python {platform.python_version()} (its language reference), "
+        f"{len(corpus.encode())} bytes, {len(tokens)} tokens of {settings.vocab_size}\n"
+        f"{num_ranks} ranks on {device}; {settings.num_layers} layers, hidden {settings.hidden}, "
+        f"{settings.num_experts} experts each, top-{settings.num_topk}; "
+        f"{settings.batch} x {settings.context} tokens a step",
+        flush=True)
     start = time.perf_counter()
     spread, alone = _train_both(settings, torch.tensor(tokens), tokenizer.encode(PROMPT), num_ranks, device)
     seconds = time.perf_counter() - start
     report = _summarize(spread, alone, settings, tokenizer, seconds)
     report.update(num_ranks=num_ranks, device=device, text_bytes=len(corpus.encode()))
     _save(report)
-    return 0 if report['passed'] else 1
+    return 0 if report["passed"] else 1
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -220,14 +223,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def _train_both(settings: Settings, tokens: Tensor, prompt: list[int], num_ranks: int,
                 device: str) -> tuple[Result, Result]:
     workers = launcher.make_workers(train_on_rank, num_ranks, (settings, tokens, prompt))
-    workers.append(launcher.Worker('one rank', train_alone, (settings, tokens, prompt, num_ranks)))
+    workers.append(launcher.Worker("one rank", train_alone, (settings, tokens, prompt, num_ranks)))
     spread, alone = Result(), Result()
     interval = max(1, settings.num_steps // 10)
     print(f'\n{"step":>6}{f"{num_ranks} ranks":>12}{"one rank":>12}{"difference":>13}')
-    with launcher.Progress(settings.num_steps, 'step') as progress:
+    with contextlib.closing(launcher.Progress(settings.num_steps, "step")) as progress:
         for name, (kind, value) in launcher.run(workers, device):
-            result = alone if name == 'one rank' else spread
-            if kind == 'text':
+            result = alone if name == "one rank" else spread
+            if kind == "text":
                 result.tokens = value
                 continue
             result.losses.append(value)
@@ -237,7 +240,7 @@ def _train_both(settings: Settings, tokens: Tensor, prompt: list[int], num_ranks
             progress.advance()
             if step == 1 or step % interval == 0:
                 a, b = spread.losses[step - 1], alone.losses[step - 1]
-                progress.print(f'{step:6}{a:12.5f}{b:12.5f}{abs(a - b):13.1e}')
+                progress.print(f"{step:6}{a:12.5f}{b:12.5f}{abs(a - b):13.1e}")
     return spread, alone
 
 
@@ -246,58 +249,60 @@ def _summarize(spread: Result, alone: Result, settings: Settings, tokenizer: tex
     differences = [abs(a - b) for a, b in zip(spread.losses, alone.losses, strict=True)]
     passed = all(difference <= TOLERANCE for difference in differences)  # false for NaN
     texts = [tokenizer.decode(result.tokens) for result in (spread, alone)]
-    print(f'\n{settings.num_steps} steps of both in {seconds:.0f} s. The losses differ by {max(differences):.1e} at most; '
-          f'tolerance {TOLERANCE:.0e}.\n{"PASS" if passed else "FAIL"}: the losses are '
-          f'{"equal" if passed else "NOT equal"} within the tolerance')
-    print(f'\nThe ranks continue a sentence (rank 0 brings the tokens, all bring their experts):\n  {texts[0]!r}')
-    print('The model on one rank goes on with the same words.'
-          if texts[0] == texts[1] else f'The model on one rank:\n  {texts[1]!r}')
+    print(
+        f"\n{settings.num_steps} steps of both in {seconds:.0f} s. The losses differ by {max(differences):.1e} at most")
+    print(f"{'PASS' if passed else 'FAIL'}: the losses are {'equal' if passed else 'NOT equal'} within the tolerance, "
+          f"{TOLERANCE:.0e}")
+    print("\nThe ranks continue a sentence (rank 0 brings the tokens, all bring their experts):")
+    print(f"  {texts[0]!r}")
+    print("The model on one rank goes on with the same words." if texts[0] ==
+          texts[1] else f"The model on one rank:\n  {texts[1]!r}")
     return {
-        'passed': passed,
-        'tolerance': TOLERANCE,
-        'largest_difference': max(differences),
-        'seconds': seconds,
-        'losses_ranks': spread.losses,
-        'losses_one_rank': alone.losses,
-        'text_ranks': texts[0],
-        'text_one_rank': texts[1],
-        'settings': dataclasses.asdict(settings),
-        'python': platform.python_version(),
-        'torch': torch.__version__,
+        "passed": passed,
+        "tolerance": TOLERANCE,
+        "largest_difference": max(differences),
+        "seconds": seconds,
+        "losses_ranks": spread.losses,
+        "losses_one_rank": alone.losses,
+        "text_ranks": texts[0],
+        "text_one_rank": texts[1],
+        "settings": dataclasses.asdict(settings),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
     }
 
 
 def _save(report: dict[str, Any]) -> None:
     OUT.mkdir(exist_ok=True)
-    files = [OUT / 'moe_lm.json']
+    files = [OUT / "moe_lm.json"]
     files[0].write_text(json.dumps(report, indent=1))
     try:
-        _plot(report, OUT / 'moe_lm.png')
-        files.append(OUT / 'moe_lm.png')
+        _plot(report, OUT / "moe_lm.png")
+        files.append(OUT / "moe_lm.png")
     except ImportError:
-        print('No plot: matplotlib is not installed')
-    print('Saved:', ', '.join(str(path) for path in files))
+        print("No plot: matplotlib is not installed")
+    print("Saved:", ", ".join(str(path) for path in files))
 
 
 def _plot(report: dict[str, Any], path: Path) -> None:
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    import matplotlib as mpl  # noqa: PLC0415 (optional)
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415
 
-    ranks, one = report['losses_ranks'], report['losses_one_rank']
+    ranks, one = report["losses_ranks"], report["losses_one_rank"]
     steps = range(1, len(ranks) + 1)
     figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=[2, 1])
-    top.plot(steps, one, color='0.7', linewidth=5, label='one rank, without the library')
-    top.plot(steps, ranks, color='tab:blue', linewidth=1.2, label=f'{report["num_ranks"]} ranks, expert-parallel')
-    top.set(ylabel='loss', title=f'MoE language model on {report["text_bytes"]} bytes of Python documentation')
+    top.plot(steps, one, color="0.7", linewidth=5, label="one rank, without the library")
+    top.plot(steps, ranks, color="tab:blue", linewidth=1.2, label=f'{report["num_ranks"]} ranks, expert-parallel')
+    top.set(ylabel="loss", title=f'MoE language model on {report["text_bytes"]} bytes of Python documentation')
     top.legend()
-    bottom.semilogy(steps, [max(abs(a - b), 1e-17) for a, b in zip(ranks, one)], color='tab:red', linewidth=1)
-    bottom.axhline(report['tolerance'], color='0.5', linestyle='--', linewidth=1)
-    bottom.set(xlabel='step', ylabel='|difference|')
+    bottom.semilogy(steps, [max(abs(a - b), 1e-17) for a, b in zip(ranks, one)], color="tab:red", linewidth=1)
+    bottom.axhline(report["tolerance"], color="0.5", linestyle="--", linewidth=1)
+    bottom.set(xlabel="step", ylabel="|difference|")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-if __name__ == '__main__':
+if __name__ == "__main__":
     launcher.exit_with(main)

@@ -7,7 +7,7 @@ import pydoc_data.topics
 import re
 
 # Words keep their leading blank, so that joining the pieces gives the text back.
-_WORDS = re.compile(rb' ?[A-Za-z]+| ?[0-9]+|\n+|[ ]+|[^A-Za-z0-9\s]+|\s')
+_WORDS = re.compile(rb" ?[A-Za-z]+| ?[0-9]+|\n+|[ ]+|[^A-Za-z0-9\s]+|\s")
 
 Pair = tuple[int, int]
 
@@ -15,7 +15,7 @@ Pair = tuple[int, int]
 def load_text() -> str:
     """Python's language reference, as `help()` shows it. Its wording, hence its length, differs between versions."""
     topics = pydoc_data.topics.topics
-    return '\n\n'.join(topics[name] for name in sorted(topics))
+    return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 @dataclasses.dataclass
@@ -33,7 +33,7 @@ class Tokenizer:
 
     def decode(self, tokens: list[int]) -> str:
         """The text of `tokens`."""
-        return b''.join(self.pieces[token] for token in tokens).decode(errors='replace')
+        return b"".join(self.pieces[token] for token in tokens).decode(errors="replace")
 
     def _encode_word(self, word: bytes) -> list[int]:
         singles = {piece: token for token, piece in enumerate(self.pieces) if len(piece) == 1}
@@ -65,7 +65,8 @@ def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
         count(word_idx, 1)
     merges: dict[Pair, int] = {}
     while len(pieces) < vocab_size and pair_counts:
-        best = max(pair_counts, key=lambda pair: (pair_counts[pair], pair))  # the second: ties break the same everywhere
+        best = max(pair_counts, key=lambda pair:
+                   (pair_counts[pair], pair))  # the second: ties break the same everywhere
         if pair_counts[best] < 2:
             break
         merges[best] = len(pieces)
