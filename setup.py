@@ -25,7 +25,8 @@ STUB = 'deep_ep_cpp.pyi'
 def find_version() -> str:
     """`1.3.0.dev0+abc1234` in a checkout; what the archive says in an unpacked source archive."""
     if (ROOT / '.git').exists():
-        found = subprocess.run(['git', 'rev-parse', '--short=7', 'HEAD'], cwd=ROOT, capture_output=True, text=True)
+        command = ['git', 'rev-parse', '--short=7', 'HEAD']
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         return f'{BASE_VERSION}+{found.stdout.strip()}' if found.returncode == 0 else BASE_VERSION
     info = ROOT / 'PKG-INFO'
     for line in info.read_text().splitlines() if info.exists() else []:
@@ -55,7 +56,7 @@ class CMakeBuild(build_ext):
     """Configures and builds the target deep_ep_cpp, and puts its type stub beside it."""
 
     def build_extension(self, ext: Extension) -> None:
-        import pybind11  # A build requirement: not there when setup.py is only asked for metadata.
+        import pybind11  # a build requirement: not there when setup.py is only asked for metadata.
 
         output_dir = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build_dir = Path(os.environ.get('DEEP_EP_BUILD_DIR') or self.build_temp).resolve()
