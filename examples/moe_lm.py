@@ -1,6 +1,6 @@
 """Trains a small MoE language model with its experts spread over ranks, beside the same model on one rank.
 
-    python examples/moe_lm.py [--num-processes 4] [--device auto|cpu|cuda] [--steps 200]
+    python examples/moe_lm.py [--num-processes 4] [--device auto|cpu|cuda] [--steps 150]
 """
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Settings:
     num_experts: int = 8
     num_topk: int = 2
     batch: int = 16
-    num_steps: int = 200
-    learning_rate: float = 6e-3
+    num_steps: int = 150
+    learning_rate: float = 1e-2
     num_warmup_steps: int = 20
     seed: int = 7
     num_new_tokens: int = 40
@@ -143,7 +143,7 @@ def _train(model: LanguageModel, settings: Settings, tokens: Tensor, mine: slice
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
     for step in range(settings.num_steps):
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * min(1.0, (step + 1) / settings.num_warmup_steps)
+            group["lr"] = settings.learning_rate * _ramp(step, settings)
         batch = _sample_batch(settings, tokens, step)[mine].to(context.device)
         logits = model(batch[:, :-1])
         # The mean over the tokens of all ranks. Of this loss, experts need no further scaling: the gradients of all
@@ -158,6 +158,11 @@ def _train(model: LanguageModel, settings: Settings, tokens: Tensor, mine: slice
         optimizer.step()
         if context.rank == 0:
             context.report(("loss", total.item()))
+
+
+def _ramp(step: int, settings: Settings) -> float:
+    """Up over the first steps, then down to nearly nothing."""
+    return min((step + 1) / settings.num_warmup_steps, 1 - step / settings.num_steps)
 
 
 def _sample_batch(settings: Settings, tokens: Tensor, step: int) -> Tensor:
