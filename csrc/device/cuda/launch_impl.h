@@ -19,7 +19,7 @@ template <class K> constexpr int max_threads() {
     }
 }
 
-#if defined(__CUDACC__)
+#if defined(EP_IS_CUDA_BACKEND)
 // Profilers show this as "deep_ep::…::entry<deep_ep::…::SomeKernel>".
 template <class K>
 __global__ void __launch_bounds__(max_threads<K>()) entry(const __grid_constant__ typename K::Params params) {
