@@ -1,0 +1,286 @@
+#include "device/simt/block.h"
+
+#include <utility>
+
+#include "device/simt/core.h"
+
+namespace deep_ep::simt {
+
+__thread Index3 threadIdx;
+__thread Index3 blockIdx;
+__thread Index3 blockDim;
+__thread Index3 gridDim;
+__thread Running running;
+__thread Fiber* current_fiber;
+
+namespace {
+
+size_t ring_capacity(int num_threads) {
+    size_t capacity = 32;
+    while (capacity < static_cast<size_t>(num_threads)) capacity *= 2;
+    return capacity;
+}
+
+// First code of every fiber. It must not throw and never returns.
+void fiber_main() {
+    Fiber& self = *current_fiber;
+    Block& block = *self.block;
+    try {
+        block.launch().code.run(block.launch().code.params, block.shared().static_part());
+        block.check_exit(self);
+    } catch (...) {
+        block.core().fail_launch(block.launch(), std::current_exception());
+    }
+    block.finish(self);
+}
+
+}  // namespace
+
+Fiber& running_fiber(const char* primitive) {
+    if (current_fiber == nullptr) throw Error(concat(primitive, " was called outside a kernel"));
+    return *current_fiber;
+}
+
+Block::Block(Core& core, int num_threads)
+    : core_(core),
+      fibers_(static_cast<size_t>(num_threads)),
+      warps_(static_cast<size_t>(num_threads) / 32),
+      ready_(ring_capacity(num_threads)),
+      bulk_(*this) {
+    polling_.reserve(fibers_.size());
+}
+
+Block::~Block() = default;
+
+void Block::start(Launch& launch, int block_idx, std::unique_ptr<StackSlab> stacks) {
+    launch_ = &launch;
+    block_idx_ = block_idx;
+    stacks_ = std::move(stacks);
+    shared_.prepare(launch.code.shared_bytes, static_cast<size_t>(launch.config.dynamic_shared_bytes));
+    for (Warp& warp : warps_) warp.exited = 0, warp.num_open = 0;
+    for (NamedBarrier& barrier : barriers_) barrier = NamedBarrier{};
+    bulk_.clear();
+    polling_.clear();
+    ready_head_ = num_ready_ = 0;
+    stalled_until = 0;
+    num_live_ = num_threads();
+    for (int i = 0; i < num_threads(); ++i) {
+        Fiber& fiber = fibers_[static_cast<size_t>(i)];
+        fiber = Fiber{};
+        fiber.block = this;
+        fiber.thread = i;
+        fiber.stack_low = stacks_->low(i);
+        fiber.context.create(stacks_->low(i), stacks_->top(i), fiber_main);
+        make_ready(fiber);
+    }
+}
+
+std::unique_ptr<StackSlab> Block::stop() {
+    num_live_ = 0;
+    return std::move(stacks_);
+}
+
+void Block::make_ready(Fiber& fiber) {
+    fiber.state = FiberState::kReady;
+    ready_[(ready_head_ + num_ready_) & (ready_.size() - 1)] = &fiber;
+    ++num_ready_;
+}
+
+Fiber* Block::pick() {
+    if (num_ready_ == 0 || quantum_ == 0) return nullptr;
+    --quantum_;
+    const size_t wrap = ready_.size() - 1;
+    if (core_.is_seeded()) {
+        const size_t chosen = core_.rng().below(num_ready_);
+        std::swap(ready_[ready_head_ & wrap], ready_[(ready_head_ + chosen) & wrap]);
+    }
+    Fiber* next = ready_[ready_head_ & wrap];
+    ready_head_ = (ready_head_ + 1) & wrap;
+    --num_ready_;
+    return next;
+}
+
+// Makes `fiber` the running one; the switch of stacks follows.
+void Block::enter(Fiber& fiber) {
+    current_fiber = &fiber;
+    running.poll = &fiber.poll;
+    threadIdx = {static_cast<unsigned>(fiber.thread), 0, 0};
+    core_.trace(serial * 1024 + static_cast<uint64_t>(fiber.thread));
+}
+
+void Block::check_stack(const Fiber& self) const {
+    const auto* frame = static_cast<const char*>(__builtin_frame_address(0));
+    if (__builtin_expect(frame < self.stack_low, 0)) {
+        fail(self, concat("stack overflow: a fiber has ", stacks_->stack_bytes(),
+                          " bytes (SchedulerOptions::stack_bytes)"));
+    }
+}
+
+void Block::suspend(Fiber& self) {
+    check_stack(self);
+    Fiber* next = pick();
+    if (next == &self) {
+        core_.trace(serial * 1024 + static_cast<uint64_t>(self.thread));
+        return;
+    }
+    if (next != nullptr) {
+        enter(*next);
+        Context::switch_to(self.context, next->context);
+    } else {
+        Context::switch_to(self.context, core_.context());
+    }
+}
+
+void Block::run_turn(uint64_t quantum) {
+    for (Fiber* fiber : polling_) make_ready(*fiber);
+    polling_.clear();
+    quantum_ = quantum;
+    Fiber* first = pick();
+    if (first == nullptr) return;
+    blockIdx = {static_cast<unsigned>(block_idx_), 0, 0};
+    blockDim = {static_cast<unsigned>(num_threads()), 1, 1};
+    gridDim = {static_cast<unsigned>(launch_->config.num_blocks), 1, 1};
+    running.is_seeded = core_.is_seeded();
+    enter(*first);
+    Context::switch_to(core_.context(), first->context);
+    current_fiber = nullptr;
+    running = Running{};
+}
+
+void Block::poll(Fiber& self) {
+    PollRecord& seen = self.poll;
+    if (seen.has_changed_memory || seen.hash != self.previous_poll_hash) core_.note_progress();
+    if (seen.num_loads == 0 && seen.has_read_clock) core_.note_sleeper();
+    self.previous_poll_hash = seen.hash;
+    seen.hash = 0;
+    seen.num_loads = 0;
+    seen.has_read_clock = seen.has_changed_memory = false;
+    self.state = FiberState::kPolling;
+    polling_.push_back(&self);
+    suspend(self);
+    self.wait_note = nullptr;
+}
+
+void Block::wait_barrier(Fiber& self, int num_threads) {
+    const int id = self.barrier_id;
+    if (id < 0 || id > 15) fail(self, concat("barrier id ", id, " is outside 0..15"));
+    if (num_threads <= 0 || num_threads % 32 != 0 || num_threads > this->num_threads()) {
+        fail(self, concat("barrier ", id, ": ", num_threads, " threads is no multiple of 32 within the block's ",
+                          this->num_threads()));
+    }
+    NamedBarrier& barrier = barriers_[id];
+    if (barrier.expected == 0) barrier.expected = num_threads;
+    if (barrier.expected != num_threads) {
+        fail(self, concat("barrier ", id, ": this thread expects ", num_threads, " threads, earlier ones expect ",
+                          barrier.expected));
+    }
+    if (id == 0 && num_live_ != this->num_threads()) {
+        fail(self, concat("__syncthreads, but ", this->num_threads() - num_live_, " threads have returned"));
+    }
+    core_.note_progress();
+    if (++barrier.arrived < barrier.expected) {
+        self.state = FiberState::kBarrier;
+        self.next_waiting = barrier.waiting;
+        barrier.waiting = &self;
+        suspend(self);
+        return;
+    }
+    // The list is newest first: turn it round so that threads go on in the order in which they came.
+    Fiber* in_order = nullptr;
+    for (Fiber* fiber = barrier.waiting; fiber != nullptr;) {
+        Fiber* next = std::exchange(fiber->next_waiting, in_order);
+        in_order = std::exchange(fiber, next);
+    }
+    barrier = NamedBarrier{};
+    for (Fiber* fiber = in_order; fiber != nullptr; fiber = fiber->next_waiting) make_ready(*fiber);
+}
+
+void Block::check_exit(Fiber& self) {
+    if (self.num_open_copies != 0) fail(self, "returns with bulk stores that were never committed");
+    if (self.num_groups_awaited < self.num_groups) {
+        fail(self, concat("returns with ", self.num_groups - self.num_groups_awaited,
+                          " bulk groups whose shared source may still be read: wait_group.read first"));
+    }
+    const Warp& warp = warps_[static_cast<size_t>(self.warp())];
+    for (int i = 0; i < warp.num_open; ++i) {
+        const Rendezvous& group = warp.open[i];
+        if ((group.mask >> self.lane()) & 1u) {
+            fail(self, concat("returns while lanes ", hex(group.arrived), " wait for it in ", name_of(group.op), "(",
+                              hex(group.mask), ") at ", group.file, ":", group.line));
+        }
+    }
+    if (barriers_[0].expected != 0) fail(self, "returns while other threads wait in __syncthreads");
+}
+
+void Block::finish(Fiber& self) {
+    self.state = FiberState::kExited;
+    warps_[static_cast<size_t>(self.warp())].exited |= 1u << self.lane();
+    --num_live_;
+    core_.note_progress();
+    Fiber* next = launch_->has_failed ? nullptr : pick();
+    if (next != nullptr) {
+        enter(*next);
+        Context::switch_to(self.context, next->context);
+    } else {
+        Context::switch_to(self.context, core_.context());
+    }
+    __builtin_unreachable();
+}
+
+std::string Block::where(const Fiber& fiber) const {
+    return concat(launch_->describe(), " block ", block_idx_, " warp ", fiber.warp(), " lane ", fiber.lane());
+}
+
+void Block::fail(const Fiber& self, const std::string& what) const {
+    throw KernelError(concat(where(self), ": ", what));
+}
+
+void block_barrier(int id, int num_threads, const char* file, int line) {
+    Fiber& self = running_fiber("a barrier");
+    if (running.is_seeded) perturb();
+    self.barrier_id = id;
+    self.file = file;
+    self.line = line;
+    self.block->wait_barrier(self, num_threads);
+}
+
+void perturb() {
+    Fiber& self = *current_fiber;
+    Block& block = *self.block;
+    if (!block.core().draw_yield()) return;
+    block.make_ready(self);
+    block.suspend(self);
+}
+
+void report_misaligned(const void* ptr, size_t alignment) {
+    const std::string what = concat("misaligned address ", ptr, ": ", alignment, " bytes at once");
+    if (current_fiber == nullptr) throw Error(what);
+    current_fiber->block->fail(*current_fiber, what);
+}
+
+uint64_t clock_ns() {
+    Fiber& self = running_fiber("prim::clock_ns");
+    self.poll.has_read_clock = true;
+    return self.block->core().read_clock();
+}
+
+void pause() {
+    Fiber& self = running_fiber("prim::pause");
+    self.block->poll(self);
+}
+
+void* dynamic_shared() {
+    return running_fiber("prim::dynamic_shared").block->shared().dynamic_part();
+}
+
+bool has_bulk_copy() {
+    return running_fiber("prim::has_bulk_copy").block->launch().device->has_bulk_copy;
+}
+
+void describe_wait(const char* what, int64_t detail) {
+    Fiber& self = running_fiber("simt::describe_wait");
+    self.wait_note = what;
+    self.wait_detail = detail;
+}
+
+}  // namespace deep_ep::simt

@@ -1,0 +1,151 @@
+// One running block: its fibers, warps, barriers, shared memory and bulk copies. Internal to the executor.
+//
+// A block stays on one OS thread and its fibers switch directly to one another, so nothing here is atomic.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/error.h"
+#include "device/simt/access.h"
+#include "device/simt/bulk.h"
+#include "device/simt/context.h"
+#include "device/simt/cuda_names.h"
+#include "device/simt/shared_arena.h"
+#include "device/simt/stacks.h"
+
+namespace deep_ep::simt {
+
+class Block;
+class Core;
+struct Launch;
+
+enum class FiberState : uint8_t { kReady, kPolling, kCollective, kBarrier, kExited };
+
+struct Fiber {
+    PollRecord poll;
+    uint64_t previous_poll_hash = 0;
+    Context context;
+    Block* block = nullptr;
+    const char* stack_low = nullptr;
+    int thread = 0;
+    FiberState state = FiberState::kReady;
+
+    // Warp collective or barrier that this fiber waits for or has just completed.
+    WarpOp op = WarpOp::kSync;
+    uint8_t source_lane = 0;
+    uint32_t mask = 0;
+    uint64_t exchange = 0;  // in: the value given; out: the result
+    int barrier_id = 0;
+    const char* file = "";
+    int line = 0;
+    Fiber* next_waiting = nullptr;
+
+    // Bulk groups of this thread: committed, and how many of them it has waited for.
+    int num_groups = 0;
+    int num_groups_awaited = 0;
+    int num_open_copies = 0;
+
+    const char* wait_note = nullptr;
+    int64_t wait_detail = 0;
+
+    int lane() const { return thread % 32; }
+    int warp() const { return thread / 32; }
+};
+
+// Lanes that wait for each other. Masks of one warp that are in use at the same time never overlap, hence 16 at most.
+struct Rendezvous {
+    uint32_t mask;
+    uint32_t arrived;
+    WarpOp op;
+    int line;
+    const char* file;
+};
+
+struct Warp {
+    uint32_t exited = 0;
+    int num_open = 0;
+    Rendezvous open[16];
+};
+
+struct NamedBarrier {
+    int expected = 0;  // 0: nobody waits
+    int arrived = 0;
+    Fiber* waiting = nullptr;
+};
+
+class Block {
+public:
+    Block(Core& core, int num_threads);
+    ~Block();
+
+    void start(Launch& launch, int block_idx, std::unique_ptr<StackSlab> stacks);
+    std::unique_ptr<StackSlab> stop();  // ends every fiber where it stands
+
+    // Scheduler side: runs fibers until none is ready or `quantum` resumptions have passed.
+    void run_turn(uint64_t quantum);
+    bool is_finished() const { return num_live_ == 0; }
+    void finish_copies();  // of a finished block
+
+    // Fiber side. `suspend` returns when the fiber is resumed; the caller has put it wherever it waits.
+    void make_ready(Fiber& fiber);
+    void suspend(Fiber& self);
+    void poll(Fiber& self);
+    uint64_t exchange(Fiber& self);
+    void wait_barrier(Fiber& self, int num_threads);
+    [[noreturn]] void fail(const Fiber& self, const std::string& what) const;
+    [[noreturn]] void finish(Fiber& self);
+    void check_exit(Fiber& self);
+
+    Core& core() { return core_; }
+    Launch& launch() { return *launch_; }
+    const Launch& launch() const { return *launch_; }
+    int block_idx() const { return block_idx_; }
+    int num_threads() const { return static_cast<int>(fibers_.size()); }
+    const std::vector<Fiber>& fibers() const { return fibers_; }
+    const Warp& warp(int index) const { return warps_[static_cast<size_t>(index)]; }
+    const NamedBarrier& barrier(int id) const { return barriers_[id]; }
+    SharedArena& shared() { return shared_; }
+    const SharedArena& shared() const { return shared_; }
+    BulkEngine& bulk() { return bulk_; }
+    std::string where(const Fiber& fiber) const;
+
+    uint64_t serial = 0;         // of this block among all that ever ran, for the trace
+    uint64_t stalled_until = 0;  // seeded schedules: no turn before this pass
+
+private:
+    Fiber* pick();
+    void enter(Fiber& fiber);
+    Rendezvous& join(Fiber& self);
+    void complete(Warp& warp, Rendezvous& group, Fiber& last);
+    void check_stack(const Fiber& self) const;
+
+    Core& core_;
+    Launch* launch_ = nullptr;
+    int block_idx_ = 0;
+    int num_live_ = 0;
+    uint64_t quantum_ = 0;
+    std::vector<Fiber> fibers_;
+    std::vector<Warp> warps_;
+    NamedBarrier barriers_[16];
+    std::vector<Fiber*> ready_;  // ring buffer
+    size_t ready_head_ = 0;
+    size_t num_ready_ = 0;
+    std::vector<Fiber*> polling_;
+    std::unique_ptr<StackSlab> stacks_;
+    SharedArena shared_;
+    BulkEngine bulk_;
+};
+
+extern __thread Fiber* current_fiber __attribute__((tls_model("initial-exec")));
+
+// The running fiber; an error outside kernels.
+Fiber& running_fiber(const char* primitive);
+
+const char* name_of(WarpOp op);
+
+}  // namespace deep_ep::simt

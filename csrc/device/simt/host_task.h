@@ -1,0 +1,47 @@
+// Host code of one rank on a fiber of its own (Scheduler::run_hosts). Internal to the executor.
+#pragma once
+
+#include <cstdint>
+#include <exception>
+#include <functional>
+
+#include "device/simt/context.h"
+
+namespace deep_ep::simt {
+
+class Core;
+struct DeviceState;
+
+class HostTask {
+public:
+    HostTask(Core& core, int index, const std::function<void()>& body);
+    ~HostTask();
+    HostTask(const HostTask&) = delete;
+    HostTask& operator=(const HostTask&) = delete;
+
+    static HostTask* current();
+
+    // Driver side: runs the task until it waits or ends. A waiting task looks at its condition itself.
+    void resume();
+    bool is_done() const { return is_done_; }
+    int index() const { return index_; }
+    std::exception_ptr error() const { return error_; }
+
+    // Task side: see Core::wait.
+    void yield();
+    bool wait(DeviceState& device, const std::function<bool()>& done, double timeout_s);
+
+private:
+    static void main();
+    static void switch_to(Context& from, Context& to);
+
+    Core& core_;
+    int index_;
+    const std::function<void()>& body_;
+    Context context_;
+    char* stack_ = nullptr;
+    std::exception_ptr error_;
+    bool is_done_ = false;
+};
+
+}  // namespace deep_ep::simt

@@ -1,0 +1,193 @@
+#include "device/simt/shareable.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/random.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <fstream>
+
+#include "core/error.h"
+#include "device/simt/context.h"
+
+#if defined(EP_SIMT_ASAN)
+#include <sanitizer/asan_interface.h>
+#endif
+
+namespace deep_ep::simt {
+namespace {
+
+constexpr char kMagic[8] = {'e', 'p', 's', 'i', 'm', 't', '0', '1'};
+
+struct Handle {
+    char magic[8];
+    int64_t pid;
+    int64_t fd;
+    uint64_t bytes;
+    char nonce[32];  // hexadecimal; part of the file's name, so a reused pid or fd is noticed
+    char host[64];
+};
+
+std::string random_nonce() {
+    unsigned char random[16];
+    if (getrandom(random, sizeof(random), 0) != static_cast<ssize_t>(sizeof(random))) {
+        throw TransportError(concat("getrandom: ", std::strerror(errno)));
+    }
+    std::string nonce;
+    for (unsigned char byte : random) {
+        nonce += "0123456789abcdef"[byte >> 4];
+        nonce += "0123456789abcdef"[byte & 15];
+    }
+    return nonce;
+}
+
+void* map_file(int fd, size_t bytes) {
+    void* address = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
+    return address == MAP_FAILED ? nullptr : address;
+}
+
+// Makes bytes past the end of the buffer, up to the end of its last page, an error to touch.
+void poison_tail([[maybe_unused]] void* address, [[maybe_unused]] size_t bytes, [[maybe_unused]] bool is_poisoned) {
+#if defined(EP_SIMT_ASAN)
+    char* end = static_cast<char*>(address) + bytes;
+    const size_t tail = (4096 - bytes % 4096) % 4096;
+    if (is_poisoned) {
+        ASAN_POISON_MEMORY_REGION(end, tail);
+    } else {
+        ASAN_UNPOISON_MEMORY_REGION(end, tail);
+    }
+#endif
+}
+
+Handle parse(const std::string& bytes) {
+    Handle handle;
+    if (bytes.size() != sizeof(handle) || std::memcmp(bytes.data(), kMagic, sizeof(kMagic)) != 0) {
+        throw TransportError(concat("not a handle of CPU shared memory (", bytes.size(), " bytes): do all ranks use the CPU device?"));
+    }
+    std::memcpy(&handle, bytes.data(), sizeof(handle));
+    if (std::strncmp(handle.host, host_identity().c_str(), sizeof(handle.host)) != 0) {
+        throw TransportError("the CPU shared memory belongs to another host");
+    }
+    return handle;
+}
+
+// The peer's file, verified to be the one that the handle means.
+int open_peer_file(const Handle& handle) {
+    const std::string path = concat("/proc/", handle.pid, "/fd/", handle.fd);
+    const std::string peer = concat("process ", handle.pid);
+    char target[256] = {};
+    if (readlink(path.c_str(), target, sizeof(target) - 1) < 0) {
+        const int error = errno;
+        throw TransportError(concat("cannot reach the shared memory of ", peer, ": ", std::strerror(error),
+                                    error == ENOENT ? " (has it ended, freed the memory, or another pid namespace?)"
+                                                    : " (another user, or /proc is restricted?)"));
+    }
+    if (std::string(target).find(std::string(handle.nonce, sizeof(handle.nonce))) == std::string::npos) {
+        throw TransportError(concat("the shared memory of ", peer, " is gone: its descriptor ", handle.fd,
+                                    " now is ", target));
+    }
+    const int fd = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
+    if (fd < 0) throw TransportError(concat("cannot open the shared memory of ", peer, ": ", std::strerror(errno)));
+    return fd;
+}
+
+}  // namespace
+
+std::string host_identity() {
+    static const std::string identity = [] {
+        std::string boot;
+        std::ifstream("/proc/sys/kernel/random/boot_id") >> boot;
+        char name[64] = {};
+        gethostname(name, sizeof(name) - 1);
+        return (boot + "/" + name).substr(0, sizeof(Handle::host) - 1);
+    }();
+    return identity;
+}
+
+ShareableHeap& ShareableHeap::instance() {
+    static ShareableHeap* const heap = new ShareableHeap;  // never destroyed: devices may outlive static objects
+    return *heap;
+}
+
+void* ShareableHeap::allocate(size_t bytes, std::string& handle_bytes) {
+    EP_CHECK(bytes > 0, "shareable memory of 0 bytes");
+    const std::string nonce = random_nonce();
+    const int fd = memfd_create(("deep_ep-" + nonce).c_str(), MFD_CLOEXEC);
+    if (fd < 0) throw TransportError(concat("memfd_create: ", std::strerror(errno)));
+    void* address = ftruncate(fd, static_cast<off_t>(bytes)) == 0 ? map_file(fd, bytes) : nullptr;
+    if (address == nullptr) {
+        const int error = errno;
+        ::close(fd);
+        throw TransportError(concat("cannot allocate ", bytes, " bytes of shared memory: ", std::strerror(error)));
+    }
+    poison_tail(address, bytes, true);
+    Handle handle{};
+    std::memcpy(handle.magic, kMagic, sizeof(kMagic));
+    handle.pid = getpid();
+    handle.fd = fd;
+    handle.bytes = bytes;
+    std::memcpy(handle.nonce, nonce.data(), sizeof(handle.nonce));
+    std::strncpy(handle.host, host_identity().c_str(), sizeof(handle.host) - 1);
+    handle_bytes.assign(reinterpret_cast<const char*>(&handle), sizeof(handle));
+    std::lock_guard lock(mutex_);
+    mappings_[address] = Mapping{bytes, fd, nonce, 0};
+    return address;
+}
+
+void ShareableHeap::free(void* address) {
+    std::lock_guard lock(mutex_);
+    const auto found = mappings_.find(address);
+    EP_CHECK(found != mappings_.end() && found->second.fd >= 0, "free_shareable: ", address, " was not allocated here");
+    poison_tail(address, found->second.bytes, false);
+    munmap(address, found->second.bytes);
+    ::close(found->second.fd);
+    mappings_.erase(found);
+}
+
+void* ShareableHeap::open(const std::string& handle_bytes) {
+    const Handle handle = parse(handle_bytes);
+    const std::string nonce(handle.nonce, sizeof(handle.nonce));
+    std::lock_guard lock(mutex_);
+    for (auto& [address, mapping] : mappings_) {
+        if (mapping.nonce != nonce) continue;
+        ++mapping.num_opened;
+        return address;
+    }
+    if (handle.pid == getpid()) throw TransportError("the shared memory has been freed by this process");
+    const int fd = open_peer_file(handle);
+    struct stat status {};
+    const bool has_size = fstat(fd, &status) == 0 && static_cast<uint64_t>(status.st_size) == handle.bytes;
+    void* address = has_size ? map_file(fd, handle.bytes) : nullptr;
+    const int error = errno;
+    ::close(fd);
+    if (!has_size) throw TransportError(concat("the shared memory of process ", handle.pid, " has changed its size"));
+    if (address == nullptr) {
+        throw TransportError(concat("cannot map ", handle.bytes, " bytes of process ", handle.pid, ": ",
+                                    std::strerror(error)));
+    }
+    poison_tail(address, handle.bytes, true);
+    mappings_[address] = Mapping{handle.bytes, -1, nonce, 1};
+    return address;
+}
+
+void ShareableHeap::close(void* address) {
+    std::lock_guard lock(mutex_);
+    const auto found = mappings_.find(address);
+    if (found == mappings_.end()) return;  // the owner, in this process, has freed it already
+    Mapping& mapping = found->second;
+    if (--mapping.num_opened > 0 || mapping.fd >= 0) return;
+    poison_tail(address, mapping.bytes, false);
+    munmap(address, mapping.bytes);
+    mappings_.erase(found);
+}
+
+size_t ShareableHeap::bytes_at(const void* address) const {
+    std::lock_guard lock(mutex_);
+    const auto found = mappings_.find(const_cast<void*>(address));
+    return found == mappings_.end() ? 0 : found->second.bytes;
+}
+
+}  // namespace deep_ep::simt

@@ -1,0 +1,39 @@
+// Memory that other processes of this host can map: an anonymous file (memfd) that peers reach through the owner's
+// /proc entry. Nothing has a name, so nothing is left behind when a process dies.
+#pragma once
+
+#include <cstddef>
+#include <map>
+#include <mutex>
+#include <string>
+
+namespace deep_ep::simt {
+
+class ShareableHeap {
+public:
+    // Zero-filled; the handle is plain bytes.
+    void* allocate(size_t bytes, std::string& handle);
+    void free(void* address);
+    // In the process that owns the memory this is its own address.
+    void* open(const std::string& handle);
+    void close(void* address);
+    size_t bytes_at(const void* address) const;
+
+    // All devices of a process share one: a handle may come from any of them.
+    static ShareableHeap& instance();
+
+private:
+    struct Mapping {
+        size_t bytes;
+        int fd;              // of the owner; -1: opened from a peer
+        std::string nonce;
+        int num_opened;
+    };
+    mutable std::mutex mutex_;
+    std::map<void*, Mapping> mappings_;
+};
+
+// What tells hosts apart: boot identity and host name.
+std::string host_identity();
+
+}  // namespace deep_ep::simt

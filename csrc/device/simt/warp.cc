@@ -1,0 +1,113 @@
+// Warp collectives: lanes of a mask meet, the last one computes everybody's result.
+#include "device/simt/block.h"
+#include "device/simt/core.h"
+
+namespace deep_ep::simt {
+
+const char* name_of(WarpOp op) {
+    switch (op) {
+        case WarpOp::kSync: return "__syncwarp";
+        case WarpOp::kBallot: return "__ballot_sync";
+        case WarpOp::kAny: return "__any_sync";
+        case WarpOp::kAll: return "__all_sync";
+        case WarpOp::kShuffle: return "__shfl_sync";
+        case WarpOp::kShuffleXor: return "__shfl_xor_sync";
+        case WarpOp::kShuffleUp: return "__shfl_up_sync";
+        case WarpOp::kShuffleDown: return "__shfl_down_sync";
+    }
+    return "?";
+}
+
+// The group of lanes that `self` belongs to now, checked.
+Rendezvous& Block::join(Fiber& self) {
+    Warp& warp = warps_[static_cast<size_t>(self.warp())];
+    const uint32_t mask = self.mask;
+    if (((mask >> self.lane()) & 1u) == 0) {
+        fail(self, concat(name_of(self.op), "(", hex(mask), ") at ", self.file, ":", self.line,
+                          ": the calling lane is not in the mask"));
+    }
+    if ((mask & warp.exited) != 0) {
+        fail(self, concat(name_of(self.op), "(", hex(mask), ") at ", self.file, ":", self.line, ": lanes ",
+                          hex(mask & warp.exited), " have returned"));
+    }
+    for (int i = 0; i < warp.num_open; ++i) {
+        Rendezvous& group = warp.open[i];
+        if (group.mask == mask) {
+            const bool is_same_line = group.line == self.line && group.file == self.file;
+            if (group.op != self.op || (!is_same_line && core_.options().check_call_sites)) {
+                fail(self, concat("mismatched warp collective on mask ", hex(mask), ": this lane calls ",
+                                  name_of(self.op), " at ", self.file, ":", self.line, ", lanes ", hex(group.arrived),
+                                  " wait in ", name_of(group.op), " at ", group.file, ":", group.line));
+            }
+            return group;
+        }
+        if ((group.mask & mask) != 0) {
+            fail(self, concat("overlapping masks: ", name_of(self.op), "(", hex(mask), ") at ", self.file, ":",
+                              self.line, " while lanes ", hex(group.arrived), " wait in ", name_of(group.op), "(",
+                              hex(group.mask), ") at ", group.file, ":", group.line));
+        }
+    }
+    Rendezvous& group = warp.open[warp.num_open++];
+    group = Rendezvous{mask, 0, self.op, self.line, self.file};
+    return group;
+}
+
+uint64_t Block::exchange(Fiber& self) {
+    Rendezvous& group = join(self);
+    group.arrived |= 1u << self.lane();
+    core_.note_progress();
+    if (group.arrived != group.mask) {
+        self.state = FiberState::kCollective;
+        suspend(self);
+        return self.exchange;
+    }
+    complete(warps_[static_cast<size_t>(self.warp())], group, self);
+    return self.exchange;
+}
+
+void Block::complete(Warp& warp, Rendezvous& group, Fiber& last) {
+    const uint32_t mask = group.mask;
+    const WarpOp op = group.op;
+    group = warp.open[--warp.num_open];
+    Fiber* const lanes = &fibers_[static_cast<size_t>(last.warp()) * 32];
+    if (op == WarpOp::kBallot || op == WarpOp::kAny || op == WarpOp::kAll) {
+        uint64_t ballot = 0;
+        for (uint32_t rest = mask; rest != 0; rest &= rest - 1) {
+            const int lane = __builtin_ctz(rest);
+            ballot |= (lanes[lane].exchange & 1u) << lane;
+        }
+        for (uint32_t rest = mask; rest != 0; rest &= rest - 1) lanes[__builtin_ctz(rest)].exchange = ballot;
+    } else if (op != WarpOp::kSync) {
+        uint64_t given[32];
+        for (uint32_t rest = mask; rest != 0; rest &= rest - 1) {
+            const int lane = __builtin_ctz(rest);
+            given[lane] = lanes[lane].exchange;
+        }
+        for (uint32_t rest = mask; rest != 0; rest &= rest - 1) {
+            Fiber& fiber = lanes[__builtin_ctz(rest)];
+            if (((mask >> fiber.source_lane) & 1u) == 0) {
+                fail(fiber, concat(name_of(op), "(", hex(mask), ") at ", fiber.file, ":", fiber.line, " reads lane ",
+                                   static_cast<int>(fiber.source_lane), ", which is not in the mask"));
+            }
+            fiber.exchange = given[fiber.source_lane];
+        }
+    }
+    for (uint32_t rest = mask; rest != 0; rest &= rest - 1) {
+        Fiber& fiber = lanes[__builtin_ctz(rest)];
+        if (&fiber != &last) make_ready(fiber);
+    }
+}
+
+uint64_t warp_exchange(WarpOp op, uint32_t mask, uint64_t value, unsigned source_lane, const char* file, int line) {
+    Fiber& self = running_fiber(name_of(op));
+    if (running.is_seeded) perturb();
+    self.op = op;
+    self.mask = mask;
+    self.exchange = value;
+    self.source_lane = static_cast<uint8_t>(source_lane);
+    self.file = file;
+    self.line = line;
+    return self.block->exchange(self);
+}
+
+}  // namespace deep_ep::simt
