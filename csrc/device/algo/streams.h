@@ -38,7 +38,7 @@ EP_DEVICE RowStream deal_stream(int warp, int num_warps, int rank, int num_ranks
 template <class Test, class Serve>
 EP_DEVICE bool serve_streams(const Watch& watch, layout::Stage stage, RowStream stream, const Test& test,
                              const Serve& serve) {
-    constexpr int kPollsBetweenChecks = 64;
+    constexpr int kPollsBetweenChecks = 16;
     uint64_t start_ns = 0;
     for (int polls = 0;;) {
         const bool has_row = stream.next < stream.count;

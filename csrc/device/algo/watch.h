@@ -90,7 +90,7 @@ EP_DEVICE bool may_go_on(const Watch& watch, WaitSite site, uint64_t start_ns, u
 // This thread waits until *flag >= expected, with acquire at system scope; other lanes of its warp may touch what the
 // flag guards only after a __syncwarp(). False: the wait failed.
 EP_DEVICE bool wait_at_least(const Watch& watch, WaitSite site, const uint64_t* flag, uint64_t expected) {
-    constexpr int kPollsBetweenChecks = 64;
+    constexpr int kPollsBetweenChecks = 16;
     uint64_t start_ns = 0;
     for (int polls = 0;; ++polls) {
         const uint64_t seen = prim::load<prim::Order::kAcquire, prim::Scope::kSys>(flag);
