@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,21 +19,19 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.install import install
 
 ROOT = Path(__file__).resolve().parent
-BASE_VERSION = '1.3.0.dev0'
 STUB = 'deep_ep_cpp.pyi'
 
 
 def find_version() -> str:
     """`1.3.0.dev0+abc1234` in a checkout; what the archive says in an unpacked source archive."""
+    base = re.search(r'__version__ = "(.+)"', (ROOT / 'deep_ep' / 'version.py').read_text()).group(1)
     if (ROOT / '.git').exists():
         command = ['git', 'rev-parse', '--short=7', 'HEAD']
         found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        return f'{BASE_VERSION}+{found.stdout.strip()}' if found.returncode == 0 else BASE_VERSION
+        return f'{base}+{found.stdout.strip()}' if found.returncode == 0 else base
     info = ROOT / 'PKG-INFO'
-    for line in info.read_text().splitlines() if info.exists() else []:
-        if line.startswith('Version: '):
-            return line.removeprefix('Version: ')
-    return BASE_VERSION
+    archived = re.search(r'^Version: (.+)$', info.read_text(), re.M) if info.exists() else None
+    return archived.group(1) if archived else base
 
 
 def find_tool(name: str, bin_dir_name: str) -> str | None:

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "core/config.h"
+#include "runtime/config.h"
 #include "core/error.h"
 #include "layout/intranode.h"
 
