@@ -1,8 +1,11 @@
 """Building a Buffer together: every step is gathered, so that one rank's failure is an exception on all of them."""
 
+import atexit
+import ctypes
 import dataclasses
 import logging
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Callable, Optional, TypeVar
@@ -18,6 +21,7 @@ from deep_ep._topology import Place, Topology, find_topology, this_place
 from deep_ep.version import __version__
 
 T = TypeVar("T")
+EXIT_TIMEOUT_S = 2.0
 logger = logging.getLogger("deep_ep")
 
 
@@ -108,14 +112,13 @@ class Session:
         self._is_closed = False
         if isinstance(streams, _streams.HostStreams):
             streams.check = self.raise_failure
+        _LIVE.add(self)
 
     def raise_failure(self) -> None:
-        """Raises the first failure of this Buffer again, if there was one, and logs what waits for long."""
+        """Raises the first failure of this Buffer, again and again, if there was one."""
         if self._is_closed:
             raise Error("this Buffer was destroyed")
         self.runtime.check()
-        for sentence in self.runtime.take_warnings():
-            logger.warning("%s", sentence)
 
     def close(self, timeout_s: float) -> None:
         """Idempotent, bounded by about `timeout_s`, raises nothing."""
@@ -123,16 +126,46 @@ class Session:
             return
         self._is_closed = True
         deadline = time.monotonic() + timeout_s
-        _attempt(lambda: self.streams.drain(timeout_s))
+        if self._release(timeout_s, deadline):
+            return
+        # Kernels that still wait for a peer use this memory; they end by their own deadline.
+        _LINGERING.append(self)
+
+    def _release(self, timeout_s: float, deadline: float) -> bool:
+        if not _attempt(lambda: self.streams.drain(timeout_s)):
+            return False
         _attempt(lambda: self.runtime.destroy(max(0.0, deadline - time.monotonic())))
         _attempt(self.streams.close)
+        return True
 
 
-def _attempt(step: Callable[[], object]) -> None:
+# Sessions that somebody uses, and those that were closed while a kernel of theirs still ran.
+_LIVE: weakref.WeakSet[Session] = weakref.WeakSet()
+_LINGERING: list[Session] = []
+
+
+def release_lingering(timeout_s: float = 0.0) -> None:
+    """Tries again to release destroyed Buffers whose kernels had not ended."""
+    deadline = time.monotonic() + timeout_s
+    _LINGERING[:] = [session for session in _LINGERING if not session._release(timeout_s, deadline)]
+
+
+@atexit.register
+def _release_at_exit() -> None:
+    for session in list(_LIVE):
+        session.close(0.0)
+    release_lingering(EXIT_TIMEOUT_S)
+    for session in _LINGERING:
+        # Its destructor would free memory that a kernel still uses. The system takes the memory back in a moment.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session.runtime))
+
+
+def _attempt(step: Callable[[], Any]) -> Any:
     try:
-        step()
+        return step()
     except Exception as error:  # noqa: BLE001 - nothing can be done about it while releasing, and the rest must follow
         logger.debug("releasing a Buffer: %s", error)
+        return None
 
 
 def _raise_differences(facts: Sequence[Agreed]) -> None:
@@ -161,6 +194,7 @@ def build_session(peers: Peers, request: Request) -> Session:
 
     def describe() -> tuple[Agreed, Place]:
         request.check()
+        release_lingering()
         opened.append(_streams.open_streams())
         facts = Agreed(request.num_nvl_bytes, request.num_rdma_bytes, request.low_latency_mode, request.enable_shrink,
                        opened[0].kind, deep_ep_cpp.topk_idx_bits())

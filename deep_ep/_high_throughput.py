@@ -281,4 +281,5 @@ def _send_rows(session: Session, rows: torch.Tensor, scales: Optional[torch.Tens
                              8 if topk_idx is None else topk_idx.element_size(), num_experts,
                              _ptr(handle.rank_prefix_matrix), _ptr(handle.send_head), _ptr(outputs.x),
                              _ptr(outputs.scales), _ptr(outputs.topk_idx), _ptr(outputs.topk_weights),
-                             _ptr(recv_src_idx), outputs.x.shape[0], is_worst_case, num_sms, operation.stream)
+                             _ptr(recv_src_idx), outputs.x.shape[0], is_worst_case, routing is None, num_sms,
+                             operation.stream)

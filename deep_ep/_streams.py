@@ -7,7 +7,6 @@ comm stream belongs to the native executor.
 
 import contextlib
 import functools
-import os
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -23,18 +22,10 @@ CPU_DEVICE_INDEX = -1
 COMM_STREAM_PRIORITY = -1
 
 
-def requested_device() -> str:
-    """The value of DEEP_EP_DEVICE: 'cpu', 'cuda' or '' (choose)."""
-    value = os.environ.get("DEEP_EP_DEVICE", "").strip().lower()
-    if value not in ("", "cpu", "cuda"):
-        raise ValueError(f"DEEP_EP_DEVICE must be 'cpu' or 'cuda', got {value!r}")
-    return value
-
-
 @functools.cache
 def device_choice() -> tuple[str, str]:
     """('cuda' or 'cpu', why), decided once per process."""
-    requested = requested_device()
+    requested = deep_ep_cpp.get_environment()["device"]
     if requested == "cpu":
         return "cpu", "DEEP_EP_DEVICE=cpu"
     obstacle = ""
@@ -150,7 +141,7 @@ class Streams:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Called once, after `drain` and after the native Buffer is gone."""
+        """Called once, when the comm stream is idle and the native Buffer is gone."""
 
 
 class CudaStreams(Streams):
@@ -218,7 +209,6 @@ class HostStreams(Streams):
         self.comm_stream = self.native.create_stream()
         self.check: Callable[[], None] = _no_check
         self._in_flight: deque[HostEvent] = deque()
-        self._is_idle = True
 
     def operation(self, previous: RecordedEvent, is_async: bool, on_comm_stream: bool) -> Operation:  # noqa: ARG002
         return _HostOperation(self, previous, is_async)
@@ -236,17 +226,12 @@ class HostStreams(Streams):
         self.check()
 
     def drain(self, timeout_s: float) -> bool:
-        self._is_idle = _poll(self.record(()).is_complete, timeout_s)
-        return self._is_idle
+        return _poll(self.record(()).is_complete, timeout_s)
 
     def close(self) -> None:
         self.check = _no_check
-        if self._is_idle:
-            self._in_flight.clear()
-            self.native.destroy_stream(self.comm_stream)
-        else:
-            # A kernel that did not stop in time may still touch these tensors: losing them is the safe choice.
-            _ABANDONED.append(self)
+        self._in_flight.clear()
+        self.native.destroy_stream(self.comm_stream)
 
 
 class _HostOperation(Operation):
@@ -282,9 +267,6 @@ def open_streams() -> Streams:
     if device_choice()[0] == "cuda":
         return CudaStreams(torch.cuda.current_device())
     return HostStreams()
-
-
-_ABANDONED: list[HostStreams] = []
 
 
 def _no_check() -> None:

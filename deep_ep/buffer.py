@@ -92,7 +92,7 @@ class Buffer:
             `Get_rank`, `Get_size` and `allgather`).
         num_nvl_bytes: bytes for dispatch and combine, a multiple of 128; see `Config.get_nvl_buffer_size_hint`.
         num_rdma_bytes: bytes of the zero-filled RDMA region, a multiple of 128.
-        timeout_s: seconds after which a wait for a peer gives up (None: DEEP_EP_TIMEOUT_S, see docs/errors.md).
+        timeout_s: seconds after which a wait for a peer gives up (None: DEEP_EP_TIMEOUT_SECS, see docs/errors.md).
 
         Raises ValueError or TypeError for a bad argument, and deep_ep.Error when another rank failed: no rank hangs.
         """

@@ -84,7 +84,7 @@ def check_nvlink_connections(group: dist.ProcessGroup) -> None:
     if group.size() > 2:
         raise Error(f"check_nvlink_connections: a bridge joins two PCIe GPUs, but the group has {group.size()} ranks")
     try:
-        import pynvml  # type: ignore[import-not-found,unused-ignore]  # noqa: PLC0415 - rarely needed
+        import pynvml  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
         raise Error("check_nvlink_connections needs pynvml (pip install nvidia-ml-py)") from error
     physical: list[Any] = [None] * group.size()

@@ -5,6 +5,7 @@ import argparse
 import shlex
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,9 +16,19 @@ from deep_ep.bench.intranode import Options, read_rows, run_worker
 from deep_ep.bench.results import Report, format_table, save
 from deep_ep.bench.routing import ROUTINGS
 
+
 # What is measured where nothing else is asked for. The CPU executor runs the same code some thousand times slower.
-CUDA_DEFAULTS = {"tokens": "4096", "hidden": 7168, "experts": 256, "repeats": 30, "num_sms": "16"}
-CPU_DEFAULTS = {"tokens": "64", "hidden": 512, "experts": 32, "repeats": 3, "num_sms": "2"}
+@dataclass(frozen=True)
+class Defaults:
+    tokens: int
+    hidden: int
+    experts: int
+    repeats: int
+    num_sms: int
+
+
+CUDA_DEFAULTS = Defaults(tokens=4096, hidden=7168, experts=256, repeats=30, num_sms=16)
+CPU_DEFAULTS = Defaults(tokens=64, hidden=512, experts=32, repeats=3, num_sms=2)
 
 
 def int_list(text: str) -> list[int]:
@@ -76,20 +87,32 @@ def choose_device(wanted: str) -> str:
 def make_options(args: argparse.Namespace, is_cuda: bool) -> Options:
     defaults = CUDA_DEFAULTS if is_cuda else CPU_DEFAULTS
     num_ranks = args.num_processes or (torch.cuda.device_count() if is_cuda else 2)
-    num_experts = args.experts or int(defaults["experts"])
+    num_experts = args.experts or defaults.experts
     return Options(num_ranks=num_ranks,
                    is_cuda=is_cuda,
-                   num_tokens=args.tokens or int_list(str(defaults["tokens"])),
-                   hidden=args.hidden or int(defaults["hidden"]),
+                   num_tokens=args.tokens or [defaults.tokens],
+                   hidden=args.hidden or defaults.hidden,
                    num_topk=args.topk,
                    num_experts=(num_experts + num_ranks - 1) // num_ranks * num_ranks,
                    routings=args.routing,
-                   num_sms=args.num_sms or int_list(str(defaults["num_sms"])),
+                   num_sms=args.num_sms or [defaults.num_sms],
                    num_warmups=args.warmups if is_cuda else min(args.warmups, 1),
-                   num_repeats=args.repeats or int(defaults["repeats"]),
+                   num_repeats=args.repeats or defaults.repeats,
                    num_sets=args.input_sets,
                    seed=args.seed,
                    with_graphs=args.graphs and is_cuda)
+
+
+def command_of(arguments: list[str]) -> str:
+    """What to type to measure the same again: without where the figures of this run went."""
+    kept: list[str] = []
+    skips_value = False
+    for argument in arguments:
+        is_value = skips_value and not argument.startswith("-")
+        skips_value = argument in ("--save", "--commit")
+        if not is_value and not argument.startswith(("--save", "--commit")):
+            kept.append(argument)
+    return shlex.join(["python", "-m", "deep_ep.bench", *kept])
 
 
 def main(arguments: list[str]) -> int:
@@ -98,10 +121,13 @@ def main(arguments: list[str]) -> int:
     _env.set_device(device)  # for the ranks
     options = make_options(args, device == "cuda")
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(run_worker, args=(options, folder), nprocs=options.num_ranks)
+        torch.multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]
+            run_worker,
+            args=(options, folder),
+            nprocs=options.num_ranks)
         rows = read_rows(folder)
     report = Report(benchmark=args.benchmark,
-                    command=shlex.join(["python", "-m", "deep_ep.bench", *arguments]),
+                    command=command_of(arguments),
                     device=device,
                     num_ranks=options.num_ranks,
                     num_devices=min(options.num_ranks, torch.cuda.device_count()) if options.is_cuda else 0,

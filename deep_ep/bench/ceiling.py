@@ -1,6 +1,9 @@
 """The wire ceiling: what the links of this machine carry when every rank writes to all its peers at once."""
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -40,19 +43,19 @@ def measure_ceilings(group: dist.ProcessGroup, timer: Timer, sms: list[int], is_
     bytes_per_peer = CUDA_BYTES_PER_PEER if is_cuda else CPU_BYTES_PER_PEER
     # A Buffer of its own: a larger one for the operations would change what is measured there.
     with Buffer(group, num_ranks * bytes_per_peer) as buffer:
-        runtime = buffer.runtime
+        runtime: Any = buffer.runtime
         if is_cuda:
             # Zeros move faster than data on some machines.
             buffer.get_local_buffer_tensor(torch.uint8).random_(0, 256)
         stream = PushStream(is_cuda)
 
-        def push(num_sms: int) -> None:
+        def push(num_sms: int, _: int) -> None:
             runtime.bench_push(bytes_per_peer, num_sms, stream.address)
             stream.finish_call()
 
         ceilings = {}
         for num_sms in sms:
-            samples = timer.chained(lambda _, num_sms=num_sms: push(num_sms), NUM_WARMUPS, NUM_REPEATS)
+            samples = timer.chained(partial(push, num_sms), NUM_WARMUPS, NUM_REPEATS)
             ceilings[num_sms] = (num_ranks - 1) * bytes_per_peer / median(samples) / 1e3
         if is_cuda:
             torch.cuda.synchronize()

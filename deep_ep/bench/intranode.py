@@ -25,7 +25,7 @@ from deep_ep.bench.routing import (
 from deep_ep.bench.timing import Call, Timer, median, percentile
 
 try:
-    from tqdm import tqdm
+    from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 except ImportError:
     tqdm = None
 
@@ -74,13 +74,13 @@ class Workload:
         torch.manual_seed(options.seed * 1000 + buffer.rank)
         sizes = (shape.num_tokens, shape.hidden)
         self.topk_idx = choose_experts(shape, buffer.rank, options.seed).to(device)
-        self._routing = self._make_routing(device)
+        self._routing: dict[str, Any] = self._make_routing(device)
         self._bf16 = [torch.randn(sizes, dtype=torch.bfloat16, device=device) for _ in range(options.num_sets)]
         self.num_scales = (shape.hidden + SCALE_BLOCK - 1) // SCALE_BLOCK
         scales = torch.rand((shape.num_tokens, self.num_scales), device=device)
         self._fp8 = [(x.to(torch.float8_e4m3fn), scales) for x in self._bf16]
 
-    def _make_routing(self, device: torch.device) -> dict[str, torch.Tensor]:
+    def _make_routing(self, device: torch.device) -> dict[str, Any]:
         per_rank, _, per_expert, is_in_rank, _ = self._buffer.get_dispatch_layout(self.topk_idx, self.shape.num_experts)
         return {
             "num_tokens_per_rank": per_rank,
@@ -95,9 +95,11 @@ class Workload:
         Buffer.set_num_sms(num_sms)
         dispatch_config = Buffer.get_dispatch_config(self.shape.num_ranks)
         yield Operation("layout", self._layout, 0, 0, is_capturable=True)
-        payloads = {"BF16": (self._bf16, 2 * self.shape.hidden),
-                    "FP8": (self._fp8, self.shape.hidden + 4 * self.num_scales)}  # yapf: disable
-        for name, (inputs, row_bytes) in payloads.items():
+        payloads: list[tuple[str, list[Any], int]] = [
+            ("BF16", self._bf16, 2 * self.shape.hidden),
+            ("FP8", self._fp8, self.shape.hidden + 4 * self.num_scales),
+        ]
+        for name, inputs, row_bytes in payloads:
             yield from self._dispatches(name, inputs, row_bytes, dispatch_config, num_sms)
         yield self._combine(dispatch_config, num_sms)
 
@@ -219,7 +221,8 @@ def show_progress(items: list[T], is_shown: bool) -> Iterable[T]:
     """A progress bar over a sweep, on one rank, where tqdm is installed (pip install deep_ep[bench])."""
     if tqdm is None or not is_shown or len(items) < 2:
         return items
-    return tqdm(items, unit="case")
+    bar: Iterable[T] = tqdm(items, unit="case")
+    return bar
 
 
 def run_worker(rank: int, options: Options, folder: str) -> None:
@@ -228,8 +231,8 @@ def run_worker(rank: int, options: Options, folder: str) -> None:
     if options.is_cuda:
         device = torch.device("cuda", rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    store = dist.FileStore(str(Path(folder) / "store"), options.num_ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=options.num_ranks, timeout=GROUP_TIMEOUT)
+    store = (Path(folder) / "store").as_uri()
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=options.num_ranks, timeout=GROUP_TIMEOUT)
     group = dist.new_group()
     try:
         rows = IntranodeBenchmark(group, options, device).run()

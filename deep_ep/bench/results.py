@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -66,16 +66,17 @@ class Report:
         return found
 
     def to_json(self, commit: str) -> dict[str, Any]:
-        rows = [
-            asdict(row) | {
-                "remote_gb_per_s": round(row.remote_gb_per_s, 2),
-                "share_of_ceiling": round(row.share_of_ceiling, 4)
-            } for row in self.rows
-        ]
+        rows = [{
+            name: round(value, 2) if isinstance(value, float) else value
+            for name, value in asdict(row).items()
+        } | {
+            "remote_gb_per_s": round(row.remote_gb_per_s, 2),
+            "share_of_ceiling": round(row.share_of_ceiling, 4)
+        } for row in self.rows]
         return {
             "format": FORMAT_VERSION,
             "benchmark": self.benchmark,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "commit": commit or find_commit(),
             "command": self.command,
             "machine": describe_machine(self.device),

@@ -4,6 +4,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ import torch.distributed as dist
 # Later than the slowest rank leaves a barrier, so that all ranks can meet at a moment instead.
 START_MARGIN_S = 0.5e-3
 
+Mark = Any  # torch.cuda.Event, or seconds
 Call = Callable[[int], object]
 
 
@@ -58,20 +60,18 @@ class Timer:
         while time.monotonic() < float(start) + START_MARGIN_S:
             pass
 
-    def _mark(self) -> torch.cuda.Event | float:
+    def _mark(self) -> Mark:
         if not self._is_cuda:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event: Mark = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
-    def _differences(self, starts: list[torch.cuda.Event | float], ends: list[torch.cuda.Event | float]) -> list[float]:
-        if self._is_cuda:
-            torch.cuda.synchronize()
-        return [
-            start.elapsed_time(end) * 1e3 if isinstance(start, torch.cuda.Event) else (end - start) * 1e6
-            for start, end in zip(starts, ends)
-        ]
+    def _differences(self, starts: list[Mark], ends: list[Mark]) -> list[float]:
+        if not self._is_cuda:
+            return [(end - start) * 1e6 for start, end in zip(starts, ends)]
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) * 1e3 for start, end in zip(starts, ends)]
 
     def _slowest(self, samples_us: list[float]) -> list[float]:
         """Of every repeat, the slowest rank."""

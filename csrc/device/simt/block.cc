@@ -36,13 +36,13 @@ void fiber_main() {
 
 }  // namespace
 
-Fiber& running_fiber(const char* primitive) {
-    if (current_fiber == nullptr) throw Error(concat(primitive, " was called outside a kernel"));
-    return *current_fiber;
+void report_outside_kernel(const char* primitive) {
+    throw Error(concat(primitive, " was called outside a kernel"));
 }
 
 Block::Block(Core& core, int num_threads)
     : core_(core),
+      drive_(core.drive()),
       fibers_(static_cast<size_t>(num_threads)),
       warps_(static_cast<size_t>(num_threads) / 32),
       ready_(ring_capacity(num_threads)),
@@ -80,55 +80,14 @@ std::unique_ptr<StackSlab> Block::stop() {
     return std::move(stacks_);
 }
 
-void Block::make_ready(Fiber& fiber) {
-    fiber.state = FiberState::kReady;
-    ready_[(ready_head_ + num_ready_) & (ready_.size() - 1)] = &fiber;
-    ++num_ready_;
+void Block::fail_stack(const Fiber& self) const {
+    fail(self, concat("stack overflow: a fiber has ", stacks_->stack_bytes(),
+                      " bytes (SchedulerOptions::stack_bytes)"));
 }
 
-Fiber* Block::pick() {
-    if (num_ready_ == 0 || quantum_ == 0) return nullptr;
-    --quantum_;
-    const size_t wrap = ready_.size() - 1;
-    if (core_.is_seeded()) {
-        const size_t chosen = core_.rng().below(num_ready_);
-        std::swap(ready_[ready_head_ & wrap], ready_[(ready_head_ + chosen) & wrap]);
-    }
-    Fiber* next = ready_[ready_head_ & wrap];
-    ready_head_ = (ready_head_ + 1) & wrap;
-    --num_ready_;
-    return next;
-}
-
-// Makes `fiber` the running one; the switch of stacks follows.
-void Block::enter(Fiber& fiber) {
-    current_fiber = &fiber;
-    running.poll = &fiber.poll;
-    threadIdx = {static_cast<unsigned>(fiber.thread), 0, 0};
-    core_.trace(serial * 1024 + static_cast<uint64_t>(fiber.thread));
-}
-
-void Block::check_stack(const Fiber& self) const {
-    const auto* frame = static_cast<const char*>(__builtin_frame_address(0));
-    if (__builtin_expect(frame < self.stack_low, 0)) {
-        fail(self, concat("stack overflow: a fiber has ", stacks_->stack_bytes(),
-                          " bytes (SchedulerOptions::stack_bytes)"));
-    }
-}
-
-void Block::suspend(Fiber& self) {
-    check_stack(self);
-    Fiber* next = pick();
-    if (next == &self) {
-        core_.trace(serial * 1024 + static_cast<uint64_t>(self.thread));
-        return;
-    }
-    if (next != nullptr) {
-        enter(*next);
-        Context::switch_to(self.context, next->context);
-    } else {
-        Context::switch_to(self.context, core_.context());
-    }
+void Block::yield(Fiber& self) {
+    make_ready(self);
+    suspend(self);
 }
 
 void Block::run_turn(uint64_t quantum) {
@@ -140,17 +99,18 @@ void Block::run_turn(uint64_t quantum) {
     blockIdx = {static_cast<unsigned>(block_idx_), 0, 0};
     blockDim = {static_cast<unsigned>(num_threads()), 1, 1};
     gridDim = {static_cast<unsigned>(launch_->config.num_blocks), 1, 1};
-    running.is_seeded = core_.is_seeded();
+    running.is_seeded = drive_.is_seeded;
+    threadIdx = {};
     enter(*first);
-    Context::switch_to(core_.context(), first->context);
+    Context::switch_to(drive_.context, first->context);
     current_fiber = nullptr;
     running = Running{};
 }
 
 void Block::poll(Fiber& self) {
     PollRecord& seen = self.poll;
-    if (seen.has_changed_memory || seen.hash != self.previous_poll_hash) core_.note_progress();
-    if (seen.num_loads == 0 && seen.has_read_clock) core_.note_sleeper();
+    if (seen.has_changed_memory || seen.hash != self.previous_poll_hash) drive_.note_progress();
+    if (seen.num_loads == 0 && seen.has_read_clock) drive_.has_sleeper = true;
     self.previous_poll_hash = seen.hash;
     seen.hash = 0;
     seen.num_loads = 0;
@@ -177,7 +137,7 @@ void Block::wait_barrier(Fiber& self, int num_threads) {
     if (id == 0 && num_live_ != this->num_threads()) {
         fail(self, concat("__syncthreads, but ", this->num_threads() - num_live_, " threads have returned"));
     }
-    core_.note_progress();
+    drive_.note_progress();
     if (++barrier.arrived < barrier.expected) {
         self.state = FiberState::kBarrier;
         self.next_waiting = barrier.waiting;
@@ -216,13 +176,13 @@ void Block::finish(Fiber& self) {
     self.state = FiberState::kExited;
     warps_[static_cast<size_t>(self.warp())].exited |= 1u << self.lane();
     --num_live_;
-    core_.note_progress();
+    drive_.note_progress();
     Fiber* next = launch_->has_failed ? nullptr : pick();
     if (next != nullptr) {
         enter(*next);
         Context::switch_to(self.context, next->context);
     } else {
-        Context::switch_to(self.context, core_.context());
+        Context::switch_to(self.context, drive_.context);
     }
     __builtin_unreachable();
 }
@@ -247,9 +207,7 @@ void block_barrier(int id, int num_threads, const char* file, int line) {
 void perturb() {
     Fiber& self = *current_fiber;
     Block& block = *self.block;
-    if (!block.core().draw_yield()) return;
-    block.make_ready(self);
-    block.suspend(self);
+    if (block.drive().draw_yield()) block.yield(self);
 }
 
 void report_misaligned(const void* ptr, size_t alignment) {

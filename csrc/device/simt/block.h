@@ -8,6 +8,7 @@
 #include <exception>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/error.h"
@@ -15,6 +16,7 @@
 #include "device/simt/bulk.h"
 #include "device/simt/context.h"
 #include "device/simt/cuda_names.h"
+#include "device/simt/drive.h"
 #include "device/simt/shared_arena.h"
 #include "device/simt/stacks.h"
 
@@ -92,16 +94,17 @@ public:
     void finish_copies();  // of a finished block
 
     // Fiber side. `suspend` returns when the fiber is resumed; the caller has put it wherever it waits.
-    void make_ready(Fiber& fiber);
     void suspend(Fiber& self);
     void poll(Fiber& self);
     uint64_t exchange(Fiber& self);
     void wait_barrier(Fiber& self, int num_threads);
-    [[noreturn]] void fail(const Fiber& self, const std::string& what) const;
+    void yield(Fiber& self);
+    [[noreturn, gnu::cold]] void fail(const Fiber& self, const std::string& what) const;
     [[noreturn]] void finish(Fiber& self);
     void check_exit(Fiber& self);
 
     Core& core() { return core_; }
+    Drive& drive() { return drive_; }
     Launch& launch() { return *launch_; }
     const Launch& launch() const { return *launch_; }
     int block_idx() const { return block_idx_; }
@@ -118,13 +121,17 @@ public:
     uint64_t stalled_until = 0;  // seeded schedules: no turn before this pass
 
 private:
+    void make_ready(Fiber& fiber);
+    void make_ready_next(Fiber& fiber);  // before all others: lanes of one warp stay together in the cache
     Fiber* pick();
     void enter(Fiber& fiber);
-    Rendezvous& join(Fiber& self);
+    Rendezvous& join(Warp& warp, Fiber& self);
+    [[noreturn, gnu::cold]] void fail_exchange(const Fiber& self, const std::string& what) const;
     void complete(Warp& warp, Rendezvous& group, Fiber& last);
-    void check_stack(const Fiber& self) const;
+    [[noreturn, gnu::cold]] void fail_stack(const Fiber& self) const;
 
     Core& core_;
+    Drive& drive_;
     Launch* launch_ = nullptr;
     int block_idx_ = 0;
     int num_live_ = 0;
@@ -141,11 +148,68 @@ private:
     BulkEngine bulk_;
 };
 
-extern __thread Fiber* current_fiber __attribute__((tls_model("initial-exec")));
+extern __thread Fiber* current_fiber;
+
+[[noreturn, gnu::cold]] void report_outside_kernel(const char* primitive);
 
 // The running fiber; an error outside kernels.
-Fiber& running_fiber(const char* primitive);
+inline Fiber& running_fiber(const char* primitive) {
+    if (__builtin_expect(current_fiber == nullptr, 0)) report_outside_kernel(primitive);
+    return *current_fiber;
+}
+
+std::string hex(uint64_t value);
 
 const char* name_of(WarpOp op);
+
+// --- what happens at every switch --------------------------------------------------------------------------------
+
+inline void Block::make_ready(Fiber& fiber) {
+    fiber.state = FiberState::kReady;
+    ready_[(ready_head_ + num_ready_) & (ready_.size() - 1)] = &fiber;
+    ++num_ready_;
+}
+
+inline void Block::make_ready_next(Fiber& fiber) {
+    fiber.state = FiberState::kReady;
+    ready_head_ = (ready_head_ - 1) & (ready_.size() - 1);
+    ready_[ready_head_] = &fiber;
+    ++num_ready_;
+}
+
+inline Fiber* Block::pick() {
+    if (num_ready_ == 0 || quantum_ == 0) return nullptr;
+    --quantum_;
+    const size_t wrap = ready_.size() - 1;
+    if (drive_.is_seeded) {
+        const size_t chosen = drive_.rng.below(num_ready_);
+        std::swap(ready_[ready_head_], ready_[(ready_head_ + chosen) & wrap]);
+    }
+    Fiber* next = ready_[ready_head_];
+    ready_head_ = (ready_head_ + 1) & wrap;
+    --num_ready_;
+    return next;
+}
+
+// Makes `fiber` the running one; the switch of stacks follows.
+inline void Block::enter(Fiber& fiber) {
+    current_fiber = &fiber;
+    running.poll = &fiber.poll;
+    threadIdx.x = static_cast<unsigned>(fiber.thread);
+    drive_.note(serial * 1024 + static_cast<uint64_t>(fiber.thread));
+}
+
+inline void Block::suspend(Fiber& self) {
+    if (__builtin_expect(static_cast<const char*>(__builtin_frame_address(0)) < self.stack_low, 0)) fail_stack(self);
+    Fiber* const next = pick();
+    if (next == &self) {
+        drive_.note(serial * 1024 + static_cast<uint64_t>(self.thread));
+    } else if (next != nullptr) {
+        enter(*next);
+        Context::switch_to(self.context, next->context);
+    } else {
+        Context::switch_to(self.context, drive_.context);
+    }
+}
 
 }  // namespace deep_ep::simt

@@ -15,8 +15,8 @@ void BulkEngine::add(BulkCopy copy) {
 
 void BulkEngine::advance(size_t index) {
     BulkCopy& copy = copies_[index];
-    block_.core().note_progress();
-    block_.core().trace(0x8000000000000000ull + index);
+    block_.drive().note_progress();
+    block_.drive().note(0x8000000000000000ull + index);
     const auto* source = static_cast<const unsigned char*>(copy.src);
     if (copy.mbarrier != nullptr) {
         std::memcpy(copy.dst, source, copy.bytes);
@@ -44,7 +44,7 @@ bool BulkEngine::advance_one_late() {
 }
 
 void BulkEngine::advance_some_at_random() {
-    Random& rng = block_.core().rng();
+    Random& rng = block_.drive().rng;
     for (size_t rounds = copies_.size(); rounds > 0 && !copies_.empty(); --rounds) {
         if (rng.below(4) == 0) advance(rng.below(copies_.size()));
     }

@@ -38,7 +38,9 @@ uint64_t wall_ns() {
 
 }  // namespace
 
-Core::Core(const SchedulerOptions& options) : options_(completed(options)), rng_(options.seed) {}
+Core::Core(const SchedulerOptions& options) : options_(completed(options)), drive_(options.seed) {
+    drive_.check_call_sites = options.check_call_sites;
+}
 Core::~Core() = default;
 
 DeviceState* Core::add_device(int ordinal, bool has_bulk_copy, int max_shared_bytes) {
@@ -213,9 +215,9 @@ void Core::take_the_wheel() {
     if (driver_ == std::this_thread::get_id()) return;
     if (!blocks_.empty()) throw Error("another thread runs this scheduler's kernels; use a background thread");
     driver_ = std::this_thread::get_id();
-    context_ = Context{};
+    drive_.context = Context{};
 #if defined(EP_SIMT_TSAN)
-    context_.tsan_fiber = __tsan_get_current_fiber();
+    drive_.context.tsan_fiber = __tsan_get_current_fiber();
 #endif
 }
 

@@ -23,23 +23,6 @@
 
 namespace deep_ep::simt {
 
-std::string hex(uint64_t value);
-
-class Random {
-public:
-    explicit Random(uint64_t seed) : state_(seed) {}
-    uint64_t next() {
-        uint64_t z = (state_ += 0x9e3779b97f4a7c15ull);
-        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-        z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-        return z ^ (z >> 31);
-    }
-    uint64_t below(uint64_t bound) { return (next() >> 32) * bound >> 32; }
-
-private:
-    uint64_t state_;
-};
-
 struct DeviceState;
 struct StreamState;
 
@@ -124,21 +107,15 @@ public:
     void poll_from_host();
     void run_until_idle();
     void run_hosts(const std::vector<std::function<void()>>& hosts);
-    uint64_t trace_hash() const { return trace_; }
+    uint64_t trace_hash() const { return drive_.trace; }
     const SchedulerOptions& options() const { return options_; }
     void start_worker(const std::shared_ptr<Core>& self);
     void stop_worker();
 
     // --- driver side -----------------------------------------------------------------------------------------
     void fail_launch(Launch& launch, std::exception_ptr error);
-    void note_progress() { ++progress_; }
-    void note_sleeper() { has_sleeper_ = true; }
-    void trace(uint64_t event) { trace_ = (trace_ ^ event) * 0x100000001b3ull; }
-    bool is_seeded() const { return options_.seed != 0; }
-    bool draw_yield() { return rng_.below(4) == 0; }
     uint64_t read_clock();
-    Random& rng() { return rng_; }
-    Context& context() { return context_; }
+    Drive& drive() { return drive_; }
 
 private:
     friend class HostTask;
@@ -171,8 +148,7 @@ private:
     void worker_main();
 
     const SchedulerOptions options_;
-    Random rng_;
-    Context context_;  // of the driver
+    Drive drive_;
     std::thread::id driver_;
 
     mutable std::mutex mutex_;
@@ -189,15 +165,12 @@ private:
     StackPool stacks_;
     std::vector<HostTask*> tasks_;
 
-    uint64_t progress_ = 0;
     uint64_t num_passes_ = 0;
     uint64_t num_blocks_started_ = 0;
     int num_idle_passes_ = 0;
     int num_idle_rounds_ = 0;
     uint64_t idle_advance_ns_ = 0;
-    bool has_sleeper_ = false;
     uint64_t virtual_now_ns_ = 1'000'000'000;
-    uint64_t trace_ = 0xcbf29ce484222325ull;
     uint64_t num_deadlocks_ = 0;
     std::exception_ptr deadlock_;
 };

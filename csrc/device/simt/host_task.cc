@@ -53,21 +53,21 @@ void HostTask::main() {
         self.error_ = std::current_exception();
     }
     self.is_done_ = true;
-    self.core_.note_progress();
-    switch_to(self.context_, self.core_.context());
+    self.core_.drive_.note_progress();
+    switch_to(self.context_, self.core_.drive_.context);
     __builtin_unreachable();
 }
 
 void HostTask::resume() {
     current_task = this;
-    core_.trace(0x4000000000000000ull + static_cast<uint64_t>(index_));
-    switch_to(core_.context(), context_);
+    core_.drive_.note(0x4000000000000000ull + static_cast<uint64_t>(index_));
+    switch_to(core_.drive_.context, context_);
     current_task = nullptr;
 }
 
 void HostTask::yield() {
-    core_.note_progress();
-    switch_to(context_, core_.context());
+    core_.drive_.note_progress();
+    switch_to(context_, core_.drive_.context);
 }
 
 bool HostTask::wait(DeviceState& device, const std::function<bool()>& done, double timeout_s) {
@@ -75,12 +75,12 @@ bool HostTask::wait(DeviceState& device, const std::function<bool()>& done, doub
     const uint64_t num_deadlocks_seen = core_.num_deadlocks_;
     const uint64_t deadline_ns = timeout_s < 0 ? UINT64_MAX : core_.now_ns() + static_cast<uint64_t>(timeout_s * 1e9);
     for (;;) {
-        switch_to(context_, core_.context());
+        switch_to(context_, core_.drive_.context);
         const bool is_done = done();
         const bool is_over = core_.now_ns() >= deadline_ns;
         const bool has_failed = device.error != nullptr || core_.num_deadlocks_ != num_deadlocks_seen;
         if (!is_done && !is_over && !has_failed) continue;
-        core_.note_progress();
+        core_.drive_.note_progress();
         if (has_failed) core_.throw_error(device, num_deadlocks_seen);
         return is_done;
     }

@@ -17,8 +17,8 @@ void Core::on_idle() {
         if (is_virtual) virtual_now_ns_ += 1'000'000;
         return idle_politely();
     }
-    if (has_sleeper_ && !is_virtual) return idle_politely();
-    if (has_sleeper_ || options_.idle == IdlePolicy::kAdvanceClock) {
+    if (drive_.has_sleeper && !is_virtual) return idle_politely();
+    if (drive_.has_sleeper || options_.idle == IdlePolicy::kAdvanceClock) {
         // Further and further, so that a long timeout costs few passes; without any timeout it is a deadlock as well.
         constexpr uint64_t kFirstAdvanceNs = 10'000;
         constexpr uint64_t kLargestAdvanceNs = 1'000'000'000;
@@ -172,7 +172,7 @@ void Core::report_deadlock() {
         device->is_condemned = true;
         if (device->error == nullptr) device->error = deadlock_;
     }
-    note_progress();
+    drive_.note_progress();
 }
 
 }  // namespace deep_ep::simt

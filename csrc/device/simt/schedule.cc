@@ -49,10 +49,10 @@ void Core::check_launch(const Launch& launch) const {
 }
 
 void Core::step() {
-    const uint64_t progress_before = progress_;
-    has_sleeper_ = false;
+    const uint64_t progress_before = drive_.progress;
+    drive_.has_sleeper = false;
     run_pass(num_idle_passes_ > 0);
-    if (progress_ != progress_before) {
+    if (drive_.progress != progress_before) {
         num_idle_passes_ = num_idle_rounds_ = 0;
         idle_advance_ns_ = 0;
         return;
@@ -77,8 +77,8 @@ void Core::run_pass(bool is_full) {
 }
 
 void Core::run_blocks(bool is_full) {
-    if (is_seeded()) {
-        for (size_t i = blocks_.size(); i > 1; --i) std::swap(blocks_[i - 1], blocks_[rng_.below(i)]);
+    if (drive_.is_seeded) {
+        for (size_t i = blocks_.size(); i > 1; --i) std::swap(blocks_[i - 1], blocks_[drive_.rng.below(i)]);
     }
     for (size_t i = 0; i < blocks_.size(); ++i) {
         Block& block = *blocks_[i];
@@ -88,10 +88,10 @@ void Core::run_blocks(bool is_full) {
 
 void Core::turn(Block& block, bool is_full) {
     uint64_t quantum = UINT64_MAX;
-    if (is_seeded() && !is_full) {
-        if (block.stalled_until > num_passes_ || rng_.below(4) == 0) return;
-        if (rng_.below(64) == 0) block.stalled_until = num_passes_ + rng_.below(200);
-        quantum = 1 + rng_.below(rng_.below(2) == 0 ? 16 : 4 * static_cast<uint64_t>(block.num_threads()));
+    if (drive_.is_seeded && !is_full) {
+        if (block.stalled_until > num_passes_ || drive_.rng.below(4) == 0) return;
+        if (drive_.rng.below(64) == 0) block.stalled_until = num_passes_ + drive_.rng.below(200);
+        quantum = 1 + drive_.rng.below(drive_.rng.below(2) == 0 ? 16 : 4 * static_cast<uint64_t>(block.num_threads()));
     }
     block.run_turn(quantum);
     if (options_.bulk == BulkMode::kRandom && !block.launch().has_failed && !block.bulk().is_empty()) {
@@ -106,7 +106,7 @@ void Core::turn(Block& block, bool is_full) {
 void Core::serve_streams() {
     for (size_t i = 0; i < streams_.size(); ++i) {
         StreamState& stream = *streams_[i];
-        while (!stream.is_running && !stream.queue.empty() && serve(stream)) note_progress();
+        while (!stream.is_running && !stream.queue.empty() && serve(stream)) drive_.note_progress();
     }
     std::erase_if(streams_, [](const auto& stream) { return stream->is_destroyed && stream->queue.empty(); });
     run_deferred();
@@ -129,10 +129,10 @@ bool Core::serve(StreamState& stream) {
 
 void Core::start_launch(StreamState& stream, Launch& launch) {
     stream.is_running = true;
-    if (is_seeded()) {
+    if (drive_.is_seeded) {
         launch.order.resize(static_cast<size_t>(launch.config.num_blocks));
         std::iota(launch.order.begin(), launch.order.end(), 0);
-        for (size_t i = launch.order.size(); i > 1; --i) std::swap(launch.order[i - 1], launch.order[rng_.below(i)]);
+        for (size_t i = launch.order.size(); i > 1; --i) std::swap(launch.order[i - 1], launch.order[drive_.rng.below(i)]);
     }
     launch.device->starting.push_back(&launch);
 }
@@ -172,7 +172,7 @@ void Core::admit_block(Launch& launch) {
     block->start(launch, launch.order.empty() ? static_cast<int>(next) : launch.order[next],
                  stacks_.take(num_threads, options_.stack_bytes));
     ++launch.device->num_resident;
-    note_progress();
+    drive_.note_progress();
     blocks_.push_back(std::move(block));
 }
 
@@ -237,7 +237,7 @@ void Core::drop_operations(DeviceState& device) {
             finish_operation(*stream);
         }
     }
-    note_progress();
+    drive_.note_progress();
     run_deferred();
     work_done_.notify_all();
 }

@@ -18,34 +18,23 @@ const char* name_of(WarpOp op) {
     return "?";
 }
 
+void Block::fail_exchange(const Fiber& self, const std::string& what) const {
+    fail(self, concat(name_of(self.op), "(", hex(self.mask), ") at ", self.file, ":", self.line, ": ", what));
+}
+
 // The group of lanes that `self` belongs to now, checked.
-Rendezvous& Block::join(Fiber& self) {
-    Warp& warp = warps_[static_cast<size_t>(self.warp())];
+Rendezvous& Block::join(Warp& warp, Fiber& self) {
     const uint32_t mask = self.mask;
-    if (((mask >> self.lane()) & 1u) == 0) {
-        fail(self, concat(name_of(self.op), "(", hex(mask), ") at ", self.file, ":", self.line,
-                          ": the calling lane is not in the mask"));
-    }
-    if ((mask & warp.exited) != 0) {
-        fail(self, concat(name_of(self.op), "(", hex(mask), ") at ", self.file, ":", self.line, ": lanes ",
-                          hex(mask & warp.exited), " have returned"));
-    }
+    if (((mask >> self.lane()) & 1u) == 0) fail_exchange(self, "the calling lane is not in the mask");
+    if ((mask & warp.exited) != 0) fail_exchange(self, concat("lanes ", hex(mask & warp.exited), " have returned"));
     for (int i = 0; i < warp.num_open; ++i) {
         Rendezvous& group = warp.open[i];
-        if (group.mask == mask) {
-            const bool is_same_line = group.line == self.line && group.file == self.file;
-            if (group.op != self.op || (!is_same_line && core_.options().check_call_sites)) {
-                fail(self, concat("mismatched warp collective on mask ", hex(mask), ": this lane calls ",
-                                  name_of(self.op), " at ", self.file, ":", self.line, ", lanes ", hex(group.arrived),
-                                  " wait in ", name_of(group.op), " at ", group.file, ":", group.line));
-            }
-            return group;
-        }
-        if ((group.mask & mask) != 0) {
-            fail(self, concat("overlapping masks: ", name_of(self.op), "(", hex(mask), ") at ", self.file, ":",
-                              self.line, " while lanes ", hex(group.arrived), " wait in ", name_of(group.op), "(",
-                              hex(group.mask), ") at ", group.file, ":", group.line));
-        }
+        if ((group.mask & mask) == 0) continue;
+        const bool is_same_line = group.line == self.line && group.file == self.file;
+        if (group.mask == mask && group.op == self.op && (is_same_line || !drive_.check_call_sites)) return group;
+        fail_exchange(self, concat(group.mask == mask ? "mismatched warp collective" : "overlapping masks", ": lanes ",
+                                   hex(group.arrived), " wait in ", name_of(group.op), "(", hex(group.mask), ") at ",
+                                   group.file, ":", group.line));
     }
     Rendezvous& group = warp.open[warp.num_open++];
     group = Rendezvous{mask, 0, self.op, self.line, self.file};
@@ -53,15 +42,20 @@ Rendezvous& Block::join(Fiber& self) {
 }
 
 uint64_t Block::exchange(Fiber& self) {
-    Rendezvous& group = join(self);
-    group.arrived |= 1u << self.lane();
-    core_.note_progress();
-    if (group.arrived != group.mask) {
+    Warp& warp = warps_[static_cast<size_t>(self.warp())];
+    const uint32_t lane_bit = 1u << self.lane();
+    Rendezvous* group = &warp.open[0];
+    const bool is_usual = warp.num_open == 1 && group->mask == self.mask && group->op == self.op &&
+                          group->line == self.line && group->file == self.file && (self.mask & lane_bit) != 0;
+    if (!is_usual) group = &join(warp, self);
+    group->arrived |= lane_bit;
+    drive_.note_progress();
+    if (group->arrived != group->mask) {
         self.state = FiberState::kCollective;
         suspend(self);
-        return self.exchange;
+    } else {
+        complete(warp, *group, self);
     }
-    complete(warps_[static_cast<size_t>(self.warp())], group, self);
     return self.exchange;
 }
 
@@ -86,20 +80,21 @@ void Block::complete(Warp& warp, Rendezvous& group, Fiber& last) {
         for (uint32_t rest = mask; rest != 0; rest &= rest - 1) {
             Fiber& fiber = lanes[__builtin_ctz(rest)];
             if (((mask >> fiber.source_lane) & 1u) == 0) {
-                fail(fiber, concat(name_of(op), "(", hex(mask), ") at ", fiber.file, ":", fiber.line, " reads lane ",
-                                   static_cast<int>(fiber.source_lane), ", which is not in the mask"));
+                fail_exchange(fiber, concat("reads lane ", static_cast<int>(fiber.source_lane),
+                                            ", which is not in the mask"));
             }
             fiber.exchange = given[fiber.source_lane];
         }
     }
-    for (uint32_t rest = mask; rest != 0; rest &= rest - 1) {
-        Fiber& fiber = lanes[__builtin_ctz(rest)];
-        if (&fiber != &last) make_ready(fiber);
+    for (uint32_t rest = mask & ~(1u << last.lane()); rest != 0;) {
+        const int lane = 31 - __builtin_clz(rest);
+        make_ready_next(lanes[lane]);
+        rest ^= 1u << lane;
     }
 }
 
 uint64_t warp_exchange(WarpOp op, uint32_t mask, uint64_t value, unsigned source_lane, const char* file, int line) {
-    Fiber& self = running_fiber(name_of(op));
+    Fiber& self = running_fiber("a warp collective");
     if (running.is_seeded) perturb();
     self.op = op;
     self.mask = mask;

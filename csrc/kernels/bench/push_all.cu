@@ -21,18 +21,20 @@ struct Kernel {
     static constexpr int kMaxThreads = kNumThreads;
 
     // All threads of the block.
-    static EP_DEVICE void copy_chunk(prim::Vec16* destination, const prim::Vec16* source, int64_t num_vecs) {
+    static EP_DEVICE void copy_chunk(prim::Vec16* destination, const prim::Vec16* source) {
         prim::Vec16 held[kUnroll];
 #pragma unroll
-        for (int i = 0; i < kUnroll; ++i) {
-            const int64_t idx = i * kNumThreads + static_cast<int>(threadIdx.x);
-            if (idx < num_vecs) held[i] = prim::load_input(source + idx);
-        }
+        for (int i = 0; i < kUnroll; ++i)
+            held[i] = prim::load_input(source + i * kNumThreads + static_cast<int>(threadIdx.x));
 #pragma unroll
-        for (int i = 0; i < kUnroll; ++i) {
-            const int64_t idx = i * kNumThreads + static_cast<int>(threadIdx.x);
-            if (idx < num_vecs) prim::store_streaming(destination + idx, held[i]);
-        }
+        for (int i = 0; i < kUnroll; ++i)
+            prim::store_streaming(destination + i * kNumThreads + static_cast<int>(threadIdx.x), held[i]);
+    }
+
+    // The last chunk of a part, which may be a short one.
+    static EP_DEVICE void copy_rest(prim::Vec16* destination, const prim::Vec16* source, int64_t num_vecs) {
+        for (int64_t i = threadIdx.x; i < num_vecs; i += kNumThreads)
+            prim::store_streaming(destination + i, prim::load_input(source + i));
     }
 
     static EP_DEVICE prim::Vec16* part_of(const Params& p, int owner) {
@@ -49,7 +51,12 @@ struct Kernel {
             const int peer_idx = static_cast<int>(item % num_peers);
             const int peer = (p.heap.rank + 1 + peer_idx) % p.heap.num_ranks;
             const int64_t first = item / num_peers * kChunkVecs;
-            copy_chunk(part_of(p, peer) + first, source + first, num_vecs - first);
+            prim::Vec16* destination = part_of(p, peer) + first;
+            if (num_vecs - first >= kChunkVecs) {
+                copy_chunk(destination, source + first);
+            } else {
+                copy_rest(destination, source + first, num_vecs - first);
+            }
         }
     }
 };
