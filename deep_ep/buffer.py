@@ -306,7 +306,7 @@ class Buffer:
             config = default(self.group_size)
         if not isinstance(config, Config):
             raise TypeError(f"config must be a deep_ep.Config, got {type(config).__name__}")
-        return config.num_sms
+        return self._require_session().num_sms_override or config.num_sms
 
     def internode_dispatch(self,
                            x: _high_throughput.Payload,
