@@ -67,6 +67,10 @@ class Flight:
         assert (event.event is not None) == self.how.is_async, "an event exactly when asynchronous"
         if self.how.is_async:
             event.current_stream_wait()
+        if self.device.type == "cuda":
+            # The host has not waited for the kernel: only now can its failure be known.
+            torch.cuda.current_stream().synchronize()
+            self.buffer.check()
 
     def payload(self) -> Any:
         x = self.mine.x.to(self.device)
