@@ -116,6 +116,8 @@ def command_of(arguments: list[str]) -> str:
 
 
 def main(arguments: list[str]) -> int:
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        arguments = ["intranode", *arguments]
     args = build_parser().parse_args(arguments)
     device = choose_device(args.device)
     _env.set_device(device)  # for the ranks

@@ -15,10 +15,8 @@ bool is_sticky(cudaError_t error) {
         case cudaErrorMisalignedAddress:
         case cudaErrorInvalidAddressSpace:
         case cudaErrorInvalidPc:
-        case cudaErrorECCUncorrectable:
-            return true;
-        default:
-            return false;
+        case cudaErrorECCUncorrectable: return true;
+        default: return false;
     }
 }
 

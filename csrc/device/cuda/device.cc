@@ -22,9 +22,7 @@ namespace {
 // are shared, so that peers see nothing else and the offset into the mapping is zero.
 constexpr size_t kShareableGranularity = size_t{2} << 20;
 
-size_t round_up(size_t value, size_t multiple) {
-    return (value + multiple - 1) / multiple * multiple;
-}
+size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // A failed release is an error, unless the process is ending and the driver has gone first.
 void check_release(cudaError_t error, const char* what, int line) {

@@ -67,8 +67,7 @@ DeviceGuard::DeviceGuard(int index) {
     if (current == index) return;
     const CUresult result = driver().push_current(primary_context(index));
     if (result != CUDA_SUCCESS) {
-        throw CudaError(
-            concat("cannot make CUDA device ", index, " current: driver error ", static_cast<int>(result)));
+        throw CudaError(concat("cannot make CUDA device ", index, " current: driver error ", static_cast<int>(result)));
     }
     has_pushed_ = true;
 }
@@ -79,12 +78,8 @@ DeviceGuard::~DeviceGuard() {
     static_cast<void>(driver().pop_current(&popped));
 }
 
-RelaxedCaptureGuard::RelaxedCaptureGuard() noexcept {
-    ignore(cudaThreadExchangeStreamCaptureMode(&mode_));
-}
+RelaxedCaptureGuard::RelaxedCaptureGuard() noexcept { ignore(cudaThreadExchangeStreamCaptureMode(&mode_)); }
 
-RelaxedCaptureGuard::~RelaxedCaptureGuard() {
-    ignore(cudaThreadExchangeStreamCaptureMode(&mode_));
-}
+RelaxedCaptureGuard::~RelaxedCaptureGuard() { ignore(cudaThreadExchangeStreamCaptureMode(&mode_)); }
 
 }  // namespace deep_ep::dev::cuda

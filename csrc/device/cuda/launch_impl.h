@@ -19,7 +19,6 @@ template <class K> constexpr int max_threads() {
     }
 }
 
-#if defined(EP_IS_CUDA_BACKEND)
 // Profilers show this as "deep_ep::…::entry<deep_ep::…::SomeKernel>".
 template <class K>
 __global__ void __launch_bounds__(max_threads<K>()) entry(const __grid_constant__ typename K::Params params) {
@@ -41,7 +40,6 @@ template <class K> void launch(const LaunchConfig& config, Stream stream, const 
                                   .name = config.name};
     cuda::launch_kernel(state, shape, stream, &params);
 }
-#endif
 
 }  // namespace EP_BACKEND
 }  // namespace deep_ep::dev

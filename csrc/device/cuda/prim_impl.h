@@ -28,18 +28,10 @@ namespace ptx {
 
 // Pieces of instruction names, pasted into the text by the "C" constraint.
 template <Order> struct OrderName;
-template <> struct OrderName<Order::kRelaxed> {
-    static constexpr char text[] = ".relaxed";
-};
-template <> struct OrderName<Order::kAcquire> {
-    static constexpr char text[] = ".acquire";
-};
-template <> struct OrderName<Order::kRelease> {
-    static constexpr char text[] = ".release";
-};
-template <> struct OrderName<Order::kAcqRel> {
-    static constexpr char text[] = ".acq_rel";
-};
+template <> struct OrderName<Order::kRelaxed> { static constexpr char text[] = ".relaxed"; };
+template <> struct OrderName<Order::kAcquire> { static constexpr char text[] = ".acquire"; };
+template <> struct OrderName<Order::kRelease> { static constexpr char text[] = ".release"; };
+template <> struct OrderName<Order::kAcqRel> { static constexpr char text[] = ".acq_rel"; };
 
 template <Scope> struct ScopeName;
 template <> struct ScopeName<Scope::kCta> {
@@ -68,18 +60,12 @@ template <Scope S> EP_DEVICE uint64_t address_of(const void* ptr) {
     return static_cast<uint64_t>(__cvta_generic_to_global(ptr));
 }
 
-EP_DEVICE uint64_t global_address(const void* ptr) {
-    return static_cast<uint64_t>(__cvta_generic_to_global(ptr));
-}
+EP_DEVICE uint64_t global_address(const void* ptr) { return static_cast<uint64_t>(__cvta_generic_to_global(ptr)); }
 
-EP_DEVICE uint32_t shared_address(const void* ptr) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(ptr));
-}
+EP_DEVICE uint32_t shared_address(const void* ptr) { return static_cast<uint32_t>(__cvta_generic_to_shared(ptr)); }
 
 // A call that this build or this GPU cannot execute: a bug of the caller, who has to ask has_bulk_copy() first.
-EP_DEVICE void trap_unsupported() {
-    asm volatile("trap;" ::: "memory");
-}
+EP_DEVICE void trap_unsupported() { asm volatile("trap;" ::: "memory"); }
 
 }  // namespace ptx
 
@@ -148,14 +134,14 @@ template <Order O, Scope S, class T> EP_DEVICE T compare_swap(T* ptr, T expected
     if constexpr (sizeof(T) == 4) {
         asm volatile("atom%4%5.cas.b32 %0, [%1], %2, %3;"
                      : "=r"(old)
-                     : "l"(ptx::address_of<S>(ptr)), "r"(raw_expected), "r"(raw_desired),
-                       "C"(ptx::OrderName<O>::text), "C"(ptx::ScopeName<S>::place)
+                     : "l"(ptx::address_of<S>(ptr)), "r"(raw_expected), "r"(raw_desired), "C"(ptx::OrderName<O>::text),
+                       "C"(ptx::ScopeName<S>::place)
                      : "memory");
     } else {
         asm volatile("atom%4%5.cas.b64 %0, [%1], %2, %3;"
                      : "=l"(old)
-                     : "l"(ptx::address_of<S>(ptr)), "l"(raw_expected), "l"(raw_desired),
-                       "C"(ptx::OrderName<O>::text), "C"(ptx::ScopeName<S>::place)
+                     : "l"(ptx::address_of<S>(ptr)), "l"(raw_expected), "l"(raw_desired), "C"(ptx::OrderName<O>::text),
+                       "C"(ptx::ScopeName<S>::place)
                      : "memory");
     }
     return static_cast<T>(old);
@@ -275,9 +261,7 @@ EP_DEVICE bool mbarrier_try_wait(MBarrier* bar, uint32_t phase_parity) {
 // Bulk copies: sm_90
 // ---------------------------------------------------------------------------------------------------------------
 
-EP_DEVICE bool has_bulk_copy() {
-    return EP_PTX_HAS_BULK != 0;
-}
+EP_DEVICE bool has_bulk_copy() { return EP_PTX_HAS_BULK != 0; }
 
 // A block outside a cluster is a cluster of its own, so its shared::cta address is a shared::cluster address too.
 EP_DEVICE void bulk_load([[maybe_unused]] void* shared_dst, [[maybe_unused]] const void* global_src,
@@ -361,9 +345,7 @@ EP_DEVICE uint64_t clock_ns() {
 }
 
 // Short against a flag's flight over NVLink (about a microsecond), long against an issue slot.
-EP_DEVICE void pause() {
-    asm volatile("nanosleep.u32 20;" ::: "memory");
-}
+EP_DEVICE void pause() { asm volatile("nanosleep.u32 20;" ::: "memory"); }
 
 EP_DEVICE void* dynamic_shared() {
     extern __shared__ __align__(128) unsigned char ep_dynamic_shared[];

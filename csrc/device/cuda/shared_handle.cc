@@ -32,9 +32,7 @@ bool ProcessId::may_be_same_host(const ProcessId& other) const {
     return boot_id[0] == 0 || other.boot_id[0] == 0 || boot_id == other.boot_id;
 }
 
-std::string SharedHandle::pack() const {
-    return std::string(reinterpret_cast<const char*>(this), sizeof(*this));
-}
+std::string SharedHandle::pack() const { return std::string(reinterpret_cast<const char*>(this), sizeof(*this)); }
 
 SharedHandle SharedHandle::unpack(const std::string& bytes) {
     SharedHandle handle;

@@ -11,8 +11,8 @@
 namespace deep_ep::kernels::push_all {
 inline namespace EP_BACKEND {
 
-constexpr int kNumThreads = 512;
-constexpr int kUnroll = 8;  // 16-byte loads in flight per thread: 64 KiB per SM hide the latency of device memory
+constexpr int kNumThreads = 1024;
+constexpr int kUnroll = 4;  // 16-byte loads in flight per thread: 64 KiB per SM hide the latency of device memory
 constexpr int64_t kChunkVecs = kNumThreads * kUnroll;
 
 struct Kernel {

@@ -7,9 +7,7 @@
 
 #if !defined(EP_MINI_TESTING) && __has_include(<doctest/doctest.h>)
 
-int deep_ep::testing::run_tests(int argc, char** argv) {
-    return doctest::Context(argc, argv).run();
-}
+int deep_ep::testing::run_tests(int argc, char** argv) { return doctest::Context(argc, argv).run(); }
 
 #else
 

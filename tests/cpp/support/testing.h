@@ -46,28 +46,28 @@ template <class A, class B> std::string show(const char* text, const A& a, const
 
 #define EP_TEST_JOIN2(a, b) a##b
 #define EP_TEST_JOIN(a, b) EP_TEST_JOIN2(a, b)
-#define EP_TEST_CASE(id, name)                                                                                     \
-    static void EP_TEST_JOIN(test_case_, id)();                                                                    \
-    [[maybe_unused]] static const bool EP_TEST_JOIN(is_test_case_added_, id) =                                     \
-        ::deep_ep::testing::add_case(name, &EP_TEST_JOIN(test_case_, id));                                         \
+#define EP_TEST_CASE(id, name)                                                 \
+    static void EP_TEST_JOIN(test_case_, id)();                                \
+    [[maybe_unused]] static const bool EP_TEST_JOIN(is_test_case_added_, id) = \
+        ::deep_ep::testing::add_case(name, &EP_TEST_JOIN(test_case_, id));     \
     static void EP_TEST_JOIN(test_case_, id)()
 #define TEST_CASE(name) EP_TEST_CASE(__LINE__, name)
-#define EP_TEST_TRUE(is_fatal, ...)                                                         \
-    do {                                                                                    \
-        if (!(__VA_ARGS__)) {                                                               \
+#define EP_TEST_TRUE(is_fatal, ...)                                                            \
+    do {                                                                                       \
+        if (!(__VA_ARGS__)) {                                                                  \
             ::deep_ep::testing::report_failure(__FILE__, __LINE__, "not true: " #__VA_ARGS__); \
-            if (is_fatal) throw ::deep_ep::testing::Stop{};                                 \
-        }                                                                                   \
+            if (is_fatal) throw ::deep_ep::testing::Stop{};                                    \
+        }                                                                                      \
     } while (false)
-#define EP_TEST_COMPARE(is_fatal, a, op, b)                                                            \
-    do {                                                                                               \
-        const auto& ep_a = (a);                                                                        \
-        const auto& ep_b = (b);                                                                        \
-        if (!(ep_a op ep_b)) {                                                                         \
-            ::deep_ep::testing::report_failure(__FILE__, __LINE__,                                     \
+#define EP_TEST_COMPARE(is_fatal, a, op, b)                                                              \
+    do {                                                                                                 \
+        const auto& ep_a = (a);                                                                          \
+        const auto& ep_b = (b);                                                                          \
+        if (!(ep_a op ep_b)) {                                                                           \
+            ::deep_ep::testing::report_failure(__FILE__, __LINE__,                                       \
                                                ::deep_ep::testing::show(#a " " #op " " #b, ep_a, ep_b)); \
-            if (is_fatal) throw ::deep_ep::testing::Stop{};                                            \
-        }                                                                                              \
+            if (is_fatal) throw ::deep_ep::testing::Stop{};                                              \
+        }                                                                                                \
     } while (false)
 
 #define CHECK(...) EP_TEST_TRUE(false, __VA_ARGS__)
@@ -83,15 +83,15 @@ template <class A, class B> std::string show(const char* text, const A& a, const
 #define REQUIRE_FALSE(...) EP_TEST_TRUE(true, !(__VA_ARGS__))
 #define REQUIRE_EQ(a, b) EP_TEST_COMPARE(true, a, ==, b)
 #define REQUIRE_NE(a, b) EP_TEST_COMPARE(true, a, !=, b)
-#define CHECK_THROWS_AS(expression, ...)                                                                         \
-    do {                                                                                                         \
-        bool ep_has_thrown = false;                                                                              \
-        try {                                                                                                    \
-            static_cast<void>(expression);                                                                       \
-        } catch (const __VA_ARGS__&) {                                                                           \
-            ep_has_thrown = true;                                                                                \
-        }                                                                                                        \
-        if (!ep_has_thrown)                                                                                      \
+#define CHECK_THROWS_AS(expression, ...)                                                                          \
+    do {                                                                                                          \
+        bool ep_has_thrown = false;                                                                               \
+        try {                                                                                                     \
+            static_cast<void>(expression);                                                                        \
+        } catch (const __VA_ARGS__&) {                                                                            \
+            ep_has_thrown = true;                                                                                 \
+        }                                                                                                         \
+        if (!ep_has_thrown)                                                                                       \
             ::deep_ep::testing::report_failure(__FILE__, __LINE__, "no " #__VA_ARGS__ " thrown by " #expression); \
     } while (false)
 #define FAIL(...) EP_TEST_TRUE(true, false && #__VA_ARGS__)

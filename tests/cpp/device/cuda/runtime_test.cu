@@ -61,9 +61,7 @@ std::string message_of(const std::function<void()>& action) {
     return "";
 }
 
-bool contains(const std::string& text, const char* part) {
-    return text.find(part) != std::string::npos;
-}
+bool contains(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
 
 TEST_CASE("a launch may use all the dynamic shared memory that the device gives") {
     const auto device = test_device();
