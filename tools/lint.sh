@@ -37,7 +37,7 @@ if [[ ${1:-} == --fix ]]; then
     check ruff "$py" -m ruff check --quiet --fix "${python[@]}"
     check yapf "$py" -m yapf --in-place --parallel "${python[@]}"
 else
-    check clang-format clang-format-14 --dry-run --Werror "${native[@]}"
+    check clang-format clang-format-14 --dry-run --Werror --ferror-limit=1 "${native[@]}"
     check yapf "$py" -m yapf --diff --parallel "${python[@]}"
     check ruff "$py" -m ruff check --quiet .
     check mypy "$py" -m mypy
