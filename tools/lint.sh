@@ -2,19 +2,28 @@
 # Every static check, or with --fix every formatter. Reports all findings, then fails if there were any.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
-bin=.venv/bin
+py=.venv/bin/python
 failed=()
 
 mapfile -t native < <(git ls-files --cached --others --exclude-standard -- '*.h' '*.cc' '*.cpp' '*.cu')
 mapfile -t python < <(git ls-files --cached --others --exclude-standard -- '*.py')
 mapfile -t shell < <(git ls-files --cached --others --exclude-standard -- '*.sh' .ci/run)
 
-# name, program, arguments...: a program that is not there is skipped aloud, and fails under CI.
+# Is there the program of a command line, or the module, where it is `python -m module`?
+is_there() {
+    if [[ $1 == "$py" && $2 == -m ]]; then
+        "$py" -c "import $3" 2>/dev/null
+    else
+        command -v "$1" >/dev/null
+    fi
+}
+
+# name, command...: a tool that is not there is skipped aloud, and fails under CI.
 check() {
     local name=$1
     shift
-    if ! command -v "$1" >/dev/null; then
-        echo "[lint] $name SKIPPED: no $1"
+    if ! is_there "$@"; then
+        echo "[lint] $name SKIPPED: it is not installed"
         [[ -z ${CI:-} ]] || failed+=("$name")
     elif "$@"; then
         echo "[lint] $name ok"
@@ -25,14 +34,14 @@ check() {
 
 if [[ ${1:-} == --fix ]]; then
     check clang-format clang-format-14 -i "${native[@]}"
-    check ruff "$bin/ruff" check --quiet --fix "${python[@]}"
-    check yapf "$bin/yapf" --in-place --parallel "${python[@]}"
+    check ruff "$py" -m ruff check --quiet --fix "${python[@]}"
+    check yapf "$py" -m yapf --in-place --parallel "${python[@]}"
 else
-    check clang-format clang-format-14 --dry-run --Werror "${native[@]}"
-    check yapf "$bin/yapf" --diff --parallel "${python[@]}"
-    check ruff "$bin/ruff" check --quiet .
-    check mypy "$bin/mypy"
-    check boundaries python3 tools/check_boundaries.py
+    check clang-format clang-format-14 --dry-run --Werror --ferror-limit=1 "${native[@]}"
+    check yapf "$py" -m yapf --diff --parallel "${python[@]}"
+    check ruff "$py" -m ruff check --quiet .
+    check mypy "$py" -m mypy
+    check boundaries "$py" tools/check_boundaries.py
     check shellcheck shellcheck "${shell[@]}"
 fi
 
