@@ -120,7 +120,7 @@ def main(arguments: list[str]) -> int:
         arguments = ["intranode", *arguments]
     args = build_parser().parse_args(arguments)
     device = choose_device(args.device)
-    os.environ["DEEP_EP_DEVICE"] = device  # for the ranks
+    os.putenv("DEEP_EP_DEVICE", device)  # in the environment of the ranks
     options = make_options(args, device == "cuda")
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]
