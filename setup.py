@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,21 +19,19 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.install import install
 
 ROOT = Path(__file__).resolve().parent
-BASE_VERSION = '1.3.0.dev0'
 STUB = 'deep_ep_cpp.pyi'
 
 
 def find_version() -> str:
     """`1.3.0.dev0+abc1234` in a checkout; what the archive says in an unpacked source archive."""
+    base = re.search(r'__version__ = "(.+)"', (ROOT / 'deep_ep' / 'version.py').read_text()).group(1)
     if (ROOT / '.git').exists():
         command = ['git', 'rev-parse', '--short=7', 'HEAD']
         found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        return f'{BASE_VERSION}+{found.stdout.strip()}' if found.returncode == 0 else BASE_VERSION
+        return f'{base}+{found.stdout.strip()}' if found.returncode == 0 else base
     info = ROOT / 'PKG-INFO'
-    for line in info.read_text().splitlines() if info.exists() else []:
-        if line.startswith('Version: '):
-            return line.removeprefix('Version: ')
-    return BASE_VERSION
+    archived = re.search(r'^Version: (.+)$', info.read_text(), re.M) if info.exists() else None
+    return archived.group(1) if archived else base
 
 
 def find_tool(name: str, bin_dir_name: str) -> str | None:
@@ -53,12 +52,24 @@ def missing_tools() -> list[str]:
 
 
 class CMakeBuild(build_ext):
-    """Configures and builds the target deep_ep_cpp, and puts its type stub beside it."""
+    """Configures and builds the target deep_ep_cpp, and puts its type stub beside it.
+
+    For an editable install CMake writes into the checkout itself, so that `cmake --build` is enough after a change.
+    """
+
+    is_in_source = False
+
+    def run(self) -> None:
+        self.is_in_source = bool(self.inplace)  # setuptools' run() hides it from what it calls
+        super().run()
+
+    def copy_extensions_to_source(self) -> None:
+        """Nothing to copy: see above."""
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11  # a build requirement: not there when setup.py is only asked for metadata.
 
-        output_dir = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        output_dir = ROOT if self.is_in_source else Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build_dir = Path(os.environ.get('DEEP_EP_BUILD_DIR') or self.build_temp).resolve()
         cmake = find_tool('cmake', 'CMAKE_BIN_DIR') or 'cmake'
         ninja = find_tool('ninja', 'BIN_DIR')
@@ -75,11 +86,11 @@ class CMakeBuild(build_ext):
         jobs = os.environ.get('MAX_JOBS') or str(len(os.sched_getaffinity(0)))
         self.spawn(configure)
         self.spawn([cmake, '--build', str(build_dir), '--target', ext.name, '--parallel', jobs])
-        if not self.inplace:
+        if not self.is_in_source:
             shutil.copy2(ROOT / STUB, output_dir)
 
     def get_outputs(self) -> list[str]:
-        return [*super().get_outputs(), str(Path(self.build_lib) / STUB)]
+        return [*super().get_outputs(), *([] if self.inplace else [str(Path(self.build_lib) / STUB)])]
 
 
 class Install(install):

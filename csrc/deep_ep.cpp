@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "core/config.h"
+#include "runtime/config.h"
 #include "core/env.h"
 #include "core/error.h"
 #include "device/simt/device.h"

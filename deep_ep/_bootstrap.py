@@ -109,6 +109,7 @@ class Session:
         self.topology = topology
         self.rank = rank
         self.num_ranks = num_ranks
+        self.num_sms_override = int(deep_ep_cpp.get_environment()["num_sms"])
         self._is_closed = False
         if isinstance(streams, _streams.HostStreams):
             streams.check = self.raise_failure
@@ -185,6 +186,10 @@ def _require_one_node(topology: Topology) -> None:
                     f"spans {topology.num_nodes}:\n{topology}")
 
 
+def _text(device_id: Any) -> str:
+    return device_id.decode(errors="backslashreplace") if isinstance(device_id, bytes) else str(device_id)
+
+
 def build_session(peers: Peers, request: Request) -> Session:
     """Collective: allocates and connects the heaps of all ranks."""
     opened: list[_streams.Streams] = []
@@ -198,7 +203,7 @@ def build_session(peers: Peers, request: Request) -> Session:
         opened.append(_streams.open_streams())
         facts = Agreed(request.num_nvl_bytes, request.num_rdma_bytes, request.low_latency_mode, request.enable_shrink,
                        opened[0].kind, deep_ep_cpp.topk_idx_bits())
-        return facts, this_place(opened[0].native.unique_id)
+        return facts, this_place(_text(opened[0].native.unique_id))
 
     def allocate() -> bytes:
         timeout_s = float(environment["timeout_s"] if request.timeout_s is None else request.timeout_s)
@@ -211,7 +216,7 @@ def build_session(peers: Peers, request: Request) -> Session:
     try:
         described = peers.all_gather_results("checking arguments and device", describe)
         _raise_differences([facts for facts, _ in described])
-        topology = find_topology([place for _, place in described], int(environment.get("ranks_per_node", 0)))
+        topology = find_topology([place for _, place in described], int(environment["ranks_per_node"]))
         _require_one_node(topology)
         handles = peers.all_gather_results("allocating the heap", allocate)
         peers.all_gather_results("mapping the heaps of the peers", lambda: created[0].connect(handles))

@@ -5,7 +5,6 @@
 import bisect
 import contextlib
 import ctypes
-import os
 import sys
 from types import TracebackType
 from typing import Any, Callable, Optional, Union
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from typing_extensions import Self
 
 import deep_ep_cpp
-from deep_ep import _checks, _high_throughput
+from deep_ep import _checks, _env, _high_throughput
 from deep_ep._bootstrap import Peers, Request, Session, build_session
 from deep_ep._errors import Error
 from deep_ep._streams import CudaStreams, is_capturing
@@ -109,7 +108,7 @@ class Buffer:
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
         if low_latency_mode:
-            self.nvshmem_qp_depth = int(os.environ.get("NVSHMEM_QP_DEPTH", "1024"))
+            self.nvshmem_qp_depth = _env.nvshmem_qp_depth()
         request = Request(num_nvl_bytes, num_rdma_bytes, low_latency_mode, num_qps_per_rank, enable_shrink, timeout_s)
         self._session: Optional[Session] = build_session(peers, request)
         self.runtime: Optional[deep_ep_cpp.Buffer] = self._session.runtime
@@ -307,7 +306,7 @@ class Buffer:
             config = default(self.group_size)
         if not isinstance(config, Config):
             raise TypeError(f"config must be a deep_ep.Config, got {type(config).__name__}")
-        return config.num_sms
+        return self._require_session().num_sms_override or config.num_sms
 
     def internode_dispatch(self,
                            x: _high_throughput.Payload,

@@ -1,6 +1,5 @@
 """Events, and a check of the machine that callers may run before building a Buffer."""
 
-import os
 from types import TracebackType
 from typing import Any, Optional
 
@@ -8,7 +7,7 @@ import torch
 import torch.distributed as dist
 from typing_extensions import Self
 
-from deep_ep import _streams
+from deep_ep import _env, _streams
 from deep_ep._errors import Error
 
 __all__ = ["EventHandle", "EventOverlap", "check_nvlink_connections"]
@@ -104,7 +103,7 @@ def check_nvlink_connections(group: dist.ProcessGroup) -> None:
 
 
 def _physical_gpu(index: int) -> str:
-    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    visible = _env.visible_cuda_devices()
     return visible[index] if visible else str(index)
 
 

@@ -10,6 +10,8 @@ from reference import Arrival, Layout, Sent, combine, dispatch, layout
 from utils import Worker
 from workload import Workload
 
+from deep_ep import Config
+
 
 @dataclass(frozen=True)
 class How:
@@ -34,7 +36,6 @@ class Flight:
     """Call the steps in the order of the methods; every rank of the group must make the same ones."""
 
     def __init__(self, worker: Worker, buffer: Any, work: Workload, how: Optional[How] = None) -> None:
-        from deep_ep import Config
         self.buffer, self.work, self.how = buffer, work, how or How()
         self.rank, self.device = worker.rank, worker.device
         self.sent, self.arrivals = expected(work, self.how.expert_alignment)
@@ -66,6 +67,10 @@ class Flight:
         assert (event.event is not None) == self.how.is_async, "an event exactly when asynchronous"
         if self.how.is_async:
             event.current_stream_wait()
+        if self.device.type == "cuda":
+            # The host has not waited for the kernel: only now can its failure be known.
+            torch.cuda.current_stream().synchronize()
+            self.buffer.check()
 
     def payload(self) -> Any:
         x = self.mine.x.to(self.device)
@@ -126,7 +131,7 @@ class Flight:
             assert (topk_idx[rows:] == -1).all(), "unused rows of recv_topk_idx must be -1"
             assert (topk_weights[rows:] == 0).all(), "unused rows of recv_topk_weights must be 0"
         else:
-            assert topk_idx is None and topk_weights is None
+            equal("top-k results", (topk_idx, topk_weights), (None, None))
         self.check_handle(handle)
         return self
 
@@ -142,7 +147,7 @@ class Flight:
         assert recv_scales is None or recv_scales.is_contiguous()
 
     def check_handle(self, handle: Any) -> None:
-        assert type(handle) is tuple and len(handle) == 6
+        equal("handle", (type(handle), len(handle)), (tuple, 6))
         assert all(isinstance(element, torch.Tensor) for element in handle)
         same_bits("handle: rank_prefix_matrix", handle[0], self.arrival.rank_prefix_matrix)
         same_bits("handle: recv_src_idx", handle[3][:self.arrival.x.shape[0]], self.arrival.src_idx)

@@ -1,17 +1,19 @@
 """What the worker processes do in tests/test_intranode.py. Every function runs on all ranks of a group."""
 
+import functools
 import itertools
-import os
 import time
 from typing import Any, Optional
 
 import torch
+import torch.distributed as dist
 from compare import bits, equal, poisoned, same_bits
+from failure_cases import failure_of
 from flight import Flight, How, expected
 from utils import Worker
 from workload import Workload
 
-SHORT_TIMEOUT_S = 1.5
+from deep_ep import Buffer, Config, EventOverlap
 
 
 def whole_trip(worker: Worker,
@@ -188,7 +190,6 @@ def many_shapes(worker: Worker, rounds: int, seed: int, num_nvl_bytes: int) -> N
 
 def tiny_window(worker: Worker, work: Workload, num_slots: int) -> None:
     """Far more tokens than the buffer has slots: every ring wraps (pitfalls 7, 20)."""
-    from deep_ep import Config
     row_bytes = work.hidden * 2
     # What a window of one slot needs: two banks, each source its slot, metadata included.
     slot = -(-(row_bytes + 4 + 8 * work.num_topk) // 128) * 128
@@ -199,19 +200,6 @@ def tiny_window(worker: Worker, work: Workload, num_slots: int) -> None:
         flight.cached_dispatch(work.next()).combine()
 
 
-def too_small_buffer(worker: Worker) -> None:
-    """An error that says what is needed, on every rank; the Buffer goes on with what fits."""
-    big, small = Workload((3, ) * worker.num_ranks, hidden=4096), Workload((3, ) * worker.num_ranks, hidden=16)
-    with worker.new_buffer(2 * 512 * worker.num_ranks) as buffer:
-        try:
-            Flight(worker, buffer, big).layout().start_dispatch()
-        except ValueError as error:
-            assert "num_nvl_bytes" in str(error), error
-        else:
-            raise AssertionError("expected a ValueError")
-        Flight(worker, buffer, small).whole_trip()
-
-
 def worst_case_tail(worker: Worker, work: Workload) -> None:
     """Unused rows are marked, in tensors that start with garbage, and the host never waits (pitfall 14)."""
     for factor in (1, 3):
@@ -219,82 +207,6 @@ def worst_case_tail(worker: Worker, work: Workload) -> None:
     # Less rows in the next call: nothing of the earlier one may show.
     Flight(worker, worker.buffer(), Workload((1, ) * worker.num_ranks, hidden=work.hidden, routing="holes", seed=3),
            How(worst_factor=9)).whole_trip()
-
-
-def absent_rank(worker: Worker, work: Workload, absent: int, step: str) -> Optional[str]:
-    """One rank leaves out a call: the others get a TimeoutError that names it, again and again; a new Buffer works."""
-    import deep_ep
-    buffer = worker.new_buffer(timeout_s=SHORT_TIMEOUT_S)
-    flight = Flight(worker, buffer, work).layout()
-    if step == "combine":
-        flight.dispatch()
-    message = None
-    if worker.rank != absent:
-        started = time.monotonic()
-        try:
-            getattr(flight, step)()
-            buffer.check()
-            raise AssertionError(f"{step} without rank {absent} gave a result")
-        except deep_ep.TimeoutError as error:
-            message = str(error)
-        assert time.monotonic() - started < 10 * SHORT_TIMEOUT_S
-        _fails_with(message, lambda: flight.layout())
-        _fails_with(message, lambda: flight.combine() if step == "combine" else flight.dispatch())
-        assert f"rank {absent}" in message, message
-    worker.barrier()
-    buffer.destroy()
-    with worker.new_buffer() as fresh:
-        Flight(worker, fresh, work).whole_trip()
-    return message
-
-
-def _fails_with(message: str, call: Any) -> None:
-    import deep_ep
-    try:
-        call()
-    except deep_ep.TimeoutError as error:
-        equal("the sentence of a later failure", str(error), message)
-    else:
-        raise AssertionError("a failed Buffer gave a result")
-
-
-def absent_in_async(worker: Worker, work: Workload) -> None:
-    """The failure of an asynchronous call is raised by the next call, and on the CPU by the wait."""
-    import deep_ep
-    buffer = worker.new_buffer(timeout_s=SHORT_TIMEOUT_S)
-    flight = Flight(worker, buffer, work, How(is_async=True)).layout().dispatch()
-    if worker.rank:
-        _, _, event = buffer.combine(flight.result[0], flight.handle, async_finish=True)
-        try:
-            event.current_stream_wait()
-            if worker.device.type == "cuda":
-                torch.cuda.synchronize()
-            buffer.check()
-        except deep_ep.TimeoutError:
-            pass
-        else:
-            raise AssertionError("no failure")
-    worker.barrier()
-    buffer.destroy()
-
-
-def killed_rank(worker: Worker, work: Workload, victim: int) -> Optional[float]:
-    """A rank dies; the others fail in time, destroy, and exit (pitfall 40)."""
-    import deep_ep
-    buffer = worker.new_buffer(timeout_s=SHORT_TIMEOUT_S)
-    Flight(worker, buffer, work).whole_trip()
-    if worker.rank == victim:
-        os._exit(7)
-    started = time.monotonic()
-    try:
-        Flight(worker, buffer, work).whole_trip()
-    except deep_ep.Error:
-        pass
-    else:
-        raise AssertionError("a dead rank took part")
-    buffer.destroy()
-    buffer.destroy()
-    return time.monotonic() - started
 
 
 def sub_groups(worker: Worker, work: Workload) -> None:
@@ -324,17 +236,12 @@ def local_buffer_views(worker: Worker) -> None:
         part.fill_(7)
         equal("seen through the other view", data.view(torch.int32)[16:31].tolist(), [7] * 15)
         for bad in ({"offset": 2}, {"offset": 1 << 17}, {"size": torch.Size((1 << 15, ))}):
-            try:
-                buffer.get_local_buffer_tensor(torch.int32, **bad)
-            except ValueError:
-                continue
-            raise AssertionError(f"{bad} was accepted")
+            failure_of(functools.partial(buffer.get_local_buffer_tensor, torch.int32, **bad), ValueError)
         Flight(worker, buffer, Workload((4, ) * worker.num_ranks)).whole_trip()
 
 
 def autograd_round_trip(worker: Worker, work: Workload) -> None:
     """dispatch and combine as a pair of autograd functions, the handle saved as six tensors."""
-    import deep_ep
     buffer = worker.buffer()
     flight = Flight(worker, buffer, work).layout()
 
@@ -343,7 +250,7 @@ def autograd_round_trip(worker: Worker, work: Workload) -> None:
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor) -> Any:
             recv_x, _, _, _, handle, event = buffer.dispatch(x, **flight.layout_tensors, async_finish=True)
-            overlap = deep_ep.EventOverlap(None)
+            overlap = EventOverlap(None)
             overlap.event = event.event
             overlap.current_stream_wait()
             ctx.save_for_backward(*handle)
@@ -375,33 +282,15 @@ def autograd_round_trip(worker: Worker, work: Workload) -> None:
     same_bits("gradient", x.grad, factor.expand(x.shape).bfloat16())
 
 
-def failing_constructor(worker: Worker, failing: int, argument: str) -> str:
-    """A bad argument on one rank is an exception on all, and the group can build a Buffer afterwards."""
-    import deep_ep
-    options = {"num_nvl_bytes": 100} if argument == "bad" else {"num_nvl_bytes": 1 << 13, "low_latency_mode": True}
-    try:
-        worker.new_buffer(**(options if worker.rank == failing else {"num_nvl_bytes": 1 << 12}))
-    except (deep_ep.Error, ValueError) as error:
-        message = f"{type(error).__name__}: {error}"
-    else:
-        raise AssertionError("a Buffer was built")
-    with worker.new_buffer(1 << 16) as buffer:
-        Flight(worker, buffer, Workload((2, ) * worker.num_ranks, hidden=16)).whole_trip()
-    return message
-
-
 def other_communicator(worker: Worker, work: Workload) -> None:
     """mpi4py's interface instead of a ProcessGroup."""
-    import torch.distributed as dist
-
-    import deep_ep
 
     class Comm:
 
-        def Get_rank(self) -> int:
+        def Get_rank(self) -> int:  # noqa: N802 - mpi4py's names
             return worker.rank
 
-        def Get_size(self) -> int:
+        def Get_size(self) -> int:  # noqa: N802
             return worker.num_ranks
 
         def allgather(self, item: Any) -> list[Any]:
@@ -409,52 +298,15 @@ def other_communicator(worker: Worker, work: Workload) -> None:
             dist.all_gather_object(gathered, item, group=worker.group)
             return gathered
 
-    buffer = deep_ep.Buffer(None, 1 << 20, comm=Comm())
-    assert buffer.group is None and buffer.group_size == worker.num_ranks
+    buffer = Buffer(None, 1 << 20, comm=Comm())
+    assert buffer.group is None
+    equal("group_size", buffer.group_size, worker.num_ranks)
     Flight(worker, buffer, work).whole_trip()
     del buffer
 
 
-def bad_expert(worker: Worker) -> str:
-    """An expert id out of range is reported with token and value, not written through."""
-    import deep_ep
-    with worker.new_buffer() as buffer:
-        topk_idx = torch.zeros((4, 2), dtype=torch.int64)
-        topk_idx[2, 1] = 1000
-        try:
-            buffer.get_dispatch_layout(topk_idx.to(worker.device), worker.num_ranks)
-            if worker.device.type == "cuda":
-                torch.cuda.synchronize()
-            buffer.check()
-        except deep_ep.Error as error:
-            return str(error)
-    raise AssertionError("expert 1000 was accepted")
-
-
-def too_few_worst_rows(worker: Worker) -> str:
-    """num_worst_tokens below what arrives: an error that names it, and no write past the end."""
-    import deep_ep
-    work = Workload((9, ) * worker.num_ranks, hidden=64, routing="spread", num_topk=worker.num_ranks)
-    buffer = worker.new_buffer(timeout_s=SHORT_TIMEOUT_S)
-    flight = Flight(worker, buffer, work).layout()
-    weights = torch.ones(flight.topk_idx.shape, device=worker.device)
-    try:
-        buffer.dispatch(flight.payload(), **flight.layout_tensors, topk_idx=flight.topk_idx, topk_weights=weights,
-                        num_worst_tokens=4)  # yapf: disable
-        if worker.device.type == "cuda":
-            torch.cuda.synchronize()
-        buffer.check()
-    except deep_ep.Error as error:
-        return str(error)
-    finally:
-        worker.barrier()
-        buffer.destroy()
-    raise AssertionError("too few rows were accepted")
-
-
 def graph_replays(worker: Worker, work: Workload) -> None:
     """layout, worst-case dispatch and combine captured once, replayed with other numbers."""
-    import deep_ep
     buffer = worker.buffer()
     flight = Flight(worker, buffer, work, How(worst_factor=1)).layout()
     x, topk_idx = flight.payload(), flight.topk_idx
@@ -477,13 +329,9 @@ def graph_replays(worker: Worker, work: Workload) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         received, combined = step()
-        for refused in (lambda: worker.new_buffer(), lambda: buffer.dispatch(x, **flight.layout_tensors)):
-            try:
-                refused()
-            except deep_ep.Error as error:
-                assert "graph" in str(error), error
-            else:
-                raise AssertionError("not possible inside a graph, yet accepted")
+        for refused in (worker.new_buffer, lambda: buffer.dispatch(x, **flight.layout_tensors)):
+            message = failure_of(refused)
+            assert "graph" in message, message
     for seed in range(3):
         now = Workload(work.num_tokens, work.hidden, work.num_topk, work.experts_per_rank, seed=100 + seed)
         sent, arrivals = expected(now, 1)
@@ -498,22 +346,6 @@ def graph_replays(worker: Worker, work: Workload) -> None:
             [len({e // now.experts_per_rank
                   for e in experts}) for experts in sent[worker.rank].topk_idx.tolist()])
         same_bits("combined", combined + 0.0, (sent[worker.rank].x.float() * copies[:, None]).bfloat16() + 0.0)
-
-
-def leave_without_destroy(worker: Worker, explicitly: bool) -> str:
-    """The destructor: never blocks; warns only when destroy() was promised."""
-    import contextlib
-    import io
-    buffer = worker.new_buffer(explicitly_destroy=explicitly)
-    Flight(worker, buffer, Workload((3, ) * worker.num_ranks)).whole_trip()
-    caught = io.StringIO()
-    with contextlib.redirect_stderr(caught):
-        started = time.monotonic()
-        del buffer
-        import gc
-        gc.collect()
-        assert time.monotonic() - started < 3
-    return caught.getvalue()
 
 
 def poisoned_alloc_order(worker: Worker, work: Workload) -> None:

@@ -7,6 +7,7 @@
 import argparse
 from typing import Any
 
+import failure_cases as failures
 import intranode_cases as cases
 import pytest
 import torch
@@ -103,10 +104,9 @@ def test_dispatch_moves_any_dtype(pool: Pool, dtype_name: str) -> None:
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.int32])
 def test_scales_of_any_layout(pool: Pool, scale_dtype: torch.dtype) -> None:
     works = [
-        Workload((6, 0, 9), hidden=hidden, dtype=FP8, num_scales=num_scales, scale_dtype=scale_dtype,
-                 scale_layout=layout, seed=num_scales) for layout in SCALE_LAYOUTS
-        for hidden, num_scales in ((128, 1), (2880, 23), (7168, 56))
-    ]  # yapf: disable
+        Workload((6, 0, 9), hidden, 3, 4, "random", num_scales, FP8, torch.int64, num_scales, scale_dtype, layout)
+        for layout in SCALE_LAYOUTS for hidden, num_scales in ((128, 1), (2880, 23), (7168, 56))
+    ]
     pool.run(cases.one_byte_trip, 3, works)
 
 
@@ -131,7 +131,7 @@ def test_cached_after_worst_case(pool: Pool) -> None:
 
 
 def test_too_few_worst_rows_is_an_error(pool: Pool) -> None:
-    messages = pool.run(cases.too_few_worst_rows, 2)
+    messages = pool.run(failures.too_few_worst_rows, 2)
     # Who reports first aborts the others, which then name that rank.
     assert any("num_worst_tokens" in message for message in messages), messages
 
@@ -197,7 +197,7 @@ def test_rings_wrap(pool: Pool, num_ranks: int, num_slots: int) -> None:
 
 
 def test_too_small_buffer_is_an_error(pool: Pool) -> None:
-    pool.run(cases.too_small_buffer, 2)
+    pool.run(failures.too_small_buffer, 2)
 
 
 @pytest.mark.parametrize(("num_ranks", "seed", "num_nvl_bytes"), [(2, 1, 1 << 22), (4, 2, 1 << 22), (4, 3, 1 << 17)])
@@ -236,32 +236,32 @@ def test_local_buffer_views(pool: Pool) -> None:
 
 @pytest.mark.parametrize("step", ["dispatch", "combine"])
 def test_absent_rank_is_named(pool: Pool, step: str) -> None:
-    messages = pool.run(cases.absent_rank, 3, Workload((4, 6, 5)), 1, step)
+    messages = pool.run(failures.absent_rank, 3, Workload((4, 6, 5)), 1, step)
     assert messages[1] is None
 
 
 def test_absent_rank_in_async_call(pool: Pool) -> None:
-    pool.run(cases.absent_in_async, 2, Workload((4, 6)))
+    pool.run(failures.absent_in_async, 2, Workload((4, 6)))
 
 
 def test_killed_rank(pool: Pool) -> None:
-    pool.run(cases.killed_rank, 3, Workload((4, 6, 2)), 2, dying=(2, ))
+    pool.run(failures.killed_rank, 3, Workload((4, 6, 2)), 2, dying=(2, ))
 
 
 def test_one_rank_with_a_bad_argument(pool: Pool) -> None:
-    own, *others = pool.run(cases.failing_constructor, 3, 0, "bad")
+    own, *others = pool.run(failures.failing_constructor, 3, 0, "bad")
     assert own.startswith("ValueError: num_nvl_bytes must be a multiple of 128")
     assert all(other.startswith("Error: ") and "rank 0" in other for other in others)
 
 
 def test_different_arguments_are_named(pool: Pool) -> None:
-    for message in pool.run(cases.failing_constructor, 3, 1, "different"):
+    for message in pool.run(failures.failing_constructor, 3, 1, "different"):
         assert message.startswith("ValueError: ")
         assert "num_nvl_bytes must be the same on every rank, got 4096 on rank(s) 0, 2; 8192 on rank(s) 1" in message
 
 
 def test_bad_expert_is_reported(pool: Pool) -> None:
-    for message in pool.run(cases.bad_expert, 2):
+    for message in pool.run(failures.bad_expert, 2):
         assert "token 2" in message
         assert "1000" in message
 
@@ -275,7 +275,7 @@ def test_virtual_nodes_are_refused_for_now() -> None:
 
 @pytest.mark.parametrize("explicitly", [False, True])
 def test_destructor(pool: Pool, explicitly: bool) -> None:
-    for printed in pool.run(cases.leave_without_destroy, 2, explicitly):
+    for printed in pool.run(failures.leave_without_destroy, 2, explicitly):
         assert ("WARNING: destroy() was not called" in printed) == explicitly
 
 

@@ -6,6 +6,7 @@
 A case is a function at module level. On a machine with GPUs, process i uses GPU i modulo their number.
 """
 
+import contextlib
 import faulthandler
 import multiprocessing
 import multiprocessing.connection
@@ -23,6 +24,9 @@ from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
+
+from deep_ep import Buffer
+from deep_ep._streams import device_choice
 
 DEFAULT_DEADLINE_S = 90.0
 # How long the other ranks may take to report after one has failed: they usually wait for it.
@@ -57,7 +61,6 @@ class Worker:
         return device()
 
     def new_buffer(self, num_nvl_bytes: int = 1 << 22, **options: Any) -> Any:
-        from deep_ep import Buffer
         options.setdefault("timeout_s", BUFFER_TIMEOUT_S)
         return Buffer(self.group, num_nvl_bytes, **options)
 
@@ -75,7 +78,6 @@ class Worker:
 
 def device() -> torch.device:
     """Where the tensors of this process live."""
-    from deep_ep._streams import device_choice
     return torch.device("cuda", torch.cuda.current_device()) if device_choice()[0] == "cuda" else torch.device("cpu")
 
 
@@ -174,10 +176,8 @@ class Pool:
     def close(self) -> None:
         """Ends the processes: politely first, as users do, so that exit paths run too."""
         for connection in self._connections:
-            try:
+            with contextlib.suppress(OSError):
                 connection.send(None)
-            except OSError:
-                pass
         for process in self._processes:
             process.join(timeout=3)
             if process.is_alive():

@@ -74,7 +74,7 @@ make_venv_over_torch() {
 
 make_venv() {
     "$python" -m venv --clear .venv
-    local pip=(.venv/bin/python -m pip --disable-pip-version-check install --quiet)
+    local pip=(.venv/bin/python -m pip --disable-pip-version-check install -qq)
     "${pip[@]}" --upgrade 'setuptools>=70.1' 'pybind11>=2.12,<4'
     has_command cmake || "${pip[@]}" cmake
     has_command ninja || "${pip[@]}" ninja
@@ -105,7 +105,7 @@ install_package() {
     has_header doctest/doctest.h || tests=OFF
     [[ -z ${CI:-} ]] || tests=ON
     DEEP_EP_BUILD_DIR=build/dev MAX_JOBS=${JOBS:-} CMAKE_ARGS="-DEP_TESTS=$tests -DEP_WERROR=ON ${CMAKE_ARGS:-}" \
-        .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation --editable .
+        .venv/bin/python -m pip --disable-pip-version-check install -qq --no-deps --no-build-isolation --editable .
 }
 
 case ${1:-} in

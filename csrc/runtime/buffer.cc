@@ -61,6 +61,15 @@ Buffer::Buffer(std::shared_ptr<dev::Device> device, const BufferOptions& options
     status_ = static_cast<layout::HostStatus*>(status_memory_.host);
     counts_ = static_cast<layout::HostCounts*>(counts_memory_.host);
     local_ = static_cast<layout::LocalState*>(device_->allocate(sizeof(layout::LocalState)));
+    // Here, not when first needed: that may be while a CUDA graph is captured.
+    layout_partials_ = static_cast<int*>(
+        device_->allocate(sizeof(int) * kMaxLayoutBlocks * static_cast<size_t>(max_layout_counts())));
+}
+
+// Ranks and experts that one layout kernel can count: a block keeps all counts in shared memory.
+int Buffer::max_layout_counts() const {
+    const int fitting = device_->max_shared_bytes() / static_cast<int>(sizeof(int));
+    return std::min(fitting, options_.num_ranks * (1 + layout::kMaxLocalExperts));
 }
 
 Buffer::~Buffer() { destroy(0.0); }
@@ -112,18 +121,10 @@ void Buffer::get_dispatch_layout(const LayoutArgs& args, dev::Stream stream) {
              "num_experts must be a positive multiple of the number of ranks (", options_.num_ranks, "), got ",
              args.num_experts);
     const int num_counts = options_.num_ranks + args.num_experts;
-    EP_CHECK(num_counts * 4 <= device_->max_shared_bytes(), "num_experts must be at most ",
-             device_->max_shared_bytes() / 4 - options_.num_ranks, ", got ", args.num_experts);
+    EP_CHECK(num_counts <= max_layout_counts(), "num_experts must be at most ",
+             max_layout_counts() - options_.num_ranks, ", got ", args.num_experts);
     const int max_blocks = std::min(kMaxLayoutBlocks, device_->num_sms());
     const int num_blocks = std::clamp((args.num_tokens + 255) / 256, 1, max_blocks);
-    if (num_layout_partials_ < int64_t{kMaxLayoutBlocks} * num_counts) {
-        if (layout_partials_ != nullptr) {
-            device_->synchronize_stream(stream);
-            device_->free(layout_partials_);
-        }
-        num_layout_partials_ = int64_t{kMaxLayoutBlocks} * num_counts;
-        layout_partials_ = static_cast<int*>(device_->allocate(static_cast<size_t>(num_layout_partials_) * sizeof(int)));
-    }
     kernels_->layout({.topk_idx = args.topk_idx,
                       .idx_bytes = args.idx_bytes,
                       .num_tokens = args.num_tokens,
@@ -293,7 +294,7 @@ void Buffer::destroy(double timeout_s) noexcept {
     heap_->release(timeout_s);
     heap_.reset();
     try {
-        if (layout_partials_ != nullptr) device_->free(layout_partials_);
+        device_->free(layout_partials_);
         device_->free(local_);
         device_->free_host_mapped(counts_memory_);
         device_->free_host_mapped(status_memory_);

@@ -117,6 +117,7 @@ private:
     kernels::HeapParams heap_params() const;
     kernels::WatchParams watch_params() const;
     kernels::Geometry plan(int num_sms) const;
+    int max_layout_counts() const;
     layout::WindowLayout window_for(const layout::SlotLayout& slot, const char* operation) const;
     std::vector<uint64_t> read_started() const;
 
@@ -130,7 +131,6 @@ private:
     layout::HostCounts* counts_ = nullptr;
     layout::LocalState* local_ = nullptr;
     int* layout_partials_ = nullptr;
-    int64_t num_layout_partials_ = 0;
     uint64_t ticket_ = 0;  // of the last notify_dispatch whose counts the host wanted
     int num_local_experts_ = 0;  // in that one
     std::string failure_;        // the sentence of the first failure

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 import tempfile
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 
 import deep_ep_cpp
+from deep_ep import _env
 from deep_ep.bench.intranode import Options, read_rows, run_worker
 from deep_ep.bench.results import Report, format_table, save
 from deep_ep.bench.routing import ROUTINGS
@@ -120,7 +120,7 @@ def main(arguments: list[str]) -> int:
         arguments = ["intranode", *arguments]
     args = build_parser().parse_args(arguments)
     device = choose_device(args.device)
-    os.putenv("DEEP_EP_DEVICE", device)  # in the environment of the ranks
+    _env.set_device(device)  # for the ranks
     options = make_options(args, device == "cuda")
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]

@@ -67,18 +67,18 @@ def dispatch(sent: list[Sent], rank: int, num_experts: int, expert_alignment: in
     weights = _gather([one.topk_weights for one in sent], sources)
     if weights is not None:
         weights = torch.where(topk_idx >= 0, weights, torch.zeros_like(weights))
-    entries = torch.stack([one.num_tokens_per_expert for one in layouts]).sum(0)[first:first + experts_per_rank]
+    entries = torch.stack([one.num_tokens_per_expert
+                           for one in layouts]).sum(0)[first:first + experts_per_rank].tolist()
     x = _gather([one.x for one in sent], sources)
     assert x is not None
-    return Arrival(
-        x=x,
-        scales=_gather([one.scales for one in sent], sources),
-        topk_idx=topk_idx,
-        topk_weights=weights,
-        src_rank=[src for src, _ in sources],
-        src_idx=torch.tensor([token for _, token in sources], dtype=torch.int32),
-        num_tokens_per_expert=[-(-count // expert_alignment) * expert_alignment for count in entries.tolist()],
-        rank_prefix_matrix=torch.stack([one.num_tokens_per_rank for one in layouts]).cumsum(0).int())
+    return Arrival(x=x,
+                   scales=_gather([one.scales for one in sent], sources),
+                   topk_idx=topk_idx,
+                   topk_weights=weights,
+                   src_rank=[src for src, _ in sources],
+                   src_idx=torch.tensor([token for _, token in sources], dtype=torch.int32),
+                   num_tokens_per_expert=[-(-count // expert_alignment) * expert_alignment for count in entries],
+                   rank_prefix_matrix=torch.stack([one.num_tokens_per_rank for one in layouts]).cumsum(0).int())
 
 
 def _gather(tensors: list[Optional[torch.Tensor]], sources: list[tuple[int, int]]) -> Optional[torch.Tensor]:

@@ -19,7 +19,10 @@ bool is_default_stream(cudaStream_t stream) {
 int device_of(cudaStream_t stream) {
     int device = -1;
 #if CUDART_VERSION >= 12080
-    if (!is_default_stream(stream)) {
+    // A stream that is being captured must not even be asked for its device; whoever captures has made it current.
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    if (!is_default_stream(stream)) EP_CUDA(cudaStreamIsCapturing(stream, &status));
+    if (!is_default_stream(stream) && status == cudaStreamCaptureStatusNone) {
         EP_CUDA(cudaStreamGetDevice(stream, &device));
         return device;
     }

@@ -4,8 +4,6 @@
 #include <algorithm>
 #include <vector>
 
-#include "core/config.h"
-#include "core/error.h"
 #include "layout/intranode.h"
 
 namespace deep_ep::layout {
@@ -75,24 +73,6 @@ TEST_CASE("tags grow from use to use of a slot") {
     CHECK_LT(make_tag(1, 0), make_tag(1, 1));
     CHECK_LT(make_tag(1, kMaxTokens - 2), make_tag(2, 0));
     CHECK_GT(make_tag(1, 0), uint64_t{0});
-}
-
-TEST_CASE("size hints: half of what callers gave the original, or less; every rank count accepted (pitfall 21)") {
-    // What the original asked for: contract 4.2.
-    CHECK_LE(Config(20, 24, 256, 6, 128).get_nvl_buffer_size_hint(14336, 2), 83927552 / 2);
-    CHECK_LE(Config(20, 6, 256, 6, 128).get_nvl_buffer_size_hint(14336, 8), 335709824 / 2);
-    for (int num_ranks = 1; num_ranks <= 160; ++num_ranks) {
-        const Config config(20, 6, 256, 6, 128);
-        CHECK_EQ(config.get_nvl_buffer_size_hint(5760, num_ranks) % 128, 0);
-        CHECK_EQ(config.get_rdma_buffer_size_hint(5760, num_ranks), 0);
-    }
-}
-
-TEST_CASE("Config refuses what makes no sense, naming the argument") {
-    CHECK_THROWS_WITH_AS(Config(-1, 6, 256, 6, 256), doctest::Contains("num_sms"), InvalidArgument);
-    CHECK_THROWS_WITH_AS(Config(20, 256, 256, 6, 256), doctest::Contains("nvl_chunked_send"), InvalidArgument);
-    CHECK_THROWS_WITH_AS(Config(20, 6, 256, 6, 6), doctest::Contains("rdma_chunked_send"), InvalidArgument);
-    CHECK_THROWS_WITH_AS(Config(20, 0, 256, 6, 256), doctest::Contains("positive"), InvalidArgument);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-#include "core/config.h"
+#include "runtime/config.h"
 
 #include <algorithm>
 
