@@ -2,6 +2,7 @@
 #   PYTHON=python3.12   the Python to make .venv from
 #   TORCH=torch==2.13.0 what to install when that Python has no torch
 #   JOBS=2              parallel compiles
+#   ARGS=...            options for `make demo` and `make bench`
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -31,14 +32,14 @@ lint: $(STAMPS)/venv $(STAMPS)/system-lint  ## Check format, style, types and th
 format: $(STAMPS)/venv $(STAMPS)/system-lint  ## Rewrite the sources in the project's format.
 	@tools/lint.sh --fix
 
-demo: build  ## Train a small Mixture-of-Experts layer over deep_ep, on whatever this machine has.
-	@$(PY) examples/moe_layer.py
+demo: build  ## Train a small Mixture-of-Experts model over deep_ep, on whatever this machine has.
+	@$(PY) examples/run_demo.py $(ARGS)
 
 test: build $(STAMPS)/system-test  ## Run every test: C++, C++ under both sanitizers, Python.
 	@tools/run_tests.sh cpp address thread python
 
 bench: build  ## Measure the operations; prints a table and writes JSON.
-	@$(PY) -m deep_ep.bench
+	@$(PY) -m deep_ep.bench intranode --save out $(ARGS)
 
 sanitize: $(STAMPS)/system-test  ## Run the C++ tests under AddressSanitizer and ThreadSanitizer alone.
 	@tools/run_tests.sh address thread

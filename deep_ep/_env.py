@@ -1,18 +1,18 @@
-"""The environment as the Python half sees it; csrc/core/env.cc reads what concerns the native half (DEEP_EP_*)."""
+"""What the package itself reads from the environment. DEEP_EP_* variables are read by csrc/core/env.cc."""
 
 import os
 
 
 def nvshmem_qp_depth() -> int:
-    """NVSHMEM_QP_DEPTH: entries of a queue pair."""
+    """NVSHMEM_QP_DEPTH: entries of a queue pair; low-latency users set it before they build a Buffer."""
     return int(os.environ.get("NVSHMEM_QP_DEPTH", "1024"))
 
 
-def visible_cuda_devices() -> list[str]:
-    """CUDA_VISIBLE_DEVICES; empty when it is not set."""
+def visible_devices() -> list[str]:
+    """CUDA_VISIBLE_DEVICES: the physical GPUs behind torch's device numbers; empty when all are visible."""
     return [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
 
 
 def set_device(device: str) -> None:
-    """Chooses the device of this process, if it has not looked yet, and of those it starts: 'cpu' or 'cuda'."""
+    """Chooses the device, 'cpu' or 'cuda', of the processes that this one starts (and its own, before it has looked)."""
     os.environ["DEEP_EP_DEVICE"] = device

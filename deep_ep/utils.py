@@ -103,7 +103,7 @@ def check_nvlink_connections(group: dist.ProcessGroup) -> None:
 
 
 def _physical_gpu(index: int) -> str:
-    visible = _env.visible_cuda_devices()
+    visible = _env.visible_devices()
     return visible[index] if visible else str(index)
 
 

@@ -64,28 +64,27 @@ has_torch() { "$1" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("to
 # A venv over a Python that brings its own torch (a GPU image, perhaps without a network): sees all that Python's
 # packages, and nothing is downloaded. The .pth covers a Python that is itself a venv.
 make_venv_over_torch() {
-    "$python" -m venv --without-pip --system-site-packages --clear .venv
+    "$python" -m venv --without-pip --system-site-packages .venv
     local site
     site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     "$python" -c 'import site, sysconfig; print(sysconfig.get_path("purelib"))' >"$site/outer_packages.pth"
     say "using the torch of $("$python" -c 'import sys; print(sys.executable)'); nothing is downloaded"
-    touch .venv/over-torch
 }
 
 make_venv() {
-    "$python" -m venv --clear .venv
+    [[ -x .venv/bin/pip ]] || "$python" -m venv --clear .venv
     local pip=(.venv/bin/python -m pip --disable-pip-version-check install -qq)
     "${pip[@]}" --upgrade 'setuptools>=70.1' 'pybind11>=2.12,<4'
     has_command cmake || "${pip[@]}" cmake
     has_command ninja || "${pip[@]}" ninja
     say "installing ${TORCH:=torch==2.13.0}"
     "${pip[@]}" "$TORCH"
-    # The tools of the extras test and lint, named once, in pyproject.toml.
+    # What the extras name, once, in pyproject.toml.
     .venv/bin/python - <<'PY' | xargs -d '\n' "${pip[@]}"
 import re
 text = open('pyproject.toml').read()
 extras = re.search(r'^\[project\.optional-dependencies\]$(.*?)^\[', text, re.M | re.S).group(1)
-for name in ('test', 'lint'):
+for name in ('test', 'demo', 'lint'):
     values = re.search(rf'^{name} = \[(.*?)\]$', extras, re.M | re.S).group(1)
     print(*re.findall(r'"([^"]+)"', values), sep='\n')
 PY

@@ -9,7 +9,7 @@
 # Needs nvcc, CMake, ninja and a Python with torch, pybind11 and pytest; downloads nothing and installs nothing.
 # Results go to $OUT (unset: ./out): gpu_check.log with the output of every step, gpu_check.txt with the table, and the
 # benchmark's JSON. GPU_CHECK_BUDGET_S (530) is the time for all steps, GPU_CHECK_RANKS the number of ranks.
-# shellcheck disable=SC2329  # the steps are called by name
+# shellcheck disable=SC2317,SC2329  # the steps are called by name
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 root=$PWD

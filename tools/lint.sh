@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every static check, or with --fix every formatter. Reports all findings, then fails if there were any.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 bin=.venv/bin
 failed=()
 

@@ -3,7 +3,7 @@
 #   run_tests.sh cpp|address|thread|python ...
 # The runners' own closing lines are the last that each suite prints.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 jobs=${JOBS:-$(nproc)}
 failed=()
 

@@ -1,4 +1,5 @@
-// The symmetric heap of the high-throughput mode inside one node: control words, then data. Equal on every rank.
+// The symmetric heap of one node: control words, then the data regions of the high-throughput mode (declared here) and
+// of the low-latency mode. Equal on every rank.
 //
 // Protocol and picture: docs/protocols/intranode.md.
 #pragma once
@@ -6,6 +7,7 @@
 #include <cstdint>
 
 #include "layout/field.h"
+#include "layout/low_latency.h"
 
 namespace deep_ep::layout {
 
@@ -28,6 +30,7 @@ struct ControlLayout {
     Field expert_counts;  // i32[banks][R][kMaxLocalExperts]: entries that source i has for our experts
     Field full;           // u64[banks][R][kMaxWindow]: the row that source i has put into this slot of ours
     Field empty;          // u64[banks][R][kMaxWindow]: the row of ours that rank i has taken out of this slot of its
+    LowLatencyControl low_latency;
     uint64_t bytes = 0;
 
     static constexpr ControlLayout make(uint64_t num_ranks) {
@@ -41,6 +44,7 @@ struct ControlLayout {
         layout.expert_counts = cursor.take(4, kNumBanks * num_ranks * kMaxLocalExperts, kHeapAlignment);
         layout.full = cursor.take(8, kNumBanks * num_ranks * kMaxWindow, kHeapAlignment);
         layout.empty = cursor.take(8, kNumBanks * num_ranks * kMaxWindow, kHeapAlignment);
+        layout.low_latency = LowLatencyControl::make(cursor, num_ranks);
         layout.bytes = cursor.total(4096);
         return layout;
     }

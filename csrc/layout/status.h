@@ -7,8 +7,15 @@
 
 namespace deep_ep::layout {
 
-enum class Operation : uint32_t { kLayout, kNotifyDispatch, kDispatch, kCombine };
-enum class Stage : uint32_t { kStart, kCounts, kRow, kSlot, kInput, kCapacity };
+enum class Operation : uint32_t {
+    kLayout,
+    kNotifyDispatch,
+    kDispatch,
+    kCombine,
+    kLowLatencyDispatch,
+    kLowLatencyCombine
+};
+enum class Stage : uint32_t { kStart, kCounts, kRow, kSlot, kInput, kCapacity, kTable };
 enum class FailureKind : uint32_t { kNone, kTimeout, kAborted, kBadInput };
 
 // The story of one wait: who waited for whom, where, for what, and how long.
@@ -44,6 +51,8 @@ struct LocalState {
     uint32_t failure_claimed;
     uint64_t warned_call;
     uint32_t layout_done_blocks;
+    uint32_t low_latency_done_blocks;
+    uint64_t num_low_latency_sends;  // low-latency calls whose send phase has been run
 };
 
 // Never zero. Which rank gave up, and the peer that it waited for.

@@ -15,6 +15,8 @@ const char* name_of(layout::Operation operation) {
         case layout::Operation::kNotifyDispatch: return "dispatch (count exchange)";
         case layout::Operation::kDispatch: return "dispatch";
         case layout::Operation::kCombine: return "combine";
+        case layout::Operation::kLowLatencyDispatch: return "low_latency_dispatch";
+        case layout::Operation::kLowLatencyCombine: return "low_latency_combine";
     }
     return "unknown operation";
 }
@@ -23,6 +25,7 @@ const char* awaited_at(layout::Stage stage) {
     switch (stage) {
         case layout::Stage::kStart: return "to finish an earlier call";
         case layout::Stage::kCounts: return "to send its token counts";
+        case layout::Stage::kTable: return "to send its routing table";
         case layout::Stage::kRow: return "to send token rows";
         case layout::Stage::kSlot: return "to free buffer slots";
         case layout::Stage::kInput:

@@ -26,10 +26,10 @@ def _library() -> None:
 @pytest.mark.usefixtures("library")
 def test_layer_on_two_ranks_equals_the_dense_layer() -> None:
     sizes = moe_layer.Sizes(num_tokens=33, hidden=64, ffn_hidden=48, num_experts=6, num_topk=3)
-    reports = [report for _, report in launcher.run(launcher.make_workers(moe_layer.run_rank, 2, (sizes, 1)), "cpu")]
-    traffic = [report for report in reports if isinstance(report, moe_layer.RankReport)]
-    differences = dict(report for report in reports if isinstance(report, tuple))
-    assert traffic[0].sent[1] == traffic[1].received[0]
+    reports = list(launcher.run(launcher.make_workers(moe_layer.run_rank, 2, (sizes, 1)), "cpu"))
+    traffic = {name: report for name, report in reports if isinstance(report, moe_layer.RankReport)}
+    differences = dict(report for _, report in reports if isinstance(report, tuple))
+    assert traffic["rank 0"].sent[1] == traffic["rank 1"].received[0]
     assert sorted(differences) == ["gradient of input", "gradient of router", "gradients of experts", "output"]
     for name, (difference, value, norm) in differences.items():
         assert difference <= moe_layer.TOLERANCE_MAX * value, name

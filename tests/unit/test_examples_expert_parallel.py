@@ -83,7 +83,7 @@ def run_loop(layer: ep.DenseMoE, x: torch.Tensor) -> torch.Tensor:
 
 
 def relative_norm(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm())
+    return ((actual - expected).norm() / expected.norm()).item()
 
 
 def test_group_by_expert_sorts_pairs_and_keeps_row_order() -> None:
