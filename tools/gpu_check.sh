@@ -62,7 +62,7 @@ step_intranode() { python3 tests/test_intranode.py --num-processes "$num_ranks";
 
 step_pytest() { python3 -m pytest tests -q --maxfail=10 -p no:cacheprovider; }
 
-step_demo() { python3 examples/moe_lm.py --device cuda --num-processes "$num_ranks" --steps 20; }
+step_demo() { python3 examples/run_demo.py --device cuda --num-processes "$num_ranks" --steps 20; }
 
 # Our kernels alone, and no errors of calls: the tests provoke some. Sanitized programs run many times slower: the
 # kernels' own tests, then two ranks and few tokens.

@@ -1,5 +1,5 @@
-// The primitives on a real GPU: what they return, what they order, and bulk copies against both proxies. Written
-// against the seam alone, so that the executor could run it too.
+// The primitives: what they return, what they order, and bulk copies against both proxies. One source, run by the CPU
+// executor (conformance_test.cc) and on a GPU (device_cuda.cmake).
 #include <cstring>
 #include <numeric>
 #include <vector>
