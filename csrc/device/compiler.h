@@ -6,6 +6,7 @@
 #pragma once
 
 #if defined(__CUDACC__)
+#define EP_IS_CUDA_BACKEND 1
 #define EP_BACKEND cuda_backend
 #define EP_DEVICE __device__ __forceinline__
 #define EP_HOST_DEVICE __host__ __device__ __forceinline__

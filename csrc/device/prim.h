@@ -25,6 +25,9 @@ enum class Order { kRelaxed, kAcquire, kRelease, kAcqRel };
 // sit on different ones, or be CPU processes.
 enum class Scope { kCta, kGpu, kSys };
 
+EP_DEVICE int lane_idx();
+EP_DEVICE int warp_idx();  // in its block
+
 // Sixteen bytes, moved by one instruction. Addresses must be 16-byte aligned.
 struct alignas(16) Vec16 {
     uint32_t word[4];
@@ -114,7 +117,7 @@ EP_DEVICE void fence_async_shared();
 EP_DEVICE void fence_async_global();
 
 // ---------------------------------------------------------------------------------------------------------------
-// Execution
+// Execution (one-dimensional blocks)
 // ---------------------------------------------------------------------------------------------------------------
 
 // Named barrier `id` (1..15; 0 is __syncthreads) for exactly `num_threads` (a multiple of 32) threads of the block;
@@ -135,3 +138,12 @@ EP_DEVICE void* dynamic_shared();
 }  // namespace deep_ep::prim
 
 #include "prim_impl.h"  // device/cuda/ or device/simt/, by include path
+
+namespace deep_ep::prim {
+inline namespace EP_BACKEND {
+
+EP_DEVICE int lane_idx() { return static_cast<int>(threadIdx.x) % kWarpSize; }
+EP_DEVICE int warp_idx() { return static_cast<int>(threadIdx.x) / kWarpSize; }
+
+}  // namespace EP_BACKEND
+}  // namespace deep_ep::prim

@@ -30,7 +30,7 @@ struct Running {
     PollRecord* poll;  // of the running fiber; null outside kernels
     bool is_seeded;    // yield at random before accesses
 };
-extern __thread Running running __attribute__((tls_model("initial-exec")));
+extern __thread Running running;
 
 // Seeded schedules: lets others run first, at random.
 void perturb();

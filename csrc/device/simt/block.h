@@ -156,7 +156,7 @@ private:
     BulkEngine bulk_;
 };
 
-extern __thread Fiber* current_fiber __attribute__((tls_model("initial-exec")));
+extern __thread Fiber* current_fiber;
 
 [[noreturn, gnu::cold]] void report_outside_kernel(const char* primitive);
 

@@ -17,10 +17,10 @@ struct Index3 {
 };
 
 // Where the running fiber is. Written by the executor at every switch; a block never leaves its OS thread.
-extern __thread Index3 threadIdx __attribute__((tls_model("initial-exec")));
-extern __thread Index3 blockIdx __attribute__((tls_model("initial-exec")));
-extern __thread Index3 blockDim __attribute__((tls_model("initial-exec")));
-extern __thread Index3 gridDim __attribute__((tls_model("initial-exec")));
+extern __thread Index3 threadIdx;
+extern __thread Index3 blockIdx;
+extern __thread Index3 blockDim;
+extern __thread Index3 gridDim;
 
 enum class WarpOp : uint8_t { kSync, kBallot, kAny, kAll, kShuffle, kShuffleXor, kShuffleUp, kShuffleDown };
 

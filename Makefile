@@ -1,0 +1,67 @@
+# Tasks for people who work on this repository. Each sets up what it needs; a second run is quick.
+#   PYTHON=python3.12   the Python to make .venv from
+#   TORCH=torch==2.13.0 what to install when that Python has no torch
+#   JOBS=2              parallel compiles
+#   ARGS=...            options for `make demo` and `make bench`
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+JOBS ?= $(shell nproc)
+export PYTHON TORCH JOBS
+
+PY := .venv/bin/python
+STAMPS := build/stamps
+ENV := tools/dev_env.sh
+
+.PHONY: help build lint format demo test bench sanitize clean distclean
+
+help:  ## Show this list.
+	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+
+build: $(STAMPS)/installed  ## Build the extension and make deep_ep importable in .venv.
+	@cmake --build build/dev --target deep_ep_cpp --parallel $(JOBS)
+
+lint: $(STAMPS)/venv $(STAMPS)/system-lint  ## Check format, style, types and the boundaries between the layers.
+	@tools/lint.sh
+
+format: $(STAMPS)/venv $(STAMPS)/system-lint  ## Rewrite the sources in the project's format.
+	@tools/lint.sh --fix
+
+demo: build  ## Train a small Mixture-of-Experts model over deep_ep, on whatever this machine has.
+	@$(PY) examples/run_demo.py $(ARGS)
+
+test: build $(STAMPS)/system-test  ## Run every test: C++, C++ under both sanitizers, Python.
+	@tools/run_tests.sh cpp address thread python
+
+bench: build  ## Measure the operations; prints a table and writes JSON.
+	@$(PY) -m deep_ep.bench intranode --save out $(ARGS)
+
+sanitize: $(STAMPS)/system-test  ## Run the C++ tests under AddressSanitizer and ThreadSanitizer alone.
+	@tools/run_tests.sh address thread
+
+clean:  ## Remove everything built; keep .venv.
+	rm -rf build dist ./*.egg-info deep_ep_cpp.*.so .mypy_cache .ruff_cache .pytest_cache
+
+distclean: clean  ## Remove .venv too.
+	rm -rf .venv
+
+# -- What the tasks stand on -------------------------------------------------------------------------------------------
+$(STAMPS)/system-%: $(ENV)
+	@mkdir -p $(STAMPS)
+	@$(ENV) system $*
+	@touch $@
+
+$(STAMPS)/venv: $(ENV) pyproject.toml
+	@mkdir -p $(STAMPS)
+	@$(ENV) venv
+	@touch $@
+
+# An editable install: the package from the working tree, the extension beside it, the CMake tree in build/dev.
+$(STAMPS)/installed: $(STAMPS)/venv $(STAMPS)/system-build setup.py CMakeLists.txt $(wildcard cmake/*.cmake)
+	@$(ENV) install
+	@touch $@

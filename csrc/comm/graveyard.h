@@ -1,0 +1,28 @@
+// Shared regions whose owner is gone while a peer still maps them. They are looked at again whenever a heap is made or
+// released, and freed as soon as the last peer has let go: freeing earlier is undefined, waiting would block.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "device/runtime.h"
+
+namespace deep_ep::comm {
+
+struct BuriedRegion {
+    std::shared_ptr<dev::Device> device;
+    dev::ShareableMemory memory;
+    size_t left_offset;
+    int rank;
+    int num_ranks;
+};
+
+// True when every other rank has set its word at `left_offset`.
+bool have_peers_left(const BuriedRegion& region);
+
+void bury(BuriedRegion region);
+
+// Frees what nobody maps any more; returns how many regions remain.
+size_t sweep_graveyard();
+
+}  // namespace deep_ep::comm

@@ -1,0 +1,51 @@
+// The same region of memory on every rank of a node, each mapped by all.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "device/runtime.h"
+
+namespace deep_ep::comm {
+
+// Owns the local region and the mappings of the peers' regions. Not thread-safe.
+//
+// Lifetime: a region may be freed only when no peer maps it any more. Peers say so by a word in the region (`left`);
+// release() waits for them for a bounded time, and what is still mapped then is kept for later (see Graveyard).
+class SymmetricHeap {
+public:
+    // Allocates `bytes`, zero-filled. `left_offset`: where the region keeps one 8-byte word per rank for release().
+    SymmetricHeap(std::shared_ptr<dev::Device> device, int rank, int num_ranks, size_t bytes, size_t left_offset);
+    ~SymmetricHeap();
+    SymmetricHeap(const SymmetricHeap&) = delete;
+    SymmetricHeap& operator=(const SymmetricHeap&) = delete;
+
+    // What peers need to map this region.
+    const std::string& handle() const { return memory_.handle; }
+    // Maps every peer's region; `handles[rank]` is this rank's own. Once.
+    void connect(const std::vector<std::string>& handles);
+    bool is_connected() const { return bases_on_device_ != nullptr; }
+
+    uint8_t* local() const { return static_cast<uint8_t*>(memory_.address); }
+    // Device array [num_ranks]: where each rank's region is mapped in this process.
+    uint8_t* const* bases_on_device() const { return bases_on_device_; }
+
+    // Unmaps the peers' regions, tells them, and frees the local region once they have done the same; after `timeout_s`
+    // it goes to the graveyard instead. Idempotent, never throws.
+    void release(double timeout_s) noexcept;
+
+private:
+    void tell_peers_we_left();
+    void unmap_peers();
+    void free_table();
+
+    std::shared_ptr<dev::Device> device_;
+    int rank_, num_ranks_;
+    size_t left_offset_;
+    dev::ShareableMemory memory_;
+    std::vector<void*> bases_;
+    uint8_t** bases_on_device_ = nullptr;
+};
+
+}  // namespace deep_ep::comm

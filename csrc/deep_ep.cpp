@@ -1,0 +1,308 @@
+// The Python module deep_ep_cpp: bindings only. Addresses and streams cross as integers; deep_ep_cpp.pyi documents them.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "runtime/config.h"
+#include "core/env.h"
+#include "core/error.h"
+#include "device/simt/device.h"
+#include "runtime/buffer.h"
+#if EP_WITH_CUDA
+#include "device/cuda/device.h"
+#endif
+
+#ifndef TOPK_IDX_BITS
+#define TOPK_IDX_BITS 64
+#endif
+
+namespace py = pybind11;
+
+namespace deep_ep {
+namespace {
+
+using runtime::Buffer;
+using release_gil = py::call_guard<py::gil_scoped_release>;
+
+template <class T> T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+uintptr_t number(void* handle) { return reinterpret_cast<uintptr_t>(handle); }
+
+std::shared_ptr<dev::Device> make_device(int index) {
+    if (index < 0) return simt::make_cpu_device();
+#if EP_WITH_CUDA
+    return dev::make_cuda_device(index);
+#else
+    throw Error("this build of deep_ep has no CUDA device: it was built without a CUDA toolkit");
+#endif
+}
+
+void bind_errors(py::module_& m) {
+    // Subclasses are registered later, hence tried first.
+    static py::exception<Error> error(m, "Error", PyExc_RuntimeError);
+    static py::exception<CudaError> cuda_error(m, "CudaError", error.ptr());
+    static py::exception<TransportError> transport_error(m, "TransportError", error.ptr());
+    static py::exception<TimeoutError> timeout_error(m, "TimeoutError", error.ptr());
+    static py::exception<InvalidArgument> invalid_argument(
+        m, "InvalidArgument", py::make_tuple(error, py::handle(PyExc_ValueError)));
+    py::register_exception_translator([](std::exception_ptr thrown) {
+        try {
+            if (thrown) std::rethrow_exception(thrown);
+        } catch (const InvalidArgument& e) {
+            py::set_error(invalid_argument, e.what());
+        } catch (const TimeoutError& e) {
+            py::set_error(timeout_error, e.what());
+        } catch (const TransportError& e) {
+            py::set_error(transport_error, e.what());
+        } catch (const CudaError& e) {
+            py::set_error(cuda_error, e.what());
+        } catch (const Error& e) {
+            py::set_error(error, e.what());
+        }
+    });
+}
+
+void bind_config(py::module_& m) {
+    py::class_<Config>(m, "Config")
+        .def(py::init<int, int, int, int, int>(), py::arg("num_sms") = 20,
+             py::arg("num_max_nvl_chunked_send_tokens") = 6, py::arg("num_max_nvl_chunked_recv_tokens") = 256,
+             py::arg("num_max_rdma_chunked_send_tokens") = 6, py::arg("num_max_rdma_chunked_recv_tokens") = 256)
+        .def("get_nvl_buffer_size_hint", &Config::get_nvl_buffer_size_hint, py::arg("hidden_bytes"),
+             py::arg("num_ranks"))
+        .def("get_rdma_buffer_size_hint", &Config::get_rdma_buffer_size_hint, py::arg("hidden_bytes"),
+             py::arg("num_ranks"))
+        .def_readonly("num_sms", &Config::num_sms);
+}
+
+void bind_device(py::module_& m) {
+    using dev::Device;
+    using Class = py::class_<Device, std::shared_ptr<Device>>;
+    Class(m, "Device")
+        .def(py::init(&make_device), py::arg("index"))
+        .def_property_readonly("kind",
+                               [](Device& d) { return d.kind() == dev::DeviceKind::kCuda ? "cuda" : "cpu"; })
+        .def_property_readonly("num_sms", &Device::num_sms)
+        .def_property_readonly("unique_id", [](Device& d) { return py::bytes(d.unique_id()); })
+        .def("create_stream", [](Device& d) { return number(d.create_stream()); })
+        .def("destroy_stream", [](Device& d, uintptr_t s) { d.destroy_stream(pointer<void>(s)); }, release_gil())
+        .def("synchronize_stream", [](Device& d, uintptr_t s) { d.synchronize_stream(pointer<void>(s)); },
+             release_gil())
+        .def("create_event", [](Device& d) { return number(d.create_event()); })
+        .def("destroy_event", [](Device& d, uintptr_t e) { d.destroy_event(pointer<void>(e)); })
+        .def("record_event",
+             [](Device& d, uintptr_t e, uintptr_t s) { d.record_event(pointer<void>(e), pointer<void>(s)); })
+        .def("stream_wait_event",
+             [](Device& d, uintptr_t s, uintptr_t e) { d.stream_wait_event(pointer<void>(s), pointer<void>(e)); })
+        .def("synchronize_event", [](Device& d, uintptr_t e) { d.synchronize_event(pointer<void>(e)); }, release_gil())
+        .def("query_event", [](Device& d, uintptr_t e) { return d.query_event(pointer<void>(e)); });
+}
+
+void get_dispatch_layout(Buffer& buffer, uintptr_t topk_idx, int idx_bytes, int num_tokens, int num_topk,
+                         int num_experts, uintptr_t num_tokens_per_rank, uintptr_t num_tokens_per_expert,
+                         uintptr_t is_token_in_rank, uintptr_t stream) {
+    buffer.get_dispatch_layout({.topk_idx = pointer<void>(topk_idx),
+                                .idx_bytes = idx_bytes,
+                                .num_tokens = num_tokens,
+                                .num_topk = num_topk,
+                                .num_experts = num_experts,
+                                .num_tokens_per_rank = pointer<int>(num_tokens_per_rank),
+                                .num_tokens_per_expert = pointer<int>(num_tokens_per_expert),
+                                .is_token_in_rank = pointer<uint8_t>(is_token_in_rank)},
+                               pointer<void>(stream));
+}
+
+void notify_dispatch(Buffer& buffer, uintptr_t num_tokens_per_rank, uintptr_t num_tokens_per_expert,
+                     uintptr_t is_token_in_rank, int num_tokens, int num_experts, int expert_alignment,
+                     uintptr_t rank_prefix_matrix, uintptr_t send_head, bool wants_host_counts, uintptr_t stream) {
+    buffer.notify_dispatch({.num_tokens_per_rank = pointer<int>(num_tokens_per_rank),
+                            .num_tokens_per_expert = pointer<int>(num_tokens_per_expert),
+                            .is_token_in_rank = pointer<uint8_t>(is_token_in_rank),
+                            .num_tokens = num_tokens,
+                            .num_experts = num_experts,
+                            .expert_alignment = expert_alignment,
+                            .rank_prefix_matrix = pointer<int>(rank_prefix_matrix),
+                            .send_head = pointer<int>(send_head),
+                            .wants_host_counts = wants_host_counts},
+                           pointer<void>(stream));
+}
+
+py::tuple wait_counts(Buffer& buffer) {
+    runtime::RecvCounts counts;
+    {
+        const py::gil_scoped_release released;
+        counts = buffer.wait_counts();
+    }
+    return py::make_tuple(counts.num_tokens, std::move(counts.num_tokens_per_expert));
+}
+
+void dispatch(Buffer& buffer, uintptr_t x, int num_tokens, int64_t row_bytes, uintptr_t scales, int num_scales,
+              int64_t scale_stride_token, int64_t scale_stride_scale, uintptr_t topk_idx, uintptr_t topk_weights,
+              int num_topk, int idx_bytes, int num_experts, uintptr_t rank_prefix_matrix, uintptr_t send_head,
+              uintptr_t recv_x, uintptr_t recv_scales, uintptr_t recv_topk_idx, uintptr_t recv_topk_weights,
+              uintptr_t recv_src_idx, int num_recv_rows, bool is_worst_case, bool is_cached, int num_sms,
+              uintptr_t stream) {
+    buffer.dispatch({.x = pointer<uint8_t>(x),
+                     .num_tokens = num_tokens,
+                     .row_bytes = row_bytes,
+                     .scales = pointer<uint32_t>(scales),
+                     .num_scales = num_scales,
+                     .scale_stride_token = scale_stride_token,
+                     .scale_stride_scale = scale_stride_scale,
+                     .topk_idx = pointer<void>(topk_idx),
+                     .topk_weights = pointer<float>(topk_weights),
+                     .num_topk = num_topk,
+                     .idx_bytes = idx_bytes,
+                     .num_experts = num_experts,
+                     .rank_prefix_matrix = pointer<int>(rank_prefix_matrix),
+                     .send_head = pointer<int>(send_head),
+                     .recv_x = pointer<uint8_t>(recv_x),
+                     .recv_scales = pointer<uint32_t>(recv_scales),
+                     .recv_topk_idx = pointer<void>(recv_topk_idx),
+                     .recv_topk_weights = pointer<float>(recv_topk_weights),
+                     .recv_src_idx = pointer<int>(recv_src_idx),
+                     .num_recv_rows = num_recv_rows,
+                     .is_worst_case = is_worst_case,
+                     .is_cached = is_cached},
+                    num_sms, pointer<void>(stream));
+}
+
+void combine(Buffer& buffer, uintptr_t x, int num_rows, int hidden, uintptr_t topk_weights, int num_topk,
+             uintptr_t bias_0, uintptr_t bias_1, uintptr_t rank_prefix_matrix, uintptr_t send_head, int num_tokens,
+             uintptr_t combined_x, uintptr_t combined_topk_weights, int num_sms, uintptr_t stream) {
+    buffer.combine({.x = pointer<uint8_t>(x),
+                    .num_rows = num_rows,
+                    .hidden = hidden,
+                    .topk_weights = pointer<float>(topk_weights),
+                    .num_topk = num_topk,
+                    .bias = {pointer<uint8_t>(bias_0), pointer<uint8_t>(bias_1)},
+                    .rank_prefix_matrix = pointer<int>(rank_prefix_matrix),
+                    .send_head = pointer<int>(send_head),
+                    .num_tokens = num_tokens,
+                    .combined_x = pointer<uint8_t>(combined_x),
+                    .combined_topk_weights = pointer<float>(combined_topk_weights)},
+                   num_sms, pointer<void>(stream));
+}
+
+// ticket 0: the send phase, which returns the ticket; else the receive phase of that call.
+uint64_t low_latency_dispatch(Buffer& buffer, uint64_t ticket, int num_max_tokens, int num_topk, int num_experts,
+                              int hidden, bool is_fp8, bool rounds_scales, bool packs_scales, uintptr_t x,
+                              uintptr_t topk_idx, int idx_bytes, int num_tokens, uintptr_t recv_x,
+                              uintptr_t recv_scales, uintptr_t recv_count, uintptr_t src_info, uintptr_t layout_range,
+                              uintptr_t row_of_entry, uintptr_t cumulative_stats, uintptr_t wait_stats,
+                              uintptr_t stream) {
+    const runtime::LowLatencyDispatchArgs args{.shape = {num_max_tokens, num_topk, num_experts, hidden},
+                                               .is_fp8 = is_fp8,
+                                               .rounds_scales = rounds_scales,
+                                               .packs_scales = packs_scales,
+                                               .x = pointer<uint8_t>(x),
+                                               .topk_idx = pointer<void>(topk_idx),
+                                               .idx_bytes = idx_bytes,
+                                               .num_tokens = num_tokens,
+                                               .recv_x = pointer<uint8_t>(recv_x),
+                                               .recv_scales = pointer<uint32_t>(recv_scales),
+                                               .recv_count = pointer<int>(recv_count),
+                                               .src_info = pointer<int>(src_info),
+                                               .layout_range = pointer<int64_t>(layout_range),
+                                               .row_of_entry = pointer<int>(row_of_entry),
+                                               .cumulative_stats = pointer<int>(cumulative_stats),
+                                               .wait_stats = pointer<int64_t>(wait_stats)};
+    if (ticket == 0) return buffer.send_low_latency_dispatch(args, pointer<void>(stream));
+    buffer.receive_low_latency_dispatch(args, ticket, pointer<void>(stream));
+    return ticket;
+}
+
+uint64_t low_latency_combine(Buffer& buffer, uint64_t ticket, int num_max_tokens, int num_topk, int num_experts,
+                             int hidden, uintptr_t x, uintptr_t topk_idx, int idx_bytes, uintptr_t topk_weights,
+                             int num_tokens, uintptr_t row_of_entry, uintptr_t combined_x, uintptr_t wait_stats,
+                             uintptr_t stream) {
+    const runtime::LowLatencyCombineArgs args{.shape = {num_max_tokens, num_topk, num_experts, hidden},
+                                              .x = pointer<uint8_t>(x),
+                                              .topk_idx = pointer<void>(topk_idx),
+                                              .idx_bytes = idx_bytes,
+                                              .topk_weights = pointer<float>(topk_weights),
+                                              .num_tokens = num_tokens,
+                                              .row_of_entry = pointer<int>(row_of_entry),
+                                              .combined_x = pointer<uint8_t>(combined_x),
+                                              .wait_stats = pointer<int64_t>(wait_stats)};
+    if (ticket == 0) return buffer.send_low_latency_combine(args, pointer<void>(stream));
+    buffer.receive_low_latency_combine(args, ticket, pointer<void>(stream));
+    return ticket;
+}
+
+void bind_buffer(py::module_& m) {
+    py::class_<Buffer>(m, "Buffer")
+        .def(py::init([](std::shared_ptr<dev::Device> device, int rank, int num_ranks, int64_t num_data_bytes,
+                         double timeout_s, double warn_s, int64_t num_low_latency_bytes, bool is_shrinkable) {
+                 return std::make_unique<Buffer>(
+                     std::move(device), runtime::BufferOptions{rank, num_ranks, num_data_bytes, num_low_latency_bytes,
+                                                               timeout_s, warn_s, is_shrinkable});
+             }),
+             py::arg("device"), py::arg("rank"), py::arg("num_ranks"), py::arg("num_data_bytes"),
+             py::arg("timeout_s"), py::arg("warn_s"), py::arg("num_low_latency_bytes") = 0,
+             py::arg("is_shrinkable") = false)
+        .def("export_handle", [](Buffer& b) { return py::bytes(b.export_handle()); })
+        .def("connect", &Buffer::connect, py::arg("handles"))
+        .def_property_readonly("data_ptr", [](Buffer& b) { return number(b.data()); })
+        .def_property_readonly("data_bytes", &Buffer::num_data_bytes)
+        .def("destroy", &Buffer::destroy, py::arg("timeout_s"), release_gil())
+        .def("check", &Buffer::check)
+        .def("take_warnings", &Buffer::take_warnings)
+        .def("get_dispatch_layout", &get_dispatch_layout)
+        .def("notify_dispatch", &notify_dispatch)
+        .def("wait_counts", &wait_counts)
+        .def("dispatch", &dispatch)
+        .def("combine", &combine)
+        .def("low_latency_dispatch", &low_latency_dispatch)
+        .def("low_latency_combine", &low_latency_combine)
+        .def_property_readonly("low_latency_data_ptr", [](Buffer& b) { return number(b.low_latency_data()); })
+        .def_property_readonly("masked_ranks_ptr", [](Buffer& b) { return number(b.masked_ranks()); })
+        .def("bench_push", [](Buffer& b, int64_t bytes_per_peer, int num_sms, uintptr_t stream) {
+            b.bench_push(bytes_per_peer, num_sms, pointer<void>(stream));
+        });
+}
+
+// Callers import these from here, but they are made of torch: deep_ep supplies them when asked.
+py::object forwarded(const std::string& name) {
+    if (name == "EventHandle") return py::module_::import("deep_ep.utils").attr("EventHandle");
+    if (name == "topk_idx_t") return py::module_::import("torch").attr(TOPK_IDX_BITS == 32 ? "int32" : "int64");
+    throw py::attribute_error("module 'deep_ep_cpp' has no attribute '" + name + "'");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(deep_ep_cpp, m) {
+    m.doc() = "Expert-parallel dispatch and combine: the native half of deep_ep.";
+    bind_errors(m);
+    bind_config(m);
+    bind_device(m);
+    bind_buffer(m);
+    m.def("get_low_latency_rdma_size_hint", &Buffer::low_latency_size_hint,
+          py::arg("num_max_dispatch_tokens_per_rank"), py::arg("hidden"), py::arg("num_ranks"),
+          py::arg("num_experts"));
+    m.def("is_cuda_built", [] { return EP_WITH_CUDA != 0; });
+    m.def("is_sm90_compiled", [] {
+#if EP_WITH_CUDA && !defined(DISABLE_SM90_FEATURES)
+        return true;
+#else
+        return false;
+#endif
+    });
+    m.def("get_environment", [] {
+        const Environment& env = environment();
+        py::dict variables;
+        variables["timeout_s"] = env.timeout_s;
+        variables["warn_s"] = env.warn_s;
+        variables["ranks_per_node"] = env.ranks_per_node;
+        variables["device"] = env.device;
+        variables["num_sms"] = env.num_sms;
+        variables["cpu_sms"] = env.cpu_sms;
+        return variables;
+    });
+    m.def("topk_idx_bits", [] { return TOPK_IDX_BITS; });
+    m.def("__getattr__", &forwarded);
+}
+
+}  // namespace deep_ep

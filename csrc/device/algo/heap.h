@@ -1,0 +1,81 @@
+// The symmetric heap, as kernels address it.
+#pragma once
+
+#include "device/prim.h"
+#include "layout/intranode.h"
+#include "layout/status.h"
+
+namespace deep_ep::algo {
+inline namespace EP_BACKEND {
+
+// Where deadlines and reports live; filled from the launch parameters.
+struct WatchWords {
+    layout::LocalState* local;
+    layout::HostStatus* status;
+    uint64_t timeout_ns;
+    uint64_t warn_ns;
+};
+
+class Heap {
+public:
+    EP_DEVICE Heap(uint8_t* const* bases, int rank, int num_ranks, const layout::ControlLayout& control)
+        : bases_(bases), control_(&control), rank_(rank), num_ranks_(num_ranks) {}
+
+    EP_DEVICE int rank() const { return rank_; }
+    EP_DEVICE int num_ranks() const { return num_ranks_; }
+
+    // Each of these names a place in `owner`'s memory; see ControlLayout for who writes it.
+    EP_DEVICE uint64_t* started(int owner, int source) const { return word(owner, control_->started.at(source)); }
+    EP_DEVICE uint64_t* abort(int owner) const { return word(owner, control_->abort.offset); }
+    EP_DEVICE uint64_t* count_flag(int owner, int bank, int source) const {
+        return word(owner, control_->count_flags.at(bank * num_ranks_ + source));
+    }
+    EP_DEVICE int* rank_counts(int owner, int bank, int source) const {
+        const uint64_t row = static_cast<uint64_t>(bank) * num_ranks_ + source;
+        return reinterpret_cast<int*>(bases_[owner] + control_->rank_counts.at(row * num_ranks_));
+    }
+    EP_DEVICE int* expert_counts(int owner, int bank, int source) const {
+        const uint64_t row = static_cast<uint64_t>(bank) * num_ranks_ + source;
+        return reinterpret_cast<int*>(bases_[owner] + control_->expert_counts.at(row * layout::kMaxLocalExperts));
+    }
+    EP_DEVICE uint64_t* full(int owner, int bank, int source, int slot) const {
+        const uint64_t row = static_cast<uint64_t>(bank) * num_ranks_ + source;
+        return word(owner, control_->full.at(row * layout::kMaxWindow + slot));
+    }
+    EP_DEVICE uint64_t* empty(int owner, int bank, int destination, int slot) const {
+        const uint64_t row = static_cast<uint64_t>(bank) * num_ranks_ + destination;
+        return word(owner, control_->empty.at(row * layout::kMaxWindow + slot));
+    }
+    EP_DEVICE uint8_t* slot(int owner, const layout::WindowLayout& window, int bank, int source, int slot_idx) const {
+        return bases_[owner] + control_->bytes + window.slot_offset(bank, owner, source, slot_idx);
+    }
+
+    // Low latency; see LowLatencyControl.
+    EP_DEVICE uint64_t* low_latency_started(int owner, int source) const {
+        return word(owner, control_->low_latency.started.at(source));
+    }
+    EP_DEVICE uint64_t* received(int owner, int bank, int peer) const {
+        return word(owner, control_->low_latency.received.at(bank * num_ranks_ + peer));
+    }
+    EP_DEVICE uint64_t* table_full(int owner, int bank, int source) const {
+        return word(owner, control_->low_latency.table_full.at(bank * num_ranks_ + source));
+    }
+    EP_DEVICE uint64_t* token_full(int owner, int bank, int source, int token) const {
+        const uint64_t row = static_cast<uint64_t>(bank) * num_ranks_ + source;
+        return word(owner, control_->low_latency.token_full.at(row * layout::kMaxLowLatencyTokens + token));
+    }
+    EP_DEVICE uint8_t* at(int owner, uint64_t offset) const { return bases_[owner] + offset; }
+
+private:
+    EP_DEVICE uint64_t* word(int owner, uint64_t offset) const {
+        return reinterpret_cast<uint64_t*>(bases_[owner] + offset);
+    }
+
+    uint8_t* const* bases_;
+    const layout::ControlLayout* control_;
+    int rank_;
+    int num_ranks_;
+};
+
+}  // namespace EP_BACKEND
+}  // namespace deep_ep::algo

@@ -1,0 +1,78 @@
+// One warp serves several streams of rows, each from or to another rank, and never blocks on one of them: a stream
+// that stands still must not hold up another, or ranks could wait for each other in a circle.
+#pragma once
+
+#include "device/algo/ring.h"
+
+namespace deep_ep::algo {
+inline namespace EP_BACKEND {
+
+// Lane i of a warp holds the state of stream i; lanes without one hold an empty stream.
+struct RowStream {
+    int peer = 0;
+    int next = 0;   // position of the next row
+    int count = 0;  // rows in all
+    int step = 1;   // more than 1 where several warps share the stream
+};
+
+// Deals the num_ranks - 1 peers to `num_warps` warps: several warps to a peer, or several peers to a warp.
+template <class Count>
+EP_DEVICE RowStream deal_stream(int warp, int num_warps, int rank, int num_ranks, const Count& count_of) {
+    const int num_peers = num_ranks - 1;
+    RowStream stream;
+    if (num_peers == 0) return stream;
+    const int warps_per_peer = num_warps / num_peers;
+    const bool is_shared = warps_per_peer > 0;
+    const int peer_idx = is_shared ? warp % num_peers : warp + prim::lane_idx() * num_warps;
+    const bool has_stream = is_shared ? prim::lane_idx() == 0 && warp < warps_per_peer * num_peers : peer_idx < num_peers;
+    if (!has_stream) return stream;
+    stream.peer = (rank + 1 + peer_idx) % num_ranks;  // every rank begins with another peer
+    stream.next = is_shared ? warp / num_peers : 0;
+    stream.step = is_shared ? warps_per_peer : 1;
+    stream.count = count_of(stream.peer);
+    return stream;
+}
+
+// The warp serves its streams to the end: `test(peer, position)` says which flag the next row waits for,
+// `serve(peer, position, count)` is called by the whole warp once it is set. False: a wait failed.
+template <class Test, class Serve>
+EP_DEVICE bool serve_streams(const Watch& watch, layout::Stage stage, RowStream stream, const Test& test,
+                             const Serve& serve) {
+    constexpr int kPollsBetweenChecks = 16;
+    uint64_t start_ns = 0;
+    for (int polls = 0;;) {
+        const bool has_row = stream.next < stream.count;
+        if (!__any_sync(prim::kFullMask, has_row)) return true;
+        FlagTest flag{nullptr, 0};
+        uint64_t seen = 0;
+        if (has_row) {
+            flag = test(stream.peer, stream.next);
+            if (flag.flag != nullptr) seen = prim::load<prim::Order::kAcquire, prim::Scope::kSys>(flag.flag);
+        }
+        const bool is_ready = has_row && seen >= flag.expected;
+        const uint32_t ready = __ballot_sync(prim::kFullMask, is_ready);
+        if (ready == 0) {
+            bool may_wait = true;
+            if (has_row && polls % kPollsBetweenChecks == 0) {
+                if (start_ns == 0) start_ns = prim::clock_ns();
+                may_wait = may_go_on(watch, {stage, stream.peer}, start_ns, flag.expected, seen);
+            }
+            if (!__all_sync(prim::kFullMask, may_wait)) return false;
+            ++polls;
+            prim::pause();
+            continue;
+        }
+        polls = 0;
+        start_ns = 0;
+        __syncwarp();  // one lane's acquire, every lane's accesses
+        for (uint32_t rest = ready; rest != 0; rest &= rest - 1) {
+            const int lane = __ffs(static_cast<int>(rest)) - 1;
+            serve(__shfl_sync(prim::kFullMask, stream.peer, lane), __shfl_sync(prim::kFullMask, stream.next, lane),
+                  __shfl_sync(prim::kFullMask, stream.count, lane));
+        }
+        if (is_ready) stream.next += stream.step;
+    }
+}
+
+}  // namespace EP_BACKEND
+}  // namespace deep_ep::algo

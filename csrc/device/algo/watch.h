@@ -1,0 +1,113 @@
+// Waiting with a deadline and a story. Every wait between blocks or ranks goes through here.
+//
+// A wait that fails writes one record for the host, tells every peer to give up, and returns false; the kernel then
+// runs to its end without touching data. Nothing traps: the context stays usable, the Buffer does not.
+#pragma once
+
+#include "device/algo/heap.h"
+#include "device/prim.h"
+#include "layout/status.h"
+
+namespace deep_ep::algo {
+inline namespace EP_BACKEND {
+
+// One kernel's view of its deadlines, heap and call.
+struct Watch {
+    WatchWords words;
+    Heap heap;
+    layout::Operation operation;
+    uint64_t call;  // this call's number; calls count from 1
+};
+
+struct WaitSite {
+    layout::Stage stage;
+    int peer;
+};
+
+EP_DEVICE void write_record(layout::WaitRecord* record, const Watch& watch, layout::FailureKind kind, WaitSite site,
+                            uint64_t expected, uint64_t seen, uint64_t waited_ns) {
+    using prim::Order;
+    using prim::Scope;
+    prim::store<Order::kRelaxed, Scope::kSys>(reinterpret_cast<uint32_t*>(&record->kind), static_cast<uint32_t>(kind));
+    prim::store<Order::kRelaxed, Scope::kSys>(reinterpret_cast<uint32_t*>(&record->operation),
+                                              static_cast<uint32_t>(watch.operation));
+    prim::store<Order::kRelaxed, Scope::kSys>(reinterpret_cast<uint32_t*>(&record->stage),
+                                              static_cast<uint32_t>(site.stage));
+    prim::store<Order::kRelaxed, Scope::kSys>(&record->peer, site.peer);
+    prim::store<Order::kRelaxed, Scope::kSys>(&record->call, watch.call);
+    prim::store<Order::kRelaxed, Scope::kSys>(&record->expected, expected);
+    prim::store<Order::kRelaxed, Scope::kSys>(&record->seen, seen);
+    prim::store<Order::kRelaxed, Scope::kSys>(&record->waited_ns, waited_ns);
+    // Pairs with: Buffer::check on the host, which reads the record only when state is 1.
+    prim::store<Order::kRelease, Scope::kSys>(&record->state, uint64_t{1});
+}
+
+// The first failure of this rank is recorded and spread; later ones only return.
+EP_DEVICE void fail(const Watch& watch, layout::FailureKind kind, WaitSite site, uint64_t expected, uint64_t seen,
+                    uint64_t waited_ns) {
+    using prim::Order;
+    using prim::Scope;
+    if (prim::compare_swap<Order::kRelaxed, Scope::kGpu>(&watch.words.local->failure_claimed, 0u, 1u) != 0u) return;
+    write_record(&watch.words.status->failure, watch, kind, site, expected, seen, waited_ns);
+    const uint64_t code = kind == layout::FailureKind::kAborted
+                              ? seen
+                              : layout::make_abort_code(watch.heap.rank(), kind == layout::FailureKind::kTimeout
+                                                                               ? site.peer
+                                                                               : watch.heap.rank());
+    for (int peer = 0; peer < watch.heap.num_ranks(); ++peer)
+        prim::store<Order::kRelaxed, Scope::kSys>(watch.heap.abort(peer), code);
+}
+
+EP_DEVICE uint64_t abort_code(const Watch& watch) {
+    return prim::load<prim::Order::kRelaxed, prim::Scope::kSys>(watch.heap.abort(watch.heap.rank()));
+}
+
+// One look at the clock and at the abort word; false: stop waiting.
+EP_DEVICE bool may_go_on(const Watch& watch, WaitSite site, uint64_t start_ns, uint64_t expected, uint64_t seen) {
+    using prim::Order;
+    using prim::Scope;
+    const uint64_t waited_ns = prim::clock_ns() - start_ns;
+    const uint64_t code = abort_code(watch);
+    if (code != 0) {
+        fail(watch, layout::FailureKind::kAborted, site, expected, code, waited_ns);
+        return false;
+    }
+    if (waited_ns >= watch.words.timeout_ns) {
+        fail(watch, layout::FailureKind::kTimeout, site, expected, seen, waited_ns);
+        return false;
+    }
+    if (waited_ns >= watch.words.warn_ns) {
+        const uint64_t warned = prim::load<Order::kRelaxed, Scope::kGpu>(&watch.words.local->warned_call);
+        if (warned < watch.call &&
+            prim::compare_swap<Order::kRelaxed, Scope::kGpu>(&watch.words.local->warned_call, warned, watch.call) ==
+                warned)
+            write_record(&watch.words.status->warning, watch, layout::FailureKind::kTimeout, site, expected, seen,
+                         waited_ns);
+    }
+    return true;
+}
+
+enum class OnTimeout { kFail, kGiveUp };
+
+// This thread waits until *flag >= expected, with acquire at system scope; other lanes of its warp may touch what the
+// flag guards only after a __syncwarp(). False: the wait failed.
+// kGiveUp: the deadline ends the wait and nothing else; the caller leaves the peer out.
+EP_DEVICE bool wait_at_least(const Watch& watch, WaitSite site, const uint64_t* flag, uint64_t expected,
+                             OnTimeout on_timeout = OnTimeout::kFail) {
+    constexpr int kPollsBetweenChecks = 16;
+    uint64_t start_ns = 0;
+    for (int polls = 0;; ++polls) {
+        const uint64_t seen = prim::load<prim::Order::kAcquire, prim::Scope::kSys>(flag);
+        if (seen >= expected) return true;
+        if (polls % kPollsBetweenChecks == 0) {
+            if (start_ns == 0) start_ns = prim::clock_ns();
+            const bool is_late = prim::clock_ns() - start_ns >= watch.words.timeout_ns;
+            if (is_late && on_timeout == OnTimeout::kGiveUp) return false;
+            if (!may_go_on(watch, site, start_ns, expected, seen)) return false;
+        }
+        prim::pause();
+    }
+}
+
+}  // namespace EP_BACKEND
+}  // namespace deep_ep::algo

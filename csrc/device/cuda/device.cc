@@ -1,0 +1,416 @@
+#include "device/cuda/device.h"
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <thread>
+
+#include "device/cuda/cuda_error.h"
+#include "device/cuda/guard.h"
+#include "device/cuda/probe.h"
+#include "device/cuda/shared_handle.h"
+
+namespace deep_ep::dev {
+namespace cuda {
+namespace {
+
+// cudaMalloc cuts small allocations out of one larger block, and an IPC handle opens the whole block. Whole blocks
+// are shared, so that peers see nothing else and the offset into the mapping is zero.
+constexpr size_t kShareableGranularity = size_t{2} << 20;
+
+size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// A failed release is an error, unless the process is ending and the driver has gone first.
+void check_release(cudaError_t error, const char* what, int line) {
+    if (error == cudaErrorCudartUnloading || error == cudaErrorContextIsDestroyed) return ignore(error);
+    check(error, what, __FILE__, line);
+}
+#define EP_CUDA_RELEASE(call) check_release((call), #call, __LINE__)
+
+int find_device(const std::array<unsigned char, 16>& uuid) {
+    for (int i = 0; i < count_cuda_devices(); ++i) {
+        if (uuid_of(i) == uuid) return i;
+    }
+    return -1;
+}
+
+void relax_cpu() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#else
+    std::this_thread::yield();
+#endif
+}
+
+class CudaDevice final : public Device {
+public:
+    explicit CudaDevice(int index);
+    ~CudaDevice() override;
+
+    DeviceKind kind() const override { return DeviceKind::kCuda; }
+    int num_sms() const override { return num_sms_; }
+    int max_shared_bytes() const override { return max_shared_bytes_; }
+    bool has_bulk_copy() const override { return has_bulk_copy_; }
+    std::string unique_id() const override { return format_uuid(uuid_); }
+
+    void* allocate(size_t bytes) override;
+    void free(void* ptr) override;
+    HostMapped allocate_host_mapped(size_t bytes) override;
+    void free_host_mapped(const HostMapped& memory) override;
+    ShareableMemory allocate_shareable(size_t bytes) override;
+    void free_shareable(const ShareableMemory& memory) override { free(memory.address); }
+    void* open_shared(const std::string& handle) override;
+    void close_shared(void* address) override;
+
+    Stream create_stream() override;
+    void destroy_stream(Stream stream) override;
+    void synchronize_stream(Stream stream) override;
+
+    Event create_event() override;
+    void destroy_event(Event event) override;
+    void record_event(Event event, Stream stream) override;
+    void stream_wait_event(Stream stream, Event event) override;
+    void synchronize_event(Event event) override;
+    bool query_event(Event event) override;
+
+    void memset_async(void* ptr, int value, size_t bytes, Stream stream) override;
+    void memcpy_async(void* dst, const void* src, size_t bytes, Stream stream) override;
+    void copy_now(void* dst, const void* src, size_t bytes) override;
+    bool host_wait(const std::function<bool()>& done, double timeout_s) override;
+
+private:
+    // A peer's memory in this process: mapped through IPC, or the owner's own pointer when the owner lives here.
+    struct Opened {
+        void* mapping = nullptr;  // what cudaIpcOpenMemHandle gave; null for the owner's own pointer
+        int count = 0;
+    };
+
+    int attribute(cudaDeviceAttr name) const;
+    void fill_zero(void* ptr, size_t bytes);
+    void enable_peer_access(const SharedHandle& handle);
+    void* open_mapping(const SharedHandle& handle);
+    std::string explain_open_failure(const SharedHandle& handle, cudaError_t error) const;
+
+    int index_ = 0;
+    int num_sms_ = 0;
+    int max_shared_bytes_ = 0;
+    bool has_bulk_copy_ = false;
+    std::array<unsigned char, 16> uuid_{};
+    cudaStream_t service_stream_ = nullptr;  // for lifecycle work, so that it waits for nobody's kernels
+
+    std::mutex opened_mutex_;
+    std::map<std::string, void*> address_by_handle_;
+    std::map<void*, Opened> opened_;
+};
+
+CudaDevice::CudaDevice(int index) : index_(index) {
+    const DeviceGuard guard(index_);
+    const RelaxedCaptureGuard relaxed;
+    num_sms_ = attribute(cudaDevAttrMultiProcessorCount);
+    max_shared_bytes_ = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    uuid_ = uuid_of(index_);
+    const CompiledCode code = find_compiled_code();
+    if (!code.exists) {
+        const int major = attribute(cudaDevAttrComputeCapabilityMajor);
+        const int minor = attribute(cudaDevAttrComputeCapabilityMinor);
+        throw CudaError(concat("this build of deep_ep_cpp holds no code for CUDA device ", index_, " (sm_", major,
+                               minor, "): build it again with that architecture"));
+    }
+    has_bulk_copy_ = code.has_bulk_copy;
+    EP_CUDA(cudaStreamCreateWithFlags(&service_stream_, cudaStreamNonBlocking));
+}
+
+CudaDevice::~CudaDevice() {
+    try {
+        const DeviceGuard guard(index_);
+        const RelaxedCaptureGuard relaxed;
+        for (const auto& [address, opened] : opened_) {
+            if (opened.mapping != nullptr) ignore(cudaIpcCloseMemHandle(opened.mapping));
+        }
+        ignore(cudaStreamDestroy(service_stream_));
+    } catch (const Error&) {
+        // The driver has gone first; it has released everything.
+    }
+}
+
+int CudaDevice::attribute(cudaDeviceAttr name) const {
+    int value = 0;
+    EP_CUDA(cudaDeviceGetAttribute(&value, name, index_));
+    return value;
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Memory of this process
+// ---------------------------------------------------------------------------------------------------------------
+
+void CudaDevice::fill_zero(void* ptr, size_t bytes) {
+    EP_CUDA(cudaMemsetAsync(ptr, 0, bytes, service_stream_));
+    EP_CUDA(cudaStreamSynchronize(service_stream_));
+}
+
+void* CudaDevice::allocate(size_t bytes) {
+    const DeviceGuard guard(index_);
+    const RelaxedCaptureGuard relaxed;
+    void* ptr = nullptr;
+    const size_t num_bytes = std::max<size_t>(bytes, 256);  // a null pointer for zero bytes would look like a failure
+    const cudaError_t error = cudaMalloc(&ptr, num_bytes);
+    if (error != cudaSuccess) {
+        throw_cuda_error(error, concat("allocating ", num_bytes, " bytes on CUDA device ", index_), __FILE__, __LINE__);
+    }
+    try {
+        fill_zero(ptr, num_bytes);
+    } catch (...) {
+        ignore(cudaFree(ptr));
+        throw;
+    }
+    return ptr;
+}
+
+void CudaDevice::free(void* ptr) {
+    if (ptr == nullptr) return;
+    const DeviceGuard guard(index_);
+    const RelaxedCaptureGuard relaxed;
+    EP_CUDA_RELEASE(cudaFree(ptr));
+}
+
+HostMapped CudaDevice::allocate_host_mapped(size_t bytes) {
+    const DeviceGuard guard(index_);
+    const RelaxedCaptureGuard relaxed;
+    HostMapped memory;
+    const size_t num_bytes = std::max<size_t>(bytes, 1);
+    EP_CUDA(cudaHostAlloc(&memory.host, num_bytes, cudaHostAllocMapped | cudaHostAllocPortable));
+    std::memset(memory.host, 0, num_bytes);
+    const cudaError_t error = cudaHostGetDevicePointer(&memory.device, memory.host, 0);
+    if (error != cudaSuccess) {
+        ignore(cudaFreeHost(memory.host));
+        throw_cuda_error(error, "cudaHostGetDevicePointer", __FILE__, __LINE__);
+    }
+    return memory;
+}
+
+void CudaDevice::free_host_mapped(const HostMapped& memory) {
+    if (memory.host == nullptr) return;
+    const DeviceGuard guard(index_);
+    const RelaxedCaptureGuard relaxed;
+    EP_CUDA_RELEASE(cudaFreeHost(memory.host));
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Memory between processes
+// ---------------------------------------------------------------------------------------------------------------
+
+ShareableMemory CudaDevice::allocate_shareable(size_t bytes) {
+    ShareableMemory memory;
+    SharedHandle handle;
+    handle.num_bytes = round_up(std::max<size_t>(bytes, 1), kShareableGranularity);
+    memory.address = allocate(handle.num_bytes);
+    handle.owner = ProcessId::of_this_process();
+    handle.device_uuid = uuid_;
+    handle.address = reinterpret_cast<uint64_t>(memory.address);
+    const DeviceGuard guard(index_);
+    const RelaxedCaptureGuard relaxed;
+    const cudaError_t error = cudaIpcGetMemHandle(&handle.ipc, memory.address);
+    if (error != cudaSuccess) {
+        ignore(cudaFree(memory.address));
+        static_cast<void>(cudaGetLastError());
+        throw TransportError(concat("cannot share memory of CUDA device ", index_, " with other processes: ",
+                                    describe(error), ". CUDA IPC needs Linux and a GPU that is not virtualised"));
+    }
+    memory.handle = handle.pack();
+    return memory;
+}
+
+void* CudaDevice::open_shared(const std::string& bytes) {
+    const std::lock_guard lock(opened_mutex_);
+    if (const auto known = address_by_handle_.find(bytes); known != address_by_handle_.end()) {
+        ++opened_.at(known->second).count;
+        return known->second;
+    }
+    const SharedHandle handle = SharedHandle::unpack(bytes);
+    const DeviceGuard guard(index_);
+    const RelaxedCaptureGuard relaxed;
+    Opened opened{.mapping = nullptr, .count = 1};
+    void* address = reinterpret_cast<void*>(handle.address);
+    if (handle.owner.is_same_process(ProcessId::of_this_process())) {
+        enable_peer_access(handle);
+    } else {
+        opened.mapping = open_mapping(handle);
+        address = static_cast<char*>(opened.mapping) + handle.base_offset;
+    }
+    opened_[address] = opened;
+    address_by_handle_[bytes] = address;
+    return address;
+}
+
+void CudaDevice::close_shared(void* address) {
+    const std::lock_guard lock(opened_mutex_);
+    const auto found = opened_.find(address);
+    EP_CHECK(found != opened_.end(), "close_shared of an address that open_shared did not give");
+    if (--found->second.count > 0) return;
+    void* const mapping = found->second.mapping;
+    opened_.erase(found);
+    std::erase_if(address_by_handle_, [address](const auto& entry) { return entry.second == address; });
+    if (mapping == nullptr) return;
+    const DeviceGuard guard(index_);
+    const RelaxedCaptureGuard relaxed;
+    EP_CUDA_RELEASE(cudaIpcCloseMemHandle(mapping));
+}
+
+// Memory of another device in this very process: readable once the driver knows that the two devices talk.
+void CudaDevice::enable_peer_access(const SharedHandle& handle) {
+    if (handle.device_uuid == uuid_) return;
+    const int owner = find_device(handle.device_uuid);
+    const cudaError_t error = owner < 0 ? cudaErrorInvalidDevice : cudaDeviceEnablePeerAccess(owner, 0);
+    if (error == cudaErrorPeerAccessAlreadyEnabled) return ignore(error);
+    if (error != cudaSuccess) throw TransportError(explain_open_failure(handle, error));
+}
+
+void* CudaDevice::open_mapping(const SharedHandle& handle) {
+    void* mapping = nullptr;
+    const cudaError_t error = cudaIpcOpenMemHandle(&mapping, handle.ipc, cudaIpcMemLazyEnablePeerAccess);
+    if (error != cudaSuccess) throw TransportError(explain_open_failure(handle, error));
+    return mapping;
+}
+
+std::string CudaDevice::explain_open_failure(const SharedHandle& handle, cudaError_t error) const {
+    static_cast<void>(cudaGetLastError());
+    std::string text = concat("cannot map the memory of process ", handle.owner.pid, " on ",
+                              format_uuid(handle.device_uuid), " into process ", ProcessId::of_this_process().pid,
+                              " on CUDA device ", index_, " (", format_uuid(uuid_), "): ", describe(error), ". ");
+    if (!handle.owner.may_be_same_host(ProcessId::of_this_process())) {
+        return text + "The two processes run on different hosts, where this kind of memory cannot be shared";
+    }
+    const int owner = find_device(handle.device_uuid);
+    int can_access = 0;
+    if (owner >= 0 && owner != index_) ignore(cudaDeviceCanAccessPeer(&can_access, index_, owner));
+    if (owner >= 0 && owner != index_ && can_access == 0) {
+        return text + concat("Devices ", index_, " and ", owner,
+                             " of this process cannot access each other's memory: no NVLink, and no peer access over "
+                             "PCIe (see `nvidia-smi topo -p2p r`)");
+    }
+    if (owner < 0) text += "That GPU is not visible to this process (CUDA_VISIBLE_DEVICES). ";
+    return text + "Processes in different containers must share their IPC and PID namespaces, and the owner must live";
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Streams and events. Record and wait may be captured into a graph.
+// ---------------------------------------------------------------------------------------------------------------
+
+Stream CudaDevice::create_stream() {
+    const DeviceGuard guard(index_);
+    const RelaxedCaptureGuard relaxed;
+    int lowest_priority = 0;
+    int highest_priority = 0;
+    EP_CUDA(cudaDeviceGetStreamPriorityRange(&lowest_priority, &highest_priority));
+    cudaStream_t stream = nullptr;
+    EP_CUDA(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, highest_priority));
+    return stream;
+}
+
+void CudaDevice::destroy_stream(Stream stream) {
+    const DeviceGuard guard(index_);
+    EP_CUDA_RELEASE(cudaStreamDestroy(static_cast<cudaStream_t>(stream)));
+}
+
+void CudaDevice::synchronize_stream(Stream stream) {
+    const DeviceGuard guard(index_);
+    EP_CUDA(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)));
+}
+
+Event CudaDevice::create_event() {
+    const DeviceGuard guard(index_);
+    const RelaxedCaptureGuard relaxed;
+    cudaEvent_t event = nullptr;
+    EP_CUDA(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+    return event;
+}
+
+void CudaDevice::destroy_event(Event event) {
+    const DeviceGuard guard(index_);
+    EP_CUDA_RELEASE(cudaEventDestroy(static_cast<cudaEvent_t>(event)));
+}
+
+void CudaDevice::record_event(Event event, Stream stream) {
+    const DeviceGuard guard(index_);
+    EP_CUDA(cudaEventRecord(static_cast<cudaEvent_t>(event), static_cast<cudaStream_t>(stream)));
+}
+
+void CudaDevice::stream_wait_event(Stream stream, Event event) {
+    const DeviceGuard guard(index_);
+    EP_CUDA(cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), static_cast<cudaEvent_t>(event), 0));
+}
+
+void CudaDevice::synchronize_event(Event event) {
+    const DeviceGuard guard(index_);
+    EP_CUDA(cudaEventSynchronize(static_cast<cudaEvent_t>(event)));
+}
+
+bool CudaDevice::query_event(Event event) {
+    const DeviceGuard guard(index_);
+    const RelaxedCaptureGuard relaxed;
+    const cudaError_t error = cudaEventQuery(static_cast<cudaEvent_t>(event));
+    if (error == cudaErrorNotReady) {
+        ignore(error);
+        return false;
+    }
+    EP_CUDA(error);
+    return true;
+}
+
+void CudaDevice::memset_async(void* ptr, int value, size_t bytes, Stream stream) {
+    const DeviceGuard guard(index_);
+    EP_CUDA(cudaMemsetAsync(ptr, value, bytes, static_cast<cudaStream_t>(stream)));
+}
+
+void CudaDevice::memcpy_async(void* dst, const void* src, size_t bytes, Stream stream) {
+    const DeviceGuard guard(index_);
+    EP_CUDA(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDefault, static_cast<cudaStream_t>(stream)));
+}
+
+void CudaDevice::copy_now(void* dst, const void* src, size_t bytes) {
+    const DeviceGuard guard(index_);
+    const RelaxedCaptureGuard relaxed;
+    EP_CUDA(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDefault, service_stream_));
+    EP_CUDA(cudaStreamSynchronize(service_stream_));
+}
+
+// Spins while an answer is due within the time of one call, then sleeps in short steps, to leave the core to others.
+bool CudaDevice::host_wait(const std::function<bool()>& done, double timeout_s) {
+    using Clock = std::chrono::steady_clock;
+    constexpr auto kSpinTime = std::chrono::milliseconds(2);
+    constexpr auto kSleepTime = std::chrono::microseconds(20);
+    const auto start = Clock::now();
+    const auto deadline = start + std::chrono::duration<double>(timeout_s);
+    while (!done()) {
+        const auto now = Clock::now();
+        if (now >= deadline) return done();
+        if (now - start < kSpinTime) {
+            relax_cpu();
+        } else {
+            std::this_thread::sleep_for(kSleepTime);
+        }
+    }
+    return true;
+}
+
+}  // namespace
+}  // namespace cuda
+
+int count_cuda_devices() noexcept {
+    int count = 0;
+    const cudaError_t error = cudaGetDeviceCount(&count);
+    cuda::ignore(error);
+    return error == cudaSuccess ? count : 0;
+}
+
+std::shared_ptr<Device> make_cuda_device(int index) {
+    const int count = count_cuda_devices();
+    EP_CHECK(index >= 0 && index < count, "there is no CUDA device ", index, ": this process sees ", count);
+    return std::make_shared<cuda::CudaDevice>(index);
+}
+
+}  // namespace deep_ep::dev

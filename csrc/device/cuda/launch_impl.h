@@ -1,0 +1,45 @@
+// The CUDA half of device/launch.h.
+#pragma once
+
+#include <type_traits>
+
+#include "device/cuda/launch_kernel.h"
+#include "device/launch.h"
+
+namespace deep_ep::dev {
+inline namespace EP_BACKEND {
+
+// A kernel may declare `static constexpr int kMaxThreads`: the compiler then has 65536 / kMaxThreads registers per
+// thread to give. Otherwise every kernel can be launched with 1024 threads and gets at most 64 registers.
+template <class K> constexpr int max_threads() {
+    if constexpr (requires { K::kMaxThreads; }) {
+        return K::kMaxThreads;
+    } else {
+        return 1024;
+    }
+}
+
+// Profilers show this as "deep_ep::…::entry<deep_ep::…::SomeKernel>".
+template <class K>
+__global__ void __launch_bounds__(max_threads<K>()) entry(const __grid_constant__ typename K::Params params) {
+    __shared__ typename K::Shared shared;
+    K::run(params, shared);
+}
+
+template <class K> void launch(const LaunchConfig& config, Stream stream, const typename K::Params& params) {
+    using Params = typename K::Params;
+    static_assert(std::is_trivially_copyable_v<Params>, "kernel parameters are copied as bytes");
+    static_assert(sizeof(Params) <= 4000, "kernel parameters must fit the constant bank of every GPU");
+    static_assert(std::is_trivially_default_constructible_v<typename K::Shared>, "shared memory is not constructed");
+    static cuda::KernelState state{.function = reinterpret_cast<const void*>(&entry<K>),
+                                   .max_threads = max_threads<K>()};
+    const cuda::LaunchShape shape{.num_blocks = config.num_blocks,
+                                  .num_threads = config.num_threads,
+                                  .dynamic_shared_bytes = config.dynamic_shared_bytes,
+                                  .is_cooperative = config.is_cooperative,
+                                  .name = config.name};
+    cuda::launch_kernel(state, shape, stream, &params);
+}
+
+}  // namespace EP_BACKEND
+}  // namespace deep_ep::dev

@@ -1,0 +1,358 @@
+// The CUDA half of device/prim.h, and the only inline PTX of the project. Contracts are in prim.h; here stands what the
+// instructions need.
+//
+// Every asm statement is volatile and clobbers memory: `volatile` alone keeps statements in order among themselves, but
+// the compiler may still move plain loads and stores across them.
+//
+// State spaces: kCta accesses use generic addresses (shared or global memory); kGpu and kSys accesses are global,
+// because nobody outside the block reaches its shared memory.
+//
+// Below sm_90 (or with DISABLE_SM90_FEATURES) there are no bulk copies and no transaction barriers: has_bulk_copy() is
+// false and the calls trap. DISABLE_AGGRESSIVE_PTX_INSTRS replaces the cache-hinted accesses by plain ones.
+#pragma once
+
+#include <type_traits>
+
+#include "device/cuda/build_options.h"
+#include "device/prim.h"
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && EP_HAS_SM90_FEATURES
+#define EP_PTX_HAS_BULK 1
+#else
+#define EP_PTX_HAS_BULK 0
+#endif
+
+namespace deep_ep::prim {
+inline namespace EP_BACKEND {
+namespace ptx {
+
+// Pieces of instruction names, pasted into the text by the "C" constraint.
+template <Order> struct OrderName;
+template <> struct OrderName<Order::kRelaxed> { static constexpr char text[] = ".relaxed"; };
+template <> struct OrderName<Order::kAcquire> { static constexpr char text[] = ".acquire"; };
+template <> struct OrderName<Order::kRelease> { static constexpr char text[] = ".release"; };
+template <> struct OrderName<Order::kAcqRel> { static constexpr char text[] = ".acq_rel"; };
+
+template <Scope> struct ScopeName;
+template <> struct ScopeName<Scope::kCta> {
+    static constexpr char text[] = ".cta";
+    static constexpr char place[] = ".cta";
+};
+template <> struct ScopeName<Scope::kGpu> {
+    static constexpr char text[] = ".gpu";
+    static constexpr char place[] = ".gpu.global";
+};
+template <> struct ScopeName<Scope::kSys> {
+    static constexpr char text[] = ".sys";
+    static constexpr char place[] = ".sys.global";
+};
+
+// The register type of a 4- or 8-byte integer.
+template <class T> struct Raw {
+    static_assert(std::is_integral_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "a 4- or 8-byte integer");
+    using type = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+};
+template <class T> using raw_t = typename Raw<T>::type;
+
+// The address an instruction with this scope takes: generic for kCta, global otherwise.
+template <Scope S> EP_DEVICE uint64_t address_of(const void* ptr) {
+    if constexpr (S == Scope::kCta) return reinterpret_cast<uint64_t>(ptr);
+    return static_cast<uint64_t>(__cvta_generic_to_global(ptr));
+}
+
+EP_DEVICE uint64_t global_address(const void* ptr) { return static_cast<uint64_t>(__cvta_generic_to_global(ptr)); }
+
+EP_DEVICE uint32_t shared_address(const void* ptr) { return static_cast<uint32_t>(__cvta_generic_to_shared(ptr)); }
+
+// A call that this build or this GPU cannot execute: a bug of the caller, who has to ask has_bulk_copy() first.
+EP_DEVICE void trap_unsupported() { asm volatile("trap;" ::: "memory"); }
+
+}  // namespace ptx
+
+// ---------------------------------------------------------------------------------------------------------------
+// Memory
+// ---------------------------------------------------------------------------------------------------------------
+
+// ld.{relaxed,acquire}.scope: sm_70
+template <Order O, Scope S, class T> EP_DEVICE T load(const T* ptr) {
+    static_assert(O == Order::kRelaxed || O == Order::kAcquire, "a load is relaxed or acquire");
+    ptx::raw_t<T> value;
+    if constexpr (sizeof(T) == 4) {
+        asm volatile("ld%2%3.b32 %0, [%1];"
+                     : "=r"(value)
+                     : "l"(ptx::address_of<S>(ptr)), "C"(ptx::OrderName<O>::text), "C"(ptx::ScopeName<S>::place)
+                     : "memory");
+    } else {
+        asm volatile("ld%2%3.b64 %0, [%1];"
+                     : "=l"(value)
+                     : "l"(ptx::address_of<S>(ptr)), "C"(ptx::OrderName<O>::text), "C"(ptx::ScopeName<S>::place)
+                     : "memory");
+    }
+    return static_cast<T>(value);
+}
+
+// st.{relaxed,release}.scope: sm_70
+template <Order O, Scope S, class T> EP_DEVICE void store(T* ptr, T value) {
+    static_assert(O == Order::kRelaxed || O == Order::kRelease, "a store is relaxed or release");
+    const auto raw = static_cast<ptx::raw_t<T>>(value);
+    if constexpr (sizeof(T) == 4) {
+        asm volatile("st%2%3.b32 [%0], %1;" ::"l"(ptx::address_of<S>(ptr)), "r"(raw), "C"(ptx::OrderName<O>::text),
+                     "C"(ptx::ScopeName<S>::place)
+                     : "memory");
+    } else {
+        asm volatile("st%2%3.b64 [%0], %1;" ::"l"(ptx::address_of<S>(ptr)), "l"(raw), "C"(ptx::OrderName<O>::text),
+                     "C"(ptx::ScopeName<S>::place)
+                     : "memory");
+    }
+}
+
+// atom.add: unsigned, because two's complement makes signed addition the same. sm_70
+template <Order O, Scope S, class T> EP_DEVICE T fetch_add(T* ptr, T value) {
+    const auto raw = static_cast<ptx::raw_t<T>>(value);
+    ptx::raw_t<T> old;
+    if constexpr (sizeof(T) == 4) {
+        asm volatile("atom%3%4.add.u32 %0, [%1], %2;"
+                     : "=r"(old)
+                     : "l"(ptx::address_of<S>(ptr)), "r"(raw), "C"(ptx::OrderName<O>::text),
+                       "C"(ptx::ScopeName<S>::place)
+                     : "memory");
+    } else {
+        asm volatile("atom%3%4.add.u64 %0, [%1], %2;"
+                     : "=l"(old)
+                     : "l"(ptx::address_of<S>(ptr)), "l"(raw), "C"(ptx::OrderName<O>::text),
+                       "C"(ptx::ScopeName<S>::place)
+                     : "memory");
+    }
+    return static_cast<T>(old);
+}
+
+// atom.cas: sm_70
+template <Order O, Scope S, class T> EP_DEVICE T compare_swap(T* ptr, T expected, T desired) {
+    const auto raw_expected = static_cast<ptx::raw_t<T>>(expected);
+    const auto raw_desired = static_cast<ptx::raw_t<T>>(desired);
+    ptx::raw_t<T> old;
+    if constexpr (sizeof(T) == 4) {
+        asm volatile("atom%4%5.cas.b32 %0, [%1], %2, %3;"
+                     : "=r"(old)
+                     : "l"(ptx::address_of<S>(ptr)), "r"(raw_expected), "r"(raw_desired), "C"(ptx::OrderName<O>::text),
+                       "C"(ptx::ScopeName<S>::place)
+                     : "memory");
+    } else {
+        asm volatile("atom%4%5.cas.b64 %0, [%1], %2, %3;"
+                     : "=l"(old)
+                     : "l"(ptx::address_of<S>(ptr)), "l"(raw_expected), "l"(raw_desired), "C"(ptx::OrderName<O>::text),
+                       "C"(ptx::ScopeName<S>::place)
+                     : "memory");
+    }
+    return static_cast<T>(old);
+}
+
+// fence.acq_rel.scope: sm_70
+template <Order O, Scope S> EP_DEVICE void fence() {
+    static_assert(O == Order::kAcqRel, "a fence is acq_rel");
+    asm volatile("fence.acq_rel%0;" ::"C"(ptx::ScopeName<S>::text) : "memory");
+}
+
+#if EP_HAS_CACHE_HINTS
+#define EP_PTX_LOAD_INPUT "ld.global.nc.L1::no_allocate.v4.b32"
+#define EP_PTX_LOAD_SHARED_WITH_PEERS "ld.global.L1::no_allocate.v4.b32"
+#define EP_PTX_STORE_STREAMING "st.global.L1::no_allocate.v4.b32"
+#else
+#define EP_PTX_LOAD_INPUT "ld.global.v4.b32"
+#define EP_PTX_LOAD_SHARED_WITH_PEERS "ld.global.v4.b32"
+#define EP_PTX_STORE_STREAMING "st.global.v4.b32"
+#endif
+
+EP_DEVICE Vec16 load_input(const Vec16* ptr) {
+    Vec16 v;
+    asm volatile(EP_PTX_LOAD_INPUT " {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+                 : "l"(ptx::global_address(ptr))
+                 : "memory");
+    return v;
+}
+
+EP_DEVICE Vec16 load_shared_with_peers(const Vec16* ptr) {
+    Vec16 v;
+    asm volatile(EP_PTX_LOAD_SHARED_WITH_PEERS " {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+                 : "l"(ptx::global_address(ptr))
+                 : "memory");
+    return v;
+}
+
+EP_DEVICE void store_streaming(Vec16* ptr, Vec16 value) {
+    asm volatile(EP_PTX_STORE_STREAMING " [%0], {%1, %2, %3, %4};" ::"l"(ptx::global_address(ptr)), "r"(value.word[0]),
+                 "r"(value.word[1]), "r"(value.word[2]), "r"(value.word[3])
+                 : "memory");
+}
+
+#undef EP_PTX_LOAD_INPUT
+#undef EP_PTX_LOAD_SHARED_WITH_PEERS
+#undef EP_PTX_STORE_STREAMING
+
+// ---------------------------------------------------------------------------------------------------------------
+// mbarriers
+// ---------------------------------------------------------------------------------------------------------------
+
+// mbarrier.init: sm_80
+EP_DEVICE void mbarrier_init(MBarrier* bar, uint32_t arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(ptx::shared_address(bar)), "r"(arrivals) : "memory");
+}
+
+// fence.mbarrier_init, fence.proxy.async: sm_90. Before that there is no async proxy, and the __syncthreads that
+// follows does all that is needed.
+EP_DEVICE void mbarrier_init_fence() {
+#if EP_PTX_HAS_BULK
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#else
+    asm volatile("" ::: "memory");
+#endif
+}
+
+// mbarrier.arrive (release, cta): sm_80
+EP_DEVICE void mbarrier_arrive(MBarrier* bar) {
+    [[maybe_unused]] uint64_t state;
+    asm volatile("mbarrier.arrive.shared::cta.b64 %0, [%1];" : "=l"(state) : "r"(ptx::shared_address(bar)) : "memory");
+}
+
+// mbarrier.arrive.expect_tx (release, cta): sm_90
+EP_DEVICE void mbarrier_arrive_expect_tx([[maybe_unused]] MBarrier* bar, [[maybe_unused]] uint32_t bytes) {
+#if EP_PTX_HAS_BULK
+    [[maybe_unused]] uint64_t state;
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 %0, [%1], %2;"
+                 : "=l"(state)
+                 : "r"(ptx::shared_address(bar)), "r"(bytes)
+                 : "memory");
+#else
+    ptx::trap_unsupported();
+#endif
+}
+
+// mbarrier.try_wait (acquire, cta): sm_90; before that mbarrier.test_wait, which does not suspend: sm_80
+EP_DEVICE bool mbarrier_try_wait(MBarrier* bar, uint32_t phase_parity) {
+    uint32_t is_complete;
+#if EP_PTX_HAS_BULK
+    asm volatile(
+        "{\n"
+        ".reg .pred complete;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 complete, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, complete;\n"
+        "}"
+        : "=r"(is_complete)
+        : "r"(ptx::shared_address(bar)), "r"(phase_parity)
+        : "memory");
+#else
+    asm volatile(
+        "{\n"
+        ".reg .pred complete;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 complete, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, complete;\n"
+        "}"
+        : "=r"(is_complete)
+        : "r"(ptx::shared_address(bar)), "r"(phase_parity)
+        : "memory");
+#endif
+    return is_complete != 0;
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Bulk copies: sm_90
+// ---------------------------------------------------------------------------------------------------------------
+
+EP_DEVICE bool has_bulk_copy() { return EP_PTX_HAS_BULK != 0; }
+
+// A block outside a cluster is a cluster of its own, so its shared::cta address is a shared::cluster address too.
+EP_DEVICE void bulk_load([[maybe_unused]] void* shared_dst, [[maybe_unused]] const void* global_src,
+                         [[maybe_unused]] uint32_t bytes, [[maybe_unused]] MBarrier* bar) {
+#if EP_PTX_HAS_BULK
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     ptx::shared_address(shared_dst)),
+                 "l"(ptx::global_address(global_src)), "r"(bytes), "r"(ptx::shared_address(bar))
+                 : "memory");
+#else
+    ptx::trap_unsupported();
+#endif
+}
+
+EP_DEVICE void bulk_store([[maybe_unused]] void* global_dst, [[maybe_unused]] const void* shared_src,
+                          [[maybe_unused]] uint32_t bytes) {
+#if EP_PTX_HAS_BULK
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(ptx::global_address(global_dst)),
+                 "r"(ptx::shared_address(shared_src)), "r"(bytes)
+                 : "memory");
+#else
+    ptx::trap_unsupported();
+#endif
+}
+
+EP_DEVICE void bulk_commit() {
+#if EP_PTX_HAS_BULK
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+#else
+    ptx::trap_unsupported();
+#endif
+}
+
+template <int N> EP_DEVICE void bulk_wait() {
+    static_assert(N >= 0, "a number of groups");
+#if EP_PTX_HAS_BULK
+    asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
+#else
+    ptx::trap_unsupported();
+#endif
+}
+
+template <int N> EP_DEVICE void bulk_wait_read() {
+    static_assert(N >= 0, "a number of groups");
+#if EP_PTX_HAS_BULK
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
+#else
+    ptx::trap_unsupported();
+#endif
+}
+
+EP_DEVICE void fence_async_shared() {
+#if EP_PTX_HAS_BULK
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#else
+    asm volatile("" ::: "memory");
+#endif
+}
+
+EP_DEVICE void fence_async_global() {
+#if EP_PTX_HAS_BULK
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+#else
+    asm volatile("" ::: "memory");
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Execution
+// ---------------------------------------------------------------------------------------------------------------
+
+// Not the .aligned form: the lanes of a warp need not arrive converged.
+EP_DEVICE void barrier_sync(int id, int num_threads) {
+    asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
+}
+
+EP_DEVICE uint64_t clock_ns() {
+    uint64_t now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)::"memory");
+    return now;
+}
+
+// Short against a flag's flight over NVLink (about a microsecond), long against an issue slot.
+EP_DEVICE void pause() { asm volatile("nanosleep.u32 20;" ::: "memory"); }
+
+EP_DEVICE void* dynamic_shared() {
+    extern __shared__ __align__(128) unsigned char ep_dynamic_shared[];
+    return ep_dynamic_shared;
+}
+
+}  // namespace EP_BACKEND
+}  // namespace deep_ep::prim
+
+#undef EP_PTX_HAS_BULK

@@ -1,0 +1,68 @@
+#include "device/cuda/shared_handle.h"
+
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <random>
+#include <type_traits>
+
+#include "device/cuda/cuda_error.h"
+
+namespace deep_ep::dev::cuda {
+
+static_assert(std::is_trivially_copyable_v<SharedHandle>);
+
+ProcessId ProcessId::of_this_process() {
+    static const uint64_t nonce = [] {
+        std::random_device random;
+        return (static_cast<uint64_t>(random()) << 32) | random();
+    }();
+    ProcessId id;
+    id.nonce = nonce;
+    id.pid = getpid();
+    std::string boot_id;
+    std::ifstream("/proc/sys/kernel/random/boot_id") >> boot_id;
+    boot_id.copy(id.boot_id.data(), id.boot_id.size() - 1);
+    return id;
+}
+
+bool ProcessId::may_be_same_host(const ProcessId& other) const {
+    return boot_id[0] == 0 || other.boot_id[0] == 0 || boot_id == other.boot_id;
+}
+
+std::string SharedHandle::pack() const { return std::string(reinterpret_cast<const char*>(this), sizeof(*this)); }
+
+SharedHandle SharedHandle::unpack(const std::string& bytes) {
+    SharedHandle handle;
+    const bool has_size = bytes.size() == sizeof(handle);
+    if (has_size) std::memcpy(&handle, bytes.data(), sizeof(handle));
+    if (!has_size || handle.magic != kMagic) {
+        throw TransportError(concat("not a handle of CUDA memory: expected ", sizeof(handle), " bytes, got ",
+                                    bytes.size(), ". Do all ranks run the same version on the same kind of device?"));
+    }
+    return handle;
+}
+
+std::string format_uuid(const std::array<unsigned char, 16>& uuid) {
+    std::string text = "GPU-";
+    for (size_t i = 0; i < uuid.size(); ++i) {
+        if (i == 4 || i == 6 || i == 8 || i == 10) text += '-';
+        char digits[3];
+        std::snprintf(digits, sizeof(digits), "%02x", uuid[i]);
+        text += digits;
+    }
+    return text;
+}
+
+std::array<unsigned char, 16> uuid_of(int device) {
+    cudaDeviceProp properties{};
+    EP_CUDA(cudaGetDeviceProperties(&properties, device));
+    std::array<unsigned char, 16> uuid;
+    static_assert(sizeof(properties.uuid) == sizeof(uuid));
+    std::memcpy(uuid.data(), &properties.uuid, sizeof(uuid));
+    return uuid;
+}
+
+}  // namespace deep_ep::dev::cuda

@@ -1,0 +1,26 @@
+#include "kernels/kernel_table.h"
+
+#include "kernels/intranode/launchers.h"
+#include "kernels/layout/dispatch_layout.h"
+#include "kernels/low_latency/launchers.h"
+
+namespace deep_ep::kernels {
+
+#if defined(EP_IS_CUDA_BACKEND)
+const KernelTable& cuda_kernel_table() {
+#else
+const KernelTable& simt_kernel_table() {
+#endif
+    static const KernelTable table{
+        .layout = dispatch_layout::launch,
+        .notify_dispatch = notify_dispatch::launch,
+        .dispatch = dispatch::launch,
+        .combine = combine::launch,
+        .low_latency_dispatch = low_latency::dispatch::launch,
+        .low_latency_combine = low_latency::combine::launch,
+        .push_all = push_all::launch,
+    };
+    return table;
+}
+
+}  // namespace deep_ep::kernels

@@ -1,0 +1,24 @@
+// The operations of one back end. The runtime picks a table by device; nothing else knows that there are two.
+#pragma once
+
+#include "device/runtime.h"
+#include "kernels/bench/push_all.h"
+#include "kernels/params.h"
+#include "kernels/params_low_latency.h"
+
+namespace deep_ep::kernels {
+
+struct KernelTable {
+    void (*layout)(const LayoutParams& params, int num_blocks, dev::Stream stream);
+    void (*notify_dispatch)(const NotifyDispatchParams& params, dev::Stream stream);
+    void (*dispatch)(const DispatchParams& params, dev::Stream stream);
+    void (*combine)(const CombineParams& params, dev::Stream stream);
+    void (*low_latency_dispatch)(const LowLatencyDispatchParams& params, dev::Stream stream);
+    void (*low_latency_combine)(const LowLatencyCombineParams& params, dev::Stream stream);
+    void (*push_all)(const PushAllParams& params, int num_blocks, dev::Stream stream);
+};
+
+const KernelTable& simt_kernel_table();
+const KernelTable& cuda_kernel_table();  // only where EP_WITH_CUDA
+
+}  // namespace deep_ep::kernels

@@ -1,0 +1,107 @@
+// What the host hands to the kernels: trivially copyable, no device code, shared by both back ends.
+#pragma once
+
+#include <cstdint>
+
+#include "layout/intranode.h"
+#include "layout/status.h"
+
+namespace deep_ep::kernels {
+
+// The symmetric heap as a kernel sees it. `bases[i]` is where rank i's heap is mapped here.
+struct HeapParams {
+    uint8_t* const* bases;  // device array [num_ranks]
+    int rank;
+    int num_ranks;
+    layout::ControlLayout control;  // the data region follows at control.bytes
+};
+
+// Deadlines, and where a failing wait tells its story.
+struct WatchParams {
+    layout::LocalState* local;
+    layout::HostStatus* status;
+    uint64_t timeout_ns;
+    uint64_t warn_ns;
+};
+
+// How many threads work. Chosen by the runtime from the SM budget.
+struct Geometry {
+    int num_blocks;
+    int num_send_warps;  // in each block
+    int num_recv_warps;  // in each block
+};
+
+struct LayoutParams {
+    const void* topk_idx;  // [num_tokens, num_topk], -1: none
+    int idx_bytes;         // 4 or 8
+    int num_tokens, num_topk, num_experts, num_ranks;
+    int* num_tokens_per_rank;    // [num_ranks]
+    int* num_tokens_per_expert;  // [num_experts]
+    uint8_t* is_token_in_rank;   // [num_tokens, num_ranks]
+    int* partials;               // [num_blocks, num_ranks + num_experts]
+    WatchParams watch;
+};
+
+struct NotifyDispatchParams {
+    HeapParams heap;
+    WatchParams watch;
+    const int* num_tokens_per_rank;
+    const int* num_tokens_per_expert;
+    const uint8_t* is_token_in_rank;
+    int num_tokens, num_experts, expert_alignment;
+    int* rank_prefix_matrix;  // [num_ranks, num_ranks], [src][dst], inclusive over src
+    int* send_head;           // [num_tokens, num_ranks]
+    layout::HostCounts* counts;  // null: the host does not wait
+    uint64_t ticket;
+};
+
+struct DispatchParams {
+    HeapParams heap;
+    WatchParams watch;
+    Geometry geometry;
+    layout::SlotLayout slot;
+    layout::WindowLayout window;
+    bool is_first_kernel;  // of this call (no notify before it): announce it to the peers
+
+    const uint8_t* x;  // [num_tokens, row_bytes]
+    int num_tokens;
+    uint32_t row_bytes;
+    const uint32_t* scales;  // any 4-byte type, strides in elements
+    int num_scales;
+    int64_t scale_stride_token, scale_stride_scale;
+    const void* topk_idx;
+    const float* topk_weights;
+    int num_topk, idx_bytes, num_local_experts;
+    const int* rank_prefix_matrix;
+    const int* send_head;
+
+    uint8_t* recv_x;
+    uint32_t* recv_scales;  // [rows, num_scales]
+    void* recv_topk_idx;
+    float* recv_topk_weights;
+    int* recv_src_idx;   // null: the caller has it already
+    int num_recv_rows;   // that the outputs hold
+    bool is_worst_case;  // fewer may arrive: mark the rest
+};
+
+struct CombineParams {
+    HeapParams heap;
+    WatchParams watch;
+    Geometry geometry;
+    layout::SlotLayout slot;
+    layout::WindowLayout window;
+
+    const uint8_t* x;  // bfloat16 [num_rows, hidden]
+    uint32_t row_bytes;
+    const float* topk_weights;  // [num_rows, num_topk]
+    int num_topk;
+    const uint8_t* bias[2];  // bfloat16 [num_tokens, hidden]
+    const int* rank_prefix_matrix;
+    const int* send_head;
+    int num_tokens;
+    int num_rows;
+    uint8_t* combined_x;
+    float* combined_topk_weights;
+};
+
+}  // namespace deep_ep::kernels

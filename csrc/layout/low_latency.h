@@ -1,0 +1,66 @@
+// The symmetric heap of the low-latency mode: control words at fixed places, and the data region as one call cuts it.
+//
+// Flags stand at places that do not depend on any shape, so that calls of different shapes may alternate on one Buffer.
+// Protocol and picture: docs/protocols/low_latency.md.
+#pragma once
+
+#include <cstdint>
+
+#include "layout/field.h"
+
+namespace deep_ep::layout {
+
+constexpr int kNumLowLatencyBanks = 2;
+constexpr int kMaxLowLatencyTokens = 4096;  // of one rank in one call
+
+struct LowLatencyControl {
+    Field started;     // u64[R]: the last call that this rank has entered
+    Field received;    // u64[banks][R]: the last call of the bank whose receive phase this rank has finished
+    Field table_full;  // u64[banks][R]: the call whose routing table this rank has written
+    Field token_full;  // u64[banks][R][kMaxLowLatencyTokens]: the call for which this rank has written the slot
+
+    static constexpr LowLatencyControl make(FieldCursor& cursor, uint64_t num_ranks) {
+        constexpr uint64_t kAlignment = 128;
+        LowLatencyControl layout;
+        layout.started = cursor.take(8, num_ranks, kAlignment);
+        layout.received = cursor.take(8, kNumLowLatencyBanks * num_ranks, kAlignment);
+        layout.table_full = cursor.take(8, kNumLowLatencyBanks * num_ranks, kAlignment);
+        layout.token_full = cursor.take(8, kNumLowLatencyBanks * num_ranks * kMaxLowLatencyTokens, kAlignment);
+        return layout;
+    }
+};
+
+// What one rank writes to another in one call: its routing table, then one slot for each token.
+struct LowLatencyMessage {
+    Field num_tokens;    // i32[4]: only the first is used
+    Field topk_idx;      // i32[T][K]: global expert ids, -1: none
+    Field topk_weights;  // f32[T][K]: combine only
+    Field slots;         // [T] of slot_bytes
+    Field scales;        // f32[hidden / 128], from the start of a slot; dispatch in FP8 only
+    uint64_t bytes = 0;
+
+    // `row_bytes`: payload of a token; `num_scales`: behind it.
+    static constexpr LowLatencyMessage make(uint64_t num_max_tokens, uint64_t num_topk, uint64_t row_bytes,
+                                            uint64_t num_scales) {
+        constexpr uint64_t kAlignment = 128;
+        LowLatencyMessage layout;
+        layout.scales = Field{align_up(row_bytes, 16), 4, num_scales};
+        const uint64_t slot_bytes = align_up(layout.scales.end(), kAlignment);
+        FieldCursor cursor;
+        layout.num_tokens = cursor.take(4, 4, kAlignment);
+        layout.topk_idx = cursor.take(4, num_max_tokens * num_topk, 16);
+        layout.topk_weights = cursor.take(4, num_max_tokens * num_topk, 16);
+        layout.slots = cursor.take(slot_bytes, num_max_tokens, kAlignment);
+        layout.bytes = cursor.total(kAlignment);
+        return layout;
+    }
+
+    // Where `owner` keeps the message of `source`, from the start of its data region of `data_bytes`.
+    constexpr uint64_t offset(uint64_t data_bytes, uint64_t bank, uint64_t source) const {
+        return bank * (data_bytes / kNumLowLatencyBanks / 128 * 128) + source * bytes;
+    }
+    // The smallest data region for messages of this layout.
+    constexpr uint64_t region_bytes(uint64_t num_ranks) const { return kNumLowLatencyBanks * num_ranks * bytes; }
+};
+
+}  // namespace deep_ep::layout

@@ -1,0 +1,66 @@
+// What a kernel tells the host, in host-mapped memory, and the device-local words of a Buffer.
+#pragma once
+
+#include <cstdint>
+
+#include "layout/intranode.h"
+
+namespace deep_ep::layout {
+
+enum class Operation : uint32_t {
+    kLayout,
+    kNotifyDispatch,
+    kDispatch,
+    kCombine,
+    kLowLatencyDispatch,
+    kLowLatencyCombine
+};
+enum class Stage : uint32_t { kStart, kCounts, kRow, kSlot, kInput, kCapacity, kTable };
+enum class FailureKind : uint32_t { kNone, kTimeout, kAborted, kBadInput };
+
+// The story of one wait: who waited for whom, where, for what, and how long.
+struct WaitRecord {
+    uint64_t state;  // 0: unused; 1: complete (written last)
+    FailureKind kind;
+    Operation operation;
+    Stage stage;
+    int32_t peer;  // kBadInput: token or row
+    uint64_t call;
+    uint64_t expected;
+    uint64_t seen;  // kAborted: the abort code
+    uint64_t waited_ns;
+};
+
+struct HostStatus {
+    WaitRecord failure;
+    WaitRecord warning;
+};
+
+// Counts that the host waits for in a dispatch.
+struct HostCounts {
+    uint64_t entered;  // ticket of the last notify kernel that has begun
+    uint64_t ready;    // ticket of the last one whose counts stand below
+    int64_t num_recv_tokens;
+    int32_t num_recv_per_expert[kMaxLocalExperts];  // rounded up to the alignment
+};
+
+// Device-local, private to the rank; survives between calls.
+struct LocalState {
+    uint64_t num_calls;       // completed calls of the high-throughput mode; the same on all ranks
+    uint32_t num_done_blocks;
+    uint32_t failure_claimed;
+    uint64_t warned_call;
+    uint32_t layout_done_blocks;
+    uint32_t low_latency_begun_blocks;
+    uint32_t low_latency_done_blocks;
+    uint64_t num_low_latency_sends;  // low-latency calls whose send phase has been run
+};
+
+// Never zero. Which rank gave up, and the peer that it waited for.
+constexpr uint64_t make_abort_code(int origin, int missing) {
+    return 1ull << 63 | static_cast<uint64_t>(origin) << 32 | static_cast<uint32_t>(missing);
+}
+constexpr int abort_origin(uint64_t code) { return static_cast<int>(code >> 32 & 0x7fffffffu); }
+constexpr int abort_missing(uint64_t code) { return static_cast<int>(code & 0xffffffffu); }
+
+}  // namespace deep_ep::layout

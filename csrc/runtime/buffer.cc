@@ -1,0 +1,320 @@
+#include "runtime/buffer.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <cstring>
+
+#include "core/error.h"
+#include "runtime/story.h"
+
+namespace deep_ep::runtime {
+
+namespace {
+
+constexpr int kMaxLayoutBlocks = 16;
+constexpr double kStartGraceSeconds = 30.0;  // for kernels queued before ours, on top of the kernel's own deadline
+
+// Host-mapped words are written by kernels; the host reads them as the other side of a release.
+template <class T> T load_acquire(const T& word) { return std::atomic_ref(const_cast<T&>(word)).load(); }
+
+uint64_t to_ns(double s) { return static_cast<uint64_t>(s * 1e9); }
+
+const kernels::KernelTable& table_for(dev::DeviceKind kind) {
+#if EP_WITH_CUDA
+    if (kind == dev::DeviceKind::kCuda) return kernels::cuda_kernel_table();
+#endif
+    EP_CHECK(kind == dev::DeviceKind::kCpu, "this build has no CUDA kernels");
+    return kernels::simt_kernel_table();
+}
+
+const BufferOptions& checked(const BufferOptions& options) {
+    EP_CHECK(options.num_ranks > 0, "num_ranks must be positive, got ", options.num_ranks);
+    EP_CHECK(options.rank >= 0 && options.rank < options.num_ranks, "rank must be in [0, ", options.num_ranks,
+             "), got ", options.rank);
+    EP_CHECK(options.num_data_bytes >= 0 && options.num_data_bytes % 128 == 0,
+             "num_data_bytes must be a multiple of 128, got ", options.num_data_bytes);
+    EP_CHECK(options.num_low_latency_bytes >= 0 && options.num_low_latency_bytes % 128 == 0,
+             "num_low_latency_bytes must be a multiple of 128, got ", options.num_low_latency_bytes);
+    EP_CHECK(options.timeout_s > 0, "timeout_s must be positive, got ", options.timeout_s);
+    return options;
+}
+
+void check_tokens(int num_tokens) {
+    EP_CHECK(num_tokens >= 0 && num_tokens < layout::kMaxTokens - 1, "number of tokens must be below ",
+             layout::kMaxTokens - 1, ", got ", num_tokens);
+}
+
+void check_row(int64_t row_bytes) {
+    EP_CHECK(row_bytes > 0 && row_bytes % 16 == 0, "a row must be a positive multiple of 16 bytes, got ", row_bytes);
+    EP_CHECK(row_bytes < int64_t{1} << 31, "a row must be below 2 GiB, got ", row_bytes, " bytes");
+}
+
+}  // namespace
+
+Buffer::Buffer(std::shared_ptr<dev::Device> device, const BufferOptions& options)
+    : device_(std::move(device)), options_(checked(options)), kernels_(&table_for(device_->kind())),
+      control_(layout::ControlLayout::make(static_cast<uint64_t>(options.num_ranks))) {
+    const auto heap_bytes =
+        control_.bytes + static_cast<uint64_t>(options_.num_data_bytes + options_.num_low_latency_bytes);
+    heap_ = std::make_unique<comm::SymmetricHeap>(device_, options_.rank, options_.num_ranks, heap_bytes,
+                                                  control_.left.offset);
+    status_memory_ = device_->allocate_host_mapped(sizeof(layout::HostStatus));
+    counts_memory_ = device_->allocate_host_mapped(sizeof(layout::HostCounts));
+    status_ = static_cast<layout::HostStatus*>(status_memory_.host);
+    counts_ = static_cast<layout::HostCounts*>(counts_memory_.host);
+    local_ = static_cast<layout::LocalState*>(device_->allocate(sizeof(layout::LocalState)));
+    const auto num_ranks = static_cast<size_t>(options_.num_ranks);
+    masked_ = static_cast<int*>(device_->allocate(sizeof(int) * num_ranks));
+    wait_ns_ = static_cast<uint64_t*>(device_->allocate(sizeof(uint64_t) * num_ranks));
+    // Here, not when first needed: that may be while a CUDA graph is captured.
+    layout_partials_ = static_cast<int*>(
+        device_->allocate(sizeof(int) * kMaxLayoutBlocks * static_cast<size_t>(max_layout_counts())));
+}
+
+// Ranks and experts that one layout kernel can count: a block keeps all counts in shared memory.
+int Buffer::max_layout_counts() const {
+    const int fitting = device_->max_shared_bytes() / static_cast<int>(sizeof(int));
+    return std::min(fitting, options_.num_ranks * (1 + layout::kMaxLocalExperts));
+}
+
+Buffer::~Buffer() { destroy(0.0); }
+
+void Buffer::connect(const std::vector<std::string>& handles) {
+    require_usable();
+    heap_->connect(handles);
+}
+
+uint8_t* Buffer::data() const {
+    require_usable();
+    return heap_->local() + control_.bytes;
+}
+
+void Buffer::require_usable() const {
+    if (heap_ == nullptr) throw Error("this Buffer has been destroyed");
+    if (!failure_.empty()) throw TimeoutError(failure_);
+}
+
+kernels::HeapParams Buffer::heap_params() const {
+    if (!heap_->is_connected()) throw Error("this Buffer is not connected to its peers");
+    return {heap_->bases_on_device(), options_.rank, options_.num_ranks, control_};
+}
+
+kernels::WatchParams Buffer::watch_params() const {
+    return {local_, static_cast<layout::HostStatus*>(status_memory_.device), to_ns(options_.timeout_s),
+            to_ns(options_.warn_s)};
+}
+
+kernels::Geometry Buffer::plan(int num_sms) const {
+    // A fiber costs more than it brings once a CPU core has a few hundred of them.
+    const int warps = device_->kind() == dev::DeviceKind::kCuda ? 8 : 2;
+    return {std::clamp(num_sms, 1, device_->num_sms()), warps, warps};
+}
+
+layout::WindowLayout Buffer::window_for(const layout::SlotLayout& slot, const char* operation) const {
+    const auto num_ranks = static_cast<uint64_t>(options_.num_ranks);
+    const auto window = layout::WindowLayout::make(static_cast<uint64_t>(options_.num_data_bytes), num_ranks, slot.bytes);
+    EP_CHECK(options_.num_ranks == 1 || window.window > 0, "num_nvl_bytes is too small for this ", operation,
+             ": expected at least ", layout::WindowLayout::bytes_for(num_ranks, slot.bytes, 1), ", got ",
+             options_.num_data_bytes, " (see Config.get_nvl_buffer_size_hint)");
+    return window;
+}
+
+void Buffer::get_dispatch_layout(const LayoutArgs& args, dev::Stream stream) {
+    check();
+    check_tokens(args.num_tokens);
+    EP_CHECK(args.num_experts > 0 && args.num_experts % options_.num_ranks == 0,
+             "num_experts must be a positive multiple of the number of ranks (", options_.num_ranks, "), got ",
+             args.num_experts);
+    const int num_counts = options_.num_ranks + args.num_experts;
+    EP_CHECK(num_counts <= max_layout_counts(), "num_experts must be at most ",
+             max_layout_counts() - options_.num_ranks, ", got ", args.num_experts);
+    const int max_blocks = std::min(kMaxLayoutBlocks, device_->num_sms());
+    const int num_blocks = std::clamp((args.num_tokens + 255) / 256, 1, max_blocks);
+    kernels_->layout({.topk_idx = args.topk_idx,
+                      .idx_bytes = args.idx_bytes,
+                      .num_tokens = args.num_tokens,
+                      .num_topk = args.num_topk,
+                      .num_experts = args.num_experts,
+                      .num_ranks = options_.num_ranks,
+                      .num_tokens_per_rank = args.num_tokens_per_rank,
+                      .num_tokens_per_expert = args.num_tokens_per_expert,
+                      .is_token_in_rank = args.is_token_in_rank,
+                      .partials = layout_partials_,
+                      .watch = watch_params()},
+                     num_blocks, stream);
+}
+
+void Buffer::notify_dispatch(const NotifyArgs& args, dev::Stream stream) {
+    check();
+    check_tokens(args.num_tokens);
+    EP_CHECK(args.num_experts > 0 && args.num_experts % options_.num_ranks == 0,
+             "num_experts must be a positive multiple of the number of ranks (", options_.num_ranks, "), got ",
+             args.num_experts);
+    EP_CHECK(args.num_experts / options_.num_ranks <= layout::kMaxLocalExperts, "a rank can have at most ",
+             layout::kMaxLocalExperts, " experts, got ", args.num_experts / options_.num_ranks);
+    EP_CHECK(args.expert_alignment > 0, "expert_alignment must be positive, got ", args.expert_alignment);
+    if (args.wants_host_counts) {
+        ++ticket_;
+        num_local_experts_ = args.num_experts / options_.num_ranks;
+    }
+    auto* counts = static_cast<layout::HostCounts*>(counts_memory_.device);
+    kernels_->notify_dispatch({.heap = heap_params(),
+                               .watch = watch_params(),
+                               .num_tokens_per_rank = args.num_tokens_per_rank,
+                               .num_tokens_per_expert = args.num_tokens_per_expert,
+                               .is_token_in_rank = args.is_token_in_rank,
+                               .num_tokens = args.num_tokens,
+                               .num_experts = args.num_experts,
+                               .expert_alignment = args.expert_alignment,
+                               .rank_prefix_matrix = args.rank_prefix_matrix,
+                               .send_head = args.send_head,
+                               .counts = args.wants_host_counts ? counts : nullptr,
+                               .ticket = ticket_},
+                              stream);
+}
+
+RecvCounts Buffer::wait_counts() {
+    require_usable();
+    const double limit_s = 2 * options_.timeout_s + kStartGraceSeconds;
+    const bool is_done = device_->host_wait(
+        [&] {
+            collect_warning();
+            return load_acquire(counts_->ready) == ticket_ || load_acquire(status_->failure.state) != 0;
+        },
+        limit_s);
+    check();
+    if (!is_done) {
+        const bool has_entered = load_acquire(counts_->entered) == ticket_;
+        failure_ = concat("DeepEP timeout: dispatch on rank ", options_.rank, ": the host waited ", limit_s,
+                          has_entered ? " s for the count exchange, whose kernel runs but does not report."
+                                      : " s for the count exchange, whose kernel has not begun: work queued on the "
+                                        "device before it does not end.");
+        throw TimeoutError(failure_);
+    }
+    const int* counts = counts_->num_recv_per_expert;
+    return {counts_->num_recv_tokens, std::vector<int>(counts, counts + num_local_experts_)};
+}
+
+void Buffer::dispatch(const DispatchArgs& args, int num_sms, dev::Stream stream) {
+    check();
+    check_tokens(args.num_tokens);
+    check_row(args.row_bytes);
+    const auto slot = layout::SlotLayout::for_dispatch(static_cast<uint64_t>(args.row_bytes),
+                                                       static_cast<uint64_t>(args.num_topk),
+                                                       static_cast<uint64_t>(args.num_scales));
+    kernels_->dispatch({.heap = heap_params(),
+                        .watch = watch_params(),
+                        .geometry = plan(num_sms),
+                        .slot = slot,
+                        .window = window_for(slot, "dispatch"),
+                        .is_first_kernel = args.is_cached,
+                        .x = args.x,
+                        .num_tokens = args.num_tokens,
+                        .row_bytes = static_cast<uint32_t>(args.row_bytes),
+                        .scales = args.scales,
+                        .num_scales = args.num_scales,
+                        .scale_stride_token = args.scale_stride_token,
+                        .scale_stride_scale = args.scale_stride_scale,
+                        .topk_idx = args.topk_idx,
+                        .topk_weights = args.topk_weights,
+                        .num_topk = args.num_topk,
+                        .idx_bytes = args.idx_bytes,
+                        .num_local_experts = args.num_experts / options_.num_ranks,
+                        .rank_prefix_matrix = args.rank_prefix_matrix,
+                        .send_head = args.send_head,
+                        .recv_x = args.recv_x,
+                        .recv_scales = args.recv_scales,
+                        .recv_topk_idx = args.recv_topk_idx,
+                        .recv_topk_weights = args.recv_topk_weights,
+                        .recv_src_idx = args.recv_src_idx,
+                        .num_recv_rows = args.num_recv_rows,
+                        .is_worst_case = args.is_worst_case},
+                       stream);
+}
+
+void Buffer::combine(const CombineArgs& args, int num_sms, dev::Stream stream) {
+    check();
+    check_tokens(args.num_tokens);
+    const int64_t row_bytes = int64_t{args.hidden} * 2;
+    check_row(row_bytes);
+    const auto slot = layout::SlotLayout::for_combine(static_cast<uint64_t>(row_bytes),
+                                                      static_cast<uint64_t>(args.num_topk));
+    kernels_->combine({.heap = heap_params(),
+                       .watch = watch_params(),
+                       .geometry = plan(num_sms),
+                       .slot = slot,
+                       .window = window_for(slot, "combine"),
+                       .x = args.x,
+                       .row_bytes = static_cast<uint32_t>(row_bytes),
+                       .topk_weights = args.topk_weights,
+                       .num_topk = args.num_topk,
+                       .bias = {args.bias[0], args.bias[1]},
+                       .rank_prefix_matrix = args.rank_prefix_matrix,
+                       .send_head = args.send_head,
+                       .num_tokens = args.num_tokens,
+                       .num_rows = args.num_rows,
+                       .combined_x = args.combined_x,
+                       .combined_topk_weights = args.combined_topk_weights},
+                      stream);
+}
+
+void Buffer::bench_push(int64_t bytes_per_peer, int num_sms, dev::Stream stream) {
+    check();
+    EP_CHECK(bytes_per_peer >= 0 && bytes_per_peer % 16 == 0, "bytes_per_peer must be a multiple of 16, got ",
+             bytes_per_peer);
+    EP_CHECK(bytes_per_peer <= options_.num_data_bytes / options_.num_ranks, "bytes_per_peer must be at most ",
+             options_.num_data_bytes / options_.num_ranks, ", got ", bytes_per_peer);
+    kernels_->push_all({.heap = heap_params(), .bytes_per_peer = static_cast<uint64_t>(bytes_per_peer)},
+                       std::clamp(num_sms, 1, device_->num_sms()), stream);
+}
+
+// The two modes count their calls apart.
+std::vector<uint64_t> Buffer::read_started(layout::Operation operation) const {
+    const bool is_low_latency = operation == layout::Operation::kLowLatencyDispatch ||
+                                operation == layout::Operation::kLowLatencyCombine;
+    const layout::Field& field = is_low_latency ? control_.low_latency.started : control_.started;
+    std::vector<uint64_t> started(static_cast<size_t>(options_.num_ranks));
+    device_->copy_now(started.data(), heap_->local() + field.offset, field.bytes());
+    return started;
+}
+
+void Buffer::collect_warning() {
+    if (load_acquire(status_->warning.state) == 0) return;
+    warnings_.push_back(describe_warning(status_->warning, options_.rank, read_started(status_->warning.operation)));
+    std::atomic_ref(status_->warning.state).store(0);
+    std::fprintf(stderr, "%s\n", warnings_.back().c_str());
+}
+
+void Buffer::check() {
+    require_usable();
+    collect_warning();
+    if (load_acquire(status_->failure.state) == 0) return;
+    failure_ = describe_failure(status_->failure, options_.rank, read_started(status_->failure.operation));
+    throw TimeoutError(failure_);
+}
+
+std::vector<std::string> Buffer::take_warnings() {
+    if (heap_ != nullptr) collect_warning();
+    return std::exchange(warnings_, {});
+}
+
+void Buffer::destroy(double timeout_s) noexcept {
+    if (heap_ == nullptr) return;
+    heap_->release(timeout_s);
+    heap_.reset();
+    try {
+        device_->free(layout_partials_);
+        device_->free(masked_);
+        device_->free(wait_ns_);
+        device_->free(local_);
+        device_->free_host_mapped(counts_memory_);
+        device_->free_host_mapped(status_memory_);
+    } catch (...) {
+        // The driver is unloading: it takes the memory back.
+    }
+    status_ = nullptr;
+    counts_ = nullptr;
+}
+
+}  // namespace deep_ep::runtime

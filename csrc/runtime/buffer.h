@@ -1,0 +1,197 @@
+// A Buffer: the symmetric heap of one rank and the operations on it. Plans and launches; owns no stream.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "comm/symmetric_heap.h"
+#include "device/runtime.h"
+#include "kernels/kernel_table.h"
+
+namespace deep_ep::runtime {
+
+struct BufferOptions {
+    int rank;
+    int num_ranks;
+    int64_t num_data_bytes;         // of the high-throughput mode
+    int64_t num_low_latency_bytes;  // of the low-latency mode
+    double timeout_s;
+    double warn_s;
+    bool is_shrinkable;  // low latency: a peer that does not come is masked
+};
+
+struct LayoutArgs {
+    const void* topk_idx;
+    int idx_bytes, num_tokens, num_topk, num_experts;
+    int* num_tokens_per_rank;
+    int* num_tokens_per_expert;
+    uint8_t* is_token_in_rank;
+};
+
+struct NotifyArgs {
+    const int* num_tokens_per_rank;
+    const int* num_tokens_per_expert;
+    const uint8_t* is_token_in_rank;
+    int num_tokens, num_experts, expert_alignment;
+    int* rank_prefix_matrix;
+    int* send_head;
+    bool wants_host_counts;
+};
+
+struct DispatchArgs {
+    const uint8_t* x;
+    int num_tokens;
+    int64_t row_bytes;
+    const uint32_t* scales;
+    int num_scales;
+    int64_t scale_stride_token, scale_stride_scale;
+    const void* topk_idx;
+    const float* topk_weights;
+    int num_topk, idx_bytes, num_experts;
+    const int* rank_prefix_matrix;
+    const int* send_head;
+    uint8_t* recv_x;
+    uint32_t* recv_scales;
+    void* recv_topk_idx;
+    float* recv_topk_weights;
+    int* recv_src_idx;
+    int num_recv_rows;
+    bool is_worst_case;
+    bool is_cached;  // no notify_dispatch came before
+};
+
+struct CombineArgs {
+    const uint8_t* x;
+    int num_rows;
+    int hidden;
+    const float* topk_weights;
+    int num_topk;
+    const uint8_t* bias[2];
+    const int* rank_prefix_matrix;
+    const int* send_head;
+    int num_tokens;
+    uint8_t* combined_x;
+    float* combined_topk_weights;
+};
+
+struct RecvCounts {
+    int64_t num_tokens;
+    std::vector<int> num_tokens_per_expert;
+};
+
+// What both phases of a low-latency call need; the same for send and receive.
+struct LowLatencyShape {
+    int num_max_tokens, num_topk, num_experts, hidden;
+};
+
+struct LowLatencyDispatchArgs {
+    LowLatencyShape shape;
+    bool is_fp8, rounds_scales, packs_scales;
+    const uint8_t* x;
+    const void* topk_idx;
+    int idx_bytes, num_tokens;
+    uint8_t* recv_x;
+    uint32_t* recv_scales;
+    int* recv_count;
+    int* src_info;
+    int64_t* layout_range;
+    int* row_of_entry;
+    int* cumulative_stats;
+    int64_t* wait_stats;
+};
+
+struct LowLatencyCombineArgs {
+    LowLatencyShape shape;
+    const uint8_t* x;
+    const void* topk_idx;
+    int idx_bytes;
+    const float* topk_weights;
+    int num_tokens;
+    const int* row_of_entry;
+    uint8_t* combined_x;
+    int64_t* wait_stats;
+};
+
+// Not thread-safe. All operations of one Buffer go to one stream (or are ordered by the caller as if they did), and
+// every rank makes the same sequence of them.
+class Buffer {
+public:
+    Buffer(std::shared_ptr<dev::Device> device, const BufferOptions& options);
+    ~Buffer();
+
+    const std::string& export_handle() const { return heap_->handle(); }
+    void connect(const std::vector<std::string>& handles);
+    uint8_t* data() const;
+    int64_t num_data_bytes() const { return options_.num_data_bytes; }
+
+    void get_dispatch_layout(const LayoutArgs& args, dev::Stream stream);
+    void notify_dispatch(const NotifyArgs& args, dev::Stream stream);
+    // After notify_dispatch(wants_host_counts): waits until the counts of all ranks have arrived.
+    RecvCounts wait_counts();
+    void dispatch(const DispatchArgs& args, int num_sms, dev::Stream stream);
+    void combine(const CombineArgs& args, int num_sms, dev::Stream stream);
+
+    // Low latency: two launches a call. A send phase returns the ticket that its receive phase needs; at most two calls
+    // may be open (sent, not received) at a time.
+    uint64_t send_low_latency_dispatch(const LowLatencyDispatchArgs& args, dev::Stream stream);
+    void receive_low_latency_dispatch(const LowLatencyDispatchArgs& args, uint64_t ticket, dev::Stream stream);
+    uint64_t send_low_latency_combine(const LowLatencyCombineArgs& args, dev::Stream stream);
+    void receive_low_latency_combine(const LowLatencyCombineArgs& args, uint64_t ticket, dev::Stream stream);
+    uint8_t* low_latency_data() const;
+    // Bytes of the low-latency region for calls of this shape, bfloat16 or FP8.
+    static int64_t low_latency_size_hint(int num_max_tokens, int hidden, int num_ranks, int num_experts);
+    // int32 [num_ranks], on the device; not zero: left out.
+    int* masked_ranks() const;
+
+    // Measures the links: `num_sms` SMs write `bytes_per_peer` to every peer at once. For benchmarks only; it overwrites
+    // the data regions and takes part in no protocol.
+    void bench_push(int64_t bytes_per_peer, int num_sms, dev::Stream stream);
+
+    // Throws what a kernel has reported; a Buffer that failed once throws the same at every later operation.
+    void check();
+    // Sentences about waits that have passed the warning threshold since the last call; each was also printed.
+    std::vector<std::string> take_warnings();
+
+    // Idempotent and bounded: memory that peers still map after `timeout_s` is kept until they let go. Never throws.
+    void destroy(double timeout_s) noexcept;
+
+private:
+    void require_usable() const;
+    kernels::LowLatencyCall low_latency_call(const LowLatencyShape& shape, const layout::LowLatencyMessage& message,
+                                             int64_t* wait_stats) const;
+    kernels::LowLatencyDispatchParams low_latency_params(const LowLatencyDispatchArgs& args) const;
+    kernels::LowLatencyCombineParams low_latency_params(const LowLatencyCombineArgs& args) const;
+    void open_low_latency_call(kernels::LowLatencyCall& call);
+    void close_low_latency_call(kernels::LowLatencyCall& call, uint64_t ticket);
+    void collect_warning();
+    kernels::HeapParams heap_params() const;
+    kernels::WatchParams watch_params() const;
+    kernels::Geometry plan(int num_sms) const;
+    int max_layout_counts() const;
+    layout::WindowLayout window_for(const layout::SlotLayout& slot, const char* operation) const;
+    std::vector<uint64_t> read_started(layout::Operation operation) const;
+
+    std::shared_ptr<dev::Device> device_;
+    BufferOptions options_;
+    const kernels::KernelTable* kernels_;
+    layout::ControlLayout control_;
+    std::unique_ptr<comm::SymmetricHeap> heap_;
+    dev::HostMapped status_memory_, counts_memory_;
+    layout::HostStatus* status_ = nullptr;
+    layout::HostCounts* counts_ = nullptr;
+    layout::LocalState* local_ = nullptr;
+    int* layout_partials_ = nullptr;
+    int* masked_ = nullptr;        // [num_ranks]
+    uint64_t* wait_ns_ = nullptr;  // [num_ranks]
+    uint64_t num_low_latency_sends_ = 0;
+    int num_open_low_latency_calls_ = 0;
+    uint64_t ticket_ = 0;  // of the last notify_dispatch whose counts the host wanted
+    int num_local_experts_ = 0;  // in that one
+    std::string failure_;        // the sentence of the first failure
+    std::vector<std::string> warnings_;
+};
+
+}  // namespace deep_ep::runtime

@@ -1,0 +1,97 @@
+#include "runtime/story.h"
+
+#include <iomanip>
+#include <sstream>
+
+#include "core/error.h"
+
+namespace deep_ep::runtime {
+
+namespace {
+
+const char* name_of(layout::Operation operation) {
+    switch (operation) {
+        case layout::Operation::kLayout: return "get_dispatch_layout";
+        case layout::Operation::kNotifyDispatch: return "dispatch (count exchange)";
+        case layout::Operation::kDispatch: return "dispatch";
+        case layout::Operation::kCombine: return "combine";
+        case layout::Operation::kLowLatencyDispatch: return "low_latency_dispatch";
+        case layout::Operation::kLowLatencyCombine: return "low_latency_combine";
+    }
+    return "unknown operation";
+}
+
+const char* awaited_at(layout::Stage stage) {
+    switch (stage) {
+        case layout::Stage::kStart: return "to finish an earlier call";
+        case layout::Stage::kCounts: return "to send its token counts";
+        case layout::Stage::kTable: return "to send its routing table";
+        case layout::Stage::kRow: return "to send token rows";
+        case layout::Stage::kSlot: return "to free buffer slots";
+        case layout::Stage::kInput:
+        case layout::Stage::kCapacity: return "(input)";
+    }
+    return "(unknown stage)";
+}
+
+std::string seconds(uint64_t ns) {
+    std::ostringstream out;
+    out << std::fixed << std::setprecision(1) << static_cast<double>(ns) * 1e-9 << " s";
+    return out.str();
+}
+
+// A peer that waits for a third rank stalls as well: those that never entered the call are the ones to look at.
+std::string culprits(const layout::WaitRecord& record, int rank, const std::vector<uint64_t>& started) {
+    std::string missing;
+    for (size_t peer = 0; peer < started.size(); ++peer) {
+        if (static_cast<int>(peer) == rank || started[peer] >= record.call) continue;
+        missing += concat(missing.empty() ? "" : ", ", "rank ", peer, " (its last call was ", started[peer], ")");
+    }
+    if (missing.empty())
+        return concat("rank ", record.peer, " entered the call and stalled (expected ", record.expected, ", seen ",
+                      record.seen, ")");
+    return concat("never entered this call: ", missing);
+}
+
+std::string describe_wait(const layout::WaitRecord& record, int rank, const std::vector<uint64_t>& started) {
+    return concat(name_of(record.operation), ", call ", record.call, ", rank ", rank, ": waited ",
+                  seconds(record.waited_ns), " for rank ", record.peer, " ", awaited_at(record.stage), "; ",
+                  culprits(record, rank, started), ".");
+}
+
+std::string describe_bad_input(const layout::WaitRecord& record, int rank) {
+    if (record.stage == layout::Stage::kCapacity)
+        return concat("DeepEP error: ", name_of(record.operation), ", call ", record.call, ", rank ", rank,
+                      ": the tensors hold ", record.expected, " rows, but ", record.seen,
+                      " rows belong to this rank. Raise num_worst_tokens, or pass the tensors that fit the handle.");
+    return concat("DeepEP error: ", name_of(record.operation), ", rank ", rank, ": topk_idx of token ", record.peer,
+                  " must be -1 or an expert below ", record.expected, ", got ", static_cast<int64_t>(record.seen), ".");
+}
+
+std::string describe_abort(const layout::WaitRecord& record, int rank, const std::vector<uint64_t>& started) {
+    const int origin = layout::abort_origin(record.seen);
+    const int missing = layout::abort_missing(record.seen);
+    const std::string reason = origin == missing ? concat("rank ", origin, " reported an error of its own")
+                                                 : concat("rank ", origin, " gave up waiting for rank ", missing);
+    return concat("DeepEP error: ", name_of(record.operation), ", call ", record.call, ", rank ", rank, ": aborted, ",
+                  reason, "; here: ", culprits(record, rank, started), ".");
+}
+
+}  // namespace
+
+std::string describe_failure(const layout::WaitRecord& record, int rank, const std::vector<uint64_t>& started) {
+    switch (record.kind) {
+        case layout::FailureKind::kBadInput: return describe_bad_input(record, rank);
+        case layout::FailureKind::kAborted: return describe_abort(record, rank, started);
+        default:
+            return concat("DeepEP timeout: ", describe_wait(record, rank, started),
+                          " Every rank must make the same sequence of dispatch and combine calls; if a peer may be this "
+                          "late, raise DEEP_EP_TIMEOUT_SECS or the Buffer's timeout.");
+    }
+}
+
+std::string describe_warning(const layout::WaitRecord& record, int rank, const std::vector<uint64_t>& started) {
+    return concat("DeepEP warning: ", describe_wait(record, rank, started), " Still waiting.");
+}
+
+}  // namespace deep_ep::runtime

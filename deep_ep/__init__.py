@@ -1,0 +1,20 @@
+"""Dispatch and combine for Mixture-of-Experts models: `Buffer` moves tokens between the ranks of an expert group."""
+
+from pathlib import Path as _Path
+
+try:
+    import deep_ep_cpp as _deep_ep_cpp  # noqa: F401 - first, for the sentence below
+except ImportError as _error:
+    raise ImportError(f"deep_ep: the native extension deep_ep_cpp does not load ({_error}). To see what is wrong, run: "
+                      f"python {_Path(__file__).with_name('doctor.py')}") from _error
+
+from deep_ep._errors import CudaError, Error, InvalidArgument, TimeoutError, TransportError  # noqa: A004
+from deep_ep.buffer import Buffer
+from deep_ep.utils import EventHandle, EventOverlap
+from deep_ep.version import __version__
+from deep_ep_cpp import Config, topk_idx_t
+
+__all__ = [
+    "Buffer", "Config", "CudaError", "Error", "EventHandle", "EventOverlap", "InvalidArgument", "TimeoutError",
+    "TransportError", "__version__", "topk_idx_t"
+]

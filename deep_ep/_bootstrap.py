@@ -1,0 +1,229 @@
+"""Building a Buffer together: every step is gathered, so that one rank's failure is an exception on all of them."""
+
+import atexit
+import ctypes
+import dataclasses
+import logging
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Callable, Optional, TypeVar
+
+import torch
+import torch.distributed as dist
+
+import deep_ep_cpp
+from deep_ep import _streams
+from deep_ep._checks import BUFFER_ALIGNMENT_BYTES, check_int, check_positive
+from deep_ep._errors import Error
+from deep_ep._topology import Place, Topology, find_topology, this_place
+from deep_ep.version import __version__
+
+T = TypeVar("T")
+EXIT_TIMEOUT_S = 2.0
+logger = logging.getLogger("deep_ep")
+
+
+class Peers:
+    """The processes that build a Buffer together: a torch ProcessGroup or an mpi4py-like communicator."""
+
+    def __init__(self, group: Optional[dist.ProcessGroup], comm: Any) -> None:
+        if group is None and comm is None:
+            raise ValueError("Either 'group' or 'comm' must be provided.")
+        self._group = group
+        self._comm = comm
+        self.rank: int = comm.Get_rank() if group is None else group.rank()
+        self.size: int = comm.Get_size() if group is None else group.size()
+        if not 0 <= self.rank < self.size:
+            raise ValueError(f"group: this process is not a member (rank {self.rank} of {self.size})")
+
+    def all_gather(self, mine: Any) -> list[Any]:
+        if self._group is None:
+            return list(self._comm.allgather(mine))
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, mine, group=self._group)
+        return gathered
+
+    def all_gather_results(self, step: str, work: Callable[[], T]) -> list[T]:
+        """Runs `work` on every rank and gathers what it returns, or raises on every rank when it failed on one.
+
+        A rank whose own work failed raises that exception; the others raise an Error that names the ranks.
+        """
+        value: Optional[T] = None
+        failure: Optional[Exception] = None
+        try:
+            value = work()
+        except Exception as error:  # noqa: BLE001 - it is raised below, once the peers know
+            failure = error
+        sentence = f"{type(failure).__name__}: {failure}" if failure else None
+        outcomes = self.all_gather((sentence, value))
+        if failure is not None:
+            raise failure
+        failed = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(outcomes) if text is not None]
+        if failed:
+            raise Error(f"Buffer: {step} failed on {len(failed)} of {self.size} ranks; " + "; ".join(failed))
+        return [result for _, result in outcomes]
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """Arguments and facts that must be the same on every rank; the names appear in the error."""
+
+    num_nvl_bytes: int
+    num_rdma_bytes: int
+    low_latency_mode: bool
+    enable_shrink: bool
+    device_kind: str
+    topk_idx_bits: int
+    deep_ep_version: str = __version__
+
+
+@dataclass(frozen=True)
+class Request:
+    """The constructor's arguments that concern the native side."""
+
+    num_nvl_bytes: int
+    num_rdma_bytes: int
+    low_latency_mode: bool
+    num_qps_per_rank: float
+    enable_shrink: bool
+    timeout_s: Optional[float]
+
+    def check(self) -> None:
+        for name in ("num_nvl_bytes", "num_rdma_bytes"):
+            check_int(name, getattr(self, name), 0, BUFFER_ALIGNMENT_BYTES)
+        check_positive("num_qps_per_rank", self.num_qps_per_rank)
+        if self.timeout_s is not None:
+            check_positive("timeout_s", self.timeout_s)
+
+
+class Session:
+    """What a constructed Buffer stands on."""
+
+    def __init__(self, runtime: deep_ep_cpp.Buffer, streams: _streams.Streams, rdma_region: torch.Tensor,
+                 topology: Topology, rank: int, num_ranks: int) -> None:
+        self.runtime = runtime
+        self.rdma_region = rdma_region
+        self.streams = streams
+        self.topology = topology
+        self.rank = rank
+        self.num_ranks = num_ranks
+        self.num_sms_override = int(deep_ep_cpp.get_environment()["num_sms"])
+        self._is_closed = False
+        if isinstance(streams, _streams.HostStreams):
+            streams.check = self.raise_failure
+        _LIVE.add(self)
+
+    def raise_failure(self) -> None:
+        """Raises the first failure of this Buffer, again and again, if there was one."""
+        if self._is_closed:
+            raise Error("this Buffer was destroyed")
+        self.runtime.check()
+
+    def close(self, timeout_s: float) -> None:
+        """Idempotent, bounded by about `timeout_s`, raises nothing."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        deadline = time.monotonic() + timeout_s
+        if self._release(timeout_s, deadline):
+            return
+        # Kernels that still wait for a peer use this memory; they end by their own deadline.
+        _LINGERING.append(self)
+
+    def _release(self, timeout_s: float, deadline: float) -> bool:
+        if not _attempt(lambda: self.streams.drain(timeout_s)):
+            return False
+        _attempt(lambda: self.runtime.destroy(max(0.0, deadline - time.monotonic())))
+        _attempt(self.streams.close)
+        return True
+
+
+# Sessions that somebody uses, and those that were closed while a kernel of theirs still ran.
+_LIVE: weakref.WeakSet[Session] = weakref.WeakSet()
+_LINGERING: list[Session] = []
+
+
+def release_lingering(timeout_s: float = 0.0) -> None:
+    """Tries again to release destroyed Buffers whose kernels had not ended."""
+    deadline = time.monotonic() + timeout_s
+    _LINGERING[:] = [session for session in _LINGERING if not session._release(timeout_s, deadline)]
+
+
+@atexit.register
+def _release_at_exit() -> None:
+    for session in list(_LIVE):
+        session.close(0.0)
+    release_lingering(EXIT_TIMEOUT_S)
+    for session in _LINGERING:
+        # Its destructor would free memory that a kernel still uses. The system takes the memory back in a moment.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session.runtime))
+
+
+def _attempt(step: Callable[[], Any]) -> Any:
+    try:
+        return step()
+    except Exception as error:  # noqa: BLE001 - nothing can be done about it while releasing, and the rest must follow
+        logger.debug("releasing a Buffer: %s", error)
+        return None
+
+
+def _raise_differences(facts: Sequence[Agreed]) -> None:
+    for field in dataclasses.fields(Agreed):
+        ranks_by_value: dict[Any, list[int]] = {}
+        for rank, fact in enumerate(facts):
+            ranks_by_value.setdefault(getattr(fact, field.name), []).append(rank)
+        if len(ranks_by_value) > 1:
+            seen = "; ".join(f"{value!r} on rank(s) {', '.join(map(str, ranks))}"
+                             for value, ranks in ranks_by_value.items())
+            raise ValueError(f"Buffer: {field.name} must be the same on every rank, got {seen}")
+
+
+def _require_one_node(topology: Topology) -> None:
+    if topology.num_nodes > 1:
+        raise Error("Buffer: this version works within one node (ranks that share memory or NVLink), but the group "
+                    f"spans {topology.num_nodes}:\n{topology}")
+
+
+def _text(device_id: Any) -> str:
+    return device_id.decode(errors="backslashreplace") if isinstance(device_id, bytes) else str(device_id)
+
+
+def build_session(peers: Peers, request: Request) -> Session:
+    """Collective: allocates and connects the heaps of all ranks."""
+    opened: list[_streams.Streams] = []
+    created: list[deep_ep_cpp.Buffer] = []
+    rdma_regions: list[torch.Tensor] = []
+    environment = deep_ep_cpp.get_environment()
+
+    def describe() -> tuple[Agreed, Place]:
+        request.check()
+        release_lingering()
+        opened.append(_streams.open_streams())
+        facts = Agreed(request.num_nvl_bytes, request.num_rdma_bytes, request.low_latency_mode, request.enable_shrink,
+                       opened[0].kind, deep_ep_cpp.topk_idx_bits())
+        return facts, this_place(_text(opened[0].native.unique_id))
+
+    def allocate() -> bytes:
+        timeout_s = float(environment["timeout_s"] if request.timeout_s is None else request.timeout_s)
+        warn_s = min(float(environment["warn_s"]), timeout_s)
+        created.append(
+            deep_ep_cpp.Buffer(opened[0].native, peers.rank, peers.size, request.num_nvl_bytes, timeout_s, warn_s))
+        rdma_regions.append(torch.zeros(request.num_rdma_bytes, dtype=torch.uint8, device=opened[0].device))
+        return created[0].export_handle()
+
+    try:
+        described = peers.all_gather_results("checking arguments and device", describe)
+        _raise_differences([facts for facts, _ in described])
+        topology = find_topology([place for _, place in described], int(environment["ranks_per_node"]))
+        _require_one_node(topology)
+        handles = peers.all_gather_results("allocating the heap", allocate)
+        peers.all_gather_results("mapping the heaps of the peers", lambda: created[0].connect(handles))
+    except BaseException:
+        for runtime in created:
+            runtime.destroy(0.0)
+        for streams in opened:
+            streams.close()
+        raise
+    return Session(created[0], opened[0], rdma_regions[0], topology, peers.rank, peers.size)

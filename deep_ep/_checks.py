@@ -1,0 +1,107 @@
+"""Argument checks. Each error names the argument, what was expected and what was got.
+
+TypeError: not the kind of object, or not the dtype, that is expected. ValueError: a wrong shape, device, layout, range
+or combination.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import torch
+
+ROW_ALIGNMENT_BYTES = 16
+BUFFER_ALIGNMENT_BYTES = 128
+INDEX_DTYPES = (torch.int64, torch.int32)
+
+
+def _name_dtypes(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(str(dtype).replace("torch.", "") for dtype in dtypes)
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    kind = "" if tensor.is_contiguous() else f", strides {list(tensor.stride())}"
+    return f"{str(tensor.dtype).replace('torch.', '')} {list(tensor.shape)} on {tensor.device}{kind}"
+
+
+def check_tensor(name: str,
+                 value: Any,
+                 device: torch.device,
+                 shape: Sequence[Optional[int]],
+                 dtypes: Sequence[torch.dtype] = (),
+                 is_contiguous: bool = True) -> torch.Tensor:
+    """A tensor of `shape` (None: any extent), of one of `dtypes` (empty: any), on `device`."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if dtypes and value.dtype not in dtypes:
+        raise TypeError(f"{name} must have dtype {_name_dtypes(dtypes)}, got {_describe(value)}")
+    if value.dim() != len(shape) or any(want is not None and got != want for want, got in zip(shape, value.shape)):
+        wanted = ", ".join("*" if extent is None else str(extent) for extent in shape)
+        raise ValueError(f"{name} must have shape [{wanted}], got {_describe(value)}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device}, the device of this Buffer, got {_describe(value)}")
+    if is_contiguous and not value.is_contiguous():
+        raise ValueError(f"{name} must be contiguous (row-major), got {_describe(value)}")
+    return value
+
+
+def check_int(name: str, value: Any, minimum: int, multiple_of: int = 1) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    number = int(value.__index__())
+    if number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {number}")
+    if number % multiple_of:
+        raise ValueError(f"{name} must be a multiple of {multiple_of}, got {number}")
+    return number
+
+
+def check_positive(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not value > 0:
+        raise ValueError(f"{name} must be greater than 0, got {value}")
+    return float(value)
+
+
+def check_rows(
+    name: str,
+    value: Any,
+    device: torch.device,
+    dtypes: Sequence[torch.dtype] = (),
+    shape: Sequence[Optional[int]] = (None, None)
+) -> torch.Tensor:
+    """Token rows: 2-D, contiguous, with whole 16-byte units in a row."""
+    rows = check_tensor(name, value, device, shape, dtypes)
+    row_bytes = rows.shape[1] * rows.element_size()
+    if row_bytes == 0 or row_bytes % ROW_ALIGNMENT_BYTES:
+        raise ValueError(f"{name} must have rows of a positive multiple of {ROW_ALIGNMENT_BYTES} bytes, got "
+                         f"{row_bytes} bytes ({_describe(rows)})")
+    if rows.data_ptr() % ROW_ALIGNMENT_BYTES:
+        raise ValueError(f"{name} must start at a multiple of {ROW_ALIGNMENT_BYTES} bytes, got a view that does not")
+    return rows
+
+
+def check_payload(x: Any, device: torch.device) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+    """`x` of dispatch: rows, or (rows of 1-byte elements, scales)."""
+    if not isinstance(x, tuple):
+        return check_rows("x", x, device), None
+    if len(x) != 2:
+        raise ValueError(f"x must be a tensor or a tuple (data, scales), got a tuple of {len(x)}")
+    rows = check_rows("x[0]", x[0], device)
+    if rows.element_size() != 1:
+        raise TypeError(f"x[0] must have a 1-byte dtype when scales are given, got {_describe(rows)}")
+    scales = check_tensor("x[1] (scales)", x[1], device, (rows.shape[0], None), (torch.float32, torch.int32), False)
+    return rows, scales
+
+
+def check_topk_idx(topk_idx: Any, device: torch.device, num_tokens: Optional[int] = None) -> torch.Tensor:
+    checked = check_tensor("topk_idx", topk_idx, device, (num_tokens, None), INDEX_DTYPES)
+    if checked.shape[1] == 0:
+        raise ValueError(f"topk_idx must have at least one column, got {_describe(checked)}")
+    return checked
+
+
+def check_num_experts(name: str, num_experts: int, num_ranks: int) -> int:
+    if num_experts <= 0 or num_experts % num_ranks:
+        raise ValueError(f"{name} must be a positive multiple of the number of ranks ({num_ranks}), got {num_experts}")
+    return num_experts

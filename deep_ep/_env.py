@@ -1,0 +1,18 @@
+"""What the package itself reads from the environment. DEEP_EP_* variables are read by csrc/core/env.cc."""
+
+import os
+
+
+def nvshmem_qp_depth() -> int:
+    """NVSHMEM_QP_DEPTH: entries of a queue pair; low-latency users set it before they build a Buffer."""
+    return int(os.environ.get("NVSHMEM_QP_DEPTH", "1024"))
+
+
+def visible_devices() -> list[str]:
+    """CUDA_VISIBLE_DEVICES: the physical GPUs behind torch's device numbers; empty when all are visible."""
+    return [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+
+
+def set_device(device: str) -> None:
+    """Chooses the device, 'cpu' or 'cuda', of the processes that this one starts (and its own, before it has looked)."""
+    os.environ["DEEP_EP_DEVICE"] = device

@@ -1,0 +1,285 @@
+"""get_dispatch_layout, dispatch and combine within a node: checks, allocation, and the native calls in between.
+
+The native code tells "no top-k" and "no scales" by a count of zero, never by an address: an empty tensor's is zero.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Optional, Union
+
+import torch
+
+from deep_ep import _checks
+from deep_ep._bootstrap import Session
+from deep_ep._errors import Error
+from deep_ep._streams import Operation, is_capturing
+from deep_ep.utils import EventHandle, EventOverlap
+
+Payload = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
+DispatchResult = tuple[Payload, Optional[torch.Tensor], Optional[torch.Tensor], Optional[list[int]],
+                       Optional[tuple[torch.Tensor, ...]], EventOverlap]
+
+
+class Handle(NamedTuple):
+    """What a dispatch leaves for combine and for later dispatches with the same routing (R ranks, N tokens, M rows)."""
+
+    rank_prefix_matrix: torch.Tensor  # int32 [R, R]; [src][dst]: one past the last row that dst receives from src
+    channel_prefix_matrix: torch.Tensor  # int32 [R, 0]: kept for its place in the tuple
+    recv_channel_prefix_matrix: torch.Tensor  # int32 [R, 0]: kept for its place in the tuple
+    recv_src_idx: torch.Tensor  # int32 [M]; index of the received token at its source
+    is_token_in_rank: torch.Tensor  # bool [N, R]
+    send_head: torch.Tensor  # int32 [N, R]; position among the tokens sent to that rank, -1: not sent
+
+
+class Routing(NamedTuple):
+    """The checked arguments that say where tokens go in a fresh dispatch."""
+
+    num_tokens_per_rank: torch.Tensor
+    num_tokens_per_expert: torch.Tensor
+    is_token_in_rank: torch.Tensor
+    topk_idx: Optional[torch.Tensor]
+    topk_weights: Optional[torch.Tensor]
+
+
+class Outputs(NamedTuple):
+    """The tensors that a dispatch fills."""
+
+    x: torch.Tensor
+    scales: Optional[torch.Tensor]
+    topk_idx: Optional[torch.Tensor]
+    topk_weights: Optional[torch.Tensor]
+
+    def payload(self) -> Payload:
+        return self.x if self.scales is None else (self.x, self.scales)
+
+
+def open_operation(session: Session, name: str, previous_event: Optional[EventOverlap], async_finish: bool,
+                   allocate_on_comm_stream: bool) -> Operation:
+    """Raises an earlier failure, then settles the stream side of a call."""
+    session.raise_failure()
+    previous = getattr(previous_event, "event", None)
+    if previous is not None and not isinstance(previous, EventHandle):
+        raise TypeError(f"{name}: previous_event.event must be an EventHandle, got {type(previous).__name__}")
+    if allocate_on_comm_stream and (previous is None or not async_finish):
+        raise Error(f"{name}: allocate_on_comm_stream needs a previous_event with an event, and async_finish=True")
+    recorded = None if previous is None else previous._recorded
+    return session.streams.operation(recorded, async_finish, allocate_on_comm_stream)
+
+
+def close_operation(operation: Operation, tensors: Sequence[Optional[torch.Tensor]]) -> EventOverlap:
+    is_async, recorded = operation.finish(tensors)
+    return EventOverlap(EventHandle._wrap(recorded) if is_async else None)
+
+
+def _ptr(tensor: Optional[torch.Tensor]) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def get_dispatch_layout(
+    session: Session, topk_idx: torch.Tensor, num_experts: int, previous_event: Optional[EventOverlap],
+    async_finish: bool, allocate_on_comm_stream: bool
+) -> tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torch.Tensor, EventOverlap]:
+    device, num_ranks = session.streams.device, session.num_ranks
+    topk_idx = _checks.check_topk_idx(topk_idx, device)
+    num_experts = _checks.check_int("num_experts", num_experts, 1)
+    _checks.check_num_experts("num_experts", num_experts, num_ranks)
+    num_tokens, num_topk = topk_idx.shape
+    operation = open_operation(session, "get_dispatch_layout", previous_event, async_finish, allocate_on_comm_stream)
+    with operation.allocation():
+        per_rank = torch.empty(num_ranks, dtype=torch.int32, device=device)
+        per_expert = torch.empty(num_experts, dtype=torch.int32, device=device)
+        in_rank = torch.empty((num_tokens, num_ranks), dtype=torch.bool, device=device)
+    operation.start()
+    session.runtime.get_dispatch_layout(_ptr(topk_idx), topk_idx.element_size(), num_tokens, num_topk, num_experts,
+                                        _ptr(per_rank), _ptr(per_expert), _ptr(in_rank), operation.stream)
+    event = close_operation(operation, (topk_idx, per_rank, per_expert, in_rank))
+    return per_rank, None, per_expert, in_rank, event
+
+
+def dispatch_fresh(session: Session, x: Payload, routing: Routing, expert_alignment: int, num_worst_tokens: int,
+                   num_sms: int, previous_event: Optional[EventOverlap], async_finish: bool,
+                   allocate_on_comm_stream: bool) -> DispatchResult:
+    rows, scales = _checks.check_payload(x, session.streams.device)
+    _check_routing(session, routing, rows.shape[0])
+    expert_alignment = _checks.check_int("expert_alignment", expert_alignment, 1)
+    num_worst_tokens = _checks.check_int("num_worst_tokens", num_worst_tokens, 0)
+    if num_worst_tokens and routing.topk_idx is None:
+        raise ValueError("num_worst_tokens needs topk_idx and topk_weights: -1 in recv_topk_idx marks the unused rows")
+    if not num_worst_tokens and is_capturing():
+        raise Error("dispatch: inside a CUDA graph the host cannot learn the receive count; pass num_worst_tokens, or "
+                    "the handle of an earlier dispatch")
+    operation = open_operation(session, "dispatch", previous_event, async_finish, allocate_on_comm_stream)
+    with operation.allocation():
+        rank_prefix_matrix, send_head = _notify_outputs(session, rows.shape[0])
+        received = _receive_outputs(rows, scales, routing, num_worst_tokens) if num_worst_tokens else None
+    operation.start()
+    num_experts = routing.num_tokens_per_expert.shape[0]
+    session.runtime.notify_dispatch(_ptr(routing.num_tokens_per_rank), _ptr(routing.num_tokens_per_expert),
+                                    _ptr(routing.is_token_in_rank), rows.shape[0], num_experts, expert_alignment,
+                                    _ptr(rank_prefix_matrix), _ptr(send_head), received is None, operation.stream)
+    per_expert: list[int] = []
+    if received is None:
+        num_rows, per_expert = session.runtime.wait_counts()
+        with operation.allocation():
+            received = _receive_outputs(rows, scales, routing, num_rows)
+        operation.cover_allocations()
+    outputs, recv_src_idx = received
+    handle = _make_handle(rank_prefix_matrix, recv_src_idx, routing.is_token_in_rank, send_head)
+    _send_rows(session, rows, scales, routing, num_experts, handle, recv_src_idx, outputs, num_worst_tokens > 0,
+               num_sms, operation)
+    event = close_operation(operation, (rows, scales, *routing, *handle, *outputs))
+    return outputs.payload(), outputs.topk_idx, outputs.topk_weights, list(per_expert), tuple(handle), event
+
+
+def dispatch_cached(session: Session, x: Payload, handle: Any, num_sms: int, previous_event: Optional[EventOverlap],
+                    async_finish: bool, allocate_on_comm_stream: bool) -> DispatchResult:
+    device = session.streams.device
+    checked = check_handle(session, handle)
+    rows, scales = _checks.check_payload(x, device)
+    if rows.shape[0] != checked.send_head.shape[0]:
+        raise ValueError(f"x must have {checked.send_head.shape[0]} rows, the tokens of the dispatch that made the "
+                         f"handle, got {rows.shape[0]}")
+    operation = open_operation(session, "dispatch", previous_event, async_finish, allocate_on_comm_stream)
+    with operation.allocation():
+        outputs, _ = _receive_outputs(rows, scales, None, checked.recv_src_idx.shape[0])
+    operation.start()
+    # The handle may come from a worst-case dispatch: fewer rows than it has room for are no error.
+    _send_rows(session, rows, scales, None, 0, checked, None, outputs, True, num_sms, operation)
+    event = close_operation(operation, (rows, scales, *checked, *outputs))
+    return outputs.payload(), None, None, None, None, event
+
+
+def combine(session: Session, x: torch.Tensor, handle: Any, topk_weights: Optional[torch.Tensor], bias: Any,
+            num_sms: int, previous_event: Optional[EventOverlap], async_finish: bool,
+            allocate_on_comm_stream: bool) -> tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]:
+    device = session.streams.device
+    checked = check_handle(session, handle)
+    num_rows, num_tokens = checked.recv_src_idx.shape[0], checked.send_head.shape[0]
+    rows = _checks.check_rows("x", x, device, (torch.bfloat16, ))
+    if rows.shape[0] != num_rows:
+        raise ValueError(f"x must have {num_rows} rows, those that the dispatch of this handle received, got "
+                         f"{rows.shape[0]}")
+    hidden = rows.shape[1]
+    if topk_weights is not None:
+        _checks.check_tensor("topk_weights", topk_weights, device, (num_rows, None), (torch.float32, ))
+    num_topk = 0 if topk_weights is None else topk_weights.shape[1]
+    biases = _check_bias(bias, device, num_tokens, hidden)
+    operation = open_operation(session, "combine", previous_event, async_finish, allocate_on_comm_stream)
+    with operation.allocation():
+        combined = torch.empty((num_tokens, hidden), dtype=rows.dtype, device=device)
+        weights = None
+        if topk_weights is not None:
+            weights = torch.empty((num_tokens, num_topk), dtype=torch.float32, device=device)
+    operation.start()
+    session.runtime.combine(_ptr(rows), num_rows, hidden, _ptr(topk_weights), num_topk, _ptr(biases[0]),
+                            _ptr(biases[1]), _ptr(checked.rank_prefix_matrix), _ptr(checked.send_head), num_tokens,
+                            _ptr(combined), _ptr(weights), num_sms, operation.stream)
+    event = close_operation(operation, (rows, topk_weights, *biases, *checked, combined, weights))
+    return combined, weights, event
+
+
+def check_handle(session: Session, handle: Any) -> Handle:
+    """A handle of dispatch, or the same tensors after a trip through save_for_backward."""
+    if not isinstance(handle, (tuple, list)):
+        raise TypeError(f"handle must be the tuple that dispatch returned, got {type(handle).__name__}")
+    if len(handle) != len(Handle._fields):
+        raise ValueError(f"handle must have {len(Handle._fields)} tensors, got {len(handle)}")
+    device, num_ranks = session.streams.device, session.num_ranks
+    checked = Handle(*handle)
+    int32 = (torch.int32, )
+    _checks.check_tensor("handle[0] (rank_prefix_matrix)", checked.rank_prefix_matrix, device, (num_ranks, num_ranks),
+                         int32)
+    _checks.check_tensor("handle[3] (recv_src_idx)", checked.recv_src_idx, device, (None, ), int32)
+    _checks.check_tensor("handle[5] (send_head)", checked.send_head, device, (None, num_ranks), int32)
+    return checked
+
+
+def make_routing(num_tokens_per_rank: Optional[torch.Tensor], num_tokens_per_expert: Optional[torch.Tensor],
+                 is_token_in_rank: Optional[torch.Tensor], topk_idx: Optional[torch.Tensor],
+                 topk_weights: Optional[torch.Tensor]) -> Routing:
+    """Checks that everything a fresh dispatch needs is there."""
+    layout = {
+        "num_tokens_per_rank": num_tokens_per_rank,
+        "num_tokens_per_expert": num_tokens_per_expert,
+        "is_token_in_rank": is_token_in_rank
+    }
+    absent = [name for name, tensor in layout.items() if tensor is None]
+    if num_tokens_per_rank is None or num_tokens_per_expert is None or is_token_in_rank is None:
+        raise ValueError(f"{', '.join(absent)} must be given (take it from get_dispatch_layout) when handle is None")
+    if (topk_idx is None) != (topk_weights is None):
+        given, missing = ("topk_idx", "topk_weights") if topk_weights is None else ("topk_weights", "topk_idx")
+        raise ValueError(f"topk_idx and topk_weights must be given together, got {given} without {missing}")
+    return Routing(num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank, topk_idx, topk_weights)
+
+
+def _check_routing(session: Session, routing: Routing, num_tokens: int) -> None:
+    device, num_ranks = session.streams.device, session.num_ranks
+    int32 = (torch.int32, )
+    _checks.check_tensor("num_tokens_per_rank", routing.num_tokens_per_rank, device, (num_ranks, ), int32)
+    _checks.check_tensor("is_token_in_rank", routing.is_token_in_rank, device, (num_tokens, num_ranks), (torch.bool, ))
+    per_expert = _checks.check_tensor("num_tokens_per_expert", routing.num_tokens_per_expert, device, (None, ), int32)
+    _checks.check_num_experts("the length of num_tokens_per_expert", per_expert.shape[0], num_ranks)
+    if routing.topk_idx is not None:
+        topk_idx = _checks.check_topk_idx(routing.topk_idx, device, num_tokens)
+        _checks.check_tensor("topk_weights", routing.topk_weights, device, tuple(topk_idx.shape), (torch.float32, ))
+
+
+def _check_bias(bias: Any, device: torch.device, num_tokens: int,
+                hidden: int) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
+    if bias is None:
+        return None, None
+    given = bias if isinstance(bias, tuple) else (bias, )
+    if not 1 <= len(given) <= 2:
+        raise ValueError(f"bias must be a tensor or a tuple of two, got a tuple of {len(given)}")
+    checked = [
+        _checks.check_rows("bias" if not isinstance(bias, tuple) else f"bias[{i}]", tensor, device, (torch.bfloat16, ),
+                           (num_tokens, hidden)) for i, tensor in enumerate(given)
+    ]
+    return checked[0], checked[1] if len(checked) == 2 else None
+
+
+def _notify_outputs(session: Session, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """rank_prefix_matrix and send_head."""
+    device, num_ranks = session.streams.device, session.num_ranks
+    return (torch.empty((num_ranks, num_ranks), dtype=torch.int32,
+                        device=device), torch.empty((num_tokens, num_ranks), dtype=torch.int32, device=device))
+
+
+def _make_handle(rank_prefix_matrix: torch.Tensor, recv_src_idx: torch.Tensor, is_token_in_rank: torch.Tensor,
+                 send_head: torch.Tensor) -> Handle:
+    unused = rank_prefix_matrix.new_empty((rank_prefix_matrix.shape[0], 0))
+    return Handle(rank_prefix_matrix, unused, unused, recv_src_idx, is_token_in_rank, send_head)
+
+
+def _receive_outputs(rows: torch.Tensor, scales: Optional[torch.Tensor], routing: Optional[Routing],
+                     num_rows: int) -> tuple[Outputs, torch.Tensor]:
+    """The receive tensors for `num_rows` rows, and recv_src_idx."""
+    device = rows.device
+    topk_idx = topk_weights = None
+    if routing is not None and routing.topk_idx is not None:
+        num_topk = routing.topk_idx.shape[1]
+        topk_idx = torch.empty((num_rows, num_topk), dtype=routing.topk_idx.dtype, device=device)
+        topk_weights = torch.empty((num_rows, num_topk), dtype=torch.float32, device=device)
+    outputs = Outputs(x=torch.empty((num_rows, rows.shape[1]), dtype=rows.dtype, device=device),
+                      scales=None if scales is None else torch.empty(
+                          (num_rows, scales.shape[1]), dtype=scales.dtype, device=device),
+                      topk_idx=topk_idx,
+                      topk_weights=topk_weights)
+    return outputs, torch.empty(num_rows, dtype=torch.int32, device=device)
+
+
+def _send_rows(session: Session, rows: torch.Tensor, scales: Optional[torch.Tensor], routing: Optional[Routing],
+               num_experts: int, handle: Handle, recv_src_idx: Optional[torch.Tensor], outputs: Outputs,
+               is_worst_case: bool, num_sms: int, operation: Operation) -> None:
+    topk_idx = None if routing is None else routing.topk_idx
+    topk_weights = None if routing is None else routing.topk_weights
+    num_scales, stride_token, stride_scale = 0, 0, 0
+    if scales is not None:
+        num_scales, stride_token, stride_scale = scales.shape[1], scales.stride(0), scales.stride(1)
+    session.runtime.dispatch(_ptr(rows), rows.shape[0],
+                             rows.shape[1] * rows.element_size(), _ptr(scales), num_scales, stride_token, stride_scale,
+                             _ptr(topk_idx), _ptr(topk_weights), 0 if topk_idx is None else topk_idx.shape[1],
+                             8 if topk_idx is None else topk_idx.element_size(), num_experts,
+                             _ptr(handle.rank_prefix_matrix), _ptr(handle.send_head), _ptr(outputs.x),
+                             _ptr(outputs.scales), _ptr(outputs.topk_idx), _ptr(outputs.topk_weights),
+                             _ptr(recv_src_idx), outputs.x.shape[0], is_worst_case, routing is None, num_sms,
+                             operation.stream)

@@ -1,0 +1,149 @@
+"""`python -m deep_ep.bench intranode`: one process for each rank, a table at the end, JSON on request."""
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import deep_ep_cpp
+from deep_ep import _env
+from deep_ep.bench.intranode import Options, read_rows, run_worker
+from deep_ep.bench.results import Report, format_table, save
+from deep_ep.bench.routing import ROUTINGS
+
+
+# What is measured where nothing else is asked for. The CPU executor runs the same code some thousand times slower.
+@dataclass(frozen=True)
+class Defaults:
+    tokens: int
+    hidden: int
+    experts: int
+    repeats: int
+    num_sms: int
+
+
+CUDA_DEFAULTS = Defaults(tokens=4096, hidden=7168, experts=256, repeats=30, num_sms=16)
+CPU_DEFAULTS = Defaults(tokens=64, hidden=512, experts=32, repeats=3, num_sms=2)
+
+
+def int_list(text: str) -> list[int]:
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected integers with commas between, got {text!r}") from None
+    if min(values) < 0:
+        raise argparse.ArgumentTypeError(f"expected numbers that are not negative, got {text!r}")
+    return values
+
+
+def routing_list(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in ROUTINGS:
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(ROUTINGS)}, got {name!r}")
+    return names
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m deep_ep.bench", description=__doc__)
+    commands = parser.add_subparsers(dest="benchmark", required=True)
+    intranode = commands.add_parser("intranode", help="high-throughput dispatch and combine inside one node")
+    intranode.add_argument("--num-processes", type=int, default=0, help="ranks (default: one per GPU; 2 on the CPU)")
+    intranode.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    intranode.add_argument("--tokens", type=int_list, help="tokens per rank; several, with commas: a sweep")
+    intranode.add_argument("--hidden", type=int)
+    intranode.add_argument("--topk", type=int, default=8)
+    intranode.add_argument("--experts", type=int, help="of all ranks together")
+    intranode.add_argument("--routing", type=routing_list, default=["uniform"], help=", ".join(ROUTINGS))
+    intranode.add_argument("--num-sms", type=int_list, help="SM budgets, even numbers; several: a sweep")
+    intranode.add_argument("--warmups", type=int, default=5)
+    intranode.add_argument("--repeats", type=int)
+    intranode.add_argument("--input-sets", type=int, default=3, help="inputs used in turn, against cached data")
+    intranode.add_argument("--seed", type=int, default=0)
+    intranode.add_argument("--graphs", action="store_true", help="also time replays of CUDA graphs of the calls")
+    intranode.add_argument("--save",
+                           nargs="?",
+                           const=Path("benchmarks/results"),
+                           type=Path,
+                           metavar="FOLDER",
+                           help="write the figures as JSON (default folder: %(const)s)")
+    intranode.add_argument("--commit", default="", help="for the JSON, where the package is not in a checkout")
+    return parser
+
+
+def choose_device(wanted: str) -> str:
+    if wanted == "auto":
+        wanted = str(deep_ep_cpp.get_environment().get("device") or "")
+    if wanted in ("cpu", "cuda"):
+        return wanted
+    return "cuda" if deep_ep_cpp.is_cuda_built() and torch.cuda.is_available() else "cpu"
+
+
+def make_options(args: argparse.Namespace, is_cuda: bool) -> Options:
+    defaults = CUDA_DEFAULTS if is_cuda else CPU_DEFAULTS
+    num_ranks = args.num_processes or (torch.cuda.device_count() if is_cuda else 2)
+    num_experts = args.experts or defaults.experts
+    return Options(num_ranks=num_ranks,
+                   is_cuda=is_cuda,
+                   num_tokens=args.tokens or [defaults.tokens],
+                   hidden=args.hidden or defaults.hidden,
+                   num_topk=args.topk,
+                   num_experts=(num_experts + num_ranks - 1) // num_ranks * num_ranks,
+                   routings=args.routing,
+                   num_sms=args.num_sms or [defaults.num_sms],
+                   num_warmups=args.warmups if is_cuda else min(args.warmups, 1),
+                   num_repeats=args.repeats or defaults.repeats,
+                   num_sets=args.input_sets,
+                   seed=args.seed,
+                   with_graphs=args.graphs and is_cuda)
+
+
+def command_of(arguments: list[str]) -> str:
+    """What to type to measure the same again: without where the figures of this run went."""
+    kept: list[str] = []
+    skips_value = False
+    for argument in arguments:
+        is_value = skips_value and not argument.startswith("-")
+        skips_value = argument in ("--save", "--commit")
+        if not is_value and not argument.startswith(("--save", "--commit")):
+            kept.append(argument)
+    return shlex.join(["python", "-m", "deep_ep.bench", *kept])
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        arguments = ["intranode", *arguments]
+    args = build_parser().parse_args(arguments)
+    device = choose_device(args.device)
+    _env.set_device(device)  # for the ranks
+    options = make_options(args, device == "cuda")
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]
+            run_worker,
+            args=(options, folder),
+            nprocs=options.num_ranks)
+        rows = read_rows(folder)
+    report = Report(benchmark=args.benchmark,
+                    command=command_of(arguments),
+                    device=device,
+                    num_ranks=options.num_ranks,
+                    num_devices=min(options.num_ranks, torch.cuda.device_count()) if options.is_cuda else 0,
+                    rows=rows)
+    print(
+        f"{options.num_ranks} ranks, hidden {options.hidden}, top-{options.num_topk} of {options.num_experts} experts, "
+        f"{options.num_repeats} repeats: median of the slowest rank")
+    print(format_table(rows))
+    for notice in report.notices:
+        print(notice)
+    if args.save is not None:
+        print(f"saved {save(report, args.save, args.commit)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

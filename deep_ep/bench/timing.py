@@ -1,0 +1,89 @@
+"""Timing a call on every rank at once."""
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# Later than the slowest rank leaves a barrier, so that all ranks can meet at a moment instead.
+START_MARGIN_S = 0.5e-3
+
+Mark = Any  # torch.cuda.Event, or seconds
+Call = Callable[[int], object]
+
+
+class Timer:
+    """Microseconds from just before a call to the moment its results can be used on the current stream.
+
+    On CUDA by events on the current stream, which every call makes wait for its results; on the CPU by the host clock.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, is_cuda: bool) -> None:
+        self._group = group
+        self._is_cuda = is_cuda
+
+    def chained(self, call: Call, num_warmups: int, num_repeats: int) -> list[float]:
+        """Back-to-back calls; each is timed from the end of the one before it. `call` gets the number of the call."""
+        for i in range(num_warmups):
+            call(i)
+        self._meet()
+        marks = [self._mark()]
+        for i in range(num_repeats):
+            call(i)
+            marks.append(self._mark())
+        return self._slowest(self._differences(marks, marks[1:]))
+
+    def fresh(self, call: Call, num_warmups: int, num_repeats: int) -> list[float]:
+        """Before each call the device is idle, and all ranks start at the same moment."""
+        starts, ends = [], []
+        for i in range(num_warmups + num_repeats):
+            self._meet()
+            start = self._mark()
+            call(i)
+            end = self._mark()
+            if i >= num_warmups:
+                starts.append(start)
+                ends.append(end)
+        return self._slowest(self._differences(starts, ends))
+
+    def _meet(self) -> None:
+        """All ranks of the host leave within microseconds of each other; a barrier alone lets them go one by one."""
+        if self._is_cuda:
+            torch.cuda.synchronize()
+        dist.barrier(self._group)
+        start = torch.tensor([time.monotonic()], dtype=torch.float64)
+        dist.all_reduce(start, op=dist.ReduceOp.MAX, group=self._group)
+        while time.monotonic() < float(start) + START_MARGIN_S:
+            pass
+
+    def _mark(self) -> Mark:
+        if not self._is_cuda:
+            return time.perf_counter()
+        event: Mark = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def _differences(self, starts: list[Mark], ends: list[Mark]) -> list[float]:
+        if not self._is_cuda:
+            return [(end - start) * 1e6 for start, end in zip(starts, ends)]
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) * 1e3 for start, end in zip(starts, ends)]
+
+    def _slowest(self, samples_us: list[float]) -> list[float]:
+        """Of every repeat, the slowest rank."""
+        samples = torch.tensor(samples_us, dtype=torch.float64)
+        dist.all_reduce(samples, op=dist.ReduceOp.MAX, group=self._group)
+        return [float(sample) for sample in samples]
+
+
+def median(samples_us: list[float]) -> float:
+    return statistics.median(samples_us)
+
+
+def percentile(samples_us: list[float], percent: int) -> float:
+    ordered = sorted(samples_us)
+    return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]

@@ -1,0 +1,229 @@
+"""Starts one process per rank (and others beside them), passes on their reports, stops all of them when one fails."""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import multiprocessing as mp
+import multiprocessing.connection as mp_connection
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+try:
+    from tqdm import tqdm
+except ImportError:
+    tqdm = None
+
+
+class WorkerError(RuntimeError):
+    """A worker raised or died; the message holds its name and its traceback."""
+
+
+@dataclasses.dataclass
+class Worker:
+    """What a process is to run: `function(context, *args)`. Workers with a rank form one process group."""
+
+    name: str
+    function: Callable[..., None]
+    args: tuple[Any, ...] = ()
+    rank: int | None = None
+
+
+@dataclasses.dataclass
+class Context:
+    """What a worker is given: its place among the ranks, its device and a way to report to the parent."""
+
+    rank: int
+    num_ranks: int
+    device: torch.device
+    group: dist.ProcessGroup | None
+    report: Callable[[Any], None]
+
+
+@dataclasses.dataclass
+class _Start:
+    """All that a new process must know before it can run its worker. Must be picklable."""
+
+    worker: Worker
+    num_ranks: int
+    num_processes: int
+    device_type: str
+    rendezvous: str
+
+
+def resolve_device(name: str) -> str:
+    """`auto` means the GPUs of this machine if it has any, else the CPU."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: PyTorch sees no GPU on this machine (try --device cpu)")
+    return name
+
+
+def _positive(value: str) -> int:
+    number = int(value)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def add_options(parser: argparse.ArgumentParser, default_steps: int) -> None:
+    """The options that all examples share."""
+    parser.add_argument("--num-processes", type=_positive, default=4, metavar="N", help="number of ranks (default: 4)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: GPUs if there are any")
+    parser.add_argument("--steps",
+                        type=_positive,
+                        default=default_steps,
+                        help=f"training steps (default: {default_steps})")
+
+
+def exit_with(main: Callable[[], int]) -> NoReturn:
+    """Ends this process with the exit code of `main`; a failed worker's traceback is shown without the parent's."""
+    try:
+        sys.exit(main())
+    except WorkerError as error:
+        sys.exit(f"\nFAIL: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def print_header(title: str) -> None:
+    """A title line that stands out among the output."""
+    print(f'\n== {title} {"=" * max(0, 116 - len(title))}', flush=True)
+
+
+class Progress:
+    """A bar on a terminal, plain lines elsewhere. Close it in the end."""
+
+    def __init__(self, total: int, unit: str) -> None:
+        self._start = time.perf_counter()
+        # tqdm makes demos nicer, it is no reason to fail.
+        self._bar = tqdm(total=total, unit=unit, leave=False, disable=None) if tqdm else None
+
+    def close(self) -> None:
+        """Removes the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def advance(self, what: str = "") -> None:
+        """One more done; `what` says which."""
+        if self._is_bar_visible():
+            self._bar.set_description(what)
+            self._bar.update()
+        elif what:
+            print(f"[{time.perf_counter() - self._start:5.1f} s] {what}", flush=True)
+
+    def print(self, line: str) -> None:
+        """Prints above the bar."""
+        if self._is_bar_visible():
+            self._bar.write(line)
+        else:
+            print(line, flush=True)
+
+    def _is_bar_visible(self) -> bool:
+        return self._bar is not None and not self._bar.disable
+
+
+def make_workers(function: Callable[..., None], num_ranks: int, args: tuple[Any, ...] = ()) -> list[Worker]:
+    """One worker per rank, all running `function(context, *args)`."""
+    return [Worker(f"rank {rank}", function, args, rank) for rank in range(num_ranks)]
+
+
+def run(workers: list[Worker], device_type: str) -> Iterator[tuple[str, Any]]:
+    """Runs all workers and yields `(worker name, report)` in order of arrival, until every worker has returned.
+
+    When one fails, the others are stopped and `WorkerError` is raised with the traceback of the one that failed first:
+    its peers, waiting for it, could only say that it is gone.
+    """
+    num_ranks = sum(worker.rank is not None for worker in workers)
+    context = mp.get_context("spawn")  # CUDA does not survive a fork
+    with tempfile.TemporaryDirectory(prefix="deep_ep_demo_") as folder:
+        processes: dict[mp_connection.Connection, Any] = {}
+        try:
+            for worker in workers:
+                receive, send = context.Pipe(duplex=False)
+                start = _Start(worker, num_ranks, len(workers), device_type, f'file://{Path(folder) / "rendezvous"}')
+                process = context.Process(target=_enter, args=(start, send), name=worker.name, daemon=True)
+                process.start()
+                send.close()  # the child holds the other copy: its death then reads as the end of the pipe
+                processes[receive] = process
+            yield from _listen(processes)
+        finally:
+            _stop(list(processes.values()))
+
+
+def _listen(processes: dict[mp_connection.Connection, Any]) -> Iterator[tuple[str, Any]]:
+    waiting = dict(processes)
+    while waiting:
+        for connection in mp_connection.wait(list(waiting)):
+            assert isinstance(connection, mp_connection.Connection)
+            process = waiting[connection]
+            try:
+                kind, payload = connection.recv()
+            except EOFError:
+                process.join()
+                if process.exitcode != 0:
+                    raise WorkerError(f"{process.name} ended {_explain(process.exitcode)}") from None
+                del waiting[connection]
+                continue
+            if kind == "error":
+                raise WorkerError(f"{process.name} failed:\n\n{payload}")
+            yield process.name, payload
+
+
+def _explain(exit_code: int) -> str:
+    return f"by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"with exit code {exit_code}"
+
+
+def _stop(processes: list[Any]) -> None:
+    for process in processes:
+        if process.is_alive():
+            process.terminate()
+    for process in processes:
+        process.join(timeout=5)
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def _enter(start: _Start, connection: mp_connection.Connection) -> None:
+    try:
+        context = _make_context(start, lambda report: connection.send(("report", report)))
+        start.worker.function(context, *start.worker.args)
+        if context.group is not None:
+            dist.destroy_process_group()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BaseException:  # noqa: BLE001 (whatever it was, the parent shows it)
+        # Told before this process ends, hence before its peers notice that it is gone.
+        connection.send(("error", traceback.format_exc()))
+        connection.close()
+        sys.exit(1)
+    connection.close()
+
+
+def _make_context(start: _Start, report: Callable[[Any], None]) -> Context:
+    os.environ["DEEP_EP_DEVICE"] = start.device_type  # --device cpu holds for the library too
+    # As many threads as the cores allow; several processes with all cores each would mostly fight for them.
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // start.num_processes))
+    rank = start.worker.rank
+    device = torch.device("cpu")
+    if start.device_type == "cuda":
+        # Fewer GPUs than ranks: ranks share them in turn.
+        device = torch.device("cuda", (rank or 0) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    if rank is None:
+        return Context(0, 1, device, None, report)
+    # All ranks are on this machine: names need not resolve. Gloo also serves ranks that share a GPU, NCCL does not.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=start.rendezvous, rank=rank, world_size=start.num_ranks)
+    return Context(rank, start.num_ranks, device, dist.group.WORLD, report)

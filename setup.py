@@ -1,0 +1,119 @@
+"""Thin glue between setuptools and CMake: CMakeLists.txt is the one description of the native build.
+
+Environment: MAX_JOBS (parallel compiles), CMAKE_ARGS (more arguments to the configure step), DEEP_EP_BUILD_DIR (the
+CMake build folder, to be kept and shared between builds), and what cmake/EpOptions.cmake and cmake/EpCuda.cmake read.
+"""
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.install import install
+
+ROOT = Path(__file__).resolve().parent
+STUB = 'deep_ep_cpp.pyi'
+
+
+def find_version() -> str:
+    """`1.3.0.dev0+abc1234` in a checkout; what the archive says in an unpacked source archive."""
+    base = re.search(r'__version__ = "(.+)"', (ROOT / 'deep_ep' / 'version.py').read_text()).group(1)
+    if (ROOT / '.git').exists():
+        command = ['git', 'rev-parse', '--short=7', 'HEAD']
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        return f'{base}+{found.stdout.strip()}' if found.returncode == 0 else base
+    info = ROOT / 'PKG-INFO'
+    archived = re.search(r'^Version: (.+)$', info.read_text(), re.M) if info.exists() else None
+    return archived.group(1) if archived else base
+
+
+def find_tool(name: str, bin_dir_name: str) -> str | None:
+    """The path of cmake or ninja: on the PATH, or in the PyPI package of that name."""
+    found = shutil.which(name)
+    if found is None:
+        try:
+            found = shutil.which(name, path=getattr(importlib.import_module(name), bin_dir_name))
+        except (ImportError, AttributeError):
+            return None
+    return found
+
+
+def missing_tools() -> list[str]:
+    """What pip has to bring because the machine lacks it."""
+    missing = [] if find_tool('cmake', 'CMAKE_BIN_DIR') else ['cmake>=3.22']
+    return missing + ([] if find_tool('ninja', 'BIN_DIR') else ['ninja'])
+
+
+class CMakeBuild(build_ext):
+    """Configures and builds the target deep_ep_cpp, and puts its type stub beside it.
+
+    For an editable install CMake writes into the checkout itself, so that `cmake --build` is enough after a change.
+    """
+
+    is_in_source = False
+
+    def run(self) -> None:
+        self.is_in_source = bool(self.inplace)  # setuptools' run() hides it from what it calls
+        super().run()
+
+    def copy_extensions_to_source(self) -> None:
+        """Nothing to copy: see above."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11  # a build requirement: not there when setup.py is only asked for metadata.
+
+        output_dir = ROOT if self.is_in_source else Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build_dir = Path(os.environ.get('DEEP_EP_BUILD_DIR') or self.build_temp).resolve()
+        cmake = find_tool('cmake', 'CMAKE_BIN_DIR') or 'cmake'
+        ninja = find_tool('ninja', 'BIN_DIR')
+        # Everything that may come from a temporary build environment is passed anew each time.
+        configure = [
+            cmake, '-S',
+            str(ROOT), '-B',
+            str(build_dir), f'-DPython_EXECUTABLE={sys.executable}', f'-Dpybind11_DIR={pybind11.get_cmake_dir()}',
+            f'-DEP_MODULE_DIR={output_dir}', f'-DCMAKE_BUILD_TYPE={"Debug" if self.debug else "Release"}'
+        ]
+        if ninja:
+            configure += ['-G', 'Ninja', f'-DCMAKE_MAKE_PROGRAM={ninja}']
+        configure += shlex.split(os.environ.get('CMAKE_ARGS', ''))
+        jobs = os.environ.get('MAX_JOBS') or str(len(os.sched_getaffinity(0)))
+        self.spawn(configure)
+        self.spawn([cmake, '--build', str(build_dir), '--target', ext.name, '--parallel', jobs])
+        if not self.is_in_source:
+            shutil.copy2(ROOT / STUB, output_dir)
+
+    def get_outputs(self) -> list[str]:
+        return [*super().get_outputs(), *([] if self.inplace else [str(Path(self.build_lib) / STUB)])]
+
+
+class Install(install):
+    """`python setup.py install` without the egg machinery, which would also download dependencies by its own rules."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.single_version_externally_managed = True
+
+    def run(self) -> None:
+        super().run()
+        if self.root is None:  # Not on behalf of a wheel. Lets `pip uninstall` find every file.
+            egg_info = Path(self.get_finalized_command('install_egg_info').target)
+            files = [os.path.relpath(path, egg_info) for path in self.get_outputs()]
+            (egg_info / 'installed-files.txt').write_text('\n'.join(files) + '\n')
+
+
+setup(version=find_version(),
+      packages=find_packages(include=['deep_ep', 'deep_ep.*']),
+      package_data={'deep_ep': ['py.typed', '*.pyi']},
+      ext_modules=[Extension('deep_ep_cpp', sources=[])],
+      cmdclass={
+          'build_ext': CMakeBuild,
+          'install': Install
+      },
+      setup_requires=missing_tools())

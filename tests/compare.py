@@ -1,0 +1,50 @@
+"""Exact comparisons that say where, and outputs that start with garbage."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Optional
+
+import torch
+
+
+def same_bits(name: str, got: Optional[torch.Tensor], want: Optional[torch.Tensor]) -> None:
+    if got is None or want is None:
+        assert got is want, f"{name}: got {got}, want {want}"
+        return
+    got = got.detach().cpu()
+    assert got.dtype == want.dtype, f"{name}: got {got.dtype}, want {want.dtype}"
+    assert got.shape == want.shape, f"{name}: got shape {list(got.shape)}, want {list(want.shape)}"
+    if got.numel() == 0:
+        return
+    differs = bits(got) != bits(want)
+    if differs.any():
+        rows = differs.reshape(got.shape[0], -1).any(1).nonzero().flatten().tolist()
+        raise AssertionError(f"{name}: {len(rows)} of {got.shape[0]} rows differ, {rows[:10]}; the first: got "
+                             f"{got[rows[0]].flatten()[:8]}, want {want[rows[0]].flatten()[:8]}")
+
+
+def same_numbers(name: str, got: Optional[torch.Tensor], want: Optional[torch.Tensor]) -> None:
+    """As same_bits, but 0 equals -0, which a sum may turn into each other."""
+    if got is not None and want is not None:
+        got, want = got + 0.0, want + 0.0
+    same_bits(name, got, want)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8) if tensor.dtype != torch.bool else tensor.to(torch.uint8)
+
+
+def equal(name: str, got: object, want: object) -> None:
+    assert got == want, f"{name}: got {got!r}, want {want!r}"
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """torch.empty gives NaN and the largest integers: an output that was not written shows."""
+    was_on = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was_on)

@@ -1,0 +1,20 @@
+"""Makes `reference`, `utils` and the case modules importable, and owns the worker processes that tests share."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS))
+
+from utils import Pool  # noqa: E402 - needs the path above
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """Eight processes, in groups of any smaller size. Started on first use, replaced after a failure."""
+    shared = Pool(num_processes=8)
+    yield shared
+    shared.close()

@@ -1,0 +1,79 @@
+// Layouts are declared once; these tests look at the declarations: no overlap, alignment, 64-bit offsets.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "layout/intranode.h"
+
+namespace deep_ep::layout {
+namespace {
+
+void check_disjoint(std::vector<Field> fields, uint64_t total) {
+    std::sort(fields.begin(), fields.end(), [](const Field& a, const Field& b) { return a.offset < b.offset; });
+    for (size_t i = 1; i < fields.size(); ++i) CHECK_LE(fields[i - 1].end(), fields[i].offset);
+    CHECK_LE(fields.back().end(), total);
+}
+
+TEST_CASE("control fields do not overlap, for any number of ranks") {
+    for (uint64_t num_ranks : {1, 2, 7, 8, 72, 1024}) {
+        const auto control = ControlLayout::make(num_ranks);
+        const std::vector<Field> fields{control.started,     control.abort,         control.left, control.count_flags,
+                                        control.rank_counts, control.expert_counts, control.full, control.empty};
+        check_disjoint(fields, control.bytes);
+        for (const Field& field : fields) CHECK_EQ(field.offset % kHeapAlignment, 0);
+    }
+}
+
+TEST_CASE("a slot holds its row and its metadata, whatever their sizes") {
+    for (uint64_t row_bytes : {16, 5760, 14336})
+        for (uint64_t num_topk : {0, 1, 7, 64})
+            for (uint64_t num_scales : {0, 1, 56}) {
+                const auto slot = SlotLayout::for_dispatch(row_bytes, num_topk, num_scales);
+                check_disjoint({slot.row, slot.src_idx, slot.topk_idx, slot.topk_weights, slot.scales}, slot.bytes);
+                CHECK_EQ(slot.bytes % kHeapAlignment, 0);
+                CHECK_GE(slot.bytes, row_bytes + 4 * (1 + 2 * num_topk + num_scales));
+            }
+}
+
+TEST_CASE("slots of different sources and banks do not overlap and stay in the region") {
+    const uint64_t num_ranks = 5, slot_bytes = 384, data_bytes = 100'000;
+    const auto window = WindowLayout::make(data_bytes, num_ranks, slot_bytes);
+    REQUIRE_GT(window.window, 1);
+    std::vector<Field> slots;
+    for (uint64_t bank = 0; bank < kNumBanks; ++bank)
+        for (uint64_t source = 0; source < num_ranks; ++source)
+            for (uint64_t slot = 0; slot < static_cast<uint64_t>(window.window); ++slot)
+                if (source != 2) slots.push_back({window.slot_offset(bank, 2, source, slot), 1, slot_bytes});
+    check_disjoint(slots, data_bytes);
+}
+
+TEST_CASE("bytes_for is the least region with that window (pitfall 19)") {
+    for (uint64_t num_ranks : {2, 3, 8})
+        for (uint64_t slot_bytes : {128, 14720})
+            for (uint64_t wanted : {1, 2, 640}) {
+                const uint64_t bytes = WindowLayout::bytes_for(num_ranks, slot_bytes, wanted);
+                CHECK_EQ(WindowLayout::make(bytes, num_ranks, slot_bytes).window, wanted);
+                CHECK_LT(WindowLayout::make(bytes - 1, num_ranks, slot_bytes).window, wanted);
+            }
+}
+
+TEST_CASE("offsets beyond 2 and 32 GiB (pitfall 15)") {
+    const uint64_t gib = uint64_t{1} << 30;
+    const uint64_t slot_bytes = 1 << 20;
+    const auto window = WindowLayout::make(100 * gib, 8, slot_bytes);
+    REQUIRE_EQ(window.window, kMaxWindow);
+    CHECK_EQ(window.slot_offset(1, 7, 6, kMaxWindow - 1), 50 * gib + 6 * (4 * gib) + (kMaxWindow - 1) * slot_bytes);
+    CHECK_GT(window.slot_offset(1, 7, 6, kMaxWindow - 1), 72 * gib);
+    const auto control = ControlLayout::make(4096);
+    CHECK_EQ(control.rank_counts.bytes(), uint64_t{4} * kNumBanks * 4096 * 4096);
+}
+
+TEST_CASE("tags grow from use to use of a slot") {
+    CHECK_LT(make_tag(1, 0), make_tag(1, 1));
+    CHECK_LT(make_tag(1, kMaxTokens - 2), make_tag(2, 0));
+    CHECK_GT(make_tag(1, 0), uint64_t{0});
+}
+
+}  // namespace
+}  // namespace deep_ep::layout

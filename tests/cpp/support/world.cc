@@ -1,0 +1,223 @@
+#include "support/world.h"
+
+#include <random>
+
+namespace deep_ep::test {
+
+namespace {
+
+constexpr uint16_t kPoison16 = 0xfff7;
+constexpr uint32_t kPoison32 = 0xdeadbeefu;
+
+float random_float(std::mt19937_64& rng) { return std::uniform_real_distribution<float>(-2.0f, 2.0f)(rng); }
+
+// A bfloat16 of moderate size: combine's sums must be comparable.
+uint16_t random_bf16(std::mt19937_64& rng) {
+    const uint16_t sign = static_cast<uint16_t>(rng() & 0x8000u);
+    return static_cast<uint16_t>(sign | (0x3e00u + rng() % 0x0300u));
+}
+
+void fill_routing(const Problem& problem, std::mt19937_64& rng, RankTensors& tensors) {
+    const int experts_per_rank = problem.num_experts / problem.num_ranks();
+    for (auto& idx : tensors.topk_idx) {
+        const bool is_dropped = std::bernoulli_distribution(problem.drop_probability)(rng);
+        const auto any = static_cast<int64_t>(rng() % static_cast<uint64_t>(problem.num_experts));
+        const int64_t hot = problem.only_rank * experts_per_rank + any % experts_per_rank;
+        idx = is_dropped ? -1 : problem.only_rank >= 0 ? hot : any;
+    }
+}
+
+}  // namespace
+
+World::World(int num_ranks, int64_t num_data_bytes, const simt::SchedulerOptions& options, double timeout_s,
+             int64_t num_low_latency_bytes, bool is_shrinkable)
+    : scheduler_(std::make_unique<simt::Scheduler>(options)) {
+    std::vector<std::string> handles;
+    for (int rank = 0; rank < num_ranks; ++rank) {
+        devices_.push_back(std::make_shared<simt::SimtDevice>(*scheduler_, rank));
+        buffers_.push_back(std::make_unique<runtime::Buffer>(
+            devices_.back(), runtime::BufferOptions{.rank = rank,
+                                                     .num_ranks = num_ranks,
+                                                     .num_data_bytes = num_data_bytes,
+                                                     .num_low_latency_bytes = num_low_latency_bytes,
+                                                     .timeout_s = timeout_s,
+                                                     .warn_s = timeout_s / 2,
+                                                     .is_shrinkable = is_shrinkable}));
+        streams_.push_back(devices_.back()->create_stream());
+        handles.push_back(buffers_.back()->export_handle());
+    }
+    for (auto& buffer : buffers_) buffer->connect(handles);
+}
+
+World::~World() {
+    for (auto& buffer : buffers_) buffer->destroy(0.0);
+    for (size_t i = 0; i < streams_.size(); ++i) devices_[i]->destroy_stream(streams_[i]);
+}
+
+void World::run() { scheduler_->run_until_idle(); }
+
+std::vector<RankTensors> make_inputs(const Problem& problem) {
+    std::vector<RankTensors> ranks(problem.num_tokens.size());
+    for (size_t rank = 0; rank < ranks.size(); ++rank) {
+        std::mt19937_64 rng(problem.seed * 1000 + rank);
+        RankTensors& tensors = ranks[rank];
+        const auto num_tokens = static_cast<size_t>(problem.num_tokens[rank]);
+        tensors.x.resize(num_tokens * static_cast<size_t>(problem.hidden));
+        for (auto& word : tensors.x) word = static_cast<uint16_t>(rng());  // any bit pattern must arrive as it is
+        tensors.scales.resize(num_tokens * static_cast<size_t>(problem.num_scales));
+        for (auto& word : tensors.scales) word = static_cast<uint32_t>(rng());
+        tensors.topk_idx.resize(num_tokens * static_cast<size_t>(problem.num_topk));
+        fill_routing(problem, rng, tensors);
+        tensors.topk_weights.resize(tensors.topk_idx.size());
+        for (auto& weight : tensors.topk_weights) weight = random_float(rng);
+        tensors.num_tokens_per_rank.assign(ranks.size(), -7);
+        tensors.num_tokens_per_expert.assign(static_cast<size_t>(problem.num_experts), -7);
+        tensors.is_token_in_rank.assign(num_tokens * ranks.size(), 0xcc);
+        tensors.rank_prefix_matrix.assign(ranks.size() * ranks.size(), -7);
+        tensors.send_head.assign(num_tokens * ranks.size(), -7);
+    }
+    return ranks;
+}
+
+void prepare_recv(const Problem& problem, RankTensors& tensors, int64_t num_rows) {
+    const auto rows = static_cast<size_t>(num_rows);
+    tensors.recv_x.assign(rows * static_cast<size_t>(problem.hidden), kPoison16);
+    tensors.recv_scales.assign(rows * static_cast<size_t>(problem.num_scales), kPoison32);
+    tensors.recv_topk_idx.assign(rows * static_cast<size_t>(problem.num_topk), 12345);
+    tensors.recv_topk_weights.assign(rows * static_cast<size_t>(problem.num_topk), 12345.0f);
+    tensors.recv_src_idx.assign(rows, -7);
+}
+
+void prepare_combine(const Problem& problem, RankTensors& tensors, int rank) {
+    std::mt19937_64 rng(problem.seed * 77 + static_cast<uint64_t>(rank));
+    const auto idx = static_cast<size_t>(rank);
+    const auto hidden = static_cast<size_t>(problem.hidden);
+    const auto num_tokens = static_cast<size_t>(problem.num_tokens[idx]);
+    const auto num_rows = static_cast<size_t>(tensors.num_recv_tokens);
+    tensors.y.resize(num_rows * hidden);
+    for (auto& word : tensors.y) word = random_bf16(rng);
+    tensors.y_weights.resize(num_rows * static_cast<size_t>(problem.num_topk));
+    for (auto& weight : tensors.y_weights) weight = random_float(rng);
+    for (int i = 0; i < problem.num_biases; ++i) {
+        tensors.bias[i].resize(num_tokens * hidden);
+        for (auto& word : tensors.bias[i]) word = random_bf16(rng);
+    }
+    tensors.combined_x.assign(num_tokens * hidden, kPoison16);
+    tensors.combined_weights.assign(num_tokens * static_cast<size_t>(problem.num_topk), 12345.0f);
+}
+
+void World::layout(const Problem& problem, std::vector<RankTensors>& ranks) {
+    for (int rank = 0; rank < num_ranks(); ++rank) {
+        RankTensors& tensors = ranks[static_cast<size_t>(rank)];
+        buffer(rank).get_dispatch_layout({.topk_idx = tensors.topk_idx.data(),
+                                          .idx_bytes = 8,
+                                          .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
+                                          .num_topk = problem.num_topk,
+                                          .num_experts = problem.num_experts,
+                                          .num_tokens_per_rank = tensors.num_tokens_per_rank.data(),
+                                          .num_tokens_per_expert = tensors.num_tokens_per_expert.data(),
+                                          .is_token_in_rank = tensors.is_token_in_rank.data()},
+                                         stream(rank));
+    }
+    run();
+}
+
+void World::launch_notify(const Problem& problem, RankTensors& tensors, int rank) {
+    buffer(rank).notify_dispatch({.num_tokens_per_rank = tensors.num_tokens_per_rank.data(),
+                                  .num_tokens_per_expert = tensors.num_tokens_per_expert.data(),
+                                  .is_token_in_rank = tensors.is_token_in_rank.data(),
+                                  .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
+                                  .num_experts = problem.num_experts,
+                                  .expert_alignment = problem.expert_alignment,
+                                  .rank_prefix_matrix = tensors.rank_prefix_matrix.data(),
+                                  .send_head = tensors.send_head.data(),
+                                  .wants_host_counts = true},
+                                 stream(rank));
+}
+
+void World::launch_dispatch(const Problem& problem, RankTensors& tensors, int rank, bool is_cached) {
+    const int num_topk = is_cached ? 0 : problem.num_topk;
+    buffer(rank).dispatch({.x = reinterpret_cast<const uint8_t*>(tensors.x.data()),
+                           .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
+                           .row_bytes = int64_t{problem.hidden} * 2,
+                           .scales = tensors.scales.data(),
+                           .num_scales = problem.num_scales,
+                           .scale_stride_token = problem.num_scales,
+                           .scale_stride_scale = 1,
+                           .topk_idx = tensors.topk_idx.data(),
+                           .topk_weights = tensors.topk_weights.data(),
+                           .num_topk = num_topk,
+                           .idx_bytes = 8,
+                           .num_experts = problem.num_experts,
+                           .rank_prefix_matrix = tensors.rank_prefix_matrix.data(),
+                           .send_head = tensors.send_head.data(),
+                           .recv_x = reinterpret_cast<uint8_t*>(tensors.recv_x.data()),
+                           .recv_scales = tensors.recv_scales.data(),
+                           .recv_topk_idx = tensors.recv_topk_idx.data(),
+                           .recv_topk_weights = tensors.recv_topk_weights.data(),
+                           .recv_src_idx = tensors.recv_src_idx.data(),
+                           .num_recv_rows = static_cast<int>(tensors.recv_src_idx.size()),
+                           .is_worst_case = problem.num_extra_rows > 0,
+                           .is_cached = is_cached},
+                          problem.num_sms, stream(rank));
+}
+
+void World::launch_combine(const Problem& problem, RankTensors& tensors, int rank) {
+    auto bias = [&](int i) -> const uint8_t* {
+        return i < problem.num_biases ? reinterpret_cast<const uint8_t*>(tensors.bias[i].data()) : nullptr;
+    };
+    buffer(rank).combine({.x = reinterpret_cast<const uint8_t*>(tensors.y.data()),
+                          .num_rows = static_cast<int>(tensors.num_recv_tokens),
+                          .hidden = problem.hidden,
+                          .topk_weights = tensors.y_weights.data(),
+                          .num_topk = problem.num_topk,
+                          .bias = {bias(0), bias(1)},
+                          .rank_prefix_matrix = tensors.rank_prefix_matrix.data(),
+                          .send_head = tensors.send_head.data(),
+                          .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
+                          .combined_x = reinterpret_cast<uint8_t*>(tensors.combined_x.data()),
+                          .combined_topk_weights = tensors.combined_weights.data()},
+                         problem.num_sms, stream(rank));
+}
+
+void World::dispatch(const Problem& problem, std::vector<RankTensors>& ranks) {
+    for (int rank = 0; rank < num_ranks(); ++rank) launch_notify(problem, ranks[static_cast<size_t>(rank)], rank);
+    for (int rank = 0; rank < num_ranks(); ++rank) {
+        RankTensors& tensors = ranks[static_cast<size_t>(rank)];
+        const runtime::RecvCounts counts = buffer(rank).wait_counts();
+        tensors.num_recv_tokens = counts.num_tokens;
+        tensors.num_recv_per_expert = counts.num_tokens_per_expert;
+        prepare_recv(problem, tensors, counts.num_tokens + problem.num_extra_rows);
+        launch_dispatch(problem, tensors, rank, false);
+    }
+    run();
+    for (int rank = 0; rank < num_ranks(); ++rank) buffer(rank).check();
+}
+
+void World::dispatch_cached(const Problem& problem, std::vector<RankTensors>& ranks) {
+    for (int rank = 0; rank < num_ranks(); ++rank) {
+        RankTensors& tensors = ranks[static_cast<size_t>(rank)];
+        prepare_recv(problem, tensors, tensors.num_recv_tokens);
+        launch_dispatch(problem, tensors, rank, true);
+    }
+    run();
+    for (int rank = 0; rank < num_ranks(); ++rank) buffer(rank).check();
+}
+
+void World::combine(const Problem& problem, std::vector<RankTensors>& ranks) {
+    for (int rank = 0; rank < num_ranks(); ++rank) prepare_combine(problem, ranks[static_cast<size_t>(rank)], rank);
+    for (int rank = 0; rank < num_ranks(); ++rank) launch_combine(problem, ranks[static_cast<size_t>(rank)], rank);
+    run();
+    for (int rank = 0; rank < num_ranks(); ++rank) buffer(rank).check();
+}
+
+std::string round_trip(World& world, const Problem& problem) {
+    auto ranks = make_inputs(problem);
+    world.layout(problem, ranks);
+    world.dispatch(problem, ranks);
+    if (std::string difference = check_dispatch(problem, ranks); !difference.empty()) return difference;
+    world.combine(problem, ranks);
+    return check_combine(problem, ranks);
+}
+
+}  // namespace deep_ep::test

@@ -1,0 +1,102 @@
+// All ranks of a node in one process, on one executor: the whole protocol as one deterministic program.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "device/simt/device.h"
+#include "device/simt/scheduler.h"
+#include "runtime/buffer.h"
+
+namespace deep_ep::test {
+
+// What one layer looks like. Everything else follows from `seed`.
+struct Problem {
+    std::vector<int> num_tokens;  // of each rank
+    int num_experts = 8;
+    int num_topk = 2;
+    int hidden = 64;  // bfloat16 elements of a row
+    int num_scales = 0;
+    int expert_alignment = 1;
+    int num_sms = 2;
+    int num_biases = 0;
+    double drop_probability = 0.1;     // of a top-k entry being -1
+    int only_rank = -1;                // all entries go to the experts of this rank
+    int num_extra_rows = 0;            // > 0: worst-case mode with so many rows more than arrive
+    uint64_t seed = 1;
+
+    int num_ranks() const { return static_cast<int>(num_tokens.size()); }
+};
+
+// One rank's tensors, at their exact sizes so that AddressSanitizer sees every overrun. Outputs start poisoned.
+struct RankTensors {
+    std::vector<uint16_t> x;
+    std::vector<uint32_t> scales;
+    std::vector<int64_t> topk_idx;
+    std::vector<float> topk_weights;
+
+    std::vector<int> num_tokens_per_rank, num_tokens_per_expert;
+    std::vector<uint8_t> is_token_in_rank;
+    std::vector<int> rank_prefix_matrix, send_head;
+
+    std::vector<uint16_t> recv_x;
+    std::vector<uint32_t> recv_scales;
+    std::vector<int64_t> recv_topk_idx;
+    std::vector<float> recv_topk_weights;
+    std::vector<int> recv_src_idx;
+    int64_t num_recv_tokens = 0;
+    std::vector<int> num_recv_per_expert;
+
+    std::vector<uint16_t> y;  // what the experts made of recv_x
+    std::vector<float> y_weights;
+    std::vector<uint16_t> bias[2];
+    std::vector<uint16_t> combined_x;
+    std::vector<float> combined_weights;
+};
+
+class World {
+public:
+    World(int num_ranks, int64_t num_data_bytes, const simt::SchedulerOptions& options, double timeout_s = 100,
+          int64_t num_low_latency_bytes = 0, bool is_shrinkable = false);
+    ~World();
+
+    simt::Scheduler& scheduler() { return *scheduler_; }
+    runtime::Buffer& buffer(int rank) { return *buffers_[static_cast<size_t>(rank)]; }
+    dev::Stream stream(int rank) { return streams_[static_cast<size_t>(rank)]; }
+    int num_ranks() const { return static_cast<int>(buffers_.size()); }
+    // Runs everything that was launched. Throws what the executor found (deadlock, race of a collective, …).
+    void run();
+
+    void layout(const Problem& problem, std::vector<RankTensors>& ranks);
+    void dispatch(const Problem& problem, std::vector<RankTensors>& ranks);         // fresh
+    void dispatch_cached(const Problem& problem, std::vector<RankTensors>& ranks);  // with the routing of a fresh one
+    void combine(const Problem& problem, std::vector<RankTensors>& ranks);
+
+    // The launches alone, for tests that interleave calls or leave a rank out.
+    void launch_notify(const Problem& problem, RankTensors& tensors, int rank);
+    void launch_dispatch(const Problem& problem, RankTensors& tensors, int rank, bool is_cached);
+    void launch_combine(const Problem& problem, RankTensors& tensors, int rank);
+
+private:
+    std::unique_ptr<simt::Scheduler> scheduler_;
+    std::vector<std::shared_ptr<simt::SimtDevice>> devices_;
+    std::vector<std::unique_ptr<runtime::Buffer>> buffers_;
+    std::vector<dev::Stream> streams_;
+};
+
+// Fresh random inputs for every rank.
+std::vector<RankTensors> make_inputs(const Problem& problem);
+// Sizes the outputs and poisons them.
+void prepare_recv(const Problem& problem, RankTensors& tensors, int64_t num_rows);
+void prepare_combine(const Problem& problem, RankTensors& tensors, int rank);
+
+// Compares with the obvious loops of reference.cc; returns the first difference, or "".
+std::string check_dispatch(const Problem& problem, const std::vector<RankTensors>& ranks, bool is_cached = false);
+std::string check_combine(const Problem& problem, const std::vector<RankTensors>& ranks);
+
+// layout, dispatch, check, combine, check.
+std::string round_trip(World& world, const Problem& problem);
+
+}  // namespace deep_ep::test

@@ -1,0 +1,88 @@
+"""The settings that users give to the build in the environment (cmake/EpOptions.cmake, cmake/EpArchitectures.cmake)."""
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CMAKE_DIR = Path(__file__).resolve().parents[2] / 'cmake'
+KNOWN_TO_CUDA_13 = 'compute_75\ncompute_80\ncompute_86\ncompute_90\ncompute_100\ncompute_120\n'
+KNOWN_TO_CUDA_12_4 = 'compute_70\ncompute_80\ncompute_90\n'
+
+pytestmark = pytest.mark.skipif(shutil.which('cmake') is None, reason='cmake is not on the PATH')
+
+
+def run_script(tmp_path: Path, script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A CMake script that prints its results with message(NOTICE), which goes to stderr."""
+    path = tmp_path / 'script.cmake'
+    path.write_text(f'list(APPEND CMAKE_MODULE_PATH "{CMAKE_DIR}")\n{script}')
+    command = ['cmake', '-P', str(path)]
+    env = {'PATH': os.environ['PATH'], **environment}
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+def parse_arch_list(tmp_path: Path, text: str) -> subprocess.CompletedProcess[str]:
+    return run_script(
+        tmp_path, f'include(EpArchitectures)\nep_parse_torch_arch_list(result "{text}")\n'
+        'ep_check_arch_list("${result}")\nmessage(NOTICE "${result}")')
+
+
+@pytest.mark.parametrize(('text', 'expected'), [
+    ('9.0', '90-real'),
+    ('8.0;9.0', '80-real;90-real'),
+    ('8.0 9.0a+PTX', '80-real;90a'),
+    ('8.0, 10.0', '80-real;100-real'),
+    ('Hopper', '90-real'),
+    ('Ampere;Blackwell+PTX', '80-real;86-real;100'),
+    ('9.0;9.0', '90-real'),
+])
+def test_torch_arch_list_is_understood(tmp_path: Path, text: str, expected: str) -> None:
+    assert parse_arch_list(tmp_path, text).stderr.strip() == expected
+
+
+@pytest.mark.parametrize(('text', 'message'), [('nine', "'nine' is not like 9.0"), ('90', "'90' is not like 9.0"),
+                                               ('7.5', "8.0 or newer, got '75-real'")])
+def test_a_wrong_torch_arch_list_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    run = parse_arch_list(tmp_path, text)
+    assert run.returncode != 0
+    assert message in ' '.join(run.stderr.split())
+
+
+@pytest.mark.parametrize(('known', 'is_sm90_off', 'expected'), [
+    (KNOWN_TO_CUDA_13, 0, '80-real;90-real;100'),
+    (KNOWN_TO_CUDA_12_4, 0, '80-real;90'),
+    (KNOWN_TO_CUDA_13, 1, '80'),
+])
+def test_default_is_every_gpu_that_nvcc_knows_and_ptx_of_the_newest(tmp_path: Path, known: str, is_sm90_off: int,
+                                                                    expected: str) -> None:
+    run = run_script(
+        tmp_path, f'include(EpArchitectures)\nset(EP_DISABLE_SM90_FEATURES {is_sm90_off})\n'
+        f'ep_default_arch_list(result "{known}")\nmessage(NOTICE "${{result}}")')
+    assert run.stderr.strip() == expected
+
+
+def read_options(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run_script(
+        tmp_path, 'include(EpOptions)\nmessage(NOTICE "${EP_DISABLE_SM90_FEATURES} ${EP_DISABLE_AGGRESSIVE_PTX} '
+        '${EP_TOPK_IDX_BITS}")', **environment)
+
+
+def test_options_have_the_defaults_of_the_readme(tmp_path: Path) -> None:
+    assert read_options(tmp_path).stderr.strip() == '0 0 64'
+
+
+def test_options_are_read_from_the_environment(tmp_path: Path) -> None:
+    environment = {'DISABLE_SM90_FEATURES': '1', 'DISABLE_AGGRESSIVE_PTX_INSTRS': '1', 'TOPK_IDX_BITS': '32'}
+    assert read_options(tmp_path, **environment).stderr.strip() == '1 1 32'
+
+
+@pytest.mark.parametrize(('name', 'value'), [('DISABLE_SM90_FEATURES', 'yes'), ('TOPK_IDX_BITS', '16'),
+                                             ('NVSHMEM_DIR', '/nowhere')])
+def test_a_wrong_option_is_refused_by_name(tmp_path: Path, name: str, value: str) -> None:
+    run = read_options(tmp_path, **{name: value})
+    assert run.returncode != 0
+    assert name in run.stderr
+    assert value in run.stderr

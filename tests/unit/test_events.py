@@ -1,0 +1,92 @@
+"""EventHandle and EventOverlap, on whichever device this machine has."""
+
+import pytest
+import torch
+from solo import solo_buffer, solo_dispatch
+from utils import device
+
+import deep_ep
+from deep_ep import Buffer, EventHandle, EventOverlap
+
+
+def test_fresh_handle_can_be_waited_for_again_and_again() -> None:
+    handle = EventHandle()
+    handle.current_stream_wait()
+    handle.current_stream_wait()
+
+
+def test_empty_overlap_has_nothing_to_wait_for() -> None:
+    assert EventOverlap().event is None
+    assert EventOverlap().extra_tensors is None
+    with pytest.raises(deep_ep.Error, match="no event"):
+        EventOverlap(None).current_stream_wait()
+
+
+def test_attributes_are_writable() -> None:
+    overlap = EventOverlap(None)
+    overlap.event = EventHandle()
+    overlap.extra_tensors = (torch.ones(1), )
+    overlap.current_stream_wait()
+
+
+def test_context_manager_waits_and_does_not_swallow() -> None:
+    overlap = EventOverlap(EventHandle())
+    with overlap as entered:
+        assert entered is overlap
+    with EventOverlap(None):
+        pass
+    with pytest.raises(KeyError), overlap:
+        raise KeyError
+
+
+def test_capture_on_class_instance_and_as_bound_reference() -> None:
+    with solo_buffer() as buffer:
+        for capture in (Buffer.capture, buffer.capture):
+            assert isinstance(capture().event, EventHandle)
+
+
+def test_synchronous_calls_return_no_event() -> None:
+    with solo_buffer() as buffer:
+        assert solo_dispatch(buffer)[5].event is None
+
+
+def test_asynchronous_calls_return_one() -> None:
+    with solo_buffer() as buffer:
+        result = solo_dispatch(buffer, async_finish=True)
+        assert isinstance(result[5].event, EventHandle)
+        result[5].current_stream_wait()
+        assert torch.equal(result[0].cpu(), torch.ones((5, 16), dtype=torch.bfloat16))
+
+
+def test_event_outlives_its_buffer() -> None:
+    buffer = solo_buffer()
+    event = solo_dispatch(buffer, async_finish=True)[5]
+    buffer.destroy()
+    event.current_stream_wait()
+
+
+def test_event_of_one_buffer_orders_another() -> None:
+    with solo_buffer() as first, solo_buffer() as second:
+        event = solo_dispatch(first, async_finish=True)[5]
+        result = solo_dispatch(second, previous_event=event, async_finish=True, allocate_on_comm_stream=True)
+        result[5].current_stream_wait()
+        assert torch.equal(result[0].cpu(), torch.ones((5, 16), dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("raw", [EventHandle, lambda: None], ids=["handle", "none"])
+def test_previous_event_without_event_attribute_is_none(raw: object) -> None:
+    """Only `.event` is looked at, so a raw EventHandle means no event."""
+    assert callable(raw)
+    with solo_buffer() as buffer:
+        solo_dispatch(buffer, previous_event=raw())
+        with pytest.raises(RuntimeError, match="allocate_on_comm_stream"):
+            solo_dispatch(buffer, previous_event=raw(), async_finish=True, allocate_on_comm_stream=True)
+
+
+def test_comm_stream() -> None:
+    with solo_buffer() as buffer:
+        if device().type == "cuda":
+            assert isinstance(buffer.get_comm_stream(), torch.cuda.Stream)
+        else:
+            with pytest.raises(deep_ep.Error, match="CPU"):
+                buffer.get_comm_stream()

@@ -1,0 +1,46 @@
+"""Nodes from what ranks say about their machines, in tables rather than machines (pitfall 33)."""
+
+import pytest
+
+from deep_ep._topology import Place, find_topology, this_place
+
+
+def places(*hosts: str) -> list[Place]:
+    return [Place(host, f"name-of-{host}", f"gpu-{rank}") for rank, host in enumerate(hosts)]
+
+
+@pytest.mark.parametrize(("hosts", "nodes"), [
+    ("a", ((0, ), )),
+    ("aaaa", ((0, 1, 2, 3), )),
+    ("aabb", ((0, 1), (2, 3))),
+    ("abab", ((0, 2), (1, 3))),
+    ("baa", ((0, ), (1, 2))),
+])
+def test_hosts_make_nodes(hosts: str, nodes: tuple[tuple[int, ...], ...]) -> None:
+    assert find_topology(places(*hosts)).nodes == nodes
+
+
+@pytest.mark.parametrize(("ranks_per_node", "nodes"), [
+    (1, ((0, ), (1, ), (2, ), (3, ))),
+    (2, ((0, 1), (2, 3))),
+    (3, ((0, 1, 2), (3, ))),
+    (8, ((0, 1, 2, 3), )),
+])
+def test_override_makes_virtual_nodes(ranks_per_node: int, nodes: tuple[tuple[int, ...], ...]) -> None:
+    assert find_topology(places(*"aaaa"), ranks_per_node).nodes == nodes
+
+
+def test_equal_host_names_are_not_one_host() -> None:
+    """Containers and clones share names; the identity decides."""
+    same_name = [Place(host, "worker", "gpu") for host in ("boot-1", "boot-2")]
+    assert find_topology(same_name).num_nodes == 2
+
+
+def test_printed_form_names_hosts_and_devices() -> None:
+    text = str(find_topology(places(*"ab")))
+    assert "2 ranks on 2 node(s)" in text
+    assert "name-of-b: ranks 1 (gpu-1)" in text
+
+
+def test_two_looks_at_this_machine_agree() -> None:
+    assert this_place("gpu") == this_place("gpu")

@@ -1,0 +1,118 @@
+#!/usr/bin/env bash
+# Brings what the Makefile's tasks stand on.
+#   dev_env.sh system build|test|lint   system packages, through apt-get where we may
+#   dev_env.sh venv                     .venv, with torch
+#   dev_env.sh install                  deep_ep in .venv (editable) and the CMake tree build/dev
+# Where something cannot be brought it says so and goes on, except under CI, where everything is required.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${PYTHON:-python3}
+
+say() { echo "[dev_env] $*"; }
+has_command() { command -v "$1" >/dev/null; }
+has_header() {
+    echo "#include <$1>" | "${CXX:-c++}" -E -x c++ - >/dev/null 2>&1
+}
+has_clang_runtime() {
+    local library
+    library=$(clang++-14 -print-file-name="libclang_rt.tsan-$(uname -m).a" 2>/dev/null) && [[ -e $library ]]
+}
+
+# Prints the Debian packages that are missing for a task.
+missing_packages() {
+    case $1 in
+        build)
+            has_command c++ || echo g++
+            has_command cmake || echo cmake
+            has_command ninja || echo ninja-build
+            has_header boost/context/detail/fcontext.hpp || echo libboost-context-dev
+            ;;
+        test)
+            has_header doctest/doctest.h || echo doctest-dev
+            has_command clang++-14 || echo clang-14
+            has_clang_runtime || echo libclang-rt-14-dev
+            ;;
+        lint)
+            has_command clang-format-14 || echo clang-format-14
+            has_command shellcheck || echo shellcheck
+            ;;
+        *)
+            echo "unknown task '$1'" >&2
+            return 2
+            ;;
+    esac
+}
+
+setup_system() {
+    local missing
+    mapfile -t missing < <(missing_packages "$1")
+    [[ ${#missing[@]} -gt 0 ]] || return 0
+    if [[ $(id -u) -eq 0 ]] && has_command apt-get; then
+        say "installing: ${missing[*]}"
+        if apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+            "${missing[@]}" >/dev/null; then
+            return 0
+        fi
+    fi
+    say "missing for '$1': ${missing[*]} (Debian's names). As root: apt-get install ${missing[*]}"
+    [[ -z ${CI:-} ]] || return 1
+    say 'going on without; what needs them is left out, and says so'
+}
+
+has_torch() { "$1" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' 2>/dev/null; }
+
+# A venv over a Python that brings its own torch (a GPU image, perhaps without a network): sees all that Python's
+# packages, and nothing is downloaded. The .pth covers a Python that is itself a venv.
+make_venv_over_torch() {
+    "$python" -m venv --without-pip --system-site-packages .venv
+    local site
+    site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    "$python" -c 'import site, sysconfig; print(sysconfig.get_path("purelib"))' >"$site/outer_packages.pth"
+    say "using the torch of $("$python" -c 'import sys; print(sys.executable)'); nothing is downloaded"
+}
+
+make_venv() {
+    [[ -x .venv/bin/pip ]] || "$python" -m venv --clear .venv
+    local pip=(.venv/bin/python -m pip --disable-pip-version-check install -qq)
+    "${pip[@]}" --upgrade 'setuptools>=70.1' 'pybind11>=2.12,<4'
+    has_command cmake || "${pip[@]}" cmake
+    has_command ninja || "${pip[@]}" ninja
+    say "installing ${TORCH:=torch==2.13.0}"
+    "${pip[@]}" "$TORCH"
+    # What the extras name, once, in pyproject.toml.
+    .venv/bin/python - <<'PY' | xargs -d '\n' "${pip[@]}"
+import re
+text = open('pyproject.toml').read()
+extras = re.search(r'^\[project\.optional-dependencies\]$(.*?)^\[', text, re.M | re.S).group(1)
+for name in ('test', 'demo', 'lint'):
+    values = re.search(rf'^{name} = \[(.*?)\]$', extras, re.M | re.S).group(1)
+    print(*re.findall(r'"([^"]+)"', values), sep='\n')
+PY
+}
+
+setup_venv() {
+    if has_torch "$python"; then
+        make_venv_over_torch
+    else
+        make_venv
+    fi
+    .venv/bin/python -c 'import torch; print("[dev_env] torch", torch.__version__, "cuda", torch.version.cuda)'
+}
+
+install_package() {
+    local tests=ON
+    has_header doctest/doctest.h || tests=OFF
+    [[ -z ${CI:-} ]] || tests=ON
+    DEEP_EP_BUILD_DIR=build/dev MAX_JOBS=${JOBS:-} CMAKE_ARGS="-DEP_TESTS=$tests -DEP_WERROR=ON ${CMAKE_ARGS:-}" \
+        .venv/bin/python -m pip --disable-pip-version-check install -qq --no-deps --no-build-isolation --editable .
+}
+
+case ${1:-} in
+    system) setup_system "$2" ;;
+    venv) setup_venv ;;
+    install) install_package ;;
+    *)
+        sed -n '2,6s/^# \{0,1\}//p' "$0"
+        exit 2
+        ;;
+esac

@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Runs suites of tests and fails if any failed; a failed suite does not stop the next one.
+#   run_tests.sh cpp|address|thread|python ...
+# The runners' own closing lines are the last that each suite prints.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+jobs=${JOBS:-$(nproc)}
+failed=()
+
+say() { echo "[test] $*"; }
+
+# A suite whose tools are not there is skipped aloud on a person's machine, and fails under CI.
+lacks() {
+    say "$1 SKIPPED: $2"
+    [[ -z ${CI:-} ]]
+}
+
+run_ctest() { # build folder, command to run it under...
+    local folder=$1
+    shift
+    cmake --build "$folder" --parallel "$jobs" && "$@" ctest --test-dir "$folder" --output-on-failure --no-tests=error \
+        --parallel "$jobs"
+}
+
+run_cpp() {
+    if ! grep -q '^EP_TESTS:BOOL=ON' build/dev/CMakeCache.txt; then
+        lacks 'C++ tests' 'built without doctest (Debian: doctest-dev)'
+        return
+    fi
+    run_ctest build/dev
+}
+
+run_sanitizer() {
+    local folder=build/$1
+    if ! command -v clang++-14 >/dev/null; then
+        lacks "C++ tests under the $1 sanitizer" 'no clang++-14 (Debian: clang-14 libclang-rt-14-dev)'
+        return
+    fi
+    cmake -S . -B "$folder" -G Ninja -DCMAKE_CXX_COMPILER=clang++-14 -DEP_SANITIZE="$1" -DEP_PYTHON=OFF \
+        -DEP_TESTS=ON -DEP_WERROR=ON >"$folder.log" 2>&1 || {
+        cat "$folder.log"
+        return 1
+    }
+    # ThreadSanitizer's shadow needs addresses that are not too random.
+    local under=()
+    if setarch "$(uname -m)" -R true 2>/dev/null; then
+        under=(setarch "$(uname -m)" -R)
+    fi
+    ASAN_OPTIONS=${ASAN_OPTIONS:-detect_stack_use_after_return=0} TSAN_OPTIONS=${TSAN_OPTIONS:-halt_on_error=0} \
+        run_ctest "$folder" "${under[@]}"
+}
+
+mkdir -p build
+for suite in "$@"; do
+    say "== $suite"
+    start=$SECONDS
+    case $suite in
+        cpp) run_cpp ;;
+        address | thread) run_sanitizer "$suite" ;;
+        python) .venv/bin/python -m pytest ;;
+        *)
+            say "unknown suite '$suite'"
+            exit 2
+            ;;
+    esac || failed+=("$suite")
+    [[ $suite == python ]] || say "== $suite took $((SECONDS - start)) s"
+done
+
+if [[ ${#failed[@]} -gt 0 ]]; then
+    say "failed: ${failed[*]}"
+    exit 1
+fi
