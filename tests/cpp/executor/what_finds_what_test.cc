@@ -9,8 +9,8 @@
 
 #include "device/simt/device.h"
 #include "device/simt/happens_before.h"
-#include "device/simt_faults.h"
-#include "races.h"
+#include "executor/faults.h"
+#include "support/races.h"
 
 using namespace deep_ep;
 using namespace deep_ep::faults;
