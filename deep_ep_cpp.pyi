@@ -27,6 +27,8 @@ class Config:
 EventHandle: Any  # lazily forwarded to deep_ep.utils.EventHandle (callers import it from here)
 topk_idx_t: Any  # torch.int64 or torch.int32, lazily resolved
 
+def get_low_latency_rdma_size_hint(num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int,
+                                   num_experts: int) -> int: ...
 def is_cuda_built() -> bool: ...
 def is_sm90_compiled() -> bool: ...
 def topk_idx_bits() -> int: ...
@@ -56,8 +58,9 @@ class Device:
 
 class Buffer:
     def __init__(self, device: Device, rank: int, num_ranks: int, num_data_bytes: int, timeout_s: float,
-                 warn_s: float) -> None:
-        """Allocates the local part of the symmetric heap: control words plus `num_data_bytes` of data."""
+                 warn_s: float, num_low_latency_bytes: int = 0, is_shrinkable: bool = False) -> None:
+        """Allocates the local part of the symmetric heap: control words, `num_data_bytes` of data for the
+        high-throughput mode, `num_low_latency_bytes` for the low-latency mode."""
 
     def export_handle(self) -> bytes: ...
     def connect(self, handles: List[bytes]) -> None:
@@ -107,3 +110,25 @@ class Buffer:
 
     def bench_push(self, bytes_per_peer: int, num_sms: int, stream: int) -> None:
         """Benchmarks only: writes that much to every peer at once, over whatever the data regions hold."""
+
+    # Low latency (R ranks, El local experts, T = num_max_tokens, K = num_topk). Each call is two launches: with
+    # ticket=0 the send phase, which returns the call's ticket; with that ticket and the same arguments the receive
+    # phase. At most two calls may be open. Counters live on the device, so both may be captured into a CUDA graph.
+    def low_latency_dispatch(self, ticket: int, num_max_tokens: int, num_topk: int, num_experts: int, hidden: int,
+                             is_fp8: bool, rounds_scales: bool, packs_scales: bool, x: int, topk_idx: int,
+                             idx_bytes: int, num_tokens: int, recv_x: int, recv_scales: int, recv_count: int,
+                             src_info: int, layout_range: int, row_of_entry: int, cumulative_stats: int,
+                             wait_stats: int, stream: int) -> int:
+        """recv_x [El, R*T, hidden] bfloat16 or FP8; recv_scales memory order [El, hidden/128 (or /512 packed), R*T];
+        recv_count int32 [El]; src_info int32 [El, R*T]; layout_range int64 [El, R]; row_of_entry int32 [R, T, K]
+        (flat row of each entry that has its expert here; the others are left alone), kept for combine;
+        cumulative_stats int32 [El] or 0; wait_stats int64 [R] or 0, nanoseconds are added."""
+
+    def low_latency_combine(self, ticket: int, num_max_tokens: int, num_topk: int, num_experts: int, hidden: int,
+                            x: int, topk_idx: int, idx_bytes: int, topk_weights: int, num_tokens: int,
+                            row_of_entry: int, combined_x: int, wait_stats: int, stream: int) -> int: ...
+    @property
+    def low_latency_data_ptr(self) -> int: ...
+    @property
+    def masked_ranks_ptr(self) -> int:
+        """int32 [R] on the device; not zero: this rank is left out of low-latency calls."""

@@ -186,15 +186,63 @@ void combine(Buffer& buffer, uintptr_t x, int num_rows, int hidden, uintptr_t to
                    num_sms, pointer<void>(stream));
 }
 
+// ticket 0: the send phase, which returns the ticket; else the receive phase of that call.
+uint64_t low_latency_dispatch(Buffer& buffer, uint64_t ticket, int num_max_tokens, int num_topk, int num_experts,
+                              int hidden, bool is_fp8, bool rounds_scales, bool packs_scales, uintptr_t x,
+                              uintptr_t topk_idx, int idx_bytes, int num_tokens, uintptr_t recv_x,
+                              uintptr_t recv_scales, uintptr_t recv_count, uintptr_t src_info, uintptr_t layout_range,
+                              uintptr_t row_of_entry, uintptr_t cumulative_stats, uintptr_t wait_stats,
+                              uintptr_t stream) {
+    const runtime::LowLatencyDispatchArgs args{.shape = {num_max_tokens, num_topk, num_experts, hidden},
+                                               .is_fp8 = is_fp8,
+                                               .rounds_scales = rounds_scales,
+                                               .packs_scales = packs_scales,
+                                               .x = pointer<uint8_t>(x),
+                                               .topk_idx = pointer<void>(topk_idx),
+                                               .idx_bytes = idx_bytes,
+                                               .num_tokens = num_tokens,
+                                               .recv_x = pointer<uint8_t>(recv_x),
+                                               .recv_scales = pointer<uint32_t>(recv_scales),
+                                               .recv_count = pointer<int>(recv_count),
+                                               .src_info = pointer<int>(src_info),
+                                               .layout_range = pointer<int64_t>(layout_range),
+                                               .row_of_entry = pointer<int>(row_of_entry),
+                                               .cumulative_stats = pointer<int>(cumulative_stats),
+                                               .wait_stats = pointer<int64_t>(wait_stats)};
+    if (ticket == 0) return buffer.send_low_latency_dispatch(args, pointer<void>(stream));
+    buffer.receive_low_latency_dispatch(args, ticket, pointer<void>(stream));
+    return ticket;
+}
+
+uint64_t low_latency_combine(Buffer& buffer, uint64_t ticket, int num_max_tokens, int num_topk, int num_experts,
+                             int hidden, uintptr_t x, uintptr_t topk_idx, int idx_bytes, uintptr_t topk_weights,
+                             int num_tokens, uintptr_t row_of_entry, uintptr_t combined_x, uintptr_t wait_stats,
+                             uintptr_t stream) {
+    const runtime::LowLatencyCombineArgs args{.shape = {num_max_tokens, num_topk, num_experts, hidden},
+                                              .x = pointer<uint8_t>(x),
+                                              .topk_idx = pointer<void>(topk_idx),
+                                              .idx_bytes = idx_bytes,
+                                              .topk_weights = pointer<float>(topk_weights),
+                                              .num_tokens = num_tokens,
+                                              .row_of_entry = pointer<int>(row_of_entry),
+                                              .combined_x = pointer<uint8_t>(combined_x),
+                                              .wait_stats = pointer<int64_t>(wait_stats)};
+    if (ticket == 0) return buffer.send_low_latency_combine(args, pointer<void>(stream));
+    buffer.receive_low_latency_combine(args, ticket, pointer<void>(stream));
+    return ticket;
+}
+
 void bind_buffer(py::module_& m) {
     py::class_<Buffer>(m, "Buffer")
         .def(py::init([](std::shared_ptr<dev::Device> device, int rank, int num_ranks, int64_t num_data_bytes,
-                         double timeout_s, double warn_s) {
+                         double timeout_s, double warn_s, int64_t num_low_latency_bytes, bool is_shrinkable) {
                  return std::make_unique<Buffer>(
-                     std::move(device), runtime::BufferOptions{rank, num_ranks, num_data_bytes, timeout_s, warn_s});
+                     std::move(device), runtime::BufferOptions{rank, num_ranks, num_data_bytes, num_low_latency_bytes,
+                                                               timeout_s, warn_s, is_shrinkable});
              }),
              py::arg("device"), py::arg("rank"), py::arg("num_ranks"), py::arg("num_data_bytes"),
-             py::arg("timeout_s"), py::arg("warn_s"))
+             py::arg("timeout_s"), py::arg("warn_s"), py::arg("num_low_latency_bytes") = 0,
+             py::arg("is_shrinkable") = false)
         .def("export_handle", [](Buffer& b) { return py::bytes(b.export_handle()); })
         .def("connect", &Buffer::connect, py::arg("handles"))
         .def_property_readonly("data_ptr", [](Buffer& b) { return number(b.data()); })
@@ -207,6 +255,10 @@ void bind_buffer(py::module_& m) {
         .def("wait_counts", &wait_counts)
         .def("dispatch", &dispatch)
         .def("combine", &combine)
+        .def("low_latency_dispatch", &low_latency_dispatch)
+        .def("low_latency_combine", &low_latency_combine)
+        .def_property_readonly("low_latency_data_ptr", [](Buffer& b) { return number(b.low_latency_data()); })
+        .def_property_readonly("masked_ranks_ptr", [](Buffer& b) { return number(b.masked_ranks()); })
         .def("bench_push", [](Buffer& b, int64_t bytes_per_peer, int num_sms, uintptr_t stream) {
             b.bench_push(bytes_per_peer, num_sms, pointer<void>(stream));
         });
@@ -227,6 +279,9 @@ PYBIND11_MODULE(deep_ep_cpp, m) {
     bind_config(m);
     bind_device(m);
     bind_buffer(m);
+    m.def("get_low_latency_rdma_size_hint", &Buffer::low_latency_size_hint,
+          py::arg("num_max_dispatch_tokens_per_rank"), py::arg("hidden"), py::arg("num_ranks"),
+          py::arg("num_experts"));
     m.def("is_cuda_built", [] { return EP_WITH_CUDA != 0; });
     m.def("is_sm90_compiled", [] {
 #if EP_WITH_CUDA && !defined(DISABLE_SM90_FEATURES)

@@ -10,15 +10,14 @@ import importlib
 import json
 import os
 import platform
-import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 GIB = 1 << 30
-LITTLE_SHARED_MEMORY_BYTES = GIB // 4
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - looked at, not written to
+LITTLE_MEMORY_BYTES = GIB // 4
+MEMORY_INFO = Path("/proc/meminfo")
 INSTALL_FIX = "build and install the package for this Python: pip install . (README.md)"
 
 
@@ -113,15 +112,17 @@ def check_peer_access(torch: Any) -> list[Finding]:
     return [Finding("ok", "peer access", "every GPU reaches every other" if count > 1 else "one GPU, no peers")]
 
 
-def check_shared_memory() -> list[Finding]:
-    if not SHARED_MEMORY.is_dir():
-        return [Finding("broken", "shared memory", f"{SHARED_MEMORY} is missing: ranks on the CPU cannot share memory",
-                        f"mount a tmpfs at {SHARED_MEMORY}")]  # yapf: disable
-    free = shutil.disk_usage(SHARED_MEMORY).free
-    if free < LITTLE_SHARED_MEMORY_BYTES:
-        return [Finding("note", "shared memory", f"{free >> 20} MiB free in {SHARED_MEMORY}: large Buffers on the CPU "
-                        "will not fit", "in a container: docker run --shm-size=4g")]  # yapf: disable
-    return [Finding("ok", "shared memory", f"{free / GIB:.1f} GiB free in {SHARED_MEMORY}; {os.cpu_count()} CPUs")]
+def check_memory() -> list[Finding]:
+    """Buffers on the CPU are anonymous shared memory: no mount is needed, only free memory."""
+    try:
+        lines = MEMORY_INFO.read_text().splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError) as error:
+        return [Finding("note", "memory", f"cannot tell how much is free: {error}")]
+    text = f"{available / GIB:.1f} GiB free, {os.cpu_count()} CPUs"
+    if available < LITTLE_MEMORY_BYTES:
+        return [Finding("note", "memory", text + ": large Buffers on the CPU will not fit")]
+    return [Finding("ok", "memory", text)]
 
 
 class _Alone:
@@ -161,7 +162,7 @@ def check_round_trip(torch: Any) -> list[Finding]:
 def examine() -> list[Finding]:
     """Everything, in the order in which one thing needs another."""
     torch, native = _load("torch"), _load("deep_ep_cpp")
-    found = check_python() + check_torch(torch) + check_extension(native) + check_shared_memory()
+    found = check_python() + check_torch(torch) + check_extension(native) + check_memory()
     if any(finding.level == "broken" for finding in found if finding.subject in ("torch", "deep_ep_cpp")):
         return found
     found += check_package() + check_gpus(torch, native)

@@ -31,9 +31,8 @@ class _Dispatch(torch.autograd.Function):
     """Forward: dispatch. Backward: combine, for what was sent to several ranks gets the sum of their gradients."""
 
     @staticmethod
-    def forward(  # noqa: PLR0917 (autograd passes them by position)
-            ctx: Any, buffer: deep_ep.Buffer, x: Tensor, topk_idx: Tensor, topk_weights: Tensor,
-            num_experts: int) -> tuple[Tensor, Tensor, Tensor, list[int], Handle]:
+    def forward(ctx: Any, buffer: deep_ep.Buffer, x: Tensor, topk_idx: Tensor, topk_weights: Tensor,
+                num_experts: int) -> tuple[Tensor, Tensor, Tensor, list[int], Handle]:
         start = buffer.capture()
         per_rank, per_rdma_rank, per_expert, is_token_in_rank, counted = buffer.get_dispatch_layout(
             topk_idx, num_experts, previous_event=start, async_finish=True, allocate_on_comm_stream=True)
@@ -107,7 +106,7 @@ class Received:
 
 def make_buffer(group: dist.ProcessGroup, hidden: int) -> deep_ep.Buffer:
     """A Buffer for bfloat16 tokens of this width. Collective."""
-    from deep_ep import Buffer  # noqa: PLC0415 (see above: the dense layer needs no library)
+    from deep_ep import Buffer
 
     num_ranks, row_bytes = group.size(), hidden * torch.bfloat16.itemsize
     configs = Buffer.get_dispatch_config(num_ranks), Buffer.get_combine_config(num_ranks)

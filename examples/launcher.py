@@ -69,11 +69,21 @@ def resolve_device(name: str) -> str:
     return name
 
 
+def _positive(value: str) -> int:
+    number = int(value)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
 def add_options(parser: argparse.ArgumentParser, default_steps: int) -> None:
     """The options that all examples share."""
-    parser.add_argument("--num-processes", type=int, default=4, metavar="N", help="number of ranks (default: 4)")
+    parser.add_argument("--num-processes", type=_positive, default=4, metavar="N", help="number of ranks (default: 4)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: GPUs if there are any")
-    parser.add_argument("--steps", type=int, default=default_steps, help=f"training steps (default: {default_steps})")
+    parser.add_argument("--steps",
+                        type=_positive,
+                        default=default_steps,
+                        help=f"training steps (default: {default_steps})")
 
 
 def exit_with(main: Callable[[], int]) -> NoReturn:

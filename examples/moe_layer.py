@@ -177,14 +177,14 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the example; returns the exit code."""
     options = _parse(argv)
     sizes, num_ranks = Sizes(), options.num_processes
+    if sizes.num_experts % num_ranks:
+        raise SystemExit(f"--num-processes must divide the number of experts, {sizes.num_experts}, got {num_ranks}")
     device = launcher.resolve_device(options.device)
     launcher.print_header("A MoE layer spread over ranks, against the same layer on one rank")
     print(
         f"{num_ranks} ranks on {device}, {sizes.num_tokens} tokens each, hidden {sizes.hidden}, {sizes.num_experts} "
         f"experts (SwiGLU, {sizes.ffn_hidden} wide), top-{sizes.num_topk}",
         flush=True)
-    if sizes.num_experts % num_ranks:
-        raise SystemExit(f"--num-processes must divide the number of experts, {sizes.num_experts}, got {num_ranks}")
     ranks: dict[str, RankReport] = {}
     differences: dict[str, tuple[float, float, float]] = {}
     workers = launcher.make_workers(run_rank, num_ranks, (sizes, options.steps))

@@ -290,9 +290,9 @@ def _save(report: dict[str, Any]) -> None:
 
 
 def _plot(report: dict[str, Any], path: Path) -> None:
-    import matplotlib as mpl  # noqa: PLC0415 (optional)
+    import matplotlib as mpl
     mpl.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
+    from matplotlib import pyplot as plt
 
     ranks, one = report["losses_ranks"], report["losses_one_rank"]
     steps = range(1, len(ranks) + 1)

@@ -35,16 +35,24 @@ def settle(worker: Worker, buffer: Any) -> None:
     buffer.check()
 
 
+def impatient_buffer(worker: Worker) -> Any:
+    """A Buffer with a short timeout, once every rank is warm: first calls on a device may take seconds."""
+    Flight(worker, worker.buffer(), Workload((2, ) * worker.num_ranks)).whole_trip()
+    buffer = worker.new_buffer(timeout_s=SHORT_TIMEOUT_S)
+    worker.barrier()
+    return buffer
+
+
 def absent_rank(worker: Worker, work: Workload, absent: int, step: str) -> Optional[str]:
     """One rank leaves out a call: the others get a TimeoutError that names it, again and again; a new Buffer works."""
-    buffer = worker.new_buffer(timeout_s=SHORT_TIMEOUT_S)
-    flight = Flight(worker, buffer, work).layout()
+    buffer = impatient_buffer(worker)
+    flight = Flight(worker, buffer, work, How(settles=True)).layout()
     if step == "combine":
         flight.dispatch()
     message = None
     if worker.rank != absent:
         started = time.monotonic()
-        message = failure_of(lambda: (getattr(flight, step)(), settle(worker, buffer)), deep_ep.TimeoutError)
+        message = failure_of(getattr(flight, step), deep_ep.TimeoutError)
         assert time.monotonic() - started < 10 * SHORT_TIMEOUT_S
         for later in (flight.layout, flight.combine if step == "combine" else flight.dispatch, buffer.check):
             equal("the sentence of a later failure", failure_of(later, deep_ep.TimeoutError), message)
@@ -58,7 +66,7 @@ def absent_rank(worker: Worker, work: Workload, absent: int, step: str) -> Optio
 
 def absent_in_async(worker: Worker, work: Workload) -> None:
     """The failure of an asynchronous call is raised by the next call, and on the CPU by the wait."""
-    buffer = worker.new_buffer(timeout_s=SHORT_TIMEOUT_S)
+    buffer = impatient_buffer(worker)
     flight = Flight(worker, buffer, work, How(is_async=True)).layout().dispatch()
     if worker.rank:
         _, _, event = buffer.combine(flight.result[0], flight.handle, async_finish=True)
@@ -71,11 +79,11 @@ def absent_in_async(worker: Worker, work: Workload) -> None:
 
 def killed_rank(worker: Worker, work: Workload, victim: int) -> str:
     """A rank dies; the others fail in time, destroy, and exit (pitfall 40)."""
-    buffer = worker.new_buffer(timeout_s=SHORT_TIMEOUT_S)
+    buffer = impatient_buffer(worker)
     Flight(worker, buffer, work).whole_trip()
     if worker.rank == victim:
         os._exit(7)
-    message = failure_of(lambda: (Flight(worker, buffer, work).whole_trip(), settle(worker, buffer)))
+    message = failure_of(Flight(worker, buffer, work, How(settles=True)).whole_trip)
     started = time.monotonic()
     buffer.destroy()
     buffer.destroy()
@@ -111,7 +119,7 @@ def bad_expert(worker: Worker) -> str:
 def too_few_worst_rows(worker: Worker) -> str:
     """num_worst_tokens below what arrives: an error that names it, and no write past the end."""
     work = Workload((9, ) * worker.num_ranks, hidden=64, routing="spread", num_topk=worker.num_ranks)
-    buffer = worker.new_buffer(timeout_s=SHORT_TIMEOUT_S)
+    buffer = impatient_buffer(worker)
     flight = Flight(worker, buffer, work).layout()
     topk = {"topk_idx": flight.topk_idx, "topk_weights": torch.ones(flight.topk_idx.shape, device=worker.device)}
     message = failure_of(lambda: (buffer.dispatch(flight.payload(), **flight.layout_tensors, **topk, num_worst_tokens=4

@@ -24,6 +24,7 @@ class How:
     expert_alignment: int = 1
     worst_factor: int = 0  # num_worst_tokens = factor * all tokens of the group; 0: count first
     num_sms: int = 4
+    settles: bool = False  # raise what the kernels reported before looking at results: for calls that are to fail
 
 
 @functools.lru_cache(maxsize=8)

@@ -22,6 +22,7 @@ build=$root/build/gpu
 deadline=$((SECONDS + ${GPU_CHECK_BUDGET_S:-530}))
 
 export CC=${CC:-/usr/bin/gcc} CXX=${CXX:-/usr/bin/g++}
+export CUDAHOSTCXX=${CUDAHOSTCXX:-$CXX} PATH=$PATH:/usr/local/cuda/bin
 export PYTHONUNBUFFERED=1 PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 export DEEP_EP_TIMEOUT_SECS=${DEEP_EP_TIMEOUT_SECS:-30}
 
@@ -61,21 +62,21 @@ step_intranode() { python3 tests/test_intranode.py --num-processes "$num_ranks";
 
 step_pytest() { python3 -m pytest tests -q --maxfail=10 -p no:cacheprovider; }
 
-step_demo() { python3 examples/moe_lm.py --device cuda --num-processes "$num_ranks" --steps 20; }
+step_demo() { python3 examples/run_demo.py --device cuda --num-processes "$num_ranks" --steps 20; }
 
-# Sanitized programs run many times slower: the kernels' own tests, then two ranks and few tokens.
-step_memcheck() {
-    compute-sanitizer --tool memcheck --leak-check full --error-exitcode 9 "$conformance" &&
-        compute-sanitizer --tool memcheck --target-processes all --error-exitcode 9 \
-            python3 -m deep_ep.bench intranode "${small_case[@]}"
+# Our kernels alone, and no errors of calls: the tests provoke some. Sanitized programs run many times slower: the
+# kernels' own tests, then two ranks and few tokens.
+sanitize() {
+    local options=(--tool "$1" --target-processes all --launch-timeout 0 --kernel-name kns=deep_ep
+        --report-api-errors no --error-exitcode 9)
+    compute-sanitizer "${options[@]}" "$conformance" &&
+        compute-sanitizer "${options[@]}" python3 -m deep_ep.bench intranode "${small_case[@]}"
 }
+
+step_memcheck() { sanitize memcheck; }
 
 # Races in shared memory. (Races between blocks and ranks: the CPU executor under ThreadSanitizer.)
-step_racecheck() {
-    compute-sanitizer --tool racecheck --error-exitcode 9 "$conformance" &&
-        compute-sanitizer --tool racecheck --target-processes all --error-exitcode 9 \
-            python3 -m deep_ep.bench intranode "${small_case[@]}"
-}
+step_racecheck() { sanitize racecheck; }
 
 small_case=(--device cuda --num-processes 2 --tokens 32 --hidden 512 --experts 8 --topk 4 --num-sms 4
     --warmups 1 --repeats 2 --input-sets 1)

@@ -2,6 +2,7 @@
 
 #include "kernels/intranode/launchers.h"
 #include "kernels/layout/dispatch_layout.h"
+#include "kernels/low_latency/launchers.h"
 
 namespace deep_ep::kernels {
 
@@ -15,6 +16,8 @@ const KernelTable& simt_kernel_table() {
         .notify_dispatch = notify_dispatch::launch,
         .dispatch = dispatch::launch,
         .combine = combine::launch,
+        .low_latency_dispatch = low_latency::dispatch::launch,
+        .low_latency_combine = low_latency::combine::launch,
         .push_all = push_all::launch,
     };
     return table;

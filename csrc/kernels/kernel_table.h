@@ -4,6 +4,7 @@
 #include "device/runtime.h"
 #include "kernels/bench/push_all.h"
 #include "kernels/params.h"
+#include "kernels/params_low_latency.h"
 
 namespace deep_ep::kernels {
 
@@ -12,6 +13,8 @@ struct KernelTable {
     void (*notify_dispatch)(const NotifyDispatchParams& params, dev::Stream stream);
     void (*dispatch)(const DispatchParams& params, dev::Stream stream);
     void (*combine)(const CombineParams& params, dev::Stream stream);
+    void (*low_latency_dispatch)(const LowLatencyDispatchParams& params, dev::Stream stream);
+    void (*low_latency_combine)(const LowLatencyCombineParams& params, dev::Stream stream);
     void (*push_all)(const PushAllParams& params, int num_blocks, dev::Stream stream);
 };
 

@@ -51,6 +51,7 @@ struct LocalState {
     uint32_t failure_claimed;
     uint64_t warned_call;
     uint32_t layout_done_blocks;
+    uint32_t low_latency_begun_blocks;
     uint32_t low_latency_done_blocks;
     uint64_t num_low_latency_sends;  // low-latency calls whose send phase has been run
 };

@@ -34,6 +34,8 @@ const BufferOptions& checked(const BufferOptions& options) {
              "), got ", options.rank);
     EP_CHECK(options.num_data_bytes >= 0 && options.num_data_bytes % 128 == 0,
              "num_data_bytes must be a multiple of 128, got ", options.num_data_bytes);
+    EP_CHECK(options.num_low_latency_bytes >= 0 && options.num_low_latency_bytes % 128 == 0,
+             "num_low_latency_bytes must be a multiple of 128, got ", options.num_low_latency_bytes);
     EP_CHECK(options.timeout_s > 0, "timeout_s must be positive, got ", options.timeout_s);
     return options;
 }
@@ -53,7 +55,8 @@ void check_row(int64_t row_bytes) {
 Buffer::Buffer(std::shared_ptr<dev::Device> device, const BufferOptions& options)
     : device_(std::move(device)), options_(checked(options)), kernels_(&table_for(device_->kind())),
       control_(layout::ControlLayout::make(static_cast<uint64_t>(options.num_ranks))) {
-    const auto heap_bytes = control_.bytes + static_cast<uint64_t>(options_.num_data_bytes);
+    const auto heap_bytes =
+        control_.bytes + static_cast<uint64_t>(options_.num_data_bytes + options_.num_low_latency_bytes);
     heap_ = std::make_unique<comm::SymmetricHeap>(device_, options_.rank, options_.num_ranks, heap_bytes,
                                                   control_.left.offset);
     status_memory_ = device_->allocate_host_mapped(sizeof(layout::HostStatus));
@@ -61,6 +64,9 @@ Buffer::Buffer(std::shared_ptr<dev::Device> device, const BufferOptions& options
     status_ = static_cast<layout::HostStatus*>(status_memory_.host);
     counts_ = static_cast<layout::HostCounts*>(counts_memory_.host);
     local_ = static_cast<layout::LocalState*>(device_->allocate(sizeof(layout::LocalState)));
+    const auto num_ranks = static_cast<size_t>(options_.num_ranks);
+    masked_ = static_cast<int*>(device_->allocate(sizeof(int) * num_ranks));
+    wait_ns_ = static_cast<uint64_t*>(device_->allocate(sizeof(uint64_t) * num_ranks));
     // Here, not when first needed: that may be while a CUDA graph is captured.
     layout_partials_ = static_cast<int*>(
         device_->allocate(sizeof(int) * kMaxLayoutBlocks * static_cast<size_t>(max_layout_counts())));
@@ -263,15 +269,19 @@ void Buffer::bench_push(int64_t bytes_per_peer, int num_sms, dev::Stream stream)
                        std::clamp(num_sms, 1, device_->num_sms()), stream);
 }
 
-std::vector<uint64_t> Buffer::read_started() const {
+// The two modes count their calls apart.
+std::vector<uint64_t> Buffer::read_started(layout::Operation operation) const {
+    const bool is_low_latency = operation == layout::Operation::kLowLatencyDispatch ||
+                                operation == layout::Operation::kLowLatencyCombine;
+    const layout::Field& field = is_low_latency ? control_.low_latency.started : control_.started;
     std::vector<uint64_t> started(static_cast<size_t>(options_.num_ranks));
-    device_->copy_now(started.data(), heap_->local() + control_.started.offset, control_.started.bytes());
+    device_->copy_now(started.data(), heap_->local() + field.offset, field.bytes());
     return started;
 }
 
 void Buffer::collect_warning() {
     if (load_acquire(status_->warning.state) == 0) return;
-    warnings_.push_back(describe_warning(status_->warning, options_.rank, read_started()));
+    warnings_.push_back(describe_warning(status_->warning, options_.rank, read_started(status_->warning.operation)));
     std::atomic_ref(status_->warning.state).store(0);
     std::fprintf(stderr, "%s\n", warnings_.back().c_str());
 }
@@ -280,7 +290,7 @@ void Buffer::check() {
     require_usable();
     collect_warning();
     if (load_acquire(status_->failure.state) == 0) return;
-    failure_ = describe_failure(status_->failure, options_.rank, read_started());
+    failure_ = describe_failure(status_->failure, options_.rank, read_started(status_->failure.operation));
     throw TimeoutError(failure_);
 }
 
@@ -295,6 +305,8 @@ void Buffer::destroy(double timeout_s) noexcept {
     heap_.reset();
     try {
         device_->free(layout_partials_);
+        device_->free(masked_);
+        device_->free(wait_ns_);
         device_->free(local_);
         device_->free_host_mapped(counts_memory_);
         device_->free_host_mapped(status_memory_);

@@ -16,9 +16,11 @@ namespace deep_ep::runtime {
 struct BufferOptions {
     int rank;
     int num_ranks;
-    int64_t num_data_bytes;
+    int64_t num_data_bytes;         // of the high-throughput mode
+    int64_t num_low_latency_bytes;  // of the low-latency mode
     double timeout_s;
     double warn_s;
+    bool is_shrinkable;  // low latency: a peer that does not come is masked
 };
 
 struct LayoutArgs {
@@ -80,6 +82,39 @@ struct RecvCounts {
     std::vector<int> num_tokens_per_expert;
 };
 
+// What both phases of a low-latency call need; the same for send and receive.
+struct LowLatencyShape {
+    int num_max_tokens, num_topk, num_experts, hidden;
+};
+
+struct LowLatencyDispatchArgs {
+    LowLatencyShape shape;
+    bool is_fp8, rounds_scales, packs_scales;
+    const uint8_t* x;
+    const void* topk_idx;
+    int idx_bytes, num_tokens;
+    uint8_t* recv_x;
+    uint32_t* recv_scales;
+    int* recv_count;
+    int* src_info;
+    int64_t* layout_range;
+    int* row_of_entry;
+    int* cumulative_stats;
+    int64_t* wait_stats;
+};
+
+struct LowLatencyCombineArgs {
+    LowLatencyShape shape;
+    const uint8_t* x;
+    const void* topk_idx;
+    int idx_bytes;
+    const float* topk_weights;
+    int num_tokens;
+    const int* row_of_entry;
+    uint8_t* combined_x;
+    int64_t* wait_stats;
+};
+
 // Not thread-safe. All operations of one Buffer go to one stream (or are ordered by the caller as if they did), and
 // every rank makes the same sequence of them.
 class Buffer {
@@ -99,6 +134,18 @@ public:
     void dispatch(const DispatchArgs& args, int num_sms, dev::Stream stream);
     void combine(const CombineArgs& args, int num_sms, dev::Stream stream);
 
+    // Low latency: two launches a call. A send phase returns the ticket that its receive phase needs; at most two calls
+    // may be open (sent, not received) at a time.
+    uint64_t send_low_latency_dispatch(const LowLatencyDispatchArgs& args, dev::Stream stream);
+    void receive_low_latency_dispatch(const LowLatencyDispatchArgs& args, uint64_t ticket, dev::Stream stream);
+    uint64_t send_low_latency_combine(const LowLatencyCombineArgs& args, dev::Stream stream);
+    void receive_low_latency_combine(const LowLatencyCombineArgs& args, uint64_t ticket, dev::Stream stream);
+    uint8_t* low_latency_data() const;
+    // Bytes of the low-latency region for calls of this shape, bfloat16 or FP8.
+    static int64_t low_latency_size_hint(int num_max_tokens, int hidden, int num_ranks, int num_experts);
+    // int32 [num_ranks], on the device; not zero: left out.
+    int* masked_ranks() const;
+
     // Measures the links: `num_sms` SMs write `bytes_per_peer` to every peer at once. For benchmarks only; it overwrites
     // the data regions and takes part in no protocol.
     void bench_push(int64_t bytes_per_peer, int num_sms, dev::Stream stream);
@@ -113,13 +160,19 @@ public:
 
 private:
     void require_usable() const;
+    kernels::LowLatencyCall low_latency_call(const LowLatencyShape& shape, const layout::LowLatencyMessage& message,
+                                             int64_t* wait_stats) const;
+    kernels::LowLatencyDispatchParams low_latency_params(const LowLatencyDispatchArgs& args) const;
+    kernels::LowLatencyCombineParams low_latency_params(const LowLatencyCombineArgs& args) const;
+    void open_low_latency_call(kernels::LowLatencyCall& call);
+    void close_low_latency_call(kernels::LowLatencyCall& call, uint64_t ticket);
     void collect_warning();
     kernels::HeapParams heap_params() const;
     kernels::WatchParams watch_params() const;
     kernels::Geometry plan(int num_sms) const;
     int max_layout_counts() const;
     layout::WindowLayout window_for(const layout::SlotLayout& slot, const char* operation) const;
-    std::vector<uint64_t> read_started() const;
+    std::vector<uint64_t> read_started(layout::Operation operation) const;
 
     std::shared_ptr<dev::Device> device_;
     BufferOptions options_;
@@ -131,6 +184,10 @@ private:
     layout::HostCounts* counts_ = nullptr;
     layout::LocalState* local_ = nullptr;
     int* layout_partials_ = nullptr;
+    int* masked_ = nullptr;        // [num_ranks]
+    uint64_t* wait_ns_ = nullptr;  // [num_ranks]
+    uint64_t num_low_latency_sends_ = 0;
+    int num_open_low_latency_calls_ = 0;
     uint64_t ticket_ = 0;  // of the last notify_dispatch whose counts the host wanted
     int num_local_experts_ = 0;  // in that one
     std::string failure_;        // the sentence of the first failure

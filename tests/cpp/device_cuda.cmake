@@ -4,7 +4,6 @@ if(EP_WITH_CUDA)
     file(GLOB conformance_sources CONFIGURE_DEPENDS
         ${CMAKE_CURRENT_SOURCE_DIR}/device/conformance_*.cu
         ${CMAKE_CURRENT_SOURCE_DIR}/device/cuda/*.cu ${CMAKE_CURRENT_SOURCE_DIR}/device/cuda/*.cc)
-    list(APPEND conformance_sources ${CMAKE_CURRENT_SOURCE_DIR}/support/testing.cc)
     add_executable(device_conformance_cuda ${conformance_sources})
     set_source_files_properties(${conformance_sources} PROPERTIES LANGUAGE CUDA)
     target_include_directories(device_conformance_cuda PRIVATE

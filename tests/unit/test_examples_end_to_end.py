@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-pytest.importorskip("torch")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
+import expert_parallel as ep
 import launcher
 import moe_layer
 import moe_lm
@@ -45,6 +46,29 @@ def test_language_model_on_two_ranks_has_the_losses_of_one(tmp_path: Path, monke
     report = json.loads((tmp_path / "moe_lm.json").read_text())
     assert len(report["losses_ranks"]) == len(report["losses_one_rank"]) == 3
     assert report["text_ranks"].startswith(moe_lm.PROMPT)
+
+
+def _overlap_as_documented(context: launcher.Context) -> None:
+    dispatcher = ep.Dispatcher(ep.make_buffer(context.group, 64))
+    buffer = dispatcher.buffer
+    x = torch.randn(16, 64).to(torch.bfloat16)
+    received = dispatcher.dispatch(x, torch.arange(16).unsqueeze(1) % 2, torch.ones(16, 1), num_experts=2)
+    start = buffer.capture()
+    x_back, _, done = buffer.combine(received.x,
+                                     received.handle,
+                                     previous_event=start,
+                                     async_finish=True,
+                                     allocate_on_comm_stream=True)
+    with done:
+        shared = x.float().square()
+    context.report(bool(torch.equal(x_back + shared, x + shared)))
+    dispatcher.destroy()
+
+
+@pytest.mark.usefixtures("library")
+def test_the_overlap_that_docs_training_shows() -> None:
+    reports = list(launcher.run(launcher.make_workers(_overlap_as_documented, 2), "cpu"))
+    assert sorted(reports) == [("rank 0", True), ("rank 1", True)]
 
 
 def _fail_on_rank_1(context: launcher.Context) -> None:

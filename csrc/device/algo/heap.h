@@ -50,6 +50,22 @@ public:
         return bases_[owner] + control_->bytes + window.slot_offset(bank, owner, source, slot_idx);
     }
 
+    // Low latency; see LowLatencyControl.
+    EP_DEVICE uint64_t* low_latency_started(int owner, int source) const {
+        return word(owner, control_->low_latency.started.at(source));
+    }
+    EP_DEVICE uint64_t* received(int owner, int bank, int peer) const {
+        return word(owner, control_->low_latency.received.at(bank * num_ranks_ + peer));
+    }
+    EP_DEVICE uint64_t* table_full(int owner, int bank, int source) const {
+        return word(owner, control_->low_latency.table_full.at(bank * num_ranks_ + source));
+    }
+    EP_DEVICE uint64_t* token_full(int owner, int bank, int source, int token) const {
+        const uint64_t row = static_cast<uint64_t>(bank) * num_ranks_ + source;
+        return word(owner, control_->low_latency.token_full.at(row * layout::kMaxLowLatencyTokens + token));
+    }
+    EP_DEVICE uint8_t* at(int owner, uint64_t offset) const { return bases_[owner] + offset; }
+
 private:
     EP_DEVICE uint64_t* word(int owner, uint64_t offset) const {
         return reinterpret_cast<uint64_t*>(bases_[owner] + offset);

@@ -87,9 +87,13 @@ EP_DEVICE bool may_go_on(const Watch& watch, WaitSite site, uint64_t start_ns, u
     return true;
 }
 
+enum class OnTimeout { kFail, kGiveUp };
+
 // This thread waits until *flag >= expected, with acquire at system scope; other lanes of its warp may touch what the
 // flag guards only after a __syncwarp(). False: the wait failed.
-EP_DEVICE bool wait_at_least(const Watch& watch, WaitSite site, const uint64_t* flag, uint64_t expected) {
+// kGiveUp: the deadline ends the wait and nothing else; the caller leaves the peer out.
+EP_DEVICE bool wait_at_least(const Watch& watch, WaitSite site, const uint64_t* flag, uint64_t expected,
+                             OnTimeout on_timeout = OnTimeout::kFail) {
     constexpr int kPollsBetweenChecks = 16;
     uint64_t start_ns = 0;
     for (int polls = 0;; ++polls) {
@@ -97,6 +101,8 @@ EP_DEVICE bool wait_at_least(const Watch& watch, WaitSite site, const uint64_t* 
         if (seen >= expected) return true;
         if (polls % kPollsBetweenChecks == 0) {
             if (start_ns == 0) start_ns = prim::clock_ns();
+            const bool is_late = prim::clock_ns() - start_ns >= watch.words.timeout_ns;
+            if (is_late && on_timeout == OnTimeout::kGiveUp) return false;
             if (!may_go_on(watch, site, start_ns, expected, seen)) return false;
         }
         prim::pause();

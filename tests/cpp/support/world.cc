@@ -29,13 +29,20 @@ void fill_routing(const Problem& problem, std::mt19937_64& rng, RankTensors& ten
 
 }  // namespace
 
-World::World(int num_ranks, int64_t num_data_bytes, const simt::SchedulerOptions& options, double timeout_s)
+World::World(int num_ranks, int64_t num_data_bytes, const simt::SchedulerOptions& options, double timeout_s,
+             int64_t num_low_latency_bytes, bool is_shrinkable)
     : scheduler_(std::make_unique<simt::Scheduler>(options)) {
     std::vector<std::string> handles;
     for (int rank = 0; rank < num_ranks; ++rank) {
         devices_.push_back(std::make_shared<simt::SimtDevice>(*scheduler_, rank));
         buffers_.push_back(std::make_unique<runtime::Buffer>(
-            devices_.back(), runtime::BufferOptions{rank, num_ranks, num_data_bytes, timeout_s, timeout_s / 2}));
+            devices_.back(), runtime::BufferOptions{.rank = rank,
+                                                     .num_ranks = num_ranks,
+                                                     .num_data_bytes = num_data_bytes,
+                                                     .num_low_latency_bytes = num_low_latency_bytes,
+                                                     .timeout_s = timeout_s,
+                                                     .warn_s = timeout_s / 2,
+                                                     .is_shrinkable = is_shrinkable}));
         streams_.push_back(devices_.back()->create_stream());
         handles.push_back(buffers_.back()->export_handle());
     }

@@ -1,0 +1,66 @@
+// What the host hands to the low-latency kernels.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/params.h"
+#include "layout/low_latency.h"
+
+namespace deep_ep::kernels {
+
+// A call is two launches, one per phase, and no SM is held in between. One launch for both would have blocks wait for
+// blocks of peers that may not be resident yet.
+enum class Phase : int { kSend, kReceive };
+
+struct LowLatencyCall {
+    HeapParams heap;
+    WatchParams watch;
+    layout::LowLatencyMessage message;
+    uint64_t data_offset;  // of the low-latency data region in the heap
+    uint64_t data_bytes;
+    Phase phase;
+    uint64_t lag;  // receive phase: how many calls have begun since this one
+    int num_blocks, num_warps;
+    int* masked;                 // [num_ranks]: not zero: this rank is left out
+    bool is_shrinkable;          // a peer that runs into the deadline is masked, and the call goes on
+    uint64_t* wait_ns;           // [num_ranks] of this call, device-local, zero between calls
+    int64_t* wait_stats;         // [num_ranks]: longest wait for each source is added, in ns; may be null
+    int num_max_tokens, num_topk, num_experts;
+    int hidden;
+};
+
+enum class Payload : int { kBf16, kFp8 };
+
+struct LowLatencyDispatchParams {
+    LowLatencyCall call;
+    Payload payload;
+    bool rounds_scales;  // to powers of two
+    bool packs_scales;   // four exponents (UE8M0) in a word
+
+    const uint8_t* x;  // bfloat16 [num_tokens, hidden]
+    const void* topk_idx;
+    int idx_bytes;
+    int num_tokens;
+
+    // Rows of local expert e from source s: layout_range[e][s] = first row << 32 | number of rows.
+    uint8_t* recv_x;           // [El, R * T, row bytes]
+    uint32_t* recv_scales;     // [El, scale words, R * T]
+    int* recv_count;           // [El]
+    int* src_info;             // [El, R * T]: token index at the source
+    int64_t* layout_range;     // [El, R]
+    int* row_of_entry;         // [R, T, K]: where the row of (source, token, k) is, for the combine that follows
+    int* cumulative_stats;     // [El], counts are added; may be null
+};
+
+struct LowLatencyCombineParams {
+    LowLatencyCall call;
+    const uint8_t* x;  // bfloat16 [El, R * T, hidden]
+    const void* topk_idx;
+    int idx_bytes;
+    const float* topk_weights;  // [num_tokens, K]
+    int num_tokens;
+    const int* row_of_entry;
+    uint8_t* combined_x;  // bfloat16 [num_tokens, hidden]
+};
+
+}  // namespace deep_ep::kernels

@@ -1,0 +1,163 @@
+// The low-latency half of Buffer.
+#include <algorithm>
+
+#include "core/error.h"
+#include "runtime/buffer.h"
+
+namespace deep_ep::runtime {
+
+namespace {
+
+constexpr int kMaxOpenCalls = layout::kNumLowLatencyBanks;
+constexpr int kGroupSize = 128;  // channels with one FP8 scale
+// A size hint is not told the top-k: it allows for so many entries of a token.
+constexpr uint64_t kHintTopk = 32;
+
+void check_shape(const LowLatencyShape& shape, int num_tokens, int num_ranks) {
+    EP_CHECK(shape.num_max_tokens > 0 && shape.num_max_tokens <= layout::kMaxLowLatencyTokens,
+             "num_max_dispatch_tokens_per_rank must be in [1, ", layout::kMaxLowLatencyTokens, "], got ",
+             shape.num_max_tokens);
+    EP_CHECK(num_tokens >= 0 && num_tokens <= shape.num_max_tokens,
+             "x must have at most num_max_dispatch_tokens_per_rank (", shape.num_max_tokens, ") tokens, got ", num_tokens);
+    EP_CHECK(shape.num_experts > 0 && shape.num_experts % num_ranks == 0,
+             "num_experts must be a positive multiple of the number of ranks (", num_ranks, "), got ",
+             shape.num_experts);
+    EP_CHECK(shape.hidden > 0 && shape.hidden % 8 == 0, "hidden must be a positive multiple of 8, got ", shape.hidden);
+}
+
+layout::LowLatencyMessage dispatch_message(const LowLatencyShape& shape, bool is_fp8) {
+    const auto hidden = static_cast<uint64_t>(shape.hidden);
+    return layout::LowLatencyMessage::make(static_cast<uint64_t>(shape.num_max_tokens),
+                                           static_cast<uint64_t>(shape.num_topk), is_fp8 ? hidden : 2 * hidden,
+                                           is_fp8 ? hidden / kGroupSize : 0);
+}
+
+}  // namespace
+
+int64_t Buffer::low_latency_size_hint(int num_max_tokens, int hidden, int num_ranks, int num_experts) {
+    check_shape({num_max_tokens, 0, num_experts, hidden}, 0, num_ranks);
+    const auto bf16_bytes = static_cast<uint64_t>(hidden) * 2;
+    const auto message = layout::LowLatencyMessage::make(static_cast<uint64_t>(num_max_tokens),
+                                                         kHintTopk,
+                                                         bf16_bytes, 0);
+    return static_cast<int64_t>(message.region_bytes(static_cast<uint64_t>(num_ranks)));
+}
+
+uint8_t* Buffer::low_latency_data() const {
+    return data() + options_.num_data_bytes;
+}
+
+int* Buffer::masked_ranks() const {
+    require_usable();
+    return masked_;
+}
+
+kernels::LowLatencyCall Buffer::low_latency_call(const LowLatencyShape& shape,
+                                                 const layout::LowLatencyMessage& message,
+                                                 int64_t* wait_stats) const {
+    const auto needed = static_cast<int64_t>(message.region_bytes(static_cast<uint64_t>(options_.num_ranks)));
+    EP_CHECK(needed <= options_.num_low_latency_bytes, "num_rdma_bytes is too small for this call: expected at least ",
+             needed, ", got ", options_.num_low_latency_bytes, " (see Buffer.get_low_latency_rdma_size_hint)");
+    const bool is_cuda = device_->kind() == dev::DeviceKind::kCuda;
+    return {.heap = heap_params(),
+            .watch = watch_params(),
+            .message = message,
+            .data_offset = control_.bytes + static_cast<uint64_t>(options_.num_data_bytes),
+            .data_bytes = static_cast<uint64_t>(options_.num_low_latency_bytes),
+            .phase = kernels::Phase::kSend,
+            .lag = 0,
+            .num_blocks = device_->num_sms(),
+            .num_warps = is_cuda ? 16 : 2,
+            .masked = masked_,
+            .is_shrinkable = options_.is_shrinkable,
+            .wait_ns = wait_ns_,
+            .wait_stats = wait_stats,
+            .num_max_tokens = shape.num_max_tokens,
+            .num_topk = shape.num_topk,
+            .num_experts = shape.num_experts,
+            .hidden = shape.hidden};
+}
+
+kernels::LowLatencyDispatchParams Buffer::low_latency_params(const LowLatencyDispatchArgs& args) const {
+    check_shape(args.shape, args.num_tokens, options_.num_ranks);
+    EP_CHECK(!args.is_fp8 || args.shape.hidden % kGroupSize == 0, "hidden must be a multiple of ", kGroupSize,
+             " with use_fp8, got ", args.shape.hidden);
+    EP_CHECK(!args.packs_scales || (args.rounds_scales && args.shape.hidden % (4 * kGroupSize) == 0),
+             "use_ue8m0 needs round_scale, and hidden must be a multiple of ", 4 * kGroupSize, ", got ",
+             args.shape.hidden);
+    return {.call = low_latency_call(args.shape, dispatch_message(args.shape, args.is_fp8), args.wait_stats),
+            .payload = args.is_fp8 ? kernels::Payload::kFp8 : kernels::Payload::kBf16,
+            .rounds_scales = args.rounds_scales,
+            .packs_scales = args.packs_scales,
+            .x = args.x,
+            .topk_idx = args.topk_idx,
+            .idx_bytes = args.idx_bytes,
+            .num_tokens = args.num_tokens,
+            .recv_x = args.recv_x,
+            .recv_scales = args.recv_scales,
+            .recv_count = args.recv_count,
+            .src_info = args.src_info,
+            .layout_range = args.layout_range,
+            .row_of_entry = args.row_of_entry,
+            .cumulative_stats = args.cumulative_stats};
+}
+
+kernels::LowLatencyCombineParams Buffer::low_latency_params(const LowLatencyCombineArgs& args) const {
+    check_shape(args.shape, args.num_tokens, options_.num_ranks);
+    return {.call = low_latency_call(args.shape, dispatch_message(args.shape, false), args.wait_stats),
+            .x = args.x,
+            .topk_idx = args.topk_idx,
+            .idx_bytes = args.idx_bytes,
+            .topk_weights = args.topk_weights,
+            .num_tokens = args.num_tokens,
+            .row_of_entry = args.row_of_entry,
+            .combined_x = args.combined_x};
+}
+
+void Buffer::open_low_latency_call(kernels::LowLatencyCall& call) {
+    if (num_open_low_latency_calls_ == kMaxOpenCalls)
+        throw Error(concat("at most ", kMaxOpenCalls, " low-latency calls may be open at a time: call the hooks of "
+                           "earlier ones first"));
+    call.phase = kernels::Phase::kSend;
+    ++num_open_low_latency_calls_;
+    ++num_low_latency_sends_;
+}
+
+void Buffer::close_low_latency_call(kernels::LowLatencyCall& call, uint64_t ticket) {
+    call.phase = kernels::Phase::kReceive;
+    call.lag = num_low_latency_sends_ - ticket;
+    EP_CHECK(call.lag < kMaxOpenCalls, "this hook belongs to a call that is over");
+    --num_open_low_latency_calls_;
+}
+
+uint64_t Buffer::send_low_latency_dispatch(const LowLatencyDispatchArgs& args, dev::Stream stream) {
+    check();
+    auto params = low_latency_params(args);
+    open_low_latency_call(params.call);
+    kernels_->low_latency_dispatch(params, stream);
+    return num_low_latency_sends_;
+}
+
+void Buffer::receive_low_latency_dispatch(const LowLatencyDispatchArgs& args, uint64_t ticket, dev::Stream stream) {
+    check();
+    auto params = low_latency_params(args);
+    close_low_latency_call(params.call, ticket);
+    kernels_->low_latency_dispatch(params, stream);
+}
+
+uint64_t Buffer::send_low_latency_combine(const LowLatencyCombineArgs& args, dev::Stream stream) {
+    check();
+    auto params = low_latency_params(args);
+    open_low_latency_call(params.call);
+    kernels_->low_latency_combine(params, stream);
+    return num_low_latency_sends_;
+}
+
+void Buffer::receive_low_latency_combine(const LowLatencyCombineArgs& args, uint64_t ticket, dev::Stream stream) {
+    check();
+    auto params = low_latency_params(args);
+    close_low_latency_call(params.call, ticket);
+    kernels_->low_latency_combine(params, stream);
+}
+
+}  // namespace deep_ep::runtime

@@ -1,0 +1,246 @@
+// Low-latency dispatch and combine on the executor: all ranks in one process, compared bit for bit.
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <limits>
+
+#include "core/error.h"
+#include "device/algo/fp8.h"
+#include "support/low_latency_world.h"
+
+namespace deep_ep::test {
+namespace {
+
+simt::SchedulerOptions seeded(uint64_t seed) {
+    simt::SchedulerOptions options;
+    options.seed = seed;
+    return options;
+}
+
+void check_round_trip(const LowLatencyProblem& problem, const simt::SchedulerOptions& options = {}) {
+    const int64_t more_than_hinted = problem.num_topk > 32 ? 1 << 20 : 0;
+    World world(problem.num_ranks(), 0, options, 100, low_latency_bytes(problem) + more_than_hinted);
+    CHECK_EQ(low_latency_round_trip(world, problem), "");
+}
+
+TEST_CASE("low latency: any number of ranks, ragged token counts, zero included") {
+    for (int num_ranks : {1, 2, 3, 5, 8}) {
+        CAPTURE(num_ranks);
+        LowLatencyProblem problem{.num_tokens = {}, .num_experts = num_ranks * 2};
+        for (int rank = 0; rank < num_ranks; ++rank) problem.num_tokens.push_back(rank * 7 % 17);
+        check_round_trip(problem);
+    }
+}
+
+TEST_CASE("low latency: more ranks than lanes, more top-k than lanes") {
+    LowLatencyProblem problem{.num_tokens = std::vector<int>(34, 2), .num_max_tokens = 2, .num_experts = 68};
+    problem.num_topk = 40;
+    problem.hidden = 16;
+    check_round_trip(problem);
+}
+
+TEST_CASE("low latency: FP8 with plain, rounded and packed scales, hidden not a multiple of the warp tile (22)") {
+    for (int hidden : {128, 512, 640, 1536}) {
+        CAPTURE(hidden);
+        LowLatencyProblem problem{.num_tokens = {9, 16, 0}, .num_experts = 6, .hidden = hidden, .is_fp8 = true};
+        check_round_trip(problem);
+        problem.rounds_scales = true;
+        check_round_trip(problem);
+        problem.packs_scales = true;
+        if (hidden % 512 == 0) check_round_trip(problem);
+    }
+}
+
+TEST_CASE("low latency: bfloat16 rows of any multiple of 16 bytes, any bit pattern") {
+    for (int hidden : {8, 72, 264, 2880}) check_round_trip({.num_tokens = {5, 11}, .num_experts = 4, .hidden = hidden});
+}
+
+TEST_CASE("low latency: all tokens to one expert, duplicates, nothing at all (pitfalls 16, 26)") {
+    check_round_trip({.num_tokens = {16, 16, 16}, .num_experts = 6, .drop_probability = 0.0, .only_expert = 4});
+    check_round_trip({.num_tokens = {3, 16}, .drop_probability = 1.0});
+    check_round_trip({.num_tokens = {0, 0, 0}, .num_experts = 3});
+}
+
+TEST_CASE("low latency: random schedules give the same bits") {
+    for (uint64_t seed = 1; seed <= 15; ++seed) {
+        CAPTURE(seed);
+        check_round_trip({.num_tokens = {8, 0, 13, 16}, .is_fp8 = seed % 2 == 0, .seed = seed}, seeded(seed));
+    }
+}
+
+TEST_CASE("low latency: shapes interleave on one Buffer without clean-up (pitfall 9)") {
+    for (uint64_t seed : {0, 3}) {
+        World world(3, 0, seeded(seed), 100, 1 << 20);
+        for (int round = 0; round < 10; ++round) {
+            CAPTURE(round);
+            LowLatencyProblem problem{.num_tokens = {round % 4, 7, (round * 5) % 8}, .num_max_tokens = 8 + round % 3};
+            problem.num_experts = 3 * (1 + round % 4);
+            problem.num_topk = 1 + round % 5;
+            problem.hidden = 128 * (1 + round % 3);
+            problem.is_fp8 = round % 2 == 1;
+            problem.seed = static_cast<uint64_t>(round) + 50;
+            CHECK_EQ(low_latency_round_trip(world, problem), "");
+        }
+    }
+}
+
+TEST_CASE("low latency: the caller may zero the region between calls") {
+    const LowLatencyProblem problem{.num_tokens = {9, 4}};
+    const int64_t bytes = low_latency_bytes(problem);
+    World world(2, 0, {}, 100, bytes);
+    for (int round = 0; round < 4; ++round) {
+        CHECK_EQ(low_latency_round_trip(world, problem), "");
+        for (int rank = 0; rank < 2; ++rank)
+            std::fill_n(world.buffer(rank).low_latency_data(), static_cast<size_t>(bytes), uint8_t{0});
+    }
+}
+
+TEST_CASE("low latency: two micro-batches overlap through hooks; a third call is refused") {
+    const LowLatencyProblem first{.num_tokens = {9, 4, 12}, .num_experts = 6, .seed = 3};
+    const LowLatencyProblem second{.num_tokens = {1, 16, 7}, .num_experts = 6, .is_fp8 = true, .seed = 4};
+    World world(3, 0, seeded(5), 100, 1 << 20);
+    for (int round = 0; round < 3; ++round) {
+        auto a = make_low_latency_inputs(first);
+        auto b = make_low_latency_inputs(second);
+        for (int rank = 0; rank < 3; ++rank) {
+            const auto idx = static_cast<size_t>(rank);
+            send_dispatch(world, first, a[idx], rank);
+            send_dispatch(world, second, b[idx], rank);
+            CHECK_THROWS_WITH_AS(send_dispatch(world, second, b[idx], rank), doctest::Contains("at most 2"), Error);
+            receive_dispatch(world, first, a[idx], rank);
+            receive_dispatch(world, second, b[idx], rank);
+        }
+        world.run();
+        CHECK_EQ(check_low_latency_dispatch(first, a), "");
+        CHECK_EQ(check_low_latency_dispatch(second, b), "");
+        fill_expert_rows(first, a);
+        fill_expert_rows(second, b);
+        for (int rank = 0; rank < 3; ++rank) {
+            const auto idx = static_cast<size_t>(rank);
+            send_combine(world, first, a[idx], rank);
+            send_combine(world, second, b[idx], rank);
+            receive_combine(world, second, b[idx], rank);  // hooks in the other order
+            receive_combine(world, first, a[idx], rank);
+        }
+        world.run();
+        CHECK_EQ(check_low_latency_combine(first, a), "");
+        CHECK_EQ(check_low_latency_combine(second, b), "");
+    }
+}
+
+TEST_CASE("low latency: one resident block of a device is enough (pitfall 38)") {
+    auto options = seeded(2);
+    options.max_resident_blocks = 1;
+    check_round_trip({.num_tokens = {5, 9, 2}, .num_experts = 6}, options);
+}
+
+TEST_CASE("low latency: counts and waits are added to the caller's statistics") {
+    const LowLatencyProblem problem{.num_tokens = {9, 4}};
+    World world(2, 0, {}, 100, low_latency_bytes(problem));
+    auto ranks = make_low_latency_inputs(problem);
+    for (int repeat = 0; repeat < 2; ++repeat) {
+        for (int rank = 0; rank < 2; ++rank) send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+        for (int rank = 0; rank < 2; ++rank) receive_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+        world.run();
+    }
+    for (const LowLatencyTensors& tensors : ranks)
+        for (size_t expert = 0; expert < tensors.recv_count.size(); ++expert)
+            CHECK_EQ(tensors.cumulative_stats[expert], 100 + 2 * tensors.recv_count[expert]);
+}
+
+simt::SchedulerOptions impatient() {
+    simt::SchedulerOptions options;
+    options.idle = simt::IdlePolicy::kAdvanceClock;
+    return options;
+}
+
+TEST_CASE("low latency: without enable_shrink a missing rank is a timeout that names it") {
+    const LowLatencyProblem problem{.num_tokens = {9, 4, 3}, .num_experts = 3};
+    World world(3, 0, impatient(), 2.0, low_latency_bytes(problem));
+    auto ranks = make_low_latency_inputs(problem);
+    for (int rank : {0, 2}) {
+        send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+        receive_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+    }
+    world.run();
+    for (int rank : {0, 2})
+        CHECK_THROWS_WITH_AS(world.buffer(rank).check(), doctest::Contains("never entered this call: rank 1"),
+                             TimeoutError);
+}
+
+TEST_CASE("low latency: with enable_shrink the missing rank is masked, and the others go on") {
+    LowLatencyProblem problem{.num_tokens = {9, 4, 3}, .num_experts = 3};
+    World world(3, 0, impatient(), 2.0, low_latency_bytes(problem), true);
+    auto ranks = make_low_latency_inputs(problem);
+    for (int round = 0; round < 3; ++round) {
+        for (int rank : {0, 2}) {
+            send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+            receive_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+        }
+        world.run();
+        fill_expert_rows(problem, ranks);
+        for (int rank : {0, 2}) {
+            send_combine(world, problem, ranks[static_cast<size_t>(rank)], rank);
+            receive_combine(world, problem, ranks[static_cast<size_t>(rank)], rank);
+        }
+        world.run();
+    }
+    auto survivors = problem;
+    survivors.num_tokens[1] = 0;
+    ranks[1].topk_idx.clear();
+    for (int rank : {0, 2}) {
+        world.buffer(rank).check();
+        CHECK_EQ(world.buffer(rank).masked_ranks()[1], 1);
+        CHECK_EQ(world.buffer(rank).masked_ranks()[2 - rank], 0);
+        // Entries of the dead rank's experts count as dropped.
+        for (auto& idx : ranks[static_cast<size_t>(rank)].topk_idx) idx = idx == 1 ? -1 : idx;
+    }
+    ranks[1].combined_x.clear();
+    ranks[1].recv_count.assign(1, 0);
+    ranks[1].layout_range.assign(3, 0);
+    CHECK_EQ(check_low_latency_dispatch(survivors, ranks), "");
+    CHECK_EQ(check_low_latency_combine(survivors, ranks), "");
+}
+
+TEST_CASE("low latency: what does not fit is refused before anything is launched") {
+    LowLatencyProblem problem{.num_tokens = {9, 4}};
+    World world(2, 0, {}, 100, low_latency_bytes(problem));
+    auto ranks = make_low_latency_inputs(problem);
+    problem.num_max_tokens = 8;
+    CHECK_THROWS_WITH_AS(send_dispatch(world, problem, ranks[0], 0), doctest::Contains("at most"), InvalidArgument);
+    problem.num_max_tokens = 1000;
+    CHECK_THROWS_WITH_AS(send_dispatch(world, problem, ranks[0], 0), doctest::Contains("num_rdma_bytes"),
+                         InvalidArgument);
+    problem.num_max_tokens = 16;
+    problem.num_experts = 7;
+    CHECK_THROWS_WITH_AS(send_dispatch(world, problem, ranks[0], 0), doctest::Contains("num_experts"), InvalidArgument);
+}
+
+TEST_CASE("low latency: size hints are at most half of what the original asked for") {
+    CHECK_LE(runtime::Buffer::low_latency_size_hint(128, 7168, 8, 288), 2146961792 / 2);
+    CHECK_LE(runtime::Buffer::low_latency_size_hint(64, 2560, 2, 32), 42598784 / 2);
+    CHECK_EQ(runtime::Buffer::low_latency_size_hint(128, 7168, 8, 288) % 128, 0);
+}
+
+TEST_CASE("FP8 cast: exact at the corners of E4M3") {
+    CHECK_EQ(algo::fp8_e4m3_from_float(0.0f), 0x00);
+    CHECK_EQ(algo::fp8_e4m3_from_float(-0.0f), 0x80);
+    CHECK_EQ(algo::fp8_e4m3_from_float(448.0f), 0x7e);
+    CHECK_EQ(algo::fp8_e4m3_from_float(1e9f), 0x7e);
+    CHECK_EQ(algo::fp8_e4m3_from_float(-1e9f), 0xfe);
+    CHECK_EQ(algo::fp8_e4m3_from_float(std::numeric_limits<float>::infinity()), 0x7e);
+    CHECK_EQ(algo::fp8_e4m3_from_float(std::nanf("")) & 0x7f, 0x7f);
+    CHECK_EQ(algo::fp8_e4m3_from_float(1.0f), 0x38);
+    CHECK_EQ(algo::fp8_e4m3_from_float(1.0625f), 0x38);                // tie to even
+    CHECK_EQ(algo::fp8_e4m3_from_float(1.1875f), 0x3a);                // tie to even
+    CHECK_EQ(algo::fp8_e4m3_from_float(std::ldexp(1.0f, -9)), 0x01);   // smallest subnormal
+    CHECK_EQ(algo::fp8_e4m3_from_float(std::ldexp(1.0f, -10)), 0x00);  // tie to even
+    CHECK_EQ(algo::fp8_e4m3_from_float(std::ldexp(1.5f, -10)), 0x01);
+    CHECK_EQ(algo::fp8_e4m3_from_float(std::ldexp(1.9999f, -7)), 0x08);  // rounds up into the normals
+    CHECK_EQ(algo::fp8_scale(0.0f, false).inverse, 448.0f / 1e-4f);     // zeros are not divided by zero (24)
+    CHECK_EQ(algo::fp8_scale(448.0f, true).scale, 1.0f);
+    CHECK_EQ(algo::fp8_scale(449.0f, true).scale, 2.0f);
+}
+
+}  // namespace
+}  // namespace deep_ep::test

@@ -1,0 +1,237 @@
+#include "support/low_latency_world.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <random>
+
+#include "core/error.h"
+#include "device/algo/fp8.h"
+
+namespace deep_ep::test {
+
+namespace {
+
+uint16_t random_bf16(std::mt19937_64& rng) {
+    return static_cast<uint16_t>((rng() & 0x8000u) | (0x3c00u + rng() % 0x0500u));
+}
+
+float from_bf16(uint16_t bits) { return algo::float_from_bits(static_cast<uint32_t>(bits) << 16); }
+
+runtime::LowLatencyDispatchArgs dispatch_args(const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank) {
+    return {.shape = problem.shape(),
+            .is_fp8 = problem.is_fp8,
+            .rounds_scales = problem.rounds_scales,
+            .packs_scales = problem.packs_scales,
+            .x = reinterpret_cast<const uint8_t*>(tensors.x.data()),
+            .topk_idx = tensors.topk_idx.data(),
+            .idx_bytes = 8,
+            .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
+            .recv_x = tensors.recv_x.data(),
+            .recv_scales = tensors.recv_scales.data(),
+            .recv_count = tensors.recv_count.data(),
+            .src_info = tensors.src_info.data(),
+            .layout_range = tensors.layout_range.data(),
+            .row_of_entry = tensors.row_of_entry.data(),
+            .cumulative_stats = tensors.cumulative_stats.data(),
+            .wait_stats = tensors.wait_stats.data()};
+}
+
+runtime::LowLatencyCombineArgs combine_args(const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank) {
+    return {.shape = problem.shape(),
+            .x = reinterpret_cast<const uint8_t*>(tensors.y.data()),
+            .topk_idx = tensors.topk_idx.data(),
+            .idx_bytes = 8,
+            .topk_weights = tensors.topk_weights.data(),
+            .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
+            .row_of_entry = tensors.row_of_entry.data(),
+            .combined_x = reinterpret_cast<uint8_t*>(tensors.combined_x.data()),
+            .wait_stats = tensors.wait_stats.data()};
+}
+
+// What 128 channels become, by the definition of the format.
+std::string check_fp8_group(const LowLatencyProblem& problem, const uint16_t* x, const uint8_t* got, float got_scale) {
+    float largest = 0.0f;
+    for (int i = 0; i < 128; ++i) largest = std::max(largest, std::fabs(from_bf16(x[i])));
+    const algo::Fp8Scale scale = algo::fp8_scale(largest, problem.rounds_scales);
+    if (got_scale != scale.scale) return concat("scale: expected ", scale.scale, ", got ", got_scale);
+    for (int i = 0; i < 128; ++i)
+        if (got[i] != algo::fp8_e4m3_from_float(from_bf16(x[i]) * scale.inverse)) return concat("element ", i);
+    return "";
+}
+
+float received_scale(const LowLatencyProblem& problem, const LowLatencyTensors& target, int expert, int row, int group) {
+    const int word = problem.packs_scales ? group / 4 : group;
+    const size_t column = static_cast<size_t>(expert * problem.num_scale_words() + word);
+    const uint32_t bits = target.recv_scales[column * static_cast<size_t>(problem.num_rows()) + static_cast<size_t>(row)];
+    return algo::float_from_bits(problem.packs_scales ? (bits >> (8 * (group % 4)) & 0xffu) << 23 : bits);
+}
+
+std::string check_received_row(const LowLatencyProblem& problem, const LowLatencyTensors& target, int expert, int row,
+                               const LowLatencyTensors& source, int token) {
+    const uint16_t* x = source.x.data() + static_cast<size_t>(token) * static_cast<size_t>(problem.hidden);
+    const uint8_t* got = target.recv_x.data() +
+                         (static_cast<size_t>(expert * problem.num_rows() + row)) * static_cast<size_t>(problem.row_bytes());
+    if (target.src_info[static_cast<size_t>(expert * problem.num_rows() + row)] != token) return "src_info";
+    if (!problem.is_fp8)
+        return std::memcmp(got, x, static_cast<size_t>(problem.row_bytes())) == 0 ? "" : "payload";
+    for (int group = 0; group < problem.hidden / 128; ++group) {
+        const float scale = received_scale(problem, target, expert, row, group);
+        if (auto difference = check_fp8_group(problem, x + group * 128, got + group * 128, scale); !difference.empty())
+            return concat("group ", group, ": ", difference);
+    }
+    return "";
+}
+
+std::string check_expert(const LowLatencyProblem& problem, const std::vector<LowLatencyTensors>& ranks, int rank,
+                         int expert) {
+    const LowLatencyTensors& target = ranks[static_cast<size_t>(rank)];
+    int row = 0;
+    for (int source = 0; source < problem.num_ranks(); ++source) {
+        const LowLatencyTensors& sender = ranks[static_cast<size_t>(source)];
+        const int first_row = row;
+        const auto num_topk = static_cast<size_t>(problem.num_topk);
+        for (size_t token = 0; token < sender.topk_idx.size() / num_topk; ++token) {
+            const auto entries = sender.topk_idx.begin() + static_cast<std::ptrdiff_t>(token * num_topk);
+            const int64_t wanted = rank * problem.num_local_experts() + expert;
+            if (std::find(entries, entries + problem.num_topk, wanted) == entries + problem.num_topk) continue;
+            const auto difference = check_received_row(problem, target, expert, row, sender, static_cast<int>(token));
+            if (!difference.empty()) return concat("row ", row, " from rank ", source, ": ", difference);
+            ++row;
+        }
+        const int64_t range = target.layout_range[static_cast<size_t>(expert * problem.num_ranks() + source)];
+        if (range >> 32 != first_row || (range & 0xffffffff) != row - first_row) return concat("layout_range of ", source);
+    }
+    return target.recv_count[static_cast<size_t>(expert)] == row ? "" : "recv_count";
+}
+
+// A part is rounded to bfloat16 once on its way, the sum once more: see docs/protocols/low_latency.md.
+float combined_element(const LowLatencyProblem& problem, const std::vector<LowLatencyTensors>& ranks, int owner,
+                       size_t token, size_t h) {
+    const auto num_topk = static_cast<size_t>(problem.num_topk);
+    const LowLatencyTensors& mine = ranks[static_cast<size_t>(owner)];
+    float sum = 0.0f;
+    for (int rank = 0; rank < problem.num_ranks(); ++rank) {
+        float part = 0.0f;
+        for (size_t k = 0; k < num_topk; ++k) {
+            const int64_t expert = mine.topk_idx[token * num_topk + k];
+            if (expert < 0 || expert / problem.num_local_experts() != rank) continue;
+            const LowLatencyTensors& worker = ranks[static_cast<size_t>(rank)];
+            const size_t entry = (static_cast<size_t>(owner * problem.num_max_tokens) + token) * num_topk + k;
+            const auto row = static_cast<size_t>(worker.row_of_entry[entry]);
+            part += mine.topk_weights[token * num_topk + k] *
+                    from_bf16(worker.y[row * static_cast<size_t>(problem.hidden) + h]);
+        }
+        sum += from_bf16(static_cast<uint16_t>(algo::bf16_from_float(part)));
+    }
+    return sum;
+}
+
+}  // namespace
+
+std::vector<LowLatencyTensors> make_low_latency_inputs(const LowLatencyProblem& problem) {
+    std::vector<LowLatencyTensors> ranks(problem.num_tokens.size());
+    const auto num_rows = static_cast<size_t>(problem.num_local_experts() * problem.num_rows());
+    for (size_t rank = 0; rank < ranks.size(); ++rank) {
+        std::mt19937_64 rng(problem.seed * 1000 + rank);
+        LowLatencyTensors& tensors = ranks[rank];
+        const auto num_tokens = static_cast<size_t>(problem.num_tokens[rank]);
+        tensors.x.resize(num_tokens * static_cast<size_t>(problem.hidden));
+        for (auto& word : tensors.x) word = problem.is_fp8 ? random_bf16(rng) : static_cast<uint16_t>(rng());
+        tensors.topk_idx.resize(num_tokens * static_cast<size_t>(problem.num_topk));
+        for (auto& idx : tensors.topk_idx) {
+            idx = problem.only_expert >= 0 ? problem.only_expert
+                                           : static_cast<int64_t>(rng() % static_cast<uint64_t>(problem.num_experts));
+            if (std::bernoulli_distribution(problem.drop_probability)(rng)) idx = -1;
+        }
+        tensors.topk_weights.resize(tensors.topk_idx.size());
+        for (auto& weight : tensors.topk_weights) weight = std::uniform_real_distribution<float>(0.1f, 1.0f)(rng);
+        tensors.recv_x.assign(num_rows * static_cast<size_t>(problem.row_bytes()), 0xa5);
+        tensors.recv_scales.assign(
+            static_cast<size_t>(problem.num_local_experts() * problem.num_scale_words() * problem.num_rows()), 0xdeadbeef);
+        tensors.recv_count.assign(static_cast<size_t>(problem.num_local_experts()), -7);
+        tensors.cumulative_stats.assign(tensors.recv_count.size(), 100);
+        tensors.src_info.assign(num_rows, -7);
+        tensors.layout_range.assign(tensors.recv_count.size() * ranks.size(), -7);
+        tensors.row_of_entry.assign(ranks.size() * static_cast<size_t>(problem.num_max_tokens * problem.num_topk), -7);
+        tensors.wait_stats.assign(ranks.size(), 0);
+        tensors.y.assign(num_rows * static_cast<size_t>(problem.hidden), 0x7fc0);
+        tensors.combined_x.assign(num_tokens * static_cast<size_t>(problem.hidden), 0xfff7);
+    }
+    return ranks;
+}
+
+int64_t low_latency_bytes(const LowLatencyProblem& problem) {
+    return runtime::Buffer::low_latency_size_hint(problem.num_max_tokens, problem.hidden, problem.num_ranks(),
+                                                  problem.num_experts);
+}
+
+void send_dispatch(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank) {
+    const auto args = dispatch_args(problem, tensors, rank);
+    tensors.dispatch_ticket = world.buffer(rank).send_low_latency_dispatch(args, world.stream(rank));
+}
+
+void receive_dispatch(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank) {
+    const auto args = dispatch_args(problem, tensors, rank);
+    world.buffer(rank).receive_low_latency_dispatch(args, tensors.dispatch_ticket, world.stream(rank));
+}
+
+void fill_expert_rows(const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks) {
+    for (size_t rank = 0; rank < ranks.size(); ++rank) {
+        std::mt19937_64 rng(problem.seed * 77 + rank);
+        for (auto& word : ranks[rank].y) word = random_bf16(rng);
+    }
+}
+
+void send_combine(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank) {
+    const auto args = combine_args(problem, tensors, rank);
+    tensors.combine_ticket = world.buffer(rank).send_low_latency_combine(args, world.stream(rank));
+}
+
+void receive_combine(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank) {
+    const auto args = combine_args(problem, tensors, rank);
+    world.buffer(rank).receive_low_latency_combine(args, tensors.combine_ticket, world.stream(rank));
+}
+
+std::string check_low_latency_dispatch(const LowLatencyProblem& problem, const std::vector<LowLatencyTensors>& ranks) {
+    for (int rank = 0; rank < problem.num_ranks(); ++rank)
+        for (int expert = 0; expert < problem.num_local_experts(); ++expert)
+            if (auto difference = check_expert(problem, ranks, rank, expert); !difference.empty())
+                return concat("rank ", rank, ", expert ", expert, ": ", difference);
+    return "";
+}
+
+std::string check_low_latency_combine(const LowLatencyProblem& problem, const std::vector<LowLatencyTensors>& ranks) {
+    for (int owner = 0; owner < problem.num_ranks(); ++owner) {
+        const LowLatencyTensors& mine = ranks[static_cast<size_t>(owner)];
+        for (size_t i = 0; i < mine.combined_x.size(); ++i) {
+            const auto hidden = static_cast<size_t>(problem.hidden);
+            const float want = combined_element(problem, ranks, owner, i / hidden, i % hidden);
+            if (mine.combined_x[i] != static_cast<uint16_t>(algo::bf16_from_float(want)))
+                return concat("rank ", owner, ", token ", i / hidden, ", element ", i % hidden, ": expected ", want,
+                              ", got ", from_bf16(mine.combined_x[i]));
+        }
+    }
+    return "";
+}
+
+std::string low_latency_round_trip(World& world, const LowLatencyProblem& problem) {
+    auto ranks = make_low_latency_inputs(problem);
+    for (int rank = 0; rank < problem.num_ranks(); ++rank) {
+        send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+        receive_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+    }
+    world.run();
+    for (int rank = 0; rank < problem.num_ranks(); ++rank) world.buffer(rank).check();
+    if (auto difference = check_low_latency_dispatch(problem, ranks); !difference.empty()) return difference;
+    fill_expert_rows(problem, ranks);
+    for (int rank = 0; rank < problem.num_ranks(); ++rank) {
+        send_combine(world, problem, ranks[static_cast<size_t>(rank)], rank);
+        receive_combine(world, problem, ranks[static_cast<size_t>(rank)], rank);
+    }
+    world.run();
+    for (int rank = 0; rank < problem.num_ranks(); ++rank) world.buffer(rank).check();
+    return check_low_latency_combine(problem, ranks);
+}
+
+}  // namespace deep_ep::test

@@ -1,0 +1,59 @@
+// Low-latency calls of all ranks of a World, with inputs, outputs and the obvious check.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "support/world.h"
+
+namespace deep_ep::test {
+
+struct LowLatencyProblem {
+    std::vector<int> num_tokens;  // of each rank
+    int num_max_tokens = 16;
+    int num_experts = 8;
+    int num_topk = 3;
+    int hidden = 256;
+    bool is_fp8 = false, rounds_scales = false, packs_scales = false;
+    double drop_probability = 0.1;
+    int only_expert = -1;  // all entries go to this expert
+    uint64_t seed = 1;
+
+    int num_ranks() const { return static_cast<int>(num_tokens.size()); }
+    int num_local_experts() const { return num_experts / num_ranks(); }
+    int num_rows() const { return num_ranks() * num_max_tokens; }  // of one expert
+    int row_bytes() const { return is_fp8 ? hidden : 2 * hidden; }
+    int num_scale_words() const { return !is_fp8 ? 0 : packs_scales ? hidden / 512 : hidden / 128; }
+    runtime::LowLatencyShape shape() const { return {num_max_tokens, num_topk, num_experts, hidden}; }
+};
+
+struct LowLatencyTensors {
+    std::vector<uint16_t> x;
+    std::vector<int64_t> topk_idx;
+    std::vector<float> topk_weights;
+    std::vector<uint8_t> recv_x;
+    std::vector<uint32_t> recv_scales;
+    std::vector<int> recv_count, src_info, row_of_entry, cumulative_stats;
+    std::vector<int64_t> layout_range, wait_stats;
+    std::vector<uint16_t> y, combined_x;
+    uint64_t dispatch_ticket = 0, combine_ticket = 0;
+};
+
+std::vector<LowLatencyTensors> make_low_latency_inputs(const LowLatencyProblem& problem);
+int64_t low_latency_bytes(const LowLatencyProblem& problem);
+
+void send_dispatch(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank);
+void receive_dispatch(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank);
+// The experts: fresh random rows.
+void fill_expert_rows(const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks);
+void send_combine(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank);
+void receive_combine(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank);
+
+// The first difference from what the contract says, or "".
+std::string check_low_latency_dispatch(const LowLatencyProblem& problem, const std::vector<LowLatencyTensors>& ranks);
+std::string check_low_latency_combine(const LowLatencyProblem& problem, const std::vector<LowLatencyTensors>& ranks);
+
+// Dispatch, check, combine, check; both phases of each launched at once on every rank.
+std::string low_latency_round_trip(World& world, const LowLatencyProblem& problem);
+
+}  // namespace deep_ep::test
