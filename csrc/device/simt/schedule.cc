@@ -22,6 +22,7 @@ void launch_kernel(const dev::LaunchConfig& config, dev::Stream handle, const Ke
              "kernel ", config.name, ": ", shared_bytes, " bytes of shared memory, the device has ",
              stream.device->max_shared_bytes);
 
+    hb::Quiet quiet;
     auto launch = std::make_unique<Launch>();
     launch->code = code;
     launch->params = std::make_unique<unsigned char[]>(code.params_bytes);
@@ -90,8 +91,11 @@ void Core::turn(Block& block, bool is_full) {
     uint64_t quantum = UINT64_MAX;
     if (drive_.is_seeded && !is_full) {
         if (block.stalled_until > num_passes_ || drive_.rng.below(4) == 0) return;
-        if (drive_.rng.below(64) == 0) block.stalled_until = num_passes_ + drive_.rng.below(200);
-        quantum = 1 + drive_.rng.below(drive_.rng.below(2) == 0 ? 16 : 4 * static_cast<uint64_t>(block.num_threads()));
+        Random& rng = drive_.rng;
+        const Temper& temper = drive_.temper;
+        if (rng.below(temper.stall_odds) == 0) block.stalled_until = num_passes_ + rng.below(temper.stall_passes);
+        const uint64_t longest = rng.below(2) == 0 ? temper.short_turn : 4 * static_cast<uint64_t>(block.num_threads());
+        quantum = 1 + rng.below(longest);
     }
     block.run_turn(quantum);
     if (options_.bulk == BulkMode::kRandom && !block.launch().has_failed && !block.bulk().is_empty()) {
@@ -115,12 +119,18 @@ void Core::serve_streams() {
 // Takes the stream's first operation one step further; false when it has to wait.
 bool Core::serve(StreamState& stream) {
     Operation& first = stream.queue.front();
+    hb::As as(stream.context);
+    hb::acquire(first.submitted);
     switch (first.kind) {
         case Operation::Kind::kLaunch: start_launch(stream, *first.launch); return true;
         case Operation::Kind::kCall: first.call(); break;
-        case Operation::Kind::kRecord: first.event->num_completed = first.version; break;
+        case Operation::Kind::kRecord:
+            hb::release_anew(first.event->recorded);
+            first.event->num_completed = first.version;
+            break;
         case Operation::Kind::kWait:
             if (first.event->num_completed < first.version) return false;
+            hb::acquire(first.event->recorded);
             break;
     }
     finish_operation(stream);
@@ -129,6 +139,8 @@ bool Core::serve(StreamState& stream) {
 
 void Core::start_launch(StreamState& stream, Launch& launch) {
     stream.is_running = true;
+    hb::acquire(driver_start_);
+    hb::release(launch.begin);
     if (drive_.is_seeded) {
         launch.order.resize(static_cast<size_t>(launch.config.num_blocks));
         std::iota(launch.order.begin(), launch.order.end(), 0);
@@ -138,6 +150,13 @@ void Core::start_launch(StreamState& stream, Launch& launch) {
 }
 
 void Core::finish_operation(StreamState& stream) {
+    const Operation& first = stream.queue.front();
+    {
+        hb::As as(stream.context);
+        if (first.launch != nullptr) hb::acquire(first.launch->end);
+        hb::release_anew(stream.done);
+    }
+    hb::drop(first.submitted);
     stream.queue.pop_front();
     stream.is_running = false;
     ++stream.num_completed;

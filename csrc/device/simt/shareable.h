@@ -4,8 +4,9 @@
 
 #include <cstddef>
 #include <map>
-#include <mutex>
 #include <string>
+
+#include "device/simt/quiet_mutex.h"
 
 namespace deep_ep::simt {
 
@@ -29,7 +30,7 @@ private:
         std::string nonce;
         int num_opened;
     };
-    mutable std::mutex mutex_;
+    mutable QuietMutex mutex_;
     std::map<void*, Mapping> mappings_;
 };
 

@@ -5,6 +5,7 @@
 #include <new>
 
 #include "device/simt/context.h"
+#include "device/simt/happens_before.h"
 
 #if defined(EP_SIMT_ASAN)
 #include <sanitizer/asan_interface.h>
@@ -39,7 +40,7 @@ void SharedArena::prepare(size_t static_bytes, size_t dynamic_bytes) {
     dynamic_bytes_ = dynamic_bytes;
     const size_t needed =
         round_up(static_bytes, kAlignment) + round_up(dynamic_bytes, kAlignment) + 3 * kGuardBytes;
-    if (needed > capacity_) {
+    if (needed > capacity_ || hb::kIsEnabled) {  // fresh memory for ThreadSanitizer: blocks are not ordered
         void* memory = std::aligned_alloc(kAlignment, needed);
         if (memory == nullptr) throw std::bad_alloc();
         memory_.reset(static_cast<unsigned char*>(memory));

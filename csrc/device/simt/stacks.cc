@@ -9,6 +9,7 @@
 
 #include "core/error.h"
 #include "device/simt/context.h"
+#include "device/simt/happens_before.h"
 
 #if defined(EP_SIMT_ASAN)
 #include <sanitizer/asan_interface.h>
@@ -75,6 +76,7 @@ std::unique_ptr<StackSlab> StackPool::take(int count, size_t stack_bytes) {
 }
 
 void StackPool::give_back(std::unique_ptr<StackSlab> slab) {
+    if (hb::kIsEnabled) return;  // ThreadSanitizer would take the next owner of these addresses for the last one
     const auto count = static_cast<size_t>(slab->count());
     if (num_pooled_ + count > kMaxPooledStacks) return;
     num_pooled_ += count;
