@@ -69,6 +69,11 @@ void Block::create_agents() {
 
 void Block::destroy_agents() {
     for (Fiber& fiber : fibers_) {
+        if (fiber.agent == nullptr) continue;
+        if (fiber.state != FiberState::kExited || launch_->has_failed) {
+            hb::As as(fiber.context.tsan_fiber);
+            hb::release(launch_->device->failed);
+        }
         hb::destroy_agent(fiber.agent);
         fiber.agent = nullptr;
     }

@@ -125,6 +125,7 @@ void Core::throw_error(DeviceState& device, uint64_t num_deadlocks_seen) {
     hb::Quiet quiet;
     std::unique_lock lock(mutex_);
     std::exception_ptr error = std::exchange(device.error, nullptr);
+    if (error != nullptr) hb::acquire(device.failed);
     if (error == nullptr && num_deadlocks_ != num_deadlocks_seen) error = deadlock_;
     lock.unlock();
     if (error != nullptr) std::rethrow_exception(error);
@@ -195,6 +196,7 @@ void Core::run_until_idle() {
         std::lock_guard lock(mutex_);
         for (auto& device : devices_) {
             std::exception_ptr error = std::exchange(device->error, nullptr);
+            hb::acquire(device->failed);
             if (first == nullptr) first = error;
         }
     }

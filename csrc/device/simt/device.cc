@@ -66,6 +66,7 @@ SimtDevice::~SimtDevice() {
     for (const auto& [memory, bytes] : allocations_) {
         core_->when_idle(*state_, [memory = memory, bytes = bytes] { release(memory, bytes); });
     }
+    core_.reset();
 }
 
 std::string SimtDevice::unique_id() const {

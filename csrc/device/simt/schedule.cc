@@ -119,19 +119,21 @@ void Core::serve_streams() {
 // Takes the stream's first operation one step further; false when it has to wait.
 bool Core::serve(StreamState& stream) {
     Operation& first = stream.queue.front();
-    hb::As as(stream.context);
-    hb::acquire(first.submitted);
-    switch (first.kind) {
-        case Operation::Kind::kLaunch: start_launch(stream, *first.launch); return true;
-        case Operation::Kind::kCall: first.call(); break;
-        case Operation::Kind::kRecord:
-            hb::release_anew(first.event->recorded);
-            first.event->num_completed = first.version;
-            break;
-        case Operation::Kind::kWait:
-            if (first.event->num_completed < first.version) return false;
-            hb::acquire(first.event->recorded);
-            break;
+    {
+        hb::As as(stream.context);
+        hb::acquire(first.submitted);
+        switch (first.kind) {
+            case Operation::Kind::kLaunch: start_launch(stream, *first.launch); return true;
+            case Operation::Kind::kCall: first.call(); break;
+            case Operation::Kind::kRecord:
+                hb::release_anew(first.event->recorded);
+                first.event->num_completed = first.version;
+                break;
+            case Operation::Kind::kWait:
+                if (first.event->num_completed < first.version) return false;
+                hb::acquire(first.event->recorded);
+                break;
+        }
     }
     finish_operation(stream);
     return true;

@@ -18,6 +18,8 @@ Scheduler::Scheduler(const SchedulerOptions& options) : core_(std::make_shared<C
 
 Scheduler::~Scheduler() {
     if (core_->options().background_thread) core_->stop_worker();
+    hb::Quiet quiet;
+    core_.reset();
 }
 
 const SchedulerOptions& Scheduler::options() const {

@@ -142,8 +142,8 @@ template <Mistake kMistake> struct WrongKernel {
         auto* dynamic = static_cast<volatile char*>(prim::dynamic_shared());
         auto* past_shared = reinterpret_cast<volatile char*>(&shared) + sizeof(Shared);
         if constexpr (kMistake == Mistake::kDeepRecursion) recurse(60);
-        if constexpr (kMistake == Mistake::kPastStaticShared) past_shared[0] = 1;
-        if constexpr (kMistake == Mistake::kPastDynamicShared) dynamic[100] = 1;
+        if (kMistake == Mistake::kPastStaticShared && threadIdx.x == 0) past_shared[0] = 1;
+        if (kMistake == Mistake::kPastDynamicShared && threadIdx.x == 0) dynamic[100] = 1;
         if constexpr (kMistake == Mistake::kHostCall) params.device->synchronize_stream(params.stream);
         if constexpr (kMistake == Mistake::kThrows) throw Error("thrown by a kernel");
         if constexpr (kMistake == Mistake::kMisalignedWord) {

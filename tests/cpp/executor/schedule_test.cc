@@ -1,7 +1,8 @@
 // Schedules: exact replay, deadlocks, residency, streams and events, several hosts, clocks.
 #include <doctest/doctest.h>
 
-#include <numeric>
+#include <atomic>
+#include <memory>
 #include <set>
 #include <string>
 #include <vector>
@@ -290,7 +291,7 @@ TEST_CASE("hosts of several ranks run in one thread, and replay exactly") {
 TEST_CASE("a host that waits for ever is reported together with the kernels, and every host hears of it") {
     simt::Scheduler scheduler;
     simt::SimtDevice device(scheduler, 0), other(scheduler, 1);
-    int num_deadlocks = 0;
+    std::atomic<int> num_deadlocks = 0;
     const auto wait = [&](simt::SimtDevice& self) {
         try {
             self.host_wait([] { return false; }, 100.0);
