@@ -26,7 +26,7 @@ const EventHandle& event_of(dev::Event event) {
 }
 
 constexpr size_t kAlignment = 256;
-constexpr size_t kLargeBytes = 1 << 20;
+[[maybe_unused]] constexpr size_t kLargeBytes = 1 << 20;
 
 // Exactly `bytes`, so that AddressSanitizer sees the end. Large blocks come zeroed and untouched from the system.
 void* allocate_zeroed(size_t bytes) {

@@ -220,10 +220,10 @@ void Core::retire_blocks() {
             finish_operation(*launch.stream);
         }
     }
-    if (!has_condemned) return;
     for (auto& device : devices_) {
-        if (device->is_condemned) drop_operations(*device);
+        if (has_condemned && device->is_condemned) drop_operations(*device);
     }
+    run_deferred();
 }
 
 void Core::check_finished(Block& block) {
