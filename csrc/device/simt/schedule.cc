@@ -7,9 +7,7 @@
 
 namespace deep_ep::simt {
 
-std::string Launch::describe() const {
-    return concat("device ", device->ordinal, " kernel \"", name, "\"");
-}
+std::string Launch::describe() const { return concat("device ", device->ordinal, " kernel \"", name, "\""); }
 
 void launch_kernel(const dev::LaunchConfig& config, dev::Stream handle, const KernelCode& code) {
     EP_CHECK(handle != nullptr, "kernel ", config.name, ": a CPU device has no default stream");
@@ -34,11 +32,10 @@ void launch_kernel(const dev::LaunchConfig& config, dev::Stream handle, const Ke
     launch->stream = &stream;
     launch->device = stream.device;
     stream.device->core->check_launch(*launch);
-    stream.device->core->submit(stream, Operation{.kind = Operation::Kind::kLaunch,
-                                                  .launch = std::move(launch),
-                                                  .call = {},
-                                                  .event = nullptr,
-                                                  .version = 0});
+    stream.device->core->submit(
+        stream,
+        Operation{
+            .kind = Operation::Kind::kLaunch, .launch = std::move(launch), .call = {}, .event = nullptr, .version = 0});
 }
 
 void Core::check_launch(const Launch& launch) const {
@@ -146,7 +143,8 @@ void Core::start_launch(StreamState& stream, Launch& launch) {
     if (drive_.is_seeded) {
         launch.order.resize(static_cast<size_t>(launch.config.num_blocks));
         std::iota(launch.order.begin(), launch.order.end(), 0);
-        for (size_t i = launch.order.size(); i > 1; --i) std::swap(launch.order[i - 1], launch.order[drive_.rng.below(i)]);
+        for (size_t i = launch.order.size(); i > 1; --i)
+            std::swap(launch.order[i - 1], launch.order[drive_.rng.below(i)]);
     }
     launch.device->starting.push_back(&launch);
 }

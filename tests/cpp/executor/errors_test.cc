@@ -195,8 +195,7 @@ TEST_CASE("lanes that call different collectives, or the same one from different
 }
 
 TEST_CASE("masks that overlap, or leave out the caller, or the lane that is read") {
-    CHECK(contains(complaint<Mistake::kOverlappingMasks>(),
-                   "lane 16: __syncwarp(0xffff8000) at "));
+    CHECK(contains(complaint<Mistake::kOverlappingMasks>(), "lane 16: __syncwarp(0xffff8000) at "));
     CHECK(contains(complaint<Mistake::kOverlappingMasks>(), "overlapping masks: lanes 0xffff wait"));
     CHECK(contains(complaint<Mistake::kNotInMask>(), "lane 16: __syncwarp(0xffff) at "));
     CHECK(contains(complaint<Mistake::kNotInMask>(), "the calling lane is not in the mask"));
@@ -210,14 +209,17 @@ TEST_CASE("lanes that return while their warp goes on") {
 }
 
 TEST_CASE("named barriers whose counts disagree or whose id does not exist") {
-    CHECK(contains(complaint<Mistake::kBarrierCounts>(), "barrier 1: this thread expects 32 threads, earlier ones expect 64"));
+    CHECK(contains(complaint<Mistake::kBarrierCounts>(),
+                   "barrier 1: this thread expects 32 threads, earlier ones expect 64"));
     CHECK(contains(complaint<Mistake::kBarrierId>(), "barrier id 16 is outside 0..15"));
 }
 
 TEST_CASE("mbarriers that were never initialised, overflow, or are not in shared memory") {
-    CHECK(contains(complaint<Mistake::kUninitialisedMbarrier>(), "mbarrier_arrive: the mbarrier was never initialised"));
+    CHECK(
+        contains(complaint<Mistake::kUninitialisedMbarrier>(), "mbarrier_arrive: the mbarrier was never initialised"));
     CHECK(contains(complaint<Mistake::kTooManyArrivals>(), "more arrivals than this phase expects"));
-    CHECK(contains(complaint<Mistake::kMbarrierOutsideShared>(), "is not an aligned mbarrier in this block's shared memory"));
+    CHECK(contains(complaint<Mistake::kMbarrierOutsideShared>(),
+                   "is not an aligned mbarrier in this block's shared memory"));
 }
 
 TEST_CASE("bulk copies with wrong operands or an unfinished life") {
