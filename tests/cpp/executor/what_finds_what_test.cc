@@ -9,11 +9,12 @@
 
 #include "device/simt/device.h"
 #include "device/simt/happens_before.h"
-#include "device/simt_faults.h"
-#include "races.h"
+#include "executor/faults.h"
+#include "support/races.h"
 
 using namespace deep_ep;
 using namespace deep_ep::faults;
+using testing::num_races;
 
 namespace {
 
@@ -82,11 +83,13 @@ void check_is_clean(const Found& found) {
 void check_only_tsan_finds(const Found& found) {
     CHECK(found.by_seeds == 0);
     if (simt::hb::kIsEnabled) CHECK(found.by_tsan > 0);
+    testing::expect_races(found.by_tsan);
 }
 
 void check_seeds_and_tsan_find(const std::string& name, const Found& found, int min_seeds = kNumSeeds / 2) {
     if (simt::hb::kIsEnabled) {
         CHECK(found.by_tsan > 0);
+        testing::expect_races(found.by_tsan);
         return;
     }
     MESSAGE(name << ": wrong results for " << found.by_seeds << " of " << kNumSeeds << " seeds");
@@ -194,8 +197,10 @@ TEST_CASE("shared memory reused without wait_group.read: random and late bulk co
     check_is_clean(hunt_store<Stage::kRight>(simt::BulkMode::kLate));
     check_seeds_and_tsan_find("reuse, random copies", hunt_store<Stage::kNoWaitRead>(simt::BulkMode::kRandom));
     const Found late = hunt_store<Stage::kNoWaitRead>(simt::BulkMode::kLate);
+    const Found eager = hunt_store<Stage::kNoWaitRead>(simt::BulkMode::kEager);
     CHECK(late.is_wrong_in_order);
-    CHECK_FALSE(hunt_store<Stage::kNoWaitRead>(simt::BulkMode::kEager).is_wrong_in_order);
+    CHECK_FALSE(eager.is_wrong_in_order);
+    testing::expect_races(late.by_tsan + eager.by_tsan);
 }
 
 TEST_CASE("ring tails that disagree: seeds and TSan") {
