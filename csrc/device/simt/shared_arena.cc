@@ -17,11 +17,9 @@
 namespace deep_ep::simt {
 namespace {
 
-constexpr size_t round_up(size_t bytes, size_t unit) {
-    return (bytes + unit - 1) / unit * unit;
-}
+constexpr size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
-bool is_intact(const unsigned char* begin, const unsigned char* end, unsigned char expected) {
+[[maybe_unused]] bool is_intact(const unsigned char* begin, const unsigned char* end, unsigned char expected) {
     for (const unsigned char* p = begin; p != end; ++p) {
         if (*p != expected) return false;
     }
@@ -30,16 +28,13 @@ bool is_intact(const unsigned char* begin, const unsigned char* end, unsigned ch
 
 }  // namespace
 
-void SharedArena::Release::operator()(unsigned char* ptr) const {
-    std::free(ptr);
-}
+void SharedArena::Release::operator()(unsigned char* ptr) const { std::free(ptr); }
 
 // guard | static | padding = guard | dynamic | guard
 void SharedArena::prepare(size_t static_bytes, size_t dynamic_bytes) {
     static_bytes_ = static_bytes;
     dynamic_bytes_ = dynamic_bytes;
-    const size_t needed =
-        round_up(static_bytes, kAlignment) + round_up(dynamic_bytes, kAlignment) + 3 * kGuardBytes;
+    const size_t needed = round_up(static_bytes, kAlignment) + round_up(dynamic_bytes, kAlignment) + 3 * kGuardBytes;
     if (needed > capacity_ || hb::kIsEnabled) {  // fresh memory for ThreadSanitizer: blocks are not ordered
         void* memory = std::aligned_alloc(kAlignment, needed);
         if (memory == nullptr) throw std::bad_alloc();
