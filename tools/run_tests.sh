@@ -50,7 +50,7 @@ run_sanitizer() {
     if setarch "$(uname -m)" -R true 2>/dev/null; then
         under=(setarch "$(uname -m)" -R)
     fi
-    ASAN_OPTIONS=${ASAN_OPTIONS:-detect_stack_use_after_return=0} TSAN_OPTIONS=${TSAN_OPTIONS:-halt_on_error=0} \
+    ASAN_OPTIONS=${ASAN_OPTIONS:-detect_stack_use_after_return=0} TSAN_OPTIONS=${TSAN_OPTIONS:-allow_addr2line=1} \
         run_ctest "$folder" "${under[@]}"
 }
 

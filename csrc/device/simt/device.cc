@@ -66,10 +66,11 @@ SimtDevice::~SimtDevice() {
     for (const auto& [memory, bytes] : allocations_) {
         core_->when_idle(*state_, [memory = memory, bytes = bytes] { release(memory, bytes); });
     }
-    core_.reset();
 }
 
-std::string SimtDevice::unique_id() const { return host_identity(); }
+std::string SimtDevice::unique_id() const {
+    return host_identity();
+}
 
 void SimtDevice::check_process() const {
     if (process_ != getpid()) throw Error("this CPU device was made before fork(): make one in the child");
@@ -86,7 +87,9 @@ void* SimtDevice::allocate_named(size_t bytes, const char* what) {
     return memory;
 }
 
-void* SimtDevice::allocate(size_t bytes) { return allocate_named(bytes, "memory"); }
+void* SimtDevice::allocate(size_t bytes) {
+    return allocate_named(bytes, "memory");
+}
 
 void SimtDevice::free(void* ptr) {
     hb::Quiet quiet;
@@ -104,7 +107,9 @@ dev::HostMapped SimtDevice::allocate_host_mapped(size_t bytes) {
     return {.host = memory, .device = memory};
 }
 
-void SimtDevice::free_host_mapped(const dev::HostMapped& memory) { free(memory.host); }
+void SimtDevice::free_host_mapped(const dev::HostMapped& memory) {
+    free(memory.host);
+}
 
 dev::ShareableMemory SimtDevice::allocate_shareable(size_t bytes) {
     hb::Quiet quiet;
@@ -151,8 +156,7 @@ void SimtDevice::synchronize_stream(dev::Stream handle) {
     check_process();
     StreamState& stream = stream_of(handle);
     const uint64_t target = stream.num_submitted;
-    core_->wait(
-        *state_, [&] { return stream.num_completed >= target; }, -1);
+    core_->wait(*state_, [&] { return stream.num_completed >= target; }, -1);
     hb::acquire(stream.done);
 }
 
@@ -190,8 +194,7 @@ void SimtDevice::synchronize_event(dev::Event handle) {
     check_process();
     const EventHandle event = event_of(handle);
     const uint64_t target = event->num_recorded;
-    core_->wait(
-        *state_, [&] { return event->num_completed >= target; }, -1);
+    core_->wait(*state_, [&] { return event->num_completed >= target; }, -1);
     hb::acquire(event->recorded);
 }
 
@@ -222,7 +225,19 @@ void SimtDevice::memcpy_async(void* dst, const void* src, size_t bytes, dev::Str
                                                .version = 0});
 }
 
-void SimtDevice::copy_now(void* dst, const void* src, size_t bytes) { std::memmove(dst, src, bytes); }
+void SimtDevice::copy_now(void* dst, const void* src, size_t bytes) {
+    // Lifecycle words are read while kernels write them: word by word, as a GPU's copy engine would see them.
+    const bool is_words = (reinterpret_cast<uintptr_t>(dst) | reinterpret_cast<uintptr_t>(src) | bytes) % 8 == 0;
+    if (!is_words) {
+        std::memmove(dst, src, bytes);
+        return;
+    }
+    auto* to = static_cast<uint64_t*>(dst);
+    const auto* from = static_cast<const uint64_t*>(src);
+    for (size_t i = 0; i < bytes / 8; ++i) {
+        __atomic_store_n(&to[i], __atomic_load_n(&from[i], __ATOMIC_RELAXED), __ATOMIC_RELAXED);
+    }
+}
 
 bool SimtDevice::host_wait(const std::function<bool()>& done, double timeout_s) {
     check_process();
@@ -249,7 +264,9 @@ void stop_at_exit() {
 }
 
 // The worker thread does not exist in a forked child, which starts afresh.
-void forget_in_child() { new (&process_scheduler()) ProcessScheduler; }
+void forget_in_child() {
+    new (&process_scheduler()) ProcessScheduler;
+}
 
 }  // namespace
 

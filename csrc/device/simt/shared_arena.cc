@@ -21,7 +21,7 @@ namespace {
 
 constexpr size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
-bool is_intact(const unsigned char* begin, const unsigned char* end, unsigned char expected) {
+[[maybe_unused]] bool is_intact(const unsigned char* begin, const unsigned char* end, unsigned char expected) {
     for (const unsigned char* p = begin; p != end; ++p) {
         if (*p != expected) return false;
     }

@@ -29,20 +29,28 @@ StackSlab::StackSlab(int count, size_t stack_bytes) : count_(count), stack_bytes
     void* mapping = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE,
                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
     if (mapping == MAP_FAILED) {
-        throw Error(
-            concat("cannot map ", mapped_bytes_, " bytes of stacks for ", count_, " fibers: ", std::strerror(errno)));
+        throw Error(concat("cannot map ", mapped_bytes_, " bytes of stacks for ", count_, " fibers: ",
+                           std::strerror(errno)));
     }
     mapping_ = static_cast<char*>(mapping);
     mprotect(mapping_, page, PROT_NONE);
     stacks_ = mapping_ + page + stack_bytes_;
 }
 
-StackSlab::~StackSlab() { munmap(mapping_, mapped_bytes_); }
+StackSlab::~StackSlab() {
+    unpoison();  // whatever is mapped here next
+    munmap(mapping_, mapped_bytes_);
+}
 
-void StackSlab::arm_canaries() {
+// The last frame of a fiber never returns, so what AddressSanitizer marked around it stays marked.
+void StackSlab::unpoison() {
 #if defined(EP_SIMT_ASAN)
     ASAN_UNPOISON_MEMORY_REGION(stacks_ - stack_bytes_, stack_bytes_ * (static_cast<size_t>(count_) + 1));
 #endif
+}
+
+void StackSlab::arm_canaries() {
+    unpoison();
     for (int i = 0; i < count_; ++i) {
         auto* words = reinterpret_cast<uint64_t*>(low(i) + stack_bytes_ - kCanaryBytes);
         for (size_t w = 0; w < kCanaryBytes / sizeof(uint64_t); ++w) words[w] = kCanary;
