@@ -69,6 +69,8 @@ struct Kernel {
             Sums sums = {};
             for (int k = 0; k < p.call.num_topk; ++k) {
                 if (entries[k] < first || entries[k] >= first + c.num_local_experts()) continue;
+                // With other experts than in the dispatch the row is garbage, and must not be an address as well.
+                if (rows[k] < 0 || rows[k] >= c.num_local_experts() * c.num_ranks() * p.call.num_max_tokens) continue;
                 const uint8_t* row = p.x + static_cast<int64_t>(rows[k]) * p.call.hidden * 2;
                 add(sums, prim::load_input(reinterpret_cast<const Vec16*>(row) + i), weights[k]);
             }

@@ -120,7 +120,9 @@ EP_DEVICE void send_tables(const Context& c, const void* topk_idx, int idx_bytes
         auto* idx_table = reinterpret_cast<int*>(message + c.call.message.topk_idx.offset);
         auto* weight_table = reinterpret_cast<float*>(message + c.call.message.topk_weights.offset);
         for (int i = static_cast<int>(threadIdx.x); i < num_entries; i += static_cast<int>(blockDim.x)) {
-            idx_table[i] = static_cast<int>(load_expert_id(topk_idx, idx_bytes, i));
+            const int64_t id = load_expert_id(topk_idx, idx_bytes, i);
+            // An id out of range reaches no rank; the table must agree, whatever the low half of a 64-bit id says.
+            idx_table[i] = id >= 0 && id < c.call.num_experts ? static_cast<int>(id) : -1;
             if (topk_weights != nullptr) weight_table[i] = topk_weights[i];
         }
         if (threadIdx.x == 0) *reinterpret_cast<int*>(message + c.call.message.num_tokens.offset) = num_tokens;
