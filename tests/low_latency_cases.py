@@ -6,7 +6,7 @@ from typing import Any, Optional
 
 import torch
 from compare import bits, equal, same_bits
-from failure_cases import SHORT_TIMEOUT_S, failure_of, settle
+from failure_cases import SHORT_TIMEOUT_S, failure_of
 from flight import Flight
 from low_latency_flight import BF16, FP8, FP8_ROUNDED, UE8M0, LowLatencyFlight, Manner, answers_of, low_latency_buffer
 from reference import Cast, low_latency_parts
@@ -345,8 +345,8 @@ class GraphedTrip:
 
     def step(self) -> Any:
         f, cast = self.flight, self.manner.cast
-        received = f.buffer.low_latency_dispatch(f.x, f.topk_idx, f.max_tokens, f.work.num_experts, use_fp8=cast.use_fp8,
-                                                 **f.mode_options())  # yapf: disable
+        shape = (f.max_tokens, f.work.num_experts)
+        received = f.buffer.low_latency_dispatch(f.x, f.topk_idx, *shape, use_fp8=cast.use_fp8, **f.mode_options())
         self._wait(*received[3:])
         combined = f.buffer.low_latency_combine(self.rows, f.topk_idx, f.topk_weights, received[2], **f.mode_options())
         self._wait(*combined[1:])

@@ -1,4 +1,4 @@
-"""Low-latency dispatch and combine, one token at a time. Checked by hand-written cases in tests/unit/test_reference.py."""
+"""Low-latency dispatch and combine, one token at a time. Checked by hand in tests/unit/test_reference.py."""
 
 from dataclasses import dataclass
 from typing import Callable, Optional

@@ -42,8 +42,7 @@ struct Kernel {
     static EP_DEVICE Vec16 rounded(const Sums& sums) {
         Vec16 value;
 #pragma unroll
-        for (int pair = 0; pair < kPairs; ++pair)
-            value.word[pair] = algo::bf16_pair(sums.low[pair], sums.high[pair]);
+        for (int pair = 0; pair < kPairs; ++pair) value.word[pair] = algo::bf16_pair(sums.low[pair], sums.high[pair]);
         return value;
     }
 
@@ -79,10 +78,9 @@ struct Kernel {
     }
 
     // The whole block. Every warp waits for itself: a flag seen by another warp orders nothing here.
-    static EP_DEVICE bool wait_for_table(const Context& c, int source) {
+    static EP_DEVICE bool has_table(const Context& c, int source) {
         int is_here = 0;
-        if (prim::lane_idx() == 0)
-            is_here = wait_for_source(c, Stage::kTable, source, c.watch.heap.table_full(c.rank(), c.bank, source));
+        if (prim::lane_idx() == 0) is_here = wait_for_table(c, source);
         is_here = __shfl_sync(kFullMask, is_here, 0);
         __syncwarp();  // one lane's acquire, every lane's reads
         return is_here != 0;
@@ -95,7 +93,7 @@ struct Kernel {
         if (shared.beginning.is_first != 0) send_tables(c, p.topk_idx, p.idx_bytes, p.topk_weights, p.num_tokens);
         for (int step = 0; step < c.num_ranks(); ++step) {
             const int source = (c.rank() + 1 + step) % c.num_ranks();
-            const bool is_here = wait_for_table(c, source);
+            const bool is_here = has_table(c, source);
             if (!all_warps(is_here, shared)) continue;
             const int num_tokens = c.num_tokens_of(source);
             const int first = (static_cast<int>(blockIdx.x) + step) % static_cast<int>(gridDim.x);
@@ -105,8 +103,8 @@ struct Kernel {
                 __syncthreads();  // every warp's part of the row, one thread's release
                 // Pairs with: receive_token at the owner.
                 if (threadIdx.x == 0)
-                    prim::store<Order::kRelease, Scope::kSys>(
-                        c.watch.heap.token_full(source, c.bank, c.rank(), token), c.watch.call);
+                    prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.token_full(source, c.bank, c.rank(), token),
+                                                              c.watch.call);
             }
         }
     }
