@@ -26,22 +26,22 @@ help:  ## Show this list.
 build: $(STAMPS)/installed  ## Build the extension and make deep_ep importable in .venv.
 	@cmake --build build/dev --target deep_ep_cpp --parallel $(JOBS)
 
-lint: $(STAMPS)/venv $(STAMPS)/system-lint  ## Check format, style, types and the boundaries between the layers.
+lint: $(STAMPS)/venv system-lint  ## Check format, style, types and the boundaries between the layers.
 	@tools/lint.sh
 
-format: $(STAMPS)/venv $(STAMPS)/system-lint  ## Rewrite the sources in the project's format.
+format: $(STAMPS)/venv system-lint  ## Rewrite the sources in the project's format.
 	@tools/lint.sh --fix
 
 demo: build  ## Train a small Mixture-of-Experts model over deep_ep, on whatever this machine has.
 	@$(PY) examples/run_demo.py $(ARGS)
 
-test: build $(STAMPS)/system-test  ## Run every test: C++, C++ under both sanitizers, Python.
+test: build system-test  ## Run every test: C++, C++ under both sanitizers, Python.
 	@tools/run_tests.sh cpp address thread python
 
 bench: build  ## Measure the operations; prints a table and writes JSON.
 	@$(PY) -m deep_ep.bench intranode --save out $(ARGS)
 
-sanitize: $(STAMPS)/system-test  ## Run the C++ tests under AddressSanitizer and ThreadSanitizer alone.
+sanitize: system-build system-test  ## Run the C++ tests under AddressSanitizer and ThreadSanitizer alone.
 	@tools/run_tests.sh address thread
 
 clean:  ## Remove everything built; keep .venv.
@@ -51,10 +51,8 @@ distclean: clean  ## Remove .venv too.
 	rm -rf .venv
 
 # -- What the tasks stand on -------------------------------------------------------------------------------------------
-$(STAMPS)/system-%: $(ENV)
-	@mkdir -p $(STAMPS)
+system-%:
 	@$(ENV) system $*
-	@touch $@
 
 $(STAMPS)/venv: $(ENV) pyproject.toml
 	@mkdir -p $(STAMPS)
@@ -62,6 +60,6 @@ $(STAMPS)/venv: $(ENV) pyproject.toml
 	@touch $@
 
 # An editable install: the package from the working tree, the extension beside it, the CMake tree in build/dev.
-$(STAMPS)/installed: $(STAMPS)/venv $(STAMPS)/system-build setup.py CMakeLists.txt $(wildcard cmake/*.cmake)
+$(STAMPS)/installed: $(STAMPS)/venv setup.py CMakeLists.txt $(wildcard cmake/*.cmake) | system-build
 	@$(ENV) install
 	@touch $@

@@ -3,7 +3,6 @@
 The native code tells "no top-k" and "no scales" by a count of zero, never by an address: an empty tensor's is zero.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
@@ -65,9 +64,9 @@ def open_operation(session: Session, name: str, previous_event: Optional[EventOv
     return session.streams.operation(recorded, async_finish, allocate_on_comm_stream)
 
 
-def close_operation(operation: Operation, tensors: Sequence[Optional[torch.Tensor]]) -> EventOverlap:
-    is_async, recorded = operation.finish(tensors)
-    return EventOverlap(EventHandle._wrap(recorded) if is_async else None)
+def close_operation(operation: Operation) -> EventOverlap:
+    recorded = operation.finish()
+    return EventOverlap(EventHandle._wrap(recorded) if operation.is_async else None)
 
 
 def _ptr(tensor: Optional[torch.Tensor]) -> int:
@@ -83,15 +82,16 @@ def get_dispatch_layout(
     num_experts = _checks.check_int("num_experts", num_experts, 1)
     _checks.check_num_experts("num_experts", num_experts, num_ranks)
     num_tokens, num_topk = topk_idx.shape
-    operation = open_operation(session, "get_dispatch_layout", previous_event, async_finish, allocate_on_comm_stream)
-    with operation.allocation():
-        per_rank = torch.empty(num_ranks, dtype=torch.int32, device=device)
-        per_expert = torch.empty(num_experts, dtype=torch.int32, device=device)
-        in_rank = torch.empty((num_tokens, num_ranks), dtype=torch.bool, device=device)
-    operation.start()
-    session.runtime.get_dispatch_layout(_ptr(topk_idx), topk_idx.element_size(), num_tokens, num_topk, num_experts,
-                                        _ptr(per_rank), _ptr(per_expert), _ptr(in_rank), operation.stream)
-    event = close_operation(operation, (topk_idx, per_rank, per_expert, in_rank))
+    with open_operation(session, "get_dispatch_layout", previous_event, async_finish,
+                        allocate_on_comm_stream) as operation:
+        with operation.allocation():
+            per_rank = torch.empty(num_ranks, dtype=torch.int32, device=device)
+            per_expert = torch.empty(num_experts, dtype=torch.int32, device=device)
+            in_rank = torch.empty((num_tokens, num_ranks), dtype=torch.bool, device=device)
+        operation.start((topk_idx, per_rank, per_expert, in_rank))
+        session.runtime.get_dispatch_layout(_ptr(topk_idx), topk_idx.element_size(), num_tokens, num_topk, num_experts,
+                                            _ptr(per_rank), _ptr(per_expert), _ptr(in_rank), operation.stream)
+        event = close_operation(operation)
     return per_rank, None, per_expert, in_rank, event
 
 
@@ -107,26 +107,28 @@ def dispatch_fresh(session: Session, x: Payload, routing: Routing, expert_alignm
     if not num_worst_tokens and is_capturing():
         raise Error("dispatch: inside a CUDA graph the host cannot learn the receive count; pass num_worst_tokens, or "
                     "the handle of an earlier dispatch")
-    operation = open_operation(session, "dispatch", previous_event, async_finish, allocate_on_comm_stream)
-    with operation.allocation():
-        rank_prefix_matrix, send_head = _notify_outputs(session, rows.shape[0])
-        received = _receive_outputs(rows, scales, routing, num_worst_tokens) if num_worst_tokens else None
-    operation.start()
     num_experts = routing.num_tokens_per_expert.shape[0]
-    session.runtime.notify_dispatch(_ptr(routing.num_tokens_per_rank), _ptr(routing.num_tokens_per_expert),
-                                    _ptr(routing.is_token_in_rank), rows.shape[0], num_experts, expert_alignment,
-                                    _ptr(rank_prefix_matrix), _ptr(send_head), received is None, operation.stream)
     per_expert: list[int] = []
-    if received is None:
-        num_rows, per_expert = session.runtime.wait_counts()
+    received = None
+    with open_operation(session, "dispatch", previous_event, async_finish, allocate_on_comm_stream) as operation:
         with operation.allocation():
-            received = _receive_outputs(rows, scales, routing, num_rows)
-        operation.cover_allocations()
-    outputs, recv_src_idx = received
-    handle = _make_handle(rank_prefix_matrix, recv_src_idx, routing.is_token_in_rank, send_head)
-    _send_rows(session, rows, scales, routing, num_experts, handle, recv_src_idx, outputs, num_worst_tokens > 0,
-               num_sms, operation)
-    event = close_operation(operation, (rows, scales, *routing, *handle, *outputs))
+            rank_prefix_matrix, send_head = _notify_outputs(session, rows.shape[0])
+            if num_worst_tokens:
+                received = _receive_outputs(rows, scales, routing, num_worst_tokens)
+        operation.start((rows, scales, *routing, rank_prefix_matrix, send_head))
+        session.runtime.notify_dispatch(_ptr(routing.num_tokens_per_rank), _ptr(routing.num_tokens_per_expert),
+                                        _ptr(routing.is_token_in_rank), rows.shape[0], num_experts, expert_alignment,
+                                        _ptr(rank_prefix_matrix), _ptr(send_head), received is None, operation.stream)
+        if received is None:
+            num_rows, per_expert = session.runtime.wait_counts()
+            with operation.allocation():
+                received = _receive_outputs(rows, scales, routing, num_rows)
+        outputs, recv_src_idx = received
+        operation.add((*outputs, recv_src_idx))
+        handle = _make_handle(rank_prefix_matrix, recv_src_idx, routing.is_token_in_rank, send_head)
+        _send_rows(session, rows, scales, routing, num_experts, handle, recv_src_idx, outputs, num_worst_tokens > 0,
+                   num_sms, operation)
+        event = close_operation(operation)
     return outputs.payload(), outputs.topk_idx, outputs.topk_weights, list(per_expert), tuple(handle), event
 
 
@@ -138,13 +140,13 @@ def dispatch_cached(session: Session, x: Payload, handle: Any, num_sms: int, pre
     if rows.shape[0] != checked.send_head.shape[0]:
         raise ValueError(f"x must have {checked.send_head.shape[0]} rows, the tokens of the dispatch that made the "
                          f"handle, got {rows.shape[0]}")
-    operation = open_operation(session, "dispatch", previous_event, async_finish, allocate_on_comm_stream)
-    with operation.allocation():
-        outputs, _ = _receive_outputs(rows, scales, None, checked.recv_src_idx.shape[0])
-    operation.start()
-    # The handle may come from a worst-case dispatch: fewer rows than it has room for are no error.
-    _send_rows(session, rows, scales, None, 0, checked, None, outputs, True, num_sms, operation)
-    event = close_operation(operation, (rows, scales, *checked, *outputs))
+    with open_operation(session, "dispatch", previous_event, async_finish, allocate_on_comm_stream) as operation:
+        with operation.allocation():
+            outputs, _ = _receive_outputs(rows, scales, None, checked.recv_src_idx.shape[0])
+        operation.start((rows, scales, *checked, *outputs))
+        # The handle may come from a worst-case dispatch: fewer rows than it has room for are no error.
+        _send_rows(session, rows, scales, None, 0, checked, None, outputs, True, num_sms, operation)
+        event = close_operation(operation)
     return outputs.payload(), None, None, None, None, event
 
 
@@ -163,17 +165,17 @@ def combine(session: Session, x: torch.Tensor, handle: Any, topk_weights: Option
         _checks.check_tensor("topk_weights", topk_weights, device, (num_rows, None), (torch.float32, ))
     num_topk = 0 if topk_weights is None else topk_weights.shape[1]
     biases = _check_bias(bias, device, num_tokens, hidden)
-    operation = open_operation(session, "combine", previous_event, async_finish, allocate_on_comm_stream)
-    with operation.allocation():
-        combined = torch.empty((num_tokens, hidden), dtype=rows.dtype, device=device)
-        weights = None
-        if topk_weights is not None:
-            weights = torch.empty((num_tokens, num_topk), dtype=torch.float32, device=device)
-    operation.start()
-    session.runtime.combine(_ptr(rows), num_rows, hidden, _ptr(topk_weights), num_topk, _ptr(biases[0]),
-                            _ptr(biases[1]), _ptr(checked.rank_prefix_matrix), _ptr(checked.send_head), num_tokens,
-                            _ptr(combined), _ptr(weights), num_sms, operation.stream)
-    event = close_operation(operation, (rows, topk_weights, *biases, *checked, combined, weights))
+    with open_operation(session, "combine", previous_event, async_finish, allocate_on_comm_stream) as operation:
+        with operation.allocation():
+            combined = torch.empty((num_tokens, hidden), dtype=rows.dtype, device=device)
+            weights = None
+            if topk_weights is not None:
+                weights = torch.empty((num_tokens, num_topk), dtype=torch.float32, device=device)
+        operation.start((rows, topk_weights, *biases, *checked, combined, weights))
+        session.runtime.combine(_ptr(rows), num_rows, hidden, _ptr(topk_weights), num_topk, _ptr(biases[0]),
+                                _ptr(biases[1]), _ptr(checked.rank_prefix_matrix), _ptr(checked.send_head), num_tokens,
+                                _ptr(combined), _ptr(weights), num_sms, operation.stream)
+        event = close_operation(operation)
     return combined, weights, event
 
 

@@ -10,9 +10,11 @@ import functools
 import time
 from collections import deque
 from collections.abc import Iterable
+from types import TracebackType
 from typing import Any, Callable, Optional, Union
 
 import torch
+from typing_extensions import Self
 
 import deep_ep_cpp
 from deep_ep._errors import Error
@@ -102,26 +104,52 @@ def wait_on_current_stream(event: RecordedEvent) -> None:
 
 
 class Operation:
-    """The stream side of one call: allocate, `start()`, launch on `stream`, `finish()`.
+    """The stream side of one call: allocate, `start()`, launch on `stream`, `finish()`; a context manager.
 
-    Every output is made inside `allocation()`. `start()`, and `cover_allocations()` after any later allocation, order
-    the comm stream behind the stream whose memory pool the outputs come from: a block of that pool may have been freed
-    a moment ago with work on it still queued there, and torch may fill fresh blocks from that stream.
+    Every output is made inside `allocation()`, and every tensor that kernels touch is given to `start()`, or to
+    `add()` when it is made later. Both order the comm stream behind the stream whose memory pool the outputs come
+    from: a block of that pool may have been freed a moment ago with work on it still queued there, and torch may fill
+    fresh blocks from that stream. When the call fails half-way, kernels that were launched may still run: their
+    tensors are kept as those of an asynchronous call are.
     """
 
     stream: int
 
+    def __init__(self, is_async: bool) -> None:
+        self.is_async = is_async
+        self._tensors: list[torch.Tensor] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, exc_type: Optional[type[BaseException]], exc: Optional[BaseException],
+                 traceback: Optional[TracebackType]) -> None:
+        if exc_type is not None and self._tensors:
+            self._keep_tensors()
+
     def allocation(self) -> contextlib.AbstractContextManager[Any]:
         raise NotImplementedError
 
-    def start(self) -> None:
+    def start(self, tensors: Iterable[Optional[torch.Tensor]]) -> None:
+        """The kernels of this call come after `previous_event`, or else after the caller's work so far."""
+        self._wait_for_caller()
+        self.add(tensors)
+
+    def add(self, tensors: Iterable[Optional[torch.Tensor]]) -> None:
+        self._tensors.extend(tensor for tensor in tensors if tensor is not None)
+        self._wait_for_pool()
+
+    def finish(self) -> RecordedEvent:
+        """The event that an asynchronous call returns; a synchronous one has made the caller wait instead."""
         raise NotImplementedError
 
-    def cover_allocations(self) -> None:
+    def _wait_for_caller(self) -> None:
         raise NotImplementedError
 
-    def finish(self, tensors: Iterable[Optional[torch.Tensor]]) -> tuple[bool, RecordedEvent]:
-        """Returns (whether the caller has an event to wait for, that event)."""
+    def _wait_for_pool(self) -> None:
+        raise NotImplementedError
+
+    def _keep_tensors(self) -> None:
         raise NotImplementedError
 
 
@@ -163,41 +191,42 @@ class CudaStreams(Streams):
 class _CudaOperation(Operation):
 
     def __init__(self, streams: CudaStreams, previous: RecordedEvent, is_async: bool, on_comm_stream: bool) -> None:
-        self._comm: torch.cuda.Stream = streams.comm_stream
+        super().__init__(is_async)
+        self._comm = streams.comm_stream
         self._compute = torch.cuda.current_stream(streams.device)
         self._previous = previous
-        self._is_async = is_async
         self._on_comm_stream = on_comm_stream
         self.stream = self._comm.cuda_stream
 
     def allocation(self) -> contextlib.AbstractContextManager[Any]:
         return torch.cuda.stream(self._comm) if self._on_comm_stream else contextlib.nullcontext()
 
-    def start(self) -> None:
+    def finish(self) -> RecordedEvent:
+        if not self.is_async:
+            self._compute.wait_stream(self._comm)
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(self._comm)
+        self._keep_tensors()
+        return event
+
+    def _wait_for_caller(self) -> None:
         if isinstance(self._previous, torch.cuda.Event):
             self._comm.wait_event(self._previous)
         elif isinstance(self._previous, HostEvent):
             self._previous.wait()
-        self.cover_allocations()
 
-    def cover_allocations(self) -> None:
+    def _wait_for_pool(self) -> None:
         # Outputs from the comm stream's own pool are in its order already, and then `previous_event`, which the
         # caller must give, is all that the inputs need.
         if not self._on_comm_stream:
             self._comm.wait_stream(self._compute)
 
-    def finish(self, tensors: Iterable[Optional[torch.Tensor]]) -> tuple[bool, RecordedEvent]:
-        if not self._is_async:
-            self._compute.wait_stream(self._comm)
-            return False, None
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(self._comm)
-        for tensor in tensors:
-            if tensor is not None:
-                tensor.record_stream(self._comm)
-                if self._on_comm_stream:
-                    tensor.record_stream(self._compute)
-        return True, event
+    def _keep_tensors(self) -> None:
+        for tensor in self._tensors:
+            tensor.record_stream(self._comm)
+            if self._on_comm_stream:
+                tensor.record_stream(self._compute)
 
 
 class HostStreams(Streams):
@@ -213,12 +242,11 @@ class HostStreams(Streams):
     def operation(self, previous: RecordedEvent, is_async: bool, on_comm_stream: bool) -> Operation:  # noqa: ARG002
         return _HostOperation(self, previous, is_async)
 
-    def record(self, tensors: Iterable[Optional[torch.Tensor]]) -> HostEvent:
+    def record(self, tensors: Iterable[torch.Tensor]) -> HostEvent:
         """An event after all work so far. The tensors live until it is complete, whether anybody waits or not."""
         while self._in_flight and self._in_flight[0].is_complete():
             self._in_flight.popleft()
-        kept = tuple(tensor for tensor in tensors if tensor is not None)
-        event = HostEvent(self.native, self.comm_stream, kept, self._raise_failure)
+        event = HostEvent(self.native, self.comm_stream, tuple(tensors), self._raise_failure)
         self._in_flight.append(event)
         return event
 
@@ -237,29 +265,32 @@ class HostStreams(Streams):
 class _HostOperation(Operation):
 
     def __init__(self, streams: HostStreams, previous: RecordedEvent, is_async: bool) -> None:
+        super().__init__(is_async)
         self._streams = streams
         self._previous = previous
-        self._is_async = is_async
         self.stream = streams.comm_stream
 
     def allocation(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
-    def start(self) -> None:
+    def finish(self) -> RecordedEvent:
+        if self.is_async:
+            return self._streams.record(self._tensors)
+        self._streams.native.synchronize_stream(self.stream)
+        self._streams.check()
+        return None
+
+    def _wait_for_caller(self) -> None:
         if isinstance(self._previous, HostEvent):
             self._previous.hold_back(self.stream)
         elif self._previous is not None:
             self._previous.synchronize()
 
-    def cover_allocations(self) -> None:
-        pass
+    def _wait_for_pool(self) -> None:
+        """Nothing to do: what the host did is done."""
 
-    def finish(self, tensors: Iterable[Optional[torch.Tensor]]) -> tuple[bool, RecordedEvent]:
-        if self._is_async:
-            return True, self._streams.record(tensors)
-        self._streams.native.synchronize_stream(self.stream)
-        self._streams.check()
-        return False, None
+    def _keep_tensors(self) -> None:
+        self._streams.record(self._tensors)
 
 
 def open_streams() -> Streams:

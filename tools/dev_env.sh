@@ -100,10 +100,7 @@ setup_venv() {
 }
 
 install_package() {
-    local tests=ON
-    has_header doctest/doctest.h || tests=OFF
-    [[ -z ${CI:-} ]] || tests=ON
-    DEEP_EP_BUILD_DIR=build/dev MAX_JOBS=${JOBS:-} CMAKE_ARGS="-DEP_TESTS=$tests -DEP_WERROR=ON ${CMAKE_ARGS:-}" \
+    DEEP_EP_BUILD_DIR=build/dev MAX_JOBS=${JOBS:-} CMAKE_ARGS="-DEP_WERROR=ON ${CMAKE_ARGS:-}" \
         .venv/bin/python -m pip --disable-pip-version-check install -qq --no-deps --no-build-isolation --editable .
 }
 

@@ -15,20 +15,27 @@ lacks() {
     [[ -z ${CI:-} ]]
 }
 
+# Configures with the given arguments; shows what CMake says only when it fails.
+configure() { # build folder, arguments...
+    local folder=$1
+    shift
+    cmake -S . -B "$folder" -DEP_TESTS=ON "$@" >"$folder.log" 2>&1 || {
+        cat "$folder.log"
+        return 1
+    }
+    if grep -q '^EP_DOCTEST_INCLUDE:.*NOTFOUND' "$folder/CMakeCache.txt"; then
+        lacks 'C++ tests (but those of the GPU)' 'no doctest (Debian: doctest-dev)'
+    fi
+}
+
 run_ctest() { # build folder, command to run it under...
     local folder=$1
     shift
-    cmake --build "$folder" --parallel "$jobs" && "$@" ctest --test-dir "$folder" --output-on-failure --no-tests=error \
+    cmake --build "$folder" --parallel "$jobs" && "$@" ctest --test-dir "$folder" --output-on-failure \
         --parallel "$jobs"
 }
 
-run_cpp() {
-    if ! grep -q '^EP_TESTS:BOOL=ON' build/dev/CMakeCache.txt; then
-        lacks 'C++ tests' 'built without doctest (Debian: doctest-dev)'
-        return
-    fi
-    run_ctest build/dev
-}
+run_cpp() { configure build/dev && run_ctest build/dev; }
 
 run_sanitizer() {
     local folder=build/$1
@@ -36,17 +43,14 @@ run_sanitizer() {
         lacks "C++ tests under the $1 sanitizer" 'no clang++-14 (Debian: clang-14 libclang-rt-14-dev)'
         return
     fi
-    cmake -S . -B "$folder" -G Ninja -DCMAKE_CXX_COMPILER=clang++-14 -DEP_SANITIZE="$1" -DEP_PYTHON=OFF \
-        -DEP_TESTS=ON -DEP_WERROR=ON >"$folder.log" 2>&1 || {
-        cat "$folder.log"
-        return 1
-    }
+    configure "$folder" -G Ninja -DCMAKE_CXX_COMPILER=clang++-14 -DEP_SANITIZE="$1" -DEP_PYTHON=OFF -DEP_WERROR=ON ||
+        return
     # ThreadSanitizer's shadow needs addresses that are not too random.
     local under=()
     if setarch "$(uname -m)" -R true 2>/dev/null; then
         under=(setarch "$(uname -m)" -R)
     fi
-    ASAN_OPTIONS=${ASAN_OPTIONS:-detect_stack_use_after_return=0} TSAN_OPTIONS=${TSAN_OPTIONS:-halt_on_error=0} \
+    ASAN_OPTIONS=${ASAN_OPTIONS:-detect_stack_use_after_return=0} TSAN_OPTIONS=${TSAN_OPTIONS:-allow_addr2line=1} \
         run_ctest "$folder" "${under[@]}"
 }
 

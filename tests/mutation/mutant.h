@@ -39,13 +39,11 @@ template <int kId> void sync_threads() {
     if (!is_active<kId>()) __syncthreads();
 }
 
-// Found by argument-dependent lookup: the header that defines it comes later.
-template <int kId, class Watch, class Site> bool wait(const Watch& watch, Site site, const uint64_t* flag, uint64_t n) {
-    return is_active<kId>() || wait_at_least(watch, site, flag, n);
-}
-
-template <int kId, class Ring, class Stage, class Test> bool ring_wait(const Ring& ring, Stage stage, int peer, Test t) {
-    return is_active<kId>() || ring.wait(stage, peer, t);
+template <int kId, prim::Scope S> void fence() {
+    if (is_active<kNarrow + kId>())
+        prim::fence<prim::Order::kAcqRel, prim::Scope::kGpu>();
+    else if (!is_active<kId>())
+        prim::fence<prim::Order::kAcqRel, S>();
 }
 
 }  // namespace deep_ep::mutant

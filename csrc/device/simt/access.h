@@ -6,6 +6,13 @@
 #include <cstddef>
 #include <cstdint>
 
+// Code of the executor that is inlined into kernels, which ThreadSanitizer must not see.
+#if defined(EP_SIMT_TSAN)
+#define EP_SIMT_UNSEEN __attribute__((no_sanitize("thread")))
+#else
+#define EP_SIMT_UNSEEN
+#endif
+
 namespace deep_ep::simt {
 
 // Which memory a fiber looked at since its last pause. Two pauses in a row with equal records and nothing changed by
@@ -34,13 +41,13 @@ inline void check_aligned(const void* ptr, size_t alignment) {
     if (__builtin_expect(reinterpret_cast<uintptr_t>(ptr) % alignment != 0, 0)) report_misaligned(ptr, alignment);
 }
 
-inline void before_access(const void* ptr, size_t alignment) {
+EP_SIMT_UNSEEN inline void before_access(const void* ptr, size_t alignment) {
     check_aligned(ptr, alignment);
     if (__builtin_expect(running.is_seeded, 0)) perturb();
     std::atomic_signal_fence(std::memory_order_seq_cst);
 }
 
-inline void note_load(const void* ptr, uint64_t value) {
+EP_SIMT_UNSEEN inline void note_load(const void* ptr, uint64_t value) {
     std::atomic_signal_fence(std::memory_order_seq_cst);
     PollRecord* poll = running.poll;
     if (poll == nullptr) return;
@@ -50,7 +57,7 @@ inline void note_load(const void* ptr, uint64_t value) {
     ++poll->num_loads;
 }
 
-inline void note_change() {
+EP_SIMT_UNSEEN inline void note_change() {
     std::atomic_signal_fence(std::memory_order_seq_cst);
     if (running.poll != nullptr) running.poll->has_changed_memory = true;
 }

@@ -25,10 +25,14 @@ size_t ring_capacity(int num_threads) {
 void fiber_main() {
     Fiber& self = *current_fiber;
     Block& block = *self.block;
+    Launch& launch = block.launch();
+    hb::acquire(launch.begin);
     try {
-        block.launch().code.run(block.launch().code.params, block.shared().static_part());
+        launch.code.run(launch.code.params, block.shared().static_part());
         block.check_exit(self);
+        hb::release(launch.end);
     } catch (...) {
+        hb::Quiet quiet;
         block.core().fail_launch(block.launch(), std::current_exception());
     }
     block.finish(self);
@@ -36,9 +40,7 @@ void fiber_main() {
 
 }  // namespace
 
-void report_outside_kernel(const char* primitive) {
-    throw Error(concat(primitive, " was called outside a kernel"));
-}
+void report_outside_kernel(const char* primitive) { throw Error(concat(primitive, " was called outside a kernel")); }
 
 Block::Block(Core& core, int num_threads)
     : core_(core),
@@ -50,7 +52,28 @@ Block::Block(Core& core, int num_threads)
     polling_.reserve(fibers_.size());
 }
 
-Block::~Block() = default;
+Block::~Block() { destroy_agents(); }
+
+void Block::create_agents() {
+    for (Fiber& fiber : fibers_) {
+        const std::string name =
+            concat(launch_->name, " dev ", launch_->device->ordinal, " block ", block_idx_, " thread ", fiber.thread);
+        fiber.agent = hb::create_agent(serial + 1, launch_->device, name.c_str());
+        fiber.context.tsan_fiber = hb::context_of(fiber.agent);
+    }
+}
+
+void Block::destroy_agents() {
+    for (Fiber& fiber : fibers_) {
+        if (fiber.agent == nullptr) continue;
+        if (fiber.state != FiberState::kExited || launch_->has_failed) {
+            hb::As as(fiber.context.tsan_fiber);
+            hb::release(launch_->device->failed);
+        }
+        hb::destroy_agent(fiber.agent);
+        fiber.agent = nullptr;
+    }
+}
 
 void Block::start(Launch& launch, int block_idx, std::unique_ptr<StackSlab> stacks) {
     launch_ = &launch;
@@ -73,16 +96,18 @@ void Block::start(Launch& launch, int block_idx, std::unique_ptr<StackSlab> stac
         fiber.context.create(stacks_->low(i), stacks_->top(i), fiber_main);
         make_ready(fiber);
     }
+    if (hb::kIsEnabled) create_agents();
 }
 
 std::unique_ptr<StackSlab> Block::stop() {
     num_live_ = 0;
+    if (hb::kIsEnabled) destroy_agents();
     return std::move(stacks_);
 }
 
 void Block::fail_stack(const Fiber& self) const {
-    fail(self, concat("stack overflow: a fiber has ", stacks_->stack_bytes(),
-                      " bytes (SchedulerOptions::stack_bytes)"));
+    fail(self,
+         concat("stack overflow: a fiber has ", stacks_->stack_bytes(), " bytes (SchedulerOptions::stack_bytes)"));
 }
 
 void Block::yield(Fiber& self) {
@@ -138,13 +163,20 @@ void Block::wait_barrier(Fiber& self, int num_threads) {
         fail(self, concat("__syncthreads, but ", this->num_threads() - num_live_, " threads have returned"));
     }
     drive_.note_progress();
+    if (barrier.arrived == 0) barrier.meeting = hb::make_key();
+    hb::release(barrier.meeting);
     if (++barrier.arrived < barrier.expected) {
         self.state = FiberState::kBarrier;
         self.next_waiting = barrier.waiting;
+        self.meeting = barrier.meeting;
+        hb::add_reference(self.meeting);
         barrier.waiting = &self;
         suspend(self);
+        leave_meeting(self);
         return;
     }
+    hb::acquire(barrier.meeting);
+    hb::drop(barrier.meeting);
     // The list is newest first: turn it round so that threads go on in the order in which they came.
     Fiber* in_order = nullptr;
     for (Fiber* fiber = barrier.waiting; fiber != nullptr;) {
@@ -153,6 +185,11 @@ void Block::wait_barrier(Fiber& self, int num_threads) {
     }
     barrier = NamedBarrier{};
     for (Fiber* fiber = in_order; fiber != nullptr; fiber = fiber->next_waiting) make_ready(*fiber);
+}
+
+void Block::leave_meeting(Fiber& self) {
+    hb::acquire(self.meeting);
+    hb::drop(std::exchange(self.meeting, 0));
 }
 
 void Block::check_exit(Fiber& self) {
@@ -192,6 +229,7 @@ std::string Block::where(const Fiber& fiber) const {
 }
 
 void Block::fail(const Fiber& self, const std::string& what) const {
+    hb::Quiet quiet;
     throw KernelError(concat(where(self), ": ", what));
 }
 
@@ -227,13 +265,9 @@ void pause() {
     self.block->poll(self);
 }
 
-void* dynamic_shared() {
-    return running_fiber("prim::dynamic_shared").block->shared().dynamic_part();
-}
+void* dynamic_shared() { return running_fiber("prim::dynamic_shared").block->shared().dynamic_part(); }
 
-bool has_bulk_copy() {
-    return running_fiber("prim::has_bulk_copy").block->launch().device->has_bulk_copy;
-}
+bool has_bulk_copy() { return running_fiber("prim::has_bulk_copy").block->launch().device->has_bulk_copy; }
 
 void describe_wait(const char* what, int64_t detail) {
     Fiber& self = running_fiber("simt::describe_wait");

@@ -17,6 +17,7 @@
 #include "device/simt/context.h"
 #include "device/simt/cuda_names.h"
 #include "device/simt/drive.h"
+#include "device/simt/happens_before.h"
 #include "device/simt/shared_arena.h"
 #include "device/simt/stacks.h"
 
@@ -54,6 +55,8 @@ struct Fiber {
 
     const char* wait_note = nullptr;
     int64_t wait_detail = 0;
+    hb::Agent* agent = nullptr;
+    hb::Key meeting = 0;  // of the barrier or collective it waits for
 
     int lane() const { return thread % 32; }
     int warp() const { return thread / 32; }
@@ -66,6 +69,7 @@ struct Rendezvous {
     WarpOp op;
     int line;
     const char* file;
+    hb::Key meeting;
 };
 
 struct Warp {
@@ -78,6 +82,7 @@ struct NamedBarrier {
     int expected = 0;  // 0: nobody waits
     int arrived = 0;
     Fiber* waiting = nullptr;
+    hb::Key meeting = 0;
 };
 
 class Block {
@@ -127,6 +132,9 @@ private:
     void enter(Fiber& fiber);
     Rendezvous& join(Warp& warp, Fiber& self);
     [[noreturn, gnu::cold]] void fail_exchange(const Fiber& self, const std::string& what) const;
+    void leave_meeting(Fiber& self);
+    void create_agents();
+    void destroy_agents();
     void complete(Warp& warp, Rendezvous& group, Fiber& last);
     [[noreturn, gnu::cold]] void fail_stack(const Fiber& self) const;
 

@@ -9,6 +9,8 @@
 namespace deep_ep::simt {
 
 void BulkEngine::add(BulkCopy copy) {
+    hb::Quiet quiet;
+    copy.edges = hb::on_bulk_issue(copy.issuer->agent, copy.mbarrier == nullptr ? copy.group : -1);
     copies_.push_back(std::move(copy));
     if (block_.core().options().bulk == BulkMode::kEager) drain();
 }
@@ -17,14 +19,18 @@ void BulkEngine::advance(size_t index) {
     BulkCopy& copy = copies_[index];
     block_.drive().note_progress();
     block_.drive().note(0x8000000000000000ull + index);
+    hb::Agent* const agent = copy.issuer->agent;
     const auto* source = static_cast<const unsigned char*>(copy.src);
-    if (copy.mbarrier != nullptr) {
-        std::memcpy(copy.dst, source, copy.bytes);
-        mbarrier_complete_bytes(copy.mbarrier, copy.bytes);
-    } else if (copy.stage == BulkCopy::Stage::kIssued) {
+    if (copy.stage == BulkCopy::Stage::kIssued) hb::on_bulk_read(agent, copy.edges, copy.src, copy.bytes);
+    if (copy.mbarrier == nullptr && copy.stage == BulkCopy::Stage::kIssued) {
         copy.staged.assign(source, source + copy.bytes);
         copy.stage = BulkCopy::Stage::kRead;
         return;
+    }
+    hb::on_bulk_write(agent, copy.edges, copy.dst, copy.bytes);
+    if (copy.mbarrier != nullptr) {
+        std::memcpy(copy.dst, source, copy.bytes);
+        mbarrier_complete_bytes(*copy.issuer, copy.mbarrier, copy.bytes);
     } else {
         std::memcpy(copy.dst, copy.staged.data(), copy.bytes);
     }
@@ -61,9 +67,12 @@ bool BulkEngine::is_pending(const Fiber& fiber, int group, bool reads_only) cons
 // The kernel's end completes its stores; a load that nobody waited for would write into the next block's memory.
 void Block::finish_copies() {
     for (const BulkCopy& copy : bulk_.copies()) {
-        if (copy.mbarrier != nullptr) fail(*copy.issuer, "the block has ended before a bulk load did: wait for its mbarrier");
+        if (copy.mbarrier != nullptr)
+            fail(*copy.issuer, "the block has ended before a bulk load did: wait for its mbarrier");
     }
     bulk_.drain();
+    if (!hb::kIsEnabled) return;
+    for (const Fiber& fiber : fibers_) hb::on_bulk_end(fiber.agent, launch_->end);
 }
 
 namespace {
@@ -95,7 +104,8 @@ void bulk_load(void* shared_dst, const void* global_src, uint32_t bytes, uint64_
                                     .src = global_src,
                                     .bytes = bytes,
                                     .mbarrier = mbarrier_state,
-                                    .staged = {}});
+                                    .staged = {},
+                                    .edges = {}});
 }
 
 void bulk_store(void* global_dst, const void* shared_src, uint32_t bytes) {
@@ -111,7 +121,8 @@ void bulk_store(void* global_dst, const void* shared_src, uint32_t bytes) {
                                     .src = shared_src,
                                     .bytes = bytes,
                                     .mbarrier = nullptr,
-                                    .staged = {}});
+                                    .staged = {},
+                                    .edges = {}});
 }
 
 void bulk_commit() {
@@ -131,6 +142,7 @@ void bulk_wait(int max_unfinished, BulkPart part) {
         self.block->poll(self);
     }
     if (group > self.num_groups_awaited) self.num_groups_awaited = group;
+    hb::on_bulk_wait(self.agent, group, reads_only);
 }
 
 }  // namespace deep_ep::simt

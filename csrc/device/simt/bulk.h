@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "device/simt/happens_before.h"
+
 namespace deep_ep::simt {
 
 class Block;
@@ -19,8 +21,9 @@ struct BulkCopy {
     void* dst;
     const void* src;
     uint32_t bytes;
-    uint64_t* mbarrier;                // null: a store
+    uint64_t* mbarrier;                 // null: a store
     std::vector<unsigned char> staged;  // of a store, between its two moments
+    hb::BulkEdges edges;
 };
 
 class BulkEngine {
@@ -47,7 +50,7 @@ private:
     std::vector<BulkCopy> copies_;
 };
 
-// mbarrier state in one word; complete_bytes is what the engine does to it.
-void mbarrier_complete_bytes(uint64_t* state, uint32_t bytes);
+// What the engine does to an mbarrier when a load of `issuer` is done.
+void mbarrier_complete_bytes(const Fiber& issuer, uint64_t* state, uint32_t bytes);
 
 }  // namespace deep_ep::simt

@@ -38,9 +38,7 @@ public:
     // Saves the running context in `from` and continues `to`; returns when something switches back to `from`.
     static void switch_to(Context& from, Context& to);
 
-#if defined(EP_SIMT_TSAN)
-    void* tsan_fiber = nullptr;  // owned by whoever owns this context
-#endif
+    void* tsan_fiber = nullptr;  // see happens_before.h; owned by whoever owns this context
 
 private:
 #if defined(EP_SIMT_UCONTEXT)

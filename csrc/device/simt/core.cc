@@ -32,8 +32,7 @@ SchedulerOptions completed(SchedulerOptions options) {
 }
 
 uint64_t wall_ns() {
-    return static_cast<uint64_t>(
-        std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count());
+    return static_cast<uint64_t>(std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count());
 }
 
 }  // namespace
@@ -41,7 +40,7 @@ uint64_t wall_ns() {
 Core::Core(const SchedulerOptions& options) : options_(completed(options)), drive_(options.seed) {
     drive_.check_call_sites = options.check_call_sites;
 }
-Core::~Core() = default;
+Core::~Core() { hb::drop(driver_start_); }
 
 DeviceState* Core::add_device(int ordinal, bool has_bulk_copy, int max_shared_bytes) {
     std::lock_guard lock(mutex_);
@@ -69,6 +68,9 @@ void Core::destroy_stream(StreamState* stream) {
 }
 
 void Core::submit(StreamState& stream, Operation operation) {
+    operation.submitted = hb::make_key();
+    hb::release(operation.submitted);
+    hb::Quiet quiet;
     {
         std::lock_guard lock(mutex_);
         if (stream.is_destroyed) throw InvalidArgument("the stream has been destroyed");
@@ -105,9 +107,7 @@ bool Core::has_work() const {
     return num_pending_ != 0;
 }
 
-uint64_t Core::now_ns() const {
-    return options_.clock == ClockKind::kVirtual ? virtual_now_ns_ : wall_ns();
-}
+uint64_t Core::now_ns() const { return options_.clock == ClockKind::kVirtual ? virtual_now_ns_ : wall_ns(); }
 
 uint64_t Core::read_clock() {
     if (options_.clock == ClockKind::kWall) return wall_ns();
@@ -117,8 +117,10 @@ uint64_t Core::read_clock() {
 // Throws what happened to this device, or a deadlock that happened since `num_deadlocks_seen`. Reported errors are
 // forgotten: the device can be used again.
 void Core::throw_error(DeviceState& device, uint64_t num_deadlocks_seen) {
+    hb::Quiet quiet;
     std::unique_lock lock(mutex_);
     std::exception_ptr error = std::exchange(device.error, nullptr);
+    if (error != nullptr) hb::acquire(device.failed);
     if (error == nullptr && num_deadlocks_ != num_deadlocks_seen) error = deadlock_;
     lock.unlock();
     if (error != nullptr) std::rethrow_exception(error);
@@ -138,6 +140,7 @@ bool Core::wait_driving(DeviceState& device, const std::function<bool()>& done, 
         throw_error(device, num_deadlocks_seen);
         if (done()) return true;
         if (now_ns() >= deadline_ns) return false;
+        hb::Quiet quiet;
         step();
     }
 }
@@ -172,6 +175,7 @@ void Core::poll_from_host() {
     if (has_worker_ || current_fiber != nullptr) return;
     if (HostTask* task = HostTask::current()) return task->yield();
     take_the_wheel();
+    hb::Quiet quiet;
     if (has_work()) step();
 }
 
@@ -179,12 +183,15 @@ void Core::run_until_idle() {
     if (has_worker_) throw Error("run_until_idle is for schedulers without a background thread");
     if (current_fiber != nullptr || HostTask::current() != nullptr) throw Error("run_until_idle inside the executor");
     take_the_wheel();
+    hb::Quiet quiet;
     while (has_work()) step();
+    for (const auto& stream : streams_) hb::acquire(stream->done);
     std::exception_ptr first;
     {
         std::lock_guard lock(mutex_);
         for (auto& device : devices_) {
             std::exception_ptr error = std::exchange(device->error, nullptr);
+            hb::acquire(device->failed);
             if (first == nullptr) first = error;
         }
     }
@@ -195,9 +202,12 @@ void Core::run_hosts(const std::vector<std::function<void()>>& hosts) {
     if (has_worker_) throw Error("run_hosts is for schedulers without a background thread");
     if (current_fiber != nullptr || !tasks_.empty()) throw Error("run_hosts inside the executor");
     take_the_wheel();
+    const hb::Key begin = hb::make_key(), end = hb::make_key();
+    hb::release(begin);
+    hb::Quiet quiet;
     std::vector<std::unique_ptr<HostTask>> tasks;
     for (size_t i = 0; i < hosts.size(); ++i) {
-        tasks.push_back(std::make_unique<HostTask>(*this, static_cast<int>(i), hosts[i]));
+        tasks.push_back(std::make_unique<HostTask>(*this, static_cast<int>(i), hosts[i], begin, end));
         tasks_.push_back(tasks.back().get());
     }
     for (;;) {
@@ -205,6 +215,9 @@ void Core::run_hosts(const std::vector<std::function<void()>>& hosts) {
         if (tasks_.empty()) break;
         step();
     }
+    hb::acquire(end);
+    hb::drop(begin);
+    hb::drop(end);
     for (const auto& task : tasks) {
         if (task->error() != nullptr) std::rethrow_exception(task->error());
     }
@@ -216,9 +229,8 @@ void Core::take_the_wheel() {
     if (!blocks_.empty()) throw Error("another thread runs this scheduler's kernels; use a background thread");
     driver_ = std::this_thread::get_id();
     drive_.context = Context{};
-#if defined(EP_SIMT_TSAN)
-    drive_.context.tsan_fiber = __tsan_get_current_fiber();
-#endif
+    drive_.context.tsan_fiber = hb::current_context();
+    hb::release_anew(driver_start_);
 }
 
 void Core::start_worker(const std::shared_ptr<Core>& self) {
@@ -227,6 +239,7 @@ void Core::start_worker(const std::shared_ptr<Core>& self) {
 }
 
 void Core::worker_main() {
+    hb::Quiet quiet;
     prctl(PR_SET_TIMERSLACK, 1000, 0, 0, 0);  // short sleeps are meant to be short
     prctl(PR_SET_NAME, "simt", 0, 0, 0);
     take_the_wheel();

@@ -18,6 +18,7 @@
 
 #include "device/launch.h"
 #include "device/simt/block.h"
+#include "device/simt/quiet_mutex.h"
 #include "device/simt/scheduler.h"
 #include "device/simt/stacks.h"
 
@@ -37,6 +38,13 @@ struct Launch {
     int num_started = 0;
     int num_finished = 0;
     bool has_failed = false;
+    hb::Key begin = hb::make_key();  // what the kernel's threads see; what others see of them
+    hb::Key end = hb::make_key();
+
+    ~Launch() {
+        hb::drop(begin);
+        hb::drop(end);
+    }
 
     std::string describe() const;
 };
@@ -44,6 +52,9 @@ struct Launch {
 struct EventState {
     std::atomic<uint64_t> num_recorded{0};   // host side
     std::atomic<uint64_t> num_completed{0};  // stream side
+    hb::Key recorded = hb::make_key();
+
+    ~EventState() { hb::drop(recorded); }
 };
 
 struct Operation {
@@ -53,6 +64,7 @@ struct Operation {
     std::function<void()> call;
     std::shared_ptr<EventState> event;
     uint64_t version = 0;
+    hb::Key submitted = 0;
 };
 
 struct StreamState {
@@ -62,6 +74,13 @@ struct StreamState {
     bool is_destroyed = false;
     std::atomic<uint64_t> num_submitted{0};
     std::atomic<uint64_t> num_completed{0};
+    void* context = hb::create_context("stream");
+    hb::Key done = hb::make_key();
+
+    ~StreamState() {
+        hb::drop(done);
+        hb::destroy_context(context);
+    }
 };
 
 // A range of memory, so that reports can name an address.
@@ -80,8 +99,11 @@ struct DeviceState {
     int num_pending = 0;           // operations submitted and not finished
     bool is_condemned = false;     // driver side: a kernel failed, end the others
     std::exception_ptr error;
+    hb::Key failed = hb::make_key();  // what kernels did before they were ended
     std::vector<std::function<void()>> deferred;
     std::map<const char*, NamedRange> ranges;
+
+    ~DeviceState() { hb::drop(failed); }
 };
 
 class HostTask;
@@ -150,10 +172,11 @@ private:
     const SchedulerOptions options_;
     Drive drive_;
     std::thread::id driver_;
+    hb::Key driver_start_ = hb::make_key();  // fibers use the thread-local variables of the driver
 
-    mutable std::mutex mutex_;
-    std::condition_variable work_arrived_;
-    std::condition_variable work_done_;
+    mutable QuietMutex mutex_;
+    std::condition_variable_any work_arrived_;
+    std::condition_variable_any work_done_;
     std::vector<std::unique_ptr<DeviceState>> devices_;
     std::vector<std::unique_ptr<StreamState>> streams_;
     uint64_t num_pending_ = 0;  // operations submitted and not finished

@@ -26,7 +26,7 @@ const EventHandle& event_of(dev::Event event) {
 }
 
 constexpr size_t kAlignment = 256;
-constexpr size_t kLargeBytes = 1 << 20;
+[[maybe_unused]] constexpr size_t kLargeBytes = 1 << 20;
 
 // Exactly `bytes`, so that AddressSanitizer sees the end. Large blocks come zeroed and untouched from the system.
 void* allocate_zeroed(size_t bytes) {
@@ -61,6 +61,7 @@ SimtDevice::SimtDevice(Scheduler& scheduler, int ordinal, const DeviceOptions& o
 
 // Kernels may still run (a peer that never came): what they use is released when they end, or never.
 SimtDevice::~SimtDevice() {
+    hb::Quiet quiet;
     if (process_ != getpid()) return;
     for (const auto& [memory, bytes] : allocations_) {
         core_->when_idle(*state_, [memory = memory, bytes = bytes] { release(memory, bytes); });
@@ -76,6 +77,7 @@ void SimtDevice::check_process() const {
 }
 
 void* SimtDevice::allocate_named(size_t bytes, const char* what) {
+    hb::Quiet quiet;
     if (bytes == 0) bytes = 1;
     void* memory = allocate_zeroed(bytes);
     if (memory == nullptr) throw Error(concat("cannot allocate ", bytes, " bytes of host memory"));
@@ -90,6 +92,7 @@ void* SimtDevice::allocate(size_t bytes) {
 }
 
 void SimtDevice::free(void* ptr) {
+    hb::Quiet quiet;
     if (ptr == nullptr) return;
     std::lock_guard lock(mutex_);
     const auto found = allocations_.find(ptr);
@@ -109,6 +112,7 @@ void SimtDevice::free_host_mapped(const dev::HostMapped& memory) {
 }
 
 dev::ShareableMemory SimtDevice::allocate_shareable(size_t bytes) {
+    hb::Quiet quiet;
     check_process();
     dev::ShareableMemory memory;
     memory.address = ShareableHeap::instance().allocate(bytes, memory.handle);
@@ -118,27 +122,32 @@ dev::ShareableMemory SimtDevice::allocate_shareable(size_t bytes) {
 }
 
 void SimtDevice::free_shareable(const dev::ShareableMemory& memory) {
+    hb::Quiet quiet;
     if (memory.address == nullptr || process_ != getpid()) return;
     core_->forget_range(*state_, memory.address);
     core_->when_idle(*state_, [address = memory.address] { ShareableHeap::instance().free(address); });
 }
 
 void* SimtDevice::open_shared(const std::string& handle) {
+    hb::Quiet quiet;
     check_process();
     return ShareableHeap::instance().open(handle);
 }
 
 void SimtDevice::close_shared(void* address) {
+    hb::Quiet quiet;
     if (address == nullptr || process_ != getpid()) return;
     core_->when_idle(*state_, [address] { ShareableHeap::instance().close(address); });
 }
 
 dev::Stream SimtDevice::create_stream() {
+    hb::Quiet quiet;
     check_process();
     return core_->add_stream(*state_);
 }
 
 void SimtDevice::destroy_stream(dev::Stream stream) {
+    hb::Quiet quiet;
     if (stream == nullptr || process_ != getpid()) return;
     core_->destroy_stream(static_cast<StreamState*>(stream));
 }
@@ -148,13 +157,16 @@ void SimtDevice::synchronize_stream(dev::Stream handle) {
     StreamState& stream = stream_of(handle);
     const uint64_t target = stream.num_submitted;
     core_->wait(*state_, [&] { return stream.num_completed >= target; }, -1);
+    hb::acquire(stream.done);
 }
 
 dev::Event SimtDevice::create_event() {
+    hb::Quiet quiet;
     return new EventHandle(std::make_shared<EventState>());
 }
 
 void SimtDevice::destroy_event(dev::Event event) {
+    hb::Quiet quiet;
     delete static_cast<EventHandle*>(event);
 }
 
@@ -183,13 +195,16 @@ void SimtDevice::synchronize_event(dev::Event handle) {
     const EventHandle event = event_of(handle);
     const uint64_t target = event->num_recorded;
     core_->wait(*state_, [&] { return event->num_completed >= target; }, -1);
+    hb::acquire(event->recorded);
 }
 
 bool SimtDevice::query_event(dev::Event handle) {
     const EventHandle event = event_of(handle);
     const auto is_done = [&] { return event->num_completed >= event->num_recorded; };
     if (!is_done()) core_->poll_from_host();
-    return is_done();
+    if (!is_done()) return false;
+    hb::acquire(event->recorded);
+    return true;
 }
 
 void SimtDevice::memset_async(void* ptr, int value, size_t bytes, dev::Stream stream) {
@@ -211,7 +226,17 @@ void SimtDevice::memcpy_async(void* dst, const void* src, size_t bytes, dev::Str
 }
 
 void SimtDevice::copy_now(void* dst, const void* src, size_t bytes) {
-    std::memmove(dst, src, bytes);
+    // Lifecycle words are read while kernels write them: word by word, as a GPU's copy engine would see them.
+    const bool is_words = (reinterpret_cast<uintptr_t>(dst) | reinterpret_cast<uintptr_t>(src) | bytes) % 8 == 0;
+    if (!is_words) {
+        std::memmove(dst, src, bytes);
+        return;
+    }
+    auto* to = static_cast<uint64_t*>(dst);
+    const auto* from = static_cast<const uint64_t*>(src);
+    for (size_t i = 0; i < bytes / 8; ++i) {
+        __atomic_store_n(&to[i], __atomic_load_n(&from[i], __ATOMIC_RELAXED), __ATOMIC_RELAXED);
+    }
 }
 
 bool SimtDevice::host_wait(const std::function<bool()>& done, double timeout_s) {

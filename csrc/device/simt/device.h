@@ -6,10 +6,10 @@
 
 #include <map>
 #include <memory>
-#include <mutex>
 #include <string>
 
 #include "device/runtime.h"
+#include "device/simt/quiet_mutex.h"
 #include "device/simt/scheduler.h"
 
 namespace deep_ep::simt {
@@ -63,11 +63,11 @@ private:
     void* allocate_named(size_t bytes, const char* what);
     void check_process() const;
 
-    const std::shared_ptr<Core> core_;
+    std::shared_ptr<Core> core_;
     const DeviceOptions options_;
     const int process_;  // a forked child has no scheduler thread
     DeviceState* const state_;
-    std::mutex mutex_;
+    QuietMutex mutex_;
     std::map<void*, size_t> allocations_;
     int num_allocations_ = 0;
 };

@@ -19,23 +19,23 @@ struct ExceptionState {
 
 }  // namespace
 
-HostTask::HostTask(Core& core, int index, const std::function<void()>& body)
-    : core_(core), index_(index), body_(body) {
+HostTask::HostTask(Core& core, int index, const std::function<void()>& body, hb::Key begin, hb::Key end)
+    : core_(core), index_(index), body_(body), begin_(begin), end_(end) {
     void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
     if (stack == MAP_FAILED) throw Error("cannot map a stack for a host task");
     stack_ = static_cast<char*>(stack);
     mprotect(stack_, 4096, PROT_NONE);
     context_.create(stack_ + 4096, stack_ + kStackBytes, main);
+    context_.tsan_fiber = hb::create_context(concat("host ", index_).c_str());
 }
 
 HostTask::~HostTask() {
+    hb::destroy_context(context_.tsan_fiber);
     munmap(stack_, kStackBytes);
 }
 
-HostTask* HostTask::current() {
-    return current_task;
-}
+HostTask* HostTask::current() { return current_task; }
 
 void HostTask::switch_to(Context& from, Context& to) {
     auto* globals = reinterpret_cast<ExceptionState*>(abi::__cxa_get_globals());
@@ -47,11 +47,13 @@ void HostTask::switch_to(Context& from, Context& to) {
 
 void HostTask::main() {
     HostTask& self = *current_task;
+    hb::acquire(self.begin_);
     try {
         self.body_();
     } catch (...) {
         self.error_ = std::current_exception();
     }
+    hb::release(self.end_);
     self.is_done_ = true;
     self.core_.drive_.note_progress();
     switch_to(self.context_, self.core_.drive_.context);

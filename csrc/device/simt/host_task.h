@@ -6,6 +6,7 @@
 #include <functional>
 
 #include "device/simt/context.h"
+#include "device/simt/happens_before.h"
 
 namespace deep_ep::simt {
 
@@ -14,7 +15,7 @@ struct DeviceState;
 
 class HostTask {
 public:
-    HostTask(Core& core, int index, const std::function<void()>& body);
+    HostTask(Core& core, int index, const std::function<void()>& body, hb::Key begin, hb::Key end);
     ~HostTask();
     HostTask(const HostTask&) = delete;
     HostTask& operator=(const HostTask&) = delete;
@@ -40,6 +41,8 @@ private:
     const std::function<void()>& body_;
     Context context_;
     char* stack_ = nullptr;
+    hb::Key begin_;
+    hb::Key end_;
     std::exception_ptr error_;
     bool is_done_ = false;
 };

@@ -33,6 +33,8 @@ uint64_t encode(const Fields& fields) {
            static_cast<uint64_t>(fields.missing) << 13 | static_cast<uint64_t>(fields.expected) << 1 | fields.phase;
 }
 
+bool is_untouched(const Fields& fields) { return fields.missing == fields.expected && fields.bytes == 0; }
+
 void finish_phase_if_complete(Fields& fields) {
     if (fields.missing != 0 || fields.bytes != 0) return;
     fields.phase ^= 1;
@@ -62,6 +64,7 @@ void mbarrier_init(uint64_t* state, uint32_t arrivals) {
     if (arrivals == 0 || arrivals > kMaxArrivals) {
         self.block->fail(self, concat("mbarrier_init: ", arrivals, " arrivals; 1 to ", kMaxArrivals, " are possible"));
     }
+    hb::on_mbarrier_init(state);
     *state = encode({.phase = 0, .expected = arrivals, .missing = arrivals, .bytes = 0});
     note_change();
 }
@@ -71,6 +74,8 @@ void mbarrier_arrive(uint64_t* state, bool has_bytes, uint32_t bytes) {
     Fiber& self = user_of(state, name);
     Fields fields = read(self, state, name);
     if (fields.missing == 0) self.block->fail(self, concat(name, ": more arrivals than this phase expects"));
+    hb::on_mbarrier_use(state);
+    hb::on_mbarrier_arrive(state, fields.phase, is_untouched(fields));
     fields.bytes += bytes;
     if (fields.bytes > kMaxBytes) self.block->fail(self, concat(name, ": ", fields.bytes, " bytes are outstanding"));
     --fields.missing;
@@ -81,10 +86,14 @@ void mbarrier_arrive(uint64_t* state, bool has_bytes, uint32_t bytes) {
 
 bool mbarrier_try_wait(uint64_t* state, uint32_t phase_parity) {
     Fiber& self = user_of(state, "mbarrier_try_wait");
+    hb::on_mbarrier_use(state);
     for (int attempt = 0; attempt < 2; ++attempt) {
         const Fields fields = read(self, state, "mbarrier_try_wait");
         note_load(state, *state);
-        if (fields.phase != (phase_parity & 1)) return true;
+        if (fields.phase != (phase_parity & 1)) {
+            hb::on_mbarrier_wait(state, phase_parity & 1);
+            return true;
+        }
         if (attempt == 0) {
             if (self.wait_note == nullptr) describe_wait("mbarrier phase with parity", phase_parity & 1);
             self.block->poll(self);
@@ -93,9 +102,10 @@ bool mbarrier_try_wait(uint64_t* state, uint32_t phase_parity) {
     return false;
 }
 
-void mbarrier_complete_bytes(uint64_t* state, uint32_t bytes) {
-    Fields fields;
-    if (!decode(*state, fields)) throw KernelError("bulk copy completes on an mbarrier that is not initialised");
+void mbarrier_complete_bytes(const Fiber& issuer, uint64_t* state, uint32_t bytes) {
+    const Fields before = read(issuer, state, "bulk_load");
+    Fields fields = before;
+    hb::on_bulk_load_done(issuer.agent, state, fields.phase, is_untouched(before));
     fields.bytes -= bytes;
     finish_phase_if_complete(fields);
     *state = encode(fields);

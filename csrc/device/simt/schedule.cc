@@ -7,9 +7,7 @@
 
 namespace deep_ep::simt {
 
-std::string Launch::describe() const {
-    return concat("device ", device->ordinal, " kernel \"", name, "\"");
-}
+std::string Launch::describe() const { return concat("device ", device->ordinal, " kernel \"", name, "\""); }
 
 void launch_kernel(const dev::LaunchConfig& config, dev::Stream handle, const KernelCode& code) {
     EP_CHECK(handle != nullptr, "kernel ", config.name, ": a CPU device has no default stream");
@@ -22,6 +20,7 @@ void launch_kernel(const dev::LaunchConfig& config, dev::Stream handle, const Ke
              "kernel ", config.name, ": ", shared_bytes, " bytes of shared memory, the device has ",
              stream.device->max_shared_bytes);
 
+    hb::Quiet quiet;
     auto launch = std::make_unique<Launch>();
     launch->code = code;
     launch->params = std::make_unique<unsigned char[]>(code.params_bytes);
@@ -33,11 +32,10 @@ void launch_kernel(const dev::LaunchConfig& config, dev::Stream handle, const Ke
     launch->stream = &stream;
     launch->device = stream.device;
     stream.device->core->check_launch(*launch);
-    stream.device->core->submit(stream, Operation{.kind = Operation::Kind::kLaunch,
-                                                  .launch = std::move(launch),
-                                                  .call = {},
-                                                  .event = nullptr,
-                                                  .version = 0});
+    stream.device->core->submit(
+        stream,
+        Operation{
+            .kind = Operation::Kind::kLaunch, .launch = std::move(launch), .call = {}, .event = nullptr, .version = 0});
 }
 
 void Core::check_launch(const Launch& launch) const {
@@ -90,8 +88,11 @@ void Core::turn(Block& block, bool is_full) {
     uint64_t quantum = UINT64_MAX;
     if (drive_.is_seeded && !is_full) {
         if (block.stalled_until > num_passes_ || drive_.rng.below(4) == 0) return;
-        if (drive_.rng.below(64) == 0) block.stalled_until = num_passes_ + drive_.rng.below(200);
-        quantum = 1 + drive_.rng.below(drive_.rng.below(2) == 0 ? 16 : 4 * static_cast<uint64_t>(block.num_threads()));
+        Random& rng = drive_.rng;
+        const Temper& temper = drive_.temper;
+        if (rng.below(temper.stall_odds) == 0) block.stalled_until = num_passes_ + rng.below(temper.stall_passes);
+        const uint64_t longest = rng.below(2) == 0 ? temper.short_turn : 4 * static_cast<uint64_t>(block.num_threads());
+        quantum = 1 + rng.below(longest);
     }
     block.run_turn(quantum);
     if (options_.bulk == BulkMode::kRandom && !block.launch().has_failed && !block.bulk().is_empty()) {
@@ -115,13 +116,21 @@ void Core::serve_streams() {
 // Takes the stream's first operation one step further; false when it has to wait.
 bool Core::serve(StreamState& stream) {
     Operation& first = stream.queue.front();
-    switch (first.kind) {
-        case Operation::Kind::kLaunch: start_launch(stream, *first.launch); return true;
-        case Operation::Kind::kCall: first.call(); break;
-        case Operation::Kind::kRecord: first.event->num_completed = first.version; break;
-        case Operation::Kind::kWait:
-            if (first.event->num_completed < first.version) return false;
-            break;
+    {
+        hb::As as(stream.context);
+        hb::acquire(first.submitted);
+        switch (first.kind) {
+            case Operation::Kind::kLaunch: start_launch(stream, *first.launch); return true;
+            case Operation::Kind::kCall: first.call(); break;
+            case Operation::Kind::kRecord:
+                hb::release_anew(first.event->recorded);
+                first.event->num_completed = first.version;
+                break;
+            case Operation::Kind::kWait:
+                if (first.event->num_completed < first.version) return false;
+                hb::acquire(first.event->recorded);
+                break;
+        }
     }
     finish_operation(stream);
     return true;
@@ -129,15 +138,25 @@ bool Core::serve(StreamState& stream) {
 
 void Core::start_launch(StreamState& stream, Launch& launch) {
     stream.is_running = true;
+    hb::acquire(driver_start_);
+    hb::release(launch.begin);
     if (drive_.is_seeded) {
         launch.order.resize(static_cast<size_t>(launch.config.num_blocks));
         std::iota(launch.order.begin(), launch.order.end(), 0);
-        for (size_t i = launch.order.size(); i > 1; --i) std::swap(launch.order[i - 1], launch.order[drive_.rng.below(i)]);
+        for (size_t i = launch.order.size(); i > 1; --i)
+            std::swap(launch.order[i - 1], launch.order[drive_.rng.below(i)]);
     }
     launch.device->starting.push_back(&launch);
 }
 
 void Core::finish_operation(StreamState& stream) {
+    const Operation& first = stream.queue.front();
+    {
+        hb::As as(stream.context);
+        if (first.launch != nullptr) hb::acquire(first.launch->end);
+        hb::release_anew(stream.done);
+    }
+    hb::drop(first.submitted);
     stream.queue.pop_front();
     stream.is_running = false;
     ++stream.num_completed;
@@ -199,10 +218,10 @@ void Core::retire_blocks() {
             finish_operation(*launch.stream);
         }
     }
-    if (!has_condemned) return;
     for (auto& device : devices_) {
-        if (device->is_condemned) drop_operations(*device);
+        if (has_condemned && device->is_condemned) drop_operations(*device);
     }
+    run_deferred();
 }
 
 void Core::check_finished(Block& block) {

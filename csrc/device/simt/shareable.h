@@ -4,8 +4,9 @@
 
 #include <cstddef>
 #include <map>
-#include <mutex>
 #include <string>
+
+#include "device/simt/quiet_mutex.h"
 
 namespace deep_ep::simt {
 
@@ -25,11 +26,11 @@ public:
 private:
     struct Mapping {
         size_t bytes;
-        int fd;              // of the owner; -1: opened from a peer
+        int fd;  // of the owner; -1: opened from a peer
         std::string nonce;
         int num_opened;
     };
-    mutable std::mutex mutex_;
+    mutable QuietMutex mutex_;
     std::map<void*, Mapping> mappings_;
 };
 

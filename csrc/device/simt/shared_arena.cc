@@ -5,10 +5,13 @@
 #include <new>
 
 #include "device/simt/context.h"
+#include "device/simt/happens_before.h"
 
 #if defined(EP_SIMT_ASAN)
 #include <sanitizer/asan_interface.h>
+#define EP_SIMT_GUARDS_TRAP true
 #else
+#define EP_SIMT_GUARDS_TRAP false
 #define ASAN_POISON_MEMORY_REGION(addr, size) ((void)(addr), (void)(size))
 #define ASAN_UNPOISON_MEMORY_REGION(addr, size) ((void)(addr), (void)(size))
 #endif
@@ -16,11 +19,9 @@
 namespace deep_ep::simt {
 namespace {
 
-constexpr size_t round_up(size_t bytes, size_t unit) {
-    return (bytes + unit - 1) / unit * unit;
-}
+constexpr size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
-bool is_intact(const unsigned char* begin, const unsigned char* end, unsigned char expected) {
+[[maybe_unused]] bool is_intact(const unsigned char* begin, const unsigned char* end, unsigned char expected) {
     for (const unsigned char* p = begin; p != end; ++p) {
         if (*p != expected) return false;
     }
@@ -29,17 +30,14 @@ bool is_intact(const unsigned char* begin, const unsigned char* end, unsigned ch
 
 }  // namespace
 
-void SharedArena::Release::operator()(unsigned char* ptr) const {
-    std::free(ptr);
-}
+void SharedArena::Release::operator()(unsigned char* ptr) const { std::free(ptr); }
 
 // guard | static | padding = guard | dynamic | guard
 void SharedArena::prepare(size_t static_bytes, size_t dynamic_bytes) {
     static_bytes_ = static_bytes;
     dynamic_bytes_ = dynamic_bytes;
-    const size_t needed =
-        round_up(static_bytes, kAlignment) + round_up(dynamic_bytes, kAlignment) + 3 * kGuardBytes;
-    if (needed > capacity_) {
+    const size_t needed = round_up(static_bytes, kAlignment) + round_up(dynamic_bytes, kAlignment) + 3 * kGuardBytes;
+    if (needed > capacity_ || hb::kIsEnabled) {  // fresh memory for ThreadSanitizer: blocks are not ordered
         void* memory = std::aligned_alloc(kAlignment, needed);
         if (memory == nullptr) throw std::bad_alloc();
         memory_.reset(static_cast<unsigned char*>(memory));
@@ -72,15 +70,12 @@ bool SharedArena::contains(const void* ptr, size_t bytes) const {
 }
 
 const char* SharedArena::find_damage() const {
-#if defined(EP_SIMT_ASAN)
-    return nullptr;  // the guards are poisoned: the access itself was reported
-#else
+    if (EP_SIMT_GUARDS_TRAP) return nullptr;  // they are poisoned: the access itself was reported
     const unsigned char* const end = dynamic_ + round_up(dynamic_bytes_, kAlignment) + kGuardBytes;
     if (!is_intact(memory_.get(), static_, kGuard)) return "before the static part";
     if (!is_intact(static_ + static_bytes_, dynamic_, kGuard)) return "after the static part (before the dynamic part)";
     if (!is_intact(dynamic_ + dynamic_bytes_, end, kGuard)) return "after the dynamic part";
     return nullptr;
-#endif
 }
 
 }  // namespace deep_ep::simt

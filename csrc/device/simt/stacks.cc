@@ -9,6 +9,7 @@
 
 #include "core/error.h"
 #include "device/simt/context.h"
+#include "device/simt/happens_before.h"
 
 #if defined(EP_SIMT_ASAN)
 #include <sanitizer/asan_interface.h>
@@ -37,13 +38,19 @@ StackSlab::StackSlab(int count, size_t stack_bytes) : count_(count), stack_bytes
 }
 
 StackSlab::~StackSlab() {
+    unpoison();  // whatever is mapped here next
     munmap(mapping_, mapped_bytes_);
 }
 
-void StackSlab::arm_canaries() {
+// The last frame of a fiber never returns, so what AddressSanitizer marked around it stays marked.
+void StackSlab::unpoison() {
 #if defined(EP_SIMT_ASAN)
     ASAN_UNPOISON_MEMORY_REGION(stacks_ - stack_bytes_, stack_bytes_ * (static_cast<size_t>(count_) + 1));
 #endif
+}
+
+void StackSlab::arm_canaries() {
+    unpoison();
     for (int i = 0; i < count_; ++i) {
         auto* words = reinterpret_cast<uint64_t*>(low(i) + stack_bytes_ - kCanaryBytes);
         for (size_t w = 0; w < kCanaryBytes / sizeof(uint64_t); ++w) words[w] = kCanary;
@@ -75,6 +82,7 @@ std::unique_ptr<StackSlab> StackPool::take(int count, size_t stack_bytes) {
 }
 
 void StackPool::give_back(std::unique_ptr<StackSlab> slab) {
+    if (hb::kIsEnabled) return;  // ThreadSanitizer would take the next owner of these addresses for the last one
     const auto count = static_cast<size_t>(slab->count());
     if (num_pooled_ + count > kMaxPooledStacks) return;
     num_pooled_ += count;

@@ -28,6 +28,8 @@ public:
     int find_overflow() const;
 
 private:
+    void unpoison();
+
     static constexpr size_t kCanaryBytes = 64;
     static constexpr size_t kStaggerBytes = 128;
 

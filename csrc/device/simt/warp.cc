@@ -37,7 +37,8 @@ Rendezvous& Block::join(Warp& warp, Fiber& self) {
                                    group.file, ":", group.line));
     }
     Rendezvous& group = warp.open[warp.num_open++];
-    group = Rendezvous{mask, 0, self.op, self.line, self.file};
+    // Only __syncwarp orders memory; shuffles and votes do not.
+    group = Rendezvous{mask, 0, self.op, self.line, self.file, self.op == WarpOp::kSync ? hb::make_key() : 0};
     return group;
 }
 
@@ -50,11 +51,18 @@ uint64_t Block::exchange(Fiber& self) {
     if (!is_usual) group = &join(warp, self);
     group->arrived |= lane_bit;
     drive_.note_progress();
+    const hb::Key meeting = group->meeting;
+    if (meeting != 0) hb::release(meeting);
     if (group->arrived != group->mask) {
         self.state = FiberState::kCollective;
+        self.meeting = meeting;
+        hb::add_reference(meeting);
         suspend(self);
+        if (meeting != 0) leave_meeting(self);
     } else {
         complete(warp, *group, self);
+        hb::acquire(meeting);
+        hb::drop(meeting);
     }
     return self.exchange;
 }
@@ -80,8 +88,8 @@ void Block::complete(Warp& warp, Rendezvous& group, Fiber& last) {
         for (uint32_t rest = mask; rest != 0; rest &= rest - 1) {
             Fiber& fiber = lanes[__builtin_ctz(rest)];
             if (((mask >> fiber.source_lane) & 1u) == 0) {
-                fail_exchange(fiber, concat("reads lane ", static_cast<int>(fiber.source_lane),
-                                            ", which is not in the mask"));
+                fail_exchange(fiber,
+                              concat("reads lane ", static_cast<int>(fiber.source_lane), ", which is not in the mask"));
             }
             fiber.exchange = given[fiber.source_lane];
         }

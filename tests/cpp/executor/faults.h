@@ -1,0 +1,218 @@
+// Kernels with planted faults, for the executor's own tests: each exists once right and once per mistake.
+#pragma once
+
+#include <cstdint>
+
+#include "device/launch.h"
+#include "device/prim.h"
+
+namespace deep_ep::faults {
+
+using prim::Order;
+using prim::Scope;
+
+// ---------------------------------------------------------------------------------------------------------------
+// Message passing: one rank's warp writes 32 words and sets a flag, another rank's warp waits for it and reads them.
+// ---------------------------------------------------------------------------------------------------------------
+enum class Send { kRelease, kRelaxed, kGpuRelease, kSysFence, kGpuFence, kNoSyncwarp };
+enum class Receive { kAcquire, kRelaxed, kGpuAcquire, kSysFence, kShuffleOnly };
+
+struct MessageParams {
+    uint32_t* data;
+    uint32_t* flag;
+    uint32_t* num_wrong;
+};
+
+template <Send kHow> struct SendKernel {
+    using Params = MessageParams;
+    struct Shared {};
+    static EP_DEVICE void run(const Params& params, Shared&) {
+        params.data[threadIdx.x] = threadIdx.x + 1;
+        if constexpr (kHow != Send::kNoSyncwarp) __syncwarp();
+        if (threadIdx.x != 0) return;
+        if constexpr (kHow == Send::kSysFence) prim::fence<Order::kAcqRel, Scope::kSys>();
+        if constexpr (kHow == Send::kGpuFence) prim::fence<Order::kAcqRel, Scope::kGpu>();
+        if constexpr (kHow == Send::kRelease || kHow == Send::kNoSyncwarp) {
+            prim::store<Order::kRelease, Scope::kSys>(params.flag, 1u);
+        } else if constexpr (kHow == Send::kGpuRelease) {
+            prim::store<Order::kRelease, Scope::kGpu>(params.flag, 1u);
+        } else {
+            prim::store<Order::kRelaxed, Scope::kSys>(params.flag, 1u);
+        }
+    }
+};
+
+template <Receive kHow> EP_DEVICE uint32_t look(const uint32_t* flag) {
+    if constexpr (kHow == Receive::kAcquire || kHow == Receive::kShuffleOnly) {
+        return prim::load<Order::kAcquire, Scope::kSys>(flag);
+    } else if constexpr (kHow == Receive::kGpuAcquire) {
+        return prim::load<Order::kAcquire, Scope::kGpu>(flag);
+    } else {
+        return prim::load<Order::kRelaxed, Scope::kSys>(flag);
+    }
+}
+
+template <Receive kHow> struct ReceiveKernel {
+    using Params = MessageParams;
+    struct Shared {};
+    static EP_DEVICE void run(const Params& params, Shared&) {
+        if (threadIdx.x == 0) {
+            while (look<kHow>(params.flag) == 0) prim::pause();
+            if constexpr (kHow == Receive::kSysFence) prim::fence<Order::kAcqRel, Scope::kSys>();
+        }
+        if constexpr (kHow == Receive::kShuffleOnly) {
+            __shfl_sync(~0u, 0, 0);  // all lanes go on after lane 0 has seen the flag, but nothing orders memory
+        } else {
+            __syncwarp();
+        }
+        if (params.data[threadIdx.x] != threadIdx.x + 1) {
+            prim::fetch_add<Order::kRelaxed, Scope::kSys>(params.num_wrong, 1u);
+        }
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------------------
+// A group of two warps shares a buffer: every thread reads what its neighbour's warp wrote.
+// ---------------------------------------------------------------------------------------------------------------
+template <bool kHasBarrier> struct GroupKernel {
+    struct Params {
+        uint32_t* num_wrong;
+        int rounds;
+    };
+    struct Shared {
+        uint32_t words[128];
+    };
+    static EP_DEVICE void run(const Params& params, Shared& shared) {
+        const int group = static_cast<int>(threadIdx.x / 64);
+        for (int round = 0; round < params.rounds; ++round) {
+            shared.words[threadIdx.x] = threadIdx.x * 1000 + static_cast<uint32_t>(round);
+            if constexpr (kHasBarrier) prim::barrier_sync(1 + group, 64);
+            const unsigned other = threadIdx.x ^ 32u;
+            __syncwarp();
+            if (shared.words[other] != other * 1000 + static_cast<uint32_t>(round)) {
+                prim::fetch_add<Order::kRelaxed, Scope::kSys>(params.num_wrong, 1u);
+            }
+            prim::barrier_sync(1 + group, 64);
+        }
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------------------
+// One warp sends rows from a shared staging area of two slots by bulk store.
+// ---------------------------------------------------------------------------------------------------------------
+enum class Stage { kRight, kNoWaitRead, kNoProxyFence };
+
+template <Stage kHow> struct StoreKernel {
+    struct Params {
+        uint32_t* rows;  // [num_rows][32]
+        int num_rows;
+    };
+    struct Shared {
+        alignas(16) uint32_t slots[2][32];
+    };
+    static EP_DEVICE void run(const Params& params, Shared& shared) {
+        for (int row = 0; row < params.num_rows; ++row) {
+            uint32_t* slot = shared.slots[row % 2];
+            if constexpr (kHow != Stage::kNoWaitRead) {
+                if (threadIdx.x == 0) prim::bulk_wait_read<1>();
+            }
+            __syncwarp();
+            slot[threadIdx.x] = static_cast<uint32_t>(row) * 32 + threadIdx.x;
+            if constexpr (kHow != Stage::kNoProxyFence) prim::fence_async_shared();
+            __syncwarp();
+            if (threadIdx.x == 0) {
+                prim::bulk_store(params.rows + row * 32, slot, 128);
+                prim::bulk_commit();
+            }
+        }
+        if (threadIdx.x == 0) prim::bulk_wait_read<0>();
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------------------
+// A ring of slots between two ranks. The receiver tells the sender how far it has read; telling it one slot too early
+// is the mistake.
+// ---------------------------------------------------------------------------------------------------------------
+constexpr int kRingSlots = 4;
+
+struct RingParams {
+    uint32_t* slots;  // [kRingSlots][32]
+    uint32_t* head;   // slots filled
+    uint32_t* tail;   // slots free again
+    uint32_t* num_wrong;
+    int num_messages;
+};
+
+struct RingSendKernel {
+    using Params = RingParams;
+    struct Shared {};
+    static EP_DEVICE void run(const Params& params, Shared&) {
+        for (int i = 0; i < params.num_messages; ++i) {
+            if (threadIdx.x == 0) {
+                while (static_cast<int>(prim::load<Order::kAcquire, Scope::kSys>(params.tail)) + kRingSlots <= i) {
+                    prim::pause();
+                }
+            }
+            __syncwarp();
+            params.slots[(i % kRingSlots) * 32 + static_cast<int>(threadIdx.x)] = static_cast<uint32_t>(i);
+            __syncwarp();
+            if (threadIdx.x == 0) {
+                prim::store<Order::kRelease, Scope::kSys>(params.head, static_cast<uint32_t>(i) + 1);
+            }
+        }
+    }
+};
+
+template <bool kTellsTooEarly> struct RingReceiveKernel {
+    using Params = RingParams;
+    struct Shared {};
+    static EP_DEVICE void tell(const Params& params, int num_read) {
+        __syncwarp();
+        if (threadIdx.x == 0) prim::store<Order::kRelease, Scope::kSys>(params.tail, static_cast<uint32_t>(num_read));
+    }
+    static EP_DEVICE void run(const Params& params, Shared&) {
+        for (int i = 0; i < params.num_messages; ++i) {
+            if (threadIdx.x == 0) {
+                while (static_cast<int>(prim::load<Order::kAcquire, Scope::kSys>(params.head)) <= i) prim::pause();
+            }
+            __syncwarp();
+            if constexpr (kTellsTooEarly) tell(params, i + 1);
+            __syncwarp();
+            if (params.slots[(i % kRingSlots) * 32 + static_cast<int>(threadIdx.x)] != static_cast<uint32_t>(i)) {
+                prim::fetch_add<Order::kRelaxed, Scope::kSys>(params.num_wrong, 1u);
+            }
+            if constexpr (!kTellsTooEarly) tell(params, i + 1);
+        }
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------------------
+// A rank loads by bulk copy what its peer wrote with ordinary stores.
+// ---------------------------------------------------------------------------------------------------------------
+template <bool kHasProxyFence> struct LoadKernel {
+    using Params = MessageParams;
+    struct Shared {
+        alignas(16) uint32_t words[32];
+        prim::MBarrier arrived;
+    };
+    static EP_DEVICE void run(const Params& params, Shared& shared) {
+        if (threadIdx.x == 0) {
+            prim::mbarrier_init(&shared.arrived, 1);
+            prim::mbarrier_init_fence();
+        }
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            while (prim::load<Order::kAcquire, Scope::kSys>(params.flag) == 0) prim::pause();
+            if constexpr (kHasProxyFence) prim::fence_async_global();
+            prim::mbarrier_arrive_expect_tx(&shared.arrived, 128);
+            prim::bulk_load(shared.words, params.data, 128, &shared.arrived);
+        }
+        while (!prim::mbarrier_try_wait(&shared.arrived, 0)) {
+        }
+        if (shared.words[threadIdx.x] != threadIdx.x + 1) {
+            prim::fetch_add<Order::kRelaxed, Scope::kSys>(params.num_wrong, 1u);
+        }
+    }
+};
+
+}  // namespace deep_ep::faults
