@@ -8,7 +8,6 @@ namespace deep_ep::runtime {
 
 namespace {
 
-constexpr int kMaxOpenCalls = layout::kNumLowLatencyBanks;
 constexpr int kGroupSize = 128;  // channels with one FP8 scale
 // A size hint is not told the top-k: it allows for so many entries of a token.
 constexpr uint64_t kHintTopk = 32;
@@ -18,7 +17,8 @@ void check_shape(const LowLatencyShape& shape, int num_tokens, int num_ranks) {
              "num_max_dispatch_tokens_per_rank must be in [1, ", layout::kMaxLowLatencyTokens, "], got ",
              shape.num_max_tokens);
     EP_CHECK(num_tokens >= 0 && num_tokens <= shape.num_max_tokens,
-             "x must have at most num_max_dispatch_tokens_per_rank (", shape.num_max_tokens, ") tokens, got ", num_tokens);
+             "x must have at most num_max_dispatch_tokens_per_rank (", shape.num_max_tokens, ") tokens, got ",
+             num_tokens);
     EP_CHECK(shape.num_experts > 0 && shape.num_experts % num_ranks == 0,
              "num_experts must be a positive multiple of the number of ranks (", num_ranks, "), got ",
              shape.num_experts);
@@ -37,23 +37,19 @@ layout::LowLatencyMessage dispatch_message(const LowLatencyShape& shape, bool is
 int64_t Buffer::low_latency_size_hint(int num_max_tokens, int hidden, int num_ranks, int num_experts) {
     check_shape({num_max_tokens, 0, num_experts, hidden}, 0, num_ranks);
     const auto bf16_bytes = static_cast<uint64_t>(hidden) * 2;
-    const auto message = layout::LowLatencyMessage::make(static_cast<uint64_t>(num_max_tokens),
-                                                         kHintTopk,
-                                                         bf16_bytes, 0);
+    const auto message =
+        layout::LowLatencyMessage::make(static_cast<uint64_t>(num_max_tokens), kHintTopk, bf16_bytes, 0);
     return static_cast<int64_t>(message.region_bytes(static_cast<uint64_t>(num_ranks)));
 }
 
-uint8_t* Buffer::low_latency_data() const {
-    return data() + options_.num_data_bytes;
-}
+uint8_t* Buffer::low_latency_data() const { return data() + options_.num_data_bytes; }
 
 int* Buffer::masked_ranks() const {
     require_usable();
     return masked_;
 }
 
-kernels::LowLatencyCall Buffer::low_latency_call(const LowLatencyShape& shape,
-                                                 const layout::LowLatencyMessage& message,
+kernels::LowLatencyCall Buffer::low_latency_call(const LowLatencyShape& shape, const layout::LowLatencyMessage& message,
                                                  int64_t* wait_stats) const {
     const auto needed = static_cast<int64_t>(message.region_bytes(static_cast<uint64_t>(options_.num_ranks)));
     EP_CHECK(needed <= options_.num_low_latency_bytes, "num_rdma_bytes is too small for this call: expected at least ",
@@ -70,6 +66,7 @@ kernels::LowLatencyCall Buffer::low_latency_call(const LowLatencyShape& shape,
             .num_warps = is_cuda ? 16 : 2,
             .masked = masked_,
             .is_shrinkable = options_.is_shrinkable,
+            .decisions = wait_ns_ + options_.num_ranks,
             .wait_ns = wait_ns_,
             .wait_stats = wait_stats,
             .num_max_tokens = shape.num_max_tokens,
@@ -115,19 +112,22 @@ kernels::LowLatencyCombineParams Buffer::low_latency_params(const LowLatencyComb
 }
 
 void Buffer::open_low_latency_call(kernels::LowLatencyCall& call) {
-    if (num_open_low_latency_calls_ == kMaxOpenCalls)
-        throw Error(concat("at most ", kMaxOpenCalls, " low-latency calls may be open at a time: call the hooks of "
-                           "earlier ones first"));
+    // The new call waits until the bank has been read, so a call that still holds it could never be received.
+    uint64_t& holder = open_low_latency_calls_[(num_low_latency_sends_ + 1) % layout::kNumLowLatencyBanks];
+    if (holder != 0)
+        throw Error(concat("at most ", layout::kNumLowLatencyBanks,
+                           " low-latency calls may be open at a time: call the "
+                           "hook of the call before the last one first"));
     call.phase = kernels::Phase::kSend;
-    ++num_open_low_latency_calls_;
-    ++num_low_latency_sends_;
+    holder = ++num_low_latency_sends_;
 }
 
 void Buffer::close_low_latency_call(kernels::LowLatencyCall& call, uint64_t ticket) {
+    uint64_t& holder = open_low_latency_calls_[ticket % layout::kNumLowLatencyBanks];
+    EP_CHECK(holder == ticket, "this hook belongs to a call that is over");
+    holder = 0;
     call.phase = kernels::Phase::kReceive;
     call.lag = num_low_latency_sends_ - ticket;
-    EP_CHECK(call.lag < kMaxOpenCalls, "this hook belongs to a call that is over");
-    --num_open_low_latency_calls_;
 }
 
 uint64_t Buffer::send_low_latency_dispatch(const LowLatencyDispatchArgs& args, dev::Stream stream) {

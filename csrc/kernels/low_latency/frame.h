@@ -45,8 +45,7 @@ struct Context {
 // The call that this launch works on. Send phases count calls; a receive phase looks `lag` calls back. Device
 // counters, not host numbers: a CUDA graph replays its launches, and every replay is a new call.
 EP_DEVICE uint64_t call_number(const LowLatencyCall& call) {
-    const uint64_t sent =
-        prim::load<Order::kRelaxed, Scope::kGpu>(&call.watch.local->num_low_latency_sends);
+    const uint64_t sent = prim::load<Order::kRelaxed, Scope::kGpu>(&call.watch.local->num_low_latency_sends);
     return call.phase == Phase::kReceive ? sent - call.lag : sent + 1;
 }
 
@@ -79,6 +78,25 @@ EP_DEVICE bool wait_for_source(const Context& c, Stage stage, int source, const 
     return is_here;
 }
 
+// One thread; acquire: does the routing table of `source` count in this call? The same answer for every thread that asks.
+// Where the source may be left out, it could come just as the deadline passes, or be masked already and come all the same:
+// some warps would then count its rows and others not, and no row of any source would be where both expect it.
+EP_DEVICE bool wait_for_table(const Context& c, int source) {
+    const uint64_t* flag = c.watch.heap.table_full(c.rank(), c.bank, source);
+    if (!c.call.is_shrinkable) return wait_for_source(c, Stage::kTable, source, flag);
+    uint64_t* decision = &c.call.decisions[source];
+    uint64_t seen = prim::load<Order::kAcquire, Scope::kGpu>(decision);
+    if (seen / 2 != c.watch.call) {
+        const bool is_here = !is_masked(c.call, source) && wait_for_source(c, Stage::kTable, source, flag);
+        const uint64_t mine = c.watch.call * 2 + (is_here ? 1 : 0);
+        // Whoever is first decides. Release: that the flag was seen. Pairs with: the load above, and this of the others.
+        const uint64_t old = prim::compare_swap<Order::kAcqRel, Scope::kGpu>(decision, seen, mine);
+        seen = old == seen ? mine : old;
+    }
+    // Another thread's acquire of the flag orders nothing for this one.
+    return seen % 2 == 1 && prim::load<Order::kAcquire, Scope::kSys>(flag) >= c.watch.call;
+}
+
 // What the block knows once it has begun; shared memory.
 struct Beginning {
     int is_ready;  // zero: some rank has given up, do nothing
@@ -101,8 +119,7 @@ EP_DEVICE void begin_send(const Context& c, Beginning* beginning) {
                 wait_for_peer(c, Stage::kStart, peer, c.watch.heap.received(c.rank(), c.bank, peer),
                               c.watch.call - layout::kNumLowLatencyBanks);
         }
-        const bool may_go_on =
-            algo::may_go_on(c.watch, {Stage::kStart, c.rank()}, prim::clock_ns(), 0, 0);
+        const bool may_go_on = algo::may_go_on(c.watch, {Stage::kStart, c.rank()}, prim::clock_ns(), 0, 0);
         const bool all = __all_sync(kFullMask, may_go_on);
         if (prim::lane_idx() == 0) *beginning = {all ? 1 : 0, order == 0 ? 1 : 0};
     }
@@ -119,7 +136,9 @@ EP_DEVICE void send_tables(const Context& c, const void* topk_idx, int idx_bytes
         auto* idx_table = reinterpret_cast<int*>(message + c.call.message.topk_idx.offset);
         auto* weight_table = reinterpret_cast<float*>(message + c.call.message.topk_weights.offset);
         for (int i = static_cast<int>(threadIdx.x); i < num_entries; i += static_cast<int>(blockDim.x)) {
-            idx_table[i] = static_cast<int>(load_expert_id(topk_idx, idx_bytes, i));
+            const int64_t id = load_expert_id(topk_idx, idx_bytes, i);
+            // An id out of range reaches no rank; the table must agree, whatever the low half of a 64-bit id says.
+            idx_table[i] = id >= 0 && id < c.call.num_experts ? static_cast<int>(id) : -1;
             if (topk_weights != nullptr) weight_table[i] = topk_weights[i];
         }
         if (threadIdx.x == 0) *reinterpret_cast<int*>(message + c.call.message.num_tokens.offset) = num_tokens;
@@ -149,8 +168,8 @@ EP_DEVICE void publish_received(const Context& c) {
         // Release: all blocks' reads of the bank. Pairs with: begin_send at the peer, two calls later.
         prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.received(peer, c.bank, c.rank()), c.watch.call);
         if (c.call.wait_stats != nullptr)
-            c.call.wait_stats[peer] += static_cast<int64_t>(
-                prim::load<Order::kRelaxed, Scope::kGpu>(&c.call.wait_ns[peer]));
+            c.call.wait_stats[peer] +=
+                static_cast<int64_t>(prim::load<Order::kRelaxed, Scope::kGpu>(&c.call.wait_ns[peer]));
         prim::store<Order::kRelaxed, Scope::kGpu>(&c.call.wait_ns[peer], uint64_t{0});
     }
 }
@@ -160,8 +179,7 @@ EP_DEVICE void finish_phase(const Context& c, int* is_last_block) {
     layout::LocalState* local = c.watch.words.local;
     __syncthreads();
     if (threadIdx.x == 0) {
-        const uint32_t done =
-            prim::fetch_add<Order::kAcqRel, Scope::kGpu>(&local->low_latency_done_blocks, 1u) + 1;
+        const uint32_t done = prim::fetch_add<Order::kAcqRel, Scope::kGpu>(&local->low_latency_done_blocks, 1u) + 1;
         *is_last_block = done == gridDim.x ? 1 : 0;
     }
     __syncthreads();
