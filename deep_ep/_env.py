@@ -14,5 +14,5 @@ def visible_devices() -> list[str]:
 
 
 def set_device(device: str) -> None:
-    """Chooses the device, 'cpu' or 'cuda', of the processes that this one starts (and its own, before it has looked)."""
+    """Chooses the device, 'cpu' or 'cuda', of processes that this one starts (its own too, before it has looked)."""
     os.environ["DEEP_EP_DEVICE"] = device

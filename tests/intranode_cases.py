@@ -287,10 +287,10 @@ def other_communicator(worker: Worker, work: Workload) -> None:
 
     class Comm:
 
-        def Get_rank(self) -> int:  # noqa: N802 - mpi4py's names
+        def Get_rank(self) -> int:
             return worker.rank
 
-        def Get_size(self) -> int:  # noqa: N802
+        def Get_size(self) -> int:
             return worker.num_ranks
 
         def allgather(self, item: Any) -> list[Any]:

@@ -182,6 +182,7 @@ def test_outputs_filled_by_torch(pool: Pool) -> None:
     pool.run(cases.poisoned_alloc_order, 2, Workload((40, 31), hidden=1024))
 
 
+@pytest.mark.gpu
 def test_graph_replays(pool: Pool) -> None:
     if device().type != "cuda":
         pytest.skip("CUDA graphs need a GPU")

@@ -73,8 +73,10 @@ std::string describe_abort(const layout::WaitRecord& record, int rank, const std
     const int missing = layout::abort_missing(record.seen);
     const std::string reason = origin == missing ? concat("rank ", origin, " reported an error of its own")
                                                  : concat("rank ", origin, " gave up waiting for rank ", missing);
+    // A rank that was told before its first wait has nobody to name.
+    const std::string here = record.peer == rank ? "" : concat("; here: ", culprits(record, rank, started));
     return concat("DeepEP error: ", name_of(record.operation), ", call ", record.call, ", rank ", rank, ": aborted, ",
-                  reason, "; here: ", culprits(record, rank, started), ".");
+                  reason, here, ".");
 }
 
 }  // namespace

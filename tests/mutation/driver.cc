@@ -58,6 +58,13 @@ std::string three_ranks(uint64_t seed) {
     return round_trip(world, problem);
 }
 
+// Several blocks and warps count, scan and report: more tokens than one tile, more experts than one warp has lanes.
+std::string many_tokens_and_experts(uint64_t seed) {
+    Problem problem{.num_tokens = {600, 2}, .num_experts = 200, .num_topk = 1, .hidden = 8, .num_sms = 1, .seed = seed};
+    World world(2, 1 << 20, seeded(seed));
+    return round_trip(world, problem);
+}
+
 std::string low_latency(uint64_t seed) {
     LowLatencyProblem problem{.num_tokens = {3, 5}, .num_max_tokens = 6, .num_experts = 4, .num_topk = 2, .hidden = 128};
     problem.is_fp8 = seed % 2 == 0;
@@ -68,7 +75,8 @@ std::string low_latency(uint64_t seed) {
     return "";
 }
 
-// As above, with every call queued at once: nothing orders the banks but the protocol.
+// Two calls are always open, so that a rank sends the next call before it has received the last: only the word that says
+// so keeps a peer from writing the bank too early.
 std::string low_latency_one_way(uint64_t seed) {
     LowLatencyProblem problem{.num_tokens = {5, 0}, .num_max_tokens = 6, .num_experts = 2, .num_topk = 1, .hidden = 128};
     problem.only_expert = 1;
@@ -76,11 +84,18 @@ std::string low_latency_one_way(uint64_t seed) {
     problem.seed = seed;
     World world(2, 0, seeded(seed), 100, low_latency_bytes(problem));
     auto ranks = make_low_latency_inputs(problem);
-    for (int repeat = 0; repeat < 5; ++repeat)
-        for (int rank = 0; rank < 2; ++rank) {
-            send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
-            receive_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+    for (int rank = 0; rank < 2; ++rank) {
+        LowLatencyTensors& tensors = ranks[static_cast<size_t>(rank)];
+        for (int repeat = 0; repeat < 3; ++repeat) {
+            send_dispatch(world, problem, tensors, rank);
+            const uint64_t first = tensors.dispatch_ticket;
+            send_dispatch(world, problem, tensors, rank);
+            tensors.dispatch_ticket = first;
+            receive_dispatch(world, problem, tensors, rank);
+            ++tensors.dispatch_ticket;
+            receive_dispatch(world, problem, tensors, rank);
         }
+    }
     world.run();
     for (int rank = 0; rank < 2; ++rank) world.buffer(rank).check();
     return check_low_latency_dispatch(problem, ranks);
@@ -92,10 +107,11 @@ int run(int id) {
         {"wrapping windows", wrapping_windows},
         {"one-way traffic", one_way_traffic},
         {"three ranks", three_ranks},
+        {"many tokens and experts", many_tokens_and_experts},
         {"low latency", low_latency},
         {"low latency, one way", low_latency_one_way},
     };
-    for (const uint64_t seed : {0, 1, 2, 3}) {
+    for (const uint64_t seed : {0, 1, 2}) {
         for (const auto& [name, scenario] : scenarios) {
             std::string found;
             try {

@@ -15,12 +15,21 @@ import subprocess
 import sys
 
 TIMEOUT_S = 120
+# The first race is enough, and nobody reads its text.
+TSAN_OPTIONS = 'halt_on_error=1:exitcode=66:symbolize=0:atexit_sleep_ms=0'
 EQUIVALENT = pathlib.Path(__file__).with_name('equivalent.json')
 
 
 def is_noticed(driver: str, number: int) -> tuple[bool, str]:
     try:
-        done = subprocess.run([driver, str(number)], capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        done = subprocess.run([driver, str(number)],
+                              capture_output=True,
+                              text=True,
+                              timeout=TIMEOUT_S,
+                              check=False,
+                              env={
+                                  **os.environ, 'TSAN_OPTIONS': TSAN_OPTIONS
+                              })
     except subprocess.TimeoutExpired:
         return True, 'ran into the time limit'
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]

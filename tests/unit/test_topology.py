@@ -2,7 +2,9 @@
 
 import pytest
 
+from deep_ep import Error
 from deep_ep._topology import Place, find_topology, this_place
+from deep_ep.utils import check_nvlink_connections
 
 
 def places(*hosts: str) -> list[Place]:
@@ -44,3 +46,27 @@ def test_printed_form_names_hosts_and_devices() -> None:
 
 def test_two_looks_at_this_machine_agree() -> None:
     assert this_place("gpu") == this_place("gpu")
+
+
+class Group:
+    """As much of a ProcessGroup as the check looks at."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def size(self) -> int:
+        return self._size
+
+
+@pytest.mark.parametrize(("kind", "name"), [("cpu", "none"), ("cuda", "NVIDIA H200")])
+def test_nvlink_check_passes_without_pcie_cards(monkeypatch: pytest.MonkeyPatch, kind: str, name: str) -> None:
+    monkeypatch.setattr("deep_ep._streams.device_choice", lambda: (kind, ""))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: name)
+    check_nvlink_connections(Group(8))  # type: ignore[arg-type]
+
+
+def test_nvlink_check_knows_what_a_bridge_can_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deep_ep._streams.device_choice", lambda: ("cuda", ""))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA A100-PCIE-40GB")
+    with pytest.raises(Error, match="the group has 4 ranks"):
+        check_nvlink_connections(Group(4))  # type: ignore[arg-type]

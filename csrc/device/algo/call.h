@@ -29,14 +29,15 @@ EP_DEVICE bool wait_for_banks(const Watch& watch) {
     return __all_sync(prim::kFullMask, is_ready);
 }
 
-// All threads of all blocks, last: the block that ends last counts the call as done.
+// All threads of all blocks, last, and after a barrier of the block that follows their reading of the call's number: the
+// block that comes last counts the call as done. Nothing of this launch looks at the count any more, and the end of the
+// launch publishes it, so no order is needed.
 EP_DEVICE void finish_call(const Watch& watch) {
     using prim::Order;
     using prim::Scope;
-    __syncthreads();
     if (threadIdx.x != 0) return;
     layout::LocalState* local = watch.words.local;
-    if (prim::fetch_add<Order::kAcqRel, Scope::kGpu>(&local->num_done_blocks, 1u) + 1 != gridDim.x) return;
+    if (prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&local->num_done_blocks, 1u) + 1 != gridDim.x) return;
     prim::store<Order::kRelaxed, Scope::kGpu>(&local->num_done_blocks, 0u);
     prim::store<Order::kRelaxed, Scope::kGpu>(&local->num_calls, watch.call);
 }

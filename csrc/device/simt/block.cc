@@ -40,9 +40,7 @@ void fiber_main() {
 
 }  // namespace
 
-void report_outside_kernel(const char* primitive) {
-    throw Error(concat(primitive, " was called outside a kernel"));
-}
+void report_outside_kernel(const char* primitive) { throw Error(concat(primitive, " was called outside a kernel")); }
 
 Block::Block(Core& core, int num_threads)
     : core_(core),
@@ -54,14 +52,12 @@ Block::Block(Core& core, int num_threads)
     polling_.reserve(fibers_.size());
 }
 
-Block::~Block() {
-    destroy_agents();
-}
+Block::~Block() { destroy_agents(); }
 
 void Block::create_agents() {
     for (Fiber& fiber : fibers_) {
-        const std::string name = concat(launch_->name, " dev ", launch_->device->ordinal, " block ", block_idx_,
-                                        " thread ", fiber.thread);
+        const std::string name =
+            concat(launch_->name, " dev ", launch_->device->ordinal, " block ", block_idx_, " thread ", fiber.thread);
         fiber.agent = hb::create_agent(serial + 1, launch_->device, name.c_str());
         fiber.context.tsan_fiber = hb::context_of(fiber.agent);
     }
@@ -69,6 +65,11 @@ void Block::create_agents() {
 
 void Block::destroy_agents() {
     for (Fiber& fiber : fibers_) {
+        if (fiber.agent == nullptr) continue;
+        if (fiber.state != FiberState::kExited || launch_->has_failed) {
+            hb::As as(fiber.context.tsan_fiber);
+            hb::release(launch_->device->failed);
+        }
         hb::destroy_agent(fiber.agent);
         fiber.agent = nullptr;
     }
@@ -105,8 +106,8 @@ std::unique_ptr<StackSlab> Block::stop() {
 }
 
 void Block::fail_stack(const Fiber& self) const {
-    fail(self, concat("stack overflow: a fiber has ", stacks_->stack_bytes(),
-                      " bytes (SchedulerOptions::stack_bytes)"));
+    fail(self,
+         concat("stack overflow: a fiber has ", stacks_->stack_bytes(), " bytes (SchedulerOptions::stack_bytes)"));
 }
 
 void Block::yield(Fiber& self) {
@@ -264,13 +265,9 @@ void pause() {
     self.block->poll(self);
 }
 
-void* dynamic_shared() {
-    return running_fiber("prim::dynamic_shared").block->shared().dynamic_part();
-}
+void* dynamic_shared() { return running_fiber("prim::dynamic_shared").block->shared().dynamic_part(); }
 
-bool has_bulk_copy() {
-    return running_fiber("prim::has_bulk_copy").block->launch().device->has_bulk_copy;
-}
+bool has_bulk_copy() { return running_fiber("prim::has_bulk_copy").block->launch().device->has_bulk_copy; }
 
 void describe_wait(const char* what, int64_t detail) {
     Fiber& self = running_fiber("simt::describe_wait");

@@ -67,7 +67,8 @@ bool BulkEngine::is_pending(const Fiber& fiber, int group, bool reads_only) cons
 // The kernel's end completes its stores; a load that nobody waited for would write into the next block's memory.
 void Block::finish_copies() {
     for (const BulkCopy& copy : bulk_.copies()) {
-        if (copy.mbarrier != nullptr) fail(*copy.issuer, "the block has ended before a bulk load did: wait for its mbarrier");
+        if (copy.mbarrier != nullptr)
+            fail(*copy.issuer, "the block has ended before a bulk load did: wait for its mbarrier");
     }
     bulk_.drain();
     if (!hb::kIsEnabled) return;

@@ -21,7 +21,7 @@ struct BulkCopy {
     void* dst;
     const void* src;
     uint32_t bytes;
-    uint64_t* mbarrier;                // null: a store
+    uint64_t* mbarrier;                 // null: a store
     std::vector<unsigned char> staged;  // of a store, between its two moments
     hb::BulkEdges edges;
 };

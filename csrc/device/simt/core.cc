@@ -32,8 +32,7 @@ SchedulerOptions completed(SchedulerOptions options) {
 }
 
 uint64_t wall_ns() {
-    return static_cast<uint64_t>(
-        std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count());
+    return static_cast<uint64_t>(std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count());
 }
 
 }  // namespace
@@ -41,9 +40,7 @@ uint64_t wall_ns() {
 Core::Core(const SchedulerOptions& options) : options_(completed(options)), drive_(options.seed) {
     drive_.check_call_sites = options.check_call_sites;
 }
-Core::~Core() {
-    hb::drop(driver_start_);
-}
+Core::~Core() { hb::drop(driver_start_); }
 
 DeviceState* Core::add_device(int ordinal, bool has_bulk_copy, int max_shared_bytes) {
     std::lock_guard lock(mutex_);
@@ -110,9 +107,7 @@ bool Core::has_work() const {
     return num_pending_ != 0;
 }
 
-uint64_t Core::now_ns() const {
-    return options_.clock == ClockKind::kVirtual ? virtual_now_ns_ : wall_ns();
-}
+uint64_t Core::now_ns() const { return options_.clock == ClockKind::kVirtual ? virtual_now_ns_ : wall_ns(); }
 
 uint64_t Core::read_clock() {
     if (options_.clock == ClockKind::kWall) return wall_ns();
@@ -125,6 +120,7 @@ void Core::throw_error(DeviceState& device, uint64_t num_deadlocks_seen) {
     hb::Quiet quiet;
     std::unique_lock lock(mutex_);
     std::exception_ptr error = std::exchange(device.error, nullptr);
+    if (error != nullptr) hb::acquire(device.failed);
     if (error == nullptr && num_deadlocks_ != num_deadlocks_seen) error = deadlock_;
     lock.unlock();
     if (error != nullptr) std::rethrow_exception(error);
@@ -195,6 +191,7 @@ void Core::run_until_idle() {
         std::lock_guard lock(mutex_);
         for (auto& device : devices_) {
             std::exception_ptr error = std::exchange(device->error, nullptr);
+            hb::acquire(device->failed);
             if (first == nullptr) first = error;
         }
     }

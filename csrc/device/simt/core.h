@@ -99,8 +99,11 @@ struct DeviceState {
     int num_pending = 0;           // operations submitted and not finished
     bool is_condemned = false;     // driver side: a kernel failed, end the others
     std::exception_ptr error;
+    hb::Key failed = hb::make_key();  // what kernels did before they were ended
     std::vector<std::function<void()>> deferred;
     std::map<const char*, NamedRange> ranges;
+
+    ~DeviceState() { hb::drop(failed); }
 };
 
 class HostTask;

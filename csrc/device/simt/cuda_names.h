@@ -41,22 +41,17 @@ inline unsigned __ballot_sync(uint32_t mask, int predicate, const char* file = _
     return static_cast<unsigned>(warp_exchange(WarpOp::kBallot, mask, predicate != 0, 0, file, line));
 }
 
-inline int __any_sync(uint32_t mask, int predicate, const char* file = __builtin_FILE(),
-                      int line = __builtin_LINE()) {
+inline int __any_sync(uint32_t mask, int predicate, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     return warp_exchange(WarpOp::kAny, mask, predicate != 0, 0, file, line) != 0;
 }
 
-inline int __all_sync(uint32_t mask, int predicate, const char* file = __builtin_FILE(),
-                      int line = __builtin_LINE()) {
+inline int __all_sync(uint32_t mask, int predicate, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     return warp_exchange(WarpOp::kAll, mask, predicate != 0, 0, file, line) == mask;
 }
 
-inline unsigned lane_in_warp() {
-    return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32;
-}
+inline unsigned lane_in_warp() { return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32; }
 
-template <class T>
-T shuffle(WarpOp op, uint32_t mask, T value, unsigned source_lane, const char* file, int line) {
+template <class T> T shuffle(WarpOp op, uint32_t mask, T value, unsigned source_lane, const char* file, int line) {
     static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "CUDA shuffles 4 or 8 bytes");
     uint64_t bits = 0;
     std::memcpy(&bits, &value, sizeof(T));
@@ -99,24 +94,12 @@ T __shfl_down_sync(uint32_t mask, T value, unsigned delta, int width = 32, const
     return shuffle(WarpOp::kShuffleDown, mask, value, outside ? lane : lane + delta, file, line);
 }
 
-inline int __popc(unsigned x) {
-    return __builtin_popcount(x);
-}
-inline int __popcll(unsigned long long x) {
-    return __builtin_popcountll(x);
-}
-inline int __ffs(int x) {
-    return __builtin_ffs(x);
-}
-inline int __ffsll(long long x) {
-    return __builtin_ffsll(x);
-}
-inline int __clz(int x) {
-    return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x));
-}
-inline int __clzll(long long x) {
-    return x == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(x));
-}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __ffsll(long long x) { return __builtin_ffsll(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
+inline int __clzll(long long x) { return x == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(x)); }
 inline unsigned __brev(unsigned x) {
     unsigned reversed = 0;
     for (int bit = 0; bit < 32; ++bit) reversed |= ((x >> bit) & 1u) << (31 - bit);
@@ -129,21 +112,13 @@ template <class To, class From> inline To copy_bits(From value) {
     std::memcpy(&bits, &value, sizeof(To));
     return bits;
 }
-inline unsigned __float_as_uint(float value) {
-    return copy_bits<unsigned>(value);
-}
-inline int __float_as_int(float value) {
-    return copy_bits<int>(value);
-}
-inline float __uint_as_float(unsigned value) {
-    return copy_bits<float>(value);
-}
-inline float __int_as_float(int value) {
-    return copy_bits<float>(value);
-}
+inline unsigned __float_as_uint(float value) { return copy_bits<unsigned>(value); }
+inline int __float_as_int(float value) { return copy_bits<int>(value); }
+inline float __uint_as_float(unsigned value) { return copy_bits<float>(value); }
+inline float __int_as_float(int value) { return copy_bits<float>(value); }
 
 // CUDA's overload set: mixed signed and unsigned give unsigned, other mixtures are ambiguous there too.
-#define EP_SIMT_MIN_MAX(T)                             \
+#define EP_SIMT_MIN_MAX(T)                                     \
     inline constexpr T min(T a, T b) { return b < a ? b : a; } \
     inline constexpr T max(T a, T b) { return a < b ? b : a; }
 EP_SIMT_MIN_MAX(int)
@@ -155,27 +130,15 @@ EP_SIMT_MIN_MAX(unsigned long long)
 EP_SIMT_MIN_MAX(float)
 EP_SIMT_MIN_MAX(double)
 #undef EP_SIMT_MIN_MAX
-inline constexpr unsigned min(int a, unsigned b) {
-    return min(static_cast<unsigned>(a), b);
-}
-inline constexpr unsigned min(unsigned a, int b) {
-    return min(a, static_cast<unsigned>(b));
-}
-inline constexpr unsigned max(int a, unsigned b) {
-    return max(static_cast<unsigned>(a), b);
-}
-inline constexpr unsigned max(unsigned a, int b) {
-    return max(a, static_cast<unsigned>(b));
-}
+inline constexpr unsigned min(int a, unsigned b) { return min(static_cast<unsigned>(a), b); }
+inline constexpr unsigned min(unsigned a, int b) { return min(a, static_cast<unsigned>(b)); }
+inline constexpr unsigned max(int a, unsigned b) { return max(static_cast<unsigned>(a), b); }
+inline constexpr unsigned max(unsigned a, int b) { return max(a, static_cast<unsigned>(b)); }
 
 }  // namespace deep_ep::simt
 
 // CUDA declares these globally.
 using uint3 = deep_ep::simt::Index3;
-using deep_ep::simt::blockDim;
-using deep_ep::simt::blockIdx;
-using deep_ep::simt::gridDim;
-using deep_ep::simt::threadIdx;
 using deep_ep::simt::__all_sync;
 using deep_ep::simt::__any_sync;
 using deep_ep::simt::__ballot_sync;
@@ -196,5 +159,9 @@ using deep_ep::simt::__shfl_xor_sync;
 using deep_ep::simt::__syncthreads;
 using deep_ep::simt::__syncwarp;
 using deep_ep::simt::__uint_as_float;
+using deep_ep::simt::blockDim;
+using deep_ep::simt::blockIdx;
+using deep_ep::simt::gridDim;
 using deep_ep::simt::max;
 using deep_ep::simt::min;
+using deep_ep::simt::threadIdx;

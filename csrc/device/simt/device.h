@@ -63,7 +63,7 @@ private:
     void* allocate_named(size_t bytes, const char* what);
     void check_process() const;
 
-    const std::shared_ptr<Core> core_;
+    std::shared_ptr<Core> core_;
     const DeviceOptions options_;
     const int process_;  // a forked child has no scheduler thread
     DeviceState* const state_;

@@ -83,8 +83,8 @@ struct Tables {
 Tables& tables() {
     static Tables* const instance = [] {
         auto* made = new Tables;
-        made->cells = static_cast<char*>(mmap(nullptr, kMaxKeys * 16, PROT_READ | PROT_WRITE,
-                                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+        made->cells = static_cast<char*>(
+            mmap(nullptr, kMaxKeys * 16, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
         return made;
     }();
     return *instance;
@@ -97,9 +97,7 @@ void* cell(Key key, Proxy proxy) {
 void set_clock(void* cell) {
     __tsan_atomic32_store(static_cast<__tsan_atomic32*>(cell), 0, __tsan_memory_order_release);
 }
-void merge_clock(void* cell) {
-    __tsan_release(cell);
-}
+void merge_clock(void* cell) { __tsan_release(cell); }
 
 // The running CUDA thread, unless the code runs as somebody else for the moment.
 Agent* running_agent() {
@@ -173,19 +171,13 @@ void take_up(const std::vector<Published>& list, Agent* agent, bool is_acquire, 
 
 }  // namespace
 
-Quiet::Quiet() {
-    __tsan_ignore_thread_begin();
-}
-Quiet::~Quiet() {
-    __tsan_ignore_thread_end();
-}
+Quiet::Quiet() { __tsan_ignore_thread_begin(); }
+Quiet::~Quiet() { __tsan_ignore_thread_end(); }
 
 As::As(void* context) : previous_(__tsan_get_current_fiber()) {
     __tsan_switch_to_fiber(context, __tsan_switch_to_fiber_no_sync);
 }
-As::~As() {
-    __tsan_switch_to_fiber(previous_, __tsan_switch_to_fiber_no_sync);
-}
+As::~As() { __tsan_switch_to_fiber(previous_, __tsan_switch_to_fiber_no_sync); }
 
 Key make_key() {
     Quiet quiet;
@@ -252,9 +244,7 @@ void destroy_context(void* context) {
     if (context != nullptr) __tsan_destroy_fiber(context);
 }
 
-void* current_context() {
-    return __tsan_get_current_fiber();
-}
+void* current_context() { return __tsan_get_current_fiber(); }
 
 Agent* create_agent(uint64_t block, const void* device, const char* name) {
     Quiet quiet;
@@ -277,9 +267,7 @@ void destroy_agent(Agent* agent) {
     delete agent;
 }
 
-void* context_of(const Agent* agent) {
-    return agent->generic;
-}
+void* context_of(const Agent* agent) { return agent->generic; }
 
 void on_load(const void* address, bool is_acquire, int scope) {
     Quiet quiet;

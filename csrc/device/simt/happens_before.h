@@ -107,28 +107,18 @@ public:
 };
 struct BulkEdges {};
 
-inline Key make_key() {
-    return 0;
-}
+inline Key make_key() { return 0; }
 inline void add_reference(Key) {}
 inline void drop(Key) {}
 inline void release(Key) {}
 inline void release_anew(Key) {}
 inline void acquire(Key) {}
-inline void* create_context(const char*) {
-    return nullptr;
-}
+inline void* create_context(const char*) { return nullptr; }
 inline void destroy_context(void*) {}
-inline void* current_context() {
-    return nullptr;
-}
-inline Agent* create_agent(uint64_t, const void*, const char*) {
-    return nullptr;
-}
+inline void* current_context() { return nullptr; }
+inline Agent* create_agent(uint64_t, const void*, const char*) { return nullptr; }
 inline void destroy_agent(Agent*) {}
-inline void* context_of(const Agent*) {
-    return nullptr;
-}
+inline void* context_of(const Agent*) { return nullptr; }
 inline void on_load(const void*, bool, int) {}
 inline void on_store(const void*, bool, int) {}
 inline void on_update(const void*, bool, bool, int) {}
@@ -138,9 +128,7 @@ inline void on_mbarrier_init(const void*) {}
 inline void on_mbarrier_arrive(const void*, uint32_t, bool) {}
 inline void on_mbarrier_wait(const void*, uint32_t) {}
 inline void on_mbarrier_use(const void*) {}
-inline BulkEdges on_bulk_issue(Agent*, int) {
-    return {};
-}
+inline BulkEdges on_bulk_issue(Agent*, int) { return {}; }
 inline void on_bulk_read(Agent*, const BulkEdges&, const void*, size_t) {}
 inline void on_bulk_write(Agent*, const BulkEdges&, void*, size_t) {}
 inline void on_bulk_load_done(Agent*, const void*, uint32_t, bool) {}

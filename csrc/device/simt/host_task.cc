@@ -35,9 +35,7 @@ HostTask::~HostTask() {
     munmap(stack_, kStackBytes);
 }
 
-HostTask* HostTask::current() {
-    return current_task;
-}
+HostTask* HostTask::current() { return current_task; }
 
 void HostTask::switch_to(Context& from, Context& to) {
     auto* globals = reinterpret_cast<ExceptionState*>(abi::__cxa_get_globals());

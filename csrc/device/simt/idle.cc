@@ -102,9 +102,8 @@ private:
         if (first.kind == Operation::Kind::kWait) add_line(concat("device ", ordinal, " stream: waits for an event"));
         if (first.kind == Operation::Kind::kLaunch && first.launch->num_started < first.launch->config.num_blocks) {
             add_line(concat(first.launch->describe(), ": ", first.launch->config.num_blocks - first.launch->num_started,
-                            " of ", first.launch->config.num_blocks,
-                            " blocks are not resident (max_resident_blocks = ", core_.options_.max_resident_blocks,
-                            ")"));
+                            " of ", first.launch->config.num_blocks, " blocks are not resident (max_resident_blocks = ",
+                            core_.options_.max_resident_blocks, ")"));
         }
     }
 

@@ -30,9 +30,8 @@ template <class K> void launch(const LaunchConfig& config, Stream stream, const 
     static_assert(std::is_trivially_copyable_v<Params>, "kernel parameters are copied as bytes");
     static_assert(std::is_trivially_default_constructible_v<Shared>, "shared memory is not initialised");
     const simt::KernelCode code{
-        .run = [](const void* bytes, void* shared) {
-            K::run(*static_cast<const Params*>(bytes), *static_cast<Shared*>(shared));
-        },
+        .run = [](const void* bytes,
+                  void* shared) { K::run(*static_cast<const Params*>(bytes), *static_cast<Shared*>(shared)); },
         .params = &params,
         .params_bytes = sizeof(Params),
         .shared_bytes = std::is_empty_v<Shared> ? 0 : sizeof(Shared),

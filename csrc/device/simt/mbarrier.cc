@@ -33,9 +33,7 @@ uint64_t encode(const Fields& fields) {
            static_cast<uint64_t>(fields.missing) << 13 | static_cast<uint64_t>(fields.expected) << 1 | fields.phase;
 }
 
-bool is_untouched(const Fields& fields) {
-    return fields.missing == fields.expected && fields.bytes == 0;
-}
+bool is_untouched(const Fields& fields) { return fields.missing == fields.expected && fields.bytes == 0; }
 
 void finish_phase_if_complete(Fields& fields) {
     if (fields.missing != 0 || fields.bytes != 0) return;

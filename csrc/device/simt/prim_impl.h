@@ -27,12 +27,8 @@ constexpr int builtin_order(Order order, Scope scope) {
     return __ATOMIC_SEQ_CST;
 }
 
-constexpr bool is_acquire(Order order) {
-    return order == Order::kAcquire || order == Order::kAcqRel;
-}
-constexpr bool is_release(Order order) {
-    return order == Order::kRelease || order == Order::kAcqRel;
-}
+constexpr bool is_acquire(Order order) { return order == Order::kAcquire || order == Order::kAcqRel; }
+constexpr bool is_release(Order order) { return order == Order::kRelease || order == Order::kAcqRel; }
 
 template <class T> constexpr void check_word() {
     static_assert(std::is_integral_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "4- or 8-byte integers only");
@@ -72,8 +68,7 @@ template <Order O, Scope S, class T> EP_DEVICE T fetch_add(T* ptr, T value) {
 
 template <Order O, Scope S, class T> EP_DEVICE T compare_swap(T* ptr, T expected, T desired) {
     detail::check_word<T>();
-    constexpr int kOnFailure =
-        detail::is_acquire(O) && !simt::hb::kIsEnabled ? __ATOMIC_ACQUIRE : __ATOMIC_RELAXED;
+    constexpr int kOnFailure = detail::is_acquire(O) && !simt::hb::kIsEnabled ? __ATOMIC_ACQUIRE : __ATOMIC_RELAXED;
     simt::before_access(ptr, sizeof(T));
     T old = expected;
     const bool is_stored =
@@ -102,22 +97,16 @@ EP_DEVICE Vec16 load_input(const Vec16* ptr) {
     return value;
 }
 
-EP_DEVICE Vec16 load_shared_with_peers(const Vec16* ptr) {
-    return load_input(ptr);
-}
+EP_DEVICE Vec16 load_shared_with_peers(const Vec16* ptr) { return load_input(ptr); }
 
 EP_DEVICE void store_streaming(Vec16* ptr, Vec16 value) {
     simt::check_aligned(ptr, sizeof(Vec16));
     std::memcpy(ptr, &value, sizeof(Vec16));
 }
 
-EP_DEVICE void mbarrier_init(MBarrier* bar, uint32_t arrivals) {
-    simt::mbarrier_init(&bar->state, arrivals);
-}
+EP_DEVICE void mbarrier_init(MBarrier* bar, uint32_t arrivals) { simt::mbarrier_init(&bar->state, arrivals); }
 EP_DEVICE void mbarrier_init_fence() {}
-EP_DEVICE void mbarrier_arrive(MBarrier* bar) {
-    simt::mbarrier_arrive(&bar->state, false, 0);
-}
+EP_DEVICE void mbarrier_arrive(MBarrier* bar) { simt::mbarrier_arrive(&bar->state, false, 0); }
 EP_DEVICE void mbarrier_arrive_expect_tx(MBarrier* bar, uint32_t bytes) {
     simt::mbarrier_arrive(&bar->state, true, bytes);
 }
@@ -125,45 +114,25 @@ EP_DEVICE bool mbarrier_try_wait(MBarrier* bar, uint32_t phase_parity) {
     return simt::mbarrier_try_wait(&bar->state, phase_parity);
 }
 
-EP_DEVICE bool has_bulk_copy() {
-    return simt::has_bulk_copy();
-}
+EP_DEVICE bool has_bulk_copy() { return simt::has_bulk_copy(); }
 EP_DEVICE void bulk_load(void* shared_dst, const void* global_src, uint32_t bytes, MBarrier* bar) {
     simt::bulk_load(shared_dst, global_src, bytes, &bar->state);
 }
 EP_DEVICE void bulk_store(void* global_dst, const void* shared_src, uint32_t bytes) {
     simt::bulk_store(global_dst, shared_src, bytes);
 }
-EP_DEVICE void bulk_commit() {
-    simt::bulk_commit();
-}
-template <int N> EP_DEVICE void bulk_wait() {
-    simt::bulk_wait(N, simt::BulkPart::kAll);
-}
-template <int N> EP_DEVICE void bulk_wait_read() {
-    simt::bulk_wait(N, simt::BulkPart::kRead);
-}
+EP_DEVICE void bulk_commit() { simt::bulk_commit(); }
+template <int N> EP_DEVICE void bulk_wait() { simt::bulk_wait(N, simt::BulkPart::kAll); }
+template <int N> EP_DEVICE void bulk_wait_read() { simt::bulk_wait(N, simt::BulkPart::kRead); }
 
 // Bulk copies are memcpy here; only under ThreadSanitizer does a missing proxy fence show.
-EP_DEVICE void fence_async_shared() {
-    simt::hb::on_proxy_fence();
-}
-EP_DEVICE void fence_async_global() {
-    simt::hb::on_proxy_fence();
-}
+EP_DEVICE void fence_async_shared() { simt::hb::on_proxy_fence(); }
+EP_DEVICE void fence_async_global() { simt::hb::on_proxy_fence(); }
 
-EP_DEVICE void barrier_sync(int id, int num_threads) {
-    simt::block_barrier(id, num_threads, "prim::barrier_sync", 0);
-}
-EP_DEVICE uint64_t clock_ns() {
-    return simt::clock_ns();
-}
-EP_DEVICE void pause() {
-    simt::pause();
-}
-EP_DEVICE void* dynamic_shared() {
-    return simt::dynamic_shared();
-}
+EP_DEVICE void barrier_sync(int id, int num_threads) { simt::block_barrier(id, num_threads, "prim::barrier_sync", 0); }
+EP_DEVICE uint64_t clock_ns() { return simt::clock_ns(); }
+EP_DEVICE void pause() { simt::pause(); }
+EP_DEVICE void* dynamic_shared() { return simt::dynamic_shared(); }
 
 }  // namespace EP_BACKEND
 }  // namespace deep_ep::prim

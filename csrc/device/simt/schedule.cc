@@ -7,9 +7,7 @@
 
 namespace deep_ep::simt {
 
-std::string Launch::describe() const {
-    return concat("device ", device->ordinal, " kernel \"", name, "\"");
-}
+std::string Launch::describe() const { return concat("device ", device->ordinal, " kernel \"", name, "\""); }
 
 void launch_kernel(const dev::LaunchConfig& config, dev::Stream handle, const KernelCode& code) {
     EP_CHECK(handle != nullptr, "kernel ", config.name, ": a CPU device has no default stream");
@@ -34,11 +32,10 @@ void launch_kernel(const dev::LaunchConfig& config, dev::Stream handle, const Ke
     launch->stream = &stream;
     launch->device = stream.device;
     stream.device->core->check_launch(*launch);
-    stream.device->core->submit(stream, Operation{.kind = Operation::Kind::kLaunch,
-                                                  .launch = std::move(launch),
-                                                  .call = {},
-                                                  .event = nullptr,
-                                                  .version = 0});
+    stream.device->core->submit(
+        stream,
+        Operation{
+            .kind = Operation::Kind::kLaunch, .launch = std::move(launch), .call = {}, .event = nullptr, .version = 0});
 }
 
 void Core::check_launch(const Launch& launch) const {
@@ -119,19 +116,21 @@ void Core::serve_streams() {
 // Takes the stream's first operation one step further; false when it has to wait.
 bool Core::serve(StreamState& stream) {
     Operation& first = stream.queue.front();
-    hb::As as(stream.context);
-    hb::acquire(first.submitted);
-    switch (first.kind) {
-        case Operation::Kind::kLaunch: start_launch(stream, *first.launch); return true;
-        case Operation::Kind::kCall: first.call(); break;
-        case Operation::Kind::kRecord:
-            hb::release_anew(first.event->recorded);
-            first.event->num_completed = first.version;
-            break;
-        case Operation::Kind::kWait:
-            if (first.event->num_completed < first.version) return false;
-            hb::acquire(first.event->recorded);
-            break;
+    {
+        hb::As as(stream.context);
+        hb::acquire(first.submitted);
+        switch (first.kind) {
+            case Operation::Kind::kLaunch: start_launch(stream, *first.launch); return true;
+            case Operation::Kind::kCall: first.call(); break;
+            case Operation::Kind::kRecord:
+                hb::release_anew(first.event->recorded);
+                first.event->num_completed = first.version;
+                break;
+            case Operation::Kind::kWait:
+                if (first.event->num_completed < first.version) return false;
+                hb::acquire(first.event->recorded);
+                break;
+        }
     }
     finish_operation(stream);
     return true;
@@ -144,7 +143,8 @@ void Core::start_launch(StreamState& stream, Launch& launch) {
     if (drive_.is_seeded) {
         launch.order.resize(static_cast<size_t>(launch.config.num_blocks));
         std::iota(launch.order.begin(), launch.order.end(), 0);
-        for (size_t i = launch.order.size(); i > 1; --i) std::swap(launch.order[i - 1], launch.order[drive_.rng.below(i)]);
+        for (size_t i = launch.order.size(); i > 1; --i)
+            std::swap(launch.order[i - 1], launch.order[drive_.rng.below(i)]);
     }
     launch.device->starting.push_back(&launch);
 }
@@ -218,10 +218,10 @@ void Core::retire_blocks() {
             finish_operation(*launch.stream);
         }
     }
-    if (!has_condemned) return;
     for (auto& device : devices_) {
-        if (device->is_condemned) drop_operations(*device);
+        if (has_condemned && device->is_condemned) drop_operations(*device);
     }
+    run_deferred();
 }
 
 void Core::check_finished(Block& block) {

@@ -18,22 +18,16 @@ Scheduler::Scheduler(const SchedulerOptions& options) : core_(std::make_shared<C
 
 Scheduler::~Scheduler() {
     if (core_->options().background_thread) core_->stop_worker();
+    hb::Quiet quiet;
+    core_.reset();
 }
 
-const SchedulerOptions& Scheduler::options() const {
-    return core_->options();
-}
+const SchedulerOptions& Scheduler::options() const { return core_->options(); }
 
-void Scheduler::run_until_idle() {
-    core_->run_until_idle();
-}
+void Scheduler::run_until_idle() { core_->run_until_idle(); }
 
-void Scheduler::run_hosts(const std::vector<std::function<void()>>& hosts) {
-    core_->run_hosts(hosts);
-}
+void Scheduler::run_hosts(const std::vector<std::function<void()>>& hosts) { core_->run_hosts(hosts); }
 
-uint64_t Scheduler::trace_hash() const {
-    return core_->trace_hash();
-}
+uint64_t Scheduler::trace_hash() const { return core_->trace_hash(); }
 
 }  // namespace deep_ep::simt

@@ -40,11 +40,11 @@ struct SchedulerOptions {
     uint64_t seed = 0;               // 0: round robin; else random order, with yields before synchronising accesses
     bool background_thread = false;  // false: the thread that makes blocking calls runs the kernels
     BulkMode bulk = BulkMode::kEager;
-    int max_resident_blocks = 0;     // per device; 0: no limit
+    int max_resident_blocks = 0;  // per device; 0: no limit
     ClockKind clock = ClockKind::kVirtual;
     IdlePolicy idle = IdlePolicy::kDeadlockError;
-    size_t stack_bytes = 0;          // per fiber; 0: 16 KiB, 64 KiB under a sanitizer
-    bool check_call_sites = true;    // lanes must call a collective from the same line
+    size_t stack_bytes = 0;        // per fiber; 0: 16 KiB, 64 KiB under a sanitizer
+    bool check_call_sites = true;  // lanes must call a collective from the same line
 
     // For processes that share memory with others: a worker thread, wall clock, waiting politely.
     static SchedulerOptions background();

@@ -65,7 +65,8 @@ void poison_tail([[maybe_unused]] void* address, [[maybe_unused]] size_t bytes, 
 Handle parse(const std::string& bytes) {
     Handle handle;
     if (bytes.size() != sizeof(handle) || std::memcmp(bytes.data(), kMagic, sizeof(kMagic)) != 0) {
-        throw TransportError(concat("not a handle of CPU shared memory (", bytes.size(), " bytes): do all ranks use the CPU device?"));
+        throw TransportError(
+            concat("not a handle of CPU shared memory (", bytes.size(), " bytes): do all ranks use the CPU device?"));
     }
     std::memcpy(&handle, bytes.data(), sizeof(handle));
     if (std::strncmp(handle.host, host_identity().c_str(), sizeof(handle.host)) != 0) {
@@ -86,8 +87,8 @@ int open_peer_file(const Handle& handle) {
                                                     : " (another user, or /proc is restricted?)"));
     }
     if (std::string(target).find(std::string(handle.nonce, sizeof(handle.nonce))) == std::string::npos) {
-        throw TransportError(concat("the shared memory of ", peer, " is gone: its descriptor ", handle.fd,
-                                    " now is ", target));
+        throw TransportError(
+            concat("the shared memory of ", peer, " is gone: its descriptor ", handle.fd, " now is ", target));
     }
     const int fd = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
     if (fd < 0) throw TransportError(concat("cannot open the shared memory of ", peer, ": ", std::strerror(errno)));
@@ -165,8 +166,8 @@ void* ShareableHeap::open(const std::string& handle_bytes) {
     ::close(fd);
     if (!has_size) throw TransportError(concat("the shared memory of process ", handle.pid, " has changed its size"));
     if (address == nullptr) {
-        throw TransportError(concat("cannot map ", handle.bytes, " bytes of process ", handle.pid, ": ",
-                                    std::strerror(error)));
+        throw TransportError(
+            concat("cannot map ", handle.bytes, " bytes of process ", handle.pid, ": ", std::strerror(error)));
     }
     poison_tail(address, handle.bytes, true);
     mappings_[address] = Mapping{handle.bytes, -1, nonce, 1};

@@ -26,7 +26,7 @@ public:
 private:
     struct Mapping {
         size_t bytes;
-        int fd;              // of the owner; -1: opened from a peer
+        int fd;  // of the owner; -1: opened from a peer
         std::string nonce;
         int num_opened;
     };

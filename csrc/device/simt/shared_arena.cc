@@ -9,7 +9,9 @@
 
 #if defined(EP_SIMT_ASAN)
 #include <sanitizer/asan_interface.h>
+#define EP_SIMT_GUARDS_TRAP true
 #else
+#define EP_SIMT_GUARDS_TRAP false
 #define ASAN_POISON_MEMORY_REGION(addr, size) ((void)(addr), (void)(size))
 #define ASAN_UNPOISON_MEMORY_REGION(addr, size) ((void)(addr), (void)(size))
 #endif
@@ -68,15 +70,12 @@ bool SharedArena::contains(const void* ptr, size_t bytes) const {
 }
 
 const char* SharedArena::find_damage() const {
-#if defined(EP_SIMT_ASAN)
-    return nullptr;  // the guards are poisoned: the access itself was reported
-#else
+    if (EP_SIMT_GUARDS_TRAP) return nullptr;  // they are poisoned: the access itself was reported
     const unsigned char* const end = dynamic_ + round_up(dynamic_bytes_, kAlignment) + kGuardBytes;
     if (!is_intact(memory_.get(), static_, kGuard)) return "before the static part";
     if (!is_intact(static_ + static_bytes_, dynamic_, kGuard)) return "after the static part (before the dynamic part)";
     if (!is_intact(dynamic_ + dynamic_bytes_, end, kGuard)) return "after the dynamic part";
     return nullptr;
-#endif
 }
 
 }  // namespace deep_ep::simt

@@ -88,8 +88,8 @@ void Block::complete(Warp& warp, Rendezvous& group, Fiber& last) {
         for (uint32_t rest = mask; rest != 0; rest &= rest - 1) {
             Fiber& fiber = lanes[__builtin_ctz(rest)];
             if (((mask >> fiber.source_lane) & 1u) == 0) {
-                fail_exchange(fiber, concat("reads lane ", static_cast<int>(fiber.source_lane),
-                                            ", which is not in the mask"));
+                fail_exchange(fiber,
+                              concat("reads lane ", static_cast<int>(fiber.source_lane), ", which is not in the mask"));
             }
             fiber.exchange = given[fiber.source_lane];
         }

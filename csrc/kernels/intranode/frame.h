@@ -13,7 +13,7 @@ EP_DEVICE bool begin_call(const algo::Watch& watch, const RowMap& rows, bool is_
     if (prim::warp_idx() == 0) {
         if (is_first_kernel && blockIdx.x == 0) algo::announce_start(watch);
         // Some other rank may have given up already: then this one says so as well.
-        bool is_ok = algo::may_go_on(watch, {layout::Stage::kStart, 0}, prim::clock_ns(), 0, 0);
+        bool is_ok = algo::may_go_on(watch, {layout::Stage::kStart, watch.heap.rank()}, prim::clock_ns(), 0, 0);
         is_ok = __all_sync(prim::kFullMask, is_ok) && algo::wait_for_banks(watch);
         if (is_ok && rows.total_rows(watch.heap.rank()) > num_rows_held) {
             if (prim::lane_idx() == 0)

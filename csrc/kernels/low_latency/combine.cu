@@ -21,7 +21,7 @@ struct Kernel {
     static constexpr int kMaxThreads = 512;
     struct Shared {
         Beginning beginning;
-        int is_everywhere;
+        int is_here;
         int is_last_block;
     };
 
@@ -76,14 +76,14 @@ struct Kernel {
         }
     }
 
-    // The whole block. Every warp waits for itself: a flag seen by another warp orders nothing here.
-    static EP_DEVICE bool wait_for_table(const Context& c, int source) {
-        int is_here = 0;
-        if (prim::lane_idx() == 0)
-            is_here = wait_for_source(c, Stage::kTable, source, c.watch.heap.table_full(c.rank(), c.bank, source));
-        is_here = __shfl_sync(kFullMask, is_here, 0);
-        __syncwarp();  // one lane's acquire, every lane's reads
-        return is_here != 0;
+    // The whole block: one thread waits, the barrier passes on what it has acquired.
+    static EP_DEVICE bool wait_for_table(const Context& c, int source, Shared& shared) {
+        __syncthreads();  // the answer about the source before has been read
+        if (threadIdx.x == 0)
+            shared.is_here =
+                wait_for_source(c, Stage::kTable, source, c.watch.heap.table_full(c.rank(), c.bank, source)) ? 1 : 0;
+        __syncthreads();
+        return shared.is_here != 0;
     }
 
     // Tokens of all sources are dealt to the blocks; every rank begins with another source.
@@ -93,8 +93,7 @@ struct Kernel {
         if (shared.beginning.is_first != 0) send_tables(c, p.topk_idx, p.idx_bytes, p.topk_weights, p.num_tokens);
         for (int step = 0; step < c.num_ranks(); ++step) {
             const int source = (c.rank() + 1 + step) % c.num_ranks();
-            const bool is_here = wait_for_table(c, source);
-            if (!all_warps(is_here, shared)) continue;
+            if (!wait_for_table(c, source, shared)) continue;
             const int num_tokens = c.num_tokens_of(source);
             const int first = (static_cast<int>(blockIdx.x) + step) % static_cast<int>(gridDim.x);
             for (int token = first; token < num_tokens; token += static_cast<int>(gridDim.x)) {
@@ -107,16 +106,6 @@ struct Kernel {
                         c.watch.heap.token_full(source, c.bank, c.rank(), token), c.watch.call);
             }
         }
-    }
-
-    // All threads: true where every warp says so. A deadline may have passed for some warps only.
-    static EP_DEVICE bool all_warps(bool is_here, Shared& shared) {
-        __syncthreads();
-        if (threadIdx.x == 0) shared.is_everywhere = 1;
-        __syncthreads();
-        if (!is_here && prim::lane_idx() == 0) prim::store<Order::kRelaxed, Scope::kCta>(&shared.is_everywhere, 0);
-        __syncthreads();
-        return shared.is_everywhere != 0;
     }
 
     // The lanes of each warp wait for one rank each; returns the lanes whose rank has sent its part.

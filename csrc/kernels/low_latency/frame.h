@@ -104,10 +104,9 @@ EP_DEVICE void begin_send(const Context& c, Beginning* beginning) {
         const bool may_go_on =
             algo::may_go_on(c.watch, {Stage::kStart, c.rank()}, prim::clock_ns(), 0, 0);
         const bool all = __all_sync(kFullMask, may_go_on);
-        __syncwarp();  // each lane's acquire, the block's stores
         if (prim::lane_idx() == 0) *beginning = {all ? 1 : 0, order == 0 ? 1 : 0};
     }
-    __syncthreads();
+    __syncthreads();  // each lane's acquire, the block's stores
 }
 
 // All threads of the block that began first: our routing table to every rank. Peers wait for it in their send phases, so

@@ -1,10 +1,15 @@
 // What kernels may not do, and how the executor says so.
 #include <doctest/doctest.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
+#include <cstdio>
+#include <functional>
 #include <string>
 
 #include "device/launch.h"
 #include "device/prim.h"
+#include "device/simt/context.h"
 #include "device/simt/device.h"
 
 using namespace deep_ep;
@@ -36,6 +41,7 @@ enum class Mistake {
     kDeepRecursion,
     kPastStaticShared,
     kPastDynamicShared,
+    kPastMemory,
     kHostCall,
     kThrows,
 };
@@ -142,8 +148,9 @@ template <Mistake kMistake> struct WrongKernel {
         auto* dynamic = static_cast<volatile char*>(prim::dynamic_shared());
         auto* past_shared = reinterpret_cast<volatile char*>(&shared) + sizeof(Shared);
         if constexpr (kMistake == Mistake::kDeepRecursion) recurse(60);
-        if constexpr (kMistake == Mistake::kPastStaticShared) past_shared[0] = 1;
-        if constexpr (kMistake == Mistake::kPastDynamicShared) dynamic[100] = 1;
+        if (kMistake == Mistake::kPastStaticShared && threadIdx.x == 0) past_shared[0] = 1;
+        if (kMistake == Mistake::kPastDynamicShared && threadIdx.x == 0) dynamic[100] = 1;
+        if (kMistake == Mistake::kPastMemory && threadIdx.x == 0) params.words[1024] = 1;
         if constexpr (kMistake == Mistake::kHostCall) params.device->synchronize_stream(params.stream);
         if constexpr (kMistake == Mistake::kThrows) throw Error("thrown by a kernel");
         if constexpr (kMistake == Mistake::kMisalignedWord) {
@@ -188,8 +195,7 @@ TEST_CASE("lanes that call different collectives, or the same one from different
 }
 
 TEST_CASE("masks that overlap, or leave out the caller, or the lane that is read") {
-    CHECK(contains(complaint<Mistake::kOverlappingMasks>(),
-                   "lane 16: __syncwarp(0xffff8000) at "));
+    CHECK(contains(complaint<Mistake::kOverlappingMasks>(), "lane 16: __syncwarp(0xffff8000) at "));
     CHECK(contains(complaint<Mistake::kOverlappingMasks>(), "overlapping masks: lanes 0xffff wait"));
     CHECK(contains(complaint<Mistake::kNotInMask>(), "lane 16: __syncwarp(0xffff) at "));
     CHECK(contains(complaint<Mistake::kNotInMask>(), "the calling lane is not in the mask"));
@@ -203,14 +209,17 @@ TEST_CASE("lanes that return while their warp goes on") {
 }
 
 TEST_CASE("named barriers whose counts disagree or whose id does not exist") {
-    CHECK(contains(complaint<Mistake::kBarrierCounts>(), "barrier 1: this thread expects 32 threads, earlier ones expect 64"));
+    CHECK(contains(complaint<Mistake::kBarrierCounts>(),
+                   "barrier 1: this thread expects 32 threads, earlier ones expect 64"));
     CHECK(contains(complaint<Mistake::kBarrierId>(), "barrier id 16 is outside 0..15"));
 }
 
 TEST_CASE("mbarriers that were never initialised, overflow, or are not in shared memory") {
-    CHECK(contains(complaint<Mistake::kUninitialisedMbarrier>(), "mbarrier_arrive: the mbarrier was never initialised"));
+    CHECK(
+        contains(complaint<Mistake::kUninitialisedMbarrier>(), "mbarrier_arrive: the mbarrier was never initialised"));
     CHECK(contains(complaint<Mistake::kTooManyArrivals>(), "more arrivals than this phase expects"));
-    CHECK(contains(complaint<Mistake::kMbarrierOutsideShared>(), "is not an aligned mbarrier in this block's shared memory"));
+    CHECK(contains(complaint<Mistake::kMbarrierOutsideShared>(),
+                   "is not an aligned mbarrier in this block's shared memory"));
 }
 
 TEST_CASE("bulk copies with wrong operands or an unfinished life") {
@@ -232,17 +241,39 @@ TEST_CASE("an exception in a kernel reaches the host's next blocking call") {
     CHECK(complaint<Mistake::kThrows>({.seed = 9}) == "thrown by a kernel");
 }
 
-// AddressSanitizer reports these itself, and ends the process.
-#if !defined(EP_SIMT_ASAN)
 TEST_CASE("a stack overflow is reported, not suffered") {
     CHECK(contains(complaint<Mistake::kDeepRecursion>(), "stack overflow: a fiber has"));
     CHECK(complaint<Mistake::kDeepRecursion>({.stack_bytes = 1 << 20}) == "");
 }
 
+#if defined(EP_SIMT_ASAN)
+
+// AddressSanitizer ends the process, so each mistake gets one of its own.
+static bool ends_process(const std::function<void()>& body) {
+    const pid_t child = fork();
+    if (child == 0) {
+        std::fclose(stderr);
+        body();
+        _exit(0);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    return !WIFEXITED(status) || WEXITSTATUS(status) != 0;
+}
+
+TEST_CASE("AddressSanitizer sees the ends of shared memory and of device memory") {
+    CHECK(ends_process([] { complaint<Mistake::kPastStaticShared>(); }));
+    CHECK(ends_process([] { complaint<Mistake::kPastDynamicShared>(); }));
+    CHECK(ends_process([] { complaint<Mistake::kPastMemory>(); }));
+    CHECK_FALSE(ends_process([] { complaint<Mistake::kThrows>(); }));
+}
+
+#else
 TEST_CASE("writes past shared memory are reported when the block ends") {
     CHECK(contains(complaint<Mistake::kPastStaticShared>(), "wrote outside its shared memory, after the static part"));
     CHECK(contains(complaint<Mistake::kPastDynamicShared>(), "after the dynamic part"));
 }
+
 #endif
 
 TEST_CASE("launches that no device could run are refused at once") {

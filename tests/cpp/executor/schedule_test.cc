@@ -1,7 +1,8 @@
 // Schedules: exact replay, deadlocks, residency, streams and events, several hosts, clocks.
 #include <doctest/doctest.h>
 
-#include <numeric>
+#include <atomic>
+#include <memory>
 #include <set>
 #include <string>
 #include <vector>
@@ -140,7 +141,8 @@ TEST_CASE("a grid that relies on all blocks being resident deadlocks when they a
             CHECK(report == "");
             continue;
         }
-        CHECK(contains(report, "block 0 warp 0 lanes 0x1: waits for the last block of 3 device 1 memory #0 + 0, sees 0"));
+        CHECK(
+            contains(report, "block 0 warp 0 lanes 0x1: waits for the last block of 3 device 1 memory #0 + 0, sees 0"));
         CHECK(contains(report, "block 0 warp 0 lanes 0xfffffffe: __syncwarp(0xffffffff) at "));
         CHECK(contains(report, "missing lanes 0x1"));
         CHECK(contains(report, "1 of 3 blocks are not resident (max_resident_blocks = 2)"));
@@ -208,8 +210,7 @@ TEST_CASE("streams that wait for each other's events are a deadlock with a repor
     auto* flag = static_cast<uint32_t*>(device.allocate(8));
     const auto first = device.create_stream(), second = device.create_stream();
     const auto event = device.create_event();
-    dev::launch<faults::ReceiveKernel<faults::Receive::kAcquire>>({.name = "receive"}, first,
-                                                                  {flag, flag, flag + 1});
+    dev::launch<faults::ReceiveKernel<faults::Receive::kAcquire>>({.name = "receive"}, first, {flag, flag, flag + 1});
     device.record_event(event, first);
     device.stream_wait_event(second, event);
     const std::string report = failure_of(scheduler);
@@ -290,7 +291,7 @@ TEST_CASE("hosts of several ranks run in one thread, and replay exactly") {
 TEST_CASE("a host that waits for ever is reported together with the kernels, and every host hears of it") {
     simt::Scheduler scheduler;
     simt::SimtDevice device(scheduler, 0), other(scheduler, 1);
-    int num_deadlocks = 0;
+    std::atomic<int> num_deadlocks = 0;
     const auto wait = [&](simt::SimtDevice& self) {
         try {
             self.host_wait([] { return false; }, 100.0);

@@ -152,8 +152,9 @@ TEST_CASE("a peer that never comes is a deadlock with a report, or a timeout whe
             report = error.what();
         }
         MESSAGE(report);
-        CHECK(report.find("device 3 kernel \"lonely\" block 0 warp 0 lanes 0x1: polls device 3 memory #0 + 0, sees 0") !=
-              std::string::npos);
+        CHECK(
+            report.find("device 3 kernel \"lonely\" block 0 warp 0 lanes 0x1: polls device 3 memory #0 + 0, sees 0") !=
+            std::string::npos);
         device.synchronize_stream(stream);  // usable again
     }
     simt::Scheduler scheduler({.idle = simt::IdlePolicy::kAdvanceClock});

@@ -49,8 +49,8 @@ Outcome outcome_of(const simt::SchedulerOptions& options, const std::function<vo
 }
 
 struct Found {
-    int by_seeds = 0;       // of kNumSeeds, by wrong results
-    int by_tsan = 0;        // of the round-robin run, reports
+    int by_seeds = 0;  // of kNumSeeds, by wrong results
+    int by_tsan = 0;   // of the round-robin run, reports
     bool is_wrong_in_order = false;
 };
 
@@ -67,9 +67,7 @@ Found hunt(simt::SchedulerOptions options, const std::function<void(TwoRanks&)>&
     return found;
 }
 
-bool has_wrong_words(TwoRanks& ranks) {
-    return *ranks.num_wrong() != 0;
-}
+bool has_wrong_words(TwoRanks& ranks) { return *ranks.num_wrong() != 0; }
 
 void check_is_clean(const Found& found) {
     CHECK(found.by_seeds == 0);
@@ -95,57 +93,61 @@ void check_seeds_and_tsan_find(const std::string& name, const Found& found, int 
 }
 
 template <Send kSend, Receive kReceive> Found hunt_message() {
-    return hunt({},
-                [](TwoRanks& ranks) {
-                    const MessageParams params{ranks.words, ranks.words + 1024, ranks.num_wrong()};
-                    dev::launch<SendKernel<kSend>>({.name = "send"}, ranks.first_stream, params);
-                    dev::launch<ReceiveKernel<kReceive>>({.name = "receive"}, ranks.second_stream, params);
-                },
-                has_wrong_words);
+    return hunt(
+        {},
+        [](TwoRanks& ranks) {
+            const MessageParams params{ranks.words, ranks.words + 1024, ranks.num_wrong()};
+            dev::launch<SendKernel<kSend>>({.name = "send"}, ranks.first_stream, params);
+            dev::launch<ReceiveKernel<kReceive>>({.name = "receive"}, ranks.second_stream, params);
+        },
+        has_wrong_words);
 }
 
 template <bool kHasBarrier> Found hunt_group() {
-    return hunt({},
-                [](TwoRanks& ranks) {
-                    dev::launch<GroupKernel<kHasBarrier>>({.num_threads = 128, .name = "group"}, ranks.first_stream,
-                                                          {ranks.num_wrong(), 8});
-                },
-                has_wrong_words);
+    return hunt(
+        {},
+        [](TwoRanks& ranks) {
+            dev::launch<GroupKernel<kHasBarrier>>({.num_threads = 128, .name = "group"}, ranks.first_stream,
+                                                  {ranks.num_wrong(), 8});
+        },
+        has_wrong_words);
 }
 
 template <Stage kHow> Found hunt_store(simt::BulkMode bulk) {
     constexpr int kRows = 16;
-    return hunt({.bulk = bulk},
-                [](TwoRanks& ranks) {
-                    dev::launch<StoreKernel<kHow>>({.name = "store"}, ranks.first_stream, {ranks.words, kRows});
-                },
-                [](TwoRanks& ranks) {
-                    for (uint32_t i = 0; i < kRows * 32; ++i) {
-                        if (ranks.words[i] != i) return true;
-                    }
-                    return false;
-                });
+    return hunt(
+        {.bulk = bulk},
+        [](TwoRanks& ranks) {
+            dev::launch<StoreKernel<kHow>>({.name = "store"}, ranks.first_stream, {ranks.words, kRows});
+        },
+        [](TwoRanks& ranks) {
+            for (uint32_t i = 0; i < kRows * 32; ++i) {
+                if (ranks.words[i] != i) return true;
+            }
+            return false;
+        });
 }
 
 template <bool kTellsTooEarly> Found hunt_ring() {
-    return hunt({},
-                [](TwoRanks& ranks) {
-                    const RingParams params{ranks.words, ranks.words + 1024, ranks.words + 1056, ranks.num_wrong(), 40};
-                    dev::launch<RingSendKernel>({.name = "ring send"}, ranks.first_stream, params);
-                    dev::launch<RingReceiveKernel<kTellsTooEarly>>({.name = "ring receive"}, ranks.second_stream,
-                                                                   params);
-                },
-                has_wrong_words);
+    return hunt(
+        {},
+        [](TwoRanks& ranks) {
+            const RingParams params{ranks.words, ranks.words + 1024, ranks.words + 1056, ranks.num_wrong(), 40};
+            dev::launch<RingSendKernel>({.name = "ring send"}, ranks.first_stream, params);
+            dev::launch<RingReceiveKernel<kTellsTooEarly>>({.name = "ring receive"}, ranks.second_stream, params);
+        },
+        has_wrong_words);
 }
 
 template <bool kHasProxyFence> Found hunt_load() {
-    return hunt({},
-                [](TwoRanks& ranks) {
-                    const MessageParams params{ranks.words, ranks.words + 1024, ranks.num_wrong()};
-                    dev::launch<SendKernel<Send::kRelease>>({.name = "send"}, ranks.first_stream, params);
-                    dev::launch<LoadKernel<kHasProxyFence>>({.name = "load"}, ranks.second_stream, params);
-                },
-                has_wrong_words);
+    return hunt(
+        {},
+        [](TwoRanks& ranks) {
+            const MessageParams params{ranks.words, ranks.words + 1024, ranks.num_wrong()};
+            dev::launch<SendKernel<Send::kRelease>>({.name = "send"}, ranks.first_stream, params);
+            dev::launch<LoadKernel<kHasProxyFence>>({.name = "load"}, ranks.second_stream, params);
+        },
+        has_wrong_words);
 }
 
 }  // namespace

@@ -9,10 +9,10 @@ int num_expected = 0;
 }  // namespace
 
 // ThreadSanitizer calls these. They run while it holds its locks, so they must not be instrumented.
-extern "C" {
-EP_UNSEEN void __tsan_on_report(void*) { ++num_reported; }
-EP_UNSEEN int __tsan_on_finalize(int) { return num_reported > num_expected; }
-}
+extern "C" EP_UNSEEN void __tsan_on_report(void*) { ++num_reported; }
+namespace __tsan {
+EP_UNSEEN bool OnFinalize(bool) { return num_reported > num_expected; }
+}  // namespace __tsan
 
 namespace deep_ep::testing {
 EP_UNSEEN int num_races() { return num_reported; }
