@@ -57,6 +57,14 @@ public:
             layout::make_tag(watch_.call, static_cast<uint64_t>(position)));
     }
 
+    // One look, no waiting; acquire where the answer is yes.
+    EP_DEVICE bool is_set(FlagTest test) const {
+        if (test.flag == nullptr) return true;
+        // Polling with acquire would empty the L1 of the SM each time.
+        if (prim::load<prim::Order::kRelaxed, prim::Scope::kSys>(test.flag) < test.expected) return false;
+        return prim::load<prim::Order::kAcquire, prim::Scope::kSys>(test.flag) >= test.expected;
+    }
+
     // One thread; acquire. Other lanes may touch what the flag guards after a __syncwarp.
     EP_DEVICE bool wait(layout::Stage stage, int peer, FlagTest test) const {
         return test.flag == nullptr || wait_at_least(watch_, {stage, peer}, test.flag, test.expected);

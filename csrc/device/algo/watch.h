@@ -62,12 +62,11 @@ EP_DEVICE uint64_t abort_code(const Watch& watch) {
     return prim::load<prim::Order::kRelaxed, prim::Scope::kSys>(watch.heap.abort(watch.heap.rank()));
 }
 
-// One look at the clock and at the abort word; false: stop waiting.
-EP_DEVICE bool may_go_on(const Watch& watch, WaitSite site, uint64_t start_ns, uint64_t expected, uint64_t seen) {
+// What may_go_on does when something is wrong, or late.
+EP_DEVICE_COLD bool may_still_go_on(Watch watch, WaitSite site, uint64_t waited_ns, uint64_t code, uint64_t expected,
+                                    uint64_t seen) {
     using prim::Order;
     using prim::Scope;
-    const uint64_t waited_ns = prim::clock_ns() - start_ns;
-    const uint64_t code = abort_code(watch);
     if (code != 0) {
         fail(watch, layout::FailureKind::kAborted, site, expected, code, waited_ns);
         return false;
@@ -76,15 +75,19 @@ EP_DEVICE bool may_go_on(const Watch& watch, WaitSite site, uint64_t start_ns, u
         fail(watch, layout::FailureKind::kTimeout, site, expected, seen, waited_ns);
         return false;
     }
-    if (waited_ns >= watch.words.warn_ns) {
-        const uint64_t warned = prim::load<Order::kRelaxed, Scope::kGpu>(&watch.words.local->warned_call);
-        if (warned < watch.call &&
-            prim::compare_swap<Order::kRelaxed, Scope::kGpu>(&watch.words.local->warned_call, warned, watch.call) ==
-                warned)
-            write_record(&watch.words.status->warning, watch, layout::FailureKind::kTimeout, site, expected, seen,
-                         waited_ns);
-    }
+    const uint64_t warned = prim::load<Order::kRelaxed, Scope::kGpu>(&watch.words.local->warned_call);
+    if (warned < watch.call &&
+        prim::compare_swap<Order::kRelaxed, Scope::kGpu>(&watch.words.local->warned_call, warned, watch.call) == warned)
+        write_record(&watch.words.status->warning, watch, layout::FailureKind::kTimeout, site, expected, seen, waited_ns);
     return true;
+}
+
+// One look at the clock and at the abort word; false: stop waiting.
+EP_DEVICE bool may_go_on(const Watch& watch, WaitSite site, uint64_t start_ns, uint64_t expected, uint64_t seen) {
+    const uint64_t waited_ns = prim::clock_ns() - start_ns;
+    const uint64_t code = abort_code(watch);
+    if (code == 0 && waited_ns < watch.words.warn_ns && waited_ns < watch.words.timeout_ns) return true;
+    return may_still_go_on(watch, site, waited_ns, code, expected, seen);
 }
 
 enum class OnTimeout { kFail, kGiveUp };
