@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
+
+from deep_ep.bench.ranks import Ranks
 
 # Later than the slowest rank leaves a barrier, so that all ranks can meet at a moment instead.
 START_MARGIN_S = 0.5e-3
@@ -22,8 +23,8 @@ class Timer:
     On CUDA by events on the current stream, which every call makes wait for its results; on the CPU by the host clock.
     """
 
-    def __init__(self, group: dist.ProcessGroup, is_cuda: bool) -> None:
-        self._group = group
+    def __init__(self, ranks: Ranks, is_cuda: bool) -> None:
+        self._ranks = ranks
         self._is_cuda = is_cuda
 
     def chained(self, call: Call, num_warmups: int, num_repeats: int) -> list[float]:
@@ -54,10 +55,9 @@ class Timer:
         """All ranks of the host leave within microseconds of each other; a barrier alone lets them go one by one."""
         if self._is_cuda:
             torch.cuda.synchronize()
-        dist.barrier(self._group)
-        start = torch.tensor([time.monotonic()], dtype=torch.float64)
-        dist.all_reduce(start, op=dist.ReduceOp.MAX, group=self._group)
-        while time.monotonic() < float(start) + START_MARGIN_S:
+        self._ranks.barrier()
+        start = self._ranks.largest([time.monotonic()])[0] + START_MARGIN_S
+        while time.monotonic() < start:
             pass
 
     def _mark(self) -> Mark:
@@ -75,9 +75,7 @@ class Timer:
 
     def _slowest(self, samples_us: list[float]) -> list[float]:
         """Of every repeat, the slowest rank."""
-        samples = torch.tensor(samples_us, dtype=torch.float64)
-        dist.all_reduce(samples, op=dist.ReduceOp.MAX, group=self._group)
-        return [float(sample) for sample in samples]
+        return self._ranks.largest(samples_us)
 
 
 def median(samples_us: list[float]) -> float:
