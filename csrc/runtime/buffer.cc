@@ -14,8 +14,7 @@ namespace {
 
 constexpr int kMaxStagedRanks = 32;  // lanes of a warp
 constexpr int kMaxStages = 4;
-constexpr int kMaxThreads = 512;  // of a block of dispatch or combine
-constexpr int kReduceWarps = 12;
+constexpr int kReduceWarps = 8;
 constexpr int kStaticSharedBytes = 256;  // at most, of the same kernels
 constexpr double kStartGraceSeconds = 30.0;  // for kernels queued before ours, on top of the kernel's own deadline
 
@@ -112,9 +111,9 @@ kernels::WatchParams Buffer::watch_params() const {
 int Buffer::shared_bytes() const { return device_->max_shared_bytes() - kStaticSharedBytes; }
 
 // Rows through registers: enough warps to have many loads under way.
-kernels::Geometry Buffer::plan_plain(int num_sms) const {
+kernels::Geometry Buffer::plan_plain(int num_sms, int max_threads) const {
     // A fiber costs more than it brings once a CPU core has a few hundred of them.
-    const int warps = device_->kind() == dev::DeviceKind::kCuda ? 8 : 2;
+    const int warps = device_->kind() == dev::DeviceKind::kCuda ? max_threads / 32 / 2 : 2;
     return {.num_blocks = std::clamp(num_sms, 1, device_->num_sms()),
             .num_send_warps = warps,
             .num_recv_warps = warps,
@@ -131,7 +130,7 @@ bool Buffer::can_stage(const kernels::Geometry& geometry) const {
 
 // As many pairs of warps as fit with two stages each, then as many stages as fit.
 kernels::Geometry Buffer::plan_dispatch(int num_sms, const layout::SlotLayout& slot) const {
-    kernels::Geometry geometry = plan_plain(num_sms);
+    const kernels::Geometry geometry = plan_plain(num_sms, kernels::kMaxDispatchThreads);
     const int row_bytes = static_cast<int>(layout::bulk_bytes(slot.scales.end()));
     const layout::Staging send{1, row_bytes + layout::kPositionBytes};
     const layout::Staging recv{1, row_bytes};
@@ -146,12 +145,12 @@ kernels::Geometry Buffer::plan_dispatch(int num_sms, const layout::SlotLayout& s
 
 // Reduce warps have stages of a fixed size; send warps get the rest.
 kernels::Geometry Buffer::plan_combine(int num_sms, const layout::SlotLayout& slot) const {
-    const kernels::Geometry geometry = plan_plain(num_sms);
+    const kernels::Geometry geometry = plan_plain(num_sms, kernels::kMaxCombineThreads);
     const int reduce_warps = device_->kind() == dev::DeviceKind::kCuda ? kReduceWarps : geometry.num_recv_warps;
     const layout::Staging recv{layout::kReduceStages, layout::kReduceStageBytes};
     const layout::Staging send{1, static_cast<int>(layout::bulk_bytes(slot.topk_weights.end()))};
     const int fitting = (shared_bytes() - reduce_warps * recv.bytes()) / send.bytes();
-    const int send_warps = std::min(kMaxThreads / 32 - reduce_warps, std::min(geometry.num_send_warps, fitting / 2));
+    const int send_warps = std::min(kernels::kMaxCombineThreads / 32 - reduce_warps, fitting / 2);
     if (send_warps <= 0) return geometry;
     const int num_stages = std::min(fitting / send_warps, kMaxStages);
     const kernels::Geometry staged{geometry.num_blocks, send_warps, reduce_warps, {num_stages, send.stage_bytes}, recv};

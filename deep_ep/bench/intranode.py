@@ -153,7 +153,7 @@ def capture(call: Call, num_sets: int) -> Call:
     graphs = []
     for i in range(num_sets):
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph):
             call(i)
         graphs.append(graph)
 
@@ -195,9 +195,10 @@ class IntranodeBenchmark:
             workload = Workload(buffer, shape, self._options, self._device)
             for operation in workload.operations(num_sms):
                 rows.append(self._measure(operation, shape, remote_copies, ceiling))
-                if self._options.with_graphs and operation.is_capturable:
-                    with self._ranks.one_at_a_time():
-                        graphs = capture(operation.call, self._options.num_sets)
+                if self._options.is_threaded and operation.is_capturable:
+                    rows.append(self._measure(operation, shape, remote_copies, ceiling, is_queued=True))
+                elif self._options.with_graphs and operation.is_capturable:
+                    graphs = capture(operation.call, self._options.num_sets)
                     replayed = Operation(f"{operation.name} graph", graphs, operation.row_bytes, operation.num_sms)
                     rows.append(self._measure(replayed, shape, remote_copies, ceiling))
             if self._options.is_cuda:
@@ -205,11 +206,17 @@ class IntranodeBenchmark:
             self._ranks.barrier()
         return rows
 
-    def _measure(self, operation: Operation, shape: Shape, remote_copies: int, ceiling: float) -> Row:
+    def _measure(self,
+                 operation: Operation,
+                 shape: Shape,
+                 remote_copies: int,
+                 ceiling: float,
+                 is_queued: bool = False) -> Row:
         options = self._options
-        chained = self._timer.chained(operation.call, options.num_warmups, options.num_repeats)
+        time_chain = self._timer.queued if is_queued else self._timer.chained
+        chained = time_chain(operation.call, options.num_warmups, options.num_repeats)
         fresh = self._timer.fresh(operation.call, options.num_warmups, options.num_repeats)
-        return Row(operation=operation.name,
+        return Row(operation=f"{operation.name} queued" if is_queued else operation.name,
                    num_tokens=shape.num_tokens,
                    hidden=shape.hidden,
                    num_topk=shape.num_topk,

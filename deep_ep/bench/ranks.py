@@ -5,7 +5,6 @@ and the throughput of the SMs are measured, and no link.
 """
 from __future__ import annotations
 
-import contextlib
 import threading
 from typing import Any, Protocol
 
@@ -30,9 +29,6 @@ class Ranks(Protocol):
     def buffer(self, num_bytes: int) -> Buffer:
         """A Buffer of all ranks."""
 
-    def one_at_a_time(self) -> contextlib.AbstractContextManager[Any]:
-        """For what ranks that share a device must not do at the same time."""
-
 
 class ProcessRanks:
     """One process for each rank, over torch.distributed."""
@@ -53,9 +49,6 @@ class ProcessRanks:
     def buffer(self, num_bytes: int) -> Buffer:
         return Buffer(self._group, num_bytes)
 
-    def one_at_a_time(self) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext()
-
 
 class ThreadMeeting:
     """What the threads share."""
@@ -64,7 +57,6 @@ class ThreadMeeting:
         self.size = size
         self.barrier = threading.Barrier(size)
         self.values: list[Any] = [None] * size
-        self.lock = threading.Lock()
 
 
 class ThreadRanks:
@@ -96,10 +88,3 @@ class ThreadRanks:
 
     def buffer(self, num_bytes: int) -> Buffer:
         return Buffer(None, num_bytes, comm=self)
-
-    @contextlib.contextmanager
-    def one_at_a_time(self) -> Any:
-        self.barrier()
-        with self._meeting.lock:
-            yield
-        self.barrier()

@@ -12,6 +12,7 @@ from deep_ep.bench.ranks import Ranks
 
 # Later than the slowest rank leaves a barrier, so that all ranks can meet at a moment instead.
 START_MARGIN_S = 0.5e-3
+HEAD_START_CYCLES = 60_000_000  # some 30 ms
 
 Mark = Any  # torch.cuda.Event, or seconds
 Call = Callable[[int], object]
@@ -27,16 +28,29 @@ class Timer:
         self._ranks = ranks
         self._is_cuda = is_cuda
 
-    def chained(self, call: Call, num_warmups: int, num_repeats: int) -> list[float]:
+    def chained(self, call: Call, num_warmups: int, num_repeats: int, is_met: bool = False) -> list[float]:
         """Back-to-back calls; each is timed from the end of the one before it. `call` gets the number of the call."""
         for i in range(num_warmups):
             call(i)
-        self._meet()
+        if not is_met:
+            self._meet()
         marks = [self._mark()]
         for i in range(num_repeats):
             call(i)
             marks.append(self._mark())
         return self._slowest(self._differences(marks, marks[1:]))
+
+    def queued(self, call: Call, num_warmups: int, num_repeats: int) -> list[float]:
+        """Like `chained`, but the device sleeps first until the host has queued all calls: its own cost is not seen.
+
+        For calls that do not make the host wait. On the CPU the same as `chained`.
+        """
+        if self._is_cuda:
+            for i in range(num_warmups):
+                call(i)
+            self._meet()
+            torch.cuda._sleep(HEAD_START_CYCLES)
+        return self.chained(call, 0 if self._is_cuda else num_warmups, num_repeats, is_met=self._is_cuda)
 
     def fresh(self, call: Call, num_warmups: int, num_repeats: int) -> list[float]:
         """Before each call the device is idle, and all ranks start at the same moment."""

@@ -58,9 +58,10 @@ EP_DEVICE bool serve_streams(const Watch& watch, layout::Stage stage, RowStream 
         uint64_t seen = 0;
         if (has_row) {
             flag = test(stream.peer, stream.next);
-            if (flag.flag != nullptr) seen = prim::load<prim::Order::kAcquire, prim::Scope::kSys>(flag.flag);
+            if (flag.flag != nullptr) seen = prim::load<prim::Order::kRelaxed, prim::Scope::kSys>(flag.flag);
         }
         const bool is_ready = has_row && seen >= flag.expected;
+        if (is_ready && flag.flag != nullptr) prim::load<prim::Order::kAcquire, prim::Scope::kSys>(flag.flag);
         const uint32_t ready = __ballot_sync(prim::kFullMask, is_ready);
         if (ready == 0) {
             bool may_wait = true;

@@ -100,8 +100,12 @@ EP_DEVICE bool wait_at_least(const Watch& watch, WaitSite site, const uint64_t* 
     constexpr int kPollsBetweenChecks = 16;
     uint64_t start_ns = 0;
     for (int polls = 0;; ++polls) {
-        const uint64_t seen = prim::load<prim::Order::kAcquire, prim::Scope::kSys>(flag);
-        if (seen >= expected) return true;
+        // Polling with acquire would empty the L1 of the SM at each poll.
+        const uint64_t seen = prim::load<prim::Order::kRelaxed, prim::Scope::kSys>(flag);
+        if (seen >= expected) {
+            prim::load<prim::Order::kAcquire, prim::Scope::kSys>(flag);
+            return true;
+        }
         if (polls % kPollsBetweenChecks == 0) {
             if (start_ns == 0) start_ns = prim::clock_ns();
             const bool is_late = prim::clock_ns() - start_ns >= watch.words.timeout_ns;

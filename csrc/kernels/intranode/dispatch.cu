@@ -30,7 +30,7 @@ constexpr int kUnroll = 8;
 
 struct Kernel {
     using Params = DispatchParams;
-    static constexpr int kMaxThreads = 512;
+    static constexpr int kMaxThreads = kMaxDispatchThreads;
     struct Shared {
         int is_ready;
     };
@@ -103,13 +103,13 @@ struct Kernel {
         const bool is_remote = is_sent && destination != self;
 
         const bool is_free =
-            !is_remote || c.ring.wait(Stage::kSlot, destination, c.ring.slot_is_free(destination, position));
+            !is_remote || c.ring.wait(Stage::kSlot, destination, c.ring.to(destination).slot_is_free(position));
         if (!__all_sync(kFullMask, is_free)) return false;
         __syncwarp();  // one lane's acquire of a slot, every lane's stores into it
 
         const int64_t own_row = is_sent ? c.rows.first_row(self, self) + position : 0;
         uint8_t* target = !is_sent    ? nullptr
-                          : is_remote ? c.ring.slot_at(destination, position)
+                          : is_remote ? c.ring.to(destination).slot(position)
                                       : p.recv_x + own_row * p.row_bytes;
         const uint32_t lanes = __ballot_sync(kFullMask, is_sent);
         algo::warp_multicast<kUnroll>(
@@ -124,7 +124,7 @@ struct Kernel {
                 send_metadata(c, token, slot);
         }
         __syncwarp();  // every lane's stores, one lane's release
-        if (is_remote) c.ring.publish(destination, position);
+        if (is_remote) c.ring.to(destination).publish(position);
         return true;
     }
 
@@ -149,14 +149,15 @@ struct Kernel {
 
     static EP_DEVICE void receive_row(const Context& c, int source, int position, int num_rows) {
         const Params& p = c.p;
-        const uint8_t* slot = c.ring.row_at(source, position);
+        const algo::Port port = c.ring.from(source);
+        const uint8_t* slot = port.slot(position);
         const int64_t row = c.rows.first_row(source, c.watch.heap.rank()) + position;
         algo::warp_copy<algo::SourceKind::kFromPeer, kUnroll>(reinterpret_cast<Vec16*>(p.recv_x + row * p.row_bytes),
                                                               reinterpret_cast<const Vec16*>(slot),
                                                               static_cast<int>(p.row_bytes / sizeof(Vec16)));
         deliver_slot_metadata(c, row, slot);
         __syncwarp();  // every lane's reads, one lane's release
-        if (prim::lane_idx() == 0) c.ring.give_back(source, position, num_rows);
+        if (prim::lane_idx() == 0) port.give_back(position, num_rows);
     }
 
     static EP_DEVICE void receive(const Context& c, int warp, int num_warps) {
@@ -166,7 +167,7 @@ struct Kernel {
                               [&](int source) { return c.rows.num_rows(source, self); });
         algo::serve_streams(
             c.watch, Stage::kRow, stream,
-            [&](int source, int position) { return c.ring.row_is_here(source, position); },
+            [&](int source, int position) { return c.ring.from(source).row_is_here(position); },
             [&](int source, int position, int count) { receive_row(c, source, position, count); });
     }
 
@@ -219,59 +220,66 @@ struct Kernel {
     // A warp's tokens, item by item. Lane i stores to rank i and publishes there.
     struct StagedSend {
         int first, step, count;
+        algo::Port port;   // of this lane
+        bool is_self;      // this lane's rank is our own
+        int own_lane;
+        int64_t own_row;   // where our own rows begin
+
         EP_DEVICE int token(int item) const { return first + item * step; }
+        EP_DEVICE bool is_remote(int position) const { return position >= 0 && !is_self; }
     };
 
-    static EP_DEVICE bool is_remote(const Context& c, int position) {
-        return position >= 0 && prim::lane_idx() != c.watch.heap.rank();
+    static EP_DEVICE StagedSend make_send(const Context& c, int warp, int num_warps) {
+        const int self = c.watch.heap.rank();
+        const int rank = prim::lane_idx() < c.watch.heap.num_ranks() ? prim::lane_idx() : self;
+        const int num_left = c.p.num_tokens - warp;
+        return {warp, num_warps, num_left > 0 ? (num_left + num_warps - 1) / num_warps : 0, c.ring.to(rank),
+                rank == self, self, c.rows.first_row(self, self)};
     }
 
     // Every lane: flags of the items [published, end), whose stores are where they belong.
-    static EP_DEVICE int publish_until(const Context& c, const algo::Stages& stages, int published, int end) {
+    static EP_DEVICE int publish_until(const Context& c, const StagedSend& send, const algo::Stages& stages,
+                                       int published, int end) {
         prim::fence_async_global();
         for (; published < end; ++published) {
             const int position = *position_in(c.p, stages.at(published));
-            if (is_remote(c, position)) c.ring.publish(prim::lane_idx(), position);
+            if (send.is_remote(position)) send.port.publish(position);
         }
         return published;
     }
 
     // The item's slots are free at all its destinations. Before a wait everything stored so far is published: who frees
     // a slot may need it.
-    static EP_DEVICE bool wait_for_slots(const Context& c, const algo::Stages& stages, int position, int item,
-                                         int& published) {
-        const int destination = prim::lane_idx();
-        const bool may_wait = is_remote(c, position) && position >= c.p.window.window;
+    static EP_DEVICE bool wait_for_slots(const Context& c, const StagedSend& send, const algo::Stages& stages,
+                                         int position, int item, int& published) {
+        const bool may_wait = send.is_remote(position) && position >= c.p.window.window;
         if (!__any_sync(kFullMask, may_wait)) return true;
-        const algo::FlagTest test = may_wait ? c.ring.slot_is_free(destination, position) : algo::FlagTest{nullptr, 0};
+        const algo::FlagTest test = may_wait ? send.port.slot_is_free(position) : algo::FlagTest{nullptr, 0};
         bool is_free = c.ring.is_set(test);
         if (!__all_sync(kFullMask, is_free)) {
             prim::bulk_wait<0>();
-            published = publish_until(c, stages, published, item);
-            is_free = c.ring.wait(Stage::kSlot, destination, test);
+            published = publish_until(c, send, stages, published, item);
+            is_free = c.ring.wait(Stage::kSlot, prim::lane_idx(), test);
         }
         prim::fence_async_global();
         return __all_sync(kFullMask, is_free);
     }
 
     // Each lane stores the staged token to its rank: the whole image into a slot, or the row alone to our own output.
-    static EP_DEVICE void store_staged(const Context& c, int position, const uint8_t* stage) {
+    static EP_DEVICE void store_staged(const Context& c, const StagedSend& send, int position, const uint8_t* stage) {
         const Params& p = c.p;
-        const int self = c.watch.heap.rank();
-        const int64_t own_row = c.rows.first_row(self, self) + position;
-        if (is_remote(c, position))
-            prim::bulk_store(c.ring.slot_at(prim::lane_idx(), position), stage, layout::bulk_bytes(p.slot.scales.end()));
+        if (send.is_remote(position))
+            prim::bulk_store(send.port.slot(position), stage, layout::bulk_bytes(p.slot.scales.end()));
         else if (position >= 0)
-            prim::bulk_store(p.recv_x + own_row * p.row_bytes, stage, p.row_bytes);
+            prim::bulk_store(p.recv_x + (send.own_row + position) * p.row_bytes, stage, p.row_bytes);
         prim::bulk_commit();  // one group an item on every lane, so that groups can be counted
-        const int own_position = __shfl_sync(kFullMask, position, self);
-        if (own_position >= 0)
-            deliver_slot_metadata(c, c.rows.first_row(self, self) + own_position, stage);
+        const int own_position = __shfl_sync(kFullMask, position, send.own_lane);
+        if (own_position >= 0) deliver_slot_metadata(c, send.own_row + own_position, stage);
     }
 
     static EP_DEVICE void send_staged(const Context& c, int warp, int num_warps, uint8_t* memory) {
         const Params& p = c.p;
-        const StagedSend send{warp, num_warps, warp < p.num_tokens ? (p.num_tokens - warp + num_warps - 1) / num_warps : 0};
+        const StagedSend send = make_send(c, warp, num_warps);
         const algo::Stages stages(memory, p.geometry.send);
         const int ahead = stages.num_ahead();
         auto load = [&](int item) {
@@ -297,11 +305,11 @@ struct Kernel {
                 metadata = load_metadata(c, send.token(loaded));
             }
             const int position = *position_in(p, stages.at(item));
-            if (!wait_for_slots(c, stages, position, item, published)) break;
+            if (!wait_for_slots(c, send, stages, position, item, published)) break;
             stages.wait(item);
-            store_staged(c, position, stages.at(item));
+            store_staged(c, send, position, stages.at(item));
             prim::bulk_wait<1>();
-            published = publish_until(c, stages, published, item);
+            published = publish_until(c, send, stages, published, item);
             if (loads_more) {
                 stage_metadata(c, send.token(loaded), metadata, stages.at(loaded));
                 ++loaded;
@@ -310,14 +318,15 @@ struct Kernel {
             __syncwarp();  // every lane's metadata, each lane's bulk store; every lane's reads, the next load
         }
         prim::bulk_wait<0>();
-        publish_until(c, stages, published, item);
+        publish_until(c, send, stages, published, item);
         for (int rest = item; rest < loaded; ++rest) stages.wait(rest);  // given up: nothing may land after the end
     }
 
     // Of the rows from `position` on, how many (at most 32) have come one after the other.
-    static EP_DEVICE int num_rows_here(const Context& c, const algo::RowStream& stream, int position) {
+    static EP_DEVICE int num_rows_here(const Context& c, const algo::Port& port, const algo::RowStream& stream,
+                                       int position) {
         const int mine = position + prim::lane_idx() * stream.step;
-        const bool is_here = mine < stream.count && c.ring.is_set(c.ring.row_is_here(stream.peer, mine));
+        const bool is_here = mine < stream.count && c.ring.is_set(port.row_is_here(mine));
         const uint32_t missing = ~__ballot_sync(kFullMask, is_here);
         __syncwarp();  // each lane's acquire, the leader's bulk loads
         return missing == 0 ? kWarpSize : __ffs(static_cast<int>(missing)) - 1;
@@ -330,6 +339,7 @@ struct Kernel {
             warp, num_warps, self, c.watch.heap.num_ranks(), [&](int source) { return c.rows.num_rows(source, self); }));
         const int count = algo::num_rows_left(stream);
         const int64_t first_row = c.rows.first_row(stream.peer, self);
+        const algo::Port port = c.ring.from(stream.peer);
         const algo::Stages stages(memory, p.geometry.recv);
         const bool is_leader = prim::lane_idx() == 0;
         auto position_of = [&](int item) { return stream.next + item * stream.step; };
@@ -338,10 +348,9 @@ struct Kernel {
         int num_here = 0;  // items known to have come
         for (int item = 0; item < count; ++item) {
             if (loaded < count && loaded <= item + stages.num_ahead()) {
-                if (num_here == loaded) num_here += num_rows_here(c, stream, position_of(num_here));
+                if (num_here == loaded) num_here += num_rows_here(c, port, stream, position_of(num_here));
                 if (num_here == item) {  // nothing is under way either
-                    const bool is_here = !is_leader || c.ring.wait(Stage::kRow, stream.peer,
-                                                                   c.ring.row_is_here(stream.peer, position_of(item)));
+                    const bool is_here = !is_leader || c.ring.wait(Stage::kRow, stream.peer, port.row_is_here(position_of(item)));
                     if (!__all_sync(kFullMask, is_here)) break;
                     __syncwarp();  // the leader's acquire
                     ++num_here;
@@ -352,7 +361,7 @@ struct Kernel {
                 }
                 for (; loaded < num_here && loaded <= item + stages.num_ahead(); ++loaded)
                     if (is_leader)
-                        stages.load(loaded, c.ring.row_at(stream.peer, position_of(loaded)),
+                        stages.load(loaded, port.slot(position_of(loaded)),
                                     layout::bulk_bytes(p.slot.scales.end()));
             }
             stages.wait(item);
@@ -360,7 +369,7 @@ struct Kernel {
             if (is_leader) {
                 prim::bulk_store(p.recv_x + row * p.row_bytes, stages.at(item), p.row_bytes);
                 prim::bulk_commit();
-                c.ring.give_back(stream.peer, position_of(item), stream.count);  // the stage holds what the slot held
+                port.give_back(position_of(item), stream.count);  // the stage holds what the slot held
             }
             deliver_slot_metadata(c, row, stages.at(item));
             prim::fence_async_shared();

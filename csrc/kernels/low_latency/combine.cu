@@ -43,7 +43,7 @@ struct Kernel {
         Vec16 value;
 #pragma unroll
         for (int pair = 0; pair < kPairs; ++pair)
-            value.word[pair] = algo::bf16_pair(sums.low[pair], sums.high[pair]);
+            value.word[pair] = prim::round_to_bf16x2(sums.low[pair], sums.high[pair]);
         return value;
     }
 
