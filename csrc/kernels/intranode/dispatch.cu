@@ -27,6 +27,7 @@ using prim::kWarpSize;
 using prim::Vec16;
 
 constexpr int kUnroll = 8;
+constexpr int kGiveBackBatch = 4;  // slots that a receive warp gives back together
 
 struct Kernel {
     using Params = DispatchParams;
@@ -240,7 +241,6 @@ struct Kernel {
     // Every lane: flags of the items [published, end), whose stores are where they belong.
     static EP_DEVICE int publish_until(const Context& c, const StagedSend& send, const algo::Stages& stages,
                                        int published, int end) {
-        prim::fence_async_global();
         for (; published < end; ++published) {
             const int position = *position_in(c.p, stages.at(published));
             if (send.is_remote(position)) send.port.publish(position);
@@ -273,8 +273,6 @@ struct Kernel {
         else if (position >= 0)
             prim::bulk_store(p.recv_x + (send.own_row + position) * p.row_bytes, stage, p.row_bytes);
         prim::bulk_commit();  // one group an item on every lane, so that groups can be counted
-        const int own_position = __shfl_sync(kFullMask, position, send.own_lane);
-        if (own_position >= 0) deliver_slot_metadata(c, send.own_row + own_position, stage);
     }
 
     static EP_DEVICE void send_staged(const Context& c, int warp, int num_warps, uint8_t* memory) {
@@ -310,6 +308,9 @@ struct Kernel {
             store_staged(c, send, position, stages.at(item));
             prim::bulk_wait<1>();
             published = publish_until(c, send, stages, published, item);
+            // After the release, which would wait for these stores.
+            const int own_position = __shfl_sync(kFullMask, position, send.own_lane);
+            if (own_position >= 0) deliver_slot_metadata(c, send.own_row + own_position, stages.at(item));
             if (loads_more) {
                 stage_metadata(c, send.token(loaded), metadata, stages.at(loaded));
                 ++loaded;
@@ -332,6 +333,18 @@ struct Kernel {
         return missing == 0 ? kWarpSize : __ffs(static_cast<int>(missing)) - 1;
     }
 
+    // The whole warp: slots of the items [given, end), whose loads have landed. One release for all of them.
+    template <class PositionOf>
+    static EP_DEVICE int give_back_until(const algo::Port& port, const PositionOf& position_of, int num_rows, int given,
+                                         int end) {
+        __syncwarp();  // every lane's wait for the loads, each lane's release
+        for (; given < end; given += kWarpSize) {
+            const int item = given + prim::lane_idx();
+            if (item < end) port.give_back(position_of(item), num_rows);
+        }
+        return end;
+    }
+
     static EP_DEVICE void receive_staged(const Context& c, int warp, int num_warps, uint8_t* memory) {
         const Params& p = c.p;
         const int self = c.watch.heap.rank();
@@ -346,10 +359,12 @@ struct Kernel {
         stages.init();
         int loaded = 0;
         int num_here = 0;  // items known to have come
+        int given = 0;     // items whose slots have been given back
         for (int item = 0; item < count; ++item) {
             if (loaded < count && loaded <= item + stages.num_ahead()) {
                 if (num_here == loaded) num_here += num_rows_here(c, port, stream, position_of(num_here));
                 if (num_here == item) {  // nothing is under way either
+                    given = give_back_until(port, position_of, stream.count, given, item);
                     const bool is_here = !is_leader || c.ring.wait(Stage::kRow, stream.peer, port.row_is_here(position_of(item)));
                     if (!__all_sync(kFullMask, is_here)) break;
                     __syncwarp();  // the leader's acquire
@@ -369,12 +384,14 @@ struct Kernel {
             if (is_leader) {
                 prim::bulk_store(p.recv_x + row * p.row_bytes, stages.at(item), p.row_bytes);
                 prim::bulk_commit();
-                port.give_back(position_of(item), stream.count);  // the stage holds what the slot held
             }
+            if (item + 1 - given >= kGiveBackBatch)
+                given = give_back_until(port, position_of, stream.count, given, item + 1);
             deliver_slot_metadata(c, row, stages.at(item));
             prim::fence_async_shared();
             __syncwarp();  // every lane's reads of the stage, the leader's next load into it
         }
+        give_back_until(port, position_of, stream.count, given, loaded);
         if (is_leader) prim::bulk_wait<0>();
     }
 
@@ -396,18 +413,17 @@ struct Kernel {
         const int block = static_cast<int>(blockIdx.x);
         const int send_warp = prim::warp_idx();
         const int recv_warp = send_warp - geometry.num_send_warps;
-        const bool is_staged = prim::has_bulk_copy() && geometry.send.num_stages > 0;
         if (recv_warp < 0) {
             const int warp = send_warp * geometry.num_blocks + block;
             const int num_warps = geometry.num_send_warps * geometry.num_blocks;
-            if (is_staged)
+            if (prim::has_bulk_copy() && geometry.send.num_stages > 0)
                 send_staged(c, warp, num_warps, send_memory(geometry, send_warp));
             else
                 send(c, warp, num_warps);
         } else {
             const int warp = recv_warp * geometry.num_blocks + block;
             const int num_warps = geometry.num_recv_warps * geometry.num_blocks;
-            if (is_staged)
+            if (prim::has_bulk_copy() && geometry.recv.num_stages > 0)
                 receive_staged(c, warp, num_warps, recv_memory(geometry, recv_warp));
             else
                 receive(c, warp, num_warps);
