@@ -26,7 +26,7 @@ using prim::kFullMask;
 using prim::kWarpSize;
 using prim::Vec16;
 
-constexpr int kSendUnroll = 8;
+constexpr int kSendUnroll = 7;
 constexpr int kReduceUnroll = 4;
 constexpr int kStagedUnroll = 7;
 constexpr int kChunkVecs = kStagedUnroll * kWarpSize;  // of a row: what a warp has in a stage, and sums at a time
@@ -479,7 +479,6 @@ struct Kernel {
                     stages.wait(num_taken);
                     add_stage(sums, stages.at(num_taken), num_vecs - base);
                     ++num_taken;
-                    prim::fence_async_shared();
                     __syncwarp();  // every lane's reads of the stage, the leader's next load into it
                 }
                 for (const uint8_t* bias : p.bias)

@@ -5,6 +5,7 @@
 
 #include "core/error.h"
 #include "layout/intranode.h"
+#include "layout/staging.h"
 #include "support/world.h"
 
 namespace deep_ep::test {
@@ -100,7 +101,8 @@ TEST_CASE("fewer receive warps than sources, and windows of one slot: no circle 
 TEST_CASE("every way through a block gives the same bits") {
     const Problem problem{.num_tokens = {26, 0, 41, 17}, .num_topk = 5, .hidden = 1848, .num_scales = 3, .num_biases = 2};
     std::vector<simt::DeviceOptions> devices = {{.has_bulk_copy = false}};
-    for (int stages : {2, 3, 4}) devices.push_back({.max_shared_bytes = 4 * 3600 * 2 + 256 + 4 * stages * 3900});
+    const int reduce_bytes = 2 * layout::Staging{layout::kReduceStages, layout::kReduceStageBytes}.bytes();
+    for (int stages : {2, 3, 4}) devices.push_back({.max_shared_bytes = reduce_bytes + 256 + 2 * stages * 3900});
     for (const simt::DeviceOptions& device : devices) {
         for (uint64_t seed : {0, 1, 2, 3, 4}) {
             for (uint64_t window : {1, 7}) {
