@@ -44,7 +44,8 @@ struct Kernel {
     static EP_DEVICE Vec16 rounded(const Sums& sums) {
         Vec16 value;
 #pragma unroll
-        for (int pair = 0; pair < kPairs; ++pair) value.word[pair] = algo::bf16_pair(sums.low[pair], sums.high[pair]);
+        for (int pair = 0; pair < kPairs; ++pair)
+            value.word[pair] = prim::round_to_bf16x2(sums.low[pair], sums.high[pair]);
         return value;
     }
 

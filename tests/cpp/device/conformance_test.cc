@@ -1,5 +1,6 @@
 // The conformance tests on the CPU. On a GPU: device_cuda.cmake.
 #include "device/conformance_prim.cu"
+#include "device/conformance_warp.cu"
 
 #include "device/simt/device.h"
 
