@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -239,7 +239,17 @@ def show_progress(items: list[T], is_shown: bool) -> Iterable[T]:
     return bar
 
 
-def run_worker(rank: int, options: Options, folder: str) -> None:
+class Benchmark(Protocol):
+    """One rank of a benchmark."""
+
+    def __init__(self, ranks: Ranks, options: Options, device: torch.device) -> None:
+        ...
+
+    def run(self) -> list[Row]:
+        """Collective: measures everything."""
+
+
+def run_worker(rank: int, options: Options, folder: str, benchmark: type[Benchmark]) -> None:
     """One process. Rank 0 leaves the rows, as JSON, in `folder`."""
     device = torch.device("cpu")
     if options.is_cuda:
@@ -249,30 +259,30 @@ def run_worker(rank: int, options: Options, folder: str) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=options.num_ranks, timeout=GROUP_TIMEOUT)
     group = dist.new_group()
     try:
-        rows = IntranodeBenchmark(ProcessRanks(group), options, device).run()
+        rows = benchmark(ProcessRanks(group), options, device).run()
         if rank == 0:
             rows_path(folder).write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
     finally:
         dist.destroy_process_group()
 
 
-def run_threads(options: Options) -> list[Row]:
+def run_threads(options: Options, benchmark: type[Benchmark]) -> list[Row]:
     """Every rank is a thread of this process with a stream of its own; all use one device."""
     meeting = ThreadMeeting(options.num_ranks)
     with ThreadPoolExecutor(options.num_ranks) as pool:
-        workers = [pool.submit(_run_thread, meeting, rank, options) for rank in range(options.num_ranks)]
+        workers = [pool.submit(_run_thread, meeting, rank, options, benchmark) for rank in range(options.num_ranks)]
         return [worker.result() for worker in workers][0]
 
 
-def _run_thread(meeting: ThreadMeeting, rank: int, options: Options) -> list[Row]:
+def _run_thread(meeting: ThreadMeeting, rank: int, options: Options, benchmark: type[Benchmark]) -> list[Row]:
     try:
         if not options.is_cuda:
-            return IntranodeBenchmark(ThreadRanks(meeting, rank), options, torch.device("cpu")).run()
+            return benchmark(ThreadRanks(meeting, rank), options, torch.device("cpu")).run()
         device = torch.device("cuda", 0)
         with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
             # Memory for later: an allocation may not go to the driver while a kernel waits for this rank.
             torch.empty(THREAD_POOL_BYTES, dtype=torch.uint8, device=device)
-            return IntranodeBenchmark(ThreadRanks(meeting, rank), options, device).run()
+            return benchmark(ThreadRanks(meeting, rank), options, device).run()
     except BaseException:
         meeting.barrier.abort()
         raise

@@ -26,7 +26,7 @@ class Ranks(Protocol):
     def largest(self, values: list[float]) -> list[float]:
         """Element by element, the largest of any rank."""
 
-    def buffer(self, num_bytes: int) -> Buffer:
+    def buffer(self, num_bytes: int, **options: Any) -> Buffer:
         """A Buffer of all ranks."""
 
 
@@ -46,8 +46,8 @@ class ProcessRanks:
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._group)
         return [float(value) for value in found]
 
-    def buffer(self, num_bytes: int) -> Buffer:
-        return Buffer(self._group, num_bytes)
+    def buffer(self, num_bytes: int, **options: Any) -> Buffer:
+        return Buffer(self._group, num_bytes, **options)
 
 
 class ThreadMeeting:
@@ -86,5 +86,5 @@ class ThreadRanks:
     def largest(self, values: list[float]) -> list[float]:
         return [max(column) for column in zip(*self.allgather(values))]
 
-    def buffer(self, num_bytes: int) -> Buffer:
-        return Buffer(None, num_bytes, comm=self)
+    def buffer(self, num_bytes: int, **options: Any) -> Buffer:
+        return Buffer(None, num_bytes, comm=self, **options)

@@ -145,7 +145,7 @@ def format_row(row: Row) -> tuple[str, ...]:
         f"{row.chained_us:.1f}",
         f"{row.fresh_us:.1f}",
         f"{row.chained_p95_us:.1f}",
-        f"{row.remote_bytes / 1e6:.1f}" if has_bytes else "-",
+        f"{row.remote_bytes / 1e6:.3g}" if has_bytes else "-",
         f"{row.remote_gb_per_s:.1f}" if has_bytes else "-",
         f"{row.ceiling_gb_per_s:.1f}" if row.ceiling_gb_per_s > 0 else "-",
         f"{row.share_of_ceiling:.2f}" if row.share_of_ceiling > 0 else "-",

@@ -65,6 +65,25 @@ class Timer:
                 ends.append(end)
         return self._slowest(self._differences(starts, ends))
 
+    def phases(self, send: Callable[[int], Callable[[], object]], num_warmups: int,
+               num_repeats: int) -> tuple[list[float], list[float]]:
+        """Both phases of a call, each as `fresh`: all ranks meet before `send`, and again before what it returned."""
+        marks: list[list[Mark]] = [[], [], [], []]
+        for i in range(num_warmups + num_repeats):
+            self._meet()
+            taken = [self._mark()]
+            receive = send(i)
+            taken.append(self._mark())
+            self._meet()
+            taken.append(self._mark())
+            receive()
+            taken.append(self._mark())
+            if i >= num_warmups:
+                for column, mark in zip(marks, taken):
+                    column.append(mark)
+        return (self._slowest(self._differences(marks[0],
+                                                marks[1])), self._slowest(self._differences(marks[2], marks[3])))
+
     def _meet(self) -> None:
         """All ranks of the host leave within microseconds of each other; a barrier alone lets them go one by one."""
         if self._is_cuda:

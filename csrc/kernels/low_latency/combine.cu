@@ -18,9 +18,11 @@ inline namespace EP_BACKEND {
 constexpr int kPairs = 4;  // of bfloat16 in 16 bytes
 constexpr int kVecsOfUnit = kLogUnit / (2 * kPairs);
 
-struct Kernel {
+// One kernel for each format: the packing of the logarithmic one costs registers.
+template <bool kIsLogfmt> struct Kernel {
     using Params = LowLatencyCombineParams;
     static constexpr int kMaxThreads = 512;
+    static constexpr int kVecs = kIsLogfmt ? kVecsOfUnit : 1;  // that a thread of the receive phase holds
     struct Shared {
         Beginning beginning;
         int is_here;
@@ -139,7 +141,10 @@ struct Kernel {
                 if (!has_work(c, c.table(source) + static_cast<int64_t>(token) * p.call.num_topk)) continue;
                 const Work work = work_for(p, c, source, token);
                 uint8_t* slot = c.slot(source, c.rank(), token);
-                p.uses_logfmt ? reduce_experts_logfmt(p, c, work, slot) : reduce_experts(p, c, work, slot);
+                if constexpr (kIsLogfmt)
+                    reduce_experts_logfmt(p, c, work, slot);
+                else
+                    reduce_experts(p, c, work, slot);
                 __syncthreads();  // every warp's part of the row, one thread's release
                 // Pairs with: receive_token at the owner.
                 if (threadIdx.x == 0)
@@ -161,7 +166,6 @@ struct Kernel {
     }
 
     // One thread: adds what a rank has sent to the sums of `unit`, which is one vector, or a unit of the logarithmic format.
-    template <bool kIsLogfmt, int kVecs>
     static EP_DEVICE void add_part(const Params& p, Sums (&sums)[kVecs], const uint8_t* slot, int unit) {
         if constexpr (kIsLogfmt) {
             float values[kLogUnit];
@@ -177,8 +181,7 @@ struct Kernel {
     }
 
     // The whole block, each warp its own part of the row.
-    template <bool kIsLogfmt> static EP_DEVICE void receive_token(const Params& p, const Context& c, int token) {
-        constexpr int kVecs = kIsLogfmt ? kVecsOfUnit : 1;
+    static EP_DEVICE void receive_token(const Params& p, const Context& c, int token) {
         const int num_units = (num_vecs(p) + kVecs - 1) / kVecs;
         auto* target = reinterpret_cast<Vec16*>(p.combined_x + static_cast<int64_t>(token) * p.call.hidden * 2);
         int held_group = -1;
@@ -191,7 +194,7 @@ struct Kernel {
                 held_group = first;
                 for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
                     const int rank = first + __ffs(static_cast<int>(rest)) - 1;
-                    if (unit < num_units) add_part<kIsLogfmt>(p, sums, c.slot(c.rank(), rank, token), unit);
+                    if (unit < num_units) add_part(p, sums, c.slot(c.rank(), rank, token), unit);
                 }
             }
 #pragma unroll
@@ -208,7 +211,7 @@ struct Kernel {
             send(p, context, shared);
         else
             for (int token = static_cast<int>(blockIdx.x); token < p.num_tokens; token += static_cast<int>(gridDim.x))
-                p.uses_logfmt ? receive_token<true>(p, context, token) : receive_token<false>(p, context, token);
+                receive_token(p, context, token);
         finish_phase(context, &shared.is_last_block);
     }
 };
@@ -218,7 +221,10 @@ void launch(const LowLatencyCombineParams& params, dev::Stream stream) {
     config.num_blocks = params.call.num_blocks;
     config.num_threads = kWarpSize * params.call.num_warps;
     config.name = "deep_ep::low_latency::combine";
-    dev::launch<Kernel>(config, stream, params);
+    if (params.uses_logfmt)
+        dev::launch<Kernel<true>>(config, stream, params);
+    else
+        dev::launch<Kernel<false>>(config, stream, params);
 }
 
 }  // namespace EP_BACKEND
