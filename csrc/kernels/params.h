@@ -49,8 +49,8 @@ struct NotifyDispatchParams {
     const int* num_tokens_per_expert;
     const uint8_t* is_token_in_rank;
     int num_tokens, num_experts, expert_alignment;
-    int* rank_prefix_matrix;  // [num_ranks, num_ranks], [src][dst], inclusive over src
-    int* send_head;           // [num_tokens, num_ranks]
+    int* rank_prefix_matrix;     // [num_ranks, num_ranks], [src][dst], inclusive over src
+    int* send_head;              // [num_tokens, num_ranks]
     layout::HostCounts* counts;  // null: the host does not wait
     uint64_t ticket;
 };

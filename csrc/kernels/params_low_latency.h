@@ -21,10 +21,10 @@ struct LowLatencyCall {
     Phase phase;
     uint64_t lag;  // receive phase: how many calls have begun since this one
     int num_blocks, num_warps;
-    int* masked;                 // [num_ranks]: not zero: this rank is left out
-    bool is_shrinkable;          // a peer that runs into the deadline is masked, and the call goes on
-    uint64_t* wait_ns;           // [num_ranks] of this call, device-local, zero between calls
-    int64_t* wait_stats;         // [num_ranks]: longest wait for each source is added, in ns; may be null
+    int* masked;          // [num_ranks]: not zero: this rank is left out
+    bool is_shrinkable;   // a peer that runs into the deadline is masked, and the call goes on
+    uint64_t* wait_ns;    // [num_ranks] of this call, device-local, zero between calls
+    int64_t* wait_stats;  // [num_ranks]: longest wait for each source is added, in ns; may be null
     int num_max_tokens, num_topk, num_experts;
     int hidden;
 };
@@ -43,13 +43,13 @@ struct LowLatencyDispatchParams {
     int num_tokens;
 
     // Rows of local expert e from source s: layout_range[e][s] = first row << 32 | number of rows.
-    uint8_t* recv_x;           // [El, R * T, row bytes]
-    uint32_t* recv_scales;     // [El, scale words, R * T]
-    int* recv_count;           // [El]
-    int* src_info;             // [El, R * T]: token index at the source
-    int64_t* layout_range;     // [El, R]
-    int* row_of_entry;         // [R, T, K]: where the row of (source, token, k) is, for the combine that follows
-    int* cumulative_stats;     // [El], counts are added; may be null
+    uint8_t* recv_x;        // [El, R * T, row bytes]
+    uint32_t* recv_scales;  // [El, scale words, R * T]
+    int* recv_count;        // [El]
+    int* src_info;          // [El, R * T]: token index at the source
+    int64_t* layout_range;  // [El, R]
+    int* row_of_entry;      // [R, T, K]: where the row of (source, token, k) is, for the combine that follows
+    int* cumulative_stats;  // [El], counts are added; may be null
 };
 
 struct LowLatencyCombineParams {

@@ -18,7 +18,8 @@ void check_shape(const LowLatencyShape& shape, int num_tokens, int num_ranks) {
              "num_max_dispatch_tokens_per_rank must be in [1, ", layout::kMaxLowLatencyTokens, "], got ",
              shape.num_max_tokens);
     EP_CHECK(num_tokens >= 0 && num_tokens <= shape.num_max_tokens,
-             "x must have at most num_max_dispatch_tokens_per_rank (", shape.num_max_tokens, ") tokens, got ", num_tokens);
+             "x must have at most num_max_dispatch_tokens_per_rank (", shape.num_max_tokens, ") tokens, got ",
+             num_tokens);
     EP_CHECK(shape.num_experts > 0 && shape.num_experts % num_ranks == 0,
              "num_experts must be a positive multiple of the number of ranks (", num_ranks, "), got ",
              shape.num_experts);
@@ -37,23 +38,19 @@ layout::LowLatencyMessage dispatch_message(const LowLatencyShape& shape, bool is
 int64_t Buffer::low_latency_size_hint(int num_max_tokens, int hidden, int num_ranks, int num_experts) {
     check_shape({num_max_tokens, 0, num_experts, hidden}, 0, num_ranks);
     const auto bf16_bytes = static_cast<uint64_t>(hidden) * 2;
-    const auto message = layout::LowLatencyMessage::make(static_cast<uint64_t>(num_max_tokens),
-                                                         kHintTopk,
-                                                         bf16_bytes, 0);
+    const auto message =
+        layout::LowLatencyMessage::make(static_cast<uint64_t>(num_max_tokens), kHintTopk, bf16_bytes, 0);
     return static_cast<int64_t>(message.region_bytes(static_cast<uint64_t>(num_ranks)));
 }
 
-uint8_t* Buffer::low_latency_data() const {
-    return data() + options_.num_data_bytes;
-}
+uint8_t* Buffer::low_latency_data() const { return data() + options_.num_data_bytes; }
 
 int* Buffer::masked_ranks() const {
     require_usable();
     return masked_;
 }
 
-kernels::LowLatencyCall Buffer::low_latency_call(const LowLatencyShape& shape,
-                                                 const layout::LowLatencyMessage& message,
+kernels::LowLatencyCall Buffer::low_latency_call(const LowLatencyShape& shape, const layout::LowLatencyMessage& message,
                                                  int64_t* wait_stats) const {
     const auto needed = static_cast<int64_t>(message.region_bytes(static_cast<uint64_t>(options_.num_ranks)));
     EP_CHECK(needed <= options_.num_low_latency_bytes, "num_rdma_bytes is too small for this call: expected at least ",
@@ -116,7 +113,8 @@ kernels::LowLatencyCombineParams Buffer::low_latency_params(const LowLatencyComb
 
 void Buffer::open_low_latency_call(kernels::LowLatencyCall& call) {
     if (num_open_low_latency_calls_ == kMaxOpenCalls)
-        throw Error(concat("at most ", kMaxOpenCalls, " low-latency calls may be open at a time: call the hooks of "
+        throw Error(concat("at most ", kMaxOpenCalls,
+                           " low-latency calls may be open at a time: call the hooks of "
                            "earlier ones first"));
     call.phase = kernels::Phase::kSend;
     ++num_open_low_latency_calls_;

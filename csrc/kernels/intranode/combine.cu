@@ -50,9 +50,9 @@ struct Kernel {
         const Params& p = c.p;
         const int64_t row = c.rows.first_row(owner, c.watch.heap.rank()) + position;
         uint8_t* slot = c.ring.slot_at(owner, position);
-        algo::warp_copy<algo::SourceKind::kInput, kSendUnroll>(
-            reinterpret_cast<Vec16*>(slot), reinterpret_cast<const Vec16*>(p.x + row * p.row_bytes),
-            static_cast<int>(p.row_bytes / sizeof(Vec16)));
+        algo::warp_copy<algo::SourceKind::kInput, kSendUnroll>(reinterpret_cast<Vec16*>(slot),
+                                                               reinterpret_cast<const Vec16*>(p.x + row * p.row_bytes),
+                                                               static_cast<int>(p.row_bytes / sizeof(Vec16)));
         for (int k = prim::lane_idx(); k < p.num_topk; k += kWarpSize)
             *reinterpret_cast<float*>(slot + p.slot.topk_weights.at(k)) = p.topk_weights[row * p.num_topk + k];
         __syncwarp();  // every lane's stores, one lane's release
@@ -61,9 +61,8 @@ struct Kernel {
 
     static EP_DEVICE void send(const Context& c, int warp, int num_warps) {
         const int self = c.watch.heap.rank();
-        const algo::RowStream stream =
-            algo::deal_stream(warp, num_warps, self, c.watch.heap.num_ranks(),
-                              [&](int owner) { return c.rows.num_rows(owner, self); });
+        const algo::RowStream stream = algo::deal_stream(warp, num_warps, self, c.watch.heap.num_ranks(),
+                                                         [&](int owner) { return c.rows.num_rows(owner, self); });
         algo::serve_streams(
             c.watch, Stage::kSlot, stream,
             [&](int owner, int position) { return c.ring.slot_is_free(owner, position); },

@@ -104,9 +104,9 @@ struct Kernel {
                           : is_remote ? c.ring.slot_at(destination, position)
                                       : p.recv_x + own_row * p.row_bytes;
         const uint32_t lanes = __ballot_sync(kFullMask, is_sent);
-        algo::warp_multicast<kUnroll>(
-            reinterpret_cast<const Vec16*>(p.x + static_cast<int64_t>(token) * p.row_bytes),
-            static_cast<int>(p.row_bytes / sizeof(Vec16)), lanes, reinterpret_cast<Vec16*>(target));
+        algo::warp_multicast<kUnroll>(reinterpret_cast<const Vec16*>(p.x + static_cast<int64_t>(token) * p.row_bytes),
+                                      static_cast<int>(p.row_bytes / sizeof(Vec16)), lanes,
+                                      reinterpret_cast<Vec16*>(target));
         for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
             const int lane = __ffs(static_cast<int>(rest)) - 1;
             uint8_t* slot = algo::broadcast_pointer(target, lane);
@@ -145,9 +145,8 @@ struct Kernel {
 
     static EP_DEVICE void receive(const Context& c, int warp, int num_warps) {
         const int self = c.watch.heap.rank();
-        const algo::RowStream stream =
-            algo::deal_stream(warp, num_warps, self, c.watch.heap.num_ranks(),
-                              [&](int source) { return c.rows.num_rows(source, self); });
+        const algo::RowStream stream = algo::deal_stream(warp, num_warps, self, c.watch.heap.num_ranks(),
+                                                         [&](int source) { return c.rows.num_rows(source, self); });
         algo::serve_streams(
             c.watch, Stage::kRow, stream,
             [&](int source, int position) { return c.ring.row_is_here(source, position); },

@@ -48,7 +48,8 @@ struct Kernel {
 
     static EP_DEVICE void count_token(const Params& p, int token, int* rank_counts, int* expert_counts) {
         for (int k = 0; k < p.num_topk; ++k) {
-            const int64_t expert = load_expert_id(p.topk_idx, p.idx_bytes, static_cast<int64_t>(token) * p.num_topk + k);
+            const int64_t expert =
+                load_expert_id(p.topk_idx, p.idx_bytes, static_cast<int64_t>(token) * p.num_topk + k);
             if (expert >= p.num_experts || expert < -1) report_bad_expert(p, token, expert);
             if (expert >= 0 && expert < p.num_experts)
                 prim::fetch_add<Order::kRelaxed, Scope::kCta>(&expert_counts[expert], 1);

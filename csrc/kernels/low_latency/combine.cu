@@ -42,8 +42,7 @@ struct Kernel {
     static EP_DEVICE Vec16 rounded(const Sums& sums) {
         Vec16 value;
 #pragma unroll
-        for (int pair = 0; pair < kPairs; ++pair)
-            value.word[pair] = algo::bf16_pair(sums.low[pair], sums.high[pair]);
+        for (int pair = 0; pair < kPairs; ++pair) value.word[pair] = algo::bf16_pair(sums.low[pair], sums.high[pair]);
         return value;
     }
 
@@ -102,8 +101,8 @@ struct Kernel {
                 __syncthreads();  // every warp's part of the row, one thread's release
                 // Pairs with: receive_token at the owner.
                 if (threadIdx.x == 0)
-                    prim::store<Order::kRelease, Scope::kSys>(
-                        c.watch.heap.token_full(source, c.bank, c.rank(), token), c.watch.call);
+                    prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.token_full(source, c.bank, c.rank(), token),
+                                                              c.watch.call);
             }
         }
     }

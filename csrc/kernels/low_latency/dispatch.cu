@@ -97,9 +97,9 @@ struct Kernel {
         constexpr int kShare = kUnroll * kWarpSize;
         for (int base = prim::warp_idx() * kShare; base < num_vecs; base += num_warps * kShare) {
             const int count = num_vecs - base < kShare ? num_vecs - base : kShare;
-            algo::warp_multicast<kUnroll>(reinterpret_cast<const Vec16*>(row) + base, count, targets.lanes,
-                                          targets.slot == nullptr ? nullptr
-                                                                  : reinterpret_cast<Vec16*>(targets.slot) + base);
+            algo::warp_multicast<kUnroll>(
+                reinterpret_cast<const Vec16*>(row) + base, count, targets.lanes,
+                targets.slot == nullptr ? nullptr : reinterpret_cast<Vec16*>(targets.slot) + base);
         }
     }
 
@@ -109,8 +109,7 @@ struct Kernel {
         for (int first = 0; first < c.num_ranks(); first += kWarpSize) {
             const bool is_sent = is_destination(c, p.topk_idx, p.idx_bytes, token, first);
             const int rank = first + prim::lane_idx();
-            const Targets targets{__ballot_sync(kFullMask, is_sent),
-                                  is_sent ? c.slot(rank, c.rank(), token) : nullptr};
+            const Targets targets{__ballot_sync(kFullMask, is_sent), is_sent ? c.slot(rank, c.rank(), token) : nullptr};
             send_row(p, row, targets);
             __syncthreads();  // every warp's part of the row, warp 0's releases
             // Pairs with: receive_row at the destination.
@@ -148,8 +147,8 @@ struct Kernel {
         if (p.payload == Payload::kBf16) return;
         const int num_scales = p.call.hidden / kGroupSize;
         const int num_words = p.packs_scales ? num_scales / 4 : num_scales;
-        const auto* scales = slot == nullptr ? nullptr
-                                             : reinterpret_cast<const uint32_t*>(slot + p.call.message.scales.offset);
+        const auto* scales =
+            slot == nullptr ? nullptr : reinterpret_cast<const uint32_t*>(slot + p.call.message.scales.offset);
         for (int word = prim::lane_idx(); word < num_words; word += kWarpSize) {
             const uint32_t value = scales == nullptr ? 0u
                                    : p.packs_scales  ? packed_exponents(scales, word)
@@ -163,8 +162,7 @@ struct Kernel {
         const int num_rows = c.num_ranks() * p.call.num_max_tokens;
         int is_here = 0;
         if (prim::lane_idx() == 0)
-            is_here = wait_for_source(c, Stage::kRow, source,
-                                      c.watch.heap.token_full(c.rank(), c.bank, source, token));
+            is_here = wait_for_source(c, Stage::kRow, source, c.watch.heap.token_full(c.rank(), c.bank, source, token));
         is_here = __shfl_sync(kFullMask, is_here, 0);
         __syncwarp();  // one lane's acquire, every lane's reads
         place_row(p, c, is_here != 0 ? c.slot(c.rank(), source, token) : nullptr, expert, row);

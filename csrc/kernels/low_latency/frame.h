@@ -45,8 +45,7 @@ struct Context {
 // The call that this launch works on. Send phases count calls; a receive phase looks `lag` calls back. Device
 // counters, not host numbers: a CUDA graph replays its launches, and every replay is a new call.
 EP_DEVICE uint64_t call_number(const LowLatencyCall& call) {
-    const uint64_t sent =
-        prim::load<Order::kRelaxed, Scope::kGpu>(&call.watch.local->num_low_latency_sends);
+    const uint64_t sent = prim::load<Order::kRelaxed, Scope::kGpu>(&call.watch.local->num_low_latency_sends);
     return call.phase == Phase::kReceive ? sent - call.lag : sent + 1;
 }
 
@@ -101,8 +100,7 @@ EP_DEVICE void begin_send(const Context& c, Beginning* beginning) {
                 wait_for_peer(c, Stage::kStart, peer, c.watch.heap.received(c.rank(), c.bank, peer),
                               c.watch.call - layout::kNumLowLatencyBanks);
         }
-        const bool may_go_on =
-            algo::may_go_on(c.watch, {Stage::kStart, c.rank()}, prim::clock_ns(), 0, 0);
+        const bool may_go_on = algo::may_go_on(c.watch, {Stage::kStart, c.rank()}, prim::clock_ns(), 0, 0);
         const bool all = __all_sync(kFullMask, may_go_on);
         if (prim::lane_idx() == 0) *beginning = {all ? 1 : 0, order == 0 ? 1 : 0};
     }
@@ -149,8 +147,8 @@ EP_DEVICE void publish_received(const Context& c) {
         // Release: all blocks' reads of the bank. Pairs with: begin_send at the peer, two calls later.
         prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.received(peer, c.bank, c.rank()), c.watch.call);
         if (c.call.wait_stats != nullptr)
-            c.call.wait_stats[peer] += static_cast<int64_t>(
-                prim::load<Order::kRelaxed, Scope::kGpu>(&c.call.wait_ns[peer]));
+            c.call.wait_stats[peer] +=
+                static_cast<int64_t>(prim::load<Order::kRelaxed, Scope::kGpu>(&c.call.wait_ns[peer]));
         prim::store<Order::kRelaxed, Scope::kGpu>(&c.call.wait_ns[peer], uint64_t{0});
     }
 }
@@ -160,8 +158,7 @@ EP_DEVICE void finish_phase(const Context& c, int* is_last_block) {
     layout::LocalState* local = c.watch.words.local;
     __syncthreads();
     if (threadIdx.x == 0) {
-        const uint32_t done =
-            prim::fetch_add<Order::kAcqRel, Scope::kGpu>(&local->low_latency_done_blocks, 1u) + 1;
+        const uint32_t done = prim::fetch_add<Order::kAcqRel, Scope::kGpu>(&local->low_latency_done_blocks, 1u) + 1;
         *is_last_block = done == gridDim.x ? 1 : 0;
     }
     __syncthreads();

@@ -237,7 +237,7 @@ TEST_CASE("FP8 cast: exact at the corners of E4M3") {
     CHECK_EQ(algo::fp8_e4m3_from_float(std::ldexp(1.0f, -10)), 0x00);  // tie to even
     CHECK_EQ(algo::fp8_e4m3_from_float(std::ldexp(1.5f, -10)), 0x01);
     CHECK_EQ(algo::fp8_e4m3_from_float(std::ldexp(1.9999f, -7)), 0x08);  // rounds up into the normals
-    CHECK_EQ(algo::fp8_scale(0.0f, false).inverse, 448.0f / 1e-4f);     // zeros are not divided by zero (24)
+    CHECK_EQ(algo::fp8_scale(0.0f, false).inverse, 448.0f / 1e-4f);      // zeros are not divided by zero (24)
     CHECK_EQ(algo::fp8_scale(448.0f, true).scale, 1.0f);
     CHECK_EQ(algo::fp8_scale(449.0f, true).scale, 2.0f);
 }

@@ -60,21 +60,22 @@ std::string check_fp8_group(const LowLatencyProblem& problem, const uint16_t* x,
     return "";
 }
 
-float received_scale(const LowLatencyProblem& problem, const LowLatencyTensors& target, int expert, int row, int group) {
+float received_scale(const LowLatencyProblem& problem, const LowLatencyTensors& target, int expert, int row,
+                     int group) {
     const int word = problem.packs_scales ? group / 4 : group;
     const size_t column = static_cast<size_t>(expert * problem.num_scale_words() + word);
-    const uint32_t bits = target.recv_scales[column * static_cast<size_t>(problem.num_rows()) + static_cast<size_t>(row)];
+    const uint32_t bits =
+        target.recv_scales[column * static_cast<size_t>(problem.num_rows()) + static_cast<size_t>(row)];
     return algo::float_from_bits(problem.packs_scales ? (bits >> (8 * (group % 4)) & 0xffu) << 23 : bits);
 }
 
 std::string check_received_row(const LowLatencyProblem& problem, const LowLatencyTensors& target, int expert, int row,
                                const LowLatencyTensors& source, int token) {
     const uint16_t* x = source.x.data() + static_cast<size_t>(token) * static_cast<size_t>(problem.hidden);
-    const uint8_t* got = target.recv_x.data() +
-                         (static_cast<size_t>(expert * problem.num_rows() + row)) * static_cast<size_t>(problem.row_bytes());
+    const uint8_t* got = target.recv_x.data() + (static_cast<size_t>(expert * problem.num_rows() + row)) *
+                                                    static_cast<size_t>(problem.row_bytes());
     if (target.src_info[static_cast<size_t>(expert * problem.num_rows() + row)] != token) return "src_info";
-    if (!problem.is_fp8)
-        return std::memcmp(got, x, static_cast<size_t>(problem.row_bytes())) == 0 ? "" : "payload";
+    if (!problem.is_fp8) return std::memcmp(got, x, static_cast<size_t>(problem.row_bytes())) == 0 ? "" : "payload";
     for (int group = 0; group < problem.hidden / 128; ++group) {
         const float scale = received_scale(problem, target, expert, row, group);
         if (auto difference = check_fp8_group(problem, x + group * 128, got + group * 128, scale); !difference.empty())
@@ -100,7 +101,8 @@ std::string check_expert(const LowLatencyProblem& problem, const std::vector<Low
             ++row;
         }
         const int64_t range = target.layout_range[static_cast<size_t>(expert * problem.num_ranks() + source)];
-        if (range >> 32 != first_row || (range & 0xffffffff) != row - first_row) return concat("layout_range of ", source);
+        if (range >> 32 != first_row || (range & 0xffffffff) != row - first_row)
+            return concat("layout_range of ", source);
     }
     return target.recv_count[static_cast<size_t>(expert)] == row ? "" : "recv_count";
 }
@@ -148,7 +150,8 @@ std::vector<LowLatencyTensors> make_low_latency_inputs(const LowLatencyProblem& 
         for (auto& weight : tensors.topk_weights) weight = std::uniform_real_distribution<float>(0.1f, 1.0f)(rng);
         tensors.recv_x.assign(num_rows * static_cast<size_t>(problem.row_bytes()), 0xa5);
         tensors.recv_scales.assign(
-            static_cast<size_t>(problem.num_local_experts() * problem.num_scale_words() * problem.num_rows()), 0xdeadbeef);
+            static_cast<size_t>(problem.num_local_experts() * problem.num_scale_words() * problem.num_rows()),
+            0xdeadbeef);
         tensors.recv_count.assign(static_cast<size_t>(problem.num_local_experts()), -7);
         tensors.cumulative_stats.assign(tensors.recv_count.size(), 100);
         tensors.src_info.assign(num_rows, -7);
