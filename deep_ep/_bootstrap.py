@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Callable, Optional, TypeVar
 
-import torch
 import torch.distributed as dist
 
 import deep_ep_cpp
@@ -101,10 +100,9 @@ class Request:
 class Session:
     """What a constructed Buffer stands on."""
 
-    def __init__(self, runtime: deep_ep_cpp.Buffer, streams: _streams.Streams, rdma_region: torch.Tensor,
-                 topology: Topology, rank: int, num_ranks: int) -> None:
+    def __init__(self, runtime: deep_ep_cpp.Buffer, streams: _streams.Streams, topology: Topology, rank: int,
+                 num_ranks: int) -> None:
         self.runtime = runtime
-        self.rdma_region = rdma_region
         self.streams = streams
         self.topology = topology
         self.rank = rank
@@ -194,7 +192,6 @@ def build_session(peers: Peers, request: Request) -> Session:
     """Collective: allocates and connects the heaps of all ranks."""
     opened: list[_streams.Streams] = []
     created: list[deep_ep_cpp.Buffer] = []
-    rdma_regions: list[torch.Tensor] = []
     environment = deep_ep_cpp.get_environment()
 
     def describe() -> tuple[Agreed, Place]:
@@ -209,8 +206,8 @@ def build_session(peers: Peers, request: Request) -> Session:
         timeout_s = float(environment["timeout_s"] if request.timeout_s is None else request.timeout_s)
         warn_s = min(float(environment["warn_s"]), timeout_s)
         created.append(
-            deep_ep_cpp.Buffer(opened[0].native, peers.rank, peers.size, request.num_nvl_bytes, timeout_s, warn_s))
-        rdma_regions.append(torch.zeros(request.num_rdma_bytes, dtype=torch.uint8, device=opened[0].device))
+            deep_ep_cpp.Buffer(opened[0].native, peers.rank, peers.size, request.num_nvl_bytes, timeout_s, warn_s,
+                               request.num_rdma_bytes, request.enable_shrink))
         return created[0].export_handle()
 
     try:
@@ -226,4 +223,4 @@ def build_session(peers: Peers, request: Request) -> Session:
         for streams in opened:
             streams.close()
         raise
-    return Session(created[0], opened[0], rdma_regions[0], topology, peers.rank, peers.size)
+    return Session(created[0], opened[0], topology, peers.rank, peers.size)

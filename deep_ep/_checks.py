@@ -76,9 +76,13 @@ def check_rows(
     if row_bytes == 0 or row_bytes % ROW_ALIGNMENT_BYTES:
         raise ValueError(f"{name} must have rows of a positive multiple of {ROW_ALIGNMENT_BYTES} bytes, got "
                          f"{row_bytes} bytes ({_describe(rows)})")
+    check_alignment(name, rows)
+    return rows
+
+
+def check_alignment(name: str, rows: torch.Tensor) -> None:
     if rows.data_ptr() % ROW_ALIGNMENT_BYTES:
         raise ValueError(f"{name} must start at a multiple of {ROW_ALIGNMENT_BYTES} bytes, got a view that does not")
-    return rows
 
 
 def check_payload(x: Any, device: torch.device) -> tuple[torch.Tensor, Optional[torch.Tensor]]:

@@ -1,10 +1,9 @@
 """`Buffer`: the memory that the ranks of a group share, and the operations on it."""
 # The signatures are fixed by the callers, also where this version has no use for an argument.
-# ruff: noqa: ARG002, ARG004
+# ruff: noqa: ARG002
 
 import bisect
 import contextlib
-import ctypes
 import sys
 from types import TracebackType
 from typing import Any, Callable, Optional, Union
@@ -14,9 +13,10 @@ import torch.distributed as dist
 from typing_extensions import Self
 
 import deep_ep_cpp
-from deep_ep import _checks, _env, _high_throughput
+from deep_ep import _checks, _env, _high_throughput, _low_latency
 from deep_ep._bootstrap import Peers, Request, Session, build_session
 from deep_ep._errors import Error
+from deep_ep._memory import view_memory
 from deep_ep._streams import CudaStreams, is_capturing
 from deep_ep.utils import EventHandle, EventOverlap
 from deep_ep_cpp import Config
@@ -24,7 +24,6 @@ from deep_ep_cpp import Config
 __all__ = ["Buffer", "Config", "EventHandle", "EventOverlap"]
 
 Bias = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
-Hook = Callable[[], None]
 
 DESTROY_TIMEOUT_S = 5.0
 
@@ -91,7 +90,10 @@ class Buffer:
         group: a ProcessGroup of any backend, or None with `comm`, an mpi4py communicator (or any object with
             `Get_rank`, `Get_size` and `allgather`).
         num_nvl_bytes: bytes for dispatch and combine, a multiple of 128; see `Config.get_nvl_buffer_size_hint`.
-        num_rdma_bytes: bytes of the zero-filled RDMA region, a multiple of 128.
+        num_rdma_bytes: bytes for the low-latency calls, a multiple of 128, zero-filled; see
+            `get_low_latency_rdma_size_hint`. It is memory that peers reach, like the other; the name is the callers'.
+        low_latency_mode: whether low-latency calls are made. One Buffer may serve both modes in turn.
+        enable_shrink: low-latency calls go on without a peer that does not come in time, and mask it.
         timeout_s: seconds after which a wait for a peer gives up (None: DEEP_EP_TIMEOUT_SECS, see docs/errors.md).
 
         Raises ValueError or TypeError for a bad argument, and deep_ep.Error when another rank failed: no rank hangs.
@@ -112,6 +114,7 @@ class Buffer:
         request = Request(num_nvl_bytes, num_rdma_bytes, low_latency_mode, num_qps_per_rank, enable_shrink, timeout_s)
         self._session: Optional[Session] = build_session(peers, request)
         self.runtime: Optional[deep_ep_cpp.Buffer] = self._session.runtime
+        self._low_latency = _low_latency.LowLatency(self._session, low_latency_mode, enable_shrink)
 
     # Lifecycle
 
@@ -184,8 +187,11 @@ class Buffer:
     @staticmethod
     def get_low_latency_rdma_size_hint(num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int,
                                        num_experts: int) -> int:
-        """Bytes of RDMA region that low-latency mode needs. Not in this version."""
-        raise _no_low_latency("get_low_latency_rdma_size_hint")
+        """Bytes of `num_rdma_bytes` that are enough for low-latency calls of these sizes, with up to top-32.
+
+        Calls of several shapes may use one Buffer: take the largest.
+        """
+        return _low_latency.size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts)
 
     def get_comm_stream(self) -> torch.cuda.Stream:
         """The stream on which the kernels run. On the CPU there is no torch stream, and this raises deep_ep.Error."""
@@ -207,7 +213,10 @@ class Buffer:
         session = self._require_session()
         item_bytes = torch.empty(0, dtype=dtype).element_size()
         _checks.check_int("offset", offset, 0, item_bytes)
-        region = session.rdma_region if use_rdma_buffer else _view_memory(session.runtime, session.streams.device)
+        runtime = session.runtime
+        address, num_bytes = ((runtime.low_latency_data_ptr, self.num_rdma_bytes) if use_rdma_buffer else
+                              (runtime.data_ptr, runtime.data_bytes))
+        region = view_memory(address, num_bytes, session.streams.device)
         num_elements = (region.numel() - offset) // item_bytes
         wanted = num_elements if size is None else torch.Size(size).numel()
         if offset > region.numel() or wanted > num_elements:
@@ -342,80 +351,92 @@ class Buffer:
     # Low latency
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
-        """Prepares the RDMA region for low-latency mode after other use. Not in this version."""
-        raise _no_low_latency("clean_low_latency_buffer")
+        """Checks its arguments, and has nothing else to do: low-latency calls leave nothing that must be cleared.
 
-    def low_latency_dispatch(
-        self,
-        x: torch.Tensor,
-        topk_idx: torch.Tensor,
-        num_max_dispatch_tokens_per_rank: int,
-        num_experts: int,
-        cumulative_local_expert_recv_stats: Optional[torch.Tensor] = None,
-        dispatch_wait_recv_cost_stats: Optional[torch.Tensor] = None,
-        use_fp8: bool = True,
-        round_scale: bool = False,
-        use_ue8m0: bool = False,
-        async_finish: bool = False,
-        return_recv_hook: bool = False
-    ) -> tuple[_high_throughput.Payload, torch.Tensor, tuple[Any, ...], EventOverlap, Optional[Hook]]:
-        """Dispatch without the host for small batches. Not in this version."""
-        raise _no_low_latency("low_latency_dispatch")
+        Neither do calls of the other mode or of other shapes, nor the caller who writes to the buffer between calls.
+        """
+        self._low_latency.clean(num_max_dispatch_tokens_per_rank, hidden, num_experts)
 
-    def low_latency_combine(
-        self,
-        x: torch.Tensor,
-        topk_idx: torch.Tensor,
-        topk_weights: torch.Tensor,
-        handle: tuple[Any, ...],
-        use_logfmt: bool = False,
-        zero_copy: bool = False,
-        async_finish: bool = False,
-        return_recv_hook: bool = False,
-        out: Optional[torch.Tensor] = None,
-        combine_wait_recv_cost_stats: Optional[torch.Tensor] = None
-    ) -> tuple[torch.Tensor, EventOverlap, Optional[Hook]]:
-        """The way back of `low_latency_dispatch`. Not in this version."""
-        raise _no_low_latency("low_latency_combine")
+    def low_latency_dispatch(self,
+                             x: torch.Tensor,
+                             topk_idx: torch.Tensor,
+                             num_max_dispatch_tokens_per_rank: int,
+                             num_experts: int,
+                             cumulative_local_expert_recv_stats: Optional[torch.Tensor] = None,
+                             dispatch_wait_recv_cost_stats: Optional[torch.Tensor] = None,
+                             use_fp8: bool = True,
+                             round_scale: bool = False,
+                             use_ue8m0: bool = False,
+                             async_finish: bool = False,
+                             return_recv_hook: bool = False) -> _low_latency.DispatchResult:
+        """Sends every token to its experts, without the host: for small batches, and for CUDA graphs. Collective.
+
+        T: num_max_dispatch_tokens_per_rank, the same on all ranks, as are hidden, top-k and num_experts.
+        x: bfloat16 [N, hidden], N <= T, rows of a multiple of 16 bytes (use_fp8: hidden a multiple of 128).
+        topk_idx: int64 or int32 [N, K]; -1 selects nothing, and neither does anything else outside 0..E-1.
+        cumulative_local_expert_recv_stats: int32 [E / R], to which the received counts are added.
+        dispatch_wait_recv_cost_stats: int64 [R], to which the longest wait for each source is added, in nanoseconds.
+        use_fp8: cast with one float32 scale per 128 channels. round_scale: scales are powers of two. use_ue8m0 (needs
+            round_scale, and hidden a multiple of 512): only their exponents are returned, four in an int32.
+        async_finish, return_recv_hook: at most one; see docs/api.md, "Low latency".
+
+        Returns (recv_x, recv_count int32 [E / R], handle, event, hook or None). recv_x: bfloat16
+        [E / R, R * T, hidden], or (float8_e4m3fn of that shape, scales [E / R, R * T, hidden / 128 (or / 512)] whose
+        last two dimensions are column-major). For each expert the first recv_count rows are set, in the order of
+        source rank, then token. handle: (src_info int32 [E / R, R * T], layout_range int64 [E / R, R], T, hidden, E).
+        """
+        form = _low_latency.Format(use_fp8, round_scale, use_ue8m0)
+        return self._low_latency.dispatch(x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts,
+                                          cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats, form,
+                                          async_finish, return_recv_hook)
+
+    def low_latency_combine(self,
+                            x: torch.Tensor,
+                            topk_idx: torch.Tensor,
+                            topk_weights: torch.Tensor,
+                            handle: tuple[Any, ...],
+                            use_logfmt: bool = False,
+                            zero_copy: bool = False,
+                            async_finish: bool = False,
+                            return_recv_hook: bool = False,
+                            out: Optional[torch.Tensor] = None,
+                            combine_wait_recv_cost_stats: Optional[torch.Tensor] = None) -> _low_latency.CombineResult:
+        """Brings the experts' rows back and sums them, weighted, for each token. Collective.
+
+        x: bfloat16 [E / R, R * T, hidden], the experts' answers in the rows of the dispatch.
+        topk_idx, topk_weights: [N, K] as in the dispatch, and float32 [N, K]. handle: that of the dispatch.
+        use_logfmt: rows cross the links in a 10-bit logarithmic format; see docs/protocols/low_latency.md.
+        zero_copy: sends the tensor of `get_next_low_latency_combine_buffer` instead of x, which gives the shape only.
+        out: bfloat16 [N, hidden], contiguous; returned instead of a new tensor.
+        combine_wait_recv_cost_stats: int64 [R], to which the longest wait for each rank is added, in nanoseconds.
+
+        An expert's rank sums what its experts have for a token in float32 and rounds once; the owner sums those
+        parts in float32, in rank order, and rounds once. Returns (combined_x, event, hook or None).
+        """
+        return self._low_latency.combine(x, topk_idx, topk_weights, handle, use_logfmt, zero_copy, async_finish,
+                                         return_recv_hook, out, combine_wait_recv_cost_stats)
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
-        """Masks or unmasks a rank. Not in this version."""
-        raise _no_low_latency("low_latency_update_mask_buffer")
+        """Leaves a rank out of low-latency calls from now on, or takes it back. Not collective."""
+        masked = self._low_latency.masked_ranks("low_latency_update_mask_buffer")
+        if _checks.check_int("rank_to_mask", rank_to_mask, 0) >= self.group_size:
+            raise ValueError(f"rank_to_mask must be below {self.group_size}, the size of the group, got {rank_to_mask}")
+        masked[rank_to_mask] = int(mask)
 
     def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
-        """Reads which ranks are masked. Not in this version."""
-        raise _no_low_latency("low_latency_query_mask_buffer")
+        """Writes to `mask_status`, int32 [R], which ranks this rank leaves out: 1, the others 0."""
+        masked = self._low_latency.masked_ranks("low_latency_query_mask_buffer")
+        _checks.check_tensor("mask_status", mask_status, masked.device, tuple(masked.shape), (masked.dtype, ))
+        mask_status.copy_(masked)
 
     def low_latency_clean_mask_buffer(self) -> None:
-        """Unmasks all ranks. Not in this version."""
-        raise _no_low_latency("low_latency_clean_mask_buffer")
+        """Takes all ranks back into low-latency calls. Not collective."""
+        self._low_latency.masked_ranks("low_latency_clean_mask_buffer").zero_()
 
     def get_next_low_latency_combine_buffer(self, handle: tuple[Any, ...]) -> torch.Tensor:
-        """The memory that the next `low_latency_combine(zero_copy=True)` sends. Not in this version."""
-        raise _no_low_latency("get_next_low_latency_combine_buffer")
+        """A bfloat16 tensor [E / R, R * T, hidden] that the next `low_latency_combine(zero_copy=True)` sends.
 
-
-def _no_low_latency(name: str) -> Error:
-    return Error(f"{name}: low-latency mode is not part of this version; use dispatch and combine")
-
-
-class _CudaBytes:
-    """Device memory, as numba's array interface describes it."""
-
-    def __init__(self, address: int, num_bytes: int) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (num_bytes, ),
-            "typestr": "|u1",
-            "data": (address, False),
-            "version": 2
-        }
-
-
-def _view_memory(runtime: deep_ep_cpp.Buffer, device: torch.device) -> torch.Tensor:
-    """The data region of `runtime` as bytes."""
-    if runtime.data_bytes == 0:
-        return torch.empty(0, dtype=torch.uint8, device=device)
-    if device.type == "cuda":
-        return torch.as_tensor(_CudaBytes(runtime.data_ptr, runtime.data_bytes), device=device)
-    memory: Any = (ctypes.c_uint8 * runtime.data_bytes).from_address(runtime.data_ptr)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+        It is the same until that combine. No memory is special: the kernel reads the rows of any tensor from where they
+        are, so passing that tensor as `x` is as quick; this is for callers who were written for it.
+        """
+        return self._low_latency.next_combine_buffer(handle)

@@ -31,7 +31,10 @@ def same_numbers(name: str, got: Optional[torch.Tensor], want: Optional[torch.Te
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.uint8) if tensor.dtype != torch.bool else tensor.to(torch.uint8)
+    if tensor.dtype == torch.bool:
+        return tensor.to(torch.uint8)
+    # A single row counts as contiguous whatever its strides are, but only a copy can be viewed as bytes.
+    return tensor.clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def equal(name: str, got: object, want: object) -> None:

@@ -68,7 +68,7 @@ Buffer::Buffer(std::shared_ptr<dev::Device> device, const BufferOptions& options
     local_ = static_cast<layout::LocalState*>(device_->allocate(sizeof(layout::LocalState)));
     const auto num_ranks = static_cast<size_t>(options_.num_ranks);
     masked_ = static_cast<int*>(device_->allocate(sizeof(int) * num_ranks));
-    wait_ns_ = static_cast<uint64_t*>(device_->allocate(sizeof(uint64_t) * num_ranks));
+    wait_ns_ = static_cast<uint64_t*>(device_->allocate(2 * sizeof(uint64_t) * num_ranks));
     // Here, not when first needed: that may be while a CUDA graph is captured.
     layout_partials_ =
         static_cast<int*>(device_->allocate(sizeof(int) * kMaxLayoutBlocks * static_cast<size_t>(max_layout_counts())));

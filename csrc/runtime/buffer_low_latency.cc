@@ -8,7 +8,6 @@ namespace deep_ep::runtime {
 
 namespace {
 
-constexpr int kMaxOpenCalls = layout::kNumLowLatencyBanks;
 constexpr int kGroupSize = 128;  // channels with one FP8 scale
 // A size hint is not told the top-k: it allows for so many entries of a token.
 constexpr uint64_t kHintTopk = 32;
@@ -67,6 +66,7 @@ kernels::LowLatencyCall Buffer::low_latency_call(const LowLatencyShape& shape, c
             .num_warps = is_cuda ? 16 : 2,
             .masked = masked_,
             .is_shrinkable = options_.is_shrinkable,
+            .decisions = wait_ns_ + options_.num_ranks,
             .wait_ns = wait_ns_,
             .wait_stats = wait_stats,
             .num_max_tokens = shape.num_max_tokens,
@@ -112,20 +112,29 @@ kernels::LowLatencyCombineParams Buffer::low_latency_params(const LowLatencyComb
 }
 
 void Buffer::open_low_latency_call(kernels::LowLatencyCall& call) {
+<<<<<<< HEAD
     if (num_open_low_latency_calls_ == kMaxOpenCalls)
         throw Error(concat("at most ", kMaxOpenCalls,
                            " low-latency calls may be open at a time: call the hooks of "
                            "earlier ones first"));
+=======
+    // The new call waits until the bank has been read, so a call that still holds it could never be received.
+    uint64_t& holder = open_low_latency_calls_[(num_low_latency_sends_ + 1) % layout::kNumLowLatencyBanks];
+    if (holder != 0)
+        throw Error(concat("at most ", layout::kNumLowLatencyBanks,
+                           " low-latency calls may be open at a time: call the "
+                           "hook of the call before the last one first"));
+>>>>>>> main
     call.phase = kernels::Phase::kSend;
-    ++num_open_low_latency_calls_;
-    ++num_low_latency_sends_;
+    holder = ++num_low_latency_sends_;
 }
 
 void Buffer::close_low_latency_call(kernels::LowLatencyCall& call, uint64_t ticket) {
+    uint64_t& holder = open_low_latency_calls_[ticket % layout::kNumLowLatencyBanks];
+    EP_CHECK(holder == ticket, "this hook belongs to a call that is over");
+    holder = 0;
     call.phase = kernels::Phase::kReceive;
     call.lag = num_low_latency_sends_ - ticket;
-    EP_CHECK(call.lag < kMaxOpenCalls, "this hook belongs to a call that is over");
-    --num_open_low_latency_calls_;
 }
 
 uint64_t Buffer::send_low_latency_dispatch(const LowLatencyDispatchArgs& args, dev::Stream stream) {

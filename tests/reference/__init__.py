@@ -1,5 +1,9 @@
 """The slowest obvious version of what the library does, on the CPU, for all ranks at once."""
 
+from reference.low_latency import Cast, ExpertRows, low_latency_combine, low_latency_dispatch, low_latency_parts
 from reference.moe import Arrival, Layout, Sent, combine, dispatch, layout
 
-__all__ = ["Arrival", "Layout", "Sent", "combine", "dispatch", "layout"]
+__all__ = [
+    "Arrival", "Cast", "ExpertRows", "Layout", "Sent", "combine", "dispatch", "layout", "low_latency_combine",
+    "low_latency_dispatch", "low_latency_parts"
+]

@@ -196,14 +196,6 @@ def test_a_refused_call_leaves_the_buffer_usable(buffer: Buffer) -> None:
 @pytest.mark.parametrize("call", [
     lambda b: b.internode_dispatch(None),
     lambda b: b.internode_combine(None, ()),
-    lambda b: b.low_latency_dispatch(None, None, 1, 1),
-    lambda b: b.low_latency_combine(None, None, None, ()),
-    lambda b: b.clean_low_latency_buffer(1, 1, 1),
-    lambda b: b.low_latency_update_mask_buffer(0),
-    lambda b: b.low_latency_query_mask_buffer(None),
-    lambda b: b.low_latency_clean_mask_buffer(),
-    lambda b: b.get_next_low_latency_combine_buffer(()),
-    lambda b: b.get_low_latency_rdma_size_hint(1, 1, 1, 1),
 ])
 def test_what_is_missing_says_so(buffer: Buffer, call: Any) -> None:
     with pytest.raises(deep_ep.Error, match="this version"):

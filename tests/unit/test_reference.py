@@ -1,7 +1,7 @@
 """The reference against cases worked out by hand."""
 
 import torch
-from reference import Sent, combine, dispatch, layout
+from reference import Cast, Sent, combine, dispatch, layout, low_latency_combine, low_latency_dispatch
 
 # Two ranks, four experts: rank 0 owns experts 0 and 1, rank 1 owns 2 and 3.
 IDX_0 = torch.tensor([[0, 2], [1, 1], [-1, -1]])
@@ -63,3 +63,59 @@ def test_combine_rounds_once() -> None:
     arrivals = [dispatch([one, empty, empty], rank, 3) for rank in range(3)]
     returned = [torch.tensor([[value]], dtype=torch.bfloat16) for value in (1., tiny * 2, tiny * 2)]
     assert combine(returned, arrivals, 0, 1).item() == 1 + tiny * 4
+
+
+def test_low_latency_dispatch_gives_every_expert_its_rows_once() -> None:
+    """A token that names an expert twice is one row of it."""
+    first = low_latency_dispatch(sent(), 0, 4, Cast())
+    assert [expert.rows for expert in first] == [[(0, 0), (1, 1)], [(0, 1)]]
+    assert first[0].x.tolist() == [[10.], [21.]]
+    assert first[0].layout_range.tolist() == [0 << 32 | 1, 1 << 32 | 1]
+    assert first[1].layout_range.tolist() == [0 << 32 | 1, 1 << 32 | 0]
+    assert [expert.rows for expert in low_latency_dispatch(sent(), 1, 4, Cast())] == [[(0, 0), (1, 0)], [(1, 0)]]
+
+
+def test_low_latency_combine_weighs_entries_and_sums_over_ranks() -> None:
+    arrivals = [low_latency_dispatch(sent(), rank, 4, Cast()) for rank in range(2)]
+    answers = [[torch.tensor([[1.], [2.]]), torch.tensor([[4.]])], [torch.tensor([[8.], [16.]]), torch.tensor([[32.]])]]
+    halves = torch.tensor([[.5, .25], [.5, 1.], [1., 1.]])
+    mine = Sent(sent()[0].x, IDX_0, halves)
+    # Token 0: experts 0 and 2; token 1: expert 1 twice; token 2: nobody.
+    assert low_latency_combine(answers, arrivals, mine, 0).flatten().tolist() == [.5 * 1 + .25 * 8, 1.5 * 4, 0.]
+
+
+def test_low_latency_combine_rounds_each_part() -> None:
+    """1 + 2^-9 is lost where one rank sums both, and 2^-9 alone is not."""
+    tiny, one = 2.0**-9, torch.ones(1, 1)
+    mine = Sent(one, torch.tensor([[0, 1, 2]]), torch.ones(1, 3))
+    for num_ranks, want in ((1, 1 + 4 * tiny), (3, 1 + 4 * tiny)):
+        group = [mine] + [Sent(torch.ones(0, 1), torch.zeros((0, 3), dtype=torch.int64))] * (num_ranks - 1)
+        arrivals = [low_latency_dispatch(group, rank, 3, Cast()) for rank in range(num_ranks)]
+        values = [torch.tensor([[value]]) for value in (1., 2 * tiny, 2 * tiny)]
+        answers = [[value] for value in values] if num_ranks == 3 else [values]
+        assert low_latency_combine(answers, arrivals, mine, 0).item() == want
+    # The part of experts 0 and 1, on one rank, is rounded to 1 before expert 2's comes to it.
+    parts = [[torch.tensor([1 + tiny]), torch.tensor([tiny])]]
+    assert sum(part.bfloat16().float() for part in parts[0]).bfloat16().item() == 1
+
+
+def test_fp8_cast_by_hand() -> None:
+    x = torch.zeros(1, 256)
+    x[0, 0], x[0, 1], x[0, 255] = 896., -2., 3.
+    rows, scales = Cast(use_fp8=True)(x.bfloat16())
+    assert scales is not None
+    assert scales.tolist() == [[2., torch.tensor(3.) / torch.tensor(448.)]]
+    assert rows[0, :2].float().tolist() == [448., -1.]
+    assert rows[0, 255].item() == 448.
+    _, rounded = Cast(True, True)(x.bfloat16())
+    assert rounded is not None
+    assert rounded.tolist() == [[2., 2.**-7]]
+
+
+def test_ue8m0_packs_four_exponents() -> None:
+    x = torch.zeros(1, 512)
+    x[0, ::128] = torch.tensor([448., 896., 449., 224.])
+    _, packed = Cast(True, True, True)(x.bfloat16())
+    assert packed is not None
+    # 449 is no bfloat16: it becomes 448.
+    assert packed.view(torch.uint8).tolist() == [[127, 128, 127, 126]]

@@ -68,6 +68,8 @@ struct Kernel {
             Sums sums = {};
             for (int k = 0; k < p.call.num_topk; ++k) {
                 if (entries[k] < first || entries[k] >= first + c.num_local_experts()) continue;
+                // With other experts than in the dispatch the row is garbage, and must not be an address as well.
+                if (rows[k] < 0 || rows[k] >= c.num_local_experts() * c.num_ranks() * p.call.num_max_tokens) continue;
                 const uint8_t* row = p.x + static_cast<int64_t>(rows[k]) * p.call.hidden * 2;
                 add(sums, prim::load_input(reinterpret_cast<const Vec16*>(row) + i), weights[k]);
             }
@@ -76,11 +78,9 @@ struct Kernel {
     }
 
     // The whole block: one thread waits, the barrier passes on what it has acquired.
-    static EP_DEVICE bool wait_for_table(const Context& c, int source, Shared& shared) {
+    static EP_DEVICE bool has_table(const Context& c, int source, Shared& shared) {
         __syncthreads();  // the answer about the source before has been read
-        if (threadIdx.x == 0)
-            shared.is_here =
-                wait_for_source(c, Stage::kTable, source, c.watch.heap.table_full(c.rank(), c.bank, source)) ? 1 : 0;
+        if (threadIdx.x == 0) shared.is_here = wait_for_table(c, source) ? 1 : 0;
         __syncthreads();
         return shared.is_here != 0;
     }
@@ -92,7 +92,7 @@ struct Kernel {
         if (shared.beginning.is_first != 0) send_tables(c, p.topk_idx, p.idx_bytes, p.topk_weights, p.num_tokens);
         for (int step = 0; step < c.num_ranks(); ++step) {
             const int source = (c.rank() + 1 + step) % c.num_ranks();
-            if (!wait_for_table(c, source, shared)) continue;
+            if (!has_table(c, source, shared)) continue;
             const int num_tokens = c.num_tokens_of(source);
             const int first = (static_cast<int>(blockIdx.x) + step) % static_cast<int>(gridDim.x);
             for (int token = first; token < num_tokens; token += static_cast<int>(gridDim.x)) {

@@ -192,8 +192,7 @@ struct Kernel {
     static EP_DEVICE int receive_from(const Params& p, const Context& c, int source, int expert, int first_row,
                                       int share, int num_shares) {
         int is_here = 0;
-        if (prim::lane_idx() == 0)
-            is_here = wait_for_source(c, Stage::kTable, source, c.watch.heap.table_full(c.rank(), c.bank, source));
+        if (prim::lane_idx() == 0) is_here = wait_for_table(c, source);
         is_here = __shfl_sync(kFullMask, is_here, 0);
         __syncwarp();  // one lane's acquire, every lane's reads
         if (is_here == 0) return 0;

@@ -78,6 +78,25 @@ EP_DEVICE bool wait_for_source(const Context& c, Stage stage, int source, const 
     return is_here;
 }
 
+// One thread; acquire: does the routing table of `source` count in this call? The same answer for every thread that asks.
+// Where the source may be left out, it could come just as the deadline passes, or be masked already and come all the same:
+// some warps would then count its rows and others not, and no row of any source would be where both expect it.
+EP_DEVICE bool wait_for_table(const Context& c, int source) {
+    const uint64_t* flag = c.watch.heap.table_full(c.rank(), c.bank, source);
+    if (!c.call.is_shrinkable) return wait_for_source(c, Stage::kTable, source, flag);
+    uint64_t* decision = &c.call.decisions[source];
+    uint64_t seen = prim::load<Order::kAcquire, Scope::kGpu>(decision);
+    if (seen / 2 != c.watch.call) {
+        const bool is_here = !is_masked(c.call, source) && wait_for_source(c, Stage::kTable, source, flag);
+        const uint64_t mine = c.watch.call * 2 + (is_here ? 1 : 0);
+        // Whoever is first decides. Release: that the flag was seen. Pairs with: the load above, and this of the others.
+        const uint64_t old = prim::compare_swap<Order::kAcqRel, Scope::kGpu>(decision, seen, mine);
+        seen = old == seen ? mine : old;
+    }
+    // Another thread's acquire of the flag orders nothing for this one.
+    return seen % 2 == 1 && prim::load<Order::kAcquire, Scope::kSys>(flag) >= c.watch.call;
+}
+
 // What the block knows once it has begun; shared memory.
 struct Beginning {
     int is_ready;  // zero: some rank has given up, do nothing
@@ -117,7 +136,9 @@ EP_DEVICE void send_tables(const Context& c, const void* topk_idx, int idx_bytes
         auto* idx_table = reinterpret_cast<int*>(message + c.call.message.topk_idx.offset);
         auto* weight_table = reinterpret_cast<float*>(message + c.call.message.topk_weights.offset);
         for (int i = static_cast<int>(threadIdx.x); i < num_entries; i += static_cast<int>(blockDim.x)) {
-            idx_table[i] = static_cast<int>(load_expert_id(topk_idx, idx_bytes, i));
+            const int64_t id = load_expert_id(topk_idx, idx_bytes, i);
+            // An id out of range reaches no rank; the table must agree, whatever the low half of a 64-bit id says.
+            idx_table[i] = id >= 0 && id < c.call.num_experts ? static_cast<int>(id) : -1;
             if (topk_weights != nullptr) weight_table[i] = topk_weights[i];
         }
         if (threadIdx.x == 0) *reinterpret_cast<int*>(message + c.call.message.num_tokens.offset) = num_tokens;

@@ -128,6 +128,54 @@ TEST_CASE("low latency: two micro-batches overlap through hooks; a third call is
     }
 }
 
+TEST_CASE("low latency: an open call holds its bank: the call after the next is refused, and a hook works once") {
+    const LowLatencyProblem held{.num_tokens = {3, 5}, .seed = 3};
+    const LowLatencyProblem passing{.num_tokens = {4, 1}, .seed = 4};
+    World world(2, 0, {}, 100, low_latency_bytes(held));
+    auto a = make_low_latency_inputs(held);
+    auto b = make_low_latency_inputs(passing);
+    for (int rank = 0; rank < 2; ++rank) {
+        const auto idx = static_cast<size_t>(rank);
+        send_dispatch(world, held, a[idx], rank);
+        send_dispatch(world, passing, b[idx], rank);
+        receive_dispatch(world, passing, b[idx], rank);
+        CHECK_THROWS_WITH_AS(send_dispatch(world, passing, b[idx], rank), doctest::Contains("at most 2"), Error);
+        receive_dispatch(world, held, a[idx], rank);
+        CHECK_THROWS_WITH_AS(receive_dispatch(world, held, a[idx], rank), doctest::Contains("is over"),
+                             InvalidArgument);
+    }
+    world.run();
+    CHECK_EQ(check_low_latency_dispatch(held, a), "");
+    CHECK_EQ(check_low_latency_dispatch(passing, b), "");
+}
+
+TEST_CASE("low latency: expert ids out of range are as good as none, whatever their low bits say") {
+    const LowLatencyProblem problem{.num_tokens = {6, 6}};
+    World world(2, 0, {}, 2.0, low_latency_bytes(problem));
+    auto ranks = make_low_latency_inputs(problem);
+    for (auto& tensors : ranks) {
+        tensors.topk_idx[0] = (int64_t{1} << 32) + 3;
+        tensors.topk_idx[4] = -(int64_t{1} << 32) + 2;
+        tensors.topk_idx[7] = problem.num_experts;
+    }
+    for (int rank = 0; rank < 2; ++rank) {
+        send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+        receive_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+    }
+    world.run();
+    for (int rank = 0; rank < 2; ++rank) world.buffer(rank).check();
+    CHECK_EQ(check_low_latency_dispatch(problem, ranks), "");
+    fill_expert_rows(problem, ranks);
+    for (int rank = 0; rank < 2; ++rank) {
+        send_combine(world, problem, ranks[static_cast<size_t>(rank)], rank);
+        receive_combine(world, problem, ranks[static_cast<size_t>(rank)], rank);
+    }
+    world.run();
+    for (auto& tensors : ranks)  // for the reference, which looks every entry up
+        for (auto& idx : tensors.topk_idx) idx = idx >= problem.num_experts ? -1 : idx;
+    CHECK_EQ(check_low_latency_combine(problem, ranks), "");
+}
+
 TEST_CASE("low latency: one resident block of a device is enough (pitfall 38)") {
     auto options = seeded(2);
     options.max_resident_blocks = 1;
@@ -200,6 +248,31 @@ TEST_CASE("low latency: with enable_shrink the missing rank is masked, and the o
     ranks[1].layout_range.assign(3, 0);
     CHECK_EQ(check_low_latency_dispatch(survivors, ranks), "");
     CHECK_EQ(check_low_latency_combine(survivors, ranks), "");
+}
+
+TEST_CASE("low latency: a masked rank that comes all the same is left out by every warp") {
+    const LowLatencyProblem problem{.num_tokens = {9, 16, 7}, .num_experts = 3};
+    const bool is_apart[] = {false, true, false};
+    for (uint64_t seed = 1; seed <= 10; ++seed) {
+        CAPTURE(seed);
+        World world(3, 0, seeded(seed), 100, low_latency_bytes(problem), true);
+        for (int rank = 0; rank < 3; ++rank)
+            for (int peer = 0; peer < 3; ++peer)
+                world.buffer(rank).masked_ranks()[peer] = is_apart[rank] != is_apart[peer] ? 1 : 0;
+        auto ranks = make_low_latency_inputs(problem);
+        for (int rank = 0; rank < 3; ++rank) {
+            send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+            receive_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+        }
+        world.run();
+        for (int rank = 0; rank < 3; ++rank) {
+            auto heard = ranks;
+            for (int peer = 0; peer < 3; ++peer)
+                if (is_apart[rank] != is_apart[peer]) heard[static_cast<size_t>(peer)].topk_idx.clear();
+            world.buffer(rank).check();
+            CHECK_EQ(check_low_latency_dispatch_of(problem, heard, rank), "");
+        }
+    }
 }
 
 TEST_CASE("low latency: what does not fit is refused before anything is launched") {

@@ -196,11 +196,18 @@ void receive_combine(World& world, const LowLatencyProblem& problem, LowLatencyT
     world.buffer(rank).receive_low_latency_combine(args, tensors.combine_ticket, world.stream(rank));
 }
 
+std::string check_low_latency_dispatch_of(const LowLatencyProblem& problem, const std::vector<LowLatencyTensors>& ranks,
+                                          int rank) {
+    for (int expert = 0; expert < problem.num_local_experts(); ++expert)
+        if (auto difference = check_expert(problem, ranks, rank, expert); !difference.empty())
+            return concat("rank ", rank, ", expert ", expert, ": ", difference);
+    return "";
+}
+
 std::string check_low_latency_dispatch(const LowLatencyProblem& problem, const std::vector<LowLatencyTensors>& ranks) {
     for (int rank = 0; rank < problem.num_ranks(); ++rank)
-        for (int expert = 0; expert < problem.num_local_experts(); ++expert)
-            if (auto difference = check_expert(problem, ranks, rank, expert); !difference.empty())
-                return concat("rank ", rank, ", expert ", expert, ": ", difference);
+        if (auto difference = check_low_latency_dispatch_of(problem, ranks, rank); !difference.empty())
+            return difference;
     return "";
 }
 

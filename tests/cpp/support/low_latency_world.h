@@ -49,7 +49,9 @@ void fill_expert_rows(const LowLatencyProblem& problem, std::vector<LowLatencyTe
 void send_combine(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank);
 void receive_combine(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank);
 
-// The first difference from what the contract says, or "".
+// The first difference from what the contract says, or "": in what one rank has received, and in what all have.
+std::string check_low_latency_dispatch_of(const LowLatencyProblem& problem, const std::vector<LowLatencyTensors>& ranks,
+                                          int rank);
 std::string check_low_latency_dispatch(const LowLatencyProblem& problem, const std::vector<LowLatencyTensors>& ranks);
 std::string check_low_latency_combine(const LowLatencyProblem& problem, const std::vector<LowLatencyTensors>& ranks);
 

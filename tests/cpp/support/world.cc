@@ -30,11 +30,11 @@ void fill_routing(const Problem& problem, std::mt19937_64& rng, RankTensors& ten
 }  // namespace
 
 World::World(int num_ranks, int64_t num_data_bytes, const simt::SchedulerOptions& options, double timeout_s,
-             int64_t num_low_latency_bytes, bool is_shrinkable)
+             int64_t num_low_latency_bytes, bool is_shrinkable, const simt::DeviceOptions& device)
     : scheduler_(std::make_unique<simt::Scheduler>(options)) {
     std::vector<std::string> handles;
     for (int rank = 0; rank < num_ranks; ++rank) {
-        devices_.push_back(std::make_shared<simt::SimtDevice>(*scheduler_, rank));
+        devices_.push_back(std::make_shared<simt::SimtDevice>(*scheduler_, rank, device));
         buffers_.push_back(std::make_unique<runtime::Buffer>(
             devices_.back(), runtime::BufferOptions{.rank = rank,
                                                     .num_ranks = num_ranks,

@@ -59,7 +59,7 @@ struct RankTensors {
 class World {
 public:
     World(int num_ranks, int64_t num_data_bytes, const simt::SchedulerOptions& options, double timeout_s = 100,
-          int64_t num_low_latency_bytes = 0, bool is_shrinkable = false);
+          int64_t num_low_latency_bytes = 0, bool is_shrinkable = false, const simt::DeviceOptions& device = {});
     ~World();
 
     simt::Scheduler& scheduler() { return *scheduler_; }

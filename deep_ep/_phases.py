@@ -1,0 +1,130 @@
+"""Where the two phases of a low-latency call are launched, in what order, and how long tensors stay alive.
+
+Synchronous calls and calls with a hook run on torch's current stream, so that nothing has to wait for another stream;
+asynchronous ones run on the comm stream. While a CUDA graph is captured everything runs on the current stream. On the
+CPU all of them run on the native stream (see _streams.py).
+"""
+
+from collections.abc import Sequence
+from typing import Optional
+
+import torch
+
+from deep_ep._streams import CudaStreams, HostEvent, HostStreams, RecordedEvent, Streams, is_capturing
+
+Tensors = Sequence[Optional[torch.Tensor]]
+
+
+class PhaseOrder:
+    """Keeps the phases of one Buffer in the order in which they are launched, whichever streams they go to.
+
+    Every phase counts on the one before it to be complete. Streams are not joined while one of them is captured: an
+    event does not cross the border of a graph, and whoever captures on several streams orders them.
+    """
+
+    def __init__(self) -> None:
+        self._last: Optional[torch.cuda.Stream] = None
+
+    def enter(self, stream: torch.cuda.Stream) -> None:
+        """To be called before each launch on `stream`."""
+        if self._last == stream:
+            return
+        with torch.cuda.stream(stream):
+            if torch.cuda.is_current_stream_capturing():
+                return
+        if self._last is not None:
+            stream.wait_stream(self._last)
+        self._last = stream
+
+
+class Phases:
+    """The stream side of one call: `begin()`, launch on `stream`, `finish()`.
+
+    With a hook: `begin()`, launch the send phase, `pause()`; in the hook `resume()`, launch the receive phase,
+    `finish()`. Outputs are allocated before `begin()`, on the current stream.
+    """
+
+    stream: int
+
+    def begin(self) -> None:
+        raise NotImplementedError
+
+    def pause(self, tensors: Tensors) -> None:
+        """The work launched so far uses `tensors`, which may be dropped before the call goes on."""
+        raise NotImplementedError
+
+    def resume(self) -> None:
+        raise NotImplementedError
+
+    def finish(self, tensors: Tensors) -> tuple[bool, RecordedEvent]:
+        """Returns (whether the caller has an event to wait for, that event)."""
+        raise NotImplementedError
+
+
+class _CudaPhases(Phases):
+
+    def __init__(self, streams: CudaStreams, order: PhaseOrder, is_async: bool) -> None:
+        self._current = torch.cuda.current_stream(streams.device)
+        self._is_async = is_async
+        # A capture would have to be forked to the comm stream, and where the event is dropped nobody would join it.
+        self._is_on_comm_stream = is_async and not is_capturing()
+        self._target: torch.cuda.Stream = streams.comm_stream if self._is_on_comm_stream else self._current
+        self._order = order
+        self.stream = self._target.cuda_stream
+
+    def begin(self) -> None:
+        if self._is_on_comm_stream:
+            self._target.wait_stream(self._current)
+        self._order.enter(self._target)
+
+    def pause(self, tensors: Tensors) -> None:
+        pass  # torch reuses memory in stream order, so tensors of this stream may be dropped at any time
+
+    def resume(self) -> None:
+        self._order.enter(self._target)
+
+    def finish(self, tensors: Tensors) -> tuple[bool, RecordedEvent]:
+        if not self._is_async:
+            return False, None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(self._target)
+        if self._is_on_comm_stream:
+            for tensor in tensors:
+                if tensor is not None:
+                    tensor.record_stream(self._target)
+        return True, event
+
+
+class _HostPhases(Phases):
+
+    def __init__(self, streams: HostStreams, is_async: bool) -> None:
+        self._streams = streams
+        self._is_async = is_async
+        self.stream = streams.comm_stream
+
+    def begin(self) -> None:
+        pass
+
+    def pause(self, tensors: Tensors) -> None:
+        self._record(tensors)
+
+    def resume(self) -> None:
+        pass
+
+    def finish(self, tensors: Tensors) -> tuple[bool, RecordedEvent]:
+        event = self._record(tensors)
+        if self._is_async:
+            return True, event
+        event.wait()
+        return False, None
+
+    def _record(self, tensors: Tensors) -> HostEvent:
+        return self._streams.record([tensor for tensor in tensors if tensor is not None])
+
+
+def open_phases(streams: Streams, order: PhaseOrder, is_async: bool) -> Phases:
+    if isinstance(streams, CudaStreams):
+        return _CudaPhases(streams, order, is_async)
+    if isinstance(streams, HostStreams):
+        return _HostPhases(streams, is_async)
+    raise NotImplementedError(streams.kind)

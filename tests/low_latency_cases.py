@@ -1,0 +1,387 @@
+"""What the worker processes do in tests/test_low_latency.py. Every function runs on all ranks of a group."""
+
+import os
+import time
+from typing import Any, Optional
+
+import torch
+from compare import bits, equal, same_bits
+from failure_cases import SHORT_TIMEOUT_S, failure_of
+from flight import Flight
+from low_latency_flight import BF16, FP8, FP8_ROUNDED, UE8M0, LowLatencyFlight, Manner, answers_of, low_latency_buffer
+from reference import Cast, low_latency_parts
+from utils import Worker
+from workload import Workload
+
+import deep_ep
+from deep_ep import Buffer
+
+MODES = ("sync", "async", "hook")
+
+
+def whole_trip(worker: Worker, work: Workload, manner: Optional[Manner] = None, num_rdma_bytes: int = 1 << 22) -> None:
+    LowLatencyFlight(worker, low_latency_buffer(worker, num_rdma_bytes), work, manner).whole_trip()
+
+
+def trips(worker: Worker,
+          works: list[Workload],
+          manner: Optional[Manner] = None,
+          num_rdma_bytes: int = 1 << 22) -> None:
+    for work in works:
+        whole_trip(worker, work, manner, num_rdma_bytes)
+
+
+def every_manner(worker: Worker, work: Workload) -> None:
+    for cast in (BF16, FP8, FP8_ROUNDED, UE8M0):
+        for mode in MODES:
+            whole_trip(worker, work, Manner(cast, mode, has_stats=True, has_out=mode == "hook"))
+
+
+def two_micro_batches(worker: Worker, work: Workload, cast: Cast) -> None:
+    """Two calls open at a time, received in either order; a third is refused."""
+    manner = Manner(cast, "hook")
+    buffer = low_latency_buffer(worker)
+    for flip in (False, True, False):
+        pair = [LowLatencyFlight(worker, buffer, w, manner) for w in (work, work.next().next())]
+        order = list(reversed(pair)) if flip else pair
+        for flight in pair:
+            flight.start_dispatch()
+        message = failure_of(pair[0].start_dispatch)
+        assert "at most 2" in message, message
+        for flight in order:
+            flight.finish_dispatch()
+        for flight in pair:
+            flight.start_combine()
+        for flight in order:
+            flight.finish_combine()
+
+
+def overlapped_layers(worker: Worker, work: Workload) -> None:
+    """As engines do it: while one micro-batch computes, the other one's rows are on their way."""
+    buffer, manner = low_latency_buffer(worker), Manner(FP8, "hook")
+    one, two = (LowLatencyFlight(worker, buffer, w, manner) for w in (work, work.next()))
+    one.start_dispatch().finish_dispatch()
+    for _ in range(3):
+        two.start_dispatch()
+        one.start_combine()
+        two.finish_dispatch()
+        one.finish_combine()
+        one.start_dispatch()
+        two.start_combine()
+        one.finish_dispatch()
+        two.finish_combine()
+    one.combine()
+
+
+def held_back_hook(worker: Worker, work: Workload) -> None:
+    """A hook that is never called in time blocks its bank: the call after the next is refused, nothing hangs."""
+    buffer = low_latency_buffer(worker)
+    held = LowLatencyFlight(worker, buffer, work, Manner(mode="hook")).start_dispatch()
+    passing = LowLatencyFlight(worker, buffer, work.next()).dispatch()
+    message = failure_of(passing.start_combine)
+    assert "call the hook" in message, message
+    held.finish_dispatch()
+    held.received[4]()  # a second time: nothing happens
+    passing.combine()
+    held.combine()
+
+
+def side_by_side(worker: Worker, work: Workload) -> None:
+    """Several Buffers with different shapes, calls interleaved, one destroyed while the others go on."""
+    shapes = ((work, 1 << 22), (Workload(work.num_tokens, 128, 2, 1, seed=5), 1 << 19), (work.next(), 1 << 21))
+    flights = []
+    for w, num_bytes in shapes:
+        buffer = worker.new_buffer(1 << 12, num_rdma_bytes=num_bytes, low_latency_mode=True)
+        flights.append(LowLatencyFlight(worker, buffer, w, Manner(mode="hook")))
+    for flight in flights:
+        flight.start_dispatch()
+    for flight in reversed(flights):
+        flight.finish_dispatch()
+    worker.barrier()
+    flights[1].buffer.destroy()
+    for flight in (flights[0], flights[2]):
+        flight.combine()
+    worker.barrier()
+    for flight in flights:
+        flight.buffer.destroy()
+
+
+def many_shapes(worker: Worker, rounds: int, seed: int) -> None:
+    """Back-to-back calls on one Buffer whose shapes, formats, modes and routing change each time (pitfall 9)."""
+    random = torch.Generator().manual_seed(seed)
+
+    def choose(*options: Any) -> Any:
+        return options[int(torch.randint(len(options), (1, ), generator=random))]
+
+    for i in range(rounds):
+        cast, max_tokens = choose(BF16, FP8, FP8_ROUNDED, UE8M0), choose(1, 3, 16, 24)
+        work = Workload(tuple(choose(0, 1, max_tokens // 2, max_tokens) for _ in range(worker.num_ranks)),
+                        hidden=choose(8, 264, 520) if cast == BF16 else choose(512, 1536),
+                        num_topk=choose(1, 2, 5, 8),
+                        experts_per_rank=choose(1, 3, 8),
+                        routing=choose("random", "holes", "duplicates", "one_rank", "spread"),
+                        idx_dtype=choose(torch.int64, torch.int32),
+                        seed=seed * 1000 + i)
+        manner = Manner(cast, choose(*MODES), max_tokens, zero_copy=choose(False, False, True))
+        flight = LowLatencyFlight(worker, low_latency_buffer(worker), work, manner).dispatch()
+        if choose(False, True):
+            low_latency_buffer(worker).clean_low_latency_buffer(max_tokens, 128, work.num_experts)
+        flight.combine()
+
+
+def modes_in_turn(worker: Worker, work: Workload) -> None:
+    """One Buffer for high throughput and low latency (contract 7, 2 and 12)."""
+    buffer = low_latency_buffer(worker)
+    for i in range(3):
+        Flight(worker, buffer, work).whole_trip()
+        buffer.clean_low_latency_buffer(max(work.num_tokens), work.hidden, work.num_experts)
+        LowLatencyFlight(worker, buffer, work, Manner(mode=MODES[i])).whole_trip()
+    pending = LowLatencyFlight(worker, buffer, work, Manner(mode="hook")).start_dispatch()
+    Flight(worker, buffer, work.next()).whole_trip()
+    pending.finish_dispatch().combine()
+
+
+def zeroed_by_caller(worker: Worker, work: Workload) -> None:
+    """vLLM zeroes the whole region between steps (contract 7, 11)."""
+    buffer = low_latency_buffer(worker, 1 << 20)
+    region = buffer.get_local_buffer_tensor(torch.int8, use_rdma_buffer=True)
+    equal("bytes of the region", region.numel(), 1 << 20)
+    for _ in range(4):
+        LowLatencyFlight(worker, buffer, work).whole_trip()
+        if worker.device.type == "cuda":
+            torch.cuda.synchronize()
+        worker.barrier()
+        region.zero_()
+        if worker.device.type == "cuda":
+            torch.cuda.synchronize()
+        worker.barrier()
+
+
+def bitwise_repeats(worker: Worker, work: Workload, cast: Cast, rounds: int, seconds: float = 0.0) -> int:
+    """The same call gives the same bits, whatever the timing of a round. Returns the number of rounds."""
+    buffer, want = low_latency_buffer(worker, _bytes_for(work)), None
+    deadline, done = time.monotonic() + seconds, 0
+    while done < rounds or _is_before(worker, deadline):
+        if worker.rank == done % worker.num_ranks and done % 8 == 0:
+            time.sleep(0.01)
+        flight = LowLatencyFlight(worker, buffer, work, Manner(cast, MODES[done % 3])).start_dispatch()
+        flight = flight.finish_dispatch() if done == 0 else flight
+        if done:
+            flight.landed(*flight.received[3:])
+        flight.start_combine()
+        flight.landed(*flight.combined[1:])
+        counts = [len(expert.rows) for expert in flight.arrivals[worker.rank]]
+        recv_x = flight.received[0][0] if cast.use_fp8 else flight.received[0]
+        got = [bits(recv_x[i, :count].cpu()) for i, count in enumerate(counts)] + [bits(flight.combined[0].cpu())]
+        want = want or got
+        for one, other in zip(got, want):
+            same_bits("a repeated call", one, other)
+        done += 1
+    return done
+
+
+def _is_before(worker: Worker, deadline: float) -> bool:
+    """The same answer on every rank: that of the first."""
+    answer = torch.tensor([int(time.monotonic() < deadline)])
+    torch.distributed.broadcast(answer, worker.ranks[0], worker.group)
+    return bool(answer.item())
+
+
+def _bytes_for(work: Workload) -> int:
+    return Buffer.get_low_latency_rdma_size_hint(max(1, *work.num_tokens), work.hidden, work.num_ranks,
+                                                 work.num_experts)
+
+
+def freed_inputs(worker: Worker, work: Workload) -> None:
+    """Inputs and results that nobody holds, their memory wanted by others (pitfall 28)."""
+    for mode in ("async", "hook"):
+        flight = LowLatencyFlight(worker, low_latency_buffer(worker), work, Manner(FP8, mode)).start_dispatch()
+        topk_idx = flight.topk_idx
+        del flight.x, flight.topk_idx
+        garbage = [torch.full(flight.mine.x.shape, float("nan"), device=worker.device).bfloat16() for _ in range(8)]
+        flight.finish_dispatch()
+        flight.topk_idx, flight.x = topk_idx, flight.mine.x.to(worker.device)
+        flight.combine()
+        del garbage
+    for _ in range(2):
+        received = LowLatencyFlight(worker, low_latency_buffer(worker), work, Manner(mode="hook")).start_dispatch()
+        hook = received.received[4]
+        del received
+        hook()
+    whole_trip(worker, work)
+
+
+def late_rank(worker: Worker, work: Workload, late: int) -> None:
+    """Everybody waits for a late rank, and the statistics say for which."""
+    buffer = low_latency_buffer(worker)
+    flight = LowLatencyFlight(worker, buffer, work, Manner(has_stats=True))
+    if worker.rank == late:
+        time.sleep(0.3)
+    flight.dispatch()
+    if worker.rank != late and worker.device.type == "cpu":
+        assert flight.waits is not None
+        waits = flight.waits.tolist()
+        equal("the rank that was waited for longest", waits.index(max(waits)), late)
+        assert waits[late] > 100_000_000, waits  # nanoseconds; other ranks cannot be that late
+    if worker.rank == late:
+        time.sleep(0.1)
+    flight.combine()
+
+
+def weighted_sum_error(worker: Worker, work: Workload) -> None:
+    """Where the parts are rounded on their way, the result stays within the bound that the documents state.
+
+    Against the exact sum: half a unit in the last place (2**-8) of every part, and of the result; and float32 noise.
+    """
+    flight = LowLatencyFlight(worker, low_latency_buffer(worker), work).dispatch().start_combine()
+    flight.landed(*flight.combined[1:])
+    parts = low_latency_parts(answers_of(work, flight.arrivals), flight.arrivals, flight.mine, worker.rank)
+    unit = 2.0**-8
+    for token, of_ranks in enumerate(parts):
+        if not of_ranks:
+            assert not flight.combined[0][token].any()
+            continue
+        stacked = torch.stack(of_ranks).double()
+        exact, size = stacked.sum(0), stacked.abs().sum(0)
+        error = (flight.combined[0][token].cpu().double() - exact).abs()
+        bound = unit * size + unit * (exact.abs() + unit * size) + 2.0**-18 * size
+        assert (error <= bound).all(), (token, float((error / bound).max()))
+
+
+def zero_tokens_everywhere(worker: Worker) -> None:
+    work = Workload((0, ) * worker.num_ranks)
+    for mode in MODES:
+        whole_trip(worker, work, Manner(FP8, mode))
+
+
+def empty_subsets(worker: Worker, work: Workload) -> None:
+    """Every subset of the ranks without tokens (pitfall 23)."""
+    for subset in range(1 << worker.num_ranks):
+        tokens = tuple(0 if subset >> rank & 1 else count for rank, count in enumerate(work.num_tokens))
+        whole_trip(worker, Workload(tokens, hidden=work.hidden, seed=work.seed), Manner(max_tokens=12))
+
+
+def any_bits(worker: Worker, work: Workload) -> None:
+    LowLatencyFlight(worker, low_latency_buffer(worker), work).dispatch()
+
+
+# Failures
+
+
+def impatient(worker: Worker, **options: Any) -> Any:
+    """A Buffer with a short timeout, once every rank is warm."""
+    whole_trip(worker, Workload((2, ) * worker.num_ranks))
+    buffer = worker.new_buffer(num_rdma_bytes=1 << 22, low_latency_mode=True, timeout_s=SHORT_TIMEOUT_S, **options)
+    worker.barrier()
+    return buffer
+
+
+def killed_rank(worker: Worker, work: Workload, victim: int) -> str:
+    """Without enable_shrink: the others get a TimeoutError that names the rank, and can destroy and exit."""
+    buffer = impatient(worker)
+    LowLatencyFlight(worker, buffer, work).whole_trip()
+    if worker.rank == victim:
+        os._exit(7)
+    message = failure_of(LowLatencyFlight(worker, buffer, work, Manner(settles=True)).whole_trip, deep_ep.TimeoutError)
+    equal("a later failure", failure_of(lambda: buffer.low_latency_dispatch(None, None, 1, 1)), message)
+    started = time.monotonic()
+    buffer.destroy()
+    assert time.monotonic() - started < 10
+    return message
+
+
+def survivors_of(work: Workload, victim: int) -> Workload:
+    return Workload(tuple(0 if rank == victim else count for rank, count in enumerate(work.num_tokens)), work.hidden,
+                    work.num_topk, work.experts_per_rank, work.routing, work.seed)
+
+
+def shrunk_group(worker: Worker, work: Workload, victim: int, dies: bool) -> Optional[list[int]]:
+    """With enable_shrink: the first call after the death takes a timeout, then the others go on without the rank."""
+    buffer = impatient(worker, enable_shrink=True)
+    LowLatencyFlight(worker, buffer, work).whole_trip()
+    if worker.rank == victim:
+        if dies:
+            os._exit(7)
+        return None
+    without = survivors_of(work, victim)
+    manner = Manner(max_tokens=max(work.num_tokens))
+    status = torch.full((worker.num_ranks, ), 7, dtype=torch.int32, device=worker.device)
+    for _ in range(3):
+        flight = LowLatencyFlight(worker, buffer, without, manner)
+        # What the victim's experts would have done is missing.
+        first = victim * work.experts_per_rank
+        dead = (flight.mine.topk_idx >= first) & (flight.mine.topk_idx < first + work.experts_per_rank)
+        flight.mine.topk_idx = torch.where(dead, -1, flight.mine.topk_idx)
+        flight.whole_trip()
+        buffer.low_latency_query_mask_buffer(status)
+        equal("masked ranks", status.tolist(), [int(rank == victim) for rank in range(worker.num_ranks)])
+    buffer.check()
+    buffer.low_latency_clean_mask_buffer()
+    buffer.low_latency_query_mask_buffer(status)
+    masked = status.tolist()
+    buffer.low_latency_update_mask_buffer(victim, True)
+    started = time.monotonic()
+    LowLatencyFlight(worker, buffer, survivors_of(work, victim), manner).dispatch()
+    assert time.monotonic() - started < 30
+    buffer.destroy()
+    return masked
+
+
+# Graphs
+
+
+class GraphedTrip:
+    """A dispatch and a combine, captured; inputs are copied in, results compared after a replay."""
+
+    def __init__(self, worker: Worker, buffer: Any, work: Workload, manner: Manner) -> None:
+        self.worker, self.work, self.manner = worker, work, manner
+        self.flight = LowLatencyFlight(worker, buffer, work, manner)
+        self.rows = self.flight.expert_rows()
+        self.step()
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.received, self.combined = self.step()
+
+    def step(self) -> Any:
+        f, cast = self.flight, self.manner.cast
+        shape = (f.max_tokens, f.work.num_experts)
+        received = f.buffer.low_latency_dispatch(f.x, f.topk_idx, *shape, use_fp8=cast.use_fp8, **f.mode_options())
+        self._wait(*received[3:])
+        combined = f.buffer.low_latency_combine(self.rows, f.topk_idx, f.topk_weights, received[2], **f.mode_options())
+        self._wait(*combined[1:])
+        return received, combined
+
+    def _wait(self, event: Any, hook: Any) -> None:
+        if hook is not None:
+            hook()
+        if event.event is not None:
+            event.current_stream_wait()
+
+    def replay(self, seed: int) -> None:
+        """With other numbers of the same shape."""
+        now = Workload(self.work.num_tokens,
+                       self.work.hidden,
+                       self.work.num_topk,
+                       self.work.experts_per_rank,
+                       seed=seed)
+        fresh = LowLatencyFlight(self.worker, self.flight.buffer, now, self.manner)
+        for name in ("x", "topk_idx", "topk_weights"):
+            getattr(self.flight, name).copy_(getattr(fresh, name))
+        self.rows.copy_(fresh.expert_rows())
+        self.graph.replay()
+        torch.cuda.synchronize()
+        fresh.received, fresh.combined = self.received, self.combined
+        fresh.counts = fresh.waits = None
+        fresh.landed = lambda *_: None  # type: ignore[method-assign]
+        fresh.finish_dispatch().finish_combine()
+
+
+def graph_replays(worker: Worker, works: list[Workload], mode: str) -> None:
+    """Graphs of different sizes, interleaved on one Buffer, no clean-up between (pitfall 9)."""
+    buffer = low_latency_buffer(worker)
+    graphs = [GraphedTrip(worker, buffer, work, Manner(FP8 if i % 2 else BF16, mode)) for i, work in enumerate(works)]
+    for seed in range(6):
+        graphs[seed * 2 % len(graphs)].replay(200 + seed)
+        if seed % 2:
+            whole_trip(worker, works[0])
