@@ -187,11 +187,7 @@ private:
     int* masked_ = nullptr;        // [num_ranks]
     uint64_t* wait_ns_ = nullptr;  // [num_ranks], then [num_ranks] of LowLatencyCall::decisions
     uint64_t num_low_latency_sends_ = 0;
-<<<<<<< HEAD
-    int num_open_low_latency_calls_ = 0;
-=======
     uint64_t open_low_latency_calls_[layout::kNumLowLatencyBanks] = {};  // ticket of the open call in each; 0: none
->>>>>>> main
     uint64_t ticket_ = 0;        // of the last notify_dispatch whose counts the host wanted
     int num_local_experts_ = 0;  // in that one
     std::string failure_;        // the sentence of the first failure

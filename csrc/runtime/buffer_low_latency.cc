@@ -112,19 +112,12 @@ kernels::LowLatencyCombineParams Buffer::low_latency_params(const LowLatencyComb
 }
 
 void Buffer::open_low_latency_call(kernels::LowLatencyCall& call) {
-<<<<<<< HEAD
-    if (num_open_low_latency_calls_ == kMaxOpenCalls)
-        throw Error(concat("at most ", kMaxOpenCalls,
-                           " low-latency calls may be open at a time: call the hooks of "
-                           "earlier ones first"));
-=======
     // The new call waits until the bank has been read, so a call that still holds it could never be received.
     uint64_t& holder = open_low_latency_calls_[(num_low_latency_sends_ + 1) % layout::kNumLowLatencyBanks];
     if (holder != 0)
         throw Error(concat("at most ", layout::kNumLowLatencyBanks,
                            " low-latency calls may be open at a time: call the "
                            "hook of the call before the last one first"));
->>>>>>> main
     call.phase = kernels::Phase::kSend;
     holder = ++num_low_latency_sends_;
 }
