@@ -216,10 +216,11 @@ uint64_t low_latency_dispatch(Buffer& buffer, uint64_t ticket, int num_max_token
 }
 
 uint64_t low_latency_combine(Buffer& buffer, uint64_t ticket, int num_max_tokens, int num_topk, int num_experts,
-                             int hidden, uintptr_t x, uintptr_t topk_idx, int idx_bytes, uintptr_t topk_weights,
-                             int num_tokens, uintptr_t row_of_entry, uintptr_t combined_x, uintptr_t wait_stats,
-                             uintptr_t stream) {
+                             int hidden, bool uses_logfmt, uintptr_t x, uintptr_t topk_idx, int idx_bytes,
+                             uintptr_t topk_weights, int num_tokens, uintptr_t row_of_entry, uintptr_t combined_x,
+                             uintptr_t wait_stats, uintptr_t stream) {
     const runtime::LowLatencyCombineArgs args{.shape = {num_max_tokens, num_topk, num_experts, hidden},
+                                              .uses_logfmt = uses_logfmt,
                                               .x = pointer<uint8_t>(x),
                                               .topk_idx = pointer<void>(topk_idx),
                                               .idx_bytes = idx_bytes,

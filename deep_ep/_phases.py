@@ -12,7 +12,7 @@ import torch
 
 from deep_ep._streams import CudaStreams, HostEvent, HostStreams, RecordedEvent, Streams, is_capturing
 
-Tensors = Sequence[Optional[torch.Tensor]]
+Tensors = Sequence[torch.Tensor]
 
 
 class PhaseOrder:
@@ -78,7 +78,10 @@ class _CudaPhases(Phases):
         self._order.enter(self._target)
 
     def pause(self, tensors: Tensors) -> None:
-        pass  # torch reuses memory in stream order, so tensors of this stream may be dropped at any time
+        # torch reuses memory in stream order, so tensors of the current stream may be dropped at any time.
+        if self._is_on_comm_stream:
+            for tensor in tensors:
+                tensor.record_stream(self._target)
 
     def resume(self) -> None:
         self._order.enter(self._target)
@@ -88,10 +91,7 @@ class _CudaPhases(Phases):
             return False, None
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._target)
-        if self._is_on_comm_stream:
-            for tensor in tensors:
-                if tensor is not None:
-                    tensor.record_stream(self._target)
+        self.pause(tensors)
         return True, event
 
 

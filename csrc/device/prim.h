@@ -66,6 +66,14 @@ EP_DEVICE Vec16 load_shared_with_peers(const Vec16* ptr);
 EP_DEVICE void store_streaming(Vec16* ptr, Vec16 value);
 
 // ---------------------------------------------------------------------------------------------------------------
+// Arithmetic
+// ---------------------------------------------------------------------------------------------------------------
+
+// Two floats as bfloat16, `low` in the lower half: to nearest, ties to even; any NaN becomes 0x7fff.
+//                                                                                     CUDA: cvt.rn.bf16x2.f32
+EP_DEVICE uint32_t round_to_bf16x2(float low, float high);
+
+// ---------------------------------------------------------------------------------------------------------------
 // mbarriers: 8-byte objects in shared memory (phase, pending arrivals, pending transaction bytes).
 // ---------------------------------------------------------------------------------------------------------------
 struct alignas(8) MBarrier {

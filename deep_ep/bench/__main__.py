@@ -12,8 +12,8 @@ import torch
 
 import deep_ep_cpp
 from deep_ep import _env
-from deep_ep.bench.intranode import Options, read_rows, run_worker
-from deep_ep.bench.results import Report, format_table, save
+from deep_ep.bench.intranode import Options, read_rows, run_threads, run_worker
+from deep_ep.bench.results import Report, Row, format_table, save
 from deep_ep.bench.routing import ROUTINGS
 
 
@@ -54,6 +54,10 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="benchmark", required=True)
     intranode = commands.add_parser("intranode", help="high-throughput dispatch and combine inside one node")
     intranode.add_argument("--num-processes", type=int, default=0, help="ranks (default: one per GPU; 2 on the CPU)")
+    intranode.add_argument("--ranks-as-threads",
+                           action="store_true",
+                           help="all ranks in this process, at the same time on one GPU: protocol and SM throughput "
+                           "without links")
     intranode.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     intranode.add_argument("--tokens", type=int_list, help="tokens per rank; several, with commas: a sweep")
     intranode.add_argument("--hidden", type=int)
@@ -100,7 +104,8 @@ def make_options(args: argparse.Namespace, is_cuda: bool) -> Options:
                    num_repeats=args.repeats or defaults.repeats,
                    num_sets=args.input_sets,
                    seed=args.seed,
-                   with_graphs=args.graphs and is_cuda)
+                   with_graphs=args.graphs and is_cuda,
+                   is_threaded=args.ranks_as_threads)
 
 
 def command_of(arguments: list[str]) -> str:
@@ -115,24 +120,37 @@ def command_of(arguments: list[str]) -> str:
     return shlex.join(["python", "-m", "deep_ep.bench", *kept])
 
 
+def run_processes(options: Options) -> list[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]
+            run_worker,
+            args=(options, folder),
+            nprocs=options.num_ranks)
+        return read_rows(folder)
+
+
+def num_devices(options: Options) -> int:
+    if not options.is_cuda:
+        return 0
+    return 1 if options.is_threaded else min(options.num_ranks, torch.cuda.device_count())
+
+
 def main(arguments: list[str]) -> int:
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["intranode", *arguments]
     args = build_parser().parse_args(arguments)
     device = choose_device(args.device)
     _env.set_device(device)  # for the ranks
+    if args.ranks_as_threads:
+        _env.prepare_for_ranks_as_threads()
     options = make_options(args, device == "cuda")
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]
-            run_worker,
-            args=(options, folder),
-            nprocs=options.num_ranks)
-        rows = read_rows(folder)
+    rows = run_threads(options) if options.is_threaded else run_processes(options)
     report = Report(benchmark=args.benchmark,
                     command=command_of(arguments),
                     device=device,
                     num_ranks=options.num_ranks,
-                    num_devices=min(options.num_ranks, torch.cuda.device_count()) if options.is_cuda else 0,
+                    num_devices=num_devices(options),
+                    is_threaded=options.is_threaded,
                     rows=rows)
     print(
         f"{options.num_ranks} ranks, hidden {options.hidden}, top-{options.num_topk} of {options.num_experts} experts, "

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "layout/intranode.h"
+#include "layout/staging.h"
 #include "support/world.h"
 
 namespace deep_ep::test {
@@ -73,10 +74,11 @@ TEST_CASE("the bytes that enter a rank are the stated ones: one copy per token a
             rows_in += rows_between(problem, ranks, peer, rank);
             rows_back += rows_between(problem, ranks, rank, peer);
         }
-        const int64_t row_bytes = int64_t{problem.hidden} * 2;
+        const auto row_bytes = static_cast<uint64_t>(problem.hidden) * 2;
         CHECK_EQ(bytes_into(problem, Call::kDispatch, rank),
-                 rows_in * (row_bytes + 4 * (1 + 2 * problem.num_topk + problem.num_scales)));
-        CHECK_EQ(bytes_into(problem, Call::kCombine, rank), rows_back * (row_bytes + 4 * problem.num_topk));
+                 rows_in * layout::bulk_bytes(row_bytes + 4 * (1 + 2 * problem.num_topk + problem.num_scales)));
+        CHECK_EQ(bytes_into(problem, Call::kCombine, rank),
+                 rows_back * layout::bulk_bytes(row_bytes + 4 * problem.num_topk));
     }
 }
 
