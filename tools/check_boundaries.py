@@ -221,7 +221,8 @@ def read_sources(root: Path, paths: Sequence[str]) -> Iterator[Source]:
 
 def list_files(root: Path) -> list[str]:
     command = ['git', 'ls-files', '--cached', '--others', '--exclude-standard']
-    return sorted(subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout.splitlines())
+    return sorted(set(
+        subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout.splitlines()))
 
 
 def main() -> int:
