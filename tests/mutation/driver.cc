@@ -69,7 +69,8 @@ std::string many_tokens_and_experts(uint64_t seed) {
 }
 
 std::string low_latency(uint64_t seed) {
-    LowLatencyProblem problem{.num_tokens = {3, 5}, .num_max_tokens = 6, .num_experts = 4, .num_topk = 2, .hidden = 128};
+    LowLatencyProblem problem{
+        .num_tokens = {3, 5}, .num_max_tokens = 6, .num_experts = 4, .num_topk = 2, .hidden = 128};
     problem.is_fp8 = seed % 2 == 0;
     problem.seed = seed;
     World world(2, 0, seeded(seed), 100, low_latency_bytes(problem), false, kSmallDevice);
@@ -81,7 +82,8 @@ std::string low_latency(uint64_t seed) {
 // Two calls are always open, so that a rank sends the next call before it has received the last: only the word that says
 // so keeps a peer from writing the bank too early.
 std::string low_latency_one_way(uint64_t seed) {
-    LowLatencyProblem problem{.num_tokens = {5, 0}, .num_max_tokens = 6, .num_experts = 2, .num_topk = 1, .hidden = 128};
+    LowLatencyProblem problem{
+        .num_tokens = {5, 0}, .num_max_tokens = 6, .num_experts = 2, .num_topk = 1, .hidden = 128};
     problem.only_expert = 1;
     problem.drop_probability = 0.0;
     problem.seed = seed;
@@ -107,12 +109,9 @@ std::string low_latency_one_way(uint64_t seed) {
 int run(int id) {
     mutant::active = id;
     const std::pair<const char*, std::function<std::string(uint64_t)>> scenarios[] = {
-        {"wrapping windows", wrapping_windows},
-        {"one-way traffic", one_way_traffic},
-        {"three ranks", three_ranks},
-        {"many tokens and experts", many_tokens_and_experts},
-        {"low latency", low_latency},
-        {"low latency, one way", low_latency_one_way},
+        {"wrapping windows", wrapping_windows}, {"one-way traffic", one_way_traffic},
+        {"three ranks", three_ranks},           {"many tokens and experts", many_tokens_and_experts},
+        {"low latency", low_latency},           {"low latency, one way", low_latency_one_way},
     };
     for (const uint64_t seed : {0, 1, 2}) {
         for (const auto& [name, scenario] : scenarios) {

@@ -43,7 +43,8 @@ TEST_CASE("any number of ranks, uneven token counts") {
 }
 
 TEST_CASE("more ranks than lanes of a warp") {
-    Problem problem{.num_tokens = std::vector<int>(35, 3), .num_experts = 70, .num_topk = 36, .hidden = 16, .num_sms = 1};
+    Problem problem{
+        .num_tokens = std::vector<int>(35, 3), .num_experts = 70, .num_topk = 36, .hidden = 16, .num_sms = 1};
     check_round_trip(problem, kRoomy);
 }
 
