@@ -32,7 +32,7 @@ constexpr int kStagedUnroll = 7;
 constexpr int kChunkVecs = kStagedUnroll * kWarpSize;  // of a row: what a warp has in a stage, and sums at a time
 static_assert(kChunkVecs * sizeof(Vec16) == layout::kReduceStageBytes);
 constexpr int kPublishBatch = 2;  // rows that a send warp publishes together
-constexpr int kPairs = 4;  // of bfloat16 in 16 bytes
+constexpr int kPairs = 4;         // of bfloat16 in 16 bytes
 
 struct Kernel {
     using Params = CombineParams;
@@ -238,7 +238,8 @@ struct Kernel {
     // The whole warp: flags of the items [published, end), whose stores are at their owner. One release for all of them:
     // lanes that release together wait together.
     static EP_DEVICE int publish_until(const StagedSend& send, int published, int end) {
-        __syncwarp();  // the leader's wait for its stores, every lane's release
+        if (prim::lane_idx() == 0 && published < end) prim::fence_async_global();
+        __syncwarp();  // the leader's finished stores, every lane's release
         for (; published < end; published += kWarpSize) {
             const int item = published + prim::lane_idx();
             if (item < end) send.port.publish(send.position(item));

@@ -100,7 +100,8 @@ TEST_CASE("fewer receive warps than sources, and windows of one slot: no circle 
 
 // Through registers, and through two, three and four stages of shared memory with every timing of the bulk copies.
 TEST_CASE("every way through a block gives the same bits") {
-    const Problem problem{.num_tokens = {26, 0, 41, 17}, .num_topk = 5, .hidden = 1848, .num_scales = 3, .num_biases = 2};
+    const Problem problem{
+        .num_tokens = {26, 0, 41, 17}, .num_topk = 5, .hidden = 1848, .num_scales = 3, .num_biases = 2};
     std::vector<simt::DeviceOptions> devices = {{.has_bulk_copy = false}};
     const int reduce_bytes = 2 * layout::Staging{layout::kReduceStages, layout::kReduceStageBytes}.bytes();
     for (int stages : {2, 3, 4}) devices.push_back({.max_shared_bytes = reduce_bytes + 256 + 2 * stages * 3900});
