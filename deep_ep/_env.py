@@ -16,3 +16,12 @@ def visible_devices() -> list[str]:
 def set_device(device: str) -> None:
     """Chooses the device, 'cpu' or 'cuda', of the processes that this one starts (and its own, before it has looked)."""
     os.environ["DEEP_EP_DEVICE"] = device
+
+
+def prepare_threaded_ranks() -> None:
+    """Before CUDA starts, where ranks are threads that share a GPU.
+
+    Every stream gets a hardware queue, or one rank's kernel waits behind another's that waits for it; and no kernel is
+    loaded late, which waits for the device.
+    """
+    os.environ.update({"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_MODULE_LOADING": "EAGER"})

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 import tempfile
@@ -27,10 +26,6 @@ class Defaults:
     repeats: int
     num_sms: int
 
-
-# Before CUDA starts: a hardware queue for every stream, or one rank's kernel waits behind another's that waits for it;
-# and no kernel is loaded late, which waits for the device.
-THREADED_ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_MODULE_LOADING": "EAGER"}
 
 CUDA_DEFAULTS = Defaults(tokens=4096, hidden=7168, experts=256, repeats=30, num_sms=16)
 CPU_DEFAULTS = Defaults(tokens=64, hidden=512, experts=32, repeats=3, num_sms=2)
@@ -147,7 +142,7 @@ def main(arguments: list[str]) -> int:
     device = choose_device(args.device)
     _env.set_device(device)  # for the ranks
     if args.ranks_as_threads:
-        os.environ.update(THREADED_ENVIRONMENT)
+        _env.prepare_threaded_ranks()
     options = make_options(args, device == "cuda")
     rows = run_threads(options) if options.is_threaded else run_processes(options)
     report = Report(benchmark=args.benchmark,
