@@ -18,8 +18,10 @@ def set_device(device: str) -> None:
     os.environ["DEEP_EP_DEVICE"] = device
 
 
-def prepare_for_ranks_as_threads() -> None:
-    """Before CUDA starts: a hardware queue for every stream, or one rank's kernel waits behind another's that waits for
-    it; and no kernel is loaded late, which waits for the device."""
-    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"
-    os.environ["CUDA_MODULE_LOADING"] = "EAGER"
+def prepare_threaded_ranks() -> None:
+    """Before CUDA starts, where ranks are threads that share a GPU.
+
+    Every stream gets a hardware queue, or one rank's kernel waits behind another's that waits for it; and no kernel is
+    loaded late, which waits for the device.
+    """
+    os.environ.update({"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_MODULE_LOADING": "EAGER"})

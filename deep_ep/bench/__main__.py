@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 import tempfile
@@ -28,10 +27,6 @@ class Defaults:
     repeats: int
     num_sms: int
 
-
-# Before CUDA starts: a hardware queue for every stream, or one rank's kernel waits behind another's that waits for it;
-# and no kernel is loaded late, which waits for the device.
-THREADED_ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_MODULE_LOADING": "EAGER"}
 
 BENCHMARKS: dict[str, type[Benchmark]] = {"intranode": IntranodeBenchmark, "low-latency": LowLatencyBenchmark}
 # By benchmark: on CUDA, on the CPU. Low latency uses all SMs; its number is for the ceiling alone.
@@ -161,7 +156,7 @@ def main(arguments: list[str]) -> int:
     device = choose_device(args.device)
     _env.set_device(device)  # for the ranks
     if args.ranks_as_threads:
-        os.environ.update(THREADED_ENVIRONMENT)
+        _env.prepare_threaded_ranks()
     options = make_options(args, device == "cuda")
     run = run_threads if options.is_threaded else run_processes
     rows = run(options, BENCHMARKS[args.benchmark])

@@ -22,9 +22,6 @@ simt::DeviceOptions small_device{.num_sms = 2};
 simt::SchedulerOptions seeded(uint64_t seed) {
     simt::SchedulerOptions options;
     options.seed = seed;
-    options.bulk = seed == 0   ? simt::BulkMode::kEager
-                   : seed == 1 ? simt::BulkMode::kLate
-                               : simt::BulkMode::kRandom;
     return options;
 }
 
