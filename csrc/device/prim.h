@@ -120,8 +120,9 @@ template <int N> EP_DEVICE void bulk_wait_read();
 //                                                                                     CUDA: fence.proxy.async.shared::cta
 EP_DEVICE void fence_async_shared();
 
-// The same for global memory: after an acquire, before a bulk_load of what it guards; after bulk_wait, before a
-// release that publishes what was stored.                                             CUDA: fence.proxy.async.global
+// The same for global memory: after an acquire, before a bulk_load of what it guards or a bulk_store over it. Not needed
+// after bulk_wait: a completed bulk copy is in order with the accesses of the thread that waited for it.
+//                                                                                     CUDA: fence.proxy.async.global
 EP_DEVICE void fence_async_global();
 
 // ---------------------------------------------------------------------------------------------------------------

@@ -128,19 +128,13 @@ bool Buffer::can_stage(const kernels::Geometry& geometry) const {
            geometry.num_blocks * geometry.num_recv_warps >= options_.num_ranks - 1;
 }
 
-// As many pairs of warps as fit with two stages each, then as many stages as fit.
+// Send warps have stages where each of them gets two; fewer warps would move less than registers do.
 kernels::Geometry Buffer::plan_dispatch(int num_sms, const layout::SlotLayout& slot) const {
-    const kernels::Geometry geometry = plan_plain(num_sms, kernels::kMaxDispatchThreads);
-    const int row_bytes = static_cast<int>(layout::bulk_bytes(slot.scales.end()));
-    const layout::Staging send{1, row_bytes + layout::kPositionBytes};
-    const layout::Staging recv{1, row_bytes};
-    const int fitting = shared_bytes() / (send.bytes() + recv.bytes());  // pairs of stages
-    const int warps = std::min(geometry.num_send_warps, fitting / 2);
-    if (warps == 0) return geometry;
-    const int num_stages = std::min(fitting / warps, kMaxStages);
-    const kernels::Geometry staged{geometry.num_blocks, warps, warps, {num_stages, send.stage_bytes},
-                                   {num_stages, recv.stage_bytes}};
-    return can_stage(staged) ? staged : geometry;
+    const kernels::Geometry plain = plan_plain(num_sms, kernels::kMaxDispatchThreads);
+    const layout::Staging stage{1, static_cast<int>(layout::bulk_bytes(slot.scales.end())) + layout::kPositionBytes};
+    kernels::Geometry staged = plain;
+    staged.send = {std::min(shared_bytes() / (plain.num_send_warps * stage.bytes()), kMaxStages), stage.stage_bytes};
+    return staged.send.num_stages >= 2 && can_stage(staged) ? staged : plain;
 }
 
 // Reduce warps have stages of a fixed size; send warps get the rest.

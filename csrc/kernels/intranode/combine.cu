@@ -26,11 +26,12 @@ using prim::kFullMask;
 using prim::kWarpSize;
 using prim::Vec16;
 
-constexpr int kSendUnroll = 8;
+constexpr int kSendUnroll = 7;
 constexpr int kReduceUnroll = 4;
 constexpr int kStagedUnroll = 7;
 constexpr int kChunkVecs = kStagedUnroll * kWarpSize;  // of a row: what a warp has in a stage, and sums at a time
 static_assert(kChunkVecs * sizeof(Vec16) == layout::kReduceStageBytes);
+constexpr int kPublishBatch = 2;  // rows that a send warp publishes together
 constexpr int kPairs = 4;  // of bfloat16 in 16 bytes
 
 struct Kernel {
@@ -234,23 +235,24 @@ struct Kernel {
         prim::fence_async_shared();
     }
 
-    // Lane 0. Flags of the items [published, end), whose stores are at their owner.
+    // The whole warp: flags of the items [published, end), whose stores are at their owner. One release for all of them:
+    // lanes that release together wait together.
     static EP_DEVICE int publish_until(const StagedSend& send, int published, int end) {
-        prim::fence_async_global();
-        for (; published < end; ++published) send.port.publish(send.position(published));
-        return published;
+        __syncwarp();  // the leader's wait for its stores, every lane's release
+        for (; published < end; published += kWarpSize) {
+            const int item = published + prim::lane_idx();
+            if (item < end) send.port.publish(send.position(item));
+        }
+        return end;
     }
 
-    // Lane 0: the slot of `item` is free. Before a wait everything stored so far is published: who frees the slot may
-    // need it.
-    static EP_DEVICE bool wait_for_slot(const Context& c, const StagedSend& send, int item, int& published) {
-        const algo::FlagTest test = send.port.slot_is_free(send.position(item));
-        if (test.flag == nullptr) return true;
-        if (!c.ring.is_set(test)) {
-            prim::bulk_wait<0>();
-            published = publish_until(send, published, item);
-        }
-        return c.ring.wait(Stage::kSlot, send.owner, test);
+    // The whole warp: of the items from `item` on, how many (at most 32) have a free slot, one after the other.
+    static EP_DEVICE int num_slots_free(const Context& c, const StagedSend& send, int item) {
+        const int mine = item + prim::lane_idx();
+        const bool is_free = mine < send.count && c.ring.is_set(send.port.slot_is_free(send.position(mine)));
+        const uint32_t taken = ~__ballot_sync(kFullMask, is_free);
+        __syncwarp();  // each lane's acquire, the leader's bulk stores
+        return taken == 0 ? kWarpSize : __ffs(static_cast<int>(taken)) - 1;
     }
 
     static EP_DEVICE void send_staged(const Context& c, int warp, int num_warps, uint8_t* memory) {
@@ -273,6 +275,7 @@ struct Kernel {
             stage_weights(c, send, loaded, held_weight(c, send, loaded), stages.at(loaded));
         }
         __syncwarp();
+        int num_free = 0;  // items whose slots are known to be free
         int published = 0;
         int item = 0;
         for (; item < send.count; ++item) {
@@ -284,15 +287,27 @@ struct Kernel {
                 load(loaded);
                 weight = held_weight(c, send, loaded);
             }
-            const bool is_free = !is_leader || wait_for_slot(c, send, item, published);
-            if (!__all_sync(kFullMask, is_free)) break;
+            if (num_free == item) {
+                num_free += num_slots_free(c, send, item);
+                if (num_free == item) {
+                    // Everything stored so far is published before a wait: who frees the slot may need it.
+                    if (is_leader) prim::bulk_wait<0>();
+                    published = publish_until(send, published, item);
+                    const bool is_free = !is_leader || c.ring.wait(Stage::kSlot, send.owner,
+                                                                   send.port.slot_is_free(send.position(item)));
+                    if (!__all_sync(kFullMask, is_free)) break;
+                    ++num_free;
+                }
+                if (is_leader) prim::fence_async_global();
+            }
             stages.wait(item);
             if (is_leader) {
-                prim::fence_async_global();
                 prim::bulk_store(send.port.slot(send.position(item)), stages.at(item),
                                  layout::bulk_bytes(p.slot.topk_weights.end()));
                 prim::bulk_commit();
-                prim::bulk_wait<1>();
+            }
+            if (item - published >= kPublishBatch) {
+                if (is_leader) prim::bulk_wait<1>();
                 published = publish_until(send, published, item);
             }
             if (loads_more) {
@@ -301,10 +316,8 @@ struct Kernel {
             }
             __syncwarp();  // every lane's weights, the leader's bulk store
         }
-        if (is_leader) {
-            prim::bulk_wait<0>();
-            publish_until(send, published, item);
-        }
+        if (is_leader) prim::bulk_wait<0>();
+        publish_until(send, published, item);
         for (int rest = item; rest < loaded; ++rest) stages.wait(rest);  // given up: nothing may land after the end
     }
 
@@ -466,7 +479,6 @@ struct Kernel {
                     stages.wait(num_taken);
                     add_stage(sums, stages.at(num_taken), num_vecs - base);
                     ++num_taken;
-                    prim::fence_async_shared();
                     __syncwarp();  // every lane's reads of the stage, the leader's next load into it
                 }
                 for (const uint8_t* bias : p.bias)
@@ -488,18 +500,17 @@ struct Kernel {
         const int block = static_cast<int>(blockIdx.x);
         const int send_warp = prim::warp_idx();
         const int recv_warp = send_warp - geometry.num_send_warps;
-        const bool is_staged = prim::has_bulk_copy() && geometry.send.num_stages > 0;
         if (recv_warp < 0) {
             const int warp = send_warp * geometry.num_blocks + block;
             const int num_warps = geometry.num_send_warps * geometry.num_blocks;
-            if (is_staged)
+            if (prim::has_bulk_copy() && geometry.send.num_stages > 0)
                 send_staged(c, warp, num_warps, send_memory(geometry, send_warp));
             else
                 send(c, warp, num_warps);
         } else {
             const int warp = recv_warp * geometry.num_blocks + block;
             const int num_warps = geometry.num_recv_warps * geometry.num_blocks;
-            if (is_staged)
+            if (prim::has_bulk_copy() && geometry.recv.num_stages > 0)
                 reduce_staged(c, warp, num_warps, recv_memory(geometry, recv_warp));
             else
                 reduce(c, warp, num_warps);

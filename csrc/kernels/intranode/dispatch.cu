@@ -5,7 +5,8 @@
 //   receive warps   one stream per source: wait for the flag of the next row, move the slot to its final row, give the
 //                   slot back where a later row needs it
 //
-// With bulk copies, both keep several rows on their way through shared memory.
+// With bulk copies, send warps keep several rows on their way through shared memory. Receive warps do not: one engine
+// carries all bulk copies of an SM, and is full with what is sent (docs/performance/intranode.md).
 //
 // Messages, buffer map and orderings: docs/protocols/intranode.md.
 #include "device/algo/ring.h"
@@ -26,7 +27,7 @@ using prim::kFullMask;
 using prim::kWarpSize;
 using prim::Vec16;
 
-constexpr int kUnroll = 8;
+constexpr int kUnroll = 7;  // 7168 bytes: two rounds; 14336: four
 
 struct Kernel {
     using Params = DispatchParams;
@@ -171,7 +172,7 @@ struct Kernel {
             [&](int source, int position, int count) { receive_row(c, source, position, count); });
     }
 
-    // -- With bulk copies: the same work, with stages of shared memory between loads and stores -------------------------
+    // -- Sending with bulk copies: the same work, with stages of shared memory between loads and stores -----------------
     // A stage is the image of a slot: the row, brought by a bulk load, and its metadata, written by the lanes.
 
     // What lanes load for an item while its row is on the way; entries beyond these are loaded when they are needed.
@@ -240,7 +241,6 @@ struct Kernel {
     // Every lane: flags of the items [published, end), whose stores are where they belong.
     static EP_DEVICE int publish_until(const Context& c, const StagedSend& send, const algo::Stages& stages,
                                        int published, int end) {
-        prim::fence_async_global();
         for (; published < end; ++published) {
             const int position = *position_in(c.p, stages.at(published));
             if (send.is_remote(position)) send.port.publish(position);
@@ -273,8 +273,6 @@ struct Kernel {
         else if (position >= 0)
             prim::bulk_store(p.recv_x + (send.own_row + position) * p.row_bytes, stage, p.row_bytes);
         prim::bulk_commit();  // one group an item on every lane, so that groups can be counted
-        const int own_position = __shfl_sync(kFullMask, position, send.own_lane);
-        if (own_position >= 0) deliver_slot_metadata(c, send.own_row + own_position, stage);
     }
 
     static EP_DEVICE void send_staged(const Context& c, int warp, int num_warps, uint8_t* memory) {
@@ -310,72 +308,18 @@ struct Kernel {
             store_staged(c, send, position, stages.at(item));
             prim::bulk_wait<1>();
             published = publish_until(c, send, stages, published, item);
+            // After the release, which would wait for these stores.
+            const int own_position = __shfl_sync(kFullMask, position, send.own_lane);
+            if (own_position >= 0) deliver_slot_metadata(c, send.own_row + own_position, stages.at(item));
             if (loads_more) {
                 stage_metadata(c, send.token(loaded), metadata, stages.at(loaded));
                 ++loaded;
             }
-            prim::fence_async_shared();
             __syncwarp();  // every lane's metadata, each lane's bulk store; every lane's reads, the next load
         }
         prim::bulk_wait<0>();
         publish_until(c, send, stages, published, item);
         for (int rest = item; rest < loaded; ++rest) stages.wait(rest);  // given up: nothing may land after the end
-    }
-
-    // Of the rows from `position` on, how many (at most 32) have come one after the other.
-    static EP_DEVICE int num_rows_here(const Context& c, const algo::Port& port, const algo::RowStream& stream,
-                                       int position) {
-        const int mine = position + prim::lane_idx() * stream.step;
-        const bool is_here = mine < stream.count && c.ring.is_set(port.row_is_here(mine));
-        const uint32_t missing = ~__ballot_sync(kFullMask, is_here);
-        __syncwarp();  // each lane's acquire, the leader's bulk loads
-        return missing == 0 ? kWarpSize : __ffs(static_cast<int>(missing)) - 1;
-    }
-
-    static EP_DEVICE void receive_staged(const Context& c, int warp, int num_warps, uint8_t* memory) {
-        const Params& p = c.p;
-        const int self = c.watch.heap.rank();
-        const algo::RowStream stream = algo::only_stream(algo::deal_stream(
-            warp, num_warps, self, c.watch.heap.num_ranks(), [&](int source) { return c.rows.num_rows(source, self); }));
-        const int count = algo::num_rows_left(stream);
-        const int64_t first_row = c.rows.first_row(stream.peer, self);
-        const algo::Port port = c.ring.from(stream.peer);
-        const algo::Stages stages(memory, p.geometry.recv);
-        const bool is_leader = prim::lane_idx() == 0;
-        auto position_of = [&](int item) { return stream.next + item * stream.step; };
-        stages.init();
-        int loaded = 0;
-        int num_here = 0;  // items known to have come
-        for (int item = 0; item < count; ++item) {
-            if (loaded < count && loaded <= item + stages.num_ahead()) {
-                if (num_here == loaded) num_here += num_rows_here(c, port, stream, position_of(num_here));
-                if (num_here == item) {  // nothing is under way either
-                    const bool is_here = !is_leader || c.ring.wait(Stage::kRow, stream.peer, port.row_is_here(position_of(item)));
-                    if (!__all_sync(kFullMask, is_here)) break;
-                    __syncwarp();  // the leader's acquire
-                    ++num_here;
-                }
-                if (is_leader) {
-                    stages.wait_reusable();
-                    prim::fence_async_global();
-                }
-                for (; loaded < num_here && loaded <= item + stages.num_ahead(); ++loaded)
-                    if (is_leader)
-                        stages.load(loaded, port.slot(position_of(loaded)),
-                                    layout::bulk_bytes(p.slot.scales.end()));
-            }
-            stages.wait(item);
-            const int64_t row = first_row + position_of(item);
-            if (is_leader) {
-                prim::bulk_store(p.recv_x + row * p.row_bytes, stages.at(item), p.row_bytes);
-                prim::bulk_commit();
-                port.give_back(position_of(item), stream.count);  // the stage holds what the slot held
-            }
-            deliver_slot_metadata(c, row, stages.at(item));
-            prim::fence_async_shared();
-            __syncwarp();  // every lane's reads of the stage, the leader's next load into it
-        }
-        if (is_leader) prim::bulk_wait<0>();
     }
 
     // Rows that nobody sent must not look like tokens.
@@ -396,21 +340,17 @@ struct Kernel {
         const int block = static_cast<int>(blockIdx.x);
         const int send_warp = prim::warp_idx();
         const int recv_warp = send_warp - geometry.num_send_warps;
-        const bool is_staged = prim::has_bulk_copy() && geometry.send.num_stages > 0;
         if (recv_warp < 0) {
             const int warp = send_warp * geometry.num_blocks + block;
             const int num_warps = geometry.num_send_warps * geometry.num_blocks;
-            if (is_staged)
+            if (prim::has_bulk_copy() && geometry.send.num_stages > 0)
                 send_staged(c, warp, num_warps, send_memory(geometry, send_warp));
             else
                 send(c, warp, num_warps);
         } else {
             const int warp = recv_warp * geometry.num_blocks + block;
             const int num_warps = geometry.num_recv_warps * geometry.num_blocks;
-            if (is_staged)
-                receive_staged(c, warp, num_warps, recv_memory(geometry, recv_warp));
-            else
-                receive(c, warp, num_warps);
+            receive(c, warp, num_warps);
             if (c.p.is_worst_case) mark_unused_rows(c, warp, num_warps);
         }
     }
