@@ -23,6 +23,14 @@ def _describe(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).replace('torch.', '')} {list(tensor.shape)} on {tensor.device}{kind}"
 
 
+def _has_shape(tensor: torch.Tensor, shape: Sequence[Optional[int]]) -> bool:
+    # A plain loop: this runs several times in every call of an operation.
+    for want, got in zip(shape, tensor.shape):
+        if want is not None and want != got:
+            return False
+    return tensor.dim() == len(shape)
+
+
 def check_tensor(name: str,
                  value: Any,
                  device: torch.device,
@@ -34,7 +42,7 @@ def check_tensor(name: str,
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if dtypes and value.dtype not in dtypes:
         raise TypeError(f"{name} must have dtype {_name_dtypes(dtypes)}, got {_describe(value)}")
-    if value.dim() != len(shape) or any(want is not None and got != want for want, got in zip(shape, value.shape)):
+    if not _has_shape(value, shape):
         wanted = ", ".join("*" if extent is None else str(extent) for extent in shape)
         raise ValueError(f"{name} must have shape [{wanted}], got {_describe(value)}")
     if value.device != device:

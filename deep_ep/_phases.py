@@ -10,7 +10,7 @@ from typing import Optional
 
 import torch
 
-from deep_ep._streams import CudaStreams, HostStreams, RecordedEvent, Streams, is_capturing
+from deep_ep._streams import CudaStreams, HostEvent, HostStreams, RecordedEvent, Streams, is_capturing
 
 Tensors = Sequence[torch.Tensor]
 
@@ -111,17 +111,20 @@ class _HostPhases(Phases):
         pass
 
     def pause(self, tensors: Tensors) -> None:
-        self._streams.record(tensors)
+        self._record(tensors)
 
     def resume(self) -> None:
         pass
 
     def finish(self, tensors: Tensors) -> tuple[bool, RecordedEvent]:
-        event = self._streams.record(tensors)
+        event = self._record(tensors)
         if self._is_async:
             return True, event
         event.wait()
         return False, None
+
+    def _record(self, tensors: Tensors) -> HostEvent:
+        return self._streams.record([tensor for tensor in tensors if tensor is not None])
 
 
 def open_phases(streams: Streams, order: PhaseOrder, is_async: bool) -> Phases:

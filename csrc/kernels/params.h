@@ -32,8 +32,8 @@ constexpr int kMaxCombineThreads = 384;
 // How many threads work, and through what. Chosen by the runtime from the SM budget and the shape.
 struct Geometry {
     int num_blocks;
-    int num_send_warps;  // in each block
-    int num_recv_warps;  // in each block
+    int num_send_warps;    // in each block
+    int num_recv_warps;    // in each block
     layout::Staging send;  // of each send warp
     layout::Staging recv;  // of each receive warp
 };
@@ -58,8 +58,8 @@ struct NotifyDispatchParams {
     const int* num_tokens_per_expert;
     const uint8_t* is_token_in_rank;
     int num_tokens, num_experts, expert_alignment;
-    int* rank_prefix_matrix;  // [num_ranks, num_ranks], [src][dst], inclusive over src
-    int* send_head;           // [num_tokens, num_ranks]
+    int* rank_prefix_matrix;     // [num_ranks, num_ranks], [src][dst], inclusive over src
+    int* send_head;              // [num_tokens, num_ranks]
     layout::HostCounts* counts;  // null: the host does not wait
     uint64_t ticket;
 };

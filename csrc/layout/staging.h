@@ -12,7 +12,8 @@ constexpr uint32_t bulk_bytes(uint64_t bytes) { return static_cast<uint32_t>(ali
 
 constexpr int kReduceStages = 4;         // of a reduce warp of combine
 constexpr int kReduceStageBytes = 3584;  // a piece of one row
-constexpr int kPositionBytes = 4 * 32;   // at the end of a send stage of dispatch: each lane's note of where the row goes
+constexpr int kPositionBytes =
+    4 * 32;  // at the end of a send stage of dispatch: each lane's note of where the row goes
 
 // The ring of one warp: its mbarriers, then its stages. No stages: rows go through registers.
 struct Staging {

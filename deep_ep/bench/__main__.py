@@ -29,8 +29,8 @@ class Defaults:
     num_sms: int
 
 
-# Before CUDA starts: a hardware queue for every stream, or one rank's kernel waits behind another's that waits for it; and
-# no kernel is loaded late, which waits for the device.
+# Before CUDA starts: a hardware queue for every stream, or one rank's kernel waits behind another's that waits for it;
+# and no kernel is loaded late, which waits for the device.
 THREADED_ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_MODULE_LOADING": "EAGER"}
 
 BENCHMARKS: dict[str, type[Benchmark]] = {"intranode": IntranodeBenchmark, "low-latency": LowLatencyBenchmark}

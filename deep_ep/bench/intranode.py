@@ -271,7 +271,8 @@ def run_threads(options: Options, benchmark: type[Benchmark]) -> list[Row]:
     meeting = ThreadMeeting(options.num_ranks)
     with ThreadPoolExecutor(options.num_ranks) as pool:
         workers = [pool.submit(_run_thread, meeting, rank, options, benchmark) for rank in range(options.num_ranks)]
-        return [worker.result() for worker in workers][0]
+        rows = [worker.result() for worker in workers]
+        return rows[0]
 
 
 def _run_thread(meeting: ThreadMeeting, rank: int, options: Options, benchmark: type[Benchmark]) -> list[Row]:

@@ -1,7 +1,7 @@
 """The ranks of a benchmark: processes, each with a device of its own, or threads of one process that share one GPU.
 
-Threads are for machines with one GPU: their kernels run at the same time, each within its own SM budget, so the protocol
-and the throughput of the SMs are measured, and no link.
+Threads are for machines with one GPU: their kernels run at the same time, each within its own SM budget, so the
+protocol and the throughput of the SMs are measured, and no link.
 """
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Timer:
             for i in range(num_warmups):
                 call(i)
             self._meet()
-            torch.cuda._sleep(HEAD_START_CYCLES)
+            torch.cuda._sleep(HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
         return self.chained(call, 0 if self._is_cuda else num_warmups, num_repeats, is_met=self._is_cuda)
 
     def fresh(self, call: Call, num_warmups: int, num_repeats: int) -> list[float]:

@@ -69,8 +69,7 @@ public:
 
     // One look, no waiting; acquire. For what has mostly come already: one trip to memory.
     EP_DEVICE bool is_set(FlagTest test) const {
-        return test.flag == nullptr ||
-               prim::load<prim::Order::kAcquire, prim::Scope::kSys>(test.flag) >= test.expected;
+        return test.flag == nullptr || prim::load<prim::Order::kAcquire, prim::Scope::kSys>(test.flag) >= test.expected;
     }
 
     // One thread; acquire. Other lanes may touch what the flag guards after a __syncwarp.

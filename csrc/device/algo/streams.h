@@ -24,7 +24,8 @@ EP_DEVICE RowStream deal_stream(int warp, int num_warps, int rank, int num_ranks
     const int warps_per_peer = num_warps / num_peers;
     const bool is_shared = warps_per_peer > 0;
     const int peer_idx = is_shared ? warp % num_peers : warp + prim::lane_idx() * num_warps;
-    const bool has_stream = is_shared ? prim::lane_idx() == 0 && warp < warps_per_peer * num_peers : peer_idx < num_peers;
+    const bool has_stream =
+        is_shared ? prim::lane_idx() == 0 && warp < warps_per_peer * num_peers : peer_idx < num_peers;
     if (!has_stream) return stream;
     stream.peer = (rank + 1 + peer_idx) % num_ranks;  // every rank begins with another peer
     stream.next = is_shared ? warp / num_peers : 0;

@@ -49,11 +49,11 @@ EP_DEVICE void fail(const Watch& watch, layout::FailureKind kind, WaitSite site,
     using prim::Scope;
     if (prim::compare_swap<Order::kRelaxed, Scope::kGpu>(&watch.words.local->failure_claimed, 0u, 1u) != 0u) return;
     write_record(&watch.words.status->failure, watch, kind, site, expected, seen, waited_ns);
-    const uint64_t code = kind == layout::FailureKind::kAborted
-                              ? seen
-                              : layout::make_abort_code(watch.heap.rank(), kind == layout::FailureKind::kTimeout
-                                                                               ? site.peer
-                                                                               : watch.heap.rank());
+    const uint64_t code =
+        kind == layout::FailureKind::kAborted
+            ? seen
+            : layout::make_abort_code(watch.heap.rank(),
+                                      kind == layout::FailureKind::kTimeout ? site.peer : watch.heap.rank());
     for (int peer = 0; peer < watch.heap.num_ranks(); ++peer)
         prim::store<Order::kRelaxed, Scope::kSys>(watch.heap.abort(peer), code);
 }
@@ -82,7 +82,8 @@ EP_DEVICE_COLD bool may_still_go_on(Watch watch, WaitSite site, uint64_t waited_
     const uint64_t warned = prim::load<Order::kRelaxed, Scope::kGpu>(&watch.words.local->warned_call);
     if (warned < watch.call &&
         prim::compare_swap<Order::kRelaxed, Scope::kGpu>(&watch.words.local->warned_call, warned, watch.call) == warned)
-        write_record(&watch.words.status->warning, watch, layout::FailureKind::kTimeout, site, expected, seen, waited_ns);
+        write_record(&watch.words.status->warning, watch, layout::FailureKind::kTimeout, site, expected, seen,
+                     waited_ns);
     return true;
 }
 

@@ -68,9 +68,7 @@ SimtDevice::~SimtDevice() {
     }
 }
 
-std::string SimtDevice::unique_id() const {
-    return host_identity();
-}
+std::string SimtDevice::unique_id() const { return host_identity(); }
 
 void SimtDevice::check_process() const {
     if (process_ != getpid()) throw Error("this CPU device was made before fork(): make one in the child");
@@ -87,9 +85,7 @@ void* SimtDevice::allocate_named(size_t bytes, const char* what) {
     return memory;
 }
 
-void* SimtDevice::allocate(size_t bytes) {
-    return allocate_named(bytes, "memory");
-}
+void* SimtDevice::allocate(size_t bytes) { return allocate_named(bytes, "memory"); }
 
 void SimtDevice::free(void* ptr) {
     hb::Quiet quiet;
@@ -107,9 +103,7 @@ dev::HostMapped SimtDevice::allocate_host_mapped(size_t bytes) {
     return {.host = memory, .device = memory};
 }
 
-void SimtDevice::free_host_mapped(const dev::HostMapped& memory) {
-    free(memory.host);
-}
+void SimtDevice::free_host_mapped(const dev::HostMapped& memory) { free(memory.host); }
 
 dev::ShareableMemory SimtDevice::allocate_shareable(size_t bytes) {
     hb::Quiet quiet;
@@ -156,7 +150,8 @@ void SimtDevice::synchronize_stream(dev::Stream handle) {
     check_process();
     StreamState& stream = stream_of(handle);
     const uint64_t target = stream.num_submitted;
-    core_->wait(*state_, [&] { return stream.num_completed >= target; }, -1);
+    core_->wait(
+        *state_, [&] { return stream.num_completed >= target; }, -1);
     hb::acquire(stream.done);
 }
 
@@ -194,7 +189,8 @@ void SimtDevice::synchronize_event(dev::Event handle) {
     check_process();
     const EventHandle event = event_of(handle);
     const uint64_t target = event->num_recorded;
-    core_->wait(*state_, [&] { return event->num_completed >= target; }, -1);
+    core_->wait(
+        *state_, [&] { return event->num_completed >= target; }, -1);
     hb::acquire(event->recorded);
 }
 
@@ -264,9 +260,7 @@ void stop_at_exit() {
 }
 
 // The worker thread does not exist in a forked child, which starts afresh.
-void forget_in_child() {
-    new (&process_scheduler()) ProcessScheduler;
-}
+void forget_in_child() { new (&process_scheduler()) ProcessScheduler; }
 
 }  // namespace
 

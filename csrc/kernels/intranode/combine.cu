@@ -32,7 +32,7 @@ constexpr int kStagedUnroll = 7;
 constexpr int kChunkVecs = kStagedUnroll * kWarpSize;  // of a row: what a warp has in a stage, and sums at a time
 static_assert(kChunkVecs * sizeof(Vec16) == layout::kReduceStageBytes);
 constexpr int kPublishBatch = 2;  // rows that a send warp publishes together
-constexpr int kPairs = 4;  // of bfloat16 in 16 bytes
+constexpr int kPairs = 4;         // of bfloat16 in 16 bytes
 
 struct Kernel {
     using Params = CombineParams;
@@ -59,9 +59,9 @@ struct Kernel {
         const int64_t row = c.rows.first_row(owner, c.watch.heap.rank()) + position;
         const algo::Port port = c.ring.to(owner);
         uint8_t* slot = port.slot(position);
-        algo::warp_copy<algo::SourceKind::kInput, kSendUnroll>(
-            reinterpret_cast<Vec16*>(slot), reinterpret_cast<const Vec16*>(p.x + row * p.row_bytes),
-            static_cast<int>(p.row_bytes / sizeof(Vec16)));
+        algo::warp_copy<algo::SourceKind::kInput, kSendUnroll>(reinterpret_cast<Vec16*>(slot),
+                                                               reinterpret_cast<const Vec16*>(p.x + row * p.row_bytes),
+                                                               static_cast<int>(p.row_bytes / sizeof(Vec16)));
         for (int k = prim::lane_idx(); k < p.num_topk; k += kWarpSize)
             *reinterpret_cast<float*>(slot + p.slot.topk_weights.at(k)) = p.topk_weights[row * p.num_topk + k];
         __syncwarp();  // every lane's stores, one lane's release
@@ -70,9 +70,8 @@ struct Kernel {
 
     static EP_DEVICE void send(const Context& c, int warp, int num_warps) {
         const int self = c.watch.heap.rank();
-        const algo::RowStream stream =
-            algo::deal_stream(warp, num_warps, self, c.watch.heap.num_ranks(),
-                              [&](int owner) { return c.rows.num_rows(owner, self); });
+        const algo::RowStream stream = algo::deal_stream(warp, num_warps, self, c.watch.heap.num_ranks(),
+                                                         [&](int owner) { return c.rows.num_rows(owner, self); });
         algo::serve_streams(
             c.watch, Stage::kSlot, stream,
             [&](int owner, int position) { return c.ring.to(owner).slot_is_free(position); },
@@ -227,7 +226,8 @@ struct Kernel {
         return k < c.p.num_topk ? c.p.topk_weights[send.row(item) * c.p.num_topk + k] : 0.0f;
     }
 
-    static EP_DEVICE void stage_weights(const Context& c, const StagedSend& send, int item, float held, uint8_t* stage) {
+    static EP_DEVICE void stage_weights(const Context& c, const StagedSend& send, int item, float held,
+                                        uint8_t* stage) {
         const Params& p = c.p;
         for (int k = prim::lane_idx(); k < p.num_topk; k += kWarpSize)
             *reinterpret_cast<float*>(stage + p.slot.topk_weights.at(k)) =
@@ -238,7 +238,8 @@ struct Kernel {
     // The whole warp: flags of the items [published, end), whose stores are at their owner. One release for all of them:
     // lanes that release together wait together.
     static EP_DEVICE int publish_until(const StagedSend& send, int published, int end) {
-        __syncwarp();  // the leader's wait for its stores, every lane's release
+        if (prim::lane_idx() == 0 && published < end) prim::fence_async_global();
+        __syncwarp();  // the leader's finished stores, every lane's release
         for (; published < end; published += kWarpSize) {
             const int item = published + prim::lane_idx();
             if (item < end) send.port.publish(send.position(item));
@@ -260,7 +261,11 @@ struct Kernel {
         const int self = c.watch.heap.rank();
         const algo::RowStream stream = algo::only_stream(algo::deal_stream(
             warp, num_warps, self, c.watch.heap.num_ranks(), [&](int owner) { return c.rows.num_rows(owner, self); }));
-        const StagedSend send{c.ring.to(stream.peer), stream.peer, stream.next, stream.step, algo::num_rows_left(stream),
+        const StagedSend send{c.ring.to(stream.peer),
+                              stream.peer,
+                              stream.next,
+                              stream.step,
+                              algo::num_rows_left(stream),
                               c.rows.first_row(stream.peer, self)};
         const algo::Stages stages(memory, p.geometry.send);
         const bool is_leader = prim::lane_idx() == 0;
@@ -346,7 +351,7 @@ struct Kernel {
     }
 
     static EP_DEVICE Token open_token(const Context& c, const Source& source, int token, int position) {
-        const uint8_t* pointer = position < 0      ? nullptr
+        const uint8_t* pointer = position < 0     ? nullptr
                                  : source.is_self ? source.own_x + static_cast<int64_t>(position) * c.p.row_bytes
                                                   : source.port.slot(position);
         return {token, position, pointer, __ballot_sync(kFullMask, pointer != nullptr), false};
@@ -482,7 +487,8 @@ struct Kernel {
                     __syncwarp();  // every lane's reads of the stage, the leader's next load into it
                 }
                 for (const uint8_t* bias : p.bias)
-                    if (bias != nullptr) add_one_by_one(sums, reinterpret_cast<const Vec16*>(bias + token_offset), base, num_vecs);
+                    if (bias != nullptr)
+                        add_one_by_one(sums, reinterpret_cast<const Vec16*>(bias + token_offset), base, num_vecs);
                 write_sums(sums, reinterpret_cast<Vec16*>(p.combined_x + token_offset), base, num_vecs);
             }
             sum_weights(c, now);

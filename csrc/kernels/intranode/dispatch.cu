@@ -113,9 +113,9 @@ struct Kernel {
                           : is_remote ? c.ring.to(destination).slot(position)
                                       : p.recv_x + own_row * p.row_bytes;
         const uint32_t lanes = __ballot_sync(kFullMask, is_sent);
-        algo::warp_multicast<kUnroll>(
-            reinterpret_cast<const Vec16*>(p.x + static_cast<int64_t>(token) * p.row_bytes),
-            static_cast<int>(p.row_bytes / sizeof(Vec16)), lanes, reinterpret_cast<Vec16*>(target));
+        algo::warp_multicast<kUnroll>(reinterpret_cast<const Vec16*>(p.x + static_cast<int64_t>(token) * p.row_bytes),
+                                      static_cast<int>(p.row_bytes / sizeof(Vec16)), lanes,
+                                      reinterpret_cast<Vec16*>(target));
         for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
             const int lane = __ffs(static_cast<int>(rest)) - 1;
             uint8_t* slot = algo::broadcast_pointer(target, lane);
@@ -163,9 +163,8 @@ struct Kernel {
 
     static EP_DEVICE void receive(const Context& c, int warp, int num_warps) {
         const int self = c.watch.heap.rank();
-        const algo::RowStream stream =
-            algo::deal_stream(warp, num_warps, self, c.watch.heap.num_ranks(),
-                              [&](int source) { return c.rows.num_rows(source, self); });
+        const algo::RowStream stream = algo::deal_stream(warp, num_warps, self, c.watch.heap.num_ranks(),
+                                                         [&](int source) { return c.rows.num_rows(source, self); });
         algo::serve_streams(
             c.watch, Stage::kRow, stream,
             [&](int source, int position) { return c.ring.from(source).row_is_here(position); },
@@ -221,10 +220,10 @@ struct Kernel {
     // A warp's tokens, item by item. Lane i stores to rank i and publishes there.
     struct StagedSend {
         int first, step, count;
-        algo::Port port;   // of this lane
-        bool is_self;      // this lane's rank is our own
+        algo::Port port;  // of this lane
+        bool is_self;     // this lane's rank is our own
         int own_lane;
-        int64_t own_row;   // where our own rows begin
+        int64_t own_row;  // where our own rows begin
 
         EP_DEVICE int token(int item) const { return first + item * step; }
         EP_DEVICE bool is_remote(int position) const { return position >= 0 && !is_self; }
@@ -234,13 +233,19 @@ struct Kernel {
         const int self = c.watch.heap.rank();
         const int rank = prim::lane_idx() < c.watch.heap.num_ranks() ? prim::lane_idx() : self;
         const int num_left = c.p.num_tokens - warp;
-        return {warp, num_warps, num_left > 0 ? (num_left + num_warps - 1) / num_warps : 0, c.ring.to(rank),
-                rank == self, self, c.rows.first_row(self, self)};
+        return {warp,
+                num_warps,
+                num_left > 0 ? (num_left + num_warps - 1) / num_warps : 0,
+                c.ring.to(rank),
+                rank == self,
+                self,
+                c.rows.first_row(self, self)};
     }
 
     // Every lane: flags of the items [published, end), whose stores are where they belong.
     static EP_DEVICE int publish_until(const Context& c, const StagedSend& send, const algo::Stages& stages,
                                        int published, int end) {
+        if (published < end) prim::fence_async_global();  // this lane's finished stores, its release
         for (; published < end; ++published) {
             const int position = *position_in(c.p, stages.at(published));
             if (send.is_remote(position)) send.port.publish(position);

@@ -38,7 +38,8 @@ struct Kernel {
     static EP_DEVICE void load_ids(const Params& p, int64_t token, int first, int64_t* ids) {
 #pragma unroll
         for (int i = 0; i < kIdBatch; ++i)
-            ids[i] = first + i < p.num_topk ? load_expert_id(p.topk_idx, p.idx_bytes, token * p.num_topk + first + i) : -1;
+            ids[i] =
+                first + i < p.num_topk ? load_expert_id(p.topk_idx, p.idx_bytes, token * p.num_topk + first + i) : -1;
     }
 
     // Counts the ids; returns which of the 64 ranks from `first_rank` own one of them.

@@ -1,6 +1,7 @@
 // The primitives: what they return, what they order, and bulk copies against both proxies. One source, run by the CPU
 // executor (conformance_test.cc) and on a GPU (device_cuda.cmake).
 #include <cstring>
+#include <iterator>
 #include <numeric>
 #include <vector>
 
@@ -140,6 +141,51 @@ TEST_CASE("16-byte accesses move every bit") {
                      reinterpret_cast<Vec16*>(by_peer.data()), 1000});
     CHECK(by_input.read() == values);
     CHECK(by_peer.read() == values);
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Arithmetic
+// ---------------------------------------------------------------------------------------------------------------
+
+struct RoundKernel {
+    struct Params {
+        const uint32_t* floats;  // by their bits
+        uint32_t* pairs;
+        int num_pairs;
+    };
+    struct Shared {};
+
+    static EP_DEVICE float value(uint32_t bits) {
+        float result;
+        memcpy(&result, &bits, sizeof(result));
+        return result;
+    }
+
+    static EP_DEVICE void run(const Params& p, Shared&) {
+        for (int i = static_cast<int>(threadIdx.x); i < p.num_pairs; i += static_cast<int>(blockDim.x))
+            p.pairs[i] = prim::round_to_bf16x2(value(p.floats[2 * i]), value(p.floats[2 * i + 1]));
+    }
+};
+
+uint32_t nearest_bf16(uint32_t bits) {
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
+    const uint32_t rest = bits & 0xffffu;
+    const bool goes_up = rest > 0x8000u || (rest == 0x8000u && (bits >> 16 & 1u) != 0);
+    return (bits >> 16) + (goes_up ? 1 : 0);
+}
+
+TEST_CASE("floats become the nearest bfloat16, ties the even one, every NaN the same") {
+    auto floats = numbers(2 * 4000, 3);
+    const uint32_t special[] = {0x00000000, 0x80000000, 0x00000001, 0x80008000, 0x3f808000, 0x3f818000,
+                                0x3f808001, 0x7f7fffff, 0x7f7f8000, 0xff7f7fff, 0x7f800000, 0xff800000,
+                                0x7fc00000, 0xffc00001, 0x7f800001, 0xffffffff, 0x00018000, 0x007fffff};
+    for (size_t i = 0; i < std::size(special); ++i) floats[i] = special[i];
+    std::vector<uint32_t> expected(floats.size() / 2);
+    for (size_t i = 0; i < expected.size(); ++i)
+        expected[i] = nearest_bf16(floats[2 * i]) | nearest_bf16(floats[2 * i + 1]) << 16;
+    Words<uint32_t> source(floats), pairs(expected.size());
+    run<RoundKernel>(1, 128, {source.data(), pairs.data(), static_cast<int>(expected.size())});
+    CHECK(pairs.read() == expected);
 }
 
 // ---------------------------------------------------------------------------------------------------------------

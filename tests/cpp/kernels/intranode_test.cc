@@ -43,7 +43,8 @@ TEST_CASE("any number of ranks, uneven token counts") {
 }
 
 TEST_CASE("more ranks than lanes of a warp") {
-    Problem problem{.num_tokens = std::vector<int>(35, 3), .num_experts = 70, .num_topk = 36, .hidden = 16, .num_sms = 1};
+    Problem problem{
+        .num_tokens = std::vector<int>(35, 3), .num_experts = 70, .num_topk = 36, .hidden = 16, .num_sms = 1};
     check_round_trip(problem, kRoomy);
 }
 
@@ -99,7 +100,8 @@ TEST_CASE("fewer receive warps than sources, and windows of one slot: no circle 
 
 // Through registers, and through two, three and four stages of shared memory with every timing of the bulk copies.
 TEST_CASE("every way through a block gives the same bits") {
-    const Problem problem{.num_tokens = {26, 0, 41, 17}, .num_topk = 5, .hidden = 1848, .num_scales = 3, .num_biases = 2};
+    const Problem problem{
+        .num_tokens = {26, 0, 41, 17}, .num_topk = 5, .hidden = 1848, .num_scales = 3, .num_biases = 2};
     std::vector<simt::DeviceOptions> devices = {{.has_bulk_copy = false}};
     const int reduce_bytes = 2 * layout::Staging{layout::kReduceStages, layout::kReduceStageBytes}.bytes();
     for (int stages : {2, 3, 4}) devices.push_back({.max_shared_bytes = reduce_bytes + 256 + 2 * stages * 3900});

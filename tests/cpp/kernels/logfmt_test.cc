@@ -76,7 +76,8 @@ TEST_CASE("logfmt: normally distributed values lose 0.4 percent of their size, a
         const auto got = through(values);
         for (size_t i = 0; i < values.size(); ++i) {
             const double error = static_cast<double>(got[i]) - static_cast<double>(values[i]);
-            if (std::fabs(values[i]) > 0.01f) worst = std::max(worst, std::fabs(error / static_cast<double>(values[i])));
+            if (std::fabs(values[i]) > 0.01f)
+                worst = std::max(worst, std::fabs(error / static_cast<double>(values[i])));
             bias += std::copysign(1.0, static_cast<double>(values[i])) * error;
             squares += error * error;
             power += static_cast<double>(values[i]) * static_cast<double>(values[i]);

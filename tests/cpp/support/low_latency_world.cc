@@ -110,8 +110,8 @@ std::string check_expert(const LowLatencyProblem& problem, const std::vector<Low
 }
 
 // What the experts of `rank` have for one token, or nothing.
-std::vector<float> part_of_rank(const LowLatencyProblem& problem, const std::vector<LowLatencyTensors>& ranks, int owner,
-                                size_t token, int rank) {
+std::vector<float> part_of_rank(const LowLatencyProblem& problem, const std::vector<LowLatencyTensors>& ranks,
+                                int owner, size_t token, int rank) {
     const auto num_topk = static_cast<size_t>(problem.num_topk);
     const auto hidden = static_cast<size_t>(problem.hidden);
     const LowLatencyTensors& mine = ranks[static_cast<size_t>(owner)];
@@ -143,8 +143,8 @@ void send_over_wire(const LowLatencyProblem& problem, std::vector<float>& part) 
     }
 }
 
-std::vector<float> combined_row(const LowLatencyProblem& problem, const std::vector<LowLatencyTensors>& ranks, int owner,
-                                size_t token) {
+std::vector<float> combined_row(const LowLatencyProblem& problem, const std::vector<LowLatencyTensors>& ranks,
+                                int owner, size_t token) {
     std::vector<float> sums(static_cast<size_t>(problem.hidden), 0.0f);
     for (int rank = 0; rank < problem.num_ranks(); ++rank) {
         auto part = part_of_rank(problem, ranks, owner, token, rank);
