@@ -109,6 +109,7 @@ class Session:
         self.num_ranks = num_ranks
         self.num_sms_override = int(deep_ep_cpp.get_environment()["num_sms"])
         self._is_closed = False
+        self.before_close: Callable[[], None] = _nothing  # called once, before the comm stream is drained
         if isinstance(streams, _streams.HostStreams):
             streams.check = self.raise_failure
         _LIVE.add(self)
@@ -125,6 +126,7 @@ class Session:
             return
         self._is_closed = True
         deadline = time.monotonic() + timeout_s
+        _attempt(self.before_close)
         if self._release(timeout_s, deadline):
             return
         # Kernels that still wait for a peer use this memory; they end by their own deadline.
@@ -157,6 +159,10 @@ def _release_at_exit() -> None:
     for session in _LINGERING:
         # Its destructor would free memory that a kernel still uses. The system takes the memory back in a moment.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(session.runtime))
+
+
+def _nothing() -> None:
+    pass
 
 
 def _attempt(step: Callable[[], Any]) -> Any:

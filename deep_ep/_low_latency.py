@@ -1,5 +1,6 @@
 """The low-latency calls: checks, allocation, and the native launches, one for each phase."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Callable, NamedTuple, Optional, Union
 
@@ -128,6 +129,7 @@ class LowLatency:
         self._is_enabled = is_enabled
         self._is_shrinkable = is_shrinkable
         self._order = PhaseOrder()
+        session.before_close = functools.partial(self._order.join, session.streams)
         self._combine_buffers: dict[tuple[int, ...], CombineBuffers] = {}  # by shape
 
     def require(self, name: str) -> None:

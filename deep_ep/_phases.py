@@ -36,6 +36,11 @@ class PhaseOrder:
             stream.wait_stream(self._last)
         self._last = stream
 
+    def join(self, streams: Streams) -> None:
+        """The comm stream waits for all phases, so that whoever waits for it before releasing memory waits for them."""
+        if isinstance(streams, CudaStreams) and self._last is not None:
+            streams.comm_stream.wait_stream(self._last)
+
 
 class Phases:
     """The stream side of one call: `begin()`, launch on `stream`, `finish()`.

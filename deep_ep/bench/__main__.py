@@ -1,4 +1,4 @@
-"""`python -m deep_ep.bench intranode` or `low-latency`: a process for each rank, a table at the end, JSON on request."""
+"""`python -m deep_ep.bench intranode|low-latency`: one process for each rank, a table at the end, JSON on request."""
 from __future__ import annotations
 
 import argparse

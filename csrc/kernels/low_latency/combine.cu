@@ -103,12 +103,12 @@ template <bool kIsLogfmt> struct Kernel {
         const int num_units = static_cast<int>(row.high.count);
         for (int base = prim::warp_idx() * kWarpSize; base < num_units; base += static_cast<int>(blockDim.x)) {
             const int unit = base + prim::lane_idx();
-            float values[kLogUnit] = {};
+            float values[kLogUnit];
 #pragma unroll
             for (int half = 0; half < kVecsOfUnit; ++half) {
                 const int vec = unit * kVecsOfUnit + half;
-                if (vec >= num_vecs(p)) continue;
-                const Sums sums = sum_experts(p, c, work, vec);
+                Sums sums = {};
+                if (vec < num_vecs(p)) sums = sum_experts(p, c, work, vec);
 #pragma unroll
                 for (int pair = 0; pair < kPairs; ++pair) {
                     values[(half * kPairs + pair) * 2] = sums.low[pair];

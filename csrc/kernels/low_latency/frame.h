@@ -85,16 +85,16 @@ EP_DEVICE bool wait_for_table(const Context& c, int source) {
     const uint64_t* flag = c.watch.heap.table_full(c.rank(), c.bank, source);
     if (!c.call.is_shrinkable) return wait_for_source(c, Stage::kTable, source, flag);
     uint64_t* decision = &c.call.decisions[source];
-    uint64_t seen = prim::load<Order::kAcquire, Scope::kGpu>(decision);
+    uint64_t seen = prim::load<Order::kRelaxed, Scope::kGpu>(decision);
     if (seen / 2 != c.watch.call) {
         const bool is_here = !is_masked(c.call, source) && wait_for_source(c, Stage::kTable, source, flag);
         const uint64_t mine = c.watch.call * 2 + (is_here ? 1 : 0);
-        // Whoever is first decides. Release: that the flag was seen. Pairs with: the load above, and this of the others.
-        const uint64_t old = prim::compare_swap<Order::kAcqRel, Scope::kGpu>(decision, seen, mine);
+        // Whoever is first decides.
+        const uint64_t old = prim::compare_swap<Order::kRelaxed, Scope::kGpu>(decision, seen, mine);
         seen = old == seen ? mine : old;
     }
-    // Another thread's acquire of the flag orders nothing for this one.
-    return seen % 2 == 1 && prim::load<Order::kAcquire, Scope::kSys>(flag) >= c.watch.call;
+    // Where the answer is yes the flag is there already; this thread acquires it for itself.
+    return seen % 2 == 1 && wait_for_source(c, Stage::kTable, source, flag);
 }
 
 // What the block knows once it has begun; shared memory.
