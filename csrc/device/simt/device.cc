@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "core/env.h"
 #include "device/simt/core.h"
 #include "device/simt/shareable.h"
 
@@ -66,11 +67,10 @@ SimtDevice::~SimtDevice() {
     for (const auto& [memory, bytes] : allocations_) {
         core_->when_idle(*state_, [memory = memory, bytes = bytes] { release(memory, bytes); });
     }
+    core_.reset();
 }
 
-std::string SimtDevice::unique_id() const {
-    return host_identity();
-}
+std::string SimtDevice::unique_id() const { return host_identity(); }
 
 void SimtDevice::check_process() const {
     if (process_ != getpid()) throw Error("this CPU device was made before fork(): make one in the child");
@@ -87,9 +87,7 @@ void* SimtDevice::allocate_named(size_t bytes, const char* what) {
     return memory;
 }
 
-void* SimtDevice::allocate(size_t bytes) {
-    return allocate_named(bytes, "memory");
-}
+void* SimtDevice::allocate(size_t bytes) { return allocate_named(bytes, "memory"); }
 
 void SimtDevice::free(void* ptr) {
     hb::Quiet quiet;
@@ -107,9 +105,7 @@ dev::HostMapped SimtDevice::allocate_host_mapped(size_t bytes) {
     return {.host = memory, .device = memory};
 }
 
-void SimtDevice::free_host_mapped(const dev::HostMapped& memory) {
-    free(memory.host);
-}
+void SimtDevice::free_host_mapped(const dev::HostMapped& memory) { free(memory.host); }
 
 dev::ShareableMemory SimtDevice::allocate_shareable(size_t bytes) {
     hb::Quiet quiet;
@@ -156,7 +152,8 @@ void SimtDevice::synchronize_stream(dev::Stream handle) {
     check_process();
     StreamState& stream = stream_of(handle);
     const uint64_t target = stream.num_submitted;
-    core_->wait(*state_, [&] { return stream.num_completed >= target; }, -1);
+    core_->wait(
+        *state_, [&] { return stream.num_completed >= target; }, -1);
     hb::acquire(stream.done);
 }
 
@@ -194,7 +191,8 @@ void SimtDevice::synchronize_event(dev::Event handle) {
     check_process();
     const EventHandle event = event_of(handle);
     const uint64_t target = event->num_recorded;
-    core_->wait(*state_, [&] { return event->num_completed >= target; }, -1);
+    core_->wait(
+        *state_, [&] { return event->num_completed >= target; }, -1);
     hb::acquire(event->recorded);
 }
 
@@ -226,9 +224,11 @@ void SimtDevice::memcpy_async(void* dst, const void* src, size_t bytes, dev::Str
 }
 
 void SimtDevice::copy_now(void* dst, const void* src, size_t bytes) {
-    // Lifecycle words are read while kernels write them: word by word, as a GPU's copy engine would see them.
+    // Lifecycle words are read while kernels write them: word by word, as a GPU's copy engine would see them. Longer
+    // copies are data, and ThreadSanitizer checks that kernels have finished with it.
+    constexpr size_t kFewBytes = 1024;
     const bool is_words = (reinterpret_cast<uintptr_t>(dst) | reinterpret_cast<uintptr_t>(src) | bytes) % 8 == 0;
-    if (!is_words) {
+    if (!is_words || bytes > kFewBytes) {
         std::memmove(dst, src, bytes);
         return;
     }
@@ -264,9 +264,7 @@ void stop_at_exit() {
 }
 
 // The worker thread does not exist in a forked child, which starts afresh.
-void forget_in_child() {
-    new (&process_scheduler()) ProcessScheduler;
-}
+void forget_in_child() { new (&process_scheduler()) ProcessScheduler; }
 
 }  // namespace
 
@@ -279,7 +277,9 @@ std::shared_ptr<dev::Device> make_cpu_device() {
     ProcessScheduler& process = process_scheduler();
     std::lock_guard lock(process.mutex);
     if (process.scheduler == nullptr) process.scheduler = new Scheduler(SchedulerOptions::background());
-    return std::make_shared<SimtDevice>(*process.scheduler, process.num_devices++);
+    DeviceOptions options;
+    if (environment().cpu_sms != 0) options.num_sms = environment().cpu_sms;
+    return std::make_shared<SimtDevice>(*process.scheduler, process.num_devices++, options);
 }
 
 }  // namespace deep_ep::simt

@@ -29,8 +29,8 @@ StackSlab::StackSlab(int count, size_t stack_bytes) : count_(count), stack_bytes
     void* mapping = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE,
                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
     if (mapping == MAP_FAILED) {
-        throw Error(concat("cannot map ", mapped_bytes_, " bytes of stacks for ", count_, " fibers: ",
-                           std::strerror(errno)));
+        throw Error(
+            concat("cannot map ", mapped_bytes_, " bytes of stacks for ", count_, " fibers: ", std::strerror(errno)));
     }
     mapping_ = static_cast<char*>(mapping);
     mprotect(mapping_, page, PROT_NONE);

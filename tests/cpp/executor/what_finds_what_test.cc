@@ -200,6 +200,8 @@ TEST_CASE("shared memory reused without wait_group.read: random and late bulk co
     const Found eager = hunt_store<Stage::kNoWaitRead>(simt::BulkMode::kEager);
     CHECK(late.is_wrong_in_order);
     CHECK_FALSE(eager.is_wrong_in_order);
+    CHECK_EQ(eager.by_seeds, 0);
+    if (simt::hb::kIsEnabled) CHECK_GT(eager.by_tsan, 0);
     testing::expect_races(late.by_tsan + eager.by_tsan);
 }
 
