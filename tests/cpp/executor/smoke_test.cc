@@ -206,12 +206,12 @@ TEST_CASE("figures" * doctest::skip()) {
         streams.push_back(devices.back()->create_stream());
     }
     auto* in = static_cast<int*>(devices[0]->allocate(sizeof(int) * kMaxBlocks * kMaxThreads));
-    auto* out = static_cast<int*>(devices[0]->allocate(sizeof(int) * kMaxBlocks));
+    auto* out = static_cast<int*>(devices[0]->allocate(sizeof(int) * 4 * kMaxBlocks));
     const auto run = [&](int num_blocks, int num_threads, int rounds) {
         const auto start = std::chrono::steady_clock::now();
-        for (auto stream : streams) {
-            dev::launch<SumKernel>({.num_blocks = num_blocks, .num_threads = num_threads, .name = "sum"}, stream,
-                                   {in, out, rounds});
+        for (size_t rank = 0; rank < streams.size(); ++rank) {
+            dev::launch<SumKernel>({.num_blocks = num_blocks, .num_threads = num_threads, .name = "sum"}, streams[rank],
+                                   {in, out + rank * kMaxBlocks, rounds});
         }
         scheduler.run_until_idle();
         const std::chrono::duration<double, std::milli> elapsed = std::chrono::steady_clock::now() - start;
