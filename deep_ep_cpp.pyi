@@ -125,8 +125,9 @@ class Buffer:
         cumulative_stats int32 [El] or 0; wait_stats int64 [R] or 0, nanoseconds are added."""
 
     def low_latency_combine(self, ticket: int, num_max_tokens: int, num_topk: int, num_experts: int, hidden: int,
-                            x: int, topk_idx: int, idx_bytes: int, topk_weights: int, num_tokens: int,
-                            row_of_entry: int, combined_x: int, wait_stats: int, stream: int) -> int: ...
+                            uses_logfmt: bool, x: int, topk_idx: int, idx_bytes: int, topk_weights: int,
+                            num_tokens: int, row_of_entry: int, combined_x: int, wait_stats: int,
+                            stream: int) -> int: ...
     @property
     def low_latency_data_ptr(self) -> int: ...
     @property

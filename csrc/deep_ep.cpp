@@ -6,11 +6,11 @@
 #include <string>
 #include <vector>
 
-#include "runtime/config.h"
 #include "core/env.h"
 #include "core/error.h"
 #include "device/simt/device.h"
 #include "runtime/buffer.h"
+#include "runtime/config.h"
 #if EP_WITH_CUDA
 #include "device/cuda/device.h"
 #endif
@@ -46,8 +46,8 @@ void bind_errors(py::module_& m) {
     static py::exception<CudaError> cuda_error(m, "CudaError", error.ptr());
     static py::exception<TransportError> transport_error(m, "TransportError", error.ptr());
     static py::exception<TimeoutError> timeout_error(m, "TimeoutError", error.ptr());
-    static py::exception<InvalidArgument> invalid_argument(
-        m, "InvalidArgument", py::make_tuple(error, py::handle(PyExc_ValueError)));
+    static py::exception<InvalidArgument> invalid_argument(m, "InvalidArgument",
+                                                           py::make_tuple(error, py::handle(PyExc_ValueError)));
     py::register_exception_translator([](std::exception_ptr thrown) {
         try {
             if (thrown) std::rethrow_exception(thrown);
@@ -82,21 +82,22 @@ void bind_device(py::module_& m) {
     using Class = py::class_<Device, std::shared_ptr<Device>>;
     Class(m, "Device")
         .def(py::init(&make_device), py::arg("index"))
-        .def_property_readonly("kind",
-                               [](Device& d) { return d.kind() == dev::DeviceKind::kCuda ? "cuda" : "cpu"; })
+        .def_property_readonly("kind", [](Device& d) { return d.kind() == dev::DeviceKind::kCuda ? "cuda" : "cpu"; })
         .def_property_readonly("num_sms", &Device::num_sms)
         .def_property_readonly("unique_id", [](Device& d) { return py::bytes(d.unique_id()); })
         .def("create_stream", [](Device& d) { return number(d.create_stream()); })
-        .def("destroy_stream", [](Device& d, uintptr_t s) { d.destroy_stream(pointer<void>(s)); }, release_gil())
-        .def("synchronize_stream", [](Device& d, uintptr_t s) { d.synchronize_stream(pointer<void>(s)); },
-             release_gil())
+        .def(
+            "destroy_stream", [](Device& d, uintptr_t s) { d.destroy_stream(pointer<void>(s)); }, release_gil())
+        .def(
+            "synchronize_stream", [](Device& d, uintptr_t s) { d.synchronize_stream(pointer<void>(s)); }, release_gil())
         .def("create_event", [](Device& d) { return number(d.create_event()); })
         .def("destroy_event", [](Device& d, uintptr_t e) { d.destroy_event(pointer<void>(e)); })
         .def("record_event",
              [](Device& d, uintptr_t e, uintptr_t s) { d.record_event(pointer<void>(e), pointer<void>(s)); })
         .def("stream_wait_event",
              [](Device& d, uintptr_t s, uintptr_t e) { d.stream_wait_event(pointer<void>(s), pointer<void>(e)); })
-        .def("synchronize_event", [](Device& d, uintptr_t e) { d.synchronize_event(pointer<void>(e)); }, release_gil())
+        .def(
+            "synchronize_event", [](Device& d, uintptr_t e) { d.synchronize_event(pointer<void>(e)); }, release_gil())
         .def("query_event", [](Device& d, uintptr_t e) { return d.query_event(pointer<void>(e)); });
 }
 
@@ -215,10 +216,11 @@ uint64_t low_latency_dispatch(Buffer& buffer, uint64_t ticket, int num_max_token
 }
 
 uint64_t low_latency_combine(Buffer& buffer, uint64_t ticket, int num_max_tokens, int num_topk, int num_experts,
-                             int hidden, uintptr_t x, uintptr_t topk_idx, int idx_bytes, uintptr_t topk_weights,
-                             int num_tokens, uintptr_t row_of_entry, uintptr_t combined_x, uintptr_t wait_stats,
-                             uintptr_t stream) {
+                             int hidden, bool uses_logfmt, uintptr_t x, uintptr_t topk_idx, int idx_bytes,
+                             uintptr_t topk_weights, int num_tokens, uintptr_t row_of_entry, uintptr_t combined_x,
+                             uintptr_t wait_stats, uintptr_t stream) {
     const runtime::LowLatencyCombineArgs args{.shape = {num_max_tokens, num_topk, num_experts, hidden},
+                                              .uses_logfmt = uses_logfmt,
                                               .x = pointer<uint8_t>(x),
                                               .topk_idx = pointer<void>(topk_idx),
                                               .idx_bytes = idx_bytes,
@@ -240,9 +242,8 @@ void bind_buffer(py::module_& m) {
                      std::move(device), runtime::BufferOptions{rank, num_ranks, num_data_bytes, num_low_latency_bytes,
                                                                timeout_s, warn_s, is_shrinkable});
              }),
-             py::arg("device"), py::arg("rank"), py::arg("num_ranks"), py::arg("num_data_bytes"),
-             py::arg("timeout_s"), py::arg("warn_s"), py::arg("num_low_latency_bytes") = 0,
-             py::arg("is_shrinkable") = false)
+             py::arg("device"), py::arg("rank"), py::arg("num_ranks"), py::arg("num_data_bytes"), py::arg("timeout_s"),
+             py::arg("warn_s"), py::arg("num_low_latency_bytes") = 0, py::arg("is_shrinkable") = false)
         .def("export_handle", [](Buffer& b) { return py::bytes(b.export_handle()); })
         .def("connect", &Buffer::connect, py::arg("handles"))
         .def_property_readonly("data_ptr", [](Buffer& b) { return number(b.data()); })
@@ -279,9 +280,8 @@ PYBIND11_MODULE(deep_ep_cpp, m) {
     bind_config(m);
     bind_device(m);
     bind_buffer(m);
-    m.def("get_low_latency_rdma_size_hint", &Buffer::low_latency_size_hint,
-          py::arg("num_max_dispatch_tokens_per_rank"), py::arg("hidden"), py::arg("num_ranks"),
-          py::arg("num_experts"));
+    m.def("get_low_latency_rdma_size_hint", &Buffer::low_latency_size_hint, py::arg("num_max_dispatch_tokens_per_rank"),
+          py::arg("hidden"), py::arg("num_ranks"), py::arg("num_experts"));
     m.def("is_cuda_built", [] { return EP_WITH_CUDA != 0; });
     m.def("is_sm90_compiled", [] {
 #if EP_WITH_CUDA && !defined(DISABLE_SM90_FEATURES)

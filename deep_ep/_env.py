@@ -16,3 +16,10 @@ def visible_devices() -> list[str]:
 def set_device(device: str) -> None:
     """Chooses the device, 'cpu' or 'cuda', of processes that this one starts (its own too, before it has looked)."""
     os.environ["DEEP_EP_DEVICE"] = device
+
+
+def prepare_for_ranks_as_threads() -> None:
+    """Before CUDA starts: a hardware queue for every stream, or one rank's kernel waits behind another's that waits for
+    it; and no kernel is loaded late, which waits for the device."""
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"
+    os.environ["CUDA_MODULE_LOADING"] = "EAGER"

@@ -236,9 +236,9 @@ class LowLatency:
         runtime = self._session.runtime
 
         def launch(ticket: int) -> int:
-            return runtime.low_latency_combine(ticket, *shape, _ptr(sent), _ptr(topk_idx), topk_idx.element_size(),
-                                               _ptr(topk_weights), num_tokens, rows_of_entries, _ptr(combined),
-                                               _ptr(wait_stats), phases.stream)
+            return runtime.low_latency_combine(ticket, *shape, use_logfmt, _ptr(sent), _ptr(topk_idx),
+                                               topk_idx.element_size(), _ptr(topk_weights), num_tokens, rows_of_entries,
+                                               _ptr(combined), _ptr(wait_stats), phases.stream)
 
         tensors = (sent, topk_idx, topk_weights, checked.src_info, combined, wait_stats)
         event, hook = _run(phases, launch, tensors, return_recv_hook)
@@ -322,19 +322,24 @@ class LowLatency:
 def _run(phases: Phases, launch: Callable[[int], int], tensors: Sequence[Optional[torch.Tensor]],
          wants_hook: bool) -> tuple[EventOverlap, Optional[Hook]]:
     """Both phases, or the send phase and a hook for the other. `tensors` live until the phases are over."""
+    kept = tuple(tensor for tensor in tensors if tensor is not None)
     phases.begin()
     ticket = launch(0)
     if wants_hook:
-        phases.pause(tensors)
+        phases.pause(kept)
 
         def receive() -> None:
             phases.resume()
             launch(ticket)
-            phases.finish(tensors)
+            phases.finish(kept)
 
         return EventOverlap(None), Hook(receive)
-    launch(ticket)
-    is_async, recorded = phases.finish(tensors)
+    try:
+        launch(ticket)
+    except BaseException:
+        phases.pause(kept)  # the send phase may still run
+        raise
+    is_async, recorded = phases.finish(kept)
     if not is_async:
         return EventOverlap(None), None
-    return EventOverlap(EventHandle._wrap(recorded), tuple(tensor for tensor in tensors if tensor is not None)), None
+    return EventOverlap(EventHandle._wrap(recorded), kept), None

@@ -10,9 +10,9 @@ from typing import Optional
 
 import torch
 
-from deep_ep._streams import CudaStreams, HostStreams, RecordedEvent, Streams, is_capturing
+from deep_ep._streams import CudaStreams, HostEvent, HostStreams, RecordedEvent, Streams, is_capturing
 
-Tensors = Sequence[Optional[torch.Tensor]]
+Tensors = Sequence[torch.Tensor]
 
 
 class PhaseOrder:
@@ -78,7 +78,10 @@ class _CudaPhases(Phases):
         self._order.enter(self._target)
 
     def pause(self, tensors: Tensors) -> None:
-        pass  # torch reuses memory in stream order, so tensors of this stream may be dropped at any time
+        # torch reuses memory in stream order, so tensors of the current stream may be dropped at any time.
+        if self._is_on_comm_stream:
+            for tensor in tensors:
+                tensor.record_stream(self._target)
 
     def resume(self) -> None:
         self._order.enter(self._target)
@@ -88,10 +91,7 @@ class _CudaPhases(Phases):
             return False, None
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._target)
-        if self._is_on_comm_stream:
-            for tensor in tensors:
-                if tensor is not None:
-                    tensor.record_stream(self._target)
+        self.pause(tensors)
         return True, event
 
 
@@ -106,17 +106,20 @@ class _HostPhases(Phases):
         pass
 
     def pause(self, tensors: Tensors) -> None:
-        self._streams.record(tensors)
+        self._record(tensors)
 
     def resume(self) -> None:
         pass
 
     def finish(self, tensors: Tensors) -> tuple[bool, RecordedEvent]:
-        event = self._streams.record(tensors)
+        event = self._record(tensors)
         if self._is_async:
             return True, event
         event.wait()
         return False, None
+
+    def _record(self, tensors: Tensors) -> HostEvent:
+        return self._streams.record([tensor for tensor in tensors if tensor is not None])
 
 
 def open_phases(streams: Streams, order: PhaseOrder, is_async: bool) -> Phases:

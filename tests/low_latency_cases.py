@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 from typing import Any, Optional
 
 import torch
@@ -123,6 +124,7 @@ def many_shapes(worker: Worker, rounds: int, seed: int) -> None:
                         idx_dtype=choose(torch.int64, torch.int32),
                         seed=seed * 1000 + i)
         manner = Manner(cast, choose(*MODES), max_tokens, zero_copy=choose(False, False, True))
+        manner = replace(manner, use_logfmt=not manner.zero_copy and choose(False, True))
         flight = LowLatencyFlight(worker, low_latency_buffer(worker), work, manner).dispatch()
         if choose(False, True):
             low_latency_buffer(worker).clean_low_latency_buffer(max_tokens, 128, work.num_experts)
@@ -157,14 +159,20 @@ def zeroed_by_caller(worker: Worker, work: Workload) -> None:
         worker.barrier()
 
 
-def bitwise_repeats(worker: Worker, work: Workload, cast: Cast, rounds: int, seconds: float = 0.0) -> int:
+def bitwise_repeats(worker: Worker,
+                    work: Workload,
+                    cast: Cast,
+                    rounds: int,
+                    seconds: float = 0.0,
+                    use_logfmt: bool = False) -> int:
     """The same call gives the same bits, whatever the timing of a round. Returns the number of rounds."""
     buffer, want = low_latency_buffer(worker, _bytes_for(work)), None
     deadline, done = time.monotonic() + seconds, 0
     while done < rounds or _is_before(worker, deadline):
         if worker.rank == done % worker.num_ranks and done % 8 == 0:
             time.sleep(0.01)
-        flight = LowLatencyFlight(worker, buffer, work, Manner(cast, MODES[done % 3])).start_dispatch()
+        flight = LowLatencyFlight(worker, buffer, work, Manner(cast, MODES[done % 3],
+                                                               use_logfmt=use_logfmt)).start_dispatch()
         flight = flight.finish_dispatch() if done == 0 else flight
         if done:
             flight.landed(*flight.received[3:])
@@ -228,15 +236,18 @@ def late_rank(worker: Worker, work: Workload, late: int) -> None:
     flight.combine()
 
 
-def weighted_sum_error(worker: Worker, work: Workload) -> None:
+def weighted_sum_error(worker: Worker, work: Workload, use_logfmt: bool) -> float:
     """Where the parts are rounded on their way, the result stays within the bound that the documents state.
 
     Against the exact sum: half a unit in the last place (2**-8) of every part, and of the result; and float32 noise.
+    With use_logfmt a part is off by half a step: 12 / 1018 of a channel's size, or 2**-13 of the group's largest.
+    Returns the root mean square of the error, relative to that of the result.
     """
-    flight = LowLatencyFlight(worker, low_latency_buffer(worker), work).dispatch().start_combine()
+    manner = Manner(use_logfmt=use_logfmt)
+    flight = LowLatencyFlight(worker, low_latency_buffer(worker), work, manner).dispatch().start_combine()
     flight.landed(*flight.combined[1:])
     parts = low_latency_parts(answers_of(work, flight.arrivals), flight.arrivals, flight.mine, worker.rank)
-    unit = 2.0**-8
+    unit, errors, results = 2.0**-8, 0.0, 0.0
     for token, of_ranks in enumerate(parts):
         if not of_ranks:
             assert not flight.combined[0][token].any()
@@ -244,8 +255,14 @@ def weighted_sum_error(worker: Worker, work: Workload) -> None:
         stacked = torch.stack(of_ranks).double()
         exact, size = stacked.sum(0), stacked.abs().sum(0)
         error = (flight.combined[0][token].cpu().double() - exact).abs()
-        bound = unit * size + unit * (exact.abs() + unit * size) + 2.0**-18 * size
+        wire = unit * size
+        if use_logfmt:
+            largest = stacked.abs().reshape(len(of_ranks), -1, 128).amax(2).repeat_interleave(128, 1)
+            wire = 1.01 * torch.maximum(12 / 1018 * stacked.abs(), 2.0**-13 * largest).sum(0)
+        bound = wire + unit * (exact.abs() + wire) + 2.0**-18 * size
         assert (error <= bound).all(), (token, float((error / bound).max()))
+        errors, results = errors + float(error.square().sum()), results + float(exact.square().sum())
+    return float((errors / results)**0.5)
 
 
 def zero_tokens_everywhere(worker: Worker) -> None:

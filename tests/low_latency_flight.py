@@ -6,7 +6,7 @@ from typing import Any, Optional
 
 import torch
 from compare import equal, poisoned, same_bits, same_numbers
-from reference import Cast, ExpertRows, Sent, low_latency_combine, low_latency_dispatch
+from reference import Cast, ExpertRows, Sent, logfmt, low_latency_combine, low_latency_dispatch
 from utils import Worker
 from workload import Workload, random_rows
 
@@ -24,6 +24,7 @@ class Manner:
     cast: Cast = BF16
     mode: str = "sync"  # or "async", "hook"
     max_tokens: int = 0  # num_max_dispatch_tokens_per_rank; 0: the most that a rank of the workload has
+    use_logfmt: bool = False
     zero_copy: bool = False
     has_out: bool = False
     has_stats: bool = False
@@ -150,6 +151,7 @@ class LowLatencyFlight:
                                                             self.topk_idx,
                                                             self.topk_weights,
                                                             self.handle,
+                                                            use_logfmt=self.manner.use_logfmt,
                                                             zero_copy=self.manner.zero_copy,
                                                             out=out,
                                                             combine_wait_recv_cost_stats=self.waits,
@@ -164,7 +166,8 @@ class LowLatencyFlight:
                                    self.arrivals,
                                    self.mine,
                                    self.rank,
-                                   is_fused=self.device.type == "cuda")
+                                   is_fused=self.device.type == "cuda",
+                                   wire=logfmt if self.manner.use_logfmt else torch.Tensor.bfloat16)
         same_numbers("combined_x", combined, want)
         assert self.waits is None or (self.waits >= STATS_START).all()
         return self

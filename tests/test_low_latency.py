@@ -110,8 +110,18 @@ def test_inputs_may_be_dropped(pool: Pool) -> None:
     pool.run(cases.freed_inputs, 3, Workload((16, 9, 12), hidden=1024))
 
 
-def test_error_of_the_weighted_sum(pool: Pool) -> None:
-    pool.run(cases.weighted_sum_error, 4, Workload((20, 12, 8, 16), num_topk=8, experts_per_rank=8))
+@pytest.mark.parametrize(("use_logfmt", "limit"), [(False, 0.0025), (True, 0.0045)])
+def test_error_of_the_weighted_sum(pool: Pool, use_logfmt: bool, limit: float) -> None:
+    work = Workload((20, 12, 8, 16), num_topk=8, experts_per_rank=8)
+    errors = pool.run(cases.weighted_sum_error, 4, work, use_logfmt)
+    assert max(errors) < limit, errors
+
+
+def test_logfmt(pool: Pool) -> None:
+    """Bit for bit, also where the row ends within a group or a thread's share."""
+    works = [Workload((5, 0, 9), hidden=hidden, seed=hidden) for hidden in (8, 16, 120, 264, 1000, 2880, 7168)]
+    for mode in cases.MODES:
+        pool.run(cases.trips, 3, works, Manner(mode=mode, use_logfmt=True, has_stats=True))
 
 
 # Buffers
@@ -193,19 +203,24 @@ def main() -> None:
     if args.shrink_test:
         run_shrink_test(pool, replace(work, num_tokens=(8, ) * args.num_processes, hidden=512))
     elif args.pressure_test:
-        run_pressure_test(pool, work, args.seconds)
+        run_pressure_test(pool, work, args.seconds, args.use_logfmt)
     else:
-        run_formats(pool, work)
+        run_formats(pool, work, args.use_logfmt)
     pool.close()
 
 
-def run_formats(pool: Pool, work: Workload) -> None:
+def run_formats(pool: Pool, work: Workload, use_logfmt: bool) -> None:
     num_bytes = cases._bytes_for(work)
     for name, cast in CASTS.items():
         if work.hidden % (512 if cast.use_ue8m0 else 128 if cast.use_fp8 else 8):
             continue
         for mode in cases.MODES:
-            pool.run(cases.whole_trip, work.num_ranks, work, Manner(cast, mode), num_bytes, deadline_s=600)
+            pool.run(cases.whole_trip,
+                     work.num_ranks,
+                     work,
+                     Manner(cast, mode, use_logfmt=use_logfmt),
+                     num_bytes,
+                     deadline_s=600)
             print(f"{name}, {mode}: passed", flush=True)
 
 
@@ -215,10 +230,17 @@ def run_shrink_test(pool: Pool, work: Workload) -> None:
     print(f"killed rank {victim}; {sum(result is not None for result in results)} ranks went on: passed")
 
 
-def run_pressure_test(pool: Pool, work: Workload, seconds: float) -> None:
+def run_pressure_test(pool: Pool, work: Workload, seconds: float, use_logfmt: bool) -> None:
     share = seconds / len(PRESSURE_CASTS)
     for name in PRESSURE_CASTS:
-        rounds = pool.run(cases.bitwise_repeats, work.num_ranks, work, CASTS[name], 3, share, deadline_s=seconds + 600)
+        rounds = pool.run(cases.bitwise_repeats,
+                          work.num_ranks,
+                          work,
+                          CASTS[name],
+                          3,
+                          share,
+                          use_logfmt,
+                          deadline_s=seconds + 600)
         print(f"{name}: {rounds[0]} rounds with equal bits", flush=True)
 
 

@@ -175,6 +175,13 @@ def check_machine_paths(source: Source) -> Iterator[Finding]:
             yield Finding(source.path, number, 'machine-path', f'{found.group(0)!r} is a path of one machine')
 
 
+def check_conflict_marks(source: Source) -> Iterator[Finding]:
+    """Committed by accident, they may sit in a comment or a document where no compiler looks."""
+    for number, line in enumerate(source.lines, 1):
+        if line.startswith(('<' * 7 + ' ', '>' * 7 + ' ')):
+            yield Finding(source.path, number, 'conflict', 'a mark that a merge left behind')
+
+
 RULES: tuple[Rule, ...] = (
     check_include_order,
     check_backend_names,
@@ -197,6 +204,7 @@ RULES: tuple[Rule, ...] = (
            lambda source: source.path.startswith('deep_ep/') and source.path.endswith('.py')),
     check_size,
     check_machine_paths,
+    check_conflict_marks,
 )
 
 
@@ -213,7 +221,8 @@ def read_sources(root: Path, paths: Sequence[str]) -> Iterator[Source]:
 
 def list_files(root: Path) -> list[str]:
     command = ['git', 'ls-files', '--cached', '--others', '--exclude-standard']
-    return sorted(subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout.splitlines())
+    return sorted(set(
+        subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout.splitlines()))
 
 
 def main() -> int:

@@ -32,7 +32,7 @@ template <class... Parts> std::string concat(const Parts&... parts) {
 }  // namespace deep_ep
 
 // EP_CHECK(cond, "hidden_bytes must be a multiple of 16, got ", n): throws InvalidArgument.
-#define EP_CHECK(cond, ...)                                                        \
-    do {                                                                           \
+#define EP_CHECK(cond, ...)                                                            \
+    do {                                                                               \
         if (!(cond)) throw ::deep_ep::InvalidArgument(::deep_ep::concat(__VA_ARGS__)); \
     } while (false)

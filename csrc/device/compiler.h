@@ -10,8 +10,11 @@
 #define EP_BACKEND cuda_backend
 #define EP_DEVICE __device__ __forceinline__
 #define EP_HOST_DEVICE __host__ __device__ __forceinline__
+// What is hardly ever called: one copy, outside the caller's registers. Arguments by value.
+#define EP_DEVICE_COLD inline __device__ __noinline__
 #else
 #define EP_BACKEND simt_backend
 #define EP_DEVICE inline
 #define EP_HOST_DEVICE inline
+#define EP_DEVICE_COLD __attribute__((noinline, cold)) inline
 #endif

@@ -17,10 +17,10 @@ namespace deep_ep::dev {
 
 struct LaunchConfig {
     int num_blocks = 1;
-    int num_threads = 32;          // a multiple of 32, at most 1024
+    int num_threads = 32;  // a multiple of 32, at most 1024
     int dynamic_shared_bytes = 0;
-    bool is_cooperative = false;   // blocks wait for each other, or for peers: all must be resident at once
-    const char* name = "";         // for reports
+    bool is_cooperative = false;  // blocks wait for each other, or for peers: all must be resident at once
+    const char* name = "";        // for reports
 };
 
 inline namespace EP_BACKEND {

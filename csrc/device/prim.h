@@ -66,6 +66,14 @@ EP_DEVICE Vec16 load_shared_with_peers(const Vec16* ptr);
 EP_DEVICE void store_streaming(Vec16* ptr, Vec16 value);
 
 // ---------------------------------------------------------------------------------------------------------------
+// Arithmetic
+// ---------------------------------------------------------------------------------------------------------------
+
+// Two floats as bfloat16, `low` in the lower half: to nearest, ties to even; any NaN becomes 0x7fff.
+//                                                                                     CUDA: cvt.rn.bf16x2.f32
+EP_DEVICE uint32_t round_to_bf16x2(float low, float high);
+
+// ---------------------------------------------------------------------------------------------------------------
 // mbarriers: 8-byte objects in shared memory (phase, pending arrivals, pending transaction bytes).
 // ---------------------------------------------------------------------------------------------------------------
 struct alignas(8) MBarrier {
@@ -112,8 +120,9 @@ template <int N> EP_DEVICE void bulk_wait_read();
 //                                                                                     CUDA: fence.proxy.async.shared::cta
 EP_DEVICE void fence_async_shared();
 
-// The same for global memory: after an acquire, before a bulk_load of what it guards; after bulk_wait, before a
-// release that publishes what was stored.                                             CUDA: fence.proxy.async.global
+// The same for global memory: after an acquire, before a bulk_load of what it guards or a bulk_store over it. Not needed
+// after bulk_wait: a completed bulk copy is in order with the accesses of the thread that waited for it.
+//                                                                                     CUDA: fence.proxy.async.global
 EP_DEVICE void fence_async_global();
 
 // ---------------------------------------------------------------------------------------------------------------

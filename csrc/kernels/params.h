@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "layout/intranode.h"
+#include "layout/staging.h"
 #include "layout/status.h"
 
 namespace deep_ep::kernels {
@@ -24,12 +25,20 @@ struct WatchParams {
     uint64_t warn_ns;
 };
 
-// How many threads work. Chosen by the runtime from the SM budget.
+// Of a block. Fewer threads have more registers: a lane of combine keeps 56 sums.
+constexpr int kMaxDispatchThreads = 768;
+constexpr int kMaxCombineThreads = 384;
+
+// How many threads work, and through what. Chosen by the runtime from the SM budget and the shape.
 struct Geometry {
     int num_blocks;
-    int num_send_warps;  // in each block
-    int num_recv_warps;  // in each block
+    int num_send_warps;    // in each block
+    int num_recv_warps;    // in each block
+    layout::Staging send;  // of each send warp
+    layout::Staging recv;  // of each receive warp
 };
+
+constexpr int kMaxLayoutBlocks = 16;
 
 struct LayoutParams {
     const void* topk_idx;  // [num_tokens, num_topk], -1: none
@@ -38,7 +47,7 @@ struct LayoutParams {
     int* num_tokens_per_rank;    // [num_ranks]
     int* num_tokens_per_expert;  // [num_experts]
     uint8_t* is_token_in_rank;   // [num_tokens, num_ranks]
-    int* partials;               // [num_blocks, num_ranks + num_experts]
+    int* partials;               // [num_ranks + num_experts, kMaxLayoutBlocks]
     WatchParams watch;
 };
 
@@ -49,8 +58,8 @@ struct NotifyDispatchParams {
     const int* num_tokens_per_expert;
     const uint8_t* is_token_in_rank;
     int num_tokens, num_experts, expert_alignment;
-    int* rank_prefix_matrix;  // [num_ranks, num_ranks], [src][dst], inclusive over src
-    int* send_head;           // [num_tokens, num_ranks]
+    int* rank_prefix_matrix;     // [num_ranks, num_ranks], [src][dst], inclusive over src
+    int* send_head;              // [num_tokens, num_ranks]
     layout::HostCounts* counts;  // null: the host does not wait
     uint64_t ticket;
 };

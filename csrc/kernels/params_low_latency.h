@@ -55,6 +55,7 @@ struct LowLatencyDispatchParams {
 
 struct LowLatencyCombineParams {
     LowLatencyCall call;
+    bool uses_logfmt;  // on the wire; see device/algo/logfmt.h
     const uint8_t* x;  // bfloat16 [El, R * T, hidden]
     const void* topk_idx;
     int idx_bytes;

@@ -5,7 +5,9 @@
 
 namespace deep_ep::layout {
 
-constexpr uint64_t align_up(uint64_t value, uint64_t alignment) { return (value + alignment - 1) / alignment * alignment; }
+constexpr uint64_t align_up(uint64_t value, uint64_t alignment) {
+    return (value + alignment - 1) / alignment * alignment;
+}
 
 // `count` elements of `element_bytes` each, `offset` bytes from the start of the region.
 struct Field {

@@ -11,10 +11,10 @@
 
 namespace deep_ep::layout {
 
-constexpr int kNumBanks = 2;             // calls alternate between the banks
-constexpr int kMaxWindow = 4096;         // slots of one source in one bank, at most
-constexpr int kMaxLocalExperts = 1024;   // experts of one rank, at most
-constexpr int kMaxTokens = 1 << 24;      // tokens of one rank in one call, less one: see make_tag
+constexpr int kNumBanks = 2;            // calls alternate between the banks
+constexpr int kMaxWindow = 4096;        // slots of one source in one bank, at most
+constexpr int kMaxLocalExperts = 1024;  // experts of one rank, at most
+constexpr int kMaxTokens = 1 << 24;     // tokens of one rank in one call, less one: see make_tag
 constexpr uint64_t kHeapAlignment = 128;
 
 // A flag says which row of which call it speaks of, so that it never needs clearing: flags only grow.
@@ -52,9 +52,9 @@ struct ControlLayout {
 
 // One token on its way: its row, then 4-byte metadata words.
 struct SlotLayout {
-    Field row;      // bytes
-    Field src_idx;  // i32[0..1]: index of the token at its source
-    Field topk_idx;  // i32[K]: local expert ids, -1: not here
+    Field row;           // bytes
+    Field src_idx;       // i32[0..1]: index of the token at its source
+    Field topk_idx;      // i32[K]: local expert ids, -1: not here
     Field topk_weights;  // f32[K]
     Field scales;        // any 4-byte type [num_scales]
     uint64_t bytes = 0;

@@ -30,6 +30,28 @@ struct LowLatencyControl {
     }
 };
 
+// A row of combine in the logarithmic format, ten bits a channel, in planes (see device/algo/logfmt.h).
+struct LogfmtRow {
+    static constexpr uint64_t kGroupSize = 128;  // channels with one scale
+    static constexpr uint64_t kUnit = 16;        // channels that one thread packs
+
+    Field low;     // u8[hidden]: low bits of each channel's code
+    Field high;    // u32[hidden / 16]: the other two bits of sixteen channels
+    Field scales;  // u32[hidden / 128][2]
+    uint64_t bytes = 0;
+
+    static constexpr LogfmtRow make(uint64_t hidden) {
+        const uint64_t num_units = (hidden + kUnit - 1) / kUnit;
+        LogfmtRow layout;
+        FieldCursor cursor;
+        layout.low = cursor.take(1, num_units * kUnit, 16);
+        layout.high = cursor.take(4, num_units, 16);
+        layout.scales = cursor.take(4, 2 * ((hidden + kGroupSize - 1) / kGroupSize), 16);
+        layout.bytes = cursor.total(16);
+        return layout;
+    }
+};
+
 // What one rank writes to another in one call: its routing table, then one slot for each token.
 struct LowLatencyMessage {
     Field num_tokens;    // i32[4]: only the first is used

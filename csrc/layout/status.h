@@ -46,7 +46,7 @@ struct HostCounts {
 
 // Device-local, private to the rank; survives between calls.
 struct LocalState {
-    uint64_t num_calls;       // completed calls of the high-throughput mode; the same on all ranks
+    uint64_t num_calls;  // completed calls of the high-throughput mode; the same on all ranks
     uint32_t num_done_blocks;
     uint32_t failure_claimed;
     uint64_t warned_call;

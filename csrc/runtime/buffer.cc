@@ -12,7 +12,10 @@ namespace deep_ep::runtime {
 
 namespace {
 
-constexpr int kMaxLayoutBlocks = 16;
+constexpr int kMaxStagedRanks = 32;  // lanes of a warp
+constexpr int kMaxStages = 4;
+constexpr int kReduceWarps = 8;
+constexpr int kStaticSharedBytes = 256;  // at most, of the same kernels
 constexpr double kStartGraceSeconds = 30.0;  // for kernels queued before ours, on top of the kernel's own deadline
 
 // Host-mapped words are written by kernels; the host reads them as the other side of a release.
@@ -53,9 +56,7 @@ void check_row(int64_t row_bytes) {
 }  // namespace
 
 Buffer::Buffer(std::shared_ptr<dev::Device> device, const BufferOptions& options)
-    : device_(std::move(device)),
-      options_(checked(options)),
-      kernels_(&table_for(device_->kind())),
+    : device_(std::move(device)), options_(checked(options)), kernels_(&table_for(device_->kind())),
       control_(layout::ControlLayout::make(static_cast<uint64_t>(options.num_ranks))) {
     const auto heap_bytes =
         control_.bytes + static_cast<uint64_t>(options_.num_data_bytes + options_.num_low_latency_bytes);
@@ -70,8 +71,8 @@ Buffer::Buffer(std::shared_ptr<dev::Device> device, const BufferOptions& options
     masked_ = static_cast<int*>(device_->allocate(sizeof(int) * num_ranks));
     wait_ns_ = static_cast<uint64_t*>(device_->allocate(2 * sizeof(uint64_t) * num_ranks));
     // Here, not when first needed: that may be while a CUDA graph is captured.
-    layout_partials_ =
-        static_cast<int*>(device_->allocate(sizeof(int) * kMaxLayoutBlocks * static_cast<size_t>(max_layout_counts())));
+    layout_partials_ = static_cast<int*>(
+        device_->allocate(sizeof(int) * kernels::kMaxLayoutBlocks * static_cast<size_t>(max_layout_counts())));
 }
 
 // Ranks and experts that one layout kernel can count: a block keeps all counts in shared memory.
@@ -107,16 +108,52 @@ kernels::WatchParams Buffer::watch_params() const {
             to_ns(options_.warn_s)};
 }
 
-kernels::Geometry Buffer::plan(int num_sms) const {
+int Buffer::shared_bytes() const { return device_->max_shared_bytes() - kStaticSharedBytes; }
+
+// Rows through registers: enough warps to have many loads under way.
+kernels::Geometry Buffer::plan_plain(int num_sms, int max_threads) const {
     // A fiber costs more than it brings once a CPU core has a few hundred of them.
-    const int warps = device_->kind() == dev::DeviceKind::kCuda ? 8 : 2;
-    return {std::clamp(num_sms, 1, device_->num_sms()), warps, warps};
+    const int warps = device_->kind() == dev::DeviceKind::kCuda ? max_threads / 32 / 2 : 2;
+    return {.num_blocks = std::clamp(num_sms, 1, device_->num_sms()),
+            .num_send_warps = warps,
+            .num_recv_warps = warps,
+            .send = {},
+            .recv = {}};
+}
+
+// Whether staged kernels can run this geometry: lanes stand for ranks, and a warp has one peer at most.
+bool Buffer::can_stage(const kernels::Geometry& geometry) const {
+    return device_->has_bulk_copy() && options_.num_ranks <= kMaxStagedRanks && geometry.num_send_warps > 0 &&
+           geometry.num_blocks * geometry.num_send_warps >= options_.num_ranks - 1 &&
+           geometry.num_blocks * geometry.num_recv_warps >= options_.num_ranks - 1;
+}
+
+// Send warps have stages where each of them gets two; fewer warps would move less than registers do.
+kernels::Geometry Buffer::plan_dispatch(int num_sms, const layout::SlotLayout& slot) const {
+    const kernels::Geometry plain = plan_plain(num_sms, kernels::kMaxDispatchThreads);
+    const layout::Staging stage{1, static_cast<int>(layout::bulk_bytes(slot.scales.end())) + layout::kPositionBytes};
+    kernels::Geometry staged = plain;
+    staged.send = {std::min(shared_bytes() / (plain.num_send_warps * stage.bytes()), kMaxStages), stage.stage_bytes};
+    return staged.send.num_stages >= 2 && can_stage(staged) ? staged : plain;
+}
+
+// Reduce warps have stages of a fixed size; send warps get the rest.
+kernels::Geometry Buffer::plan_combine(int num_sms, const layout::SlotLayout& slot) const {
+    const kernels::Geometry geometry = plan_plain(num_sms, kernels::kMaxCombineThreads);
+    const int reduce_warps = device_->kind() == dev::DeviceKind::kCuda ? kReduceWarps : geometry.num_recv_warps;
+    const layout::Staging recv{layout::kReduceStages, layout::kReduceStageBytes};
+    const layout::Staging send{1, static_cast<int>(layout::bulk_bytes(slot.topk_weights.end()))};
+    const int fitting = (shared_bytes() - reduce_warps * recv.bytes()) / send.bytes();
+    const int send_warps = std::min(kernels::kMaxCombineThreads / 32 - reduce_warps, fitting / 2);
+    if (send_warps <= 0) return geometry;
+    const int num_stages = std::min(fitting / send_warps, kMaxStages);
+    const kernels::Geometry staged{geometry.num_blocks, send_warps, reduce_warps, {num_stages, send.stage_bytes}, recv};
+    return can_stage(staged) ? staged : geometry;
 }
 
 layout::WindowLayout Buffer::window_for(const layout::SlotLayout& slot, const char* operation) const {
     const auto num_ranks = static_cast<uint64_t>(options_.num_ranks);
-    const auto window =
-        layout::WindowLayout::make(static_cast<uint64_t>(options_.num_data_bytes), num_ranks, slot.bytes);
+    const auto window = layout::WindowLayout::make(static_cast<uint64_t>(options_.num_data_bytes), num_ranks, slot.bytes);
     EP_CHECK(options_.num_ranks == 1 || window.window > 0, "num_nvl_bytes is too small for this ", operation,
              ": expected at least ", layout::WindowLayout::bytes_for(num_ranks, slot.bytes, 1), ", got ",
              options_.num_data_bytes, " (see Config.get_nvl_buffer_size_hint)");
@@ -132,7 +169,7 @@ void Buffer::get_dispatch_layout(const LayoutArgs& args, dev::Stream stream) {
     const int num_counts = options_.num_ranks + args.num_experts;
     EP_CHECK(num_counts <= max_layout_counts(), "num_experts must be at most ",
              max_layout_counts() - options_.num_ranks, ", got ", args.num_experts);
-    const int max_blocks = std::min(kMaxLayoutBlocks, device_->num_sms());
+    const int max_blocks = std::min(kernels::kMaxLayoutBlocks, device_->num_sms());
     const int num_blocks = std::clamp((args.num_tokens + 255) / 256, 1, max_blocks);
     kernels_->layout({.topk_idx = args.topk_idx,
                       .idx_bytes = args.idx_bytes,
@@ -203,12 +240,12 @@ void Buffer::dispatch(const DispatchArgs& args, int num_sms, dev::Stream stream)
     check();
     check_tokens(args.num_tokens);
     check_row(args.row_bytes);
-    const auto slot =
-        layout::SlotLayout::for_dispatch(static_cast<uint64_t>(args.row_bytes), static_cast<uint64_t>(args.num_topk),
-                                         static_cast<uint64_t>(args.num_scales));
+    const auto slot = layout::SlotLayout::for_dispatch(static_cast<uint64_t>(args.row_bytes),
+                                                       static_cast<uint64_t>(args.num_topk),
+                                                       static_cast<uint64_t>(args.num_scales));
     kernels_->dispatch({.heap = heap_params(),
                         .watch = watch_params(),
-                        .geometry = plan(num_sms),
+                        .geometry = plan_dispatch(num_sms, slot),
                         .slot = slot,
                         .window = window_for(slot, "dispatch"),
                         .is_first_kernel = args.is_cached,
@@ -241,11 +278,11 @@ void Buffer::combine(const CombineArgs& args, int num_sms, dev::Stream stream) {
     check_tokens(args.num_tokens);
     const int64_t row_bytes = int64_t{args.hidden} * 2;
     check_row(row_bytes);
-    const auto slot =
-        layout::SlotLayout::for_combine(static_cast<uint64_t>(row_bytes), static_cast<uint64_t>(args.num_topk));
+    const auto slot = layout::SlotLayout::for_combine(static_cast<uint64_t>(row_bytes),
+                                                      static_cast<uint64_t>(args.num_topk));
     kernels_->combine({.heap = heap_params(),
                        .watch = watch_params(),
-                       .geometry = plan(num_sms),
+                       .geometry = plan_combine(num_sms, slot),
                        .slot = slot,
                        .window = window_for(slot, "combine"),
                        .x = args.x,
@@ -274,8 +311,8 @@ void Buffer::bench_push(int64_t bytes_per_peer, int num_sms, dev::Stream stream)
 
 // The two modes count their calls apart.
 std::vector<uint64_t> Buffer::read_started(layout::Operation operation) const {
-    const bool is_low_latency =
-        operation == layout::Operation::kLowLatencyDispatch || operation == layout::Operation::kLowLatencyCombine;
+    const bool is_low_latency = operation == layout::Operation::kLowLatencyDispatch ||
+                                operation == layout::Operation::kLowLatencyCombine;
     const layout::Field& field = is_low_latency ? control_.low_latency.started : control_.started;
     std::vector<uint64_t> started(static_cast<size_t>(options_.num_ranks));
     device_->copy_now(started.data(), heap_->local() + field.offset, field.bytes());

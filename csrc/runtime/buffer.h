@@ -105,6 +105,7 @@ struct LowLatencyDispatchArgs {
 
 struct LowLatencyCombineArgs {
     LowLatencyShape shape;
+    bool uses_logfmt;
     const uint8_t* x;
     const void* topk_idx;
     int idx_bytes;
@@ -169,7 +170,11 @@ private:
     void collect_warning();
     kernels::HeapParams heap_params() const;
     kernels::WatchParams watch_params() const;
-    kernels::Geometry plan(int num_sms) const;
+    kernels::Geometry plan_plain(int num_sms, int max_threads) const;
+    kernels::Geometry plan_dispatch(int num_sms, const layout::SlotLayout& slot) const;
+    kernels::Geometry plan_combine(int num_sms, const layout::SlotLayout& slot) const;
+    bool can_stage(const kernels::Geometry& geometry) const;
+    int shared_bytes() const;  // dynamic, that a block of dispatch or combine can have
     int max_layout_counts() const;
     layout::WindowLayout window_for(const layout::SlotLayout& slot, const char* operation) const;
     std::vector<uint64_t> read_started(layout::Operation operation) const;

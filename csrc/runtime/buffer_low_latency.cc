@@ -32,6 +32,13 @@ layout::LowLatencyMessage dispatch_message(const LowLatencyShape& shape, bool is
                                            is_fp8 ? hidden / kGroupSize : 0);
 }
 
+layout::LowLatencyMessage combine_message(const LowLatencyShape& shape, bool uses_logfmt) {
+    if (!uses_logfmt) return dispatch_message(shape, false);
+    const layout::LogfmtRow row = layout::LogfmtRow::make(static_cast<uint64_t>(shape.hidden));
+    return layout::LowLatencyMessage::make(static_cast<uint64_t>(shape.num_max_tokens),
+                                           static_cast<uint64_t>(shape.num_topk), row.bytes, 0);
+}
+
 }  // namespace
 
 int64_t Buffer::low_latency_size_hint(int num_max_tokens, int hidden, int num_ranks, int num_experts) {
@@ -101,7 +108,8 @@ kernels::LowLatencyDispatchParams Buffer::low_latency_params(const LowLatencyDis
 
 kernels::LowLatencyCombineParams Buffer::low_latency_params(const LowLatencyCombineArgs& args) const {
     check_shape(args.shape, args.num_tokens, options_.num_ranks);
-    return {.call = low_latency_call(args.shape, dispatch_message(args.shape, false), args.wait_stats),
+    return {.call = low_latency_call(args.shape, combine_message(args.shape, args.uses_logfmt), args.wait_stats),
+            .uses_logfmt = args.uses_logfmt,
             .x = args.x,
             .topk_idx = args.topk_idx,
             .idx_bytes = args.idx_bytes,

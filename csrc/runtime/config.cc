@@ -16,8 +16,11 @@ constexpr uint64_t kHintBytesPerScale = 256;
 }  // namespace
 
 Config::Config(int sms, int nvl_send, int nvl_recv, int rdma_send, int rdma_recv)
-    : num_sms(sms), num_max_nvl_chunked_send_tokens(nvl_send), num_max_nvl_chunked_recv_tokens(nvl_recv),
-      num_max_rdma_chunked_send_tokens(rdma_send), num_max_rdma_chunked_recv_tokens(rdma_recv) {
+    : num_sms(sms),
+      num_max_nvl_chunked_send_tokens(nvl_send),
+      num_max_nvl_chunked_recv_tokens(nvl_recv),
+      num_max_rdma_chunked_send_tokens(rdma_send),
+      num_max_rdma_chunked_recv_tokens(rdma_recv) {
     EP_CHECK(sms >= 0, "num_sms must be at least 0, got ", sms);
     EP_CHECK(nvl_send > 0, "num_max_nvl_chunked_send_tokens must be positive, got ", nvl_send);
     EP_CHECK(rdma_send > 0, "num_max_rdma_chunked_send_tokens must be positive, got ", rdma_send);
@@ -42,8 +45,8 @@ int64_t Config::get_nvl_buffer_size_hint(int64_t hidden_bytes, int num_ranks) co
     EP_CHECK(num_ranks > 0, "num_ranks must be positive, got ", num_ranks);
     const auto row_bytes = layout::align_up(static_cast<uint64_t>(hidden_bytes), 16);
     const auto slot = layout::SlotLayout::for_dispatch(row_bytes, kHintTopk, row_bytes / kHintBytesPerScale);
-    return static_cast<int64_t>(layout::WindowLayout::bytes_for(static_cast<uint64_t>(num_ranks), slot.bytes,
-                                                                static_cast<uint64_t>(window())));
+    return static_cast<int64_t>(
+        layout::WindowLayout::bytes_for(static_cast<uint64_t>(num_ranks), slot.bytes, static_cast<uint64_t>(window())));
 }
 
 int64_t Config::get_rdma_buffer_size_hint(int64_t hidden_bytes, int num_ranks) const {

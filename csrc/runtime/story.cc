@@ -86,9 +86,10 @@ std::string describe_failure(const layout::WaitRecord& record, int rank, const s
         case layout::FailureKind::kBadInput: return describe_bad_input(record, rank);
         case layout::FailureKind::kAborted: return describe_abort(record, rank, started);
         default:
-            return concat("DeepEP timeout: ", describe_wait(record, rank, started),
-                          " Every rank must make the same sequence of dispatch and combine calls; if a peer may be this "
-                          "late, raise DEEP_EP_TIMEOUT_SECS or the Buffer's timeout.");
+            return concat(
+                "DeepEP timeout: ", describe_wait(record, rank, started),
+                " Every rank must make the same sequence of dispatch and combine calls; if a peer may be this "
+                "late, raise DEEP_EP_TIMEOUT_SECS or the Buffer's timeout.");
     }
 }
 

@@ -5,10 +5,9 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 import deep_ep_cpp
-from deep_ep import Buffer
+from deep_ep.bench.ranks import Ranks
 from deep_ep.bench.timing import Timer, median
 
 CUDA_BYTES_PER_PEER = 64 << 20
@@ -35,14 +34,14 @@ class PushStream:
             self._cpu_device.destroy_stream(self.address)
 
 
-def measure_ceilings(group: dist.ProcessGroup, timer: Timer, sms: list[int], is_cuda: bool) -> dict[int, float]:
+def measure_ceilings(ranks: Ranks, timer: Timer, sms: list[int], is_cuda: bool) -> dict[int, float]:
     """GB/s that leave the slowest rank, by number of SMs. Collective. 0 with one rank: nothing crosses a link."""
-    num_ranks = group.size()
+    num_ranks = ranks.size
     if num_ranks == 1:
         return dict.fromkeys(sms, 0.0)
     bytes_per_peer = CUDA_BYTES_PER_PEER if is_cuda else CPU_BYTES_PER_PEER
     # A Buffer of its own: a larger one for the operations would change what is measured there.
-    with Buffer(group, num_ranks * bytes_per_peer) as buffer:
+    with ranks.buffer(num_ranks * bytes_per_peer) as buffer:
         runtime: Any = buffer.runtime
         if is_cuda:
             # Zeros move faster than data on some machines.
@@ -59,6 +58,6 @@ def measure_ceilings(group: dist.ProcessGroup, timer: Timer, sms: list[int], is_
             ceilings[num_sms] = (num_ranks - 1) * bytes_per_peer / median(samples) / 1e3
         if is_cuda:
             torch.cuda.synchronize()
-        dist.barrier(group)  # nobody unmaps what a peer still writes to
+        ranks.barrier()  # nobody unmaps what a peer still writes to
         stream.close()
     return ceilings

@@ -4,17 +4,19 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from deep_ep import Buffer, Config
 from deep_ep.bench.ceiling import measure_ceilings
+from deep_ep.bench.ranks import ProcessRanks, Ranks, ThreadMeeting, ThreadRanks
 from deep_ep.bench.results import Row
 from deep_ep.bench.routing import (
     Shape,
@@ -33,6 +35,7 @@ T = TypeVar("T")
 
 SCALE_BLOCK = 128  # elements of an FP8 row that share a scale
 GROUP_TIMEOUT = timedelta(minutes=5)
+THREAD_POOL_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Options:
     num_sets: int
     seed: int
     with_graphs: bool
+    is_threaded: bool = False  # ranks are threads that share one GPU
 
 
 @dataclass(frozen=True)
@@ -162,18 +166,20 @@ def capture(call: Call, num_sets: int) -> Call:
 class IntranodeBenchmark:
     """One rank of the benchmark."""
 
-    def __init__(self, group: dist.ProcessGroup, options: Options, device: torch.device) -> None:
-        self._group = group
+    def __init__(self, ranks: Ranks, options: Options, device: torch.device) -> None:
+        self._ranks = ranks
         self._options = options
         self._device = device
-        self._timer = Timer(group, options.is_cuda)
+        self._timer = Timer(ranks, options.is_cuda)
 
     def run(self) -> list[Row]:
         options = self._options
-        ceilings = measure_ceilings(self._group, self._timer, options.num_sms, options.is_cuda)
+        # Threads share a GPU: there is no link.
+        ceilings = (dict.fromkeys(options.num_sms, 0.0) if options.is_threaded else measure_ceilings(
+            self._ranks, self._timer, options.num_sms, options.is_cuda))
         cases = list(itertools.product(options.num_tokens, options.routings, options.num_sms))
         rows: list[Row] = []
-        for num_tokens, routing, num_sms in show_progress(cases, is_shown=self._group.rank() == 0):
+        for num_tokens, routing, num_sms in show_progress(cases, is_shown=self._ranks.rank == 0):
             shape = Shape(options.num_ranks, num_tokens, options.hidden, options.num_topk, options.num_experts, routing)
             rows += self._measure_shape(shape, num_sms, ceilings[num_sms])
         return rows
@@ -185,24 +191,32 @@ class IntranodeBenchmark:
         num_bytes = max(config.get_nvl_buffer_size_hint(row_bytes, shape.num_ranks) for config in configs)
         remote_copies = busiest_remote_copies(count_copies(shape, self._options.seed))
         rows = []
-        with Buffer(self._group, num_bytes) as buffer:
+        with self._ranks.buffer(num_bytes) as buffer:
             workload = Workload(buffer, shape, self._options, self._device)
             for operation in workload.operations(num_sms):
                 rows.append(self._measure(operation, shape, remote_copies, ceiling))
-                if self._options.with_graphs and operation.is_capturable:
+                if self._options.is_threaded and operation.is_capturable:
+                    rows.append(self._measure(operation, shape, remote_copies, ceiling, is_queued=True))
+                elif self._options.with_graphs and operation.is_capturable:
                     graphs = capture(operation.call, self._options.num_sets)
                     replayed = Operation(f"{operation.name} graph", graphs, operation.row_bytes, operation.num_sms)
                     rows.append(self._measure(replayed, shape, remote_copies, ceiling))
             if self._options.is_cuda:
                 torch.cuda.synchronize()
-            dist.barrier(self._group)
+            self._ranks.barrier()
         return rows
 
-    def _measure(self, operation: Operation, shape: Shape, remote_copies: int, ceiling: float) -> Row:
+    def _measure(self,
+                 operation: Operation,
+                 shape: Shape,
+                 remote_copies: int,
+                 ceiling: float,
+                 is_queued: bool = False) -> Row:
         options = self._options
-        chained = self._timer.chained(operation.call, options.num_warmups, options.num_repeats)
+        time_chain = self._timer.queued if is_queued else self._timer.chained
+        chained = time_chain(operation.call, options.num_warmups, options.num_repeats)
         fresh = self._timer.fresh(operation.call, options.num_warmups, options.num_repeats)
-        return Row(operation=operation.name,
+        return Row(operation=f"{operation.name} queued" if is_queued else operation.name,
                    num_tokens=shape.num_tokens,
                    hidden=shape.hidden,
                    num_topk=shape.num_topk,
@@ -225,7 +239,17 @@ def show_progress(items: list[T], is_shown: bool) -> Iterable[T]:
     return bar
 
 
-def run_worker(rank: int, options: Options, folder: str) -> None:
+class Benchmark(Protocol):
+    """One rank of a benchmark."""
+
+    def __init__(self, ranks: Ranks, options: Options, device: torch.device) -> None:
+        ...
+
+    def run(self) -> list[Row]:
+        """Collective: measures everything."""
+
+
+def run_worker(rank: int, options: Options, folder: str, benchmark: type[Benchmark]) -> None:
     """One process. Rank 0 leaves the rows, as JSON, in `folder`."""
     device = torch.device("cpu")
     if options.is_cuda:
@@ -235,11 +259,33 @@ def run_worker(rank: int, options: Options, folder: str) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=options.num_ranks, timeout=GROUP_TIMEOUT)
     group = dist.new_group()
     try:
-        rows = IntranodeBenchmark(group, options, device).run()
+        rows = benchmark(ProcessRanks(group), options, device).run()
         if rank == 0:
             rows_path(folder).write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
     finally:
         dist.destroy_process_group()
+
+
+def run_threads(options: Options, benchmark: type[Benchmark]) -> list[Row]:
+    """Every rank is a thread of this process with a stream of its own; all use one device."""
+    meeting = ThreadMeeting(options.num_ranks)
+    with ThreadPoolExecutor(options.num_ranks) as pool:
+        workers = [pool.submit(_run_thread, meeting, rank, options, benchmark) for rank in range(options.num_ranks)]
+        return [worker.result() for worker in workers][0]
+
+
+def _run_thread(meeting: ThreadMeeting, rank: int, options: Options, benchmark: type[Benchmark]) -> list[Row]:
+    try:
+        if not options.is_cuda:
+            return benchmark(ThreadRanks(meeting, rank), options, torch.device("cpu")).run()
+        device = torch.device("cuda", 0)
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
+            # Memory for later: an allocation may not go to the driver while a kernel waits for this rank.
+            torch.empty(THREAD_POOL_BYTES, dtype=torch.uint8, device=device)
+            return benchmark(ThreadRanks(meeting, rank), options, device).run()
+    except BaseException:
+        meeting.barrier.abort()
+        raise
 
 
 def rows_path(folder: str) -> Path:

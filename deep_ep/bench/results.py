@@ -52,6 +52,7 @@ class Report:
     device: str
     num_ranks: int
     num_devices: int
+    is_threaded: bool = False
     rows: list[Row] = field(default_factory=list)
 
     @property
@@ -60,6 +61,9 @@ class Report:
         found = []
         if self.device == "cpu":
             found.append("Measured on the CPU executor: these figures say nothing about the speed of a GPU.")
+        elif self.is_threaded:
+            found.append(f"{self.num_ranks} ranks run at the same time on one GPU, each on its own SMs: no link is "
+                         "crossed. These are figures of the protocol and of the SMs, not of a wire.")
         elif self.num_devices < self.num_ranks:
             found.append(f"{self.num_ranks} ranks share {self.num_devices} GPU(s): no link is crossed, and the ranks "
                          "take turns. These figures say nothing about a machine with one GPU per rank.")
@@ -82,6 +86,7 @@ class Report:
             "machine": describe_machine(self.device),
             "num_ranks": self.num_ranks,
             "num_devices": self.num_devices,
+            "ranks_as_threads": self.is_threaded,
             "notices": self.notices,
             "rows": rows,
         }
@@ -121,7 +126,8 @@ def save(report: Report, folder: Path, commit: str) -> Path:
     content = report.to_json(commit)
     gpu = re.sub(r"[^a-z0-9]+", "-", content["machine"].get("gpu", "cpu").lower()).strip("-")
     date = content["date"][:16].replace(":", "")
-    path = folder / f"{date}_{report.benchmark}_{gpu}_x{report.num_ranks}.json"
+    ranks = f"{report.num_ranks}threads" if report.is_threaded else f"{report.num_ranks}"
+    path = folder / f"{date}_{report.benchmark}_{gpu}_x{ranks}.json"
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return path
@@ -139,7 +145,7 @@ def format_row(row: Row) -> tuple[str, ...]:
         f"{row.chained_us:.1f}",
         f"{row.fresh_us:.1f}",
         f"{row.chained_p95_us:.1f}",
-        f"{row.remote_bytes / 1e6:.1f}" if has_bytes else "-",
+        f"{row.remote_bytes / 1e6:.3g}" if has_bytes else "-",
         f"{row.remote_gb_per_s:.1f}" if has_bytes else "-",
         f"{row.ceiling_gb_per_s:.1f}" if row.ceiling_gb_per_s > 0 else "-",
         f"{row.share_of_ceiling:.2f}" if row.share_of_ceiling > 0 else "-",

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
+
+from deep_ep.bench.ranks import Ranks
 
 # Later than the slowest rank leaves a barrier, so that all ranks can meet at a moment instead.
 START_MARGIN_S = 0.5e-3
+HEAD_START_CYCLES = 60_000_000  # some 30 ms
 
 Mark = Any  # torch.cuda.Event, or seconds
 Call = Callable[[int], object]
@@ -22,20 +24,33 @@ class Timer:
     On CUDA by events on the current stream, which every call makes wait for its results; on the CPU by the host clock.
     """
 
-    def __init__(self, group: dist.ProcessGroup, is_cuda: bool) -> None:
-        self._group = group
+    def __init__(self, ranks: Ranks, is_cuda: bool) -> None:
+        self._ranks = ranks
         self._is_cuda = is_cuda
 
-    def chained(self, call: Call, num_warmups: int, num_repeats: int) -> list[float]:
+    def chained(self, call: Call, num_warmups: int, num_repeats: int, is_met: bool = False) -> list[float]:
         """Back-to-back calls; each is timed from the end of the one before it. `call` gets the number of the call."""
         for i in range(num_warmups):
             call(i)
-        self._meet()
+        if not is_met:
+            self._meet()
         marks = [self._mark()]
         for i in range(num_repeats):
             call(i)
             marks.append(self._mark())
         return self._slowest(self._differences(marks, marks[1:]))
+
+    def queued(self, call: Call, num_warmups: int, num_repeats: int) -> list[float]:
+        """Like `chained`, but the device sleeps first until the host has queued all calls: its own cost is not seen.
+
+        For calls that do not make the host wait. On the CPU the same as `chained`.
+        """
+        if self._is_cuda:
+            for i in range(num_warmups):
+                call(i)
+            self._meet()
+            torch.cuda._sleep(HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
+        return self.chained(call, 0 if self._is_cuda else num_warmups, num_repeats, is_met=self._is_cuda)
 
     def fresh(self, call: Call, num_warmups: int, num_repeats: int) -> list[float]:
         """Before each call the device is idle, and all ranks start at the same moment."""
@@ -50,14 +65,32 @@ class Timer:
                 ends.append(end)
         return self._slowest(self._differences(starts, ends))
 
+    def phases(self, send: Callable[[int], Callable[[], object]], num_warmups: int,
+               num_repeats: int) -> tuple[list[float], list[float]]:
+        """Both phases of a call, each as `fresh`: all ranks meet before `send`, and again before what it returned."""
+        marks: list[list[Mark]] = [[], [], [], []]
+        for i in range(num_warmups + num_repeats):
+            self._meet()
+            taken = [self._mark()]
+            receive = send(i)
+            taken.append(self._mark())
+            self._meet()
+            taken.append(self._mark())
+            receive()
+            taken.append(self._mark())
+            if i >= num_warmups:
+                for column, mark in zip(marks, taken):
+                    column.append(mark)
+        return (self._slowest(self._differences(marks[0],
+                                                marks[1])), self._slowest(self._differences(marks[2], marks[3])))
+
     def _meet(self) -> None:
         """All ranks of the host leave within microseconds of each other; a barrier alone lets them go one by one."""
         if self._is_cuda:
             torch.cuda.synchronize()
-        dist.barrier(self._group)
-        start = torch.tensor([time.monotonic()], dtype=torch.float64)
-        dist.all_reduce(start, op=dist.ReduceOp.MAX, group=self._group)
-        while time.monotonic() < float(start) + START_MARGIN_S:
+        self._ranks.barrier()
+        start = self._ranks.largest([time.monotonic()])[0] + START_MARGIN_S
+        while time.monotonic() < start:
             pass
 
     def _mark(self) -> Mark:
@@ -75,9 +108,7 @@ class Timer:
 
     def _slowest(self, samples_us: list[float]) -> list[float]:
         """Of every repeat, the slowest rank."""
-        samples = torch.tensor(samples_us, dtype=torch.float64)
-        dist.all_reduce(samples, op=dist.ReduceOp.MAX, group=self._group)
-        return [float(sample) for sample in samples]
+        return self._ranks.largest(samples_us)
 
 
 def median(samples_us: list[float]) -> float:

@@ -32,7 +32,8 @@ class Rule(NamedTuple):
 
 
 RULES = (
-    Rule('release store', rf'prim::store<{ORDER}kRelease,\s*{SCOPE}>\(', r'mutant::store<{id}, prim::Scope::\1>(', True),
+    Rule('release store', rf'prim::store<{ORDER}kRelease,\s*{SCOPE}>\(', r'mutant::store<{id}, prim::Scope::\1>(',
+         True),
     Rule('acquire load', rf'prim::load<{ORDER}kAcquire,\s*{SCOPE}>\(', r'mutant::load<{id}, prim::Scope::\1>(', True),
     Rule('acq_rel add', rf'prim::fetch_add<{ORDER}kAcqRel,\s*{SCOPE}>\(', r'mutant::fetch_add<{id}, prim::Scope::\1>('),
     Rule('fence', rf'prim::fence<{ORDER}kAcqRel,\s*{SCOPE}>\(\);', r'mutant::fence<{id}, prim::Scope::\1>();', True),

@@ -6,7 +6,7 @@
 
 namespace deep_ep::mutant {
 
-inline int active = 0;               // 0: none, the kernels are as written
+inline int active = 0;                // 0: none, the kernels are as written
 inline constexpr int kNarrow = 1000;  // kNarrow + n: mutant n keeps its order but loses its scope (sys -> gpu)
 
 template <int kId> bool is_active() { return active == kId; }

@@ -1,9 +1,16 @@
 """The slowest obvious version of what the library does, on the CPU, for all ranks at once."""
 
-from reference.low_latency import Cast, ExpertRows, low_latency_combine, low_latency_dispatch, low_latency_parts
+from reference.low_latency import (
+    Cast,
+    ExpertRows,
+    logfmt,
+    low_latency_combine,
+    low_latency_dispatch,
+    low_latency_parts,
+)
 from reference.moe import Arrival, Layout, Sent, combine, dispatch, layout
 
 __all__ = [
-    "Arrival", "Cast", "ExpertRows", "Layout", "Sent", "combine", "dispatch", "layout", "low_latency_combine",
+    "Arrival", "Cast", "ExpertRows", "Layout", "Sent", "combine", "dispatch", "layout", "logfmt", "low_latency_combine",
     "low_latency_dispatch", "low_latency_parts"
 ]

@@ -49,6 +49,28 @@ class Cast:
         return rows, (exponents << torch.tensor([0, 8, 16, 24], dtype=torch.int32)).sum(2).to(torch.int32)
 
 
+def logfmt(part: torch.Tensor) -> torch.Tensor:
+    """What arrives of a float32 row that is sent in the logarithmic format: ten bits a channel, a scale per 128."""
+    return torch.cat([_logfmt_group(group) for group in part.split(GROUP)])
+
+
+def _logfmt_group(group: torch.Tensor) -> torch.Tensor:
+    """A step is even in the bits of the float, which are its logarithm, drawn straight between powers of two."""
+    size = group.abs().view(torch.int32).long()
+    octave, infinity = 1 << 23, 0x7f800000
+    counted = size[(size > 0) & (size < infinity)]
+    if counted.numel() == 0:
+        return torch.where(size >= infinity, torch.nan, group)
+    highest = int(counted.max())
+    lowest = max(int(counted.min()), highest - 12 * octave)
+    step = max(1, -(-(highest - lowest) // 509))
+    nearest = lowest + (size - lowest + step // 2).div(step, rounding_mode="floor") * step
+    nearest = torch.where(size < lowest, torch.where(size + octave < lowest, 0, lowest), nearest)
+    nearest = torch.where(size == 0, 0, nearest).clamp(max=infinity - 1)
+    got = torch.copysign(nearest.to(torch.int32).view(torch.float32), group)
+    return torch.where(size >= infinity, torch.nan, got)
+
+
 def low_latency_dispatch(sent: list[Sent], rank: int, num_experts: int, cast: Cast) -> list[ExpertRows]:
     """What each local expert of `rank` receives when rank i sends `sent[i]`: by source rank, then by token."""
     num_local = num_experts // len(sent)

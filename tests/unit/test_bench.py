@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from deep_ep.bench.__main__ import command_of, int_list
+from deep_ep.bench.low_latency import row_bytes
 from deep_ep.bench.results import Report, Row, format_table, save
 from deep_ep.bench.routing import ROUTINGS, Shape, busiest_remote_copies, choose_experts, count_copies
 
@@ -94,6 +95,25 @@ def test_ranks_that_share_a_gpu_are_pointed_out() -> None:
     report = Report("intranode", "", "cuda", num_ranks=4, num_devices=1)
     assert "share 1 GPU" in report.notices[0]
     assert Report("intranode", "", "cuda", num_ranks=4, num_devices=4).notices == []
+
+
+def test_low_latency_rows_are_counted_as_they_are_sent() -> None:
+    assert [row_bytes(name, 7168) for name in ("FP8", "BF16", "logfmt")] == [7392, 14336, 9408]
+
+
+def test_the_low_latency_benchmark_runs_on_the_cpu(tmp_path: Path) -> None:
+    sizes = [
+        "--tokens", "1,4", "--hidden", "128", "--experts", "4", "--topk", "2", "--repeats", "1", "--input-sets", "1"
+    ]
+    command = [sys.executable, "-m", "deep_ep.bench", "low-latency", "--device", "cpu", "--num-processes", "2"]
+    finished = subprocess.run([*command, *sizes, "--save", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    content = json.loads(next(tmp_path.glob("*.json")).read_text(encoding="utf-8"))
+    assert content["benchmark"] == "low-latency"
+    names = [f"{call}{phase}" for call in ("dispatch FP8", "dispatch BF16", "combine BF16", "combine logfmt")
+             for phase in ("", " send", " receive")]  # yapf: disable
+    assert [(row["num_tokens"], row["operation"]) for row in content["rows"]] == [(t, n) for t in (1, 4) for n in names]
+    assert all(row["chained_us"] > 0 for row in content["rows"])
 
 
 @pytest.mark.slow

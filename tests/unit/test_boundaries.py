@@ -78,6 +78,8 @@ BROKEN = [
     ('environ', 'deep_ep/buffer.py', "depth = os.environ.get('DEPTH')"),
     ('environ', 'deep_ep/buffer.py', 'from os import path, environ'),
     ('environ', 'deep_ep/buffer.py', "depth = os.getenv('DEPTH')"),
+    ('conflict', 'docs/testing.md', '<' * 7 + ' HEAD'),
+    ('conflict', 'csrc/core/env.cc', '>' * 7 + ' main'),
     ('machine-path', 'docs/testing.md', 'cd /' + 'work/project'),
     ('machine-path', 'tools/run.sh', 'cp x /' + 'home/me/x'),
 ]

@@ -13,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
+import decode_loop
 import expert_parallel as ep
 import launcher
 import moe_layer
@@ -35,6 +36,18 @@ def test_layer_on_two_ranks_equals_the_dense_layer() -> None:
     for name, (difference, value, norm) in differences.items():
         assert difference <= moe_layer.TOLERANCE_MAX * value, name
         assert norm <= moe_layer.TOLERANCE_NORM, name
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("num_tokens", [5, 1])
+def test_decode_loop_equals_the_dense_layers(num_tokens: int) -> None:
+    """An odd number of sequences, so that micro-batches differ; and one alone, whose second micro-batch is missing."""
+    sizes = decode_loop.Sizes(num_tokens=num_tokens, hidden=64, ffn_hidden=48, num_experts=6, num_topk=3, num_layers=2)
+    reports = list(launcher.run(launcher.make_workers(decode_loop.run_rank, 2, (sizes, 2)), "cpu"))
+    final = {name: report for name, report in reports if not isinstance(report, str)}
+    assert sorted(final) == ["rank 0", "rank 1"]
+    assert decode_loop.print_verdict(final, 2)
+    assert all(report.largest_value > 1 for report in final.values())
 
 
 @pytest.mark.usefixtures("library")

@@ -24,8 +24,8 @@ EP_DEVICE void announce_start(const Watch& watch) {
 EP_DEVICE bool wait_for_banks(const Watch& watch) {
     bool is_ready = true;
     for (int peer = prim::lane_idx(); peer < watch.heap.num_ranks(); peer += prim::kWarpSize)
-        is_ready &= wait_at_least(watch, {layout::Stage::kStart, peer},
-                                  watch.heap.started(watch.heap.rank(), peer), watch.call - 1);
+        is_ready &= wait_at_least(watch, {layout::Stage::kStart, peer}, watch.heap.started(watch.heap.rank(), peer),
+                                  watch.call - 1);
     return __all_sync(prim::kFullMask, is_ready);
 }
 

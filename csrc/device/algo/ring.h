@@ -17,44 +17,60 @@ struct FlagTest {
     uint64_t expected;
 };
 
+// One pair of ranks, seen from one of them: addresses are worked out once, for all rows of the call.
+class Port {
+public:
+    EP_DEVICE Port(uint8_t* slots, uint64_t* full, uint64_t* empty, const layout::WindowLayout& window, uint64_t call)
+        : slots_(slots), full_(full), empty_(empty), window_(&window), call_(call) {}
+
+    // Where the row at `position` is on its way: at the receiver.
+    EP_DEVICE uint8_t* slot(int position) const {
+        return slots_ + static_cast<uint64_t>(position % window_->window) * window_->slot_bytes;
+    }
+
+    // Sender: may the row go into its slot?
+    EP_DEVICE FlagTest slot_is_free(int position) const {
+        if (position < window_->window) return {nullptr, 0};
+        return {empty_ + position % window_->window, tag(position - window_->window)};
+    }
+    // Sender, one thread, after the whole warp has written the slot and met in a __syncwarp.
+    EP_DEVICE void publish(int position) const {
+        // Pairs with: row_is_here at the receiver.
+        prim::store<prim::Order::kRelease, prim::Scope::kSys>(full_ + position % window_->window, tag(position));
+    }
+
+    // Receiver: has the row come?
+    EP_DEVICE FlagTest row_is_here(int position) const { return {full_ + position % window_->window, tag(position)}; }
+    // Receiver, one thread, after the whole warp has read the slot and met in a __syncwarp. `num_rows`: of this sender, in
+    // all.
+    EP_DEVICE void give_back(int position, int num_rows) const {
+        if (position + window_->window >= num_rows) return;  // nobody needs the slot again in this call
+        // Pairs with: slot_is_free at the sender.
+        prim::store<prim::Order::kRelease, prim::Scope::kSys>(empty_ + position % window_->window, tag(position));
+    }
+
+private:
+    EP_DEVICE uint64_t tag(int position) const { return layout::make_tag(call_, static_cast<uint64_t>(position)); }
+
+    uint8_t* slots_;
+    uint64_t* full_;   // at the receiver
+    uint64_t* empty_;  // at the sender
+    const layout::WindowLayout* window_;
+    uint64_t call_;
+};
+
 class Ring {
 public:
     EP_DEVICE Ring(const Watch& watch, const layout::WindowLayout& window)
         : watch_(watch), window_(window), bank_(bank_of(watch.call)) {}
 
-    // Sender: may the row go into its slot at `receiver`?
-    EP_DEVICE FlagTest slot_is_free(int receiver, int position) const {
-        if (position < window_.window) return {nullptr, 0};
-        const int self = watch_.heap.rank();
-        return {watch_.heap.empty(self, bank_, receiver, slot_idx(position)),
-                layout::make_tag(watch_.call, static_cast<uint64_t>(position - window_.window))};
-    }
-    EP_DEVICE uint8_t* slot_at(int receiver, int position) const {
-        return watch_.heap.slot(receiver, window_, bank_, watch_.heap.rank(), slot_idx(position));
-    }
-    // One thread, after the whole warp has written the slot and met in a __syncwarp.
-    EP_DEVICE void publish(int receiver, int position) const {
-        // Pairs with: row_is_here at the receiver.
-        prim::store<prim::Order::kRelease, prim::Scope::kSys>(
-            watch_.heap.full(receiver, bank_, watch_.heap.rank(), slot_idx(position)),
-            layout::make_tag(watch_.call, static_cast<uint64_t>(position)));
-    }
+    EP_DEVICE Port to(int receiver) const { return port(watch_.heap.rank(), receiver); }
+    EP_DEVICE Port from(int sender) const { return port(sender, watch_.heap.rank()); }
 
-    // Receiver: has the row come?
-    EP_DEVICE FlagTest row_is_here(int sender, int position) const {
-        return {watch_.heap.full(watch_.heap.rank(), bank_, sender, slot_idx(position)),
-                layout::make_tag(watch_.call, static_cast<uint64_t>(position))};
-    }
-    EP_DEVICE const uint8_t* row_at(int sender, int position) const {
-        return watch_.heap.slot(watch_.heap.rank(), window_, bank_, sender, slot_idx(position));
-    }
-    // One thread, after the whole warp has read the slot and met in a __syncwarp. `num_rows`: of this sender, in all.
-    EP_DEVICE void give_back(int sender, int position, int num_rows) const {
-        if (position + window_.window >= num_rows) return;  // nobody needs the slot again in this call
-        // Pairs with: slot_is_free at the sender.
-        prim::store<prim::Order::kRelease, prim::Scope::kSys>(
-            watch_.heap.empty(sender, bank_, watch_.heap.rank(), slot_idx(position)),
-            layout::make_tag(watch_.call, static_cast<uint64_t>(position)));
+    // One look, no waiting; acquire. For what has mostly come already: one trip to memory.
+    EP_DEVICE bool is_set(FlagTest test) const {
+        return test.flag == nullptr ||
+               prim::load<prim::Order::kAcquire, prim::Scope::kSys>(test.flag) >= test.expected;
     }
 
     // One thread; acquire. Other lanes may touch what the flag guards after a __syncwarp.
@@ -63,7 +79,10 @@ public:
     }
 
 private:
-    EP_DEVICE int slot_idx(int position) const { return position % window_.window; }
+    EP_DEVICE Port port(int sender, int receiver) const {
+        return {watch_.heap.slot(receiver, window_, bank_, sender, 0), watch_.heap.full(receiver, bank_, sender, 0),
+                watch_.heap.empty(sender, bank_, receiver, 0), window_, watch_.call};
+    }
 
     const Watch& watch_;
     const layout::WindowLayout& window_;

@@ -24,13 +24,25 @@ EP_DEVICE RowStream deal_stream(int warp, int num_warps, int rank, int num_ranks
     const int warps_per_peer = num_warps / num_peers;
     const bool is_shared = warps_per_peer > 0;
     const int peer_idx = is_shared ? warp % num_peers : warp + prim::lane_idx() * num_warps;
-    const bool has_stream = is_shared ? prim::lane_idx() == 0 && warp < warps_per_peer * num_peers : peer_idx < num_peers;
+    const bool has_stream =
+        is_shared ? prim::lane_idx() == 0 && warp < warps_per_peer * num_peers : peer_idx < num_peers;
     if (!has_stream) return stream;
     stream.peer = (rank + 1 + peer_idx) % num_ranks;  // every rank begins with another peer
     stream.next = is_shared ? warp / num_peers : 0;
     stream.step = is_shared ? warps_per_peer : 1;
     stream.count = count_of(stream.peer);
     return stream;
+}
+
+// Where every warp has one stream at most (warps >= peers): that stream, on every lane.
+EP_DEVICE RowStream only_stream(const RowStream& stream) {
+    return {__shfl_sync(prim::kFullMask, stream.peer, 0), __shfl_sync(prim::kFullMask, stream.next, 0),
+            __shfl_sync(prim::kFullMask, stream.count, 0), __shfl_sync(prim::kFullMask, stream.step, 0)};
+}
+
+// Rows that a stream still has.
+EP_DEVICE int num_rows_left(const RowStream& stream) {
+    return stream.next < stream.count ? (stream.count - stream.next + stream.step - 1) / stream.step : 0;
 }
 
 // The warp serves its streams to the end: `test(peer, position)` says which flag the next row waits for,
@@ -47,9 +59,10 @@ EP_DEVICE bool serve_streams(const Watch& watch, layout::Stage stage, RowStream 
         uint64_t seen = 0;
         if (has_row) {
             flag = test(stream.peer, stream.next);
-            if (flag.flag != nullptr) seen = prim::load<prim::Order::kAcquire, prim::Scope::kSys>(flag.flag);
+            if (flag.flag != nullptr) seen = prim::load<prim::Order::kRelaxed, prim::Scope::kSys>(flag.flag);
         }
         const bool is_ready = has_row && seen >= flag.expected;
+        if (is_ready && flag.flag != nullptr) prim::load<prim::Order::kAcquire, prim::Scope::kSys>(flag.flag);
         const uint32_t ready = __ballot_sync(prim::kFullMask, is_ready);
         if (ready == 0) {
             bool may_wait = true;

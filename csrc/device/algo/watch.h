@@ -49,11 +49,11 @@ EP_DEVICE void fail(const Watch& watch, layout::FailureKind kind, WaitSite site,
     using prim::Scope;
     if (prim::compare_swap<Order::kRelaxed, Scope::kGpu>(&watch.words.local->failure_claimed, 0u, 1u) != 0u) return;
     write_record(&watch.words.status->failure, watch, kind, site, expected, seen, waited_ns);
-    const uint64_t code = kind == layout::FailureKind::kAborted
-                              ? seen
-                              : layout::make_abort_code(watch.heap.rank(), kind == layout::FailureKind::kTimeout
-                                                                               ? site.peer
-                                                                               : watch.heap.rank());
+    const uint64_t code =
+        kind == layout::FailureKind::kAborted
+            ? seen
+            : layout::make_abort_code(watch.heap.rank(),
+                                      kind == layout::FailureKind::kTimeout ? site.peer : watch.heap.rank());
     for (int peer = 0; peer < watch.heap.num_ranks(); ++peer)
         prim::store<Order::kRelaxed, Scope::kSys>(watch.heap.abort(peer), code);
 }
@@ -62,48 +62,56 @@ EP_DEVICE uint64_t abort_code(const Watch& watch) {
     return prim::load<prim::Order::kRelaxed, prim::Scope::kSys>(watch.heap.abort(watch.heap.rank()));
 }
 
-// One look at the clock and at the abort word; false: stop waiting.
-EP_DEVICE bool may_go_on(const Watch& watch, WaitSite site, uint64_t start_ns, uint64_t expected, uint64_t seen) {
+// kGiveUp: the deadline ends the wait and nothing else; the caller leaves the peer out.
+enum class OnTimeout { kFail, kGiveUp };
+
+// What may_go_on does when something is wrong, or late.
+EP_DEVICE_COLD bool may_still_go_on(Watch watch, WaitSite site, uint64_t waited_ns, uint64_t code, uint64_t expected,
+                                    uint64_t seen, OnTimeout on_timeout) {
     using prim::Order;
     using prim::Scope;
-    const uint64_t waited_ns = prim::clock_ns() - start_ns;
-    const uint64_t code = abort_code(watch);
     if (code != 0) {
         fail(watch, layout::FailureKind::kAborted, site, expected, code, waited_ns);
         return false;
     }
     if (waited_ns >= watch.words.timeout_ns) {
+        if (on_timeout == OnTimeout::kGiveUp) return false;
         fail(watch, layout::FailureKind::kTimeout, site, expected, seen, waited_ns);
         return false;
     }
-    if (waited_ns >= watch.words.warn_ns) {
-        const uint64_t warned = prim::load<Order::kRelaxed, Scope::kGpu>(&watch.words.local->warned_call);
-        if (warned < watch.call &&
-            prim::compare_swap<Order::kRelaxed, Scope::kGpu>(&watch.words.local->warned_call, warned, watch.call) ==
-                warned)
-            write_record(&watch.words.status->warning, watch, layout::FailureKind::kTimeout, site, expected, seen,
-                         waited_ns);
-    }
+    const uint64_t warned = prim::load<Order::kRelaxed, Scope::kGpu>(&watch.words.local->warned_call);
+    if (warned < watch.call &&
+        prim::compare_swap<Order::kRelaxed, Scope::kGpu>(&watch.words.local->warned_call, warned, watch.call) == warned)
+        write_record(&watch.words.status->warning, watch, layout::FailureKind::kTimeout, site, expected, seen,
+                     waited_ns);
     return true;
 }
 
-enum class OnTimeout { kFail, kGiveUp };
+// One look at the clock and at the abort word; false: stop waiting.
+EP_DEVICE bool may_go_on(const Watch& watch, WaitSite site, uint64_t start_ns, uint64_t expected, uint64_t seen,
+                         OnTimeout on_timeout = OnTimeout::kFail) {
+    const uint64_t waited_ns = prim::clock_ns() - start_ns;
+    const uint64_t code = abort_code(watch);
+    if (code == 0 && waited_ns < watch.words.warn_ns && waited_ns < watch.words.timeout_ns) return true;
+    return may_still_go_on(watch, site, waited_ns, code, expected, seen, on_timeout);
+}
 
 // This thread waits until *flag >= expected, with acquire at system scope; other lanes of its warp may touch what the
 // flag guards only after a __syncwarp(). False: the wait failed.
-// kGiveUp: the deadline ends the wait and nothing else; the caller leaves the peer out.
 EP_DEVICE bool wait_at_least(const Watch& watch, WaitSite site, const uint64_t* flag, uint64_t expected,
                              OnTimeout on_timeout = OnTimeout::kFail) {
     constexpr int kPollsBetweenChecks = 16;
     uint64_t start_ns = 0;
     for (int polls = 0;; ++polls) {
-        const uint64_t seen = prim::load<prim::Order::kAcquire, prim::Scope::kSys>(flag);
-        if (seen >= expected) return true;
+        // Polling with acquire would empty the L1 of the SM at each poll.
+        const uint64_t seen = prim::load<prim::Order::kRelaxed, prim::Scope::kSys>(flag);
+        if (seen >= expected) {
+            prim::load<prim::Order::kAcquire, prim::Scope::kSys>(flag);
+            return true;
+        }
         if (polls % kPollsBetweenChecks == 0) {
             if (start_ns == 0) start_ns = prim::clock_ns();
-            const bool is_late = prim::clock_ns() - start_ns >= watch.words.timeout_ns;
-            if (is_late && on_timeout == OnTimeout::kGiveUp) return false;
-            if (!may_go_on(watch, site, start_ns, expected, seen)) return false;
+            if (!may_go_on(watch, site, start_ns, expected, seen, on_timeout)) return false;
         }
         prim::pause();
     }

@@ -191,6 +191,13 @@ EP_DEVICE void store_streaming(Vec16* ptr, Vec16 value) {
 #undef EP_PTX_LOAD_SHARED_WITH_PEERS
 #undef EP_PTX_STORE_STREAMING
 
+// cvt.rn.bf16x2.f32: sm_80
+EP_DEVICE uint32_t round_to_bf16x2(float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
 // ---------------------------------------------------------------------------------------------------------------
 // mbarriers
 // ---------------------------------------------------------------------------------------------------------------

@@ -104,6 +104,21 @@ EP_DEVICE void store_streaming(Vec16* ptr, Vec16 value) {
     std::memcpy(ptr, &value, sizeof(Vec16));
 }
 
+namespace detail {
+
+inline uint32_t round_to_bf16(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fffu;
+    return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+}
+
+}  // namespace detail
+
+EP_DEVICE uint32_t round_to_bf16x2(float low, float high) {
+    return detail::round_to_bf16(low) | detail::round_to_bf16(high) << 16;
+}
+
 EP_DEVICE void mbarrier_init(MBarrier* bar, uint32_t arrivals) { simt::mbarrier_init(&bar->state, arrivals); }
 EP_DEVICE void mbarrier_init_fence() {}
 EP_DEVICE void mbarrier_arrive(MBarrier* bar) { simt::mbarrier_arrive(&bar->state, false, 0); }

@@ -55,8 +55,8 @@ struct Kernel {
         bool is_ok = true;
         for (int source = prim::warp_idx(); source < heap.num_ranks(); source += kNumWarps) {
             if (prim::lane_idx() == 0)
-                is_ok = algo::wait_at_least(watch, {Stage::kCounts, source},
-                                            heap.count_flag(heap.rank(), bank, source), watch.call);
+                is_ok = algo::wait_at_least(watch, {Stage::kCounts, source}, heap.count_flag(heap.rank(), bank, source),
+                                            watch.call);
             is_ok = __shfl_sync(prim::kFullMask, is_ok ? 1 : 0, 0) != 0;
             __syncwarp();
             if (!is_ok) break;

@@ -1,6 +1,6 @@
 // get_dispatch_layout: which ranks need which token, and how many tokens and entries go where. One pass.
 //
-//   block b: a contiguous share of the tokens, one thread a token; counts in shared memory -> partials[b]
+//   block b: one thread a token; counts in shared memory -> partials[.][b]
 //   the block that ends last: sums the partials of all blocks (integers: any order gives the same result)
 #include "kernels/layout/dispatch_layout.h"
 
@@ -13,6 +13,8 @@ inline namespace EP_BACKEND {
 using prim::Order;
 using prim::Scope;
 
+constexpr int kIdBatch = 8;
+
 struct Kernel {
     using Params = LayoutParams;
     static constexpr int kMaxThreads = kNumThreads;
@@ -20,70 +22,81 @@ struct Kernel {
         int is_last_block;
     };
 
-    // The ranks of 64 consecutive ones, from `first_rank`, that own one of the token's experts.
-    static EP_DEVICE uint64_t rank_mask(const Params& p, int64_t token, int first_rank) {
-        const int experts_per_rank = p.num_experts / p.num_ranks;
-        uint64_t mask = 0;
-        for (int k = 0; k < p.num_topk; ++k) {
-            const int64_t expert = load_expert_id(p.topk_idx, p.idx_bytes, token * p.num_topk + k);
-            if (expert < 0 || expert >= p.num_experts) continue;
-            const int rank = static_cast<int>(expert) / experts_per_rank - first_rank;
-            if (rank >= 0 && rank < 64) mask |= 1ull << rank;
-        }
-        return mask;
-    }
-
-    static EP_DEVICE void report_bad_expert(const Params& p, int token, int64_t expert) {
-        layout::LocalState* local = p.watch.local;
-        if (prim::compare_swap<Order::kRelaxed, Scope::kGpu>(&local->failure_claimed, 0u, 1u) != 0u) return;
-        layout::WaitRecord* record = &p.watch.status->failure;
+    static EP_DEVICE_COLD void report_bad_expert(WatchParams watch, int num_experts, int token, int64_t expert) {
+        if (prim::compare_swap<Order::kRelaxed, Scope::kGpu>(&watch.local->failure_claimed, 0u, 1u) != 0u) return;
+        layout::WaitRecord* record = &watch.status->failure;
         record->kind = layout::FailureKind::kBadInput;
         record->operation = layout::Operation::kLayout;
         record->stage = layout::Stage::kInput;
         record->peer = token;
-        record->expected = static_cast<uint64_t>(p.num_experts);
+        record->expected = static_cast<uint64_t>(num_experts);
         record->seen = static_cast<uint64_t>(expert);
         prim::store<Order::kRelease, Scope::kSys>(&record->state, uint64_t{1});
     }
 
-    static EP_DEVICE void count_token(const Params& p, int token, int* rank_counts, int* expert_counts) {
-        for (int k = 0; k < p.num_topk; ++k) {
-            const int64_t expert = load_expert_id(p.topk_idx, p.idx_bytes, static_cast<int64_t>(token) * p.num_topk + k);
-            if (expert >= p.num_experts || expert < -1) report_bad_expert(p, token, expert);
-            if (expert >= 0 && expert < p.num_experts)
-                prim::fetch_add<Order::kRelaxed, Scope::kCta>(&expert_counts[expert], 1);
+    // Up to kIdBatch of a token's expert ids, -1 beyond its last one: all loads are under way before the first use.
+    static EP_DEVICE void load_ids(const Params& p, int64_t token, int first, int64_t* ids) {
+#pragma unroll
+        for (int i = 0; i < kIdBatch; ++i)
+            ids[i] =
+                first + i < p.num_topk ? load_expert_id(p.topk_idx, p.idx_bytes, token * p.num_topk + first + i) : -1;
+    }
+
+    // Counts the ids; returns which of the 64 ranks from `first_rank` own one of them.
+    static EP_DEVICE uint64_t count_experts(const Params& p, int token, int first_rank, int* expert_counts) {
+        const auto experts_per_rank = static_cast<unsigned>(p.num_experts / p.num_ranks);
+        uint64_t mask = 0;
+        for (int first = 0; first < p.num_topk; first += kIdBatch) {
+            int64_t ids[kIdBatch];
+            load_ids(p, token, first, ids);
+#pragma unroll
+            for (int i = 0; i < kIdBatch; ++i) {
+                if (ids[i] >= p.num_experts || ids[i] < -1) report_bad_expert(p.watch, p.num_experts, token, ids[i]);
+                if (ids[i] < 0 || ids[i] >= p.num_experts) continue;
+                if (first_rank == 0) prim::fetch_add<Order::kRelaxed, Scope::kCta>(&expert_counts[ids[i]], 1);
+                const int rank = static_cast<int>(static_cast<unsigned>(ids[i]) / experts_per_rank) - first_rank;
+                if (rank >= 0 && rank < 64) mask |= 1ull << rank;
+            }
         }
+        return mask;
+    }
+
+    // The whole warp, one token each; a lane without one has a number that is too large.
+    static EP_DEVICE void count_tokens(const Params& p, int token, int* rank_counts, int* expert_counts) {
+        const bool has_token = token < p.num_tokens;
         uint8_t* row = p.is_token_in_rank + static_cast<int64_t>(token) * p.num_ranks;
         for (int first = 0; first < p.num_ranks; first += 64) {
-            const uint64_t mask = rank_mask(p, token, first);
+            const uint64_t mask = has_token ? count_experts(p, token, first, expert_counts) : 0;
             for (int i = 0; i < 64 && first + i < p.num_ranks; ++i) {
                 const bool is_sent = (mask >> i & 1) != 0;
-                row[first + i] = is_sent;
-                if (is_sent) prim::fetch_add<Order::kRelaxed, Scope::kCta>(&rank_counts[first + i], 1);
+                if (has_token) row[first + i] = is_sent;
+                const int num_sent = __popc(__ballot_sync(prim::kFullMask, is_sent));
+                if (prim::lane_idx() == 0 && num_sent != 0)
+                    prim::fetch_add<Order::kRelaxed, Scope::kCta>(&rank_counts[first + i], num_sent);
             }
         }
     }
 
     static EP_DEVICE void count_share(const Params& p, int* counts) {
         const int num_counts = p.num_ranks + p.num_experts;
-        for (int i = static_cast<int>(threadIdx.x); i < num_counts; i += static_cast<int>(blockDim.x)) counts[i] = 0;
+        for (int i = static_cast<int>(threadIdx.x); i < num_counts; i += kNumThreads) counts[i] = 0;
         __syncthreads();
-        const int num_threads = static_cast<int>(gridDim.x * blockDim.x);
-        for (int token = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); token < p.num_tokens;
-             token += num_threads)
-            count_token(p, token, counts, counts + p.num_ranks);
+        const int num_threads = static_cast<int>(gridDim.x) * kNumThreads;
+        for (int first = static_cast<int>(blockIdx.x) * kNumThreads; first < p.num_tokens; first += num_threads)
+            count_tokens(p, first + static_cast<int>(threadIdx.x), counts, counts + p.num_ranks);
         __syncthreads();
-        int* partial = p.partials + static_cast<int64_t>(blockIdx.x) * num_counts;
-        for (int i = static_cast<int>(threadIdx.x); i < num_counts; i += static_cast<int>(blockDim.x))
-            partial[i] = counts[i];
+        for (int i = static_cast<int>(threadIdx.x); i < num_counts; i += kNumThreads)
+            p.partials[static_cast<int64_t>(i) * kMaxLayoutBlocks + blockIdx.x] = counts[i];
     }
 
+    // A count's partials lie side by side: a thread has all of them in flight at once.
     static EP_DEVICE void sum_partials(const Params& p) {
-        const int num_counts = p.num_ranks + p.num_experts;
-        for (int i = static_cast<int>(threadIdx.x); i < num_counts; i += static_cast<int>(blockDim.x)) {
+        const int num_blocks = static_cast<int>(gridDim.x);
+        for (int i = static_cast<int>(threadIdx.x); i < p.num_ranks + p.num_experts; i += kNumThreads) {
+            const int* partials = p.partials + static_cast<int64_t>(i) * kMaxLayoutBlocks;
             int sum = 0;
-            for (int block = 0; block < static_cast<int>(gridDim.x); ++block)
-                sum += p.partials[static_cast<int64_t>(block) * num_counts + i];
+#pragma unroll
+            for (int block = 0; block < kMaxLayoutBlocks; ++block) sum += block < num_blocks ? partials[block] : 0;
             (i < p.num_ranks ? p.num_tokens_per_rank[i] : p.num_tokens_per_expert[i - p.num_ranks]) = sum;
         }
     }

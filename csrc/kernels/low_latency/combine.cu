@@ -10,15 +10,19 @@
 #include "device/launch.h"
 #include "kernels/low_latency/frame.h"
 #include "kernels/low_latency/launchers.h"
+#include "kernels/low_latency/logfmt_row.h"
 
 namespace deep_ep::kernels::low_latency::combine {
 inline namespace EP_BACKEND {
 
 constexpr int kPairs = 4;  // of bfloat16 in 16 bytes
+constexpr int kVecsOfUnit = kLogUnit / (2 * kPairs);
 
-struct Kernel {
+// One kernel for each format: the packing of the logarithmic one costs registers.
+template <bool kIsLogfmt> struct Kernel {
     using Params = LowLatencyCombineParams;
     static constexpr int kMaxThreads = 512;
+    static constexpr int kVecs = kIsLogfmt ? kVecsOfUnit : 1;  // that a thread of the receive phase holds
     struct Shared {
         Beginning beginning;
         int is_here;
@@ -42,7 +46,8 @@ struct Kernel {
     static EP_DEVICE Vec16 rounded(const Sums& sums) {
         Vec16 value;
 #pragma unroll
-        for (int pair = 0; pair < kPairs; ++pair) value.word[pair] = algo::bf16_pair(sums.low[pair], sums.high[pair]);
+        for (int pair = 0; pair < kPairs; ++pair)
+            value.word[pair] = prim::round_to_bf16x2(sums.low[pair], sums.high[pair]);
         return value;
     }
 
@@ -55,25 +60,62 @@ struct Kernel {
         return __any_sync(kFullMask, is_found);
     }
 
-    // The whole block: sum of weight x row, in order of k.
-    static EP_DEVICE void reduce_experts(const Params& p, const Context& c, int source, int token, uint8_t* slot) {
+    // What this rank's experts have for one token.
+    struct Work {
+        const int* entries;
+        const float* weights;
+        const int* rows;
+    };
+
+    static EP_DEVICE Work work_for(const Params& p, const Context& c, int source, int token) {
         const int64_t first_entry = static_cast<int64_t>(token) * p.call.num_topk;
-        const int* entries = c.table(source) + first_entry;
-        const float* weights = c.weight_table(source) + first_entry;
-        const int* rows =
-            p.row_of_entry + static_cast<int64_t>(source) * p.call.num_max_tokens * p.call.num_topk + first_entry;
+        const int64_t first_of_source = static_cast<int64_t>(source) * p.call.num_max_tokens * p.call.num_topk;
+        return {c.table(source) + first_entry, c.weight_table(source) + first_entry,
+                p.row_of_entry + first_of_source + first_entry};
+    }
+
+    // One thread: the sum of weight x row over eight channels, in order of k.
+    static EP_DEVICE Sums sum_experts(const Params& p, const Context& c, const Work& work, int vec) {
         const int first = c.rank() * c.num_local_experts();
-        const int num_vecs = p.call.hidden * 2 / static_cast<int>(sizeof(Vec16));
-        for (int i = static_cast<int>(threadIdx.x); i < num_vecs; i += static_cast<int>(blockDim.x)) {
-            Sums sums = {};
-            for (int k = 0; k < p.call.num_topk; ++k) {
-                if (entries[k] < first || entries[k] >= first + c.num_local_experts()) continue;
-                // With other experts than in the dispatch the row is garbage, and must not be an address as well.
-                if (rows[k] < 0 || rows[k] >= c.num_local_experts() * c.num_ranks() * p.call.num_max_tokens) continue;
-                const uint8_t* row = p.x + static_cast<int64_t>(rows[k]) * p.call.hidden * 2;
-                add(sums, prim::load_input(reinterpret_cast<const Vec16*>(row) + i), weights[k]);
+        Sums sums = {};
+        for (int k = 0; k < p.call.num_topk; ++k) {
+            if (work.entries[k] < first || work.entries[k] >= first + c.num_local_experts()) continue;
+            // With other experts than in the dispatch the row is garbage, and must not be an address as well.
+            const int row = work.rows[k];
+            if (row < 0 || row >= c.num_local_experts() * c.num_ranks() * p.call.num_max_tokens) continue;
+            const uint8_t* source = p.x + static_cast<int64_t>(row) * p.call.hidden * 2;
+            add(sums, prim::load_input(reinterpret_cast<const Vec16*>(source) + vec), work.weights[k]);
+        }
+        return sums;
+    }
+
+    static EP_DEVICE int num_vecs(const Params& p) { return p.call.hidden * 2 / static_cast<int>(sizeof(Vec16)); }
+
+    // The whole block: sums the experts' rows of one token into its slot.
+    static EP_DEVICE void reduce_experts(const Params& p, const Context& c, const Work& work, uint8_t* slot) {
+        for (int vec = static_cast<int>(threadIdx.x); vec < num_vecs(p); vec += static_cast<int>(blockDim.x))
+            prim::store_streaming(reinterpret_cast<Vec16*>(slot) + vec, rounded(sum_experts(p, c, work, vec)));
+    }
+
+    // The same in the logarithmic format. Whole warps, because lanes share a scale.
+    static EP_DEVICE void reduce_experts_logfmt(const Params& p, const Context& c, const Work& work, uint8_t* slot) {
+        const auto row = layout::LogfmtRow::make(static_cast<uint64_t>(p.call.hidden));
+        const int num_units = static_cast<int>(row.high.count);
+        for (int base = prim::warp_idx() * kWarpSize; base < num_units; base += static_cast<int>(blockDim.x)) {
+            const int unit = base + prim::lane_idx();
+            float values[kLogUnit] = {};
+#pragma unroll
+            for (int half = 0; half < kVecsOfUnit; ++half) {
+                const int vec = unit * kVecsOfUnit + half;
+                if (vec >= num_vecs(p)) continue;
+                const Sums sums = sum_experts(p, c, work, vec);
+#pragma unroll
+                for (int pair = 0; pair < kPairs; ++pair) {
+                    values[(half * kPairs + pair) * 2] = sums.low[pair];
+                    values[(half * kPairs + pair) * 2 + 1] = sums.high[pair];
+                }
             }
-            prim::store_streaming(reinterpret_cast<Vec16*>(slot) + i, rounded(sums));
+            store_logfmt(values, slot, row, unit, unit < num_units);
         }
     }
 
@@ -97,7 +139,12 @@ struct Kernel {
             const int first = (static_cast<int>(blockIdx.x) + step) % static_cast<int>(gridDim.x);
             for (int token = first; token < num_tokens; token += static_cast<int>(gridDim.x)) {
                 if (!has_work(c, c.table(source) + static_cast<int64_t>(token) * p.call.num_topk)) continue;
-                reduce_experts(p, c, source, token, c.slot(source, c.rank(), token));
+                const Work work = work_for(p, c, source, token);
+                uint8_t* slot = c.slot(source, c.rank(), token);
+                if constexpr (kIsLogfmt)
+                    reduce_experts_logfmt(p, c, work, slot);
+                else
+                    reduce_experts(p, c, work, slot);
                 __syncthreads();  // every warp's part of the row, one thread's release
                 // Pairs with: receive_token at the owner.
                 if (threadIdx.x == 0)
@@ -118,25 +165,41 @@ struct Kernel {
         return lanes;
     }
 
+    // One thread: adds what a rank has sent to the sums of `unit`, which is one vector, or a unit of the logarithmic format.
+    static EP_DEVICE void add_part(const Params& p, Sums (&sums)[kVecs], const uint8_t* slot, int unit) {
+        if constexpr (kIsLogfmt) {
+            float values[kLogUnit];
+            load_logfmt(values, slot, layout::LogfmtRow::make(static_cast<uint64_t>(p.call.hidden)), unit);
+#pragma unroll
+            for (int i = 0; i < kLogUnit / 2; ++i) {
+                sums[i / kPairs].low[i % kPairs] += values[2 * i];
+                sums[i / kPairs].high[i % kPairs] += values[2 * i + 1];
+            }
+        } else {
+            add(sums[0], prim::load_shared_with_peers(reinterpret_cast<const Vec16*>(slot) + unit), 1.0f);
+        }
+    }
+
     // The whole block, each warp its own part of the row.
     static EP_DEVICE void receive_token(const Params& p, const Context& c, int token) {
-        const int num_vecs = p.call.hidden * 2 / static_cast<int>(sizeof(Vec16));
+        const int num_units = (num_vecs(p) + kVecs - 1) / kVecs;
         auto* target = reinterpret_cast<Vec16*>(p.combined_x + static_cast<int64_t>(token) * p.call.hidden * 2);
         int held_group = -1;
         uint32_t lanes = 0;
-        for (int base = prim::warp_idx() * kWarpSize; base < num_vecs; base += static_cast<int>(blockDim.x)) {
-            const int i = base + prim::lane_idx();
-            Sums sums = {};
+        for (int base = prim::warp_idx() * kWarpSize; base < num_units; base += static_cast<int>(blockDim.x)) {
+            const int unit = base + prim::lane_idx();
+            Sums sums[kVecs] = {};
             for (int first = 0; first < c.num_ranks(); first += kWarpSize) {
                 if (first != held_group) lanes = wait_for_parts(p, c, token, first);
                 held_group = first;
                 for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
                     const int rank = first + __ffs(static_cast<int>(rest)) - 1;
-                    const auto* part = reinterpret_cast<const Vec16*>(c.slot(c.rank(), rank, token));
-                    if (i < num_vecs) add(sums, prim::load_shared_with_peers(part + i), 1.0f);
+                    if (unit < num_units) add_part(p, sums, c.slot(c.rank(), rank, token), unit);
                 }
             }
-            if (i < num_vecs) prim::store_streaming(target + i, rounded(sums));
+#pragma unroll
+            for (int i = 0; i < kVecs; ++i)
+                if (unit * kVecs + i < num_vecs(p)) prim::store_streaming(target + unit * kVecs + i, rounded(sums[i]));
         }
     }
 
@@ -158,7 +221,10 @@ void launch(const LowLatencyCombineParams& params, dev::Stream stream) {
     config.num_blocks = params.call.num_blocks;
     config.num_threads = kWarpSize * params.call.num_warps;
     config.name = "deep_ep::low_latency::combine";
-    dev::launch<Kernel>(config, stream, params);
+    if (params.uses_logfmt)
+        dev::launch<Kernel<true>>(config, stream, params);
+    else
+        dev::launch<Kernel<false>>(config, stream, params);
 }
 
 }  // namespace EP_BACKEND

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "layout/intranode.h"
+#include "layout/staging.h"
 #include "support/world.h"
 
 namespace deep_ep::test {
@@ -53,7 +54,8 @@ int64_t rows_between(const Problem& problem, const std::vector<RankTensors>& ran
     for (int token = 0; token < problem.num_tokens[static_cast<size_t>(source)]; ++token) {
         bool is_sent = false;
         for (int k = 0; k < problem.num_topk; ++k) {
-            const auto expert = ranks[static_cast<size_t>(source)].topk_idx[static_cast<size_t>(token * problem.num_topk + k)];
+            const auto expert =
+                ranks[static_cast<size_t>(source)].topk_idx[static_cast<size_t>(token * problem.num_topk + k)];
             is_sent |= expert >= 0 && expert / experts_per_rank == destination;
         }
         num_rows += is_sent ? 1 : 0;
@@ -65,17 +67,18 @@ TEST_CASE("the bytes that enter a rank are the stated ones: one copy per token a
     const Problem problem{.num_tokens = {17, 30, 8}, .num_experts = 6, .num_topk = 4, .hidden = 72, .num_scales = 5};
     const auto ranks = make_inputs(problem);
     for (int rank = 0; rank < problem.num_ranks(); ++rank) {
-        int64_t rows_in = 0;   // dispatch
+        int64_t rows_in = 0;    // dispatch
         int64_t rows_back = 0;  // combine
         for (int peer = 0; peer < problem.num_ranks(); ++peer) {
             if (peer == rank) continue;
             rows_in += rows_between(problem, ranks, peer, rank);
             rows_back += rows_between(problem, ranks, rank, peer);
         }
-        const int64_t row_bytes = int64_t{problem.hidden} * 2;
+        const auto row_bytes = static_cast<uint64_t>(problem.hidden) * 2;
         CHECK_EQ(bytes_into(problem, Call::kDispatch, rank),
-                 rows_in * (row_bytes + 4 * (1 + 2 * problem.num_topk + problem.num_scales)));
-        CHECK_EQ(bytes_into(problem, Call::kCombine, rank), rows_back * (row_bytes + 4 * problem.num_topk));
+                 rows_in * layout::bulk_bytes(row_bytes + 4 * (1 + 2 * problem.num_topk + problem.num_scales)));
+        CHECK_EQ(bytes_into(problem, Call::kCombine, rank),
+                 rows_back * layout::bulk_bytes(row_bytes + 4 * problem.num_topk));
     }
 }
 

@@ -5,6 +5,7 @@
 
 #include "core/error.h"
 #include "layout/intranode.h"
+#include "layout/staging.h"
 #include "support/world.h"
 
 namespace deep_ep::test {
@@ -42,7 +43,8 @@ TEST_CASE("any number of ranks, uneven token counts") {
 }
 
 TEST_CASE("more ranks than lanes of a warp") {
-    Problem problem{.num_tokens = std::vector<int>(35, 3), .num_experts = 70, .num_topk = 36, .hidden = 16, .num_sms = 1};
+    Problem problem{
+        .num_tokens = std::vector<int>(35, 3), .num_experts = 70, .num_topk = 36, .hidden = 16, .num_sms = 1};
     check_round_trip(problem, kRoomy);
 }
 
@@ -94,6 +96,30 @@ TEST_CASE("fewer receive warps than sources, and windows of one slot: no circle 
         const Problem problem{.num_tokens = std::vector<int>(8, 12), .num_topk = 6, .num_sms = 1};
         check_round_trip(problem, region_for(problem, 1), seeded(seed));
     }
+}
+
+// Through registers, and through two, three and four stages of shared memory with every timing of the bulk copies.
+TEST_CASE("every way through a block gives the same bits") {
+    const Problem problem{.num_tokens = {26, 0, 41, 17}, .num_topk = 5, .hidden = 1848, .num_scales = 3, .num_biases = 2};
+    std::vector<simt::DeviceOptions> devices = {{.has_bulk_copy = false}};
+    const int reduce_bytes = 2 * layout::Staging{layout::kReduceStages, layout::kReduceStageBytes}.bytes();
+    for (int stages : {2, 3, 4}) devices.push_back({.max_shared_bytes = reduce_bytes + 256 + 2 * stages * 3900});
+    for (const simt::DeviceOptions& device : devices) {
+        for (uint64_t seed : {0, 1, 2, 3, 4}) {
+            for (uint64_t window : {1, 7}) {
+                CAPTURE(device.has_bulk_copy);
+                CAPTURE(device.max_shared_bytes);
+                CAPTURE(seed);
+                CAPTURE(window);
+                World world(problem.num_ranks(), region_for(problem, window), seeded(seed), 100, 0, false, device);
+                CHECK_EQ(round_trip(world, problem), "");
+            }
+        }
+    }
+}
+
+TEST_CASE("more entries and scales than a lane holds") {
+    check_round_trip({.num_tokens = {9, 14}, .num_experts = 64, .num_topk = 40, .num_scales = 90}, kRoomy);
 }
 
 TEST_CASE("random schedules give the same bits") {

@@ -55,6 +55,16 @@ TEST_CASE("low latency: bfloat16 rows of any multiple of 16 bytes, any bit patte
     for (int hidden : {8, 72, 264, 2880}) check_round_trip({.num_tokens = {5, 11}, .num_experts = 4, .hidden = hidden});
 }
 
+TEST_CASE("low latency: combine in the logarithmic format, hidden not a multiple of its group or its unit") {
+    for (int hidden : {8, 16, 120, 128, 264, 1000, 2880}) {
+        CAPTURE(hidden);
+        LowLatencyProblem problem{.num_tokens = {5, 0, 11}, .num_experts = 6, .hidden = hidden};
+        problem.uses_logfmt = true;
+        check_round_trip(problem);
+        check_round_trip(problem, seeded(static_cast<uint64_t>(hidden)));
+    }
+}
+
 TEST_CASE("low latency: all tokens to one expert, duplicates, nothing at all (pitfalls 16, 26)") {
     check_round_trip({.num_tokens = {16, 16, 16}, .num_experts = 6, .drop_probability = 0.0, .only_expert = 4});
     check_round_trip({.num_tokens = {3, 16}, .drop_probability = 1.0});

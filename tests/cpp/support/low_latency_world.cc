@@ -7,6 +7,7 @@
 
 #include "core/error.h"
 #include "device/algo/fp8.h"
+#include "device/algo/logfmt.h"
 
 namespace deep_ep::test {
 
@@ -39,6 +40,7 @@ runtime::LowLatencyDispatchArgs dispatch_args(const LowLatencyProblem& problem, 
 
 runtime::LowLatencyCombineArgs combine_args(const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank) {
     return {.shape = problem.shape(),
+            .uses_logfmt = problem.uses_logfmt,
             .x = reinterpret_cast<const uint8_t*>(tensors.y.data()),
             .topk_idx = tensors.topk_idx.data(),
             .idx_bytes = 8,
@@ -107,26 +109,49 @@ std::string check_expert(const LowLatencyProblem& problem, const std::vector<Low
     return target.recv_count[static_cast<size_t>(expert)] == row ? "" : "recv_count";
 }
 
-// A part is rounded to bfloat16 once on its way, the sum once more: see docs/protocols/low_latency.md.
-float combined_element(const LowLatencyProblem& problem, const std::vector<LowLatencyTensors>& ranks, int owner,
-                       size_t token, size_t h) {
+// What the experts of `rank` have for one token, or nothing.
+std::vector<float> part_of_rank(const LowLatencyProblem& problem, const std::vector<LowLatencyTensors>& ranks,
+                                int owner, size_t token, int rank) {
     const auto num_topk = static_cast<size_t>(problem.num_topk);
+    const auto hidden = static_cast<size_t>(problem.hidden);
     const LowLatencyTensors& mine = ranks[static_cast<size_t>(owner)];
-    float sum = 0.0f;
-    for (int rank = 0; rank < problem.num_ranks(); ++rank) {
-        float part = 0.0f;
-        for (size_t k = 0; k < num_topk; ++k) {
-            const int64_t expert = mine.topk_idx[token * num_topk + k];
-            if (expert < 0 || expert / problem.num_local_experts() != rank) continue;
-            const LowLatencyTensors& worker = ranks[static_cast<size_t>(rank)];
-            const size_t entry = (static_cast<size_t>(owner * problem.num_max_tokens) + token) * num_topk + k;
-            const auto row = static_cast<size_t>(worker.row_of_entry[entry]);
-            part += mine.topk_weights[token * num_topk + k] *
-                    from_bf16(worker.y[row * static_cast<size_t>(problem.hidden) + h]);
-        }
-        sum += from_bf16(static_cast<uint16_t>(algo::bf16_from_float(part)));
+    const LowLatencyTensors& worker = ranks[static_cast<size_t>(rank)];
+    std::vector<float> part;
+    for (size_t k = 0; k < num_topk; ++k) {
+        const int64_t expert = mine.topk_idx[token * num_topk + k];
+        if (expert < 0 || expert / problem.num_local_experts() != rank) continue;
+        part.resize(hidden, 0.0f);
+        const size_t entry = (static_cast<size_t>(owner * problem.num_max_tokens) + token) * num_topk + k;
+        const uint16_t* row = worker.y.data() + static_cast<size_t>(worker.row_of_entry[entry]) * hidden;
+        for (size_t h = 0; h < hidden; ++h) part[h] += mine.topk_weights[token * num_topk + k] * from_bf16(row[h]);
     }
-    return sum;
+    return part;
+}
+
+// What arrives of a part: see docs/protocols/low_latency.md.
+void send_over_wire(const LowLatencyProblem& problem, std::vector<float>& part) {
+    if (!problem.uses_logfmt) {
+        for (float& value : part) value = from_bf16(static_cast<uint16_t>(algo::bf16_from_float(value)));
+        return;
+    }
+    for (size_t first = 0; first < part.size(); first += 128) {
+        const size_t last = std::min(part.size(), first + 128);
+        algo::LogRange range;
+        for (size_t h = first; h < last; ++h) range.add(part[h]);
+        const algo::LogScale scale = algo::log_scale(range);
+        for (size_t h = first; h < last; ++h) part[h] = algo::log_decode(algo::log_encode(part[h], scale), scale);
+    }
+}
+
+std::vector<float> combined_row(const LowLatencyProblem& problem, const std::vector<LowLatencyTensors>& ranks,
+                                int owner, size_t token) {
+    std::vector<float> sums(static_cast<size_t>(problem.hidden), 0.0f);
+    for (int rank = 0; rank < problem.num_ranks(); ++rank) {
+        auto part = part_of_rank(problem, ranks, owner, token, rank);
+        send_over_wire(problem, part);
+        for (size_t h = 0; h < part.size(); ++h) sums[h] += part[h];
+    }
+    return sums;
 }
 
 }  // namespace
@@ -214,12 +239,13 @@ std::string check_low_latency_dispatch(const LowLatencyProblem& problem, const s
 std::string check_low_latency_combine(const LowLatencyProblem& problem, const std::vector<LowLatencyTensors>& ranks) {
     for (int owner = 0; owner < problem.num_ranks(); ++owner) {
         const LowLatencyTensors& mine = ranks[static_cast<size_t>(owner)];
-        for (size_t i = 0; i < mine.combined_x.size(); ++i) {
-            const auto hidden = static_cast<size_t>(problem.hidden);
-            const float want = combined_element(problem, ranks, owner, i / hidden, i % hidden);
-            if (mine.combined_x[i] != static_cast<uint16_t>(algo::bf16_from_float(want)))
-                return concat("rank ", owner, ", token ", i / hidden, ", element ", i % hidden, ": expected ", want,
-                              ", got ", from_bf16(mine.combined_x[i]));
+        const auto hidden = static_cast<size_t>(problem.hidden);
+        for (size_t token = 0; token < mine.combined_x.size() / hidden; ++token) {
+            const auto want = combined_row(problem, ranks, owner, token);
+            for (size_t h = 0; h < hidden; ++h)
+                if (const uint16_t got = mine.combined_x[token * hidden + h]; got != algo::bf16_from_float(want[h]))
+                    return concat("rank ", owner, ", token ", token, ", element ", h, ": expected ", want[h], ", got ",
+                                  from_bf16(got));
         }
     }
     return "";

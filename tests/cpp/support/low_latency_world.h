@@ -15,6 +15,7 @@ struct LowLatencyProblem {
     int num_topk = 3;
     int hidden = 256;
     bool is_fp8 = false, rounds_scales = false, packs_scales = false;
+    bool uses_logfmt = false;  // combine
     double drop_probability = 0.1;
     int only_expert = -1;  // all entries go to this expert
     uint64_t seed = 1;

@@ -21,7 +21,8 @@ bool is_sent(const Problem& problem, const RankTensors& source, int token, int r
 }
 
 // The rows of `rank` in order: (source rank, token).
-std::vector<std::pair<int, int>> expected_rows(const Problem& problem, const std::vector<RankTensors>& ranks, int rank) {
+std::vector<std::pair<int, int>> expected_rows(const Problem& problem, const std::vector<RankTensors>& ranks,
+                                               int rank) {
     std::vector<std::pair<int, int>> rows;
     for (int source = 0; source < problem.num_ranks(); ++source)
         for (int token = 0; token < problem.num_tokens[static_cast<size_t>(source)]; ++token)
@@ -58,7 +59,8 @@ std::string check_counts(const Problem& problem, const std::vector<RankTensors>&
         int64_t count = 0;
         for (const RankTensors& source : ranks)
             count += std::count(source.topk_idx.begin(), source.topk_idx.end(), rank * experts_per_rank + local);
-        const int64_t aligned = (count + problem.expert_alignment - 1) / problem.expert_alignment * problem.expert_alignment;
+        const int64_t aligned =
+            (count + problem.expert_alignment - 1) / problem.expert_alignment * problem.expert_alignment;
         if (target.num_recv_per_expert[static_cast<size_t>(local)] != aligned) return concat("count of expert ", local);
     }
     return "";
@@ -79,7 +81,8 @@ std::string check_row(const Problem& problem, const std::vector<RankTensors>& ra
 
 std::string check_unused(const Problem& problem, const RankTensors& target, size_t num_rows) {
     for (size_t i = num_rows * static_cast<size_t>(problem.num_topk); i < target.recv_topk_idx.size(); ++i)
-        if (target.recv_topk_idx[i] != -1 || target.recv_topk_weights[i] != 0.0f) return concat("unused row, entry ", i);
+        if (target.recv_topk_idx[i] != -1 || target.recv_topk_weights[i] != 0.0f)
+            return concat("unused row, entry ", i);
     return "";
 }
 

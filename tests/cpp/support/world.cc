@@ -37,12 +37,12 @@ World::World(int num_ranks, int64_t num_data_bytes, const simt::SchedulerOptions
         devices_.push_back(std::make_shared<simt::SimtDevice>(*scheduler_, rank, device));
         buffers_.push_back(std::make_unique<runtime::Buffer>(
             devices_.back(), runtime::BufferOptions{.rank = rank,
-                                                     .num_ranks = num_ranks,
-                                                     .num_data_bytes = num_data_bytes,
-                                                     .num_low_latency_bytes = num_low_latency_bytes,
-                                                     .timeout_s = timeout_s,
-                                                     .warn_s = timeout_s / 2,
-                                                     .is_shrinkable = is_shrinkable}));
+                                                    .num_ranks = num_ranks,
+                                                    .num_data_bytes = num_data_bytes,
+                                                    .num_low_latency_bytes = num_low_latency_bytes,
+                                                    .timeout_s = timeout_s,
+                                                    .warn_s = timeout_s / 2,
+                                                    .is_shrinkable = is_shrinkable}));
         streams_.push_back(devices_.back()->create_stream());
         handles.push_back(buffers_.back()->export_handle());
     }

@@ -22,9 +22,9 @@ struct Problem {
     int expert_alignment = 1;
     int num_sms = 2;
     int num_biases = 0;
-    double drop_probability = 0.1;     // of a top-k entry being -1
-    int only_rank = -1;                // all entries go to the experts of this rank
-    int num_extra_rows = 0;            // > 0: worst-case mode with so many rows more than arrive
+    double drop_probability = 0.1;  // of a top-k entry being -1
+    int only_rank = -1;             // all entries go to the experts of this rank
+    int num_extra_rows = 0;         // > 0: worst-case mode with so many rows more than arrive
     uint64_t seed = 1;
 
     int num_ranks() const { return static_cast<int>(num_tokens.size()); }

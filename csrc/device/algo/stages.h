@@ -1,0 +1,69 @@
+// One warp's ring of shared-memory stages: what bulk loads have under way, and what bulk stores are taken from.
+//
+// Item n (counted by the warp from 0) uses stage n % num_stages. The warp keeps the order: a stage is loaded again only
+// after the stores from it have been read (bulk_wait_read by the threads that issued them), and after every lane that
+// read it has met the loading lane in a __syncwarp. A lane that writes to a stage calls fence_async_shared before the
+// __syncwarp that leads to a bulk store from it.
+#pragma once
+
+#include "device/prim.h"
+#include "layout/staging.h"
+
+namespace deep_ep::algo {
+inline namespace EP_BACKEND {
+
+// Every lane that reads the stage, and the lane that stores from it. A bulk load needs nobody else to complete.
+EP_DEVICE void wait_mbarrier(prim::MBarrier* bar, uint32_t phase_parity) {
+    while (!prim::mbarrier_try_wait(bar, phase_parity)) {
+    }
+}
+
+class Stages {
+public:
+    // `memory`: staging.bytes() of dynamic shared memory, this warp's alone, 16-byte aligned.
+    EP_DEVICE Stages(uint8_t* memory, const layout::Staging& staging) : memory_(memory), staging_(staging) {}
+
+    // The whole warp, once, before anything else.
+    EP_DEVICE void init() const {
+        if (prim::lane_idx() == 0) {
+            for (int stage = 0; stage < staging_.num_stages; ++stage) prim::mbarrier_init(barrier(stage), 1);
+            prim::mbarrier_init_fence();
+        }
+        __syncwarp();
+    }
+
+    // For warps that store from their stages: before item n is stored, item n + num_ahead() may be loaded, once every
+    // thread that stores has called wait_reusable(). With three stages or more the latest stores may still be read.
+    EP_DEVICE int num_ahead() const { return staging_.num_stages > 2 ? staging_.num_stages - 2 : 1; }
+    EP_DEVICE void wait_reusable() const {
+        if (staging_.num_stages > 2)
+            prim::bulk_wait_read<1>();
+        else
+            prim::bulk_wait_read<0>();
+    }
+
+    EP_DEVICE uint8_t* at(int item) const { return memory_ + staging_.stage_offset(item % staging_.num_stages); }
+
+    // One lane, always the same.
+    EP_DEVICE void load(int item, const void* source, uint32_t bytes) const {
+        prim::MBarrier* bar = barrier(item % staging_.num_stages);
+        prim::mbarrier_arrive_expect_tx(bar, bytes);
+        prim::bulk_load(at(item), source, bytes, bar);
+    }
+
+    // True once the load of `item` has landed; every item is waited for, in order.
+    EP_DEVICE void wait(int item) const {
+        wait_mbarrier(barrier(item % staging_.num_stages), static_cast<uint32_t>(item / staging_.num_stages) & 1);
+    }
+
+private:
+    EP_DEVICE prim::MBarrier* barrier(int stage) const {
+        return reinterpret_cast<prim::MBarrier*>(memory_ + staging_.barrier_offset(stage));
+    }
+
+    uint8_t* memory_;
+    layout::Staging staging_;
+};
+
+}  // namespace EP_BACKEND
+}  // namespace deep_ep::algo
