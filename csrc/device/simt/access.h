@@ -22,6 +22,7 @@ struct PollRecord {
     const void* address = nullptr;
     uint64_t value = 0;
     uint32_t num_loads = 0;
+    uint32_t num_repeats = 0;  // of the last of them, in a row
     bool has_read_clock = false;
     bool has_changed_memory = false;
 };
@@ -34,6 +35,10 @@ extern __thread Running running;
 
 // Seeded schedules: lets others run first, at random.
 void perturb();
+
+// Fibers give way only where they say so: a thread that looks at one word this often in a row would go on for ever.
+constexpr uint32_t kMaxSpins = 1 << 20;
+[[noreturn]] void report_spin(const void* ptr);
 
 [[noreturn]] void report_misaligned(const void* ptr, size_t alignment);
 
@@ -52,6 +57,11 @@ EP_SIMT_UNSEEN inline void note_load(const void* ptr, uint64_t value) {
     PollRecord* poll = running.poll;
     if (poll == nullptr) return;
     poll->hash = (poll->hash ^ reinterpret_cast<uintptr_t>(ptr)) * 0x9e3779b97f4a7c15ull + value;
+    if (poll->address == ptr && poll->value == value) {
+        if (++poll->num_repeats == kMaxSpins) report_spin(ptr);
+    } else {
+        poll->num_repeats = 0;
+    }
     poll->address = ptr;
     poll->value = value;
     ++poll->num_loads;

@@ -138,7 +138,7 @@ void Block::poll(Fiber& self) {
     if (seen.num_loads == 0 && seen.has_read_clock) drive_.has_sleeper = true;
     self.previous_poll_hash = seen.hash;
     seen.hash = 0;
-    seen.num_loads = 0;
+    seen.num_loads = seen.num_repeats = 0;
     seen.has_read_clock = seen.has_changed_memory = false;
     self.state = FiberState::kPolling;
     polling_.push_back(&self);
@@ -252,6 +252,10 @@ void report_misaligned(const void* ptr, size_t alignment) {
     const std::string what = concat("misaligned address ", ptr, ": ", alignment, " bytes at once");
     if (current_fiber == nullptr) throw Error(what);
     current_fiber->block->fail(*current_fiber, what);
+}
+
+void report_spin(const void* ptr) {
+    current_fiber->block->fail(*current_fiber, concat("polls address ", ptr, " without prim::pause() in between"));
 }
 
 uint64_t clock_ns() {

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "core/env.h"
 #include "device/simt/core.h"
 #include "device/simt/shareable.h"
 
@@ -66,6 +67,7 @@ SimtDevice::~SimtDevice() {
     for (const auto& [memory, bytes] : allocations_) {
         core_->when_idle(*state_, [memory = memory, bytes = bytes] { release(memory, bytes); });
     }
+    core_.reset();
 }
 
 std::string SimtDevice::unique_id() const { return host_identity(); }
@@ -222,9 +224,11 @@ void SimtDevice::memcpy_async(void* dst, const void* src, size_t bytes, dev::Str
 }
 
 void SimtDevice::copy_now(void* dst, const void* src, size_t bytes) {
-    // Lifecycle words are read while kernels write them: word by word, as a GPU's copy engine would see them.
+    // Lifecycle words are read while kernels write them: word by word, as a GPU's copy engine would see them. Longer
+    // copies are data, and ThreadSanitizer checks that kernels have finished with it.
+    constexpr size_t kFewBytes = 1024;
     const bool is_words = (reinterpret_cast<uintptr_t>(dst) | reinterpret_cast<uintptr_t>(src) | bytes) % 8 == 0;
-    if (!is_words) {
+    if (!is_words || bytes > kFewBytes) {
         std::memmove(dst, src, bytes);
         return;
     }
@@ -273,7 +277,9 @@ std::shared_ptr<dev::Device> make_cpu_device() {
     ProcessScheduler& process = process_scheduler();
     std::lock_guard lock(process.mutex);
     if (process.scheduler == nullptr) process.scheduler = new Scheduler(SchedulerOptions::background());
-    return std::make_shared<SimtDevice>(*process.scheduler, process.num_devices++);
+    DeviceOptions options;
+    if (environment().cpu_sms != 0) options.num_sms = environment().cpu_sms;
+    return std::make_shared<SimtDevice>(*process.scheduler, process.num_devices++, options);
 }
 
 }  // namespace deep_ep::simt

@@ -72,7 +72,7 @@ private:
     int num_allocations_ = 0;
 };
 
-// A new device on this process's background scheduler, which starts on first use.
+// A new device on this process's background scheduler, which starts on first use. DEEP_EP_CPU_SMS sets its SMs.
 std::shared_ptr<dev::Device> make_cpu_device();
 
 }  // namespace deep_ep::simt

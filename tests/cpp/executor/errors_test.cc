@@ -43,6 +43,7 @@ enum class Mistake {
     kPastDynamicShared,
     kPastMemory,
     kHostCall,
+    kSpins,
     kThrows,
 };
 
@@ -152,6 +153,10 @@ template <Mistake kMistake> struct WrongKernel {
         if (kMistake == Mistake::kPastDynamicShared && threadIdx.x == 0) dynamic[100] = 1;
         if (kMistake == Mistake::kPastMemory && threadIdx.x == 0) params.words[1024] = 1;
         if constexpr (kMistake == Mistake::kHostCall) params.device->synchronize_stream(params.stream);
+        if constexpr (kMistake == Mistake::kSpins) {
+            while (prim::load<Order::kAcquire, Scope::kSys>(params.words) == 0) {
+            }
+        }
         if constexpr (kMistake == Mistake::kThrows) throw Error("thrown by a kernel");
         if constexpr (kMistake == Mistake::kMisalignedWord) {
             prim::load<Order::kRelaxed, Scope::kGpu>(
@@ -234,6 +239,10 @@ TEST_CASE("bulk copies with wrong operands or an unfinished life") {
 TEST_CASE("misaligned words and blocking calls inside kernels") {
     CHECK(contains(complaint<Mistake::kMisalignedWord>(), "misaligned address"));
     CHECK(contains(complaint<Mistake::kHostCall>(), "a kernel cannot make blocking host calls"));
+}
+
+TEST_CASE("a poll without a pause, which would hang the executor") {
+    CHECK(contains(complaint<Mistake::kSpins>(), "without prim::pause() in between"));
 }
 
 TEST_CASE("an exception in a kernel reaches the host's next blocking call") {

@@ -130,6 +130,33 @@ template <Stage kHow> struct StoreKernel {
 };
 
 // ---------------------------------------------------------------------------------------------------------------
+// The message again, sent by bulk store.
+// ---------------------------------------------------------------------------------------------------------------
+enum class Publish { kRight, kAfterReadOnly, kNoProxyFence };
+
+template <Publish kHow> struct BulkSendKernel {
+    using Params = MessageParams;
+    struct Shared {
+        alignas(16) uint32_t words[32];
+    };
+    static EP_DEVICE void run(const Params& params, Shared& shared) {
+        shared.words[threadIdx.x] = threadIdx.x + 1;
+        prim::fence_async_shared();
+        __syncwarp();
+        if (threadIdx.x != 0) return;
+        prim::bulk_store(params.data, shared.words, 128);
+        prim::bulk_commit();
+        if constexpr (kHow == Publish::kAfterReadOnly) {
+            prim::bulk_wait_read<0>();
+        } else {
+            prim::bulk_wait<0>();
+        }
+        if constexpr (kHow != Publish::kNoProxyFence) prim::fence_async_global();
+        prim::store<Order::kRelease, Scope::kSys>(params.flag, 1u);
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------------------
 // A ring of slots between two ranks. The receiver tells the sender how far it has read; telling it one slot too early
 // is the mistake.
 // ---------------------------------------------------------------------------------------------------------------

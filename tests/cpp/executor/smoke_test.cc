@@ -1,7 +1,9 @@
 // The executor runs at all: launches, collectives, barriers, flags between devices, background mode, deadlock, errors.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <chrono>
+#include <memory>
 #include <vector>
 
 #include "device/launch.h"
@@ -151,7 +153,6 @@ TEST_CASE("a peer that never comes is a deadlock with a report, or a timeout whe
         } catch (const simt::DeadlockError& error) {
             report = error.what();
         }
-        MESSAGE(report);
         CHECK(
             report.find("device 3 kernel \"lonely\" block 0 warp 0 lanes 0x1: polls device 3 memory #0 + 0, sees 0") !=
             std::string::npos);
@@ -194,23 +195,33 @@ TEST_CASE("the process-wide device runs kernels on its own thread") {
     device->free(out);
 }
 
+// Not a test: prints what docs/executor.md quotes. Run with --no-skip -tc=figures.
 TEST_CASE("figures" * doctest::skip()) {
     simt::Scheduler scheduler;
+    constexpr int kMaxBlocks = 24, kMaxThreads = 1024;
     std::vector<std::unique_ptr<simt::SimtDevice>> devices;
     std::vector<dev::Stream> streams;
     for (int d = 0; d < 4; ++d) {
         devices.push_back(std::make_unique<simt::SimtDevice>(scheduler, d));
         streams.push_back(devices.back()->create_stream());
     }
-    auto* in = static_cast<int*>(devices[0]->allocate(sizeof(int) * 8 * 256));
-    auto* out = static_cast<int*>(devices[0]->allocate(sizeof(int) * 8));
-    for (int rounds : {0, 0, 300, 300}) {
+    auto* in = static_cast<int*>(devices[0]->allocate(sizeof(int) * kMaxBlocks * kMaxThreads));
+    auto* out = static_cast<int*>(devices[0]->allocate(sizeof(int) * 4 * kMaxBlocks));
+    const auto run = [&](int num_blocks, int num_threads, int rounds) {
         const auto start = std::chrono::steady_clock::now();
-        for (auto stream : streams) {
-            dev::launch<SumKernel>({.num_blocks = 8, .num_threads = 256, .name = "sum"}, stream, {in, out, rounds});
+        for (size_t rank = 0; rank < streams.size(); ++rank) {
+            dev::launch<SumKernel>({.num_blocks = num_blocks, .num_threads = num_threads, .name = "sum"}, streams[rank],
+                                   {in, out + rank * kMaxBlocks, rounds});
         }
         scheduler.run_until_idle();
         const std::chrono::duration<double, std::milli> elapsed = std::chrono::steady_clock::now() - start;
-        MESSAGE("4 ranks x 8 blocks x 256 threads, " << rounds << " syncwarps: " << elapsed.count() << " ms");
-    }
+        const double per_call = elapsed.count() * 1e6 / (4.0 * num_blocks * num_threads * std::max(rounds, 1));
+        MESSAGE("4 ranks x " << num_blocks << " blocks x " << num_threads << " threads, " << rounds << " syncwarps: "
+                             << elapsed.count() << " ms, " << per_call << " ns per thread and syncwarp");
+    };
+    for (int repeat = 0; repeat < 3; ++repeat) run(8, 256, 0);
+    for (int repeat = 0; repeat < 3; ++repeat) run(8, 256, 300);
+    for (int repeat = 0; repeat < 2; ++repeat) run(kMaxBlocks, kMaxThreads, 0);
+    devices[0]->free(in);
+    devices[0]->free(out);
 }

@@ -139,6 +139,17 @@ template <bool kTellsTooEarly> Found hunt_ring() {
         has_wrong_words);
 }
 
+template <Publish kHow> Found hunt_bulk_send(simt::BulkMode bulk) {
+    return hunt(
+        {.bulk = bulk},
+        [](TwoRanks& ranks) {
+            const MessageParams params{ranks.words, ranks.words + 1024, ranks.num_wrong()};
+            dev::launch<BulkSendKernel<kHow>>({.name = "bulk send"}, ranks.first_stream, params);
+            dev::launch<ReceiveKernel<Receive::kAcquire>>({.name = "receive"}, ranks.second_stream, params);
+        },
+        has_wrong_words);
+}
+
 template <bool kHasProxyFence> Found hunt_load() {
     return hunt(
         {},
@@ -200,12 +211,28 @@ TEST_CASE("shared memory reused without wait_group.read: random and late bulk co
     const Found eager = hunt_store<Stage::kNoWaitRead>(simt::BulkMode::kEager);
     CHECK(late.is_wrong_in_order);
     CHECK_FALSE(eager.is_wrong_in_order);
+    CHECK_EQ(eager.by_seeds, 0);
+    if (simt::hb::kIsEnabled) CHECK_GT(eager.by_tsan, 0);
     testing::expect_races(late.by_tsan + eager.by_tsan);
 }
 
 TEST_CASE("ring tails that disagree: seeds and TSan") {
     check_is_clean(hunt_ring<false>());
     check_seeds_and_tsan_find("ring tails", hunt_ring<true>());
+}
+
+TEST_CASE("a bulk store published when its source has been read, not when it is done: late copies, seeds and TSan") {
+    check_is_clean(hunt_bulk_send<Publish::kRight>(simt::BulkMode::kLate));
+    check_is_clean(hunt_bulk_send<Publish::kRight>(simt::BulkMode::kRandom));
+    check_seeds_and_tsan_find("published too early, random copies",
+                              hunt_bulk_send<Publish::kAfterReadOnly>(simt::BulkMode::kRandom), 1);
+    const Found late = hunt_bulk_send<Publish::kAfterReadOnly>(simt::BulkMode::kLate);
+    CHECK(late.is_wrong_in_order);
+    testing::expect_races(late.by_tsan);
+}
+
+TEST_CASE("no proxy fence between a bulk store and the release that publishes it: only TSan") {
+    check_only_tsan_finds(hunt_bulk_send<Publish::kNoProxyFence>(simt::BulkMode::kEager));
 }
 
 TEST_CASE("no proxy fence between a generic write and a bulk store of it: only TSan") {

@@ -248,6 +248,7 @@ TEST_CASE("a rank that never calls dispatch is named by every peer; other Buffer
                              TimeoutError);
         CHECK_THROWS_WITH_AS(world.buffer(rank).check(), doctest::Contains("rank 1"), TimeoutError);
     }
+    world.run();
     World other(3, kRoomy, impatient(), 2.0);
     CHECK_EQ(round_trip(other, problem), "");
 }
@@ -279,6 +280,7 @@ TEST_CASE("a wait that takes long is reported before it fails") {
     REQUIRE_EQ(warnings.size(), 1);
     CHECK(warnings[0].find("Still waiting") != std::string::npos);
     CHECK(warnings[0].find("rank 1") != std::string::npos);
+    world.run();
 }
 
 TEST_CASE("what does not fit is refused before anything is launched") {
