@@ -15,7 +15,7 @@ namespace {
 constexpr int kMaxStagedRanks = 32;  // lanes of a warp
 constexpr int kMaxStages = 4;
 constexpr int kReduceWarps = 8;
-constexpr int kStaticSharedBytes = 256;  // at most, of the same kernels
+constexpr int kStaticSharedBytes = 256;      // at most, of the same kernels
 constexpr double kStartGraceSeconds = 30.0;  // for kernels queued before ours, on top of the kernel's own deadline
 
 // Host-mapped words are written by kernels; the host reads them as the other side of a release.
@@ -56,7 +56,9 @@ void check_row(int64_t row_bytes) {
 }  // namespace
 
 Buffer::Buffer(std::shared_ptr<dev::Device> device, const BufferOptions& options)
-    : device_(std::move(device)), options_(checked(options)), kernels_(&table_for(device_->kind())),
+    : device_(std::move(device)),
+      options_(checked(options)),
+      kernels_(&table_for(device_->kind())),
       control_(layout::ControlLayout::make(static_cast<uint64_t>(options.num_ranks))) {
     const auto heap_bytes =
         control_.bytes + static_cast<uint64_t>(options_.num_data_bytes + options_.num_low_latency_bytes);
@@ -153,7 +155,8 @@ kernels::Geometry Buffer::plan_combine(int num_sms, const layout::SlotLayout& sl
 
 layout::WindowLayout Buffer::window_for(const layout::SlotLayout& slot, const char* operation) const {
     const auto num_ranks = static_cast<uint64_t>(options_.num_ranks);
-    const auto window = layout::WindowLayout::make(static_cast<uint64_t>(options_.num_data_bytes), num_ranks, slot.bytes);
+    const auto window =
+        layout::WindowLayout::make(static_cast<uint64_t>(options_.num_data_bytes), num_ranks, slot.bytes);
     EP_CHECK(options_.num_ranks == 1 || window.window > 0, "num_nvl_bytes is too small for this ", operation,
              ": expected at least ", layout::WindowLayout::bytes_for(num_ranks, slot.bytes, 1), ", got ",
              options_.num_data_bytes, " (see Config.get_nvl_buffer_size_hint)");
@@ -240,9 +243,9 @@ void Buffer::dispatch(const DispatchArgs& args, int num_sms, dev::Stream stream)
     check();
     check_tokens(args.num_tokens);
     check_row(args.row_bytes);
-    const auto slot = layout::SlotLayout::for_dispatch(static_cast<uint64_t>(args.row_bytes),
-                                                       static_cast<uint64_t>(args.num_topk),
-                                                       static_cast<uint64_t>(args.num_scales));
+    const auto slot =
+        layout::SlotLayout::for_dispatch(static_cast<uint64_t>(args.row_bytes), static_cast<uint64_t>(args.num_topk),
+                                         static_cast<uint64_t>(args.num_scales));
     kernels_->dispatch({.heap = heap_params(),
                         .watch = watch_params(),
                         .geometry = plan_dispatch(num_sms, slot),
@@ -278,8 +281,8 @@ void Buffer::combine(const CombineArgs& args, int num_sms, dev::Stream stream) {
     check_tokens(args.num_tokens);
     const int64_t row_bytes = int64_t{args.hidden} * 2;
     check_row(row_bytes);
-    const auto slot = layout::SlotLayout::for_combine(static_cast<uint64_t>(row_bytes),
-                                                      static_cast<uint64_t>(args.num_topk));
+    const auto slot =
+        layout::SlotLayout::for_combine(static_cast<uint64_t>(row_bytes), static_cast<uint64_t>(args.num_topk));
     kernels_->combine({.heap = heap_params(),
                        .watch = watch_params(),
                        .geometry = plan_combine(num_sms, slot),
@@ -311,8 +314,8 @@ void Buffer::bench_push(int64_t bytes_per_peer, int num_sms, dev::Stream stream)
 
 // The two modes count their calls apart.
 std::vector<uint64_t> Buffer::read_started(layout::Operation operation) const {
-    const bool is_low_latency = operation == layout::Operation::kLowLatencyDispatch ||
-                                operation == layout::Operation::kLowLatencyCombine;
+    const bool is_low_latency =
+        operation == layout::Operation::kLowLatencyDispatch || operation == layout::Operation::kLowLatencyCombine;
     const layout::Field& field = is_low_latency ? control_.low_latency.started : control_.started;
     std::vector<uint64_t> started(static_cast<size_t>(options_.num_ranks));
     device_->copy_now(started.data(), heap_->local() + field.offset, field.bytes());

@@ -37,7 +37,8 @@ int64_t region_for(const Problem& problem, uint64_t window) {
 }
 
 std::string wrapping_windows(uint64_t seed) {
-    const Problem problem{.num_tokens = {11, 7}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
+    const Problem problem{
+        .num_tokens = {11, 7}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
     World world = make_world(2, region_for(problem, 2), seed);
     std::string difference = round_trip(world, problem);
     return difference.empty() ? round_trip(world, problem) : difference;
@@ -45,7 +46,8 @@ std::string wrapping_windows(uint64_t seed) {
 
 // Only rank 1 receives, call after call: its reads must end before rank 0 writes the bank again.
 std::string one_way_traffic(uint64_t seed) {
-    Problem problem{.num_tokens = {6, 0}, .num_experts = 2, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .only_rank = 1};
+    Problem problem{
+        .num_tokens = {6, 0}, .num_experts = 2, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .only_rank = 1};
     problem.seed = seed;
     World world = make_world(2, 1 << 14, seed);
     auto ranks = make_inputs(problem);
