@@ -53,7 +53,6 @@ struct Agent {
     Key last_fence[3] = {0, 0, 0};
     std::vector<Seen> seen;  // by relaxed loads, for a later fence
     std::vector<StoreGroup> groups;
-    std::vector<Key> unfenced;  // stores that are done, but not yet ordered before generic accesses
 };
 
 namespace {
@@ -259,7 +258,6 @@ void destroy_agent(Agent* agent) {
     for (void* context : {agent->generic, agent->async, agent->reader, agent->writer}) destroy_context(context);
     for (Key key : agent->last_fence) drop(key);
     for (const Seen& seen : agent->seen) drop(seen.what.key);
-    for (Key key : agent->unfenced) drop(key);
     for (const StoreGroup& group : agent->groups) {
         drop(group.read_done);
         drop(group.write_done);
@@ -312,7 +310,8 @@ void on_fence(int scope) {
     release(key);
 }
 
-// From here on the async proxy sees what this thread sees, and the other way round.
+// From here on the async proxy sees what this thread sees. (The other way round needs no fence: the completion of a
+// bulk copy is one.)
 void on_proxy_fence() {
     Agent* agent = running_agent();
     if (agent == nullptr) return;
@@ -324,11 +323,6 @@ void on_proxy_fence() {
         __tsan_acquire(cell(key, Proxy::kGeneric));
     }
     drop(key);
-    for (Key done : agent->unfenced) {
-        acquire(done);
-        drop(done);
-    }
-    agent->unfenced.clear();
 }
 
 void on_mbarrier_init(const void* address) {
@@ -368,7 +362,7 @@ BulkEdges on_bulk_issue(Agent* issuer, int group) {
         issuer->reader = create_context("bulk copy, read");
         issuer->writer = create_context("bulk copy, write");
     }
-    BulkEdges edges{make_key(), make_key(), make_key(), make_key()};
+    BulkEdges edges{group >= 0, make_key(), make_key(), make_key(), make_key()};
     set_clock(cell(edges.before_write, Proxy::kGeneric));
     {
         As as(issuer->async);
@@ -392,7 +386,7 @@ void on_bulk_read(Agent* issuer, const BulkEdges& edges, const void* address, si
 void on_bulk_write(Agent* issuer, const BulkEdges& edges, void* address, size_t bytes) {
     {
         As as(issuer->writer);
-        __tsan_acquire(cell(edges.before_write, Proxy::kGeneric));
+        __tsan_acquire(cell(edges.is_store ? edges.before_read : edges.before_write, Proxy::kGeneric));
         acquire(edges.read_done);
         __tsan_write_range(address, bytes);
         release(edges.write_done);
@@ -412,10 +406,9 @@ void on_bulk_wait(Agent* issuer, int group, bool reads_only) {
         if (waited.group >= group) return false;
         acquire(waited.read_done);
         if (reads_only) return false;
-        drop(waited.read_done);
-        As as(issuer->async);
         acquire(waited.write_done);
-        issuer->unfenced.push_back(waited.write_done);
+        drop(waited.read_done);
+        drop(waited.write_done);
         return true;
     });
 }

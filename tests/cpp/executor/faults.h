@@ -132,7 +132,7 @@ template <Stage kHow> struct StoreKernel {
 // ---------------------------------------------------------------------------------------------------------------
 // The message again, sent by bulk store.
 // ---------------------------------------------------------------------------------------------------------------
-enum class Publish { kRight, kAfterReadOnly, kNoProxyFence };
+enum class Publish { kRight, kAfterReadOnly };
 
 template <Publish kHow> struct BulkSendKernel {
     using Params = MessageParams;
@@ -151,8 +151,36 @@ template <Publish kHow> struct BulkSendKernel {
         } else {
             prim::bulk_wait<0>();
         }
-        if constexpr (kHow != Publish::kNoProxyFence) prim::fence_async_global();
-        prim::store<Order::kRelease, Scope::kSys>(params.flag, 1u);
+        prim::store<Order::kRelease, Scope::kSys>(params.flag, 1u);  // completion is a proxy fence
+    }
+};
+
+// A bulk store over a row that a peer has just read and given back.
+struct ReadAndGiveBackKernel {
+    using Params = MessageParams;
+    struct Shared {};
+    static EP_DEVICE void run(const Params& params, Shared&) {
+        if (params.data[threadIdx.x] != 0) prim::fetch_add<Order::kRelaxed, Scope::kSys>(params.num_wrong, 1u);
+        __syncwarp();
+        if (threadIdx.x == 0) prim::store<Order::kRelease, Scope::kSys>(params.flag, 1u);
+    }
+};
+
+template <bool kHasProxyFence> struct OverwriteKernel {
+    using Params = MessageParams;
+    struct Shared {
+        alignas(16) uint32_t words[32];
+    };
+    static EP_DEVICE void run(const Params& params, Shared& shared) {
+        shared.words[threadIdx.x] = threadIdx.x + 1;
+        prim::fence_async_shared();
+        __syncwarp();
+        if (threadIdx.x != 0) return;
+        while (prim::load<Order::kAcquire, Scope::kSys>(params.flag) == 0) prim::pause();
+        if constexpr (kHasProxyFence) prim::fence_async_global();
+        prim::bulk_store(params.data, shared.words, 128);
+        prim::bulk_commit();
+        prim::bulk_wait_read<0>();
     }
 };
 

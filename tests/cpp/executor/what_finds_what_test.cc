@@ -150,6 +150,17 @@ template <Publish kHow> Found hunt_bulk_send(simt::BulkMode bulk) {
         has_wrong_words);
 }
 
+template <bool kHasProxyFence> Found hunt_overwrite() {
+    return hunt(
+        {},
+        [](TwoRanks& ranks) {
+            const MessageParams params{ranks.words, ranks.words + 1024, ranks.num_wrong()};
+            dev::launch<ReadAndGiveBackKernel>({.name = "read"}, ranks.first_stream, params);
+            dev::launch<OverwriteKernel<kHasProxyFence>>({.name = "overwrite"}, ranks.second_stream, params);
+        },
+        has_wrong_words);
+}
+
 template <bool kHasProxyFence> Found hunt_load() {
     return hunt(
         {},
@@ -231,8 +242,9 @@ TEST_CASE("a bulk store published when its source has been read, not when it is 
     testing::expect_races(late.by_tsan);
 }
 
-TEST_CASE("no proxy fence between a bulk store and the release that publishes it: only TSan") {
-    check_only_tsan_finds(hunt_bulk_send<Publish::kNoProxyFence>(simt::BulkMode::kEager));
+TEST_CASE("no proxy fence between an acquire and a bulk store over what it gave back: only TSan") {
+    check_is_clean(hunt_overwrite<true>());
+    check_only_tsan_finds(hunt_overwrite<false>());
 }
 
 TEST_CASE("no proxy fence between a generic write and a bulk store of it: only TSan") {
