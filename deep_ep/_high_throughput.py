@@ -10,6 +10,7 @@ import torch
 from deep_ep import _checks
 from deep_ep._bootstrap import Session
 from deep_ep._errors import Error
+from deep_ep._lending import Spec
 from deep_ep._streams import Operation, is_capturing
 from deep_ep.utils import EventHandle, EventOverlap
 
@@ -114,7 +115,7 @@ def dispatch_fresh(session: Session, x: Payload, routing: Routing, expert_alignm
         with operation.allocation():
             rank_prefix_matrix, send_head = _notify_outputs(session, rows.shape[0])
             if num_worst_tokens:
-                received = _receive_outputs(rows, scales, routing, num_worst_tokens)
+                received = _receive_outputs(session, rows, scales, routing, num_worst_tokens, operation)
         operation.start((rows, scales, *routing, rank_prefix_matrix, send_head))
         session.runtime.notify_dispatch(_ptr(routing.num_tokens_per_rank), _ptr(routing.num_tokens_per_expert),
                                         _ptr(routing.is_token_in_rank), rows.shape[0], num_experts, expert_alignment,
@@ -122,7 +123,7 @@ def dispatch_fresh(session: Session, x: Payload, routing: Routing, expert_alignm
         if received is None:
             num_rows, per_expert = session.runtime.wait_counts()
             with operation.allocation():
-                received = _receive_outputs(rows, scales, routing, num_rows)
+                received = _receive_outputs(session, rows, scales, routing, num_rows, operation)
         outputs, recv_src_idx = received
         operation.add((*outputs, recv_src_idx))
         handle = _make_handle(rank_prefix_matrix, recv_src_idx, routing.is_token_in_rank, send_head)
@@ -142,7 +143,7 @@ def dispatch_cached(session: Session, x: Payload, handle: Any, num_sms: int, pre
                          f"handle, got {rows.shape[0]}")
     with open_operation(session, "dispatch", previous_event, async_finish, allocate_on_comm_stream) as operation:
         with operation.allocation():
-            outputs, _ = _receive_outputs(rows, scales, None, checked.recv_src_idx.shape[0])
+            outputs, _ = _receive_outputs(session, rows, scales, None, checked.recv_src_idx.shape[0], operation)
         operation.start((rows, scales, *checked, *outputs))
         # The handle may come from a worst-case dispatch: fewer rows than it has room for are no error.
         _send_rows(session, rows, scales, None, 0, checked, None, outputs, True, num_sms, operation)
@@ -177,6 +178,24 @@ def combine(session: Session, x: torch.Tensor, handle: Any, topk_weights: Option
                                 _ptr(combined), _ptr(weights), num_sms, operation.stream)
         event = close_operation(operation)
     return combined, weights, event
+
+
+def lend(session: Session, shape: Any, dtype: torch.dtype) -> torch.Tensor:
+    lender, sizes = session.lender, tuple(shape)
+    spec = Spec(tuple(_checks.check_int(f"shape[{i}]", size, 0) for i, size in enumerate(sizes)), dtype)
+    if lender is None or spec.num_bytes == 0:
+        # One rank reads its own input in place, wherever it is.
+        if session.num_ranks > 1 and lender is None:
+            raise Error("lend: this Buffer lends nothing; build it with num_lend_bytes")
+        return torch.empty(spec.shape, dtype=dtype, device=session.streams.device)
+    if is_capturing():
+        raise Error("lend: not while a CUDA graph is captured; take the tensor before the capture begins")
+    made = lender.tensors([spec])
+    if made is None:
+        raise Error(f"lend: no room for {spec.num_bytes} bytes; num_lend_bytes is {lender.num_bytes}, and the tensors "
+                    "of earlier calls hold a part of it until they are dropped")
+    lender.settle_on_current_stream()
+    return made[0]
 
 
 def check_handle(session: Session, handle: Any) -> Handle:
@@ -252,21 +271,40 @@ def _make_handle(rank_prefix_matrix: torch.Tensor, recv_src_idx: torch.Tensor, i
     return Handle(rank_prefix_matrix, unused, unused, recv_src_idx, is_token_in_rank, send_head)
 
 
-def _receive_outputs(rows: torch.Tensor, scales: Optional[torch.Tensor], routing: Optional[Routing],
-                     num_rows: int) -> tuple[Outputs, torch.Tensor]:
-    """The receive tensors for `num_rows` rows, and recv_src_idx."""
-    device = rows.device
-    topk_idx = topk_weights = None
+def _receive_outputs(session: Session, rows: torch.Tensor, scales: Optional[torch.Tensor], routing: Optional[Routing],
+                     num_rows: int, operation: Operation) -> tuple[Outputs, torch.Tensor]:
+    """The receive tensors for `num_rows` rows, and recv_src_idx: lent to the peers where there is room."""
+    specs: list[Optional[Spec]] = [Spec((num_rows, rows.shape[1]), rows.dtype), None, None, None]
+    if scales is not None:
+        specs[1] = Spec((num_rows, scales.shape[1]), scales.dtype)
     if routing is not None and routing.topk_idx is not None:
         num_topk = routing.topk_idx.shape[1]
-        topk_idx = torch.empty((num_rows, num_topk), dtype=routing.topk_idx.dtype, device=device)
-        topk_weights = torch.empty((num_rows, num_topk), dtype=torch.float32, device=device)
-    outputs = Outputs(x=torch.empty((num_rows, rows.shape[1]), dtype=rows.dtype, device=device),
-                      scales=None if scales is None else torch.empty(
-                          (num_rows, scales.shape[1]), dtype=scales.dtype, device=device),
-                      topk_idx=topk_idx,
-                      topk_weights=topk_weights)
-    return outputs, torch.empty(num_rows, dtype=torch.int32, device=device)
+        specs[2] = Spec((num_rows, num_topk), routing.topk_idx.dtype)
+        specs[3] = Spec((num_rows, num_topk), torch.float32)
+    src_idx = Spec((num_rows, ), torch.int32)
+    made = _lent_outputs(session, specs, src_idx, operation)
+    if made is None:
+        made = [None if spec is None else torch.empty(spec.shape, dtype=spec.dtype, device=rows.device)
+                for spec in (*specs, src_idx)]
+    x, recv_scales, topk_idx, topk_weights, recv_src_idx = made
+    assert x is not None and recv_src_idx is not None
+    return Outputs(x, recv_scales, topk_idx, topk_weights), recv_src_idx
+
+
+def _lent_outputs(session: Session, specs: list[Optional[Spec]], src_idx: Spec,
+                  operation: Operation) -> Optional[list[Optional[torch.Tensor]]]:
+    """The same in memory that peers reach; None: there is no room for all of it."""
+    lender = session.lender
+    if lender is None:
+        return None
+    # Apart: the handle, which has the indices, usually outlives the rows.
+    indices = lender.tensors([src_idx])
+    given = None if indices is None else lender.tensors([spec for spec in specs if spec is not None])
+    if indices is None or given is None:
+        return None
+    lender.settle(operation.torch_stream)
+    rest = iter(given)
+    return [*(None if spec is None else next(rest) for spec in specs), *indices]
 
 
 def _send_rows(session: Session, rows: torch.Tensor, scales: Optional[torch.Tensor], routing: Optional[Routing],

@@ -114,6 +114,7 @@ class Operation:
     """
 
     stream: int
+    torch_stream: Optional[torch.cuda.Stream] = None  # the same; None on the CPU, where the host's timeline is meant
 
     def __init__(self, is_async: bool) -> None:
         self.is_async = is_async
@@ -197,6 +198,7 @@ class _CudaOperation(Operation):
         self._previous = previous
         self._on_comm_stream = on_comm_stream
         self.stream = self._comm.cuda_stream
+        self.torch_stream = self._comm
 
     def allocation(self) -> contextlib.AbstractContextManager[Any]:
         return torch.cuda.stream(self._comm) if self._on_comm_stream else contextlib.nullcontext()
