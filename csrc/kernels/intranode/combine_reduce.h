@@ -209,19 +209,22 @@ EP_DEVICE int position_of(const Context& c, int token) {
 }
 
 EP_DEVICE bool rows_are_here(const Context& c, const Source& source, const Token& token) {
-    bool is_here = true;
-    if (token.position >= 0 && source.rows == nullptr) is_here = c.ring.is_set(source.port.row_is_here(token.position));
+    const bool is_in_slot = token.position >= 0 && source.rows == nullptr;
+    if (!__any_sync(kFullMask, is_in_slot)) return true;
+    bool is_here = !is_in_slot || c.ring.is_set(source.port.row_is_here(token.position));
     is_here = __all_sync(kFullMask, is_here);
     __syncwarp();  // each lane's acquire, the leader's bulk loads
+    prim::fence_async_global();
     return is_here;
 }
 
 // How far the loads have come: chunk by chunk, of each chunk one piece for each rank, in this token or the next.
 struct Fetch {
-    int num_issued = 0;
-    int base;       // of the chunk, in vectors
-    uint32_t rest;  // ranks whose piece of this chunk is still to be loaded
-    bool is_on_next;
+    algo::StageCursor cursor;  // of the next piece to be loaded
+    int num_under_way = 0;     // pieces loaded and not yet taken
+    int base;                  // of the chunk, in vectors
+    uint32_t rest;             // ranks whose piece of this chunk is still to be loaded
+    bool is_on_next = false;
 
     EP_DEVICE void start(const Token& token, bool is_next) {
         base = 0;
@@ -232,18 +235,20 @@ struct Fetch {
 
 // Loads pieces until every stage is taken or no more rows are there. Waits for nothing.
 EP_DEVICE void fetch_more(const Context& c, const Source& source, const algo::Stages& stages, Fetch& fetch,
-                                 int num_taken, const Token& now, Token& next) {
+                          const Token& now, Token& next) {
+    const int num_stages = c.p.geometry.recv.num_stages;
     const int num_vecs = static_cast<int>(c.p.row_bytes / sizeof(Vec16));
-    while (fetch.num_issued - num_taken < c.p.geometry.recv.num_stages) {
+    while (fetch.num_under_way < num_stages) {
         if (fetch.rest != 0) {
             const int rank = __ffs(static_cast<int>(fetch.rest)) - 1;
             const uint8_t* row = algo::broadcast_pointer(fetch.is_on_next ? next.pointer : now.pointer, rank);
             const int num_left = num_vecs - fetch.base;
             const int num_here = num_left < kChunkVecs ? num_left : kChunkVecs;
             if (prim::lane_idx() == 0)
-                stages.load(fetch.num_issued, reinterpret_cast<const Vec16*>(row) + fetch.base,
+                stages.load(fetch.cursor, reinterpret_cast<const Vec16*>(row) + fetch.base,
                             static_cast<uint32_t>(num_here) * sizeof(Vec16));
-            ++fetch.num_issued;
+            fetch.cursor.advance(num_stages);
+            ++fetch.num_under_way;
             fetch.rest &= fetch.rest - 1;
         } else if (fetch.base + kChunkVecs < num_vecs) {
             fetch.base += kChunkVecs;
@@ -252,27 +257,29 @@ EP_DEVICE void fetch_more(const Context& c, const Source& source, const algo::St
             if (fetch.is_on_next) return;
             if (!next.is_here) next.is_here = rows_are_here(c, source, next);
             if (!next.is_here) return;
-            prim::fence_async_global();
             fetch.start(next, true);
         }
     }
 }
 
-EP_DEVICE void add_stage(Sums<kStagedUnroll>& sums, const uint8_t* stage, int num_vecs) {
+// Some vectors of a stage beyond the end of the row may be old: their sums are not written.
+EP_DEVICE void add_stage(Sums<kStagedUnroll>& sums, const uint8_t* stage) {
+    const Vec16* vectors = reinterpret_cast<const Vec16*>(stage) + prim::lane_idx();
+    Vec16 held[kStagedUnroll];
 #pragma unroll
-    for (int i = 0; i < kStagedUnroll; ++i) {
-        const int idx = i * kWarpSize + prim::lane_idx();
-        if (idx < num_vecs) add(sums, i, reinterpret_cast<const Vec16*>(stage)[idx]);
-    }
+    for (int i = 0; i < kStagedUnroll; ++i) held[i] = prim::load_shared(vectors + i * kWarpSize);
+#pragma unroll
+    for (int i = 0; i < kStagedUnroll; ++i) add(sums, i, held[i]);
 }
 
 // Biases are rare: few registers rather than many loads at a time.
-EP_DEVICE void add_one_by_one(Sums<kStagedUnroll>& sums, const Vec16* source, int base, int num_vecs) {
+EP_DEVICE void add_bias(Sums<kStagedUnroll>& sums, const uint8_t* bias, int64_t token_offset, int base, int num_vecs) {
+    if (bias == nullptr) return;
+    const auto* source = reinterpret_cast<const Vec16*>(bias + token_offset) + base + prim::lane_idx();
 #pragma unroll
-    for (int i = 0; i < kStagedUnroll; ++i) {
-        const int idx = base + i * kWarpSize + prim::lane_idx();
-        if (idx < num_vecs) add(sums, i, prim::load_input(source + idx));
-    }
+    for (int i = 0; i < kStagedUnroll; ++i)
+        if (base + i * kWarpSize + prim::lane_idx() < num_vecs)
+            add(sums, i, prim::load_input(source + i * kWarpSize));
 }
 
 // Sums of the weights that belong to the rows, in rank order like everything.
@@ -303,6 +310,21 @@ EP_DEVICE void sum_weights(const Context& c, const Source& source, const Token& 
     }
 }
 
+// The sum of one chunk of the token, while pieces of later ones are loaded.
+EP_DEVICE Sums<kStagedUnroll> sum_chunk(const Context& c, const Source& source, const algo::Stages& stages,
+                                        Fetch& fetch, algo::StageCursor& taken, const Token& now, Token& next) {
+    Sums<kStagedUnroll> sums = {};
+    for (uint32_t rest = now.lanes; rest != 0; rest &= rest - 1) {
+        fetch_more(c, source, stages, fetch, now, next);
+        stages.wait(taken);
+        add_stage(sums, stages.at(taken));
+        taken.advance(c.p.geometry.recv.num_stages);
+        --fetch.num_under_way;
+        __syncwarp();  // every lane's reads of the stage, the leader's next load into it
+    }
+    return sums;
+}
+
 EP_DEVICE bool reduce_staged(const Context& c, int warp, int num_warps, uint8_t* memory) {
     const CombineParams& p = c.p;
     const int num_vecs = static_cast<int>(p.row_bytes / sizeof(Vec16));
@@ -312,8 +334,7 @@ EP_DEVICE bool reduce_staged(const Context& c, int warp, int num_warps, uint8_t*
     stages.init();
     bool has_weights = false;
     Fetch fetch;
-    fetch.is_on_next = false;
-    int num_taken = 0;
+    algo::StageCursor taken;
     Token now = open_token(c, source, warp, position_of(c, warp));
     int position_after = position_of(c, warp + num_warps);
     while (now.token < p.num_tokens) {
@@ -326,21 +347,16 @@ EP_DEVICE bool reduce_staged(const Context& c, int warp, int num_warps, uint8_t*
         position_after = position_of(c, next.token + num_warps);
         const int64_t token_offset = static_cast<int64_t>(now.token) * p.row_bytes;
         for (int base = 0; base < num_vecs; base += kChunkVecs) {
-            Sums<kStagedUnroll> sums = {};
-            for (uint32_t rest = now.lanes; rest != 0; rest &= rest - 1) {
-                fetch_more(c, source, stages, fetch, num_taken, now, next);
-                stages.wait(num_taken);
-                add_stage(sums, stages.at(num_taken), num_vecs - base);
-                ++num_taken;
-                __syncwarp();  // every lane's reads of the stage, the leader's next load into it
-            }
-            for (const uint8_t* bias : p.bias)
-                if (bias != nullptr)
-                    add_one_by_one(sums, reinterpret_cast<const Vec16*>(bias + token_offset), base, num_vecs);
+            Sums<kStagedUnroll> sums = sum_chunk(c, source, stages, fetch, taken, now, next);
+            add_bias(sums, p.bias[0], token_offset, base, num_vecs);
+            add_bias(sums, p.bias[1], token_offset, base, num_vecs);
             write_sums(sums, reinterpret_cast<Vec16*>(p.combined_x + token_offset), base, num_vecs);
         }
         if (!has_weights && !wait_for_weights(c)) {
-            for (; num_taken < fetch.num_issued; ++num_taken) stages.wait(num_taken);  // nothing may land after the end
+            for (; fetch.num_under_way > 0; --fetch.num_under_way) {  // nothing may land after the end
+                stages.wait(taken);
+                taken.advance(p.geometry.recv.num_stages);
+            }
             return false;
         }
         has_weights = true;
