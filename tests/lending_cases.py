@@ -92,7 +92,7 @@ def part_of_a_lent_tensor(worker: Worker, work: Workload) -> None:
 
 
 def lend_errors(worker: Worker) -> list[str]:
-    with worker.new_buffer(num_lend_bytes=MIB) as buffer, worker.new_buffer() as other:
+    with worker.new_buffer(num_lend_bytes=MIB) as buffer, worker.new_buffer(num_lend_bytes=0) as other:
         held = buffer.lend((1000, ), torch.float32)
         assert held.shape == (1000, )
         assert held.dtype == torch.float32

@@ -27,7 +27,7 @@ struct WatchParams {
 
 // Of a block. Fewer threads have more registers: a lane of combine keeps 56 sums.
 constexpr int kMaxDispatchThreads = 768;
-constexpr int kMaxCombineThreads = 512;
+constexpr int kMaxCombineThreads = 384;
 
 // How many threads work, and through what. Chosen by the runtime from the SM budget and the shape.
 struct Geometry {

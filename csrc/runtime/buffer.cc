@@ -16,7 +16,6 @@ constexpr int kMaxStagedRanks = 32;  // lanes of a warp
 constexpr int kMaxStages = 4;
 constexpr int kReduceWarps = 8;
 constexpr int kLentWeightShare = 64;     // of the lent bytes, one in so many holds copies of weights
-constexpr int kMinStagedSendWarps = 6;   // fewer move less than registers do
 constexpr int kStaticSharedBytes = 256;      // at most, of the same kernels
 constexpr double kStartGraceSeconds = 30.0;  // for kernels queued before ours, on top of the kernel's own deadline
 
@@ -141,15 +140,16 @@ bool Buffer::can_stage(const kernels::Geometry& geometry) const {
 }
 
 // Send warps have stages where each of them gets two; fewer warps would move less than registers do. A rank that lends
-// its outputs receives nothing by itself: all warps send.
+// its outputs receives nothing by itself: all warps send, through registers (docs/performance/intranode.md, step 9).
 kernels::Geometry Buffer::plan_dispatch(int num_sms, const layout::SlotLayout& slot, bool is_lent) const {
     kernels::Geometry plain = plan_plain(num_sms, kernels::kMaxDispatchThreads);
-    if (is_lent) plain.num_send_warps += std::exchange(plain.num_recv_warps, 0);
+    if (is_lent) {
+        plain.num_send_warps += std::exchange(plain.num_recv_warps, 0);
+        return plain;
+    }
     const layout::Staging stage{1, static_cast<int>(layout::bulk_bytes(slot.scales.end())) + layout::kPositionBytes};
-    const int fitting = shared_bytes() / stage.bytes();
     kernels::Geometry staged = plain;
-    if (is_lent && fitting / 2 >= kMinStagedSendWarps) staged.num_send_warps = std::min(fitting / 2, plain.num_send_warps);
-    staged.send = {std::min(fitting / staged.num_send_warps, kMaxStages), stage.stage_bytes};
+    staged.send = {std::min(shared_bytes() / (plain.num_send_warps * stage.bytes()), kMaxStages), stage.stage_bytes};
     return staged.send.num_stages >= 2 && can_stage(staged) ? staged : plain;
 }
 
