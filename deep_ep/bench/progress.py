@@ -30,7 +30,7 @@ def _with_lines(items: list[T]) -> Iterator[T]:
     started = printed = time.monotonic()
     for i, item in enumerate(items):
         now = time.monotonic()
-        if now - printed >= SECONDS_BETWEEN_LINES:
+        if i == 1 or now - printed >= SECONDS_BETWEEN_LINES:
             print(f"{i} of {len(items)} cases after {now - started:.0f} s", file=sys.stderr, flush=True)
             printed = now
         yield item

@@ -6,7 +6,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import Callable, Protocol
+from typing import Any, Callable, Protocol
 
 import torch
 import torch.distributed as dist
@@ -40,18 +40,24 @@ def run_ranks(options: Options, benchmark: MakeBenchmark) -> Findings:
 def run_processes(options: Options, benchmark: MakeBenchmark) -> Findings:
     with tempfile.TemporaryDirectory() as folder:
         path = findings_path(folder)
+        failure = ""
+        processes: Any = torch.multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]
+            _run_process,
+            args=(options, folder, benchmark),
+            nprocs=options.num_ranks,
+            join=False)
         try:
-            torch.multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]
-                _run_process,
-                args=(options, folder, benchmark),
-                nprocs=options.num_ranks)
+            while not processes.join():
+                pass
         except BaseException as error:
+            for process in processes.processes:
+                process.kill()
             if not path.exists():
                 raise
-            findings = Findings.from_json(json.loads(path.read_text(encoding="utf-8")))
-            findings.failure = f"{type(error).__name__}: {error}".strip()
-            return findings
-        return Findings.from_json(json.loads(path.read_text(encoding="utf-8")))
+            failure = f"{type(error).__name__}: {error}".strip()
+        findings = Findings.from_json(json.loads(path.read_text(encoding="utf-8")))
+        findings.failure = failure
+        return findings
 
 
 def findings_path(folder: str) -> Path:

@@ -160,6 +160,8 @@ def test_a_sweep_has_many_sizes_and_the_default_has_one() -> None:
 
 
 def test_a_long_sweep_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(show_progress([1, 2, 3], is_shown=True)) == [1, 2, 3]
+    assert "1 of 3 cases" in capsys.readouterr().err
     monkeypatch.setattr("deep_ep.bench.progress.SECONDS_BETWEEN_LINES", 0.0)
     assert list(show_progress([1, 2, 3], is_shown=True)) == [1, 2, 3]
     assert "2 of 3 cases" in capsys.readouterr().err
@@ -266,6 +268,26 @@ def test_ranks_that_are_threads_are_compared_with_nothing(tmp_path: Path) -> Non
     content, _ = run_benchmark("intranode", tmp_path, "--tokens", "4", "--ranks-as-threads", "--num-sms", "2,4")
     assert [row["operation"] for row in content["rows"]] == ["layout", *(2 * [*DISPATCHES, *COMBINES])]
     assert any("comparison with torch.distributed is left out" in notice for notice in content["notices"])
+
+
+def test_what_was_measured_before_a_time_limit_is_saved(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "deep_ep.bench", "intranode", "--device", "cpu", "--num-processes", "2", "--tokens",
+        ",".join(["1"] * 1000), "--hidden", "16", "--experts", "4", "--topk", "1", "--repeats", "1", "--save",
+        str(tmp_path)
+    ]  # yapf: disable
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None
+        for line in run.stderr:
+            if "1 of 1000 cases" in line:
+                break
+        run.terminate()
+        printed, _ = run.communicate(timeout=60)
+    assert run.returncode == 1
+    assert "ended early (SystemExit: ended from outside)" in printed
+    content = json.loads(next(tmp_path.glob("*.json")).read_text(encoding="utf-8"))
+    assert content["rows"]
+    assert content["notices"][0].startswith("The run ended early")
 
 
 def test_a_report_can_be_plotted(tmp_path: Path) -> None:
