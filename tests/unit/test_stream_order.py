@@ -3,7 +3,6 @@
 import gc
 import random
 from collections import Counter
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, Optional
 
@@ -109,11 +108,11 @@ class Caller:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelGpu]:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> ModelGpu:
     made = ModelGpu()
     monkeypatch.setattr(_streams, "current_stream_handle", lambda _: made.current)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: made.current)
-    yield made
+    return made
 
 
 @pytest.fixture
@@ -124,7 +123,7 @@ def caller(gpu: ModelGpu) -> Caller:
 @pytest.mark.parametrize("seed", range(40))
 def test_every_operation_comes_after_the_one_before_it(gpu: ModelGpu, caller: Caller, seed: int) -> None:
     """Whatever streams, modes, events kept and events dropped; and after the caller's work, and before its later."""
-    chance = random.Random(seed)
+    chance = random.Random(seed)  # noqa: S311 - reproducible
     gpu.ambiguous = {SIDE} if chance.random() < 0.3 else set()
     before_this: set[str] = set()
     kept: list[Any] = []
@@ -285,7 +284,7 @@ def test_a_handle_with_another_tensor_is_not_known(field: str) -> None:
     assert handle._replace(**{field: getattr(handle, field).clone()}) not in known
 
 
-def test_known_handles_are_not_kept_alive_nor_mistaken(gpu: ModelGpu) -> None:  # noqa: ARG001
+def test_known_handles_are_not_kept_alive_nor_mistaken() -> None:
     """An address that is used again is not the tensor that was there."""
     known = KnownHandles()
     for _ in range(2 * KnownHandles.MOST):
