@@ -46,6 +46,8 @@ export GPU_CHECK_DEVICE=$device DEEP_EP_DEVICE=$device
 export CC=${CC:-/usr/bin/gcc} CXX=${CXX:-/usr/bin/g++}
 export CUDAHOSTCXX=${CUDAHOSTCXX:-$CXX} PATH=$PATH:/usr/local/cuda/bin
 export PYTHONUNBUFFERED=1 PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+# The comparison must not use NVLink multicast: on a shared host it can put GPUs out of service.
+export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
 export DEEP_EP_TIMEOUT_SECS=${DEEP_EP_TIMEOUT_SECS:-30}
 
 num_gpus=0

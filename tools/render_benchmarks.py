@@ -35,14 +35,21 @@ Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 
 def newest(reports: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
-    """Of each benchmark, machine and number of ranks the last run, by file name and report."""
+    """Of each benchmark, machine, number of ranks and settings the last run, by file name and report."""
     found: dict[Any, tuple[str, dict[str, Any]]] = {}
     for name, report in sorted(reports, key=lambda named: str(named[1]["date"])):
         machine, has_graphs = report["machine"].get("gpu", "CPU"), any(is_graph(row) for row in report["rows"])
         shares = report["num_devices"] < report["num_ranks"] and not report["ranks_as_threads"]
-        key = (report["benchmark"], machine, report["num_ranks"], report["ranks_as_threads"], shares and has_graphs)
+        key = (report["benchmark"], machine, report["num_ranks"], report["ranks_as_threads"], shares
+               and has_graphs, settings_of(report))
         found[key] = name, report
     return [found[key] for key in sorted(found, key=str)]
+
+
+def settings_of(report: dict[str, Any]) -> str:
+    """The package's own variables, as one types them before a command."""
+    settings = report.get("environment", {})
+    return " ".join(f"{name}={value}" for name, value in settings.items() if name.startswith("DEEP_EP_"))
 
 
 def is_graph(row: Row) -> bool:
@@ -145,7 +152,10 @@ def render_report(name: str, report: dict[str, Any], has_plot: bool) -> list[str
     num_shown, num_rows = len(select_rows(report)), len(report["rows"])
     shown = "" if num_shown == num_rows else f" {num_shown} of {num_rows} rows; all of them are in the file."
     source = f"{report['date'][:10]}, commit {report['commit']}, {versions}. [{name}](../benchmarks/results/{name})"
-    lines = [f"### {title_of(report)}", "", f"{shape} {source}{shown}", "", f"    {report['command']}", ""]
+    lines = [
+        f"### {title_of(report)}", "", f"{shape} {source}{shown}", "",
+        f"    {settings_of(report)} {report['command']}".replace("     ", "    "), ""
+    ]
     if has_plot:
         lines += [f"![{title_of(report)}](../benchmarks/results/{Path(name).with_suffix('.png').name})", ""]
     for notice in report["notices"]:
@@ -173,8 +183,8 @@ def print_text(paths: list[Path]) -> None:
         report = read(path)
         if report["rows"]:
             print(f"\n{title_of(report)}: {len(select_rows(report))} of {len(report['rows'])} rows")
-            for notice in report["notices"]:
-                print(notice)
+            for line in (settings_of(report), *report["notices"]):
+                print(line, end="\n" if line else "")
             for table in tables_of(report):
                 print("\n".join(to_text(table)))
 

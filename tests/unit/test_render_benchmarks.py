@@ -90,8 +90,11 @@ def make_report(**changes: Any) -> dict[str, Any]:
 def test_the_newest_run_of_each_kind_is_shown(render: Any) -> None:
     old, new = make_report(commit="old"), make_report(commit="new", date="2026-02-02T03:04:05+00:00")
     four, threads = make_report(num_ranks=4, num_devices=4), make_report(ranks_as_threads=True, num_devices=1)
-    shown = render.newest([("d", new), ("a", old), ("b", four), ("c", threads)])
-    assert sorted(name for name, _ in shown) == ["b", "c", "d"]
+    lending = make_report(environment={"DEEP_EP_LEND_BYTES": "1024", "NCCL_DEBUG": "WARN"})
+    shown = render.newest([("d", new), ("a", old), ("b", four), ("c", threads), ("e", lending)])
+    assert sorted(name for name, _ in shown) == ["b", "c", "d", "e"]
+    page = render.render_report("e", lending, has_plot=False)
+    assert "    DEEP_EP_LEND_BYTES=1024 python -m deep_ep.bench intranode" in page
 
 
 def test_a_page_has_the_figures_of_a_short_run(render: Any, tmp_path: Path) -> None:
