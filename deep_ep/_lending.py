@@ -13,7 +13,7 @@ import torch
 
 import deep_ep_cpp
 from deep_ep._memory import make_tensor
-from deep_ep._streams import CudaStreams, Streams, is_capturing
+from deep_ep._streams import CudaStreams, PooledEvent, Streams, current_stream_handle, is_capturing
 
 ALIGNMENT_BYTES = 128
 
@@ -50,7 +50,7 @@ class Lender:
         self._streams = streams
         self.num_bytes = num_bytes
         # What was queued on memory that has come back, until it is done; and memory that came back during a capture.
-        self._pending: list[torch.cuda.Event] = []
+        self._pending: list[PooledEvent] = []
         self._captured: list[deep_ep_cpp.LentMemory] = []
 
     def tensors(self, specs: Sequence[Spec]) -> Optional[list[torch.Tensor]]:
@@ -74,35 +74,32 @@ class Lender:
             for spec, offset in zip(specs, offsets)
         ]
 
-    def settle(self, stream: Optional[torch.cuda.Stream]) -> None:
-        """`stream` (None: the host's timeline) waits for what was queued on memory that has come back."""
-        if stream is None or not (self._pending or self._captured):
+    def settle(self, stream: int) -> None:
+        """Later work on `stream` comes after what was queued on memory that has come back."""
+        if not isinstance(self._streams, CudaStreams) or not (self._pending or self._captured):
             return
         if self._captured:
             self._captured.clear()
-            self._pending.extend(self._marks())
-        self._pending = [event for event in self._pending if not event.query()]
+            self._mark(self._streams)
+        self._pending = [event for event in self._pending if not self._streams.native.query_event(event.cuda_event)]
         for event in self._pending:
-            stream.wait_event(event)
+            self._streams.follow(stream, event)
 
     def settle_on_current_stream(self) -> None:
-        is_cuda = isinstance(self._streams, CudaStreams)
-        self.settle(torch.cuda.current_stream(self._streams.device) if is_cuda else None)
+        """The same for the caller's stream, also after the kernels of earlier calls."""
+        if isinstance(self._streams, CudaStreams):
+            current = current_stream_handle(self._streams.index)
+            self._streams.follow_last(current)
+            self.settle(current)
 
     def _take_back(self, memory: deep_ep_cpp.LentMemory) -> None:
         if isinstance(self._streams, CudaStreams):
             if is_capturing():
                 self._captured.append(memory)
                 return
-            self._pending.extend(self._marks())
-        del memory
+            self._mark(self._streams)
+        del memory  # the kernels of calls come one after the other: only the caller's own work needs a mark
 
-    def _marks(self) -> list[torch.cuda.Event]:
-        """Events after all work so far on the current stream and on the comm stream."""
-        assert isinstance(self._streams, CudaStreams)
-        marks = []
-        for stream in (torch.cuda.current_stream(self._streams.device), self._streams.comm_stream):
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(stream)
-            marks.append(event)
-        return marks
+    def _mark(self, streams: CudaStreams) -> None:
+        """Remembers all work so far on the current stream."""
+        self._pending.append(streams.events.record(current_stream_handle(streams.index)))
