@@ -265,17 +265,11 @@ EP_DEVICE void fetch_more(const Context& c, const Source& source, const algo::St
 // Some vectors of a stage beyond the end of the row may be old: their sums are not written.
 EP_DEVICE void add_stage(Sums<kStagedUnroll>& sums, const uint8_t* stage) {
     const Vec16* vectors = reinterpret_cast<const Vec16*>(stage) + prim::lane_idx();
-    // In two batches: more loads at a time would need registers that a block of so many warps has not.
-    constexpr int kBatch = (kStagedUnroll + 1) / 2;
+    Vec16 held[kStagedUnroll];
 #pragma unroll
-    for (int first = 0; first < kStagedUnroll; first += kBatch) {
-        Vec16 held[kBatch];
+    for (int i = 0; i < kStagedUnroll; ++i) held[i] = prim::load_shared(vectors + i * kWarpSize);
 #pragma unroll
-        for (int i = 0; i < kBatch && first + i < kStagedUnroll; ++i)
-            held[i] = prim::load_shared(vectors + (first + i) * kWarpSize);
-#pragma unroll
-        for (int i = 0; i < kBatch && first + i < kStagedUnroll; ++i) add(sums, first + i, held[i]);
-    }
+    for (int i = 0; i < kStagedUnroll; ++i) add(sums, i, held[i]);
 }
 
 // Biases are rare: few registers rather than many loads at a time.

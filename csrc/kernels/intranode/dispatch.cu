@@ -56,42 +56,6 @@ struct Kernel {
         return p.scales[token * p.scale_stride_token + i * p.scale_stride_scale];
     }
 
-    // What the lanes hold of a token that is not its row, loaded ahead; entries beyond these are loaded when they are needed.
-    struct Metadata {
-        int position;  // lane i: at rank i
-        int expert;
-        float weight;
-        uint32_t scale[2];
-    };
-
-    static EP_DEVICE int expert_of(const Params& p, const Metadata& held, int token, int k) {
-        return k < kWarpSize ? held.expert : global_expert(p, token, k);
-    }
-    static EP_DEVICE float weight_of(const Params& p, const Metadata& held, int token, int k) {
-        return k < kWarpSize ? held.weight : p.topk_weights[static_cast<int64_t>(token) * p.num_topk + k];
-    }
-    static EP_DEVICE uint32_t scale_of(const Params& p, const Metadata& held, int token, int i) {
-        return i < kWarpSize ? held.scale[0] : i < 2 * kWarpSize ? held.scale[1] : input_scale(p, token, i);
-    }
-
-    static EP_DEVICE int position_at(const Context& c, int token, int rank) {
-        const int num_ranks = c.watch.heap.num_ranks();
-        return rank < num_ranks ? c.p.send_head[static_cast<int64_t>(token) * num_ranks + rank] : -1;
-    }
-
-    // A token beyond the last has none.
-    static EP_DEVICE Metadata load_metadata(const Context& c, int token) {
-        const Params& p = c.p;
-        const int lane = prim::lane_idx();
-        if (token >= p.num_tokens) return {-1, -1, 0.0f, {0, 0}};
-        const bool has_entry = lane < p.num_topk;
-        return {position_at(c, token, lane),
-                has_entry ? global_expert(p, token, lane) : -1,
-                has_entry ? p.topk_weights[static_cast<int64_t>(token) * p.num_topk + lane] : 0.0f,
-                {lane < p.num_scales ? input_scale(p, token, lane) : 0,
-                 lane + kWarpSize < p.num_scales ? input_scale(p, token, lane + kWarpSize) : 0}};
-    }
-
     // The outputs of a rank that are not rows; null: it wants none.
     struct MetadataOutputs {
         uint32_t* scales;
@@ -133,35 +97,35 @@ struct Kernel {
             out.scales[row * p.num_scales + i] = scale(i);
     }
 
-    // To the final row at `rank`.
-    static EP_DEVICE void deliver_held_metadata(const Context& c, const Metadata& held, int token, int rank,
-                                                int64_t row) {
+    // Straight from our inputs to the final row at `rank`.
+    static EP_DEVICE void deliver_input_metadata(const Context& c, int token, int rank, int64_t row) {
         const Params& p = c.p;
         deliver_metadata(
             p, metadata_outputs(c, rank), row, token,
-            [&](int k) { return local_expert(p, expert_of(p, held, token, k), rank); },
-            [&](int k) { return weight_of(p, held, token, k); }, [&](int i) { return scale_of(p, held, token, i); });
+            [&](int k) { return local_expert(p, global_expert(p, token, k), rank); },
+            [&](int k) { return p.topk_weights[static_cast<int64_t>(token) * p.num_topk + k]; },
+            [&](int i) { return input_scale(p, token, i); });
     }
 
-    // Into a slot, or the image of one in shared memory.
-    static EP_DEVICE void put_metadata(const Params& p, const Metadata& held, int token, uint8_t* slot) {
-        const int lane = prim::lane_idx();
-        if (lane == 0) *reinterpret_cast<int*>(slot + p.slot.src_idx.offset) = token;
-        auto* ids = reinterpret_cast<int*>(slot + p.slot.topk_idx.offset);
-        auto* weights = reinterpret_cast<float*>(slot + p.slot.topk_weights.offset);
-        auto* scales = reinterpret_cast<uint32_t*>(slot + p.slot.scales.offset);
-        for (int k = lane; k < p.num_topk; k += kWarpSize) {
-            ids[k] = expert_of(p, held, token, k);
-            weights[k] = weight_of(p, held, token, k);
+    static EP_DEVICE void send_metadata(const Context& c, int token, uint8_t* slot) {
+        const Params& p = c.p;
+        if (prim::lane_idx() == 0) *reinterpret_cast<int*>(slot + p.slot.src_idx.offset) = token;
+        for (int k = prim::lane_idx(); k < p.num_topk; k += kWarpSize) {
+            *reinterpret_cast<int*>(slot + p.slot.topk_idx.at(k)) = global_expert(p, token, k);
+            *reinterpret_cast<float*>(slot + p.slot.topk_weights.at(k)) =
+                p.topk_weights[static_cast<int64_t>(token) * p.num_topk + k];
         }
-        for (int i = lane; i < p.num_scales; i += kWarpSize) scales[i] = scale_of(p, held, token, i);
+        for (int i = prim::lane_idx(); i < p.num_scales; i += kWarpSize)
+            *reinterpret_cast<uint32_t*>(slot + p.slot.scales.at(i)) = input_scale(p, token, i);
     }
 
     // One token to those of 32 ranks, from `first_rank`, that need it. Lane i speaks for rank first_rank + i.
-    static EP_DEVICE bool send_token(const Context& c, int token, const Metadata& held, int first_rank) {
+    static EP_DEVICE bool send_token(const Context& c, int token, int first_rank) {
         const Params& p = c.p;
+        const int num_ranks = c.watch.heap.num_ranks();
         const int destination = first_rank + prim::lane_idx();
-        const int position = first_rank == 0 ? held.position : position_at(c, token, destination);
+        const int position =
+            destination < num_ranks ? p.send_head[static_cast<int64_t>(token) * num_ranks + destination] : -1;
         const bool is_sent = position >= 0;
         uint8_t* direct = is_sent ? direct_rows(c, destination) : nullptr;
         const bool uses_slot = is_sent && direct == nullptr;
@@ -186,9 +150,9 @@ struct Kernel {
             uint8_t* slot = algo::broadcast_pointer(target, lane);
             const int64_t final_row = __shfl_sync(kFullMask, row, lane);
             if ((slot_lanes >> lane & 1u) != 0)
-                put_metadata(p, held, token, slot);
+                send_metadata(c, token, slot);
             else
-                deliver_held_metadata(c, held, token, first_rank + lane, final_row);
+                deliver_input_metadata(c, token, first_rank + lane, final_row);
         }
         __syncwarp();  // every lane's stores, one lane's release
         if (uses_slot) c.ring.to(destination).publish(position);
@@ -197,13 +161,9 @@ struct Kernel {
 
     // Tokens are dealt one by one, so that all warps move through the windows together.
     static EP_DEVICE bool send(const Context& c, int warp, int num_warps) {
-        Metadata held = load_metadata(c, warp);
-        for (int token = warp; token < c.p.num_tokens; token += num_warps) {
-            const Metadata next = load_metadata(c, token + num_warps);
+        for (int token = warp; token < c.p.num_tokens; token += num_warps)
             for (int first = 0; first < c.watch.heap.num_ranks(); first += kWarpSize)
-                if (!send_token(c, token, held, first)) return false;
-            held = next;
-        }
+                if (!send_token(c, token, first)) return false;
         return true;
     }
 
@@ -245,14 +205,46 @@ struct Kernel {
     // -- Sending with bulk copies: the same work, with stages of shared memory between loads and stores -----------------
     // A stage is the image of a slot: the row, brought by a bulk load, and its metadata, written by the lanes.
 
+    // What lanes load for an item while its row is on the way; entries beyond these are loaded when they are needed.
+    struct Metadata {
+        int position;  // lane i: at rank i
+        int expert;
+        float weight;
+        uint32_t scale[2];
+    };
+
+    static EP_DEVICE Metadata load_metadata(const Context& c, int token) {
+        const Params& p = c.p;
+        const int lane = prim::lane_idx();
+        const int num_ranks = c.watch.heap.num_ranks();
+        const bool has_entry = lane < p.num_topk;
+        return {lane < num_ranks ? p.send_head[static_cast<int64_t>(token) * num_ranks + lane] : -1,
+                has_entry ? global_expert(p, token, lane) : -1,
+                has_entry ? p.topk_weights[static_cast<int64_t>(token) * p.num_topk + lane] : 0.0f,
+                {lane < p.num_scales ? input_scale(p, token, lane) : 0,
+                 lane + kWarpSize < p.num_scales ? input_scale(p, token, lane + kWarpSize) : 0}};
+    }
+
     // The lanes' own notes, behind the image: where the token goes.
     static EP_DEVICE int* position_in(const Params& p, uint8_t* stage) {
         return reinterpret_cast<int*>(stage + p.geometry.send.stage_bytes - layout::kPositionBytes) + prim::lane_idx();
     }
 
     static EP_DEVICE void stage_metadata(const Context& c, int token, const Metadata& held, uint8_t* stage) {
-        *position_in(c.p, stage) = held.position;
-        put_metadata(c.p, held, token, stage);
+        const Params& p = c.p;
+        const int lane = prim::lane_idx();
+        *position_in(p, stage) = held.position;
+        if (lane == 0) *reinterpret_cast<int*>(stage + p.slot.src_idx.offset) = token;
+        auto* ids = reinterpret_cast<int*>(stage + p.slot.topk_idx.offset);
+        auto* weights = reinterpret_cast<float*>(stage + p.slot.topk_weights.offset);
+        auto* scales = reinterpret_cast<uint32_t*>(stage + p.slot.scales.offset);
+        for (int k = lane; k < p.num_topk; k += kWarpSize) {
+            const bool is_held = k < kWarpSize;
+            ids[k] = is_held ? held.expert : global_expert(p, token, k);
+            weights[k] = is_held ? held.weight : p.topk_weights[static_cast<int64_t>(token) * p.num_topk + k];
+        }
+        for (int i = lane; i < p.num_scales; i += kWarpSize)
+            scales[i] = i < kWarpSize ? held.scale[0] : i < 2 * kWarpSize ? held.scale[1] : input_scale(p, token, i);
         prim::fence_async_shared();
     }
 
