@@ -9,7 +9,7 @@
 #include "core/env.h"
 #include "core/error.h"
 #include "device/simt/device.h"
-#include "dlpack.h"
+#include "core/dlpack.h"
 #include "runtime/buffer.h"
 #include "runtime/config.h"
 #if EP_WITH_CUDA
