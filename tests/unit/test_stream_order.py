@@ -11,7 +11,6 @@ import torch
 
 import deep_ep
 from deep_ep import _streams
-from deep_ep._handles import Handle, KnownHandles
 from deep_ep._raw_cuda import EventPool
 
 COMM, MAIN, SIDE = 1, 2, 3
@@ -300,29 +299,3 @@ def test_from_another_gpu_torch_changes_the_stream(gpu: ModelGpu, caller: Caller
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: ("torch", stream))
     operation = caller.streams.operation(caller.pool.record(MAIN), True, True)
     assert operation.allocation() == ("torch", caller.comm_stream)  # type: ignore[comparison-overlap]
-
-
-def make_handle(num_tokens: int = 4) -> Handle:
-    unused = torch.empty(1, 0, dtype=torch.int32)
-    return Handle(torch.zeros(1, 1, dtype=torch.int32), unused, unused, torch.zeros(3, dtype=torch.int32),
-                  torch.ones(num_tokens, 1, dtype=torch.bool), torch.zeros(num_tokens, 1, dtype=torch.int32))
-
-
-@pytest.mark.parametrize("field", ["rank_prefix_matrix", "recv_src_idx", "send_head"])
-def test_a_handle_with_another_tensor_is_not_known(field: str) -> None:
-    known, handle = KnownHandles(), make_handle()
-    known.add(handle)
-    assert Handle(*handle) in known
-    assert handle._replace(**{field: getattr(handle, field).clone()}) not in known
-
-
-def test_known_handles_are_not_kept_alive_nor_mistaken() -> None:
-    """An address that is used again is not the tensor that was there."""
-    known = KnownHandles()
-    for _ in range(2 * KnownHandles.MOST):
-        handle = make_handle()
-        assert handle not in known
-        known.add(handle)
-        assert handle in known
-        del handle
-    assert len(known._refs) <= KnownHandles.MOST
