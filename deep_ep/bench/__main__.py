@@ -179,6 +179,7 @@ def main(arguments: list[str]) -> int:
                     num_ranks=options.num_ranks,
                     num_devices=num_devices(options),
                     is_threaded=options.is_threaded,
+                    environment=_env.speed_settings(),
                     findings=run_ranks(options, BENCHMARKS[args.benchmark]))
     print(
         f"{options.num_ranks} ranks, hidden {options.hidden}, top-{options.num_topk} of {options.num_experts} experts, "

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -100,8 +101,8 @@ class Profiler:
             try:
                 profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
                 profiler.start()
-            except RuntimeError as error:
-                print(f"profiler: {error}", flush=True)
+            except Exception as error:  # noqa: BLE001
+                print(f"profiler: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
                 profiler = None
         self._ranks.barrier()
         return profiler
@@ -113,6 +114,6 @@ class Profiler:
                 path = Path(folder) / "trace.json"
                 profiler.export_chrome_trace(str(path))
                 return read_trace(json.loads(path.read_text(encoding="utf-8")), NUM_CALLS)
-        except (RuntimeError, OSError, ValueError, KeyError) as error:
-            print(f"profiler: {error}", flush=True)
+        except Exception as error:  # noqa: BLE001
+            print(f"profiler: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             return []

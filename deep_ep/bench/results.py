@@ -124,6 +124,7 @@ class Report:
     num_ranks: int
     num_devices: int
     is_threaded: bool = False
+    environment: dict[str, str] = field(default_factory=dict)  # variables that may matter
     findings: Findings = field(default_factory=Findings)
 
     @property
@@ -155,6 +156,7 @@ class Report:
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "commit": commit or find_commit(),
             "command": self.command,
+            "environment": self.environment,
             "machine": describe_machine(self.device),
             "num_ranks": self.num_ranks,
             "num_devices": self.num_devices,

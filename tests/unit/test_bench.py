@@ -19,9 +19,11 @@ from deep_ep.bench.kernels import NUM_CALLS, read_trace, short_name
 from deep_ep.bench.low_latency import row_bytes
 from deep_ep.bench.plot import plot_file
 from deep_ep.bench.progress import show_progress
+from deep_ep.bench.ranks import ThreadMeeting, ThreadRanks
 from deep_ep.bench.results import Findings, HostCost, Kernel, Profile, Report, Row, save
 from deep_ep.bench.routing import ROUTINGS, Shape, busiest_remote_copies, choose_experts, count_copies
 from deep_ep.bench.tables import format_findings, format_table
+from deep_ep.bench.timing import Timer
 
 
 def make_shape(routing: str = "uniform", num_ranks: int = 4) -> Shape:
@@ -264,10 +266,58 @@ def test_the_benchmark_runs_on_the_cpu(tmp_path: Path) -> None:
     assert "combine BF16" in printed
 
 
-def test_ranks_that_are_threads_are_compared_with_nothing(tmp_path: Path) -> None:
+def test_ranks_that_are_threads_are_compared_with_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEP_EP_NUM_SMS", "2")
     content, _ = run_benchmark("intranode", tmp_path, "--tokens", "4", "--ranks-as-threads", "--num-sms", "2,4")
     assert [row["operation"] for row in content["rows"]] == ["layout", *(2 * [*DISPATCHES, *COMBINES])]
+    assert content["environment"].get("DEEP_EP_NUM_SMS") == "2"
     assert any("comparison with torch.distributed is left out" in notice for notice in content["notices"])
+
+
+class SlowDevice:
+    """Stands for CUDA where there is none, and writes down what it is asked to do."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        device = self
+
+        class Event:
+
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                device.log.append("mark")
+                self.place = len(device.log)
+
+            def elapsed_time(self, end: Any) -> float:
+                return float(end.place - self.place)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: self.log.append("idle"))
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda _: self.log.append("sleep"))
+
+    def call(self, i: int) -> None:
+        self.log.append(f"call {i}")
+
+    def send(self, i: int) -> Any:
+        self.log.append(f"send {i}")
+        return lambda: self.log.append(f"receive {i}")
+
+
+def test_queued_calls_wait_behind_a_sleeping_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, timer = SlowDevice(monkeypatch), Timer(ThreadRanks(ThreadMeeting(1), 0), is_cuda=True)
+    times = timer.queued(device.call, 1, 2)
+    assert device.log == ["call 0", "idle", "sleep", "mark", "call 0", "mark", "call 1", "mark", "idle"]
+    assert times == [2000.0, 2000.0]
+
+
+def test_queued_phases_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, timer = SlowDevice(monkeypatch), Timer(ThreadRanks(ThreadMeeting(1), 0), is_cuda=True)
+    times = timer.queued_phases(device.send, 1, 1)
+    phases = ["mark", "send 0", "mark", "sleep", "mark", "receive 0", "mark", "sleep"]
+    assert device.log == ["send 0", "receive 0", "idle", "sleep", *phases, "idle", "idle"]
+    assert times == ([2000.0], [2000.0])
 
 
 def test_what_was_measured_before_a_time_limit_is_saved(tmp_path: Path) -> None:
