@@ -66,7 +66,7 @@ declare -A limits=(
     [racecheck]=60 [bench]=200 [bench_ll]=110 [bench_graphs]=40 [pressure]=$((pressure_s + 60))
 )
 declare -A sets=(
-    [check]='machine build conformance intranode pytest demo memcheck racecheck bench'
+    [check]='machine build conformance pytest demo memcheck racecheck bench'
     [suite]='machine build conformance bench bench_ll bench_graphs pytest lost_rank demo pressure'
 )
 all_steps=(machine build conformance intranode pytest lost_rank demo memcheck racecheck bench bench_ll bench_graphs
