@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from deep_ep import Buffer, _streams
+from deep_ep._raw_cuda import EventPool
 
 HIDDEN, NUM_EXPERTS, NUM_TOPK, NUM_TOKENS = 7168, 64, 8, 64
 CALLS_IN_A_ROW = 20  # then the device is let catch up, so that no queue fills
@@ -192,10 +193,14 @@ def time_primitives(buffer: Buffer, device: torch.device) -> None:
 def pretend_cuda(buffer: Buffer, counts: Counter[str]) -> None:
     """Gives a Buffer of the CPU the stream side of a GPU's, over a device that does nothing."""
     native: Any = NoDevice(counts)
-    comm_stream: Any = SimpleNamespace(cuda_stream=CURRENT_STREAM + 1, query=lambda: True)
+    comm_stream: Any = SimpleNamespace(cuda_stream=CURRENT_STREAM + 1,
+                                       stream_id=1,
+                                       device_index=0,
+                                       device_type=1,
+                                       query=lambda: True)
     session = buffer._session
     assert session is not None
-    pool = _streams.EventPool(native)
+    pool = EventPool(native)
     session.streams = _streams.CudaStreams(0, native, pool, comm_stream)
     session.streams.device = torch.device("cpu")
     session.runtime = NoRuntime(counts)  # type: ignore[assignment]

@@ -83,6 +83,7 @@ def get_dispatch_layout(
         session.runtime.get_dispatch_layout(_ptr(topk_idx), topk_idx.element_size(), num_tokens, num_topk, num_experts,
                                             _ptr(per_rank), _ptr(per_expert), _ptr(in_rank), operation.stream)
         event = close_operation(operation)
+    session.known_layouts.add(in_rank, per_rank, per_expert)
     return per_rank, None, per_expert, in_rank, event
 
 
@@ -123,7 +124,7 @@ def dispatch_fresh(session: Session, x: Payload, routing: Routing, expert_alignm
         _send_rows(session, rows, scales, routing, num_experts, handle, recv_src_idx, outputs, num_worst_tokens > 0,
                    num_sms, operation)
         event = close_operation(operation)
-    session.known_handles.add(handle)
+    session.known_handles.add(send_head, rank_prefix_matrix, recv_src_idx)
     return outputs.payload(), outputs.topk_idx, outputs.topk_weights, list(per_expert), tuple(handle), event
 
 
@@ -201,14 +202,14 @@ def check_handle(session: Session, handle: Any) -> Handle:
         raise ValueError(f"handle must have {len(Handle._fields)} tensors, got {len(handle)}")
     device, num_ranks = session.streams.device, session.num_ranks
     checked = Handle(*handle)
-    if checked in session.known_handles:
+    if session.known_handles.has(checked.send_head, checked.rank_prefix_matrix, checked.recv_src_idx):
         return checked
     int32 = (torch.int32, )
     _checks.check_tensor("handle[0] (rank_prefix_matrix)", checked.rank_prefix_matrix, device, (num_ranks, num_ranks),
                          int32)
     _checks.check_tensor("handle[3] (recv_src_idx)", checked.recv_src_idx, device, (None, ), int32)
     _checks.check_tensor("handle[5] (send_head)", checked.send_head, device, (None, num_ranks), int32)
-    session.known_handles.add(checked)
+    session.known_handles.add(checked.send_head, checked.rank_prefix_matrix, checked.recv_src_idx)
     return checked
 
 
@@ -231,15 +232,24 @@ def make_routing(num_tokens_per_rank: Optional[torch.Tensor], num_tokens_per_exp
 
 
 def _check_routing(session: Session, routing: Routing, num_tokens: int) -> None:
-    device, num_ranks = session.streams.device, session.num_ranks
-    int32 = (torch.int32, )
-    _checks.check_tensor("num_tokens_per_rank", routing.num_tokens_per_rank, device, (num_ranks, ), int32)
-    _checks.check_tensor("is_token_in_rank", routing.is_token_in_rank, device, (num_tokens, num_ranks), (torch.bool, ))
-    per_expert = _checks.check_tensor("num_tokens_per_expert", routing.num_tokens_per_expert, device, (None, ), int32)
-    _checks.check_num_experts("the length of num_tokens_per_expert", per_expert.shape[0], num_ranks)
+    device = session.streams.device
+    per_rank, per_expert, in_rank = routing[:3]
+    if not session.known_layouts.has(in_rank, per_rank, per_expert) or in_rank.shape[0] != num_tokens:
+        _check_layout(per_rank, per_expert, in_rank, device, (num_tokens, session.num_ranks))
+        session.known_layouts.add(in_rank, per_rank, per_expert)
     if routing.topk_idx is not None:
         topk_idx = _checks.check_topk_idx(routing.topk_idx, device, num_tokens)
         _checks.check_tensor("topk_weights", routing.topk_weights, device, tuple(topk_idx.shape), (torch.float32, ))
+
+
+def _check_layout(per_rank: torch.Tensor, per_expert: torch.Tensor, in_rank: torch.Tensor, device: torch.device,
+                  shape: tuple[int, int]) -> None:
+    _, num_ranks = shape
+    int32 = (torch.int32, )
+    _checks.check_tensor("num_tokens_per_rank", per_rank, device, (num_ranks, ), int32)
+    _checks.check_tensor("is_token_in_rank", in_rank, device, shape, (torch.bool, ))
+    _checks.check_tensor("num_tokens_per_expert", per_expert, device, (None, ), int32)
+    _checks.check_num_experts("the length of num_tokens_per_expert", per_expert.shape[0], num_ranks)
 
 
 def _check_bias(bias: Any, device: torch.device, num_tokens: int,

@@ -22,6 +22,7 @@ from typing_extensions import Self
 
 import deep_ep_cpp
 from deep_ep._errors import Error
+from deep_ep._raw_cuda import CurrentStream, EventPool, PooledEvent, StreamId, current_stream_handle, current_stream_id
 
 CPU_DEVICE_INDEX = -1
 # torch: lower is more urgent. Communication must not queue behind the compute that it overlaps with.
@@ -91,48 +92,9 @@ class HostEvent:
             self._device.destroy_event(self._event)
 
 
-class PooledEvent:
-    """A point on a stream of a GPU. Its native event goes back to the pool when nobody holds this object any more.
-
-    By then streams may still have to wait for it. That is no harm: a wait is for what the event stood for when the wait
-    was queued, whatever is recorded in it later.
-    """
-
-    __slots__ = ("_free", "cuda_event")
-
-    def __init__(self, cuda_event: int, free: list[int]) -> None:
-        self.cuda_event = cuda_event  # the name that torch.cuda.Event has for it
-        self._free = free
-
-    def __del__(self) -> None:
-        self._free.append(self.cuda_event)
-
-
-class EventPool:
-    """Native events of one GPU, made when first needed and then kept."""
-
-    def __init__(self, native: deep_ep_cpp.Device) -> None:
-        self._native = native
-        self._free: list[int] = []
-
-    def record(self, stream: int) -> PooledEvent:
-        try:
-            cuda_event = self._free.pop()
-        except IndexError:
-            cuda_event = self._native.create_event()
-        event = PooledEvent(cuda_event, self._free)
-        self._native.record_event(cuda_event, stream)
-        return event
-
-
 @functools.cache
 def event_pool(index: int) -> EventPool:
     return EventPool(native_device(index))
-
-
-def current_stream_handle(index: int) -> int:
-    """The stream that is current in this thread on GPU `index`."""
-    return int(torch._C._cuda_getCurrentRawStream(index))
 
 
 # What an EventHandle stands for; torch's own events come from low-latency calls. None: a point on the host's own
@@ -241,6 +203,8 @@ class CudaStreams(Streams):
         self.events = events
         self.comm_stream: torch.cuda.Stream = comm_stream
         self.comm: int = comm_stream.cuda_stream
+        self._comm_id: StreamId = (comm_stream.stream_id, comm_stream.device_index, comm_stream.device_type)
+        self._torch_streams: dict[StreamId, torch.cuda.Stream] = {}
         # Made here and kept: calls may come while a CUDA graph is captured, and making an event takes longer than
         # recording it.
         self._scratch = native.create_event()
@@ -261,6 +225,19 @@ class CudaStreams(Streams):
             event.wait()
         else:
             self.native.stream_wait_event(stream, event.cuda_event)
+
+    def allocation_on_comm_stream(self) -> contextlib.AbstractContextManager[Any]:
+        if torch.cuda.current_device() != self.index:
+            return torch.cuda.stream(self.comm_stream)
+        return CurrentStream(self._comm_id)
+
+    def current_torch_stream(self) -> torch.cuda.Stream:
+        """torch.cuda.current_stream(), whose objects are kept: making one takes 5 us, and there are few."""
+        stream_id = current_stream_id(self.index)
+        stream = self._torch_streams.get(stream_id)
+        if stream is None:
+            stream = self._torch_streams[stream_id] = torch.cuda.current_stream(self.device)
+        return stream
 
     def join(self, waiting: int, waited_for: int) -> None:
         """Later work on one stream comes after what the other has so far."""
@@ -340,7 +317,7 @@ class _CommOperation(Operation):
         self._on_comm_stream = on_comm_stream
 
     def allocation(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.cuda.stream(self._streams.comm_stream) if self._on_comm_stream else _NO_CONTEXT
+        return self._streams.allocation_on_comm_stream() if self._on_comm_stream else _NO_CONTEXT
 
     def finish(self) -> RecordedEvent:
         if not self.is_async:
@@ -377,7 +354,7 @@ class _CommOperation(Operation):
     def _keep_tensors(self) -> None:
         """Their memory is not used again before the kernels are done, nor outputs' before the caller's later work."""
         comm_stream = self._streams.comm_stream
-        outputs_user = torch.cuda.current_stream(self._streams.device) if self._on_comm_stream else comm_stream
+        outputs_user = self._streams.current_torch_stream() if self._on_comm_stream else comm_stream
         for tensor in self._inputs:
             if tensor is not None:
                 tensor.record_stream(comm_stream)

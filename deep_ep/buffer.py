@@ -205,7 +205,7 @@ class Buffer:
         return _low_latency.size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts)
 
     def get_comm_stream(self) -> torch.cuda.Stream:
-        """The stream on which the kernels run. On the CPU there is no torch stream, and this raises deep_ep.Error."""
+        """The stream of asynchronous calls. On the CPU torch has no streams, and this raises deep_ep.Error."""
         streams = self._require_session().streams
         if not isinstance(streams, CudaStreams):
             raise Error("get_comm_stream: this Buffer works on the CPU, where torch has no streams")

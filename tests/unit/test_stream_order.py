@@ -11,7 +11,7 @@ import torch
 
 import deep_ep
 from deep_ep import _streams
-from deep_ep._handles import Handle, KnownHandles
+from deep_ep._raw_cuda import EventPool
 
 COMM, MAIN, SIDE = 1, 2, 3
 
@@ -25,6 +25,7 @@ class ModelGpu:
 
     def __init__(self) -> None:
         self.current = MAIN
+        self.device = 0
         self.known: dict[int, set[str]] = {COMM: set(), MAIN: set(), SIDE: set()}
         self.captured: set[int] = set()
         self.ambiguous: set[int] = set()
@@ -36,6 +37,10 @@ class ModelGpu:
         before = frozenset(self.known[stream])
         self.known[stream].add(name)
         return before
+
+    def set_stream(self, stream_id: int, device_index: int, device_type: int) -> None:
+        assert (device_index, device_type) == (0, 1)
+        self.current = stream_id
 
     # What CudaStreams asks of the native device
 
@@ -86,8 +91,12 @@ class Caller:
     def __init__(self, gpu: ModelGpu) -> None:
         self.gpu = gpu
         native: Any = gpu
-        self.comm_stream: Any = SimpleNamespace(cuda_stream=COMM, query=lambda: True)
-        self.pool = _streams.EventPool(native)
+        self.comm_stream: Any = SimpleNamespace(cuda_stream=COMM,
+                                                stream_id=COMM,
+                                                device_index=0,
+                                                device_type=1,
+                                                query=lambda: True)
+        self.pool = EventPool(native)
         self.streams = _streams.CudaStreams(0, native, self.pool, self.comm_stream)
         self.inputs, self.outputs = (Tensor(), ), (Tensor(), )
 
@@ -112,6 +121,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> ModelGpu:
     made = ModelGpu()
     monkeypatch.setattr(_streams, "current_stream_handle", lambda _: made.current)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: made.current)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: made.device)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentStream", lambda index: (made.current, index, 1), raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_setStream", made.set_stream, raising=False)
     return made
 
 
@@ -270,27 +282,20 @@ def test_memory_is_kept_for_the_stream_that_uses_it(caller: Caller, is_async: bo
     assert caller.outputs[0].recorded == ([] if of_outputs is None else [names[of_outputs]])
 
 
-def make_handle(num_tokens: int = 4) -> Handle:
-    unused = torch.empty(1, 0, dtype=torch.int32)
-    return Handle(torch.zeros(1, 1, dtype=torch.int32), unused, unused, torch.zeros(3, dtype=torch.int32),
-                  torch.ones(num_tokens, 1, dtype=torch.bool), torch.zeros(num_tokens, 1, dtype=torch.int32))
+def test_outputs_are_made_on_the_comm_stream_where_that_is_wanted(gpu: ModelGpu, caller: Caller) -> None:
+    gpu.current = SIDE
+    operation = caller.streams.operation(caller.pool.record(SIDE), True, True)
+    with operation.allocation():
+        assert gpu.current == COMM
+    assert gpu.current == SIDE
+    with caller.streams.operation(None, True, False).allocation():
+        assert gpu.current == SIDE
 
 
-@pytest.mark.parametrize("field", ["rank_prefix_matrix", "recv_src_idx", "send_head"])
-def test_a_handle_with_another_tensor_is_not_known(field: str) -> None:
-    known, handle = KnownHandles(), make_handle()
-    known.add(handle)
-    assert Handle(*handle) in known
-    assert handle._replace(**{field: getattr(handle, field).clone()}) not in known
-
-
-def test_known_handles_are_not_kept_alive_nor_mistaken() -> None:
-    """An address that is used again is not the tensor that was there."""
-    known = KnownHandles()
-    for _ in range(2 * KnownHandles.MOST):
-        handle = make_handle()
-        assert handle not in known
-        known.add(handle)
-        assert handle in known
-        del handle
-    assert len(known._refs) <= KnownHandles.MOST
+def test_from_another_gpu_torch_changes_the_stream(gpu: ModelGpu, caller: Caller,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """It knows how to put both devices back."""
+    gpu.device = 1
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: ("torch", stream))
+    operation = caller.streams.operation(caller.pool.record(MAIN), True, True)
+    assert operation.allocation() == ("torch", caller.comm_stream)  # type: ignore[comparison-overlap]
