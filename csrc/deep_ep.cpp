@@ -6,10 +6,10 @@
 #include <string>
 #include <vector>
 
+#include "core/dlpack.h"
 #include "core/env.h"
 #include "core/error.h"
 #include "device/simt/device.h"
-#include "core/dlpack.h"
 #include "runtime/buffer.h"
 #include "runtime/config.h"
 #if EP_WITH_CUDA
@@ -251,18 +251,19 @@ uint64_t low_latency_combine(Buffer& buffer, uint64_t ticket, int num_max_tokens
 }
 
 // A capsule for torch.from_dlpack: row-major memory at `address`, with `owner` alive as long as any tensor over it.
-py::capsule make_tensor(uintptr_t address, std::vector<int64_t> shape, int dtype_code, int dtype_bits,
-                        int cuda_index, py::object owner) {
-    const dlpack::Device device = cuda_index < 0 ? dlpack::Device{dlpack::kCpu, 0}
-                                                 : dlpack::Device{dlpack::kCuda, cuda_index};
+py::capsule make_tensor(uintptr_t address, std::vector<int64_t> shape, int dtype_code, int dtype_bits, int cuda_index,
+                        py::object owner) {
+    const dlpack::Device device =
+        cuda_index < 0 ? dlpack::Device{dlpack::kCpu, 0} : dlpack::Device{dlpack::kCuda, cuda_index};
     PyObject* held = owner.release().ptr();
-    auto* tensor = dlpack::make_tensor(
-        pointer<void>(address), device,
-        {static_cast<uint8_t>(dtype_code), static_cast<uint8_t>(dtype_bits), 1}, std::move(shape), [held] {
-            if (Py_IsInitialized() == 0) return;  // the interpreter has gone, and the owner with it
-            const py::gil_scoped_acquire acquired;
-            Py_DECREF(held);
-        });
+    auto* tensor = dlpack::make_tensor(pointer<void>(address), device,
+                                       {static_cast<uint8_t>(dtype_code), static_cast<uint8_t>(dtype_bits), 1},
+                                       std::move(shape), [held] {
+                                           if (Py_IsInitialized() == 0)
+                                               return;  // the interpreter has gone, and the owner with it
+                                           const py::gil_scoped_acquire acquired;
+                                           Py_DECREF(held);
+                                       });
     // A consumer renames the capsule and calls the deleter itself.
     return py::capsule(tensor, "dltensor", [](PyObject* capsule) {
         if (PyCapsule_IsValid(capsule, "dltensor") == 0) return;

@@ -300,21 +300,21 @@ def _lent_outputs(lender: Lender, rows: torch.Tensor, scales: Optional[torch.Ten
     specs = [Spec((num_rows, rows.shape[1]), rows.dtype)]
     if scales is not None:
         specs.append(Spec((num_rows, scales.shape[1]), scales.dtype))
-    has_topk = routing is not None and routing.topk_idx is not None
-    if has_topk:
-        assert routing is not None and routing.topk_idx is not None
-        num_topk = routing.topk_idx.shape[1]
-        specs.append(Spec((num_rows, num_topk), routing.topk_idx.dtype))
-        specs.append(Spec((num_rows, num_topk), torch.float32))
+    topk_idx = None if routing is None else routing.topk_idx
+    if topk_idx is not None:
+        specs.append(Spec((num_rows, topk_idx.shape[1]), topk_idx.dtype))
+        specs.append(Spec((num_rows, topk_idx.shape[1]), torch.float32))
     # Apart: the handle, which has the indices, usually outlives the rows.
     indices = lender.tensors([Spec((num_rows, ), torch.int32)])
     given = None if indices is None else lender.tensors(specs)
     if indices is None or given is None:
         return None
     lender.settle(operation.stream)
-    x, *rest = given
-    return Outputs(x, None if scales is None else rest.pop(0), rest[0] if has_topk else None,
-                   rest[1] if has_topk else None), indices[0]
+    made = iter(given)
+    return Outputs(x=next(made),
+                   scales=None if scales is None else next(made),
+                   topk_idx=None if topk_idx is None else next(made),
+                   topk_weights=None if topk_idx is None else next(made)), indices[0]
 
 
 def _send_rows(session: Session, rows: torch.Tensor, scales: Optional[torch.Tensor], routing: Optional[Routing],

@@ -1,4 +1,4 @@
-"""Tensors in the memory that peers reach: outputs of dispatch that they write in place, inputs of combine that they read.
+"""Tensors in the memory that peers reach: outputs of dispatch that they write, inputs of combine that they read.
 
 Such a tensor is an ordinary one; when its last view is gone, its memory may be lent again. torch's allocator knows
 nothing of it: `Tensor.record_stream` has no effect. Whoever uses it on a stream other than the one that is current when

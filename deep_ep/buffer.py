@@ -103,7 +103,7 @@ class Buffer:
         enable_shrink: low-latency calls go on without a peer that does not come in time, and mask it.
         num_lend_bytes: bytes for tensors that the peers write or read in place, a multiple of 128 (None:
             DEEP_EP_LEND_BYTES, by default 0). With room for it, outputs of `dispatch` and inputs of `combine` from
-            `lend` need no slots and no second copy, hence fewer SMs; see docs/performance/lending.md.
+            `lend` need no slots and no second copy, hence fewer SMs; see docs/api.md, "Lending".
         timeout_s: seconds after which a wait for a peer gives up (None: DEEP_EP_TIMEOUT_SECS, see docs/errors.md).
 
         Raises ValueError or TypeError for a bad argument, and deep_ep.Error when another rank failed: no rank hangs.
@@ -122,7 +122,8 @@ class Buffer:
         self.enable_shrink = enable_shrink
         if low_latency_mode:
             self.nvshmem_qp_depth = _env.nvshmem_qp_depth()
-        request = Request(num_nvl_bytes, num_rdma_bytes, self.num_lend_bytes, low_latency_mode, num_qps_per_rank, enable_shrink, timeout_s)
+        request = Request(num_nvl_bytes, num_rdma_bytes, self.num_lend_bytes, low_latency_mode, num_qps_per_rank,
+                          enable_shrink, timeout_s)
         self._session: Optional[Session] = build_session(peers, request)
         self.runtime: Optional[deep_ep_cpp.Buffer] = self._session.runtime
         self._low_latency = _low_latency.LowLatency(self._session, low_latency_mode, enable_shrink)

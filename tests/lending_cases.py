@@ -45,9 +45,7 @@ def freed_rows_are_lent_again(worker: Worker, work: Workload) -> None:
 def no_room_is_no_error(worker: Worker, work: Workload) -> list[bool]:
     """Dispatches whose rows are all kept: the first are lent, the others are not, and every one is right."""
     with worker.new_buffer(num_lend_bytes=MIB) as buffer:
-        flights = []
-        for _ in range(6):
-            flights.append(Flight(worker, buffer, work).layout().dispatch())
+        flights = [Flight(worker, buffer, work).layout().dispatch() for _ in range(6)]
         found = [lent_bytes(buffer, flight.result[0]) for flight in flights]
         for flight in reversed(flights):
             flight.check_payload(flight.result[0])

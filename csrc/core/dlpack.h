@@ -52,8 +52,8 @@ inline ManagedTensor* make_tensor(void* data, Device device, DataType dtype, std
     for (size_t i = shape.size(); i-- > 1;) owner->strides[i - 1] = owner->strides[i] * shape[i];
     owner->shape = std::move(shape);
     owner->on_drop = std::move(on_drop);
-    owner->managed.tensor = {data,  device, static_cast<int32_t>(owner->shape.size()),
-                             dtype, owner->shape.data(), owner->strides.data(), 0};
+    owner->managed.tensor = {
+        data, device, static_cast<int32_t>(owner->shape.size()), dtype, owner->shape.data(), owner->strides.data(), 0};
     owner->managed.deleter = [](ManagedTensor* managed) {
         const std::unique_ptr<Owner> dropped(static_cast<Owner*>(managed->context));
         dropped->on_drop();

@@ -101,9 +101,9 @@ struct CombineParams {
     Geometry geometry;
     layout::SlotLayout slot;
     layout::WindowLayout window;
-    bool may_lend;         // some rank may: loans are stated in this call
-    layout::Loan loan;     // of x, and of lent_weights where there are weights
-    float* lent_weights;   // [num_rows, num_topk] in the heap: a copy of topk_weights that peers can read
+    bool may_lend;        // some rank may: loans are stated in this call
+    layout::Loan loan;    // of x, and of lent_weights where there are weights
+    float* lent_weights;  // [num_rows, num_topk] in the heap: a copy of topk_weights that peers can read
 
     const uint8_t* x;  // bfloat16 [num_rows, hidden]
     uint32_t row_bytes;

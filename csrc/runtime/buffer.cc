@@ -15,7 +15,7 @@ namespace {
 constexpr int kMaxStagedRanks = 32;  // lanes of a warp
 constexpr int kMaxStages = 4;
 constexpr int kReduceWarps = 8;
-constexpr int kLentWeightShare = 64;     // of the lent bytes, one in so many holds copies of weights
+constexpr int kLentWeightShare = 64;         // of the lent bytes, one in so many holds copies of weights
 constexpr int kStaticSharedBytes = 256;      // at most, of the same kernels
 constexpr double kStartGraceSeconds = 30.0;  // for kernels queued before ours, on top of the kernel's own deadline
 
@@ -204,8 +204,8 @@ layout::Loan Buffer::loan_for(const CombineArgs& args) const {
     if (!may_lend()) return {};
     layout::Loan loan{.x = lent_offset(args.x)};
     if (loan.x == 0 || args.num_topk == 0) return loan;
-    const uint64_t weight_bytes = sizeof(float) * static_cast<uint64_t>(args.num_rows) *
-                                  static_cast<uint64_t>(args.num_topk);
+    const uint64_t weight_bytes =
+        sizeof(float) * static_cast<uint64_t>(args.num_rows) * static_cast<uint64_t>(args.num_topk);
     if (weight_bytes > num_weight_bytes_) return {};  // no room for a copy: rows and weights go through slots
     loan.topk_weights = weights_offset_;
     return loan;

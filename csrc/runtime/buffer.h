@@ -21,7 +21,7 @@ struct BufferOptions {
     int64_t num_low_latency_bytes;  // of the low-latency mode
     double timeout_s;
     double warn_s;
-    bool is_shrinkable;  // low latency: a peer that does not come is masked
+    bool is_shrinkable;          // low latency: a peer that does not come is masked
     int64_t num_lend_bytes = 0;  // for tensors that peers write and read in place
 };
 

@@ -59,9 +59,7 @@ public:
     EP_DEVICE uint64_t* weight_flag(int owner, int lender) const {
         return word(owner, control_->weight_flags.at(lender));
     }
-    EP_DEVICE uint64_t* returned(int owner, int borrower) const {
-        return word(owner, control_->returned.at(borrower));
-    }
+    EP_DEVICE uint64_t* returned(int owner, int borrower) const { return word(owner, control_->returned.at(borrower)); }
 
     // Low latency; see LowLatencyControl.
     EP_DEVICE uint64_t* low_latency_started(int owner, int source) const {

@@ -28,8 +28,8 @@ EP_DEVICE bool wait_for_loans(const Watch& watch) {
     const int bank = bank_of(watch.call);
     bool is_here = true;
     for (int lender = prim::lane_idx(); lender < heap.num_ranks(); lender += prim::kWarpSize)
-        is_here &= wait_at_least(watch, {layout::Stage::kLoan, lender}, heap.loan_flag(heap.rank(), bank, lender),
-                                 watch.call);
+        is_here &=
+            wait_at_least(watch, {layout::Stage::kLoan, lender}, heap.loan_flag(heap.rank(), bank, lender), watch.call);
     return __all_sync(prim::kFullMask, is_here);
 }
 

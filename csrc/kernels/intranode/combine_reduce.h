@@ -60,8 +60,7 @@ template <int kUnroll> EP_DEVICE void add(Sums<kUnroll>& sums, int i, const Vec1
     }
 }
 
-template <int kUnroll>
-EP_DEVICE void add_vectors(Sums<kUnroll>& sums, const Vec16* source, int base, int num_vecs) {
+template <int kUnroll> EP_DEVICE void add_vectors(Sums<kUnroll>& sums, const Vec16* source, int base, int num_vecs) {
     Vec16 held[kUnroll];
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
@@ -73,8 +72,7 @@ EP_DEVICE void add_vectors(Sums<kUnroll>& sums, const Vec16* source, int base, i
         if (base + i * kWarpSize + prim::lane_idx() < num_vecs) add(sums, i, held[i]);
 }
 
-template <int kUnroll>
-EP_DEVICE void write_sums(const Sums<kUnroll>& sums, Vec16* target, int base, int num_vecs) {
+template <int kUnroll> EP_DEVICE void write_sums(const Sums<kUnroll>& sums, Vec16* target, int base, int num_vecs) {
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
         const int idx = base + i * kWarpSize + prim::lane_idx();
@@ -108,8 +106,7 @@ EP_DEVICE void reduce_token(const Context& c, int token) {
             }
         }
         for (const uint8_t* bias : p.bias)
-            if (bias != nullptr)
-                add_vectors(sums, reinterpret_cast<const Vec16*>(bias + token_offset), base, num_vecs);
+            if (bias != nullptr) add_vectors(sums, reinterpret_cast<const Vec16*>(bias + token_offset), base, num_vecs);
         write_sums(sums, reinterpret_cast<Vec16*>(p.combined_x + token_offset), base, num_vecs);
     }
 }
@@ -198,9 +195,9 @@ EP_DEVICE Source make_source(const Context& c) {
 }
 
 EP_DEVICE Token open_token(const Context& c, const Source& source, int token, int position) {
-    const uint8_t* pointer = position < 0              ? nullptr
+    const uint8_t* pointer = position < 0             ? nullptr
                              : source.rows != nullptr ? source.rows + static_cast<int64_t>(position) * c.p.row_bytes
-                                                       : source.port.slot(position);
+                                                      : source.port.slot(position);
     return {token, position, pointer, __ballot_sync(kFullMask, pointer != nullptr), false};
 }
 
@@ -278,8 +275,7 @@ EP_DEVICE void add_bias(Sums<kStagedUnroll>& sums, const uint8_t* bias, int64_t 
     const auto* source = reinterpret_cast<const Vec16*>(bias + token_offset) + base + prim::lane_idx();
 #pragma unroll
     for (int i = 0; i < kStagedUnroll; ++i)
-        if (base + i * kWarpSize + prim::lane_idx() < num_vecs)
-            add(sums, i, prim::load_input(source + i * kWarpSize));
+        if (base + i * kWarpSize + prim::lane_idx() < num_vecs) add(sums, i, prim::load_input(source + i * kWarpSize));
 }
 
 // Sums of the weights that belong to the rows, in rank order like everything.
@@ -288,9 +284,8 @@ EP_DEVICE void sum_weights(const Context& c, const Source& source, const Token& 
     const CombineParams& p = c.p;
     const float* mine = nullptr;
     if (token.position >= 0 && p.num_topk > 0)
-        mine = source.rows != nullptr
-                   ? source.weights + static_cast<int64_t>(token.position) * p.num_topk
-                   : reinterpret_cast<const float*>(token.pointer + p.slot.topk_weights.offset);
+        mine = source.rows != nullptr ? source.weights + static_cast<int64_t>(token.position) * p.num_topk
+                                      : reinterpret_cast<const float*>(token.pointer + p.slot.topk_weights.offset);
     for (int first = 0; first < p.num_topk; first += kWarpSize) {
         const int k = first + prim::lane_idx();
         float sum = 0.0f;

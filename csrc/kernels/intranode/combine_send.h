@@ -34,8 +34,7 @@ EP_DEVICE void send(const Context& c, int warp, int num_warps) {
     const algo::RowStream stream = algo::deal_stream(warp, num_warps, self, c.watch.heap.num_ranks(),
                                                      [&](int owner) { return c.rows.num_rows(owner, self); });
     algo::serve_streams(
-        c.watch, Stage::kSlot, stream,
-        [&](int owner, int position) { return c.ring.to(owner).slot_is_free(position); },
+        c.watch, Stage::kSlot, stream, [&](int owner, int position) { return c.ring.to(owner).slot_is_free(position); },
         [&](int owner, int position, int) { send_row(c, owner, position); });
 }
 
@@ -58,8 +57,7 @@ EP_DEVICE float held_weight(const Context& c, const StagedSend& send, int item) 
     return k < c.p.num_topk ? c.p.topk_weights[send.row(item) * c.p.num_topk + k] : 0.0f;
 }
 
-EP_DEVICE void stage_weights(const Context& c, const StagedSend& send, int item, float held,
-                                    uint8_t* stage) {
+EP_DEVICE void stage_weights(const Context& c, const StagedSend& send, int item, float held, uint8_t* stage) {
     const CombineParams& p = c.p;
     for (int k = prim::lane_idx(); k < p.num_topk; k += kWarpSize)
         *reinterpret_cast<float*>(stage + p.slot.topk_weights.at(k)) =
@@ -130,8 +128,8 @@ EP_DEVICE void send_staged(const Context& c, int warp, int num_warps, uint8_t* m
                 // Everything stored so far is published before a wait: who frees the slot may need it.
                 if (is_leader) prim::bulk_wait<0>();
                 published = publish_until(send, published, item);
-                const bool is_free = !is_leader || c.ring.wait(Stage::kSlot, send.owner,
-                                                               send.port.slot_is_free(send.position(item)));
+                const bool is_free =
+                    !is_leader || c.ring.wait(Stage::kSlot, send.owner, send.port.slot_is_free(send.position(item)));
                 if (!__all_sync(kFullMask, is_free)) break;
                 ++num_free;
             }

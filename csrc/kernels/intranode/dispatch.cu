@@ -93,8 +93,7 @@ struct Kernel {
             store_expert_id(out.topk_idx, p.idx_bytes, row * p.num_topk + k, id);
             out.topk_weights[row * p.num_topk + k] = id >= 0 ? weight(k) : 0.0f;
         }
-        for (int i = prim::lane_idx(); i < p.num_scales; i += kWarpSize)
-            out.scales[row * p.num_scales + i] = scale(i);
+        for (int i = prim::lane_idx(); i < p.num_scales; i += kWarpSize) out.scales[row * p.num_scales + i] = scale(i);
     }
 
     // Straight from our inputs to the final row at `rank`.
@@ -251,9 +250,9 @@ struct Kernel {
     // A warp's tokens, item by item. Lane i stores to rank i and publishes there.
     struct StagedSend {
         int first, step, count;
-        algo::Port port;       // of this lane
-        uint8_t* direct;       // this lane's rank gets rows straight into its outputs; null: into slots
-        int64_t first_row;     // of our rows there
+        algo::Port port;    // of this lane
+        uint8_t* direct;    // this lane's rank gets rows straight into its outputs; null: into slots
+        int64_t first_row;  // of our rows there
         uint32_t direct_lanes;
 
         EP_DEVICE int token(int item) const { return first + item * step; }

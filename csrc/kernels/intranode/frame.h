@@ -56,8 +56,7 @@ EP_DEVICE void end_loans(const algo::Watch& watch, const CallFrame& frame, int n
                          FrameState& state) {
     constexpr int kBarrier = 1;
     if (!frame.may_lend) return;
-    if (!is_ok && prim::lane_idx() == 0)
-        prim::store<prim::Order::kRelaxed, prim::Scope::kCta>(&state.has_failed, 1u);
+    if (!is_ok && prim::lane_idx() == 0) prim::store<prim::Order::kRelaxed, prim::Scope::kCta>(&state.has_failed, 1u);
     prim::barrier_sync(kBarrier, num_warps * prim::kWarpSize);
     if (prim::warp_idx() != 0 || state.has_failed != 0) return;
     algo::return_loans(watch);

@@ -1,6 +1,9 @@
 // Outputs that peers write in place, inputs that peers read in place: the same bits as through slots, in every mixture.
 #include <doctest/doctest.h>
 
+#include <algorithm>
+#include <cstring>
+
 #include "core/error.h"
 #include "layout/intranode.h"
 #include "layout/staging.h"
@@ -76,8 +79,7 @@ TEST_CASE("more ranks than lanes of a warp lend") {
 }
 
 TEST_CASE("more entries and scales than a lane holds") {
-    check_round_trip(
-        {.num_tokens = {9, 14}, .num_experts = 64, .num_topk = 40, .num_scales = 90, .lending_ranks = 3});
+    check_round_trip({.num_tokens = {9, 14}, .num_experts = 64, .num_topk = 40, .num_scales = 90, .lending_ranks = 3});
 }
 
 TEST_CASE("worst-case outputs are lent: rows that nobody sent are marked") {
@@ -152,6 +154,49 @@ TEST_CASE("a peer that never enters is named by those that lend to it") {
     for (int rank : {0, 2})
         CHECK_THROWS_WITH_AS(world.buffer(rank).check(), doctest::Contains("never entered this call: rank 1"),
                              TimeoutError);
+}
+
+// The outputs are compared element by element elsewhere; here, that peers write nothing beside them.
+TEST_CASE("nothing but the outputs is written into what is lent") {
+    constexpr uint8_t kUntouched = 0x5a;
+    for (bool has_bulk_copy : {false, true}) {
+        const Problem problem{.num_tokens = {11, 14, 6},
+                              .num_experts = 6,
+                              .num_topk = 3,
+                              .hidden = 72,
+                              .num_scales = 5,
+                              .lending_ranks = 7};
+        World world = make_world(problem, {.device = {.has_bulk_copy = has_bulk_copy}});
+        auto ranks = make_inputs(problem);
+        world.layout(problem, ranks);
+        std::vector<uint8_t*> whole;
+        for (int rank = 0; rank < 3; ++rank) {
+            const auto memory = world.buffer(rank).lend(kLendBytes);
+            std::memset(memory->address(), kUntouched, kLendBytes);
+            whole.push_back(memory->address());
+        }
+        for (int rank = 0; rank < 3; ++rank) world.launch_notify(problem, ranks[static_cast<size_t>(rank)], rank);
+        for (int rank = 0; rank < 3; ++rank) {
+            RankTensors& tensors = ranks[static_cast<size_t>(rank)];
+            const runtime::RecvCounts counts = world.buffer(rank).wait_counts();
+            tensors.num_recv_tokens = counts.num_tokens;
+            prepare_recv(problem, tensors, counts.num_tokens);
+            world.launch_dispatch(problem, tensors, rank, false);
+        }
+        world.run();
+        for (int rank = 0; rank < 3; ++rank) {
+            std::vector<bool> is_output(static_cast<size_t>(kLendBytes));
+            for (const RankTensors::Lent& lent : ranks[static_cast<size_t>(rank)].lent) {
+                const auto begin = is_output.begin() + (lent.memory->address() - whole[static_cast<size_t>(rank)]);
+                std::fill(begin, begin + static_cast<int64_t>(lent.num_bytes), true);
+            }
+            int64_t num_stray = 0;
+            for (size_t i = 0; i < is_output.size(); ++i)
+                num_stray += !is_output[i] && whole[static_cast<size_t>(rank)][i] != kUntouched ? 1 : 0;
+            CHECK_EQ(num_stray, 0);
+        }
+        World::collect(ranks);
+    }
 }
 
 TEST_CASE("lent memory outlives its Buffer") {
