@@ -31,8 +31,8 @@ def get_low_latency_rdma_size_hint(num_max_dispatch_tokens_per_rank: int, hidden
                                    num_experts: int) -> int: ...
 def make_tensor(address: int, shape: List[int], dtype_code: int, dtype_bits: int, cuda_index: int,
                 owner: object) -> Any:
-    """A DLPack capsule over row-major memory (cuda_index < 0: of the host), for torch.from_dlpack. `owner` lives as long
-    as any tensor made of it."""
+    """A DLPack capsule over row-major memory (cuda_index < 0: of the host), for torch.from_dlpack. `owner` lives as
+    long as any tensor made of it."""
 
 def is_cuda_built() -> bool: ...
 def is_sm90_compiled() -> bool: ...

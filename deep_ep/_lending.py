@@ -13,7 +13,8 @@ import torch
 
 import deep_ep_cpp
 from deep_ep._memory import make_tensor
-from deep_ep._streams import CudaStreams, PooledEvent, Streams, current_stream_handle, is_capturing
+from deep_ep._raw_cuda import PooledEvent, current_stream_handle
+from deep_ep._streams import CudaStreams, Streams, is_capturing
 
 ALIGNMENT_BYTES = 128
 
