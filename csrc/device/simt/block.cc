@@ -132,6 +132,16 @@ void Block::run_turn(uint64_t quantum) {
     running = Running{};
 }
 
+uint64_t Block::state_hash() const {
+    uint64_t hash = serial;
+    for (const Fiber& fiber : fibers_) {
+        for (const uint64_t word : {fiber.poll.hash, fiber.previous_poll_hash, static_cast<uint64_t>(fiber.state),
+                                    static_cast<uint64_t>(fiber.line)})
+            hash = (hash ^ word) * 0x9e3779b97f4a7c15ull;
+    }
+    return hash;
+}
+
 void Block::poll(Fiber& self) {
     PollRecord& seen = self.poll;
     if (seen.has_changed_memory || seen.hash != self.previous_poll_hash) drive_.note_progress();

@@ -356,19 +356,24 @@ void on_mbarrier_wait(const void* address, uint32_t phase) {
     acquire(tables().mbarriers[address].phase[phase & 1]);
 }
 
-BulkEdges on_bulk_issue(Agent* issuer, int group) {
+BulkEdges on_bulk_issue(Agent* issuer, int group, const void* mbarrier) {
+    const bool is_store = mbarrier == nullptr;
+    if (!is_store) {  // the async proxy must know that it is initialised
+        As as(issuer->async);
+        on_mbarrier_use(mbarrier);
+    }
     Quiet quiet;
     if (issuer->reader == nullptr) {
         issuer->reader = create_context("bulk copy, read");
         issuer->writer = create_context("bulk copy, write");
     }
-    BulkEdges edges{group >= 0, make_key(), make_key(), make_key(), make_key()};
+    BulkEdges edges{is_store, make_key(), make_key(), make_key(), make_key()};
     set_clock(cell(edges.before_write, Proxy::kGeneric));
     {
         As as(issuer->async);
         set_clock(cell(edges.before_read, Proxy::kGeneric));
     }
-    if (group >= 0) {
+    if (is_store) {
         add_reference(edges.read_done);
         add_reference(edges.write_done);
         issuer->groups.push_back({group, edges.read_done, edges.write_done});

@@ -81,7 +81,7 @@ struct BulkEdges {
     Key read_done = 0;
     Key write_done = 0;
 };
-BulkEdges on_bulk_issue(Agent* issuer, int group);  // group < 0: a load
+BulkEdges on_bulk_issue(Agent* issuer, int group, const void* mbarrier);  // mbarrier: of a load, else null
 void on_bulk_read(Agent* issuer, const BulkEdges& edges, const void* address, size_t bytes);
 void on_bulk_write(Agent* issuer, const BulkEdges& edges, void* address, size_t bytes);
 void on_bulk_load_done(Agent* issuer, const void* mbarrier, uint32_t phase, bool is_first);
@@ -130,7 +130,7 @@ inline void on_mbarrier_init(const void*) {}
 inline void on_mbarrier_arrive(const void*, uint32_t, bool) {}
 inline void on_mbarrier_wait(const void*, uint32_t) {}
 inline void on_mbarrier_use(const void*) {}
-inline BulkEdges on_bulk_issue(Agent*, int) { return {}; }
+inline BulkEdges on_bulk_issue(Agent*, int, const void*) { return {}; }
 inline void on_bulk_read(Agent*, const BulkEdges&, const void*, size_t) {}
 inline void on_bulk_write(Agent*, const BulkEdges&, void*, size_t) {}
 inline void on_bulk_load_done(Agent*, const void*, uint32_t, bool) {}
