@@ -74,13 +74,24 @@ std::string one_way_traffic(uint64_t seed) {
     return check_dispatch(problem, ranks, true);
 }
 
-// Nothing but counts is exchanged, by notify kernels alone.
+// Nothing but counts is exchanged, every other call, and no host waits between the calls.
 std::string counts_alone(uint64_t seed) {
     const Problem problem{.num_tokens = {0, 0}, .num_experts = 2, .hidden = 16, .num_sms = 1, .seed = seed};
     World world = make_world(2, 1 << 14, seed);
-    for (int repeat = 0; repeat < 4; ++repeat)
-        if (std::string difference = round_trip(world, problem); !difference.empty()) return difference;
-    return "";
+    auto ranks = make_inputs(problem);
+    world.layout(problem, ranks);
+    for (int rank = 0; rank < 2; ++rank) {
+        RankTensors& tensors = ranks[static_cast<size_t>(rank)];
+        prepare_combine(problem, tensors, rank);
+        for (int repeat = 0; repeat < 4; ++repeat) {
+            world.launch_notify(problem, tensors, rank);
+            world.launch_dispatch(problem, tensors, rank, false);
+            world.launch_combine(problem, tensors, rank);
+        }
+    }
+    world.run();
+    for (int rank = 0; rank < 2; ++rank) world.buffer(rank).check();
+    return check_combine(problem, ranks);
 }
 
 // Tokens in several pieces, rows from more than one peer.
@@ -196,6 +207,44 @@ std::string absent_in_combine(uint64_t seed) {
     world.launch_combine(problem, ranks[0], 0);
     world.run();
     return expect_timeout("never entered this call: rank 1", [&] { world.buffer(0).check(); });
+}
+
+// Rank 1 has no room for its rows and says so to rank 0, which stops wherever it is: nothing of it may land later.
+std::string refused(uint64_t seed, const std::function<void(World&, const Problem&, std::vector<RankTensors>&)>& call) {
+    const Problem problem{
+        .num_tokens = {9, 9}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
+    for (uint64_t i = 0; i < 8; ++i) {
+        simt::SchedulerOptions options;
+        options.seed = 100 * seed + i + 1;
+        options.bulk = simt::BulkMode::kRandom;
+        options.idle = simt::IdlePolicy::kAdvanceClock;  // a wait looks for refusals now and then only
+        World world(2, region_for(problem, 2), options, 100, 0, false, {small_device(seed)});
+        auto ranks = make_inputs(problem);
+        world.layout(problem, ranks);
+        world.dispatch(problem, ranks);
+        call(world, problem, ranks);
+        world.run();
+        for (int rank = 0; rank < 2; ++rank)
+            if (std::string found = expect_timeout("rank 1", [&] { world.buffer(rank).check(); }); !found.empty())
+                return found;
+    }
+    return "";
+}
+
+[[maybe_unused]] std::string refused_dispatch(uint64_t seed) {
+    return refused(seed, [](World& world, const Problem& problem, std::vector<RankTensors>& ranks) {
+        ranks[1].recv_src_idx.pop_back();
+        for (int rank = 0; rank < 2; ++rank)
+            world.launch_dispatch(problem, ranks[static_cast<size_t>(rank)], rank, true);
+    });
+}
+
+[[maybe_unused]] std::string refused_combine(uint64_t seed) {
+    return refused(seed, [](World& world, const Problem& problem, std::vector<RankTensors>& ranks) {
+        for (int rank = 0; rank < 2; ++rank) prepare_combine(problem, ranks[static_cast<size_t>(rank)], rank);
+        --ranks[1].num_recv_tokens;
+        for (int rank = 0; rank < 2; ++rank) world.launch_combine(problem, ranks[static_cast<size_t>(rank)], rank);
+    });
 }
 
 std::string bad_expert(uint64_t seed) {

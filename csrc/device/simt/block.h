@@ -134,8 +134,8 @@ private:
     Rendezvous& join(Warp& warp, Fiber& self);
     [[noreturn, gnu::cold]] void fail_exchange(const Fiber& self, const std::string& what) const;
     void leave_meeting(Fiber& self);
-    void create_agents();
-    void destroy_agents();
+    void take_agents();
+    void give_agents_back();
     void complete(Warp& warp, Rendezvous& group, Fiber& last);
     [[noreturn, gnu::cold]] void fail_stack(const Fiber& self) const;
 

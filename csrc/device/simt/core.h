@@ -76,6 +76,7 @@ struct StreamState {
     std::atomic<uint64_t> num_completed{0};
     void* context = hb::create_context("stream");
     hb::Key done = hb::make_key();
+    hb::AgentPool agents;
 
     ~StreamState() {
         hb::drop(done);

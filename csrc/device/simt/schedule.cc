@@ -161,6 +161,7 @@ void Core::finish_operation(StreamState& stream) {
         if (first.launch != nullptr) hb::acquire(first.launch->end);
         hb::release_anew(stream.done);
     }
+    stream.agents.end_kernel();
     hb::drop(first.submitted);
     stream.queue.pop_front();
     stream.is_running = false;

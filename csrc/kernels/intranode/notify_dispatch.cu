@@ -90,7 +90,7 @@ struct Kernel {
             const int aligned = (sum + p.expert_alignment - 1) / p.expert_alignment * p.expert_alignment;
             prim::store<Order::kRelaxed, Scope::kSys>(&p.counts->num_recv_per_expert[e], aligned);
         }
-        __syncthreads();
+        __syncthreads();  // everybody's counts and prefix sums, one thread's release
         if (threadIdx.x != 0) return;
         const int last_row = (heap.num_ranks() - 1) * heap.num_ranks();
         prim::store<Order::kRelaxed, Scope::kSys>(&p.counts->num_recv_tokens,
@@ -121,7 +121,6 @@ struct Kernel {
         write_counts(p, watch);
         if (!all_warps(read_counts(p, watch), shared)) return;
         accumulate_sources(p, watch.heap.num_ranks());
-        __syncthreads();
         if (p.counts != nullptr) tell_host(p, watch);
     }
 
