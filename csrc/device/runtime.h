@@ -14,6 +14,10 @@ namespace deep_ep::dev {
 
 enum class DeviceKind { kCpu, kCuda };
 
+// What a handle of a stream stands for. kCaptured: work goes into a graph. kAmbiguous: the handle means another stream
+// in another thread, or one of another device than this.
+enum class StreamKind { kPlain, kCaptured, kAmbiguous };
+
 using Stream = void*;
 using Event = void*;
 
@@ -57,6 +61,7 @@ public:
     virtual Stream create_stream() = 0;
     virtual void destroy_stream(Stream stream) = 0;
     virtual void synchronize_stream(Stream stream) = 0;
+    virtual StreamKind stream_kind(Stream stream) = 0;
 
     virtual Event create_event() = 0;
     virtual void destroy_event(Event event) = 0;

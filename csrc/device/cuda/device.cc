@@ -70,6 +70,7 @@ public:
     Stream create_stream() override;
     void destroy_stream(Stream stream) override;
     void synchronize_stream(Stream stream) override;
+    StreamKind stream_kind(Stream stream) override;
 
     Event create_event() override;
     void destroy_event(Event event) override;
@@ -320,6 +321,19 @@ void CudaDevice::destroy_stream(Stream stream) {
 void CudaDevice::synchronize_stream(Stream stream) {
     const DeviceGuard guard(index_);
     EP_CUDA(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)));
+}
+
+StreamKind CudaDevice::stream_kind(Stream handle) {
+    const auto stream = static_cast<cudaStream_t>(handle);
+    if (stream == nullptr || stream == cudaStreamLegacy) {
+        int current = -1;
+        EP_CUDA(cudaGetDevice(&current));
+        return current == index_ ? StreamKind::kPlain : StreamKind::kAmbiguous;
+    }
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    EP_CUDA(cudaStreamIsCapturing(stream, &status));
+    if (status != cudaStreamCaptureStatusNone) return StreamKind::kCaptured;
+    return stream == cudaStreamPerThread ? StreamKind::kAmbiguous : StreamKind::kPlain;
 }
 
 Event CudaDevice::create_event() {

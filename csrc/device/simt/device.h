@@ -49,6 +49,7 @@ public:
     dev::Stream create_stream() override;
     void destroy_stream(dev::Stream stream) override;
     void synchronize_stream(dev::Stream stream) override;
+    dev::StreamKind stream_kind(dev::Stream) override { return dev::StreamKind::kPlain; }
     dev::Event create_event() override;
     void destroy_event(dev::Event event) override;
     void record_event(dev::Event event, dev::Stream stream) override;
