@@ -13,8 +13,7 @@ simt::DeviceOptions small_device(uint64_t seed) { return {.num_sms = seed % 2 ==
 World make_world(const LowLatencyProblem& problem, uint64_t seed, bool is_shrinkable = false) {
     simt::SchedulerOptions options;
     options.seed = seed;
-    return World(problem.num_ranks(), 0, options, 100, low_latency_bytes(problem), is_shrinkable,
-                 {small_device(seed)});
+    return World(problem.num_ranks(), 0, options, 100, low_latency_bytes(problem), is_shrinkable, {small_device(seed)});
 }
 
 LowLatencyProblem small_problem(uint64_t seed) {

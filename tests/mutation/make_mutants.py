@@ -4,8 +4,8 @@
     make_mutants.py SOURCE_ROOT OUTPUT_ROOT
 
 The rules below say what counts as an ordering; they know primitives by their form, so a new kernel needs nothing here.
-OUTPUT_ROOT/mutants.json lists the mutants: number, file, line, function, kind, source line. The copy is only compiled for
-the executor, and only for the mutation test.
+OUTPUT_ROOT/mutants.json lists the mutants: number, file, line, function, kind, source line. The copy is only compiled
+for the executor, and only for the mutation test.
 """
 import json
 import pathlib

@@ -3,10 +3,10 @@
 
     run_mutants.py DRIVER MUTANTS_JSON [--jobs N] [--only ID ...]
 
-The driver first runs the kernels as they are, which must be clean, and says which case reaches which mutant's place. Then
-each mutant runs the cases that reach it, quickest first, until one notices. Mutants that no test can notice are listed,
-with the reason, in equivalent.json beside this file; a listed one that is noticed after all fails too, and so does an
-entry that matches nothing, so that the list stays true.
+The driver first runs the kernels as they are, which must be clean, and says which case reaches which mutant's place.
+Then each mutant runs the cases that reach it, quickest first, until one notices. Mutants that no test can notice are
+listed, with the reason, in equivalent.json beside this file; a listed one that is noticed after all fails too, and so
+does an entry that matches nothing, so that the list stays true.
 """
 import argparse
 import concurrent.futures
@@ -66,8 +66,8 @@ def outcome(driver: str, mutant: Mutant, cases: list[str]) -> tuple[bool, str]:
 
 
 def matches(entry: dict[str, str], mutant: Mutant) -> bool:
-    return all(mutant[key] == entry[key] for key in ('file', 'function', 'kind')) and entry.get(
-        'source', '') in mutant['source']
+    return all(mutant[key] == entry[key]
+               for key in ('file', 'function', 'kind')) and entry.get('source', '') in mutant['source']
 
 
 def main() -> int:
@@ -91,8 +91,10 @@ def main() -> int:
         outcomes = list(
             pool.map(lambda mutant: outcome(arguments.driver, mutant, reaching.get(mutant['id'], [])), chosen))
 
-    failures = [f'equivalent.json: nothing is like {entry}' for entry in equivalent
-                if not any(matches(entry, mutant) for mutant in mutants)]
+    failures = [
+        f'equivalent.json: nothing is like {entry}' for entry in equivalent
+        if not any(matches(entry, mutant) for mutant in mutants)
+    ]
     counts = {'noticed': 0, 'equivalent': 0}
     for mutant, (noticed, how) in zip(chosen, outcomes):
         entry = next((entry for entry in equivalent if matches(entry, mutant)), None)

@@ -97,7 +97,7 @@ public:
     void run_turn(uint64_t quantum);
     bool is_finished() const { return num_live_ == 0; }
     uint64_t state_hash() const;  // of where every fiber stands and what it saw
-    void finish_copies();  // of a finished block
+    void finish_copies();         // of a finished block
 
     // Fiber side. `suspend` returns when the fiber is resumed; the caller has put it wherever it waits.
     void suspend(Fiber& self);

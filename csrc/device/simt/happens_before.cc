@@ -48,7 +48,7 @@ struct Agent {
     uint64_t block;
     const void* device;
     void* generic;
-    void* async;  // null where the device has no bulk copies: contexts are few
+    void* async;             // null where the device has no bulk copies: contexts are few
     void* reader = nullptr;  // of its bulk copies; made when needed
     void* writer = nullptr;
     Key last_fence[3] = {0, 0, 0};
