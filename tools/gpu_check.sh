@@ -41,7 +41,8 @@ if [[ $device != cuda && $device != cpu ]]; then
     echo "--device must be cuda or cpu, got '$device'" >&2
     exit 2
 fi
-export GPU_CHECK_DEVICE=$device DEEP_EP_DEVICE=$device
+export GPU_CHECK_DEVICE=$device
+[[ $device == cuda ]] || export DEEP_EP_DEVICE=$device
 
 export CC=${CC:-/usr/bin/gcc} CXX=${CXX:-/usr/bin/g++}
 export CUDAHOSTCXX=${CUDAHOSTCXX:-$CXX} PATH=$PATH:/usr/local/cuda/bin
@@ -57,16 +58,17 @@ num_ranks=${GPU_CHECK_RANKS:-$((num_gpus > 1 ? num_gpus : shared_by))}
 has_own_gpus=$((num_gpus >= num_ranks))
 beside=${GPU_CHECK_BESIDE:-$((num_gpus > 1))}
 pressure_s=${GPU_CHECK_PRESSURE_S:-$((beside ? 300 : 60))}
+pressure_margin_s=60 # for the processes to start, and for the round that they are in
 commit=${GPU_CHECK_COMMIT:-$(git rev-parse --short=12 HEAD 2>/dev/null)}
 deadline=$((SECONDS + ${GPU_CHECK_BUDGET_S:-530}))
 
 # Seconds that a step may take: a step that hangs takes time from the last ones only.
 declare -A limits=(
     [machine]=20 [build]=200 [conformance]=40 [intranode]=80 [pytest]=400 [lost_rank]=90 [demo]=90 [memcheck]=60
-    [racecheck]=60 [bench]=200 [bench_ll]=110 [bench_graphs]=40 [pressure]=$((pressure_s + 60))
+    [racecheck]=60 [bench]=200 [bench_ll]=110 [bench_graphs]=40 [pressure]=$((pressure_s + pressure_margin_s))
 )
 declare -A sets=(
-    [check]='machine build conformance intranode pytest demo memcheck racecheck bench'
+    [check]='machine build conformance pytest demo memcheck racecheck bench'
     [suite]='machine build conformance bench bench_ll bench_graphs pytest lost_rank demo pressure'
 )
 all_steps=(machine build conformance intranode pytest lost_rank demo memcheck racecheck bench bench_ll bench_graphs
@@ -137,6 +139,7 @@ step_demo() {
 # Both modes at the same time. Bits of repeated calls are compared, and with the reference.
 step_pressure() {
     local status=0
+    echo "pressure for $pressure_s s"
     "$python" tests/test_intranode.py "${ht_sizes[@]}" --pressure-test "$pressure_s" &
     local high_throughput=$!
     "$python" tests/test_low_latency.py "${ll_sizes[@]}" --pressure-test --seconds "$pressure_s" || status=1
@@ -212,7 +215,8 @@ pressure_pid=
 
 # Runs a step in a shell of its own, so that its limit also ends what it started. Output, status.
 limited() { # step, limit
-    GPU_CHECK_STEP=$1 timeout -k 15 "$2" bash "$root/tools/gpu_check.sh"
+    local pressed_s=$(($2 - pressure_margin_s < pressure_s ? $2 - pressure_margin_s : pressure_s))
+    GPU_CHECK_PRESSURE_S=$((pressed_s > 1 ? pressed_s : 1)) GPU_CHECK_STEP=$1 timeout -k 15 "$2" bash "$root/tools/gpu_check.sh"
 }
 
 # The seconds that a step may still take: its limit, or what is left. Nothing when that is too little.

@@ -1,11 +1,33 @@
 """Calls as CUDA graphs, one for each input set, whose replay costs the host next to nothing."""
 from __future__ import annotations
 
-from typing import Callable
+import warnings
+from typing import Callable, TypeVar
 
 import torch
 
+from deep_ep.bench.ranks import Ranks
 from deep_ep.bench.timing import Call, Send
+
+T = TypeVar("T")
+
+NO_GRAPHS = (
+    "CUDA graphs are left out: threads of one process cannot capture side by side. Queued calls show the same, the "
+    "device alone.")
+EMPTY_GRAPHS = "Some CUDA graphs came out empty when they were captured: they are left out."
+
+
+def capture_together(ranks: Ranks, make: Callable[[], T]) -> T | None:
+    """What `make` captures, or None on every rank when a graph came out empty on one: its time would mean nothing."""
+    captured = None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*CUDA Graph is empty.*")
+        try:
+            captured = make()
+        except UserWarning:
+            captured = None
+    is_missing = ranks.largest([float(captured is None)])[0] > 0
+    return None if is_missing else captured
 
 
 def capture(call: Call, num_sets: int) -> Call:

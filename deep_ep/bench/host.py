@@ -18,8 +18,8 @@ from deep_ep.bench.timing import Call, median
 
 NUM_TOKENS = 1  # the device is done long before the host
 QUEUE_DEPTH = 4  # calls between two waits for the device
-CUDA_REPEATS = 200
-CPU_REPEATS = 12
+NUM_REPEATS = 200
+FEW_REPEATS = 12  # where the device is slow: the CPU executor, or a GPU that processes take in turns
 NUM_WARMUPS = 8
 
 
@@ -83,7 +83,7 @@ class HostTimer:
         self._options = options
 
     def measure(self, name: str, call: Call) -> HostCost:
-        repeats = CUDA_REPEATS if self._options.is_cuda else CPU_REPEATS
+        repeats = NUM_REPEATS if self._options.can_queue else FEW_REPEATS
         samples, waited = [], []
         for i in range(NUM_WARMUPS + repeats):
             if i % QUEUE_DEPTH == 0:

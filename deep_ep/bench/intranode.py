@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from deep_ep import Buffer, Config
 from deep_ep.bench.ceiling import measure_ceilings
 from deep_ep.bench.comparison import Inputs, choose_backend, comparisons
-from deep_ep.bench.graphs import capture
+from deep_ep.bench.graphs import EMPTY_GRAPHS, NO_GRAPHS, capture, capture_together
 from deep_ep.bench.host import NUM_TOKENS, HostTimer, timed_waits
 from deep_ep.bench.kernels import Profiler
 from deep_ep.bench.options import Options
@@ -135,6 +135,8 @@ class IntranodeBenchmark:
             ranks, self._timer, options.num_sms, options.is_cuda))
 
     def run(self) -> None:
+        if self._options.with_graphs and self._options.is_threaded:
+            self._findings.notice(NO_GRAPHS)
         shapes = [self._shape(*case) for case in itertools.product(self._options.num_tokens, self._options.routings)]
         cases = list(itertools.product(self._options.num_sms, shapes))
         for num_sms, shape in show_progress(cases, is_shown=self._ranks.rank == 0):
@@ -168,9 +170,7 @@ class IntranodeBenchmark:
                 if operation.makes_host_wait:
                     continue
                 if options.can_capture:
-                    graphs = Operation(f"{operation.name} graph", capture(operation.call, options.num_sets),
-                                       operation.row_bytes, operation.num_sms)
-                    self._add(graphs.name, graphs, shape, remote_copies, self._ceilings[num_sms])
+                    self._add_graph(operation, shape, remote_copies, self._ceilings[num_sms])
                 if is_profiled:
                     self._profiler.add(self._findings, operation.name, operation.call, shape, operation.num_sms)
             self._settle()
@@ -190,6 +190,13 @@ class IntranodeBenchmark:
         self._findings.rows.append(
             self._row(name, operation.call, can_queue, shape, operation.num_sms, remote_copies * operation.row_bytes,
                       ceiling))
+
+    def _add_graph(self, operation: Operation, shape: Shape, remote_copies: int, ceiling: float) -> None:
+        replay = capture_together(self._ranks, partial(capture, operation.call, self._options.num_sets))
+        if replay is None:
+            self._findings.notice(EMPTY_GRAPHS)
+            return
+        self._add(f"{operation.name} graph", replace(operation, call=replay), shape, remote_copies, ceiling)
 
     def _row(self, name: str, call: Call, can_queue: bool, shape: Shape, num_sms: int, remote_bytes: int,
              ceiling: float) -> Row:
@@ -228,7 +235,7 @@ class IntranodeBenchmark:
         backend, why_not = choose_backend(self._options)
         group = self._ranks.comparison_group(backend) if backend else None
         if group is None:
-            self._findings.notices.append(why_not)
+            self._findings.notice(why_not)
             return
         num_sms = max(self._options.num_sms)
         for shape in show_progress(shapes, is_shown=self._ranks.rank == 0):

@@ -84,8 +84,8 @@ class Profiler:
         if names:
             kernels = [Kernel(name, blocks, time) for (name, blocks), time in zip(names, slowest)]
             findings.profiles.append(Profile(operation, shape.num_tokens, shape.routing, num_sms, span, kernels))
-        elif LEFT_OUT not in findings.notices:
-            findings.notices.append(LEFT_OUT)
+        else:
+            findings.notice(LEFT_OUT)
 
     def _look(self, call: Call) -> list[Seen]:
         profiler = self._start() if self._options.is_cuda else None

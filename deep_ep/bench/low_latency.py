@@ -11,7 +11,7 @@ import torch
 
 from deep_ep import Buffer
 from deep_ep.bench.ceiling import measure_ceilings
-from deep_ep.bench.graphs import capture, capture_phases
+from deep_ep.bench.graphs import EMPTY_GRAPHS, NO_GRAPHS, capture, capture_phases, capture_together
 from deep_ep.bench.host import NUM_TOKENS, HostTimer, timed_waits
 from deep_ep.bench.kernels import Profiler
 from deep_ep.bench.options import Options
@@ -21,9 +21,6 @@ from deep_ep.bench.results import Findings, Row
 from deep_ep.bench.routing import Shape, busiest_remote_copies, choose_experts, count_copies
 from deep_ep.bench.timing import Send, Timer, median, percentile
 
-NO_GRAPHS = (
-    "CUDA graphs are left out: threads of one process cannot capture side by side. Queued calls show the same: the "
-    "device alone.")
 PROFILED_TOKENS = 128
 
 GROUP = 128  # channels with one scale
@@ -164,7 +161,7 @@ class LowLatencyBenchmark:
     def run(self) -> None:
         options, num_sms = self._options, self._options.num_sms[0]
         if options.with_graphs and options.is_threaded:
-            self._findings.notices.append(NO_GRAPHS)
+            self._findings.notice(NO_GRAPHS)
         # Threads share a GPU: there is no link.
         ceiling = 0.0 if options.is_threaded else measure_ceilings(self._ranks, self._timer, [num_sms],
                                                                    options.is_cuda)[num_sms]
@@ -203,10 +200,15 @@ class LowLatencyBenchmark:
 
     def _measure(self, operation: Operation, case: Case) -> None:
         self._add(operation.name, operation.whole, operation.send, operation.row_bytes, case)
-        if self._options.can_capture:
-            num_sets = self._options.num_sets
-            self._add(f"{operation.name} graph", capture(operation.whole, num_sets),
-                      capture_phases(operation.send, num_sets), operation.row_bytes, case)
+        if not self._options.can_capture:
+            return
+        num_sets = self._options.num_sets
+        graphs = capture_together(
+            self._ranks, lambda: (capture(operation.whole, num_sets), capture_phases(operation.send, num_sets)))
+        if graphs is not None:
+            self._add(f"{operation.name} graph", *graphs, operation.row_bytes, case)
+        else:
+            self._findings.notice(EMPTY_GRAPHS)
 
     def _add(self, name: str, whole: Callable[[int], object], send: Send, num_bytes: int, case: Case) -> None:
         """A whole call, and the phases of one with a hook: these are only ever measured fresh, or with pauses."""

@@ -93,6 +93,11 @@ class Findings:
     failure: str = ""  # what ended the run early
     path: Path | None = None  # where to keep them
 
+    def notice(self, sentence: str) -> None:
+        """Says something once."""
+        if sentence not in self.notices:
+            self.notices.append(sentence)
+
     def keep(self) -> None:
         """Leaves everything in a file, whole at any time: the run may be ended from outside."""
         if self.path is not None:

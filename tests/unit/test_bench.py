@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from utils import Pool
 
 from deep_ep.bench.__main__ import build_parser, command_of, int_list, make_options
 from deep_ep.bench.collectives import pack_topk, unpack_topk
+from deep_ep.bench.graphs import capture_together
 from deep_ep.bench.kernels import NUM_CALLS, read_trace, short_name
 from deep_ep.bench.low_latency import row_bytes
 from deep_ep.bench.plot import plot_file
@@ -318,6 +320,17 @@ def test_queued_phases_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     phases = ["mark", "send 0", "mark", "sleep", "mark", "receive 0", "mark", "sleep"]
     assert device.log == ["send 0", "receive 0", "idle", "sleep", *phases, "idle", "idle"]
     assert times == ([2000.0], [2000.0])
+
+
+def test_an_empty_graph_is_not_measured() -> None:
+    ranks = ThreadRanks(ThreadMeeting(1), 0)
+
+    def capture_nothing() -> str:
+        warnings.warn("The CUDA Graph is empty. This usually means that the graph was attempted", stacklevel=1)
+        return "graph"
+
+    assert capture_together(ranks, capture_nothing) is None
+    assert capture_together(ranks, lambda: "graph") == "graph"
 
 
 def test_what_was_measured_before_a_time_limit_is_saved(tmp_path: Path) -> None:
