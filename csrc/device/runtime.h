@@ -41,6 +41,7 @@ public:
     virtual int num_sms() const = 0;
     virtual int max_shared_bytes() const = 0;  // dynamic, per block
     virtual bool has_bulk_copy() const = 0;
+    virtual int useful_block_threads() const = 0;  // a block with more of them is not faster
     // Identifies the physical device on this host (a GPU's UUID, the CPU's host identity): two ranks may share one.
     virtual std::string unique_id() const = 0;
 

@@ -61,7 +61,6 @@ kernels::LowLatencyCall Buffer::low_latency_call(const LowLatencyShape& shape, c
     const auto needed = static_cast<int64_t>(message.region_bytes(static_cast<uint64_t>(options_.num_ranks)));
     EP_CHECK(needed <= options_.num_low_latency_bytes, "num_rdma_bytes is too small for this call: expected at least ",
              needed, ", got ", options_.num_low_latency_bytes, " (see Buffer.get_low_latency_rdma_size_hint)");
-    const bool is_cuda = device_->kind() == dev::DeviceKind::kCuda;
     return {.heap = heap_params(),
             .watch = watch_params(),
             .message = message,
@@ -70,7 +69,7 @@ kernels::LowLatencyCall Buffer::low_latency_call(const LowLatencyShape& shape, c
             .phase = kernels::Phase::kSend,
             .lag = 0,
             .num_blocks = device_->num_sms(),
-            .num_warps = is_cuda ? 16 : 2,
+            .num_warps = std::min(16, device_->useful_block_threads() / 64),
             .masked = masked_,
             .is_shrinkable = options_.is_shrinkable,
             .decisions = wait_ns_ + options_.num_ranks,

@@ -53,6 +53,7 @@ public:
 
     DeviceKind kind() const override { return DeviceKind::kCuda; }
     int num_sms() const override { return num_sms_; }
+    int useful_block_threads() const override { return 1024; }
     int max_shared_bytes() const override { return max_shared_bytes_; }
     bool has_bulk_copy() const override { return has_bulk_copy_; }
     std::string unique_id() const override { return format_uuid(uuid_); }

@@ -122,7 +122,7 @@ EP_DEVICE uint32_t round_to_bf16x2(float low, float high) {
 }
 
 EP_DEVICE void mbarrier_init(MBarrier* bar, uint32_t arrivals) { simt::mbarrier_init(&bar->state, arrivals); }
-EP_DEVICE void mbarrier_init_fence() {}
+EP_DEVICE void mbarrier_init_fence() { simt::hb::on_proxy_fence(); }
 EP_DEVICE void mbarrier_arrive(MBarrier* bar) { simt::mbarrier_arrive(&bar->state, false, 0); }
 EP_DEVICE void mbarrier_arrive_expect_tx(MBarrier* bar, uint32_t bytes) {
     simt::mbarrier_arrive(&bar->state, true, bytes);

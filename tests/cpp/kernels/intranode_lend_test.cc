@@ -25,7 +25,7 @@ struct Setup {
 World make_world(const Problem& problem, const Setup& setup) {
     simt::SchedulerOptions options;
     options.seed = setup.seed;
-    return World(problem.num_ranks(), setup.data_bytes, options, 100, 0, false, setup.device, setup.lend_bytes);
+    return World(problem.num_ranks(), setup.data_bytes, options, 100, 0, false, {setup.device}, setup.lend_bytes);
 }
 
 void check_round_trip(const Problem& problem, const Setup& setup = {}) {
@@ -142,7 +142,7 @@ TEST_CASE("a peer that never enters is named by those that lend to it") {
     const Problem problem{.num_tokens = {5, 6, 4}, .num_experts = 6, .lending_ranks = 7};
     simt::SchedulerOptions options;
     options.idle = simt::IdlePolicy::kAdvanceClock;
-    World world(3, kDataBytes, options, 2.0, 0, false, {}, kLendBytes);
+    World world(3, kDataBytes, options, 2.0, 0, false, {{}}, kLendBytes);
     auto ranks = make_inputs(problem);
     world.layout(problem, ranks);
     world.dispatch(problem, ranks);
