@@ -203,7 +203,7 @@ std::string refused(uint64_t seed, const std::function<void(World&, const Proble
     return "";
 }
 
-[[maybe_unused]] std::string refused_dispatch(uint64_t seed) {
+std::string refused_dispatch(uint64_t seed) {
     return refused(seed, [](World& world, const Problem& problem, std::vector<RankTensors>& ranks) {
         ranks[1].recv_src_idx.pop_back();
         for (int rank = 0; rank < 2; ++rank)
@@ -211,7 +211,7 @@ std::string refused(uint64_t seed, const std::function<void(World&, const Proble
     });
 }
 
-[[maybe_unused]] std::string refused_combine(uint64_t seed) {
+std::string refused_combine(uint64_t seed) {
     return refused(seed, [](World& world, const Problem& problem, std::vector<RankTensors>& ranks) {
         for (int rank = 0; rank < 2; ++rank) prepare_combine(problem, ranks[static_cast<size_t>(rank)], rank);
         --ranks[1].num_recv_tokens;
@@ -286,6 +286,8 @@ constexpr Scenario kScenarios[] = {
     {"absent_in_counts", absent_in_counts},
     {"absent_in_dispatch", absent_in_dispatch},
     {"absent_in_combine", absent_in_combine},
+    {"refused_dispatch", refused_dispatch},
+    {"refused_combine", refused_combine},
     {"bad_expert", bad_expert},
 };
 
