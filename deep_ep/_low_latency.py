@@ -1,4 +1,4 @@
-"""The low-latency calls: checks, allocation, and the native launches, one for each phase."""
+"""The low-latency calls: checks, allocation, and the native launches, one for each phase or one for both."""
 
 import functools
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from deep_ep._bootstrap import Session
 from deep_ep._memory import view_memory
 from deep_ep._phases import PhaseOrder, Phases, open_phases
 from deep_ep.utils import EventHandle, EventOverlap
+from deep_ep_cpp import Buffer as NativeBuffer
 from deep_ep_cpp import InvalidArgument, get_low_latency_rdma_size_hint
 
 Payload = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
@@ -323,11 +324,11 @@ class LowLatency:
 
 def _run(phases: Phases, launch: Callable[[int], int], tensors: Sequence[Optional[torch.Tensor]],
          wants_hook: bool) -> tuple[EventOverlap, Optional[Hook]]:
-    """Both phases, or the send phase and a hook for the other. `tensors` live until the phases are over."""
+    """Both phases in one launch, or the send phase and a hook for the other. `tensors` live until the phases are over."""
     kept = tuple(tensor for tensor in tensors if tensor is not None)
     phases.begin()
-    ticket = launch(0)
     if wants_hook:
+        ticket = launch(0)
         phases.pause(kept)
 
         def receive() -> None:
@@ -336,11 +337,7 @@ def _run(phases: Phases, launch: Callable[[int], int], tensors: Sequence[Optiona
             phases.finish(kept)
 
         return EventOverlap(None), Hook(receive)
-    try:
-        launch(ticket)
-    except BaseException:
-        phases.pause(kept)  # the send phase may still run
-        raise
+    launch(NativeBuffer.BOTH_PHASES)
     is_async, recorded = phases.finish(kept)
     if not is_async:
         return EventOverlap(None), None

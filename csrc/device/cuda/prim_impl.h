@@ -198,6 +198,28 @@ EP_DEVICE uint32_t round_to_bf16x2(float low, float high) {
     return pair;
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+#define EP_PTX_HAS_FP8 1
+#else
+#define EP_PTX_HAS_FP8 0
+#endif
+
+EP_DEVICE bool has_fp8_rounding() { return EP_PTX_HAS_FP8 != 0; }
+
+// cvt.rn.satfinite.e4m3x2.f32: sm_89
+EP_DEVICE uint32_t round_to_e4m3x2([[maybe_unused]] float low, [[maybe_unused]] float high) {
+#if EP_PTX_HAS_FP8
+    uint16_t pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    ptx::trap_unsupported();
+    return 0;
+#endif
+}
+
+#undef EP_PTX_HAS_FP8
+
 // ---------------------------------------------------------------------------------------------------------------
 // mbarriers
 // ---------------------------------------------------------------------------------------------------------------
