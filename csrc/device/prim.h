@@ -48,6 +48,9 @@ template <Order O, Scope S, class T> EP_DEVICE void store(T* ptr, T value);
 // Returns the old value. Any order.                                                   CUDA: atom.add
 template <Order O, Scope S, class T> EP_DEVICE T fetch_add(T* ptr, T value);
 
+// Sets bits; returns the old value. Any order.                                        CUDA: atom.or
+template <Order O, Scope S, class T> EP_DEVICE T fetch_or(T* ptr, T bits);
+
 // Stores `desired` if *ptr == expected; returns the old value. Any order.             CUDA: atom.cas
 template <Order O, Scope S, class T> EP_DEVICE T compare_swap(T* ptr, T expected, T desired);
 

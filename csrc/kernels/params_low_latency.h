@@ -59,7 +59,7 @@ struct LowLatencyDispatchParams {
     int* row_of_entry;      // [R, T, K]: the row of (source, token, k), -1: none here; for the combine that follows
     int* cumulative_stats;  // [El], counts are added; may be null
 
-    int num_set_words;  // of the sets of tokens that the routing table is made from; see RoutingTable
+    int num_set_words;  // of each set that the routing table is made from; see routing_table.h
 };
 
 struct LowLatencyCombineParams {

@@ -56,7 +56,7 @@ struct LogfmtRow {
 struct LowLatencyMessage {
     Field num_tokens;    // i32[4]: only the first is used
     Field num_rows;      // i32[El]: dispatch only: tokens for each expert of the receiver
-    Field topk_idx;      // i32[T][K]: -1: none. Combine: global expert ids; dispatch: with places, see RoutingTable
+    Field topk_idx;      // i32[T][K]: -1: none. Combine: global expert ids; dispatch: with places, see routing_table.h
     Field topk_weights;  // f32[T][K]: combine only
     Field slots;         // [T] of slot_bytes
     Field scales;        // f32[hidden / 128], from the start of a slot; dispatch in FP8 only

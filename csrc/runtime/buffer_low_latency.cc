@@ -12,7 +12,7 @@ constexpr int kGroupSize = 128;  // channels with one FP8 scale
 constexpr int kChunk = 512;      // channels that a warp sends at once
 constexpr int kMinWarps = 4;
 constexpr int kMaxBlocksPerSm = 4;
-constexpr int kSetBytes = 32 * 1024;  // of shared memory, for the sets of tokens; more tokens take several rounds
+constexpr int kSetBytes = 32 * 1024;  // of shared memory, for a stretch of the routing table
 // A size hint is not told the top-k: it allows for so many entries of a token.
 constexpr int kHintTopk = 32;
 
@@ -31,17 +31,17 @@ void check_shape(const LowLatencyShape& shape, int num_tokens, int num_ranks) {
     EP_CHECK(shape.hidden > 0 && shape.hidden % 8 == 0, "hidden must be a positive multiple of 8, got ", shape.hidden);
 }
 
-// For each expert a bit for every token, where that is not too much.
-int set_words(int num_experts, int num_tokens) {
-    const int fitting = kSetBytes / static_cast<int>(sizeof(uint32_t)) / num_experts;
+// For each expert a bit for every token, where that is not too much: else the table is made stretch by stretch.
+int set_words(const LowLatencyShape& shape, int num_tokens) {
+    const int fitting = kSetBytes / static_cast<int>(sizeof(uint32_t)) / (shape.num_experts + 32 * shape.num_topk);
     return std::clamp(std::min((num_tokens + 31) / 32, fitting), 1, layout::kMaxLowLatencyTokens / 32);
 }
 
 layout::LowLatencyMessage make_message(const LowLatencyShape& shape, int num_ranks, uint64_t row_bytes,
                                        uint64_t num_scales) {
-    return layout::LowLatencyMessage::make(
-        static_cast<uint64_t>(shape.num_max_tokens), static_cast<uint64_t>(shape.num_topk),
-        static_cast<uint64_t>(shape.num_experts / num_ranks), row_bytes, num_scales);
+    return layout::LowLatencyMessage::make(static_cast<uint64_t>(shape.num_max_tokens),
+                                           static_cast<uint64_t>(shape.num_topk),
+                                           static_cast<uint64_t>(shape.num_experts / num_ranks), row_bytes, num_scales);
 }
 
 layout::LowLatencyMessage dispatch_message(const LowLatencyShape& shape, int num_ranks, bool is_fp8) {
@@ -113,7 +113,8 @@ kernels::LowLatencyDispatchParams Buffer::low_latency_params(const LowLatencyDis
     EP_CHECK(!args.packs_scales || (args.rounds_scales && args.shape.hidden % (4 * kGroupSize) == 0),
              "use_ue8m0 needs round_scale, and hidden must be a multiple of ", 4 * kGroupSize, ", got ",
              args.shape.hidden);
-    return {.call = low_latency_call(args.shape, dispatch_message(args.shape, options_.num_ranks, args.is_fp8), args.wait_stats),
+    return {.call = low_latency_call(args.shape, dispatch_message(args.shape, options_.num_ranks, args.is_fp8),
+                                     args.wait_stats),
             .payload = args.is_fp8 ? kernels::Payload::kFp8 : kernels::Payload::kBf16,
             .rounds_scales = args.rounds_scales,
             .packs_scales = args.packs_scales,
@@ -128,12 +129,13 @@ kernels::LowLatencyDispatchParams Buffer::low_latency_params(const LowLatencyDis
             .layout_range = args.layout_range,
             .row_of_entry = args.row_of_entry,
             .cumulative_stats = args.cumulative_stats,
-            .num_set_words = set_words(args.shape.num_experts, args.num_tokens)};
+            .num_set_words = set_words(args.shape, args.num_tokens)};
 }
 
 kernels::LowLatencyCombineParams Buffer::low_latency_params(const LowLatencyCombineArgs& args) const {
     check_shape(args.shape, args.num_tokens, options_.num_ranks);
-    return {.call = low_latency_call(args.shape, combine_message(args.shape, options_.num_ranks, args.uses_logfmt), args.wait_stats),
+    return {.call = low_latency_call(args.shape, combine_message(args.shape, options_.num_ranks, args.uses_logfmt),
+                                     args.wait_stats),
             .uses_logfmt = args.uses_logfmt,
             .x = args.x,
             .topk_idx = args.topk_idx,

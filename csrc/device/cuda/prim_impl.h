@@ -126,6 +126,26 @@ template <Order O, Scope S, class T> EP_DEVICE T fetch_add(T* ptr, T value) {
     return static_cast<T>(old);
 }
 
+// atom.or: sm_70
+template <Order O, Scope S, class T> EP_DEVICE T fetch_or(T* ptr, T bits) {
+    const auto raw = static_cast<ptx::raw_t<T>>(bits);
+    ptx::raw_t<T> old;
+    if constexpr (sizeof(T) == 4) {
+        asm volatile("atom%3%4.or.b32 %0, [%1], %2;"
+                     : "=r"(old)
+                     : "l"(ptx::address_of<S>(ptr)), "r"(raw), "C"(ptx::OrderName<O>::text),
+                       "C"(ptx::ScopeName<S>::place)
+                     : "memory");
+    } else {
+        asm volatile("atom%3%4.or.b64 %0, [%1], %2;"
+                     : "=l"(old)
+                     : "l"(ptx::address_of<S>(ptr)), "l"(raw), "C"(ptx::OrderName<O>::text),
+                       "C"(ptx::ScopeName<S>::place)
+                     : "memory");
+    }
+    return static_cast<T>(old);
+}
+
 // atom.cas: sm_70
 template <Order O, Scope S, class T> EP_DEVICE T compare_swap(T* ptr, T expected, T desired) {
     const auto raw_expected = static_cast<ptx::raw_t<T>>(expected);

@@ -66,6 +66,16 @@ template <Order O, Scope S, class T> EP_DEVICE T fetch_add(T* ptr, T value) {
     return old;
 }
 
+template <Order O, Scope S, class T> EP_DEVICE T fetch_or(T* ptr, T bits) {
+    detail::check_word<T>();
+    simt::before_access(ptr, sizeof(T));
+    simt::hb::on_update(ptr, detail::is_acquire(O), detail::is_release(O), static_cast<int>(S));
+    const T old = __atomic_fetch_or(ptr, bits, detail::builtin_order(O, S));
+    simt::note_load(ptr, static_cast<uint64_t>(old));
+    if ((old | bits) != old) simt::note_change();
+    return old;
+}
+
 template <Order O, Scope S, class T> EP_DEVICE T compare_swap(T* ptr, T expected, T desired) {
     detail::check_word<T>();
     constexpr int kOnFailure = detail::is_acquire(O) && !simt::hb::kIsEnabled ? __ATOMIC_ACQUIRE : __ATOMIC_RELAXED;

@@ -15,10 +15,11 @@
 namespace deep_ep::kernels::low_latency::combine {
 inline namespace EP_BACKEND {
 
-constexpr int kPairs = 4;                           // of bfloat16 in 16 bytes
-constexpr int kVecsOfPiece = 2;                     // that a lane has of a chunk: a unit of the logarithmic format
+constexpr int kPairs = 4;                             // of bfloat16 in 16 bytes
+constexpr int kVecsOfPiece = 2;                       // that a lane has of a chunk: a unit of the logarithmic format
 constexpr int kChunkVecs = kVecsOfPiece * kWarpSize;  // that a warp works on at once
-constexpr int kRowsAhead = 4;                       // loads of so many experts' rows are under way at once
+constexpr int kRowsAhead = 4;                         // loads of so many experts' rows are under way at once
+constexpr int kWeightsAhead = 4;                      // table entries of a thread
 constexpr int kMaxWarpsForItem = 32;
 static_assert(kVecsOfPiece * 2 * kPairs == kLogUnit);
 
@@ -57,7 +58,8 @@ template <bool kIsLogfmt> struct Kernel {
 
     // Which vectors of a row a lane has: two neighbours in the logarithmic format, or one in each half of the chunk.
     static EP_DEVICE int piece_vec(int chunk, int i) {
-        return chunk * kChunkVecs + (kIsLogfmt ? prim::lane_idx() * kVecsOfPiece + i : i * kWarpSize + prim::lane_idx());
+        return chunk * kChunkVecs +
+               (kIsLogfmt ? prim::lane_idx() * kVecsOfPiece + i : i * kWarpSize + prim::lane_idx());
     }
 
     // What a warp needs to sum one chunk of a token of `source`. Lanes stand for 32 of its top-k entries.
@@ -168,10 +170,11 @@ template <bool kIsLogfmt> struct Kernel {
         store_sums(p, sums, chunk, slot);
     }
 
-    // Every warp: does the token have experts here?
-    static EP_DEVICE bool has_work(const Context& c, Work work) {
+    // Every warp: has the token experts here among its entries after the first 32?
+    static EP_DEVICE bool has_more_work(const Context& c, Work work) {
         bool is_found = false;
-        for (; work.first_k < c.call.num_topk; work.first_k += kWarpSize) is_found |= find_weights(c, work);
+        for (work.first_k += kWarpSize; work.first_k < c.call.num_topk; work.first_k += kWarpSize)
+            is_found |= find_weights(c, work);
         return is_found;
     }
 
@@ -181,37 +184,44 @@ template <bool kIsLogfmt> struct Kernel {
         int num_tokens;
     };
 
-    static EP_DEVICE bool is_beyond(const Sources& sources, int source, int token) {
-        if (source >= kWarpSize || (sources.known >> source & 1u) == 0) return false;
-        return token >= __shfl_sync(kFullMask, sources.num_tokens, source);
+    static EP_DEVICE bool is_known(const Sources& sources, int source) {
+        return source < kWarpSize && (sources.known >> source & 1u) != 0;
     }
 
-    // One warp: whether `source` has such a token. Its table may be read afterwards.
-    static EP_DEVICE bool has_token(const Context& c, Sources& sources, int source, int token, Block* block) {
-        if (source < kWarpSize && (sources.known >> source & 1u) != 0) return !is_beyond(sources, source, token);
-        const bool is_here = wait_for_tables(c, source, source + 1) != 0;
-        // The call is aborted; another warp may have seen the table just in time.
-        if (!is_here && !c.call.is_shrinkable) prim::store<Order::kRelaxed, Scope::kCta>(&block->is_ready, 0);
-        const int num_tokens = is_here ? c.num_tokens_of(source) : 0;
-        if (prim::lane_idx() == source) sources.num_tokens = num_tokens;
-        if (source < kWarpSize) sources.known |= 1u << source;
-        return token < num_tokens;
+    static EP_DEVICE bool is_beyond(const Sources& sources, int source, int token) {
+        return is_known(sources, source) && token >= __shfl_sync(kFullMask, sources.num_tokens, source);
+    }
+
+    // One warp: does the token exist, and has it experts here? Finds its weights too.
+    static EP_DEVICE bool is_wanted(const Context& c, Sources& sources, Work& work, Block* block) {
+        const bool is_here = is_known(sources, work.source) || wait_for_tables(c, work.source, work.source + 1) != 0;
+        int num_tokens = 0;
+        bool has_experts = false;
+        if (is_here) {
+            num_tokens = c.num_tokens_of(work.source);
+            has_experts = find_weights(c, work);
+        } else if (!c.call.is_shrinkable) {
+            // The call is aborted; another warp may have seen the table just in time.
+            prim::store<Order::kRelaxed, Scope::kCta>(&block->is_ready, 0);
+        }
+        if (prim::lane_idx() == work.source) sources.num_tokens = num_tokens;
+        if (work.source < kWarpSize) sources.known |= 1u << work.source;
+        return work.token < num_tokens && (has_experts || has_more_work(c, work));
     }
 
     // The whole block: one token of any source. `work` and `ahead`: what this warp has begun with.
     static EP_DEVICE void reduce_token(const Params& p, const Context& c, Sources& sources, Work& work, Ahead& ahead,
                                        Block* block) {
         const int num_warps = static_cast<int>(blockDim.x) / kWarpSize;
-        const bool is_wanted = has_token(c, sources, work.source, work.token, block) &&
-                               (find_weights(c, work) || has_work(c, work));
+        const bool works = is_wanted(c, sources, work, block);
         uint8_t* slot = c.slot(work.source, c.rank(), work.token);
-        for (int chunk = prim::warp_idx(); is_wanted && chunk * kChunkVecs < num_vecs(p); chunk += num_warps) {
+        for (int chunk = prim::warp_idx(); works && chunk * kChunkVecs < num_vecs(p); chunk += num_warps) {
             if (chunk != prim::warp_idx()) load_ahead(p, work, work.rows, chunk, ahead);
             reduce_chunk(p, c, work, ahead, chunk, slot);
         }
         __syncthreads();  // every warp's part of the row, one thread's release
         // Pairs with: wait_for_parts at the owner.
-        if (threadIdx.x == 0 && is_wanted && prim::load<Order::kRelaxed, Scope::kCta>(&block->is_ready) != 0)
+        if (threadIdx.x == 0 && works && prim::load<Order::kRelaxed, Scope::kCta>(&block->is_ready) != 0)
             prim::store<Order::kRelease, Scope::kSys>(
                 c.watch.heap.token_full(work.source, c.bank, c.rank(), work.token), c.watch.call);
     }
@@ -228,44 +238,72 @@ template <bool kIsLogfmt> struct Kernel {
     static EP_DEVICE void send(const Params& p, const Context& c, Block* block) {
         const int num_items = c.num_ranks() * p.call.num_max_tokens;
         const int first = static_cast<int>(blockIdx.x);
+        // Most likely the block that begins first.
+        const bool has_weights = first == 0;
         Ahead ahead = {};
         Work work = {};
-        if (first < num_items) work = begin_item(p, c, first, ahead);
+        Weights weights = {};
+        if (has_weights)
+            weights = load_weights(p, c, 0);
+        else if (first < num_items)
+            work = begin_item(p, c, first, ahead);
         begin_send(c, block);
         const bool is_ready = block->is_ready != 0;
-        if (is_ready && block->is_first != 0) send_weights(c, p.topk_idx, p.idx_bytes, p.topk_weights, p.num_tokens);
+        if (is_ready && block->is_first != 0) send_weights(p, c, weights, has_weights);
         Sources sources = {};
         for (int item = first; is_ready && item < num_items; item += static_cast<int>(gridDim.x)) {
             if (is_beyond(sources, source_of(c, item), item / c.num_ranks())) continue;
-            if (item != first) work = begin_item(p, c, item, ahead);
+            if (item != first || has_weights) work = begin_item(p, c, item, ahead);
             reduce_token(p, c, sources, work, ahead, block);
         }
         end_send(c, block);
     }
 
+    // A thread's part of our own table, from entry `base` on.
+    struct Weights {
+        int expert[kWeightsAhead];
+        float weight[kWeightsAhead];
+    };
+
+    static EP_DEVICE Weights load_weights(const Params& p, const Context& c, int base) {
+        Weights held = {};
+#pragma unroll
+        for (int i = 0; i < kWeightsAhead; ++i) {
+            const int entry = base + i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+            if (entry >= p.num_tokens * c.call.num_topk) continue;
+            const int64_t id = load_expert_id(p.topk_idx, p.idx_bytes, entry);
+            // An id out of range reaches no rank; the table must agree, whatever the low half of a 64-bit id says.
+            held.expert[i] = id >= 0 && id < c.call.num_experts ? static_cast<int>(id) : -1;
+            held.weight[i] = p.topk_weights[entry];
+        }
+        return held;
+    }
+
     // All threads of the block that began first: our top-k ids and weights to every rank. Peers wait for them in their
     // send phases, so they must not depend on a block that may not be resident yet.
-    static EP_DEVICE void send_weights(const Context& c, const void* topk_idx, int idx_bytes, const float* topk_weights,
-                                       int num_tokens) {
-        const int num_entries = num_tokens * c.call.num_topk;
-        for (int i = static_cast<int>(threadIdx.x); i < num_entries; i += static_cast<int>(blockDim.x)) {
-            const int64_t id = load_expert_id(topk_idx, idx_bytes, i);
-            const float weight = topk_weights[i];
-            // An id out of range reaches no rank; the table must agree, whatever the low half of a 64-bit id says.
-            const int expert = id >= 0 && id < c.call.num_experts ? static_cast<int>(id) : -1;
+    static EP_DEVICE void send_weights(const Params& p, const Context& c, Weights held, bool is_loaded) {
+        const int num_entries = p.num_tokens * c.call.num_topk;
+        for (int base = 0; base < num_entries; base += kWeightsAhead * static_cast<int>(blockDim.x)) {
+            if (base > 0 || !is_loaded) held = load_weights(p, c, base);
             for (int peer = 0; peer < c.num_ranks(); ++peer) {
                 uint8_t* message = c.message(peer, c.rank());
-                reinterpret_cast<int*>(message + c.call.message.topk_idx.offset)[i] = expert;
-                reinterpret_cast<float*>(message + c.call.message.topk_weights.offset)[i] = weight;
+                auto* ids = reinterpret_cast<int*>(message + c.call.message.topk_idx.offset);
+                auto* weights = reinterpret_cast<float*>(message + c.call.message.topk_weights.offset);
+#pragma unroll
+                for (int i = 0; i < kWeightsAhead; ++i) {
+                    const int entry = base + i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+                    if (entry < num_entries) ids[entry] = held.expert[i];
+                    if (entry < num_entries) weights[entry] = held.weight[i];
+                }
             }
         }
         for (int peer = static_cast<int>(threadIdx.x); peer < c.num_ranks(); peer += static_cast<int>(blockDim.x))
-            *reinterpret_cast<int*>(c.message(peer, c.rank()) + c.call.message.num_tokens.offset) = num_tokens;
+            *reinterpret_cast<int*>(c.message(peer, c.rank()) + c.call.message.num_tokens.offset) = p.num_tokens;
         __syncthreads();
         // Release: the tables. Pairs with: wait_for_table at the peer.
         for (int peer = static_cast<int>(threadIdx.x); peer < c.num_ranks(); peer += static_cast<int>(blockDim.x))
             prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.table_full(peer, c.bank, c.rank()), c.watch.call);
-        if (prim::warp_idx() == 0) publish_ended(c);
+        if (is_last_warp()) publish_ended(c);
     }
 
     // The lanes of a warp wait for one rank each; returns the lanes whose rank has sent its part.
@@ -284,7 +322,8 @@ template <bool kIsLogfmt> struct Kernel {
     static constexpr int kPartsAhead = kIsLogfmt ? 1 : 8;
 
     // One thread: the parts of up to kPartsAhead ranks, loaded together, added in rank order.
-    static EP_DEVICE void add_rounded(const Context& c, Sums& sums, int token, int first_rank, uint32_t lanes, int vec) {
+    static EP_DEVICE void add_rounded(const Context& c, Sums& sums, int token, int first_rank, uint32_t lanes,
+                                      int vec) {
         while (lanes != 0) {
             Vec16 held[kPartsAhead];
             uint32_t rest = lanes;
@@ -360,9 +399,11 @@ template <bool kIsLogfmt> struct Kernel {
                                 layout::Operation::kLowLatencyCombine, call_number(p.call)};
         const Context context{p.call, watch, current_turn(p.call),
                               static_cast<int>(watch.call % layout::kNumLowLatencyBanks)};
-        if (context.sends()) send(p, context, &shared.block);
+        if (context.sends())
+            send(p, context, &shared.block);
+        else
+            begin_receive(context);
         if (!context.sends() || shared.block.receives != 0) receive(p, context, &shared.block);
-        if (!context.sends()) end_receive(context);
         add_statistics(context, &shared.block);
     }
 };

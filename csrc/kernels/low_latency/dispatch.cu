@@ -153,18 +153,20 @@ struct Kernel {
     static EP_DEVICE void send(const Params& p, const Context& c, Block* block) {
         const int num_blocks = static_cast<int>(gridDim.x);
         int token = static_cast<int>(blockIdx.x);
+        const Choice choice{p.topk_idx, p.idx_bytes, p.num_tokens};
+        const auto sets = TokenSets::make(p.call.num_experts, p.num_set_words);
+        if (token == num_blocks - 1) begin_routing_table(c, choice, sets);
         Head head = load_head(p, c, token);
         begin_send(c, block);
         if (block->is_ready != 0) {
-            if (token == num_blocks - 1)
-                send_routing_table(c, p.topk_idx, p.idx_bytes, p.num_tokens, p.num_set_words);
+            if (token == num_blocks - 1) send_routing_table(c, choice, sets);
             while (token < p.num_tokens) {
                 send_token(p, c, token, head);
                 token += num_blocks;
                 head = load_head(p, c, token);
             }
         }
-        if (block->is_first != 0 && prim::warp_idx() == 0) publish_ended(c);
+        if (block->is_first != 0 && is_last_warp()) publish_ended(c);
         end_send(c, block);
     }
 
@@ -194,14 +196,12 @@ struct Kernel {
         const int num_words = p.packs_scales ? num_scales / 4 : num_scales;
         const int num_rows = c.num_rows_of_expert();
         const uint32_t* scales = nullptr;
-        if (move.slot != nullptr)
-            scales = reinterpret_cast<const uint32_t*>(move.slot + p.call.message.scales.offset);
+        if (move.slot != nullptr) scales = reinterpret_cast<const uint32_t*>(move.slot + p.call.message.scales.offset);
         for (int base = move.first_of(num_words); base < move.end_of(num_words); base += kWarpSize) {
             const int word = base + prim::lane_idx();
             const bool is_inside = word < move.end_of(num_words);
             uint32_t value = 0;
-            if (is_inside && scales != nullptr)
-                value = p.packs_scales ? packed_exponents(scales, word) : scales[word];
+            if (is_inside && scales != nullptr) value = p.packs_scales ? packed_exponents(scales, word) : scales[word];
             for (uint32_t rest = move.lanes; rest != 0; rest &= rest - 1) {
                 const int row = __shfl_sync(kFullMask, move.row, __ffs(static_cast<int>(rest)) - 1);
                 const int64_t column = static_cast<int64_t>(row / num_rows) * num_words + word;
@@ -210,37 +210,40 @@ struct Kernel {
         }
     }
 
-    static EP_DEVICE void place_rows(const Params& p, const Context& c, const Move& move) {
+    struct Held {
+        Vec16 vec[kReceiveUnroll];
+    };
+
+    // The part of the warp's share that begins with vector `base`. Without a slot: zeros.
+    static EP_DEVICE void load_share(const Move& move, int base, int end, Held& held) {
+#pragma unroll
+        for (int i = 0; i < kReceiveUnroll; ++i) {
+            const int idx = base + i * kWarpSize + prim::lane_idx();
+            held.vec[i] = {};
+            if (idx < end && move.slot != nullptr)
+                held.vec[i] = prim::load_shared_with_peers(reinterpret_cast<const Vec16*>(move.slot) + idx);
+        }
+    }
+
+    static EP_DEVICE void store_share(const Params& p, const Move& move, int base, int end, const Held& held) {
         const int64_t row_bytes = p.payload == Payload::kFp8 ? p.call.hidden : p.call.hidden * 2;
-        const int num_vecs = static_cast<int>(row_bytes / static_cast<int64_t>(sizeof(Vec16)));
-        const int end = move.end_of(num_vecs);
-        for (int base = move.first_of(num_vecs); base < end; base += kReceiveUnroll * kWarpSize) {
-            Vec16 held[kReceiveUnroll] = {};
+        for (uint32_t rest = move.lanes; rest != 0; rest &= rest - 1) {
+            const int row = __shfl_sync(kFullMask, move.row, __ffs(static_cast<int>(rest)) - 1);
+            auto* target = reinterpret_cast<Vec16*>(p.recv_x + row * row_bytes);
 #pragma unroll
             for (int i = 0; i < kReceiveUnroll; ++i) {
                 const int idx = base + i * kWarpSize + prim::lane_idx();
-                if (idx < end && move.slot != nullptr)
-                    held[i] = prim::load_shared_with_peers(reinterpret_cast<const Vec16*>(move.slot) + idx);
-            }
-            // While the row's loads are under way.
-            if (base == move.first_of(num_vecs) && p.payload == Payload::kFp8) place_scales(p, c, move);
-            for (uint32_t rest = move.lanes; rest != 0; rest &= rest - 1) {
-                const int row = __shfl_sync(kFullMask, move.row, __ffs(static_cast<int>(rest)) - 1);
-                auto* target = reinterpret_cast<Vec16*>(p.recv_x + row * row_bytes);
-#pragma unroll
-                for (int i = 0; i < kReceiveUnroll; ++i) {
-                    const int idx = base + i * kWarpSize + prim::lane_idx();
-                    if (idx < end) prim::store_streaming(target + idx, held[i]);
-                }
+                if (idx < end) prim::store_streaming(target + idx, held.vec[i]);
             }
         }
     }
 
-    // One warp: the rows of all sources before `source` for this lane's expert, one of ours, or -1.
-    static EP_DEVICE int rows_before(const Context& c, int source, int expert) {
+    // One warp: the rows of all sources before `source` for this lane's expert, one of ours, or -1. `here`: which of the
+    // first 32 ranks' tables count.
+    static EP_DEVICE int rows_before(const Context& c, int source, int expert, uint32_t here) {
         int num_rows = 0;
         for (int first = 0; first < source; first += kWarpSize) {
-            const uint32_t here = wait_for_tables(c, first, source);
+            if (first > 0) here = wait_for_tables(c, first, source);
             const int count = source - first < kWarpSize ? source - first : kWarpSize;
 #pragma unroll 8
             for (int i = 0; i < count; ++i)
@@ -257,42 +260,75 @@ struct Kernel {
         return is_found;
     }
 
-    // One warp: its share of one token, for up to 32 top-k entries, one in each lane.
-    static EP_DEVICE void receive_entries(const Params& p, const Context& c, int source, int token, const int* entries,
-                                          int k, Move move) {
-        const bool is_entry = k < p.call.num_topk;
-        const int entry = is_entry ? entries[k] : -1;
-        int expert = expert_of(entry) - c.first_expert();
-        if (expert < 0 || expert >= c.num_local_experts()) expert = -1;
-        const int before = rows_before(c, source, expert);
-        move.row = expert < 0 ? -1 : expert * c.num_rows_of_expert() + before + place_of(entry);
-        const bool is_placed = expert >= 0 && !is_repeated(entries, k);
-        move.lanes = __ballot_sync(kFullMask, is_placed);
-        if (move.part == 0 && is_entry) {
-            p.row_of_entry[first_entry_of(p, source, token) + k] = move.row;
-            if (is_placed) p.src_info[move.row] = token;
-        }
-        if (move.lanes == 0) return;
-        move.slot = wait_for_slot(c, source, token) ? c.slot(c.rank(), source, token) : nullptr;
-        place_rows(p, c, move);
+    // Up to 32 top-k entries of one token, one in each lane.
+    struct Entries {
+        int source, token;
+        int k;         // this lane's
+        int expert;    // one of ours, or -1
+        int place;     // among the source's rows for it
+        bool is_used;  // it is one of the token's
+    };
+
+    static EP_DEVICE Entries load_entries(const Params& p, const Context& c, int source, int token, int k) {
+        const bool is_used = k < p.call.num_topk;
+        const int entry = is_used ? c.table(source)[static_cast<int64_t>(token) * p.call.num_topk + k] : -1;
+        const int expert = expert_of(entry) - c.first_expert();
+        return {source,          token,  k, expert < 0 || expert >= c.num_local_experts() ? -1 : expert,
+                place_of(entry), is_used};
     }
 
     static EP_DEVICE int64_t first_entry_of(const Params& p, int source, int token) {
         return (static_cast<int64_t>(source) * p.call.num_max_tokens + token) * p.call.num_topk;
     }
 
+    // One warp: its share of one token, as far as these entries want it. What does not depend on the slot's contents is
+    // found while they are under way.
+    static EP_DEVICE void receive_entries(const Params& p, const Context& c, const Entries& of, uint32_t here,
+                                          Move move) {
+        const int num_vecs =
+            (p.payload == Payload::kFp8 ? p.call.hidden : p.call.hidden * 2) / static_cast<int>(sizeof(Vec16));
+        const int* entries = c.table(of.source) + static_cast<int64_t>(of.token) * p.call.num_topk;
+        const bool is_placed = of.expert >= 0 && !is_repeated(entries, of.k);
+        move.lanes = __ballot_sync(kFullMask, is_placed);
+        if (move.lanes != 0 && wait_for_slot(c, of.source, of.token)) move.slot = c.slot(c.rank(), of.source, of.token);
+        const int first = move.first_of(num_vecs);
+        const int end = move.lanes == 0 ? first : move.end_of(num_vecs);
+        Held held;
+        load_share(move, first, end, held);
+        if (of.expert >= 0) move.row = of.expert * c.num_rows_of_expert() + of.place;
+        const int before = rows_before(c, of.source, of.expert, here);
+        if (of.expert >= 0) move.row += before;
+        if (move.part == 0 && of.is_used) {
+            p.row_of_entry[first_entry_of(p, of.source, of.token) + of.k] = move.row;
+            if (is_placed) p.src_info[move.row] = of.token;
+        }
+        if (p.payload == Payload::kFp8 && move.lanes != 0) place_scales(p, c, move);
+        for (int base = first; base < end; base += kReceiveUnroll * kWarpSize) {
+            if (base != first) load_share(move, base, end, held);
+            store_share(p, move, base, end, held);
+        }
+    }
+
     // One warp. Where a source has no such token, combine learns that from row_of_entry.
     static EP_DEVICE void receive_token(const Params& p, const Context& c, int source, int token, int part,
                                         int num_parts) {
-        const bool is_here = wait_for_tables(c, source, source + 1) != 0;
-        if (is_here && token < c.num_tokens_of(source)) {
-            const int* entries = c.table(source) + static_cast<int64_t>(token) * p.call.num_topk;
-            for (int first = 0; first < p.call.num_topk; first += kWarpSize)
-                receive_entries(p, c, source, token, entries, first + prim::lane_idx(),
-                                {nullptr, 0, -1, part, num_parts});
-        } else if (part == 0) {
-            for (int k = prim::lane_idx(); k < p.call.num_topk; k += kWarpSize)
-                p.row_of_entry[first_entry_of(p, source, token) + k] = -1;
+        const uint32_t here = wait_for_tables(c, 0, source + 1);
+        const bool is_here =
+            source < kWarpSize ? (here >> source & 1u) != 0 : wait_for_tables(c, source, source + 1) != 0;
+        int num_tokens = 0;
+        Entries of = {source, token, prim::lane_idx(), -1, 0, prim::lane_idx() < p.call.num_topk};
+        if (is_here) {
+            num_tokens = c.num_tokens_of(source);
+            of = load_entries(p, c, source, token, prim::lane_idx());
+        }
+        const bool exists = token < num_tokens;
+        if (!exists && part != 0) return;
+        for (int first = 0; first < p.call.num_topk; first += kWarpSize) {
+            if (first > 0 && exists) of = load_entries(p, c, source, token, first + prim::lane_idx());
+            if (exists)
+                receive_entries(p, c, of, here, {nullptr, 0, -1, part, num_parts});
+            else if (first + prim::lane_idx() < p.call.num_topk)
+                p.row_of_entry[first_entry_of(p, source, token) + first + prim::lane_idx()] = -1;
         }
     }
 
@@ -339,9 +375,11 @@ struct Kernel {
                                 layout::Operation::kLowLatencyDispatch, call_number(p.call)};
         const Context context{p.call, watch, current_turn(p.call),
                               static_cast<int>(watch.call % layout::kNumLowLatencyBanks)};
-        if (context.sends()) send(p, context, &shared.block);
+        if (context.sends())
+            send(p, context, &shared.block);
+        else
+            begin_receive(context);
         if (!context.sends() || shared.block.receives != 0) receive(p, context, &shared.block);
-        if (!context.sends()) end_receive(context);
         add_statistics(context, &shared.block);
     }
 };
@@ -350,7 +388,7 @@ void launch(const LowLatencyDispatchParams& params, dev::Stream stream) {
     dev::LaunchConfig config;
     config.num_blocks = params.call.num_blocks;
     config.num_threads = kWarpSize * params.call.num_warps;
-    config.dynamic_shared_bytes = (params.num_set_words + 1) * params.call.num_experts * static_cast<int>(sizeof(int));
+    config.dynamic_shared_bytes = TokenSets::bytes(params.call.num_experts, params.num_set_words, params.call.num_topk);
     config.name = "deep_ep::low_latency::dispatch";
     dev::launch<Kernel>(config, stream, params);
 }

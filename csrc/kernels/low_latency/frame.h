@@ -144,8 +144,8 @@ struct Block {
     int share;     // its current part of that
 };
 
-// Warp 0: tells the peers which calls this rank has received, so that the banks may be written again. By the block that
-// began first, and not after a wait for anything that a peer does after it has begun: the peer may wait for this.
+// One warp of the block that began first: tells the peers which calls this rank has received in earlier launches, so that
+// the banks may be written again. Never after a wait for what a peer does once it has begun: the peer may wait for this.
 EP_DEVICE void publish_ended(const Context& c) {
     for (int peer = prim::lane_idx(); peer < c.num_ranks(); peer += kWarpSize)
         for (int bank = 0; bank < layout::kNumLowLatencyBanks; ++bank) {
@@ -176,8 +176,7 @@ EP_DEVICE bool wait_for_bank(const Context& c) {
 EP_DEVICE void begin_send(const Context& c, Block* block) {
     if (prim::warp_idx() == 0) {
         uint32_t order = 0;
-        if (prim::lane_idx() == 0)
-            order = prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&c.turn->begun_blocks, 1u);
+        if (prim::lane_idx() == 0) order = prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&c.turn->begun_blocks, 1u);
         bool may_go_on = algo::abort_code(c.watch) == 0;
         for (int peer = prim::lane_idx(); peer < c.num_ranks(); peer += kWarpSize) may_go_on &= is_bank_free(c, peer);
         bool is_ready = __all_sync(kFullMask, may_go_on) != 0;
@@ -212,36 +211,43 @@ EP_DEVICE void count_launch(const Context& c) {
     prim::store<Order::kRelaxed, Scope::kGpu>(&local->num_low_latency_launches, launches + 1);
 }
 
-// One thread, after a barrier of the block that follows its reading of the counters. Nothing of this launch looks at
-// them afterwards, and the end of the launch publishes them, so no order is needed.
+EP_DEVICE bool is_last_warp() {
+    return static_cast<int>(threadIdx.x) / kWarpSize == static_cast<int>(blockDim.x) / kWarpSize - 1;
+}
+
+// The last warp, after a barrier of the block that follows its reading of the counters, and after publish_ended: nothing
+// of this launch looks at what the last one to settle changes, and the end of the launch publishes it, so no order is
+// needed.
 EP_DEVICE void settle(const Context& c) {
-    if (prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&c.turn->settled_blocks, 1u) + 1 == gridDim.x) count_launch(c);
+    if (prim::lane_idx() == 0 &&
+        prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&c.turn->settled_blocks, 1u) + 1 == gridDim.x)
+        count_launch(c);
 }
 
 // All threads of a block that has sent. In a launch of both phases a block may wait for rows of its own rank only when
 // all blocks have begun: one that has not may never get an SM otherwise. Blocks that come too early leave, and whoever
 // is there later does their part.
 EP_DEVICE void end_send(const Context& c, Block* block) {
-    // Not warp 0: it is busy with releases.
-    if (threadIdx.x == blockDim.x - kWarpSize) {
+    if (is_last_warp()) settle(c);
+    // Another warp than that, and than warp 0, which is busy with releases.
+    if (threadIdx.x == kWarpSize) {
         bool receives = c.receives() && block->is_ready != 0;
         if (receives) receives = prim::load<Order::kRelaxed, Scope::kGpu>(&c.turn->begun_blocks) == gridDim.x;
         block->receives = receives ? 1 : 0;
         if (receives)
             block->share = static_cast<int>(prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&c.turn->next_share, 1u));
-        settle(c);
     }
     __syncthreads();
 }
 
-// All threads of a block that only receives, last.
-EP_DEVICE void end_receive(const Context& c) {
-    __syncthreads();
-    if (prim::warp_idx() != 0) return;
+// All threads of a block that only receives. The last warp is the least likely to have a unit.
+EP_DEVICE void begin_receive(const Context& c) {
+    __syncthreads();  // every thread has read the counters
+    if (!is_last_warp()) return;
     uint32_t order = 0;
     if (prim::lane_idx() == 0) order = prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&c.turn->begun_blocks, 1u);
     if (__shfl_sync(kFullMask, order, 0) == 0) publish_ended(c);
-    if (prim::lane_idx() == 0) settle(c);
+    settle(c);
 }
 
 // All threads of the blocks that receive: `work(unit)` for every unit below `num_units`, a warp for each.

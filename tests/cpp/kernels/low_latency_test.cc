@@ -68,6 +68,13 @@ TEST_CASE("low latency: combine in the logarithmic format, hidden not a multiple
     }
 }
 
+TEST_CASE("low latency: so many experts that a routing table is made in stretches of 32 tokens") {
+    LowLatencyProblem problem{.num_tokens = {70, 33}, .num_max_tokens = 70, .num_experts = 8194, .hidden = 8};
+    check_round_trip(problem);
+    problem.only_expert = 8193;
+    check_round_trip(problem, seeded(3));
+}
+
 TEST_CASE("low latency: all tokens to one expert, duplicates, nothing at all (pitfalls 16, 26)") {
     check_round_trip({.num_tokens = {16, 16, 16}, .num_experts = 6, .drop_probability = 0.0, .only_expert = 4});
     check_round_trip({.num_tokens = {3, 16}, .drop_probability = 1.0});
