@@ -23,7 +23,7 @@ from deep_ep.bench.ranks import ThreadMeeting, ThreadRanks
 from deep_ep.bench.routing import Shape, choose_experts
 
 SLEEP_CYCLES = 60_000_000  # some 30 ms
-POOL_BYTES = 2 << 30  # an allocation may not go to the driver while a kernel waits for this rank
+POOL_BYTES = 12 << 30  # an allocation may not go to the driver while a kernel waits for this rank
 # A call without a hook is one launch, where the build has such a launch.
 IS_FUSED = hasattr(deep_ep_cpp.Buffer, "BOTH_PHASES")
 

@@ -11,9 +11,8 @@ namespace deep_ep::kernels {
 // With a hook a call is two launches, one per phase, and no SM is held in between; without, one launch is both.
 enum class Phase : int { kSend, kReceive, kBoth };
 
-// Two blocks of 14 warps leave 72 registers for a thread; 14 warps hold a row of 7168 channels at once.
+// One block on each SM: 14 warps hold a row of 7168 channels at once and have 144 registers a thread.
 constexpr int kMaxLowLatencyThreads = 448;
-constexpr int kLowLatencyBlocksPerSm = 2;
 // Expert ids share a word of the routing table with a token's place among the rows of its source.
 constexpr int kPlaceBits = 12;
 constexpr int kMaxLowLatencyExperts = 1 << 14;

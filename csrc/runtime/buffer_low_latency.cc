@@ -11,7 +11,6 @@ namespace {
 constexpr int kGroupSize = 128;  // channels with one FP8 scale
 constexpr int kChunk = 512;      // channels that a warp sends at once
 constexpr int kMinWarps = 4;
-constexpr int kMaxBlocksPerSm = 4;
 constexpr int kSetBytes = 32 * 1024;  // of shared memory, for a stretch of the routing table
 // A size hint is not told the top-k: it allows for so many entries of a token.
 constexpr int kHintTopk = 32;
@@ -70,14 +69,13 @@ int* Buffer::masked_ranks() const {
     return masked_;
 }
 
-// A warp for every chunk of a row, and blocks for all threads that the registers of an SM allow. Kernels of ranks that
-// share a GPU wait for each other, so all of them have to fit.
+// A warp for every chunk of a row, and one block on an SM. Kernels of ranks that share a GPU wait for each other, so all of
+// them have to fit.
 LowLatencyGrid Buffer::plan_low_latency(int hidden) const {
     if (device_->kind() != dev::DeviceKind::kCuda) return {device_->num_sms(), 2};
     constexpr int kMaxWarps = kernels::kMaxLowLatencyThreads / 32;
     const int num_warps = std::clamp((hidden + kChunk - 1) / kChunk, kMinWarps, kMaxWarps);
-    const int blocks_per_sm = std::min(kMaxBlocksPerSm, kernels::kLowLatencyBlocksPerSm * kMaxWarps / num_warps);
-    return {std::max(1, device_->num_sms() * blocks_per_sm / heap_->num_ranks_here()), num_warps};
+    return {std::max(1, device_->num_sms() / heap_->num_ranks_here()), num_warps};
 }
 
 kernels::LowLatencyCall Buffer::low_latency_call(const LowLatencyShape& shape, const layout::LowLatencyMessage& message,

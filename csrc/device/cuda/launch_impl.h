@@ -19,18 +19,9 @@ template <class K> constexpr int max_threads() {
     }
 }
 
-// ... and `static constexpr int kMinBlocks`, so many of which an SM can hold at once.
-template <class K> constexpr int min_blocks() {
-    if constexpr (requires { K::kMinBlocks; }) {
-        return K::kMinBlocks;
-    } else {
-        return 1;
-    }
-}
-
 // Profilers show this as "deep_ep::…::entry<deep_ep::…::SomeKernel>".
 template <class K>
-__global__ void __launch_bounds__(max_threads<K>(), min_blocks<K>()) entry(const __grid_constant__ typename K::Params params) {
+__global__ void __launch_bounds__(max_threads<K>()) entry(const __grid_constant__ typename K::Params params) {
     __shared__ typename K::Shared shared;
     K::run(params, shared);
 }

@@ -27,7 +27,6 @@ constexpr int kReceiveUnroll = 8;
 struct Kernel {
     using Params = LowLatencyDispatchParams;
     static constexpr int kMaxThreads = kMaxLowLatencyThreads;
-    static constexpr int kMinBlocks = kLowLatencyBlocksPerSm;
     struct Shared {
         Block block;
     };
