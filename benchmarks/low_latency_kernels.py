@@ -2,9 +2,9 @@
 
     python benchmarks/low_latency_kernels.py --num-processes 2 --tokens 128
 
-Ranks are threads that share one GPU (each kernel on its share of the SMs): the figures show the chain of loads, flags and
-stores of the kernels, and no link. All calls of a series are queued while the device sleeps, so that nothing of the host is
-in the kernel times. Of every call the slowest rank counts; the figure is the median of the calls.
+Ranks are threads that share one GPU (each kernel on its share of the SMs): the figures show the chain of loads, flags
+and stores of the kernels, and no link. All calls of a series are queued while the device sleeps, so that nothing of the
+host is in the kernel times. Of every call the slowest rank counts; the figure is the median of the calls.
 """
 import argparse
 import json
@@ -17,15 +17,12 @@ from typing import Any, Callable
 
 import torch
 
-import deep_ep_cpp
 from deep_ep import Buffer, _env
 from deep_ep.bench.ranks import ThreadMeeting, ThreadRanks
 from deep_ep.bench.routing import Shape, choose_experts
 
 SLEEP_CYCLES = 60_000_000  # some 30 ms
 POOL_BYTES = 12 << 30  # an allocation may not go to the driver while a kernel waits for this rank
-# A call without a hook is one launch, where the build has such a launch.
-IS_FUSED = hasattr(deep_ep_cpp.Buffer, "BOTH_PHASES")
 
 Series = tuple[str, Callable[[int], Any], int]  # name, call, launches of a call
 
@@ -70,9 +67,9 @@ class Rank:
     def series(self) -> list[Series]:
         found: list[Series] = []
         for hooked in (False, True):
-            launches, name = (2, ", hook") if hooked else (1 if IS_FUSED else 2, "")
-            found += [(f"dispatch FP8{name}", lambda i, h=hooked: self.dispatch(True, h, i), launches),
-                      (f"dispatch BF16{name}", lambda i, h=hooked: self.dispatch(False, h, i), launches),
+            launches, name = (2, ", hook") if hooked else (1, "")
+            found += [(f"dispatch FP8{name}", lambda i, h=hooked: self.dispatch(True, h, i), 2),
+                      (f"dispatch BF16{name}", lambda i, h=hooked: self.dispatch(False, h, i), 2),
                       (f"combine BF16{name}", lambda i, h=hooked: self.combine(False, h, i), launches),
                       (f"combine logfmt{name}", lambda i, h=hooked: self.combine(True, h, i), launches)]
         return found
@@ -122,7 +119,7 @@ def kernels_of(trace: Path) -> list[list[dict[str, Any]]]:
 
 
 def report(streams: list[list[dict[str, Any]]], made: list[tuple[str, int, float]], args: argparse.Namespace) -> None:
-    position = 3 * (1 if IS_FUSED else 2)
+    position = 3 * 2  # the dispatches that fill Rank.received
     print(f"{'':24} {'kernels, us':>24} {'p90':>8} {'period':>8} {'host':>8}")
     for name, launches, host_us in made:
         position += args.warmups * launches
@@ -136,8 +133,9 @@ def report(streams: list[list[dict[str, Any]]], made: list[tuple[str, int, float
         medians = [statistics.median(column) for column in zip(*times)]
         whole = sorted(sum(row) for row in times)
         shown = " + ".join(f"{value:.1f}" for value in medians)
-        print(f"{name:24} {shown:>24} {whole[len(whole) * 9 // 10]:8.1f} {statistics.median(periods):8.1f} {host_us:8.1f}",
-              flush=True)
+        print(
+            f"{name:24} {shown:>24} {whole[len(whole) * 9 // 10]:8.1f} {statistics.median(periods):8.1f} {host_us:8.1f}",
+            flush=True)
 
 
 def main() -> None:
@@ -154,7 +152,7 @@ def main() -> None:
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile, ThreadPoolExecutor(args.num_processes) as pool:
         workers = [pool.submit(run_thread, meeting, rank, args) for rank in range(args.num_processes)]
-        made = [worker.result() for worker in workers][0]
+        made, *_ = [worker.result() for worker in workers]
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(trace))

@@ -20,7 +20,6 @@ constexpr int kVecsOfPiece = 2;                       // that a lane has of a ch
 constexpr int kChunkVecs = kVecsOfPiece * kWarpSize;  // that a warp works on at once
 constexpr int kRowsAhead = 4;                         // loads of so many experts' rows are under way at once
 constexpr int kWeightsAhead = 4;                      // table entries of a thread
-constexpr int kItemsAhead = 2;                        // tokens whose rows are under way at once
 constexpr int kMaxWarpsForItem = 32;
 static_assert(kVecsOfPiece * 2 * kPairs == kLogUnit);
 
@@ -237,53 +236,26 @@ template <bool kIsLogfmt> struct Kernel {
         return work;
     }
 
-    // One of a block's items: its rows come ahead of its turn.
-    struct Item {
-        int idx;
-        Work work;
-        Ahead ahead;
-    };
-
-    static EP_DEVICE void start(const Params& p, const Context& c, const Sources& sources, Item& item) {
-        if (item.idx >= c.num_ranks() * p.call.num_max_tokens) return;
-        if (is_beyond(sources, source_of(c, item.idx), item.idx / c.num_ranks())) return;
-        item.work = begin_item(p, c, item.idx, item.ahead);
-    }
-
-    // The whole block: an item that has been started; starts the one after the next.
-    static EP_DEVICE void finish(const Params& p, const Context& c, Sources& sources, Item& item, Block* block) {
-        if (item.idx >= c.num_ranks() * p.call.num_max_tokens) return;
-        if (!is_beyond(sources, source_of(c, item.idx), item.idx / c.num_ranks()))
-            reduce_token(p, c, sources, item.work, item.ahead, block);
-        item.idx += kItemsAhead * static_cast<int>(gridDim.x);
-        start(p, c, sources, item);
-    }
-
     static EP_DEVICE void send(const Params& p, const Context& c, Block* block) {
+        const int num_items = c.num_ranks() * p.call.num_max_tokens;
         const int first = static_cast<int>(blockIdx.x);
-        // Most likely the block that begins first: its rows can wait.
+        // Most likely the block that begins first.
         const bool has_weights = first == 0;
+        Ahead ahead = {};
+        Work work = {};
         Weights weights = {};
-        Sources sources = {};
-        Item items[kItemsAhead] = {};
-#pragma unroll
-        for (int i = 0; i < kItemsAhead; ++i) items[i].idx = first + i * static_cast<int>(gridDim.x);
-        if (has_weights) {
+        if (has_weights)
             weights = load_weights(p, c, 0);
-        } else {
-#pragma unroll
-            for (int i = 0; i < kItemsAhead; ++i) start(p, c, sources, items[i]);
-        }
+        else if (first < num_items)
+            work = begin_item(p, c, first, ahead);
         begin_send(c, block);
         const bool is_ready = block->is_ready != 0;
         if (is_ready && block->is_first != 0) send_weights(p, c, weights, has_weights);
-        if (has_weights) {
-#pragma unroll
-            for (int i = 0; i < kItemsAhead; ++i) start(p, c, sources, items[i]);
-        }
-        while (is_ready && items[0].idx < c.num_ranks() * p.call.num_max_tokens) {
-#pragma unroll
-            for (int i = 0; i < kItemsAhead; ++i) finish(p, c, sources, items[i], block);
+        Sources sources = {};
+        for (int item = first; is_ready && item < num_items; item += static_cast<int>(gridDim.x)) {
+            if (is_beyond(sources, source_of(c, item), item / c.num_ranks())) continue;
+            if (item != first || has_weights) work = begin_item(p, c, item, ahead);
+            reduce_token(p, c, sources, work, ahead, block);
         }
         end_send(c, block);
     }

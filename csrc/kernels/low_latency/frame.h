@@ -89,20 +89,10 @@ EP_DEVICE void note_wait(const Context& c, int source, uint64_t waited_ns) {
     }
 }
 
-// As wait_for_peer, and notes how long it took. Looks a few times with acquire first: what is nearly here is then found by
-// one access, where a patient wait looks at the clock and at the abort word, and acquires by a second access.
+// As wait_for_peer, and notes how long it took.
 EP_DEVICE bool wait_for_source(const Context& c, Stage stage, int source, const uint64_t* flag) {
-    constexpr int kQuickLooks = 24;
-    if (is_masked(c.call, source)) return false;
     if (prim::load<Order::kAcquire, Scope::kSys>(flag) >= c.watch.call) return true;
     const uint64_t start_ns = prim::clock_ns();
-    for (int look = 0; look < kQuickLooks; ++look) {
-        if (prim::load<Order::kAcquire, Scope::kSys>(flag) >= c.watch.call) {
-            note_wait(c, source, prim::clock_ns() - start_ns);
-            return true;
-        }
-        prim::pause();
-    }
     const bool is_here = wait_for_peer(c, stage, source, flag, c.watch.call);
     note_wait(c, source, prim::clock_ns() - start_ns);
     return is_here;
