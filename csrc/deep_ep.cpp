@@ -77,6 +77,15 @@ void bind_config(py::module_& m) {
         .def_readonly("num_sms", &Config::num_sms);
 }
 
+const char* stream_kind_name(dev::StreamKind kind) {
+    switch (kind) {
+        case dev::StreamKind::kPlain: return "plain";
+        case dev::StreamKind::kCaptured: return "captured";
+        case dev::StreamKind::kAmbiguous: return "ambiguous";
+    }
+    return "";
+}
+
 void bind_device(py::module_& m) {
     using dev::Device;
     using Class = py::class_<Device, std::shared_ptr<Device>>;
@@ -90,6 +99,12 @@ void bind_device(py::module_& m) {
             "destroy_stream", [](Device& d, uintptr_t s) { d.destroy_stream(pointer<void>(s)); }, release_gil())
         .def(
             "synchronize_stream", [](Device& d, uintptr_t s) { d.synchronize_stream(pointer<void>(s)); }, release_gil())
+        .def("stream_kind", [](Device& d, uintptr_t s) { return stream_kind_name(d.stream_kind(pointer<void>(s))); })
+        .def("join_streams",
+             [](Device& d, uintptr_t waiting, uintptr_t waited_for, uintptr_t e) {
+                 d.record_event(pointer<void>(e), pointer<void>(waited_for));
+                 d.stream_wait_event(pointer<void>(waiting), pointer<void>(e));
+             })
         .def("create_event", [](Device& d) { return number(d.create_event()); })
         .def("destroy_event", [](Device& d, uintptr_t e) { d.destroy_event(pointer<void>(e)); })
         .def("record_event",

@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Callable, Optional, TypeVar
 
+import torch
 import torch.distributed as dist
 
 import deep_ep_cpp
 from deep_ep import _streams
 from deep_ep._checks import BUFFER_ALIGNMENT_BYTES, check_int, check_positive
 from deep_ep._errors import Error
+from deep_ep._handles import KnownTensors
 from deep_ep._topology import Place, Topology, find_topology, this_place
 from deep_ep.version import __version__
 
@@ -107,6 +109,10 @@ class Session:
         self.topology = topology
         self.rank = rank
         self.num_ranks = num_ranks
+        self.known_handles = KnownTensors()  # send_head, rank_prefix_matrix, recv_src_idx
+        self.known_layouts = KnownTensors()  # is_token_in_rank, num_tokens_per_rank, num_tokens_per_expert
+        # In the place of the two matrices of a handle that this version has no use for; no data, so all can share it.
+        self.unused_matrix = torch.empty(num_ranks, 0, dtype=torch.int32, device=streams.device)
         self.num_sms_override = int(deep_ep_cpp.get_environment()["num_sms"])
         self._is_closed = False
         self.before_close: Callable[[], None] = _nothing  # called once, before the comm stream is drained

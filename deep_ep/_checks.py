@@ -2,6 +2,9 @@
 
 TypeError: not the kind of object, or not the dtype, that is expected. ValueError: a wrong shape, device, layout, range
 or combination.
+
+Several tensors are checked in every call of an operation, and reading an attribute of a tensor takes about 0.1 us. So a
+check says first whether all is well, and looks for what is wrong only when it is not.
 """
 
 from collections.abc import Sequence
@@ -23,12 +26,14 @@ def _describe(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).replace('torch.', '')} {list(tensor.shape)} on {tensor.device}{kind}"
 
 
-def _has_shape(tensor: torch.Tensor, shape: Sequence[Optional[int]]) -> bool:
-    # A plain loop: this runs several times in every call of an operation.
-    for want, got in zip(shape, tensor.shape):
-        if want is not None and want != got:
+def _has_shape(got: Sequence[int], wanted: Sequence[Optional[int]]) -> bool:
+    if len(got) != len(wanted):
+        return False
+    # A plain loop, because this runs several times in every call, and all() would make a generator.
+    for size, extent in zip(got, wanted):  # noqa: SIM110
+        if size != extent and extent is not None:
             return False
-    return tensor.dim() == len(shape)
+    return True
 
 
 def check_tensor(name: str,
@@ -38,21 +43,30 @@ def check_tensor(name: str,
                  dtypes: Sequence[torch.dtype] = (),
                  is_contiguous: bool = True) -> torch.Tensor:
     """A tensor of `shape` (None: any extent), of one of `dtypes` (empty: any), on `device`."""
+    if (isinstance(value, torch.Tensor) and (value.dtype in dtypes or not dtypes)
+            and (value.shape == shape or _has_shape(value.shape, shape)) and value.device == device
+            and (value.is_contiguous() or not is_contiguous)):
+        return value
+    raise _find_fault(name, value, device, shape, dtypes)
+
+
+def _find_fault(name: str, value: Any, device: torch.device, shape: Sequence[Optional[int]],
+                dtypes: Sequence[torch.dtype]) -> Exception:
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        return TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if dtypes and value.dtype not in dtypes:
-        raise TypeError(f"{name} must have dtype {_name_dtypes(dtypes)}, got {_describe(value)}")
-    if not _has_shape(value, shape):
+        return TypeError(f"{name} must have dtype {_name_dtypes(dtypes)}, got {_describe(value)}")
+    if not _has_shape(value.shape, shape):
         wanted = ", ".join("*" if extent is None else str(extent) for extent in shape)
-        raise ValueError(f"{name} must have shape [{wanted}], got {_describe(value)}")
+        return ValueError(f"{name} must have shape [{wanted}], got {_describe(value)}")
     if value.device != device:
-        raise ValueError(f"{name} must be on {device}, the device of this Buffer, got {_describe(value)}")
-    if is_contiguous and not value.is_contiguous():
-        raise ValueError(f"{name} must be contiguous (row-major), got {_describe(value)}")
-    return value
+        return ValueError(f"{name} must be on {device}, the device of this Buffer, got {_describe(value)}")
+    return ValueError(f"{name} must be contiguous (row-major), got {_describe(value)}")
 
 
 def check_int(name: str, value: Any, minimum: int, multiple_of: int = 1) -> int:
+    if type(value) is int and value >= minimum and value % multiple_of == 0:
+        return value
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     number = int(value.__index__())
@@ -84,7 +98,8 @@ def check_rows(
     if row_bytes == 0 or row_bytes % ROW_ALIGNMENT_BYTES:
         raise ValueError(f"{name} must have rows of a positive multiple of {ROW_ALIGNMENT_BYTES} bytes, got "
                          f"{row_bytes} bytes ({_describe(rows)})")
-    check_alignment(name, rows)
+    if rows.data_ptr() % ROW_ALIGNMENT_BYTES:
+        check_alignment(name, rows)
     return rows
 
 

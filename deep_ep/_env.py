@@ -25,3 +25,12 @@ def prepare_threaded_ranks() -> None:
     loaded late, which waits for the device.
     """
     os.environ.update({"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_MODULE_LOADING": "EAGER"})
+
+
+def speed_settings() -> dict[str, str]:
+    """What is set that may change a measured time, for reports: of this package, and of NCCL."""
+    harmless = ("DEEP_EP_DEVICE", "DEEP_EP_TIMEOUT_SECS")
+    return {
+        name: value
+        for name, value in sorted(os.environ.items()) if name.startswith(("DEEP_EP_", "NCCL_")) and name not in harmless
+    }

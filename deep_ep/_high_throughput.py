@@ -10,23 +10,13 @@ import torch
 from deep_ep import _checks
 from deep_ep._bootstrap import Session
 from deep_ep._errors import Error
+from deep_ep._handles import Handle
 from deep_ep._streams import Operation, is_capturing
 from deep_ep.utils import EventHandle, EventOverlap
 
 Payload = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 DispatchResult = tuple[Payload, Optional[torch.Tensor], Optional[torch.Tensor], Optional[list[int]],
                        Optional[tuple[torch.Tensor, ...]], EventOverlap]
-
-
-class Handle(NamedTuple):
-    """What a dispatch leaves for combine and for later dispatches with the same routing (R ranks, N tokens, M rows)."""
-
-    rank_prefix_matrix: torch.Tensor  # int32 [R, R]; [src][dst]: one past the last row that dst receives from src
-    channel_prefix_matrix: torch.Tensor  # int32 [R, 0]: kept for its place in the tuple
-    recv_channel_prefix_matrix: torch.Tensor  # int32 [R, 0]: kept for its place in the tuple
-    recv_src_idx: torch.Tensor  # int32 [M]; index of the received token at its source
-    is_token_in_rank: torch.Tensor  # bool [N, R]
-    send_head: torch.Tensor  # int32 [N, R]; position among the tokens sent to that rank, -1: not sent
 
 
 class Routing(NamedTuple):
@@ -87,11 +77,12 @@ def get_dispatch_layout(
         with operation.allocation():
             per_rank = torch.empty(num_ranks, dtype=torch.int32, device=device)
             per_expert = torch.empty(num_experts, dtype=torch.int32, device=device)
-            in_rank = torch.empty((num_tokens, num_ranks), dtype=torch.bool, device=device)
-        operation.start((topk_idx, per_rank, per_expert, in_rank))
+            in_rank = torch.empty(num_tokens, num_ranks, dtype=torch.bool, device=device)
+        operation.start((topk_idx, ), (per_rank, per_expert, in_rank))
         session.runtime.get_dispatch_layout(_ptr(topk_idx), topk_idx.element_size(), num_tokens, num_topk, num_experts,
                                             _ptr(per_rank), _ptr(per_expert), _ptr(in_rank), operation.stream)
         event = close_operation(operation)
+    session.known_layouts.add(in_rank, per_rank, per_expert)
     return per_rank, None, per_expert, in_rank, event
 
 
@@ -99,7 +90,8 @@ def dispatch_fresh(session: Session, x: Payload, routing: Routing, expert_alignm
                    num_sms: int, previous_event: Optional[EventOverlap], async_finish: bool,
                    allocate_on_comm_stream: bool) -> DispatchResult:
     rows, scales = _checks.check_payload(x, session.streams.device)
-    _check_routing(session, routing, rows.shape[0])
+    num_tokens = rows.shape[0]
+    _check_routing(session, routing, num_tokens)
     expert_alignment = _checks.check_int("expert_alignment", expert_alignment, 1)
     num_worst_tokens = _checks.check_int("num_worst_tokens", num_worst_tokens, 0)
     if num_worst_tokens and routing.topk_idx is None:
@@ -112,23 +104,26 @@ def dispatch_fresh(session: Session, x: Payload, routing: Routing, expert_alignm
     received = None
     with open_operation(session, "dispatch", previous_event, async_finish, allocate_on_comm_stream) as operation:
         with operation.allocation():
-            rank_prefix_matrix, send_head = _notify_outputs(session, rows.shape[0])
+            rank_prefix_matrix, send_head = _notify_outputs(session, num_tokens)
             if num_worst_tokens:
                 received = _receive_outputs(rows, scales, routing, num_worst_tokens)
-        operation.start((rows, scales, *routing, rank_prefix_matrix, send_head))
-        session.runtime.notify_dispatch(_ptr(routing.num_tokens_per_rank), _ptr(routing.num_tokens_per_expert),
-                                        _ptr(routing.is_token_in_rank), rows.shape[0], num_experts, expert_alignment,
-                                        _ptr(rank_prefix_matrix), _ptr(send_head), received is None, operation.stream)
+        operation.start((rows, scales, *routing), (rank_prefix_matrix, send_head))
+        session.runtime.notify_dispatch(routing.num_tokens_per_rank.data_ptr(),
+                                        routing.num_tokens_per_expert.data_ptr(), routing.is_token_in_rank.data_ptr(),
+                                        num_tokens, num_experts, expert_alignment, rank_prefix_matrix.data_ptr(),
+                                        send_head.data_ptr(), received is None, operation.stream)
         if received is None:
             num_rows, per_expert = session.runtime.wait_counts()
             with operation.allocation():
                 received = _receive_outputs(rows, scales, routing, num_rows)
         outputs, recv_src_idx = received
         operation.add((*outputs, recv_src_idx))
-        handle = _make_handle(rank_prefix_matrix, recv_src_idx, routing.is_token_in_rank, send_head)
+        unused = session.unused_matrix
+        handle = Handle(rank_prefix_matrix, unused, unused, recv_src_idx, routing.is_token_in_rank, send_head)
         _send_rows(session, rows, scales, routing, num_experts, handle, recv_src_idx, outputs, num_worst_tokens > 0,
                    num_sms, operation)
         event = close_operation(operation)
+    session.known_handles.add(send_head, rank_prefix_matrix, recv_src_idx)
     return outputs.payload(), outputs.topk_idx, outputs.topk_weights, list(per_expert), tuple(handle), event
 
 
@@ -143,7 +138,7 @@ def dispatch_cached(session: Session, x: Payload, handle: Any, num_sms: int, pre
     with open_operation(session, "dispatch", previous_event, async_finish, allocate_on_comm_stream) as operation:
         with operation.allocation():
             outputs, _ = _receive_outputs(rows, scales, None, checked.recv_src_idx.shape[0])
-        operation.start((rows, scales, *checked, *outputs))
+        operation.start((rows, scales, checked.rank_prefix_matrix, checked.send_head), outputs)
         # The handle may come from a worst-case dispatch: fewer rows than it has room for are no error.
         _send_rows(session, rows, scales, None, 0, checked, None, outputs, True, num_sms, operation)
         event = close_operation(operation)
@@ -157,24 +152,25 @@ def combine(session: Session, x: torch.Tensor, handle: Any, topk_weights: Option
     checked = check_handle(session, handle)
     num_rows, num_tokens = checked.recv_src_idx.shape[0], checked.send_head.shape[0]
     rows = _checks.check_rows("x", x, device, (torch.bfloat16, ))
-    if rows.shape[0] != num_rows:
+    given_rows, hidden = rows.shape
+    if given_rows != num_rows:
         raise ValueError(f"x must have {num_rows} rows, those that the dispatch of this handle received, got "
-                         f"{rows.shape[0]}")
-    hidden = rows.shape[1]
+                         f"{given_rows}")
     if topk_weights is not None:
         _checks.check_tensor("topk_weights", topk_weights, device, (num_rows, None), (torch.float32, ))
     num_topk = 0 if topk_weights is None else topk_weights.shape[1]
     biases = _check_bias(bias, device, num_tokens, hidden)
     with open_operation(session, "combine", previous_event, async_finish, allocate_on_comm_stream) as operation:
         with operation.allocation():
-            combined = torch.empty((num_tokens, hidden), dtype=rows.dtype, device=device)
+            combined = torch.empty(num_tokens, hidden, dtype=torch.bfloat16, device=device)
             weights = None
             if topk_weights is not None:
-                weights = torch.empty((num_tokens, num_topk), dtype=torch.float32, device=device)
-        operation.start((rows, topk_weights, *biases, *checked, combined, weights))
-        session.runtime.combine(_ptr(rows), num_rows, hidden, _ptr(topk_weights), num_topk, _ptr(biases[0]),
-                                _ptr(biases[1]), _ptr(checked.rank_prefix_matrix), _ptr(checked.send_head), num_tokens,
-                                _ptr(combined), _ptr(weights), num_sms, operation.stream)
+                weights = torch.empty(num_tokens, num_topk, dtype=torch.float32, device=device)
+        operation.start((rows, topk_weights, *biases, checked.rank_prefix_matrix, checked.send_head),
+                        (combined, weights))
+        session.runtime.combine(rows.data_ptr(), num_rows, hidden, _ptr(topk_weights), num_topk, _ptr(biases[0]),
+                                _ptr(biases[1]), checked.rank_prefix_matrix.data_ptr(), checked.send_head.data_ptr(),
+                                num_tokens, combined.data_ptr(), _ptr(weights), num_sms, operation.stream)
         event = close_operation(operation)
     return combined, weights, event
 
@@ -187,11 +183,14 @@ def check_handle(session: Session, handle: Any) -> Handle:
         raise ValueError(f"handle must have {len(Handle._fields)} tensors, got {len(handle)}")
     device, num_ranks = session.streams.device, session.num_ranks
     checked = Handle(*handle)
+    if session.known_handles.has(checked.send_head, checked.rank_prefix_matrix, checked.recv_src_idx):
+        return checked
     int32 = (torch.int32, )
     _checks.check_tensor("handle[0] (rank_prefix_matrix)", checked.rank_prefix_matrix, device, (num_ranks, num_ranks),
                          int32)
     _checks.check_tensor("handle[3] (recv_src_idx)", checked.recv_src_idx, device, (None, ), int32)
     _checks.check_tensor("handle[5] (send_head)", checked.send_head, device, (None, num_ranks), int32)
+    session.known_handles.add(checked.send_head, checked.rank_prefix_matrix, checked.recv_src_idx)
     return checked
 
 
@@ -199,13 +198,13 @@ def make_routing(num_tokens_per_rank: Optional[torch.Tensor], num_tokens_per_exp
                  is_token_in_rank: Optional[torch.Tensor], topk_idx: Optional[torch.Tensor],
                  topk_weights: Optional[torch.Tensor]) -> Routing:
     """Checks that everything a fresh dispatch needs is there."""
-    layout = {
-        "num_tokens_per_rank": num_tokens_per_rank,
-        "num_tokens_per_expert": num_tokens_per_expert,
-        "is_token_in_rank": is_token_in_rank
-    }
-    absent = [name for name, tensor in layout.items() if tensor is None]
     if num_tokens_per_rank is None or num_tokens_per_expert is None or is_token_in_rank is None:
+        layout = {
+            "num_tokens_per_rank": num_tokens_per_rank,
+            "num_tokens_per_expert": num_tokens_per_expert,
+            "is_token_in_rank": is_token_in_rank
+        }
+        absent = [name for name, tensor in layout.items() if tensor is None]
         raise ValueError(f"{', '.join(absent)} must be given (take it from get_dispatch_layout) when handle is None")
     if (topk_idx is None) != (topk_weights is None):
         given, missing = ("topk_idx", "topk_weights") if topk_weights is None else ("topk_weights", "topk_idx")
@@ -214,15 +213,24 @@ def make_routing(num_tokens_per_rank: Optional[torch.Tensor], num_tokens_per_exp
 
 
 def _check_routing(session: Session, routing: Routing, num_tokens: int) -> None:
-    device, num_ranks = session.streams.device, session.num_ranks
-    int32 = (torch.int32, )
-    _checks.check_tensor("num_tokens_per_rank", routing.num_tokens_per_rank, device, (num_ranks, ), int32)
-    _checks.check_tensor("is_token_in_rank", routing.is_token_in_rank, device, (num_tokens, num_ranks), (torch.bool, ))
-    per_expert = _checks.check_tensor("num_tokens_per_expert", routing.num_tokens_per_expert, device, (None, ), int32)
-    _checks.check_num_experts("the length of num_tokens_per_expert", per_expert.shape[0], num_ranks)
+    device = session.streams.device
+    per_rank, per_expert, in_rank = routing[:3]
+    if not session.known_layouts.has(in_rank, per_rank, per_expert) or in_rank.shape[0] != num_tokens:
+        _check_layout(per_rank, per_expert, in_rank, device, (num_tokens, session.num_ranks))
+        session.known_layouts.add(in_rank, per_rank, per_expert)
     if routing.topk_idx is not None:
         topk_idx = _checks.check_topk_idx(routing.topk_idx, device, num_tokens)
         _checks.check_tensor("topk_weights", routing.topk_weights, device, tuple(topk_idx.shape), (torch.float32, ))
+
+
+def _check_layout(per_rank: torch.Tensor, per_expert: torch.Tensor, in_rank: torch.Tensor, device: torch.device,
+                  shape: tuple[int, int]) -> None:
+    _, num_ranks = shape
+    int32 = (torch.int32, )
+    _checks.check_tensor("num_tokens_per_rank", per_rank, device, (num_ranks, ), int32)
+    _checks.check_tensor("is_token_in_rank", in_rank, device, shape, (torch.bool, ))
+    _checks.check_tensor("num_tokens_per_expert", per_expert, device, (None, ), int32)
+    _checks.check_num_experts("the length of num_tokens_per_expert", per_expert.shape[0], num_ranks)
 
 
 def _check_bias(bias: Any, device: torch.device, num_tokens: int,
@@ -242,14 +250,8 @@ def _check_bias(bias: Any, device: torch.device, num_tokens: int,
 def _notify_outputs(session: Session, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """rank_prefix_matrix and send_head."""
     device, num_ranks = session.streams.device, session.num_ranks
-    return (torch.empty((num_ranks, num_ranks), dtype=torch.int32,
-                        device=device), torch.empty((num_tokens, num_ranks), dtype=torch.int32, device=device))
-
-
-def _make_handle(rank_prefix_matrix: torch.Tensor, recv_src_idx: torch.Tensor, is_token_in_rank: torch.Tensor,
-                 send_head: torch.Tensor) -> Handle:
-    unused = rank_prefix_matrix.new_empty((rank_prefix_matrix.shape[0], 0))
-    return Handle(rank_prefix_matrix, unused, unused, recv_src_idx, is_token_in_rank, send_head)
+    return (torch.empty(num_ranks, num_ranks, dtype=torch.int32,
+                        device=device), torch.empty(num_tokens, num_ranks, dtype=torch.int32, device=device))
 
 
 def _receive_outputs(rows: torch.Tensor, scales: Optional[torch.Tensor], routing: Optional[Routing],
@@ -259,13 +261,13 @@ def _receive_outputs(rows: torch.Tensor, scales: Optional[torch.Tensor], routing
     topk_idx = topk_weights = None
     if routing is not None and routing.topk_idx is not None:
         num_topk = routing.topk_idx.shape[1]
-        topk_idx = torch.empty((num_rows, num_topk), dtype=routing.topk_idx.dtype, device=device)
-        topk_weights = torch.empty((num_rows, num_topk), dtype=torch.float32, device=device)
-    outputs = Outputs(x=torch.empty((num_rows, rows.shape[1]), dtype=rows.dtype, device=device),
-                      scales=None if scales is None else torch.empty(
-                          (num_rows, scales.shape[1]), dtype=scales.dtype, device=device),
-                      topk_idx=topk_idx,
-                      topk_weights=topk_weights)
+        topk_idx = torch.empty(num_rows, num_topk, dtype=routing.topk_idx.dtype, device=device)
+        topk_weights = torch.empty(num_rows, num_topk, dtype=torch.float32, device=device)
+    outputs = Outputs(
+        x=torch.empty(num_rows, rows.shape[1], dtype=rows.dtype, device=device),
+        scales=None if scales is None else torch.empty(num_rows, scales.shape[1], dtype=scales.dtype, device=device),
+        topk_idx=topk_idx,
+        topk_weights=topk_weights)
     return outputs, torch.empty(num_rows, dtype=torch.int32, device=device)
 
 
@@ -274,14 +276,15 @@ def _send_rows(session: Session, rows: torch.Tensor, scales: Optional[torch.Tens
                is_worst_case: bool, num_sms: int, operation: Operation) -> None:
     topk_idx = None if routing is None else routing.topk_idx
     topk_weights = None if routing is None else routing.topk_weights
+    num_tokens, hidden = rows.shape
     num_scales, stride_token, stride_scale = 0, 0, 0
     if scales is not None:
         num_scales, stride_token, stride_scale = scales.shape[1], scales.stride(0), scales.stride(1)
-    session.runtime.dispatch(_ptr(rows), rows.shape[0],
-                             rows.shape[1] * rows.element_size(), _ptr(scales), num_scales, stride_token, stride_scale,
+    session.runtime.dispatch(rows.data_ptr(), num_tokens,
+                             hidden * rows.element_size(), _ptr(scales), num_scales, stride_token, stride_scale,
                              _ptr(topk_idx), _ptr(topk_weights), 0 if topk_idx is None else topk_idx.shape[1],
                              8 if topk_idx is None else topk_idx.element_size(), num_experts,
-                             _ptr(handle.rank_prefix_matrix), _ptr(handle.send_head), _ptr(outputs.x),
+                             handle.rank_prefix_matrix.data_ptr(), handle.send_head.data_ptr(), outputs.x.data_ptr(),
                              _ptr(outputs.scales), _ptr(outputs.topk_idx), _ptr(outputs.topk_weights),
                              _ptr(recv_src_idx), outputs.x.shape[0], is_worst_case, routing is None, num_sms,
                              operation.stream)

@@ -74,12 +74,14 @@ class _CudaPhases(Phases):
         # A capture would have to be forked to the comm stream, and where the event is dropped nobody would join it.
         self._is_on_comm_stream = is_async and not is_capturing()
         self._target: torch.cuda.Stream = streams.comm_stream if self._is_on_comm_stream else self._current
+        self._streams = streams
         self._order = order
         self.stream = self._target.cuda_stream
 
     def begin(self) -> None:
         if self._is_on_comm_stream:
             self._target.wait_stream(self._current)
+            self._streams.follow_last(self.stream)
         self._order.enter(self._target)
 
     def pause(self, tensors: Tensors) -> None:
@@ -96,6 +98,8 @@ class _CudaPhases(Phases):
             return False, None
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._target)
+        if self._is_on_comm_stream:
+            self._streams.set_last(self.stream, event)
         self.pause(tensors)
         return True, event
 

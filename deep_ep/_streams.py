@@ -1,8 +1,12 @@
 """Stream policy: which stream waits for which, where outputs are allocated, and how long tensors stay alive.
 
-Kernels run on the *comm stream* of a Buffer. On CUDA the caller's stream is torch's current stream. On the CPU the
-host itself is the caller's stream: everything that it did before a call is complete, waiting means blocking, and the
-comm stream belongs to the native executor.
+On CUDA the caller's stream is torch's current stream. Synchronous calls run on it, so that nothing has to wait for
+another stream; asynchronous ones run on the *comm stream* of the Buffer. Every operation counts on the one before it to
+be complete, so a Buffer remembers which stream the last one ran on. Streams are plain numbers here, and events come
+from a pool: torch's objects for them would be a good part of the microseconds that a call costs the host.
+
+On the CPU the host itself is the caller's stream: everything that it did before a call is complete, waiting means
+blocking, and all kernels run on the comm stream, which belongs to the native executor.
 """
 
 import contextlib
@@ -18,10 +22,14 @@ from typing_extensions import Self
 
 import deep_ep_cpp
 from deep_ep._errors import Error
+from deep_ep._raw_cuda import CurrentStream, EventPool, PooledEvent, StreamId, current_stream_handle, current_stream_id
 
 CPU_DEVICE_INDEX = -1
 # torch: lower is more urgent. Communication must not queue behind the compute that it overlaps with.
 COMM_STREAM_PRIORITY = -1
+_NO_CONTEXT = contextlib.nullcontext()
+
+Tensors = tuple[Optional[torch.Tensor], ...]
 
 
 @functools.cache
@@ -84,72 +92,84 @@ class HostEvent:
             self._device.destroy_event(self._event)
 
 
-# None: a point on the host's own timeline, which has passed by the time anybody can ask.
-RecordedEvent = Union[torch.cuda.Event, HostEvent, None]
+@functools.cache
+def event_pool(index: int) -> EventPool:
+    return EventPool(native_device(index))
+
+
+# What an EventHandle stands for; torch's own events come from low-latency calls. None: a point on the host's own
+# timeline, which has passed by the time anybody can ask.
+DeviceEvent = Union[torch.cuda.Event, PooledEvent]
+RecordedEvent = Union[DeviceEvent, HostEvent, None]
 
 
 def record_on_current_stream() -> RecordedEvent:
     if device_choice()[0] == "cpu":
         return None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream())
-    return event
+    index = torch.cuda.current_device()
+    return event_pool(index).record(current_stream_handle(index))
 
 
 def wait_on_current_stream(event: RecordedEvent) -> None:
     if isinstance(event, HostEvent):
         event.wait()
     elif event is not None:
-        torch.cuda.current_stream().wait_event(event)
+        # The event may be another GPU's, but the handle of a default stream means that of the current one.
+        index = torch.cuda.current_device()
+        native_device(index).stream_wait_event(current_stream_handle(index), event.cuda_event)
 
 
 class Operation:
     """The stream side of one call: allocate, `start()`, launch on `stream`, `finish()`; a context manager.
 
     Every output is made inside `allocation()`, and every tensor that kernels touch is given to `start()`, or to
-    `add()` when it is made later. Both order the comm stream behind the stream whose memory pool the outputs come
-    from: a block of that pool may have been freed a moment ago with work on it still queued there, and torch may fill
-    fresh blocks from that stream. When the call fails half-way, kernels that were launched may still run: their
-    tensors are kept as those of an asynchronous call are.
+    `add()` when it is made later. Both order the kernels behind the stream whose memory pool the outputs come from: a
+    block of that pool may have been freed a moment ago with work on it still queued there, and torch may fill fresh
+    blocks from that stream. When the call fails half-way, kernels that were launched may still run: their tensors are
+    kept as those of an asynchronous call are.
     """
+
+    __slots__ = ("_inputs", "_outputs", "is_async", "stream")
 
     stream: int
 
     def __init__(self, is_async: bool) -> None:
         self.is_async = is_async
-        self._tensors: list[torch.Tensor] = []
+        self._inputs: Tensors = ()
+        self._outputs: Tensors = ()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, exc_type: Optional[type[BaseException]], exc: Optional[BaseException],
                  traceback: Optional[TracebackType]) -> None:
-        if exc_type is not None and self._tensors:
-            self._keep_tensors()
+        if exc_type is not None and (self._inputs or self._outputs):
+            self._abandon()
 
     def allocation(self) -> contextlib.AbstractContextManager[Any]:
-        raise NotImplementedError
+        return _NO_CONTEXT
 
-    def start(self, tensors: Iterable[Optional[torch.Tensor]]) -> None:
+    def start(self, inputs: Tensors, outputs: Tensors) -> None:
         """The kernels of this call come after `previous_event`, or else after the caller's work so far."""
-        self._wait_for_caller()
-        self.add(tensors)
+        self._inputs, self._outputs = inputs, outputs
+        self._wait_before_kernels()
 
-    def add(self, tensors: Iterable[Optional[torch.Tensor]]) -> None:
-        self._tensors.extend(tensor for tensor in tensors if tensor is not None)
+    def add(self, outputs: Tensors) -> None:
+        self._outputs += outputs
         self._wait_for_pool()
 
     def finish(self) -> RecordedEvent:
         """The event that an asynchronous call returns; a synchronous one has made the caller wait instead."""
         raise NotImplementedError
 
-    def _wait_for_caller(self) -> None:
+    def _wait_before_kernels(self) -> None:
         raise NotImplementedError
 
     def _wait_for_pool(self) -> None:
         raise NotImplementedError
 
-    def _keep_tensors(self) -> None:
+    def _abandon(self) -> None:
+        """The call has failed, and nobody will call `finish()`."""
         raise NotImplementedError
 
 
@@ -165,68 +185,182 @@ class Streams:
         raise NotImplementedError
 
     def drain(self, timeout_s: float) -> bool:
-        """Waits until the comm stream is idle; False when `timeout_s` passed first."""
+        """Waits until all operations are complete; False when `timeout_s` passed first."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Called once, when the comm stream is idle and the native Buffer is gone."""
+        """Called once, when the streams are drained and the native Buffer is gone."""
 
 
 class CudaStreams(Streams):
     kind = "cuda"
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, native: deep_ep_cpp.Device, events: EventPool,
+                 comm_stream: torch.cuda.Stream) -> None:
+        self.index = index
         self.device = torch.device("cuda", index)
-        self.native = native_device(index)
-        self.comm_stream: torch.cuda.Stream = torch.cuda.Stream(
-            self.device, priority=COMM_STREAM_PRIORITY)  # type: ignore[no-untyped-call]
+        self.native = native
+        self.events = events
+        self.comm_stream: torch.cuda.Stream = comm_stream
+        self.comm: int = comm_stream.cuda_stream
+        self._comm_id: StreamId = (comm_stream.stream_id, comm_stream.device_index, comm_stream.device_type)
+        self._torch_streams: dict[StreamId, torch.cuda.Stream] = {}
+        # Made here and kept: calls may come while a CUDA graph is captured, and making an event takes longer than
+        # recording it.
+        self._scratch = native.create_event()
+        self._end_of_last = native.create_event()
+        self._last_stream = self.comm
+        self._last_event: Optional[DeviceEvent] = None  # None: _end_of_last
 
     def operation(self, previous: RecordedEvent, is_async: bool, on_comm_stream: bool) -> Operation:
-        return _CudaOperation(self, previous, is_async, on_comm_stream)
+        current = current_stream_handle(self.index)
+        kind = self.native.stream_kind(current)
+        if kind == "plain" and not is_async:
+            return _DirectOperation(self, previous, current)
+        return _CommOperation(self, previous, current, kind == "captured", is_async, on_comm_stream)
+
+    def follow(self, stream: int, event: Union[DeviceEvent, HostEvent]) -> None:
+        """Later work on `stream` comes after `event`."""
+        if isinstance(event, HostEvent):
+            event.wait()
+        else:
+            self.native.stream_wait_event(stream, event.cuda_event)
+
+    def allocation_on_comm_stream(self) -> contextlib.AbstractContextManager[Any]:
+        if torch.cuda.current_device() != self.index:
+            return torch.cuda.stream(self.comm_stream)
+        return CurrentStream(self._comm_id)
+
+    def current_torch_stream(self) -> torch.cuda.Stream:
+        """torch.cuda.current_stream(), whose objects are kept: making one takes 5 us, and there are few."""
+        stream_id = current_stream_id(self.index)
+        stream = self._torch_streams.get(stream_id)
+        if stream is None:
+            stream = self._torch_streams[stream_id] = torch.cuda.current_stream(self.device)
+        return stream
+
+    def join(self, waiting: int, waited_for: int) -> None:
+        """Later work on one stream comes after what the other has so far."""
+        if waiting != waited_for:
+            self.native.join_streams(waiting, waited_for, self._scratch)
+
+    def follow_last(self, stream: int) -> None:
+        """Later work on `stream` comes after the last operation."""
+        if stream != self._last_stream:
+            event = self._end_of_last if self._last_event is None else self._last_event.cuda_event
+            self.native.stream_wait_event(stream, event)
+
+    def set_last(self, stream: int, event: Optional[DeviceEvent] = None) -> None:
+        """What `stream` has so far, or what came before `event` on it, is the last operation.
+
+        The event is there when the stream is not the same next time. Recording it then instead would make the next
+        operation wait for what the caller has queued in between, and the stream may be gone.
+        """
+        if event is None:
+            self.native.record_event(self._end_of_last, stream)
+        self._last_stream, self._last_event = stream, event
 
     def drain(self, timeout_s: float) -> bool:
+        self.follow_last(self.comm)
         return _poll(self.comm_stream.query, timeout_s)
 
+    def close(self) -> None:
+        self.native.destroy_event(self._scratch)
+        self.native.destroy_event(self._end_of_last)
 
-class _CudaOperation(Operation):
 
-    def __init__(self, streams: CudaStreams, previous: RecordedEvent, is_async: bool, on_comm_stream: bool) -> None:
-        super().__init__(is_async)
-        self._comm = streams.comm_stream
-        self._compute = torch.cuda.current_stream(streams.device)
+class _DirectOperation(Operation):
+    """A synchronous call on the current stream, where nothing but the operation before it can be in its way."""
+
+    __slots__ = ("_previous", "_streams")
+
+    def __init__(self, streams: CudaStreams, previous: RecordedEvent, current: int) -> None:
+        super().__init__(False)
+        self.stream = current
+        self._streams = streams
         self._previous = previous
+
+    def finish(self) -> RecordedEvent:
+        self._streams.set_last(self.stream)
+        return None
+
+    def _wait_before_kernels(self) -> None:
+        if self._previous is not None:
+            self._streams.follow(self.stream, self._previous)
+        self._streams.follow_last(self.stream)
+
+    def _wait_for_pool(self) -> None:
+        """Nothing to do: the outputs come from the pool of this stream."""
+
+    def _abandon(self) -> None:
+        with contextlib.suppress(deep_ep_cpp.Error):  # it would hide the failure that brought us here
+            self._streams.set_last(self.stream)
+
+
+class _CommOperation(Operation):
+    """A call on the comm stream: an asynchronous one, or one whose current stream will not do.
+
+    That is a stream that is captured into a graph, whose branches, several streams perhaps, then meet on the comm
+    stream, and one whose handle is ambiguous.
+    """
+
+    __slots__ = ("_current", "_is_captured", "_on_comm_stream", "_previous", "_streams")
+
+    def __init__(self, streams: CudaStreams, previous: RecordedEvent, current: int, is_captured: bool, is_async: bool,
+                 on_comm_stream: bool) -> None:
+        super().__init__(is_async)
+        self.stream = streams.comm
+        self._streams = streams
+        self._previous = previous
+        self._current = current
+        self._is_captured = is_captured
         self._on_comm_stream = on_comm_stream
-        self.stream = self._comm.cuda_stream
 
     def allocation(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.cuda.stream(self._comm) if self._on_comm_stream else contextlib.nullcontext()
+        return self._streams.allocation_on_comm_stream() if self._on_comm_stream else _NO_CONTEXT
 
     def finish(self) -> RecordedEvent:
         if not self.is_async:
-            self._compute.wait_stream(self._comm)
+            self._set_last(None)
+            self._streams.join(self._current, self.stream)
             return None
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(self._comm)
+        event = self._streams.events.record(self.stream)
+        self._set_last(event)
         self._keep_tensors()
         return event
 
-    def _wait_for_caller(self) -> None:
-        if isinstance(self._previous, torch.cuda.Event):
-            self._comm.wait_event(self._previous)
-        elif isinstance(self._previous, HostEvent):
-            self._previous.wait()
+    def _wait_before_kernels(self) -> None:
+        if self._previous is not None:
+            self._streams.follow(self.stream, self._previous)
+        if not self._is_captured:
+            self._streams.follow_last(self.stream)
+        self._wait_for_pool()
 
     def _wait_for_pool(self) -> None:
         # Outputs from the comm stream's own pool are in its order already, and then `previous_event`, which the
         # caller must give, is all that the inputs need.
         if not self._on_comm_stream:
-            self._comm.wait_stream(self._compute)
+            self._streams.join(self.stream, self._current)
+
+    def _set_last(self, event: Optional[PooledEvent]) -> None:
+        if not self._is_captured:  # an event does not cross the border of a graph
+            self._streams.set_last(self.stream, event)
+
+    def _abandon(self) -> None:
+        self._keep_tensors()
+        with contextlib.suppress(deep_ep_cpp.Error):
+            self._set_last(None)
 
     def _keep_tensors(self) -> None:
-        for tensor in self._tensors:
-            tensor.record_stream(self._comm)
-            if self._on_comm_stream:
-                tensor.record_stream(self._compute)
+        """Their memory is not used again before the kernels are done, nor outputs' before the caller's later work."""
+        comm_stream = self._streams.comm_stream
+        outputs_user = self._streams.current_torch_stream() if self._on_comm_stream else comm_stream
+        for tensor in self._inputs:
+            if tensor is not None:
+                tensor.record_stream(comm_stream)
+        for tensor in self._outputs:
+            if tensor is not None:
+                tensor.record_stream(outputs_user)
 
 
 class HostStreams(Streams):
@@ -264,39 +398,41 @@ class HostStreams(Streams):
 
 class _HostOperation(Operation):
 
+    __slots__ = ("_previous", "_streams")
+
     def __init__(self, streams: HostStreams, previous: RecordedEvent, is_async: bool) -> None:
         super().__init__(is_async)
         self._streams = streams
         self._previous = previous
         self.stream = streams.comm_stream
 
-    def allocation(self) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext()
-
     def finish(self) -> RecordedEvent:
         if self.is_async:
-            return self._streams.record(self._tensors)
+            return self._keep_tensors()
         self._streams.native.synchronize_stream(self.stream)
         self._streams.check()
         return None
 
-    def _wait_for_caller(self) -> None:
+    def _wait_before_kernels(self) -> None:
         if isinstance(self._previous, HostEvent):
-            self._previous.hold_back(self.stream)
-        elif self._previous is not None:
-            self._previous.synchronize()
+            self._previous.hold_back(self.stream)  # a process has one kind of device, and so one kind of event
 
     def _wait_for_pool(self) -> None:
         """Nothing to do: what the host did is done."""
 
-    def _keep_tensors(self) -> None:
-        self._streams.record(self._tensors)
+    def _abandon(self) -> None:
+        self._keep_tensors()
+
+    def _keep_tensors(self) -> HostEvent:
+        return self._streams.record(tensor for tensor in self._inputs + self._outputs if tensor is not None)
 
 
 def open_streams() -> Streams:
     """The streams of a new Buffer, on the GPU that is current or on the CPU."""
     if device_choice()[0] == "cuda":
-        return CudaStreams(torch.cuda.current_device())
+        index = torch.cuda.current_device()
+        comm_stream = torch.cuda.Stream(index, priority=COMM_STREAM_PRIORITY)  # type: ignore[no-untyped-call]
+        return CudaStreams(index, native_device(index), event_pool(index), comm_stream)
     return HostStreams()
 
 

@@ -4,9 +4,10 @@
 
 import bisect
 import contextlib
+import functools
 import sys
 from types import TracebackType
-from typing import Any, Callable, Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 import torch.distributed as dist
@@ -49,11 +50,15 @@ COMBINE_CHUNKS: dict[int, tuple[int, int, int, int]] = {
     **dict.fromkeys((144, 160), (2, 720, 8, 128)),
 }
 
+CHUNKS = {"dispatch": DISPATCH_CHUNKS, "combine": COMBINE_CHUNKS}
 
-def _chunks(table: dict[int, tuple[int, int, int, int]], num_ranks: int) -> tuple[int, int, int, int]:
-    _checks.check_int("num_ranks", num_ranks, 1)
+
+@functools.cache
+def _default_config(operation: str, num_sms: int, num_ranks: int) -> Config:
+    """A configuration cannot be changed, so that calls without one can share it."""
+    table = CHUNKS[operation]
     listed = sorted(table)
-    return table[listed[min(bisect.bisect_left(listed, num_ranks), len(listed) - 1)]]
+    return Config(num_sms, *table[listed[min(bisect.bisect_left(listed, num_ranks), len(listed) - 1)]])
 
 
 class Buffer:
@@ -177,12 +182,12 @@ class Buffer:
     @staticmethod
     def get_dispatch_config(num_ranks: int) -> Config:
         """The default configuration of `dispatch` for a group of `num_ranks`."""
-        return Config(Buffer.num_sms, *_chunks(DISPATCH_CHUNKS, num_ranks))
+        return _default_config("dispatch", Buffer.num_sms, _checks.check_int("num_ranks", num_ranks, 1))
 
     @staticmethod
     def get_combine_config(num_ranks: int) -> Config:
         """The default configuration of `combine` for a group of `num_ranks`."""
-        return Config(Buffer.num_sms, *_chunks(COMBINE_CHUNKS, num_ranks))
+        return _default_config("combine", Buffer.num_sms, _checks.check_int("num_ranks", num_ranks, 1))
 
     @staticmethod
     def get_low_latency_rdma_size_hint(num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int,
@@ -194,7 +199,7 @@ class Buffer:
         return _low_latency.size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts)
 
     def get_comm_stream(self) -> torch.cuda.Stream:
-        """The stream on which the kernels run. On the CPU there is no torch stream, and this raises deep_ep.Error."""
+        """The stream of asynchronous calls. On the CPU torch has no streams, and this raises deep_ep.Error."""
         streams = self._require_session().streams
         if not isinstance(streams, CudaStreams):
             raise Error("get_comm_stream: this Buffer works on the CPU, where torch has no streams")
@@ -278,7 +283,7 @@ class Buffer:
         `num_worst_tokens` it is -1, and the list is empty. With `handle`: (recv_x, None, None, None, None, event).
         """
         session = self._require_session()
-        num_sms = self._num_sms(config, self.get_dispatch_config)
+        num_sms = self._num_sms(session, config, "dispatch")
         if handle is not None:
             if topk_idx is not None or topk_weights is not None:
                 raise ValueError("topk_idx and topk_weights must be None when a handle is given")
@@ -306,16 +311,17 @@ class Buffer:
 
         Returns (combined_x bfloat16 [N, hidden], combined_topk_weights float32 [N, K] or None, event).
         """
-        return _high_throughput.combine(self._require_session(), x, handle, topk_weights, bias,
-                                        self._num_sms(config, self.get_combine_config), previous_event, async_finish,
-                                        allocate_on_comm_stream)
+        session = self._require_session()
+        return _high_throughput.combine(session, x, handle, topk_weights, bias,
+                                        self._num_sms(session, config,
+                                                      "combine"), previous_event, async_finish, allocate_on_comm_stream)
 
-    def _num_sms(self, config: Optional[Config], default: Callable[[int], Config]) -> int:
+    def _num_sms(self, session: Session, config: Optional[Config], operation: str) -> int:
         if config is None:
-            config = default(self.group_size)
-        if not isinstance(config, Config):
+            config = _default_config(operation, Buffer.num_sms, self.group_size)
+        elif not isinstance(config, Config):
             raise TypeError(f"config must be a deep_ep.Config, got {type(config).__name__}")
-        return self._require_session().num_sms_override or config.num_sms
+        return session.num_sms_override or config.num_sms
 
     def internode_dispatch(self,
                            x: _high_throughput.Payload,

@@ -2,6 +2,7 @@
 
     pytest tests/test_intranode.py
     python tests/test_intranode.py --num-processes 4 --num-tokens 128 --hidden 7168 --num-topk 8 --num-experts 64
+    python tests/test_intranode.py --num-processes 4 --pressure-test 600
 """
 
 import argparse
@@ -9,6 +10,7 @@ from typing import Any
 
 import failure_cases as failures
 import intranode_cases as cases
+import pressure
 import pytest
 import torch
 from flight import How
@@ -210,6 +212,22 @@ def test_repeats_are_bitwise_equal(pool: Pool) -> None:
     pool.run(cases.bitwise_repeats, 4, Workload((30, 12, 25, 18), num_topk=6), 6)
 
 
+def test_random_calls_under_pressure(pool: Pool) -> None:
+    found = pool.run(pressure.run, 3, pressure.Sizes(9, 128, 4, 3, 4), seed=1, seconds=0.0, least_rounds=8)
+    assert [rounds for rounds, _ in found] == [8, 8, 8]
+    # Other ranks have other outputs; another run has the same.
+    again = pool.run(pressure.run, 3, pressure.Sizes(9, 128, 4, 3, 4), seed=1, seconds=0.0, least_rounds=8)
+    assert found == again
+
+
+def test_pressure_notices_other_bits() -> None:
+    digests = pressure.Digests("a call")
+    digests.add(torch.tensor([1.0, 0.0]), None)
+    digests.add(torch.tensor([1.0, 0.0]), None)
+    with pytest.raises(AssertionError, match="other bits"):
+        digests.add(torch.tensor([1.0, -0.0]), None)
+
+
 # Groups and lateness
 
 
@@ -285,10 +303,36 @@ def main() -> None:
     for name, default in (("processes", 4), ("tokens", 128), ("hidden", 7168), ("topk", 8), ("experts", 64), ("sms",
                                                                                                               8)):
         parser.add_argument("--hidden" if name == "hidden" else f"--num-{name}", type=int, default=default)
+    parser.add_argument("--pressure-test",
+                        type=float,
+                        metavar="SECONDS",
+                        help="random calls for so long, each several times, bits compared")
+    parser.add_argument("--seed", type=int, default=0, help="of the pressure test")
     args = parser.parse_args()
     if args.num_experts % args.num_processes:
         parser.error("--num-experts must be a multiple of --num-processes")
     pool = Pool(args.num_processes)
+    if args.pressure_test is None:
+        run_modes(pool, args)
+    else:
+        run_pressure_test(pool, args)
+    pool.close()
+
+
+def run_pressure_test(pool: Pool, args: argparse.Namespace) -> None:
+    sizes = pressure.Sizes(args.num_tokens, args.hidden, args.num_topk, args.num_experts // args.num_processes,
+                           args.num_sms)
+    found = pool.run(pressure.run,
+                     args.num_processes,
+                     sizes,
+                     args.seed,
+                     args.pressure_test,
+                     deadline_s=args.pressure_test + 300)
+    print(f"{found[0][0]} rounds of {pressure.NUM_REPEATS} calls with equal bits; digests of the first "
+          f"{min(found[0][0], pressure.DIGEST_ROUNDS)} rounds by rank: {' '.join(digest for _, digest in found)}")
+
+
+def run_modes(pool: Pool, args: argparse.Namespace) -> None:
     base: dict[str, Any] = {
         "num_tokens": even(args.num_processes, args.num_tokens),
         "hidden": args.hidden,
@@ -310,7 +354,6 @@ def main() -> None:
         options = {"num_nvl_bytes": 1 << 27} if case is cases.whole_trip else {}
         pool.run(case, args.num_processes, *case_args, deadline_s=600, **options)
         print(f"{name}: passed")
-    pool.close()
 
 
 if __name__ == "__main__":

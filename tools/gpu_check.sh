@@ -2,14 +2,24 @@
 # Everything that needs a GPU, in one go: builds for this machine's GPU, tests, sanitizes, measures, and prints a table
 # of steps last. A failing step does not stop the others; each has its own time limit, and all together have one.
 #
-#   tools/gpu_check.sh                      all steps
+#   tools/gpu_check.sh                      the steps of `check`: what a change of a kernel must pass
+#   tools/gpu_check.sh suite                what the figures of a machine need: benchmarks, tests, pressure, lost ranks
 #   tools/gpu_check.sh build conformance    these, in the order given
 #   tools/gpu_check.sh --list               what there is
+#   tools/gpu_check.sh --device cpu suite   a rehearsal with tiny sizes on a machine without a GPU (after `make build`)
 #
+# Ranks: one for each GPU; on a machine with one, four share it (as threads of one process where speed is measured).
 # Needs nvcc, CMake, ninja and a Python with torch, pybind11 and pytest; downloads nothing and installs nothing.
-# Results go to $OUT (unset: ./out): gpu_check.log with the output of every step, gpu_check.txt with the table, and the
-# benchmark's JSON. GPU_CHECK_BUDGET_S (530) is the time for all steps, GPU_CHECK_RANKS the number of ranks.
-# shellcheck disable=SC2317,SC2329  # the steps are called by name
+# Results go to $OUT (unset: ./out), at most seven files: gpu_check.log with the output of every step, gpu_check.txt
+# with the table, pressure.log, and the benchmarks' JSON (plots: tools/render_benchmarks.py --plots).
+#   GPU_CHECK_BUDGET_S     for all steps (530)
+#   GPU_CHECK_RANKS        the number of ranks
+#   GPU_CHECK_PRESSURE_S   of the pressure step: 300; 60 where it cannot run beside the tests
+#   GPU_CHECK_BESIDE       1: pressure runs beside the steps after the benchmarks (default with several GPUs); 0: alone
+#   GPU_CHECK_TESTS        arguments for pytest
+#   GPU_CHECK_BENCH        further options for the benchmarks, after those of this script
+#   PYTHON                 python3
+# shellcheck disable=SC2317,SC2329,SC2034  # the steps, and the sizes of a benchmark, are used by name
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 root=$PWD
@@ -18,51 +28,124 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 log=$out/gpu_check.log
 table=$out/gpu_check.txt
+pressure_log=$out/pressure.log
 build=$root/build/gpu
-deadline=$((SECONDS + ${GPU_CHECK_BUDGET_S:-530}))
+python=${PYTHON:-python3}
+
+device=${GPU_CHECK_DEVICE:-cuda}
+if [[ ${1:-} == --device ]]; then
+    device=${2:-}
+    shift 2
+fi
+if [[ $device != cuda && $device != cpu ]]; then
+    echo "--device must be cuda or cpu, got '$device'" >&2
+    exit 2
+fi
+export GPU_CHECK_DEVICE=$device
+[[ $device == cuda ]] || export DEEP_EP_DEVICE=$device
 
 export CC=${CC:-/usr/bin/gcc} CXX=${CXX:-/usr/bin/g++}
 export CUDAHOSTCXX=${CUDAHOSTCXX:-$CXX} PATH=$PATH:/usr/local/cuda/bin
 export PYTHONUNBUFFERED=1 PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+# The comparison must not use NVLink multicast: on a shared host it can put GPUs out of service.
+export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
 export DEEP_EP_TIMEOUT_SECS=${DEEP_EP_TIMEOUT_SECS:-30}
 
-num_gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | wc -l)
-# One rank per GPU; on a machine with one, four ranks share it.
-num_ranks=${GPU_CHECK_RANKS:-$((num_gpus > 1 ? num_gpus : 4))}
+num_gpus=0
+[[ $device == cpu ]] || num_gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | wc -l)
+shared_by=$([[ $device == cpu ]] && echo 2 || echo 4)
+num_ranks=${GPU_CHECK_RANKS:-$((num_gpus > 1 ? num_gpus : shared_by))}
+has_own_gpus=$((num_gpus >= num_ranks))
+beside=${GPU_CHECK_BESIDE:-$((num_gpus > 1))}
+pressure_s=${GPU_CHECK_PRESSURE_S:-$((beside ? 300 : 60))}
+pressure_margin_s=60 # for the processes to start, and for the round that they are in
+commit=${GPU_CHECK_COMMIT:-$(git rev-parse --short=12 HEAD 2>/dev/null)}
+deadline=$((SECONDS + ${GPU_CHECK_BUDGET_S:-530}))
 
-# Seconds that a step may take. The sum is about the budget: a step that hangs takes time from the last ones only.
+# Seconds that a step may take: a step that hangs takes time from the last ones only.
 declare -A limits=(
-    [machine]=20 [build]=200 [conformance]=40 [intranode]=80 [pytest]=120 [demo]=60 [memcheck]=60 [racecheck]=60
-    [bench]=90
+    [machine]=20 [build]=200 [conformance]=40 [intranode]=80 [pytest]=400 [lost_rank]=90 [demo]=90 [memcheck]=60
+    [racecheck]=60 [bench]=200 [bench_ll]=110 [bench_graphs]=40 [pressure]=$((pressure_s + pressure_margin_s))
 )
-all_steps=(machine build conformance intranode pytest demo memcheck racecheck bench)
+declare -A sets=(
+    [check]='machine build conformance pytest demo memcheck racecheck bench'
+    [suite]='machine build conformance bench bench_ll bench_graphs pytest lost_rank demo pressure'
+)
+all_steps=(machine build conformance intranode pytest lost_rank demo memcheck racecheck bench bench_ll bench_graphs
+    pressure)
+declare -A needs_gpu=([conformance]=1 [memcheck]=1 [racecheck]=1 [bench_graphs]=1)
 
 step_machine() {
-    nvidia-smi && nvidia-smi topo -m
-    nvcc --version && cmake --version && "$CXX" --version
-    python3 --version && python3 -c 'import torch; print("torch", torch.__version__, torch.cuda.device_count(), "GPUs")'
+    if [[ $device == cuda ]]; then
+        nvidia-smi && nvidia-smi topo -m
+        nvcc --version
+    fi
+    cmake --version && "$CXX" --version
+    "$python" --version &&
+        "$python" -c 'import torch; print("torch", torch.__version__, torch.cuda.device_count(), "GPUs")'
 }
 
 # The extension lands in the checkout, where Python finds it. Machine code for this GPU alone: it builds faster.
 step_build() {
     local arch
+    if [[ $device == cpu ]]; then
+        "$python" -c 'import deep_ep_cpp; print("as built before:", deep_ep_cpp.__file__)'
+        return
+    fi
     arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
     cmake -S "$root" -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DEP_CUDA=ON -DEP_TESTS=ON \
-        -DCMAKE_CUDA_ARCHITECTURES="${arch:-90}-real" -DPython_EXECUTABLE="$(command -v python3)" \
+        -DCMAKE_CUDA_ARCHITECTURES="${arch:-90}-real" -DPython_EXECUTABLE="$(command -v "$python")" \
         -DEP_MODULE_DIR="$root" &&
         cmake --build "$build" --parallel "$(nproc)" --target deep_ep_cpp device_conformance_cuda &&
-        python3 -c 'import deep_ep_cpp; assert deep_ep_cpp.is_cuda_built()'
+        "$python" -c 'import deep_ep_cpp; assert deep_ep_cpp.is_cuda_built()'
 }
 
 conformance=$build/tests/cpp/device_conformance_cuda
 
 step_conformance() { "$conformance"; }
 
-step_intranode() { python3 tests/test_intranode.py --num-processes "$num_ranks"; }
+# Sizes of what the test scripts do. The experts of a rank stay the same, so that any number of ranks divides them.
+if [[ $device == cpu ]]; then
+    ht_sizes=(--num-processes "$num_ranks" --num-tokens 8 --hidden 64 --num-topk 2 --num-experts $((4 * num_ranks))
+        --num-sms 2)
+    ll_sizes=(--num-processes "$num_ranks" --num-tokens 8 --hidden 128 --num-topk 2 --num-experts $((4 * num_ranks)))
+    tests=(tests/test_intranode.py tests/test_low_latency.py -k late_rank)
+else
+    ht_sizes=(--num-processes "$num_ranks" --num-tokens 128 --num-experts $((32 * num_ranks)) --num-sms 16)
+    ll_sizes=(--num-processes "$num_ranks" --num-tokens 128 --num-experts $((36 * num_ranks)))
+    # Not those that look at the repository, or run on the CPU wherever they are.
+    tests=(tests --ignore-glob='*/unit/test_b*.py' --ignore-glob='*/unit/test_examples_*.py'
+        --ignore=tests/unit/test_docs.py --ignore=tests/unit/test_gpu_check.py)
+fi
+[[ -z ${GPU_CHECK_TESTS:-} ]] || read -ra tests <<<"$GPU_CHECK_TESTS"
 
-step_pytest() { python3 -m pytest tests -q --maxfail=10 -p no:cacheprovider; }
+step_intranode() { "$python" tests/test_intranode.py "${ht_sizes[@]}"; }
 
-step_demo() { python3 examples/run_demo.py --device cuda --num-processes "$num_ranks" --steps 20; }
+step_pytest() { "$python" -m pytest "${tests[@]}" -q --maxfail=10 -p no:cacheprovider; }
+
+# A rank is killed: without enable_shrink its peers get an error that names it, with it they go on.
+step_lost_rank() {
+    local status=0
+    "$python" -m pytest tests/test_intranode.py tests/test_low_latency.py -q -k killed_rank -p no:cacheprovider || status=1
+    "$python" tests/test_low_latency.py "${ll_sizes[@]}" --shrink-test || status=1
+    return "$status"
+}
+
+step_demo() {
+    "$python" examples/run_demo.py --device "$device" --num-processes "$num_ranks" \
+        --steps "$([[ $device == cpu ]] && echo 2 || echo 20)"
+}
+
+# Both modes at the same time. Bits of repeated calls are compared, and with the reference.
+step_pressure() {
+    local status=0
+    echo "pressure for $pressure_s s"
+    "$python" tests/test_intranode.py "${ht_sizes[@]}" --pressure-test "$pressure_s" &
+    local high_throughput=$!
+    "$python" tests/test_low_latency.py "${ll_sizes[@]}" --pressure-test --seconds "$pressure_s" || status=1
+    wait "$high_throughput" || status=1
+    return "$status"
+}
 
 # Our kernels alone, and no errors of calls: the tests provoke some. Sanitized programs run many times slower: the
 # kernels' own tests, then two ranks and few tokens.
@@ -70,7 +153,7 @@ sanitize() {
     local options=(--tool "$1" --target-processes all --launch-timeout 0 --kernel-name kns=deep_ep
         --report-api-errors no --error-exitcode 9)
     compute-sanitizer "${options[@]}" "$conformance" &&
-        compute-sanitizer "${options[@]}" python3 -m deep_ep.bench intranode "${small_case[@]}"
+        compute-sanitizer "${options[@]}" "$python" -m deep_ep.bench intranode "${small_case[@]}"
 }
 
 step_memcheck() { sanitize memcheck; }
@@ -79,46 +162,136 @@ step_memcheck() { sanitize memcheck; }
 step_racecheck() { sanitize racecheck; }
 
 small_case=(--device cuda --num-processes 2 --tokens 32 --hidden 512 --experts 8 --topk 4 --num-sms 4
-    --warmups 1 --repeats 2 --input-sets 1)
+    --warmups 1 --repeats 2 --input-sets 1 --no-comparison)
 
-step_bench() {
-    local commit
-    commit=$(git rev-parse --short=12 HEAD 2>/dev/null)
-    python3 -m deep_ep.bench intranode --device cuda --num-processes "$num_ranks" --num-sms 8,16,24 --graphs \
-        --save "$out" --commit "$commit"
+# Benchmark, its ranks, its sizes on a GPU, its sizes on the CPU. Only the JSON comes back; a run that its limit ends leaves one too.
+measure() {
+    local name=$1 ranks=$2 folder sizes further status
+    local -n on_gpu=$3 on_cpu=$4
+    folder=$(mktemp -d)
+    sizes=("${on_gpu[@]}")
+    [[ $device == cuda ]] || sizes=("${on_cpu[@]}")
+    read -ra further <<<"${GPU_CHECK_BENCH:-}"
+    "$python" -m deep_ep.bench "$name" --device "$device" --num-processes "$ranks" "${sizes[@]}" "${further[@]}" \
+        --save "$folder" --commit "$commit"
+    status=$?
+    cp "$folder"/*.json "$out" && rm -r "$folder"
+    return "$status"
+}
+
+as_threads=()
+ll_ranks=$num_ranks
+if ((num_gpus == 1 && num_ranks > 1)); then
+    as_threads=(--ranks-as-threads)
+    ll_ranks=2 # they divide the SMs among themselves: more would have too few
+fi
+# shellcheck disable=SC2054  # lists for the benchmark
+tiny=(--tokens 4 --hidden 128 --experts 4 --topk 2 --repeats 1 --input-sets 1 --routing uniform,hot-rank)
+# shellcheck disable=SC2054
+ht_bench=(--tokens 4096,8192 --num-sms 8,12,16,24 --routing uniform,hot-rank --repeats 20 --profile "${as_threads[@]}")
+# shellcheck disable=SC2054
+ll_bench=(--tokens 1,8,32,128,512 --routing uniform,hot-rank --repeats 20 --profile "${as_threads[@]}")
+# Threads cannot capture graphs. Processes that share a GPU can, slowly: it works, and says nothing about speed.
+if ((has_own_gpus)); then
+    ll_bench+=(--graphs)
+fi
+graph_bench=(--tokens 128 --repeats 3 --warmups 1 --input-sets 1 --graphs)
+
+step_bench() { measure intranode "$num_ranks" ht_bench tiny; }
+
+step_bench_ll() { measure low-latency "$ll_ranks" ll_bench tiny; }
+
+step_bench_graphs() {
+    if ((has_own_gpus)); then
+        echo 'graphs are part of bench_ll on this machine'
+    else
+        measure low-latency "$num_ranks" graph_bench tiny
+    fi
 }
 
 declare -A outcome seconds
 has_failed=0
+pressure_pid=
 
-# A step runs in a shell of its own, so that its limit also ends what it started.
-run_step() {
-    local step=$1 limit=${limits[$1]} left=$((deadline - SECONDS)) start=$SECONDS status
-    if ((left < 5)); then
-        outcome[$step]='not run: no time left'
-        has_failed=1
-        return
-    fi
-    ((left < limit)) && limit=$left
-    printf '\n==== %s (at most %s s) ====\n' "$step" "$limit" >>"$log"
-    local before
-    before=$(wc -l <"$log")
-    GPU_CHECK_STEP=$step timeout -k 5 "$limit" bash "$root/tools/gpu_check.sh" >>"$log" 2>&1
-    status=$?
-    seconds[$step]=$((SECONDS - start))
+# Runs a step in a shell of its own, so that its limit also ends what it started. Output, status.
+limited() { # step, limit
+    local pressed_s=$(($2 - pressure_margin_s < pressure_s ? $2 - pressure_margin_s : pressure_s))
+    GPU_CHECK_PRESSURE_S=$((pressed_s > 1 ? pressed_s : 1)) GPU_CHECK_STEP=$1 timeout -k 15 "$2" bash "$root/tools/gpu_check.sh"
+}
+
+# The seconds that a step may still take: its limit, or what is left. Nothing when that is too little.
+time_for() {
+    local left=$((deadline - SECONDS)) limit=${limits[$1]}
+    ((left >= 5)) || return 1
+    echo $((left < limit ? left : limit))
+}
+
+note() { # step, status, limit, log, line where its output begins
+    local step=$1 status=$2
     case $status in
         0) outcome[$step]=pass ;;
-        124 | 137) outcome[$step]="FAIL: ended after $limit s" ;;
+        124 | 137) outcome[$step]="FAIL: ended after $3 s" ;;
         *) outcome[$step]="FAIL: exit status $status" ;;
     esac
     if ((status != 0)); then
         has_failed=1
         printf '\n==== %s failed; the end of its output:\n' "$step"
-        tail -n "+$((before + 1))" "$log" | tail -n 40
-    elif [[ $step == bench || $step == conformance ]]; then
+        tail -n "+$5" "$4" | tail -n 40
+    elif [[ $step == conformance || $step == pressure ]]; then
         printf '\n==== %s:\n' "$step"
-        tail -n "+$((before + 1))" "$log" | tail -n 30
+        tail -n "+$5" "$4" | tail -n 6
     fi
+}
+
+run_step() {
+    local step=$1 limit start=$SECONDS before status
+    if [[ $device == cpu && -n ${needs_gpu[$step]:-} ]]; then
+        outcome[$step]='left out: it needs a GPU'
+        return
+    fi
+    if ! limit=$(time_for "$step"); then
+        outcome[$step]='not run: no time left'
+        has_failed=1
+        return
+    fi
+    printf '\n==== %s (at most %s s) ====\n' "$step" "$limit" >>"$log"
+    before=$(wc -l <"$log")
+    limited "$step" "$limit" >>"$log" 2>&1
+    status=$?
+    seconds[$step]=$((SECONDS - start))
+    note "$step" "$status" "$limit" "$log" $((before + 1))
+}
+
+# Beside the steps that do not measure, which come last then. It ends by itself.
+start_pressure() {
+    pressure_limit=$(time_for pressure) || return
+    pressure_start=$SECONDS
+    limited pressure "$pressure_limit" >"$pressure_log" 2>&1 &
+    pressure_pid=$!
+}
+
+wait_for_pressure() {
+    local status
+    wait "$pressure_pid"
+    status=$?
+    seconds[pressure]=$((SECONDS - pressure_start))
+    note pressure "$status" "$pressure_limit" "$pressure_log" 1
+}
+
+run_steps() {
+    local i rest
+    for i in "${!steps[@]}"; do
+        rest=" ${steps[*]:i} "
+        if ((beside)) && [[ -z $pressure_pid && $rest == *' pressure '* && $rest != *' bench'* &&
+            ${steps[i]} != @(machine|build|conformance) ]]; then
+            start_pressure
+        fi
+        if [[ ${steps[i]} == pressure && -n $pressure_pid ]]; then
+            wait_for_pressure
+        else
+            run_step "${steps[i]}"
+        fi
+    done
 }
 
 print_table() {
@@ -127,27 +300,42 @@ print_table() {
     for step in "${steps[@]}"; do
         printf '%-12s %8s  %s\n' "$step" "${seconds[$step]:--}" "${outcome[$step]:-not run}"
     done
-    printf '%s GPU(s), %s ranks, log: %s\n' "$num_gpus" "$num_ranks" "${log##*/}"
+    printf '%s GPU(s), %s ranks, commit %s, log: %s\n' "$num_gpus" "$num_ranks" "${commit:-unknown}" "${log##*/}"
 }
 
 if [[ -n ${GPU_CHECK_STEP:-} ]]; then
+    trap : TERM # its limit ends the program of a step; what it has measured is still copied
     "step_$GPU_CHECK_STEP"
     exit
 fi
 if [[ ${1:-} == --list ]]; then
     for step in "${all_steps[@]}"; do echo "$step (at most ${limits[$step]} s)"; done
+    for name in check suite; do echo "$name: ${sets[$name]}"; done
     exit
 fi
-steps=("$@")
-(($# == 0)) && steps=("${all_steps[@]}")
+steps=()
+for name in "${@:-check}"; do
+    # shellcheck disable=SC2206  # a set is a list of words
+    steps+=(${sets[$name]:-$name})
+done
 for step in "${steps[@]}"; do
     if [[ -z ${limits[$step]:-} ]]; then
-        echo "no step '$step'; there are: ${all_steps[*]}" >&2
+        echo "no step '$step'; there are: ${all_steps[*]}; and sets of them: ${!sets[*]}" >&2
         exit 2
     fi
 done
 : >"$log"
-for step in "${steps[@]}"; do run_step "$step"; done
+stamp=$(mktemp)
+run_steps
+results=()
+for file in "$out"/*_intranode_*.json "$out"/*_low-latency_*.json; do
+    [[ $file -nt $stamp ]] && results+=("$file")
+done
+rm "$stamp"
+if ((${#results[@]} > 0)); then
+    echo
+    "$python" tools/render_benchmarks.py --text "${results[@]}"
+fi
 echo
 print_table | tee "$table"
 exit "$has_failed"

@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """Writes the figures of benchmarks/results/*.json into docs/benchmarks.md, between its two markers.
 
-tools/render_benchmarks.py            rewrite the page
-tools/render_benchmarks.py --check    fail when the page does not say what the files say
+tools/render_benchmarks.py               rewrite the page: the newest run of each benchmark, machine and number of ranks
+tools/render_benchmarks.py --check       fail when the page does not say what the files say
+tools/render_benchmarks.py --plots       first make the plots that are missing beside the files (needs matplotlib)
+tools/render_benchmarks.py --text FILE   print what the page would show of these files, and write nothing
 """
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -19,54 +21,181 @@ BEGIN = "<!-- begin: made by tools/render_benchmarks.py -->"
 END = "<!-- end -->"
 
 NOTHING = "\u2013"
-HEADER = ("operation", "tokens", "SMs", "chained µs", "fresh µs", "remote MB", "GB/s", "ceiling GB/s", "share")
+HEADER = ("operation", "tokens", "SMs", "chained µs", "fresh µs", "queued µs", "remote MB", "GB/s", "ceiling GB/s",
+          "share")
+HOST_HEADER = ("host µs per call", "CPU time", "wall", "waited for counts")
+PROFILE_HEADER = ("kernels of", "budget", "span µs", "SMs and µs of each")
+# A sweep has hundreds of rows: of more than these, those of one size are shown.
+MOST_ROWS = 70
+SHOWN_TOKENS = {"intranode": 4096, "low-latency": 128}
+SHOWN_SMS = 16
+
+Row = dict[str, Any]
+Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 
-def render_row(row: dict[str, Any]) -> str:
-    has_bytes = row["remote_bytes"] > 0
-    has_ceiling = row["ceiling_gb_per_s"] > 0
-    cells = (
-        row["operation"] if row["routing"] == "uniform" else f"{row['operation']}, {row['routing']} routing",
+def newest(reports: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+    """Of each benchmark, machine, number of ranks and settings the last run, by file name and report."""
+    found: dict[Any, tuple[str, dict[str, Any]]] = {}
+    for name, report in sorted(reports, key=lambda named: str(named[1]["date"])):
+        machine, has_graphs = report["machine"].get("gpu", "CPU"), any(is_graph(row) for row in report["rows"])
+        shares = report["num_devices"] < report["num_ranks"] and not report["ranks_as_threads"]
+        key = (report["benchmark"], machine, report["num_ranks"], report["ranks_as_threads"], shares
+               and has_graphs, settings_of(report))
+        found[key] = name, report
+    return [found[key] for key in sorted(found, key=str)]
+
+
+def settings_of(report: dict[str, Any]) -> str:
+    """The package's own variables, as one types them before a command."""
+    settings = report.get("environment", {})
+    return " ".join(f"{name}={value}" for name, value in settings.items() if name.startswith("DEEP_EP_"))
+
+
+def is_graph(row: Row) -> bool:
+    return "graph" in row["operation"].split()
+
+
+def select_rows(report: dict[str, Any]) -> list[Row]:
+    """All rows of a short run; of a sweep those of one size, skewed routing with one SM budget, and so on."""
+    rows: list[Row] = report["rows"]
+    tokens, budgets = {row["num_tokens"] for row in rows}, {row["num_sms"] for row in rows}
+    wanted = SHOWN_TOKENS[report["benchmark"]]
+    shown_tokens = wanted if wanted in tokens else max(tokens)
+    shown_sms = (0, SHOWN_SMS if SHOWN_SMS in budgets else max(budgets))
+    narrower: list[Callable[[Row], bool]] = [
+        lambda row: row["num_tokens"] == shown_tokens,
+        lambda row: row["routing"] == "uniform" or row["num_sms"] in shown_sms,
+        lambda row: row["routing"] == "uniform",
+        lambda row: row["num_sms"] in shown_sms,
+    ]
+    for is_shown in narrower:
+        if len(rows) > MOST_ROWS:
+            rows = [row for row in rows if is_shown(row)]
+    return rows
+
+
+def number(value: float, form: str) -> str:
+    return format(value, form) if value > 0 else NOTHING
+
+
+def time_of(us: float) -> str:
+    return number(us, ".0f" if us >= 100 else ".1f")
+
+
+def with_routing(row: Row) -> str:
+    return str(row["operation"]) if row["routing"] == "uniform" else f"{row['operation']}, {row['routing']} routing"
+
+
+def row_table(rows: list[Row]) -> Table:
+    return HEADER, [(
+        with_routing(row),
         f"{row['num_tokens']}",
-        f"{row['num_sms']}" if row["num_sms"] else NOTHING,
-        f"{row['chained_us']:.0f}",
-        f"{row['fresh_us']:.0f}",
-        f"{row['remote_bytes'] / 1e6:.1f}" if has_bytes else NOTHING,
-        f"{row['remote_gb_per_s']:.0f}" if has_bytes else NOTHING,
-        f"{row['ceiling_gb_per_s']:.0f}" if has_ceiling else NOTHING,
-        f"{row['share_of_ceiling']:.2f}" if has_ceiling else NOTHING,
-    )
-    return f"| {' | '.join(cells)} |"
+        number(row["num_sms"], "d"),
+        time_of(row["chained_us"]),
+        time_of(row["fresh_us"]),
+        time_of(row.get("queued_us", 0.0)),
+        number(row["remote_bytes"] / 1e6, ".3g"),
+        number(row["remote_gb_per_s"] if row["remote_bytes"] else 0.0, ".0f"),
+        number(row["ceiling_gb_per_s"], ".0f"),
+        number(row["share_of_ceiling"], ".2f"),
+    ) for row in rows]
 
 
-def render_report(report: dict[str, Any], name: str) -> list[str]:
-    machine = report["machine"]
-    first = report["rows"][0]
-    where = machine.get("gpu", "CPU executor")
+def host_table(report: dict[str, Any]) -> Table:
+    return HOST_HEADER, [(cost["operation"], f"{cost['cpu_us']:.1f}", f"{cost['wall_us']:.1f}",
+                          number(cost["waited_us"], ".1f")) for cost in report.get("host", [])]
+
+
+def profile_table(report: dict[str, Any]) -> Table:
+    profiles = [profile for profile in report.get("profiles", []) if profile["routing"] == "uniform"]
+    budgets = {profile["num_sms"] for profile in profiles}
+    shown = SHOWN_SMS if SHOWN_SMS in budgets else max(budgets, default=0)
+    return PROFILE_HEADER, [
+        (f"{profile['operation']}, {profile['num_tokens']} tokens", number(profile["num_sms"],
+                                                                           "d"), f"{profile['span_us']:.1f}",
+         ", ".join(f"{kernel['name'].replace('_', ' ')}: {kernel['num_blocks']} SMs {kernel['us']:.1f}"
+                   for kernel in profile["kernels"])) for profile in profiles if profile["num_sms"] in (0, shown)
+    ]
+
+
+def tables_of(report: dict[str, Any]) -> list[Table]:
+    return [table for table in (row_table(select_rows(report)), host_table(report), profile_table(report)) if table[1]]
+
+
+def to_markdown(table: Table) -> list[str]:
+    header, lines = table
+    rows = [f"| {' | '.join(cells)} |" for cells in lines]
+    return [f"| {' | '.join(header)} |", f"| --- |{' ---: |' * (len(header) - 1)}", *rows, ""]
+
+
+def to_text(table: Table) -> list[str]:
+    lines = [table[0], *table[1]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(table[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths)))
+        for line in lines
+    ]
+
+
+def title_of(report: dict[str, Any]) -> str:
+    where = report["machine"].get("gpu", "CPU executor")
+    how = " (threads that share one)" if report["ranks_as_threads"] else ""
+    return f"{report['benchmark']}: {report['num_ranks']} ranks{how}, {where}"
+
+
+def render_report(name: str, report: dict[str, Any], has_plot: bool) -> list[str]:
+    machine, first = report["machine"], report["rows"][0]
     versions = ", ".join(f"{key} {machine[key]}" for key in ("driver", "cuda", "torch") if key in machine)
     shape = f"Hidden {first['hidden']}, top-{first['num_topk']} of {first['num_experts']} experts."
+    num_shown, num_rows = len(select_rows(report)), len(report["rows"])
+    shown = "" if num_shown == num_rows else f" {num_shown} of {num_rows} rows; all of them are in the file."
     source = f"{report['date'][:10]}, commit {report['commit']}, {versions}. [{name}](../benchmarks/results/{name})"
     lines = [
-        f"### {report['benchmark']}: {report['num_ranks']} ranks, {where}",
-        "",
-        f"{shape} {source}",
-        "",
-        f"    {report['command']}",
-        "",
+        f"### {title_of(report)}", "", f"{shape} {source}{shown}", "",
+        f"    {settings_of(report)} {report['command']}".replace("     ", "    "), ""
     ]
+    if has_plot:
+        lines += [f"![{title_of(report)}](../benchmarks/results/{Path(name).with_suffix('.png').name})", ""]
     for notice in report["notices"]:
         lines += [f"**{notice}**", ""]
-    lines += [f"| {' | '.join(HEADER)} |", f"| --- |{' ---: |' * (len(HEADER) - 1)}"]
-    return [*lines, *map(render_row, report["rows"]), ""]
+    for table in tables_of(report):
+        lines += to_markdown(table)
+    return lines
+
+
+def read(path: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return report
 
 
 def render_results(folder: Path) -> str:
+    reports = [(path.name, read(path)) for path in sorted(folder.glob("*.json"))]
     lines: list[str] = []
-    for path in sorted(folder.glob("*.json"), reverse=True):
-        report = json.loads(path.read_text(encoding="utf-8"))
-        if report["rows"]:
-            lines += render_report(report, path.name)
+    for name, report in newest([named for named in reports if named[1]["rows"]]):
+        lines += render_report(name, report, (folder / name).with_suffix(".png").exists())
     return "\n".join(lines) if lines else "No figures yet.\n"
+
+
+def print_text(paths: list[Path]) -> None:
+    for path in paths:
+        report = read(path)
+        if report["rows"]:
+            print(f"\n{title_of(report)}: {len(select_rows(report))} of {len(report['rows'])} rows")
+            for line in (settings_of(report), *report["notices"]):
+                print(line, end="\n" if line else "")
+            for table in tables_of(report):
+                print("\n".join(to_text(table)))
+
+
+def make_plots(folder: Path) -> None:
+    sys.path.insert(0, str(ROOT))
+    from deep_ep.bench.plot import plot_file
+
+    for path in sorted(folder.glob("*.json")):
+        if not path.with_suffix(".png").exists():
+            print(plot_file(path))
 
 
 def replace_between_markers(page: str, content: str) -> str:
@@ -80,7 +209,14 @@ def replace_between_markers(page: str, content: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--plots", action="store_true")
+    parser.add_argument("--text", nargs="+", type=Path, metavar="FILE")
     args = parser.parse_args()
+    if args.text:
+        print_text(args.text)
+        return 0
+    if args.plots:
+        make_plots(RESULTS)
     page = PAGE.read_text(encoding="utf-8")
     wanted = replace_between_markers(page, render_results(RESULTS))
     if args.check:

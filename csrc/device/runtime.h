@@ -14,6 +14,10 @@ namespace deep_ep::dev {
 
 enum class DeviceKind { kCpu, kCuda };
 
+// What a handle of a stream stands for. kCaptured: work goes into a graph. kAmbiguous: the handle means another stream
+// in another thread, or one of another device than this.
+enum class StreamKind { kPlain, kCaptured, kAmbiguous };
+
 using Stream = void*;
 using Event = void*;
 
@@ -37,6 +41,7 @@ public:
     virtual int num_sms() const = 0;
     virtual int max_shared_bytes() const = 0;  // dynamic, per block
     virtual bool has_bulk_copy() const = 0;
+    virtual int useful_block_threads() const = 0;  // a block with more of them is not faster
     // Identifies the physical device on this host (a GPU's UUID, the CPU's host identity): two ranks may share one.
     virtual std::string unique_id() const = 0;
 
@@ -58,6 +63,7 @@ public:
     virtual Stream create_stream() = 0;
     virtual void destroy_stream(Stream stream) = 0;
     virtual void synchronize_stream(Stream stream) = 0;
+    virtual StreamKind stream_kind(Stream stream) = 0;
 
     virtual Event create_event() = 0;
     virtual void destroy_event(Event event) = 0;

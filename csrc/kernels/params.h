@@ -28,6 +28,8 @@ struct WatchParams {
 // Of a block. Fewer threads have more registers: a lane of combine keeps 56 sums.
 constexpr int kMaxDispatchThreads = 768;
 constexpr int kMaxCombineThreads = 384;
+constexpr int kMaxLayoutThreads = 256;
+constexpr int kMaxNotifyThreads = 256;
 
 // How many threads work, and through what. Chosen by the runtime from the SM budget and the shape.
 struct Geometry {
@@ -48,6 +50,7 @@ struct LayoutParams {
     int* num_tokens_per_expert;  // [num_experts]
     uint8_t* is_token_in_rank;   // [num_tokens, num_ranks]
     int* partials;               // [num_ranks + num_experts, kMaxLayoutBlocks]
+    int num_threads;             // of a block
     WatchParams watch;
 };
 
@@ -62,6 +65,7 @@ struct NotifyDispatchParams {
     int* send_head;              // [num_tokens, num_ranks]
     layout::HostCounts* counts;  // null: the host does not wait
     uint64_t ticket;
+    int num_threads;  // of a block
 };
 
 struct DispatchParams {

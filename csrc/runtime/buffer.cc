@@ -114,8 +114,7 @@ int Buffer::shared_bytes() const { return device_->max_shared_bytes() - kStaticS
 
 // Rows through registers: enough warps to have many loads under way.
 kernels::Geometry Buffer::plan_plain(int num_sms, int max_threads) const {
-    // A fiber costs more than it brings once a CPU core has a few hundred of them.
-    const int warps = device_->kind() == dev::DeviceKind::kCuda ? max_threads / 32 / 2 : 2;
+    const int warps = std::min(max_threads, device_->useful_block_threads()) / 32 / 2;
     return {.num_blocks = std::clamp(num_sms, 1, device_->num_sms()),
             .num_send_warps = warps,
             .num_recv_warps = warps,
@@ -146,7 +145,8 @@ kernels::Geometry Buffer::plan_combine(int num_sms, const layout::SlotLayout& sl
     const layout::Staging recv{layout::kReduceStages, layout::kReduceStageBytes};
     const layout::Staging send{1, static_cast<int>(layout::bulk_bytes(slot.topk_weights.end()))};
     const int fitting = (shared_bytes() - reduce_warps * recv.bytes()) / send.bytes();
-    const int send_warps = std::min(kernels::kMaxCombineThreads / 32 - reduce_warps, fitting / 2);
+    const int max_warps = std::min(kernels::kMaxCombineThreads, device_->useful_block_threads()) / 32;
+    const int send_warps = std::min(max_warps - reduce_warps, fitting / 2);
     if (send_warps <= 0) return geometry;
     const int num_stages = std::min(fitting / send_warps, kMaxStages);
     const kernels::Geometry staged{geometry.num_blocks, send_warps, reduce_warps, {num_stages, send.stage_bytes}, recv};
@@ -173,7 +173,8 @@ void Buffer::get_dispatch_layout(const LayoutArgs& args, dev::Stream stream) {
     EP_CHECK(num_counts <= max_layout_counts(), "num_experts must be at most ",
              max_layout_counts() - options_.num_ranks, ", got ", args.num_experts);
     const int max_blocks = std::min(kernels::kMaxLayoutBlocks, device_->num_sms());
-    const int num_blocks = std::clamp((args.num_tokens + 255) / 256, 1, max_blocks);
+    const int num_threads = std::min(kernels::kMaxLayoutThreads, device_->useful_block_threads());
+    const int num_blocks = std::clamp((args.num_tokens + num_threads - 1) / num_threads, 1, max_blocks);
     kernels_->layout({.topk_idx = args.topk_idx,
                       .idx_bytes = args.idx_bytes,
                       .num_tokens = args.num_tokens,
@@ -184,6 +185,7 @@ void Buffer::get_dispatch_layout(const LayoutArgs& args, dev::Stream stream) {
                       .num_tokens_per_expert = args.num_tokens_per_expert,
                       .is_token_in_rank = args.is_token_in_rank,
                       .partials = layout_partials_,
+                      .num_threads = num_threads,
                       .watch = watch_params()},
                      num_blocks, stream);
 }
@@ -213,7 +215,8 @@ void Buffer::notify_dispatch(const NotifyArgs& args, dev::Stream stream) {
                                .rank_prefix_matrix = args.rank_prefix_matrix,
                                .send_head = args.send_head,
                                .counts = args.wants_host_counts ? counts : nullptr,
-                               .ticket = ticket_},
+                               .ticket = ticket_,
+                               .num_threads = std::min(kernels::kMaxNotifyThreads, device_->useful_block_threads())},
                               stream);
 }
 

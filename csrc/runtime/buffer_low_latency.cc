@@ -72,9 +72,8 @@ int* Buffer::masked_ranks() const {
 // A warp for every chunk of a row, and one block on an SM. Kernels of ranks that share a GPU wait for each other, so all of
 // them have to fit.
 LowLatencyGrid Buffer::plan_low_latency(int hidden) const {
-    if (device_->kind() != dev::DeviceKind::kCuda) return {device_->num_sms(), 2};
-    constexpr int kMaxWarps = kernels::kMaxLowLatencyThreads / 32;
-    const int num_warps = std::clamp((hidden + kChunk - 1) / kChunk, kMinWarps, kMaxWarps);
+    const int most = std::min(kernels::kMaxLowLatencyThreads / 32, device_->useful_block_threads() / 64);
+    const int num_warps = std::clamp((hidden + kChunk - 1) / kChunk, std::min(kMinWarps, most), most);
     return {std::max(1, device_->num_sms() / heap_->num_ranks_here()), num_warps};
 }
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,15 +12,20 @@ import torch
 
 import deep_ep_cpp
 from deep_ep import _env
-from deep_ep.bench.intranode import Benchmark, IntranodeBenchmark, Options, read_rows, run_threads, run_worker
+from deep_ep.bench.intranode import IntranodeBenchmark
 from deep_ep.bench.low_latency import LowLatencyBenchmark
-from deep_ep.bench.results import Report, Row, format_table, save
+from deep_ep.bench.options import Options
+from deep_ep.bench.plot import plot_file
+from deep_ep.bench.results import Report, save
 from deep_ep.bench.routing import ROUTINGS
+from deep_ep.bench.tables import format_findings
+from deep_ep.bench.workers import MakeBenchmark, run_ranks
 
 
-# What is measured where nothing else is asked for. The CPU executor runs the same code some thousand times slower.
 @dataclass(frozen=True)
 class Defaults:
+    """What is measured where nothing else is asked for. The CPU executor runs the same code a thousand times slower."""
+
     tokens: list[int]
     hidden: int
     experts: int
@@ -28,7 +33,7 @@ class Defaults:
     num_sms: int
 
 
-BENCHMARKS: dict[str, type[Benchmark]] = {"intranode": IntranodeBenchmark, "low-latency": LowLatencyBenchmark}
+BENCHMARKS: dict[str, MakeBenchmark] = {"intranode": IntranodeBenchmark, "low-latency": LowLatencyBenchmark}
 # By benchmark: on CUDA, on the CPU. Low latency uses all SMs; its number is for the ceiling alone.
 DEFAULTS = {
     "intranode": (Defaults([4096], hidden=7168, experts=256, repeats=30,
@@ -36,6 +41,10 @@ DEFAULTS = {
     "low-latency": (Defaults([2**i for i in range(10)], hidden=7168, experts=288, repeats=30,
                              num_sms=64), Defaults([1, 16], hidden=512, experts=32, repeats=3, num_sms=2)),
 }
+# What --sweep measures, where the option itself is not given.
+SWEPT_TOKENS = {"intranode": [1, 16, 128, 512, 2048, 4096, 8192], "low-latency": [2**i for i in range(10)]}
+SWEPT_SMS = [4, 8, 16, 24, 32]
+SWEPT_ROUTINGS = ["uniform", "hot-rank"]
 
 
 def int_list(text: str) -> list[int]:
@@ -62,9 +71,10 @@ def build_parser() -> argparse.ArgumentParser:
     intranode = commands.add_parser("intranode", help="high-throughput dispatch and combine inside one node")
     add_options(intranode)
     intranode.add_argument("--num-sms", type=int_list, help="SM budgets, even numbers; several: a sweep")
+    intranode.add_argument("--no-comparison", action="store_true", help="leave torch.distributed out")
     low_latency = commands.add_parser("low-latency", help="low-latency dispatch and combine inside one node")
     add_options(low_latency)
-    low_latency.set_defaults(num_sms=None)
+    low_latency.set_defaults(num_sms=None, no_comparison=True)
     return parser
 
 
@@ -79,12 +89,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden", type=int)
     parser.add_argument("--topk", type=int, default=8)
     parser.add_argument("--experts", type=int, help="of all ranks together")
-    parser.add_argument("--routing", type=routing_list, default=["uniform"], help=", ".join(ROUTINGS))
+    parser.add_argument("--routing", type=routing_list, help=", ".join(ROUTINGS))
+    parser.add_argument("--sweep", action="store_true", help="many sizes, SM budgets and routings: minutes")
     parser.add_argument("--warmups", type=int, default=5)
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--input-sets", type=int, default=3, help="inputs used in turn, against cached data")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--graphs", action="store_true", help="also time replays of CUDA graphs of the calls")
+    parser.add_argument("--profile",
+                        action="store_true",
+                        help="also each kernel's own time and SMs, by torch's profiler, at one size")
     parser.add_argument("--save",
                         nargs="?",
                         const=Path("benchmarks/results"),
@@ -104,22 +118,31 @@ def choose_device(wanted: str) -> str:
 
 def make_options(args: argparse.Namespace, is_cuda: bool) -> Options:
     defaults = DEFAULTS[args.benchmark][0 if is_cuda else 1]
-    num_ranks = args.num_processes or (torch.cuda.device_count() if is_cuda else 2)
+    num_gpus = torch.cuda.device_count() if is_cuda else 0
+    num_ranks = args.num_processes or num_gpus or 2
     num_experts = args.experts or defaults.experts
+    is_swept = bool(args.sweep)
     return Options(num_ranks=num_ranks,
                    is_cuda=is_cuda,
-                   num_tokens=args.tokens or defaults.tokens,
+                   num_tokens=args.tokens or (SWEPT_TOKENS[args.benchmark] if is_swept else defaults.tokens),
                    hidden=args.hidden or defaults.hidden,
                    num_topk=args.topk,
                    num_experts=(num_experts + num_ranks - 1) // num_ranks * num_ranks,
-                   routings=args.routing,
-                   num_sms=args.num_sms or [defaults.num_sms],
+                   routings=args.routing or (SWEPT_ROUTINGS if is_swept else ["uniform"]),
+                   num_sms=args.num_sms or choose_budgets(args, defaults),
                    num_warmups=args.warmups if is_cuda else min(args.warmups, 1),
                    num_repeats=args.repeats or defaults.repeats,
                    num_sets=args.input_sets,
                    seed=args.seed,
-                   with_graphs=args.graphs and is_cuda,
-                   is_threaded=args.ranks_as_threads)
+                   with_graphs=args.graphs,
+                   with_comparison=not args.no_comparison,
+                   with_profile=args.profile,
+                   is_threaded=args.ranks_as_threads,
+                   num_gpus=num_gpus)
+
+
+def choose_budgets(args: argparse.Namespace, defaults: Defaults) -> list[int]:
+    return SWEPT_SMS if args.sweep and args.benchmark == "intranode" else [defaults.num_sms]
 
 
 def command_of(arguments: list[str]) -> str:
@@ -134,19 +157,10 @@ def command_of(arguments: list[str]) -> str:
     return shlex.join(["python", "-m", "deep_ep.bench", *kept])
 
 
-def run_processes(options: Options, benchmark: type[Benchmark]) -> list[Row]:
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]
-            run_worker,
-            args=(options, folder, benchmark),
-            nprocs=options.num_ranks)
-        return read_rows(folder)
-
-
 def num_devices(options: Options) -> int:
     if not options.is_cuda:
         return 0
-    return 1 if options.is_threaded else min(options.num_ranks, torch.cuda.device_count())
+    return 1 if options.is_threaded else min(options.num_ranks, options.num_gpus)
 
 
 def main(arguments: list[str]) -> int:
@@ -158,24 +172,31 @@ def main(arguments: list[str]) -> int:
     if args.ranks_as_threads:
         _env.prepare_threaded_ranks()
     options = make_options(args, device == "cuda")
-    run = run_threads if options.is_threaded else run_processes
-    rows = run(options, BENCHMARKS[args.benchmark])
+    signal.signal(signal.SIGTERM, end_early)
     report = Report(benchmark=args.benchmark,
                     command=command_of(arguments),
                     device=device,
                     num_ranks=options.num_ranks,
                     num_devices=num_devices(options),
                     is_threaded=options.is_threaded,
-                    rows=rows)
+                    environment=_env.speed_settings(),
+                    findings=run_ranks(options, BENCHMARKS[args.benchmark]))
     print(
         f"{options.num_ranks} ranks, hidden {options.hidden}, top-{options.num_topk} of {options.num_experts} experts, "
         f"{options.num_repeats} repeats: median of the slowest rank")
-    print(format_table(rows))
+    print(format_findings(report.findings))
     for notice in report.notices:
         print(notice)
     if args.save is not None:
-        print(f"saved {save(report, args.save, args.commit)}")
-    return 0
+        path = save(report, args.save, args.commit)
+        print(f"saved {path}")
+        print(plot_file(path))
+    return 1 if report.findings.failure else 0
+
+
+def end_early(*_: object) -> None:
+    """A time limit: what has been measured so far is still reported."""
+    raise SystemExit("ended from outside")
 
 
 if __name__ == "__main__":

@@ -11,11 +11,17 @@ import torch
 
 from deep_ep import Buffer
 from deep_ep.bench.ceiling import measure_ceilings
-from deep_ep.bench.intranode import Options, capture, show_progress
+from deep_ep.bench.graphs import EMPTY_GRAPHS, NO_GRAPHS, capture, capture_phases, capture_together
+from deep_ep.bench.host import NUM_TOKENS, HostTimer, timed_waits
+from deep_ep.bench.kernels import Profiler
+from deep_ep.bench.options import Options
+from deep_ep.bench.progress import show_progress
 from deep_ep.bench.ranks import Ranks
-from deep_ep.bench.results import Row
+from deep_ep.bench.results import Findings, Row
 from deep_ep.bench.routing import Shape, busiest_remote_copies, choose_experts, count_copies
-from deep_ep.bench.timing import Timer, median, percentile
+from deep_ep.bench.timing import Send, Timer, median, percentile
+
+PROFILED_TOKENS = 128
 
 GROUP = 128  # channels with one scale
 LOGFMT_BITS = 10
@@ -32,6 +38,16 @@ class Operation:
     name: str
     call: HookedCall
     row_bytes: int
+
+    def whole(self, i: int) -> object:
+        return self.call(i, False)
+
+    def send(self, i: int) -> Callable[[], object]:
+        hook: Callable[[], object] = self.call(i, True)[-1]
+        return hook
+
+    def both_phases(self, i: int) -> None:
+        self.send(i)()
 
 
 def row_bytes(name: str, hidden: int) -> int:
@@ -64,8 +80,18 @@ class Workload:
         yield Operation("dispatch BF16", partial(self._dispatch, False), row_bytes("BF16", hidden))
         received = [self._dispatch(False, i, False) for i in range(len(self._inputs))]
         for name in ("BF16", "logfmt"):
-            yield Operation(f"combine {name}", partial(self._combine, received, name == "logfmt"),
-                            row_bytes(name, hidden))
+            combine = partial(self._combine, received, {"use_logfmt": name == "logfmt"})
+            yield Operation(f"combine {name}", combine, row_bytes(name, hidden))
+        self._fill_zero_copy_rows(received)
+        yield Operation("combine BF16 zero copy", partial(self._combine, received, {"zero_copy": True}),
+                        row_bytes("BF16", hidden))
+
+    def _fill_zero_copy_rows(self, received: list[Any]) -> None:
+        """What the experts would have written there: never zeros. Once for each place that calls use in turn."""
+        for i in range(2 * len(received)):
+            rows, _, handle, _, _ = received[i % len(received)]
+            self._buffer.get_next_low_latency_combine_buffer(handle).copy_(rows)
+            self._combine(received, {"zero_copy": True}, i, False)
 
     def _dispatch(self, use_fp8: bool, i: int, wants_hook: bool) -> Any:
         return self._buffer.low_latency_dispatch(self._inputs[i % len(self._inputs)],
@@ -75,14 +101,25 @@ class Workload:
                                                  use_fp8=use_fp8,
                                                  return_recv_hook=wants_hook)
 
-    def _combine(self, received: list[Any], use_logfmt: bool, i: int, wants_hook: bool) -> Any:
+    def _combine(self, received: list[Any], how: dict[str, Any], i: int, wants_hook: bool) -> Any:
         rows, _, handle, _, _ = received[i % len(received)]
+        if how.get("zero_copy"):
+            rows = self._buffer.get_next_low_latency_combine_buffer(handle)
         return self._buffer.low_latency_combine(rows,
                                                 self._topk_idx,
                                                 self._weights,
                                                 handle,
-                                                use_logfmt=use_logfmt,
-                                                return_recv_hook=wants_hook)
+                                                return_recv_hook=wants_hook,
+                                                **how)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Microseconds of every repeat."""
+
+    chained: list[float]
+    fresh: list[float]
+    queued: list[float]
 
 
 @dataclass(frozen=True)
@@ -93,7 +130,7 @@ class Case:
     remote_copies: int
     ceiling: float
 
-    def row(self, name: str, remote_row_bytes: int, chained: list[float], fresh: list[float]) -> Row:
+    def row(self, name: str, remote_row_bytes: int, samples: Samples) -> Row:
         return Row(operation=name,
                    num_tokens=self.shape.num_tokens,
                    hidden=self.shape.hidden,
@@ -101,10 +138,11 @@ class Case:
                    num_experts=self.shape.num_experts,
                    routing=self.shape.routing,
                    num_sms=0,
-                   chained_us=median(chained),
-                   fresh_us=median(fresh),
-                   chained_p95_us=percentile(chained, 95),
-                   fresh_p95_us=percentile(fresh, 95),
+                   chained_us=median(samples.chained),
+                   fresh_us=median(samples.fresh),
+                   chained_p95_us=percentile(samples.chained, 95),
+                   fresh_p95_us=percentile(samples.fresh, 95),
+                   queued_us=median(samples.queued) if samples.queued else 0.0,
                    remote_bytes=self.remote_copies * remote_row_bytes,
                    ceiling_gb_per_s=self.ceiling if remote_row_bytes > 0 else 0.0)
 
@@ -112,86 +150,83 @@ class Case:
 class LowLatencyBenchmark:
     """One rank of the benchmark."""
 
-    def __init__(self, ranks: Ranks, options: Options, device: torch.device) -> None:
+    def __init__(self, ranks: Ranks, options: Options, device: torch.device, findings: Findings) -> None:
         self._ranks = ranks
         self._options = options
         self._device = device
+        self._findings = findings
         self._timer = Timer(ranks, options.is_cuda)
+        self._profiler = Profiler(ranks, self._timer, options)
 
-    def run(self) -> list[Row]:
+    def run(self) -> None:
         options, num_sms = self._options, self._options.num_sms[0]
+        if options.with_graphs and options.is_threaded:
+            self._findings.notice(NO_GRAPHS)
         # Threads share a GPU: there is no link.
         ceiling = 0.0 if options.is_threaded else measure_ceilings(self._ranks, self._timer, [num_sms],
                                                                    options.is_cuda)[num_sms]
-        rows: list[Row] = []
         cases = list(itertools.product(options.num_tokens, options.routings))
         for num_tokens, routing in show_progress(cases, is_shown=self._ranks.rank == 0):
-            shape = Shape(options.num_ranks, num_tokens, options.hidden, options.num_topk, options.num_experts, routing)
-            rows += self._measure_shape(Case(shape, busiest_remote_copies(count_copies(shape, options.seed)), ceiling))
-        return rows
+            shape = self._shape(num_tokens, routing)
+            self._measure_shape(Case(shape, busiest_remote_copies(count_copies(shape, options.seed)), ceiling))
+            self._findings.keep()
+        self._measure_host()
 
-    def _measure_shape(self, case: Case) -> list[Row]:
-        shape = case.shape
+    def _shape(self, num_tokens: int, routing: str) -> Shape:
+        options = self._options
+        return Shape(options.num_ranks, num_tokens, options.hidden, options.num_topk, options.num_experts, routing)
+
+    def _buffer(self, shape: Shape) -> Buffer:
         num_bytes = Buffer.get_low_latency_rdma_size_hint(max(1, shape.num_tokens), shape.hidden, shape.num_ranks,
                                                           shape.num_experts)
-        rows: list[Row] = []
-        with self._ranks.buffer(0, num_rdma_bytes=num_bytes, low_latency_mode=True) as buffer:
+        return self._ranks.buffer(0, num_rdma_bytes=num_bytes, low_latency_mode=True)
+
+    def _settle(self) -> None:
+        """Nobody unmaps what a peer still uses."""
+        if self._options.is_cuda:
+            torch.cuda.synchronize()
+        self._ranks.barrier()
+
+    def _measure_shape(self, case: Case) -> None:
+        tokens = self._options.num_tokens
+        profiled = PROFILED_TOKENS if PROFILED_TOKENS in tokens else max(tokens)
+        is_profiled = self._options.with_profile and case.shape.num_tokens == profiled
+        with self._buffer(case.shape) as buffer:
+            for operation in Workload(buffer, case.shape, self._options, self._device).operations():
+                self._measure(operation, case)
+                if is_profiled:
+                    self._profiler.add(self._findings, operation.name, operation.whole, case.shape, 0)
+            self._settle()
+
+    def _measure(self, operation: Operation, case: Case) -> None:
+        self._add(operation.name, operation.whole, operation.send, operation.row_bytes, case)
+        if not self._options.can_capture:
+            return
+        num_sets = self._options.num_sets
+        graphs = capture_together(
+            self._ranks, lambda: (capture(operation.whole, num_sets), capture_phases(operation.send, num_sets)))
+        if graphs is not None:
+            self._add(f"{operation.name} graph", *graphs, operation.row_bytes, case)
+        else:
+            self._findings.notice(EMPTY_GRAPHS)
+
+    def _add(self, name: str, whole: Callable[[int], object], send: Send, num_bytes: int, case: Case) -> None:
+        """A whole call, and the phases of one with a hook: these are only ever measured fresh, or with pauses."""
+        repeats, timer = (self._options.num_warmups, self._options.num_repeats), self._timer
+        can_queue = self._options.can_queue
+        samples = Samples(timer.chained(whole, *repeats), timer.fresh(whole, *repeats),
+                          timer.queued(whole, *repeats) if can_queue else [])
+        self._findings.rows.append(case.row(name, num_bytes, samples))
+        fresh = timer.phases(send, *repeats)
+        queued = timer.queued_phases(send, *repeats) if can_queue else ([], [])
+        for i, phase in enumerate(("send", "receive")):
+            samples = Samples(fresh[i], fresh[i], queued[i])
+            self._findings.rows.append(case.row(f"{name} {phase}", num_bytes if phase == "send" else 0, samples))
+
+    def _measure_host(self) -> None:
+        timer, shape = HostTimer(self._ranks, self._options), self._shape(NUM_TOKENS, "uniform")
+        with self._buffer(shape) as buffer, timed_waits():
             for operation in Workload(buffer, shape, self._options, self._device).operations():
-                rows += self._measure(operation, case)
-            if self._options.is_cuda:
-                torch.cuda.synchronize()
-            self._ranks.barrier()
-        return rows
-
-    def _measure(self, operation: Operation, case: Case) -> list[Row]:
-        repeats = (self._options.num_warmups, self._options.num_repeats)
-
-        def whole(i: int) -> object:
-            return operation.call(i, False)
-
-        def send(i: int) -> Callable[[], None]:
-            hook: Callable[[], None] = operation.call(i, True)[-1]
-            return hook
-
-        chain = self._timer.queued if self._options.is_threaded else self._timer.chained
-        rows = [
-            case.row(operation.name, operation.row_bytes, chain(whole, *repeats), self._timer.fresh(whole, *repeats))
-        ]
-        rows += self._phase_rows(operation.name, operation, case, send)
-        if self._options.with_graphs:
-            replay, name = capture(whole, self._options.num_sets), f"{operation.name} graph"
-            rows.append(
-                case.row(name, operation.row_bytes, chain(replay, *repeats), self._timer.fresh(replay, *repeats)))
-            rows += self._phase_rows(name, operation, case, capture_phases(send, self._options.num_sets))
-        return rows
-
-    def _phase_rows(self, name: str, operation: Operation, case: Case, send: Callable[[int],
-                                                                                      Callable[[], None]]) -> list[Row]:
-        """A phase is only ever measured fresh: between send and receive all ranks meet, so that every row has come."""
-        times = self._timer.phases(send, self._options.num_warmups, self._options.num_repeats)
-        return [
-            case.row(f"{name} {phase}", operation.row_bytes if phase == "send" else 0, samples, samples)
-            for phase, samples in zip(("send", "receive"), times)
-        ]
-
-
-def capture_phases(send: Callable[[int], Callable[[], None]], num_sets: int) -> Callable[[int], Callable[[], None]]:
-    """`send` and the hook that it returns as CUDA graphs, a pair for each input set."""
-    send(0)()
-    torch.cuda.synchronize()
-    pairs = []
-    for i in range(num_sets):
-        sending, receiving = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(sending):
-            hook = send(i)
-        with torch.cuda.graph(receiving):
-            hook()
-        pairs.append((sending, receiving))
-
-    def replay(i: int) -> Callable[[], None]:
-        sending, receiving = pairs[i % num_sets]
-        sending.replay()
-        replay_hook: Callable[[], None] = receiving.replay
-        return replay_hook
-
-    return replay
+                self._findings.host.append(timer.measure(operation.name, operation.whole))
+                self._findings.host.append(timer.measure(f"{operation.name} with hook", operation.both_phases))
+            self._settle()

@@ -29,6 +29,9 @@ class Ranks(Protocol):
     def buffer(self, num_bytes: int, **options: Any) -> Buffer:
         """A Buffer of all ranks."""
 
+    def comparison_group(self, backend: str) -> dist.ProcessGroup | None:
+        """A group of torch.distributed for the same ranks, or None where there is none."""
+
 
 class ProcessRanks:
     """One process for each rank, over torch.distributed."""
@@ -48,6 +51,10 @@ class ProcessRanks:
 
     def buffer(self, num_bytes: int, **options: Any) -> Buffer:
         return Buffer(self._group, num_bytes, **options)
+
+    def comparison_group(self, backend: str) -> dist.ProcessGroup | None:
+        group: dist.ProcessGroup = dist.new_group(backend=backend)
+        return group
 
 
 class ThreadMeeting:
@@ -88,3 +95,6 @@ class ThreadRanks:
 
     def buffer(self, num_bytes: int, **options: Any) -> Buffer:
         return Buffer(None, num_bytes, comm=self, **options)
+
+    def comparison_group(self, backend: str) -> dist.ProcessGroup | None:  # noqa: ARG002
+        return None

@@ -6,14 +6,14 @@ import platform
 import re
 import shutil
 import subprocess
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,90 @@ class Row:
     fresh_p95_us: float
     remote_bytes: int  # of the busiest rank and direction, one copy per distinct remote rank; 0: nothing crosses a link
     ceiling_gb_per_s: float  # of the push kernel with the same SM budget; 0: not measured
+    queued_us: float = 0.0  # the device alone: the host had queued the calls before; 0: not measured
 
     @property
     def remote_gb_per_s(self) -> float:
-        return self.remote_bytes / self.chained_us / 1e3 if self.chained_us > 0 else 0.0
+        """By the device's own time where that was measured."""
+        time_us = self.queued_us or self.chained_us
+        return self.remote_bytes / time_us / 1e3 if time_us > 0 else 0.0
+
+    @property
+    def floor_us(self) -> float:
+        """What the remote bytes take at the ceiling."""
+        return self.remote_bytes / self.ceiling_gb_per_s / 1e3 if self.ceiling_gb_per_s > 0 else 0.0
 
     @property
     def share_of_ceiling(self) -> float:
         return self.remote_gb_per_s / self.ceiling_gb_per_s if self.ceiling_gb_per_s > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class HostCost:
+    """Microseconds of the thread that makes a call, without its wait for counts; median, slowest rank."""
+
+    operation: str
+    cpu_us: float
+    wall_us: float
+    waited_us: float  # wall time, left out of the other two
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of a call, as the profiler saw it: median of the calls, slowest rank."""
+
+    name: str
+    num_blocks: int  # one per SM that it holds, where there are fewer than SMs
+    us: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The kernels of one operation, in their order."""
+
+    operation: str
+    num_tokens: int
+    routing: str
+    num_sms: int
+    span_us: float  # from the first kernel's start to the last one's end
+    kernels: list[Kernel]
+
+
+@dataclass
+class Findings:
+    """What a rank has measured so far."""
+
+    rows: list[Row] = field(default_factory=list)
+    host: list[HostCost] = field(default_factory=list)
+    profiles: list[Profile] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    failure: str = ""  # what ended the run early
+    path: Path | None = None  # where to keep them
+
+    def notice(self, sentence: str) -> None:
+        """Says something once."""
+        if sentence not in self.notices:
+            self.notices.append(sentence)
+
+    def keep(self) -> None:
+        """Leaves everything in a file, whole at any time: the run may be ended from outside."""
+        if self.path is not None:
+            part = self.path.with_suffix(".part")
+            part.write_text(json.dumps(asdict(replace(self, path=None))), encoding="utf-8")
+            part.replace(self.path)
+
+    @staticmethod
+    def from_json(content: dict[str, Any]) -> Findings:
+        profiles = [
+            Profile(**{
+                **profile, "kernels": [Kernel(**kernel) for kernel in profile["kernels"]]
+            }) for profile in content["profiles"]
+        ]
+        return Findings(rows=[Row(**row) for row in content["rows"]],
+                        host=[HostCost(**cost) for cost in content["host"]],
+                        profiles=profiles,
+                        notices=content["notices"],
+                        failure=content["failure"])
 
 
 @dataclass
@@ -53,12 +129,15 @@ class Report:
     num_ranks: int
     num_devices: int
     is_threaded: bool = False
-    rows: list[Row] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)  # variables that may matter
+    findings: Findings = field(default_factory=Findings)
 
     @property
     def notices(self) -> list[str]:
         """What a reader has to know before comparing these figures with others."""
         found = []
+        if self.findings.failure:
+            found.append(f"The run ended early ({self.findings.failure}): figures are missing.")
         if self.device == "cpu":
             found.append("Measured on the CPU executor: these figures say nothing about the speed of a GPU.")
         elif self.is_threaded:
@@ -67,29 +146,40 @@ class Report:
         elif self.num_devices < self.num_ranks:
             found.append(f"{self.num_ranks} ranks share {self.num_devices} GPU(s): no link is crossed, and the ranks "
                          "take turns. These figures say nothing about a machine with one GPU per rank.")
-        return found
+        return found + self.findings.notices
 
     def to_json(self, commit: str) -> dict[str, Any]:
-        rows = [{
-            name: round(value, 2) if isinstance(value, float) else value
-            for name, value in asdict(row).items()
-        } | {
-            "remote_gb_per_s": round(row.remote_gb_per_s, 2),
-            "share_of_ceiling": round(row.share_of_ceiling, 4)
-        } for row in self.rows]
+        rows = [
+            rounded(asdict(row)) | {
+                "remote_gb_per_s": round(row.remote_gb_per_s, 2),
+                "share_of_ceiling": round(row.share_of_ceiling, 4)
+            } for row in self.findings.rows
+        ]
         return {
             "format": FORMAT_VERSION,
             "benchmark": self.benchmark,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "commit": commit or find_commit(),
             "command": self.command,
+            "environment": self.environment,
             "machine": describe_machine(self.device),
             "num_ranks": self.num_ranks,
             "num_devices": self.num_devices,
             "ranks_as_threads": self.is_threaded,
             "notices": self.notices,
             "rows": rows,
+            "host": rounded([asdict(cost) for cost in self.findings.host]),
+            "profiles": rounded([asdict(profile) for profile in self.findings.profiles]),
         }
+
+
+def rounded(value: Any) -> Any:
+    """Two digits after the point are more than a time is good for."""
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    return round(value, 2) if isinstance(value, float) else value
 
 
 def describe_machine(device: str) -> dict[str, str]:
@@ -131,30 +221,3 @@ def save(report: Report, folder: Path, commit: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return path
-
-
-COLUMNS = ("operation", "tokens", "SMs", "chained us", "fresh us", "p95 us", "remote MB", "GB/s", "ceiling", "share")
-
-
-def format_row(row: Row) -> tuple[str, ...]:
-    has_bytes = row.remote_bytes > 0
-    return (
-        row.operation if row.routing == "uniform" else f"{row.operation} ({row.routing})",
-        str(row.num_tokens),
-        str(row.num_sms) if row.num_sms > 0 else "-",
-        f"{row.chained_us:.1f}",
-        f"{row.fresh_us:.1f}",
-        f"{row.chained_p95_us:.1f}",
-        f"{row.remote_bytes / 1e6:.3g}" if has_bytes else "-",
-        f"{row.remote_gb_per_s:.1f}" if has_bytes else "-",
-        f"{row.ceiling_gb_per_s:.1f}" if row.ceiling_gb_per_s > 0 else "-",
-        f"{row.share_of_ceiling:.2f}" if row.share_of_ceiling > 0 else "-",
-    )
-
-
-def format_table(rows: list[Row]) -> str:
-    cells = [COLUMNS, *(format_row(row) for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
-    return "\n".join("  ".join(
-        cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths)))
-                     for line in cells)

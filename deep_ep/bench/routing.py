@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -45,6 +46,7 @@ def choose_experts(shape: Shape, rank: int, seed: int) -> torch.Tensor:
     return chosen
 
 
+@lru_cache(maxsize=32)
 def count_copies(shape: Shape, seed: int) -> torch.Tensor:
     """int64 [R, R]: tokens that rank i has for rank j, one copy per token and rank, own rank included."""
     copies = torch.zeros(shape.num_ranks, shape.num_ranks, dtype=torch.int64)

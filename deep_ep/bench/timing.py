@@ -4,6 +4,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +13,17 @@ from deep_ep.bench.ranks import Ranks
 
 # Later than the slowest rank leaves a barrier, so that all ranks can meet at a moment instead.
 START_MARGIN_S = 0.5e-3
-HEAD_START_CYCLES = 60_000_000  # some 30 ms
+# Of the device, for the host to queue calls: twice what it took before, and some, but not for ever.
+HEAD_START_S = 5e-3
+LONGEST_HEAD_START_S = 1.0
+CYCLES_PER_S = 2e9  # about; a little off is no harm
+# Between the phases of queued calls: longer than any row is on its way.
+PHASE_GAP_S = 30e-6
 
 Mark = Any  # torch.cuda.Event, or seconds
 Call = Callable[[int], object]
+# Makes the send phase of a call with that number, and returns what makes the receive phase.
+Send = Callable[[int], Callable[[], object]]
 
 
 class Timer:
@@ -41,16 +49,34 @@ class Timer:
         return self._slowest(self._differences(marks, marks[1:]))
 
     def queued(self, call: Call, num_warmups: int, num_repeats: int) -> list[float]:
-        """Like `chained`, but the device sleeps first until the host has queued all calls: its own cost is not seen.
+        """Like `chained` on CUDA, but the device sleeps first until the host has queued all: its cost is not seen.
 
-        For calls that do not make the host wait. On the CPU the same as `chained`.
+        For calls that do not make the host wait.
         """
-        if self._is_cuda:
-            for i in range(num_warmups):
-                call(i)
-            self._meet()
-            torch.cuda._sleep(HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
-        return self.chained(call, 0 if self._is_cuda else num_warmups, num_repeats, is_met=self._is_cuda)
+        self._sleep_while_queueing(call, num_warmups, num_repeats)
+        return self.chained(call, 0, num_repeats, is_met=True)
+
+    def queued_phases(self, send: Send, num_warmups: int, num_repeats: int) -> tuple[list[float], list[float]]:
+        """Both phases of a call on CUDA, queued as in `queued`, with pauses so that all rows come between them."""
+
+        def whole(i: int) -> None:
+            send(i)()
+
+        self._sleep_while_queueing(whole, num_warmups, num_repeats)
+        marks: list[list[Mark]] = [[], [], [], []]
+        for i in range(num_repeats):
+            self._add_phases(marks, send, i, partial(_sleep, PHASE_GAP_S))
+            _sleep(PHASE_GAP_S)
+        return self._phase_times(marks)
+
+    def _sleep_while_queueing(self, call: Call, num_warmups: int, num_repeats: int) -> None:
+        started = time.perf_counter()
+        for i in range(max(1, num_warmups)):
+            call(i)
+        per_call_s = (time.perf_counter() - started) / max(1, num_warmups)
+        slowest_s = self._ranks.largest([per_call_s])[0]
+        self._meet()
+        _sleep(min(HEAD_START_S + 2 * num_repeats * slowest_s, LONGEST_HEAD_START_S))
 
     def fresh(self, call: Call, num_warmups: int, num_repeats: int) -> list[float]:
         """Before each call the device is idle, and all ranks start at the same moment."""
@@ -65,22 +91,24 @@ class Timer:
                 ends.append(end)
         return self._slowest(self._differences(starts, ends))
 
-    def phases(self, send: Callable[[int], Callable[[], object]], num_warmups: int,
-               num_repeats: int) -> tuple[list[float], list[float]]:
+    def phases(self, send: Send, num_warmups: int, num_repeats: int) -> tuple[list[float], list[float]]:
         """Both phases of a call, each as `fresh`: all ranks meet before `send`, and again before what it returned."""
         marks: list[list[Mark]] = [[], [], [], []]
         for i in range(num_warmups + num_repeats):
             self._meet()
-            taken = [self._mark()]
-            receive = send(i)
-            taken.append(self._mark())
-            self._meet()
-            taken.append(self._mark())
-            receive()
-            taken.append(self._mark())
-            if i >= num_warmups:
-                for column, mark in zip(marks, taken):
-                    column.append(mark)
+            self._add_phases(marks if i >= num_warmups else [[], [], [], []], send, i, self._meet)
+        return self._phase_times(marks)
+
+    def _add_phases(self, marks: list[list[Mark]], send: Send, i: int, pause: Callable[[], None]) -> None:
+        marks[0].append(self._mark())
+        receive = send(i)
+        marks[1].append(self._mark())
+        pause()
+        marks[2].append(self._mark())
+        receive()
+        marks[3].append(self._mark())
+
+    def _phase_times(self, marks: list[list[Mark]]) -> tuple[list[float], list[float]]:
         return (self._slowest(self._differences(marks[0],
                                                 marks[1])), self._slowest(self._differences(marks[2], marks[3])))
 
@@ -109,6 +137,11 @@ class Timer:
     def _slowest(self, samples_us: list[float]) -> list[float]:
         """Of every repeat, the slowest rank."""
         return self._ranks.largest(samples_us)
+
+
+def _sleep(seconds: float) -> None:
+    """The current stream does nothing for so long."""
+    torch.cuda._sleep(int(seconds * CYCLES_PER_S))  # type: ignore[no-untyped-call]
 
 
 def median(samples_us: list[float]) -> float:

@@ -1,84 +1,43 @@
 #!/usr/bin/env python3
-"""Writes a copy of the kernels in which every ordering and every wait can be switched off, one at a time, at run time.
+"""Writes a copy of the kernels in which every ordering and every wait can be weakened, one at a time, at run time.
 
     make_mutants.py SOURCE_ROOT OUTPUT_ROOT
 
-Each release, acquire, barrier and wait of csrc/kernels and csrc/device/algo gets a number, and `mutant::active` chooses
-the one that is weakened. OUTPUT_ROOT/mutants.json lists the numbers with file, line, kind and source line; a
-system-scope ordering counts twice, the second time (number + 1000) with its scope narrowed to one GPU. The copy is only
-compiled for the executor, and only for the mutation test.
+The rules below say what counts as an ordering; they know primitives by their form, so a new kernel needs nothing here.
+OUTPUT_ROOT/mutants.json lists the mutants: number, file, line, function, kind, source line. The copy is only compiled
+for the executor, and only for the mutation test.
 """
 import json
 import pathlib
 import re
 import sys
+from collections.abc import Iterator
 from typing import Callable, NamedTuple
 
 COPIED = ('csrc/kernels', 'csrc/device/algo')
-WEAKENED = ('csrc/kernels/intranode/', 'csrc/kernels/layout/', 'csrc/kernels/low_latency/', 'csrc/device/algo/')
-NARROW = 1000
+LEFT_ALONE = 'csrc/kernels/bench/'  # measures the wire; carries nothing that anybody reads
 
-ORDER = r'(?:prim::)?Order::'
-SCOPE = r'(?:prim::)?Scope::(kGpu|kSys|kCta)'
-CALL_END = '<call>'  # the rest of the call, to its closing parenthesis
+PREFIX = r'(?:(?:\w+|\[\w+\]|\(\))(?:\.|->|::))*'  # of a call: c.ring.wait, algo::wait_at_least
+COMMENT_OR_STRING = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:[^"\\\n]|\\.)*"', re.S)
+DEFINITION = re.compile(r'EP_(?:HOST_)?DEVICE\w*\s[\w\s:<>*&]*?(\w+)\(')
+NARROWER = {'Sys': 'Gpu', 'Gpu': 'Cta'}
+WITHOUT = {'Acquire': {'acquire': 'Relaxed'}, 'Release': {'release': 'Relaxed'},
+           'AcqRel': {'acquire': 'Release', 'release': 'Acquire'}}  # yapf: disable
 
 
-class Rule(NamedTuple):
-    """What to look for, and what to put in its place; `{id}` is the mutant's number, `<call>` the matched call."""
+class Variant(NamedTuple):
+    """One way to weaken a site. `write` makes the C++ from the text of the site's arguments."""
     kind: str
-    pattern: str
-    replacement: str
-    has_scope: bool = False
+    write: Callable[[str], str]
 
 
-RULES = (
-    Rule('release store', rf'prim::store<{ORDER}kRelease,\s*{SCOPE}>\(', r'mutant::store<{id}, prim::Scope::\1>(',
-         True),
-    Rule('acquire load', rf'prim::load<{ORDER}kAcquire,\s*{SCOPE}>\(', r'mutant::load<{id}, prim::Scope::\1>(', True),
-    Rule('acq_rel add', rf'prim::fetch_add<{ORDER}kAcqRel,\s*{SCOPE}>\(', r'mutant::fetch_add<{id}, prim::Scope::\1>('),
-    Rule('fence', rf'prim::fence<{ORDER}kAcqRel,\s*{SCOPE}>\(\);', r'mutant::fence<{id}, prim::Scope::\1>();', True),
-    Rule('warp barrier', r'(?<!\w)__syncwarp\(\);', r'mutant::sync_warp<{id}>();'),
-    Rule('block barrier', r'(?<!\w)__syncthreads\(\);', r'mutant::sync_threads<{id}>();'),
-    Rule('wait', r'(?<![\w:])(?<!bool )(?:algo::)?wait_at_least\(', '(mutant::is_active<{id}>() || <call>)'),
-    Rule('wait', r'c\.ring\.wait\(', '(mutant::is_active<{id}>() || <call>)'),
-    Rule('wait', r'seen >= flag\.expected', '(mutant::is_active<{id}>() || seen >= flag.expected)'),
-)
-
-
-class Weakener:
-    """Applies the rules file by file and numbers what it finds."""
-
-    def __init__(self) -> None:
-        self.mutants: list[dict[str, object]] = []
-        self._last_id = 0
-
-    def weaken(self, text: str, path: str) -> str:
-        lines = text.splitlines()
-        for rule in RULES:
-            text = self._apply(rule, text, path, lines)
-        return text
-
-    def _apply(self, rule: Rule, text: str, path: str, lines: list[str]) -> str:
-        position = 0
-        while match := re.compile(rule.pattern).search(text, position):
-            end = closing(text, match.end()) if CALL_END in rule.replacement else match.end()
-            new = self._replacement(rule, match, text[match.start():end])
-            line = text.count('\n', 0, match.start())
-            self._note(rule, path, line, lines[line].strip(), match)
-            text = text[:match.start()] + new + text[end:]
-            position = match.start() + len(new)
-        return text
-
-    def _replacement(self, rule: Rule, match: re.Match[str], call: str) -> str:
-        self._last_id += 1
-        numbered = rule.replacement.replace('{id}', str(self._last_id))
-        return numbered.replace(CALL_END, call) if CALL_END in numbered else match.expand(numbered)
-
-    def _note(self, rule: Rule, path: str, line: int, source: str, match: re.Match[str]) -> None:
-        site = {'file': path, 'line': line + 1, 'source': source}
-        self.mutants.append({'id': self._last_id, 'kind': rule.kind, **site})
-        if rule.has_scope and match.group(1) == 'kSys':
-            self.mutants.append({'id': NARROW + self._last_id, 'kind': f'scope of {rule.kind}', **site})
+class Site(NamedTuple):
+    """Characters [start, end) of a file: an expression that the variants take the place of."""
+    start: int
+    end: int
+    arguments: int  # where the arguments begin; they may hold sites of their own
+    is_condition: bool  # variants are what to put before the expression: `<variant> || <site>`
+    variants: list[Variant]
 
 
 def closing(text: str, start: int) -> int:
@@ -91,29 +50,135 @@ def closing(text: str, start: int) -> int:
     raise ValueError('a call that does not end')
 
 
+def dropped(kind: str) -> Variant:
+    return Variant(kind, lambda _: 'void()')
+
+
+def orderings(code: str) -> Iterator[Site]:
+    """prim::anything<Order, Scope>(...): without its acquire, without its release, with a smaller scope."""
+    pattern = r'prim::(\w+)<\s*(?:prim::)?Order::k(\w+),\s*(?:prim::)?Scope::k(\w+)\s*>\('
+    for match in re.finditer(pattern, code):
+        name, order, scope = match.groups()
+        if order == 'Relaxed':
+            continue
+
+        def call(order: str, scope: str, name: str = name) -> Callable[[str], str]:
+            return lambda rest: f'prim::{name}<prim::Order::k{order}, prim::Scope::k{scope}>({rest}'
+
+        if name == 'fence':
+            variants = [dropped('fence')]
+        else:
+            variants = [Variant(f'{lost} of {name}', call(left, scope)) for lost, left in WITHOUT[order].items()]
+        if scope in NARROWER:
+            variants.append(Variant(f'scope of {name}', call(order, NARROWER[scope])))
+        yield Site(match.start(), closing(code, match.end()), match.end(), False, variants)
+
+
+def statements(code: str) -> Iterator[Site]:
+    """Barriers, proxy fences and waits for bulk copies: left out. A wait for a whole bulk copy: only for its read."""
+    kinds = {
+        r'(?<!\w)__syncwarp\(': 'warp barrier',
+        r'(?<!\w)__syncthreads\(': 'block barrier',
+        r'prim::barrier_sync\(': 'named barrier',
+        r'prim::(?:fence_async_\w+|mbarrier_init_fence)\(': 'proxy fence',
+        r'prim::bulk_wait(?:_read)?<\w+>\(': 'bulk wait',
+    }
+    for pattern, kind in kinds.items():
+        for match in re.finditer(pattern, code):
+            variants = [dropped(kind)]
+            if 'bulk_wait<' in match.group():
+                read_only = match.group().replace('bulk_wait<', 'bulk_wait_read<')
+                variants.append(Variant('write of bulk wait', lambda rest, call=read_only: call + rest))
+            yield Site(match.start(), closing(code, match.end()), match.end(), False, variants)
+
+
+def waits(code: str, returns_bool: set[str]) -> Iterator[Site]:
+    """Calls of functions that wait or look: left out, as if what they wait for had come."""
+    for match in re.finditer(rf'(?<![\w.:>])({PREFIX})(wait\w*|is_set)\(', code):
+        before = code[:match.start()].rstrip()
+        if re.search(r'(?<!return)(?<!else)[\w>&*]$', before) and not before.endswith(('&&', '->')):
+            continue  # a definition
+        end = closing(code, match.end())
+        is_statement = (before.endswith((';', '{', '}', ')', 'else'))) and code[end:].lstrip().startswith(';')
+        if is_statement:
+            yield Site(match.start(), end, match.end(), False, [dropped('wait')])
+        elif match.group(2) in returns_bool:
+            yield Site(match.start(), end, match.end(), True, [Variant('wait', lambda _: '')])
+    for match in re.finditer(r'>=\s*((?:\w+(?:\.|->))*(?:expected|call))\b', code):
+        value = match.group(1)
+        yield Site(match.start(), match.end(), match.end(), False,
+                   [Variant('flag test', lambda _, value=value: f'{value} * 0')])
+
+
+class Weakener:
+    """Applies the rules file by file and numbers what they find."""
+
+    def __init__(self, returns_bool: set[str]) -> None:
+        self.mutants: list[dict[str, object]] = []
+        self._returns_bool = returns_bool
+
+    def weaken(self, text: str, path: str) -> str:
+        code = COMMENT_OR_STRING.sub(lambda match: re.sub(r'[^\n]', ' ', match.group()), text)
+        sites = [*orderings(code), *statements(code), *waits(code, self._returns_bool)]
+        sites.sort(key=lambda site: (site.start, -site.end))
+        numbered = [(site, [self._note(variant.kind, path, text, site.start) for variant in site.variants])
+                    for site in sites]
+        return self._rendered(text, 0, len(text), numbered)
+
+    def _note(self, kind: str, path: str, text: str, position: int) -> int:
+        line = text.count('\n', 0, position)
+        functions = DEFINITION.findall(text[:position])
+        self.mutants.append({
+            'id': len(self.mutants) + 1,
+            'kind': kind,
+            'file': path,
+            'line': line + 1,
+            'function': functions[-1] if functions else '',
+            'source': text.splitlines()[line].strip(),
+        })
+        return len(self.mutants)
+
+    def _rendered(self, text: str, start: int, end: int, sites: list[tuple[Site, list[int]]]) -> str:
+        """text[start:end] with its sites replaced, the inner ones too."""
+        parts = []
+        for site, ids in sites:
+            if site.start < start or site.end > end:
+                continue
+            inner = [entry for entry in sites if entry[0].start >= site.arguments and entry[0].end <= site.end]
+            rest = self._rendered(text, site.arguments, site.end, inner)
+            parts += [text[start:site.start], self._replaced(site, ids, text[site.start:site.arguments], rest)]
+            start = site.end
+        return ''.join([*parts, text[start:end]])
+
+    @staticmethod
+    def _replaced(site: Site, ids: list[int], head: str, rest: str) -> str:
+        if site.is_condition:
+            return f'(mutant::is_active({ids[0]}) || {head}{rest})'
+        if head.startswith('>='):
+            return f'>= (mutant::is_active({ids[0]}) ? {site.variants[0].write(rest)} : {head[2:]})'
+        weakened = ''.join(f'mutant::is_active({number}) ? {variant.write(rest)} : '
+                           for number, variant in zip(ids, site.variants))
+        original = head + rest
+        return f'({weakened}{f"static_cast<void>({original})" if "? void()" in weakened else original})'
+
+
 def with_include(text: str) -> str:
     include = '#include "mutation/mutant.h"\n'
     return text.replace('#pragma once\n', '#pragma once\n' + include, 1) if '#pragma once' in text else include + text
 
 
-def write_copy(source_root: pathlib.Path, output_root: pathlib.Path, change: Callable[[str, str], str]) -> None:
-    for folder in COPIED:
-        for path in sorted((source_root / folder).rglob('*')):
-            if path.suffix not in ('.h', '.cu'):
-                continue
-            relative = path.relative_to(source_root)
-            text = path.read_text()
-            if str(relative).startswith(WEAKENED):
-                text = change(text, str(relative))
-            target = output_root / relative
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(with_include(text) if 'mutant::' in text else text)
-
-
 def main() -> None:
     source_root, output_root = (pathlib.Path(argument) for argument in sys.argv[1:3])
-    weakener = Weakener()
-    write_copy(source_root, output_root, weakener.weaken)
+    files = [path for folder in COPIED for path in sorted((source_root / folder).rglob('*'))]
+    texts = {str(path.relative_to(source_root)): path.read_text() for path in files if path.suffix in ('.h', '.cu')}
+    weakener = Weakener({name for text in texts.values() for name in re.findall(r'\bbool (\w+)\(', text)})
+    for relative, text in texts.items():
+        weakened = text if relative.startswith(LEFT_ALONE) else weakener.weaken(text, relative)
+        target = output_root / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        new = with_include(weakened) if 'mutant::' in weakened else weakened
+        if not target.exists() or target.read_text() != new:  # what is as it was is not compiled again
+            target.write_text(new)
     (output_root / 'mutants.json').write_text(json.dumps(weakener.mutants, indent=1))
 
 

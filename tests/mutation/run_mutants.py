@@ -1,49 +1,73 @@
 #!/usr/bin/env python3
-"""Runs the driver once for every mutant and fails when one goes unnoticed that should not.
+"""Runs every mutant and fails when one goes unnoticed that should not.
 
-    run_mutants.py DRIVER MUTANTS_JSON [--jobs N]
+    run_mutants.py DRIVER MUTANTS_JSON [--jobs N] [--only ID ...]
 
-Mutants that no test can notice are listed, with the reason, in equivalent.json beside this file; a listed one that is
-noticed after all fails too, so that the list stays true.
+The driver first runs the kernels as they are, which must be clean, and says which case reaches which mutant's place.
+Then each mutant runs the cases that reach it, quickest first, until one notices. Mutants that no test can notice are
+listed, with the reason, in equivalent.json beside this file; a listed one that is noticed after all fails too, and so
+does an entry that matches nothing, so that the list stays true.
 """
 import argparse
 import concurrent.futures
 import json
 import os
 import pathlib
+import platform
 import subprocess
 import sys
+import time
+from typing import Any
 
-TIMEOUT_S = 120
+TIMEOUT_S = 300
+RACE = 66
 # The first race is enough, and nobody reads its text.
-TSAN_OPTIONS = 'halt_on_error=1:exitcode=66:symbolize=0:atexit_sleep_ms=0'
+TSAN_OPTIONS = f'halt_on_error=1:exitcode={RACE}:symbolize=0:atexit_sleep_ms=0'
 EQUIVALENT = pathlib.Path(__file__).with_name('equivalent.json')
 
+Mutant = dict[str, Any]
 
-def is_noticed(driver: str, number: int) -> tuple[bool, str]:
+
+def run(driver: str, *arguments: str) -> 'subprocess.CompletedProcess[str]':
+    # ThreadSanitizer's shadow needs addresses that are not too random.
+    under = ['setarch', platform.machine(), '-R']
+    return subprocess.run([*under, driver, *arguments],
+                          capture_output=True,
+                          text=True,
+                          timeout=TIMEOUT_S,
+                          check=False,
+                          env={
+                              **os.environ, 'TSAN_OPTIONS': TSAN_OPTIONS
+                          })
+
+
+def cases_by_mutant(listing: str) -> dict[int, list[str]]:
+    """From the driver's lines `case NAME MILLISECONDS ID ...`: the cases that reach each mutant, quickest first."""
+    cases = [line.split()[1:] for line in listing.splitlines() if line.startswith('case ')]
+    reaching: dict[int, list[str]] = {}
+    for name, _, *numbers in sorted(cases, key=lambda case: int(case[1])):
+        for number in numbers:
+            reaching.setdefault(int(number), []).append(name)
+    return reaching
+
+
+def outcome(driver: str, mutant: Mutant, cases: list[str]) -> tuple[bool, str]:
+    """Was it noticed, and how."""
+    if not cases:
+        return False, 'no case reaches it'
     try:
-        done = subprocess.run([driver, str(number)],
-                              capture_output=True,
-                              text=True,
-                              timeout=TIMEOUT_S,
-                              check=False,
-                              env={
-                                  **os.environ, 'TSAN_OPTIONS': TSAN_OPTIONS
-                              })
+        done = run(driver, str(mutant['id']), *cases)
     except subprocess.TimeoutExpired:
         return True, 'ran into the time limit'
+    if done.returncode == RACE:
+        return True, 'race'
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-    summary = next((line for line in lines if 'SUMMARY' in line), lines[0] if lines else '')
-    return done.returncode != 0, f'exit status {done.returncode}: {summary[:160]}'
+    return done.returncode != 0, f'status {done.returncode} {lines[0][:140] if lines else ""}'
 
 
-def reason_for(mutant: dict[str, object], equivalent: list[dict[str, str]]) -> str:
-    """Why this mutant cannot be noticed; empty when it must be."""
-    for entry in equivalent:
-        if entry['file'] == mutant['file'] and entry['kind'] == mutant['kind'] and entry['source'] in str(
-                mutant['source']):
-            return entry['why']
-    return ''
+def matches(entry: dict[str, str], mutant: Mutant) -> bool:
+    return all(mutant[key] == entry[key]
+               for key in ('file', 'function', 'kind')) and entry.get('source', '') in mutant['source']
 
 
 def main() -> int:
@@ -51,26 +75,39 @@ def main() -> int:
     parser.add_argument('driver')
     parser.add_argument('mutants')
     parser.add_argument('--jobs', type=int, default=os.cpu_count() or 1)
+    parser.add_argument('--only', type=int, nargs='*', help='run these alone, and say more')
     arguments = parser.parse_args()
-    mutants = json.loads(pathlib.Path(arguments.mutants).read_text())
+    mutants: list[Mutant] = json.loads(pathlib.Path(arguments.mutants).read_text())
     equivalent = json.loads(EQUIVALENT.read_text())
+    start = time.monotonic()
 
-    noticed, how = is_noticed(arguments.driver, 0)
-    if noticed:
-        print(f'the kernels fail as they are: {how}')
+    as_written = run(arguments.driver)
+    if as_written.returncode != 0:
+        print(f'the kernels fail as they are (status {as_written.returncode}):\n{as_written.stdout}{as_written.stderr}')
         return 1
+    reaching = cases_by_mutant(as_written.stdout)
+    chosen = [mutant for mutant in mutants if not arguments.only or mutant['id'] in arguments.only]
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-        outcomes = list(pool.map(lambda mutant: is_noticed(arguments.driver, mutant['id']), mutants))
-    failed = 0
-    for mutant, (noticed, how) in zip(mutants, outcomes, strict=True):
-        reason = reason_for(mutant, equivalent)
-        is_wrong = noticed == bool(reason)
-        failed += is_wrong
-        state = ('noticed' if noticed else 'UNNOTICED') + (' though listed as equivalent' if noticed and reason else '')
-        print(f"{'FAIL' if is_wrong else 'ok  '} {mutant['id']:4} {state:10} {mutant['kind']:24} "
-              f"{mutant['file']}:{mutant['line']}  {reason or how}")
-    print(f'{len(mutants) - failed} passed, {failed} failed')
-    return 1 if failed else 0
+        outcomes = list(
+            pool.map(lambda mutant: outcome(arguments.driver, mutant, reaching.get(mutant['id'], [])), chosen))
+
+    failures = [
+        f'equivalent.json: nothing is like {entry}' for entry in equivalent
+        if not any(matches(entry, mutant) for mutant in mutants)
+    ]
+    counts = {'noticed': 0, 'equivalent': 0}
+    for mutant, (noticed, how) in zip(chosen, outcomes):
+        entry = next((entry for entry in equivalent if matches(entry, mutant)), None)
+        where = f"{mutant['id']:4} {mutant['kind']:20} {mutant['file']}:{mutant['line']} {mutant['function']}"
+        if noticed == (entry is not None):
+            failures.append(f"{'noticed, though listed as equivalent' if noticed else 'UNNOTICED'}: {where}  ({how})")
+        else:
+            counts['noticed' if noticed else 'equivalent'] += 1
+        print(f"{'noticed   ' if noticed else 'equivalent' if entry else 'UNNOTICED '} {where}  {how}")
+    print(*failures, sep='\n')
+    print(f"mutants: {counts['noticed']} noticed, {counts['equivalent']} equivalent, {len(failures)} failed, "
+          f'in {time.monotonic() - start:.0f} s')
+    return 1 if failures else 0
 
 
 if __name__ == '__main__':

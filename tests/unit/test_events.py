@@ -83,6 +83,31 @@ def test_previous_event_without_event_attribute_is_none(raw: object) -> None:
             solo_dispatch(buffer, previous_event=raw(), async_finish=True, allocate_on_comm_stream=True)
 
 
+@pytest.mark.skipif(device().type != "cuda", reason="the CPU has one stream")
+@pytest.mark.parametrize("of_first", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("of_second", [False, True], ids=["sync", "async"])
+def test_calls_on_different_streams_run_one_after_the_other(of_first: bool, of_second: bool) -> None:
+    """Though the caller orders the streams in no way. tests/unit/test_stream_order.py has the rest, over a model."""
+    with solo_buffer() as buffer:
+        solo_dispatch(buffer)
+        torch.cuda.synchronize()
+        first, second = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(first):
+            torch.cuda._sleep(100_000_000)  # type: ignore[no-untyped-call]
+            with solo_dispatch(buffer, num_worst_tokens=5, async_finish=of_first)[5]:
+                pass
+            is_done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            is_done.record(first)
+            assert not is_done.query(), "the device is faster than this test"
+        with torch.cuda.stream(second):
+            result = solo_dispatch(buffer, num_worst_tokens=5, async_finish=of_second)
+            with result[5]:
+                pass
+            second.synchronize()
+        assert is_done.query()
+        assert torch.equal(result[0].cpu(), torch.ones((5, 16), dtype=torch.bfloat16))
+
+
 def test_comm_stream() -> None:
     with solo_buffer() as buffer:
         if device().type == "cuda":

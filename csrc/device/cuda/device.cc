@@ -53,6 +53,7 @@ public:
 
     DeviceKind kind() const override { return DeviceKind::kCuda; }
     int num_sms() const override { return num_sms_; }
+    int useful_block_threads() const override { return 1024; }
     int max_shared_bytes() const override { return max_shared_bytes_; }
     bool has_bulk_copy() const override { return has_bulk_copy_; }
     std::string unique_id() const override { return format_uuid(uuid_); }
@@ -70,6 +71,7 @@ public:
     Stream create_stream() override;
     void destroy_stream(Stream stream) override;
     void synchronize_stream(Stream stream) override;
+    StreamKind stream_kind(Stream stream) override;
 
     Event create_event() override;
     void destroy_event(Event event) override;
@@ -320,6 +322,19 @@ void CudaDevice::destroy_stream(Stream stream) {
 void CudaDevice::synchronize_stream(Stream stream) {
     const DeviceGuard guard(index_);
     EP_CUDA(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)));
+}
+
+StreamKind CudaDevice::stream_kind(Stream handle) {
+    const auto stream = static_cast<cudaStream_t>(handle);
+    if (stream == nullptr || stream == cudaStreamLegacy) {
+        int current = -1;
+        EP_CUDA(cudaGetDevice(&current));
+        return current == index_ ? StreamKind::kPlain : StreamKind::kAmbiguous;
+    }
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    EP_CUDA(cudaStreamIsCapturing(stream, &status));
+    if (status != cudaStreamCaptureStatusNone) return StreamKind::kCaptured;
+    return stream == cudaStreamPerThread ? StreamKind::kAmbiguous : StreamKind::kPlain;
 }
 
 Event CudaDevice::create_event() {

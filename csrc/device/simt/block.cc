@@ -52,25 +52,26 @@ Block::Block(Core& core, int num_threads)
     polling_.reserve(fibers_.size());
 }
 
-Block::~Block() { destroy_agents(); }
+Block::~Block() { give_agents_back(); }
 
-void Block::create_agents() {
+void Block::take_agents() {
     for (Fiber& fiber : fibers_) {
         const std::string name =
             concat(launch_->name, " dev ", launch_->device->ordinal, " block ", block_idx_, " thread ", fiber.thread);
-        fiber.agent = hb::create_agent(serial + 1, launch_->device, name.c_str());
+        fiber.agent =
+            launch_->stream->agents.take(serial + 1, launch_->device, launch_->device->has_bulk_copy, name.c_str());
         fiber.context.tsan_fiber = hb::context_of(fiber.agent);
     }
 }
 
-void Block::destroy_agents() {
+void Block::give_agents_back() {
     for (Fiber& fiber : fibers_) {
         if (fiber.agent == nullptr) continue;
         if (fiber.state != FiberState::kExited || launch_->has_failed) {
             hb::As as(fiber.context.tsan_fiber);
             hb::release(launch_->device->failed);
         }
-        hb::destroy_agent(fiber.agent);
+        launch_->stream->agents.give_back(fiber.agent);
         fiber.agent = nullptr;
     }
 }
@@ -96,12 +97,12 @@ void Block::start(Launch& launch, int block_idx, std::unique_ptr<StackSlab> stac
         fiber.context.create(stacks_->low(i), stacks_->top(i), fiber_main);
         make_ready(fiber);
     }
-    if (hb::kIsEnabled) create_agents();
+    if (hb::kIsEnabled) take_agents();
 }
 
 std::unique_ptr<StackSlab> Block::stop() {
     num_live_ = 0;
-    if (hb::kIsEnabled) destroy_agents();
+    if (hb::kIsEnabled) give_agents_back();
     return std::move(stacks_);
 }
 
@@ -130,6 +131,16 @@ void Block::run_turn(uint64_t quantum) {
     Context::switch_to(drive_.context, first->context);
     current_fiber = nullptr;
     running = Running{};
+}
+
+uint64_t Block::state_hash() const {
+    uint64_t hash = serial;
+    for (const Fiber& fiber : fibers_) {
+        for (const uint64_t word : {fiber.poll.hash, fiber.previous_poll_hash, static_cast<uint64_t>(fiber.state),
+                                    static_cast<uint64_t>(fiber.line)})
+            hash = (hash ^ word) * 0x9e3779b97f4a7c15ull;
+    }
+    return hash;
 }
 
 void Block::poll(Fiber& self) {

@@ -96,7 +96,8 @@ public:
     // Scheduler side: runs fibers until none is ready or `quantum` resumptions have passed.
     void run_turn(uint64_t quantum);
     bool is_finished() const { return num_live_ == 0; }
-    void finish_copies();  // of a finished block
+    uint64_t state_hash() const;  // of where every fiber stands and what it saw
+    void finish_copies();         // of a finished block
 
     // Fiber side. `suspend` returns when the fiber is resumed; the caller has put it wherever it waits.
     void suspend(Fiber& self);
@@ -133,8 +134,8 @@ private:
     Rendezvous& join(Warp& warp, Fiber& self);
     [[noreturn, gnu::cold]] void fail_exchange(const Fiber& self, const std::string& what) const;
     void leave_meeting(Fiber& self);
-    void create_agents();
-    void destroy_agents();
+    void take_agents();
+    void give_agents_back();
     void complete(Warp& warp, Rendezvous& group, Fiber& last);
     [[noreturn, gnu::cold]] void fail_stack(const Fiber& self) const;
 

@@ -10,7 +10,7 @@ namespace deep_ep::simt {
 
 void BulkEngine::add(BulkCopy copy) {
     hb::Quiet quiet;
-    copy.edges = hb::on_bulk_issue(copy.issuer->agent, copy.mbarrier == nullptr ? copy.group : -1);
+    copy.edges = hb::on_bulk_issue(copy.issuer->agent, copy.group, copy.mbarrier);
     copies_.push_back(std::move(copy));
     if (block_.core().options().bulk == BulkMode::kEager) drain();
 }

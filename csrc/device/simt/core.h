@@ -76,6 +76,7 @@ struct StreamState {
     std::atomic<uint64_t> num_completed{0};
     void* context = hb::create_context("stream");
     hb::Key done = hb::make_key();
+    hb::AgentPool agents;
 
     ~StreamState() {
         hb::drop(done);
@@ -191,6 +192,7 @@ private:
     uint64_t num_passes_ = 0;
     uint64_t num_blocks_started_ = 0;
     int num_idle_passes_ = 0;
+    uint64_t idle_state_ = 0;  // after the last of them
     int num_idle_rounds_ = 0;
     uint64_t idle_advance_ns_ = 0;
     uint64_t virtual_now_ns_ = 1'000'000'000;

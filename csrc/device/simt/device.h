@@ -20,6 +20,7 @@ struct DeviceOptions {
     int num_sms = 4;
     int max_shared_bytes = 227 * 1024;
     bool has_bulk_copy = true;
+    int useful_block_threads = 128;  // a fiber costs more than it brings once a core has a few hundred of them
 };
 
 class SimtDevice final : public dev::Device {
@@ -33,6 +34,7 @@ public:
     int num_sms() const override { return options_.num_sms; }
     int max_shared_bytes() const override { return options_.max_shared_bytes; }
     bool has_bulk_copy() const override { return options_.has_bulk_copy; }
+    int useful_block_threads() const override { return options_.useful_block_threads; }
     std::string unique_id() const override;
 
     void* allocate(size_t bytes) override;
@@ -48,6 +50,7 @@ public:
     dev::Stream create_stream() override;
     void destroy_stream(dev::Stream stream) override;
     void synchronize_stream(dev::Stream stream) override;
+    dev::StreamKind stream_kind(dev::Stream) override { return dev::StreamKind::kPlain; }
     dev::Event create_event() override;
     void destroy_event(dev::Event event) override;
     void record_event(dev::Event event, dev::Stream stream) override;

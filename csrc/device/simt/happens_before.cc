@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "device/simt/block.h"
@@ -47,7 +48,7 @@ struct Agent {
     uint64_t block;
     const void* device;
     void* generic;
-    void* async;
+    void* async;             // null where the device has no bulk copies: contexts are few
     void* reader = nullptr;  // of its bulk copies; made when needed
     void* writer = nullptr;
     Key last_fence[3] = {0, 0, 0};
@@ -104,9 +105,15 @@ Agent* running_agent() {
     return __tsan_get_current_fiber() == current_fiber->agent->generic ? current_fiber->agent : nullptr;
 }
 
+// Knows next to nothing.
+void* blank_context() {
+    static void* const context = __tsan_create_fiber(0);
+    return context;
+}
+
 template <class Operation> void with_async_clock(Operation operation) {
     if (Agent* agent = running_agent()) {
-        As as(agent->async);
+        As as(agent->async == nullptr ? blank_context() : agent->async);
         operation();
     } else {
         operation();
@@ -222,16 +229,15 @@ void release_anew(Key key) {
 void acquire(Key key) {
     if (key == 0 || tables().keys[key].is_fresh) return;
     __tsan_acquire(cell(key, Proxy::kGeneric));
-    if (Agent* agent = running_agent()) {
+    if (Agent* agent = running_agent(); agent != nullptr && agent->async != nullptr) {
         As as(agent->async);
         __tsan_acquire(cell(key, Proxy::kAsync));
     }
 }
 
-// A new context knows what its creator knows: let that be next to nothing.
+// A new context knows what its creator knows.
 void* create_context(const char* name) {
-    static void* const creator = __tsan_create_fiber(0);
-    As as(creator);
+    As as(blank_context());
     Quiet quiet;
     void* context = __tsan_create_fiber(0);
     __tsan_set_fiber_name(context, name);
@@ -245,24 +251,46 @@ void destroy_context(void* context) {
 
 void* current_context() { return __tsan_get_current_fiber(); }
 
-Agent* create_agent(uint64_t block, const void* device, const char* name) {
+Agent* AgentPool::take(uint64_t block, const void* device, bool has_bulk_copy, const char* name) {
     Quiet quiet;
-    auto* agent = new Agent{.block = block, .device = device, .generic = create_context(name), .async = nullptr};
-    agent->async = create_context("async proxy");
+    if (spare_.empty()) {
+        auto* agent = new Agent{.block = block, .device = device, .generic = create_context(name), .async = nullptr};
+        if (has_bulk_copy) agent->async = create_context("async proxy");
+        return agent;
+    }
+    Agent* agent = spare_.back();
+    spare_.pop_back();
+    agent->block = block;
+    __tsan_set_fiber_name(agent->generic, name);
     return agent;
 }
 
-void destroy_agent(Agent* agent) {
-    if (agent == nullptr) return;
+void AgentPool::give_back(Agent* agent) {
     Quiet quiet;
-    for (void* context : {agent->generic, agent->async, agent->reader, agent->writer}) destroy_context(context);
-    for (Key key : agent->last_fence) drop(key);
+    for (Key& key : agent->last_fence) drop(std::exchange(key, 0));
     for (const Seen& seen : agent->seen) drop(seen.what.key);
     for (const StoreGroup& group : agent->groups) {
         drop(group.read_done);
         drop(group.write_done);
     }
-    delete agent;
+    agent->seen.clear();
+    agent->groups.clear();
+    used_.push_back(agent);
+}
+
+void AgentPool::end_kernel() {
+    Quiet quiet;
+    spare_.insert(spare_.end(), used_.rbegin(), used_.rend());
+    used_.clear();
+}
+
+AgentPool::~AgentPool() {
+    Quiet quiet;
+    end_kernel();
+    for (Agent* agent : spare_) {
+        for (void* context : {agent->generic, agent->async, agent->reader, agent->writer}) destroy_context(context);
+        delete agent;
+    }
 }
 
 void* context_of(const Agent* agent) { return agent->generic; }
@@ -314,7 +342,7 @@ void on_fence(int scope) {
 // bulk copy is one.)
 void on_proxy_fence() {
     Agent* agent = running_agent();
-    if (agent == nullptr) return;
+    if (agent == nullptr || agent->async == nullptr) return;
     Quiet quiet;
     const Key key = make_key();
     set_clock(cell(key, Proxy::kGeneric));
@@ -356,19 +384,24 @@ void on_mbarrier_wait(const void* address, uint32_t phase) {
     acquire(tables().mbarriers[address].phase[phase & 1]);
 }
 
-BulkEdges on_bulk_issue(Agent* issuer, int group) {
+BulkEdges on_bulk_issue(Agent* issuer, int group, const void* mbarrier) {
+    const bool is_store = mbarrier == nullptr;
+    if (!is_store) {  // the async proxy must know that it is initialised
+        As as(issuer->async);
+        on_mbarrier_use(mbarrier);
+    }
     Quiet quiet;
     if (issuer->reader == nullptr) {
         issuer->reader = create_context("bulk copy, read");
         issuer->writer = create_context("bulk copy, write");
     }
-    BulkEdges edges{group >= 0, make_key(), make_key(), make_key(), make_key()};
+    BulkEdges edges{is_store, make_key(), make_key(), make_key(), make_key()};
     set_clock(cell(edges.before_write, Proxy::kGeneric));
     {
         As as(issuer->async);
         set_clock(cell(edges.before_read, Proxy::kGeneric));
     }
-    if (group >= 0) {
+    if (is_store) {
         add_reference(edges.read_done);
         add_reference(edges.write_done);
         issuer->groups.push_back({group, edges.read_done, edges.write_done});

@@ -11,6 +11,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace deep_ep::simt::hb {
 
@@ -55,9 +56,24 @@ private:
     void* previous_;
 };
 
-Agent* create_agent(uint64_t block, const void* device, const char* name);
-void destroy_agent(Agent* agent);
 void* context_of(const Agent* agent);
+
+// The agents of a stream's kernels. ThreadSanitizer keeps 255 contexts apart, so the threads of a kernel continue those of
+// the kernels before it in the stream, after which they come anyway.
+class AgentPool {
+public:
+    AgentPool() = default;
+    ~AgentPool();
+    AgentPool(const AgentPool&) = delete;
+    AgentPool& operator=(const AgentPool&) = delete;
+
+    Agent* take(uint64_t block, const void* device, bool has_bulk_copy, const char* name);
+    void give_back(Agent* agent);
+    void end_kernel();  // from here on, what was given back may be taken again: blocks of a kernel are not ordered
+
+private:
+    std::vector<Agent*> spare_, used_;
+};
 
 // Memory accesses of the running thread (or the host). Scope: 0 cta, 1 gpu, 2 sys.
 void on_load(const void* address, bool is_acquire, int scope);
@@ -81,7 +97,7 @@ struct BulkEdges {
     Key read_done = 0;
     Key write_done = 0;
 };
-BulkEdges on_bulk_issue(Agent* issuer, int group);  // group < 0: a load
+BulkEdges on_bulk_issue(Agent* issuer, int group, const void* mbarrier);  // mbarrier: of a load, else null
 void on_bulk_read(Agent* issuer, const BulkEdges& edges, const void* address, size_t bytes);
 void on_bulk_write(Agent* issuer, const BulkEdges& edges, void* address, size_t bytes);
 void on_bulk_load_done(Agent* issuer, const void* mbarrier, uint32_t phase, bool is_first);
@@ -118,9 +134,13 @@ inline void acquire(Key) {}
 inline void* create_context(const char*) { return nullptr; }
 inline void destroy_context(void*) {}
 inline void* current_context() { return nullptr; }
-inline Agent* create_agent(uint64_t, const void*, const char*) { return nullptr; }
-inline void destroy_agent(Agent*) {}
 inline void* context_of(const Agent*) { return nullptr; }
+class AgentPool {
+public:
+    Agent* take(uint64_t, const void*, bool, const char*) { return nullptr; }
+    void give_back(Agent*) {}
+    void end_kernel() {}
+};
 inline void on_load(const void*, bool, int) {}
 inline void on_store(const void*, bool, int) {}
 inline void on_update(const void*, bool, bool, int) {}
@@ -130,7 +150,7 @@ inline void on_mbarrier_init(const void*) {}
 inline void on_mbarrier_arrive(const void*, uint32_t, bool) {}
 inline void on_mbarrier_wait(const void*, uint32_t) {}
 inline void on_mbarrier_use(const void*) {}
-inline BulkEdges on_bulk_issue(Agent*, int) { return {}; }
+inline BulkEdges on_bulk_issue(Agent*, int, const void*) { return {}; }
 inline void on_bulk_read(Agent*, const BulkEdges&, const void*, size_t) {}
 inline void on_bulk_write(Agent*, const BulkEdges&, void*, size_t) {}
 inline void on_bulk_load_done(Agent*, const void*, uint32_t, bool) {}

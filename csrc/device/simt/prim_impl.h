@@ -133,7 +133,7 @@ EP_DEVICE bool has_fp8_rounding() { return false; }
 EP_DEVICE uint32_t round_to_e4m3x2(float, float) { return 0; }
 
 EP_DEVICE void mbarrier_init(MBarrier* bar, uint32_t arrivals) { simt::mbarrier_init(&bar->state, arrivals); }
-EP_DEVICE void mbarrier_init_fence() {}
+EP_DEVICE void mbarrier_init_fence() { simt::hb::on_proxy_fence(); }
 EP_DEVICE void mbarrier_arrive(MBarrier* bar) { simt::mbarrier_arrive(&bar->state, false, 0); }
 EP_DEVICE void mbarrier_arrive_expect_tx(MBarrier* bar, uint32_t bytes) {
     simt::mbarrier_arrive(&bar->state, true, bytes);

@@ -55,7 +55,12 @@ void Core::step() {
         idle_advance_ns_ = 0;
         return;
     }
-    if (++num_idle_passes_ >= 2) on_idle();
+    // Idle: two full passes in a row leave every fiber where it was.
+    uint64_t state = 0;
+    for (const auto& block : blocks_) state += block->state_hash();
+    num_idle_passes_ = num_idle_passes_ == 0 || state == idle_state_ ? num_idle_passes_ + 1 : 1;
+    idle_state_ = state;
+    if (num_idle_passes_ >= 3) on_idle();
 }
 
 // A full pass resumes everything that can run at least once; others may leave some out, when seeded.
@@ -156,6 +161,7 @@ void Core::finish_operation(StreamState& stream) {
         if (first.launch != nullptr) hb::acquire(first.launch->end);
         hb::release_anew(stream.done);
     }
+    stream.agents.end_kernel();
     hb::drop(first.submitted);
     stream.queue.pop_front();
     stream.is_running = false;

@@ -50,7 +50,6 @@ uint64_t Block::exchange(Fiber& self) {
                           group->line == self.line && group->file == self.file && (self.mask & lane_bit) != 0;
     if (!is_usual) group = &join(warp, self);
     group->arrived |= lane_bit;
-    drive_.note_progress();
     const hb::Key meeting = group->meeting;
     if (meeting != 0) hb::release(meeting);
     if (group->arrived != group->mask) {
@@ -110,7 +109,10 @@ uint64_t warp_exchange(WarpOp op, uint32_t mask, uint64_t value, unsigned source
     self.source_lane = static_cast<uint8_t>(source_lane);
     self.file = file;
     self.line = line;
-    return self.block->exchange(self);
+    const uint64_t result = self.block->exchange(self);
+    // Not progress by itself: a warp may poll with collectives. What it does next depends on the result, as on a load.
+    self.poll.hash = (self.poll.hash ^ static_cast<uint64_t>(line)) * 0x9e3779b97f4a7c15ull + result;
+    return result;
 }
 
 }  // namespace deep_ep::simt

@@ -17,24 +17,26 @@ using prim::kWarpSize;
 using prim::Order;
 using prim::Scope;
 
-constexpr int kNumThreads = 256;
-constexpr int kNumWarps = kNumThreads / kWarpSize;
+constexpr int kMaxWarps = kMaxNotifyThreads / kWarpSize;
 constexpr int kMaxScanBlocks = 8;
 
 struct Kernel {
     using Params = NotifyDispatchParams;
-    static constexpr int kMaxThreads = kNumThreads;
+    static constexpr int kMaxThreads = kMaxNotifyThreads;
     struct Shared {
-        int is_ok[kNumWarps];
-        int warp_totals[kNumWarps];
+        int is_ok[kMaxWarps];
+        int warp_totals[kMaxWarps];
     };
+
+    static EP_DEVICE int num_threads() { return static_cast<int>(blockDim.x); }
+    static EP_DEVICE int num_warps() { return num_threads() / kWarpSize; }
 
     // Warp by warp, one peer at a time: our whole row of token counts, and the entries for the peer's experts.
     static EP_DEVICE void write_counts(const Params& p, const algo::Watch& watch) {
         const algo::Heap& heap = watch.heap;
         const int bank = algo::bank_of(watch.call);
         const int num_local_experts = p.num_experts / heap.num_ranks();
-        for (int peer = prim::warp_idx(); peer < heap.num_ranks(); peer += kNumWarps) {
+        for (int peer = prim::warp_idx(); peer < heap.num_ranks(); peer += num_warps()) {
             int* rank_counts = heap.rank_counts(peer, bank, heap.rank());
             for (int i = prim::lane_idx(); i < heap.num_ranks(); i += kWarpSize)
                 rank_counts[i] = p.num_tokens_per_rank[i];
@@ -53,7 +55,7 @@ struct Kernel {
         const algo::Heap& heap = watch.heap;
         const int bank = algo::bank_of(watch.call);
         bool is_ok = true;
-        for (int source = prim::warp_idx(); source < heap.num_ranks(); source += kNumWarps) {
+        for (int source = prim::warp_idx(); source < heap.num_ranks(); source += num_warps()) {
             if (prim::lane_idx() == 0)
                 is_ok = algo::wait_at_least(watch, {Stage::kCounts, source}, heap.count_flag(heap.rank(), bank, source),
                                             watch.call);
@@ -68,7 +70,7 @@ struct Kernel {
     }
 
     static EP_DEVICE void accumulate_sources(const Params& p, int num_ranks) {
-        for (int destination = static_cast<int>(threadIdx.x); destination < num_ranks; destination += kNumThreads) {
+        for (int destination = static_cast<int>(threadIdx.x); destination < num_ranks; destination += num_threads()) {
             int sum = 0;
             for (int source = 0; source < num_ranks; ++source) {
                 int& cell = p.rank_prefix_matrix[source * num_ranks + destination];
@@ -81,14 +83,14 @@ struct Kernel {
     static EP_DEVICE void tell_host(const Params& p, const algo::Watch& watch) {
         const algo::Heap& heap = watch.heap;
         const int bank = algo::bank_of(watch.call);
-        for (int e = static_cast<int>(threadIdx.x); e < p.num_experts / heap.num_ranks(); e += kNumThreads) {
+        for (int e = static_cast<int>(threadIdx.x); e < p.num_experts / heap.num_ranks(); e += num_threads()) {
             int sum = 0;
             for (int source = 0; source < heap.num_ranks(); ++source)
                 sum += heap.expert_counts(heap.rank(), bank, source)[e];
             const int aligned = (sum + p.expert_alignment - 1) / p.expert_alignment * p.expert_alignment;
             prim::store<Order::kRelaxed, Scope::kSys>(&p.counts->num_recv_per_expert[e], aligned);
         }
-        __syncthreads();
+        __syncthreads();  // everybody's counts and prefix sums, one thread's release
         if (threadIdx.x != 0) return;
         const int last_row = (heap.num_ranks() - 1) * heap.num_ranks();
         prim::store<Order::kRelaxed, Scope::kSys>(&p.counts->num_recv_tokens,
@@ -102,7 +104,7 @@ struct Kernel {
         if (prim::lane_idx() == 0) shared.is_ok[prim::warp_idx()] = is_ok;
         __syncthreads();
         bool all = true;
-        for (int warp = 0; warp < kNumWarps; ++warp) all &= shared.is_ok[warp] != 0;
+        for (int warp = 0; warp < num_warps(); ++warp) all &= shared.is_ok[warp] != 0;
         __syncthreads();
         return all;
     }
@@ -119,14 +121,13 @@ struct Kernel {
         write_counts(p, watch);
         if (!all_warps(read_counts(p, watch), shared)) return;
         accumulate_sources(p, watch.heap.num_ranks());
-        __syncthreads();
         if (p.counts != nullptr) tell_host(p, watch);
     }
 
-    // The whole block scans one column of is_token_in_rank, a tile of kNumThreads tokens at a time.
+    // The whole block scans one column of is_token_in_rank, a tile of as many tokens as there are threads at a time.
     static EP_DEVICE void scan_column(const Params& p, int num_ranks, int rank, Shared& shared) {
         int num_before = 0;
-        for (int tile = 0; tile < p.num_tokens; tile += kNumThreads) {
+        for (int tile = 0; tile < p.num_tokens; tile += num_threads()) {
             const int token = tile + static_cast<int>(threadIdx.x);
             const int64_t cell = static_cast<int64_t>(token) * num_ranks + rank;
             const bool is_sent = token < p.num_tokens && p.is_token_in_rank[cell] != 0;
@@ -134,7 +135,9 @@ struct Kernel {
             if (prim::lane_idx() == 0) shared.warp_totals[prim::warp_idx()] = __popc(ballot);
             __syncthreads();
             int position = num_before + __popc(ballot & ((1u << prim::lane_idx()) - 1));
-            for (int warp = 0; warp < kNumWarps; ++warp) {
+#pragma unroll
+            for (int warp = 0; warp < kMaxWarps; ++warp) {
+                if (warp >= num_warps()) break;
                 if (warp < prim::warp_idx()) position += shared.warp_totals[warp];
                 num_before += shared.warp_totals[warp];
             }
@@ -160,7 +163,7 @@ void launch(const NotifyDispatchParams& params, dev::Stream stream) {
     const int num_scan_blocks = params.heap.num_ranks < kMaxScanBlocks ? params.heap.num_ranks : kMaxScanBlocks;
     dev::LaunchConfig config;
     config.num_blocks = 1 + num_scan_blocks;
-    config.num_threads = kNumThreads;
+    config.num_threads = params.num_threads;
     config.name = "deep_ep::notify_dispatch";
     dev::launch<Kernel>(config, stream, params);
 }

@@ -17,10 +17,12 @@ constexpr int kIdBatch = 8;
 
 struct Kernel {
     using Params = LayoutParams;
-    static constexpr int kMaxThreads = kNumThreads;
+    static constexpr int kMaxThreads = kMaxLayoutThreads;
     struct Shared {
         int is_last_block;
     };
+
+    static EP_DEVICE int num_threads() { return static_cast<int>(blockDim.x); }
 
     static EP_DEVICE_COLD void report_bad_expert(WatchParams watch, int num_experts, int token, int64_t expert) {
         if (prim::compare_swap<Order::kRelaxed, Scope::kGpu>(&watch.local->failure_claimed, 0u, 1u) != 0u) return;
@@ -79,20 +81,20 @@ struct Kernel {
 
     static EP_DEVICE void count_share(const Params& p, int* counts) {
         const int num_counts = p.num_ranks + p.num_experts;
-        for (int i = static_cast<int>(threadIdx.x); i < num_counts; i += kNumThreads) counts[i] = 0;
+        for (int i = static_cast<int>(threadIdx.x); i < num_counts; i += num_threads()) counts[i] = 0;
         __syncthreads();
-        const int num_threads = static_cast<int>(gridDim.x) * kNumThreads;
-        for (int first = static_cast<int>(blockIdx.x) * kNumThreads; first < p.num_tokens; first += num_threads)
+        const int num_in_grid = static_cast<int>(gridDim.x) * num_threads();
+        for (int first = static_cast<int>(blockIdx.x) * num_threads(); first < p.num_tokens; first += num_in_grid)
             count_tokens(p, first + static_cast<int>(threadIdx.x), counts, counts + p.num_ranks);
         __syncthreads();
-        for (int i = static_cast<int>(threadIdx.x); i < num_counts; i += kNumThreads)
+        for (int i = static_cast<int>(threadIdx.x); i < num_counts; i += num_threads())
             p.partials[static_cast<int64_t>(i) * kMaxLayoutBlocks + blockIdx.x] = counts[i];
     }
 
     // A count's partials lie side by side: a thread has all of them in flight at once.
     static EP_DEVICE void sum_partials(const Params& p) {
         const int num_blocks = static_cast<int>(gridDim.x);
-        for (int i = static_cast<int>(threadIdx.x); i < p.num_ranks + p.num_experts; i += kNumThreads) {
+        for (int i = static_cast<int>(threadIdx.x); i < p.num_ranks + p.num_experts; i += num_threads()) {
             const int* partials = p.partials + static_cast<int64_t>(i) * kMaxLayoutBlocks;
             int sum = 0;
 #pragma unroll
@@ -118,7 +120,7 @@ struct Kernel {
 void launch(const LayoutParams& params, int num_blocks, dev::Stream stream) {
     dev::LaunchConfig config;
     config.num_blocks = num_blocks;
-    config.num_threads = kNumThreads;
+    config.num_threads = params.num_threads;
     config.dynamic_shared_bytes = static_cast<int>(sizeof(int)) * (params.num_ranks + params.num_experts);
     config.name = "deep_ep::dispatch_layout";
     dev::launch<Kernel>(config, stream, params);

@@ -6,8 +6,6 @@
 
 namespace deep_ep::kernels::dispatch_layout {
 
-constexpr int kNumThreads = 256;
-
 inline namespace EP_BACKEND {
 void launch(const LayoutParams& params, int num_blocks, dev::Stream stream);
 }

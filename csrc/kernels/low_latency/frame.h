@@ -229,8 +229,8 @@ EP_DEVICE void settle(const Context& c) {
 // is there later does their part.
 EP_DEVICE void end_send(const Context& c, Block* block) {
     if (is_last_warp()) settle(c);
-    // Another warp than that, and than warp 0, which is busy with releases.
-    if (threadIdx.x == kWarpSize) {
+    // Another warp than that, and than warp 0, which is busy with releases; a block may have but one.
+    if (threadIdx.x == (blockDim.x > kWarpSize ? kWarpSize : 0)) {
         bool receives = c.receives() && block->is_ready != 0;
         if (receives) receives = prim::load<Order::kRelaxed, Scope::kGpu>(&c.turn->begun_blocks) == gridDim.x;
         block->receives = receives ? 1 : 0;

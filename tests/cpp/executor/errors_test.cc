@@ -133,6 +133,7 @@ EP_DEVICE void break_bulk_copy(Mistake mistake, const Params& params, Shared& sh
             break;
         case Mistake::kBulkLoadUnawaited:
             prim::mbarrier_init(&shared.bar, 1);
+            prim::mbarrier_init_fence();
             prim::bulk_load(shared.words, params.words, 64, &shared.bar);
             break;
         default: break;

@@ -244,21 +244,32 @@ template <bool kTellsTooEarly> struct RingReceiveKernel {
 // ---------------------------------------------------------------------------------------------------------------
 // A rank loads by bulk copy what its peer wrote with ordinary stores.
 // ---------------------------------------------------------------------------------------------------------------
-template <bool kHasProxyFence> struct LoadKernel {
+enum class Load { kRight, kNoProxyFence, kNoInitFence };
+
+template <Load kHow> struct LoadKernel {
     using Params = MessageParams;
     struct Shared {
         alignas(16) uint32_t words[32];
         prim::MBarrier arrived;
     };
+    static EP_DEVICE void wait_for_flag(const Params& params) {
+        while (prim::load<Order::kAcquire, Scope::kSys>(params.flag) == 0) prim::pause();
+    }
+    static EP_DEVICE void wait_and_fence(const Params& params) {
+        wait_for_flag(params);
+        prim::fence_async_global();
+    }
     static EP_DEVICE void run(const Params& params, Shared& shared) {
         if (threadIdx.x == 0) {
+            // One fence stands after the initialisation, the other one after the acquire; neither does the other's work.
+            if constexpr (kHow == Load::kNoInitFence) wait_and_fence(params);
             prim::mbarrier_init(&shared.arrived, 1);
-            prim::mbarrier_init_fence();
+            if constexpr (kHow != Load::kNoInitFence) prim::mbarrier_init_fence();
         }
         __syncthreads();
         if (threadIdx.x == 0) {
-            while (prim::load<Order::kAcquire, Scope::kSys>(params.flag) == 0) prim::pause();
-            if constexpr (kHasProxyFence) prim::fence_async_global();
+            if constexpr (kHow == Load::kRight) wait_and_fence(params);
+            if constexpr (kHow == Load::kNoProxyFence) wait_for_flag(params);
             prim::mbarrier_arrive_expect_tx(&shared.arrived, 128);
             prim::bulk_load(shared.words, params.data, 128, &shared.arrived);
         }

@@ -75,6 +75,18 @@ struct BackwardsKernel {
     }
 };
 
+// A warp whose polls are votes, as in algo::serve_streams.
+struct VotingKernel {
+    struct Params {
+        uint32_t* flag;
+    };
+    struct Shared {};
+    static EP_DEVICE void run(const Params& params, Shared&) {
+        const uint32_t* flag = params.flag;
+        while (!__any_sync(prim::kFullMask, prim::load<Order::kRelaxed, Scope::kGpu>(flag) != 0)) prim::pause();
+    }
+};
+
 struct AddKernel {
     struct Params {
         int* word;
@@ -146,6 +158,17 @@ TEST_CASE("a grid that relies on all blocks being resident deadlocks when they a
         CHECK(contains(report, "block 0 warp 0 lanes 0xfffffffe: __syncwarp(0xffffffff) at "));
         CHECK(contains(report, "missing lanes 0x1"));
         CHECK(contains(report, "1 of 3 blocks are not resident (max_resident_blocks = 2)"));
+    }
+}
+
+TEST_CASE("a warp that polls with a vote is seen to wait for ever, like one that polls with loads alone") {
+    for (const uint64_t seed : {0, 4}) {
+        simt::Scheduler scheduler({.seed = seed});
+        simt::SimtDevice device(scheduler, 1);
+        auto* flag = static_cast<uint32_t*>(device.allocate(4));
+        dev::launch<VotingKernel>({.num_blocks = 2, .name = "voting"}, device.create_stream(), {flag});
+        CHECK(contains(failure_of(scheduler), "block 1 warp 0 lanes 0xffffffff: polls device 1 memory #0 + 0"));
+        device.free(flag);
     }
 }
 

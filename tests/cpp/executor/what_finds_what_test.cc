@@ -161,13 +161,13 @@ template <bool kHasProxyFence> Found hunt_overwrite() {
         has_wrong_words);
 }
 
-template <bool kHasProxyFence> Found hunt_load() {
+template <Load kHow> Found hunt_load() {
     return hunt(
         {},
         [](TwoRanks& ranks) {
             const MessageParams params{ranks.words, ranks.words + 1024, ranks.num_wrong()};
             dev::launch<SendKernel<Send::kRelease>>({.name = "send"}, ranks.first_stream, params);
-            dev::launch<LoadKernel<kHasProxyFence>>({.name = "load"}, ranks.second_stream, params);
+            dev::launch<LoadKernel<kHow>>({.name = "load"}, ranks.second_stream, params);
         },
         has_wrong_words);
 }
@@ -252,6 +252,10 @@ TEST_CASE("no proxy fence between a generic write and a bulk store of it: only T
 }
 
 TEST_CASE("no proxy fence between an acquire and a bulk load of what it guards: only TSan") {
-    check_is_clean(hunt_load<true>());
-    check_only_tsan_finds(hunt_load<false>());
+    check_is_clean(hunt_load<Load::kRight>());
+    check_only_tsan_finds(hunt_load<Load::kNoProxyFence>());
+}
+
+TEST_CASE("no fence between the initialisation of an mbarrier and the bulk load that completes on it: only TSan") {
+    check_only_tsan_finds(hunt_load<Load::kNoInitFence>());
 }

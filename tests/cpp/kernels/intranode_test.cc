@@ -112,7 +112,7 @@ TEST_CASE("every way through a block gives the same bits") {
                 CAPTURE(device.max_shared_bytes);
                 CAPTURE(seed);
                 CAPTURE(window);
-                World world(problem.num_ranks(), region_for(problem, window), seeded(seed), 100, 0, false, device);
+                World world(problem.num_ranks(), region_for(problem, window), seeded(seed), 100, 0, false, {device});
                 CHECK_EQ(round_trip(world, problem), "");
             }
         }

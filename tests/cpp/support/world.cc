@@ -30,10 +30,11 @@ void fill_routing(const Problem& problem, std::mt19937_64& rng, RankTensors& ten
 }  // namespace
 
 World::World(int num_ranks, int64_t num_data_bytes, const simt::SchedulerOptions& options, double timeout_s,
-             int64_t num_low_latency_bytes, bool is_shrinkable, const simt::DeviceOptions& device)
+             int64_t num_low_latency_bytes, bool is_shrinkable, const std::vector<simt::DeviceOptions>& devices)
     : scheduler_(std::make_unique<simt::Scheduler>(options)) {
     std::vector<std::string> handles;
     for (int rank = 0; rank < num_ranks; ++rank) {
+        const simt::DeviceOptions& device = devices[static_cast<size_t>(rank) % devices.size()];
         devices_.push_back(std::make_shared<simt::SimtDevice>(*scheduler_, rank, device));
         buffers_.push_back(std::make_unique<runtime::Buffer>(
             devices_.back(), runtime::BufferOptions{.rank = rank,
@@ -106,19 +107,20 @@ void prepare_combine(const Problem& problem, RankTensors& tensors, int rank) {
     tensors.combined_weights.assign(num_tokens * static_cast<size_t>(problem.num_topk), 12345.0f);
 }
 
+void World::launch_layout(const Problem& problem, RankTensors& tensors, int rank) {
+    buffer(rank).get_dispatch_layout({.topk_idx = tensors.topk_idx.data(),
+                                      .idx_bytes = 8,
+                                      .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
+                                      .num_topk = problem.num_topk,
+                                      .num_experts = problem.num_experts,
+                                      .num_tokens_per_rank = tensors.num_tokens_per_rank.data(),
+                                      .num_tokens_per_expert = tensors.num_tokens_per_expert.data(),
+                                      .is_token_in_rank = tensors.is_token_in_rank.data()},
+                                     stream(rank));
+}
+
 void World::layout(const Problem& problem, std::vector<RankTensors>& ranks) {
-    for (int rank = 0; rank < num_ranks(); ++rank) {
-        RankTensors& tensors = ranks[static_cast<size_t>(rank)];
-        buffer(rank).get_dispatch_layout({.topk_idx = tensors.topk_idx.data(),
-                                          .idx_bytes = 8,
-                                          .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
-                                          .num_topk = problem.num_topk,
-                                          .num_experts = problem.num_experts,
-                                          .num_tokens_per_rank = tensors.num_tokens_per_rank.data(),
-                                          .num_tokens_per_expert = tensors.num_tokens_per_expert.data(),
-                                          .is_token_in_rank = tensors.is_token_in_rank.data()},
-                                         stream(rank));
-    }
+    for (int rank = 0; rank < num_ranks(); ++rank) launch_layout(problem, ranks[static_cast<size_t>(rank)], rank);
     run();
 }
 

@@ -59,7 +59,8 @@ struct RankTensors {
 class World {
 public:
     World(int num_ranks, int64_t num_data_bytes, const simt::SchedulerOptions& options, double timeout_s = 100,
-          int64_t num_low_latency_bytes = 0, bool is_shrinkable = false, const simt::DeviceOptions& device = {});
+          int64_t num_low_latency_bytes = 0, bool is_shrinkable = false,
+          const std::vector<simt::DeviceOptions>& devices = {{}});  // of each rank; one: of all
     ~World();
 
     simt::Scheduler& scheduler() { return *scheduler_; }
@@ -75,6 +76,7 @@ public:
     void combine(const Problem& problem, std::vector<RankTensors>& ranks);
 
     // The launches alone, for tests that interleave calls or leave a rank out.
+    void launch_layout(const Problem& problem, RankTensors& tensors, int rank);
     void launch_notify(const Problem& problem, RankTensors& tensors, int rank);
     void launch_dispatch(const Problem& problem, RankTensors& tensors, int rank, bool is_cached);
     void launch_combine(const Problem& problem, RankTensors& tensors, int rank);

@@ -1,0 +1,254 @@
+#!/usr/bin/env python3
+"""What a call of the high-throughput mode costs the thread that makes it, in microseconds.
+
+    python benchmarks/host_cost.py                on a GPU: one rank, 64 tokens, everything real
+    python benchmarks/host_cost.py --python-only  anywhere: streams, events and the native Buffer do nothing
+
+Figures are of the calling thread: its CPU time, and the wall time. The time in which a fresh dispatch waits for the
+counts is left out of both. `--python-only` is for work on the Python part where there is no GPU; it also counts what a
+call asks of the device.
+"""
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from deep_ep import Buffer, _streams
+from deep_ep._raw_cuda import EventPool
+
+HIDDEN, NUM_EXPERTS, NUM_TOPK, NUM_TOKENS = 7168, 64, 8, 64
+CALLS_IN_A_ROW = 20  # then the device is let catch up, so that no queue fills
+CURRENT_STREAM = 1000
+
+
+class SoloComm:
+    """A group of one rank."""
+
+    def Get_rank(self) -> int:  # noqa: N802 - mpi4py's name
+        return 0
+
+    def Get_size(self) -> int:  # noqa: N802
+        return 1
+
+    def allgather(self, item: Any) -> list[Any]:
+        return [item]
+
+
+class TimedRuntime:
+    """The native Buffer's methods, as attributes; what wait_counts takes is added up."""
+
+    def __init__(self, runtime: Any) -> None:
+        for name in ("check", "get_dispatch_layout", "notify_dispatch", "dispatch", "combine"):
+            setattr(self, name, getattr(runtime, name))
+        self._wait_counts = runtime.wait_counts
+        self.cpu_ns = self.wall_ns = 0
+
+    def wait_counts(self) -> Any:
+        cpu, wall = time.thread_time_ns(), time.perf_counter_ns()
+        counts = self._wait_counts()
+        self.wall_ns += time.perf_counter_ns() - wall
+        self.cpu_ns += time.thread_time_ns() - cpu
+        return counts
+
+
+class NoRuntime:
+    """Does nothing, and reports that every token came back to this one rank."""
+
+    def __init__(self, counts: Counter[str]) -> None:
+        self._counts = counts
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        counts = self._counts
+
+        def method(*_: Any) -> Any:
+            counts[name] += 1
+            return (NUM_TOKENS, [0] * NUM_EXPERTS) if name == "wait_counts" else None
+
+        setattr(self, name, method)
+        return method
+
+
+class NoDevice:
+    """Streams and events that do nothing."""
+
+    def __init__(self, counts: Counter[str]) -> None:
+        self._counts = counts
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        counts = self._counts
+
+        def method(*_: Any) -> Any:
+            counts[name] += 1
+            return "plain" if name == "stream_kind" else 1
+
+        setattr(self, name, method)
+        return method
+
+
+def measure(call: Callable[[], Any], runtime: TimedRuntime, settle: Callable[[], None],
+            num_rounds: int) -> tuple[float, float]:
+    """Median CPU and wall time of a call."""
+    cpu_us, wall_us = [], []
+    for _ in range(num_rounds):
+        settle()
+        runtime.cpu_ns = runtime.wall_ns = 0
+        cpu, wall = time.thread_time_ns(), time.perf_counter_ns()
+        for _ in range(CALLS_IN_A_ROW):
+            call()
+        wall = time.perf_counter_ns() - wall - runtime.wall_ns
+        cpu = time.thread_time_ns() - cpu - runtime.cpu_ns
+        cpu_us.append(cpu / CALLS_IN_A_ROW / 1e3)
+        wall_us.append(wall / CALLS_IN_A_ROW / 1e3)
+    return statistics.median(cpu_us), statistics.median(wall_us)
+
+
+def make_calls(buffer: Buffer, device: torch.device) -> dict[str, Callable[[], Any]]:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand((NUM_TOKENS, NUM_EXPERTS), generator=generator)
+    topk_idx = scores.topk(NUM_TOPK, dim=1).indices.to(device)
+    weights = torch.rand((NUM_TOKENS, NUM_TOPK), generator=generator).to(device)
+    x = torch.ones((NUM_TOKENS, HIDDEN), dtype=torch.bfloat16, device=device)
+    per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, NUM_EXPERTS)
+    fresh: dict[str, Any] = {
+        "num_tokens_per_rank": per_rank,
+        "is_token_in_rank": in_rank,
+        "num_tokens_per_expert": per_expert,
+        "topk_idx": topk_idx,
+        "topk_weights": weights
+    }
+    recv_x, _, recv_weights, _, handle, _ = buffer.dispatch(x, **fresh)
+
+    def overlapped() -> dict[str, Any]:
+        return {"previous_event": Buffer.capture(), "async_finish": True, "allocate_on_comm_stream": True}
+
+    def dispatch_and_wait(**options: Any) -> None:
+        buffer.dispatch(x, **fresh, **options)[5].current_stream_wait()
+
+    def combine_and_wait(**options: Any) -> None:
+        buffer.combine(recv_x, handle, **options)[2].current_stream_wait()
+
+    return {
+        "layout": lambda: buffer.get_dispatch_layout(topk_idx, NUM_EXPERTS),
+        "dispatch": lambda: buffer.dispatch(x, **fresh),
+        "dispatch, worst case": lambda: buffer.dispatch(x, num_worst_tokens=NUM_TOKENS, **fresh),
+        "dispatch, cached": lambda: buffer.dispatch(x, handle),
+        "combine": lambda: buffer.combine(recv_x, handle),
+        "combine with weights": lambda: buffer.combine(recv_x, handle, recv_weights),
+        "dispatch, async": lambda: dispatch_and_wait(async_finish=True),
+        "combine, async": lambda: combine_and_wait(async_finish=True),
+        "dispatch, overlapped": lambda: dispatch_and_wait(**overlapped()),
+        "combine, overlapped": lambda: combine_and_wait(**overlapped()),
+    }
+
+
+def time_primitives(buffer: Buffer, device: torch.device) -> None:
+    """What a call is made of, one by one: what remains when the Python part is nothing."""
+    session = buffer._session
+    assert session is not None
+    native, runtime = session.streams.native, session.runtime
+    stream = torch.cuda.current_stream()
+    handle = stream.cuda_stream
+    event = native.create_event()
+    x = torch.ones((NUM_TOKENS, HIDDEN), dtype=torch.bfloat16, device=device)
+    prefix = torch.full((1, 1), NUM_TOKENS, dtype=torch.int32, device=device)
+    head = torch.arange(NUM_TOKENS, dtype=torch.int32, device=device)
+    addresses = [tensor.data_ptr() for tensor in (x, prefix, head, torch.empty_like(x))]
+    primitives: dict[str, Callable[[], Any]] = {
+        "launch of combine":
+        lambda: runtime.combine(addresses[0], NUM_TOKENS, HIDDEN, 0, 0, 0, 0, addresses[1], addresses[2], NUM_TOKENS,
+                                addresses[3], 0, 20, handle),
+        "native check":
+        runtime.check,
+        "torch.empty 2-D":
+        lambda: torch.empty(NUM_TOKENS, HIDDEN, dtype=torch.bfloat16, device=device),
+        "torch.empty, tuple":
+        lambda: torch.empty((NUM_TOKENS, HIDDEN), dtype=torch.bfloat16, device=device),
+        "record_event":
+        lambda: native.record_event(event, handle),
+        "stream_wait_event":
+        lambda: native.stream_wait_event(handle, event),
+        "torch wait_stream":
+        lambda: stream.wait_stream(session.streams.comm_stream),
+        "record_stream":
+        lambda: x.record_stream(session.streams.comm_stream),
+        "torch current_stream":
+        lambda: torch.cuda.current_stream(device),
+    }
+    if hasattr(native, "stream_kind"):
+        primitives["stream_kind"] = lambda: native.stream_kind(handle)
+    runtime_without_waits = SimpleNamespace(cpu_ns=0, wall_ns=0)
+    for name, primitive in primitives.items():
+        measure(primitive, runtime_without_waits, torch.cuda.synchronize, 5)  # type: ignore[arg-type]
+        cpu, wall = measure(primitive, runtime_without_waits, torch.cuda.synchronize, 30)  # type: ignore[arg-type]
+        print(f"{name:24} {cpu:8.2f} {wall:8.2f}")
+
+
+def pretend_cuda(buffer: Buffer, counts: Counter[str]) -> None:
+    """Gives a Buffer of the CPU the stream side of a GPU's, over a device that does nothing."""
+    native: Any = NoDevice(counts)
+    comm_stream: Any = SimpleNamespace(cuda_stream=CURRENT_STREAM + 1,
+                                       stream_id=1,
+                                       device_index=0,
+                                       device_type=1,
+                                       query=lambda: True)
+    session = buffer._session
+    assert session is not None
+    pool = EventPool(native)
+    session.streams = _streams.CudaStreams(0, native, pool, comm_stream)
+    session.streams.device = torch.device("cpu")
+    session.runtime = NoRuntime(counts)  # type: ignore[assignment]
+
+    def wait(event: Any) -> None:
+        native.stream_wait_event(CURRENT_STREAM, event.cuda_event)
+
+    replacements = {
+        "current_stream_handle": lambda _: CURRENT_STREAM,
+        "record_on_current_stream": lambda: pool.record(CURRENT_STREAM),
+        "wait_on_current_stream": wait,
+    }
+    for name, replacement in replacements.items():
+        setattr(_streams, name, replacement)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python-only", action="store_true")
+    parser.add_argument("--rounds", type=int, default=50)
+    options = parser.parse_args()
+    is_real = not options.python_only
+    device = torch.device("cuda", torch.cuda.current_device()) if is_real else torch.device("cpu")
+    counts: Counter[str] = Counter()
+    with Buffer(None, 64 << 20, comm=SoloComm()) as buffer:
+        session = buffer._session
+        assert session is not None
+        real = session.streams, session.runtime
+        if not is_real:
+            pretend_cuda(buffer, counts)
+        calls = make_calls(buffer, device)
+        if not is_real:  # nothing to record on in torch
+            calls = {name: call for name, call in calls.items() if name[-5:] not in ("async", "apped")}
+        runtime = TimedRuntime(session.runtime)
+        session.runtime = runtime  # type: ignore[assignment]
+        settle = torch.cuda.synchronize if is_real else lambda: None
+        print(f"{'call':24} {'cpu us':>8} {'wall us':>8}")
+        for name, call in calls.items():
+            measure(call, runtime, settle, 5)
+            counts.clear()
+            call()
+            asked = ", ".join(f"{what} {count}" for what, count in sorted(counts.items()))
+            cpu, wall = measure(call, runtime, settle, options.rounds)
+            print(f"{name:24} {cpu:8.2f} {wall:8.2f}  {asked}")
+        session.streams, session.runtime = real
+        if is_real:
+            time_primitives(buffer, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Streams and events of GPUs as plain numbers: torch's objects for them take longer to make than a launch takes.
+
+Here, and only here, are torch's functions that have no public name.
+"""
+
+import torch
+
+import deep_ep_cpp
+
+
+class PooledEvent:
+    """A point on a stream of a GPU. Its native event goes back to the pool when nobody holds this object any more.
+
+    By then streams may still have to wait for it. That is no harm: a wait is for what the event stood for when the wait
+    was queued, whatever is recorded in it later.
+    """
+
+    __slots__ = ("_free", "cuda_event")
+
+    def __init__(self, cuda_event: int, free: list[int]) -> None:
+        self.cuda_event = cuda_event  # the name that torch.cuda.Event has for it
+        self._free = free
+
+    def __del__(self) -> None:
+        self._free.append(self.cuda_event)
+
+
+class EventPool:
+    """Native events of one GPU, made when first needed and then kept."""
+
+    def __init__(self, native: deep_ep_cpp.Device) -> None:
+        self._native = native
+        self._free: list[int] = []
+
+    def record(self, stream: int) -> PooledEvent:
+        try:
+            cuda_event = self._free.pop()
+        except IndexError:
+            cuda_event = self._native.create_event()
+        event = PooledEvent(cuda_event, self._free)
+        self._native.record_event(cuda_event, stream)
+        return event
+
+
+def current_stream_handle(index: int) -> int:
+    """The stream that is current in this thread on GPU `index`."""
+    return int(torch._C._cuda_getCurrentRawStream(index))
+
+
+StreamId = tuple[int, int, int]  # what torch calls stream_id, device_index and device_type
+
+
+def current_stream_id(index: int) -> StreamId:
+    """The same stream, as torch names it."""
+    return tuple(torch._C._cuda_getCurrentStream(index))
+
+
+class CurrentStream:
+    """`with torch.cuda.stream(...)` for a stream of the current GPU, without making objects of torch."""
+
+    __slots__ = ("_id", "_previous")
+
+    def __init__(self, stream_id: StreamId) -> None:
+        self._id = stream_id
+        self._previous = stream_id
+
+    def __enter__(self) -> None:
+        self._previous = current_stream_id(self._id[1])
+        self._set(self._id)
+
+    def __exit__(self, *_: object) -> None:
+        self._set(self._previous)
+
+    @staticmethod
+    def _set(stream_id: StreamId) -> None:
+        number, index, kind = stream_id
+        torch._C._cuda_setStream(stream_id=number, device_index=index, device_type=kind)

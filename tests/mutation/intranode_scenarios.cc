@@ -1,0 +1,324 @@
+// High throughput: windows that wrap, banks that are used again by traffic in one direction only (nothing but the
+// protocol's own flags orders it), stages that are used again, ranks that do not come.
+#include <functional>
+
+#include "core/error.h"
+#include "device/algo/stages.h"
+#include "device/launch.h"
+#include "layout/intranode.h"
+#include "mutation/scenarios.h"
+#include "support/world.h"
+
+namespace deep_ep::test {
+namespace {
+
+// Odd seeds run without bulk copies: both ways through the kernels. ThreadSanitizer keeps some 127 CUDA threads apart:
+// one or two small blocks a rank.
+simt::DeviceOptions small_device(uint64_t seed) {
+    return {.num_sms = 2, .has_bulk_copy = seed % 2 == 0, .useful_block_threads = 64};
+}
+
+simt::SchedulerOptions seeded(uint64_t seed) {
+    simt::SchedulerOptions options;
+    options.seed = seed;
+    options.bulk = seed % 4 == 0 ? simt::BulkMode::kEager : simt::BulkMode::kRandom;
+    return options;
+}
+
+World make_world(int num_ranks, int64_t data_bytes, uint64_t seed) {
+    return World(num_ranks, data_bytes, seeded(seed), 100, 0, false, {small_device(seed)});
+}
+
+int64_t region_for(const Problem& problem, uint64_t window) {
+    const auto slot = layout::SlotLayout::for_dispatch(static_cast<uint64_t>(problem.hidden) * 2,
+                                                       static_cast<uint64_t>(problem.num_topk), 0);
+    return static_cast<int64_t>(
+        layout::WindowLayout::bytes_for(static_cast<uint64_t>(problem.num_ranks()), slot.bytes, window));
+}
+
+std::string two_round_trips(World& world, const Problem& problem) {
+    std::string difference = round_trip(world, problem);
+    return difference.empty() ? round_trip(world, problem) : difference;
+}
+
+// Every slot is waited for.
+std::string narrow_windows(uint64_t seed) {
+    const Problem problem{
+        .num_tokens = {11, 7}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
+    World world = make_world(2, region_for(problem, 2), seed);
+    return two_round_trips(world, problem);
+}
+
+// Several slots come free before they are looked at.
+std::string wide_windows(uint64_t seed) {
+    const Problem problem{
+        .num_tokens = {40, 31}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
+    World world = make_world(2, region_for(problem, 7), seed);
+    return two_round_trips(world, problem);
+}
+
+// Only rank 1 receives, call after call: its reads must end before rank 0 writes the bank again.
+std::string one_way_traffic(uint64_t seed) {
+    Problem problem{
+        .num_tokens = {6, 0}, .num_experts = 2, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .only_rank = 1};
+    problem.seed = seed;
+    World world = make_world(2, 1 << 14, seed);
+    auto ranks = make_inputs(problem);
+    world.layout(problem, ranks);
+    world.dispatch(problem, ranks);
+    for (int repeat = 0; repeat < 4; ++repeat)
+        for (int rank = 0; rank < 2; ++rank)
+            world.launch_dispatch(problem, ranks[static_cast<size_t>(rank)], rank, true);
+    world.run();
+    for (int rank = 0; rank < 2; ++rank) world.buffer(rank).check();
+    return check_dispatch(problem, ranks, true);
+}
+
+// Nothing but counts is exchanged, every other call, and no host waits between the calls.
+std::string counts_alone(uint64_t seed) {
+    const Problem problem{.num_tokens = {0, 0}, .num_experts = 2, .hidden = 16, .num_sms = 1, .seed = seed};
+    World world = make_world(2, 1 << 14, seed);
+    auto ranks = make_inputs(problem);
+    world.layout(problem, ranks);
+    for (int rank = 0; rank < 2; ++rank) {
+        RankTensors& tensors = ranks[static_cast<size_t>(rank)];
+        prepare_combine(problem, tensors, rank);
+        for (int repeat = 0; repeat < 4; ++repeat) {
+            world.launch_notify(problem, tensors, rank);
+            world.launch_dispatch(problem, tensors, rank, false);
+            world.launch_combine(problem, tensors, rank);
+        }
+    }
+    world.run();
+    for (int rank = 0; rank < 2; ++rank) world.buffer(rank).check();
+    return check_combine(problem, ranks);
+}
+
+// Tokens in several pieces, rows from more than one peer.
+std::string three_ranks(uint64_t seed) {
+    const Problem problem{.num_tokens = {5, 0, 9}, .num_experts = 3, .hidden = 16, .num_scales = 1, .seed = seed};
+    World world = make_world(3, 1 << 14, seed);
+    return round_trip(world, problem);
+}
+
+std::string rows_in_pieces(uint64_t seed) {
+    const Problem problem{
+        .num_tokens = {4, 5}, .num_experts = 2, .hidden = 3600, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
+    World world = make_world(2, 1 << 18, seed);
+    return round_trip(world, problem);
+}
+
+// Several blocks and warps count, scan and report: more tokens than one tile, more experts than a block has threads.
+std::string many_tokens_and_experts(uint64_t seed) {
+    Problem problem{.num_tokens = {200, 2}, .num_experts = 200, .num_topk = 1, .hidden = 8, .num_sms = 1, .seed = seed};
+    World world = make_world(2, 1 << 20, seed);
+    return round_trip(world, problem);
+}
+
+// Shared memory for two stages of dispatch, and none of combine's.
+std::string two_stages_in_dispatch(uint64_t seed) {
+    const Problem problem{
+        .num_tokens = {14, 9}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
+    simt::DeviceOptions device = small_device(seed);
+    device.max_shared_bytes = 256 + 2 * 216;
+    World world(2, region_for(problem, 3), seeded(seed), 100, 0, false, {device});
+    return two_round_trips(world, problem);
+}
+
+// Shared memory for the stages of combine's reduce warp, and two of its send warp.
+std::string two_stages_in_combine(uint64_t seed) {
+    const Problem problem{
+        .num_tokens = {14, 9}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
+    const layout::Staging reduce{layout::kReduceStages, layout::kReduceStageBytes};
+    simt::DeviceOptions device = small_device(seed);
+    device.max_shared_bytes = 256 + reduce.bytes() + 2 * 70;
+    World world(2, region_for(problem, 3), seeded(seed), 100, 0, false, {device});
+    return two_round_trips(world, problem);
+}
+
+// One rank moves rows with bulk copies and the other one without: each reads what the other proxy has written.
+std::string two_kinds_of_device(uint64_t seed) {
+    const Problem problem{
+        .num_tokens = {11, 13}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
+    World world(2, region_for(problem, 5), seeded(seed), 100, 0, false, {small_device(seed), small_device(seed + 1)});
+    return two_round_trips(world, problem);
+}
+
+// Two warps of each kind in a block.
+std::string two_warps(uint64_t seed) {
+    const Problem problem{
+        .num_tokens = {13, 9}, .num_experts = 70, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
+    simt::DeviceOptions device = small_device(seed);
+    device.useful_block_threads = 128;
+    World world(2, region_for(problem, 4), seeded(seed), 100, 0, false, {device});
+    return round_trip(world, problem);
+}
+
+// -- What the host reads while kernels run --------------------------------------------------------------------------------
+
+std::string expect_timeout(const std::string& text, const std::function<void()>& call) {
+    try {
+        call();
+    } catch (const TimeoutError& error) {
+        return std::string(error.what()).find(text) != std::string::npos ? "" : error.what();
+    }
+    return "nothing was thrown, expected: " + text;
+}
+
+simt::SchedulerOptions impatient(uint64_t seed) {
+    simt::SchedulerOptions options = seeded(seed);
+    options.idle = simt::IdlePolicy::kAdvanceClock;
+    options.bulk = simt::BulkMode::kLate;
+    return options;
+}
+
+std::string absent_in_counts(uint64_t seed) {
+    const Problem problem{.num_tokens = {4, 4}, .num_experts = 4, .hidden = 16, .seed = seed};
+    World world(2, 1 << 14, impatient(seed), 2, 0, false, {small_device(seed)});
+    auto ranks = make_inputs(problem);
+    world.layout(problem, ranks);
+    world.launch_notify(problem, ranks[0], 0);
+    std::string found = expect_timeout("never entered this call: rank 1", [&] { world.buffer(0).wait_counts(); });
+    world.run();
+    return found;
+}
+
+// Rank 1 does not come to a call whose windows wrap: rank 0 gives up with rows under way.
+std::string absent_in_dispatch(uint64_t seed) {
+    const Problem problem{
+        .num_tokens = {9, 9}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
+    World world(2, region_for(problem, 2), impatient(seed), 2, 0, false, {small_device(seed)});
+    auto ranks = make_inputs(problem);
+    world.layout(problem, ranks);
+    world.dispatch(problem, ranks);
+    world.launch_dispatch(problem, ranks[0], 0, true);
+    world.run();
+    return expect_timeout("never entered this call: rank 1", [&] { world.buffer(0).check(); });
+}
+
+std::string absent_in_combine(uint64_t seed) {
+    const Problem problem{
+        .num_tokens = {9, 9}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
+    World world(2, region_for(problem, 2), impatient(seed), 2, 0, false, {small_device(seed)});
+    auto ranks = make_inputs(problem);
+    world.layout(problem, ranks);
+    world.dispatch(problem, ranks);
+    prepare_combine(problem, ranks[0], 0);
+    world.launch_combine(problem, ranks[0], 0);
+    world.run();
+    return expect_timeout("never entered this call: rank 1", [&] { world.buffer(0).check(); });
+}
+
+// Rank 1 has no room for its rows and says so to rank 0, which stops wherever it is: nothing of it may land later.
+std::string refused(uint64_t seed, const std::function<void(World&, const Problem&, std::vector<RankTensors>&)>& call) {
+    const Problem problem{
+        .num_tokens = {9, 9}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
+    for (uint64_t i = 0; i < 8; ++i) {
+        simt::SchedulerOptions options;
+        options.seed = 100 * seed + i + 1;
+        options.bulk = simt::BulkMode::kRandom;
+        options.idle = simt::IdlePolicy::kAdvanceClock;  // a wait looks for refusals now and then only
+        World world(2, region_for(problem, 2), options, 100, 0, false, {small_device(seed)});
+        auto ranks = make_inputs(problem);
+        world.layout(problem, ranks);
+        world.dispatch(problem, ranks);
+        call(world, problem, ranks);
+        world.run();
+        for (int rank = 0; rank < 2; ++rank)
+            if (std::string found = expect_timeout("rank 1", [&] { world.buffer(rank).check(); }); !found.empty())
+                return found;
+    }
+    return "";
+}
+
+[[maybe_unused]] std::string refused_dispatch(uint64_t seed) {
+    return refused(seed, [](World& world, const Problem& problem, std::vector<RankTensors>& ranks) {
+        ranks[1].recv_src_idx.pop_back();
+        for (int rank = 0; rank < 2; ++rank)
+            world.launch_dispatch(problem, ranks[static_cast<size_t>(rank)], rank, true);
+    });
+}
+
+[[maybe_unused]] std::string refused_combine(uint64_t seed) {
+    return refused(seed, [](World& world, const Problem& problem, std::vector<RankTensors>& ranks) {
+        for (int rank = 0; rank < 2; ++rank) prepare_combine(problem, ranks[static_cast<size_t>(rank)], rank);
+        --ranks[1].num_recv_tokens;
+        for (int rank = 0; rank < 2; ++rank) world.launch_combine(problem, ranks[static_cast<size_t>(rank)], rank);
+    });
+}
+
+std::string bad_expert(uint64_t seed) {
+    const Problem problem{.num_tokens = {4, 4}, .num_experts = 4, .hidden = 16, .seed = seed};
+    World world = make_world(2, 1 << 14, seed);
+    auto ranks = make_inputs(problem);
+    ranks[0].topk_idx[3] = 1000;
+    for (int rank = 0; rank < 2; ++rank) {
+        world.launch_layout(problem, ranks[static_cast<size_t>(rank)], rank);
+        world.launch_notify(problem, ranks[static_cast<size_t>(rank)], rank);
+    }
+    std::string found = expect_timeout("1000", [&] { world.buffer(0).wait_counts(); });
+    world.run();
+    return found;
+}
+
+// -- Parts of the protocol, alone -----------------------------------------------------------------------------------------
+
+// One warp: every lane reads what lane 0 has loaded, and nothing else brings the lanes together.
+struct StagesKernel {
+    struct Params {
+        const uint32_t* input;
+        uint32_t* output;  // [2, 32]
+    };
+    struct Shared {
+        alignas(128) uint8_t memory[2 * (128 + layout::Staging::kBarrierBytes)];
+    };
+    static EP_DEVICE void run(const Params& params, Shared& shared) {
+        const algo::Stages stages(shared.memory, {2, 128});
+        stages.init();
+        if (prim::lane_idx() == 0) stages.load(0, params.input, 128);
+        stages.wait(0);
+        params.output[prim::lane_idx()] = reinterpret_cast<const uint32_t*>(stages.at(0))[prim::lane_idx()];
+    }
+};
+
+std::string stages_alone(uint64_t seed) {
+    simt::Scheduler scheduler(seeded(seed));
+    simt::SimtDevice device(scheduler, 0, {});
+    const dev::Stream stream = device.create_stream();
+    alignas(16) uint32_t input[32];
+    uint32_t output[32] = {};
+    for (uint32_t i = 0; i < 32; ++i) input[i] = i + 1;
+    dev::LaunchConfig config;
+    config.name = "stages";
+    dev::launch<StagesKernel>(config, stream, {input, output});
+    device.synchronize_stream(stream);
+    device.destroy_stream(stream);
+    for (uint32_t i = 0; i < 32; ++i)
+        if (output[i] != i + 1) return "stages: wrong data";
+    return "";
+}
+
+constexpr Scenario kScenarios[] = {
+    {"stages_alone", stages_alone},
+    {"narrow_windows", narrow_windows},
+    {"wide_windows", wide_windows},
+    {"one_way_traffic", one_way_traffic},
+    {"counts_alone", counts_alone},
+    {"three_ranks", three_ranks},
+    {"rows_in_pieces", rows_in_pieces},
+    {"many_tokens_and_experts", many_tokens_and_experts},
+    {"two_stages_in_dispatch", two_stages_in_dispatch},
+    {"two_stages_in_combine", two_stages_in_combine},
+    {"two_kinds_of_device", two_kinds_of_device},
+    {"two_warps", two_warps},
+    {"absent_in_counts", absent_in_counts},
+    {"absent_in_dispatch", absent_in_dispatch},
+    {"absent_in_combine", absent_in_combine},
+    {"bad_expert", bad_expert},
+};
+
+}  // namespace
+
+std::span<const Scenario> intranode_scenarios() { return kScenarios; }
+
+}  // namespace deep_ep::test

@@ -1,0 +1,129 @@
+// Low latency: banks that are used again, two calls open at a time, peers that may be left out.
+#include "device/launch.h"
+#include "device/prim.h"
+#include "mutation/scenarios.h"
+#include "support/low_latency_world.h"
+
+namespace deep_ep::test {
+namespace {
+
+// Few contexts of ThreadSanitizer: bulk copies, which this mode does not use, would double them.
+simt::DeviceOptions small_device(uint64_t seed) { return {.num_sms = seed % 2 == 0 ? 2 : 1, .has_bulk_copy = false}; }
+
+World make_world(const LowLatencyProblem& problem, uint64_t seed, bool is_shrinkable = false) {
+    simt::SchedulerOptions options;
+    options.seed = seed;
+    return World(problem.num_ranks(), 0, options, 100, low_latency_bytes(problem), is_shrinkable, {small_device(seed)});
+}
+
+LowLatencyProblem small_problem(uint64_t seed) {
+    LowLatencyProblem problem{
+        .num_tokens = {3, 5}, .num_max_tokens = 6, .num_experts = 4, .num_topk = 2, .hidden = 128};
+    problem.is_fp8 = seed % 2 == 0;
+    problem.uses_logfmt = seed % 3 == 1;
+    problem.seed = seed;
+    return problem;
+}
+
+std::string three_round_trips(World& world, const LowLatencyProblem& problem) {
+    for (int repeat = 0; repeat < 3; ++repeat)
+        if (std::string difference =
+                low_latency_round_trip(world, problem, repeat == 1 ? Launches::kTwo : Launches::kOne);
+            !difference.empty())
+            return difference;
+    return "";
+}
+
+std::string round_trips(uint64_t seed) {
+    World world = make_world(small_problem(seed), seed);
+    return three_round_trips(world, small_problem(seed));
+}
+
+// Nobody is masked; but every table is decided on.
+std::string shrinkable(uint64_t seed) {
+    World world = make_world(small_problem(seed), seed, true);
+    return three_round_trips(world, small_problem(seed));
+}
+
+// Rows that the counts speak of, and that nobody has written.
+std::string rows_not_placed(const LowLatencyProblem& problem, const LowLatencyTensors& tensors) {
+    const auto num_rows = static_cast<size_t>(problem.num_rows());
+    for (size_t expert = 0; expert < tensors.recv_count.size(); ++expert)
+        for (size_t row = 0; row < static_cast<size_t>(tensors.recv_count[expert]); ++row)
+            if (tensors.src_info[expert * num_rows + row] < 0) return "a row that was counted was not placed";
+    return "";
+}
+
+// Two calls are always open, so that a rank sends the next call before it has received the last: only the word that says
+// so keeps a peer from writing the bank too early. Every call has rows of its own: a row of a later call is a wrong one.
+std::string one_way(uint64_t seed) {
+    LowLatencyProblem problem{
+        .num_tokens = {5, 0}, .num_max_tokens = 6, .num_experts = 2, .num_topk = 1, .hidden = 128};
+    problem.only_expert = 1;
+    problem.drop_probability = 0.0;
+    simt::SchedulerOptions options;
+    options.seed = seed;
+    simt::DeviceOptions device = small_device(seed);
+    device.useful_block_threads = seed % 3 == 0 ? 128 : 64;  // two warps or one
+    World world(2, 0, options, 100, low_latency_bytes(problem), false, {device});
+    std::vector<std::vector<LowLatencyTensors>> calls;
+    for (problem.seed = 1; problem.seed <= 6; ++problem.seed) calls.push_back(make_low_latency_inputs(problem));
+    for (size_t rank = 0; rank < 2; ++rank)
+        for (size_t call = 0; call < calls.size(); call += 2) {
+            for (size_t i : {call, call + 1}) send_dispatch(world, problem, calls[i][rank], static_cast<int>(rank));
+            for (size_t i : {call, call + 1}) receive_dispatch(world, problem, calls[i][rank], static_cast<int>(rank));
+        }
+    world.run();
+    for (int rank = 0; rank < 2; ++rank) world.buffer(rank).check();
+    for (const auto& call : calls)
+        if (std::string difference = check_low_latency_dispatch(problem, call); !difference.empty()) return difference;
+    return "";
+}
+
+// One thread that passes time.
+struct DelayKernel {
+    struct Params {
+        uint64_t delay_ns;
+    };
+    struct Shared {};
+    static EP_DEVICE void run(const Params& params, Shared&) {
+        const uint64_t start_ns = prim::clock_ns();
+        while (prim::clock_ns() - start_ns < params.delay_ns) prim::pause();
+    }
+};
+
+// A rank's table comes while the deadline for it passes: either every warp counts its rows, or none does.
+std::string late_table(uint64_t seed) {
+    constexpr uint64_t kTimeoutNs = 60'000;
+    const LowLatencyProblem problem = small_problem(seed);
+    for (uint64_t i = 0; i < 25; ++i) {
+        simt::SchedulerOptions options;
+        options.seed = seed * 25 + i + 1;
+        World world(2, 0, options, kTimeoutNs * 1e-9, low_latency_bytes(problem), true, {small_device(0)});
+        auto ranks = make_low_latency_inputs(problem);
+        dev::LaunchConfig config;
+        config.name = "delay";
+        dev::launch<DelayKernel>(config, world.stream(1), {kTimeoutNs * (1 + i)});
+        for (int rank = 0; rank < 2; ++rank) {
+            send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+            receive_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+        }
+        world.run();
+        for (const LowLatencyTensors& tensors : ranks)
+            if (std::string difference = rows_not_placed(problem, tensors); !difference.empty()) return difference;
+    }
+    return "";
+}
+
+constexpr Scenario kScenarios[] = {
+    {"low_latency", round_trips},
+    {"low_latency_shrinkable", shrinkable},
+    {"low_latency_one_way", one_way},
+    {"low_latency_late_table", late_table},
+};
+
+}  // namespace
+
+std::span<const Scenario> low_latency_scenarios() { return kScenarios; }
+
+}  // namespace deep_ep::test
