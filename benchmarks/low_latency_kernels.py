@@ -133,9 +133,8 @@ def report(streams: list[list[dict[str, Any]]], made: list[tuple[str, int, float
         medians = [statistics.median(column) for column in zip(*times)]
         whole = sorted(sum(row) for row in times)
         shown = " + ".join(f"{value:.1f}" for value in medians)
-        print(
-            f"{name:24} {shown:>24} {whole[len(whole) * 9 // 10]:8.1f} {statistics.median(periods):8.1f} {host_us:8.1f}",
-            flush=True)
+        p90, period = whole[len(whole) * 9 // 10], statistics.median(periods)
+        print(f"{name:24} {shown:>24} {p90:8.1f} {period:8.1f} {host_us:8.1f}", flush=True)
 
 
 def main() -> None:

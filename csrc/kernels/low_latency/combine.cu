@@ -161,7 +161,7 @@ template <bool kIsLogfmt> struct Kernel {
                 load_ahead(p, work, rest, chunk, ahead);
                 rest = add_ahead(work, rest, ahead, sums);
             }
-            if (work.first_k + kWarpSize >= p.call.num_topk) break;
+            if (p.call.num_topk <= work.first_k + kWarpSize) break;
             work = find_rows(p, c, work.source, work.token, work.first_k + kWarpSize);
             find_weights(c, work);
             rest = work.rows;

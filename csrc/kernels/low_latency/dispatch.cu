@@ -94,7 +94,7 @@ struct Kernel {
         const int element = chunk * kChunk + prim::lane_idx() * kElementsPerLane;
         for (uint32_t rest = targets.lanes; rest != 0; rest &= rest - 1) {
             uint8_t* slot = algo::broadcast_pointer(targets.slot, __ffs(static_cast<int>(rest)) - 1);
-            if (element >= p.call.hidden) continue;
+            if (p.call.hidden <= element) continue;
             prim::store_streaming(reinterpret_cast<Vec16*>(slot + element), packed);
             if (prim::lane_idx() % kLanesPerGroup == 0)
                 *reinterpret_cast<float*>(slot + p.call.message.scales.at(element / kGroupSize)) = scale.scale;
