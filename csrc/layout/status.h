@@ -50,7 +50,6 @@ struct LowLatencyTurn {
     uint32_t begun_blocks;
     uint32_t settled_blocks;  // will not look at the counters of LocalState again
     uint32_t next_share;      // of the receive phase
-    uint32_t done_blocks;     // counted only for statistics
 };
 
 // Device-local, private to the rank; survives between calls.
@@ -66,6 +65,7 @@ struct LocalState {
     // The last call of each bank whose receive phase has been run. The next launch tells the peers.
     uint64_t low_latency_ended[kNumLowLatencyBanks];
     LowLatencyTurn low_latency_turns[2];
+    uint32_t low_latency_done_blocks;  // counted only for statistics
 };
 
 // Never zero. Which rank gave up, and the peer that it waited for.

@@ -159,8 +159,8 @@ EP_DEVICE void publish_ended(const Context& c) {
 // This lane; acquire. `peer` has read what this rank sent it in the bank's last use, two calls ago.
 EP_DEVICE bool is_bank_free(const Context& c, int peer) {
     if (c.watch.call <= layout::kNumLowLatencyBanks) return true;
-    return prim::load<Order::kAcquire, Scope::kSys>(c.watch.heap.received(c.rank(), c.bank, peer)) >=
-           c.watch.call - layout::kNumLowLatencyBanks;
+    const uint64_t received = prim::load<Order::kAcquire, Scope::kSys>(c.watch.heap.received(c.rank(), c.bank, peer));
+    return received + layout::kNumLowLatencyBanks >= c.watch.call;
 }
 
 // Warp 0. False: some rank has given up.
@@ -204,7 +204,6 @@ EP_DEVICE void count_launch(const Context& c) {
     prim::store<Order::kRelaxed, Scope::kGpu>(&next->begun_blocks, 0u);
     prim::store<Order::kRelaxed, Scope::kGpu>(&next->settled_blocks, 0u);
     prim::store<Order::kRelaxed, Scope::kGpu>(&next->next_share, 0u);
-    prim::store<Order::kRelaxed, Scope::kGpu>(&next->done_blocks, 0u);
     if (c.sends()) prim::store<Order::kRelaxed, Scope::kGpu>(&local->num_low_latency_sends, c.watch.call);
     if (c.receives()) prim::store<Order::kRelaxed, Scope::kGpu>(&local->low_latency_ended[c.bank], c.watch.call);
     const uint64_t launches = prim::load<Order::kRelaxed, Scope::kGpu>(&local->num_low_latency_launches);
@@ -215,7 +214,7 @@ EP_DEVICE bool is_last_warp() {
     return static_cast<int>(threadIdx.x) / kWarpSize == static_cast<int>(blockDim.x) / kWarpSize - 1;
 }
 
-// The last warp, after a barrier of the block that follows its reading of the counters, and after publish_ended: nothing
+// The last warp, when its block has read the counters that count_launch changes, and after publish_ended: nothing
 // of this launch looks at what the last one to settle changes, and the end of the launch publishes it, so no order is
 // needed.
 EP_DEVICE void settle(const Context& c) {
@@ -242,7 +241,7 @@ EP_DEVICE void end_send(const Context& c, Block* block) {
 
 // All threads of a block that only receives. The last warp is the least likely to have a unit.
 EP_DEVICE void begin_receive(const Context& c) {
-    __syncthreads();  // every thread has read the counters
+    // No other warp depends on a counter that this changes.
     if (!is_last_warp()) return;
     uint32_t order = 0;
     if (prim::lane_idx() == 0) order = prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&c.turn->begun_blocks, 1u);
@@ -284,9 +283,11 @@ EP_DEVICE void add_statistics(const Context& c, Block* block) {
     if (!c.receives() || c.call.wait_stats == nullptr) return;
     __syncthreads();
     if (threadIdx.x == 0)
-        block->share = static_cast<int>(prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&c.turn->done_blocks, 1u));
+        block->share = static_cast<int>(
+            prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&c.watch.words.local->low_latency_done_blocks, 1u));
     __syncthreads();
     if (block->share + 1 != static_cast<int>(gridDim.x)) return;
+    if (threadIdx.x == 0) prim::store<Order::kRelaxed, Scope::kGpu>(&c.watch.words.local->low_latency_done_blocks, 0u);
     for (int peer = static_cast<int>(threadIdx.x); peer < c.num_ranks(); peer += static_cast<int>(blockDim.x)) {
         c.call.wait_stats[peer] +=
             static_cast<int64_t>(prim::load<Order::kRelaxed, Scope::kGpu>(&c.call.wait_ns[peer]));
