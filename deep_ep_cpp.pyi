@@ -3,7 +3,7 @@
 Callers use `deep_ep.Buffer`; this is the seam below it. Python has validated every argument before a call arrives here;
 the native code repeats the checks that guard memory only. Every method that may wait releases the GIL.
 """
-from typing import Any, List, Tuple
+from typing import Any, List, Optional, Tuple
 
 class Error(RuntimeError):
     """Base of everything the native code raises."""
@@ -29,6 +29,11 @@ topk_idx_t: Any  # torch.int64 or torch.int32, lazily resolved
 
 def get_low_latency_rdma_size_hint(num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int,
                                    num_experts: int) -> int: ...
+def make_tensor(address: int, shape: List[int], dtype_code: int, dtype_bits: int, cuda_index: int,
+                owner: object) -> Any:
+    """A DLPack capsule over row-major memory (cuda_index < 0: of the host), for torch.from_dlpack. `owner` lives as
+    long as any tensor made of it."""
+
 def is_cuda_built() -> bool: ...
 def is_sm90_compiled() -> bool: ...
 def topk_idx_bits() -> int: ...
@@ -61,11 +66,20 @@ class Device:
     def synchronize_event(self, event: int) -> None: ...
     def query_event(self, event: int) -> bool: ...
 
+class LentMemory:
+    """A piece of a heap, in use; keeps the heap allocated beyond `destroy`. Dropping it gives it back."""
+
+    @property
+    def address(self) -> int: ...
+
+
 class Buffer:
     def __init__(self, device: Device, rank: int, num_ranks: int, num_data_bytes: int, timeout_s: float,
-                 warn_s: float, num_low_latency_bytes: int = 0, is_shrinkable: bool = False) -> None:
+                 warn_s: float, num_low_latency_bytes: int = 0, is_shrinkable: bool = False,
+                 num_lend_bytes: int = 0) -> None:
         """Allocates the local part of the symmetric heap: control words, `num_data_bytes` of data for the
-        high-throughput mode, `num_low_latency_bytes` for the low-latency mode."""
+        high-throughput mode, `num_low_latency_bytes` for the low-latency mode, and `num_lend_bytes` for tensors that
+        peers reach in place (with a 64th more for copies of weights)."""
 
     def export_handle(self) -> bytes: ...
     def connect(self, handles: List[bytes]) -> None:
@@ -112,6 +126,11 @@ class Buffer:
                 rank_prefix_matrix: int, send_head: int, num_tokens: int, combined_x: int,
                 combined_topk_weights: int, num_sms: int, stream: int) -> None:
         """bfloat16 rows; float32 weights [M,K] -> [N,K]."""
+
+    def lend(self, num_bytes: int) -> Optional[LentMemory]:
+        """Memory for outputs of dispatch or inputs of combine that peers write or read in place; None: no room now.
+        Its address tells the operations; all outputs of a dispatch are lent, or none. It may be lent anew as soon as
+        the result is dropped."""
 
     def bench_push(self, bytes_per_peer: int, num_sms: int, stream: int) -> None:
         """Benchmarks only: writes that much to every peer at once, over whatever the data regions hold."""

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "core/dlpack.h"
 #include "core/env.h"
 #include "core/error.h"
 #include "device/simt/device.h"
@@ -257,16 +258,43 @@ uint64_t low_latency_combine(Buffer& buffer, uint64_t ticket, int num_max_tokens
     return ticket;
 }
 
+// A capsule for torch.from_dlpack: row-major memory at `address`, with `owner` alive as long as any tensor over it.
+py::capsule make_tensor(uintptr_t address, std::vector<int64_t> shape, int dtype_code, int dtype_bits, int cuda_index,
+                        py::object owner) {
+    const dlpack::Device device =
+        cuda_index < 0 ? dlpack::Device{dlpack::kCpu, 0} : dlpack::Device{dlpack::kCuda, cuda_index};
+    PyObject* held = owner.release().ptr();
+    auto* tensor = dlpack::make_tensor(pointer<void>(address), device,
+                                       {static_cast<uint8_t>(dtype_code), static_cast<uint8_t>(dtype_bits), 1},
+                                       std::move(shape), [held] {
+                                           if (Py_IsInitialized() == 0)
+                                               return;  // the interpreter has gone, and the owner with it
+                                           const py::gil_scoped_acquire acquired;
+                                           Py_DECREF(held);
+                                       });
+    // A consumer renames the capsule and calls the deleter itself.
+    return py::capsule(tensor, "dltensor", [](PyObject* capsule) {
+        if (PyCapsule_IsValid(capsule, "dltensor") == 0) return;
+        auto* unused = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+        unused->deleter(unused);
+    });
+}
+
 void bind_buffer(py::module_& m) {
+    py::class_<runtime::LentMemory>(m, "LentMemory").def_property_readonly("address", [](runtime::LentMemory& memory) {
+        return number(memory.address());
+    });
     py::class_<Buffer>(m, "Buffer")
         .def(py::init([](std::shared_ptr<dev::Device> device, int rank, int num_ranks, int64_t num_data_bytes,
-                         double timeout_s, double warn_s, int64_t num_low_latency_bytes, bool is_shrinkable) {
+                         double timeout_s, double warn_s, int64_t num_low_latency_bytes, bool is_shrinkable,
+                         int64_t num_lend_bytes) {
                  return std::make_unique<Buffer>(
                      std::move(device), runtime::BufferOptions{rank, num_ranks, num_data_bytes, num_low_latency_bytes,
-                                                               timeout_s, warn_s, is_shrinkable});
+                                                               timeout_s, warn_s, is_shrinkable, num_lend_bytes});
              }),
              py::arg("device"), py::arg("rank"), py::arg("num_ranks"), py::arg("num_data_bytes"), py::arg("timeout_s"),
-             py::arg("warn_s"), py::arg("num_low_latency_bytes") = 0, py::arg("is_shrinkable") = false)
+             py::arg("warn_s"), py::arg("num_low_latency_bytes") = 0, py::arg("is_shrinkable") = false,
+             py::arg("num_lend_bytes") = 0)
         .def("export_handle", [](Buffer& b) { return py::bytes(b.export_handle()); })
         .def("connect", &Buffer::connect, py::arg("handles"))
         .def_property_readonly("data_ptr", [](Buffer& b) { return number(b.data()); })
@@ -279,6 +307,7 @@ void bind_buffer(py::module_& m) {
         .def("wait_counts", &wait_counts)
         .def("dispatch", &dispatch)
         .def("combine", &combine)
+        .def("lend", &Buffer::lend)
         .def_readonly_static("BOTH_PHASES", &kBothPhases)
         .def("low_latency_dispatch", &low_latency_dispatch)
         .def("low_latency_combine", &low_latency_combine)
@@ -306,6 +335,7 @@ PYBIND11_MODULE(deep_ep_cpp, m) {
     bind_buffer(m);
     m.def("get_low_latency_rdma_size_hint", &Buffer::low_latency_size_hint, py::arg("num_max_dispatch_tokens_per_rank"),
           py::arg("hidden"), py::arg("num_ranks"), py::arg("num_experts"));
+    m.def("make_tensor", &make_tensor);
     m.def("is_cuda_built", [] { return EP_WITH_CUDA != 0; });
     m.def("is_sm90_compiled", [] {
 #if EP_WITH_CUDA && !defined(DISABLE_SM90_FEATURES)
@@ -323,6 +353,7 @@ PYBIND11_MODULE(deep_ep_cpp, m) {
         variables["device"] = env.device;
         variables["num_sms"] = env.num_sms;
         variables["cpu_sms"] = env.cpu_sms;
+        variables["lend_bytes"] = env.lend_bytes;
         return variables;
     });
     m.def("topk_idx_bits", [] { return TOPK_IDX_BITS; });

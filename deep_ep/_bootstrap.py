@@ -18,6 +18,7 @@ from deep_ep import _streams
 from deep_ep._checks import BUFFER_ALIGNMENT_BYTES, check_int, check_positive
 from deep_ep._errors import Error
 from deep_ep._handles import KnownTensors
+from deep_ep._lending import Lender
 from deep_ep._topology import Place, Topology, find_topology, this_place
 from deep_ep.version import __version__
 
@@ -73,6 +74,7 @@ class Agreed:
 
     num_nvl_bytes: int
     num_rdma_bytes: int
+    num_lend_bytes: int
     low_latency_mode: bool
     enable_shrink: bool
     device_kind: str
@@ -86,13 +88,14 @@ class Request:
 
     num_nvl_bytes: int
     num_rdma_bytes: int
+    num_lend_bytes: int
     low_latency_mode: bool
     num_qps_per_rank: float
     enable_shrink: bool
     timeout_s: Optional[float]
 
     def check(self) -> None:
-        for name in ("num_nvl_bytes", "num_rdma_bytes"):
+        for name in ("num_nvl_bytes", "num_rdma_bytes", "num_lend_bytes"):
             check_int(name, getattr(self, name), 0, BUFFER_ALIGNMENT_BYTES)
         check_positive("num_qps_per_rank", self.num_qps_per_rank)
         if self.timeout_s is not None:
@@ -103,9 +106,11 @@ class Session:
     """What a constructed Buffer stands on."""
 
     def __init__(self, runtime: deep_ep_cpp.Buffer, streams: _streams.Streams, topology: Topology, rank: int,
-                 num_ranks: int) -> None:
+                 num_ranks: int, num_lend_bytes: int) -> None:
         self.runtime = runtime
         self.streams = streams
+        # One rank has nobody to lend to.
+        self.lender = Lender(runtime, streams, num_lend_bytes) if num_lend_bytes > 0 and num_ranks > 1 else None
         self.topology = topology
         self.rank = rank
         self.num_ranks = num_ranks
@@ -210,8 +215,8 @@ def build_session(peers: Peers, request: Request) -> Session:
         request.check()
         release_lingering()
         opened.append(_streams.open_streams())
-        facts = Agreed(request.num_nvl_bytes, request.num_rdma_bytes, request.low_latency_mode, request.enable_shrink,
-                       opened[0].kind, deep_ep_cpp.topk_idx_bits())
+        facts = Agreed(request.num_nvl_bytes, request.num_rdma_bytes, request.num_lend_bytes, request.low_latency_mode,
+                       request.enable_shrink, opened[0].kind, deep_ep_cpp.topk_idx_bits())
         return facts, this_place(_text(opened[0].native.unique_id))
 
     def allocate() -> bytes:
@@ -219,7 +224,7 @@ def build_session(peers: Peers, request: Request) -> Session:
         warn_s = min(float(environment["warn_s"]), timeout_s)
         created.append(
             deep_ep_cpp.Buffer(opened[0].native, peers.rank, peers.size, request.num_nvl_bytes, timeout_s, warn_s,
-                               request.num_rdma_bytes, request.enable_shrink))
+                               request.num_rdma_bytes, request.enable_shrink, request.num_lend_bytes))
         return created[0].export_handle()
 
     try:
@@ -235,4 +240,4 @@ def build_session(peers: Peers, request: Request) -> Session:
         for streams in opened:
             streams.close()
         raise
-    return Session(created[0], opened[0], topology, peers.rank, peers.size)
+    return Session(created[0], opened[0], topology, peers.rank, peers.size, request.num_lend_bytes)

@@ -2,6 +2,8 @@
 
 import os
 
+import deep_ep_cpp
+
 
 def nvshmem_qp_depth() -> int:
     """NVSHMEM_QP_DEPTH: entries of a queue pair; low-latency users set it before they build a Buffer."""
@@ -11,6 +13,11 @@ def nvshmem_qp_depth() -> int:
 def visible_devices() -> list[str]:
     """CUDA_VISIBLE_DEVICES: the physical GPUs behind torch's device numbers; empty when all are visible."""
     return [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+
+
+def lend_bytes() -> int:
+    """DEEP_EP_LEND_BYTES: what a Buffer lends when its caller does not say."""
+    return int(deep_ep_cpp.get_environment()["lend_bytes"])
 
 
 def set_device(device: str) -> None:

@@ -11,6 +11,7 @@ from deep_ep import _checks
 from deep_ep._bootstrap import Session
 from deep_ep._errors import Error
 from deep_ep._handles import Handle
+from deep_ep._lending import Lender, Spec
 from deep_ep._streams import Operation, is_capturing
 from deep_ep.utils import EventHandle, EventOverlap
 
@@ -106,7 +107,7 @@ def dispatch_fresh(session: Session, x: Payload, routing: Routing, expert_alignm
         with operation.allocation():
             rank_prefix_matrix, send_head = _notify_outputs(session, num_tokens)
             if num_worst_tokens:
-                received = _receive_outputs(rows, scales, routing, num_worst_tokens)
+                received = _receive_outputs(session, rows, scales, routing, num_worst_tokens, operation)
         operation.start((rows, scales, *routing), (rank_prefix_matrix, send_head))
         session.runtime.notify_dispatch(routing.num_tokens_per_rank.data_ptr(),
                                         routing.num_tokens_per_expert.data_ptr(), routing.is_token_in_rank.data_ptr(),
@@ -115,7 +116,7 @@ def dispatch_fresh(session: Session, x: Payload, routing: Routing, expert_alignm
         if received is None:
             num_rows, per_expert = session.runtime.wait_counts()
             with operation.allocation():
-                received = _receive_outputs(rows, scales, routing, num_rows)
+                received = _receive_outputs(session, rows, scales, routing, num_rows, operation)
         outputs, recv_src_idx = received
         operation.add((*outputs, recv_src_idx))
         unused = session.unused_matrix
@@ -137,7 +138,7 @@ def dispatch_cached(session: Session, x: Payload, handle: Any, num_sms: int, pre
                          f"handle, got {rows.shape[0]}")
     with open_operation(session, "dispatch", previous_event, async_finish, allocate_on_comm_stream) as operation:
         with operation.allocation():
-            outputs, _ = _receive_outputs(rows, scales, None, checked.recv_src_idx.shape[0])
+            outputs, _ = _receive_outputs(session, rows, scales, None, checked.recv_src_idx.shape[0], operation)
         operation.start((rows, scales, checked.rank_prefix_matrix, checked.send_head), outputs)
         # The handle may come from a worst-case dispatch: fewer rows than it has room for are no error.
         _send_rows(session, rows, scales, None, 0, checked, None, outputs, True, num_sms, operation)
@@ -173,6 +174,24 @@ def combine(session: Session, x: torch.Tensor, handle: Any, topk_weights: Option
                                 num_tokens, combined.data_ptr(), _ptr(weights), num_sms, operation.stream)
         event = close_operation(operation)
     return combined, weights, event
+
+
+def lend(session: Session, shape: Any, dtype: torch.dtype) -> torch.Tensor:
+    lender, sizes = session.lender, tuple(shape)
+    spec = Spec(tuple(_checks.check_int(f"shape[{i}]", size, 0) for i, size in enumerate(sizes)), dtype)
+    if lender is None or spec.num_bytes == 0:
+        # One rank reads its own input in place, wherever it is.
+        if session.num_ranks > 1 and lender is None:
+            raise Error("lend: this Buffer lends nothing; build it with num_lend_bytes")
+        return torch.empty(spec.shape, dtype=dtype, device=session.streams.device)
+    if is_capturing():
+        raise Error("lend: not while a CUDA graph is captured; take the tensor before the capture begins")
+    made = lender.tensors([spec])
+    if made is None:
+        raise Error(f"lend: no room for {spec.num_bytes} bytes; num_lend_bytes is {lender.num_bytes}, and the tensors "
+                    "of earlier calls hold a part of it until they are dropped")
+    lender.settle_on_current_stream()
+    return made[0]
 
 
 def check_handle(session: Session, handle: Any) -> Handle:
@@ -254,9 +273,13 @@ def _notify_outputs(session: Session, num_tokens: int) -> tuple[torch.Tensor, to
                         device=device), torch.empty(num_tokens, num_ranks, dtype=torch.int32, device=device))
 
 
-def _receive_outputs(rows: torch.Tensor, scales: Optional[torch.Tensor], routing: Optional[Routing],
-                     num_rows: int) -> tuple[Outputs, torch.Tensor]:
-    """The receive tensors for `num_rows` rows, and recv_src_idx."""
+def _receive_outputs(session: Session, rows: torch.Tensor, scales: Optional[torch.Tensor], routing: Optional[Routing],
+                     num_rows: int, operation: Operation) -> tuple[Outputs, torch.Tensor]:
+    """The receive tensors for `num_rows` rows, and recv_src_idx: lent to the peers where there is room."""
+    if session.lender is not None:
+        lent = _lent_outputs(session.lender, rows, scales, routing, num_rows, operation)
+        if lent is not None:
+            return lent
     device = rows.device
     topk_idx = topk_weights = None
     if routing is not None and routing.topk_idx is not None:
@@ -269,6 +292,29 @@ def _receive_outputs(rows: torch.Tensor, scales: Optional[torch.Tensor], routing
         topk_idx=topk_idx,
         topk_weights=topk_weights)
     return outputs, torch.empty(num_rows, dtype=torch.int32, device=device)
+
+
+def _lent_outputs(lender: Lender, rows: torch.Tensor, scales: Optional[torch.Tensor], routing: Optional[Routing],
+                  num_rows: int, operation: Operation) -> Optional[tuple[Outputs, torch.Tensor]]:
+    """The same in memory that peers reach; None: there is no room for all of it."""
+    specs = [Spec((num_rows, rows.shape[1]), rows.dtype)]
+    if scales is not None:
+        specs.append(Spec((num_rows, scales.shape[1]), scales.dtype))
+    topk_idx = None if routing is None else routing.topk_idx
+    if topk_idx is not None:
+        specs.append(Spec((num_rows, topk_idx.shape[1]), topk_idx.dtype))
+        specs.append(Spec((num_rows, topk_idx.shape[1]), torch.float32))
+    # Apart: the handle, which has the indices, usually outlives the rows.
+    indices = lender.tensors([Spec((num_rows, ), torch.int32)])
+    given = None if indices is None else lender.tensors(specs)
+    if indices is None or given is None:
+        return None
+    lender.settle(operation.stream)
+    made = iter(given)
+    return Outputs(x=next(made),
+                   scales=None if scales is None else next(made),
+                   topk_idx=None if topk_idx is None else next(made),
+                   topk_weights=None if topk_idx is None else next(made)), indices[0]
 
 
 def _send_rows(session: Session, rows: torch.Tensor, scales: Optional[torch.Tensor], routing: Optional[Routing],

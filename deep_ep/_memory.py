@@ -1,28 +1,39 @@
 """Tensors over memory that torch did not allocate."""
 
-import ctypes
 from typing import Any
 
 import torch
+from torch.utils.dlpack import from_dlpack
+
+import deep_ep_cpp
+
+# What DLPack calls a type: (code, bits). Other types travel as bytes.
+_DLPACK_TYPES = {
+    torch.int8: (0, 8),
+    torch.int16: (0, 16),
+    torch.int32: (0, 32),
+    torch.int64: (0, 64),
+    torch.uint8: (1, 8),
+    torch.float16: (2, 16),
+    torch.float32: (2, 32),
+    torch.float64: (2, 64),
+    torch.bfloat16: (4, 16),
+}
 
 
-class _CudaBytes:
-    """Device memory, as numba's array interface describes it."""
-
-    def __init__(self, address: int, num_bytes: int) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (num_bytes, ),
-            "typestr": "|u1",
-            "data": (address, False),
-            "version": 2
-        }
+def make_tensor(address: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,
+                owner: Any) -> torch.Tensor:
+    """A row-major tensor at `address`; `owner` lives as long as any view of it."""
+    if 0 in shape:
+        return torch.empty(shape, dtype=dtype, device=device)
+    index = device.index if device.type == "cuda" else -1
+    if dtype in _DLPACK_TYPES:
+        return from_dlpack(deep_ep_cpp.make_tensor(address, list(shape), *_DLPACK_TYPES[dtype], index, owner))
+    byte_shape = [*shape[:-1], shape[-1] * dtype.itemsize]
+    data = from_dlpack(deep_ep_cpp.make_tensor(address, byte_shape, 1, 8, index, owner))
+    return data.view(dtype)
 
 
 def view_memory(address: int, num_bytes: int, device: torch.device) -> torch.Tensor:
     """`num_bytes` from `address` on as uint8; whoever owns the memory must outlive the tensor."""
-    if num_bytes == 0:
-        return torch.empty(0, dtype=torch.uint8, device=device)
-    if device.type == "cuda":
-        return torch.as_tensor(_CudaBytes(address, num_bytes), device=device)
-    memory: Any = (ctypes.c_uint8 * num_bytes).from_address(address)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    return make_tensor(address, (num_bytes, ), torch.uint8, device, None)

@@ -6,6 +6,7 @@ import bisect
 import contextlib
 import functools
 import sys
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Optional, Union
 
@@ -89,7 +90,8 @@ class Buffer:
                  explicitly_destroy: bool = False,
                  enable_shrink: bool = False,
                  comm: Any = None,
-                 timeout_s: Optional[float] = None) -> None:
+                 timeout_s: Optional[float] = None,
+                 num_lend_bytes: Optional[int] = None) -> None:
         """Collective: every rank of the group must call it, with the same sizes and modes.
 
         group: a ProcessGroup of any backend, or None with `comm`, an mpi4py communicator (or any object with
@@ -99,6 +101,9 @@ class Buffer:
             `get_low_latency_rdma_size_hint`. It is memory that peers reach, like the other; the name is the callers'.
         low_latency_mode: whether low-latency calls are made. One Buffer may serve both modes in turn.
         enable_shrink: low-latency calls go on without a peer that does not come in time, and mask it.
+        num_lend_bytes: bytes for tensors that the peers write or read in place, a multiple of 128 (None:
+            DEEP_EP_LEND_BYTES, by default 0). With room for it, outputs of `dispatch` and inputs of `combine` from
+            `lend` need no slots and no second copy, hence fewer SMs; see docs/api.md, "Lending".
         timeout_s: seconds after which a wait for a peer gives up (None: DEEP_EP_TIMEOUT_SECS, see docs/errors.md).
 
         Raises ValueError or TypeError for a bad argument, and deep_ep.Error when another rank failed: no rank hangs.
@@ -111,12 +116,14 @@ class Buffer:
         self.group_size: int = peers.size
         self.num_nvl_bytes = num_nvl_bytes
         self.num_rdma_bytes = num_rdma_bytes
+        self.num_lend_bytes: int = _env.lend_bytes() if num_lend_bytes is None else num_lend_bytes
         self.low_latency_mode = low_latency_mode
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
         if low_latency_mode:
             self.nvshmem_qp_depth = _env.nvshmem_qp_depth()
-        request = Request(num_nvl_bytes, num_rdma_bytes, low_latency_mode, num_qps_per_rank, enable_shrink, timeout_s)
+        request = Request(num_nvl_bytes, num_rdma_bytes, self.num_lend_bytes, low_latency_mode, num_qps_per_rank,
+                          enable_shrink, timeout_s)
         self._session: Optional[Session] = build_session(peers, request)
         self.runtime: Optional[deep_ep_cpp.Buffer] = self._session.runtime
         self._low_latency = _low_latency.LowLatency(self._session, low_latency_mode, enable_shrink)
@@ -231,6 +238,17 @@ class Buffer:
         return flat if size is None else flat.view(size)
 
     # High throughput
+
+    def lend(self, shape: Sequence[int], dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        """An uninitialised tensor in memory that the peers reach. Not collective.
+
+        Given to `combine` as `x` (or any part of it, of whole rows), the peers read the rows where they stand: nothing
+        is copied into slots. Outputs of `dispatch` are such tensors as well, as long as there is room. The memory is
+        lent anew when the last view of it is gone; `Tensor.record_stream` has no effect on it.
+
+        Raises deep_ep.Error when there is no room, or the Buffer was built without `num_lend_bytes`.
+        """
+        return _high_throughput.lend(self._require_session(), shape, dtype)
 
     def get_dispatch_layout(
         self,

@@ -24,6 +24,7 @@ class How:
     expert_alignment: int = 1
     worst_factor: int = 0  # num_worst_tokens = factor * all tokens of the group; 0: count first
     num_sms: int = 4
+    lends: bool = False  # inputs of combine come from Buffer.lend
     settles: bool = False  # raise what the kernels reported before looking at results: for calls that are to fail
 
 
@@ -185,7 +186,7 @@ class Flight:
         rows = self.handle[3].shape[0]  # more than received in the worst case: then the rest is garbage
         with poisoned():
             combined, combined_weights, event = self.buffer.combine(
-                self.padded(returned[self.rank], rows), self.handle,
+                self.combine_input(self.padded(returned[self.rank], rows)), self.handle,
                 self.padded(weights[self.rank], rows) if has_weights else None, bias, self.config,
                 **self.stream_options())
         self.landed(event)
@@ -194,6 +195,12 @@ class Flight:
         want = combine(weights, self.arrivals, self.rank, num_tokens) if has_weights else None
         same_numbers("combined_topk_weights", combined_weights, want)
         return self
+
+    def combine_input(self, rows: torch.Tensor) -> torch.Tensor:
+        if not self.how.lends:
+            return rows
+        lent: torch.Tensor = self.buffer.lend(rows.shape, rows.dtype)
+        return lent.copy_(rows)
 
     def padded(self, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
         full = torch.full((num_rows, rows.shape[1]), float("nan"), dtype=rows.dtype)

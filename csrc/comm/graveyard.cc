@@ -28,6 +28,8 @@ bool have_peers_left(const BuriedRegion& region) {
     return std::all_of(left.begin(), left.end(), [](uint64_t word) { return word != 0; });
 }
 
+bool has_leases(const BuriedRegion& region) { return region.leases.use_count() > 1; }
+
 void bury(BuriedRegion region) {
     const std::lock_guard lock(graveyard().mutex);
     graveyard().regions.push_back(std::move(region));
@@ -37,7 +39,7 @@ size_t sweep_graveyard() {
     const std::lock_guard lock(graveyard().mutex);
     auto& regions = graveyard().regions;
     std::erase_if(regions, [](const BuriedRegion& region) {
-        if (!have_peers_left(region)) return false;
+        if (has_leases(region) || (region.num_ranks > 1 && !have_peers_left(region))) return false;
         region.device->free_shareable(region.memory);
         return true;
     });

@@ -1,4 +1,4 @@
-// Shared regions whose owner is gone while a peer still maps them. They are looked at again whenever a heap is made or
+// Shared regions whose owner is gone while a peer still maps them, or while a tensor of this process lies in them. They are looked at again whenever a heap is made or
 // released, and freed as soon as the last peer has let go: freeing earlier is undefined, waiting would block.
 #pragma once
 
@@ -15,10 +15,13 @@ struct BuriedRegion {
     size_t left_offset;
     int rank;
     int num_ranks;
+    std::shared_ptr<const void> leases;  // see SymmetricHeap::lease
 };
 
 // True when every other rank has set its word at `left_offset`.
 bool have_peers_left(const BuriedRegion& region);
+// True while somebody holds a copy of `leases`.
+bool has_leases(const BuriedRegion& region);
 
 void bury(BuriedRegion region);
 

@@ -58,10 +58,10 @@ void SymmetricHeap::release(double timeout_s) noexcept {
         if (was_shared) tell_peers_we_left();
         if (was_shared) unmap_peers();
         free_table();
-        BuriedRegion region{device_, memory_, left_offset_, rank_, num_ranks_};
+        BuriedRegion region{device_, memory_, left_offset_, rank_, num_ranks_, std::move(leases_)};
         memory_ = {};
-        const bool is_free = !was_shared || device_->host_wait([&] { return have_peers_left(region); }, timeout_s);
-        if (is_free)
+        const bool is_unmapped = !was_shared || device_->host_wait([&] { return have_peers_left(region); }, timeout_s);
+        if (is_unmapped && !has_leases(region))
             device_->free_shareable(region.memory);
         else
             bury(std::move(region));

@@ -27,6 +27,9 @@ public:
     void connect(const std::vector<std::string>& handles);
     bool is_connected() const { return bases_on_device_ != nullptr; }
 
+    // Whoever holds the result keeps the local region allocated, also beyond release().
+    std::shared_ptr<const void> lease() const { return leases_; }
+
     uint8_t* local() const { return static_cast<uint8_t*>(memory_.address); }
     // Device array [num_ranks]: where each rank's region is mapped in this process.
     uint8_t* const* bases_on_device() const { return bases_on_device_; }
@@ -47,6 +50,7 @@ private:
     int rank_, num_ranks_;
     size_t left_offset_;
     dev::ShareableMemory memory_;
+    std::shared_ptr<const void> leases_ = std::make_shared<int>(0);
     std::vector<void*> bases_;
     uint8_t** bases_on_device_ = nullptr;
     int num_ranks_here_ = 1;

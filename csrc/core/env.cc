@@ -33,6 +33,15 @@ public:
         return number;
     }
 
+    int64_t bytes(const char* name, int64_t multiple_of) const {
+        const std::string text = value(name);
+        if (text.empty()) return 0;
+        int64_t number = 0;
+        EP_CHECK(parse(text, number) && number >= 0 && number % multiple_of == 0, name,
+                 ": expected a number of bytes, a multiple of ", multiple_of, ", got '", text, "'");
+        return number;
+    }
+
     std::string device(const char* name) const {
         const std::string text = value(name);
         EP_CHECK(text.empty() || text == "cpu" || text == "cuda", name,
@@ -72,6 +81,7 @@ Environment parse_environment(const std::function<std::optional<std::string>(con
     env.ranks_per_node = read.count("DEEP_EP_RANKS_PER_NODE", 1 << 20, "the number of ranks in a node");
     env.device = read.device("DEEP_EP_DEVICE");
     env.num_sms = read.count("DEEP_EP_NUM_SMS", 1024, "a number of SMs");
+    env.lend_bytes = read.bytes("DEEP_EP_LEND_BYTES", 128);
     env.cpu_sms = read.count("DEEP_EP_CPU_SMS", 1024, "a number of simulated SMs");
     return env;
 }

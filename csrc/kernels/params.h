@@ -75,6 +75,8 @@ struct DispatchParams {
     layout::SlotLayout slot;
     layout::WindowLayout window;
     bool is_first_kernel;  // of this call (no notify before it): announce it to the peers
+    bool may_lend;         // some rank may: loans are stated in this call
+    layout::Loan loan;     // of the outputs below
 
     const uint8_t* x;  // [num_tokens, row_bytes]
     int num_tokens;
@@ -103,6 +105,9 @@ struct CombineParams {
     Geometry geometry;
     layout::SlotLayout slot;
     layout::WindowLayout window;
+    bool may_lend;        // some rank may: loans are stated in this call
+    layout::Loan loan;    // of x, and of lent_weights where there are weights
+    float* lent_weights;  // [num_rows, num_topk] in the heap: a copy of topk_weights that peers can read
 
     const uint8_t* x;  // bfloat16 [num_rows, hidden]
     uint32_t row_bytes;

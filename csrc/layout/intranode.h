@@ -20,6 +20,16 @@ constexpr uint64_t kHeapAlignment = 128;
 // A flag says which row of which call it speaks of, so that it never needs clearing: flags only grow.
 constexpr uint64_t make_tag(uint64_t call, uint64_t position) { return call << 24 | (position + 1); }
 
+// What a rank lends to its peers for one call, as offsets into its heap (0: not lent). A dispatch lends its outputs, and
+// peers write rows where they stay; a combine lends its input, and peers read rows where they stand.
+struct Loan {
+    uint64_t x = 0;
+    uint64_t scales = 0;
+    uint64_t topk_idx = 0;
+    uint64_t topk_weights = 0;
+    uint64_t src_idx = 0;
+};
+
 // Words that ranks write into each other's memory to coordinate. [x][y] is row-major.
 struct ControlLayout {
     Field started;        // u64[R]: the last call that this source has entered; written by the source
@@ -30,6 +40,10 @@ struct ControlLayout {
     Field expert_counts;  // i32[banks][R][kMaxLocalExperts]: entries that source i has for our experts
     Field full;           // u64[banks][R][kMaxWindow]: the row that source i has put into this slot of ours
     Field empty;          // u64[banks][R][kMaxWindow]: the row of ours that rank i has taken out of this slot of its
+    Field loan_flags;     // u64[banks][R]: the call whose loan this lender has stated
+    Field loans;          // Loan[banks][R]: by lender
+    Field weight_flags;   // u64[R]: the last call of which this lender's weights can be read
+    Field returned;       // u64[R]: the last call in which this borrower has done with our loan
     LowLatencyControl low_latency;
     uint64_t bytes = 0;
 
@@ -44,6 +58,10 @@ struct ControlLayout {
         layout.expert_counts = cursor.take(4, kNumBanks * num_ranks * kMaxLocalExperts, kHeapAlignment);
         layout.full = cursor.take(8, kNumBanks * num_ranks * kMaxWindow, kHeapAlignment);
         layout.empty = cursor.take(8, kNumBanks * num_ranks * kMaxWindow, kHeapAlignment);
+        layout.loan_flags = cursor.take(8, kNumBanks * num_ranks, kHeapAlignment);
+        layout.loans = cursor.take(sizeof(Loan), kNumBanks * num_ranks, kHeapAlignment);
+        layout.weight_flags = cursor.take(8, num_ranks, kHeapAlignment);
+        layout.returned = cursor.take(8, num_ranks, kHeapAlignment);
         layout.low_latency = LowLatencyControl::make(cursor, num_ranks);
         layout.bytes = cursor.total(4096);
         return layout;

@@ -16,7 +16,7 @@ enum class Operation : uint32_t {
     kLowLatencyDispatch,
     kLowLatencyCombine
 };
-enum class Stage : uint32_t { kStart, kCounts, kRow, kSlot, kInput, kCapacity, kTable };
+enum class Stage : uint32_t { kStart, kCounts, kRow, kSlot, kInput, kCapacity, kTable, kLoan, kWeights, kReturn };
 enum class FailureKind : uint32_t { kNone, kTimeout, kAborted, kBadInput };
 
 // The story of one wait: who waited for whom, where, for what, and how long.
@@ -58,6 +58,8 @@ struct LocalState {
     uint32_t num_done_blocks;
     uint32_t failure_claimed;
     uint64_t warned_call;
+    uint32_t num_returned_blocks;  // of the running kernel: that have done with what peers lend
+    uint32_t num_weight_blocks;    // of the running combine: that have copied their part of the weights
     uint32_t layout_done_blocks;
 
     uint64_t num_low_latency_sends;     // low-latency calls whose send phase has been run

@@ -15,6 +15,7 @@ namespace {
 constexpr int kMaxStagedRanks = 32;  // lanes of a warp
 constexpr int kMaxStages = 4;
 constexpr int kReduceWarps = 8;
+constexpr int kLentWeightShare = 64;         // of the lent bytes, one in so many holds copies of weights
 constexpr int kStaticSharedBytes = 256;      // at most, of the same kernels
 constexpr double kStartGraceSeconds = 30.0;  // for kernels queued before ours, on top of the kernel's own deadline
 
@@ -39,6 +40,8 @@ const BufferOptions& checked(const BufferOptions& options) {
              "num_data_bytes must be a multiple of 128, got ", options.num_data_bytes);
     EP_CHECK(options.num_low_latency_bytes >= 0 && options.num_low_latency_bytes % 128 == 0,
              "num_low_latency_bytes must be a multiple of 128, got ", options.num_low_latency_bytes);
+    EP_CHECK(options.num_lend_bytes >= 0 && options.num_lend_bytes % 128 == 0,
+             "num_lend_bytes must be a multiple of 128, got ", options.num_lend_bytes);
     EP_CHECK(options.timeout_s > 0, "timeout_s must be positive, got ", options.timeout_s);
     return options;
 }
@@ -60,8 +63,12 @@ Buffer::Buffer(std::shared_ptr<dev::Device> device, const BufferOptions& options
       options_(checked(options)),
       kernels_(&table_for(device_->kind())),
       control_(layout::ControlLayout::make(static_cast<uint64_t>(options.num_ranks))) {
-    const auto heap_bytes =
-        control_.bytes + static_cast<uint64_t>(options_.num_data_bytes + options_.num_low_latency_bytes);
+    weights_offset_ = control_.bytes + static_cast<uint64_t>(options_.num_data_bytes + options_.num_low_latency_bytes);
+    const auto num_lend_bytes = static_cast<uint64_t>(options_.num_lend_bytes);
+    num_weight_bytes_ = layout::align_up(num_lend_bytes / kLentWeightShare, LendPool::kAlignment);
+    lend_offset_ = weights_offset_ + num_weight_bytes_;
+    lend_pool_ = std::make_shared<LendPool>(num_lend_bytes);
+    const uint64_t heap_bytes = lend_offset_ + num_lend_bytes;
     heap_ = std::make_unique<comm::SymmetricHeap>(device_, options_.rank, options_.num_ranks, heap_bytes,
                                                   control_.left.offset);
     status_memory_ = device_->allocate_host_mapped(sizeof(layout::HostStatus));
@@ -124,33 +131,84 @@ kernels::Geometry Buffer::plan_plain(int num_sms, int max_threads) const {
 
 // Whether staged kernels can run this geometry: lanes stand for ranks, and a warp has one peer at most.
 bool Buffer::can_stage(const kernels::Geometry& geometry) const {
-    return device_->has_bulk_copy() && options_.num_ranks <= kMaxStagedRanks && geometry.num_send_warps > 0 &&
-           geometry.num_blocks * geometry.num_send_warps >= options_.num_ranks - 1 &&
-           geometry.num_blocks * geometry.num_recv_warps >= options_.num_ranks - 1;
+    const auto has_enough = [&](int num_warps) {
+        return num_warps == 0 || geometry.num_blocks * num_warps >= options_.num_ranks - 1;
+    };
+    return device_->has_bulk_copy() && options_.num_ranks <= kMaxStagedRanks && has_enough(geometry.num_send_warps) &&
+           has_enough(geometry.num_recv_warps);
 }
 
-// Send warps have stages where each of them gets two; fewer warps would move less than registers do.
-kernels::Geometry Buffer::plan_dispatch(int num_sms, const layout::SlotLayout& slot) const {
-    const kernels::Geometry plain = plan_plain(num_sms, kernels::kMaxDispatchThreads);
+// Send warps have stages where each of them gets two; fewer warps would move less than registers do. A rank that lends
+// its outputs receives nothing by itself: all warps send, through registers (docs/performance/intranode.md, step 9).
+kernels::Geometry Buffer::plan_dispatch(int num_sms, const layout::SlotLayout& slot, bool is_lent) const {
+    kernels::Geometry plain = plan_plain(num_sms, kernels::kMaxDispatchThreads);
+    if (is_lent) {
+        plain.num_send_warps += std::exchange(plain.num_recv_warps, 0);
+        return plain;
+    }
     const layout::Staging stage{1, static_cast<int>(layout::bulk_bytes(slot.scales.end())) + layout::kPositionBytes};
     kernels::Geometry staged = plain;
     staged.send = {std::min(shared_bytes() / (plain.num_send_warps * stage.bytes()), kMaxStages), stage.stage_bytes};
     return staged.send.num_stages >= 2 && can_stage(staged) ? staged : plain;
 }
 
-// Reduce warps have stages of a fixed size; send warps get the rest.
-kernels::Geometry Buffer::plan_combine(int num_sms, const layout::SlotLayout& slot) const {
-    const kernels::Geometry geometry = plan_plain(num_sms, kernels::kMaxCombineThreads);
-    const int reduce_warps = device_->kind() == dev::DeviceKind::kCuda ? kReduceWarps : geometry.num_recv_warps;
-    const layout::Staging recv{layout::kReduceStages, layout::kReduceStageBytes};
+// Reduce warps have stages of a fixed size; send warps get the rest. A rank that lends its input sends nothing.
+kernels::Geometry Buffer::plan_combine(int num_sms, const layout::SlotLayout& slot, bool is_lent) const {
+    kernels::Geometry plain = plan_plain(num_sms, kernels::kMaxCombineThreads);
+    if (is_lent) plain.num_recv_warps += std::exchange(plain.num_send_warps, 0);
+    layout::Staging recv{layout::kReduceStages, layout::kReduceStageBytes};
+    if (is_lent) {
+        const kernels::Geometry lent{plain.num_blocks, 0, plain.num_recv_warps, {}, recv};
+        return lent.num_recv_warps * recv.bytes() <= shared_bytes() && can_stage(lent) ? lent : plain;
+    }
+    const int reduce_warps = device_->kind() == dev::DeviceKind::kCuda ? kReduceWarps : plain.num_recv_warps;
     const layout::Staging send{1, static_cast<int>(layout::bulk_bytes(slot.topk_weights.end()))};
     const int fitting = (shared_bytes() - reduce_warps * recv.bytes()) / send.bytes();
     const int max_warps = std::min(kernels::kMaxCombineThreads, device_->useful_block_threads()) / 32;
     const int send_warps = std::min(max_warps - reduce_warps, fitting / 2);
-    if (send_warps <= 0) return geometry;
+    if (send_warps <= 0) return plain;
     const int num_stages = std::min(fitting / send_warps, kMaxStages);
-    const kernels::Geometry staged{geometry.num_blocks, send_warps, reduce_warps, {num_stages, send.stage_bytes}, recv};
-    return can_stage(staged) ? staged : geometry;
+    const kernels::Geometry staged{plain.num_blocks, send_warps, reduce_warps, {num_stages, send.stage_bytes}, recv};
+    return can_stage(staged) ? staged : plain;
+}
+
+std::unique_ptr<LentMemory> Buffer::lend(int64_t num_bytes) {
+    require_usable();
+    EP_CHECK(num_bytes > 0, "num_bytes must be positive, got ", num_bytes);
+    const std::optional<uint64_t> offset = lend_pool_->take(static_cast<uint64_t>(num_bytes));
+    if (!offset.has_value()) return nullptr;
+    return std::make_unique<LentMemory>(lend_pool_, *offset, heap_->local() + lend_offset_ + *offset, heap_->lease());
+}
+
+// From the start of the heap; 0: the address is not in the part that is lent.
+uint64_t Buffer::lent_offset(const void* address) const {
+    const auto begin = reinterpret_cast<uintptr_t>(heap_->local() + lend_offset_);
+    const auto at = reinterpret_cast<uintptr_t>(address);
+    return at < begin || at >= begin + lend_pool_->num_bytes() ? 0 : at - begin + lend_offset_;
+}
+
+layout::Loan Buffer::loan_for(const DispatchArgs& args) const {
+    if (!may_lend()) return {};
+    const layout::Loan loan{lent_offset(args.recv_x), lent_offset(args.recv_scales), lent_offset(args.recv_topk_idx),
+                            lent_offset(args.recv_topk_weights), lent_offset(args.recv_src_idx)};
+    if (loan.x == 0) return {};
+    const auto is_lent = [](const void* address, uint64_t offset) { return address == nullptr || offset != 0; };
+    EP_CHECK((args.num_scales == 0 || loan.scales != 0) &&
+                 (args.num_topk == 0 || (loan.topk_idx != 0 && loan.topk_weights != 0)) &&
+                 is_lent(args.recv_src_idx, loan.src_idx),
+             "recv_x is lent to the peers, so all outputs of the call must be");
+    return loan;
+}
+
+layout::Loan Buffer::loan_for(const CombineArgs& args) const {
+    if (!may_lend()) return {};
+    layout::Loan loan{.x = lent_offset(args.x)};
+    if (loan.x == 0 || args.num_topk == 0) return loan;
+    const uint64_t weight_bytes =
+        sizeof(float) * static_cast<uint64_t>(args.num_rows) * static_cast<uint64_t>(args.num_topk);
+    if (weight_bytes > num_weight_bytes_) return {};  // no room for a copy: rows and weights go through slots
+    loan.topk_weights = weights_offset_;
+    return loan;
 }
 
 layout::WindowLayout Buffer::window_for(const layout::SlotLayout& slot, const char* operation) const {
@@ -249,12 +307,15 @@ void Buffer::dispatch(const DispatchArgs& args, int num_sms, dev::Stream stream)
     const auto slot =
         layout::SlotLayout::for_dispatch(static_cast<uint64_t>(args.row_bytes), static_cast<uint64_t>(args.num_topk),
                                          static_cast<uint64_t>(args.num_scales));
+    const layout::Loan loan = loan_for(args);
     kernels_->dispatch({.heap = heap_params(),
                         .watch = watch_params(),
-                        .geometry = plan_dispatch(num_sms, slot),
+                        .geometry = plan_dispatch(num_sms, slot, loan.x != 0),
                         .slot = slot,
                         .window = window_for(slot, "dispatch"),
                         .is_first_kernel = args.is_cached,
+                        .may_lend = may_lend(),
+                        .loan = loan,
                         .x = args.x,
                         .num_tokens = args.num_tokens,
                         .row_bytes = static_cast<uint32_t>(args.row_bytes),
@@ -286,11 +347,15 @@ void Buffer::combine(const CombineArgs& args, int num_sms, dev::Stream stream) {
     check_row(row_bytes);
     const auto slot =
         layout::SlotLayout::for_combine(static_cast<uint64_t>(row_bytes), static_cast<uint64_t>(args.num_topk));
+    const layout::Loan loan = loan_for(args);
     kernels_->combine({.heap = heap_params(),
                        .watch = watch_params(),
-                       .geometry = plan_combine(num_sms, slot),
+                       .geometry = plan_combine(num_sms, slot, loan.x != 0),
                        .slot = slot,
                        .window = window_for(slot, "combine"),
+                       .may_lend = may_lend(),
+                       .loan = loan,
+                       .lent_weights = reinterpret_cast<float*>(heap_->local() + weights_offset_),
                        .x = args.x,
                        .row_bytes = static_cast<uint32_t>(row_bytes),
                        .topk_weights = args.topk_weights,

@@ -10,6 +10,7 @@
 #include "comm/symmetric_heap.h"
 #include "device/runtime.h"
 #include "kernels/kernel_table.h"
+#include "runtime/lend_pool.h"
 
 namespace deep_ep::runtime {
 
@@ -20,7 +21,26 @@ struct BufferOptions {
     int64_t num_low_latency_bytes;  // of the low-latency mode
     double timeout_s;
     double warn_s;
-    bool is_shrinkable;  // low latency: a peer that does not come is masked
+    bool is_shrinkable;          // low latency: a peer that does not come is masked
+    int64_t num_lend_bytes = 0;  // for tensors that peers write and read in place
+};
+
+// A piece of a rank's heap that peers can reach, in use as a tensor. It keeps the heap allocated.
+class LentMemory {
+public:
+    LentMemory(std::shared_ptr<LendPool> pool, uint64_t offset, uint8_t* address, std::shared_ptr<const void> lease)
+        : pool_(std::move(pool)), offset_(offset), address_(address), lease_(std::move(lease)) {}
+    ~LentMemory() { pool_->give_back(offset_); }
+    LentMemory(const LentMemory&) = delete;
+    LentMemory& operator=(const LentMemory&) = delete;
+
+    uint8_t* address() const { return address_; }
+
+private:
+    std::shared_ptr<LendPool> pool_;
+    uint64_t offset_;
+    uint8_t* address_;
+    std::shared_ptr<const void> lease_;
 };
 
 struct LayoutArgs {
@@ -139,6 +159,10 @@ public:
     void dispatch(const DispatchArgs& args, int num_sms, dev::Stream stream);
     void combine(const CombineArgs& args, int num_sms, dev::Stream stream);
 
+    // Memory for outputs of dispatch and inputs of combine that peers reach in place; null: there is no room now. The
+    // memory may be used again as soon as the result is dropped, so what still runs on it then is the caller's business.
+    std::unique_ptr<LentMemory> lend(int64_t num_bytes);
+
     // Low latency: both phases in one launch, or two launches: a send phase returns the ticket that its receive phase
     // needs. At most two calls may be open (sent, not received) at a time.
     void low_latency_dispatch(const LowLatencyDispatchArgs& args, dev::Stream stream);
@@ -179,8 +203,12 @@ private:
     kernels::HeapParams heap_params() const;
     kernels::WatchParams watch_params() const;
     kernels::Geometry plan_plain(int num_sms, int max_threads) const;
-    kernels::Geometry plan_dispatch(int num_sms, const layout::SlotLayout& slot) const;
-    kernels::Geometry plan_combine(int num_sms, const layout::SlotLayout& slot) const;
+    kernels::Geometry plan_dispatch(int num_sms, const layout::SlotLayout& slot, bool is_lent) const;
+    kernels::Geometry plan_combine(int num_sms, const layout::SlotLayout& slot, bool is_lent) const;
+    uint64_t lent_offset(const void* address) const;
+    layout::Loan loan_for(const DispatchArgs& args) const;
+    layout::Loan loan_for(const CombineArgs& args) const;
+    bool may_lend() const { return options_.num_lend_bytes > 0 && options_.num_ranks > 1; }
     bool can_stage(const kernels::Geometry& geometry) const;
     int shared_bytes() const;  // dynamic, that a block of dispatch or combine can have
     int max_layout_counts() const;
@@ -192,6 +220,9 @@ private:
     const kernels::KernelTable* kernels_;
     layout::ControlLayout control_;
     std::unique_ptr<comm::SymmetricHeap> heap_;
+    // In the heap, after the data of both modes: a copy of combine's weights, then what is lent.
+    uint64_t weights_offset_ = 0, num_weight_bytes_ = 0, lend_offset_ = 0;
+    std::shared_ptr<LendPool> lend_pool_;
     dev::HostMapped status_memory_, counts_memory_;
     layout::HostStatus* status_ = nullptr;
     layout::HostCounts* counts_ = nullptr;

@@ -28,6 +28,9 @@ const char* awaited_at(layout::Stage stage) {
         case layout::Stage::kTable: return "to send its routing table";
         case layout::Stage::kRow: return "to send token rows";
         case layout::Stage::kSlot: return "to free buffer slots";
+        case layout::Stage::kLoan: return "to enter the call";
+        case layout::Stage::kWeights: return "to copy its top-k weights";
+        case layout::Stage::kReturn: return "to finish its part";
         case layout::Stage::kInput:
         case layout::Stage::kCapacity: return "(input)";
     }

@@ -50,6 +50,17 @@ public:
         return bases_[owner] + control_->bytes + window.slot_offset(bank, owner, source, slot_idx);
     }
 
+    EP_DEVICE uint64_t* loan_flag(int owner, int bank, int lender) const {
+        return word(owner, control_->loan_flags.at(bank * num_ranks_ + lender));
+    }
+    EP_DEVICE layout::Loan* loan(int owner, int bank, int lender) const {
+        return reinterpret_cast<layout::Loan*>(bases_[owner] + control_->loans.at(bank * num_ranks_ + lender));
+    }
+    EP_DEVICE uint64_t* weight_flag(int owner, int lender) const {
+        return word(owner, control_->weight_flags.at(lender));
+    }
+    EP_DEVICE uint64_t* returned(int owner, int borrower) const { return word(owner, control_->returned.at(borrower)); }
+
     // Low latency; see LowLatencyControl.
     EP_DEVICE uint64_t* low_latency_started(int owner, int source) const {
         return word(owner, control_->low_latency.started.at(source));

@@ -1,9 +1,9 @@
 // dispatch: every token to the final row of each rank that needs it, once per rank.
 //
-//   send warps      token t: read once; our own copy goes straight to its final row, the others into the next slot of
-//                   each destination's window; then one flag per destination
-//   receive warps   one stream per source: wait for the flag of the next row, move the slot to its final row, give the
-//                   slot back where a later row needs it
+//   send warps      token t: read once; our own copy and those for ranks that lend their outputs go straight to their
+//                   final rows, the others into the next slot of each destination's window, then one flag for each
+//   receive warps   (of a rank that does not lend) one stream per source: wait for the flag of the next row, move the
+//                   slot to its final row, give the slot back where a later row needs it
 //
 // With bulk copies, send warps keep several rows on their way through shared memory. Receive warps do not: one engine
 // carries all bulk copies of an SM, and is full with what is sent (docs/performance/intranode.md).
@@ -32,9 +32,7 @@ constexpr int kUnroll = 7;  // 7168 bytes: two rounds; 14336: four
 struct Kernel {
     using Params = DispatchParams;
     static constexpr int kMaxThreads = kMaxDispatchThreads;
-    struct Shared {
-        int is_ready;
-    };
+    using Shared = FrameState;
 
     struct Context {
         const Params& p;
@@ -58,24 +56,52 @@ struct Kernel {
         return p.scales[token * p.scale_stride_token + i * p.scale_stride_scale];
     }
 
-    // The warp fills everything of an output row but the row itself.
-    template <class Expert, class Weight, class Scale>
-    static EP_DEVICE void deliver_metadata(const Params& p, int64_t row, int src_idx, const Expert& expert,
-                                           const Weight& weight, const Scale& scale) {
-        if (prim::lane_idx() == 0 && p.recv_src_idx != nullptr) p.recv_src_idx[row] = src_idx;
-        for (int k = prim::lane_idx(); k < p.num_topk; k += kWarpSize) {
-            const int id = expert(k);
-            store_expert_id(p.recv_topk_idx, p.idx_bytes, row * p.num_topk + k, id);
-            p.recv_topk_weights[row * p.num_topk + k] = id >= 0 ? weight(k) : 0.0f;
-        }
-        for (int i = prim::lane_idx(); i < p.num_scales; i += kWarpSize)
-            p.recv_scales[row * p.num_scales + i] = scale(i);
+    // The outputs of a rank that are not rows; null: it wants none.
+    struct MetadataOutputs {
+        uint32_t* scales;
+        void* topk_idx;
+        float* topk_weights;
+        int* src_idx;
+    };
+
+    // Our own, or those that `rank` lends us.
+    static EP_DEVICE MetadataOutputs metadata_outputs(const Context& c, int rank) {
+        const Params& p = c.p;
+        if (rank == c.watch.heap.rank()) return {p.recv_scales, p.recv_topk_idx, p.recv_topk_weights, p.recv_src_idx};
+        const layout::Loan& loan = algo::loan_of(c.watch, rank);
+        auto lent = [&](uint64_t offset) { return offset == 0 ? nullptr : c.watch.heap.at(rank, offset); };
+        return {reinterpret_cast<uint32_t*>(lent(loan.scales)), lent(loan.topk_idx),
+                reinterpret_cast<float*>(lent(loan.topk_weights)), reinterpret_cast<int*>(lent(loan.src_idx))};
     }
 
-    static EP_DEVICE void deliver_own_metadata(const Context& c, int token, int64_t row) {
+    // Where this lane's rank wants its rows, if they go straight there; null: into slots, or nowhere.
+    static EP_DEVICE uint8_t* direct_rows(const Context& c, int rank) {
+        const int self = c.watch.heap.rank();
+        if (rank == self) return c.p.recv_x;
+        if (!c.p.may_lend || rank >= c.watch.heap.num_ranks()) return nullptr;
+        const uint64_t offset = algo::loan_of(c.watch, rank).x;
+        return offset == 0 ? nullptr : c.watch.heap.at(rank, offset);
+    }
+
+    // The warp fills everything of an output row but the row itself.
+    template <class Expert, class Weight, class Scale>
+    static EP_DEVICE void deliver_metadata(const Params& p, const MetadataOutputs& out, int64_t row, int src_idx,
+                                           const Expert& expert, const Weight& weight, const Scale& scale) {
+        if (prim::lane_idx() == 0 && out.src_idx != nullptr) out.src_idx[row] = src_idx;
+        for (int k = prim::lane_idx(); k < p.num_topk; k += kWarpSize) {
+            const int id = expert(k);
+            store_expert_id(out.topk_idx, p.idx_bytes, row * p.num_topk + k, id);
+            out.topk_weights[row * p.num_topk + k] = id >= 0 ? weight(k) : 0.0f;
+        }
+        for (int i = prim::lane_idx(); i < p.num_scales; i += kWarpSize) out.scales[row * p.num_scales + i] = scale(i);
+    }
+
+    // Straight from our inputs to the final row at `rank`.
+    static EP_DEVICE void deliver_input_metadata(const Context& c, int token, int rank, int64_t row) {
         const Params& p = c.p;
         deliver_metadata(
-            p, row, token, [&](int k) { return local_expert(p, global_expert(p, token, k), c.watch.heap.rank()); },
+            p, metadata_outputs(c, rank), row, token,
+            [&](int k) { return local_expert(p, global_expert(p, token, k), rank); },
             [&](int k) { return p.topk_weights[static_cast<int64_t>(token) * p.num_topk + k]; },
             [&](int i) { return input_scale(p, token, i); });
     }
@@ -96,55 +122,59 @@ struct Kernel {
     static EP_DEVICE bool send_token(const Context& c, int token, int first_rank) {
         const Params& p = c.p;
         const int num_ranks = c.watch.heap.num_ranks();
-        const int self = c.watch.heap.rank();
         const int destination = first_rank + prim::lane_idx();
         const int position =
             destination < num_ranks ? p.send_head[static_cast<int64_t>(token) * num_ranks + destination] : -1;
         const bool is_sent = position >= 0;
-        const bool is_remote = is_sent && destination != self;
+        uint8_t* direct = is_sent ? direct_rows(c, destination) : nullptr;
+        const bool uses_slot = is_sent && direct == nullptr;
 
         const bool is_free =
-            !is_remote || c.ring.wait(Stage::kSlot, destination, c.ring.to(destination).slot_is_free(position));
+            !uses_slot || c.ring.wait(Stage::kSlot, destination, c.ring.to(destination).slot_is_free(position));
         if (!__all_sync(kFullMask, is_free)) return false;
         __syncwarp();  // one lane's acquire of a slot, every lane's stores into it
 
-        const int64_t own_row = is_sent ? c.rows.first_row(self, self) + position : 0;
+        const int64_t row =
+            is_sent ? static_cast<int64_t>(c.rows.first_row(c.watch.heap.rank(), destination)) + position : 0;
         uint8_t* target = !is_sent    ? nullptr
-                          : is_remote ? c.ring.to(destination).slot(position)
-                                      : p.recv_x + own_row * p.row_bytes;
+                          : uses_slot ? c.ring.to(destination).slot(position)
+                                      : direct + row * p.row_bytes;
         const uint32_t lanes = __ballot_sync(kFullMask, is_sent);
+        const uint32_t slot_lanes = __ballot_sync(kFullMask, uses_slot);
         algo::warp_multicast<kUnroll>(reinterpret_cast<const Vec16*>(p.x + static_cast<int64_t>(token) * p.row_bytes),
                                       static_cast<int>(p.row_bytes / sizeof(Vec16)), lanes,
                                       reinterpret_cast<Vec16*>(target));
         for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
             const int lane = __ffs(static_cast<int>(rest)) - 1;
             uint8_t* slot = algo::broadcast_pointer(target, lane);
-            if (first_rank + lane == self)
-                deliver_own_metadata(c, token, __shfl_sync(kFullMask, own_row, lane));
-            else
+            const int64_t final_row = __shfl_sync(kFullMask, row, lane);
+            if ((slot_lanes >> lane & 1u) != 0)
                 send_metadata(c, token, slot);
+            else
+                deliver_input_metadata(c, token, first_rank + lane, final_row);
         }
         __syncwarp();  // every lane's stores, one lane's release
-        if (is_remote) c.ring.to(destination).publish(position);
+        if (uses_slot) c.ring.to(destination).publish(position);
         return true;
     }
 
     // Tokens are dealt one by one, so that all warps move through the windows together.
-    static EP_DEVICE void send(const Context& c, int warp, int num_warps) {
+    static EP_DEVICE bool send(const Context& c, int warp, int num_warps) {
         for (int token = warp; token < c.p.num_tokens; token += num_warps)
             for (int first = 0; first < c.watch.heap.num_ranks(); first += kWarpSize)
-                if (!send_token(c, token, first)) return;
+                if (!send_token(c, token, first)) return false;
+        return true;
     }
 
-    // From a slot, or from the image of one in shared memory.
-    static EP_DEVICE void deliver_slot_metadata(const Context& c, int64_t row, const uint8_t* slot) {
+    // From a slot, or from the image of one in shared memory, to the final row at `rank`.
+    static EP_DEVICE void deliver_slot_metadata(const Context& c, int rank, int64_t row, const uint8_t* slot) {
         const Params& p = c.p;
         const auto* ids = reinterpret_cast<const int*>(slot + p.slot.topk_idx.offset);
         const auto* weights = reinterpret_cast<const float*>(slot + p.slot.topk_weights.offset);
         const auto* scales = reinterpret_cast<const uint32_t*>(slot + p.slot.scales.offset);
         deliver_metadata(
-            p, row, *reinterpret_cast<const int*>(slot + p.slot.src_idx.offset),
-            [&](int k) { return local_expert(p, ids[k], c.watch.heap.rank()); }, [&](int k) { return weights[k]; },
+            p, metadata_outputs(c, rank), row, *reinterpret_cast<const int*>(slot + p.slot.src_idx.offset),
+            [&](int k) { return local_expert(p, ids[k], rank); }, [&](int k) { return weights[k]; },
             [&](int i) { return scales[i]; });
     }
 
@@ -156,7 +186,7 @@ struct Kernel {
         algo::warp_copy<algo::SourceKind::kFromPeer, kUnroll>(reinterpret_cast<Vec16*>(p.recv_x + row * p.row_bytes),
                                                               reinterpret_cast<const Vec16*>(slot),
                                                               static_cast<int>(p.row_bytes / sizeof(Vec16)));
-        deliver_slot_metadata(c, row, slot);
+        deliver_slot_metadata(c, c.watch.heap.rank(), row, slot);
         __syncwarp();  // every lane's reads, one lane's release
         if (prim::lane_idx() == 0) port.give_back(position, num_rows);
     }
@@ -220,26 +250,27 @@ struct Kernel {
     // A warp's tokens, item by item. Lane i stores to rank i and publishes there.
     struct StagedSend {
         int first, step, count;
-        algo::Port port;  // of this lane
-        bool is_self;     // this lane's rank is our own
-        int own_lane;
-        int64_t own_row;  // where our own rows begin
+        algo::Port port;    // of this lane
+        uint8_t* direct;    // this lane's rank gets rows straight into its outputs; null: into slots
+        int64_t first_row;  // of our rows there
+        uint32_t direct_lanes;
 
         EP_DEVICE int token(int item) const { return first + item * step; }
-        EP_DEVICE bool is_remote(int position) const { return position >= 0 && !is_self; }
+        EP_DEVICE bool uses_slot(int position) const { return position >= 0 && direct == nullptr; }
     };
 
     static EP_DEVICE StagedSend make_send(const Context& c, int warp, int num_warps) {
         const int self = c.watch.heap.rank();
         const int rank = prim::lane_idx() < c.watch.heap.num_ranks() ? prim::lane_idx() : self;
         const int num_left = c.p.num_tokens - warp;
+        uint8_t* direct = direct_rows(c, rank);
         return {warp,
                 num_warps,
                 num_left > 0 ? (num_left + num_warps - 1) / num_warps : 0,
                 c.ring.to(rank),
-                rank == self,
-                self,
-                c.rows.first_row(self, self)};
+                direct,
+                c.rows.first_row(self, rank),
+                __ballot_sync(kFullMask, direct != nullptr && prim::lane_idx() < c.watch.heap.num_ranks())};
     }
 
     // Every lane: flags of the items [published, end), whose stores are where they belong.
@@ -248,7 +279,7 @@ struct Kernel {
         if (published < end) prim::fence_async_global();  // this lane's finished stores, its release
         for (; published < end; ++published) {
             const int position = *position_in(c.p, stages.at(published));
-            if (send.is_remote(position)) send.port.publish(position);
+            if (send.uses_slot(position)) send.port.publish(position);
         }
         return published;
     }
@@ -257,7 +288,7 @@ struct Kernel {
     // a slot may need it.
     static EP_DEVICE bool wait_for_slots(const Context& c, const StagedSend& send, const algo::Stages& stages,
                                          int position, int item, int& published) {
-        const bool may_wait = send.is_remote(position) && position >= c.p.window.window;
+        const bool may_wait = send.uses_slot(position) && position >= c.p.window.window;
         if (!__any_sync(kFullMask, may_wait)) return true;
         const algo::FlagTest test = may_wait ? send.port.slot_is_free(position) : algo::FlagTest{nullptr, 0};
         bool is_free = c.ring.is_set(test);
@@ -270,25 +301,38 @@ struct Kernel {
         return __all_sync(kFullMask, is_free);
     }
 
-    // Each lane stores the staged token to its rank: the whole image into a slot, or the row alone to our own output.
+    // Each lane stores the staged token to its rank: the whole image into a slot, or the row alone to its final place.
     static EP_DEVICE void store_staged(const Context& c, const StagedSend& send, int position, const uint8_t* stage) {
         const Params& p = c.p;
-        if (send.is_remote(position))
+        if (send.uses_slot(position))
             prim::bulk_store(send.port.slot(position), stage, layout::bulk_bytes(p.slot.scales.end()));
         else if (position >= 0)
-            prim::bulk_store(p.recv_x + (send.own_row + position) * p.row_bytes, stage, p.row_bytes);
+            prim::bulk_store(send.direct + (send.first_row + position) * p.row_bytes, stage, p.row_bytes);
         prim::bulk_commit();  // one group an item on every lane, so that groups can be counted
     }
 
-    static EP_DEVICE void send_staged(const Context& c, int warp, int num_warps, uint8_t* memory) {
+    // The whole warp: what belongs to the rows that went straight to their final places.
+    static EP_DEVICE void deliver_staged_metadata(const Context& c, const StagedSend& send, int position,
+                                                  const uint8_t* stage) {
+        const int64_t row = send.first_row + position;
+        for (uint32_t rest = send.direct_lanes; rest != 0; rest &= rest - 1) {
+            const int rank = __ffs(static_cast<int>(rest)) - 1;
+            if (__shfl_sync(kFullMask, position, rank) < 0) continue;
+            deliver_slot_metadata(c, rank, __shfl_sync(kFullMask, row, rank), stage);
+        }
+    }
+
+    static EP_DEVICE bool send_staged(const Context& c, int warp, int num_warps, uint8_t* memory) {
         const Params& p = c.p;
         const StagedSend send = make_send(c, warp, num_warps);
+        const bool has_slots = __any_sync(kFullMask, send.direct == nullptr);
         const algo::Stages stages(memory, p.geometry.send);
         const int ahead = stages.num_ahead();
         auto load = [&](int item) {
             if (prim::lane_idx() == 0)
                 stages.load(item, p.x + static_cast<int64_t>(send.token(item)) * p.row_bytes, p.row_bytes);
         };
+        prim::fence_async_global();  // each lane: the loans that this block has seen, its bulk stores
         stages.init();
         int loaded = 0;
         for (; loaded < ahead && loaded < send.count; ++loaded) {
@@ -311,11 +355,12 @@ struct Kernel {
             if (!wait_for_slots(c, send, stages, position, item, published)) break;
             stages.wait(item);
             store_staged(c, send, position, stages.at(item));
-            prim::bulk_wait<1>();
-            published = publish_until(c, send, stages, published, item);
+            if (has_slots) {
+                prim::bulk_wait<1>();
+                published = publish_until(c, send, stages, published, item);
+            }
             // After the release, which would wait for these stores.
-            const int own_position = __shfl_sync(kFullMask, position, send.own_lane);
-            if (own_position >= 0) deliver_slot_metadata(c, send.own_row + own_position, stages.at(item));
+            deliver_staged_metadata(c, send, position, stages.at(item));
             if (loads_more) {
                 stage_metadata(c, send.token(loaded), metadata, stages.at(loaded));
                 ++loaded;
@@ -323,16 +368,18 @@ struct Kernel {
             __syncwarp();  // every lane's metadata, each lane's bulk store; every lane's reads, the next load
         }
         prim::bulk_wait<0>();
-        publish_until(c, send, stages, published, item);
+        if (has_slots) publish_until(c, send, stages, published, item);
         for (int rest = item; rest < loaded; ++rest) stages.wait(rest);  // given up: nothing may land after the end
+        return item == send.count;
     }
 
     // Rows that nobody sent must not look like tokens.
-    static EP_DEVICE void mark_unused_rows(const Context& c, int warp, int num_warps) {
+    static EP_DEVICE void mark_unused_rows(const Context& c) {
         const Params& p = c.p;
         const int64_t begin = static_cast<int64_t>(c.rows.total_rows(c.watch.heap.rank())) * p.num_topk;
         const int64_t end = static_cast<int64_t>(p.num_recv_rows) * p.num_topk;
-        for (int64_t i = begin + warp * kWarpSize + prim::lane_idx(); i < end; i += num_warps * kWarpSize) {
+        const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+        for (int64_t i = begin + static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < end; i += step) {
             store_expert_id(p.recv_topk_idx, p.idx_bytes, i, -1);
             p.recv_topk_weights[i] = 0.0f;
         }
@@ -340,23 +387,24 @@ struct Kernel {
 
     // -- The kernel ------------------------------------------------------------------------------------------------------
 
-    static EP_DEVICE void work(const Context& c) {
+    static EP_DEVICE bool send_any(const Context& c, int send_warp) {
         const Geometry& geometry = c.p.geometry;
-        const int block = static_cast<int>(blockIdx.x);
-        const int send_warp = prim::warp_idx();
-        const int recv_warp = send_warp - geometry.num_send_warps;
-        if (recv_warp < 0) {
-            const int warp = send_warp * geometry.num_blocks + block;
-            const int num_warps = geometry.num_send_warps * geometry.num_blocks;
-            if (prim::has_bulk_copy() && geometry.send.num_stages > 0)
-                send_staged(c, warp, num_warps, send_memory(geometry, send_warp));
-            else
-                send(c, warp, num_warps);
+        const int warp = send_warp * geometry.num_blocks + static_cast<int>(blockIdx.x);
+        const int num_warps = geometry.num_send_warps * geometry.num_blocks;
+        if (prim::has_bulk_copy() && geometry.send.num_stages > 0)
+            return send_staged(c, warp, num_warps, send_memory(geometry, send_warp));
+        return send(c, warp, num_warps);
+    }
+
+    static EP_DEVICE void work(const Context& c, const CallFrame& frame, FrameState& state) {
+        const Geometry& geometry = c.p.geometry;
+        if (prim::warp_idx() < geometry.num_send_warps) {
+            const bool is_ok = send_any(c, prim::warp_idx());
+            end_loans(c.watch, frame, geometry.num_send_warps, is_ok, state);
         } else {
-            const int warp = recv_warp * geometry.num_blocks + block;
-            const int num_warps = geometry.num_recv_warps * geometry.num_blocks;
-            receive(c, warp, num_warps);
-            if (c.p.is_worst_case) mark_unused_rows(c, warp, num_warps);
+            const int recv_warp = prim::warp_idx() - geometry.num_send_warps;
+            receive(c, recv_warp * geometry.num_blocks + static_cast<int>(blockIdx.x),
+                    geometry.num_recv_warps * geometry.num_blocks);
         }
     }
 
@@ -365,7 +413,11 @@ struct Kernel {
                                 algo::current_call(p.watch.local)};
         const algo::Ring ring(watch, p.window);
         const Context context{p, watch, ring, RowMap{p.rank_prefix_matrix, p.heap.num_ranks}};
-        if (begin_call(watch, context.rows, p.is_first_kernel, p.num_recv_rows, &shared.is_ready)) work(context);
+        const CallFrame frame{p.is_first_kernel, p.may_lend, p.num_recv_rows, &p.loan};
+        if (begin_call(watch, context.rows, frame, shared)) {
+            if (p.is_worst_case) mark_unused_rows(context);
+            work(context, frame, shared);
+        }
         algo::finish_call(watch);
     }
 };

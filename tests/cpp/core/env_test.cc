@@ -43,12 +43,14 @@ TEST_CASE("every variable reaches its field") {
                                    {"DEEP_EP_RANKS_PER_NODE", "2"},
                                    {"DEEP_EP_DEVICE", "cpu"},
                                    {"DEEP_EP_NUM_SMS", "16"},
+                                   {"DEEP_EP_LEND_BYTES", "1024"},
                                    {"DEEP_EP_CPU_SMS", "4"}});
     CHECK(env.timeout_s == 2.5);
     CHECK(env.warn_s == 1);
     CHECK(env.ranks_per_node == 2);
     CHECK(env.device == "cpu");
     CHECK(env.num_sms == 16);
+    CHECK(env.lend_bytes == 1024);
     CHECK(env.cpu_sms == 4);
 }
 
@@ -65,6 +67,8 @@ TEST_CASE("a malformed value is refused with the variable, what was expected and
           "DEEP_EP_DEVICE: expected 'cpu', 'cuda' or nothing (automatic), got 'tpu'");
     CHECK(failure({{"DEEP_EP_NUM_SMS", "9999"}}) ==
           "DEEP_EP_NUM_SMS: expected a number of SMs, 0 to 1024 (0: automatic), got '9999'");
+    CHECK(failure({{"DEEP_EP_LEND_BYTES", "100"}}) ==
+          "DEEP_EP_LEND_BYTES: expected a number of bytes, a multiple of 128, got '100'");
 }
 
 TEST_CASE("numbers with a tail, without a value or out of range are refused") {

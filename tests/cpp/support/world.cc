@@ -1,6 +1,9 @@
 #include "support/world.h"
 
+#include <cstring>
 #include <random>
+
+#include "core/error.h"
 
 namespace deep_ep::test {
 
@@ -30,7 +33,8 @@ void fill_routing(const Problem& problem, std::mt19937_64& rng, RankTensors& ten
 }  // namespace
 
 World::World(int num_ranks, int64_t num_data_bytes, const simt::SchedulerOptions& options, double timeout_s,
-             int64_t num_low_latency_bytes, bool is_shrinkable, const std::vector<simt::DeviceOptions>& devices)
+             int64_t num_low_latency_bytes, bool is_shrinkable, const std::vector<simt::DeviceOptions>& devices,
+             int64_t num_lend_bytes)
     : scheduler_(std::make_unique<simt::Scheduler>(options)) {
     std::vector<std::string> handles;
     for (int rank = 0; rank < num_ranks; ++rank) {
@@ -43,7 +47,8 @@ World::World(int num_ranks, int64_t num_data_bytes, const simt::SchedulerOptions
                                                     .num_low_latency_bytes = num_low_latency_bytes,
                                                     .timeout_s = timeout_s,
                                                     .warn_s = timeout_s / 2,
-                                                    .is_shrinkable = is_shrinkable}));
+                                                    .is_shrinkable = is_shrinkable,
+                                                    .num_lend_bytes = num_lend_bytes}));
         streams_.push_back(devices_.back()->create_stream());
         handles.push_back(buffers_.back()->export_handle());
     }
@@ -137,7 +142,26 @@ void World::launch_notify(const Problem& problem, RankTensors& tensors, int rank
                                  stream(rank));
 }
 
+template <class T> T* World::lend(RankTensors& tensors, int rank, std::vector<T>& data) {
+    const size_t num_bytes = data.size() * sizeof(T);
+    if (num_bytes == 0) return nullptr;
+    std::shared_ptr<runtime::LentMemory> memory = buffer(rank).lend(static_cast<int64_t>(num_bytes));
+    EP_CHECK(memory != nullptr, "the test lends more than its world has room for");
+    std::memcpy(memory->address(), data.data(), num_bytes);
+    tensors.lent.push_back({memory, data.data(), num_bytes});
+    return reinterpret_cast<T*>(memory->address());
+}
+
+void World::collect(std::vector<RankTensors>& ranks) {
+    for (RankTensors& tensors : ranks) {
+        for (const RankTensors::Lent& lent : tensors.lent)
+            std::memcpy(lent.data, lent.memory->address(), lent.num_bytes);
+        tensors.lent.clear();
+    }
+}
+
 void World::launch_dispatch(const Problem& problem, RankTensors& tensors, int rank, bool is_cached) {
+    auto output = [&](auto& data) { return problem.lends(rank) ? lend(tensors, rank, data) : data.data(); };
     const int num_topk = is_cached ? 0 : problem.num_topk;
     buffer(rank).dispatch({.x = reinterpret_cast<const uint8_t*>(tensors.x.data()),
                            .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
@@ -153,11 +177,11 @@ void World::launch_dispatch(const Problem& problem, RankTensors& tensors, int ra
                            .num_experts = problem.num_experts,
                            .rank_prefix_matrix = tensors.rank_prefix_matrix.data(),
                            .send_head = tensors.send_head.data(),
-                           .recv_x = reinterpret_cast<uint8_t*>(tensors.recv_x.data()),
-                           .recv_scales = tensors.recv_scales.data(),
-                           .recv_topk_idx = tensors.recv_topk_idx.data(),
-                           .recv_topk_weights = tensors.recv_topk_weights.data(),
-                           .recv_src_idx = tensors.recv_src_idx.data(),
+                           .recv_x = reinterpret_cast<uint8_t*>(output(tensors.recv_x)),
+                           .recv_scales = output(tensors.recv_scales),
+                           .recv_topk_idx = output(tensors.recv_topk_idx),
+                           .recv_topk_weights = output(tensors.recv_topk_weights),
+                           .recv_src_idx = output(tensors.recv_src_idx),
                            .num_recv_rows = static_cast<int>(tensors.recv_src_idx.size()),
                            .is_worst_case = problem.num_extra_rows > 0,
                            .is_cached = is_cached},
@@ -168,7 +192,8 @@ void World::launch_combine(const Problem& problem, RankTensors& tensors, int ran
     auto bias = [&](int i) -> const uint8_t* {
         return i < problem.num_biases ? reinterpret_cast<const uint8_t*>(tensors.bias[i].data()) : nullptr;
     };
-    buffer(rank).combine({.x = reinterpret_cast<const uint8_t*>(tensors.y.data()),
+    uint16_t* y = problem.lends(rank) ? lend(tensors, rank, tensors.y) : tensors.y.data();
+    buffer(rank).combine({.x = reinterpret_cast<const uint8_t*>(y),
                           .num_rows = static_cast<int>(tensors.num_recv_tokens),
                           .hidden = problem.hidden,
                           .topk_weights = tensors.y_weights.data(),
@@ -193,6 +218,7 @@ void World::dispatch(const Problem& problem, std::vector<RankTensors>& ranks) {
         launch_dispatch(problem, tensors, rank, false);
     }
     run();
+    collect(ranks);
     for (int rank = 0; rank < num_ranks(); ++rank) buffer(rank).check();
 }
 
@@ -203,6 +229,7 @@ void World::dispatch_cached(const Problem& problem, std::vector<RankTensors>& ra
         launch_dispatch(problem, tensors, rank, true);
     }
     run();
+    collect(ranks);
     for (int rank = 0; rank < num_ranks(); ++rank) buffer(rank).check();
 }
 
@@ -210,6 +237,7 @@ void World::combine(const Problem& problem, std::vector<RankTensors>& ranks) {
     for (int rank = 0; rank < num_ranks(); ++rank) prepare_combine(problem, ranks[static_cast<size_t>(rank)], rank);
     for (int rank = 0; rank < num_ranks(); ++rank) launch_combine(problem, ranks[static_cast<size_t>(rank)], rank);
     run();
+    collect(ranks);
     for (int rank = 0; rank < num_ranks(); ++rank) buffer(rank).check();
 }
 

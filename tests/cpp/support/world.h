@@ -26,7 +26,9 @@ struct Problem {
     int only_rank = -1;             // all entries go to the experts of this rank
     int num_extra_rows = 0;         // > 0: worst-case mode with so many rows more than arrive
     uint64_t seed = 1;
+    uint32_t lending_ranks = 0;  // bit i: rank i lends outputs of dispatch and inputs of combine (in a World that can)
 
+    bool lends(int rank) const { return (lending_ranks >> rank & 1u) != 0; }
     int num_ranks() const { return static_cast<int>(num_tokens.size()); }
 };
 
@@ -49,6 +51,14 @@ struct RankTensors {
     int64_t num_recv_tokens = 0;
     std::vector<int> num_recv_per_expert;
 
+    // What this rank lends, and the vectors that it stands for.
+    struct Lent {
+        std::shared_ptr<runtime::LentMemory> memory;
+        void* data;
+        size_t num_bytes;
+    };
+    std::vector<Lent> lent;
+
     std::vector<uint16_t> y;  // what the experts made of recv_x
     std::vector<float> y_weights;
     std::vector<uint16_t> bias[2];
@@ -60,7 +70,8 @@ class World {
 public:
     World(int num_ranks, int64_t num_data_bytes, const simt::SchedulerOptions& options, double timeout_s = 100,
           int64_t num_low_latency_bytes = 0, bool is_shrinkable = false,
-          const std::vector<simt::DeviceOptions>& devices = {{}});  // of each rank; one: of all
+          const std::vector<simt::DeviceOptions>& devices = {{}},  // of each rank; one: of all
+          int64_t num_lend_bytes = 0);
     ~World();
 
     simt::Scheduler& scheduler() { return *scheduler_; }
@@ -80,8 +91,13 @@ public:
     void launch_notify(const Problem& problem, RankTensors& tensors, int rank);
     void launch_dispatch(const Problem& problem, RankTensors& tensors, int rank, bool is_cached);
     void launch_combine(const Problem& problem, RankTensors& tensors, int rank);
+    // After run(): what came into lent memory, into the vectors that it stands for; the memory is given back.
+    static void collect(std::vector<RankTensors>& ranks);
 
 private:
+    // A copy of `data` in memory that `rank` lends.
+    template <class T> T* lend(RankTensors& tensors, int rank, std::vector<T>& data);
+
     std::unique_ptr<simt::Scheduler> scheduler_;
     std::vector<std::shared_ptr<simt::SimtDevice>> devices_;
     std::vector<std::unique_ptr<runtime::Buffer>> buffers_;

@@ -1,0 +1,45 @@
+// What both halves of combine work with.
+#pragma once
+
+#include "device/algo/loan.h"
+#include "device/algo/ring.h"
+#include "kernels/intranode/routing.h"
+#include "kernels/params.h"
+
+namespace deep_ep::kernels::combine {
+inline namespace EP_BACKEND {
+
+using layout::Stage;
+using prim::kFullMask;
+using prim::kWarpSize;
+using prim::Vec16;
+
+struct Context {
+    const CombineParams& p;
+    const algo::Watch& watch;
+    const algo::Ring& ring;
+    RowMap rows;
+};
+
+// Where `rank` has its rows for us to read, our first one foremost: in our own input, or in the one that it lends. Null:
+// it sends them into slots.
+EP_DEVICE const uint8_t* direct_rows(const Context& c, int rank) {
+    const CombineParams& p = c.p;
+    const int self = c.watch.heap.rank();
+    const int64_t offset = static_cast<int64_t>(c.rows.first_row(self, rank)) * p.row_bytes;
+    if (rank == self) return p.x + offset;
+    const uint64_t lent = p.may_lend ? algo::loan_of(c.watch, rank).x : 0;
+    return lent == 0 ? nullptr : c.watch.heap.at(rank, lent) + offset;
+}
+
+// The same for the weights of a rank with direct rows.
+EP_DEVICE const float* direct_weights(const Context& c, int rank) {
+    const CombineParams& p = c.p;
+    const int self = c.watch.heap.rank();
+    const int64_t offset = static_cast<int64_t>(c.rows.first_row(self, rank)) * p.num_topk;
+    if (rank == self) return p.topk_weights + offset;
+    return reinterpret_cast<const float*>(c.watch.heap.at(rank, algo::loan_of(c.watch, rank).topk_weights)) + offset;
+}
+
+}  // namespace EP_BACKEND
+}  // namespace deep_ep::kernels::combine

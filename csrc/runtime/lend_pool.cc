@@ -1,0 +1,63 @@
+#include "runtime/lend_pool.h"
+
+#include <numeric>
+
+#include "core/error.h"
+#include "layout/field.h"
+
+namespace deep_ep::runtime {
+
+LendPool::LendPool(uint64_t num_bytes) : num_bytes_(num_bytes) {
+    if (num_bytes > 0) gaps_[0] = num_bytes;
+}
+
+uint64_t LendPool::cut(Gaps::iterator gap, uint64_t num_bytes, bool from_top) {
+    const auto [begin, size] = *gap;
+    gaps_.erase(gap);
+    const uint64_t rest = size - num_bytes;
+    if (rest > 0) gaps_[from_top ? begin : begin + num_bytes] = rest;
+    return from_top ? begin + rest : begin;
+}
+
+// First fit from either end.
+std::optional<uint64_t> LendPool::take(uint64_t num_bytes) {
+    EP_CHECK(num_bytes > 0, "num_bytes must be positive, got 0");
+    const uint64_t size = layout::align_up(num_bytes, kAlignment);
+    const bool from_top = size <= kSmallBytes;
+    const std::lock_guard lock(mutex_);
+    auto found = gaps_.end();
+    for (auto gap = gaps_.begin(); gap != gaps_.end(); ++gap) {
+        if (gap->second < size) continue;
+        found = gap;
+        if (!from_top) break;
+    }
+    if (found == gaps_.end()) return std::nullopt;
+    const uint64_t offset = cut(found, size, from_top);
+    taken_[offset] = size;
+    return offset;
+}
+
+void LendPool::give_back(uint64_t offset) {
+    const std::lock_guard lock(mutex_);
+    const auto piece = taken_.find(offset);
+    EP_CHECK(piece != taken_.end(), "nothing was taken at offset ", offset);
+    auto gap = gaps_.emplace(offset, piece->second).first;
+    taken_.erase(piece);
+    if (const auto next = std::next(gap); next != gaps_.end() && gap->first + gap->second == next->first) {
+        gap->second += next->second;
+        gaps_.erase(next);
+    }
+    if (gap == gaps_.begin()) return;
+    const auto before = std::prev(gap);
+    if (before->first + before->second != gap->first) return;
+    before->second += gap->second;
+    gaps_.erase(gap);
+}
+
+uint64_t LendPool::num_bytes_taken() const {
+    const std::lock_guard lock(mutex_);
+    return std::accumulate(taken_.begin(), taken_.end(), uint64_t{0},
+                           [](uint64_t sum, const auto& piece) { return sum + piece.second; });
+}
+
+}  // namespace deep_ep::runtime

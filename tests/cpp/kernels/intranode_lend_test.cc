@@ -1,0 +1,217 @@
+// Outputs that peers write in place, inputs that peers read in place: the same bits as through slots, in every mixture.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/error.h"
+#include "layout/intranode.h"
+#include "layout/staging.h"
+#include "support/world.h"
+
+namespace deep_ep::test {
+namespace {
+
+constexpr int64_t kDataBytes = 1 << 18;
+constexpr int64_t kLendBytes = 1 << 20;
+
+struct Setup {
+    uint64_t seed = 0;
+    int64_t data_bytes = kDataBytes;
+    int64_t lend_bytes = kLendBytes;
+    simt::DeviceOptions device = {};
+};
+
+World make_world(const Problem& problem, const Setup& setup) {
+    simt::SchedulerOptions options;
+    options.seed = setup.seed;
+    return World(problem.num_ranks(), setup.data_bytes, options, 100, 0, false, {setup.device}, setup.lend_bytes);
+}
+
+void check_round_trip(const Problem& problem, const Setup& setup = {}) {
+    World world = make_world(problem, setup);
+    CHECK_EQ(round_trip(world, problem), "");
+}
+
+TEST_CASE("every mixture of ranks that lend and ranks that do not") {
+    for (uint32_t lending = 0; lending < 8; ++lending) {
+        for (uint64_t seed : {0, 1, 2}) {
+            for (bool has_bulk_copy : {false, true}) {
+                CAPTURE(lending);
+                CAPTURE(seed);
+                CAPTURE(has_bulk_copy);
+                const Problem problem{.num_tokens = {13, 20, 7},
+                                      .num_experts = 6,
+                                      .num_topk = 3,
+                                      .hidden = 1848,
+                                      .num_scales = 3,
+                                      .num_biases = 1,
+                                      .lending_ranks = lending};
+                check_round_trip(problem, {.seed = seed, .device = {.has_bulk_copy = has_bulk_copy}});
+            }
+        }
+    }
+}
+
+TEST_CASE("windows of one slot beside loans: nobody waits in a circle") {
+    for (uint64_t seed = 0; seed < 6; ++seed) {
+        CAPTURE(seed);
+        const Problem problem{.num_tokens = {12, 31, 8, 17}, .num_topk = 4, .num_sms = 1, .lending_ranks = 0b0110};
+        const auto slot = layout::SlotLayout::for_dispatch(static_cast<uint64_t>(problem.hidden) * 2, 4, 0);
+        const auto bytes = static_cast<int64_t>(layout::WindowLayout::bytes_for(4, slot.bytes, 1));
+        check_round_trip(problem, {.seed = seed, .data_bytes = bytes});
+    }
+}
+
+TEST_CASE("ranks without tokens, all tokens to one rank, nothing at all") {
+    check_round_trip({.num_tokens = {0, 9, 0}, .num_experts = 6, .lending_ranks = 7});
+    for (int rank = 0; rank < 3; ++rank)
+        check_round_trip(
+            {.num_tokens = {9, 4, 11}, .num_experts = 6, .num_topk = 3, .only_rank = rank, .lending_ranks = 7});
+    check_round_trip({.num_tokens = {0, 0}, .num_experts = 2, .lending_ranks = 3});
+}
+
+TEST_CASE("more ranks than lanes of a warp lend") {
+    Problem problem{.num_tokens = std::vector<int>(34, 3), .num_experts = 68, .num_topk = 36, .hidden = 16};
+    problem.num_sms = 1;
+    problem.lending_ranks = 0xffffffffu;
+    check_round_trip(problem);
+}
+
+TEST_CASE("more entries and scales than a lane holds") {
+    check_round_trip({.num_tokens = {9, 14}, .num_experts = 64, .num_topk = 40, .num_scales = 90, .lending_ranks = 3});
+}
+
+TEST_CASE("worst-case outputs are lent: rows that nobody sent are marked") {
+    check_round_trip(
+        {.num_tokens = {6, 10, 2}, .num_experts = 3, .num_topk = 3, .num_extra_rows = 37, .lending_ranks = 7});
+}
+
+TEST_CASE("back-to-back calls of changing shape, loans on and off, cached ones between") {
+    for (uint64_t seed : {0, 4}) {
+        Problem problem{.num_tokens = {0, 0, 0}};
+        World world = make_world(problem, {.seed = seed});
+        for (int round = 0; round < 12; ++round) {
+            CAPTURE(round);
+            problem.num_tokens = {round % 5 * 4, 9, (round * 7) % 19};
+            problem.num_experts = 3 * (1 + round % 3);
+            problem.num_topk = 1 + round % 4;
+            problem.hidden = 8 * (1 + (round * 5) % 17);
+            problem.num_scales = round % 3;
+            problem.num_sms = 1 + round % 3;
+            problem.lending_ranks = static_cast<uint32_t>(round) % 8;
+            problem.seed = static_cast<uint64_t>(round) + 100;
+            auto ranks = make_inputs(problem);
+            world.layout(problem, ranks);
+            world.dispatch(problem, ranks);
+            CHECK_EQ(check_dispatch(problem, ranks), "");
+            problem.lending_ranks = static_cast<uint32_t>(round * 3) % 8;
+            world.dispatch_cached(problem, ranks);
+            CHECK_EQ(check_dispatch(problem, ranks, true), "");
+            world.combine(problem, ranks);
+            CHECK_EQ(check_combine(problem, ranks), "");
+        }
+    }
+}
+
+TEST_CASE("weights that have no room for a copy take the input through slots") {
+    // One 64th of 64 KiB is 1 KiB: 20 tokens x 16 weights do not fit.
+    check_round_trip({.num_tokens = {20, 20}, .num_experts = 32, .num_topk = 16, .hidden = 16, .lending_ranks = 3},
+                     {.lend_bytes = 1 << 16});
+}
+
+TEST_CASE("outputs that are lent in part are refused") {
+    const Problem problem{.num_tokens = {4, 4}, .num_experts = 2, .lending_ranks = 0};
+    World world = make_world(problem, {});
+    auto ranks = make_inputs(problem);
+    world.layout(problem, ranks);
+    const auto memory = world.buffer(0).lend(4096);
+    REQUIRE(memory != nullptr);
+    prepare_recv(problem, ranks[0], 8);
+    runtime::DispatchArgs args{};
+    args.row_bytes = 128;
+    args.num_topk = 2;
+    args.num_experts = 2;
+    args.recv_x = memory->address();
+    args.recv_topk_idx = ranks[0].recv_topk_idx.data();
+    args.recv_topk_weights = ranks[0].recv_topk_weights.data();
+    CHECK_THROWS_WITH_AS(world.buffer(0).dispatch(args, 2, world.stream(0)), doctest::Contains("all outputs"), Error);
+}
+
+TEST_CASE("a peer that never enters is named by those that lend to it") {
+    const Problem problem{.num_tokens = {5, 6, 4}, .num_experts = 6, .lending_ranks = 7};
+    simt::SchedulerOptions options;
+    options.idle = simt::IdlePolicy::kAdvanceClock;
+    World world(3, kDataBytes, options, 2.0, 0, false, {{}}, kLendBytes);
+    auto ranks = make_inputs(problem);
+    world.layout(problem, ranks);
+    world.dispatch(problem, ranks);
+    for (int rank : {0, 2}) {
+        prepare_combine(problem, ranks[static_cast<size_t>(rank)], rank);
+        world.launch_combine(problem, ranks[static_cast<size_t>(rank)], rank);
+    }
+    world.run();
+    for (int rank : {0, 2})
+        CHECK_THROWS_WITH_AS(world.buffer(rank).check(), doctest::Contains("never entered this call: rank 1"),
+                             TimeoutError);
+}
+
+// The outputs are compared element by element elsewhere; here, that peers write nothing beside them.
+TEST_CASE("nothing but the outputs is written into what is lent") {
+    constexpr uint8_t kUntouched = 0x5a;
+    for (bool has_bulk_copy : {false, true}) {
+        const Problem problem{.num_tokens = {11, 14, 6},
+                              .num_experts = 6,
+                              .num_topk = 3,
+                              .hidden = 72,
+                              .num_scales = 5,
+                              .lending_ranks = 7};
+        World world = make_world(problem, {.device = {.has_bulk_copy = has_bulk_copy}});
+        auto ranks = make_inputs(problem);
+        world.layout(problem, ranks);
+        std::vector<uint8_t*> whole;
+        for (int rank = 0; rank < 3; ++rank) {
+            const auto memory = world.buffer(rank).lend(kLendBytes);
+            std::memset(memory->address(), kUntouched, kLendBytes);
+            whole.push_back(memory->address());
+        }
+        for (int rank = 0; rank < 3; ++rank) world.launch_notify(problem, ranks[static_cast<size_t>(rank)], rank);
+        for (int rank = 0; rank < 3; ++rank) {
+            RankTensors& tensors = ranks[static_cast<size_t>(rank)];
+            const runtime::RecvCounts counts = world.buffer(rank).wait_counts();
+            tensors.num_recv_tokens = counts.num_tokens;
+            prepare_recv(problem, tensors, counts.num_tokens);
+            world.launch_dispatch(problem, tensors, rank, false);
+        }
+        world.run();
+        for (int rank = 0; rank < 3; ++rank) {
+            std::vector<bool> is_output(static_cast<size_t>(kLendBytes));
+            for (const RankTensors::Lent& lent : ranks[static_cast<size_t>(rank)].lent) {
+                const auto begin = is_output.begin() + (lent.memory->address() - whole[static_cast<size_t>(rank)]);
+                std::fill(begin, begin + static_cast<int64_t>(lent.num_bytes), true);
+            }
+            int64_t num_stray = 0;
+            for (size_t i = 0; i < is_output.size(); ++i)
+                num_stray += !is_output[i] && whole[static_cast<size_t>(rank)][i] != kUntouched ? 1 : 0;
+            CHECK_EQ(num_stray, 0);
+        }
+        World::collect(ranks);
+    }
+}
+
+TEST_CASE("lent memory outlives its Buffer") {
+    const Problem problem{.num_tokens = {4, 4}, .num_experts = 2};
+    std::unique_ptr<runtime::LentMemory> memory;
+    {
+        World world = make_world(problem, {});
+        memory = world.buffer(0).lend(1000);
+        REQUIRE(memory != nullptr);
+        world.buffer(0).destroy(0.0);
+        world.buffer(1).destroy(0.0);
+        memory->address()[999] = 7;  // AddressSanitizer looks at this
+        memory.reset();
+    }
+}
+
+}  // namespace
+}  // namespace deep_ep::test
