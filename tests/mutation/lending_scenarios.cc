@@ -60,8 +60,9 @@ struct TouchKernel {
 void launch_touch(World& world, const RankTensors::Lent& lent, int rank) {
     dev::LaunchConfig config;
     config.name = "touch";
-    dev::launch<TouchKernel>(config, world.stream(rank),
-                             {reinterpret_cast<uint32_t*>(lent.memory->address()), static_cast<int>(lent.num_bytes / 4)});
+    dev::launch<TouchKernel>(
+        config, world.stream(rank),
+        {reinterpret_cast<uint32_t*>(lent.memory->address()), static_cast<int>(lent.num_bytes / 4)});
 }
 
 // What was received is worked on, combined where it lies, worked on, and received there again, with no host in between:
