@@ -18,7 +18,7 @@ PY := .venv/bin/python
 STAMPS := build/stamps
 ENV := tools/dev_env.sh
 
-.PHONY: help build lint format demo test bench sanitize clean distclean
+.PHONY: help build lint format demo test bench sanitize mutants clean distclean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -43,6 +43,9 @@ bench: build  ## Measure the operations; prints a table and writes JSON.
 
 sanitize: system-build system-test  ## Run the C++ tests under AddressSanitizer and ThreadSanitizer alone.
 	@tools/run_tests.sh address thread
+
+mutants: system-build system-test  ## Weaken each ordering of the kernels in turn: a test must notice (part of `make test`).
+	@tools/run_tests.sh mutants
 
 clean:  ## Remove everything built; keep .venv.
 	rm -rf build dist ./*.egg-info deep_ep_cpp.*.so .mypy_cache .ruff_cache .pytest_cache

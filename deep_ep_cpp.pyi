@@ -3,7 +3,7 @@
 Callers use `deep_ep.Buffer`; this is the seam below it. Python has validated every argument before a call arrives here;
 the native code repeats the checks that guard memory only. Every method that may wait releases the GIL.
 """
-from typing import Any, List, Optional, Tuple
+from typing import Any, Callable, List, Optional, Tuple
 
 class Error(RuntimeError):
     """Base of everything the native code raises."""
@@ -96,8 +96,8 @@ class Buffer:
     def check(self) -> None:
         """Raises TimeoutError when a kernel of this buffer reported a failure (also: every later operation)."""
 
-    def take_warnings(self) -> List[str]:
-        """Sentences about waits that have passed the warning threshold since the last call."""
+    def set_warning_handler(self, handler: Callable[[str], None]) -> None:
+        """Called with a sentence, from within the call that notices, when a wait has passed the warning threshold."""
 
     def get_dispatch_layout(self, topk_idx: int, idx_bytes: int, num_tokens: int, num_topk: int, num_experts: int,
                             num_tokens_per_rank: int, num_tokens_per_expert: int, is_token_in_rank: int,

@@ -1,4 +1,5 @@
 // The Python module deep_ep_cpp: bindings only. Addresses and streams cross as integers; deep_ep_cpp.pyi documents them.
+#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -94,7 +95,7 @@ void bind_device(py::module_& m) {
         .def(py::init(&make_device), py::arg("index"))
         .def_property_readonly("kind", [](Device& d) { return d.kind() == dev::DeviceKind::kCuda ? "cuda" : "cpu"; })
         .def_property_readonly("num_sms", &Device::num_sms)
-        .def_property_readonly("unique_id", [](Device& d) { return py::bytes(d.unique_id()); })
+        .def_property_readonly("unique_id", &Device::unique_id)
         .def("create_stream", [](Device& d) { return number(d.create_stream()); })
         .def(
             "destroy_stream", [](Device& d, uintptr_t s) { d.destroy_stream(pointer<void>(s)); }, release_gil())
@@ -301,7 +302,7 @@ void bind_buffer(py::module_& m) {
         .def_property_readonly("data_bytes", &Buffer::num_data_bytes)
         .def("destroy", &Buffer::destroy, py::arg("timeout_s"), release_gil())
         .def("check", &Buffer::check)
-        .def("take_warnings", &Buffer::take_warnings)
+        .def("set_warning_handler", &Buffer::set_warning_handler, py::arg("handler"))
         .def("get_dispatch_layout", &get_dispatch_layout)
         .def("notify_dispatch", &notify_dispatch)
         .def("wait_counts", &wait_counts)

@@ -201,10 +201,6 @@ def _require_one_node(topology: Topology) -> None:
                     f"spans {topology.num_nodes}:\n{topology}")
 
 
-def _text(device_id: Any) -> str:
-    return device_id.decode(errors="backslashreplace") if isinstance(device_id, bytes) else str(device_id)
-
-
 def build_session(peers: Peers, request: Request) -> Session:
     """Collective: allocates and connects the heaps of all ranks."""
     opened: list[_streams.Streams] = []
@@ -217,7 +213,7 @@ def build_session(peers: Peers, request: Request) -> Session:
         opened.append(_streams.open_streams())
         facts = Agreed(request.num_nvl_bytes, request.num_rdma_bytes, request.num_lend_bytes, request.low_latency_mode,
                        request.enable_shrink, opened[0].kind, deep_ep_cpp.topk_idx_bits())
-        return facts, this_place(_text(opened[0].native.unique_id))
+        return facts, this_place(opened[0].native.unique_id)
 
     def allocate() -> bytes:
         timeout_s = float(environment["timeout_s"] if request.timeout_s is None else request.timeout_s)
@@ -225,6 +221,7 @@ def build_session(peers: Peers, request: Request) -> Session:
         created.append(
             deep_ep_cpp.Buffer(opened[0].native, peers.rank, peers.size, request.num_nvl_bytes, timeout_s, warn_s,
                                request.num_rdma_bytes, request.enable_shrink, request.num_lend_bytes))
+        created[0].set_warning_handler(logger.warning)
         return created[0].export_handle()
 
     try:

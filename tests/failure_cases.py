@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import io
+import logging
 import os
 import time
 from typing import Any, Optional
@@ -150,3 +151,20 @@ def too_small_buffer(worker: Worker) -> None:
         message = failure_of(flight.start_dispatch, ValueError)
         assert "num_nvl_bytes" in message, message
         Flight(worker, buffer, small).whole_trip()
+
+
+def late_rank_is_logged(worker: Worker, work: Workload, late: int) -> list[str]:
+    """What the logger `deep_ep` says while everybody waits for one rank, which comes in the end."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger = logging.getLogger("deep_ep")
+    logger.addHandler(handler)
+    flight = Flight(worker, worker.buffer(), work)
+    flight.layout()
+    if worker.rank == late:
+        time.sleep(1.0)
+    flight.dispatch()
+    flight.combine()
+    logger.removeHandler(handler)
+    return [record.getMessage() for record in records if record.levelno == logging.WARNING]

@@ -285,6 +285,13 @@ def test_bad_expert_is_reported(pool: Pool) -> None:
         assert "1000" in message
 
 
+def test_late_rank_is_named_in_the_log_before_anything_fails() -> None:
+    pool = Pool(2, {"DEEP_EP_WARN_SECS": "0.1"})
+    waiting, _ = pool.run(failures.late_rank_is_logged, 2, Workload((3, 4)), 1)
+    assert any("rank 1" in message and "Still waiting" in message for message in waiting), waiting
+    pool.close()
+
+
 def test_virtual_nodes_are_refused_for_now() -> None:
     nodes = Pool(2, {"DEEP_EP_RANKS_PER_NODE": "1"})
     with pytest.raises(AssertionError, match="within one node"):

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdio>
 #include <cstring>
 
 #include "core/error.h"
@@ -392,9 +391,10 @@ std::vector<uint64_t> Buffer::read_started(layout::Operation operation) const {
 
 void Buffer::collect_warning() {
     if (load_acquire(status_->warning.state) == 0) return;
-    warnings_.push_back(describe_warning(status_->warning, options_.rank, read_started(status_->warning.operation)));
+    const std::string text =
+        describe_warning(status_->warning, options_.rank, read_started(status_->warning.operation));
     std::atomic_ref(status_->warning.state).store(0);
-    std::fprintf(stderr, "%s\n", warnings_.back().c_str());
+    if (on_warning_) on_warning_(text);
 }
 
 void Buffer::check() {
@@ -403,11 +403,6 @@ void Buffer::check() {
     if (load_acquire(status_->failure.state) == 0) return;
     failure_ = describe_failure(status_->failure, options_.rank, read_started(status_->failure.operation));
     throw TimeoutError(failure_);
-}
-
-std::vector<std::string> Buffer::take_warnings() {
-    if (heap_ != nullptr) collect_warning();
-    return std::exchange(warnings_, {});
 }
 
 void Buffer::destroy(double timeout_s) noexcept {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -184,7 +185,8 @@ public:
     // Throws what a kernel has reported; a Buffer that failed once throws the same at every later operation.
     void check();
     // Sentences about waits that have passed the warning threshold since the last call; each was also printed.
-    std::vector<std::string> take_warnings();
+    // Called with a sentence, by whoever calls this Buffer, as soon as a wait has passed the warning threshold.
+    void set_warning_handler(std::function<void(const std::string&)> handler) { on_warning_ = std::move(handler); }
 
     // Idempotent and bounded: memory that peers still map after `timeout_s` is kept until they let go. Never throws.
     void destroy(double timeout_s) noexcept;
@@ -235,7 +237,7 @@ private:
     uint64_t ticket_ = 0;        // of the last notify_dispatch whose counts the host wanted
     int num_local_experts_ = 0;  // in that one
     std::string failure_;        // the sentence of the first failure
-    std::vector<std::string> warnings_;
+    std::function<void(const std::string&)> on_warning_;
 };
 
 }  // namespace deep_ep::runtime

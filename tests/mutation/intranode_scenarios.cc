@@ -7,23 +7,11 @@
 #include "device/launch.h"
 #include "layout/intranode.h"
 #include "mutation/scenarios.h"
+#include "mutation/worlds.h"
 #include "support/world.h"
 
 namespace deep_ep::test {
 namespace {
-
-// Odd seeds run without bulk copies: both ways through the kernels. ThreadSanitizer keeps some 127 CUDA threads apart:
-// one or two small blocks a rank.
-simt::DeviceOptions small_device(uint64_t seed) {
-    return {.num_sms = 2, .has_bulk_copy = seed % 2 == 0, .useful_block_threads = 64};
-}
-
-simt::SchedulerOptions seeded(uint64_t seed) {
-    simt::SchedulerOptions options;
-    options.seed = seed;
-    options.bulk = seed % 4 == 0 ? simt::BulkMode::kEager : simt::BulkMode::kRandom;
-    return options;
-}
 
 World make_world(int num_ranks, int64_t data_bytes, uint64_t seed) {
     return World(num_ranks, data_bytes, seeded(seed), 100, 0, false, {small_device(seed)});
@@ -156,22 +144,6 @@ std::string two_warps(uint64_t seed) {
 
 // -- What the host reads while kernels run --------------------------------------------------------------------------------
 
-std::string expect_timeout(const std::string& text, const std::function<void()>& call) {
-    try {
-        call();
-    } catch (const TimeoutError& error) {
-        return std::string(error.what()).find(text) != std::string::npos ? "" : error.what();
-    }
-    return "nothing was thrown, expected: " + text;
-}
-
-simt::SchedulerOptions impatient(uint64_t seed) {
-    simt::SchedulerOptions options = seeded(seed);
-    options.idle = simt::IdlePolicy::kAdvanceClock;
-    options.bulk = simt::BulkMode::kLate;
-    return options;
-}
-
 std::string absent_in_counts(uint64_t seed) {
     const Problem problem{.num_tokens = {4, 4}, .num_experts = 4, .hidden = 16, .seed = seed};
     World world(2, 1 << 14, impatient(seed), 2, 0, false, {small_device(seed)});
@@ -231,7 +203,7 @@ std::string refused(uint64_t seed, const std::function<void(World&, const Proble
     return "";
 }
 
-[[maybe_unused]] std::string refused_dispatch(uint64_t seed) {
+std::string refused_dispatch(uint64_t seed) {
     return refused(seed, [](World& world, const Problem& problem, std::vector<RankTensors>& ranks) {
         ranks[1].recv_src_idx.pop_back();
         for (int rank = 0; rank < 2; ++rank)
@@ -239,7 +211,7 @@ std::string refused(uint64_t seed, const std::function<void(World&, const Proble
     });
 }
 
-[[maybe_unused]] std::string refused_combine(uint64_t seed) {
+std::string refused_combine(uint64_t seed) {
     return refused(seed, [](World& world, const Problem& problem, std::vector<RankTensors>& ranks) {
         for (int rank = 0; rank < 2; ++rank) prepare_combine(problem, ranks[static_cast<size_t>(rank)], rank);
         --ranks[1].num_recv_tokens;
@@ -314,6 +286,8 @@ constexpr Scenario kScenarios[] = {
     {"absent_in_counts", absent_in_counts},
     {"absent_in_dispatch", absent_in_dispatch},
     {"absent_in_combine", absent_in_combine},
+    {"refused_dispatch", refused_dispatch},
+    {"refused_combine", refused_combine},
     {"bad_expert", bad_expert},
 };
 

@@ -68,7 +68,6 @@ EP_DEVICE void stage_weights(const Context& c, const StagedSend& send, int item,
 // The whole warp: flags of the items [published, end), whose stores are at their owner. One release for all of them:
 // lanes that release together wait together.
 EP_DEVICE int publish_until(const StagedSend& send, int published, int end) {
-    if (prim::lane_idx() == 0 && published < end) prim::fence_async_global();
     __syncwarp();  // the leader's finished stores, every lane's release
     for (; published < end; published += kWarpSize) {
         const int item = published + prim::lane_idx();
@@ -82,7 +81,7 @@ EP_DEVICE int num_slots_free(const Context& c, const StagedSend& send, int item)
     const int mine = item + prim::lane_idx();
     const bool is_free = mine < send.count && c.ring.is_set(send.port.slot_is_free(send.position(mine)));
     const uint32_t taken = ~__ballot_sync(kFullMask, is_free);
-    __syncwarp();  // each lane's acquire, the leader's bulk stores
+    __syncwarp();  // each lane's acquire and weights, the leader's bulk stores
     return taken == 0 ? kWarpSize : __ffs(static_cast<int>(taken)) - 1;
 }
 
@@ -109,18 +108,18 @@ EP_DEVICE void send_staged(const Context& c, int warp, int num_warps, uint8_t* m
         load(loaded);
         stage_weights(c, send, loaded, held_weight(c, send, loaded), stages.at(loaded));
     }
-    __syncwarp();
     int num_free = 0;  // items whose slots are known to be free
     int published = 0;
     int item = 0;
     for (; item < send.count; ++item) {
-        const bool loads_more = loaded < send.count;
+        const int ahead_item = loaded;
+        const bool loads_more = ahead_item < send.count;
         float weight = 0.0f;
         if (loads_more) {
             if (is_leader) stages.wait_reusable();
             __syncwarp();  // the leader's wait, every lane's stores to the stage
-            load(loaded);
-            weight = held_weight(c, send, loaded);
+            load(loaded++);
+            weight = held_weight(c, send, ahead_item);
         }
         if (num_free == item) {
             num_free += num_slots_free(c, send, item);
@@ -145,10 +144,7 @@ EP_DEVICE void send_staged(const Context& c, int warp, int num_warps, uint8_t* m
             if (is_leader) prim::bulk_wait<1>();
             published = publish_until(send, published, item);
         }
-        if (loads_more) {
-            stage_weights(c, send, loaded, weight, stages.at(loaded));
-            ++loaded;
-        }
+        if (loads_more) stage_weights(c, send, ahead_item, weight, stages.at(ahead_item));
         __syncwarp();  // every lane's weights, the leader's bulk store
     }
     if (is_leader) prim::bulk_wait<0>();

@@ -276,7 +276,6 @@ struct Kernel {
     // Every lane: flags of the items [published, end), whose stores are where they belong.
     static EP_DEVICE int publish_until(const Context& c, const StagedSend& send, const algo::Stages& stages,
                                        int published, int end) {
-        if (published < end) prim::fence_async_global();  // this lane's finished stores, its release
         for (; published < end; ++published) {
             const int position = *position_in(c.p, stages.at(published));
             if (send.uses_slot(position)) send.port.publish(position);
@@ -343,13 +342,14 @@ struct Kernel {
         int published = 0;
         int item = 0;
         for (; item < send.count; ++item) {
-            const bool loads_more = loaded < send.count;
+            const int ahead_item = loaded;
+            const bool loads_more = ahead_item < send.count;
             Metadata metadata = {};
             if (loads_more) {
                 stages.wait_reusable();
                 __syncwarp();  // each lane's wait, the next load
-                load(loaded);
-                metadata = load_metadata(c, send.token(loaded));
+                load(loaded++);
+                metadata = load_metadata(c, send.token(ahead_item));
             }
             const int position = *position_in(p, stages.at(item));
             if (!wait_for_slots(c, send, stages, position, item, published)) break;
@@ -361,10 +361,7 @@ struct Kernel {
             }
             // After the release, which would wait for these stores.
             deliver_staged_metadata(c, send, position, stages.at(item));
-            if (loads_more) {
-                stage_metadata(c, send.token(loaded), metadata, stages.at(loaded));
-                ++loaded;
-            }
+            if (loads_more) stage_metadata(c, send.token(ahead_item), metadata, stages.at(ahead_item));
             __syncwarp();  // every lane's metadata, each lane's bulk store; every lane's reads, the next load
         }
         prim::bulk_wait<0>();
