@@ -135,9 +135,11 @@ class Buffer:
     def bench_push(self, bytes_per_peer: int, num_sms: int, stream: int) -> None:
         """Benchmarks only: writes that much to every peer at once, over whatever the data regions hold."""
 
-    # Low latency (R ranks, El local experts, T = num_max_tokens, K = num_topk). Each call is two launches: with
-    # ticket=0 the send phase, which returns the call's ticket; with that ticket and the same arguments the receive
-    # phase. At most two calls may be open. Counters live on the device, so both may be captured into a CUDA graph.
+    # Low latency (R ranks, El local experts, T = num_max_tokens, K = num_topk). ticket=BOTH_PHASES: the whole call in
+    # one launch. ticket=0: the send phase, which returns the call's ticket; with that ticket and the same arguments the
+    # receive phase. At most two calls may be open. Counters live on the device, so a CUDA graph may hold any of them.
+    BOTH_PHASES: int
+
     def low_latency_dispatch(self, ticket: int, num_max_tokens: int, num_topk: int, num_experts: int, hidden: int,
                              is_fp8: bool, rounds_scales: bool, packs_scales: bool, x: int, topk_idx: int,
                              idx_bytes: int, num_tokens: int, recv_x: int, recv_scales: int, recv_count: int,
@@ -145,7 +147,7 @@ class Buffer:
                              wait_stats: int, stream: int) -> int:
         """recv_x [El, R*T, hidden] bfloat16 or FP8; recv_scales memory order [El, hidden/128 (or /512 packed), R*T];
         recv_count int32 [El]; src_info int32 [El, R*T]; layout_range int64 [El, R]; row_of_entry int32 [R, T, K]
-        (flat row of each entry that has its expert here; the others are left alone), kept for combine;
+        (flat row of each entry that has its expert here, -1 of the others), kept for combine;
         cumulative_stats int32 [El] or 0; wait_stats int64 [R] or 0, nanoseconds are added."""
 
     def low_latency_combine(self, ticket: int, num_max_tokens: int, num_topk: int, num_experts: int, hidden: int,

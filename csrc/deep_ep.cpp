@@ -204,7 +204,9 @@ void combine(Buffer& buffer, uintptr_t x, int num_rows, int hidden, uintptr_t to
                    num_sms, pointer<void>(stream));
 }
 
-// ticket 0: the send phase, which returns the ticket; else the receive phase of that call.
+// Both phases at once; or with ticket 0 the send phase, which returns the ticket; else the receive phase of that call.
+constexpr uint64_t kBothPhases = ~uint64_t{0};
+
 uint64_t low_latency_dispatch(Buffer& buffer, uint64_t ticket, int num_max_tokens, int num_topk, int num_experts,
                               int hidden, bool is_fp8, bool rounds_scales, bool packs_scales, uintptr_t x,
                               uintptr_t topk_idx, int idx_bytes, int num_tokens, uintptr_t recv_x,
@@ -228,7 +230,10 @@ uint64_t low_latency_dispatch(Buffer& buffer, uint64_t ticket, int num_max_token
                                                .cumulative_stats = pointer<int>(cumulative_stats),
                                                .wait_stats = pointer<int64_t>(wait_stats)};
     if (ticket == 0) return buffer.send_low_latency_dispatch(args, pointer<void>(stream));
-    buffer.receive_low_latency_dispatch(args, ticket, pointer<void>(stream));
+    if (ticket == kBothPhases)
+        buffer.low_latency_dispatch(args, pointer<void>(stream));
+    else
+        buffer.receive_low_latency_dispatch(args, ticket, pointer<void>(stream));
     return ticket;
 }
 
@@ -247,7 +252,10 @@ uint64_t low_latency_combine(Buffer& buffer, uint64_t ticket, int num_max_tokens
                                               .combined_x = pointer<uint8_t>(combined_x),
                                               .wait_stats = pointer<int64_t>(wait_stats)};
     if (ticket == 0) return buffer.send_low_latency_combine(args, pointer<void>(stream));
-    buffer.receive_low_latency_combine(args, ticket, pointer<void>(stream));
+    if (ticket == kBothPhases)
+        buffer.low_latency_combine(args, pointer<void>(stream));
+    else
+        buffer.receive_low_latency_combine(args, ticket, pointer<void>(stream));
     return ticket;
 }
 
@@ -301,6 +309,7 @@ void bind_buffer(py::module_& m) {
         .def("dispatch", &dispatch)
         .def("combine", &combine)
         .def("lend", &Buffer::lend)
+        .def_readonly_static("BOTH_PHASES", &kBothPhases)
         .def("low_latency_dispatch", &low_latency_dispatch)
         .def("low_latency_combine", &low_latency_combine)
         .def_property_readonly("low_latency_data_ptr", [](Buffer& b) { return number(b.low_latency_data()); })

@@ -1,4 +1,4 @@
-"""The low-latency calls: checks, allocation, and the native launches, one for each phase."""
+"""The low-latency calls: checks, allocation, and the native launches, one for each phase or one for both."""
 
 import functools
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from deep_ep._bootstrap import Session
 from deep_ep._memory import view_memory
 from deep_ep._phases import PhaseOrder, Phases, open_phases
 from deep_ep.utils import EventHandle, EventOverlap
+from deep_ep_cpp import Buffer as NativeBuffer
 from deep_ep_cpp import InvalidArgument, get_low_latency_rdma_size_hint
 
 Payload = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
@@ -168,7 +169,8 @@ class LowLatency:
 
         tensors = (x, topk_idx, recv_x, scales, recv_count, handle.src_info, handle.layout_range, cumulative_stats,
                    wait_stats)
-        event, hook = _run(phases, launch, tensors, return_recv_hook)
+        # One launch for both phases was measured slower here, and quicker for combine: docs/performance/low_latency.md.
+        event, hook = _run(phases, launch, tensors, return_recv_hook, is_one_launch=False)
         payload = recv_x if scales is None else (recv_x, scales.transpose(1, 2))
         return payload, recv_count, tuple(handle), event, hook
 
@@ -243,7 +245,7 @@ class LowLatency:
                                                _ptr(combined), _ptr(wait_stats), phases.stream)
 
         tensors = (sent, topk_idx, topk_weights, checked.src_info, combined, wait_stats)
-        event, hook = _run(phases, launch, tensors, return_recv_hook)
+        event, hook = _run(phases, launch, tensors, return_recv_hook, is_one_launch=True)
         if zero_copy:
             self._combine_buffers[tuple(sent.shape)].pass_on()
         return combined, event, hook
@@ -321,26 +323,29 @@ class LowLatency:
         return view_memory(session.runtime.masked_ranks_ptr, num_bytes, session.streams.device).view(torch.int32)
 
 
-def _run(phases: Phases, launch: Callable[[int], int], tensors: Sequence[Optional[torch.Tensor]],
-         wants_hook: bool) -> tuple[EventOverlap, Optional[Hook]]:
-    """Both phases, or the send phase and a hook for the other. `tensors` live until the phases are over."""
+def _run(phases: Phases, launch: Callable[[int], int], tensors: Sequence[Optional[torch.Tensor]], wants_hook: bool,
+         is_one_launch: bool) -> tuple[EventOverlap, Optional[Hook]]:
+    """Both phases, in one launch or two, or the send phase and a hook for the other. `tensors` live until they end."""
     kept = tuple(tensor for tensor in tensors if tensor is not None)
     phases.begin()
-    ticket = launch(0)
-    if wants_hook:
-        phases.pause(kept)
+    if is_one_launch and not wants_hook:
+        launch(NativeBuffer.BOTH_PHASES)
+    else:
+        ticket = launch(0)
+        if wants_hook:
+            phases.pause(kept)
 
-        def receive() -> None:
-            phases.resume()
+            def receive() -> None:
+                phases.resume()
+                launch(ticket)
+                phases.finish(kept)
+
+            return EventOverlap(None), Hook(receive)
+        try:
             launch(ticket)
-            phases.finish(kept)
-
-        return EventOverlap(None), Hook(receive)
-    try:
-        launch(ticket)
-    except BaseException:
-        phases.pause(kept)  # the send phase may still run
-        raise
+        except BaseException:
+            phases.pause(kept)  # the send phase may still run
+            raise
     is_async, recorded = phases.finish(kept)
     if not is_async:
         return EventOverlap(None), None

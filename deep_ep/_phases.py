@@ -1,4 +1,4 @@
-"""Where the two phases of a low-latency call are launched, in what order, and how long tensors stay alive.
+"""Where the phases of a low-latency call are launched, in what order, and how long tensors stay alive.
 
 Synchronous calls and calls with a hook run on torch's current stream, so that nothing has to wait for another stream;
 asynchronous ones run on the comm stream. While a CUDA graph is captured everything runs on the current stream. On the

@@ -22,6 +22,7 @@ void SymmetricHeap::connect(const std::vector<std::string>& handles) {
     for (int peer = 0; peer < num_ranks_; ++peer) {
         const auto idx = static_cast<size_t>(peer);
         bases_[idx] = peer == rank_ ? memory_.address : device_->open_shared(handles[idx]);
+        if (peer != rank_ && device_->holds(handles[idx])) ++num_ranks_here_;
     }
     const size_t table_bytes = bases_.size() * sizeof(void*);
     bases_on_device_ = static_cast<uint8_t**>(device_->allocate(table_bytes));

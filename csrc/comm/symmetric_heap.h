@@ -34,6 +34,9 @@ public:
     // Device array [num_ranks]: where each rank's region is mapped in this process.
     uint8_t* const* bases_on_device() const { return bases_on_device_; }
 
+    // Ranks whose regions lie on this device; this one is one of them.
+    int num_ranks_here() const { return num_ranks_here_; }
+
     // Unmaps the peers' regions, tells them, and frees the local region once they have done the same; after `timeout_s`
     // it goes to the graveyard instead. Idempotent, never throws.
     void release(double timeout_s) noexcept;
@@ -50,6 +53,7 @@ private:
     std::shared_ptr<const void> leases_ = std::make_shared<int>(0);
     std::vector<void*> bases_;
     uint8_t** bases_on_device_ = nullptr;
+    int num_ranks_here_ = 1;
 };
 
 }  // namespace deep_ep::comm

@@ -48,6 +48,9 @@ template <Order O, Scope S, class T> EP_DEVICE void store(T* ptr, T value);
 // Returns the old value. Any order.                                                   CUDA: atom.add
 template <Order O, Scope S, class T> EP_DEVICE T fetch_add(T* ptr, T value);
 
+// Sets bits; returns the old value. Any order.                                        CUDA: atom.or
+template <Order O, Scope S, class T> EP_DEVICE T fetch_or(T* ptr, T bits);
+
 // Stores `desired` if *ptr == expected; returns the old value. Any order.             CUDA: atom.cas
 template <Order O, Scope S, class T> EP_DEVICE T compare_swap(T* ptr, T expected, T desired);
 
@@ -76,6 +79,13 @@ EP_DEVICE void store_streaming(Vec16* ptr, Vec16 value);
 // Two floats as bfloat16, `low` in the lower half: to nearest, ties to even; any NaN becomes 0x7fff.
 //                                                                                     CUDA: cvt.rn.bf16x2.f32
 EP_DEVICE uint32_t round_to_bf16x2(float low, float high);
+
+// Whether there is an instruction for the next one; where this is false a call is a bug.
+EP_DEVICE bool has_fp8_rounding();
+
+// Two floats as E4M3, `low` in the lower byte: to nearest, ties to even; saturates at 448; any NaN becomes 0x7f.
+//                                                                                     CUDA: cvt.rn.satfinite.e4m3x2.f32
+EP_DEVICE uint32_t round_to_e4m3x2(float low, float high);
 
 // ---------------------------------------------------------------------------------------------------------------
 // mbarriers: 8-byte objects in shared memory (phase, pending arrivals, pending transaction bytes).

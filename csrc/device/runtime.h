@@ -57,6 +57,8 @@ public:
     virtual void free_shareable(const ShareableMemory& memory) = 0;
     virtual void* open_shared(const std::string& handle) = 0;
     virtual void close_shared(void* address) = 0;
+    // Whether the memory behind a peer's handle lies on this device. The CPU's never does: nobody has to share it.
+    virtual bool holds(const std::string& handle) const = 0;
 
     virtual Stream create_stream() = 0;
     virtual void destroy_stream(Stream stream) = 0;

@@ -8,9 +8,15 @@
 
 namespace deep_ep::kernels {
 
-// A call is two launches, one per phase, and no SM is held in between. One launch for both would have blocks wait for
-// blocks of peers that may not be resident yet.
-enum class Phase : int { kSend, kReceive };
+// With a hook a call is two launches, one per phase, and no SM is held in between; without, one launch is both.
+enum class Phase : int { kSend, kReceive, kBoth };
+
+// One block on each SM: 14 warps hold a row of 7168 channels at once and have 144 registers a thread.
+constexpr int kMaxLowLatencyThreads = 448;
+// Expert ids share a word of the routing table with a token's place among the rows of its source.
+constexpr int kPlaceBits = 12;
+constexpr int kMaxLowLatencyExperts = 1 << 14;
+static_assert(layout::kMaxLowLatencyTokens <= 1 << kPlaceBits);
 
 struct LowLatencyCall {
     HeapParams heap;
@@ -49,8 +55,10 @@ struct LowLatencyDispatchParams {
     int* recv_count;        // [El]
     int* src_info;          // [El, R * T]: token index at the source
     int64_t* layout_range;  // [El, R]
-    int* row_of_entry;      // [R, T, K]: where the row of (source, token, k) is, for the combine that follows
+    int* row_of_entry;      // [R, T, K]: the row of (source, token, k), -1: none here; for the combine that follows
     int* cumulative_stats;  // [El], counts are added; may be null
+
+    int num_set_words;  // of each set that the routing table is made from; see routing_table.h
 };
 
 struct LowLatencyCombineParams {

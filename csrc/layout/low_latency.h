@@ -55,21 +55,23 @@ struct LogfmtRow {
 // What one rank writes to another in one call: its routing table, then one slot for each token.
 struct LowLatencyMessage {
     Field num_tokens;    // i32[4]: only the first is used
-    Field topk_idx;      // i32[T][K]: global expert ids, -1: none
+    Field num_rows;      // i32[El]: dispatch only: tokens for each expert of the receiver
+    Field topk_idx;      // i32[T][K]: -1: none. Combine: global expert ids; dispatch: with places, see routing_table.h
     Field topk_weights;  // f32[T][K]: combine only
     Field slots;         // [T] of slot_bytes
     Field scales;        // f32[hidden / 128], from the start of a slot; dispatch in FP8 only
     uint64_t bytes = 0;
 
     // `row_bytes`: payload of a token; `num_scales`: behind it.
-    static constexpr LowLatencyMessage make(uint64_t num_max_tokens, uint64_t num_topk, uint64_t row_bytes,
-                                            uint64_t num_scales) {
+    static constexpr LowLatencyMessage make(uint64_t num_max_tokens, uint64_t num_topk, uint64_t num_local_experts,
+                                            uint64_t row_bytes, uint64_t num_scales) {
         constexpr uint64_t kAlignment = 128;
         LowLatencyMessage layout;
         layout.scales = Field{align_up(row_bytes, 16), 4, num_scales};
         const uint64_t slot_bytes = align_up(layout.scales.end(), kAlignment);
         FieldCursor cursor;
         layout.num_tokens = cursor.take(4, 4, kAlignment);
+        layout.num_rows = cursor.take(4, num_local_experts, 16);
         layout.topk_idx = cursor.take(4, num_max_tokens * num_topk, 16);
         layout.topk_weights = cursor.take(4, num_max_tokens * num_topk, 16);
         layout.slots = cursor.take(slot_bytes, num_max_tokens, kAlignment);

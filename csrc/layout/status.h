@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "layout/intranode.h"
+#include "layout/low_latency.h"
 
 namespace deep_ep::layout {
 
@@ -44,6 +45,13 @@ struct HostCounts {
     int32_t num_recv_per_expert[kMaxLocalExperts];  // rounded up to the alignment
 };
 
+// How far the blocks of one low-latency launch are. Launches use two of these in turn; each clears the other one.
+struct LowLatencyTurn {
+    uint32_t begun_blocks;
+    uint32_t settled_blocks;  // will not look at the counters of LocalState again
+    uint32_t next_share;      // of the receive phase
+};
+
 // Device-local, private to the rank; survives between calls.
 struct LocalState {
     uint64_t num_calls;  // completed calls of the high-throughput mode; the same on all ranks
@@ -53,9 +61,13 @@ struct LocalState {
     uint32_t num_returned_blocks;  // of the running kernel: that have done with what peers lend
     uint32_t num_weight_blocks;    // of the running combine: that have copied their part of the weights
     uint32_t layout_done_blocks;
-    uint32_t low_latency_begun_blocks;
-    uint32_t low_latency_done_blocks;
-    uint64_t num_low_latency_sends;  // low-latency calls whose send phase has been run
+
+    uint64_t num_low_latency_sends;     // low-latency calls whose send phase has been run
+    uint64_t num_low_latency_launches;  // of either phase, or both
+    // The last call of each bank whose receive phase has been run. The next launch tells the peers.
+    uint64_t low_latency_ended[kNumLowLatencyBanks];
+    LowLatencyTurn low_latency_turns[2];
+    uint32_t low_latency_done_blocks;  // counted only for statistics
 };
 
 // Never zero. Which rank gave up, and the peer that it waited for.

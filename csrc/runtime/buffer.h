@@ -108,6 +108,10 @@ struct LowLatencyShape {
     int num_max_tokens, num_topk, num_experts, hidden;
 };
 
+struct LowLatencyGrid {
+    int num_blocks, num_warps;
+};
+
 struct LowLatencyDispatchArgs {
     LowLatencyShape shape;
     bool is_fp8, rounds_scales, packs_scales;
@@ -160,8 +164,10 @@ public:
     // memory may be used again as soon as the result is dropped, so what still runs on it then is the caller's business.
     std::unique_ptr<LentMemory> lend(int64_t num_bytes);
 
-    // Low latency: two launches a call. A send phase returns the ticket that its receive phase needs; at most two calls
-    // may be open (sent, not received) at a time.
+    // Low latency: both phases in one launch, or two launches: a send phase returns the ticket that its receive phase
+    // needs. At most two calls may be open (sent, not received) at a time.
+    void low_latency_dispatch(const LowLatencyDispatchArgs& args, dev::Stream stream);
+    void low_latency_combine(const LowLatencyCombineArgs& args, dev::Stream stream);
     uint64_t send_low_latency_dispatch(const LowLatencyDispatchArgs& args, dev::Stream stream);
     void receive_low_latency_dispatch(const LowLatencyDispatchArgs& args, uint64_t ticket, dev::Stream stream);
     uint64_t send_low_latency_combine(const LowLatencyCombineArgs& args, dev::Stream stream);
@@ -187,11 +193,13 @@ public:
 
 private:
     void require_usable() const;
+    LowLatencyGrid plan_low_latency(int hidden) const;
     kernels::LowLatencyCall low_latency_call(const LowLatencyShape& shape, const layout::LowLatencyMessage& message,
                                              int64_t* wait_stats) const;
     kernels::LowLatencyDispatchParams low_latency_params(const LowLatencyDispatchArgs& args) const;
     kernels::LowLatencyCombineParams low_latency_params(const LowLatencyCombineArgs& args) const;
     void open_low_latency_call(kernels::LowLatencyCall& call);
+    void make_whole_low_latency_call(kernels::LowLatencyCall& call);
     void close_low_latency_call(kernels::LowLatencyCall& call, uint64_t ticket);
     void collect_warning();
     kernels::HeapParams heap_params() const;

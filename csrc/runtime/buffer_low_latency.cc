@@ -9,8 +9,11 @@ namespace deep_ep::runtime {
 namespace {
 
 constexpr int kGroupSize = 128;  // channels with one FP8 scale
+constexpr int kChunk = 512;      // channels that a warp sends at once
+constexpr int kMinWarps = 4;
+constexpr int kSetBytes = 32 * 1024;  // of shared memory, for a stretch of the routing table
 // A size hint is not told the top-k: it allows for so many entries of a token.
-constexpr uint64_t kHintTopk = 32;
+constexpr int kHintTopk = 32;
 
 void check_shape(const LowLatencyShape& shape, int num_tokens, int num_ranks) {
     EP_CHECK(shape.num_max_tokens > 0 && shape.num_max_tokens <= layout::kMaxLowLatencyTokens,
@@ -22,30 +25,40 @@ void check_shape(const LowLatencyShape& shape, int num_tokens, int num_ranks) {
     EP_CHECK(shape.num_experts > 0 && shape.num_experts % num_ranks == 0,
              "num_experts must be a positive multiple of the number of ranks (", num_ranks, "), got ",
              shape.num_experts);
+    EP_CHECK(shape.num_experts <= kernels::kMaxLowLatencyExperts, "num_experts must be at most ",
+             kernels::kMaxLowLatencyExperts, ", got ", shape.num_experts);
     EP_CHECK(shape.hidden > 0 && shape.hidden % 8 == 0, "hidden must be a positive multiple of 8, got ", shape.hidden);
 }
 
-layout::LowLatencyMessage dispatch_message(const LowLatencyShape& shape, bool is_fp8) {
-    const auto hidden = static_cast<uint64_t>(shape.hidden);
-    return layout::LowLatencyMessage::make(static_cast<uint64_t>(shape.num_max_tokens),
-                                           static_cast<uint64_t>(shape.num_topk), is_fp8 ? hidden : 2 * hidden,
-                                           is_fp8 ? hidden / kGroupSize : 0);
+// For each expert a bit for every token, where that is not too much: else the table is made stretch by stretch.
+int set_words(const LowLatencyShape& shape, int num_tokens) {
+    const int fitting = kSetBytes / static_cast<int>(sizeof(uint32_t)) / (shape.num_experts + 32 * shape.num_topk);
+    return std::clamp(std::min((num_tokens + 31) / 32, fitting), 1, layout::kMaxLowLatencyTokens / 32);
 }
 
-layout::LowLatencyMessage combine_message(const LowLatencyShape& shape, bool uses_logfmt) {
-    if (!uses_logfmt) return dispatch_message(shape, false);
-    const layout::LogfmtRow row = layout::LogfmtRow::make(static_cast<uint64_t>(shape.hidden));
+layout::LowLatencyMessage make_message(const LowLatencyShape& shape, int num_ranks, uint64_t row_bytes,
+                                       uint64_t num_scales) {
     return layout::LowLatencyMessage::make(static_cast<uint64_t>(shape.num_max_tokens),
-                                           static_cast<uint64_t>(shape.num_topk), row.bytes, 0);
+                                           static_cast<uint64_t>(shape.num_topk),
+                                           static_cast<uint64_t>(shape.num_experts / num_ranks), row_bytes, num_scales);
+}
+
+layout::LowLatencyMessage dispatch_message(const LowLatencyShape& shape, int num_ranks, bool is_fp8) {
+    const auto hidden = static_cast<uint64_t>(shape.hidden);
+    return make_message(shape, num_ranks, is_fp8 ? hidden : 2 * hidden, is_fp8 ? hidden / kGroupSize : 0);
+}
+
+layout::LowLatencyMessage combine_message(const LowLatencyShape& shape, int num_ranks, bool uses_logfmt) {
+    if (!uses_logfmt) return dispatch_message(shape, num_ranks, false);
+    return make_message(shape, num_ranks, layout::LogfmtRow::make(static_cast<uint64_t>(shape.hidden)).bytes, 0);
 }
 
 }  // namespace
 
 int64_t Buffer::low_latency_size_hint(int num_max_tokens, int hidden, int num_ranks, int num_experts) {
-    check_shape({num_max_tokens, 0, num_experts, hidden}, 0, num_ranks);
-    const auto bf16_bytes = static_cast<uint64_t>(hidden) * 2;
-    const auto message =
-        layout::LowLatencyMessage::make(static_cast<uint64_t>(num_max_tokens), kHintTopk, bf16_bytes, 0);
+    const LowLatencyShape shape{num_max_tokens, kHintTopk, num_experts, hidden};
+    check_shape(shape, 0, num_ranks);
+    const auto message = dispatch_message(shape, num_ranks, false);
     return static_cast<int64_t>(message.region_bytes(static_cast<uint64_t>(num_ranks)));
 }
 
@@ -56,11 +69,20 @@ int* Buffer::masked_ranks() const {
     return masked_;
 }
 
+// A warp for every chunk of a row, and one block on an SM. Kernels of ranks that share a GPU wait for each other, so all of
+// them have to fit.
+LowLatencyGrid Buffer::plan_low_latency(int hidden) const {
+    const int most = std::min(kernels::kMaxLowLatencyThreads / 32, device_->useful_block_threads() / 64);
+    const int num_warps = std::clamp((hidden + kChunk - 1) / kChunk, std::min(kMinWarps, most), most);
+    return {std::max(1, device_->num_sms() / heap_->num_ranks_here()), num_warps};
+}
+
 kernels::LowLatencyCall Buffer::low_latency_call(const LowLatencyShape& shape, const layout::LowLatencyMessage& message,
                                                  int64_t* wait_stats) const {
     const auto needed = static_cast<int64_t>(message.region_bytes(static_cast<uint64_t>(options_.num_ranks)));
     EP_CHECK(needed <= options_.num_low_latency_bytes, "num_rdma_bytes is too small for this call: expected at least ",
              needed, ", got ", options_.num_low_latency_bytes, " (see Buffer.get_low_latency_rdma_size_hint)");
+    const LowLatencyGrid grid = plan_low_latency(shape.hidden);
     return {.heap = heap_params(),
             .watch = watch_params(),
             .message = message,
@@ -68,8 +90,8 @@ kernels::LowLatencyCall Buffer::low_latency_call(const LowLatencyShape& shape, c
             .data_bytes = static_cast<uint64_t>(options_.num_low_latency_bytes),
             .phase = kernels::Phase::kSend,
             .lag = 0,
-            .num_blocks = device_->num_sms(),
-            .num_warps = std::min(16, device_->useful_block_threads() / 64),
+            .num_blocks = grid.num_blocks,
+            .num_warps = grid.num_warps,
             .masked = masked_,
             .is_shrinkable = options_.is_shrinkable,
             .decisions = wait_ns_ + options_.num_ranks,
@@ -88,7 +110,8 @@ kernels::LowLatencyDispatchParams Buffer::low_latency_params(const LowLatencyDis
     EP_CHECK(!args.packs_scales || (args.rounds_scales && args.shape.hidden % (4 * kGroupSize) == 0),
              "use_ue8m0 needs round_scale, and hidden must be a multiple of ", 4 * kGroupSize, ", got ",
              args.shape.hidden);
-    return {.call = low_latency_call(args.shape, dispatch_message(args.shape, args.is_fp8), args.wait_stats),
+    return {.call = low_latency_call(args.shape, dispatch_message(args.shape, options_.num_ranks, args.is_fp8),
+                                     args.wait_stats),
             .payload = args.is_fp8 ? kernels::Payload::kFp8 : kernels::Payload::kBf16,
             .rounds_scales = args.rounds_scales,
             .packs_scales = args.packs_scales,
@@ -102,12 +125,14 @@ kernels::LowLatencyDispatchParams Buffer::low_latency_params(const LowLatencyDis
             .src_info = args.src_info,
             .layout_range = args.layout_range,
             .row_of_entry = args.row_of_entry,
-            .cumulative_stats = args.cumulative_stats};
+            .cumulative_stats = args.cumulative_stats,
+            .num_set_words = set_words(args.shape, args.num_tokens)};
 }
 
 kernels::LowLatencyCombineParams Buffer::low_latency_params(const LowLatencyCombineArgs& args) const {
     check_shape(args.shape, args.num_tokens, options_.num_ranks);
-    return {.call = low_latency_call(args.shape, combine_message(args.shape, args.uses_logfmt), args.wait_stats),
+    return {.call = low_latency_call(args.shape, combine_message(args.shape, options_.num_ranks, args.uses_logfmt),
+                                     args.wait_stats),
             .uses_logfmt = args.uses_logfmt,
             .x = args.x,
             .topk_idx = args.topk_idx,
@@ -129,12 +154,32 @@ void Buffer::open_low_latency_call(kernels::LowLatencyCall& call) {
     holder = ++num_low_latency_sends_;
 }
 
+void Buffer::make_whole_low_latency_call(kernels::LowLatencyCall& call) {
+    open_low_latency_call(call);
+    close_low_latency_call(call, num_low_latency_sends_);
+    call.phase = kernels::Phase::kBoth;
+}
+
 void Buffer::close_low_latency_call(kernels::LowLatencyCall& call, uint64_t ticket) {
     uint64_t& holder = open_low_latency_calls_[ticket % layout::kNumLowLatencyBanks];
     EP_CHECK(holder == ticket, "this hook belongs to a call that is over");
     holder = 0;
     call.phase = kernels::Phase::kReceive;
     call.lag = num_low_latency_sends_ - ticket;
+}
+
+void Buffer::low_latency_dispatch(const LowLatencyDispatchArgs& args, dev::Stream stream) {
+    check();
+    auto params = low_latency_params(args);
+    make_whole_low_latency_call(params.call);
+    kernels_->low_latency_dispatch(params, stream);
+}
+
+void Buffer::low_latency_combine(const LowLatencyCombineArgs& args, dev::Stream stream) {
+    check();
+    auto params = low_latency_params(args);
+    make_whole_low_latency_call(params.call);
+    kernels_->low_latency_combine(params, stream);
 }
 
 uint64_t Buffer::send_low_latency_dispatch(const LowLatencyDispatchArgs& args, dev::Stream stream) {

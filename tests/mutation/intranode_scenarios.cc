@@ -7,23 +7,11 @@
 #include "device/launch.h"
 #include "layout/intranode.h"
 #include "mutation/scenarios.h"
+#include "mutation/worlds.h"
 #include "support/world.h"
 
 namespace deep_ep::test {
 namespace {
-
-// Odd seeds run without bulk copies: both ways through the kernels. ThreadSanitizer keeps some 127 CUDA threads apart:
-// one or two small blocks a rank.
-simt::DeviceOptions small_device(uint64_t seed) {
-    return {.num_sms = 2, .has_bulk_copy = seed % 2 == 0, .useful_block_threads = 64};
-}
-
-simt::SchedulerOptions seeded(uint64_t seed) {
-    simt::SchedulerOptions options;
-    options.seed = seed;
-    options.bulk = seed % 4 == 0 ? simt::BulkMode::kEager : simt::BulkMode::kRandom;
-    return options;
-}
 
 World make_world(int num_ranks, int64_t data_bytes, uint64_t seed) {
     return World(num_ranks, data_bytes, seeded(seed), 100, 0, false, {small_device(seed)});
@@ -154,97 +142,7 @@ std::string two_warps(uint64_t seed) {
     return round_trip(world, problem);
 }
 
-// -- Outputs that peers write in place, inputs that peers read in place ------------------------------------------------------
-
-World make_lending_world(const Problem& problem, uint64_t window, uint64_t seed) {
-    return World(problem.num_ranks(), region_for(problem, window), seeded(seed), 100, 0, false, {small_device(seed)},
-                 1 << 16);
-}
-
-// What a user's kernel does with memory that the kernel before it has lent.
-struct TouchKernel {
-    struct Params {
-        volatile uint32_t* words;
-        size_t num_words;
-    };
-    struct Shared {};
-    static EP_DEVICE void run(const Params& params, Shared&) {
-        for (size_t i = threadIdx.x; i < params.num_words; i += blockDim.x) params.words[i] = params.words[i];
-    }
-};
-
-void touch_lent(World& world, const RankTensors& tensors, int rank) {
-    dev::LaunchConfig config;
-    config.name = "touch";
-    for (const RankTensors::Lent& lent : tensors.lent)
-        dev::launch<TouchKernel>(config, world.stream(rank),
-                                 {reinterpret_cast<volatile uint32_t*>(lent.memory->address()), lent.num_bytes / 4});
-}
-
-// Each rank goes on with its memory at once; nothing but the call itself says that peers have done with it.
-std::string lent_and_used_at_once(const Problem& problem, uint64_t window, uint64_t seed) {
-    World world = make_lending_world(problem, window, seed);
-    auto ranks = make_inputs(problem);
-    world.layout(problem, ranks);
-    for (int repeat = 0; repeat < 2; ++repeat) {
-        for (int rank = 0; rank < 2; ++rank) world.launch_notify(problem, ranks[static_cast<size_t>(rank)], rank);
-        for (int rank = 0; rank < 2; ++rank) {
-            RankTensors& tensors = ranks[static_cast<size_t>(rank)];
-            tensors.num_recv_tokens = world.buffer(rank).wait_counts().num_tokens;
-            prepare_recv(problem, tensors, tensors.num_recv_tokens);
-            prepare_combine(problem, tensors, rank);
-            world.launch_dispatch(problem, tensors, rank, false);
-            touch_lent(world, tensors, rank);
-            world.launch_combine(problem, tensors, rank);
-            touch_lent(world, tensors, rank);
-        }
-        world.run();
-        World::collect(ranks);
-        for (int rank = 0; rank < 2; ++rank) world.buffer(rank).check();
-        if (std::string difference = check_combine(problem, ranks); !difference.empty()) return difference;
-    }
-    return "";
-}
-
-std::string everybody_lends(uint64_t seed) {
-    return lent_and_used_at_once({.num_tokens = {9, 7},
-                                  .num_experts = 4,
-                                  .hidden = 16,
-                                  .num_sms = seed < 2 ? 1 : 2,
-                                  .drop_probability = 0.0,
-                                  .seed = seed,
-                                  .lending_ranks = 0b11},
-                                 4, seed);
-}
-
-std::string one_rank_lends(uint64_t seed) {
-    return lent_and_used_at_once({.num_tokens = {9, 12},
-                                  .num_experts = 4,
-                                  .hidden = 16,
-                                  .num_sms = 1,
-                                  .drop_probability = 0.0,
-                                  .seed = seed,
-                                  .lending_ranks = seed < 2 ? 0b01u : 0b10u},
-                                 2, seed);
-}
-
 // -- What the host reads while kernels run --------------------------------------------------------------------------------
-
-std::string expect_timeout(const std::string& text, const std::function<void()>& call) {
-    try {
-        call();
-    } catch (const TimeoutError& error) {
-        return std::string(error.what()).find(text) != std::string::npos ? "" : error.what();
-    }
-    return "nothing was thrown, expected: " + text;
-}
-
-simt::SchedulerOptions impatient(uint64_t seed) {
-    simt::SchedulerOptions options = seeded(seed);
-    options.idle = simt::IdlePolicy::kAdvanceClock;
-    options.bulk = simt::BulkMode::kLate;
-    return options;
-}
 
 std::string absent_in_counts(uint64_t seed) {
     const Problem problem{.num_tokens = {4, 4}, .num_experts = 4, .hidden = 16, .seed = seed};
@@ -385,8 +283,6 @@ constexpr Scenario kScenarios[] = {
     {"two_stages_in_combine", two_stages_in_combine},
     {"two_kinds_of_device", two_kinds_of_device},
     {"two_warps", two_warps},
-    {"everybody_lends", everybody_lends},
-    {"one_rank_lends", one_rank_lends},
     {"absent_in_counts", absent_in_counts},
     {"absent_in_dispatch", absent_in_dispatch},
     {"absent_in_combine", absent_in_combine},

@@ -27,13 +27,26 @@ LowLatencyProblem small_problem(uint64_t seed) {
 
 std::string three_round_trips(World& world, const LowLatencyProblem& problem) {
     for (int repeat = 0; repeat < 3; ++repeat)
-        if (std::string difference = low_latency_round_trip(world, problem); !difference.empty()) return difference;
+        if (std::string difference =
+                low_latency_round_trip(world, problem, repeat == 1 ? Launches::kTwo : Launches::kOne);
+            !difference.empty())
+            return difference;
     return "";
 }
 
 std::string round_trips(uint64_t seed) {
     World world = make_world(small_problem(seed), seed);
     return three_round_trips(world, small_problem(seed));
+}
+
+// So many experts that a routing table is made in stretches, of two words for each expert; all tokens go to one.
+std::string stretches(uint64_t seed) {
+    LowLatencyProblem problem{
+        .num_tokens = {66, 2}, .num_max_tokens = 66, .num_experts = 4000, .num_topk = 1, .hidden = 8};
+    problem.only_expert = 5;
+    problem.seed = seed;
+    World world = make_world(problem, seed);
+    return low_latency_round_trip(world, problem, Launches::kOne);
 }
 
 // Nobody is masked; but every table is decided on.
@@ -113,10 +126,8 @@ std::string late_table(uint64_t seed) {
 }
 
 constexpr Scenario kScenarios[] = {
-    {"low_latency", round_trips},
-    {"low_latency_shrinkable", shrinkable},
-    {"low_latency_one_way", one_way},
-    {"low_latency_late_table", late_table},
+    {"low_latency", round_trips},     {"low_latency_stretches", stretches},   {"low_latency_shrinkable", shrinkable},
+    {"low_latency_one_way", one_way}, {"low_latency_late_table", late_table},
 };
 
 }  // namespace

@@ -17,6 +17,9 @@ CLASSES = {node.name: node for node in TREE.body if isinstance(node, ast.ClassDe
 FUNCTIONS = {node.name: node for node in TREE.body if isinstance(node, ast.FunctionDef)}
 METHODS = {(owner.name, node.name): node
            for owner in CLASSES.values() for node in owner.body if isinstance(node, ast.FunctionDef)}  # yapf: disable
+CONSTANTS = {(owner.name, node.target.id): node
+             for owner in CLASSES.values() for node in owner.body
+             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}  # yapf: disable
 
 
 def native(owner: Optional[str], name: str) -> Any:
@@ -53,12 +56,19 @@ def test_what_the_extension_has_is_declared() -> None:
     assert {name for name in vars(deep_ep_cpp) if not name.startswith("_")} - declared == set()
     for owner in ("Config", "Device", "Buffer"):
         members = {name for name in vars(getattr(deep_ep_cpp, owner)) if not name.startswith("_")}
-        assert members - {name for class_name, name in METHODS if class_name == owner} == set(), owner
+        assert members - {name for class_name, name in (*METHODS, *CONSTANTS) if class_name == owner} == set(), owner
+
+
+def test_constants_have_the_declared_types() -> None:
+    for (owner, name), node in CONSTANTS.items():
+        assert isinstance(node.annotation, ast.Name)
+        assert type(getattr(getattr(deep_ep_cpp, owner), name)).__name__ == node.annotation.id, (owner, name)
 
 
 def test_properties_have_the_declared_types() -> None:
     objects = {"Device": deep_ep_cpp.Device(-1), "Config": deep_ep_cpp.Config()}
-    objects["Buffer"] = deep_ep_cpp.Buffer(objects["Device"], 0, 1, 128, 10.0, 5.0)
+    objects["Buffer"] = deep_ep_cpp.Buffer(objects["Device"], 0, 1, 128, 10.0, 5.0, num_lend_bytes=128)
+    objects["LentMemory"] = objects["Buffer"].lend(128)
     for (owner, name), node in METHODS.items():
         if is_property(node) and not name.endswith("_ptr"):
             assert isinstance(node.returns, ast.Name)

@@ -66,6 +66,7 @@ public:
     void free_shareable(const ShareableMemory& memory) override { free(memory.address); }
     void* open_shared(const std::string& handle) override;
     void close_shared(void* address) override;
+    bool holds(const std::string& handle) const override { return SharedHandle::unpack(handle).device_uuid == uuid_; }
 
     Stream create_stream() override;
     void destroy_stream(Stream stream) override;

@@ -126,6 +126,26 @@ template <Order O, Scope S, class T> EP_DEVICE T fetch_add(T* ptr, T value) {
     return static_cast<T>(old);
 }
 
+// atom.or: sm_70
+template <Order O, Scope S, class T> EP_DEVICE T fetch_or(T* ptr, T bits) {
+    const auto raw = static_cast<ptx::raw_t<T>>(bits);
+    ptx::raw_t<T> old;
+    if constexpr (sizeof(T) == 4) {
+        asm volatile("atom%3%4.or.b32 %0, [%1], %2;"
+                     : "=r"(old)
+                     : "l"(ptx::address_of<S>(ptr)), "r"(raw), "C"(ptx::OrderName<O>::text),
+                       "C"(ptx::ScopeName<S>::place)
+                     : "memory");
+    } else {
+        asm volatile("atom%3%4.or.b64 %0, [%1], %2;"
+                     : "=l"(old)
+                     : "l"(ptx::address_of<S>(ptr)), "l"(raw), "C"(ptx::OrderName<O>::text),
+                       "C"(ptx::ScopeName<S>::place)
+                     : "memory");
+    }
+    return static_cast<T>(old);
+}
+
 // atom.cas: sm_70
 template <Order O, Scope S, class T> EP_DEVICE T compare_swap(T* ptr, T expected, T desired) {
     const auto raw_expected = static_cast<ptx::raw_t<T>>(expected);
@@ -206,6 +226,28 @@ EP_DEVICE uint32_t round_to_bf16x2(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     return pair;
 }
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+#define EP_PTX_HAS_FP8 1
+#else
+#define EP_PTX_HAS_FP8 0
+#endif
+
+EP_DEVICE bool has_fp8_rounding() { return EP_PTX_HAS_FP8 != 0; }
+
+// cvt.rn.satfinite.e4m3x2.f32: sm_89
+EP_DEVICE uint32_t round_to_e4m3x2([[maybe_unused]] float low, [[maybe_unused]] float high) {
+#if EP_PTX_HAS_FP8
+    uint16_t pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    ptx::trap_unsupported();
+    return 0;
+#endif
+}
+
+#undef EP_PTX_HAS_FP8
 
 // ---------------------------------------------------------------------------------------------------------------
 // mbarriers

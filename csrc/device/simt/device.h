@@ -45,6 +45,7 @@ public:
     void free_shareable(const dev::ShareableMemory& memory) override;
     void* open_shared(const std::string& handle) override;
     void close_shared(void* address) override;
+    bool holds(const std::string&) const override { return false; }
 
     dev::Stream create_stream() override;
     void destroy_stream(dev::Stream stream) override;

@@ -66,6 +66,16 @@ template <Order O, Scope S, class T> EP_DEVICE T fetch_add(T* ptr, T value) {
     return old;
 }
 
+template <Order O, Scope S, class T> EP_DEVICE T fetch_or(T* ptr, T bits) {
+    detail::check_word<T>();
+    simt::before_access(ptr, sizeof(T));
+    simt::hb::on_update(ptr, detail::is_acquire(O), detail::is_release(O), static_cast<int>(S));
+    const T old = __atomic_fetch_or(ptr, bits, detail::builtin_order(O, S));
+    simt::note_load(ptr, static_cast<uint64_t>(old));
+    if ((old | bits) != old) simt::note_change();
+    return old;
+}
+
 template <Order O, Scope S, class T> EP_DEVICE T compare_swap(T* ptr, T expected, T desired) {
     detail::check_word<T>();
     constexpr int kOnFailure = detail::is_acquire(O) && !simt::hb::kIsEnabled ? __ATOMIC_ACQUIRE : __ATOMIC_RELAXED;
@@ -120,6 +130,9 @@ inline uint32_t round_to_bf16(float value) {
 EP_DEVICE uint32_t round_to_bf16x2(float low, float high) {
     return detail::round_to_bf16(low) | detail::round_to_bf16(high) << 16;
 }
+
+EP_DEVICE bool has_fp8_rounding() { return false; }
+EP_DEVICE uint32_t round_to_e4m3x2(float, float) { return 0; }
 
 EP_DEVICE void mbarrier_init(MBarrier* bar, uint32_t arrivals) { simt::mbarrier_init(&bar->state, arrivals); }
 EP_DEVICE void mbarrier_init_fence() { simt::hb::on_proxy_fence(); }

@@ -348,8 +348,8 @@ EP_DEVICE bool reduce_staged(const Context& c, int warp, int num_warps, uint8_t*
             write_sums(sums, reinterpret_cast<Vec16*>(p.combined_x + token_offset), base, num_vecs);
         }
         if (!has_weights && !wait_for_weights(c)) {
-            for (; fetch.num_under_way > 0; --fetch.num_under_way) {  // nothing may land after the end
-                stages.wait(taken);
+            for (; fetch.num_under_way > 0; --fetch.num_under_way) {
+                stages.wait(taken);  // given up: nothing may land after the end
                 taken.advance(p.geometry.recv.num_stages);
             }
             return false;

@@ -2,7 +2,7 @@
 //
 //   send     our top-k weights to every rank; then, for each token of any source that has experts here: sum of
 //            weight x row over those experts in FP32, rounded once, into the token's slot at its owner, one flag
-//   receive  block: one token at a time: wait for the flags of its ranks, sum in FP32 in rank order, write
+//   receive  each token is shared by several warps: wait for the flags of its ranks, sum in FP32 in rank order, write
 //
 // Messages, buffer map and orderings: docs/protocols/low_latency.md.
 #include "device/algo/bf16.h"
@@ -15,18 +15,20 @@
 namespace deep_ep::kernels::low_latency::combine {
 inline namespace EP_BACKEND {
 
-constexpr int kPairs = 4;  // of bfloat16 in 16 bytes
-constexpr int kVecsOfUnit = kLogUnit / (2 * kPairs);
+constexpr int kPairs = 4;                             // of bfloat16 in 16 bytes
+constexpr int kVecsOfPiece = 2;                       // that a lane has of a chunk: a unit of the logarithmic format
+constexpr int kChunkVecs = kVecsOfPiece * kWarpSize;  // that a warp works on at once
+constexpr int kRowsAhead = 4;                         // loads of so many experts' rows are under way at once
+constexpr int kWeightsAhead = 4;                      // table entries of a thread
+constexpr int kMaxWarpsForItem = 32;
+static_assert(kVecsOfPiece * 2 * kPairs == kLogUnit);
 
 // One kernel for each format: the packing of the logarithmic one costs registers.
 template <bool kIsLogfmt> struct Kernel {
     using Params = LowLatencyCombineParams;
-    static constexpr int kMaxThreads = 512;
-    static constexpr int kVecs = kIsLogfmt ? kVecsOfUnit : 1;  // that a thread of the receive phase holds
+    static constexpr int kMaxThreads = kMaxLowLatencyThreads;
     struct Shared {
-        Beginning beginning;
-        int is_here;
-        int is_last_block;
+        Block block;
     };
 
     // FP32 sums of eight elements.
@@ -51,110 +53,261 @@ template <bool kIsLogfmt> struct Kernel {
         return value;
     }
 
-    // Every warp: does the token of `source` have experts here?
-    static EP_DEVICE bool has_work(const Context& c, const int* entries) {
-        const int first = c.rank() * c.num_local_experts();
-        bool is_found = false;
-        for (int k = prim::lane_idx(); k < c.call.num_topk; k += kWarpSize)
-            is_found |= entries[k] >= first && entries[k] < first + c.num_local_experts();
-        return __any_sync(kFullMask, is_found);
-    }
-
-    // What this rank's experts have for one token.
-    struct Work {
-        const int* entries;
-        const float* weights;
-        const int* rows;
-    };
-
-    static EP_DEVICE Work work_for(const Params& p, const Context& c, int source, int token) {
-        const int64_t first_entry = static_cast<int64_t>(token) * p.call.num_topk;
-        const int64_t first_of_source = static_cast<int64_t>(source) * p.call.num_max_tokens * p.call.num_topk;
-        return {c.table(source) + first_entry, c.weight_table(source) + first_entry,
-                p.row_of_entry + first_of_source + first_entry};
-    }
-
-    // One thread: the sum of weight x row over eight channels, in order of k.
-    static EP_DEVICE Sums sum_experts(const Params& p, const Context& c, const Work& work, int vec) {
-        const int first = c.rank() * c.num_local_experts();
-        Sums sums = {};
-        for (int k = 0; k < p.call.num_topk; ++k) {
-            if (work.entries[k] < first || work.entries[k] >= first + c.num_local_experts()) continue;
-            // With other experts than in the dispatch the row is garbage, and must not be an address as well.
-            const int row = work.rows[k];
-            if (row < 0 || row >= c.num_local_experts() * c.num_ranks() * p.call.num_max_tokens) continue;
-            const uint8_t* source = p.x + static_cast<int64_t>(row) * p.call.hidden * 2;
-            add(sums, prim::load_input(reinterpret_cast<const Vec16*>(source) + vec), work.weights[k]);
-        }
-        return sums;
-    }
-
     static EP_DEVICE int num_vecs(const Params& p) { return p.call.hidden * 2 / static_cast<int>(sizeof(Vec16)); }
 
-    // The whole block: sums the experts' rows of one token into its slot.
-    static EP_DEVICE void reduce_experts(const Params& p, const Context& c, const Work& work, uint8_t* slot) {
-        for (int vec = static_cast<int>(threadIdx.x); vec < num_vecs(p); vec += static_cast<int>(blockDim.x))
-            prim::store_streaming(reinterpret_cast<Vec16*>(slot) + vec, rounded(sum_experts(p, c, work, vec)));
+    // Which vectors of a row a lane has: two neighbours in the logarithmic format, or one in each half of the chunk.
+    static EP_DEVICE int piece_vec(int chunk, int i) {
+        return chunk * kChunkVecs +
+               (kIsLogfmt ? prim::lane_idx() * kVecsOfPiece + i : i * kWarpSize + prim::lane_idx());
     }
 
-    // The same in the logarithmic format. Whole warps, because lanes share a scale.
-    static EP_DEVICE void reduce_experts_logfmt(const Params& p, const Context& c, const Work& work, uint8_t* slot) {
-        const auto row = layout::LogfmtRow::make(static_cast<uint64_t>(p.call.hidden));
-        const int num_units = static_cast<int>(row.high.count);
-        for (int base = prim::warp_idx() * kWarpSize; base < num_units; base += static_cast<int>(blockDim.x)) {
-            const int unit = base + prim::lane_idx();
+    // What a warp needs to sum one chunk of a token of `source`. Lanes stand for 32 of its top-k entries.
+    struct Work {
+        int source, token, first_k;
+        int row;          // this lane's, of the entry; -1: its expert is not here
+        uint32_t rows;    // lanes that have one
+        float weight;     // this lane's
+        uint32_t wanted;  // lanes whose entry the caller has kept in this call
+    };
+
+    // The rows are those of the dispatch, so they are known before the weights.
+    static EP_DEVICE Work find_rows(const Params& p, const Context& c, int source, int token, int first_k) {
+        Work work = {source, token, first_k, -1, 0, 0.0f, 0};
+        const int k = first_k + prim::lane_idx();
+        const int64_t first = (static_cast<int64_t>(source) * p.call.num_max_tokens + token) * p.call.num_topk;
+        if (k < p.call.num_topk) work.row = p.row_of_entry[first + k];
+        // With another handle than that of the dispatch the row is garbage, and must not be an address as well.
+        if (work.row >= c.num_local_experts() * c.num_rows_of_expert()) work.row = -1;
+        work.rows = __ballot_sync(kFullMask, work.row >= 0);
+        return work;
+    }
+
+    // After the source's table. Returns whether any of the entries has its expert here.
+    static EP_DEVICE bool find_weights(const Context& c, Work& work) {
+        const int k = work.first_k + prim::lane_idx();
+        bool is_here = false;
+        if (k < c.call.num_topk) {
+            const int64_t entry = static_cast<int64_t>(work.token) * c.call.num_topk + k;
+            work.weight = c.weight_table(work.source)[entry];
+            const int expert = c.table(work.source)[entry] - c.first_expert();
+            is_here = expert >= 0 && expert < c.num_local_experts();
+        }
+        work.wanted = __ballot_sync(kFullMask, is_here);
+        return work.wanted != 0;
+    }
+
+    // Of up to kRowsAhead rows, the pieces of this lane.
+    struct Ahead {
+        Vec16 vec[kRowsAhead][kVecsOfPiece];
+    };
+
+    static EP_DEVICE void load_ahead(const Params& p, const Work& work, uint32_t lanes, int chunk, Ahead& ahead) {
+#pragma unroll
+        for (int i = 0; i < kRowsAhead; ++i) {
+            if (lanes == 0) break;
+            const int row = __shfl_sync(kFullMask, work.row, __ffs(static_cast<int>(lanes)) - 1);
+            const auto* source = reinterpret_cast<const Vec16*>(p.x + static_cast<int64_t>(row) * p.call.hidden * 2);
+#pragma unroll
+            for (int j = 0; j < kVecsOfPiece; ++j) {
+                if (kIsLogfmt) ahead.vec[i][j] = {};  // channels behind the end of the row share a scale with others
+                if (piece_vec(chunk, j) < num_vecs(p)) ahead.vec[i][j] = prim::load_input(source + piece_vec(chunk, j));
+            }
+            lanes &= lanes - 1;
+        }
+    }
+
+    // Adds what is ahead, in order of k; returns the lanes that are left.
+    static EP_DEVICE uint32_t add_ahead(const Work& work, uint32_t lanes, const Ahead& ahead,
+                                        Sums (&sums)[kVecsOfPiece]) {
+#pragma unroll
+        for (int i = 0; i < kRowsAhead; ++i) {
+            if (lanes == 0) break;
+            const int lane = __ffs(static_cast<int>(lanes)) - 1;
+            const float weight = __shfl_sync(kFullMask, work.weight, lane);
+            if ((work.wanted >> lane & 1u) != 0)
+#pragma unroll
+                for (int j = 0; j < kVecsOfPiece; ++j) add(sums[j], ahead.vec[i][j], weight);
+            lanes &= lanes - 1;
+        }
+        return lanes;
+    }
+
+    static EP_DEVICE void store_sums(const Params& p, const Sums (&sums)[kVecsOfPiece], int chunk, uint8_t* slot) {
+        if constexpr (kIsLogfmt) {
+            const auto row = layout::LogfmtRow::make(static_cast<uint64_t>(p.call.hidden));
+            const int unit = chunk * kWarpSize + prim::lane_idx();
             float values[kLogUnit];
 #pragma unroll
-            for (int half = 0; half < kVecsOfUnit; ++half) {
-                const int vec = unit * kVecsOfUnit + half;
-                Sums sums = {};
-                if (vec < num_vecs(p)) sums = sum_experts(p, c, work, vec);
+            for (int i = 0; i < kLogUnit / 2; ++i) {
+                values[2 * i] = sums[i / kPairs].low[i % kPairs];
+                values[2 * i + 1] = sums[i / kPairs].high[i % kPairs];
+            }
+            store_logfmt(values, slot, row, unit, unit < static_cast<int>(row.high.count));
+        } else {
 #pragma unroll
-                for (int pair = 0; pair < kPairs; ++pair) {
-                    values[(half * kPairs + pair) * 2] = sums.low[pair];
-                    values[(half * kPairs + pair) * 2 + 1] = sums.high[pair];
+            for (int j = 0; j < kVecsOfPiece; ++j)
+                if (piece_vec(chunk, j) < num_vecs(p))
+                    prim::store_streaming(reinterpret_cast<Vec16*>(slot) + piece_vec(chunk, j), rounded(sums[j]));
+        }
+    }
+
+    // One warp: a chunk of a token's row. `work` and `ahead`: the first rows, which are under way.
+    static EP_DEVICE void reduce_chunk(const Params& p, const Context& c, Work work, Ahead& ahead, int chunk,
+                                       uint8_t* slot) {
+        Sums sums[kVecsOfPiece] = {};
+        uint32_t rest = add_ahead(work, work.rows, ahead, sums);
+        for (;;) {
+            while (rest != 0) {
+                load_ahead(p, work, rest, chunk, ahead);
+                rest = add_ahead(work, rest, ahead, sums);
+            }
+            if (p.call.num_topk <= work.first_k + kWarpSize) break;
+            work = find_rows(p, c, work.source, work.token, work.first_k + kWarpSize);
+            find_weights(c, work);
+            rest = work.rows;
+        }
+        store_sums(p, sums, chunk, slot);
+    }
+
+    // Every warp: has the token experts here among its entries after the first 32?
+    static EP_DEVICE bool has_more_work(const Context& c, Work work) {
+        bool is_found = false;
+        for (work.first_k += kWarpSize; work.first_k < c.call.num_topk; work.first_k += kWarpSize)
+            is_found |= find_weights(c, work);
+        return is_found;
+    }
+
+    // How many tokens the first 32 sources have, as far as this warp has asked: lane i knows of source i.
+    struct Sources {
+        uint32_t known;
+        int num_tokens;
+    };
+
+    static EP_DEVICE bool is_known(const Sources& sources, int source) {
+        return source < kWarpSize && (sources.known >> source & 1u) != 0;
+    }
+
+    static EP_DEVICE bool is_beyond(const Sources& sources, int source, int token) {
+        return is_known(sources, source) && token >= __shfl_sync(kFullMask, sources.num_tokens, source);
+    }
+
+    // One warp: does the token exist, and has it experts here? Finds its weights too.
+    static EP_DEVICE bool is_wanted(const Context& c, Sources& sources, Work& work, Block* block) {
+        const bool is_here = is_known(sources, work.source) || wait_for_tables(c, work.source, work.source + 1) != 0;
+        int num_tokens = 0;
+        bool has_experts = false;
+        if (is_here) {
+            num_tokens = c.num_tokens_of(work.source);
+            has_experts = find_weights(c, work);
+        } else if (!c.call.is_shrinkable) {
+            // The call is aborted; another warp may have seen the table just in time.
+            prim::store<Order::kRelaxed, Scope::kCta>(&block->is_ready, 0);
+        }
+        // In an aborted call warps may disagree, and must still meet at the same barriers: they learn nothing.
+        const bool is_settled = is_here || c.call.is_shrinkable;
+        if (is_settled && prim::lane_idx() == work.source) sources.num_tokens = num_tokens;
+        if (is_settled && work.source < kWarpSize) sources.known |= 1u << work.source;
+        return work.token < num_tokens && (has_experts || has_more_work(c, work));
+    }
+
+    // The whole block: one token of any source. `work` and `ahead`: what this warp has begun with.
+    static EP_DEVICE void reduce_token(const Params& p, const Context& c, Sources& sources, Work& work, Ahead& ahead,
+                                       Block* block) {
+        const int num_warps = static_cast<int>(blockDim.x) / kWarpSize;
+        const bool works = is_wanted(c, sources, work, block);
+        uint8_t* slot = c.slot(work.source, c.rank(), work.token);
+        for (int chunk = prim::warp_idx(); works && chunk * kChunkVecs < num_vecs(p); chunk += num_warps) {
+            if (chunk != prim::warp_idx()) load_ahead(p, work, work.rows, chunk, ahead);
+            reduce_chunk(p, c, work, ahead, chunk, slot);
+        }
+        __syncthreads();  // every warp's part of the row, one thread's release
+        // Pairs with: wait_for_parts at the owner.
+        if (threadIdx.x == 0 && works && prim::load<Order::kRelaxed, Scope::kCta>(&block->is_ready) != 0)
+            prim::store<Order::kRelease, Scope::kSys>(
+                c.watch.heap.token_full(work.source, c.bank, c.rank(), work.token), c.watch.call);
+    }
+
+    // Tokens of all sources in turn, so that no link is the last; every rank begins with another source.
+    static EP_DEVICE int source_of(const Context& c, int item) { return (c.rank() + 1 + item) % c.num_ranks(); }
+
+    static EP_DEVICE Work begin_item(const Params& p, const Context& c, int item, Ahead& ahead) {
+        const Work work = find_rows(p, c, source_of(c, item), item / c.num_ranks(), 0);
+        load_ahead(p, work, work.rows, prim::warp_idx(), ahead);
+        return work;
+    }
+
+    static EP_DEVICE void send(const Params& p, const Context& c, Block* block) {
+        const int num_items = c.num_ranks() * p.call.num_max_tokens;
+        const int first = static_cast<int>(blockIdx.x);
+        // Most likely the block that begins first.
+        const bool has_weights = first == 0;
+        Ahead ahead = {};
+        Work work = {};
+        Weights weights = {};
+        if (has_weights)
+            weights = load_weights(p, c, 0);
+        else if (first < num_items)
+            work = begin_item(p, c, first, ahead);
+        begin_send(c, block);
+        const bool is_ready = block->is_ready != 0;
+        if (is_ready && block->is_first != 0) send_weights(p, c, weights, has_weights);
+        Sources sources = {};
+        for (int item = first; is_ready && item < num_items; item += static_cast<int>(gridDim.x)) {
+            if (is_beyond(sources, source_of(c, item), item / c.num_ranks())) continue;
+            if (item != first || has_weights) work = begin_item(p, c, item, ahead);
+            reduce_token(p, c, sources, work, ahead, block);
+        }
+        end_send(c, block);
+    }
+
+    // A thread's part of our own table, from entry `base` on.
+    struct Weights {
+        int expert[kWeightsAhead];
+        float weight[kWeightsAhead];
+    };
+
+    static EP_DEVICE Weights load_weights(const Params& p, const Context& c, int base) {
+        Weights held = {};
+#pragma unroll
+        for (int i = 0; i < kWeightsAhead; ++i) {
+            const int entry = base + i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+            if (entry >= p.num_tokens * c.call.num_topk) continue;
+            const int64_t id = load_expert_id(p.topk_idx, p.idx_bytes, entry);
+            // An id out of range reaches no rank; the table must agree, whatever the low half of a 64-bit id says.
+            held.expert[i] = id >= 0 && id < c.call.num_experts ? static_cast<int>(id) : -1;
+            held.weight[i] = p.topk_weights[entry];
+        }
+        return held;
+    }
+
+    // All threads of the block that began first: our top-k ids and weights to every rank. Peers wait for them in their
+    // send phases, so they must not depend on a block that may not be resident yet.
+    static EP_DEVICE void send_weights(const Params& p, const Context& c, Weights held, bool is_loaded) {
+        const int num_entries = p.num_tokens * c.call.num_topk;
+        for (int base = 0; base < num_entries; base += kWeightsAhead * static_cast<int>(blockDim.x)) {
+            if (base > 0 || !is_loaded) held = load_weights(p, c, base);
+            for (int peer = 0; peer < c.num_ranks(); ++peer) {
+                uint8_t* message = c.message(peer, c.rank());
+                auto* ids = reinterpret_cast<int*>(message + c.call.message.topk_idx.offset);
+                auto* weights = reinterpret_cast<float*>(message + c.call.message.topk_weights.offset);
+#pragma unroll
+                for (int i = 0; i < kWeightsAhead; ++i) {
+                    const int entry = base + i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+                    if (entry < num_entries) ids[entry] = held.expert[i];
+                    if (entry < num_entries) weights[entry] = held.weight[i];
                 }
             }
-            store_logfmt(values, slot, row, unit, unit < num_units);
         }
-    }
-
-    // The whole block: one thread waits, the barrier passes on what it has acquired.
-    static EP_DEVICE bool has_table(const Context& c, int source, Shared& shared) {
-        __syncthreads();  // the answer about the source before has been read
-        if (threadIdx.x == 0) shared.is_here = wait_for_table(c, source) ? 1 : 0;
+        for (int peer = static_cast<int>(threadIdx.x); peer < c.num_ranks(); peer += static_cast<int>(blockDim.x))
+            *reinterpret_cast<int*>(c.message(peer, c.rank()) + c.call.message.num_tokens.offset) = p.num_tokens;
         __syncthreads();
-        return shared.is_here != 0;
+        // Release: the tables. Pairs with: wait_for_table at the peer.
+        for (int peer = static_cast<int>(threadIdx.x); peer < c.num_ranks(); peer += static_cast<int>(blockDim.x))
+            prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.table_full(peer, c.bank, c.rank()), c.watch.call);
+        if (is_last_warp()) publish_ended(c);
     }
 
-    // Tokens of all sources are dealt to the blocks; every rank begins with another source.
-    static EP_DEVICE void send(const Params& p, const Context& c, Shared& shared) {
-        begin_send(c, &shared.beginning);
-        if (shared.beginning.is_ready == 0) return;
-        if (shared.beginning.is_first != 0) send_tables(c, p.topk_idx, p.idx_bytes, p.topk_weights, p.num_tokens);
-        for (int step = 0; step < c.num_ranks(); ++step) {
-            const int source = (c.rank() + 1 + step) % c.num_ranks();
-            if (!has_table(c, source, shared)) continue;
-            const int num_tokens = c.num_tokens_of(source);
-            const int first = (static_cast<int>(blockIdx.x) + step) % static_cast<int>(gridDim.x);
-            for (int token = first; token < num_tokens; token += static_cast<int>(gridDim.x)) {
-                if (!has_work(c, c.table(source) + static_cast<int64_t>(token) * p.call.num_topk)) continue;
-                const Work work = work_for(p, c, source, token);
-                uint8_t* slot = c.slot(source, c.rank(), token);
-                if constexpr (kIsLogfmt)
-                    reduce_experts_logfmt(p, c, work, slot);
-                else
-                    reduce_experts(p, c, work, slot);
-                __syncthreads();  // every warp's part of the row, one thread's release
-                // Pairs with: receive_token at the owner.
-                if (threadIdx.x == 0)
-                    prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.token_full(source, c.bank, c.rank(), token),
-                                                              c.watch.call);
-            }
-        }
-    }
-
-    // The lanes of each warp wait for one rank each; returns the lanes whose rank has sent its part.
+    // The lanes of a warp wait for one rank each; returns the lanes whose rank has sent its part.
     static EP_DEVICE uint32_t wait_for_parts(const Params& p, const Context& c, int token, int first_rank) {
         const int rank = first_rank + prim::lane_idx();
         bool is_here = is_destination(c, p.topk_idx, p.idx_bytes, token, first_rank);
@@ -165,54 +318,94 @@ template <bool kIsLogfmt> struct Kernel {
         return lanes;
     }
 
-    // One thread: adds what a rank has sent to the sums of `unit`, which is one vector, or a unit of the logarithmic format.
-    static EP_DEVICE void add_part(const Params& p, Sums (&sums)[kVecs], const uint8_t* slot, int unit) {
-        if constexpr (kIsLogfmt) {
-            float values[kLogUnit];
-            load_logfmt(values, slot, layout::LogfmtRow::make(static_cast<uint64_t>(p.call.hidden)), unit);
+    // A unit of the receive phase: eight channels, or as many as the logarithmic format packs together.
+    static constexpr int kVecsOfUnit = kIsLogfmt ? kVecsOfPiece : 1;
+    static constexpr int kPartsAhead = kIsLogfmt ? 1 : 8;
+
+    // One thread: the parts of up to kPartsAhead ranks, loaded together, added in rank order.
+    static EP_DEVICE void add_rounded(const Context& c, Sums& sums, int token, int first_rank, uint32_t lanes,
+                                      int vec) {
+        while (lanes != 0) {
+            Vec16 held[kPartsAhead];
+            uint32_t rest = lanes;
 #pragma unroll
-            for (int i = 0; i < kLogUnit / 2; ++i) {
-                sums[i / kPairs].low[i % kPairs] += values[2 * i];
-                sums[i / kPairs].high[i % kPairs] += values[2 * i + 1];
+            for (int i = 0; i < kPartsAhead; ++i) {
+                if (rest == 0) break;
+                const uint8_t* slot = c.slot(c.rank(), first_rank + __ffs(static_cast<int>(rest)) - 1, token);
+                held[i] = prim::load_shared_with_peers(reinterpret_cast<const Vec16*>(slot) + vec);
+                rest &= rest - 1;
             }
-        } else {
-            add(sums[0], prim::load_shared_with_peers(reinterpret_cast<const Vec16*>(slot) + unit), 1.0f);
+#pragma unroll
+            for (int i = 0; i < kPartsAhead; ++i) {
+                if (lanes == 0) break;
+                add(sums, held[i], 1.0f);
+                lanes &= lanes - 1;
+            }
         }
     }
 
-    // The whole block, each warp its own part of the row.
-    static EP_DEVICE void receive_token(const Params& p, const Context& c, int token) {
-        const int num_units = (num_vecs(p) + kVecs - 1) / kVecs;
+    static EP_DEVICE void add_logfmt(const Params& p, const Context& c, Sums (&sums)[kVecsOfUnit], int token,
+                                     int first_rank, uint32_t lanes, int unit) {
+        const auto row = layout::LogfmtRow::make(static_cast<uint64_t>(p.call.hidden));
+        for (; lanes != 0; lanes &= lanes - 1) {
+            const int rank = first_rank + __ffs(static_cast<int>(lanes)) - 1;
+            float values[kLogUnit];
+            load_logfmt(values, c.slot(c.rank(), rank, token), row, unit);
+#pragma unroll
+            for (int i = 0; i < kVecsOfUnit * kPairs; ++i) {
+                sums[i / kPairs].low[i % kPairs] += values[2 * i];
+                sums[i / kPairs].high[i % kPairs] += values[2 * i + 1];
+            }
+        }
+    }
+
+    // One warp: its share of one token.
+    static EP_DEVICE void receive_token(const Params& p, const Context& c, int token, int part, int num_parts) {
+        const int num_units = (num_vecs(p) + kVecsOfUnit - 1) / kVecsOfUnit;
+        const int share = (num_units + num_parts - 1) / num_parts;
+        const int end = (part + 1) * share < num_units ? (part + 1) * share : num_units;
         auto* target = reinterpret_cast<Vec16*>(p.combined_x + static_cast<int64_t>(token) * p.call.hidden * 2);
         int held_group = -1;
         uint32_t lanes = 0;
-        for (int base = prim::warp_idx() * kWarpSize; base < num_units; base += static_cast<int>(blockDim.x)) {
+        for (int base = part * share; base < end; base += kWarpSize) {
             const int unit = base + prim::lane_idx();
-            Sums sums[kVecs] = {};
+            Sums sums[kVecsOfUnit] = {};
             for (int first = 0; first < c.num_ranks(); first += kWarpSize) {
                 if (first != held_group) lanes = wait_for_parts(p, c, token, first);
                 held_group = first;
-                for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
-                    const int rank = first + __ffs(static_cast<int>(rest)) - 1;
-                    if (unit < num_units) add_part(p, sums, c.slot(c.rank(), rank, token), unit);
-                }
+                if (unit >= end) continue;
+                if constexpr (kIsLogfmt)
+                    add_logfmt(p, c, sums, token, first, lanes, unit);
+                else
+                    add_rounded(c, sums[0], token, first, lanes, unit);
             }
 #pragma unroll
-            for (int i = 0; i < kVecs; ++i)
-                if (unit * kVecs + i < num_vecs(p)) prim::store_streaming(target + unit * kVecs + i, rounded(sums[i]));
+            for (int i = 0; i < kVecsOfUnit; ++i) {
+                const int vec = unit * kVecsOfUnit + i;
+                if (unit < end && vec < num_vecs(p)) prim::store_streaming(target + vec, rounded(sums[i]));
+            }
         }
+    }
+
+    static EP_DEVICE void receive(const Params& p, const Context& c, Block* block) {
+        const int num_units = (num_vecs(p) + kVecsOfUnit - 1) / kVecsOfUnit;
+        const int most = (num_units + kWarpSize - 1) / kWarpSize;
+        const int num_parts = warps_for_item(p.num_tokens, most < kMaxWarpsForItem ? most : kMaxWarpsForItem);
+        for_each_unit(c, block, p.num_tokens * num_parts,
+                      [&](int unit) { receive_token(p, c, unit / num_parts, unit % num_parts, num_parts); });
     }
 
     static EP_DEVICE void run(const Params& p, Shared& shared) {
         const algo::Watch watch{make_watch_words(p.call.watch), make_heap(p.call.heap),
                                 layout::Operation::kLowLatencyCombine, call_number(p.call)};
-        const Context context{p.call, watch, static_cast<int>(watch.call % layout::kNumLowLatencyBanks)};
-        if (p.call.phase == Phase::kSend)
-            send(p, context, shared);
+        const Context context{p.call, watch, current_turn(p.call),
+                              static_cast<int>(watch.call % layout::kNumLowLatencyBanks)};
+        if (context.sends())
+            send(p, context, &shared.block);
         else
-            for (int token = static_cast<int>(blockIdx.x); token < p.num_tokens; token += static_cast<int>(gridDim.x))
-                receive_token(p, context, token);
-        finish_phase(context, &shared.is_last_block);
+            begin_receive(context);
+        if (!context.sends() || shared.block.receives != 0) receive(p, context, &shared.block);
+        add_statistics(context, &shared.block);
     }
 };
 

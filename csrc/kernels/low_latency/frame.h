@@ -1,5 +1,5 @@
 // What the two low-latency kernels share: numbering calls, waiting for a peer that may be left out, where things are in
-// a message, and how a call ends.
+// a message, how a launch begins and ends, and how its receive phase is shared out.
 #pragma once
 
 #include "device/algo/watch.h"
@@ -19,11 +19,17 @@ using prim::Vec16;
 struct Context {
     const LowLatencyCall& call;
     const algo::Watch& watch;
+    layout::LowLatencyTurn* turn;  // of this launch
     int bank;
 
     EP_DEVICE int rank() const { return watch.heap.rank(); }
     EP_DEVICE int num_ranks() const { return watch.heap.num_ranks(); }
     EP_DEVICE int num_local_experts() const { return call.num_experts / num_ranks(); }
+    EP_DEVICE int first_expert() const { return rank() * num_local_experts(); }
+    EP_DEVICE int num_rows_of_expert() const { return num_ranks() * call.num_max_tokens; }
+    // Every launch sends, or receives, or both.
+    EP_DEVICE bool sends() const { return call.phase != Phase::kReceive; }
+    EP_DEVICE bool receives() const { return call.phase != Phase::kSend; }
     // The message that `source` has written (or is writing) into `owner`'s memory.
     EP_DEVICE uint8_t* message(int owner, int source) const {
         return watch.heap.at(owner, call.data_offset + call.message.offset(call.data_bytes, bank, source));
@@ -37,6 +43,10 @@ struct Context {
     EP_DEVICE const float* weight_table(int source) const {
         return reinterpret_cast<const float*>(message(rank(), source) + call.message.topk_weights.offset);
     }
+    // Rows that `source` has for each of our experts.
+    EP_DEVICE const int* row_counts(int source) const {
+        return reinterpret_cast<const int*>(message(rank(), source) + call.message.num_rows.offset);
+    }
     EP_DEVICE int num_tokens_of(int source) const {
         return *reinterpret_cast<const int*>(message(rank(), source) + call.message.num_tokens.offset);
     }
@@ -47,6 +57,11 @@ struct Context {
 EP_DEVICE uint64_t call_number(const LowLatencyCall& call) {
     const uint64_t sent = prim::load<Order::kRelaxed, Scope::kGpu>(&call.watch.local->num_low_latency_sends);
     return call.phase == Phase::kReceive ? sent - call.lag : sent + 1;
+}
+
+EP_DEVICE layout::LowLatencyTurn* current_turn(const LowLatencyCall& call) {
+    const uint64_t launch = prim::load<Order::kRelaxed, Scope::kGpu>(&call.watch.local->num_low_latency_launches);
+    return &call.watch.local->low_latency_turns[launch % 2];
 }
 
 EP_DEVICE bool is_masked(const LowLatencyCall& call, int peer) {
@@ -62,12 +77,9 @@ EP_DEVICE bool wait_for_peer(const Context& c, Stage stage, int peer, const uint
     return false;
 }
 
-// The same, and notes how long it took: the longest wait for each source shows which rank is slow.
-EP_DEVICE bool wait_for_source(const Context& c, Stage stage, int source, const uint64_t* flag) {
-    if (prim::load<Order::kAcquire, Scope::kSys>(flag) >= c.watch.call) return true;
-    const uint64_t start_ns = prim::clock_ns();
-    const bool is_here = wait_for_peer(c, stage, source, flag, c.watch.call);
-    const uint64_t waited_ns = prim::clock_ns() - start_ns;
+// The longest wait for each source shows which rank is slow.
+EP_DEVICE void note_wait(const Context& c, int source, uint64_t waited_ns) {
+    if (c.call.wait_stats == nullptr) return;
     uint64_t* longest = &c.call.wait_ns[source];
     uint64_t seen = prim::load<Order::kRelaxed, Scope::kGpu>(longest);
     while (seen < waited_ns) {
@@ -75,6 +87,14 @@ EP_DEVICE bool wait_for_source(const Context& c, Stage stage, int source, const 
         if (old == seen) break;
         seen = old;
     }
+}
+
+// As wait_for_peer, and notes how long it took.
+EP_DEVICE bool wait_for_source(const Context& c, Stage stage, int source, const uint64_t* flag) {
+    if (prim::load<Order::kAcquire, Scope::kSys>(flag) >= c.watch.call) return true;
+    const uint64_t start_ns = prim::clock_ns();
+    const bool is_here = wait_for_peer(c, stage, source, flag, c.watch.call);
+    note_wait(c, source, prim::clock_ns() - start_ns);
     return is_here;
 }
 
@@ -97,99 +117,199 @@ EP_DEVICE bool wait_for_table(const Context& c, int source) {
     return seen % 2 == 1 && wait_for_source(c, Stage::kTable, source, flag);
 }
 
-// What the block knows once it has begun; shared memory.
-struct Beginning {
+// One warp: lane i asks for the table of rank first + i, if that is below `end`; the lanes whose answer is yes.
+EP_DEVICE uint32_t wait_for_tables(const Context& c, int first, int end) {
+    const int source = first + prim::lane_idx();
+    const bool is_here = source < end && wait_for_table(c, source);
+    const uint32_t lanes = __ballot_sync(kFullMask, is_here);
+    __syncwarp();  // each lane's acquire, every lane's reads
+    return lanes;
+}
+
+// One warp; acquire: lane 0 waits for a token's slot.
+EP_DEVICE bool wait_for_slot(const Context& c, int source, int token) {
+    int is_here = 0;
+    if (prim::lane_idx() == 0)
+        is_here = wait_for_source(c, Stage::kRow, source, c.watch.heap.token_full(c.rank(), c.bank, source, token));
+    is_here = __shfl_sync(kFullMask, is_here, 0);
+    __syncwarp();  // one lane's acquire, every lane's reads
+    return is_here != 0;
+}
+
+// What the block knows of its launch; shared memory.
+struct Block {
     int is_ready;  // zero: some rank has given up, do nothing
     int is_first;  // this block began before all others of its grid
+    int receives;  // it takes part in the receive phase
+    int share;     // its current part of that
 };
 
-// All threads of the block. Waits until no peer reads this call's bank any more: it was last used two calls ago.
-EP_DEVICE void begin_send(const Context& c, Beginning* beginning) {
+// One warp of the block that began first: tells the peers which calls this rank has received in earlier launches, so that
+// the banks may be written again. Never after a wait for what a peer does once it has begun: the peer may wait for this.
+EP_DEVICE void publish_ended(const Context& c) {
+    for (int peer = prim::lane_idx(); peer < c.num_ranks(); peer += kWarpSize)
+        for (int bank = 0; bank < layout::kNumLowLatencyBanks; ++bank) {
+            const uint64_t ended =
+                prim::load<Order::kRelaxed, Scope::kGpu>(&c.watch.words.local->low_latency_ended[bank]);
+            // Release: the reads of an earlier launch. Pairs with: is_bank_free at the peer.
+            prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.received(peer, bank, c.rank()), ended);
+        }
+}
+
+// This lane; acquire. `peer` has read what this rank sent it in the bank's last use, two calls ago.
+EP_DEVICE bool is_bank_free(const Context& c, int peer) {
+    if (c.watch.call <= layout::kNumLowLatencyBanks) return true;
+    const uint64_t received = prim::load<Order::kAcquire, Scope::kSys>(c.watch.heap.received(c.rank(), c.bank, peer));
+    return received + layout::kNumLowLatencyBanks >= c.watch.call;
+}
+
+// Warp 0. False: some rank has given up.
+EP_DEVICE bool wait_for_bank(const Context& c) {
+    for (int peer = prim::lane_idx(); peer < c.num_ranks(); peer += kWarpSize)
+        if (c.watch.call > layout::kNumLowLatencyBanks)
+            wait_for_peer(c, Stage::kStart, peer, c.watch.heap.received(c.rank(), c.bank, peer),
+                          c.watch.call - layout::kNumLowLatencyBanks);
+    return __all_sync(kFullMask, algo::may_go_on(c.watch, {Stage::kStart, c.rank()}, prim::clock_ns(), 0, 0)) != 0;
+}
+
+// All threads of a block that sends: notes the order in which blocks begin, and waits until no peer reads this bank.
+EP_DEVICE void begin_send(const Context& c, Block* block) {
     if (prim::warp_idx() == 0) {
-        int order = 0;
-        if (prim::lane_idx() == 0)
-            order = static_cast<int>(
-                prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&c.watch.words.local->low_latency_begun_blocks, 1u));
-        order = __shfl_sync(kFullMask, order, 0);
-        for (int peer = prim::lane_idx(); peer < c.num_ranks(); peer += kWarpSize) {
-            if (order == 0)
+        uint32_t order = 0;
+        if (prim::lane_idx() == 0) order = prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&c.turn->begun_blocks, 1u);
+        bool may_go_on = algo::abort_code(c.watch) == 0;
+        for (int peer = prim::lane_idx(); peer < c.num_ranks(); peer += kWarpSize) may_go_on &= is_bank_free(c, peer);
+        bool is_ready = __all_sync(kFullMask, may_go_on) != 0;
+        const bool is_first = __shfl_sync(kFullMask, order, 0) == 0;
+        if (is_first)
+            for (int peer = prim::lane_idx(); peer < c.num_ranks(); peer += kWarpSize)
                 prim::store<Order::kRelaxed, Scope::kSys>(c.watch.heap.low_latency_started(peer, c.rank()),
                                                           c.watch.call);
-            if (c.watch.call > layout::kNumLowLatencyBanks)
-                wait_for_peer(c, Stage::kStart, peer, c.watch.heap.received(c.rank(), c.bank, peer),
-                              c.watch.call - layout::kNumLowLatencyBanks);
+        if (!is_ready) {
+            if (is_first) publish_ended(c);
+            is_ready = wait_for_bank(c);
         }
-        const bool may_go_on = algo::may_go_on(c.watch, {Stage::kStart, c.rank()}, prim::clock_ns(), 0, 0);
-        const bool all = __all_sync(kFullMask, may_go_on);
-        if (prim::lane_idx() == 0) *beginning = {all ? 1 : 0, order == 0 ? 1 : 0};
+        if (prim::lane_idx() == 0) {
+            block->is_ready = is_ready ? 1 : 0;
+            block->is_first = is_first ? 1 : 0;
+        }
     }
     __syncthreads();  // each lane's acquire, the block's stores
 }
 
-// All threads of the block that began first: our routing table to every rank. Peers wait for it in their send phases, so
-// it must not depend on a block that may not be resident yet.
-EP_DEVICE void send_tables(const Context& c, const void* topk_idx, int idx_bytes, const float* topk_weights,
-                           int num_tokens) {
-    const int num_entries = num_tokens * c.call.num_topk;
-    for (int peer = 0; peer < c.num_ranks(); ++peer) {
-        uint8_t* message = c.message(peer, c.rank());
-        auto* idx_table = reinterpret_cast<int*>(message + c.call.message.topk_idx.offset);
-        auto* weight_table = reinterpret_cast<float*>(message + c.call.message.topk_weights.offset);
-        for (int i = static_cast<int>(threadIdx.x); i < num_entries; i += static_cast<int>(blockDim.x)) {
-            const int64_t id = load_expert_id(topk_idx, idx_bytes, i);
-            // An id out of range reaches no rank; the table must agree, whatever the low half of a 64-bit id says.
-            idx_table[i] = id >= 0 && id < c.call.num_experts ? static_cast<int>(id) : -1;
-            if (topk_weights != nullptr) weight_table[i] = topk_weights[i];
-        }
-        if (threadIdx.x == 0) *reinterpret_cast<int*>(message + c.call.message.num_tokens.offset) = num_tokens;
+// One thread: counts the launch, for the next one.
+EP_DEVICE void count_launch(const Context& c) {
+    layout::LocalState* local = c.watch.words.local;
+    layout::LowLatencyTurn* next = &local->low_latency_turns[c.turn == &local->low_latency_turns[0] ? 1 : 0];
+    prim::store<Order::kRelaxed, Scope::kGpu>(&next->begun_blocks, 0u);
+    prim::store<Order::kRelaxed, Scope::kGpu>(&next->settled_blocks, 0u);
+    prim::store<Order::kRelaxed, Scope::kGpu>(&next->next_share, 0u);
+    if (c.sends()) prim::store<Order::kRelaxed, Scope::kGpu>(&local->num_low_latency_sends, c.watch.call);
+    if (c.receives()) prim::store<Order::kRelaxed, Scope::kGpu>(&local->low_latency_ended[c.bank], c.watch.call);
+    const uint64_t launches = prim::load<Order::kRelaxed, Scope::kGpu>(&local->num_low_latency_launches);
+    prim::store<Order::kRelaxed, Scope::kGpu>(&local->num_low_latency_launches, launches + 1);
+}
+
+EP_DEVICE bool is_last_warp() {
+    return static_cast<int>(threadIdx.x) / kWarpSize == static_cast<int>(blockDim.x) / kWarpSize - 1;
+}
+
+// The last warp, when its block has read the counters that count_launch changes, and after publish_ended: nothing
+// of this launch looks at what the last one to settle changes, and the end of the launch publishes it, so no order is
+// needed.
+EP_DEVICE void settle(const Context& c) {
+    if (prim::lane_idx() == 0 &&
+        prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&c.turn->settled_blocks, 1u) + 1 == gridDim.x)
+        count_launch(c);
+}
+
+// All threads of a block that has sent. In a launch of both phases a block may wait for rows of its own rank only when
+// all blocks have begun: one that has not may never get an SM otherwise. Blocks that come too early leave, and whoever
+// is there later does their part.
+EP_DEVICE void end_send(const Context& c, Block* block) {
+    if (is_last_warp()) settle(c);
+    // Another warp than that, and than warp 0, which is busy with releases; a block may have but one.
+    if (threadIdx.x == (blockDim.x > kWarpSize ? kWarpSize : 0)) {
+        bool receives = c.receives() && block->is_ready != 0;
+        if (receives) receives = prim::load<Order::kRelaxed, Scope::kGpu>(&c.turn->begun_blocks) == gridDim.x;
+        block->receives = receives ? 1 : 0;
+        if (receives)
+            block->share = static_cast<int>(prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&c.turn->next_share, 1u));
     }
     __syncthreads();
-    // Release: the tables. Pairs with: wait_for_source(kTable) at the peer.
-    for (int peer = static_cast<int>(threadIdx.x); peer < c.num_ranks(); peer += static_cast<int>(blockDim.x))
-        prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.table_full(peer, c.bank, c.rank()), c.watch.call);
 }
 
-// This lane's rank among 32 from `first_rank`: does it own one of the token's experts?
-EP_DEVICE bool is_destination(const Context& c, const void* topk_idx, int idx_bytes, int token, int first_rank) {
-    const int rank = first_rank + prim::lane_idx();
-    if (rank >= c.num_ranks() || is_masked(c.call, rank)) return false;
-    const int64_t first = static_cast<int64_t>(rank) * c.num_local_experts();
-    bool is_found = false;
-    for (int k = 0; k < c.call.num_topk; ++k) {
-        const int64_t id = load_expert_id(topk_idx, idx_bytes, static_cast<int64_t>(token) * c.call.num_topk + k);
-        is_found |= id >= first && id < first + c.num_local_experts();
+// All threads of a block that only receives. The last warp is the least likely to have a unit.
+EP_DEVICE void begin_receive(const Context& c) {
+    // No other warp depends on a counter that this changes.
+    if (!is_last_warp()) return;
+    uint32_t order = 0;
+    if (prim::lane_idx() == 0) order = prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&c.turn->begun_blocks, 1u);
+    if (__shfl_sync(kFullMask, order, 0) == 0) publish_ended(c);
+    settle(c);
+}
+
+// All threads of the blocks that receive: `work(unit)` for every unit below `num_units`, a warp for each.
+template <class Work> EP_DEVICE void for_each_unit(const Context& c, Block* block, int num_units, const Work& work) {
+    const int num_warps = static_cast<int>(blockDim.x) / kWarpSize;
+    if (c.call.phase == Phase::kReceive) {
+        const int num_blocks = static_cast<int>(gridDim.x);
+        for (int unit = prim::warp_idx() * num_blocks + static_cast<int>(blockIdx.x); unit < num_units;
+             unit += num_blocks * num_warps)
+            work(unit);
+        return;
     }
-    return is_found;
+    for (int share = block->share; share * num_warps < num_units; share = block->share) {
+        uint32_t next = 0;  // under way while this share is worked on
+        if (threadIdx.x == 0) next = prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&c.turn->next_share, 1u);
+        const int unit = share * num_warps + prim::warp_idx();
+        if (unit < num_units) work(unit);
+        __syncthreads();  // everybody knows the share before
+        if (threadIdx.x == 0) block->share = static_cast<int>(next);
+        __syncthreads();
+    }
 }
 
-// Warp 0, last: tells the peers that the bank has been read, and adds the longest waits to the caller's statistics.
-EP_DEVICE void publish_received(const Context& c) {
-    for (int peer = prim::lane_idx(); peer < c.num_ranks(); peer += kWarpSize) {
-        // Release: all blocks' reads of the bank. Pairs with: begin_send at the peer, two calls later.
-        prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.received(peer, c.bank, c.rank()), c.watch.call);
-        if (c.call.wait_stats != nullptr)
-            c.call.wait_stats[peer] +=
-                static_cast<int64_t>(prim::load<Order::kRelaxed, Scope::kGpu>(&c.call.wait_ns[peer]));
+// How many warps share one of `num_items`, so that all warps of the grid have work; at most `most`.
+EP_DEVICE int warps_for_item(int num_items, int most) {
+    const int num_warps = static_cast<int>(gridDim.x * blockDim.x) / kWarpSize;
+    const int wanted = num_items > 0 ? num_warps / num_items : 1;
+    return wanted < 1 ? 1 : wanted > most ? most : wanted;
+}
+
+// All threads of all blocks, last. The block that ends last adds the longest waits to the caller's statistics. Every
+// block's atomics have returned when it counts itself, so no order is needed.
+EP_DEVICE void add_statistics(const Context& c, Block* block) {
+    if (!c.receives() || c.call.wait_stats == nullptr) return;
+    __syncthreads();
+    if (threadIdx.x == 0)
+        block->share = static_cast<int>(
+            prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&c.watch.words.local->low_latency_done_blocks, 1u));
+    __syncthreads();
+    if (block->share + 1 != static_cast<int>(gridDim.x)) return;
+    if (threadIdx.x == 0) prim::store<Order::kRelaxed, Scope::kGpu>(&c.watch.words.local->low_latency_done_blocks, 0u);
+    for (int peer = static_cast<int>(threadIdx.x); peer < c.num_ranks(); peer += static_cast<int>(blockDim.x)) {
+        c.call.wait_stats[peer] +=
+            static_cast<int64_t>(prim::load<Order::kRelaxed, Scope::kGpu>(&c.call.wait_ns[peer]));
         prim::store<Order::kRelaxed, Scope::kGpu>(&c.call.wait_ns[peer], uint64_t{0});
     }
 }
 
-// All threads of all blocks, last. The block that ends last counts the phase as done.
-EP_DEVICE void finish_phase(const Context& c, int* is_last_block) {
-    layout::LocalState* local = c.watch.words.local;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        const uint32_t done = prim::fetch_add<Order::kAcqRel, Scope::kGpu>(&local->low_latency_done_blocks, 1u) + 1;
-        *is_last_block = done == gridDim.x ? 1 : 0;
+// One warp: does this lane's rank, among 32 from `first_rank`, own one of the token's experts?
+EP_DEVICE bool is_destination(const Context& c, const void* topk_idx, int idx_bytes, int token, int first_rank) {
+    const int rank = first_rank + prim::lane_idx();
+    bool is_found = false;
+    for (int first = 0; first < c.call.num_topk; first += kWarpSize) {
+        const int k = first + prim::lane_idx();
+        int owner = -1;
+        if (k < c.call.num_topk) {
+            const int64_t id = load_expert_id(topk_idx, idx_bytes, static_cast<int64_t>(token) * c.call.num_topk + k);
+            if (id >= 0 && id < c.call.num_experts) owner = static_cast<int>(id) / c.num_local_experts();
+        }
+        const int count = c.call.num_topk - first < kWarpSize ? c.call.num_topk - first : kWarpSize;
+        for (int lane = 0; lane < count; ++lane) is_found |= __shfl_sync(kFullMask, owner, lane) == rank;
     }
-    __syncthreads();
-    if (*is_last_block == 0 || prim::warp_idx() != 0) return;
-    if (c.call.phase == Phase::kReceive) publish_received(c);
-    if (prim::lane_idx() != 0) return;
-    prim::store<Order::kRelaxed, Scope::kGpu>(&local->low_latency_begun_blocks, 0u);
-    prim::store<Order::kRelaxed, Scope::kGpu>(&local->low_latency_done_blocks, 0u);
-    if (c.call.phase == Phase::kSend)
-        prim::store<Order::kRelaxed, Scope::kGpu>(&local->num_low_latency_sends, c.watch.call);
+    return is_found && rank < c.num_ranks() && !is_masked(c.call, rank);
 }
 
 }  // namespace EP_BACKEND

@@ -61,7 +61,7 @@ void run(int num_blocks, int num_threads, const typename K::Params& params, int 
 
 template <class T, Scope S> struct AccessKernel {
     struct Params {
-        T* words;  // [0] stored, [1] added to, [2] swapped, [3...] results
+        T* words;  // [0] stored, [1] added to, [2] swapped, [3...] results; [12] more bits set
     };
     struct Shared {
         T word;
@@ -84,15 +84,17 @@ template <class T, Scope S> struct AccessKernel {
         prim::store<Order::kRelaxed, Scope::kCta>(&shared.word, static_cast<T>(3));
         prim::fetch_add<Order::kAcqRel, Scope::kCta>(&shared.word, static_cast<T>(4));
         words[11] = prim::load<Order::kRelaxed, Scope::kCta>(&shared.word);
+        prim::store<Order::kRelaxed, S>(&words[12], static_cast<T>(5));
+        words[13] = prim::fetch_or<Order::kAcqRel, S>(&words[12], static_cast<T>(6));
     }
 };
 
 template <class T, Scope S> void check_accesses() {
-    Words<T> words(12);
+    Words<T> words(14);
     run<AccessKernel<T, S>>(1, 32, {words.data()});
     const auto got = words.read();
     const std::vector<T> expected{
-        7, static_cast<T>(-10), 9, static_cast<T>(-5), 7, 0, 40, 39, static_cast<T>(-11), 0, 0, 7};
+        7, static_cast<T>(-10), 9, static_cast<T>(-5), 7, 0, 40, 39, static_cast<T>(-11), 0, 0, 7, 7, 5};
     for (size_t i = 0; i < expected.size(); ++i) CHECK_EQ(got[i], expected[i]);
 }
 

@@ -92,8 +92,8 @@ TEST_CASE("logfmt: a row takes two thirds of bfloat16's bytes, and never more th
     CHECK_EQ(layout::LogfmtRow::make(7168).bytes, 7168 * 10 / 8 + 7168 / 128 * 8);
     for (uint64_t hidden = 8; hidden <= 8192; hidden += 8) {
         const auto row = layout::LogfmtRow::make(hidden);
-        REQUIRE_LE(layout::LowLatencyMessage::make(16, 8, row.bytes, 0).bytes,
-                   layout::LowLatencyMessage::make(16, 8, hidden * 2, 0).bytes);
+        REQUIRE_LE(layout::LowLatencyMessage::make(16, 8, 36, row.bytes, 0).bytes,
+                   layout::LowLatencyMessage::make(16, 8, 36, hidden * 2, 0).bytes);
         REQUIRE_LE(row.low.end(), row.high.offset);
         REQUIRE_LE(row.high.end(), row.scales.offset);
     }

@@ -20,8 +20,11 @@ simt::SchedulerOptions seeded(uint64_t seed) {
 
 void check_round_trip(const LowLatencyProblem& problem, const simt::SchedulerOptions& options = {}) {
     const int64_t more_than_hinted = problem.num_topk > 32 ? 1 << 20 : 0;
-    World world(problem.num_ranks(), 0, options, 100, low_latency_bytes(problem) + more_than_hinted);
-    CHECK_EQ(low_latency_round_trip(world, problem), "");
+    for (Launches launches : {Launches::kOne, Launches::kTwo}) {
+        CAPTURE(static_cast<int>(launches));
+        World world(problem.num_ranks(), 0, options, 100, low_latency_bytes(problem) + more_than_hinted);
+        CHECK_EQ(low_latency_round_trip(world, problem, launches), "");
+    }
 }
 
 TEST_CASE("low latency: rows of zeros have a scale, and stay zeros (pitfall 24)") {
@@ -94,6 +97,13 @@ TEST_CASE("low latency: combine in the logarithmic format, hidden not a multiple
     }
 }
 
+TEST_CASE("low latency: so many experts that a routing table is made in stretches of 32 tokens") {
+    LowLatencyProblem problem{.num_tokens = {70, 33}, .num_max_tokens = 70, .num_experts = 8194, .hidden = 8};
+    check_round_trip(problem);
+    problem.only_expert = 8193;
+    check_round_trip(problem, seeded(3));
+}
+
 TEST_CASE("low latency: all tokens to one expert, duplicates, nothing at all (pitfalls 16, 26)") {
     check_round_trip({.num_tokens = {16, 16, 16}, .num_experts = 6, .drop_probability = 0.0, .only_expert = 4});
     check_round_trip({.num_tokens = {3, 16}, .drop_probability = 1.0});
@@ -118,7 +128,7 @@ TEST_CASE("low latency: shapes interleave on one Buffer without clean-up (pitfal
             problem.hidden = 128 * (1 + round % 3);
             problem.is_fp8 = round % 2 == 1;
             problem.seed = static_cast<uint64_t>(round) + 50;
-            CHECK_EQ(low_latency_round_trip(world, problem), "");
+            CHECK_EQ(low_latency_round_trip(world, problem, round % 3 == 0 ? Launches::kTwo : Launches::kOne), "");
         }
     }
 }
@@ -128,7 +138,7 @@ TEST_CASE("low latency: the caller may zero the region between calls") {
     const int64_t bytes = low_latency_bytes(problem);
     World world(2, 0, {}, 100, bytes);
     for (int round = 0; round < 4; ++round) {
-        CHECK_EQ(low_latency_round_trip(world, problem), "");
+        CHECK_EQ(low_latency_round_trip(world, problem, round % 2 == 0 ? Launches::kOne : Launches::kTwo), "");
         for (int rank = 0; rank < 2; ++rank)
             std::fill_n(world.buffer(rank).low_latency_data(), static_cast<size_t>(bytes), uint8_t{0});
     }

@@ -204,6 +204,22 @@ void receive_dispatch(World& world, const LowLatencyProblem& problem, LowLatency
     world.buffer(rank).receive_low_latency_dispatch(args, tensors.dispatch_ticket, world.stream(rank));
 }
 
+void launch_dispatch(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank,
+                     Launches launches) {
+    if (launches == Launches::kOne)
+        return world.buffer(rank).low_latency_dispatch(dispatch_args(problem, tensors, rank), world.stream(rank));
+    send_dispatch(world, problem, tensors, rank);
+    receive_dispatch(world, problem, tensors, rank);
+}
+
+void launch_combine(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank,
+                    Launches launches) {
+    if (launches == Launches::kOne)
+        return world.buffer(rank).low_latency_combine(combine_args(problem, tensors, rank), world.stream(rank));
+    send_combine(world, problem, tensors, rank);
+    receive_combine(world, problem, tensors, rank);
+}
+
 void fill_expert_rows(const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks) {
     for (size_t rank = 0; rank < ranks.size(); ++rank) {
         std::mt19937_64 rng(problem.seed * 77 + rank);
@@ -251,20 +267,16 @@ std::string check_low_latency_combine(const LowLatencyProblem& problem, const st
     return "";
 }
 
-std::string low_latency_round_trip(World& world, const LowLatencyProblem& problem) {
+std::string low_latency_round_trip(World& world, const LowLatencyProblem& problem, Launches launches) {
     auto ranks = make_low_latency_inputs(problem);
-    for (int rank = 0; rank < problem.num_ranks(); ++rank) {
-        send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
-        receive_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
-    }
+    for (int rank = 0; rank < problem.num_ranks(); ++rank)
+        launch_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank, launches);
     world.run();
     for (int rank = 0; rank < problem.num_ranks(); ++rank) world.buffer(rank).check();
     if (auto difference = check_low_latency_dispatch(problem, ranks); !difference.empty()) return difference;
     fill_expert_rows(problem, ranks);
-    for (int rank = 0; rank < problem.num_ranks(); ++rank) {
-        send_combine(world, problem, ranks[static_cast<size_t>(rank)], rank);
-        receive_combine(world, problem, ranks[static_cast<size_t>(rank)], rank);
-    }
+    for (int rank = 0; rank < problem.num_ranks(); ++rank)
+        launch_combine(world, problem, ranks[static_cast<size_t>(rank)], rank, launches);
     world.run();
     for (int rank = 0; rank < problem.num_ranks(); ++rank) world.buffer(rank).check();
     return check_low_latency_combine(problem, ranks);

@@ -45,6 +45,12 @@ int64_t low_latency_bytes(const LowLatencyProblem& problem);
 
 void send_dispatch(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank);
 void receive_dispatch(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank);
+// The whole call: in one launch for both phases, or one for each.
+enum class Launches { kOne, kTwo };
+void launch_dispatch(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank,
+                     Launches launches);
+void launch_combine(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank,
+                    Launches launches);
 // The experts: fresh random rows.
 void fill_expert_rows(const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks);
 void send_combine(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank);
@@ -56,7 +62,7 @@ std::string check_low_latency_dispatch_of(const LowLatencyProblem& problem, cons
 std::string check_low_latency_dispatch(const LowLatencyProblem& problem, const std::vector<LowLatencyTensors>& ranks);
 std::string check_low_latency_combine(const LowLatencyProblem& problem, const std::vector<LowLatencyTensors>& ranks);
 
-// Dispatch, check, combine, check; both phases of each launched at once on every rank.
-std::string low_latency_round_trip(World& world, const LowLatencyProblem& problem);
+// Dispatch, check, combine, check; the whole of each launched at once on every rank.
+std::string low_latency_round_trip(World& world, const LowLatencyProblem& problem, Launches launches);
 
 }  // namespace deep_ep::test

@@ -95,7 +95,7 @@ public:
     static void collect(std::vector<RankTensors>& ranks);
 
 private:
-    // A copy of `data` in memory that `rank` lends.
+    // A copy of `data` in memory that `rank` lends; the same one until collect().
     template <class T> T* lend(RankTensors& tensors, int rank, std::vector<T>& data);
 
     std::unique_ptr<simt::Scheduler> scheduler_;

@@ -1,0 +1,144 @@
+// Rows that peers write and read in place. Two blocks where the last one speaks for both; one where everything else counts.
+#include "device/launch.h"
+#include "mutation/scenarios.h"
+#include "mutation/worlds.h"
+
+namespace deep_ep::test {
+namespace {
+
+constexpr int64_t kLendBytes = 1 << 18;
+
+World make_world(int num_ranks, const simt::SchedulerOptions& options, const simt::DeviceOptions& device,
+                 double timeout_s = 100) {
+    return World(num_ranks, 1 << 14, options, timeout_s, 0, false, {device}, kLendBytes);
+}
+
+Problem small_problem(uint64_t seed, uint32_t lending_ranks) {
+    return {.num_tokens = {9, 7},
+            .num_experts = 4,
+            .hidden = 16,
+            .num_sms = 1,
+            .drop_probability = 0.0,
+            .seed = seed,
+            .lending_ranks = lending_ranks};
+}
+
+std::string both_lend(uint64_t seed) {
+    World world = make_world(2, seeded(seed), small_device(seed));
+    const Problem problem = small_problem(seed, 0b11);
+    std::string difference = round_trip(world, problem);
+    return difference.empty() ? round_trip(world, problem) : difference;
+}
+
+std::string one_lends(uint64_t seed) {
+    World world = make_world(2, seeded(seed), small_device(seed));
+    return round_trip(world, small_problem(seed, 0b01));
+}
+
+// The weights alone are waited for: there are rows of one rank only.
+std::string weights_of_a_lender(uint64_t seed) {
+    Problem problem = small_problem(seed, 0b10);
+    problem.num_tokens = {4, 0};
+    problem.only_rank = 1;
+    World world = make_world(2, seeded(seed), small_device(seed));
+    return round_trip(world, problem);
+}
+
+// A caller's kernel: reads and writes every word.
+struct TouchKernel {
+    struct Params {
+        uint32_t* words;
+        int num_words;
+    };
+    struct Shared {};
+    static EP_DEVICE void run(const Params& params, Shared&) {
+        for (int i = static_cast<int>(threadIdx.x); i < params.num_words; i += static_cast<int>(blockDim.x))
+            params.words[i] = params.words[i] * 3 + 1;
+    }
+};
+
+void launch_touch(World& world, const RankTensors::Lent& lent, int rank) {
+    dev::LaunchConfig config;
+    config.name = "touch";
+    dev::launch<TouchKernel>(
+        config, world.stream(rank),
+        {reinterpret_cast<uint32_t*>(lent.memory->address()), static_cast<int>(lent.num_bytes / 4)});
+}
+
+// What was received is worked on, combined where it lies, worked on, and received there again, with no host in between:
+// the kernels of a rank must end when its peers have written, and when they have read.
+std::string use_at_once(const Problem& problem, World& world) {
+    auto ranks = make_inputs(problem);
+    world.layout(problem, ranks);
+    world.dispatch(problem, ranks);
+    for (int rank = 0; rank < 2; ++rank) prepare_combine(problem, ranks[static_cast<size_t>(rank)], rank);
+    for (int repeat = 0; repeat < 3; ++repeat) {
+        for (int rank = 0; rank < 2; ++rank) {
+            RankTensors& tensors = ranks[static_cast<size_t>(rank)];
+            world.launch_dispatch(problem, tensors, rank, true);
+            const bool has_rows = problem.lends(rank) && !tensors.y.empty();
+            if (has_rows && repeat == 0) {
+                RankTensors::Lent rows = tensors.lent.front();
+                rows.data = tensors.y.data();
+                tensors.lent.push_back(rows);
+            }
+            if (has_rows) launch_touch(world, tensors.lent.front(), rank);
+            world.launch_combine(problem, tensors, rank);
+            if (has_rows) launch_touch(world, tensors.lent.front(), rank);
+        }
+    }
+    for (int rank = 0; rank < 2; ++rank) world.launch_dispatch(problem, ranks[static_cast<size_t>(rank)], rank, true);
+    world.run();
+    World::collect(ranks);
+    for (int rank = 0; rank < 2; ++rank) world.buffer(rank).check();
+    return check_dispatch(problem, ranks, true);
+}
+
+std::string used_at_once(uint64_t seed) {
+    World world = make_world(2, seeded(seed), small_device(seed));
+    return use_at_once(small_problem(seed, 0b11), world);
+}
+
+// Only the block that comes last tells the lender; rank 0 is the only borrower, and rank 1 the only lender.
+std::string two_blocks(uint64_t seed) {
+    Problem problem = small_problem(seed, 0b10);
+    problem.num_tokens = {8, 0};
+    problem.num_sms = 2;
+    problem.only_rank = 1;
+    World world = make_world(2, seeded(seed), small_device(seed));
+    return use_at_once(problem, world);
+}
+
+// The lender moves rows without bulk copies and the borrower with them: each reaches what the other proxy has touched.
+std::string borrower_with_bulk_copies(uint64_t seed) {
+    World world(2, 1 << 14, seeded(seed), 100, 0, false, {small_device(seed), small_device(seed + 1)}, kLendBytes);
+    return use_at_once(small_problem(seed, seed % 2 == 0 ? 0b10 : 0b01), world);
+}
+
+// Rank 1 never comes, and rank 0, which lends, says so.
+std::string absent_borrower(uint64_t seed) {
+    const Problem problem = small_problem(seed, 0b11);
+    World world = make_world(2, impatient(seed), small_device(seed), 2);
+    auto ranks = make_inputs(problem);
+    world.layout(problem, ranks);
+    world.dispatch(problem, ranks);
+    world.launch_dispatch(problem, ranks[0], 0, true);
+    world.run();
+    return expect_timeout("never entered this call: rank 1", [&] { world.buffer(0).check(); });
+}
+
+constexpr Scenario kScenarios[] = {
+    {"both_lend", both_lend},
+    {"one_lends", one_lends},
+    {"weights_of_a_lender", weights_of_a_lender},
+    {"two_blocks", two_blocks},
+    {"used_at_once", used_at_once},
+    {"borrower_with_bulk_copies", borrower_with_bulk_copies},
+    {"absent_borrower", absent_borrower},
+};
+
+}  // namespace
+
+std::span<const Scenario> lending_scenarios() { return kScenarios; }
+
+}  // namespace deep_ep::test

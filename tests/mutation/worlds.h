@@ -1,0 +1,41 @@
+// What the scenarios have in common: small devices, schedules by seed, and the errors that they expect.
+#pragma once
+
+#include <functional>
+#include <string>
+
+#include "core/error.h"
+#include "support/world.h"
+
+namespace deep_ep::test {
+
+// Odd seeds run without bulk copies: both ways through the kernels. ThreadSanitizer keeps some 127 CUDA threads apart:
+// one or two small blocks a rank.
+inline simt::DeviceOptions small_device(uint64_t seed) {
+    return {.num_sms = 2, .has_bulk_copy = seed % 2 == 0, .useful_block_threads = 64};
+}
+
+inline simt::SchedulerOptions seeded(uint64_t seed) {
+    simt::SchedulerOptions options;
+    options.seed = seed;
+    options.bulk = seed % 4 == 0 ? simt::BulkMode::kEager : simt::BulkMode::kRandom;
+    return options;
+}
+
+inline simt::SchedulerOptions impatient(uint64_t seed) {
+    simt::SchedulerOptions options = seeded(seed);
+    options.idle = simt::IdlePolicy::kAdvanceClock;
+    options.bulk = simt::BulkMode::kLate;
+    return options;
+}
+
+inline std::string expect_timeout(const std::string& text, const std::function<void()>& call) {
+    try {
+        call();
+    } catch (const TimeoutError& error) {
+        return std::string(error.what()).find(text) != std::string::npos ? "" : error.what();
+    }
+    return "nothing was thrown, expected: " + text;
+}
+
+}  // namespace deep_ep::test
