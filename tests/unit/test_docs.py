@@ -24,6 +24,19 @@ def test_the_quickstart_of_the_readme_runs_on_two_ranks(tmp_path: Path) -> None:
     assert run.stdout.count('sums right') == 2
 
 
+def test_the_tests_that_docs_testing_names_exist() -> None:
+    """The table of pitfalls stays true when tests are renamed."""
+    text = (ROOT / 'docs/testing.md').read_text()
+    sources = {path.name: path.read_text() for path in (ROOT / 'tests').rglob('*') if path.suffix in {'.py', '.cc'}}
+    everything = '\n'.join(sources.values())
+    for name in re.findall(r'`(test_\w+)`', text):
+        assert f'def {name}(' in everything, name
+    for name, title in re.findall(r'`(\w+_test\.cc)`: ([^;|`]+?) *[;|]', text):
+        assert title in sources[name], (name, title)
+    for name in re.findall(r'`(test_\w+\.py)`', text):
+        assert name in sources
+
+
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files(page: Path) -> None:
     text = re.sub(r'```.*?```', '', page.read_text(), flags=re.DOTALL)

@@ -1,6 +1,7 @@
 // Low-latency dispatch and combine on the executor: all ranks in one process, compared bit for bit.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -23,6 +24,34 @@ void check_round_trip(const LowLatencyProblem& problem, const simt::SchedulerOpt
         CAPTURE(static_cast<int>(launches));
         World world(problem.num_ranks(), 0, options, 100, low_latency_bytes(problem) + more_than_hinted);
         CHECK_EQ(low_latency_round_trip(world, problem, launches), "");
+    }
+}
+
+TEST_CASE("low latency: rows of zeros have a scale, and stay zeros (pitfall 24)") {
+    LowLatencyProblem problem{.num_tokens = {4, 6}, .num_experts = 4, .hidden = 256, .is_fp8 = true};
+    World world(2, 0, {}, 100, low_latency_bytes(problem));
+    auto ranks = make_low_latency_inputs(problem);
+    for (auto& tensors : ranks) std::fill(tensors.x.begin(), tensors.x.end(), uint16_t{0});
+    for (int rank = 0; rank < 2; ++rank) {
+        send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+        receive_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+    }
+    world.run();
+    const auto num_rows = static_cast<size_t>(problem.num_rows());
+    const auto row_bytes = static_cast<size_t>(problem.row_bytes());
+    for (const LowLatencyTensors& tensors : ranks) {
+        for (size_t expert = 0; expert < tensors.recv_count.size(); ++expert) {
+            for (size_t row = 0; row < static_cast<size_t>(tensors.recv_count[expert]); ++row) {
+                const uint8_t* bytes = tensors.recv_x.data() + (expert * num_rows + row) * row_bytes;
+                CHECK(std::all_of(bytes, bytes + row_bytes, [](uint8_t byte) { return byte == 0; }));
+                for (size_t group = 0; group < 2; ++group) {
+                    const float scale =
+                        algo::float_from_bits(tensors.recv_scales[(expert * 2 + group) * num_rows + row]);
+                    CHECK(std::isfinite(scale));
+                    CHECK_GT(scale, 0.0f);
+                }
+            }
+        }
     }
 }
 
