@@ -247,5 +247,4 @@ def build_session(peers: Peers, request: Request) -> Session:
         for streams in opened:
             streams.close()
         raise
-    return Session(created[0], opened[0], topology, peers.rank, peers.size, request.num_lend_bytes,
-                   described[0][2])
+    return Session(created[0], opened[0], topology, peers.rank, peers.size, request.num_lend_bytes, described[0][2])

@@ -107,7 +107,9 @@ def default_path(gpu: str, num_ranks: int) -> Path:
 
 def store(path: Path, way: str, model: CostModel, source: dict[str, Any]) -> None:
     """Adds the model for `way` ("lent" or "slots") to the file, beside one for the other way."""
-    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"format": FORMAT_VERSION, "models": {}}
+    content: dict[str, Any] = {"format": FORMAT_VERSION, "models": {}}
+    if path.exists():
+        content = json.loads(path.read_text(encoding="utf-8"))
     costs = {operation: asdict(cost) for operation, cost in model.costs.items()}
     content["models"][way] = {"costs": costs, "source": source}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,5 +157,6 @@ def samples_of(rows: Iterable[dict[str, Any]], operation: str, num_ranks: int) -
             continue
         num_bytes = row["remote_bytes"] * num_ranks // (num_ranks - 1)
         samples.append(
-            Sample(row["num_sms"], num_bytes, row["remote_bytes"], row.get("queued_us", 0.0) or row["chained_us"]))
+            Sample(row["num_sms"], num_bytes, row["remote_bytes"],
+                   row.get("queued_us", 0.0) or row["chained_us"]))
     return samples

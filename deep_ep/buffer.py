@@ -346,8 +346,8 @@ class Buffer:
         if session.num_sms_override or session.cost_model is None or not isinstance(rows, torch.Tensor):
             return session.num_sms_override or Buffer.num_sms
         row_bytes = rows.shape[-1] * rows.element_size() if rows.dim() > 0 else 0
-        return session.cost_model.budget(operation, Buffer.num_sms, round(len(rows) * copies) if row_bytes else 0,
-                                         row_bytes, session.num_ranks)
+        return session.cost_model.budget(operation, Buffer.num_sms,
+                                         round(len(rows) * copies) if row_bytes else 0, row_bytes, session.num_ranks)
 
     def internode_dispatch(self,
                            x: _high_throughput.Payload,

@@ -37,7 +37,8 @@ def calibrate(report: dict[str, Any], to: Optional[Path]) -> tuple[Path, str, Co
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m deep_ep.calibrate", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m deep_ep.calibrate",
+                                     description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reports", nargs="+", type=Path, help="JSON of `python -m deep_ep.bench intranode --save`")
     parser.add_argument("--to", type=Path, help="the file to store it in (default: where Buffers look)")

@@ -18,7 +18,7 @@ LINK = 340.0
 
 
 def planted(cost: Cost, noise: float, seed: int = 0) -> list[Sample]:
-    generator = random.Random(seed)
+    generator = random.Random(seed)  # noqa: S311 - reproducible
     samples = []
     for num_sms in (4, 8, 16, 24):
         for num_tokens in (128, 1024, 8192):
@@ -63,7 +63,10 @@ def test_copies_per_token() -> None:
 
 def test_a_model_survives_the_file(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "model.json"
-    slots, lent = (CostModel({"dispatch": Cost(1.0, 2.0, rate), "combine": Cost(4.0, 5.0, rate)}) for rate in (3.0, 6.0))
+    slots, lent = (CostModel({
+        "dispatch": Cost(1.0, 2.0, rate),
+        "combine": Cost(4.0, 5.0, rate)
+    }) for rate in (3.0, 6.0))
     store(path, "slots", slots, {"commit": "abc"})
     store(path, "lent", lent, {})
     found = [load(path, way) for way in ("slots", "lent", "neither")]
@@ -73,8 +76,7 @@ def test_a_model_survives_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [
     "", "[]", "{}", '{"format": 1}', '{"format": 9, "models": {}}',
     '{"format": 1, "models": {"slots": {"costs": {"dispatch": {"speed": 3}}}}}',
-    '{"format": 1, "models": {"slots": {"costs": {"dispatch": '
-    '{"latency_us": 1, "link_gb_per_s": 0, "sm_gb_per_s": 0}}}}}'
+    '{"format": 1, "models": {"slots": {"costs": {"dispatch": {"latency_us": 1, "link_gb_per_s": 0,"sm_gb_per_s":0}}}}}'
 ])  # yapf: disable
 def test_a_file_that_is_no_model_is_named(tmp_path: Path, content: str) -> None:
     path = tmp_path / "model.json"
@@ -159,8 +161,15 @@ def budgets(worker: Worker) -> list[int]:
             topk_idx = torch.arange(4).repeat(num_tokens, 1).to(worker.device)
             x = torch.zeros(num_tokens, 64, dtype=torch.bfloat16, device=worker.device)
             per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, 4)
-            rows, _, _, _, handle, _ = buffer.dispatch(x, None, per_rank, None, in_rank, per_expert, topk_idx,
-                                                       torch.ones(num_tokens, 4, device=worker.device), config=config)
+            rows, _, _, _, handle, _ = buffer.dispatch(x,
+                                                       None,
+                                                       per_rank,
+                                                       None,
+                                                       in_rank,
+                                                       per_expert,
+                                                       topk_idx,
+                                                       torch.ones(num_tokens, 4, device=worker.device),
+                                                       config=config)
             buffer.combine(rows, handle, config=config)
         buffer._session.runtime = native
     return seen
