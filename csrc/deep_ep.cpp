@@ -355,6 +355,7 @@ PYBIND11_MODULE(deep_ep_cpp, m) {
         variables["num_sms"] = env.num_sms;
         variables["cpu_sms"] = env.cpu_sms;
         variables["lend_bytes"] = env.lend_bytes;
+        variables["cost_model"] = env.cost_model;
         return variables;
     });
     m.def("topk_idx_bits", [] { return TOPK_IDX_BITS; });

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 
 import deep_ep_cpp
-from deep_ep import _streams
+from deep_ep import _cost_model, _streams
 from deep_ep._checks import BUFFER_ALIGNMENT_BYTES, check_int, check_positive
+from deep_ep._cost_model import CostModel
 from deep_ep._errors import Error
 from deep_ep._handles import KnownTensors
 from deep_ep._lending import Lender
@@ -106,7 +107,7 @@ class Session:
     """What a constructed Buffer stands on."""
 
     def __init__(self, runtime: deep_ep_cpp.Buffer, streams: _streams.Streams, topology: Topology, rank: int,
-                 num_ranks: int, num_lend_bytes: int) -> None:
+                 num_ranks: int, num_lend_bytes: int, cost_model: Optional[CostModel]) -> None:
         self.runtime = runtime
         self.streams = streams
         # One rank has nobody to lend to.
@@ -118,6 +119,7 @@ class Session:
         self.known_layouts = KnownTensors()  # is_token_in_rank, num_tokens_per_rank, num_tokens_per_expert
         # In the place of the two matrices of a handle that this version has no use for; no data, so all can share it.
         self.unused_matrix = torch.empty(num_ranks, 0, dtype=torch.int32, device=streams.device)
+        self.cost_model = cost_model
         self.num_sms_override = int(deep_ep_cpp.get_environment()["num_sms"])
         self._is_closed = False
         self.before_close: Callable[[], None] = _nothing  # called once, before the comm stream is drained
@@ -201,19 +203,27 @@ def _require_one_node(topology: Topology) -> None:
                     f"spans {topology.num_nodes}:\n{topology}")
 
 
+def find_cost_model(peers: Peers, request: Request, streams: _streams.Streams) -> Optional[CostModel]:
+    """Of rank 0, which speaks for all: other ranks' files may differ."""
+    if peers.rank > 0:
+        return None
+    gpu = torch.cuda.get_device_name(streams.device) if streams.kind == "cuda" else ""
+    return _cost_model.find(gpu, peers.size, "lent" if request.num_lend_bytes > 0 else "slots")
+
+
 def build_session(peers: Peers, request: Request) -> Session:
     """Collective: allocates and connects the heaps of all ranks."""
     opened: list[_streams.Streams] = []
     created: list[deep_ep_cpp.Buffer] = []
     environment = deep_ep_cpp.get_environment()
 
-    def describe() -> tuple[Agreed, Place]:
+    def describe() -> tuple[Agreed, Place, Optional[CostModel]]:
         request.check()
         release_lingering()
         opened.append(_streams.open_streams())
         facts = Agreed(request.num_nvl_bytes, request.num_rdma_bytes, request.num_lend_bytes, request.low_latency_mode,
                        request.enable_shrink, opened[0].kind, deep_ep_cpp.topk_idx_bits())
-        return facts, this_place(opened[0].native.unique_id)
+        return facts, this_place(opened[0].native.unique_id), find_cost_model(peers, request, opened[0])
 
     def allocate() -> bytes:
         timeout_s = float(environment["timeout_s"] if request.timeout_s is None else request.timeout_s)
@@ -226,8 +236,8 @@ def build_session(peers: Peers, request: Request) -> Session:
 
     try:
         described = peers.all_gather_results("checking arguments and device", describe)
-        _raise_differences([facts for facts, _ in described])
-        topology = find_topology([place for _, place in described], int(environment["ranks_per_node"]))
+        _raise_differences([facts for facts, _, _ in described])
+        topology = find_topology([place for _, place, _ in described], int(environment["ranks_per_node"]))
         _require_one_node(topology)
         handles = peers.all_gather_results("allocating the heap", allocate)
         peers.all_gather_results("mapping the heaps of the peers", lambda: created[0].connect(handles))
@@ -237,4 +247,4 @@ def build_session(peers: Peers, request: Request) -> Session:
         for streams in opened:
             streams.close()
         raise
-    return Session(created[0], opened[0], topology, peers.rank, peers.size, request.num_lend_bytes)
+    return Session(created[0], opened[0], topology, peers.rank, peers.size, request.num_lend_bytes, described[0][2])

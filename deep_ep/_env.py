@@ -1,6 +1,7 @@
 """What the package itself reads from the environment. DEEP_EP_* variables are read by csrc/core/env.cc."""
 
 import os
+from pathlib import Path
 
 import deep_ep_cpp
 
@@ -18,6 +19,16 @@ def visible_devices() -> list[str]:
 def lend_bytes() -> int:
     """DEEP_EP_LEND_BYTES: what a Buffer lends when its caller does not say."""
     return int(deep_ep_cpp.get_environment()["lend_bytes"])
+
+
+def cost_model() -> str:
+    """DEEP_EP_COST_MODEL: a file, "off", or nothing."""
+    return str(deep_ep_cpp.get_environment()["cost_model"])
+
+
+def cache_folder() -> Path:
+    """XDG_CACHE_HOME: where this package keeps what it has measured."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deep_ep"
 
 
 def set_device(device: str) -> None:

@@ -17,6 +17,7 @@ from typing_extensions import Self
 import deep_ep_cpp
 from deep_ep import _checks, _env, _high_throughput, _low_latency
 from deep_ep._bootstrap import Peers, Request, Session, build_session
+from deep_ep._cost_model import copies_per_token
 from deep_ep._errors import Error
 from deep_ep._memory import view_memory
 from deep_ep._streams import CudaStreams, is_capturing
@@ -301,7 +302,9 @@ class Buffer:
         `num_worst_tokens` it is -1, and the list is empty. With `handle`: (recv_x, None, None, None, None, event).
         """
         session = self._require_session()
-        num_sms = self._num_sms(session, config, "dispatch")
+        num_topk = topk_idx.shape[-1] if isinstance(topk_idx, torch.Tensor) and topk_idx.dim() == 2 else None
+        copies = self.group_size if num_topk is None else copies_per_token(self.group_size, num_topk)
+        num_sms = self._num_sms(session, config, "dispatch", x[0] if isinstance(x, tuple) and x else x, copies)
         if handle is not None:
             if topk_idx is not None or topk_weights is not None:
                 raise ValueError("topk_idx and topk_weights must be None when a handle is given")
@@ -331,15 +334,20 @@ class Buffer:
         """
         session = self._require_session()
         return _high_throughput.combine(session, x, handle, topk_weights, bias,
-                                        self._num_sms(session, config,
-                                                      "combine"), previous_event, async_finish, allocate_on_comm_stream)
+                                        self._num_sms(session, config, "combine", x, 1), previous_event, async_finish,
+                                        allocate_on_comm_stream)
 
-    def _num_sms(self, session: Session, config: Optional[Config], operation: str) -> int:
-        if config is None:
-            config = _default_config(operation, Buffer.num_sms, self.group_size)
-        elif not isinstance(config, Config):
-            raise TypeError(f"config must be a deep_ep.Config, got {type(config).__name__}")
-        return session.num_sms_override or config.num_sms
+    def _num_sms(self, session: Session, config: Optional[Config], operation: str, rows: Any, copies: float) -> int:
+        """The SM budget of a call that moves each of `rows` to so many ranks."""
+        if config is not None:
+            if not isinstance(config, Config):
+                raise TypeError(f"config must be a deep_ep.Config, got {type(config).__name__}")
+            return session.num_sms_override or config.num_sms
+        if session.num_sms_override or session.cost_model is None or not isinstance(rows, torch.Tensor):
+            return session.num_sms_override or Buffer.num_sms
+        row_bytes = rows.shape[-1] * rows.element_size() if rows.dim() > 0 else 0
+        return session.cost_model.budget(operation, Buffer.num_sms,
+                                         round(len(rows) * copies) if row_bytes else 0, row_bytes, session.num_ranks)
 
     def internode_dispatch(self,
                            x: _high_throughput.Payload,

@@ -42,6 +42,8 @@ public:
         return number;
     }
 
+    std::string text(const char* name) const { return value(name); }
+
     std::string device(const char* name) const {
         const std::string text = value(name);
         EP_CHECK(text.empty() || text == "cpu" || text == "cuda", name,
@@ -80,6 +82,7 @@ Environment parse_environment(const std::function<std::optional<std::string>(con
     env.warn_s = read.seconds("DEEP_EP_WARN_SECS", env.warn_s);
     env.ranks_per_node = read.count("DEEP_EP_RANKS_PER_NODE", 1 << 20, "the number of ranks in a node");
     env.device = read.device("DEEP_EP_DEVICE");
+    env.cost_model = read.text("DEEP_EP_COST_MODEL");
     env.num_sms = read.count("DEEP_EP_NUM_SMS", 1024, "a number of SMs");
     env.lend_bytes = read.bytes("DEEP_EP_LEND_BYTES", 128);
     env.cpu_sms = read.count("DEEP_EP_CPU_SMS", 1024, "a number of simulated SMs");

@@ -44,6 +44,7 @@ TEST_CASE("every variable reaches its field") {
                                    {"DEEP_EP_DEVICE", "cpu"},
                                    {"DEEP_EP_NUM_SMS", "16"},
                                    {"DEEP_EP_LEND_BYTES", "1024"},
+                                   {"DEEP_EP_COST_MODEL", " a/model.json "},
                                    {"DEEP_EP_CPU_SMS", "4"}});
     CHECK(env.timeout_s == 2.5);
     CHECK(env.warn_s == 1);
@@ -51,6 +52,7 @@ TEST_CASE("every variable reaches its field") {
     CHECK(env.device == "cpu");
     CHECK(env.num_sms == 16);
     CHECK(env.lend_bytes == 1024);
+    CHECK(env.cost_model == "a/model.json");
     CHECK(env.cpu_sms == 4);
 }
 

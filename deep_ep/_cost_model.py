@@ -1,0 +1,162 @@
+"""How long a high-throughput call takes on how many SMs, measured once for a machine, and the budget that follows.
+
+A call that moves B bytes, R of them over links, takes
+
+    latency + max(R / link, B / (SMs * rate of one SM))
+
+so beyond some number of SMs more of them bring nothing, and a small call is not helped by any. `python -m
+deep_ep.calibrate` fits latency, link and rate to a benchmark's figures and stores them; a Buffer takes them from there.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from deep_ep import _env
+from deep_ep._errors import InvalidArgument
+
+FORMAT_VERSION = 1
+# A budget is enough when the largest one would be faster by no more than this.
+TOLERANCE = 0.05
+MIN_SMS = 2
+OPERATIONS = ("dispatch", "combine")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One measured call."""
+
+    num_sms: int
+    num_bytes: int  # moved, to the own rank too
+    remote_bytes: int  # of those, over links
+    time_us: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of one operation."""
+
+    latency_us: float
+    link_gb_per_s: float  # 0: nothing crosses a link
+    sm_gb_per_s: float
+
+    def time_us(self, num_sms: int, num_bytes: float, remote_bytes: float) -> float:
+        on_link = remote_bytes / self.link_gb_per_s / 1e3 if self.link_gb_per_s > 0 else 0.0
+        return self.latency_us + max(on_link, num_bytes / (num_sms * self.sm_gb_per_s) / 1e3)
+
+    def enough_sms(self, most: int, num_bytes: float, remote_bytes: float) -> int:
+        """The smallest even number of SMs up to `most` that is not slower by more than TOLERANCE."""
+        limit = self.time_us(most, num_bytes, remote_bytes) * (1 + TOLERANCE)
+        for num_sms in range(MIN_SMS, most, 2):
+            if self.time_us(num_sms, num_bytes, remote_bytes) <= limit:
+                return num_sms
+        return most
+
+
+def fit(samples: Sequence[Sample], link_gb_per_s: float) -> Cost:
+    """The cost with the least sum of squared relative errors. `link_gb_per_s`: the measured ceiling, 0 without links.
+
+    The rate is searched over a geometric grid, the latency that goes best with each follows in closed form.
+    """
+    if len({sample.num_sms for sample in samples}) < 2 or len({sample.num_bytes for sample in samples}) < 2:
+        raise InvalidArgument("a cost needs calls with at least two SM budgets and two sizes")
+    weights = [1 / sample.time_us**2 for sample in samples]
+
+    def at(rate: float) -> tuple[float, Cost]:
+        bare = Cost(0.0, link_gb_per_s, rate)
+        rests = [s.time_us - bare.time_us(s.num_sms, s.num_bytes, s.remote_bytes) for s in samples]
+        latency = max(0.0, sum(w * rest for w, rest in zip(weights, rests)) / sum(weights))
+        return sum(w * (rest - latency)**2 for w, rest in zip(weights, rests)), Cost(latency, link_gb_per_s, rate)
+
+    rates = [0.001 * 1.02**i for i in range(700)]  # GB/s of one SM: from the CPU's 0.001 to 1000
+    return min((at(rate) for rate in rates), key=lambda found: found[0])[1]
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """The costs of one machine, rank count and way of receiving (lent or through slots)."""
+
+    costs: dict[str, Cost]  # by operation
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 - models live as long as their Buffers, which are few
+    def _budget(self, operation: str, most: int, num_rows: int, row_bytes: int, num_ranks: int) -> int:
+        num_bytes = num_rows * row_bytes
+        return self.costs[operation].enough_sms(most, num_bytes, num_bytes * (num_ranks - 1) / num_ranks)
+
+    def budget(self, operation: str, most: int, num_rows: int, row_bytes: int, num_ranks: int) -> int:
+        """SMs for a call that moves `num_rows` copies of rows, at most `most`."""
+        return self._budget(operation, most, num_rows, row_bytes, num_ranks) if operation in self.costs else most
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+def copies_per_token(num_ranks: int, num_topk: int) -> float:
+    """Ranks that a token goes to, on average, when its experts are drawn evenly."""
+    return num_ranks * (1 - (1 - 1 / num_ranks)**num_topk)
+
+
+def default_path(gpu: str, num_ranks: int) -> Path:
+    name = "".join(c if c.isalnum() else "-" for c in gpu.lower()) or "cpu"
+    return _env.cache_folder() / f"cost_model_{name}_x{num_ranks}.json"
+
+
+def store(path: Path, way: str, model: CostModel, source: dict[str, Any]) -> None:
+    """Adds the model for `way` ("lent" or "slots") to the file, beside one for the other way."""
+    content: dict[str, Any] = {"format": FORMAT_VERSION, "models": {}}
+    if path.exists():
+        content = json.loads(path.read_text(encoding="utf-8"))
+    costs = {operation: asdict(cost) for operation, cost in model.costs.items()}
+    content["models"][way] = {"costs": costs, "source": source}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def load(path: Path, way: str) -> Optional[CostModel]:
+    """None: the file has no model for `way`. Raises InvalidArgument when it is not such a file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT_VERSION:
+            raise InvalidArgument(f"cost model {path}: expected format {FORMAT_VERSION}, got {content['format']}")
+        model = content["models"].get(way)
+        if model is None:
+            return None
+        costs = {operation: Cost(**cost) for operation, cost in model["costs"].items()}
+    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise InvalidArgument(f"cost model {path}: expected a file of deep_ep.calibrate, got {error!r}") from error
+    _check(path, costs)
+    return CostModel(costs)
+
+
+def _check(path: Path, costs: dict[str, Cost]) -> None:
+    for operation, cost in costs.items():
+        numbers = (cost.latency_us, cost.link_gb_per_s, cost.sm_gb_per_s)
+        if operation not in OPERATIONS or not all(math.isfinite(n) and n >= 0 for n in numbers) or numbers[2] == 0:
+            raise InvalidArgument(f"cost model {path}: not usable: {operation}: {cost}")
+
+
+def find(gpu: str, num_ranks: int, way: str) -> Optional[CostModel]:
+    """What DEEP_EP_COST_MODEL says ("off": none), or what was stored for such a machine, if anything was."""
+    given = _env.cost_model()
+    if given == "off":
+        return None
+    path = Path(given) if given else default_path(gpu, num_ranks)
+    return load(path, way) if given or path.exists() else None
+
+
+def samples_of(rows: Iterable[dict[str, Any]], operation: str, num_ranks: int) -> list[Sample]:
+    """From the rows of a benchmark's JSON: cached dispatches, plain combines, uniform routing."""
+    names = {"dispatch": ("dispatch BF16 cached", "dispatch FP8 cached"), "combine": ("combine BF16", )}[operation]
+    samples = []
+    for row in rows:
+        if row["operation"] not in names or row["routing"] != "uniform" or num_ranks < 2:
+            continue
+        num_bytes = row["remote_bytes"] * num_ranks // (num_ranks - 1)
+        samples.append(
+            Sample(row["num_sms"], num_bytes, row["remote_bytes"],
+                   row.get("queued_us", 0.0) or row["chained_us"]))
+    return samples

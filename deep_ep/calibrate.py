@@ -1,0 +1,59 @@
+"""Stores what a benchmark has measured as the cost model of this kind of machine.
+
+    python -m deep_ep.bench intranode --tokens 128,512,2048,8192 --num-sms 4,8,16,24 --save out
+    python -m deep_ep.calibrate out/*_intranode_*.json
+
+From then on, calls without a `config` use no more SMs than they need, up to `Buffer.num_sms`. Calibrate again with
+DEEP_EP_LEND_BYTES set for Buffers that lend. DEEP_EP_COST_MODEL names another file, or "off".
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, Optional
+
+from deep_ep import _cost_model
+from deep_ep._cost_model import CostModel
+from deep_ep._errors import InvalidArgument
+
+
+def calibrate(report: dict[str, Any], to: Optional[Path]) -> tuple[Path, str, CostModel]:
+    """Fits and stores; returns the file, the way of receiving that was measured, and the model."""
+    if report.get("benchmark") != "intranode":
+        raise InvalidArgument(f"expected figures of the intranode benchmark, got {report.get('benchmark')!r}")
+    num_ranks, rows = report["num_ranks"], report["rows"]
+    link = 0.0 if report["ranks_as_threads"] else max((row["ceiling_gb_per_s"] for row in rows), default=0.0)
+    costs = {
+        operation: _cost_model.fit(_cost_model.samples_of(rows, operation, num_ranks), link)
+        for operation in _cost_model.OPERATIONS
+    }
+    way = "lent" if int(report.get("environment", {}).get("DEEP_EP_LEND_BYTES", 0)) > 0 else "slots"
+    path = to or _cost_model.default_path(report["machine"].get("gpu", ""), num_ranks)
+    model = CostModel(costs)
+    source = {key: report[key] for key in ("date", "commit", "command", "machine", "num_ranks", "ranks_as_threads")}
+    _cost_model.store(path, way, model, source)
+    return path, way, model
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m deep_ep.calibrate",
+                                     description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("reports", nargs="+", type=Path, help="JSON of `python -m deep_ep.bench intranode --save`")
+    parser.add_argument("--to", type=Path, help="the file to store it in (default: where Buffers look)")
+    args = parser.parse_args(arguments)
+    for report in args.reports:
+        try:
+            path, way, model = calibrate(json.loads(report.read_text(encoding="utf-8")), args.to)
+        except (InvalidArgument, KeyError, json.JSONDecodeError) as error:
+            parser.exit(1, f"{report}: {error}\n")
+        print(f"{report} -> {path} ({way})")
+        for operation, cost in model.costs.items():
+            print(f"  {operation}: {cost.latency_us:.1f} us + max(remote bytes / {cost.link_gb_per_s:.0f} GB/s, "
+                  f"bytes / (SMs * {cost.sm_gb_per_s:.1f} GB/s))")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
