@@ -58,35 +58,18 @@ class TimedRuntime:
         return counts
 
 
-class NoRuntime:
-    """Does nothing, and reports that every token came back to this one rank."""
+class Nothing:
+    """Has every method; each counts its calls, does nothing, and returns what `results` has for it, or else `other`."""
 
-    def __init__(self, counts: Counter[str]) -> None:
-        self._counts = counts
+    def __init__(self, counts: Counter[str], results: dict[str, Any], other: Any) -> None:
+        self._counts, self._results, self._other = counts, results, other
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        counts = self._counts
+        counts, result = self._counts, self._results.get(name, self._other)
 
         def method(*_: Any) -> Any:
             counts[name] += 1
-            return (NUM_TOKENS, [0] * NUM_EXPERTS) if name == "wait_counts" else None
-
-        setattr(self, name, method)
-        return method
-
-
-class NoDevice:
-    """Streams and events that do nothing."""
-
-    def __init__(self, counts: Counter[str]) -> None:
-        self._counts = counts
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        counts = self._counts
-
-        def method(*_: Any) -> Any:
-            counts[name] += 1
-            return "plain" if name == "stream_kind" else 1
+            return result
 
         setattr(self, name, method)
         return method
@@ -192,7 +175,7 @@ def time_primitives(buffer: Buffer, device: torch.device) -> None:
 
 def pretend_cuda(buffer: Buffer, counts: Counter[str]) -> None:
     """Gives a Buffer of the CPU the stream side of a GPU's, over a device that does nothing."""
-    native: Any = NoDevice(counts)
+    native: Any = Nothing(counts, {"stream_kind": "plain"}, 1)
     comm_stream: Any = SimpleNamespace(cuda_stream=CURRENT_STREAM + 1,
                                        stream_id=1,
                                        device_index=0,
@@ -203,7 +186,8 @@ def pretend_cuda(buffer: Buffer, counts: Counter[str]) -> None:
     pool = EventPool(native)
     session.streams = _streams.CudaStreams(0, native, pool, comm_stream)
     session.streams.device = torch.device("cpu")
-    session.runtime = NoRuntime(counts)  # type: ignore[assignment]
+    session.runtime = Nothing(counts, {"wait_counts": (NUM_TOKENS, [0] * NUM_EXPERTS)},
+                              None)  # type: ignore[assignment]
 
     def wait(event: Any) -> None:
         native.stream_wait_event(CURRENT_STREAM, event.cuda_event)

@@ -82,17 +82,14 @@ class CostModel:
 
     costs: dict[str, Cost]  # by operation
 
-    @functools.lru_cache(maxsize=4096)  # noqa: B019 - models live as long as their Buffers, which are few
-    def _budget(self, operation: str, most: int, num_rows: int, row_bytes: int, num_ranks: int) -> int:
-        num_bytes = num_rows * row_bytes
-        return self.costs[operation].enough_sms(most, num_bytes, num_bytes * (num_ranks - 1) / num_ranks)
+    def budget(self, operation: str, most: int, num_bytes: int, num_ranks: int) -> int:
+        """SMs for a call that moves so many bytes, evenly over all ranks; at most `most`."""
+        return _budget(self.costs[operation], most, num_bytes, num_ranks) if operation in self.costs else most
 
-    def budget(self, operation: str, most: int, num_rows: int, row_bytes: int, num_ranks: int) -> int:
-        """SMs for a call that moves `num_rows` copies of rows, at most `most`."""
-        return self._budget(operation, most, num_rows, row_bytes, num_ranks) if operation in self.costs else most
 
-    def __hash__(self) -> int:
-        return id(self)
+@functools.lru_cache(maxsize=4096)
+def _budget(cost: Cost, most: int, num_bytes: int, num_ranks: int) -> int:
+    return cost.enough_sms(most, num_bytes, num_bytes * (num_ranks - 1) / num_ranks)
 
 
 def copies_per_token(num_ranks: int, num_topk: int) -> float:

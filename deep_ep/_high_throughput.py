@@ -179,10 +179,9 @@ def combine(session: Session, x: torch.Tensor, handle: Any, topk_weights: Option
 def lend(session: Session, shape: Any, dtype: torch.dtype) -> torch.Tensor:
     lender, sizes = session.lender, tuple(shape)
     spec = Spec(tuple(_checks.check_int(f"shape[{i}]", size, 0) for i, size in enumerate(sizes)), dtype)
-    if lender is None or spec.num_bytes == 0:
-        # One rank reads its own input in place, wherever it is.
-        if session.num_ranks > 1 and lender is None:
-            raise Error("lend: this Buffer lends nothing; build it with num_lend_bytes")
+    if lender is None and session.num_ranks > 1:
+        raise Error("lend: this Buffer lends nothing; build it with num_lend_bytes")
+    if lender is None or spec.num_bytes == 0:  # one rank reads its own input in place, wherever it is
         return torch.empty(spec.shape, dtype=dtype, device=session.streams.device)
     if is_capturing():
         raise Error("lend: not while a CUDA graph is captured; take the tensor before the capture begins")

@@ -12,11 +12,10 @@ from typing import NamedTuple, Optional
 import torch
 
 import deep_ep_cpp
+from deep_ep._checks import BUFFER_ALIGNMENT_BYTES
 from deep_ep._memory import make_tensor
 from deep_ep._raw_cuda import PooledEvent, current_stream_handle
 from deep_ep._streams import CudaStreams, Streams, is_capturing
-
-ALIGNMENT_BYTES = 128
 
 
 class Spec(NamedTuple):
@@ -63,7 +62,7 @@ class Lender:
         offsets, end = [], 0
         for spec in specs:
             offsets.append(end)
-            end += -(-spec.num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+            end += -(-spec.num_bytes // BUFFER_ALIGNMENT_BYTES) * BUFFER_ALIGNMENT_BYTES
         if end == 0 or end > self.num_bytes or is_capturing():
             return None
         memory = self._runtime.lend(end)

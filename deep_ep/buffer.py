@@ -302,9 +302,7 @@ class Buffer:
         `num_worst_tokens` it is -1, and the list is empty. With `handle`: (recv_x, None, None, None, None, event).
         """
         session = self._require_session()
-        num_topk = topk_idx.shape[-1] if isinstance(topk_idx, torch.Tensor) and topk_idx.dim() == 2 else None
-        copies = self.group_size if num_topk is None else copies_per_token(self.group_size, num_topk)
-        num_sms = self._num_sms(session, config, "dispatch", x[0] if isinstance(x, tuple) and x else x, copies)
+        num_sms = self._num_sms(session, config, "dispatch", x, topk_idx)
         if handle is not None:
             if topk_idx is not None or topk_weights is not None:
                 raise ValueError("topk_idx and topk_weights must be None when a handle is given")
@@ -334,20 +332,37 @@ class Buffer:
         """
         session = self._require_session()
         return _high_throughput.combine(session, x, handle, topk_weights, bias,
-                                        self._num_sms(session, config, "combine", x, 1), previous_event, async_finish,
+                                        self._num_sms(session, config, "combine", x), previous_event, async_finish,
                                         allocate_on_comm_stream)
 
-    def _num_sms(self, session: Session, config: Optional[Config], operation: str, rows: Any, copies: float) -> int:
-        """The SM budget of a call that moves each of `rows` to so many ranks."""
+    def _num_sms(self,
+                 session: Session,
+                 config: Optional[Config],
+                 operation: str,
+                 rows: Any,
+                 topk_idx: Any = None) -> int:
+        """The SM budget of a call: the caller's, or where a cost model says that less is enough, that."""
         if config is not None:
             if not isinstance(config, Config):
                 raise TypeError(f"config must be a deep_ep.Config, got {type(config).__name__}")
             return session.num_sms_override or config.num_sms
-        if session.num_sms_override or session.cost_model is None or not isinstance(rows, torch.Tensor):
+        if session.num_sms_override or session.cost_model is None:
             return session.num_sms_override or Buffer.num_sms
-        row_bytes = rows.shape[-1] * rows.element_size() if rows.dim() > 0 else 0
-        return session.cost_model.budget(operation, Buffer.num_sms,
-                                         round(len(rows) * copies) if row_bytes else 0, row_bytes, session.num_ranks)
+        return session.cost_model.budget(operation, Buffer.num_sms, self._num_bytes(operation, rows, topk_idx),
+                                         session.num_ranks)
+
+    def _num_bytes(self, operation: str, rows: Any, topk_idx: Any) -> int:
+        """What a call moves, as far as the host knows. The arguments are not checked yet; odd ones move nothing."""
+        if isinstance(rows, tuple) and rows:
+            rows = rows[0]
+        if not isinstance(rows, torch.Tensor):
+            return 0
+        num_bytes = rows.numel() * rows.element_size()
+        if operation == "combine":  # one row for each copy
+            return num_bytes
+        has_topk = isinstance(topk_idx, torch.Tensor) and topk_idx.dim() == 2
+        copies = copies_per_token(self.group_size, topk_idx.shape[1]) if has_topk else self.group_size
+        return round(num_bytes * copies)
 
     def internode_dispatch(self,
                            x: _high_throughput.Payload,

@@ -39,7 +39,7 @@ size_t sweep_graveyard() {
     const std::lock_guard lock(graveyard().mutex);
     auto& regions = graveyard().regions;
     std::erase_if(regions, [](const BuriedRegion& region) {
-        if (has_leases(region) || (region.num_ranks > 1 && !have_peers_left(region))) return false;
+        if (has_leases(region) || !have_peers_left(region)) return false;
         region.device->free_shareable(region.memory);
         return true;
     });

@@ -1,5 +1,6 @@
-// Shared regions whose owner is gone while a peer still maps them, or while a tensor of this process lies in them. They are looked at again whenever a heap is made or
-// released, and freed as soon as the last peer has let go: freeing earlier is undefined, waiting would block.
+// Shared regions whose owner is gone while a peer still maps them, or while a tensor of this process lies in them. They
+// are looked at again whenever a heap is made or released, and freed as soon as the last one has let go: freeing earlier
+// is undefined, waiting would block.
 #pragma once
 
 #include <memory>

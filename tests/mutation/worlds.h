@@ -38,4 +38,14 @@ inline std::string expect_timeout(const std::string& text, const std::function<v
     return "nothing was thrown, expected: " + text;
 }
 
+// After a dispatch of all ranks, a call of rank 0 to which rank 1 does not come: rank 0 must name it.
+inline std::string call_alone(World& world, const Problem& problem, const std::function<void(RankTensors&)>& call) {
+    auto ranks = make_inputs(problem);
+    world.layout(problem, ranks);
+    world.dispatch(problem, ranks);
+    call(ranks[0]);
+    world.run();
+    return expect_timeout("never entered this call: rank 1", [&] { world.buffer(0).check(); });
+}
+
 }  // namespace deep_ep::test
