@@ -147,13 +147,13 @@ struct Block {
 // One warp of the block that began first: tells the peers which calls this rank has received in earlier launches, so that
 // the banks may be written again. Never after a wait for what a peer does once it has begun: the peer may wait for this.
 EP_DEVICE void publish_ended(const Context& c) {
-    for (int peer = prim::lane_idx(); peer < c.num_ranks(); peer += kWarpSize)
-        for (int bank = 0; bank < layout::kNumLowLatencyBanks; ++bank) {
-            const uint64_t ended =
-                prim::load<Order::kRelaxed, Scope::kGpu>(&c.watch.words.local->low_latency_ended[bank]);
-            // Release: the reads of an earlier launch. Pairs with: is_bank_free at the peer.
-            prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.received(peer, bank, c.rank()), ended);
-        }
+    constexpr int kNumBanks = layout::kNumLowLatencyBanks;
+    for (int i = prim::lane_idx(); i < c.num_ranks() * kNumBanks; i += kWarpSize) {
+        const int bank = i % kNumBanks;
+        const uint64_t ended = prim::load<Order::kRelaxed, Scope::kGpu>(&c.watch.words.local->low_latency_ended[bank]);
+        // Release: the reads of an earlier launch. Pairs with: is_bank_free at the peer.
+        prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.received(i / kNumBanks, bank, c.rank()), ended);
+    }
 }
 
 // This lane; acquire. `peer` has read what this rank sent it in the bank's last use, two calls ago.
