@@ -90,7 +90,8 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
     // After the source's table.
     static EP_DEVICE void load_weights_of(const Context& c, Work& work) {
         const int k = work.first_k + prim::lane_idx();
-        if (k >= c.call.num_topk) return;
+        const bool is_one = k < c.call.num_topk;
+        if (!is_one) return;
         const int64_t entry = static_cast<int64_t>(work.token) * c.call.num_topk + k;
         work.weight = c.weight_table(work.source)[entry];
         work.expert = c.table(work.source)[entry];

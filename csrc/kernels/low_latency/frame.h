@@ -78,7 +78,7 @@ EP_DEVICE_COLD bool wait_for_peer(const LowLatencyCall* call, algo::Watch watch,
                                   const uint64_t* flag, uint64_t expected) {
     if (is_masked(*call, peer)) return false;
     const auto on_timeout = call->is_shrinkable ? algo::OnTimeout::kGiveUp : algo::OnTimeout::kFail;
-    if (algo::wait_at_least(watch, {stage, peer}, flag, expected, on_timeout)) return true;
+    if (algo::wait_at_least<Order::kAcquire>(watch, {stage, peer}, flag, expected, on_timeout)) return true;
     if (call->is_shrinkable) prim::store<Order::kRelaxed, Scope::kGpu>(&call->masked[peer], 1);
     return false;
 }
@@ -330,8 +330,8 @@ struct Ids {
     // This lane's entry of the token, from `first_k` on; -1: there is none.
     EP_DEVICE int64_t load(const Context& c, int token, int first_k) const {
         const int k = first_k + prim::lane_idx();
-        if (k >= c.call.num_topk) return -1;
-        return load_expert_id(ids, bytes, static_cast<int64_t>(token) * c.call.num_topk + k);
+        const bool is_one = k < c.call.num_topk;
+        return is_one ? load_expert_id(ids, bytes, static_cast<int64_t>(token) * c.call.num_topk + k) : -1;
     }
 };
 
