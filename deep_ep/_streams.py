@@ -97,10 +97,8 @@ def event_pool(index: int) -> EventPool:
     return EventPool(native_device(index))
 
 
-# What an EventHandle stands for; torch's own events come from low-latency calls. None: a point on the host's own
-# timeline, which has passed by the time anybody can ask.
-DeviceEvent = Union[torch.cuda.Event, PooledEvent]
-RecordedEvent = Union[DeviceEvent, HostEvent, None]
+# What an EventHandle stands for. None: a point on the host's own timeline, passed by the time anybody can ask.
+RecordedEvent = Union[PooledEvent, HostEvent, None]
 
 
 def record_on_current_stream() -> RecordedEvent:
@@ -210,7 +208,7 @@ class CudaStreams(Streams):
         self._scratch = native.create_event()
         self._end_of_last = native.create_event()
         self._last_stream = self.comm
-        self._last_event: Optional[DeviceEvent] = None  # None: _end_of_last
+        self._last_event: Optional[PooledEvent] = None  # None: _end_of_last
 
     def operation(self, previous: RecordedEvent, is_async: bool, on_comm_stream: bool) -> Operation:
         current = current_stream_handle(self.index)
@@ -219,7 +217,7 @@ class CudaStreams(Streams):
             return _DirectOperation(self, previous, current)
         return _CommOperation(self, previous, current, kind == "captured", is_async, on_comm_stream)
 
-    def follow(self, stream: int, event: Union[DeviceEvent, HostEvent]) -> None:
+    def follow(self, stream: int, event: Union[PooledEvent, HostEvent]) -> None:
         """Later work on `stream` comes after `event`."""
         if isinstance(event, HostEvent):
             event.wait()
@@ -250,7 +248,7 @@ class CudaStreams(Streams):
             event = self._end_of_last if self._last_event is None else self._last_event.cuda_event
             self.native.stream_wait_event(stream, event)
 
-    def set_last(self, stream: int, event: Optional[DeviceEvent] = None) -> None:
+    def set_last(self, stream: int, event: Optional[PooledEvent] = None) -> None:
         """What `stream` has so far, or what came before `event` on it, is the last operation.
 
         The event is there when the stream is not the same next time. Recording it then instead would make the next
