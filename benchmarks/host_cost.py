@@ -168,14 +168,22 @@ def time_primitives(buffer: Buffer, device: torch.device) -> None:
     prefix = torch.full((1, 1), NUM_TOKENS, dtype=torch.int32, device=device)
     head = torch.arange(NUM_TOKENS, dtype=torch.int32, device=device)
     addresses = [tensor.data_ptr() for tensor in (x, prefix, head, torch.empty_like(x))]
+    topk_idx = Inputs.make(device, NUM_EXPERTS).topk_idx
+    counts = [
+        tensor.data_ptr() for tensor in buffer.get_dispatch_layout(topk_idx, NUM_EXPERTS)[:4] if tensor is not None
+    ]
     primitives: dict[str, Callable[[], Any]] = {
-        "launch of combine":
+        "launch of combine":  # a cooperative one
         lambda: runtime.combine(addresses[0], NUM_TOKENS, HIDDEN, 0, 0, 0, 0, addresses[1], addresses[2], NUM_TOKENS,
                                 addresses[3], 0, 20, handle),
+        "launch of layout":  # an ordinary one
+        lambda: runtime.get_dispatch_layout(topk_idx.data_ptr(), 8, NUM_TOKENS, NUM_TOPK, NUM_EXPERTS, *counts, handle),
         "native check":
         runtime.check,
         "torch.empty 2-D":
         lambda: torch.empty(NUM_TOKENS, HIDDEN, dtype=torch.bfloat16, device=device),
+        "new_empty":
+        lambda: x.new_empty(NUM_TOKENS, HIDDEN),
         "torch.empty, tuple":
         lambda: torch.empty((NUM_TOKENS, HIDDEN), dtype=torch.bfloat16, device=device),
         "record_event":

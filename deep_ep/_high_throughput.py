@@ -108,13 +108,13 @@ def dispatch_fresh(session: Session, x: Payload, routing: Routing, expert_alignm
     num_worst_tokens = _checks.check_int("num_worst_tokens", num_worst_tokens, 0)
     if num_worst_tokens and routing.topk_idx is None:
         raise ValueError("num_worst_tokens needs topk_idx and topk_weights: -1 in recv_topk_idx marks the unused rows")
-    if not num_worst_tokens and is_capturing():
-        raise Error("dispatch: inside a CUDA graph the host cannot learn the receive count; pass num_worst_tokens, or "
-                    "the handle of an earlier dispatch")
     num_experts = routing.num_tokens_per_expert.shape[0]
     per_expert: list[int] = []
     num_rows, received = num_worst_tokens, None
     with open_operation(session, "dispatch", previous_event, async_finish, allocate_on_comm_stream) as operation:
+        if operation.is_captured and not num_worst_tokens:
+            raise Error("dispatch: inside a CUDA graph the host cannot learn the receive count; pass num_worst_tokens, "
+                        "or the handle of an earlier dispatch")
         with operation.allocation():
             rank_prefix_matrix, send_head = _notify_outputs(session, num_tokens)
             if num_worst_tokens:

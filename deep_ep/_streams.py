@@ -127,12 +127,13 @@ class Operation:
     kept as those of an asynchronous call are.
     """
 
-    __slots__ = ("_inputs", "_outputs", "is_async", "stream")
+    __slots__ = ("_inputs", "_outputs", "is_async", "is_captured", "stream")
 
     stream: int
 
-    def __init__(self, is_async: bool) -> None:
+    def __init__(self, is_async: bool, is_captured: bool = False) -> None:
         self.is_async = is_async
+        self.is_captured = is_captured  # into a CUDA graph
         self._inputs: Tensors = ()
         self._outputs: Tensors = ()
 
@@ -302,16 +303,15 @@ class _CommOperation(Operation):
     stream, and one whose handle is ambiguous.
     """
 
-    __slots__ = ("_current", "_is_captured", "_on_comm_stream", "_previous", "_streams")
+    __slots__ = ("_current", "_on_comm_stream", "_previous", "_streams")
 
     def __init__(self, streams: CudaStreams, previous: RecordedEvent, current: int, is_captured: bool, is_async: bool,
                  on_comm_stream: bool) -> None:
-        super().__init__(is_async)
+        super().__init__(is_async, is_captured)
         self.stream = streams.comm
         self._streams = streams
         self._previous = previous
         self._current = current
-        self._is_captured = is_captured
         self._on_comm_stream = on_comm_stream
 
     def allocation(self) -> contextlib.AbstractContextManager[Any]:
@@ -330,7 +330,7 @@ class _CommOperation(Operation):
     def _wait_before_kernels(self) -> None:
         if self._previous is not None:
             self._streams.follow(self.stream, self._previous)
-        if not self._is_captured:
+        if not self.is_captured:
             self._streams.follow_last(self.stream)
         self._wait_for_pool()
 
@@ -341,7 +341,7 @@ class _CommOperation(Operation):
             self._streams.join(self.stream, self._current)
 
     def _set_last(self, event: Optional[PooledEvent]) -> None:
-        if not self._is_captured:  # an event does not cross the border of a graph
+        if not self.is_captured:  # an event does not cross the border of a graph
             self._streams.set_last(self.stream, event)
 
     def _abandon(self) -> None:
