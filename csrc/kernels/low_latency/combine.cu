@@ -419,7 +419,9 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
     }
 
     // One warp: its share of one token.
-    static EP_DEVICE void receive_token(const Params& p, const Context& c, int token, int part, int num_parts) {
+    template <class Draw>
+    static EP_DEVICE void receive_token(const Params& p, const Context& c, int token, int part, int num_parts,
+                                        const Draw& draw) {
         const int num_units = (num_vecs(p) + kVecsOfUnit - 1) / kVecsOfUnit;
         const int share = (num_units + num_parts - 1) / num_parts;
         const int end = (part + 1) * share < num_units ? (part + 1) * share : num_units;
@@ -441,6 +443,7 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
                 else
                     add_rounded(c, sums[0], token, first, lanes, unit);
             }
+            draw();
 #pragma unroll
             for (int i = 0; i < kVecsOfUnit; ++i) {
                 const int vec = unit * kVecsOfUnit + i;
@@ -454,8 +457,8 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
         const int most = (num_units + kWarpSize - 1) / kWarpSize;
         const int num_parts = warps_for_item(p.num_tokens, most < kMaxWarpsForItem ? most : kMaxWarpsForItem);
         const int num_shares = p.num_tokens * num_parts;
-        for_each_unit(c, block, num_shares, [&](int unit, bool) {
-            if (unit < num_shares) receive_token(p, c, unit / num_parts, unit % num_parts, num_parts);
+        for_each_unit(c, block, num_shares, [&](int unit, bool, const auto& draw) {
+            if (unit < num_shares) receive_token(p, c, unit / num_parts, unit % num_parts, num_parts, draw);
         });
     }
 

@@ -433,13 +433,14 @@ template <Phase kPhase> struct Kernel {
         const int num_moves = num_items * num_parts;
         const int num_lists = (c.num_local_experts() + kWarpSize - 1) / kWarpSize;
         const auto counts = Counts::make(c);
-        for_each_unit(c, block, num_moves + num_lists, [&](int idx, bool is_first) {
+        for_each_unit(c, block, num_moves + num_lists, [&](int idx, bool is_first, const auto& draw) {
             const Unit unit = unit_of(c, idx, num_moves, num_parts, num_lists);
             Begun begun = {};
             const bool is_full = unit.is_move && look_at_slot(c, unit);
             if (is_first) wait_for_tables(c, counts);
             if (unit.is_move && counts.is_here[unit.source] != 0) begin_token(p, c, unit, is_full, begun);
             if (is_first) find_counts(c, counts);
+            draw();
             if (unit.is_move) finish_token(p, c, unit, counts, begun);
             if (unit.is_list) write_counts(p, c, counts, unit.first_expert);
         });

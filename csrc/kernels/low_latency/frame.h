@@ -246,6 +246,16 @@ EP_DEVICE void settle(const Context& c) {
         count_launch(c);
 }
 
+// One thread: have all blocks of this launch begun? A block with little to send asks early, so it asks a few times: whoever
+// leaves makes another block do two shares, one after the other.
+EP_DEVICE bool have_all_begun(const Context& c) {
+    constexpr int kMostLooks = 8;
+#pragma unroll 1
+    for (int looks = 0; looks < kMostLooks; ++looks)
+        if (prim::load<Order::kRelaxed, Scope::kGpu>(&c.turn->begun_blocks) == gridDim.x) return true;
+    return false;
+}
+
 // All threads of a block that has sent. In a launch of both phases a block may wait for rows of its own rank only when
 // all blocks have begun: one that has not may never get an SM otherwise. Blocks that come too early leave, and whoever
 // is there later does their part.
@@ -254,7 +264,7 @@ EP_DEVICE void end_send(const Context& c, Block* block) {
     // Another warp than that, and than warp 0, which is busy with releases; a block may have but one.
     if (threadIdx.x == (blockDim.x > kWarpSize ? kWarpSize : 0)) {
         bool receives = c.receives() && block->is_ready != 0;
-        if (receives) receives = prim::load<Order::kRelaxed, Scope::kGpu>(&c.turn->begun_blocks) == gridDim.x;
+        if (receives) receives = have_all_begun(c);
         block->receives = receives ? 1 : 0;
         if (receives)
             block->share = static_cast<int>(prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&c.turn->next_share, 1u));
@@ -272,8 +282,10 @@ EP_DEVICE void begin_receive(const Context& c) {
     settle(c);
 }
 
-// All threads of the blocks that receive: `work(unit, is_first)` for every unit below `num_units`, a warp for each, and at
-// least once for every warp, so that it may have barriers the first time: then `unit` may be beyond.
+// All threads of the blocks that receive: `work(unit, is_first, draw)` for every unit below `num_units`, a warp for each, and
+// at least once for every warp, so that it may have barriers the first time: then `unit` may be beyond. Work may call
+// draw() when what it waited for has come: the next share is drawn then, while this one is still worked on. Not before:
+// blocks that are still sending would find no share left, and this one would do two.
 template <class Work> EP_DEVICE void for_each_unit(const Context& c, Block* block, int num_units, const Work& work) {
     const int num_warps = static_cast<int>(blockDim.x) / kWarpSize;
     bool is_first = true;
@@ -282,15 +294,21 @@ template <class Work> EP_DEVICE void for_each_unit(const Context& c, Block* bloc
 #pragma unroll 1
         for (int unit = prim::warp_idx() * num_blocks + static_cast<int>(blockIdx.x); is_first || unit < num_units;
              unit += num_blocks * num_warps, is_first = false)
-            work(unit, is_first);
+            work(unit, is_first, [] {});
         return;
     }
 #pragma unroll 1
     for (int share = block->share; share * num_warps < num_units; share = block->share, is_first = false) {
-        uint32_t next = 0;  // under way while this share is worked on
-        if (threadIdx.x == 0) next = prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&c.turn->next_share, 1u);
+        uint32_t next = 0;
+        bool is_drawn = false;
+        const auto draw = [&] {
+            if (threadIdx.x == 0 && !is_drawn)
+                next = prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&c.turn->next_share, 1u);
+            is_drawn = true;
+        };
         const int unit = share * num_warps + prim::warp_idx();
-        if (is_first || unit < num_units) work(unit, is_first);
+        if (is_first || unit < num_units) work(unit, is_first, draw);
+        draw();
         __syncthreads();  // everybody knows the share before
         if (threadIdx.x == 0) block->share = static_cast<int>(next);
         __syncthreads();
