@@ -6,16 +6,6 @@
 namespace deep_ep::algo {
 inline namespace EP_BACKEND {
 
-// The sum of this lane's value and those of the lanes before it.
-EP_DEVICE int warp_inclusive_sum(int value) {
-#pragma unroll
-    for (int delta = 1; delta < prim::kWarpSize; delta *= 2) {
-        const int before = __shfl_up_sync(prim::kFullMask, value, delta);
-        if (prim::lane_idx() >= delta) value += before;
-    }
-    return value;
-}
-
 // Lane `source`'s pointer, to every lane.
 template <class T> EP_DEVICE T* broadcast_pointer(T* pointer, int source) {
     const auto bits = static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(pointer));

@@ -5,7 +5,6 @@
 //
 // The two parts do not depend on each other. See docs/protocols/intranode.md.
 #include "device/algo/call.h"
-#include "device/algo/warp.h"
 #include "device/launch.h"
 #include "kernels/context.h"
 #include "kernels/intranode/launchers.h"
@@ -20,15 +19,14 @@ using prim::Scope;
 
 constexpr int kMaxWarps = kMaxNotifyThreads / kWarpSize;
 constexpr int kMaxScanBlocks = 8;
-constexpr int kTokensPerThread = 16;  // of a scan, at most: their flags are under way at once
-constexpr int kSourceBatch = 8;       // whose counts are under way at once
+constexpr int kSourceBatch = 8;  // whose counts are under way at once
 
 struct Kernel {
     using Params = NotifyDispatchParams;
     static constexpr int kMaxThreads = kMaxNotifyThreads;
     struct Shared {
         int is_ok[kMaxWarps];
-        int warp_totals[2][kMaxWarps];  // of two tiles, one after the other
+        int warp_totals[kMaxWarps];
     };
 
     static EP_DEVICE int num_threads() { return static_cast<int>(blockDim.x); }
@@ -53,13 +51,12 @@ struct Kernel {
         }
     }
 
-    // Warp by warp, one source at a time. True: its counts can be read, by the other warps after a barrier.
+    // Each thread waits for some of the sources. True: their counts can be read, by the whole block after a barrier.
     static EP_DEVICE bool wait_for_counts(const algo::Watch& watch) {
         const algo::Heap& heap = watch.heap;
         const int bank = algo::bank_of(watch.call);
         bool is_ok = true;
-        for (int source = prim::warp_idx() + num_warps() * prim::lane_idx(); source < heap.num_ranks();
-             source += num_warps() * kWarpSize)
+        for (int source = static_cast<int>(threadIdx.x); source < heap.num_ranks(); source += num_threads())
             is_ok &= algo::wait_at_least(watch, {Stage::kCounts, source}, heap.count_flag(heap.rank(), bank, source),
                                          watch.call);
         return __all_sync(prim::kFullMask, is_ok);
@@ -128,42 +125,25 @@ struct Kernel {
         if (p.counts != nullptr) tell_host(p, watch);
     }
 
-    // Bit i: the token `first` + i goes to the rank.
-    static EP_DEVICE uint32_t load_is_sent(const Params& p, int num_ranks, int rank, int first, int end) {
-        uint32_t bits = 0;
-#pragma unroll
-        for (int i = 0; i < kTokensPerThread; ++i) {
-            const int64_t token = first + i;
-            const bool is_sent = token < end && p.is_token_in_rank[token * num_ranks + rank] != 0;
-            bits |= (is_sent ? 1u : 0u) << i;
-        }
-        return bits;
-    }
-
-    // The whole block scans one column of is_token_in_rank; a thread has neighbouring tokens.
-    // `parity` changes with every tile, from column to column as well: the totals of the tile before may still be read.
-    static EP_DEVICE void scan_column(const Params& p, int num_ranks, int rank, Shared& shared, int& parity) {
-        const int share = (p.num_tokens + num_threads() - 1) / num_threads();
-        const int step = share < kTokensPerThread ? share : kTokensPerThread;
+    // The whole block scans one column of is_token_in_rank, a tile of as many tokens as there are threads at a time.
+    static EP_DEVICE void scan_column(const Params& p, int num_ranks, int rank, Shared& shared) {
         int num_before = 0;
-        for (int tile = 0; tile < p.num_tokens; tile += step * num_threads()) {
-            int* totals = shared.warp_totals[parity ^= 1];
-            const int first = tile + static_cast<int>(threadIdx.x) * step;
-            const int end = first + step < p.num_tokens ? first + step : p.num_tokens;
-            const uint32_t is_sent = load_is_sent(p, num_ranks, rank, first, end);
-            const int num_sent = algo::warp_inclusive_sum(__popc(is_sent));
-            if (prim::lane_idx() == kWarpSize - 1) totals[prim::warp_idx()] = num_sent;
+        for (int tile = 0; tile < p.num_tokens; tile += num_threads()) {
+            const int token = tile + static_cast<int>(threadIdx.x);
+            const int64_t cell = static_cast<int64_t>(token) * num_ranks + rank;
+            const bool is_sent = token < p.num_tokens && p.is_token_in_rank[cell] != 0;
+            const uint32_t ballot = __ballot_sync(prim::kFullMask, is_sent);
+            if (prim::lane_idx() == 0) shared.warp_totals[prim::warp_idx()] = __popc(ballot);
             __syncthreads();
-            int position = num_before + num_sent - __popc(is_sent);
+            int position = num_before + __popc(ballot & ((1u << prim::lane_idx()) - 1));
 #pragma unroll
             for (int warp = 0; warp < kMaxWarps; ++warp) {
                 if (warp >= num_warps()) break;
-                if (warp < prim::warp_idx()) position += totals[warp];
-                num_before += totals[warp];
+                if (warp < prim::warp_idx()) position += shared.warp_totals[warp];
+                num_before += shared.warp_totals[warp];
             }
-            for (int token = first; token < end; ++token)
-                p.send_head[static_cast<int64_t>(token) * num_ranks + rank] =
-                    (is_sent >> (token - first) & 1u) != 0 ? position++ : -1;
+            if (token < p.num_tokens) p.send_head[cell] = is_sent ? position : -1;
+            __syncthreads();
         }
     }
 
@@ -175,9 +155,8 @@ struct Kernel {
             return;
         }
         const int num_scan_blocks = static_cast<int>(gridDim.x) - 1;
-        int parity = 0;
         for (int rank = static_cast<int>(blockIdx.x) - 1; rank < p.heap.num_ranks; rank += num_scan_blocks)
-            scan_column(p, p.heap.num_ranks, rank, shared, parity);
+            scan_column(p, p.heap.num_ranks, rank, shared);
     }
 };
 

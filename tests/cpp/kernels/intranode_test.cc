@@ -65,12 +65,12 @@ TEST_CASE("all tokens to one rank, none to anybody (pitfall 26)") {
     check_round_trip({.num_tokens = {9, 4, 11}, .num_experts = 6, .drop_probability = 1.0}, kRoomy);
 }
 
-// A scan block has several columns, and several tiles of 64 threads x 16 tokens in each.
+// A scan block has several columns, and many tiles of 64 tokens in each.
 TEST_CASE("positions count up over tiles and columns of the scan") {
     constexpr int kNumRanks = 11;
     Problem problem{
         .num_tokens = std::vector<int>(kNumRanks, 0), .num_experts = 2 * kNumRanks, .num_topk = 3, .hidden = 8};
-    problem.num_tokens[3] = 2 * 1024 + 77;
+    problem.num_tokens[3] = 10 * 64 + 7;
     World world(kNumRanks, kRoomy, {}, 100, 0, false, {{.useful_block_threads = 64}});
     auto ranks = make_inputs(problem);
     world.layout(problem, ranks);
