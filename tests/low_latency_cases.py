@@ -159,20 +159,13 @@ def zeroed_by_caller(worker: Worker, work: Workload) -> None:
         worker.barrier()
 
 
-def bitwise_repeats(worker: Worker,
-                    work: Workload,
-                    cast: Cast,
-                    rounds: int,
-                    seconds: float = 0.0,
-                    use_logfmt: bool = False) -> int:
-    """The same call gives the same bits, whatever the timing of a round. Returns the number of rounds."""
+def bitwise_repeats(worker: Worker, work: Workload, cast: Cast, rounds: int) -> None:
+    """The same call gives the same bits, whatever the timing of a round."""
     buffer, want = low_latency_buffer(worker, _bytes_for(work)), None
-    deadline, done = time.monotonic() + seconds, 0
-    while done < rounds or _is_before(worker, deadline):
+    for done in range(rounds):
         if worker.rank == done % worker.num_ranks and done % 8 == 0:
             time.sleep(0.01)
-        flight = LowLatencyFlight(worker, buffer, work, Manner(cast, MODES[done % 3],
-                                                               use_logfmt=use_logfmt)).start_dispatch()
+        flight = LowLatencyFlight(worker, buffer, work, Manner(cast, MODES[done % 3])).start_dispatch()
         flight = flight.finish_dispatch() if done == 0 else flight
         if done:
             flight.landed(*flight.received[3:])
@@ -184,15 +177,6 @@ def bitwise_repeats(worker: Worker,
         want = want or got
         for one, other in zip(got, want):
             same_bits("a repeated call", one, other)
-        done += 1
-    return done
-
-
-def _is_before(worker: Worker, deadline: float) -> bool:
-    """The same answer on every rank: that of the first."""
-    answer = torch.tensor([int(time.monotonic() < deadline)])
-    torch.distributed.broadcast(answer, worker.ranks[0], worker.group)
-    return bool(answer.item())
 
 
 def _bytes_for(work: Workload) -> int:

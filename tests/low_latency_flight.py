@@ -139,11 +139,12 @@ class LowLatencyFlight:
             rows[i, :answer.shape[0]] = answer
         return rows.to(self.device)
 
-    def start_combine(self) -> "LowLatencyFlight":
-        rows = self.expert_rows()
+    def start_combine(self, rows: Optional[torch.Tensor] = None) -> "LowLatencyFlight":
+        """`rows`: what expert_rows() returned before, for callers that are in a hurry."""
+        rows = self.expert_rows() if rows is None else rows
         if self.manner.zero_copy:
             self.buffer.get_next_low_latency_combine_buffer(self.handle).copy_(rows)
-            rows.fill_(float("nan"))
+            rows = torch.full_like(rows, float("nan"))
         with poisoned():
             out = torch.empty_like(self.x) if self.manner.has_out else None
             self.waits = self.stats(self.work.num_ranks, torch.int64)

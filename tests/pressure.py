@@ -6,6 +6,7 @@ out and back: what must come is a selection of the inputs, and their multiples.
 
 import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -24,6 +25,7 @@ LARGE_FACTOR = 32  # times the tokens of a small call
 NUM_NVL_BYTES = (1 << 22, 1 << 26)
 # A digest over so many rounds is printed: two runs of the same seed and sizes must agree.
 DIGEST_ROUNDS = 20
+REPORT_EVERY_S = 60.0
 
 
 @dataclass
@@ -52,7 +54,7 @@ class Sizes:
     hidden: int
     num_topk: int
     experts_per_rank: int
-    num_sms: int
+    num_sms: int = 0  # of a high-throughput call
 
 
 class Choice:
@@ -67,15 +69,39 @@ class Choice:
 
 def run(worker: Worker, sizes: Sizes, seed: int, seconds: float, least_rounds: int = LARGE_EVERY) -> tuple[int, str]:
     """Collective. The number of rounds, and one digest over the first of them."""
-    deadline, done, total = time.monotonic() + seconds, 0, hashlib.blake2b(digest_size=12)
-    while done < least_rounds or is_before(worker, deadline):
-        choice = Choice(seed, done)
-        is_large = done % LARGE_EVERY == LARGE_EVERY - 1
-        digests = (large_round if is_large else small_round)(worker, sizes, choice, seed * 100_000 + done)
+
+    def play(round_idx: int, choice: Choice) -> Digests:
+        is_large = round_idx % LARGE_EVERY == LARGE_EVERY - 1
+        return (large_round if is_large else small_round)(worker, sizes, choice, seed * 100_000 + round_idx)
+
+    return play_rounds(worker, seed, seconds, least_rounds, play)
+
+
+def play_rounds(worker: Worker, seed: int, seconds: float, least_rounds: int,
+                play: Callable[[int, Choice], Digests]) -> tuple[int, str]:
+    """Collective. Rounds until the time is over; the seed alone decides what they do."""
+    start, done, total = time.monotonic(), 0, hashlib.blake2b(digest_size=12)
+    next_report = start + REPORT_EVERY_S
+    while done < least_rounds or is_before(worker, start + seconds):
+        digests = play(done, Choice(seed, done))
         if done < DIGEST_ROUNDS:
             total.update("".join(digests.wanted).encode())
         done += 1
+        if worker.rank == 0 and time.monotonic() > next_report:
+            print(f"{done} rounds after {time.monotonic() - start:.0f} s", flush=True)
+            next_report += REPORT_EVERY_S
     return done, total.hexdigest()
+
+
+def announce(sizes: Sizes, seed: int, seconds: float) -> None:
+    print(f"pressure for {seconds:.0f} s with seed {seed} (--seed replays it) and at most {sizes}", flush=True)
+
+
+def summary(found: list[tuple[int, str]]) -> str:
+    """Of what the ranks returned."""
+    rounds = found[0][0]
+    return (f"{rounds} rounds of {NUM_REPEATS} calls with equal bits; digests of the first "
+            f"{min(rounds, DIGEST_ROUNDS)} rounds by rank: {' '.join(digest for _, digest in found)}")
 
 
 def is_before(worker: Worker, deadline: float) -> bool:

@@ -329,14 +329,10 @@ def main() -> None:
 def run_pressure_test(pool: Pool, args: argparse.Namespace) -> None:
     sizes = pressure.Sizes(args.num_tokens, args.hidden, args.num_topk, args.num_experts // args.num_processes,
                            args.num_sms)
-    found = pool.run(pressure.run,
-                     args.num_processes,
-                     sizes,
-                     args.seed,
-                     args.pressure_test,
-                     deadline_s=args.pressure_test + 300)
-    print(f"{found[0][0]} rounds of {pressure.NUM_REPEATS} calls with equal bits; digests of the first "
-          f"{min(found[0][0], pressure.DIGEST_ROUNDS)} rounds by rank: {' '.join(digest for _, digest in found)}")
+    seconds = args.pressure_test
+    pressure.announce(sizes, args.seed, seconds)
+    found = pool.run(pressure.run, args.num_processes, sizes, args.seed, seconds, deadline_s=seconds + 300)
+    print(pressure.summary(found))
 
 
 def run_modes(pool: Pool, args: argparse.Namespace) -> None:

@@ -5,6 +5,8 @@
 #   tools/gpu_check.sh                      the steps of `check`: what a change of a kernel must pass
 #   tools/gpu_check.sh suite                what the figures of a machine need: benchmarks, tests, pressure, lost ranks
 #   tools/gpu_check.sh build conformance    these, in the order given
+#   tools/gpu_check.sh build pressure_start pressure that outlives this command; where a command may take ten minutes:
+#   tools/gpu_check.sh pressure_collect     ... its end, from another command, which waits for it
 #   tools/gpu_check.sh --list               what there is
 #   tools/gpu_check.sh --device cpu suite   a rehearsal with tiny sizes on a machine without a GPU (after `make build`)
 #
@@ -14,7 +16,9 @@
 # with the table, pressure.log, and the benchmarks' JSON (plots: tools/render_benchmarks.py --plots).
 #   GPU_CHECK_BUDGET_S     for all steps (530)
 #   GPU_CHECK_RANKS        the number of ranks
-#   GPU_CHECK_PRESSURE_S   of the pressure step: 300; 60 where it cannot run beside the tests
+#   GPU_CHECK_PRESSURE_S   of the pressure step: 300, or 60 where it cannot run beside the tests; of pressure_start: 600
+#   GPU_CHECK_SEED         of pressure: which random calls are made (0)
+#   GPU_CHECK_STATE        where pressure_start leaves what pressure_collect needs (/tmp/deep_ep_pressure)
 #   GPU_CHECK_BESIDE       1: pressure runs beside the steps after the benchmarks (default with several GPUs); 0: alone
 #   GPU_CHECK_TESTS        arguments for pytest
 #   GPU_CHECK_BENCH        further options for the benchmarks, after those of this script
@@ -59,21 +63,29 @@ has_own_gpus=$((num_gpus >= num_ranks))
 beside=${GPU_CHECK_BESIDE:-$((num_gpus > 1))}
 pressure_s=${GPU_CHECK_PRESSURE_S:-$((beside ? 300 : 60))}
 pressure_margin_s=60 # for the processes to start, and for the round that they are in
+long_pressure_s=${GPU_CHECK_PRESSURE_S:-600}
+state=${GPU_CHECK_STATE:-/tmp/deep_ep_pressure}
 commit=${GPU_CHECK_COMMIT:-$(git rev-parse --short=12 HEAD 2>/dev/null)}
 deadline=$((SECONDS + ${GPU_CHECK_BUDGET_S:-530}))
+step_limit_s=${GPU_CHECK_STEP_LIMIT_S:-0} # in the shell of a step
 
 # Seconds that a step may take: a step that hangs takes time from the last ones only.
 declare -A limits=(
-    [machine]=20 [build]=200 [conformance]=40 [intranode]=80 [pytest]=400 [lost_rank]=90 [demo]=90 [memcheck]=60
-    [racecheck]=60 [bench]=200 [bench_ll]=110 [bench_graphs]=40 [pressure]=$((pressure_s + pressure_margin_s))
+    [machine]=20 [build]=200 [conformance]=40 [intranode]=80 [pytest]=400 [lost_rank]=90 [demo]=90 [memcheck]=150
+    [racecheck]=150 [bench]=200 [bench_ll]=110 [bench_graphs]=40 [pressure]=$((pressure_s + pressure_margin_s))
+    [pressure_start]=30 [pressure_collect]=$((long_pressure_s + pressure_margin_s))
 )
 declare -A sets=(
     [check]='machine build conformance pytest demo memcheck racecheck bench'
     [suite]='machine build conformance bench bench_ll bench_graphs pytest lost_rank demo pressure'
 )
 all_steps=(machine build conformance intranode pytest lost_rank demo memcheck racecheck bench bench_ll bench_graphs
-    pressure)
-declare -A needs_gpu=([conformance]=1 [memcheck]=1 [racecheck]=1 [bench_graphs]=1)
+    pressure pressure_start pressure_collect)
+declare -A needs_gpu=([conformance]=1 [bench_graphs]=1)
+declare -A rehearsed=()
+if [[ $device == cpu ]]; then
+    rehearsed=([memcheck]='rehearsed without compute-sanitizer' [racecheck]='rehearsed without compute-sanitizer')
+fi
 
 step_machine() {
     if [[ $device == cuda ]]; then
@@ -136,24 +148,122 @@ step_demo() {
         --steps "$([[ $device == cpu ]] && echo 2 || echo 20)"
 }
 
-# Both modes at the same time. Bits of repeated calls are compared, and with the reference.
+# Random calls of one mode for so long. Bits of repeated calls are compared, and with the reference.
+press() { # mode, seconds
+    if [[ $1 == high_throughput ]]; then
+        "$python" tests/test_intranode.py "${ht_sizes[@]}" --seed "$seed" --pressure-test "$2"
+    else
+        "$python" tests/test_low_latency.py "${ll_sizes[@]}" --seed "$seed" --pressure-test --seconds "$2"
+    fi
+}
+modes=(high_throughput low_latency)
+seed=${GPU_CHECK_SEED:-0}
+
+# Both modes at the same time.
 step_pressure() {
-    local status=0
-    echo "pressure for $pressure_s s"
-    "$python" tests/test_intranode.py "${ht_sizes[@]}" --pressure-test "$pressure_s" &
+    local status=0 press_s=$((step_limit_s - pressure_margin_s))
+    press_s=$((press_s < pressure_s ? press_s : pressure_s))
+    press_s=$((press_s > 1 ? press_s : 1))
+    press high_throughput "$press_s" &
     local high_throughput=$!
-    "$python" tests/test_low_latency.py "${ll_sizes[@]}" --pressure-test --seconds "$pressure_s" || status=1
+    press low_latency "$press_s" || status=1
     wait "$high_throughput" || status=1
     return "$status"
 }
 
+# The same in sessions of their own, which go on when this command is over. Each mode leaves its log, and at the end its
+# exit status, in $state.
+step_pressure_start() {
+    local mode
+    if is_pressed; then
+        echo "pressure is on already, see $state; collect it first"
+        return 1
+    fi
+    rm -rf "$state"
+    mkdir -p "$state"
+    echo "$commit" >"$state/commit"
+    for mode in "${modes[@]}"; do
+        GPU_CHECK_STEP=press_$mode setsid --fork timeout -k 15 $((long_pressure_s + pressure_margin_s)) \
+            bash "$root/tools/gpu_check.sh" >"$state/$mode.log" 2>&1 </dev/null
+    done
+    # Once their numbers are there, nobody takes them for dead.
+    while [[ ! -e $state/high_throughput.pid || ! -e $state/low_latency.pid ]]; do sleep 0.1; done
+    echo "pressure for $long_pressure_s s with seed $seed goes on in $state; then: tools/gpu_check.sh pressure_collect"
+}
+
+step_press_high_throughput() { leave_status high_throughput; }
+
+step_press_low_latency() { leave_status low_latency; }
+
+leave_status() { # mode
+    echo $$ >"$state/$1.pid"
+    press "$1" "$long_pressure_s"
+    echo $? >"$state/$1.status"
+}
+
+is_pressed() {
+    local mode
+    for mode in "${modes[@]}"; do
+        if [[ -e $state/$mode.pid && ! -e $state/$mode.status ]] && kill -0 "$(<"$state/$mode.pid")" 2>/dev/null; then
+            return 0
+        fi
+    done
+    return 1
+}
+
+# Waits for the end, as long as this step may take. Pressure that goes on then can be collected later.
+step_pressure_collect() {
+    local mode status=0 found lines=2
+    if [[ ! -d $state ]]; then
+        echo "no pressure was started: there is no $state"
+        return 1
+    fi
+    while is_pressed && ((SECONDS < step_limit_s - 3)); do sleep 1; done
+    for mode in "${modes[@]}"; do
+        found=$(cat "$state/$mode.status" 2>/dev/null)
+        if [[ -z $found ]]; then
+            found=$(is_pressed && echo 'none yet, collect it again' || echo 'none: it was killed')
+        fi
+        [[ $found == 0 ]] || status=1 lines=15
+        printf '== %s, commit %s: exit status %s\n' "$mode" "$(<"$state/commit")" "$found"
+        cat "$state/$mode.log"
+    done >"$pressure_log"
+    # What is printed at the end: the last lines of both.
+    for mode in "${modes[@]}"; do
+        grep "^== $mode," "$pressure_log"
+        tail -n "$lines" "$state/$mode.log"
+    done
+    return "$status"
+}
+
 # Our kernels alone, and no errors of calls: the tests provoke some. Sanitized programs run many times slower: the
-# kernels' own tests, then two ranks and few tokens.
+# kernels' own tests, then two ranks and few tokens: rows through slots, lent rows, low latency in every format.
 sanitize() {
-    local options=(--tool "$1" --target-processes all --launch-timeout 0 --kernel-name kns=deep_ep
-        --report-api-errors no --error-exitcode 9)
-    compute-sanitizer "${options[@]}" "$conformance" &&
-        compute-sanitizer "${options[@]}" "$python" -m deep_ep.bench intranode "${small_case[@]}"
+    local under=(compute-sanitizer --tool "$1" --target-processes all --launch-timeout 0 --kernel-name kns=deep_ep
+        --report-api-errors no --error-exitcode 9) verdicts=() status=0
+    if [[ $device == cpu ]]; then
+        under=() # rehearses the options of the programs
+    else
+        sanitized 'the conformance tests' "$conformance"
+    fi
+    sanitized 'dispatch and combine through slots' "$python" -m deep_ep.bench intranode "${small_case[@]}" "${small_ht[@]}"
+    DEEP_EP_LEND_BYTES=$((16 << 20)) sanitized 'the same with lent rows' "$python" -m deep_ep.bench intranode \
+        "${small_case[@]}" "${small_ht[@]}"
+    sanitized 'low latency' "$python" -m deep_ep.bench low-latency "${small_case[@]}" --tokens 8
+    printf '%s\n' "${verdicts[@]}"
+    return "$status"
+}
+
+# For sanitize(), whose variables it uses. One program does not stop the next.
+sanitized() { # what, program...
+    local what=$1 verdict=clean
+    shift
+    echo "== $what"
+    "${under[@]}" "$@" || {
+        status=$?
+        verdict="exit status $status"
+    }
+    verdicts+=("$what: $verdict")
 }
 
 step_memcheck() { sanitize memcheck; }
@@ -161,8 +271,8 @@ step_memcheck() { sanitize memcheck; }
 # Races in shared memory. (Races between blocks and ranks: the CPU executor under ThreadSanitizer.)
 step_racecheck() { sanitize racecheck; }
 
-small_case=(--device cuda --num-processes 2 --tokens 32 --hidden 512 --experts 8 --topk 4 --num-sms 4
-    --warmups 1 --repeats 2 --input-sets 1 --no-comparison)
+small_case=(--device "$device" --num-processes 2 --hidden 512 --experts 8 --topk 4 --warmups 1 --repeats 2 --input-sets 1)
+small_ht=(--tokens 32 --num-sms 4 --no-comparison)
 
 # Benchmark, its ranks, its sizes on a GPU, its sizes on the CPU. Only the JSON comes back; a run that its limit ends leaves one too.
 measure() {
@@ -215,8 +325,7 @@ pressure_pid=
 
 # Runs a step in a shell of its own, so that its limit also ends what it started. Output, status.
 limited() { # step, limit
-    local pressed_s=$(($2 - pressure_margin_s < pressure_s ? $2 - pressure_margin_s : pressure_s))
-    GPU_CHECK_PRESSURE_S=$((pressed_s > 1 ? pressed_s : 1)) GPU_CHECK_STEP=$1 timeout -k 15 "$2" bash "$root/tools/gpu_check.sh"
+    GPU_CHECK_STEP_LIMIT_S=$2 GPU_CHECK_STEP=$1 timeout -k 15 "$2" bash "$root/tools/gpu_check.sh"
 }
 
 # The seconds that a step may still take: its limit, or what is left. Nothing when that is too little.
@@ -229,7 +338,7 @@ time_for() {
 note() { # step, status, limit, log, line where its output begins
     local step=$1 status=$2
     case $status in
-        0) outcome[$step]=pass ;;
+        0) outcome[$step]=${rehearsed[$step]:-pass} ;;
         124 | 137) outcome[$step]="FAIL: ended after $3 s" ;;
         *) outcome[$step]="FAIL: exit status $status" ;;
     esac
@@ -237,7 +346,7 @@ note() { # step, status, limit, log, line where its output begins
         has_failed=1
         printf '\n==== %s failed; the end of its output:\n' "$step"
         tail -n "+$5" "$4" | tail -n 40
-    elif [[ $step == conformance || $step == pressure ]]; then
+    elif [[ $step == @(conformance|memcheck|racecheck|pressure|pressure_collect) ]]; then
         printf '\n==== %s:\n' "$step"
         tail -n "+$5" "$4" | tail -n 6
     fi
@@ -295,10 +404,10 @@ run_steps() {
 }
 
 print_table() {
-    printf '%-12s %8s  %s\n' step seconds result
+    printf '%-16s %8s  %s\n' step seconds result
     local step
     for step in "${steps[@]}"; do
-        printf '%-12s %8s  %s\n' "$step" "${seconds[$step]:--}" "${outcome[$step]:-not run}"
+        printf '%-16s %8s  %s\n' "$step" "${seconds[$step]:--}" "${outcome[$step]:-not run}"
     done
     printf '%s GPU(s), %s ranks, commit %s, log: %s\n' "$num_gpus" "$num_ranks" "${commit:-unknown}" "${log##*/}"
 }

@@ -40,7 +40,7 @@ def test_benchmarks_come_before_what_runs_beside_pressure(tmp_path: Path) -> Non
     assert [report["benchmark"] for report in reports] == ["intranode", "low-latency"]
     assert all(report["commit"] == "abc" and report["rows"] for report in reports)
     assert {row["routing"] for row in reports[0]["rows"]} == {"uniform", "hot-rank"}
-    assert "rounds with equal bits" in (tmp_path / "pressure.log").read_text(encoding="utf-8")
+    assert "rounds of 4 calls with equal bits" in (tmp_path / "pressure.log").read_text(encoding="utf-8")
     assert "combine BF16" in finished.stdout, "the figures are printed"
 
 
@@ -64,6 +64,51 @@ def test_figures_that_were_measured_before_the_limit_come_back(tmp_path: Path) -
     report = json.loads(next(tmp_path.glob("*.json")).read_text(encoding="utf-8"))
     assert report["rows"]
     assert "ended early" in report["notices"][0]
+
+
+@pytest.mark.slow
+def test_pressure_outlives_its_command_and_is_collected_by_another(tmp_path: Path) -> None:
+    surroundings = {"GPU_CHECK_STATE": str(tmp_path / "state"), "GPU_CHECK_PRESSURE_S": "1", "GPU_CHECK_SEED": "5"}
+    started = run(tmp_path / "first", "--device", "cpu", "pressure_start", **surroundings)
+    assert results_of(tmp_path / "first") == {"pressure_start": "pass"}, started.stdout
+    again = run(tmp_path / "second", "--device", "cpu", "pressure_start", **surroundings)
+    assert again.returncode == 1
+    assert "on already" in again.stdout
+    collected = run(tmp_path / "third", "--device", "cpu", "pressure_collect", **surroundings)
+    assert collected.returncode == 0, collected.stdout + collected.stderr
+    for mode in ("high_throughput", "low_latency"):
+        assert f"== {mode}, " in collected.stdout
+    assert collected.stdout.count("exit status 0") == 2
+    log = (tmp_path / "third" / "pressure.log").read_text(encoding="utf-8")
+    assert log.count("with seed 5") == 2
+    assert log.count("rounds of 4 calls with equal bits") == 2
+
+
+def test_collected_pressure_that_failed_was_killed_or_never_started_is_a_failure(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    nothing = run(tmp_path / "out", "--device", "cpu", "pressure_collect", GPU_CHECK_STATE=str(state))
+    assert nothing.returncode == 1
+    assert "no pressure was started" in nothing.stdout
+    state.mkdir()
+    files = {"commit": "abc", "high_throughput.log": "other bits", "high_throughput.status": "1",
+             "low_latency.log": "on its way"}  # yapf: disable
+    for name, text in files.items():
+        (state / name).write_text(f"{text}\n", encoding="utf-8")
+    failed = run(tmp_path / "out", "--device", "cpu", "pressure_collect", GPU_CHECK_STATE=str(state))
+    assert failed.returncode == 1
+    assert "high_throughput, commit abc: exit status 1\nother bits\n" in failed.stdout
+    assert "low_latency, commit abc: exit status none: it was killed\non its way\n" in failed.stdout
+
+
+@pytest.mark.slow
+def test_sanitized_programs_take_their_options(tmp_path: Path) -> None:
+    finished = run(tmp_path, "--device", "cpu", "memcheck")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert results_of(tmp_path) == {"memcheck": "rehearsed without compute-sanitizer"}
+    for what in ("dispatch and combine through slots", "the same with lent rows", "low latency"):
+        assert f"{what}: clean" in finished.stdout
+    log = (tmp_path / "gpu_check.log").read_text(encoding="utf-8")
+    assert "combine logfmt" in log
 
 
 def test_an_unknown_step_is_refused(tmp_path: Path) -> None:

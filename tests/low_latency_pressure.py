@@ -1,0 +1,104 @@
+"""Random low-latency calls for as long as asked: each right against the reference, and the same bits every time.
+
+One Buffer serves every shape, so that each round finds what another shape left behind in its region.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from low_latency_flight import BF16, FP8, FP8_ROUNDED, UE8M0, LowLatencyFlight, Manner, low_latency_buffer
+from pressure import NUM_REPEATS, Choice, Digests, Sizes, be_late, play_rounds
+from reference import Cast
+from utils import Worker
+from workload import Workload
+
+from deep_ep import Buffer
+
+
+def run(worker: Worker, sizes: Sizes, seed: int, seconds: float, least_rounds: int = 4) -> tuple[int, str]:
+    """Collective. The number of rounds, and one digest over the first of them."""
+
+    def play(round_idx: int, choice: Choice) -> Digests:
+        return play_round(worker, sizes, choice, seed * 100_000 + round_idx)
+
+    return play_rounds(worker, seed, seconds, least_rounds, play)
+
+
+def play_round(worker: Worker, sizes: Sizes, choice: Choice, seed: int) -> Digests:
+    """One call, or two that are open at the same time, of any shape, format and mode."""
+    num_bytes = Buffer.get_low_latency_rdma_size_hint(sizes.num_tokens, sizes.hidden, worker.num_ranks,
+                                                      sizes.experts_per_rank * worker.num_ranks)
+    buffer, manner = low_latency_buffer(worker, num_bytes), choose_manner(sizes, choice)
+    work = choose_work(worker.num_ranks, sizes, choice, manner.cast, seed)
+    other = replace(work, num_tokens=work.num_tokens[::-1], num_topk=1, seed=work.seed + 50_000)
+    works = [work, other][:choice.of(1, 2)]
+    flights = [LowLatencyFlight(worker, buffer, each, manner) for each in works]
+    digests = Digests(f"seed {seed}, {works}, {manner}")
+    landings = flights if choice.of(False, True) else flights[::-1]
+    for flight in flights:
+        flight.start_dispatch()
+    for flight in landings:
+        flight.finish_dispatch()
+    for flight in flights:
+        flight.start_combine()
+    for flight in landings:
+        flight.finish_combine()
+    digests.add(*(output for flight in flights for output in outputs_of(flight)))
+    repeat(worker, flights, landings, digests)
+    return digests
+
+
+def choose_manner(sizes: Sizes, choice: Choice) -> Manner:
+    cast = choice.of(*(cast for cast in (BF16, FP8, FP8_ROUNDED, UE8M0) if least_hidden(cast) <= sizes.hidden))
+    combine = choice.of("bfloat16", "bfloat16", "logfmt", "zero copy")
+    return Manner(cast,
+                  mode=choice.of("sync", "async", "hook", "hook"),
+                  max_tokens=sizes.num_tokens if choice.of(False, True) else 0,
+                  use_logfmt=combine == "logfmt",
+                  zero_copy=combine == "zero copy",
+                  has_out=choice.of(False, True),
+                  has_stats=choice.of(False, True))
+
+
+def least_hidden(cast: Cast) -> int:
+    """Of which any row with that cast is a multiple."""
+    return 512 if cast.use_ue8m0 else 128 if cast.use_fp8 else 8
+
+
+def choose_work(num_ranks: int, sizes: Sizes, choice: Choice, cast: Cast, seed: int) -> Workload:
+    unit, most = least_hidden(cast), sizes.num_tokens
+    return Workload(
+        tuple(choice.of(0, 1, most // 3, most) for _ in range(num_ranks)),
+        hidden=choice.of(*sorted({max(unit, sizes.hidden // part // unit * unit)
+                                  for part in (1, 2, 5, 16)})),
+        num_topk=choice.of(*sorted({1, max(1, sizes.num_topk // 2), sizes.num_topk})),
+        experts_per_rank=choice.of(*sorted({1, max(1, sizes.experts_per_rank // 2), sizes.experts_per_rank})),
+        routing=choice.of("random", "random", "holes", "duplicates", "one_rank", "spread"),
+        idx_dtype=choice.of(torch.int64, torch.int32),
+        seed=seed)
+
+
+def outputs_of(flight: LowLatencyFlight) -> list[torch.Tensor]:
+    """Everything that a dispatch and its combine state, without the rows that belong to nobody."""
+    received, counts, handle = flight.received[:3]
+    rows = torch.arange(handle[0].shape[1], device=counts.device) < counts[:, None]
+    x, *scales = received if isinstance(received, tuple) else (received, )
+    return [counts, handle[1], x.view(torch.uint8)[rows], handle[0][rows], *(each[rows] for each in scales),
+            flight.combined[0]]  # yapf: disable
+
+
+def repeat(worker: Worker, flights: list[LowLatencyFlight], landings: list[LowLatencyFlight], digests: Digests) -> None:
+    """The calls again, at different moments; what the experts answer lies ready, so that they follow closely."""
+    answers: dict[Any, torch.Tensor] = {flight: flight.expert_rows() for flight in flights}
+    for i in range(NUM_REPEATS):
+        be_late(worker, i)
+        for flight in flights:
+            flight.start_dispatch()
+        for flight in landings:
+            flight.landed(*flight.received[3:])
+        for flight in flights:
+            flight.start_combine(answers[flight])
+        for flight in landings:
+            flight.landed(*flight.combined[1:])
+        digests.add(*(output for flight in flights for output in outputs_of(flight)))
