@@ -1,29 +1,31 @@
 #!/usr/bin/env python3
-"""What a call of the high-throughput mode costs the thread that makes it, in microseconds.
+"""What a call costs the thread that makes it, in microseconds.
 
     python benchmarks/host_cost.py                on a GPU: one rank, 64 tokens, everything real
     python benchmarks/host_cost.py --python-only  anywhere: streams, events and the native Buffer do nothing
 
 Figures are of the calling thread: its CPU time, and the wall time. The time in which a fresh dispatch waits for the
-counts is left out of both. `--python-only` is for work on the Python part where there is no GPU; it also counts what a
-call asks of the device.
+counts is left out of both; freeing the results is not. `--python-only` is for work on the Python part where there is no
+GPU; it also counts what a call asks of the device. LL is the low-latency mode.
 """
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from deep_ep import Buffer, _streams
+from deep_ep import Buffer, _phases, _streams
 from deep_ep._raw_cuda import EventPool
+from deep_ep.bench.host import Clock, timed_waits, waits
 
 HIDDEN, NUM_EXPERTS, NUM_TOPK, NUM_TOKENS = 7168, 64, 8, 64
+NUM_LL_EXPERTS = 16  # outputs grow with them, and large ones cost the CPU's allocator a system call
 CALLS_IN_A_ROW = 20  # then the device is let catch up, so that no queue fills
 CURRENT_STREAM = 1000
 
@@ -39,23 +41,6 @@ class SoloComm:
 
     def allgather(self, item: Any) -> list[Any]:
         return [item]
-
-
-class TimedRuntime:
-    """The native Buffer's methods, as attributes; what wait_counts takes is added up."""
-
-    def __init__(self, runtime: Any) -> None:
-        for name in ("check", "get_dispatch_layout", "notify_dispatch", "dispatch", "combine"):
-            setattr(self, name, getattr(runtime, name))
-        self._wait_counts = runtime.wait_counts
-        self.cpu_ns = self.wall_ns = 0
-
-    def wait_counts(self) -> Any:
-        cpu, wall = time.thread_time_ns(), time.perf_counter_ns()
-        counts = self._wait_counts()
-        self.wall_ns += time.perf_counter_ns() - wall
-        self.cpu_ns += time.thread_time_ns() - cpu
-        return counts
 
 
 class Nothing:
@@ -75,29 +60,39 @@ class Nothing:
         return method
 
 
-def measure(call: Callable[[], Any], runtime: TimedRuntime, settle: Callable[[], None],
-            num_rounds: int) -> tuple[float, float]:
+def measure(call: Callable[[], Any], settle: Callable[[], None], num_rounds: int) -> tuple[float, float]:
     """Median CPU and wall time of a call."""
     cpu_us, wall_us = [], []
     for _ in range(num_rounds):
         settle()
-        runtime.cpu_ns = runtime.wall_ns = 0
-        cpu, wall = time.thread_time_ns(), time.perf_counter_ns()
+        waits.take()
+        start = Clock.now()
         for _ in range(CALLS_IN_A_ROW):
             call()
-        wall = time.perf_counter_ns() - wall - runtime.wall_ns
-        cpu = time.thread_time_ns() - cpu - runtime.cpu_ns
-        cpu_us.append(cpu / CALLS_IN_A_ROW / 1e3)
-        wall_us.append(wall / CALLS_IN_A_ROW / 1e3)
+        spent = Clock.now().since(start).since(waits.take())
+        cpu_us.append(spent.cpu / CALLS_IN_A_ROW / 1e3)
+        wall_us.append(spent.wall / CALLS_IN_A_ROW / 1e3)
     return statistics.median(cpu_us), statistics.median(wall_us)
 
 
-def make_calls(buffer: Buffer, device: torch.device) -> dict[str, Callable[[], Any]]:
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.rand((NUM_TOKENS, NUM_EXPERTS), generator=generator)
-    topk_idx = scores.topk(NUM_TOPK, dim=1).indices.to(device)
-    weights = torch.rand((NUM_TOKENS, NUM_TOPK), generator=generator).to(device)
-    x = torch.ones((NUM_TOKENS, HIDDEN), dtype=torch.bfloat16, device=device)
+@dataclass
+class Inputs:
+    """Of one rank."""
+
+    x: torch.Tensor
+    topk_idx: torch.Tensor
+    weights: torch.Tensor
+
+    @staticmethod
+    def make(device: torch.device, num_experts: int) -> Inputs:
+        generator = torch.Generator().manual_seed(0)
+        topk_idx = torch.rand((NUM_TOKENS, num_experts), generator=generator).topk(NUM_TOPK, dim=1).indices
+        return Inputs(torch.ones((NUM_TOKENS, HIDDEN), dtype=torch.bfloat16, device=device), topk_idx.to(device),
+                      torch.rand((NUM_TOKENS, NUM_TOPK), generator=generator).to(device))
+
+
+def high_throughput_calls(buffer: Buffer, inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    x, topk_idx, weights = inputs.x, inputs.topk_idx, inputs.weights
     per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, NUM_EXPERTS)
     fresh: dict[str, Any] = {
         "num_tokens_per_rank": per_rank,
@@ -131,6 +126,36 @@ def make_calls(buffer: Buffer, device: torch.device) -> dict[str, Callable[[], A
     }
 
 
+def low_latency_calls(buffer: Buffer, inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    x, topk_idx, weights = inputs.x, inputs.topk_idx, inputs.weights
+    rows, _, handle, _, _ = buffer.low_latency_dispatch(x, topk_idx, NUM_TOKENS, NUM_LL_EXPERTS, use_fp8=False)
+    assert isinstance(rows, torch.Tensor)
+    out = torch.empty_like(x)
+
+    def dispatch(**options: Any) -> Any:
+        return buffer.low_latency_dispatch(x, topk_idx, NUM_TOKENS, NUM_LL_EXPERTS, **options)
+
+    def combine(**options: Any) -> Any:
+        return buffer.low_latency_combine(rows, topk_idx, weights, handle, **options)
+
+    def with_hook(call: Callable[..., Any]) -> None:
+        call(return_recv_hook=True)[-1]()
+
+    def asynchronous(call: Callable[..., Any]) -> None:
+        call(async_finish=True)[-2].current_stream_wait()
+
+    return {
+        "LL dispatch": dispatch,
+        "LL dispatch, BF16": lambda: dispatch(use_fp8=False),
+        "LL dispatch, hook": lambda: with_hook(dispatch),
+        "LL combine": combine,
+        "LL combine, out": lambda: combine(out=out),
+        "LL combine, hook": lambda: with_hook(combine),
+        "LL dispatch, async": lambda: asynchronous(dispatch),
+        "LL combine, async": lambda: asynchronous(combine),
+    }
+
+
 def time_primitives(buffer: Buffer, device: torch.device) -> None:
     """What a call is made of, one by one: what remains when the Python part is nothing."""
     session = buffer._session
@@ -143,14 +168,22 @@ def time_primitives(buffer: Buffer, device: torch.device) -> None:
     prefix = torch.full((1, 1), NUM_TOKENS, dtype=torch.int32, device=device)
     head = torch.arange(NUM_TOKENS, dtype=torch.int32, device=device)
     addresses = [tensor.data_ptr() for tensor in (x, prefix, head, torch.empty_like(x))]
+    topk_idx = Inputs.make(device, NUM_EXPERTS).topk_idx
+    counts = [
+        tensor.data_ptr() for tensor in buffer.get_dispatch_layout(topk_idx, NUM_EXPERTS)[:4] if tensor is not None
+    ]
     primitives: dict[str, Callable[[], Any]] = {
-        "launch of combine":
+        "launch of combine":  # a cooperative one
         lambda: runtime.combine(addresses[0], NUM_TOKENS, HIDDEN, 0, 0, 0, 0, addresses[1], addresses[2], NUM_TOKENS,
                                 addresses[3], 0, 20, handle),
+        "launch of layout":  # an ordinary one
+        lambda: runtime.get_dispatch_layout(topk_idx.data_ptr(), 8, NUM_TOKENS, NUM_TOPK, NUM_EXPERTS, *counts, handle),
         "native check":
         runtime.check,
         "torch.empty 2-D":
         lambda: torch.empty(NUM_TOKENS, HIDDEN, dtype=torch.bfloat16, device=device),
+        "new_empty":
+        lambda: x.new_empty(NUM_TOKENS, HIDDEN),
         "torch.empty, tuple":
         lambda: torch.empty((NUM_TOKENS, HIDDEN), dtype=torch.bfloat16, device=device),
         "record_event":
@@ -159,6 +192,12 @@ def time_primitives(buffer: Buffer, device: torch.device) -> None:
         lambda: native.stream_wait_event(handle, event),
         "torch wait_stream":
         lambda: stream.wait_stream(session.streams.comm_stream),
+        "torch.empty_strided":
+        lambda: torch.empty_strided((NUM_TOKENS, HIDDEN), (1, NUM_TOKENS), dtype=torch.bfloat16, device=device),
+        "as_strided":
+        lambda: x.as_strided((2, HIDDEN), (HIDDEN, 1)),
+        "slice":
+        lambda: x[1:],
         "record_stream":
         lambda: x.record_stream(session.streams.comm_stream),
         "torch current_stream":
@@ -166,10 +205,9 @@ def time_primitives(buffer: Buffer, device: torch.device) -> None:
     }
     if hasattr(native, "stream_kind"):
         primitives["stream_kind"] = lambda: native.stream_kind(handle)
-    runtime_without_waits = SimpleNamespace(cpu_ns=0, wall_ns=0)
     for name, primitive in primitives.items():
-        measure(primitive, runtime_without_waits, torch.cuda.synchronize, 5)  # type: ignore[arg-type]
-        cpu, wall = measure(primitive, runtime_without_waits, torch.cuda.synchronize, 30)  # type: ignore[arg-type]
+        measure(primitive, torch.cuda.synchronize, 5)
+        cpu, wall = measure(primitive, torch.cuda.synchronize, 30)
         print(f"{name:24} {cpu:8.2f} {wall:8.2f}")
 
 
@@ -199,6 +237,7 @@ def pretend_cuda(buffer: Buffer, counts: Counter[str]) -> None:
     }
     for name, replacement in replacements.items():
         setattr(_streams, name, replacement)
+    _phases.current_stream_handle = replacements["current_stream_handle"]
 
 
 def main() -> None:
@@ -208,26 +247,28 @@ def main() -> None:
     options = parser.parse_args()
     is_real = not options.python_only
     device = torch.device("cuda", torch.cuda.current_device()) if is_real else torch.device("cpu")
-    counts: Counter[str] = Counter()
-    with Buffer(None, 64 << 20, comm=SoloComm()) as buffer:
+    num_bytes = Buffer.get_low_latency_rdma_size_hint(NUM_TOKENS, HIDDEN, 1, NUM_LL_EXPERTS)
+    with Buffer(None, 64 << 20, num_bytes, low_latency_mode=True, comm=SoloComm()) as buffer, timed_waits():
         session = buffer._session
         assert session is not None
         real = session.streams, session.runtime
+        counts: Counter[str] = Counter()
         if not is_real:
             pretend_cuda(buffer, counts)
-        calls = make_calls(buffer, device)
+        calls = {
+            **high_throughput_calls(buffer, Inputs.make(device, NUM_EXPERTS)),
+            **low_latency_calls(buffer, Inputs.make(device, NUM_LL_EXPERTS))
+        }
         if not is_real:  # nothing to record on in torch
             calls = {name: call for name, call in calls.items() if name[-5:] not in ("async", "apped")}
-        runtime = TimedRuntime(session.runtime)
-        session.runtime = runtime  # type: ignore[assignment]
         settle = torch.cuda.synchronize if is_real else lambda: None
         print(f"{'call':24} {'cpu us':>8} {'wall us':>8}")
         for name, call in calls.items():
-            measure(call, runtime, settle, 5)
+            measure(call, settle, 5)
             counts.clear()
             call()
             asked = ", ".join(f"{what} {count}" for what, count in sorted(counts.items()))
-            cpu, wall = measure(call, runtime, settle, options.rounds)
+            cpu, wall = measure(call, settle, options.rounds)
             print(f"{name:24} {cpu:8.2f} {wall:8.2f}  {asked}")
         session.streams, session.runtime = real
         if is_real:

@@ -115,8 +115,8 @@ class Session:
         self.topology = topology
         self.rank = rank
         self.num_ranks = num_ranks
-        self.known_handles = KnownTensors()  # send_head, rank_prefix_matrix, recv_src_idx
-        self.known_layouts = KnownTensors()  # is_token_in_rank, num_tokens_per_rank, num_tokens_per_expert
+        self.known_handles = KnownTensors[tuple[int, int]]()  # send_head, rank_prefix_matrix, recv_src_idx: N, M
+        self.known_layouts = KnownTensors[bool]()  # is_token_in_rank, num_tokens_per_rank, num_tokens_per_expert
         # In the place of the two matrices of a handle that this version has no use for; no data, so all can share it.
         self.unused_matrix = torch.empty(num_ranks, 0, dtype=torch.int32, device=streams.device)
         self.cost_model = cost_model

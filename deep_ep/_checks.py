@@ -64,6 +64,20 @@ def _find_fault(name: str, value: Any, device: torch.device, shape: Sequence[Opt
     return ValueError(f"{name} must be contiguous (row-major), got {_describe(value)}")
 
 
+def check_matrix(name: str,
+                 value: Any,
+                 device: torch.device,
+                 dtypes: Sequence[torch.dtype] = (),
+                 num_rows: Optional[int] = None) -> torch.Size:
+    """The shape of a contiguous 2-D tensor of one of `dtypes` (empty: any), on `device`."""
+    if (isinstance(value, torch.Tensor) and (value.dtype in dtypes or not dtypes) and value.device == device
+            and value.is_contiguous()):
+        shape = value.shape
+        if len(shape) == 2 and (shape[0] == num_rows or num_rows is None):
+            return shape
+    raise _find_fault(name, value, device, (num_rows, None), dtypes)
+
+
 def check_int(name: str, value: Any, minimum: int, multiple_of: int = 1) -> int:
     if type(value) is int and value >= minimum and value % multiple_of == 0:
         return value
@@ -85,22 +99,20 @@ def check_positive(name: str, value: Any) -> float:
     return float(value)
 
 
-def check_rows(
-    name: str,
-    value: Any,
-    device: torch.device,
-    dtypes: Sequence[torch.dtype] = (),
-    shape: Sequence[Optional[int]] = (None, None)
-) -> torch.Tensor:
-    """Token rows: 2-D, contiguous, with whole 16-byte units in a row."""
-    rows = check_tensor(name, value, device, shape, dtypes)
-    row_bytes = rows.shape[1] * rows.element_size()
+def check_rows(name: str,
+               value: Any,
+               device: torch.device,
+               dtypes: Sequence[torch.dtype] = (),
+               num_rows: Optional[int] = None) -> torch.Size:
+    """The shape of token rows: 2-D, contiguous, with whole 16-byte units in a row."""
+    shape = check_matrix(name, value, device, dtypes, num_rows)
+    row_bytes = shape[1] * value.element_size()
     if row_bytes == 0 or row_bytes % ROW_ALIGNMENT_BYTES:
         raise ValueError(f"{name} must have rows of a positive multiple of {ROW_ALIGNMENT_BYTES} bytes, got "
-                         f"{row_bytes} bytes ({_describe(rows)})")
-    if rows.data_ptr() % ROW_ALIGNMENT_BYTES:
-        check_alignment(name, rows)
-    return rows
+                         f"{row_bytes} bytes ({_describe(value)})")
+    if value.data_ptr() % ROW_ALIGNMENT_BYTES:
+        check_alignment(name, value)
+    return shape
 
 
 def check_alignment(name: str, rows: torch.Tensor) -> None:
@@ -111,21 +123,23 @@ def check_alignment(name: str, rows: torch.Tensor) -> None:
 def check_payload(x: Any, device: torch.device) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
     """`x` of dispatch: rows, or (rows of 1-byte elements, scales)."""
     if not isinstance(x, tuple):
-        return check_rows("x", x, device), None
+        check_rows("x", x, device)
+        return x, None
     if len(x) != 2:
         raise ValueError(f"x must be a tensor or a tuple (data, scales), got a tuple of {len(x)}")
-    rows = check_rows("x[0]", x[0], device)
+    rows, scales = x
+    num_tokens, _ = check_rows("x[0]", rows, device)
     if rows.element_size() != 1:
         raise TypeError(f"x[0] must have a 1-byte dtype when scales are given, got {_describe(rows)}")
-    scales = check_tensor("x[1] (scales)", x[1], device, (rows.shape[0], None), (torch.float32, torch.int32), False)
+    check_tensor("x[1] (scales)", scales, device, (num_tokens, None), (torch.float32, torch.int32), False)
     return rows, scales
 
 
-def check_topk_idx(topk_idx: Any, device: torch.device, num_tokens: Optional[int] = None) -> torch.Tensor:
-    checked = check_tensor("topk_idx", topk_idx, device, (num_tokens, None), INDEX_DTYPES)
-    if checked.shape[1] == 0:
-        raise ValueError(f"topk_idx must have at least one column, got {_describe(checked)}")
-    return checked
+def check_topk_idx(topk_idx: Any, device: torch.device, num_tokens: Optional[int] = None) -> torch.Size:
+    shape = check_matrix("topk_idx", topk_idx, device, INDEX_DTYPES, num_tokens)
+    if shape[1] == 0:
+        raise ValueError(f"topk_idx must have at least one column, got {_describe(topk_idx)}")
+    return shape
 
 
 def check_num_experts(name: str, num_experts: int, num_ranks: int) -> int:

@@ -1,38 +1,36 @@
-"""The handle of a high-throughput dispatch, and which tensors need no more checks."""
+"""Which tensors need no more checks."""
 
 import weakref
-from typing import NamedTuple
+from typing import Generic, Optional, TypeVar
 
 import torch
 
-
-class Handle(NamedTuple):
-    """What a dispatch leaves for combine and for later dispatches with the same routing (R ranks, N tokens, M rows)."""
-
-    rank_prefix_matrix: torch.Tensor  # int32 [R, R]; [src][dst]: one past the last row that dst receives from src
-    channel_prefix_matrix: torch.Tensor  # int32 [R, 0]: kept for its place in the tuple
-    recv_channel_prefix_matrix: torch.Tensor  # int32 [R, 0]: kept for its place in the tuple
-    recv_src_idx: torch.Tensor  # int32 [M]; index of the received token at its source
-    is_token_in_rank: torch.Tensor  # bool [N, R]
-    send_head: torch.Tensor  # int32 [N, R]; position among the tokens sent to that rank, -1: not sent
+T = TypeVar("T")
 
 
-class KnownTensors:
+class KnownTensors(Generic[T]):
     """Tensors that were checked together or made here, known again by their identity; this does not keep them alive.
 
-    A layout is used once for each dispatch and a handle at least once, and the checks of either take 2 us.
+    A layout is used once for each dispatch and a handle at least once, and the checks of either take 2 us. With the
+    tensors goes what was found out about them.
     """
 
     MOST = 256
 
     def __init__(self) -> None:
-        self._refs: dict[int, tuple[weakref.ref[torch.Tensor], ...]] = {}  # by id of the first tensor
+        self._entries: dict[int, tuple[tuple[weakref.ref[torch.Tensor], ...], T]] = {}  # by id of the first tensor
 
-    def add(self, first: torch.Tensor, second: torch.Tensor, third: torch.Tensor) -> None:
-        if len(self._refs) >= self.MOST:  # most of them are dead; those that are not are checked once more
-            self._refs.clear()
-        self._refs[id(first)] = (weakref.ref(first), weakref.ref(second), weakref.ref(third))
+    def add(self, finding: T, *tensors: torch.Tensor) -> None:
+        if len(self._entries) >= self.MOST:  # most of them are dead; those that are not are checked once more
+            self._entries.clear()
+        self._entries[id(tensors[0])] = (tuple(map(weakref.ref, tensors)), finding)
 
-    def has(self, first: object, second: object, third: object) -> bool:
-        refs = self._refs.get(id(first))
-        return refs is not None and refs[0]() is first and refs[1]() is second and refs[2]() is third
+    def find(self, *tensors: object) -> Optional[T]:
+        """What is known of exactly these tensors, if anything is."""
+        entry = self._entries.get(id(tensors[0]))
+        if entry is None:
+            return None
+        for ref, tensor in zip(entry[0], tensors):
+            if ref() is not tensor:
+                return None
+        return entry[1]

@@ -10,7 +10,6 @@ import torch
 from deep_ep import _checks
 from deep_ep._bootstrap import Session
 from deep_ep._errors import Error
-from deep_ep._handles import Handle
 from deep_ep._lending import Lender, Spec
 from deep_ep._streams import Operation, is_capturing
 from deep_ep.utils import EventHandle, EventOverlap
@@ -18,6 +17,19 @@ from deep_ep.utils import EventHandle, EventOverlap
 Payload = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 DispatchResult = tuple[Payload, Optional[torch.Tensor], Optional[torch.Tensor], Optional[list[int]],
                        Optional[tuple[torch.Tensor, ...]], EventOverlap]
+
+BFLOAT16 = (torch.bfloat16, )
+FLOAT32 = (torch.float32, )
+INT32 = (torch.int32, )
+
+# A handle is what a dispatch leaves for combine and for later dispatches with the same routing (R ranks, N tokens of
+# this rank, M rows received), in this order, on which callers count:
+#   rank_prefix_matrix int32 [R, R]; [src][dst]: one past the last row that dst receives from src
+#   two tensors without data, of which this version has no use
+#   recv_src_idx int32 [M]; index of the received token at its source
+#   is_token_in_rank bool [N, R]
+#   send_head int32 [N, R]; position among the tokens sent to that rank, -1: not sent
+NUM_HANDLE_FIELDS = 6
 
 
 class Routing(NamedTuple):
@@ -69,10 +81,9 @@ def get_dispatch_layout(
     async_finish: bool, allocate_on_comm_stream: bool
 ) -> tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torch.Tensor, EventOverlap]:
     device, num_ranks = session.streams.device, session.num_ranks
-    topk_idx = _checks.check_topk_idx(topk_idx, device)
+    num_tokens, num_topk = _checks.check_topk_idx(topk_idx, device)
     num_experts = _checks.check_int("num_experts", num_experts, 1)
     _checks.check_num_experts("num_experts", num_experts, num_ranks)
-    num_tokens, num_topk = topk_idx.shape
     with open_operation(session, "get_dispatch_layout", previous_event, async_finish,
                         allocate_on_comm_stream) as operation:
         with operation.allocation():
@@ -83,7 +94,7 @@ def get_dispatch_layout(
         session.runtime.get_dispatch_layout(_ptr(topk_idx), topk_idx.element_size(), num_tokens, num_topk, num_experts,
                                             _ptr(per_rank), _ptr(per_expert), _ptr(in_rank), operation.stream)
         event = close_operation(operation)
-    session.known_layouts.add(in_rank, per_rank, per_expert)
+    session.known_layouts.add(True, in_rank, per_rank, per_expert)
     return per_rank, None, per_expert, in_rank, event
 
 
@@ -97,13 +108,13 @@ def dispatch_fresh(session: Session, x: Payload, routing: Routing, expert_alignm
     num_worst_tokens = _checks.check_int("num_worst_tokens", num_worst_tokens, 0)
     if num_worst_tokens and routing.topk_idx is None:
         raise ValueError("num_worst_tokens needs topk_idx and topk_weights: -1 in recv_topk_idx marks the unused rows")
-    if not num_worst_tokens and is_capturing():
-        raise Error("dispatch: inside a CUDA graph the host cannot learn the receive count; pass num_worst_tokens, or "
-                    "the handle of an earlier dispatch")
     num_experts = routing.num_tokens_per_expert.shape[0]
     per_expert: list[int] = []
-    received = None
+    num_rows, received = num_worst_tokens, None
     with open_operation(session, "dispatch", previous_event, async_finish, allocate_on_comm_stream) as operation:
+        if operation.is_captured and not num_worst_tokens:
+            raise Error("dispatch: inside a CUDA graph the host cannot learn the receive count; pass num_worst_tokens, "
+                        "or the handle of an earlier dispatch")
         with operation.allocation():
             rank_prefix_matrix, send_head = _notify_outputs(session, num_tokens)
             if num_worst_tokens:
@@ -120,28 +131,29 @@ def dispatch_fresh(session: Session, x: Payload, routing: Routing, expert_alignm
         outputs, recv_src_idx = received
         operation.add((*outputs, recv_src_idx))
         unused = session.unused_matrix
-        handle = Handle(rank_prefix_matrix, unused, unused, recv_src_idx, routing.is_token_in_rank, send_head)
-        _send_rows(session, rows, scales, routing, num_experts, handle, recv_src_idx, outputs, num_worst_tokens > 0,
-                   num_sms, operation)
+        handle = (rank_prefix_matrix, unused, unused, recv_src_idx, routing.is_token_in_rank, send_head)
+        _send_rows(session, rows, scales, routing, num_experts, rank_prefix_matrix, send_head, recv_src_idx, outputs,
+                   num_rows, num_worst_tokens > 0, num_sms, operation)
         event = close_operation(operation)
-    session.known_handles.add(send_head, rank_prefix_matrix, recv_src_idx)
-    return outputs.payload(), outputs.topk_idx, outputs.topk_weights, list(per_expert), tuple(handle), event
+    session.known_handles.add((num_tokens, num_rows), send_head, rank_prefix_matrix, recv_src_idx)
+    return outputs.payload(), outputs.topk_idx, outputs.topk_weights, per_expert, handle, event
 
 
 def dispatch_cached(session: Session, x: Payload, handle: Any, num_sms: int, previous_event: Optional[EventOverlap],
                     async_finish: bool, allocate_on_comm_stream: bool) -> DispatchResult:
     device = session.streams.device
-    checked = check_handle(session, handle)
+    rank_prefix_matrix, send_head, num_tokens, num_rows = read_handle(session, handle)
     rows, scales = _checks.check_payload(x, device)
-    if rows.shape[0] != checked.send_head.shape[0]:
-        raise ValueError(f"x must have {checked.send_head.shape[0]} rows, the tokens of the dispatch that made the "
-                         f"handle, got {rows.shape[0]}")
+    if rows.shape[0] != num_tokens:
+        raise ValueError(f"x must have {num_tokens} rows, the tokens of the dispatch that made the handle, got "
+                         f"{rows.shape[0]}")
     with open_operation(session, "dispatch", previous_event, async_finish, allocate_on_comm_stream) as operation:
         with operation.allocation():
-            outputs, _ = _receive_outputs(session, rows, scales, None, checked.recv_src_idx.shape[0], operation)
-        operation.start((rows, scales, checked.rank_prefix_matrix, checked.send_head), outputs)
+            outputs, _ = _receive_outputs(session, rows, scales, None, num_rows, operation)
+        operation.start((rows, scales, rank_prefix_matrix, send_head), outputs)
         # The handle may come from a worst-case dispatch: fewer rows than it has room for are no error.
-        _send_rows(session, rows, scales, None, 0, checked, None, outputs, True, num_sms, operation)
+        _send_rows(session, rows, scales, None, 0, rank_prefix_matrix, send_head, None, outputs, num_rows, True,
+                   num_sms, operation)
         event = close_operation(operation)
     return outputs.payload(), None, None, None, None, event
 
@@ -150,16 +162,14 @@ def combine(session: Session, x: torch.Tensor, handle: Any, topk_weights: Option
             num_sms: int, previous_event: Optional[EventOverlap], async_finish: bool,
             allocate_on_comm_stream: bool) -> tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]:
     device = session.streams.device
-    checked = check_handle(session, handle)
-    num_rows, num_tokens = checked.recv_src_idx.shape[0], checked.send_head.shape[0]
-    rows = _checks.check_rows("x", x, device, (torch.bfloat16, ))
-    given_rows, hidden = rows.shape
+    rank_prefix_matrix, send_head, num_tokens, num_rows = read_handle(session, handle)
+    given_rows, hidden = _checks.check_rows("x", x, device, BFLOAT16)
     if given_rows != num_rows:
         raise ValueError(f"x must have {num_rows} rows, those that the dispatch of this handle received, got "
                          f"{given_rows}")
+    num_topk = 0
     if topk_weights is not None:
-        _checks.check_tensor("topk_weights", topk_weights, device, (num_rows, None), (torch.float32, ))
-    num_topk = 0 if topk_weights is None else topk_weights.shape[1]
+        _, num_topk = _checks.check_matrix("topk_weights", topk_weights, device, FLOAT32, num_rows)
     biases = _check_bias(bias, device, num_tokens, hidden)
     with open_operation(session, "combine", previous_event, async_finish, allocate_on_comm_stream) as operation:
         with operation.allocation():
@@ -167,11 +177,10 @@ def combine(session: Session, x: torch.Tensor, handle: Any, topk_weights: Option
             weights = None
             if topk_weights is not None:
                 weights = torch.empty(num_tokens, num_topk, dtype=torch.float32, device=device)
-        operation.start((rows, topk_weights, *biases, checked.rank_prefix_matrix, checked.send_head),
-                        (combined, weights))
-        session.runtime.combine(rows.data_ptr(), num_rows, hidden, _ptr(topk_weights), num_topk, _ptr(biases[0]),
-                                _ptr(biases[1]), checked.rank_prefix_matrix.data_ptr(), checked.send_head.data_ptr(),
-                                num_tokens, combined.data_ptr(), _ptr(weights), num_sms, operation.stream)
+        operation.start((x, topk_weights, *biases, rank_prefix_matrix, send_head), (combined, weights))
+        session.runtime.combine(x.data_ptr(), num_rows, hidden, _ptr(topk_weights), num_topk, _ptr(biases[0]),
+                                _ptr(biases[1]), rank_prefix_matrix.data_ptr(), send_head.data_ptr(), num_tokens,
+                                combined.data_ptr(), _ptr(weights), num_sms, operation.stream)
         event = close_operation(operation)
     return combined, weights, event
 
@@ -193,23 +202,23 @@ def lend(session: Session, shape: Any, dtype: torch.dtype) -> torch.Tensor:
     return made[0]
 
 
-def check_handle(session: Session, handle: Any) -> Handle:
-    """A handle of dispatch, or the same tensors after a trip through save_for_backward."""
+def read_handle(session: Session, handle: Any) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    """(rank_prefix_matrix, send_head, N, M) of a dispatch's handle, also after a trip through save_for_backward."""
     if not isinstance(handle, (tuple, list)):
         raise TypeError(f"handle must be the tuple that dispatch returned, got {type(handle).__name__}")
-    if len(handle) != len(Handle._fields):
-        raise ValueError(f"handle must have {len(Handle._fields)} tensors, got {len(handle)}")
-    device, num_ranks = session.streams.device, session.num_ranks
-    checked = Handle(*handle)
-    if session.known_handles.has(checked.send_head, checked.rank_prefix_matrix, checked.recv_src_idx):
-        return checked
-    int32 = (torch.int32, )
-    _checks.check_tensor("handle[0] (rank_prefix_matrix)", checked.rank_prefix_matrix, device, (num_ranks, num_ranks),
-                         int32)
-    _checks.check_tensor("handle[3] (recv_src_idx)", checked.recv_src_idx, device, (None, ), int32)
-    _checks.check_tensor("handle[5] (send_head)", checked.send_head, device, (None, num_ranks), int32)
-    session.known_handles.add(checked.send_head, checked.rank_prefix_matrix, checked.recv_src_idx)
-    return checked
+    if len(handle) != NUM_HANDLE_FIELDS:
+        raise ValueError(f"handle must have {NUM_HANDLE_FIELDS} tensors, got {len(handle)}")
+    rank_prefix_matrix, _, _, recv_src_idx, _, send_head = handle
+    known = session.known_handles.find(send_head, rank_prefix_matrix, recv_src_idx)
+    if known is None:
+        device, num_ranks = session.streams.device, session.num_ranks
+        _checks.check_tensor("handle[0] (rank_prefix_matrix)", rank_prefix_matrix, device, (num_ranks, num_ranks),
+                             INT32)
+        _checks.check_tensor("handle[3] (recv_src_idx)", recv_src_idx, device, (None, ), INT32)
+        _checks.check_tensor("handle[5] (send_head)", send_head, device, (None, num_ranks), INT32)
+        known = send_head.shape[0], recv_src_idx.shape[0]
+        session.known_handles.add(known, send_head, rank_prefix_matrix, recv_src_idx)
+    return rank_prefix_matrix, send_head, *known
 
 
 def make_routing(num_tokens_per_rank: Optional[torch.Tensor], num_tokens_per_expert: Optional[torch.Tensor],
@@ -233,21 +242,20 @@ def make_routing(num_tokens_per_rank: Optional[torch.Tensor], num_tokens_per_exp
 def _check_routing(session: Session, routing: Routing, num_tokens: int) -> None:
     device = session.streams.device
     per_rank, per_expert, in_rank = routing[:3]
-    if not session.known_layouts.has(in_rank, per_rank, per_expert) or in_rank.shape[0] != num_tokens:
+    if not session.known_layouts.find(in_rank, per_rank, per_expert) or in_rank.shape[0] != num_tokens:
         _check_layout(per_rank, per_expert, in_rank, device, (num_tokens, session.num_ranks))
-        session.known_layouts.add(in_rank, per_rank, per_expert)
+        session.known_layouts.add(True, in_rank, per_rank, per_expert)
     if routing.topk_idx is not None:
-        topk_idx = _checks.check_topk_idx(routing.topk_idx, device, num_tokens)
-        _checks.check_tensor("topk_weights", routing.topk_weights, device, tuple(topk_idx.shape), (torch.float32, ))
+        shape = _checks.check_topk_idx(routing.topk_idx, device, num_tokens)
+        _checks.check_tensor("topk_weights", routing.topk_weights, device, shape, FLOAT32)
 
 
 def _check_layout(per_rank: torch.Tensor, per_expert: torch.Tensor, in_rank: torch.Tensor, device: torch.device,
                   shape: tuple[int, int]) -> None:
     _, num_ranks = shape
-    int32 = (torch.int32, )
-    _checks.check_tensor("num_tokens_per_rank", per_rank, device, (num_ranks, ), int32)
+    _checks.check_tensor("num_tokens_per_rank", per_rank, device, (num_ranks, ), INT32)
     _checks.check_tensor("is_token_in_rank", in_rank, device, shape, (torch.bool, ))
-    _checks.check_tensor("num_tokens_per_expert", per_expert, device, (None, ), int32)
+    _checks.check_tensor("num_tokens_per_expert", per_expert, device, (None, ), INT32)
     _checks.check_num_experts("the length of num_tokens_per_expert", per_expert.shape[0], num_ranks)
 
 
@@ -258,11 +266,11 @@ def _check_bias(bias: Any, device: torch.device, num_tokens: int,
     given = bias if isinstance(bias, tuple) else (bias, )
     if not 1 <= len(given) <= 2:
         raise ValueError(f"bias must be a tensor or a tuple of two, got a tuple of {len(given)}")
-    checked = [
-        _checks.check_rows("bias" if not isinstance(bias, tuple) else f"bias[{i}]", tensor, device, (torch.bfloat16, ),
-                           (num_tokens, hidden)) for i, tensor in enumerate(given)
-    ]
-    return checked[0], checked[1] if len(checked) == 2 else None
+    for i, tensor in enumerate(given):
+        name = f"bias[{i}]" if isinstance(bias, tuple) else "bias"
+        _checks.check_tensor(name, tensor, device, (num_tokens, hidden), BFLOAT16)
+        _checks.check_alignment(name, tensor)
+    return given[0], given[1] if len(given) == 2 else None
 
 
 def _notify_outputs(session: Session, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -317,19 +325,21 @@ def _lent_outputs(lender: Lender, rows: torch.Tensor, scales: Optional[torch.Ten
 
 
 def _send_rows(session: Session, rows: torch.Tensor, scales: Optional[torch.Tensor], routing: Optional[Routing],
-               num_experts: int, handle: Handle, recv_src_idx: Optional[torch.Tensor], outputs: Outputs,
-               is_worst_case: bool, num_sms: int, operation: Operation) -> None:
-    topk_idx = None if routing is None else routing.topk_idx
-    topk_weights = None if routing is None else routing.topk_weights
+               num_experts: int, rank_prefix_matrix: torch.Tensor, send_head: torch.Tensor,
+               recv_src_idx: Optional[torch.Tensor], outputs: Outputs, num_rows: int, is_worst_case: bool, num_sms: int,
+               operation: Operation) -> None:
+    topk_idx = topk_weights = None
+    num_topk, idx_bytes = 0, 8
+    if routing is not None and routing.topk_idx is not None:
+        topk_idx, topk_weights = routing.topk_idx, routing.topk_weights
+        num_topk, idx_bytes = topk_idx.shape[1], topk_idx.element_size()
     num_tokens, hidden = rows.shape
     num_scales, stride_token, stride_scale = 0, 0, 0
     if scales is not None:
         num_scales, stride_token, stride_scale = scales.shape[1], scales.stride(0), scales.stride(1)
     session.runtime.dispatch(rows.data_ptr(), num_tokens,
                              hidden * rows.element_size(), _ptr(scales), num_scales, stride_token, stride_scale,
-                             _ptr(topk_idx), _ptr(topk_weights), 0 if topk_idx is None else topk_idx.shape[1],
-                             8 if topk_idx is None else topk_idx.element_size(), num_experts,
-                             handle.rank_prefix_matrix.data_ptr(), handle.send_head.data_ptr(), outputs.x.data_ptr(),
+                             _ptr(topk_idx), _ptr(topk_weights), num_topk, idx_bytes, num_experts,
+                             rank_prefix_matrix.data_ptr(), send_head.data_ptr(), outputs.x.data_ptr(),
                              _ptr(outputs.scales), _ptr(outputs.topk_idx), _ptr(outputs.topk_weights),
-                             _ptr(recv_src_idx), outputs.x.shape[0], is_worst_case, routing is None, num_sms,
-                             operation.stream)
+                             _ptr(recv_src_idx), num_rows, is_worst_case, routing is None, num_sms, operation.stream)

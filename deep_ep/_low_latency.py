@@ -1,68 +1,30 @@
 """The low-latency calls: checks, allocation, and the native launches, one for each phase or one for both."""
 
 import functools
-from collections.abc import Sequence
-from typing import Any, Callable, NamedTuple, Optional, Union
+from typing import Any, Callable, Optional, Union
 
 import torch
 
 from deep_ep import _checks
 from deep_ep._bootstrap import Session
+from deep_ep._handles import KnownTensors
+from deep_ep._low_latency_plan import BF16_ALIGNMENT, INT32_BYTES, PLAIN, Format, Plan, Shape, check_max_tokens
 from deep_ep._memory import view_memory
-from deep_ep._phases import PhaseOrder, Phases, open_phases
+from deep_ep._phases import PhaseOrder, Phases, Tensors, open_phases
 from deep_ep.utils import EventHandle, EventOverlap
 from deep_ep_cpp import Buffer as NativeBuffer
 from deep_ep_cpp import InvalidArgument, get_low_latency_rdma_size_hint
 
 Payload = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 DispatchResult = tuple[Payload, torch.Tensor, tuple[Any, ...], EventOverlap, Optional[Callable[[], None]]]
+Form = tuple[bool, bool, bool]  # the three of a Format
 CombineResult = tuple[torch.Tensor, EventOverlap, Optional[Callable[[], None]]]
 
-MAX_TOKENS = 4096  # of one rank in one call; csrc/layout/low_latency.h
-BF16_ALIGNMENT = 8  # channels in 16 bytes
-SCALE_GROUP = 128  # channels with one FP8 scale
-PACKED_GROUP = 4 * SCALE_GROUP  # channels with one word of UE8M0 scales
-INT32_BYTES = 4
-
-
-class Shape(NamedTuple):
-    """What every native call begins with (R ranks, El experts on each, T tokens of a rank at most)."""
-
-    num_max_tokens: int
-    num_topk: int
-    num_experts: int
-    hidden: int
-
-
-class Handle(NamedTuple):
-    """What a dispatch leaves for its combine.
-
-    Behind src_info, in the same storage, lies row_of_entry, int32 [R, T, K]: the row of each top-k entry that has its
-    expert here. Combine needs it, and callers count on a handle of these five.
-    """
-
-    src_info: torch.Tensor  # int32 [El, R * T]; index of the row's token at its source
-    layout_range: torch.Tensor  # int64 [El, R]; rows of each source: first << 32 | count
-    num_max_tokens: int
-    hidden: int
-    num_experts: int
-
-
-class Format(NamedTuple):
-    """How rows travel in a dispatch."""
-
-    use_fp8: bool
-    round_scale: bool
-    use_ue8m0: bool
-
-    def check(self, hidden: int) -> None:
-        if self.use_ue8m0 and not (self.round_scale and self.use_fp8):
-            raise ValueError("use_ue8m0 needs use_fp8=True and round_scale=True: it packs exponents, and only then are "
-                             f"the scales powers of two; got use_fp8={self.use_fp8}, round_scale={self.round_scale}")
-        unit = PACKED_GROUP if self.use_ue8m0 else SCALE_GROUP if self.use_fp8 else BF16_ALIGNMENT
-        if hidden <= 0 or hidden % unit:
-            kind = "use_ue8m0" if self.use_ue8m0 else "use_fp8" if self.use_fp8 else "bfloat16 rows"
-            raise ValueError(f"x must have a hidden size of a positive multiple of {unit} with {kind}, got {hidden}")
+BFLOAT16 = (torch.bfloat16, )
+FLOAT32 = (torch.float32, )
+INT32 = (torch.int32, )
+INT64 = (torch.int64, )
+NUM_HANDLE_FIELDS = 5  # (src_info, layout_range, T, hidden, E): callers count on it
 
 
 class Hook:
@@ -85,21 +47,8 @@ def size_hint(num_max_tokens: int, hidden: int, num_ranks: int, num_experts: int
     return int(get_low_latency_rdma_size_hint(num_max_tokens, hidden, num_ranks, num_experts))
 
 
-def check_max_tokens(value: Any) -> int:
-    number = _checks.check_int("num_max_dispatch_tokens_per_rank", value, 1)
-    if number > MAX_TOKENS:
-        raise ValueError(f"num_max_dispatch_tokens_per_rank must be at most {MAX_TOKENS}, got {number}")
-    return number
-
-
 def _ptr(tensor: Optional[torch.Tensor]) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _check_modes(name: str, async_finish: bool, return_recv_hook: bool) -> None:
-    if async_finish and return_recv_hook:
-        raise InvalidArgument(f"{name}: async_finish and return_recv_hook exclude each other; the hook says when to "
-                              "receive")
 
 
 class CombineBuffers:
@@ -127,10 +76,13 @@ class LowLatency:
 
     def __init__(self, session: Session, is_enabled: bool, is_shrinkable: bool) -> None:
         self._session = session
+        self._device = session.streams.device
         self._is_enabled = is_enabled
         self._is_shrinkable = is_shrinkable
         self._order = PhaseOrder()
         session.before_close = functools.partial(self._order.join, session.streams)
+        self._plans: dict[tuple[Any, ...], Plan] = {}
+        self._known_handles = KnownTensors[Plan]()  # src_info
         self._combine_buffers: dict[tuple[int, ...], CombineBuffers] = {}  # by shape
 
     def require(self, name: str) -> None:
@@ -148,73 +100,54 @@ class LowLatency:
     # Dispatch
 
     def dispatch(self, x: torch.Tensor, topk_idx: torch.Tensor, num_max_tokens: int, num_experts: int,
-                 cumulative_stats: Optional[torch.Tensor], wait_stats: Optional[torch.Tensor], form: Format,
+                 cumulative_stats: Optional[torch.Tensor], wait_stats: Optional[torch.Tensor], form: Form,
                  async_finish: bool, return_recv_hook: bool) -> DispatchResult:
         self.require("low_latency_dispatch")
-        _check_modes("low_latency_dispatch", async_finish, return_recv_hook)
-        shape = self._check_dispatch(x, topk_idx, num_max_tokens, num_experts, form)
-        self._check_stats("cumulative_local_expert_recv_stats", cumulative_stats, self._num_local(shape), torch.int32)
-        self._check_stats("dispatch_wait_recv_cost_stats", wait_stats, self._session.num_ranks, torch.int64)
-        phases = open_phases(self._session.streams, self._order, async_finish)
-        recv_x, scales = self._payload_outputs(shape, form)
-        recv_count, handle = self._index_outputs(shape)
-        row_of_entry = handle.src_info.data_ptr() + handle.src_info.numel() * INT32_BYTES
-        runtime = self._session.runtime
-
-        def launch(ticket: int) -> int:
-            return runtime.low_latency_dispatch(ticket, *shape, *form, _ptr(x), _ptr(topk_idx), topk_idx.element_size(),
-                                                x.shape[0], _ptr(recv_x), _ptr(scales), _ptr(recv_count),
-                                                _ptr(handle.src_info), _ptr(handle.layout_range), row_of_entry,
-                                                _ptr(cumulative_stats), _ptr(wait_stats), phases.stream)
-
-        tensors = (x, topk_idx, recv_x, scales, recv_count, handle.src_info, handle.layout_range, cumulative_stats,
-                   wait_stats)
+        num_tokens, hidden = _checks.check_rows("x", x, self._device, BFLOAT16)
+        num_listed, num_topk = _checks.check_topk_idx(topk_idx, self._device)
+        plan = self._plan(num_max_tokens, num_topk, num_experts, hidden, form)
+        if num_tokens > plan.num_max_tokens:
+            raise ValueError(f"x must have at most num_max_dispatch_tokens_per_rank ({plan.num_max_tokens}) rows, got "
+                             f"{num_tokens}")
+        if num_listed != num_tokens:
+            _checks.check_topk_idx(topk_idx, self._device, num_tokens)
+        self._check_stats("cumulative_local_expert_recv_stats", cumulative_stats, plan.num_local, INT32)
+        self._check_stats("dispatch_wait_recv_cost_stats", wait_stats, self._session.num_ranks, INT64)
+        phases = self._open_phases("low_latency_dispatch", async_finish, return_recv_hook)
+        recv_x, scales, src_info, layout_range, recv_count = plan.make_outputs()
+        src_info_ptr = src_info.data_ptr()
+        arguments = (*plan.dispatch_args, x.data_ptr(), topk_idx.data_ptr(), topk_idx.element_size(), num_tokens,
+                     recv_x.data_ptr(), _ptr(scales), recv_count.data_ptr(), src_info_ptr, layout_range.data_ptr(),
+                     src_info_ptr + plan.entries_at, _ptr(cumulative_stats), _ptr(wait_stats), phases.stream)
+        tensors = (x, topk_idx, recv_x, scales, src_info, layout_range, cumulative_stats, wait_stats)
         # One launch for both phases was measured slower here, and quicker for combine: docs/performance/low_latency.md.
-        event, hook = _run(phases, launch, tensors, return_recv_hook, is_one_launch=False)
-        payload = recv_x if scales is None else (recv_x, scales.transpose(1, 2))
-        return payload, recv_count, tuple(handle), event, hook
+        event, hook = _run(phases, self._session.runtime.low_latency_dispatch, NativeBuffer.TWO_LAUNCHES, arguments,
+                           tensors, return_recv_hook)
+        self._known_handles.add(plan, src_info)
+        payload = recv_x if scales is None else (recv_x, scales)
+        return payload, recv_count, (src_info, layout_range, *plan.handle_tail), event, hook
 
-    def _check_dispatch(self, x: torch.Tensor, topk_idx: torch.Tensor, num_max_tokens: int, num_experts: int,
-                        form: Format) -> Shape:
-        num_max_tokens = check_max_tokens(num_max_tokens)
-        num_experts = _checks.check_int("num_experts", num_experts, 1)
-        _checks.check_num_experts("num_experts", num_experts, self._session.num_ranks)
-        device = self._session.streams.device
-        rows = _checks.check_rows("x", x, device, (torch.bfloat16, ))
-        if rows.shape[0] > num_max_tokens:
-            raise ValueError(f"x must have at most num_max_dispatch_tokens_per_rank ({num_max_tokens}) rows, got "
-                             f"{rows.shape[0]}")
-        form.check(rows.shape[1])
-        _checks.check_topk_idx(topk_idx, device, rows.shape[0])
-        return Shape(num_max_tokens, topk_idx.shape[1], num_experts, rows.shape[1])
+    def _plan(self, num_max_tokens: Any, num_topk: int, num_experts: Any, hidden: int, form: Form) -> Plan:
+        key = (num_max_tokens, num_topk, num_experts, hidden, form)
+        plan = self._plans.get(key)
+        # A float or a bool may equal the number that it is taken for.
+        if plan is None or type(num_max_tokens) is not int or type(num_experts) is not int:
+            num_max_tokens = check_max_tokens(num_max_tokens)
+            num_experts = _checks.check_int("num_experts", num_experts, 1)
+            _checks.check_num_experts("num_experts", num_experts, self._session.num_ranks)
+            shape = Shape(num_max_tokens, num_topk, num_experts, hidden)
+            plan = self._plans[key] = Plan(shape, Format(*form), self._session.num_ranks, self._device)
+        return plan
 
-    def _num_local(self, shape: Shape) -> int:
-        return shape.num_experts // self._session.num_ranks
-
-    def _check_stats(self, name: str, stats: Optional[torch.Tensor], size: int, dtype: torch.dtype) -> None:
+    def _check_stats(self, name: str, stats: Optional[torch.Tensor], size: int, dtypes: tuple[torch.dtype]) -> None:
         if stats is not None:
-            _checks.check_tensor(name, stats, self._session.streams.device, (size, ), (dtype, ))
+            _checks.check_tensor(name, stats, self._device, (size, ), dtypes)
 
-    def _payload_outputs(self, shape: Shape, form: Format) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
-        device, num_rows = self._session.streams.device, self._session.num_ranks * shape.num_max_tokens
-        num_local = self._num_local(shape)
-        dtype = torch.float8_e4m3fn if form.use_fp8 else torch.bfloat16
-        recv_x = torch.empty((num_local, num_rows, shape.hidden), dtype=dtype, device=device)
-        if not form.use_fp8:
-            return recv_x, None
-        num_words = shape.hidden // (PACKED_GROUP if form.use_ue8m0 else SCALE_GROUP)
-        scale_dtype = torch.int32 if form.use_ue8m0 else torch.float32
-        return recv_x, torch.empty((num_local, num_words, num_rows), dtype=scale_dtype, device=device)
-
-    def _index_outputs(self, shape: Shape) -> tuple[torch.Tensor, Handle]:
-        """recv_count and the handle."""
-        device, num_ranks = self._session.streams.device, self._session.num_ranks
-        num_local, num_rows = self._num_local(shape), num_ranks * shape.num_max_tokens
-        words = torch.empty(num_local * num_rows + num_rows * shape.num_topk, dtype=torch.int32, device=device)
-        src_info = words[:num_local * num_rows].view(num_local, num_rows)
-        layout_range = torch.empty((num_local, num_ranks), dtype=torch.int64, device=device)
-        recv_count = torch.empty(num_local, dtype=torch.int32, device=device)
-        return recv_count, Handle(src_info, layout_range, shape.num_max_tokens, shape.hidden, shape.num_experts)
+    def _open_phases(self, name: str, async_finish: bool, return_recv_hook: bool) -> Phases:
+        if async_finish and return_recv_hook:
+            raise InvalidArgument(f"{name}: async_finish and return_recv_hook exclude each other; the hook says when "
+                                  "to receive")
+        return open_phases(self._session.streams, self._order, async_finish)
 
     # Combine
 
@@ -222,80 +155,73 @@ class LowLatency:
                 use_logfmt: bool, zero_copy: bool, async_finish: bool, return_recv_hook: bool,
                 out: Optional[torch.Tensor], wait_stats: Optional[torch.Tensor]) -> CombineResult:
         self.require("low_latency_combine")
-        _check_modes("low_latency_combine", async_finish, return_recv_hook)
         if use_logfmt and zero_copy:
             raise InvalidArgument("low_latency_combine: use_logfmt and zero_copy exclude each other")
-        checked = self._check_handle(handle)
-        shape = self._check_combine(checked, topk_idx, topk_weights)
-        rows_of_entries = self._rows_of_entries(checked, shape)
-        sent = self._expert_rows(x, checked, zero_copy)
-        device, num_tokens = self._session.streams.device, topk_idx.shape[0]
-        self._check_stats("combine_wait_recv_cost_stats", wait_stats, self._session.num_ranks, torch.int64)
+        device = self._device
+        num_tokens, num_topk = _checks.check_topk_idx(topk_idx, device)
+        plan = self._plan_of(handle, num_topk)
+        if num_tokens > plan.num_max_tokens:
+            raise ValueError(f"topk_idx must have at most num_max_dispatch_tokens_per_rank ({plan.num_max_tokens}) "
+                             f"rows, got {num_tokens}")
+        _checks.check_tensor("topk_weights", topk_weights, device, (num_tokens, num_topk), FLOAT32)
+        src_info, hidden = handle[0], plan.hidden
+        sent = self._expert_rows(x, plan, zero_copy)
+        self._check_stats("combine_wait_recv_cost_stats", wait_stats, self._session.num_ranks, INT64)
         if out is not None:
-            _checks.check_rows("out", out, device, (torch.bfloat16, ), (num_tokens, shape.hidden))
-        phases = open_phases(self._session.streams, self._order, async_finish)
-        combined = out
-        if combined is None:
-            combined = torch.empty((num_tokens, shape.hidden), dtype=torch.bfloat16, device=device)
-        runtime = self._session.runtime
-
-        def launch(ticket: int) -> int:
-            return runtime.low_latency_combine(ticket, *shape, use_logfmt, _ptr(sent), _ptr(topk_idx),
-                                               topk_idx.element_size(), _ptr(topk_weights), num_tokens, rows_of_entries,
-                                               _ptr(combined), _ptr(wait_stats), phases.stream)
-
-        tensors = (sent, topk_idx, topk_weights, checked.src_info, combined, wait_stats)
-        event, hook = _run(phases, launch, tensors, return_recv_hook, is_one_launch=True)
+            _checks.check_tensor("out", out, device, (num_tokens, hidden), BFLOAT16)
+            _checks.check_alignment("out", out)
+        phases = self._open_phases("low_latency_combine", async_finish, return_recv_hook)
+        combined = torch.empty(num_tokens, hidden, dtype=torch.bfloat16, device=device) if out is None else out
+        arguments = (*plan.combine_args, use_logfmt, sent.data_ptr(), topk_idx.data_ptr(), topk_idx.element_size(),
+                     topk_weights.data_ptr(), num_tokens, src_info.data_ptr() + plan.entries_at, combined.data_ptr(),
+                     _ptr(wait_stats), phases.stream)
+        tensors = (sent, topk_idx, topk_weights, src_info, combined, wait_stats)
+        event, hook = _run(phases, self._session.runtime.low_latency_combine, NativeBuffer.ONE_LAUNCH, arguments,
+                           tensors, return_recv_hook)
         if zero_copy:
-            self._combine_buffers[tuple(sent.shape)].pass_on()
+            self._combine_buffers[plan.expert_rows].pass_on()
         return combined, event, hook
 
-    def _check_handle(self, handle: Any) -> Handle:
+    def _plan_of(self, handle: Any, num_topk: int) -> Plan:
+        """The plan of the dispatch that made `handle`, or of one like it."""
+        if isinstance(handle, (tuple, list)) and len(handle) == NUM_HANDLE_FIELDS:
+            plan = self._known_handles.find(handle[0])
+            if plan is not None and plan.num_topk == num_topk and plan.handle_tail == (handle[2], handle[3], handle[4]):
+                return plan
+        num_max_tokens, hidden, num_experts = self._check_handle(handle)
+        plan, src_info = self._plan(num_max_tokens, num_topk, num_experts, hidden, PLAIN), handle[0]
+        # The rows of the entries lie behind src_info, and nothing says so but the size of the storage.
+        num_bytes = src_info.untyped_storage().nbytes() - src_info.storage_offset() * INT32_BYTES - plan.entries_at
+        if num_bytes != plan.num_bytes_behind_src_info:
+            raise ValueError(f"handle[0] (src_info) must be the very tensor that low_latency_dispatch returned for a "
+                             f"topk_idx of {num_topk} columns, not a copy: {plan.num_bytes_behind_src_info} bytes "
+                             f"follow in its storage, got {num_bytes}")
+        self._known_handles.add(plan, src_info)
+        return plan
+
+    def _check_handle(self, handle: Any) -> tuple[int, int, int]:
+        """Returns (T, hidden, E)."""
         if not isinstance(handle, (tuple, list)):
             raise TypeError(f"handle must be the tuple that low_latency_dispatch returned, got {type(handle).__name__}")
-        if len(handle) != len(Handle._fields):
-            raise ValueError(
-                f"handle must have {len(Handle._fields)} elements, as low_latency_dispatch returned it, got "
-                f"{len(handle)}")
-        checked = Handle(*handle)
-        check_max_tokens(checked.num_max_tokens)
-        num_ranks = self._session.num_ranks
-        _checks.check_num_experts("handle[4] (num_experts)",
-                                  _checks.check_int("handle[4] (num_experts)", checked.num_experts, 1), num_ranks)
-        _checks.check_int("handle[3] (hidden)", checked.hidden, BF16_ALIGNMENT, BF16_ALIGNMENT)
-        _checks.check_tensor("handle[0] (src_info)", checked.src_info, self._session.streams.device,
-                             (checked.num_experts // num_ranks, num_ranks * checked.num_max_tokens), (torch.int32, ))
-        return checked
+        if len(handle) != NUM_HANDLE_FIELDS:
+            raise ValueError(f"handle must have {NUM_HANDLE_FIELDS} elements, as low_latency_dispatch returned it, got "
+                             f"{len(handle)}")
+        src_info, _, num_max_tokens, hidden, num_experts = handle
+        num_ranks, num_max_tokens = self._session.num_ranks, check_max_tokens(num_max_tokens)
+        num_experts = _checks.check_int("handle[4] (num_experts)", num_experts, 1)
+        _checks.check_num_experts("handle[4] (num_experts)", num_experts, num_ranks)
+        hidden = _checks.check_int("handle[3] (hidden)", hidden, BF16_ALIGNMENT, BF16_ALIGNMENT)
+        _checks.check_tensor("handle[0] (src_info)", src_info, self._device,
+                             (num_experts // num_ranks, num_ranks * num_max_tokens), INT32)
+        return num_max_tokens, hidden, num_experts
 
-    def _check_combine(self, handle: Handle, topk_idx: Any, topk_weights: Any) -> Shape:
-        device = self._session.streams.device
-        num_tokens, num_topk = _checks.check_topk_idx(topk_idx, device).shape
-        if num_tokens > handle.num_max_tokens:
-            raise ValueError(f"topk_idx must have at most num_max_dispatch_tokens_per_rank ({handle.num_max_tokens}) "
-                             f"rows, got {num_tokens}")
-        _checks.check_tensor("topk_weights", topk_weights, device, (num_tokens, num_topk), (torch.float32, ))
-        return Shape(handle.num_max_tokens, num_topk, handle.num_experts, handle.hidden)
-
-    def _rows_of_entries(self, handle: Handle, shape: Shape) -> int:
-        """The address of row_of_entry, behind src_info."""
-        src_info = handle.src_info
-        num_words = self._session.num_ranks * shape.num_max_tokens * shape.num_topk
-        num_bytes = src_info.untyped_storage().nbytes() - (src_info.storage_offset() + src_info.numel()) * INT32_BYTES
-        if num_bytes != num_words * INT32_BYTES:
-            raise ValueError(
-                f"handle[0] (src_info) must be the very tensor that low_latency_dispatch returned for a "
-                f"topk_idx of {shape.num_topk} columns, not a copy: {num_words * INT32_BYTES} bytes follow "
-                f"in its storage, got {num_bytes}")
-        return src_info.data_ptr() + src_info.numel() * INT32_BYTES
-
-    def _expert_rows(self, x: Any, handle: Handle, zero_copy: bool) -> torch.Tensor:
+    def _expert_rows(self, x: Any, plan: Plan, zero_copy: bool) -> torch.Tensor:
         """What combine reads: `x`, or with zero_copy the buffer that the experts wrote to."""
-        shape = (*handle.src_info.shape, handle.hidden)
-        rows = _checks.check_tensor("x", x, self._session.streams.device, shape, (torch.bfloat16, ))
+        rows = _checks.check_tensor("x", x, self._device, plan.expert_rows, BFLOAT16)
         _checks.check_alignment("x", rows)
         if not zero_copy:
             return rows
-        buffers = self._combine_buffers.get(shape)
+        buffers = self._combine_buffers.get(plan.expert_rows)
         if buffers is None or buffers.lent is None:
             raise InvalidArgument(
                 "low_latency_combine: zero_copy sends what get_next_low_latency_combine_buffer(handle) "
@@ -304,9 +230,9 @@ class LowLatency:
 
     def next_combine_buffer(self, handle: Any) -> torch.Tensor:
         self.require("get_next_low_latency_combine_buffer")
-        checked = self._check_handle(handle)
-        shape = (*checked.src_info.shape, checked.hidden)
-        return self._combine_buffers.setdefault(shape, CombineBuffers()).lend(shape, self._session.streams.device)
+        _, hidden, _ = self._check_handle(handle)
+        shape = (*handle[0].shape, hidden)
+        return self._combine_buffers.setdefault(shape, CombineBuffers()).lend(shape, self._device)
 
     # Masks
 
@@ -323,30 +249,26 @@ class LowLatency:
         return view_memory(session.runtime.masked_ranks_ptr, num_bytes, session.streams.device).view(torch.int32)
 
 
-def _run(phases: Phases, launch: Callable[[int], int], tensors: Sequence[Optional[torch.Tensor]], wants_hook: bool,
-         is_one_launch: bool) -> tuple[EventOverlap, Optional[Hook]]:
-    """Both phases, in one launch or two, or the send phase and a hook for the other. `tensors` live until they end."""
-    kept = tuple(tensor for tensor in tensors if tensor is not None)
+def _run(phases: Phases, launch: Callable[..., int], whole: int, arguments: tuple[Any, ...], tensors: Tensors,
+         wants_hook: bool) -> tuple[EventOverlap, Optional[Hook]]:
+    """Both phases, launched as `whole` says, or the send phase and a hook for the other. They use `tensors`."""
     phases.begin()
-    if is_one_launch and not wants_hook:
-        launch(NativeBuffer.BOTH_PHASES)
-    else:
-        ticket = launch(0)
-        if wants_hook:
-            phases.pause(kept)
+    try:
+        ticket = launch(NativeBuffer.SEND_PHASE if wants_hook else whole, *arguments)
+    except BaseException:
+        phases.pause(tensors)  # the send phase may still run
+        raise
+    if not wants_hook:
+        recorded = phases.finish(tensors)
+        if recorded is None:
+            return EventOverlap(None), None
+        kept = tuple(tensor for tensor in tensors if tensor is not None)
+        return EventOverlap(EventHandle._wrap(recorded), kept), None
+    phases.pause(tensors)
 
-            def receive() -> None:
-                phases.resume()
-                launch(ticket)
-                phases.finish(kept)
+    def receive() -> None:
+        phases.resume()
+        launch(ticket, *arguments)
+        phases.finish(tensors)
 
-            return EventOverlap(None), Hook(receive)
-        try:
-            launch(ticket)
-        except BaseException:
-            phases.pause(kept)  # the send phase may still run
-            raise
-    is_async, recorded = phases.finish(kept)
-    if not is_async:
-        return EventOverlap(None), None
-    return EventOverlap(EventHandle._wrap(recorded), kept), None
+    return EventOverlap(None), Hook(receive)

@@ -10,9 +10,10 @@ from typing import Optional
 
 import torch
 
-from deep_ep._streams import CudaStreams, HostEvent, HostStreams, RecordedEvent, Streams, is_capturing
+from deep_ep._raw_cuda import current_stream_handle
+from deep_ep._streams import CudaStreams, HostEvent, HostStreams, RecordedEvent, Streams
 
-Tensors = Sequence[torch.Tensor]
+Tensors = Sequence[Optional[torch.Tensor]]
 
 
 class PhaseOrder:
@@ -23,23 +24,20 @@ class PhaseOrder:
     """
 
     def __init__(self) -> None:
-        self._last: Optional[torch.cuda.Stream] = None
+        self._last: Optional[int] = None
 
-    def enter(self, stream: torch.cuda.Stream) -> None:
+    def enter(self, streams: CudaStreams, stream: int) -> None:
         """To be called before each launch on `stream`."""
-        if self._last == stream:
+        if self._last == stream or streams.native.stream_kind(stream) == "captured":
             return
-        with torch.cuda.stream(stream):
-            if torch.cuda.is_current_stream_capturing():
-                return
         if self._last is not None:
-            stream.wait_stream(self._last)
+            streams.join(stream, self._last)
         self._last = stream
 
     def join(self, streams: Streams) -> None:
         """The comm stream waits for all phases, so that whoever waits for it before releasing memory waits for them."""
         if isinstance(streams, CudaStreams) and self._last is not None:
-            streams.comm_stream.wait_stream(self._last)
+            streams.join(streams.comm, self._last)
 
 
 class Phases:
@@ -48,6 +46,8 @@ class Phases:
     With a hook: `begin()`, launch the send phase, `pause()`; in the hook `resume()`, launch the receive phase,
     `finish()`. Outputs are allocated before `begin()`, on the current stream.
     """
+
+    __slots__ = ("stream", )
 
     stream: int
 
@@ -61,50 +61,53 @@ class Phases:
     def resume(self) -> None:
         raise NotImplementedError
 
-    def finish(self, tensors: Tensors) -> tuple[bool, RecordedEvent]:
-        """Returns (whether the caller has an event to wait for, that event)."""
+    def finish(self, tensors: Tensors) -> RecordedEvent:
+        """What the caller has to wait for; None: the call was synchronous."""
         raise NotImplementedError
 
 
 class _CudaPhases(Phases):
 
+    __slots__ = ("_current", "_is_async", "_is_on_comm_stream", "_order", "_streams")
+
     def __init__(self, streams: CudaStreams, order: PhaseOrder, is_async: bool) -> None:
-        self._current = torch.cuda.current_stream(streams.device)
-        self._is_async = is_async
-        # A capture would have to be forked to the comm stream, and where the event is dropped nobody would join it.
-        self._is_on_comm_stream = is_async and not is_capturing()
-        self._target: torch.cuda.Stream = streams.comm_stream if self._is_on_comm_stream else self._current
         self._streams = streams
         self._order = order
-        self.stream = self._target.cuda_stream
+        self._is_async = is_async
+        self._current = current_stream_handle(streams.index)
+        # A capture would have to be forked to the comm stream, and where the event is dropped nobody would join it.
+        self._is_on_comm_stream = is_async and streams.native.stream_kind(self._current) != "captured"
+        self.stream = streams.comm if self._is_on_comm_stream else self._current
 
     def begin(self) -> None:
         if self._is_on_comm_stream:
-            self._target.wait_stream(self._current)
+            self._streams.join(self.stream, self._current)
             self._streams.follow_last(self.stream)
-        self._order.enter(self._target)
+        self._order.enter(self._streams, self.stream)
 
     def pause(self, tensors: Tensors) -> None:
         # torch reuses memory in stream order, so tensors of the current stream may be dropped at any time.
         if self._is_on_comm_stream:
             for tensor in tensors:
-                tensor.record_stream(self._target)
+                if tensor is not None:
+                    tensor.record_stream(self._streams.comm_stream)
 
     def resume(self) -> None:
-        self._order.enter(self._target)
+        self._order.enter(self._streams, self.stream)
 
-    def finish(self, tensors: Tensors) -> tuple[bool, RecordedEvent]:
+    def finish(self, tensors: Tensors) -> RecordedEvent:
         if not self._is_async:
-            return False, None
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(self._target)
+            return None
+        event = self._streams.events.record(self.stream)
         if self._is_on_comm_stream:
             self._streams.set_last(self.stream, event)
         self.pause(tensors)
-        return True, event
+        return event
 
 
 class _HostPhases(Phases):
+
+    __slots__ = ("_is_async", "_streams")
 
     def __init__(self, streams: HostStreams, is_async: bool) -> None:
         self._streams = streams
@@ -120,12 +123,12 @@ class _HostPhases(Phases):
     def resume(self) -> None:
         pass
 
-    def finish(self, tensors: Tensors) -> tuple[bool, RecordedEvent]:
+    def finish(self, tensors: Tensors) -> RecordedEvent:
         event = self._record(tensors)
         if self._is_async:
-            return True, event
+            return event
         event.wait()
-        return False, None
+        return None
 
     def _record(self, tensors: Tensors) -> HostEvent:
         return self._streams.record([tensor for tensor in tensors if tensor is not None])

@@ -18,7 +18,7 @@ class PooledEvent:
     __slots__ = ("_free", "cuda_event")
 
     def __init__(self, cuda_event: int, free: list[int]) -> None:
-        self.cuda_event = cuda_event  # the name that torch.cuda.Event has for it
+        self.cuda_event = cuda_event
         self._free = free
 
     def __del__(self) -> None:

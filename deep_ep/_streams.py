@@ -97,10 +97,8 @@ def event_pool(index: int) -> EventPool:
     return EventPool(native_device(index))
 
 
-# What an EventHandle stands for; torch's own events come from low-latency calls. None: a point on the host's own
-# timeline, which has passed by the time anybody can ask.
-DeviceEvent = Union[torch.cuda.Event, PooledEvent]
-RecordedEvent = Union[DeviceEvent, HostEvent, None]
+# What an EventHandle stands for. None: a point on the host's own timeline, passed by the time anybody can ask.
+RecordedEvent = Union[PooledEvent, HostEvent, None]
 
 
 def record_on_current_stream() -> RecordedEvent:
@@ -129,12 +127,13 @@ class Operation:
     kept as those of an asynchronous call are.
     """
 
-    __slots__ = ("_inputs", "_outputs", "is_async", "stream")
+    __slots__ = ("_inputs", "_outputs", "is_async", "is_captured", "stream")
 
     stream: int
 
-    def __init__(self, is_async: bool) -> None:
+    def __init__(self, is_async: bool, is_captured: bool = False) -> None:
         self.is_async = is_async
+        self.is_captured = is_captured  # into a CUDA graph
         self._inputs: Tensors = ()
         self._outputs: Tensors = ()
 
@@ -210,7 +209,7 @@ class CudaStreams(Streams):
         self._scratch = native.create_event()
         self._end_of_last = native.create_event()
         self._last_stream = self.comm
-        self._last_event: Optional[DeviceEvent] = None  # None: _end_of_last
+        self._last_event: Optional[PooledEvent] = None  # None: _end_of_last
 
     def operation(self, previous: RecordedEvent, is_async: bool, on_comm_stream: bool) -> Operation:
         current = current_stream_handle(self.index)
@@ -219,7 +218,7 @@ class CudaStreams(Streams):
             return _DirectOperation(self, previous, current)
         return _CommOperation(self, previous, current, kind == "captured", is_async, on_comm_stream)
 
-    def follow(self, stream: int, event: Union[DeviceEvent, HostEvent]) -> None:
+    def follow(self, stream: int, event: Union[PooledEvent, HostEvent]) -> None:
         """Later work on `stream` comes after `event`."""
         if isinstance(event, HostEvent):
             event.wait()
@@ -250,7 +249,7 @@ class CudaStreams(Streams):
             event = self._end_of_last if self._last_event is None else self._last_event.cuda_event
             self.native.stream_wait_event(stream, event)
 
-    def set_last(self, stream: int, event: Optional[DeviceEvent] = None) -> None:
+    def set_last(self, stream: int, event: Optional[PooledEvent] = None) -> None:
         """What `stream` has so far, or what came before `event` on it, is the last operation.
 
         The event is there when the stream is not the same next time. Recording it then instead would make the next
@@ -304,16 +303,15 @@ class _CommOperation(Operation):
     stream, and one whose handle is ambiguous.
     """
 
-    __slots__ = ("_current", "_is_captured", "_on_comm_stream", "_previous", "_streams")
+    __slots__ = ("_current", "_on_comm_stream", "_previous", "_streams")
 
     def __init__(self, streams: CudaStreams, previous: RecordedEvent, current: int, is_captured: bool, is_async: bool,
                  on_comm_stream: bool) -> None:
-        super().__init__(is_async)
+        super().__init__(is_async, is_captured)
         self.stream = streams.comm
         self._streams = streams
         self._previous = previous
         self._current = current
-        self._is_captured = is_captured
         self._on_comm_stream = on_comm_stream
 
     def allocation(self) -> contextlib.AbstractContextManager[Any]:
@@ -332,7 +330,7 @@ class _CommOperation(Operation):
     def _wait_before_kernels(self) -> None:
         if self._previous is not None:
             self._streams.follow(self.stream, self._previous)
-        if not self._is_captured:
+        if not self.is_captured:
             self._streams.follow_last(self.stream)
         self._wait_for_pool()
 
@@ -343,7 +341,7 @@ class _CommOperation(Operation):
             self._streams.join(self.stream, self._current)
 
     def _set_last(self, event: Optional[PooledEvent]) -> None:
-        if not self._is_captured:  # an event does not cross the border of a graph
+        if not self.is_captured:  # an event does not cross the border of a graph
             self._streams.set_last(self.stream, event)
 
     def _abandon(self) -> None:

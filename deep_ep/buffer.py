@@ -432,10 +432,9 @@ class Buffer:
         last two dimensions are column-major). For each expert the first recv_count rows are set, in the order of
         source rank, then token. handle: (src_info int32 [E / R, R * T], layout_range int64 [E / R, R], T, hidden, E).
         """
-        form = _low_latency.Format(use_fp8, round_scale, use_ue8m0)
         return self._low_latency.dispatch(x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts,
-                                          cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats, form,
-                                          async_finish, return_recv_hook)
+                                          cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats,
+                                          (use_fp8, round_scale, use_ue8m0), async_finish, return_recv_hook)
 
     def low_latency_combine(self,
                             x: torch.Tensor,

@@ -14,19 +14,20 @@ LEND_BYTES = 1 << 22
 MIB = 1 << 20
 
 
-def lent_bytes(buffer: Any, tensor: torch.Tensor) -> bool:
-    """Whether the tensor lies in the memory that this Buffer lends."""
-    probe = buffer.lend((128, ), torch.uint8)
-    return abs(probe.data_ptr() - tensor.data_ptr()) < LEND_BYTES
+def lent_region(buffer: Any, num_bytes: int = LEND_BYTES) -> range:
+    """The addresses that a Buffer lends, from one that has lent nothing yet: it lends them all at once."""
+    begin = buffer.lend((num_bytes, ), torch.uint8).data_ptr()
+    return range(begin, begin + num_bytes)
 
 
 def outputs_are_lent(worker: Worker, work: Workload, how: How) -> list[bool]:
     """Of a fresh dispatch that is right: which outputs lie in lent memory, the handle's indices included."""
     with worker.new_buffer(num_lend_bytes=LEND_BYTES) as buffer:
+        region = lent_region(buffer)
         flight = Flight(worker, buffer, work, how).layout().dispatch()
         x, topk_idx, topk_weights = flight.result[:3]
         rows = list(x) if isinstance(x, tuple) else [x]
-        found = [lent_bytes(buffer, tensor) for tensor in (*rows, topk_idx, topk_weights, flight.handle[3])]
+        found = [tensor.data_ptr() in region for tensor in (*rows, topk_idx, topk_weights, flight.handle[3])]
         flight.combine()
         return found
 
@@ -34,9 +35,10 @@ def outputs_are_lent(worker: Worker, work: Workload, how: How) -> list[bool]:
 def freed_rows_are_lent_again(worker: Worker, work: Workload) -> None:
     """Far more dispatches than there is room for, each dropped before the next: all of them are lent."""
     with worker.new_buffer(num_lend_bytes=LEND_BYTES) as buffer:
+        region = lent_region(buffer)
         for _ in range(20):
             flight = Flight(worker, buffer, work, How(lends=True)).layout().dispatch()
-            assert lent_bytes(buffer, flight.result[0])
+            assert flight.result[0].data_ptr() in region
             flight.combine()
             del flight
             gc.collect()
@@ -45,8 +47,9 @@ def freed_rows_are_lent_again(worker: Worker, work: Workload) -> None:
 def no_room_is_no_error(worker: Worker, work: Workload) -> list[bool]:
     """Dispatches whose rows are all kept: the first are lent, the others are not, and every one is right."""
     with worker.new_buffer(num_lend_bytes=MIB) as buffer:
+        region = lent_region(buffer, MIB)
         flights = [Flight(worker, buffer, work).layout().dispatch() for _ in range(6)]
-        found = [lent_bytes(buffer, flight.result[0]) for flight in flights]
+        found = [flight.result[0].data_ptr() in region for flight in flights]
         for flight in reversed(flights):
             flight.check_payload(flight.result[0])
             flight.combine()
@@ -55,8 +58,9 @@ def no_room_is_no_error(worker: Worker, work: Workload) -> list[bool]:
 
 def rows_outlive_the_buffer(worker: Worker, work: Workload) -> None:
     buffer = worker.new_buffer(num_lend_bytes=LEND_BYTES)
+    region = lent_region(buffer)
     flight = Flight(worker, buffer, work).layout().dispatch()
-    assert lent_bytes(buffer, flight.result[0])
+    assert flight.result[0].data_ptr() in region
     worker.barrier()
     buffer.destroy()
     flight.check_payload(flight.result[0])

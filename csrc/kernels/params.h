@@ -25,6 +25,8 @@ struct WatchParams {
     uint64_t warn_ns;
 };
 
+constexpr int kMaxBiases = 2;  // that combine adds
+
 // Of a block. Fewer threads have more registers: a lane of combine keeps 56 sums.
 constexpr int kMaxDispatchThreads = 768;
 constexpr int kMaxCombineThreads = 384;
@@ -113,7 +115,7 @@ struct CombineParams {
     uint32_t row_bytes;
     const float* topk_weights;  // [num_rows, num_topk]
     int num_topk;
-    const uint8_t* bias[2];  // bfloat16 [num_tokens, hidden]
+    const uint8_t* bias[kMaxBiases];  // bfloat16 [num_tokens, hidden]
     const int* rank_prefix_matrix;
     const int* send_head;
     int num_tokens;

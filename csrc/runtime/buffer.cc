@@ -11,7 +11,8 @@ namespace deep_ep::runtime {
 
 namespace {
 
-constexpr int kMaxStagedRanks = 32;  // lanes of a warp
+// A lane stands for each rank and each bias.
+constexpr int kMaxStagedRanks = 32 - kernels::kMaxBiases;
 constexpr int kMaxStages = 4;
 constexpr int kReduceWarps = 8;
 constexpr int kLentWeightShare = 64;         // of the lent bytes, one in so many holds copies of weights

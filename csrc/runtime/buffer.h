@@ -90,7 +90,7 @@ struct CombineArgs {
     int hidden;
     const float* topk_weights;
     int num_topk;
-    const uint8_t* bias[2];
+    const uint8_t* bias[kernels::kMaxBiases];
     const int* rank_prefix_matrix;
     const int* send_head;
     int num_tokens;

@@ -39,13 +39,19 @@ class Clock:
 
 
 class Waits(threading.local):
-    """What the calling thread has waited for counts."""
+    """What the calling thread has waited for counts, nanoseconds, while there are `timed_waits`."""
 
     cpu = 0
     wall = 0
 
+    def take(self) -> Clock:
+        """That, and begins again at 0."""
+        taken = Clock(self.cpu, self.wall)
+        self.cpu = self.wall = 0
+        return taken
 
-_waits = Waits()
+
+waits = Waits()
 _lock = threading.Lock()
 _users = 0
 _native_wait = deep_ep_cpp.Buffer.wait_counts
@@ -55,7 +61,7 @@ def _wait_counts(buffer: Any) -> Any:
     start = Clock.now()
     counts = _native_wait(buffer)
     spent = Clock.now().since(start)
-    _waits.cpu, _waits.wall = _waits.cpu + spent.cpu, _waits.wall + spent.wall
+    waits.cpu, waits.wall = waits.cpu + spent.cpu, waits.wall + spent.wall
     return counts
 
 
@@ -88,14 +94,15 @@ class HostTimer:
         for i in range(NUM_WARMUPS + repeats):
             if i % QUEUE_DEPTH == 0:
                 self._meet()
-            _waits.cpu = _waits.wall = 0
+            waits.take()
             start = Clock.now()
             result = call(i)
             spent = Clock.now().since(start)
             del result  # what it takes to free tensors is the caller's
             if i >= NUM_WARMUPS:
-                waited.append(_waits.wall)
-                samples.append(spent.since(Clock(_waits.cpu, _waits.wall)))
+                wait = waits.take()
+                waited.append(wait.wall)
+                samples.append(spent.since(wait))
         self._meet()
         found = [median([float(n) for n in column]) / 1e3
                  for column in ([s.cpu for s in samples], [s.wall for s in samples], waited)]  # yapf: disable

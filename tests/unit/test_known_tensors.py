@@ -17,23 +17,23 @@ def tensors() -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("place", range(3))
 def test_with_another_tensor_they_are_not_known(place: int) -> None:
-    known, made = KnownTensors(), tensors()
-    known.add(*made)
-    assert known.has(*made)
+    known, made = KnownTensors[str](), tensors()
+    known.add("found", *made)
+    assert known.find(*made) == "found"
     made[place] = made[place].clone()
-    assert not known.has(*made)
+    assert known.find(*made) is None
 
 
 def test_they_are_not_kept_alive_nor_mistaken() -> None:
     """An address that is used again is not the tensor that was there."""
-    known = KnownTensors()
+    known = KnownTensors[str]()
     for _ in range(2 * KnownTensors.MOST):
         made = tensors()
-        assert not known.has(*made)
-        known.add(*made)
-        assert known.has(*made)
+        assert known.find(*made) is None
+        known.add("found", *made)
+        assert known.find(*made) == "found"
         del made
-    assert len(known._refs) <= KnownTensors.MOST
+    assert len(known._entries) <= KnownTensors.MOST
 
 
 def make_layout(buffer: Buffer) -> dict[str, torch.Tensor]:

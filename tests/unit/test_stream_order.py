@@ -2,87 +2,13 @@
 
 import gc
 import random
-from collections import Counter
-from types import SimpleNamespace
 from typing import Any, Optional
 
 import pytest
 import torch
+from model_gpu import COMM, MAIN, SIDE, ModelGpu, Tensor, cuda_streams
 
-import deep_ep
 from deep_ep import _streams
-from deep_ep._raw_cuda import EventPool
-
-COMM, MAIN, SIDE = 1, 2, 3
-
-
-class ModelGpu:
-    """Streams know all the work that comes before their next; events what their stream knew when they were recorded.
-
-    With the rules of capture: an event recorded on a captured stream draws whoever waits for it into the capture, and
-    a captured stream must not wait for an event from outside.
-    """
-
-    def __init__(self) -> None:
-        self.current = MAIN
-        self.device = 0
-        self.known: dict[int, set[str]] = {COMM: set(), MAIN: set(), SIDE: set()}
-        self.captured: set[int] = set()
-        self.ambiguous: set[int] = set()
-        self.calls: Counter[str] = Counter()
-        self._events: dict[int, tuple[frozenset[str], bool]] = {}
-
-    def work(self, stream: int, name: str) -> frozenset[str]:
-        """Queues `name`; returns what comes before it."""
-        before = frozenset(self.known[stream])
-        self.known[stream].add(name)
-        return before
-
-    def set_stream(self, stream_id: int, device_index: int, device_type: int) -> None:
-        assert (device_index, device_type) == (0, 1)
-        self.current = stream_id
-
-    # What CudaStreams asks of the native device
-
-    def create_event(self) -> int:
-        self.calls["create_event"] += 1
-        self._events[len(self._events) + 1] = (frozenset(), False)
-        return len(self._events)
-
-    def destroy_event(self, event: int) -> None:
-        self.calls["destroy_event"] += 1
-        self._events[event] = (frozenset({"destroyed"}), True)
-
-    def record_event(self, event: int, stream: int) -> None:
-        self.calls["record_event"] += 1
-        self._events[event] = (frozenset(self.known[stream]), stream in self.captured)
-
-    def stream_wait_event(self, stream: int, event: int) -> None:
-        self.calls["stream_wait_event"] += 1
-        known, is_captured = self._events[event]
-        if stream in self.captured and not is_captured:
-            raise deep_ep.Error("an event from outside the capture")
-        if is_captured:
-            self.captured.add(stream)
-        self.known[stream] |= known
-
-    def join_streams(self, waiting: int, waited_for: int, event: int) -> None:
-        self.record_event(event, waited_for)
-        self.stream_wait_event(waiting, event)
-
-    def stream_kind(self, stream: int) -> str:
-        self.calls["stream_kind"] += 1
-        return "captured" if stream in self.captured else "ambiguous" if stream in self.ambiguous else "plain"
-
-
-class Tensor:
-    """As much of a tensor as the stream side sees."""
-
-    def __init__(self) -> None:
-        self.recorded: list[Any] = []
-
-    def record_stream(self, stream: Any) -> None:
-        self.recorded.append(stream)
 
 
 class Caller:
@@ -90,14 +16,8 @@ class Caller:
 
     def __init__(self, gpu: ModelGpu) -> None:
         self.gpu = gpu
-        native: Any = gpu
-        self.comm_stream: Any = SimpleNamespace(cuda_stream=COMM,
-                                                stream_id=COMM,
-                                                device_index=0,
-                                                device_type=1,
-                                                query=lambda: True)
-        self.pool = EventPool(native)
-        self.streams = _streams.CudaStreams(0, native, self.pool, self.comm_stream)
+        self.streams = cuda_streams(gpu)
+        self.pool, self.comm_stream = self.streams.events, self.streams.comm_stream
         self.inputs, self.outputs = (Tensor(), ), (Tensor(), )
 
     def call(self,

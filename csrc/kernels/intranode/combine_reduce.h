@@ -169,16 +169,17 @@ EP_DEVICE bool reduce(const Context& c, int warp, int num_warps) {
 
 // -- With bulk copies ----------------------------------------------------------------------------------------------------
 
-// What a reduce warp knows about a token. Lane i speaks for rank i.
+// What a reduce warp knows about a token. Lane i speaks for rank i, the lanes after the last rank's for the biases: a
+// bias is one more source, whose row of a token stands at the token's own position.
 struct Token {
     int token;
-    int position;            // of the rank's row, -1: none
-    const uint8_t* pointer;  // of the rank's row
+    int position;            // of the source's row, -1: none
+    const uint8_t* pointer;  // of the source's row
     uint32_t lanes;          // that have a row
     bool is_here;            // all rows have come
 };
 
-// Lane i's view of rank i, worked out once.
+// Lane i's source, worked out once.
 struct Source {
     algo::Port port;
     const uint8_t* rows;   // for us to read where they stand; null: they come into slots
@@ -188,7 +189,12 @@ struct Source {
 
 EP_DEVICE Source make_source(const Context& c) {
     const int self = c.watch.heap.rank();
-    const int rank = prim::lane_idx() < c.watch.heap.num_ranks() ? prim::lane_idx() : self;
+    const int num_ranks = c.watch.heap.num_ranks();
+    if (prim::lane_idx() >= num_ranks) {
+        const int bias = prim::lane_idx() - num_ranks;
+        return {c.ring.from(self), bias < kMaxBiases ? c.p.bias[bias] : nullptr, nullptr, 0};
+    }
+    const int rank = prim::lane_idx();
     const uint8_t* rows = direct_rows(c, rank);
     const bool has_weights = rows != nullptr && c.p.num_topk > 0;
     return {c.ring.from(rank), rows, has_weights ? direct_weights(c, rank) : nullptr, c.rows.num_rows(self, rank)};
@@ -201,8 +207,10 @@ EP_DEVICE Token open_token(const Context& c, const Source& source, int token, in
     return {token, position, pointer, __ballot_sync(kFullMask, pointer != nullptr), false};
 }
 
-EP_DEVICE int position_of(const Context& c, int token) {
-    return token < c.p.num_tokens ? position_at(c, token, 0) : -1;
+EP_DEVICE int position_of(const Context& c, const Source& source, int token) {
+    if (token >= c.p.num_tokens) return -1;
+    if (prim::lane_idx() < c.watch.heap.num_ranks()) return position_at(c, token, 0);
+    return source.rows != nullptr ? token : -1;
 }
 
 EP_DEVICE bool rows_are_here(const Context& c, const Source& source, const Token& token) {
@@ -269,19 +277,11 @@ EP_DEVICE void add_stage(Sums<kStagedUnroll>& sums, const uint8_t* stage) {
     for (int i = 0; i < kStagedUnroll; ++i) add(sums, i, held[i]);
 }
 
-// Biases are rare: few registers rather than many loads at a time.
-EP_DEVICE void add_bias(Sums<kStagedUnroll>& sums, const uint8_t* bias, int64_t token_offset, int base, int num_vecs) {
-    if (bias == nullptr) return;
-    const auto* source = reinterpret_cast<const Vec16*>(bias + token_offset) + base + prim::lane_idx();
-#pragma unroll
-    for (int i = 0; i < kStagedUnroll; ++i)
-        if (base + i * kWarpSize + prim::lane_idx() < num_vecs) add(sums, i, prim::load_input(source + i * kWarpSize));
-}
-
 // Sums of the weights that belong to the rows, in rank order like everything.
 EP_DEVICE void sum_weights(const Context& c, const Source& source, const Token& token) {
     constexpr int kBatch = 4;
     const CombineParams& p = c.p;
+    const uint32_t ranks = token.lanes & (kFullMask >> (kWarpSize - c.watch.heap.num_ranks()));
     const float* mine = nullptr;
     if (token.position >= 0 && p.num_topk > 0)
         mine = source.rows != nullptr ? source.weights + static_cast<int64_t>(token.position) * p.num_topk
@@ -289,7 +289,7 @@ EP_DEVICE void sum_weights(const Context& c, const Source& source, const Token& 
     for (int first = 0; first < p.num_topk; first += kWarpSize) {
         const int k = first + prim::lane_idx();
         float sum = 0.0f;
-        for (uint32_t rest = token.lanes; rest != 0;) {
+        for (uint32_t rest = ranks; rest != 0;) {
             float held[kBatch];
 #pragma unroll
             for (int i = 0; i < kBatch; ++i) {
@@ -330,8 +330,8 @@ EP_DEVICE bool reduce_staged(const Context& c, int warp, int num_warps, uint8_t*
     bool has_weights = false;
     Fetch fetch;
     algo::StageCursor taken;
-    Token now = open_token(c, source, warp, position_of(c, warp));
-    int position_after = position_of(c, warp + num_warps);
+    Token now = open_token(c, source, warp, position_of(c, source, warp));
+    int position_after = position_of(c, source, warp + num_warps);
     while (now.token < p.num_tokens) {
         if (!now.is_here) {  // then nothing is under way
             if (!wait_for_rows(c, now.token)) return false;
@@ -339,12 +339,10 @@ EP_DEVICE bool reduce_staged(const Context& c, int warp, int num_warps, uint8_t*
             fetch.start(now, false);
         }
         Token next = open_token(c, source, now.token + num_warps, position_after);
-        position_after = position_of(c, next.token + num_warps);
+        position_after = position_of(c, source, next.token + num_warps);
         const int64_t token_offset = static_cast<int64_t>(now.token) * p.row_bytes;
         for (int base = 0; base < num_vecs; base += kChunkVecs) {
-            Sums<kStagedUnroll> sums = sum_chunk(c, source, stages, fetch, taken, now, next);
-            add_bias(sums, p.bias[0], token_offset, base, num_vecs);
-            add_bias(sums, p.bias[1], token_offset, base, num_vecs);
+            const Sums<kStagedUnroll> sums = sum_chunk(c, source, stages, fetch, taken, now, next);
             write_sums(sums, reinterpret_cast<Vec16*>(p.combined_x + token_offset), base, num_vecs);
         }
         if (!has_weights && !wait_for_weights(c)) {
