@@ -22,10 +22,10 @@ ENV := tools/dev_env.sh
 # while torch is installed. Where `make build` has been, its extension serves.
 NATIVE := build/native
 ifeq ($(wildcard $(STAMPS)/installed),)
-MAKE_DEMO_READY = $(MAKE) --jobs=2 native
+DEMO_NEEDS = --jobs=2 native
 DEMO_PYTHONPATH = PYTHONPATH="$(CURDIR)/$(NATIVE)/python:$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
 else
-MAKE_DEMO_READY = $(MAKE) build
+DEMO_NEEDS = build
 DEMO_PYTHONPATH =
 endif
 
@@ -44,7 +44,7 @@ format: $(STAMPS)/venv system-lint  ## Rewrite the sources in the project's form
 	@tools/lint.sh --fix
 
 demo:  ## Train a small Mixture-of-Experts model over deep_ep, on whatever this machine has.
-	@$(MAKE_DEMO_READY)
+	@$(MAKE) $(DEMO_NEEDS)
 	@$(DEMO_PYTHONPATH) $(PY) examples/run_demo.py $(ARGS)
 
 test: build system-test  ## Run every test: C++, C++ under both sanitizers, Python.

@@ -23,10 +23,9 @@ try:
 except ImportError:
     tqdm = None
 
-
 # What every worker imports, once for all of them.
 PRELOADED = ["torch", "torch.distributed", "deep_ep"]
-# What torch's optimizers import when they are made. Whether that looks for GPUs is torch's affair, so only without them.
+# What torch's optimizers import when they are made. It may look for GPUs, hence only without them.
 PRELOADED_ON_CPU = ["torch._dynamo"]
 
 
