@@ -23,22 +23,22 @@ struct MessageParams {
     uint32_t* num_wrong;
 };
 
-EP_DEVICE inline void fill_message(uint32_t* words) { words[threadIdx.x] = threadIdx.x + 1; }
+EP_DEVICE void fill_message(uint32_t* words) { words[threadIdx.x] = threadIdx.x + 1; }
 
-EP_DEVICE inline void expect_word(uint32_t word, uint32_t expected, uint32_t* num_wrong) {
+EP_DEVICE void expect_word(uint32_t word, uint32_t expected, uint32_t* num_wrong) {
     if (word != expected) prim::fetch_add<Order::kRelaxed, Scope::kSys>(num_wrong, 1u);
 }
 
-EP_DEVICE inline void expect_message(const uint32_t* words, uint32_t* num_wrong) {
+EP_DEVICE void expect_message(const uint32_t* words, uint32_t* num_wrong) {
     expect_word(words[threadIdx.x], threadIdx.x + 1, num_wrong);
 }
 
-EP_DEVICE inline void wait_for_flag(const uint32_t* flag) {
+EP_DEVICE void wait_for_flag(const uint32_t* flag) {
     while (prim::load<Order::kAcquire, Scope::kSys>(flag) == 0) prim::pause();
 }
 
 // What a warp sends by bulk store, where its lane 0 goes on.
-EP_DEVICE inline void stage_message(uint32_t* words) {
+EP_DEVICE void stage_message(uint32_t* words) {
     fill_message(words);
     prim::fence_async_shared();
     __syncwarp();
