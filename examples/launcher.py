@@ -23,6 +23,11 @@ try:
 except ImportError:
     tqdm = None
 
+# What every worker imports, once for all of them.
+PRELOADED = ["torch", "torch.distributed", "deep_ep"]
+# What torch's optimizers import when they are made. It may look for GPUs, hence only without them.
+PRELOADED_ON_CPU = ["torch._dynamo"]
+
 
 class WorkerError(RuntimeError):
     """A worker raised or died; the message holds its name and its traceback."""
@@ -145,7 +150,8 @@ def run(workers: list[Worker], device_type: str) -> Iterator[tuple[str, Any]]:
     its peers, waiting for it, could only say that it is gone.
     """
     num_ranks = sum(worker.rank is not None for worker in workers)
-    context = mp.get_context("spawn")  # CUDA does not survive a fork
+    context = mp.get_context("forkserver")  # CUDA does not survive a fork, and this process may have asked for GPUs
+    context.set_forkserver_preload(PRELOADED + (PRELOADED_ON_CPU if device_type == "cpu" else []))
     with tempfile.TemporaryDirectory(prefix="deep_ep_demo_") as folder:
         processes: dict[mp_connection.Connection, Any] = {}
         try:
