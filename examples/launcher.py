@@ -81,14 +81,13 @@ def _positive(value: str) -> int:
     return number
 
 
-def add_options(parser: argparse.ArgumentParser, default_steps: int) -> None:
-    """The options that all examples share."""
+def parse_options(description: str | None, argv: list[str] | None, default_steps: int) -> argparse.Namespace:
+    """The options that all examples share; of a docstring, the first line describes them."""
+    parser = argparse.ArgumentParser(description=(description or "").split("\n", 1)[0])
     parser.add_argument("--num-processes", type=_positive, default=4, metavar="N", help="number of ranks (default: 4)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: GPUs if there are any")
-    parser.add_argument("--steps",
-                        type=_positive,
-                        default=default_steps,
-                        help=f"training steps (default: {default_steps})")
+    parser.add_argument("--steps", type=_positive, default=default_steps, help=f"how many (default: {default_steps})")
+    return parser.parse_args(argv)
 
 
 def exit_with(main: Callable[[], int]) -> NoReturn:
