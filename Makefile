@@ -18,7 +18,18 @@ PY := .venv/bin/python
 STAMPS := build/stamps
 ENV := tools/dev_env.sh
 
-.PHONY: help build lint format demo test bench sanitize mutants clean distclean
+# The demo needs less than developers do: the extension for this machine alone, in a folder of its own, which compiles
+# while torch is installed. Where `make build` has been, its extension serves.
+NATIVE := build/native
+ifeq ($(wildcard $(STAMPS)/installed),)
+DEMO_NEEDS = --jobs=2 native
+DEMO_PYTHONPATH = PYTHONPATH="$(CURDIR)/$(NATIVE)/python:$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
+else
+DEMO_NEEDS = build
+DEMO_PYTHONPATH =
+endif
+
+.PHONY: help build lint format demo test bench sanitize mutants clean distclean native native-extension
 
 help:  ## Show this list.
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -32,8 +43,9 @@ lint: $(STAMPS)/venv system-lint  ## Check format, style, types and the boundari
 format: $(STAMPS)/venv system-lint  ## Rewrite the sources in the project's format.
 	@tools/lint.sh --fix
 
-demo: build  ## Train a small Mixture-of-Experts model over deep_ep, on whatever this machine has.
-	@$(PY) examples/run_demo.py $(ARGS)
+demo:  ## Train a small Mixture-of-Experts model over deep_ep, on whatever this machine has.
+	@$(MAKE) $(DEMO_NEEDS)
+	@$(DEMO_PYTHONPATH) $(PY) examples/run_demo.py $(ARGS)
 
 test: build system-test  ## Run every test: C++, C++ under both sanitizers, Python.
 	@tools/run_tests.sh cpp address thread python
@@ -57,10 +69,24 @@ distclean: clean  ## Remove .venv too.
 system-%:
 	@$(ENV) system $*
 
-$(STAMPS)/venv: $(ENV) pyproject.toml
+# .venv in three steps: what the extension is built with, what the demo runs with, and all that developers use.
+$(STAMPS)/venv-base: $(ENV) pyproject.toml
 	@mkdir -p $(STAMPS)
-	@$(ENV) venv
+	@$(ENV) venv base
 	@touch $@
+
+$(STAMPS)/venv-demo: $(STAMPS)/venv-base
+	@$(ENV) venv demo
+	@touch $@
+
+$(STAMPS)/venv: $(STAMPS)/venv-demo
+	@$(ENV) venv all
+	@touch $@
+
+native: $(STAMPS)/venv-demo native-extension
+
+native-extension: $(STAMPS)/venv-base system-build
+	@$(ENV) native $(NATIVE)
 
 # An editable install: the package from the working tree, the extension beside it, the CMake tree in build/dev.
 $(STAMPS)/installed: $(STAMPS)/venv setup.py CMakeLists.txt $(wildcard cmake/*.cmake) | system-build

@@ -7,14 +7,31 @@ if(NOT EP_SANITIZE STREQUAL "")
     set(ep_cuda_reason "EP_SANITIZE=${EP_SANITIZE}")
 endif()
 
-if(NOT EP_CUDA MATCHES "^(AUTO|ON|OFF)$")
-    message(FATAL_ERROR "EP_CUDA must be AUTO, ON or OFF, got '${EP_CUDA}'")
+if(NOT EP_CUDA MATCHES "^(AUTO|ON|OFF|NATIVE)$")
+    message(FATAL_ERROR "EP_CUDA must be AUTO, ON, OFF or NATIVE, got '${EP_CUDA}'")
 endif()
 if(EP_CUDA STREQUAL "ON" AND NOT EP_SANITIZE STREQUAL "")
     message(FATAL_ERROR "EP_SANITIZE instruments the CPU device; use it with EP_CUDA=OFF")
 endif()
 
-if(NOT EP_CUDA STREQUAL "OFF" AND EP_SANITIZE STREQUAL "")
+# What a build for this machine alone is for.
+set(ep_is_wanted 1)
+set(ep_capabilities "")
+if(EP_CUDA STREQUAL "NATIVE")
+    find_program(EP_NVIDIA_SMI nvidia-smi PATHS /usr/lib/wsl/lib)
+    if(EP_NVIDIA_SMI)
+        execute_process(COMMAND ${EP_NVIDIA_SMI} --query-gpu=compute_cap --format=csv,noheader
+                        OUTPUT_VARIABLE ep_capabilities ERROR_QUIET)
+    endif()
+    file(GLOB ep_gpu_nodes /dev/nvidia[0-9]* /dev/dxg)
+    # A GPU that nvidia-smi does not describe gets what any GPU gets.
+    if(NOT ep_capabilities MATCHES "[0-9]\\.[0-9]" AND NOT ep_gpu_nodes)
+        set(ep_is_wanted 0)
+        set(ep_cuda_reason "EP_CUDA=NATIVE, and this machine has no GPU")
+    endif()
+endif()
+
+if(ep_is_wanted AND NOT EP_CUDA STREQUAL "OFF" AND EP_SANITIZE STREQUAL "")
     # CMake itself looks on the PATH alone; CUDA_HOME is what torch and its users set.
     if(NOT CMAKE_CUDA_COMPILER AND "$ENV{CUDACXX}" STREQUAL "")
         find_program(EP_NVCC nvcc HINTS "$ENV{CUDA_HOME}/bin" "$ENV{CUDA_PATH}/bin" PATHS /usr/local/cuda/bin)
@@ -34,14 +51,14 @@ if(NOT EP_CUDA STREQUAL "OFF" AND EP_SANITIZE STREQUAL "")
 endif()
 
 if(EP_WITH_CUDA)
-    # Precedence: -DCMAKE_CUDA_ARCHITECTURES, then the environment, then the default.
+    # Precedence: -DCMAKE_CUDA_ARCHITECTURES, then the environment, then this machine's (if asked for), then the default.
     if(DEFINED CACHE{CMAKE_CUDA_ARCHITECTURES})
         set(CMAKE_CUDA_ARCHITECTURES $CACHE{CMAKE_CUDA_ARCHITECTURES})
     elseif(NOT "$ENV{TORCH_CUDA_ARCH_LIST}" STREQUAL "")
         ep_parse_torch_arch_list(CMAKE_CUDA_ARCHITECTURES "$ENV{TORCH_CUDA_ARCH_LIST}")
     else()
         execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-arch OUTPUT_VARIABLE known_to_nvcc)
-        ep_default_arch_list(CMAKE_CUDA_ARCHITECTURES "${known_to_nvcc}")
+        ep_native_arch_list(CMAKE_CUDA_ARCHITECTURES "${ep_capabilities}" "${known_to_nvcc}")
     endif()
     ep_check_arch_list("${CMAKE_CUDA_ARCHITECTURES}")
 

@@ -20,6 +20,7 @@ from deep_ep._cost_model import CostModel
 from deep_ep._errors import Error
 from deep_ep._handles import KnownTensors
 from deep_ep._lending import Lender
+from deep_ep._memory import EmptyTensors
 from deep_ep._topology import Place, Topology, find_topology, this_place
 from deep_ep.version import __version__
 
@@ -110,6 +111,7 @@ class Session:
                  num_ranks: int, num_lend_bytes: int, cost_model: Optional[CostModel]) -> None:
         self.runtime = runtime
         self.streams = streams
+        self.empty = EmptyTensors(streams.device)
         # One rank has nobody to lend to.
         self.lender = Lender(runtime, streams, num_lend_bytes) if num_lend_bytes > 0 and num_ranks > 1 else None
         self.topology = topology

@@ -1,11 +1,17 @@
 """Which tensors need no more checks."""
 
 import weakref
-from typing import Generic, Optional, TypeVar
-
-import torch
+from typing import Any, Generic, Optional, TypeVar
 
 T = TypeVar("T")
+Reference = weakref.ref[Any]
+
+
+class _NoneGiven:
+    """Stands for a tensor where there are fewer than three."""
+
+
+NONE_GIVEN = _NoneGiven()
 
 
 class KnownTensors(Generic[T]):
@@ -18,19 +24,17 @@ class KnownTensors(Generic[T]):
     MOST = 256
 
     def __init__(self) -> None:
-        self._entries: dict[int, tuple[tuple[weakref.ref[torch.Tensor], ...], T]] = {}  # by id of the first tensor
+        self._entries: dict[int, tuple[T, Reference, Reference, Reference]] = {}  # by id of the first tensor
 
-    def add(self, finding: T, *tensors: torch.Tensor) -> None:
+    def add(self, finding: T, first: object, second: object = NONE_GIVEN, third: object = NONE_GIVEN) -> None:
         if len(self._entries) >= self.MOST:  # most of them are dead; those that are not are checked once more
             self._entries.clear()
-        self._entries[id(tensors[0])] = (tuple(map(weakref.ref, tensors)), finding)
+        self._entries[id(first)] = finding, weakref.ref(first), weakref.ref(second), weakref.ref(third)
 
-    def find(self, *tensors: object) -> Optional[T]:
+    def find(self, first: object, second: object = NONE_GIVEN, third: object = NONE_GIVEN) -> Optional[T]:
         """What is known of exactly these tensors, if anything is."""
-        entry = self._entries.get(id(tensors[0]))
+        entry = self._entries.get(id(first))
         if entry is None:
             return None
-        for ref, tensor in zip(entry[0], tensors):
-            if ref() is not tensor:
-                return None
-        return entry[1]
+        finding, first_ref, second_ref, third_ref = entry
+        return finding if first_ref() is first and second_ref() is second and third_ref() is third else None

@@ -31,6 +31,8 @@ INT32 = (torch.int32, )
 #   send_head int32 [N, R]; position among the tokens sent to that rank, -1: not sent
 NUM_HANDLE_FIELDS = 6
 
+NO_BIASES = None, None
+
 
 class Routing(NamedTuple):
     """The checked arguments that say where tokens go in a fresh dispatch."""
@@ -87,9 +89,9 @@ def get_dispatch_layout(
     with open_operation(session, "get_dispatch_layout", previous_event, async_finish,
                         allocate_on_comm_stream) as operation:
         with operation.allocation():
-            per_rank = torch.empty(num_ranks, dtype=torch.int32, device=device)
-            per_expert = torch.empty(num_experts, dtype=torch.int32, device=device)
-            in_rank = torch.empty(num_tokens, num_ranks, dtype=torch.bool, device=device)
+            per_rank = session.empty[torch.int32](num_ranks)
+            per_expert = session.empty[torch.int32](num_experts)
+            in_rank = session.empty[torch.bool](num_tokens, num_ranks)
         operation.start((topk_idx, ), (per_rank, per_expert, in_rank))
         session.runtime.get_dispatch_layout(_ptr(topk_idx), topk_idx.element_size(), num_tokens, num_topk, num_experts,
                                             _ptr(per_rank), _ptr(per_expert), _ptr(in_rank), operation.stream)
@@ -170,13 +172,11 @@ def combine(session: Session, x: torch.Tensor, handle: Any, topk_weights: Option
     num_topk = 0
     if topk_weights is not None:
         _, num_topk = _checks.check_matrix("topk_weights", topk_weights, device, FLOAT32, num_rows)
-    biases = _check_bias(bias, device, num_tokens, hidden)
+    biases = NO_BIASES if bias is None else _check_bias(bias, device, num_tokens, hidden)
     with open_operation(session, "combine", previous_event, async_finish, allocate_on_comm_stream) as operation:
         with operation.allocation():
-            combined = torch.empty(num_tokens, hidden, dtype=torch.bfloat16, device=device)
-            weights = None
-            if topk_weights is not None:
-                weights = torch.empty(num_tokens, num_topk, dtype=torch.float32, device=device)
+            combined = session.empty[torch.bfloat16](num_tokens, hidden)
+            weights = None if topk_weights is None else session.empty[torch.float32](num_tokens, num_topk)
         operation.start((x, topk_weights, *biases, rank_prefix_matrix, send_head), (combined, weights))
         session.runtime.combine(x.data_ptr(), num_rows, hidden, _ptr(topk_weights), num_topk, _ptr(biases[0]),
                                 _ptr(biases[1]), rank_prefix_matrix.data_ptr(), send_head.data_ptr(), num_tokens,
@@ -261,8 +261,6 @@ def _check_layout(per_rank: torch.Tensor, per_expert: torch.Tensor, in_rank: tor
 
 def _check_bias(bias: Any, device: torch.device, num_tokens: int,
                 hidden: int) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
-    if bias is None:
-        return None, None
     given = bias if isinstance(bias, tuple) else (bias, )
     if not 1 <= len(given) <= 2:
         raise ValueError(f"bias must be a tensor or a tuple of two, got a tuple of {len(given)}")
@@ -275,9 +273,8 @@ def _check_bias(bias: Any, device: torch.device, num_tokens: int,
 
 def _notify_outputs(session: Session, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """rank_prefix_matrix and send_head."""
-    device, num_ranks = session.streams.device, session.num_ranks
-    return (torch.empty(num_ranks, num_ranks, dtype=torch.int32,
-                        device=device), torch.empty(num_tokens, num_ranks, dtype=torch.int32, device=device))
+    make, num_ranks = session.empty[torch.int32], session.num_ranks
+    return make(num_ranks, num_ranks), make(num_tokens, num_ranks)
 
 
 def _receive_outputs(session: Session, rows: torch.Tensor, scales: Optional[torch.Tensor], routing: Optional[Routing],
@@ -287,18 +284,17 @@ def _receive_outputs(session: Session, rows: torch.Tensor, scales: Optional[torc
         lent = _lent_outputs(session.lender, rows, scales, routing, num_rows, operation)
         if lent is not None:
             return lent
-    device = rows.device
+    empty = session.empty
     topk_idx = topk_weights = None
     if routing is not None and routing.topk_idx is not None:
         num_topk = routing.topk_idx.shape[1]
-        topk_idx = torch.empty(num_rows, num_topk, dtype=routing.topk_idx.dtype, device=device)
-        topk_weights = torch.empty(num_rows, num_topk, dtype=torch.float32, device=device)
-    outputs = Outputs(
-        x=torch.empty(num_rows, rows.shape[1], dtype=rows.dtype, device=device),
-        scales=None if scales is None else torch.empty(num_rows, scales.shape[1], dtype=scales.dtype, device=device),
-        topk_idx=topk_idx,
-        topk_weights=topk_weights)
-    return outputs, torch.empty(num_rows, dtype=torch.int32, device=device)
+        topk_idx = empty[routing.topk_idx.dtype](num_rows, num_topk)
+        topk_weights = empty[torch.float32](num_rows, num_topk)
+    outputs = Outputs(x=empty[rows.dtype](num_rows, rows.shape[1]),
+                      scales=None if scales is None else empty[scales.dtype](num_rows, scales.shape[1]),
+                      topk_idx=topk_idx,
+                      topk_weights=topk_weights)
+    return outputs, empty[torch.int32](num_rows)
 
 
 def _lent_outputs(lender: Lender, rows: torch.Tensor, scales: Optional[torch.Tensor], routing: Optional[Routing],

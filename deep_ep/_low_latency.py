@@ -135,7 +135,7 @@ class LowLatency:
             num_experts = _checks.check_int("num_experts", num_experts, 1)
             _checks.check_num_experts("num_experts", num_experts, self._session.num_ranks)
             shape = Shape(num_max_tokens, num_topk, num_experts, hidden)
-            plan = self._plans[key] = Plan(shape, Format(*form), self._session.num_ranks, self._device)
+            plan = self._plans[key] = Plan(shape, Format(*form), self._session.num_ranks, self._session.empty)
         return plan
 
     def _check_stats(self, name: str, stats: Optional[torch.Tensor], size: int, dtypes: tuple[torch.dtype]) -> None:
@@ -170,7 +170,7 @@ class LowLatency:
             _checks.check_tensor("out", out, device, (num_tokens, hidden), BFLOAT16)
             _checks.check_alignment("out", out)
         phases = self._open_phases("low_latency_combine", async_finish, return_recv_hook)
-        combined = torch.empty(num_tokens, hidden, dtype=torch.bfloat16, device=device) if out is None else out
+        combined = self._session.empty[torch.bfloat16](num_tokens, hidden) if out is None else out
         arguments = (*plan.combine_args, use_logfmt, sent.data_ptr(), topk_idx.data_ptr(), topk_idx.element_size(),
                      topk_weights.data_ptr(), num_tokens, src_info.data_ptr() + plan.entries_at, combined.data_ptr(),
                      _ptr(wait_stats), phases.stream)

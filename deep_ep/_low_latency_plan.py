@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 
 from deep_ep import _checks
+from deep_ep._memory import EmptyTensors
 
 MAX_TOKENS = 4096  # of one rank in one call; csrc/layout/low_latency.h
 BF16_ALIGNMENT = 8  # channels in 16 bytes
@@ -64,11 +65,11 @@ class Plan:
     combine needs; recv_count, int32 [El].
     """
 
-    __slots__ = ("_count_at", "_device", "_has_scales", "_index_shapes", "_num_words", "_recv_dtype", "_scale_dtype",
+    __slots__ = ("_count_at", "_empty", "_has_scales", "_index_shapes", "_num_words", "_recv_dtype", "_scale_dtype",
                  "_scale_shape", "combine_args", "dispatch_args", "entries_at", "expert_rows", "handle_tail", "hidden",
                  "num_bytes_behind_src_info", "num_local", "num_max_tokens", "num_topk")
 
-    def __init__(self, shape: Shape, form: Format, num_ranks: int, device: torch.device) -> None:
+    def __init__(self, shape: Shape, form: Format, num_ranks: int, empty: EmptyTensors) -> None:
         form.check(shape.hidden)
         self.num_max_tokens, self.num_topk, num_experts, self.hidden = shape
         self.num_local = num_local = num_experts // num_ranks
@@ -77,7 +78,7 @@ class Plan:
         self.handle_tail = (shape.num_max_tokens, shape.hidden, num_experts)
         self.dispatch_args = (*shape, *form)
         self.combine_args = tuple(shape)
-        self._device = device
+        self._empty = empty
         self._recv_dtype = torch.float8_e4m3fn if form.use_fp8 else torch.bfloat16
         self._has_scales = form.use_fp8
         num_scales = shape.hidden // (PACKED_GROUP if form.use_ue8m0 else SCALE_GROUP)
@@ -91,12 +92,11 @@ class Plan:
         self.num_bytes_behind_src_info = (num_entries + num_local) * INT32_BYTES
 
     def make_outputs(self) -> DispatchOutputs:
-        device = self._device
-        num_local, num_rows, hidden = self.expert_rows
-        recv_x, scales = torch.empty(num_local, num_rows, hidden, dtype=self._recv_dtype, device=device), None
+        empty, (num_local, num_rows, hidden) = self._empty, self.expert_rows
+        recv_x, scales = empty[self._recv_dtype](num_local, num_rows, hidden), None
         if self._has_scales:
-            scales = torch.empty_strided(*self._scale_shape, dtype=self._scale_dtype, device=device)
-        words = torch.empty(self._num_words, dtype=torch.int32, device=device)
+            scales = torch.empty_strided(*self._scale_shape, dtype=self._scale_dtype, device=empty.device)
+        words = empty[torch.int32](self._num_words)
         shape, strides, (_, num_ranks) = self._index_shapes
-        layout_range = torch.empty(num_local, num_ranks, dtype=torch.int64, device=device)
+        layout_range = empty[torch.int64](num_local, num_ranks)
         return recv_x, scales, words.as_strided(shape, strides), layout_range, words[self._count_at:]

@@ -11,7 +11,6 @@ rows are under way, so the order above is a loop that resumes the generators in 
 """
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import time
@@ -225,9 +224,7 @@ def run_rank(context: launcher.Context, sizes: Sizes, num_steps: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the example; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    launcher.add_options(parser, default_steps=4)
-    options = parser.parse_args(argv)
+    options = launcher.parse_options(__doc__, argv, default_steps=4)
     sizes, num_ranks = Sizes(), options.num_processes
     if sizes.num_experts % num_ranks:
         raise SystemExit(f"--num-processes must divide the number of experts, {sizes.num_experts}, got {num_ranks}")

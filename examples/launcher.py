@@ -23,6 +23,11 @@ try:
 except ImportError:
     tqdm = None
 
+# What every worker imports, once for all of them.
+PRELOADED = ["torch", "torch.distributed", "deep_ep"]
+# What torch's optimizers import when they are made. It may look for GPUs, hence only without them.
+PRELOADED_ON_CPU = ["torch._dynamo"]
+
 
 class WorkerError(RuntimeError):
     """A worker raised or died; the message holds its name and its traceback."""
@@ -76,14 +81,13 @@ def _positive(value: str) -> int:
     return number
 
 
-def add_options(parser: argparse.ArgumentParser, default_steps: int) -> None:
-    """The options that all examples share."""
+def parse_options(description: str | None, argv: list[str] | None, default_steps: int) -> argparse.Namespace:
+    """The options that all examples share; of a docstring, the first line describes them."""
+    parser = argparse.ArgumentParser(description=(description or "").split("\n", 1)[0])
     parser.add_argument("--num-processes", type=_positive, default=4, metavar="N", help="number of ranks (default: 4)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: GPUs if there are any")
-    parser.add_argument("--steps",
-                        type=_positive,
-                        default=default_steps,
-                        help=f"training steps (default: {default_steps})")
+    parser.add_argument("--steps", type=_positive, default=default_steps, help=f"how many (default: {default_steps})")
+    return parser.parse_args(argv)
 
 
 def exit_with(main: Callable[[], int]) -> NoReturn:
@@ -145,7 +149,8 @@ def run(workers: list[Worker], device_type: str) -> Iterator[tuple[str, Any]]:
     its peers, waiting for it, could only say that it is gone.
     """
     num_ranks = sum(worker.rank is not None for worker in workers)
-    context = mp.get_context("spawn")  # CUDA does not survive a fork
+    context = mp.get_context("forkserver")  # CUDA does not survive a fork, and this process may have asked for GPUs
+    context.set_forkserver_preload(PRELOADED + (PRELOADED_ON_CPU if device_type == "cpu" else []))
     with tempfile.TemporaryDirectory(prefix="deep_ep_demo_") as folder:
         processes: dict[mp_connection.Connection, Any] = {}
         try:

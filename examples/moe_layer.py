@@ -4,7 +4,6 @@
 """
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import os
@@ -175,7 +174,7 @@ def _difference(actual: list[Tensor], expected: list[Tensor]) -> tuple[float, fl
 # --- What the parent prints -------------------------------------------------------------------------------------------
 def main(argv: list[str] | None = None) -> int:
     """Runs the example; returns the exit code."""
-    options = _parse(argv)
+    options = launcher.parse_options(__doc__, argv, default_steps=2)
     sizes, num_ranks = Sizes(), options.num_processes
     if sizes.num_experts % num_ranks:
         raise SystemExit(f"--num-processes must divide the number of experts, {sizes.num_experts}, got {num_ranks}")
@@ -198,12 +197,6 @@ def main(argv: list[str] | None = None) -> int:
                 differences[report[0]] = report[1]
     _print_traffic(ranks, sizes)
     return 0 if _print_verdict(differences) else 1
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    launcher.add_options(parser, default_steps=2)
-    return parser.parse_args(argv)
 
 
 def _print_traffic(ranks: dict[str, RankReport], sizes: Sizes) -> None:

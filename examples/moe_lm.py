@@ -4,7 +4,6 @@
 """
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -193,7 +192,7 @@ class Result:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the example; returns the exit code."""
-    options = _parse(argv)
+    options = launcher.parse_options(__doc__, argv, default_steps=Settings.num_steps)
     settings, num_ranks = Settings(num_steps=options.steps), options.num_processes
     if settings.num_experts % num_ranks or settings.batch % num_ranks:
         raise SystemExit(f"--num-processes must divide {settings.num_experts} experts and a batch of {settings.batch}")
@@ -217,12 +216,6 @@ def main(argv: list[str] | None = None) -> int:
     report.update(num_ranks=num_ranks, device=device, text_bytes=len(corpus.encode()))
     _save(report)
     return 0 if report["passed"] else 1
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    launcher.add_options(parser, default_steps=Settings.num_steps)
-    return parser.parse_args(argv)
 
 
 def _train_both(settings: Settings, tokens: Tensor, prompt: list[int], num_ranks: int,

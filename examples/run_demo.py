@@ -1,7 +1,6 @@
 """The demo: a MoE layer and a MoE language model over several ranks, each checked against one rank (`make demo`)."""
 from __future__ import annotations
 
-import argparse
 import time
 
 import launcher
@@ -11,9 +10,7 @@ import moe_lm
 
 def main(argv: list[str] | None = None) -> int:
     """Runs both examples; returns 0 if both agree with their references."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    launcher.add_options(parser, default_steps=moe_lm.Settings.num_steps)
-    options = parser.parse_args(argv)
+    options = launcher.parse_options(__doc__, argv, default_steps=moe_lm.Settings.num_steps)
     common = ["--num-processes", str(options.num_processes), "--device", options.device]
     parts = {
         "MoE layer, forward and backward": lambda: moe_layer.main(common),

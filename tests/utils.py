@@ -84,8 +84,9 @@ def device() -> torch.device:
 class Pool:
     """Processes that run cases together. A failed case costs the processes; the next one gets new ones."""
 
-    def __init__(self, num_processes: int, environment: Optional[dict[str, str]] = None) -> None:
+    def __init__(self, num_processes: int, environment: Optional[dict[str, str]] = None, backend: str = "gloo") -> None:
         self.num_processes = num_processes
+        self._backend = backend  # of torch.distributed
         self._environment = environment or {}
         self._processes: list[Any] = []
         self._connections: list[Any] = []
@@ -160,7 +161,7 @@ class Pool:
         for index in range(self.num_processes):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve,
-                                      args=(index, self.num_processes, store, theirs, self._environment),
+                                      args=(index, self.num_processes, store, theirs, self._environment, self._backend),
                                       daemon=True)
             process.start()
             theirs.close()
@@ -191,7 +192,8 @@ class Pool:
             self._folder = None
 
 
-def _serve(index: int, num_processes: int, store: str, connection: Any, environment: dict[str, str]) -> None:
+def _serve(index: int, num_processes: int, store: str, connection: Any, environment: dict[str, str],
+           backend: str) -> None:
     os.environ.update(environment)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
@@ -199,7 +201,7 @@ def _serve(index: int, num_processes: int, store: str, connection: Any, environm
     where = device()
     if where.type == "cuda":
         torch.cuda.set_device(index % torch.cuda.device_count())
-    dist.init_process_group("gloo",
+    dist.init_process_group(backend,
                             init_method=f"file://{store}",
                             rank=index,
                             world_size=num_processes,

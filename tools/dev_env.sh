@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Brings what the Makefile's tasks stand on.
 #   dev_env.sh system build|test|lint   system packages, through apt-get where we may
-#   dev_env.sh venv                     .venv, with torch
+#   dev_env.sh venv base|demo|all       .venv: to build with; with torch, to run the demo; with all tools
+#   dev_env.sh native FOLDER            the extension for this machine alone, in FOLDER/python
 #   dev_env.sh install                  deep_ep in .venv (editable) and the CMake tree build/dev
 # Where something cannot be brought it says so and goes on, except under CI, where everything is required.
 set -euo pipefail
@@ -71,32 +72,68 @@ make_venv_over_torch() {
     say "using the torch of $("$python" -c 'import sys; print(sys.executable)'); nothing is downloaded"
 }
 
-make_venv() {
-    [[ -x .venv/bin/pip ]] || "$python" -m venv --clear .venv
-    local pip=(.venv/bin/python -m pip --disable-pip-version-check install -qq)
-    "${pip[@]}" --upgrade 'setuptools>=70.1' 'pybind11>=2.12,<4'
-    has_command cmake || "${pip[@]}" cmake
-    has_command ninja || "${pip[@]}" ninja
-    say "installing ${TORCH:=torch==2.13.0}"
-    "${pip[@]}" "$TORCH"
-    # What the extras name, once, in pyproject.toml.
-    .venv/bin/python - <<'PY' | xargs -d '\n' "${pip[@]}"
-import re
+pip_install() { .venv/bin/python -m pip --disable-pip-version-check install -qq "$@"; }
+
+# Prints the packages of extras in pyproject.toml, one a line.
+packages_of() {
+    .venv/bin/python - "$@" <<'PY'
+import re, sys
 text = open('pyproject.toml').read()
 extras = re.search(r'^\[project\.optional-dependencies\]$(.*?)^\[', text, re.M | re.S).group(1)
-for name in ('test', 'demo', 'lint'):
+for name in sys.argv[1:]:
     values = re.search(rf'^{name} = \[(.*?)\]$', extras, re.M | re.S).group(1)
     print(*re.findall(r'"([^"]+)"', values), sep='\n')
 PY
 }
 
-setup_venv() {
-    if has_torch "$python"; then
+make_venv() { # how much of it; each step wants the one before
+    local packages
+    case $1 in
+        base)
+            [[ -x .venv/bin/pip ]] || "$python" -m venv --clear .venv
+            pip_install --upgrade 'setuptools>=70.1' 'pybind11>=2.12,<4'
+            has_command cmake || pip_install cmake
+            has_command ninja || pip_install ninja
+            ;;
+        demo)
+            say "installing ${TORCH:=torch==2.13.0}"
+            mapfile -t packages < <(packages_of demo)
+            pip_install "$TORCH" "${packages[@]}"
+            ;;
+        all)
+            mapfile -t packages < <(packages_of test lint)
+            pip_install "${packages[@]}"
+            ;;
+        *)
+            echo "unknown part of .venv '$1'" >&2
+            return 2
+            ;;
+    esac
+}
+
+setup_venv() { # how much of it
+    if ! has_torch "$python"; then
+        make_venv "$1"
+    elif [[ $1 == base ]]; then
         make_venv_over_torch
-    else
-        make_venv
     fi
-    .venv/bin/python -c 'import torch; print("[dev_env] torch", torch.__version__, "cuda", torch.version.cuda)'
+    [[ $1 != demo ]] ||
+        .venv/bin/python -c 'import torch; print("[dev_env] torch", torch.__version__, "cuda", torch.version.cuda)'
+}
+
+# The extension for this machine: no GPU, no nvcc; a GPU, its architecture alone. Configured anew each time, because GPUs
+# and drivers come and go. Users compile it, so a warning of their compiler is none of their business.
+build_native() { # folder
+    local generator=()
+    PATH=$PWD/.venv/bin:$PATH
+    has_command ninja && generator=(-G Ninja)
+    cmake -S . -B "$1" "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DEP_CUDA=NATIVE -DEP_MODULE_DIR="$PWD/$1/python" \
+        -DPython_EXECUTABLE="$PWD/.venv/bin/python" >"$1.log" 2>&1 || {
+        cat "$1.log"
+        return 1
+    }
+    grep 'deep_ep: CUDA device' "$1.log"
+    cmake --build "$1" --target deep_ep_cpp --parallel "${JOBS:-$(nproc)}"
 }
 
 install_package() {
@@ -106,10 +143,11 @@ install_package() {
 
 case ${1:-} in
     system) setup_system "$2" ;;
-    venv) setup_venv ;;
+    venv) setup_venv "$2" ;;
+    native) build_native "$2" ;;
     install) install_package ;;
     *)
-        sed -n '2,6s/^# \{0,1\}//p' "$0"
+        sed -n '2,7s/^# \{0,1\}//p' "$0"
         exit 2
         ;;
 esac

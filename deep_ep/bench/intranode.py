@@ -10,21 +10,17 @@ from typing import Any
 import torch
 
 from deep_ep import Buffer, Config
-from deep_ep.bench.ceiling import measure_ceilings
 from deep_ep.bench.comparison import Inputs, choose_backend, comparisons
-from deep_ep.bench.graphs import EMPTY_GRAPHS, NO_GRAPHS, capture, capture_together
-from deep_ep.bench.host import NUM_TOKENS, HostTimer, timed_waits
-from deep_ep.bench.kernels import Profiler
+from deep_ep.bench.graphs import EMPTY_GRAPHS, capture, capture_together
+from deep_ep.bench.host import NUM_TOKENS
+from deep_ep.bench.mode import ModeBenchmark, NamedCalls
 from deep_ep.bench.options import Options
 from deep_ep.bench.progress import show_progress
-from deep_ep.bench.ranks import Ranks
-from deep_ep.bench.results import Findings, Row
+from deep_ep.bench.results import Row
 from deep_ep.bench.routing import Shape, busiest_remote_copies, choose_experts, count_copies
-from deep_ep.bench.timing import Call, Timer, median, percentile
+from deep_ep.bench.timing import Call
 
 SCALE_BLOCK = 128  # elements of an FP8 row that share a scale
-# Of the cases of a run: kernels are looked at one by one there, and nowhere else.
-PROFILED_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -120,35 +116,20 @@ class Workload:
             yield Operation(f"combine BF16{name}", partial(combine, has_weights, bias), 2 * self.shape.hidden, num_sms)
 
 
-class IntranodeBenchmark:
+class IntranodeBenchmark(ModeBenchmark):
     """One rank of the benchmark."""
 
-    def __init__(self, ranks: Ranks, options: Options, device: torch.device, findings: Findings) -> None:
-        self._ranks = ranks
-        self._options = options
-        self._device = device
-        self._findings = findings
-        self._timer = Timer(ranks, options.is_cuda)
-        self._profiler = Profiler(ranks, self._timer, options)
-        # Threads share a GPU: there is no link.
-        self._ceilings = (dict.fromkeys(options.num_sms, 0.0) if options.is_threaded else measure_ceilings(
-            ranks, self._timer, options.num_sms, options.is_cuda))
+    profiled_tokens = 4096
 
     def run(self) -> None:
-        if self._options.with_graphs and self._options.is_threaded:
-            self._findings.notice(NO_GRAPHS)
         shapes = [self._shape(*case) for case in itertools.product(self._options.num_tokens, self._options.routings)]
         cases = list(itertools.product(self._options.num_sms, shapes))
         for num_sms, shape in show_progress(cases, is_shown=self._ranks.rank == 0):
             self._measure_shape(shape, num_sms)
             self._findings.keep()
-        self._measure_host()
+        self._measure_host(self._buffer(self._options.num_sms[0]), self._host_calls)
         self._findings.keep()
         self._compare(shapes)
-
-    def _shape(self, num_tokens: int, routing: str) -> Shape:
-        options = self._options
-        return Shape(options.num_ranks, num_tokens, options.hidden, options.num_topk, options.num_experts, routing)
 
     def _buffer(self, num_sms: int) -> Buffer:
         """Of the hint's size: a larger one would change what is measured."""
@@ -160,7 +141,7 @@ class IntranodeBenchmark:
     def _measure_shape(self, shape: Shape, num_sms: int) -> None:
         options = self._options
         remote_copies = busiest_remote_copies(count_copies(shape, options.seed))
-        is_profiled = options.with_profile and shape.num_tokens == self._profiled_tokens()
+        is_profiled = self._is_profiled(shape)
         with self._buffer(num_sms) as buffer:
             workload = Workload(buffer, shape, options, self._device)
             # The layout knows no SM budget.
@@ -174,16 +155,6 @@ class IntranodeBenchmark:
                 if is_profiled:
                     self._profiler.add(self._findings, operation.name, operation.call, shape, operation.num_sms)
             self._settle()
-
-    def _profiled_tokens(self) -> int:
-        tokens = self._options.num_tokens
-        return PROFILED_TOKENS if PROFILED_TOKENS in tokens else max(tokens)
-
-    def _settle(self) -> None:
-        """Nobody unmaps what a peer still uses."""
-        if self._options.is_cuda:
-            torch.cuda.synchronize()
-        self._ranks.barrier()
 
     def _add(self, name: str, operation: Operation, shape: Shape, remote_copies: int, ceiling: float) -> None:
         can_queue = self._options.can_queue and not operation.makes_host_wait
@@ -200,33 +171,13 @@ class IntranodeBenchmark:
 
     def _row(self, name: str, call: Call, can_queue: bool, shape: Shape, num_sms: int, remote_bytes: int,
              ceiling: float) -> Row:
-        repeats = self._options.num_warmups, self._options.num_repeats
-        chained = self._timer.chained(call, *repeats)
-        fresh = self._timer.fresh(call, *repeats)
-        queued = self._timer.queued(call, *repeats) if can_queue else []
-        return Row(operation=name,
-                   num_tokens=shape.num_tokens,
-                   hidden=shape.hidden,
-                   num_topk=shape.num_topk,
-                   num_experts=shape.num_experts,
-                   routing=shape.routing,
-                   num_sms=num_sms,
-                   chained_us=median(chained),
-                   fresh_us=median(fresh),
-                   chained_p95_us=percentile(chained, 95),
-                   fresh_p95_us=percentile(fresh, 95),
-                   queued_us=median(queued) if queued else 0.0,
-                   remote_bytes=remote_bytes,
-                   ceiling_gb_per_s=ceiling if remote_bytes > 0 else 0.0)
+        samples = self._sample(call, can_queue)
+        return samples.row(name, shape, num_sms, remote_bytes, ceiling if remote_bytes > 0 else 0.0)
 
-    def _measure_host(self) -> None:
-        timer, shape = HostTimer(self._ranks, self._options), self._shape(NUM_TOKENS, "uniform")
-        num_sms = self._options.num_sms[0]
-        with self._buffer(num_sms) as buffer, timed_waits():
-            workload = Workload(buffer, shape, self._options, self._device)
-            for operation in itertools.chain([workload.layout()], workload.operations(num_sms)):
-                self._findings.host.append(timer.measure(operation.name, operation.call))
-            self._settle()
+    def _host_calls(self, buffer: Buffer) -> NamedCalls:
+        workload = Workload(buffer, self._shape(NUM_TOKENS, "uniform"), self._options, self._device)
+        for operation in itertools.chain([workload.layout()], workload.operations(self._options.num_sms[0])):
+            yield operation.name, operation.call
 
     def _compare(self, shapes: list[Shape]) -> None:
         """With torch.distributed, which takes the SMs that it wants. The ceiling is that of the largest budget."""

@@ -1,6 +1,7 @@
 """The kernels of a call, one by one, as torch's profiler saw them: how many SMs each holds, and for how long."""
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import sys
@@ -62,6 +63,13 @@ def _blocks(event: Any) -> int:
     return blocks
 
 
+def make_profiler(activity: Any) -> Any:
+    """For one cycle, of which every event counts. Torch warns of those of earlier cycles unless told to keep all."""
+    has_option = "acc_events" in inspect.signature(torch.profiler.profile.__init__).parameters  # not in old ones
+    options: dict[str, Any] = {"acc_events": True} if has_option else {}
+    return torch.profiler.profile(activities=[activity], **options)
+
+
 class Profiler:
     """Ranks that are processes look at their own kernels; the first of those that are threads, at everybody's."""
 
@@ -99,7 +107,7 @@ class Profiler:
         profiler = None
         if self._looks:
             try:
-                profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+                profiler = make_profiler(torch.profiler.ProfilerActivity.CUDA)
                 profiler.start()
             except Exception as error:  # noqa: BLE001
                 print(f"profiler: {type(error).__name__}: {error}", file=sys.stderr, flush=True)

@@ -10,18 +10,14 @@ from typing import Any, Callable
 import torch
 
 from deep_ep import Buffer
-from deep_ep.bench.ceiling import measure_ceilings
-from deep_ep.bench.graphs import EMPTY_GRAPHS, NO_GRAPHS, capture, capture_phases, capture_together
-from deep_ep.bench.host import NUM_TOKENS, HostTimer, timed_waits
-from deep_ep.bench.kernels import Profiler
+from deep_ep.bench.graphs import EMPTY_GRAPHS, capture, capture_phases, capture_together
+from deep_ep.bench.host import NUM_TOKENS
+from deep_ep.bench.mode import ModeBenchmark, NamedCalls, Samples
 from deep_ep.bench.options import Options
 from deep_ep.bench.progress import show_progress
-from deep_ep.bench.ranks import Ranks
-from deep_ep.bench.results import Findings, Row
+from deep_ep.bench.results import Row
 from deep_ep.bench.routing import Shape, busiest_remote_copies, choose_experts, count_copies
-from deep_ep.bench.timing import Send, Timer, median, percentile
-
-PROFILED_TOKENS = 128
+from deep_ep.bench.timing import Send
 
 GROUP = 128  # channels with one scale
 LOGFMT_BITS = 10
@@ -114,15 +110,6 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Microseconds of every repeat."""
-
-    chained: list[float]
-    fresh: list[float]
-    queued: list[float]
-
-
-@dataclass(frozen=True)
 class Case:
     """What the rows of one measured shape have in common."""
 
@@ -131,66 +118,32 @@ class Case:
     ceiling: float
 
     def row(self, name: str, remote_row_bytes: int, samples: Samples) -> Row:
-        return Row(operation=name,
-                   num_tokens=self.shape.num_tokens,
-                   hidden=self.shape.hidden,
-                   num_topk=self.shape.num_topk,
-                   num_experts=self.shape.num_experts,
-                   routing=self.shape.routing,
-                   num_sms=0,
-                   chained_us=median(samples.chained),
-                   fresh_us=median(samples.fresh),
-                   chained_p95_us=percentile(samples.chained, 95),
-                   fresh_p95_us=percentile(samples.fresh, 95),
-                   queued_us=median(samples.queued) if samples.queued else 0.0,
-                   remote_bytes=self.remote_copies * remote_row_bytes,
-                   ceiling_gb_per_s=self.ceiling if remote_row_bytes > 0 else 0.0)
+        ceiling = self.ceiling if remote_row_bytes > 0 else 0.0
+        return samples.row(name, self.shape, 0, self.remote_copies * remote_row_bytes, ceiling)
 
 
-class LowLatencyBenchmark:
+class LowLatencyBenchmark(ModeBenchmark):
     """One rank of the benchmark."""
 
-    def __init__(self, ranks: Ranks, options: Options, device: torch.device, findings: Findings) -> None:
-        self._ranks = ranks
-        self._options = options
-        self._device = device
-        self._findings = findings
-        self._timer = Timer(ranks, options.is_cuda)
-        self._profiler = Profiler(ranks, self._timer, options)
+    profiled_tokens = 128
 
     def run(self) -> None:
-        options, num_sms = self._options, self._options.num_sms[0]
-        if options.with_graphs and options.is_threaded:
-            self._findings.notice(NO_GRAPHS)
-        # Threads share a GPU: there is no link.
-        ceiling = 0.0 if options.is_threaded else measure_ceilings(self._ranks, self._timer, [num_sms],
-                                                                   options.is_cuda)[num_sms]
+        options = self._options
+        ceiling = self._ceilings[options.num_sms[0]]
         cases = list(itertools.product(options.num_tokens, options.routings))
         for num_tokens, routing in show_progress(cases, is_shown=self._ranks.rank == 0):
             shape = self._shape(num_tokens, routing)
             self._measure_shape(Case(shape, busiest_remote_copies(count_copies(shape, options.seed)), ceiling))
             self._findings.keep()
-        self._measure_host()
-
-    def _shape(self, num_tokens: int, routing: str) -> Shape:
-        options = self._options
-        return Shape(options.num_ranks, num_tokens, options.hidden, options.num_topk, options.num_experts, routing)
+        self._measure_host(self._buffer(self._shape(NUM_TOKENS, "uniform")), self._host_calls)
 
     def _buffer(self, shape: Shape) -> Buffer:
         num_bytes = Buffer.get_low_latency_rdma_size_hint(max(1, shape.num_tokens), shape.hidden, shape.num_ranks,
                                                           shape.num_experts)
         return self._ranks.buffer(0, num_rdma_bytes=num_bytes, low_latency_mode=True)
 
-    def _settle(self) -> None:
-        """Nobody unmaps what a peer still uses."""
-        if self._options.is_cuda:
-            torch.cuda.synchronize()
-        self._ranks.barrier()
-
     def _measure_shape(self, case: Case) -> None:
-        tokens = self._options.num_tokens
-        profiled = PROFILED_TOKENS if PROFILED_TOKENS in tokens else max(tokens)
-        is_profiled = self._options.with_profile and case.shape.num_tokens == profiled
+        is_profiled = self._is_profiled(case.shape)
         with self._buffer(case.shape) as buffer:
             for operation in Workload(buffer, case.shape, self._options, self._device).operations():
                 self._measure(operation, case)
@@ -214,19 +167,15 @@ class LowLatencyBenchmark:
         """A whole call, and the phases of one with a hook: these are only ever measured fresh, or with pauses."""
         repeats, timer = (self._options.num_warmups, self._options.num_repeats), self._timer
         can_queue = self._options.can_queue
-        samples = Samples(timer.chained(whole, *repeats), timer.fresh(whole, *repeats),
-                          timer.queued(whole, *repeats) if can_queue else [])
-        self._findings.rows.append(case.row(name, num_bytes, samples))
+        self._findings.rows.append(case.row(name, num_bytes, self._sample(whole, can_queue)))
         fresh = timer.phases(send, *repeats)
         queued = timer.queued_phases(send, *repeats) if can_queue else ([], [])
         for i, phase in enumerate(("send", "receive")):
             samples = Samples(fresh[i], fresh[i], queued[i])
             self._findings.rows.append(case.row(f"{name} {phase}", num_bytes if phase == "send" else 0, samples))
 
-    def _measure_host(self) -> None:
-        timer, shape = HostTimer(self._ranks, self._options), self._shape(NUM_TOKENS, "uniform")
-        with self._buffer(shape) as buffer, timed_waits():
-            for operation in Workload(buffer, shape, self._options, self._device).operations():
-                self._findings.host.append(timer.measure(operation.name, operation.whole))
-                self._findings.host.append(timer.measure(f"{operation.name} with hook", operation.both_phases))
-            self._settle()
+    def _host_calls(self, buffer: Buffer) -> NamedCalls:
+        shape = self._shape(NUM_TOKENS, "uniform")
+        for operation in Workload(buffer, shape, self._options, self._device).operations():
+            yield operation.name, operation.whole
+            yield f"{operation.name} with hook", operation.both_phases

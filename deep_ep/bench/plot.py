@@ -32,7 +32,8 @@ def plot_file(path: Path) -> str:
     draw_times(times, report)
     draw_rates(rates, report)
     for axes in (times, rates):
-        axes.legend(fontsize=6)
+        if axes.get_legend_handles_labels()[0]:  # one rank has no rates
+            axes.legend(fontsize=6)
     machine = report["machine"].get("gpu", "CPU executor")
     how = ", as threads of one GPU" if report["ranks_as_threads"] else ""
     figure.suptitle(f"{report['benchmark']}, {report['num_ranks']} ranks{how}, {machine}, {report['date'][:10]}")
@@ -52,9 +53,9 @@ def is_drawn(row: dict[str, Any]) -> bool:
 
 
 def draw_times(axes: Any, report: dict[str, Any]) -> None:
-    """Time over tokens, with the largest SM budget; of one size over SM budgets."""
+    """Time over tokens, with the largest SM budget; of one size over SM budgets, if there are any."""
     rows = [row for row in report["rows"] if is_drawn(row)]
-    over = "num_tokens" if is_swept(rows, "num_tokens") else "num_sms"
+    over = "num_sms" if not is_swept(rows, "num_tokens") and any(row["num_sms"] for row in rows) else "num_tokens"
     title = f"time{at_largest(rows, 'num_sms')}" if over == "num_tokens" else f"time{at_largest(rows, 'num_tokens')}"
     draw(axes, of_largest(rows, over), over, device_us)
     axes.set(ylabel="µs", title=title)

@@ -17,9 +17,9 @@ from utils import Pool
 from deep_ep.bench.__main__ import build_parser, command_of, int_list, make_options
 from deep_ep.bench.collectives import pack_topk, unpack_topk
 from deep_ep.bench.graphs import capture_together
-from deep_ep.bench.kernels import NUM_CALLS, read_trace, short_name
+from deep_ep.bench.kernels import NUM_CALLS, make_profiler, read_trace, short_name
 from deep_ep.bench.low_latency import row_bytes
-from deep_ep.bench.plot import plot_file
+from deep_ep.bench.plot import draw_times, plot_file
 from deep_ep.bench.progress import show_progress
 from deep_ep.bench.ranks import ThreadMeeting, ThreadRanks
 from deep_ep.bench.results import Findings, HostCost, Kernel, Profile, Report, Row, save
@@ -181,6 +181,15 @@ def test_kernels_get_the_names_of_their_folders() -> None:
     assert short_name(entry_name("notify_dispatch::(anonymous namespace)::Kernel")) == "notify_dispatch"
     assert short_name(entry_name("low_latency::combine::(anonymous namespace)::Kernel<true>")) == "low_latency combine"
     assert short_name("spin_kernel(long)") is None
+
+
+def test_the_profiler_keeps_every_event_where_torch_can() -> None:
+    profiler = make_profiler(torch.profiler.ProfilerActivity.CPU)
+    profiler.start()
+    torch.ones(3).sum()
+    profiler.stop()
+    assert getattr(profiler, "acc_events", True) is True
+    assert profiler.events()
 
 
 def test_a_trace_is_read_call_by_call_and_stream_by_stream() -> None:
@@ -361,6 +370,22 @@ def test_a_report_can_be_plotted(tmp_path: Path) -> None:
         path = save(report, tmp_path, commit="abc")
         assert plot_file(path).startswith("plotted")
         assert path.with_suffix(".png").stat().st_size > 1000
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("remote_bytes", [0, 4096])
+def test_one_size_without_budgets_is_a_picture_too(tmp_path: Path, remote_bytes: int) -> None:
+    mpl = pytest.importorskip("matplotlib")
+    mpl.use("Agg")
+    row = replace(make_row(num_tokens=8, num_sms=0), remote_bytes=remote_bytes)
+    path = save(Report("low-latency", "", "cpu", num_ranks=1, num_devices=0, findings=Findings(rows=[row])),
+                tmp_path,
+                commit="abc")
+    assert plot_file(path).startswith("plotted")
+    _, axes = mpl.pyplot.subplots()
+    draw_times(axes, json.loads(path.read_text(encoding="utf-8")))
+    assert [line.get_label() for line in axes.get_lines()] == [row.operation]
+    mpl.pyplot.close("all")
 
 
 def test_a_missing_matplotlib_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

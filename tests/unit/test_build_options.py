@@ -64,6 +64,51 @@ def test_default_is_every_gpu_that_nvcc_knows_and_ptx_of_the_newest(tmp_path: Pa
     assert run.stderr.strip() == expected
 
 
+@pytest.mark.parametrize(('capabilities', 'expected'), [
+    ('9.0\n9.0\n', '90-real'),
+    ('8.6\n9.0\n', '86-real;90-real'),
+    ('9.0\n13.0\n', '80-real;90-real;100'),
+    ('No devices were found\n', '80-real;90-real;100'),
+    ('', '80-real;90-real;100'),
+])
+def test_native_is_the_gpus_of_the_machine_if_nvcc_knows_them_all(tmp_path: Path, capabilities: str,
+                                                                  expected: str) -> None:
+    run = run_script(
+        tmp_path, f'include(EpArchitectures)\nset(EP_DISABLE_SM90_FEATURES 0)\n'
+        f'ep_native_arch_list(result "{capabilities}" "{KNOWN_TO_CUDA_13}")\nmessage(NOTICE "${{result}}")')
+    assert run.stderr.strip() == expected
+
+
+def plan_of(folder: Path, *arguments: str) -> str:
+    """What make would run there."""
+    finished = subprocess.run(['make', '-n', *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+@pytest.mark.skipif(shutil.which('make') is None, reason='make is not on the PATH')
+def test_the_demo_builds_for_itself_and_a_build_is_not_fooled_by_it(tmp_path: Path) -> None:
+    for name in ('Makefile', 'setup.py', 'CMakeLists.txt', 'pyproject.toml', 'tools/dev_env.sh'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(CMAKE_DIR.parent / name, tmp_path / name)
+    bare = plan_of(tmp_path, 'demo')
+    assert 'dev_env.sh native build/native' in bare
+    assert 'PYTHONPATH="' in bare
+    assert 'dev_env.sh install' not in bare
+    stamps = tmp_path / 'build' / 'stamps'
+    stamps.mkdir(parents=True)
+    for name in ('venv-base', 'venv-demo'):
+        (stamps / name).touch()
+    after_demo = plan_of(tmp_path, 'build')
+    assert 'dev_env.sh venv all' in after_demo
+    assert 'dev_env.sh install' in after_demo
+    for name in ('venv', 'installed'):
+        (stamps / name).touch()
+    after_build = plan_of(tmp_path, 'demo')
+    assert 'cmake --build build/dev' in after_build
+    assert 'native' not in after_build
+
+
 def read_options(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return run_script(
         tmp_path, 'include(EpOptions)\nmessage(NOTICE "${EP_DISABLE_SM90_FEATURES} ${EP_DISABLE_AGGRESSIVE_PTX} '

@@ -96,7 +96,16 @@ def test_building_inside_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -
 def test_fresh_dispatch_inside_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with solo_buffer() as buffer:
         handle = solo_dispatch(buffer)[4]
-        monkeypatch.setattr("deep_ep._high_throughput.is_capturing", lambda: True)
+        assert buffer._session is not None
+        streams = buffer._session.streams
+        make_operation = streams.operation
+
+        def captured(*options: Any) -> Any:
+            operation = make_operation(*options)
+            operation.is_captured = True
+            return operation
+
+        monkeypatch.setattr(streams, "operation", captured)
         with pytest.raises(deep_ep.Error, match="num_worst_tokens"):
             solo_dispatch(buffer)
         solo_dispatch(buffer, num_worst_tokens=5)

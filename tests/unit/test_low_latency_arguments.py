@@ -176,6 +176,22 @@ def test_handle_may_be_a_list_and_outlive_other_calls(buffer: Buffer) -> None:
     assert (combine(buffer, handle)[0] == 2).all()
 
 
+@pytest.mark.parametrize("bad", [{TOKENS: 8.0}, {"num_experts": 4.0}])
+def test_a_shape_that_was_good_does_not_vouch_for_its_like(buffer: Buffer, bad: dict[str, Any]) -> None:
+    dispatch(buffer)
+    with pytest.raises(TypeError, match=f"{next(iter(bad))} must be an int, got float"):
+        dispatch(buffer, **bad)
+
+
+@pytest.mark.parametrize(("place", "value", "part"), [(2, 4, "src_info"), (3, 1024, "x"), (4, 8, "src_info")])
+def test_a_known_handle_does_not_vouch_for_other_numbers(buffer: Buffer, place: int, value: Any, part: str) -> None:
+    handle = list(dispatch(buffer)[2])
+    combine(buffer, handle)
+    handle[place] = value
+    with pytest.raises((TypeError, ValueError), match=part):
+        combine(buffer, handle)
+
+
 @pytest.mark.parametrize("call", [
     lambda b: dispatch(b, async_finish=True, return_recv_hook=True),
     lambda b: combine(b, dispatch(b)[2], async_finish=True, return_recv_hook=True),

@@ -29,6 +29,16 @@ EP_DEVICE bool wait_for_banks(const Watch& watch) {
     return __all_sync(prim::kFullMask, is_ready);
 }
 
+// The same in one look, without waiting: what wait_for_banks waits for has mostly come long ago.
+EP_DEVICE bool are_banks_free(const Watch& watch) {
+    bool is_ready = true;
+    for (int peer = prim::lane_idx(); peer < watch.heap.num_ranks(); peer += prim::kWarpSize)
+        is_ready &=
+            prim::load<prim::Order::kAcquire, prim::Scope::kSys>(watch.heap.started(watch.heap.rank(), peer)) + 1 >=
+            watch.call;
+    return __all_sync(prim::kFullMask, is_ready);
+}
+
 // All threads of all blocks, last, and after a barrier of the block that follows their reading of the call's number: the
 // block that comes last counts the call as done. Nothing of this launch looks at the count any more, and the end of the
 // launch publishes it, so no order is needed.

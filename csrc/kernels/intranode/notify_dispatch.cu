@@ -19,6 +19,7 @@ using prim::Scope;
 
 constexpr int kMaxWarps = kMaxNotifyThreads / kWarpSize;
 constexpr int kMaxScanBlocks = 8;
+constexpr int kSourceBatch = 8;  // whose counts are under way at once
 
 struct Kernel {
     using Params = NotifyDispatchParams;
@@ -50,32 +51,32 @@ struct Kernel {
         }
     }
 
-    // Warp by warp, one source at a time: into the matrix that the caller gets.
-    static EP_DEVICE bool read_counts(const Params& p, const algo::Watch& watch) {
+    // Each thread waits for some of the sources. True: their counts can be read, by the whole block after a barrier.
+    static EP_DEVICE bool wait_for_counts(const algo::Watch& watch) {
         const algo::Heap& heap = watch.heap;
         const int bank = algo::bank_of(watch.call);
         bool is_ok = true;
-        for (int source = prim::warp_idx(); source < heap.num_ranks(); source += num_warps()) {
-            if (prim::lane_idx() == 0)
-                is_ok = algo::wait_at_least(watch, {Stage::kCounts, source}, heap.count_flag(heap.rank(), bank, source),
-                                            watch.call);
-            is_ok = __shfl_sync(prim::kFullMask, is_ok ? 1 : 0, 0) != 0;
-            __syncwarp();
-            if (!is_ok) break;
-            const int* counts = heap.rank_counts(heap.rank(), bank, source);
-            for (int i = prim::lane_idx(); i < heap.num_ranks(); i += kWarpSize)
-                p.rank_prefix_matrix[source * heap.num_ranks() + i] = counts[i];
-        }
-        return is_ok;
+        for (int source = static_cast<int>(threadIdx.x); source < heap.num_ranks(); source += num_threads())
+            is_ok &= algo::wait_at_least(watch, {Stage::kCounts, source}, heap.count_flag(heap.rank(), bank, source),
+                                         watch.call);
+        return __all_sync(prim::kFullMask, is_ok);
     }
 
-    static EP_DEVICE void accumulate_sources(const Params& p, int num_ranks) {
+    // The matrix that the caller gets: a thread sums the column of one destination.
+    static EP_DEVICE void accumulate_sources(const Params& p, const algo::Heap& heap, int bank) {
+        const int num_ranks = heap.num_ranks();
         for (int destination = static_cast<int>(threadIdx.x); destination < num_ranks; destination += num_threads()) {
             int sum = 0;
-            for (int source = 0; source < num_ranks; ++source) {
-                int& cell = p.rank_prefix_matrix[source * num_ranks + destination];
-                sum += cell;
-                cell = sum;
+            for (int first = 0; first < num_ranks; first += kSourceBatch) {
+                int counts[kSourceBatch];
+#pragma unroll
+                for (int i = 0; i < kSourceBatch; ++i)
+                    counts[i] = first + i < num_ranks ? heap.rank_counts(heap.rank(), bank, first + i)[destination] : 0;
+#pragma unroll
+                for (int i = 0; i < kSourceBatch; ++i) {
+                    sum += counts[i];
+                    if (first + i < num_ranks) p.rank_prefix_matrix[(first + i) * num_ranks + destination] = sum;
+                }
             }
         }
     }
@@ -115,12 +116,12 @@ struct Kernel {
             if (p.counts != nullptr && prim::lane_idx() == 0)
                 prim::store<Order::kRelaxed, Scope::kSys>(&p.counts->entered, p.ticket);
             algo::announce_start(watch);
-            is_ok = algo::wait_for_banks(watch);
+            is_ok = algo::are_banks_free(watch) || algo::wait_for_banks(watch);
         }
         if (!all_warps(is_ok, shared)) return;
         write_counts(p, watch);
-        if (!all_warps(read_counts(p, watch), shared)) return;
-        accumulate_sources(p, watch.heap.num_ranks());
+        if (!all_warps(wait_for_counts(watch), shared)) return;
+        accumulate_sources(p, watch.heap, algo::bank_of(watch.call));
         if (p.counts != nullptr) tell_host(p, watch);
     }
 

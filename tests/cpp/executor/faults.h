@@ -23,11 +23,32 @@ struct MessageParams {
     uint32_t* num_wrong;
 };
 
+EP_DEVICE void fill_message(uint32_t* words) { words[threadIdx.x] = threadIdx.x + 1; }
+
+EP_DEVICE void expect_word(uint32_t word, uint32_t expected, uint32_t* num_wrong) {
+    if (word != expected) prim::fetch_add<Order::kRelaxed, Scope::kSys>(num_wrong, 1u);
+}
+
+EP_DEVICE void expect_message(const uint32_t* words, uint32_t* num_wrong) {
+    expect_word(words[threadIdx.x], threadIdx.x + 1, num_wrong);
+}
+
+EP_DEVICE void wait_for_flag(const uint32_t* flag) {
+    while (prim::load<Order::kAcquire, Scope::kSys>(flag) == 0) prim::pause();
+}
+
+// What a warp sends by bulk store, where its lane 0 goes on.
+EP_DEVICE void stage_message(uint32_t* words) {
+    fill_message(words);
+    prim::fence_async_shared();
+    __syncwarp();
+}
+
 template <Send kHow> struct SendKernel {
     using Params = MessageParams;
     struct Shared {};
     static EP_DEVICE void run(const Params& params, Shared&) {
-        params.data[threadIdx.x] = threadIdx.x + 1;
+        fill_message(params.data);
         if constexpr (kHow != Send::kNoSyncwarp) __syncwarp();
         if (threadIdx.x != 0) return;
         if constexpr (kHow == Send::kSysFence) prim::fence<Order::kAcqRel, Scope::kSys>();
@@ -65,9 +86,7 @@ template <Receive kHow> struct ReceiveKernel {
         } else {
             __syncwarp();
         }
-        if (params.data[threadIdx.x] != threadIdx.x + 1) {
-            prim::fetch_add<Order::kRelaxed, Scope::kSys>(params.num_wrong, 1u);
-        }
+        expect_message(params.data, params.num_wrong);
     }
 };
 
@@ -89,9 +108,7 @@ template <bool kHasBarrier> struct GroupKernel {
             if constexpr (kHasBarrier) prim::barrier_sync(1 + group, 64);
             const unsigned other = threadIdx.x ^ 32u;
             __syncwarp();
-            if (shared.words[other] != other * 1000 + static_cast<uint32_t>(round)) {
-                prim::fetch_add<Order::kRelaxed, Scope::kSys>(params.num_wrong, 1u);
-            }
+            expect_word(shared.words[other], other * 1000 + static_cast<uint32_t>(round), params.num_wrong);
             prim::barrier_sync(1 + group, 64);
         }
     }
@@ -140,9 +157,7 @@ template <Publish kHow> struct BulkSendKernel {
         alignas(16) uint32_t words[32];
     };
     static EP_DEVICE void run(const Params& params, Shared& shared) {
-        shared.words[threadIdx.x] = threadIdx.x + 1;
-        prim::fence_async_shared();
-        __syncwarp();
+        stage_message(shared.words);
         if (threadIdx.x != 0) return;
         prim::bulk_store(params.data, shared.words, 128);
         prim::bulk_commit();
@@ -160,7 +175,7 @@ struct ReadAndGiveBackKernel {
     using Params = MessageParams;
     struct Shared {};
     static EP_DEVICE void run(const Params& params, Shared&) {
-        if (params.data[threadIdx.x] != 0) prim::fetch_add<Order::kRelaxed, Scope::kSys>(params.num_wrong, 1u);
+        expect_word(params.data[threadIdx.x], 0, params.num_wrong);
         __syncwarp();
         if (threadIdx.x == 0) prim::store<Order::kRelease, Scope::kSys>(params.flag, 1u);
     }
@@ -172,11 +187,9 @@ template <bool kHasProxyFence> struct OverwriteKernel {
         alignas(16) uint32_t words[32];
     };
     static EP_DEVICE void run(const Params& params, Shared& shared) {
-        shared.words[threadIdx.x] = threadIdx.x + 1;
-        prim::fence_async_shared();
-        __syncwarp();
+        stage_message(shared.words);
         if (threadIdx.x != 0) return;
-        while (prim::load<Order::kAcquire, Scope::kSys>(params.flag) == 0) prim::pause();
+        wait_for_flag(params.flag);
         if constexpr (kHasProxyFence) prim::fence_async_global();
         prim::bulk_store(params.data, shared.words, 128);
         prim::bulk_commit();
@@ -233,9 +246,8 @@ template <bool kTellsTooEarly> struct RingReceiveKernel {
             __syncwarp();
             if constexpr (kTellsTooEarly) tell(params, i + 1);
             __syncwarp();
-            if (params.slots[(i % kRingSlots) * 32 + static_cast<int>(threadIdx.x)] != static_cast<uint32_t>(i)) {
-                prim::fetch_add<Order::kRelaxed, Scope::kSys>(params.num_wrong, 1u);
-            }
+            expect_word(params.slots[(i % kRingSlots) * 32 + static_cast<int>(threadIdx.x)], static_cast<uint32_t>(i),
+                        params.num_wrong);
             if constexpr (!kTellsTooEarly) tell(params, i + 1);
         }
     }
@@ -252,11 +264,8 @@ template <Load kHow> struct LoadKernel {
         alignas(16) uint32_t words[32];
         prim::MBarrier arrived;
     };
-    static EP_DEVICE void wait_for_flag(const Params& params) {
-        while (prim::load<Order::kAcquire, Scope::kSys>(params.flag) == 0) prim::pause();
-    }
     static EP_DEVICE void wait_and_fence(const Params& params) {
-        wait_for_flag(params);
+        wait_for_flag(params.flag);
         prim::fence_async_global();
     }
     static EP_DEVICE void run(const Params& params, Shared& shared) {
@@ -269,15 +278,13 @@ template <Load kHow> struct LoadKernel {
         __syncthreads();
         if (threadIdx.x == 0) {
             if constexpr (kHow == Load::kRight) wait_and_fence(params);
-            if constexpr (kHow == Load::kNoProxyFence) wait_for_flag(params);
+            if constexpr (kHow == Load::kNoProxyFence) wait_for_flag(params.flag);
             prim::mbarrier_arrive_expect_tx(&shared.arrived, 128);
             prim::bulk_load(shared.words, params.data, 128, &shared.arrived);
         }
         while (!prim::mbarrier_try_wait(&shared.arrived, 0)) {
         }
-        if (shared.words[threadIdx.x] != threadIdx.x + 1) {
-            prim::fetch_add<Order::kRelaxed, Scope::kSys>(params.num_wrong, 1u);
-        }
+        expect_message(shared.words, params.num_wrong);
     }
 };
 

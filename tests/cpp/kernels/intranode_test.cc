@@ -65,6 +65,25 @@ TEST_CASE("all tokens to one rank, none to anybody (pitfall 26)") {
     check_round_trip({.num_tokens = {9, 4, 11}, .num_experts = 6, .drop_probability = 1.0}, kRoomy);
 }
 
+// A scan block has several columns, and many tiles of 64 tokens in each.
+TEST_CASE("positions count up over tiles and columns of the scan") {
+    constexpr int kNumRanks = 11;
+    Problem problem{
+        .num_tokens = std::vector<int>(kNumRanks, 0), .num_experts = 2 * kNumRanks, .num_topk = 3, .hidden = 8};
+    problem.num_tokens[3] = 10 * 64 + 7;
+    World world(kNumRanks, kRoomy, {}, 100, 0, false, {{.useful_block_threads = 64}});
+    auto ranks = make_inputs(problem);
+    world.layout(problem, ranks);
+    for (int rank = 0; rank < kNumRanks; ++rank) world.launch_notify(problem, ranks[static_cast<size_t>(rank)], rank);
+    world.run();
+    std::vector<int> next(kNumRanks, 0);
+    for (size_t cell = 0; cell < ranks[3].send_head.size(); ++cell) {
+        int& count = next[cell % kNumRanks];
+        CHECK_EQ(ranks[3].send_head[cell], ranks[3].is_token_in_rank[cell] != 0 ? count++ : -1);
+    }
+    CHECK_EQ(next, ranks[3].num_tokens_per_rank);
+}
+
 TEST_CASE("rows of any multiple of 16 bytes (pitfall 22)") {
     for (int hidden : {8, 24, 248, 256, 264, 1000, 2880}) {
         CAPTURE(hidden);
