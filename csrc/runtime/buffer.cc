@@ -110,7 +110,8 @@ void Buffer::require_usable() const {
 
 kernels::HeapParams Buffer::heap_params() const {
     if (!heap_->is_connected()) throw Error("this Buffer is not connected to its peers");
-    kernels::HeapParams params{.bases = {}, .rank = options_.rank, .num_ranks = options_.num_ranks, .control = control_};
+    kernels::HeapParams params{
+        .bases = {}, .rank = options_.rank, .num_ranks = options_.num_ranks, .control = control_};
     for (int peer = 0; peer < options_.num_ranks; ++peer) params.bases[peer] = heap_->base(peer);
     return params;
 }

@@ -31,7 +31,8 @@ template <class K> constexpr int min_blocks() {
 
 // Profilers show this as "deep_ep::…::entry<deep_ep::…::SomeKernel>".
 template <class K>
-__global__ void __launch_bounds__(max_threads<K>(), min_blocks<K>()) entry(const __grid_constant__ typename K::Params params) {
+__global__ void __launch_bounds__(max_threads<K>(), min_blocks<K>())
+    entry(const __grid_constant__ typename K::Params params) {
     __shared__ typename K::Shared shared;
     K::run(params, shared);
 }

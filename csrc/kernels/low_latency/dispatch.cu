@@ -203,7 +203,9 @@ template <Phase kPhase> struct Kernel {
         return p.packs_scales ? packed_exponents(scales, word) : scales[word];
     }
 
-    static EP_DEVICE int num_scale_words(const Params& p) { return p.call.hidden / kGroupSize / (p.packs_scales ? 4 : 1); }
+    static EP_DEVICE int num_scale_words(const Params& p) {
+        return p.call.hidden / kGroupSize / (p.packs_scales ? 4 : 1);
+    }
 
     // `value`: this lane's first word.
     static EP_DEVICE void place_scales(const Params& p, const Context& c, const Move& move, uint32_t value) {

@@ -145,7 +145,8 @@ struct Counts {
         return {is_here, is_here + c.num_ranks(), c.num_local_experts()};
     }
     static int bytes(const LowLatencyCall& call) {
-        return (call.heap.num_ranks + (call.heap.num_ranks + 1) * call.num_local_experts) * static_cast<int>(sizeof(int));
+        return (call.heap.num_ranks + (call.heap.num_ranks + 1) * call.num_local_experts) *
+               static_cast<int>(sizeof(int));
     }
     EP_DEVICE int* before(int source) const { return rows + source * num_local_experts; }
 };
@@ -169,7 +170,8 @@ EP_DEVICE void find_counts(const Context& c, const Counts& counts) {
             int held[kAtOnce];
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i)
-                held[i] = first + i < c.num_ranks() && counts.is_here[first + i] != 0 ? c.row_counts(first + i)[expert] : 0;
+                held[i] =
+                    first + i < c.num_ranks() && counts.is_here[first + i] != 0 ? c.row_counts(first + i)[expert] : 0;
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
                 if (first + i < c.num_ranks()) counts.before(first + i)[expert] = num_rows;

@@ -140,7 +140,8 @@ void send_over_wire(const LowLatencyProblem& problem, std::vector<float>& part) 
         for (size_t h = first; h < last; ++h) range.add(part[h]);
         const algo::LogScale scale = algo::log_scale(range);
         const algo::LogDivisor divisor = algo::log_divisor(scale.step);
-        for (size_t h = first; h < last; ++h) part[h] = algo::log_decode(algo::log_encode(part[h], scale, divisor), scale);
+        for (size_t h = first; h < last; ++h)
+            part[h] = algo::log_decode(algo::log_encode(part[h], scale, divisor), scale);
     }
 }
 
