@@ -68,8 +68,8 @@ class Rank:
         found: list[Series] = []
         for hooked in (False, True):
             launches, name = (2, ", hook") if hooked else (1, "")
-            found += [(f"dispatch FP8{name}", lambda i, h=hooked: self.dispatch(True, h, i), 2),
-                      (f"dispatch BF16{name}", lambda i, h=hooked: self.dispatch(False, h, i), 2),
+            found += [(f"dispatch FP8{name}", lambda i, h=hooked: self.dispatch(True, h, i), launches),
+                      (f"dispatch BF16{name}", lambda i, h=hooked: self.dispatch(False, h, i), launches),
                       (f"combine BF16{name}", lambda i, h=hooked: self.combine(False, h, i), launches),
                       (f"combine logfmt{name}", lambda i, h=hooked: self.combine(True, h, i), launches)]
         return found
@@ -119,7 +119,7 @@ def kernels_of(trace: Path) -> list[list[dict[str, Any]]]:
 
 
 def report(streams: list[list[dict[str, Any]]], made: list[tuple[str, int, float]], args: argparse.Namespace) -> None:
-    position = 3 * 2  # the dispatches that fill Rank.received
+    position = 3  # the dispatches that fill Rank.received
     print(f"{'':24} {'kernels, us':>24} {'p90':>8} {'period':>8} {'host':>8}")
     for name, launches, host_us in made:
         position += args.warmups * launches

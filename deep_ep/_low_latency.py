@@ -120,8 +120,7 @@ class LowLatency:
                      recv_x.data_ptr(), _ptr(scales), recv_count.data_ptr(), src_info_ptr, layout_range.data_ptr(),
                      src_info_ptr + plan.entries_at, _ptr(cumulative_stats), _ptr(wait_stats), phases.stream)
         tensors = (x, topk_idx, recv_x, scales, src_info, layout_range, cumulative_stats, wait_stats)
-        # One launch for both phases was measured slower here, and quicker for combine: docs/performance/low_latency.md.
-        event, hook = _run(phases, self._session.runtime.low_latency_dispatch, NativeBuffer.TWO_LAUNCHES, arguments,
+        event, hook = _run(phases, self._session.runtime.low_latency_dispatch, NativeBuffer.ONE_LAUNCH, arguments,
                            tensors, return_recv_hook)
         self._known_handles.add(plan, src_info)
         payload = recv_x if scales is None else (recv_x, scales)

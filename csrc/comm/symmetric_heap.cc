@@ -24,9 +24,7 @@ void SymmetricHeap::connect(const std::vector<std::string>& handles) {
         bases_[idx] = peer == rank_ ? memory_.address : device_->open_shared(handles[idx]);
         if (peer != rank_ && device_->holds(handles[idx])) ++num_ranks_here_;
     }
-    const size_t table_bytes = bases_.size() * sizeof(void*);
-    bases_on_device_ = static_cast<uint8_t**>(device_->allocate(table_bytes));
-    device_->copy_now(bases_on_device_, bases_.data(), table_bytes);
+    is_connected_ = true;
 }
 
 void SymmetricHeap::tell_peers_we_left() {
@@ -46,18 +44,13 @@ void SymmetricHeap::unmap_peers() {
     }
 }
 
-void SymmetricHeap::free_table() {
-    if (bases_on_device_ != nullptr) device_->free(bases_on_device_);
-    bases_on_device_ = nullptr;
-}
-
 void SymmetricHeap::release(double timeout_s) noexcept {
     if (memory_.address == nullptr) return;
     try {
         const bool was_shared = !bases_.empty() && num_ranks_ > 1;
         if (was_shared) tell_peers_we_left();
         if (was_shared) unmap_peers();
-        free_table();
+        is_connected_ = false;
         BuriedRegion region{device_, memory_, left_offset_, rank_, num_ranks_, std::move(leases_)};
         memory_ = {};
         const bool is_unmapped = !was_shared || device_->host_wait([&] { return have_peers_left(region); }, timeout_s);

@@ -25,14 +25,14 @@ public:
     const std::string& handle() const { return memory_.handle; }
     // Maps every peer's region; `handles[rank]` is this rank's own. Once.
     void connect(const std::vector<std::string>& handles);
-    bool is_connected() const { return bases_on_device_ != nullptr; }
+    bool is_connected() const { return is_connected_; }
 
     // Whoever holds the result keeps the local region allocated, also beyond release().
     std::shared_ptr<const void> lease() const { return leases_; }
 
     uint8_t* local() const { return static_cast<uint8_t*>(memory_.address); }
-    // Device array [num_ranks]: where each rank's region is mapped in this process.
-    uint8_t* const* bases_on_device() const { return bases_on_device_; }
+    // Where a rank's region is mapped in this process.
+    uint8_t* base(int rank) const { return static_cast<uint8_t*>(bases_[static_cast<size_t>(rank)]); }
 
     // Ranks whose regions lie on this device; this one is one of them.
     int num_ranks_here() const { return num_ranks_here_; }
@@ -44,7 +44,6 @@ public:
 private:
     void tell_peers_we_left();
     void unmap_peers();
-    void free_table();
 
     std::shared_ptr<dev::Device> device_;
     int rank_, num_ranks_;
@@ -52,7 +51,7 @@ private:
     dev::ShareableMemory memory_;
     std::shared_ptr<const void> leases_ = std::make_shared<int>(0);
     std::vector<void*> bases_;
-    uint8_t** bases_on_device_ = nullptr;
+    bool is_connected_ = false;
     int num_ranks_here_ = 1;
 };
 

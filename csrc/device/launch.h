@@ -5,6 +5,7 @@
 //         using Params = ...;                 // trivially copyable, built on the host
 //         struct Shared { ... };              // static shared memory, trivially constructible, not initialised
 //         static constexpr int kMaxThreads = ...;  // optional: the most threads of a block, for the register budget
+//         static constexpr int kMinBlocks = ...;   // optional: blocks that an SM must be able to hold, for the same
 //         static EP_DEVICE void run(const Params& params, Shared& shared);
 //     };
 // Dynamic shared memory is LaunchConfig::dynamic_shared_bytes, reached through prim::dynamic_shared().

@@ -9,9 +9,10 @@
 
 namespace deep_ep::kernels {
 
-// The symmetric heap as a kernel sees it. `bases[i]` is where rank i's heap is mapped here.
+// The symmetric heap as a kernel sees it. `bases[i]` is where rank i's heap is mapped here: among the launch parameters,
+// because the address of every flag and slot begins with one, and a trip to memory for it would come before each of them.
 struct HeapParams {
-    uint8_t* const* bases;  // device array [num_ranks]
+    uint8_t* bases[layout::kMaxRanks];
     int rank;
     int num_ranks;
     layout::ControlLayout control;  // the data region follows at control.bytes

@@ -32,7 +32,7 @@ struct LowLatencyCall {
     uint64_t* decisions;  // [num_ranks], device-local: call * 2 + 1: that source counts in this call, + 0: not
     uint64_t* wait_ns;    // [num_ranks] of this call, device-local, zero between calls
     int64_t* wait_stats;  // [num_ranks]: longest wait for each source is added, in ns; may be null
-    int num_max_tokens, num_topk, num_experts;
+    int num_max_tokens, num_topk, num_experts, num_local_experts;
     int hidden;
 };
 

@@ -16,6 +16,7 @@ constexpr int kMaxWindow = 4096;        // slots of one source in one bank, at m
 constexpr int kMaxLocalExperts = 1024;  // experts of one rank, at most
 constexpr int kMaxTokens = 1 << 24;     // tokens of one rank in one call, less one: see make_tag
 constexpr uint64_t kHeapAlignment = 128;
+constexpr int kMaxRanks = 128;  // whose heaps are mapped here: their addresses travel with every launch
 
 // A flag says which row of which call it speaks of, so that it never needs clearing: flags only grow.
 constexpr uint64_t make_tag(uint64_t call, uint64_t position) { return call << 24 | (position + 1); }

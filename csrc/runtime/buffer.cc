@@ -33,7 +33,8 @@ const kernels::KernelTable& table_for(dev::DeviceKind kind) {
 }
 
 const BufferOptions& checked(const BufferOptions& options) {
-    EP_CHECK(options.num_ranks > 0, "num_ranks must be positive, got ", options.num_ranks);
+    EP_CHECK(options.num_ranks > 0 && options.num_ranks <= layout::kMaxRanks, "num_ranks must be in [1, ",
+             layout::kMaxRanks, "], got ", options.num_ranks);
     EP_CHECK(options.rank >= 0 && options.rank < options.num_ranks, "rank must be in [0, ", options.num_ranks,
              "), got ", options.rank);
     EP_CHECK(options.num_data_bytes >= 0 && options.num_data_bytes % 128 == 0,
@@ -109,7 +110,10 @@ void Buffer::require_usable() const {
 
 kernels::HeapParams Buffer::heap_params() const {
     if (!heap_->is_connected()) throw Error("this Buffer is not connected to its peers");
-    return {heap_->bases_on_device(), options_.rank, options_.num_ranks, control_};
+    kernels::HeapParams params{
+        .bases = {}, .rank = options_.rank, .num_ranks = options_.num_ranks, .control = control_};
+    for (int peer = 0; peer < options_.num_ranks; ++peer) params.bases[peer] = heap_->base(peer);
+    return params;
 }
 
 kernels::WatchParams Buffer::watch_params() const {

@@ -100,6 +100,7 @@ kernels::LowLatencyCall Buffer::low_latency_call(const LowLatencyShape& shape, c
             .num_max_tokens = shape.num_max_tokens,
             .num_topk = shape.num_topk,
             .num_experts = shape.num_experts,
+            .num_local_experts = shape.num_experts / options_.num_ranks,
             .hidden = shape.hidden};
 }
 

@@ -98,18 +98,24 @@ EP_DEVICE bool may_go_on(const Watch& watch, WaitSite site, uint64_t start_ns, u
 
 // This thread waits until *flag >= expected, with acquire at system scope; other lanes of its warp may touch what the
 // flag guards only after a __syncwarp(). False: the wait failed.
+//
+// kPoll: polling with acquire empties the L1 of the SM at each poll, and saves a trip to memory once the flag is there. That is
+// for waits of few threads of a kernel that keeps nothing in L1; they look at the abort word later, which is a trip too.
+template <prim::Order kPoll = prim::Order::kRelaxed>
 EP_DEVICE bool wait_at_least(const Watch& watch, WaitSite site, const uint64_t* flag, uint64_t expected,
                              OnTimeout on_timeout = OnTimeout::kFail) {
+    constexpr bool kAcquires = kPoll == prim::Order::kAcquire;
     constexpr int kPollsBetweenChecks = 16;
-    uint64_t start_ns = 0;
+    constexpr int kFirstCheck = kAcquires ? kPollsBetweenChecks - 1 : 0;
+    uint64_t start_ns = kAcquires ? prim::clock_ns() : 0;
     for (int polls = 0;; ++polls) {
-        // Polling with acquire would empty the L1 of the SM at each poll.
-        const uint64_t seen = prim::load<prim::Order::kRelaxed, prim::Scope::kSys>(flag);
+        const uint64_t seen = kAcquires ? prim::load<prim::Order::kAcquire, prim::Scope::kSys>(flag)
+                                        : prim::load<prim::Order::kRelaxed, prim::Scope::kSys>(flag);
         if (seen >= expected) {
-            prim::load<prim::Order::kAcquire, prim::Scope::kSys>(flag);
+            if (!kAcquires) prim::load<prim::Order::kAcquire, prim::Scope::kSys>(flag);
             return true;
         }
-        if (polls % kPollsBetweenChecks == 0) {
+        if (polls % kPollsBetweenChecks == kFirstCheck) {
             if (start_ns == 0) start_ns = prim::clock_ns();
             if (!may_go_on(watch, site, start_ns, expected, seen, on_timeout)) return false;
         }

@@ -19,9 +19,20 @@ template <class K> constexpr int max_threads() {
     }
 }
 
+// It may also declare `static constexpr int kMinBlocks`, of which an SM must be able to hold so many: 1 says that
+// registers count for more than a second block.
+template <class K> constexpr int min_blocks() {
+    if constexpr (requires { K::kMinBlocks; }) {
+        return K::kMinBlocks;
+    } else {
+        return 0;
+    }
+}
+
 // Profilers show this as "deep_ep::…::entry<deep_ep::…::SomeKernel>".
 template <class K>
-__global__ void __launch_bounds__(max_threads<K>()) entry(const __grid_constant__ typename K::Params params) {
+__global__ void __launch_bounds__(max_threads<K>(), min_blocks<K>())
+    entry(const __grid_constant__ typename K::Params params) {
     __shared__ typename K::Shared shared;
     K::run(params, shared);
 }

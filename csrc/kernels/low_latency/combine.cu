@@ -23,10 +23,11 @@ constexpr int kWeightsAhead = 4;                      // table entries of a thre
 constexpr int kMaxWarpsForItem = 32;
 static_assert(kVecsOfPiece * 2 * kPairs == kLogUnit);
 
-// One kernel for each format: the packing of the logarithmic one costs registers.
-template <bool kIsLogfmt> struct Kernel {
+// One kernel for each phase and format: the packing of the logarithmic one costs registers.
+template <Phase kPhase, bool kIsLogfmt> struct Kernel {
     using Params = LowLatencyCombineParams;
     static constexpr int kMaxThreads = kMaxLowLatencyThreads;
+    static constexpr int kMinBlocks = 1;
     struct Shared {
         Block block;
     };
@@ -66,33 +67,40 @@ template <bool kIsLogfmt> struct Kernel {
         int source, token, first_k;
         int row;          // this lane's, of the entry; -1: its expert is not here
         uint32_t rows;    // lanes that have one
+        int expert;       // this lane's, as the caller of combine names it
         float weight;     // this lane's
         uint32_t wanted;  // lanes whose entry the caller has kept in this call
     };
 
     // The rows are those of the dispatch, so they are known before the weights.
-    static EP_DEVICE Work find_rows(const Params& p, const Context& c, int source, int token, int first_k) {
-        Work work = {source, token, first_k, -1, 0, 0.0f, 0};
+    static EP_DEVICE Work load_rows(const Params& p, int source, int token, int first_k) {
+        Work work = {source, token, first_k, -1, 0, -1, 0.0f, 0};
         const int k = first_k + prim::lane_idx();
         const int64_t first = (static_cast<int64_t>(source) * p.call.num_max_tokens + token) * p.call.num_topk;
         if (k < p.call.num_topk) work.row = p.row_of_entry[first + k];
-        // With another handle than that of the dispatch the row is garbage, and must not be an address as well.
-        if (work.row >= c.num_local_experts() * c.num_rows_of_expert()) work.row = -1;
-        work.rows = __ballot_sync(kFullMask, work.row >= 0);
         return work;
     }
 
-    // After the source's table. Returns whether any of the entries has its expert here.
-    static EP_DEVICE bool find_weights(const Context& c, Work& work) {
+    static EP_DEVICE void find_rows(const Context& c, Work& work) {
+        // With another handle than that of the dispatch the row is garbage, and must not be an address as well.
+        if (work.row >= c.num_local_experts() * c.num_rows_of_expert()) work.row = -1;
+        work.rows = __ballot_sync(kFullMask, work.row >= 0);
+    }
+
+    // After the source's table.
+    static EP_DEVICE void load_weights_of(const Context& c, Work& work) {
         const int k = work.first_k + prim::lane_idx();
-        bool is_here = false;
-        if (k < c.call.num_topk) {
-            const int64_t entry = static_cast<int64_t>(work.token) * c.call.num_topk + k;
-            work.weight = c.weight_table(work.source)[entry];
-            const int expert = c.table(work.source)[entry] - c.first_expert();
-            is_here = expert >= 0 && expert < c.num_local_experts();
-        }
-        work.wanted = __ballot_sync(kFullMask, is_here);
+        const bool is_one = k < c.call.num_topk;
+        if (!is_one) return;
+        const int64_t entry = static_cast<int64_t>(work.token) * c.call.num_topk + k;
+        work.weight = c.weight_table(work.source)[entry];
+        work.expert = c.table(work.source)[entry];
+    }
+
+    // After that. Returns whether any of the entries has its expert here.
+    static EP_DEVICE bool find_wanted(const Context& c, Work& work) {
+        const int local = work.expert - c.first_expert();
+        work.wanted = __ballot_sync(kFullMask, work.expert >= 0 && local >= 0 && local < c.num_local_experts());
         return work.wanted != 0;
     }
 
@@ -152,28 +160,34 @@ template <bool kIsLogfmt> struct Kernel {
     }
 
     // One warp: a chunk of a token's row. `work` and `ahead`: the first rows, which are under way.
-    static EP_DEVICE void reduce_chunk(const Params& p, const Context& c, Work work, Ahead& ahead, int chunk,
-                                       uint8_t* slot) {
-        Sums sums[kVecsOfPiece] = {};
+    static EP_DEVICE void sum_chunk(const Params& p, const Context& c, Work work, Ahead& ahead, int chunk,
+                                    Sums (&sums)[kVecsOfPiece]) {
         uint32_t rest = add_ahead(work, work.rows, ahead, sums);
+#pragma unroll 1
         for (;;) {
+#pragma unroll 1
             while (rest != 0) {
                 load_ahead(p, work, rest, chunk, ahead);
                 rest = add_ahead(work, rest, ahead, sums);
             }
-            if (p.call.num_topk <= work.first_k + kWarpSize) break;
-            work = find_rows(p, c, work.source, work.token, work.first_k + kWarpSize);
-            find_weights(c, work);
+            if (p.call.num_topk <= work.first_k + kWarpSize) return;
+            work = load_rows(p, work.source, work.token, work.first_k + kWarpSize);
+            load_weights_of(c, work);
+            find_rows(c, work);
+            find_wanted(c, work);
             rest = work.rows;
         }
-        store_sums(p, sums, chunk, slot);
     }
 
     // Every warp: has the token experts here among its entries after the first 32?
     static EP_DEVICE bool has_more_work(const Context& c, Work work) {
         bool is_found = false;
-        for (work.first_k += kWarpSize; work.first_k < c.call.num_topk; work.first_k += kWarpSize)
-            is_found |= find_weights(c, work);
+#pragma unroll 1
+        for (work.first_k += kWarpSize; work.first_k < c.call.num_topk; work.first_k += kWarpSize) {
+            work.expert = -1;
+            load_weights_of(c, work);
+            is_found |= find_wanted(c, work);
+        }
         return is_found;
     }
 
@@ -187,76 +201,119 @@ template <bool kIsLogfmt> struct Kernel {
         return source < kWarpSize && (sources.known >> source & 1u) != 0;
     }
 
+    static EP_DEVICE int known_tokens(const Sources& sources, int source) {
+        return __shfl_sync(kFullMask, sources.num_tokens, source % kWarpSize);
+    }
+
     static EP_DEVICE bool is_beyond(const Sources& sources, int source, int token) {
-        return is_known(sources, source) && token >= __shfl_sync(kFullMask, sources.num_tokens, source);
+        return is_known(sources, source) && token >= known_tokens(sources, source);
+    }
+
+    // One warp; acquire.
+    static EP_DEVICE bool wait_for_weights(const Context& c, int source) {
+        int is_here = 0;
+        if (prim::lane_idx() == 0) is_here = wait_for_table(c, source) ? 1 : 0;
+        is_here = __shfl_sync(kFullMask, is_here, 0);
+        __syncwarp();  // one lane's acquire, every lane's reads
+        return is_here != 0;
     }
 
     // One warp: does the token exist, and has it experts here? Finds its weights too.
     static EP_DEVICE bool is_wanted(const Context& c, Sources& sources, Work& work, Block* block) {
-        const bool is_here = is_known(sources, work.source) || wait_for_tables(c, work.source, work.source + 1) != 0;
         int num_tokens = 0;
-        bool has_experts = false;
-        if (is_here) {
-            num_tokens = c.num_tokens_of(work.source);
-            has_experts = find_weights(c, work);
-        } else if (!c.call.is_shrinkable) {
-            // The call is aborted; another warp may have seen the table just in time.
-            prim::store<Order::kRelaxed, Scope::kCta>(&block->is_ready, 0);
+        if (is_known(sources, work.source)) {
+            num_tokens = known_tokens(sources, work.source);
+        } else {
+            const bool is_here = wait_for_weights(c, work.source);
+            if (is_here) {
+                num_tokens = c.num_tokens_of(work.source);
+                load_weights_of(c, work);
+            } else if (!c.call.is_shrinkable) {
+                // The call is aborted; another warp may have seen the table just in time.
+                prim::store<Order::kRelaxed, Scope::kCta>(&block->is_ready, 0);
+            }
+            // In an aborted call warps may disagree, and must still meet at the same barriers: they learn nothing.
+            const bool is_settled = is_here || c.call.is_shrinkable;
+            if (is_settled && prim::lane_idx() == work.source) sources.num_tokens = num_tokens;
+            if (is_settled && work.source < kWarpSize) sources.known |= 1u << work.source;
         }
-        // In an aborted call warps may disagree, and must still meet at the same barriers: they learn nothing.
-        const bool is_settled = is_here || c.call.is_shrinkable;
-        if (is_settled && prim::lane_idx() == work.source) sources.num_tokens = num_tokens;
-        if (is_settled && work.source < kWarpSize) sources.known |= 1u << work.source;
-        return work.token < num_tokens && (has_experts || has_more_work(c, work));
-    }
-
-    // The whole block: one token of any source. `work` and `ahead`: what this warp has begun with.
-    static EP_DEVICE void reduce_token(const Params& p, const Context& c, Sources& sources, Work& work, Ahead& ahead,
-                                       Block* block) {
-        const int num_warps = static_cast<int>(blockDim.x) / kWarpSize;
-        const bool works = is_wanted(c, sources, work, block);
-        uint8_t* slot = c.slot(work.source, c.rank(), work.token);
-        for (int chunk = prim::warp_idx(); works && chunk * kChunkVecs < num_vecs(p); chunk += num_warps) {
-            if (chunk != prim::warp_idx()) load_ahead(p, work, work.rows, chunk, ahead);
-            reduce_chunk(p, c, work, ahead, chunk, slot);
-        }
-        __syncthreads();  // every warp's part of the row, one thread's release
-        // Pairs with: wait_for_parts at the owner.
-        if (threadIdx.x == 0 && works && prim::load<Order::kRelaxed, Scope::kCta>(&block->is_ready) != 0)
-            prim::store<Order::kRelease, Scope::kSys>(
-                c.watch.heap.token_full(work.source, c.bank, c.rank(), work.token), c.watch.call);
+        return work.token < num_tokens && (find_wanted(c, work) || has_more_work(c, work));
     }
 
     // Tokens of all sources in turn, so that no link is the last; every rank begins with another source.
     static EP_DEVICE int source_of(const Context& c, int item) { return (c.rank() + 1 + item) % c.num_ranks(); }
 
-    static EP_DEVICE Work begin_item(const Params& p, const Context& c, int item, Ahead& ahead) {
-        const Work work = find_rows(p, c, source_of(c, item), item / c.num_ranks(), 0);
-        load_ahead(p, work, work.rows, prim::warp_idx(), ahead);
-        return work;
+    // The items of a block, as one of its warps goes through them: the numbers of the rows of the item after the current one
+    // are under way, and its rows too once those of the current one have been added up.
+    struct Stream {
+        int item;  // the current one; below zero: none yet
+        Work work, next;
+        Ahead ahead;
+    };
+
+    static EP_DEVICE int num_items(const Params& p, const Context& c) { return c.num_ranks() * p.call.num_max_tokens; }
+
+    static EP_DEVICE Work load_item(const Params& p, const Context& c, int item) {
+        if (item >= num_items(p, c)) return {0, 0, 0, -1, 0, -1, 0.0f, 0};
+        return load_rows(p, source_of(c, item), item / c.num_ranks(), 0);
     }
 
-    static EP_DEVICE void send(const Params& p, const Context& c, Block* block) {
-        const int num_items = c.num_ranks() * p.call.num_max_tokens;
+    // To the next item, and begins the one after it.
+    static EP_DEVICE void advance(const Params& p, const Context& c, const Sources& sources, Stream& stream) {
+        const int num_blocks = static_cast<int>(gridDim.x);
+        stream.item += num_blocks;
+        stream.work = stream.next;
+        stream.next = load_item(p, c, stream.item + num_blocks);
+        find_rows(c, stream.work);
+        if (is_known(sources, stream.work.source)) load_weights_of(c, stream.work);
+    }
+
+    // The whole block: the current token, and what comes after it is begun.
+    static EP_DEVICE void reduce_token(const Params& p, const Context& c, Sources& sources, Stream& stream,
+                                       Block* block) {
+        const int num_warps = static_cast<int>(blockDim.x) / kWarpSize;
+        const bool is_one = stream.item >= 0 && !is_beyond(sources, stream.work.source, stream.work.token);
+        const bool works = is_one && is_wanted(c, sources, stream.work, block);
+        const int source = stream.work.source, token = stream.work.token;
+        bool is_last = false;
+#pragma unroll 1
+        for (int chunk = prim::warp_idx(); !is_last; chunk += num_warps) {
+            const bool is_inside = works && chunk * kChunkVecs < num_vecs(p);
+            Sums sums[kVecsOfPiece] = {};
+            if (is_inside) sum_chunk(p, c, stream.work, stream.ahead, chunk, sums);
+            is_last = (chunk + num_warps) * kChunkVecs >= num_vecs(p);
+            if (is_last) advance(p, c, sources, stream);
+            load_ahead(p, stream.work, stream.work.rows, is_last ? prim::warp_idx() : chunk + num_warps, stream.ahead);
+            if (is_inside) store_sums(p, sums, chunk, c.slot(source, c.rank(), token));
+        }
+        if (!is_one) return;
+        __syncthreads();  // every warp's part of the row, one thread's release
+        // Pairs with: wait_for_parts at the owner.
+        if (threadIdx.x == 0 && works && prim::load<Order::kRelaxed, Scope::kCta>(&block->is_ready) != 0)
+            prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.token_full(source, c.bank, c.rank(), token),
+                                                      c.watch.call);
+    }
+
+    static EP_DEVICE void send(const Params& p, Context& c, Block* block) {
         const int first = static_cast<int>(blockIdx.x);
-        // Most likely the block that begins first.
+        // Most likely the block that begins first; it begins with these instead of a token.
         const bool has_weights = first == 0;
-        Ahead ahead = {};
-        Work work = {};
+        Sources sources = {};
+        Stream stream = {};
         Weights weights = {};
-        if (has_weights)
+        stream.item = first - static_cast<int>(gridDim.x);
+        stream.next = load_item(p, c, first);
+        if (has_weights) {
             weights = load_weights(p, c, 0);
-        else if (first < num_items)
-            work = begin_item(p, c, first, ahead);
+        } else {
+            advance(p, c, sources, stream);
+            load_ahead(p, stream.work, stream.work.rows, prim::warp_idx(), stream.ahead);
+        }
         begin_send(c, block);
         const bool is_ready = block->is_ready != 0;
         if (is_ready && block->is_first != 0) send_weights(p, c, weights, has_weights);
-        Sources sources = {};
-        for (int item = first; is_ready && item < num_items; item += static_cast<int>(gridDim.x)) {
-            if (is_beyond(sources, source_of(c, item), item / c.num_ranks())) continue;
-            if (item != first || has_weights) work = begin_item(p, c, item, ahead);
-            reduce_token(p, c, sources, work, ahead, block);
-        }
+#pragma unroll 1
+        while (is_ready && stream.item < num_items(p, c)) reduce_token(p, c, sources, stream, block);
         end_send(c, block);
     }
 
@@ -307,13 +364,15 @@ template <bool kIsLogfmt> struct Kernel {
         if (is_last_warp()) publish_ended(c);
     }
 
-    // The lanes of a warp wait for one rank each; returns the lanes whose rank has sent its part.
-    static EP_DEVICE uint32_t wait_for_parts(const Params& p, const Context& c, int token, int first_rank) {
+    // The lanes of a warp wait for one rank each; returns the lanes whose rank has sent its part. `id`: this lane's.
+    static EP_DEVICE uint32_t wait_for_parts(const Params& p, const Context& c, int token, int64_t id, int first_rank) {
         const int rank = first_rank + prim::lane_idx();
-        bool is_here = is_destination(c, p.topk_idx, p.idx_bytes, token, first_rank);
-        if (is_here)
-            is_here = wait_for_source(c, Stage::kRow, rank, c.watch.heap.token_full(c.rank(), c.bank, rank, token));
-        const uint32_t lanes = __ballot_sync(kFullMask, is_here);
+        const uint64_t* flag = c.watch.heap.token_full(c.rank(), c.bank, rank < c.num_ranks() ? rank : 0, token);
+        // A look before it is known who has a part: the ids may still be under way.
+        bool is_here = rank < c.num_ranks() && is_set(c.watch, flag);
+        const bool is_expected = is_destination(c, {p.topk_idx, p.idx_bytes}, id, token, first_rank);
+        if (is_expected && !is_here) is_here = wait_for_source(c.call, c.watch, Stage::kRow, rank, flag);
+        const uint32_t lanes = __ballot_sync(kFullMask, is_expected && is_here);
         __syncwarp();  // each lane's acquire, every lane's reads
         return lanes;
     }
@@ -360,18 +419,23 @@ template <bool kIsLogfmt> struct Kernel {
     }
 
     // One warp: its share of one token.
-    static EP_DEVICE void receive_token(const Params& p, const Context& c, int token, int part, int num_parts) {
+    template <class Draw>
+    static EP_DEVICE void receive_token(const Params& p, const Context& c, int token, int part, int num_parts,
+                                        const Draw& draw) {
         const int num_units = (num_vecs(p) + kVecsOfUnit - 1) / kVecsOfUnit;
         const int share = (num_units + num_parts - 1) / num_parts;
         const int end = (part + 1) * share < num_units ? (part + 1) * share : num_units;
         auto* target = reinterpret_cast<Vec16*>(p.combined_x + static_cast<int64_t>(token) * p.call.hidden * 2);
+        const int64_t id = Ids{p.topk_idx, p.idx_bytes}.load(c, token, 0);
         int held_group = -1;
         uint32_t lanes = 0;
+#pragma unroll 1
         for (int base = part * share; base < end; base += kWarpSize) {
             const int unit = base + prim::lane_idx();
             Sums sums[kVecsOfUnit] = {};
+#pragma unroll 1
             for (int first = 0; first < c.num_ranks(); first += kWarpSize) {
-                if (first != held_group) lanes = wait_for_parts(p, c, token, first);
+                if (first != held_group) lanes = wait_for_parts(p, c, token, id, first);
                 held_group = first;
                 if (unit >= end) continue;
                 if constexpr (kIsLogfmt)
@@ -379,6 +443,7 @@ template <bool kIsLogfmt> struct Kernel {
                 else
                     add_rounded(c, sums[0], token, first, lanes, unit);
             }
+            draw();
 #pragma unroll
             for (int i = 0; i < kVecsOfUnit; ++i) {
                 const int vec = unit * kVecsOfUnit + i;
@@ -391,23 +456,32 @@ template <bool kIsLogfmt> struct Kernel {
         const int num_units = (num_vecs(p) + kVecsOfUnit - 1) / kVecsOfUnit;
         const int most = (num_units + kWarpSize - 1) / kWarpSize;
         const int num_parts = warps_for_item(p.num_tokens, most < kMaxWarpsForItem ? most : kMaxWarpsForItem);
-        for_each_unit(c, block, p.num_tokens * num_parts,
-                      [&](int unit) { receive_token(p, c, unit / num_parts, unit % num_parts, num_parts); });
+        const int num_shares = p.num_tokens * num_parts;
+        for_each_unit(c, block, num_shares, [&](int unit, bool, const auto& draw) {
+            if (unit < num_shares) receive_token(p, c, unit / num_parts, unit % num_parts, num_parts, draw);
+        });
     }
 
     static EP_DEVICE void run(const Params& p, Shared& shared) {
-        const algo::Watch watch{make_watch_words(p.call.watch), make_heap(p.call.heap),
-                                layout::Operation::kLowLatencyCombine, call_number(p.call)};
-        const Context context{p.call, watch, current_turn(p.call),
-                              static_cast<int>(watch.call % layout::kNumLowLatencyBanks)};
-        if (context.sends())
-            send(p, context, &shared.block);
-        else
+        Context context = make_context(p.call, layout::Operation::kLowLatencyCombine, kPhase);
+        if constexpr (kPhase == Phase::kReceive)
             begin_receive(context);
-        if (!context.sends() || shared.block.receives != 0) receive(p, context, &shared.block);
+        else
+            send(p, context, &shared.block);
+        if constexpr (kPhase != Phase::kSend)
+            if (kPhase == Phase::kReceive || shared.block.receives != 0) receive(p, context, &shared.block);
         add_statistics(context, &shared.block);
     }
 };
+
+template <bool kIsLogfmt>
+void launch_phase(const dev::LaunchConfig& config, dev::Stream stream, const LowLatencyCombineParams& params) {
+    switch (params.call.phase) {
+        case Phase::kSend: return dev::launch<Kernel<Phase::kSend, kIsLogfmt>>(config, stream, params);
+        case Phase::kReceive: return dev::launch<Kernel<Phase::kReceive, kIsLogfmt>>(config, stream, params);
+        case Phase::kBoth: return dev::launch<Kernel<Phase::kBoth, kIsLogfmt>>(config, stream, params);
+    }
+}
 
 void launch(const LowLatencyCombineParams& params, dev::Stream stream) {
     dev::LaunchConfig config;
@@ -415,9 +489,9 @@ void launch(const LowLatencyCombineParams& params, dev::Stream stream) {
     config.num_threads = kWarpSize * params.call.num_warps;
     config.name = "deep_ep::low_latency::combine";
     if (params.uses_logfmt)
-        dev::launch<Kernel<true>>(config, stream, params);
+        launch_phase<true>(config, stream, params);
     else
-        dev::launch<Kernel<false>>(config, stream, params);
+        launch_phase<false>(config, stream, params);
 }
 
 }  // namespace EP_BACKEND

@@ -24,9 +24,10 @@ constexpr int kVecElements = 8;                                // bfloat16 in 16
 constexpr int kMaxWarpsForItem = 16;
 constexpr int kReceiveUnroll = 8;
 
-struct Kernel {
+template <Phase kPhase> struct Kernel {
     using Params = LowLatencyDispatchParams;
     static constexpr int kMaxThreads = kMaxLowLatencyThreads;
+    static constexpr int kMinBlocks = 1;
     struct Shared {
         Block block;
     };
@@ -113,27 +114,28 @@ struct Kernel {
         }
     }
 
-    // What a warp knows of the block's first token before it knows anything about the call.
+    // What a warp knows of a token before it knows anything about the call.
     struct Head {
         Piece piece;
-        bool is_sent;  // to this lane's rank
+        int64_t id;  // this lane's
     };
 
+    static EP_DEVICE Ids ids_of(const Params& p) { return {p.topk_idx, p.idx_bytes}; }
+
     static EP_DEVICE Head load_head(const Params& p, const Context& c, int token) {
-        Head head = {};
-        if (token >= p.num_tokens) return head;
-        head.piece = load_piece(p, token, prim::warp_idx());
-        head.is_sent = is_destination(c, p.topk_idx, p.idx_bytes, token, 0);
-        return head;
+        if (token >= p.num_tokens) return {};
+        return {load_piece(p, token, prim::warp_idx()), ids_of(p).load(c, token, 0)};
     }
 
     // The whole block: one token to all ranks that need it.
     static EP_DEVICE void send_token(const Params& p, const Context& c, int token, const Head& head) {
         const int num_warps = static_cast<int>(blockDim.x) / kWarpSize;
+#pragma unroll 1
         for (int first = 0; first < c.num_ranks(); first += kWarpSize) {
-            const bool is_sent = first == 0 ? head.is_sent : is_destination(c, p.topk_idx, p.idx_bytes, token, first);
+            const bool is_sent = is_destination(c, ids_of(p), head.id, token, first);
             const int rank = first + prim::lane_idx();
             const Targets targets{__ballot_sync(kFullMask, is_sent), is_sent ? c.slot(rank, c.rank(), token) : nullptr};
+#pragma unroll 1
             for (int chunk = prim::warp_idx(); chunk * kChunk < p.call.hidden; chunk += num_warps) {
                 const Piece piece = chunk == prim::warp_idx() ? head.piece : load_piece(p, token, chunk);
                 if (p.payload == Payload::kFp8)
@@ -149,20 +151,23 @@ struct Kernel {
         }
     }
 
-    static EP_DEVICE void send(const Params& p, const Context& c, Block* block) {
+    static EP_DEVICE void send(const Params& p, Context& c, Block* block) {
         const int num_blocks = static_cast<int>(gridDim.x);
         int token = static_cast<int>(blockIdx.x);
         const Choice choice{p.topk_idx, p.idx_bytes, p.num_tokens};
         const auto sets = TokenSets::make(p.call.num_experts, p.num_set_words);
-        if (token == num_blocks - 1) begin_routing_table(c, choice, sets);
         Head head = load_head(p, c, token);
+        if (token == num_blocks - 1) begin_routing_table(c, choice, sets);
         begin_send(c, block);
         if (block->is_ready != 0) {
             if (token == num_blocks - 1) send_routing_table(c, choice, sets);
+#pragma unroll 1
             while (token < p.num_tokens) {
+                const int next_token = token + num_blocks;
+                const Head next = load_head(p, c, next_token);
                 send_token(p, c, token, head);
-                token += num_blocks;
-                head = load_head(p, c, token);
+                token = next_token;
+                head = next;
             }
         }
         if (block->is_first != 0 && is_last_warp()) publish_ended(c);
@@ -179,7 +184,7 @@ struct Kernel {
     struct Move {
         const uint8_t* slot;  // null: the source is left out, the rows become zeros
         uint32_t lanes;
-        int row;  // this lane's: expert * rows of an expert + row
+        int expert, row;  // this lane's
         int part, num_parts;
 
         // The share of `count` things that falls to this warp.
@@ -190,21 +195,35 @@ struct Kernel {
         }
     };
 
-    static EP_DEVICE void place_scales(const Params& p, const Context& c, const Move& move) {
-        const int num_scales = p.call.hidden / kGroupSize;
-        const int num_words = p.packs_scales ? num_scales / 4 : num_scales;
+    // This lane's word of the scales, from `base` on; of a token that has a slot.
+    static EP_DEVICE uint32_t load_scale(const Params& p, const Move& move, int base) {
+        const int word = base + prim::lane_idx();
+        if (p.payload != Payload::kFp8 || word >= move.end_of(num_scale_words(p)) || move.slot == nullptr) return 0;
+        const auto* scales = reinterpret_cast<const uint32_t*>(move.slot + p.call.message.scales.offset);
+        return p.packs_scales ? packed_exponents(scales, word) : scales[word];
+    }
+
+    static EP_DEVICE int num_scale_words(const Params& p) {
+        return p.call.hidden / kGroupSize / (p.packs_scales ? 4 : 1);
+    }
+
+    // `value`: this lane's first word.
+    static EP_DEVICE void place_scales(const Params& p, const Context& c, const Move& move, uint32_t value) {
+        const int num_words = num_scale_words(p);
         const int num_rows = c.num_rows_of_expert();
-        const uint32_t* scales = nullptr;
-        if (move.slot != nullptr) scales = reinterpret_cast<const uint32_t*>(move.slot + p.call.message.scales.offset);
-        for (int base = move.first_of(num_words); base < move.end_of(num_words); base += kWarpSize) {
+        const int first = move.first_of(num_words);
+#pragma unroll 1
+        for (int base = first; base < move.end_of(num_words); base += kWarpSize) {
             const int word = base + prim::lane_idx();
             const bool is_inside = word < move.end_of(num_words);
-            uint32_t value = 0;
-            if (is_inside && scales != nullptr) value = p.packs_scales ? packed_exponents(scales, word) : scales[word];
+            if (base != first) value = load_scale(p, move, base);
+#pragma unroll 1
             for (uint32_t rest = move.lanes; rest != 0; rest &= rest - 1) {
-                const int row = __shfl_sync(kFullMask, move.row, __ffs(static_cast<int>(rest)) - 1);
-                const int64_t column = static_cast<int64_t>(row / num_rows) * num_words + word;
-                if (is_inside) p.recv_scales[column * num_rows + row % num_rows] = value;
+                const int lane = __ffs(static_cast<int>(rest)) - 1;
+                const int expert = __shfl_sync(kFullMask, move.expert, lane);
+                const int row = __shfl_sync(kFullMask, move.row, lane);
+                const int64_t column = static_cast<int64_t>(expert) * num_words + word;
+                if (is_inside) p.recv_scales[column * num_rows + row] = value;
             }
         }
     }
@@ -224,10 +243,13 @@ struct Kernel {
         }
     }
 
-    static EP_DEVICE void store_share(const Params& p, const Move& move, int base, int end, const Held& held) {
+    static EP_DEVICE void store_share(const Params& p, const Context& c, const Move& move, int base, int end,
+                                      const Held& held) {
         const int64_t row_bytes = p.payload == Payload::kFp8 ? p.call.hidden : p.call.hidden * 2;
+        const int place = move.expert * c.num_rows_of_expert() + move.row;
+#pragma unroll 1
         for (uint32_t rest = move.lanes; rest != 0; rest &= rest - 1) {
-            const int row = __shfl_sync(kFullMask, move.row, __ffs(static_cast<int>(rest)) - 1);
+            const int row = __shfl_sync(kFullMask, place, __ffs(static_cast<int>(rest)) - 1);
             auto* target = reinterpret_cast<Vec16*>(p.recv_x + row * row_bytes);
 #pragma unroll
             for (int i = 0; i < kReceiveUnroll; ++i) {
@@ -237,159 +259,225 @@ struct Kernel {
         }
     }
 
-    // One warp: the rows of all sources before `source` for this lane's expert, one of ours, or -1. `here`: which of the
-    // first 32 ranks' tables count.
-    static EP_DEVICE int rows_before(const Context& c, int source, int expert, uint32_t here) {
-        int num_rows = 0;
-        for (int first = 0; first < source; first += kWarpSize) {
-            if (first > 0) here = wait_for_tables(c, first, source);
-            const int count = source - first < kWarpSize ? source - first : kWarpSize;
-#pragma unroll 8
-            for (int i = 0; i < count; ++i)
-                if (expert >= 0 && (here >> i & 1u) != 0) num_rows += c.row_counts(first + i)[expert];
-        }
-        return num_rows;
-    }
-
-    // Whether an entry before this one sends the token to the same expert: a row is placed once.
-    static EP_DEVICE bool is_repeated(const int* entries, int k) {
+    // One lane for each of up to 32 entries: does an entry before it send the token to the same expert? A row is placed
+    // once. `entries`: all of the token's; `first`: the first of these.
+    static EP_DEVICE bool is_repeated(const int* entries, int num_entries, int first, int entry) {
+        const int count = num_entries - first < kWarpSize ? num_entries - first : kWarpSize;
         bool is_found = false;
-#pragma unroll 8
-        for (int earlier = 0; earlier < k; ++earlier) is_found |= entries[earlier] == entries[k];
+#pragma unroll 1
+        for (int earlier = 0; earlier < first; ++earlier) is_found |= entries[earlier] == entry;
+#pragma unroll 1
+        for (int lane = 0; lane < count; ++lane)
+            is_found |= __shfl_sync(kFullMask, entry, lane) == entry && lane < prim::lane_idx();
         return is_found;
     }
 
-    // Up to 32 top-k entries of one token, one in each lane.
-    struct Entries {
+    // A warp's part in the receive phase: a share of one token, or of the lists of counts.
+    struct Unit {
         int source, token;
-        int k;         // this lane's
-        int expert;    // one of ours, or -1
-        int place;     // among the source's rows for it
-        bool is_used;  // it is one of the token's
+        int part, num_parts;
+        int first_expert;  // of a list
+        bool is_move, is_list;
     };
 
-    static EP_DEVICE Entries load_entries(const Params& p, const Context& c, int source, int token, int k) {
-        const bool is_used = k < p.call.num_topk;
-        const int entry = is_used ? c.table(source)[static_cast<int64_t>(token) * p.call.num_topk + k] : -1;
-        const int expert = expert_of(entry) - c.first_expert();
-        return {source,          token,  k, expert < 0 || expert >= c.num_local_experts() ? -1 : expert,
-                place_of(entry), is_used};
+    // Tokens of all sources in turn, so that no link is the last; every rank begins with another source.
+    static EP_DEVICE Unit unit_of(const Context& c, int unit, int num_moves, int num_parts, int num_lists) {
+        const int item = unit / num_parts;
+        return {(c.rank() + item) % c.num_ranks(),
+                item / c.num_ranks(),
+                unit % num_parts,
+                num_parts,
+                (unit - num_moves) * kWarpSize,
+                unit < num_moves,
+                unit >= num_moves && unit < num_moves + num_lists};
     }
 
-    static EP_DEVICE int64_t first_entry_of(const Params& p, int source, int token) {
-        return (static_cast<int64_t>(source) * p.call.num_max_tokens + token) * p.call.num_topk;
-    }
-
-    // One warp: its share of one token, as far as these entries want it. What does not depend on the slot's contents is
-    // found while they are under way.
-    static EP_DEVICE void receive_entries(const Params& p, const Context& c, const Entries& of, uint32_t here,
-                                          Move move) {
-        const int num_vecs =
-            (p.payload == Payload::kFp8 ? p.call.hidden : p.call.hidden * 2) / static_cast<int>(sizeof(Vec16));
-        const int* entries = c.table(of.source) + static_cast<int64_t>(of.token) * p.call.num_topk;
-        const bool is_placed = of.expert >= 0 && !is_repeated(entries, of.k);
-        move.lanes = __ballot_sync(kFullMask, is_placed);
-        if (move.lanes != 0 && wait_for_slot(c, of.source, of.token)) move.slot = c.slot(c.rank(), of.source, of.token);
-        const int first = move.first_of(num_vecs);
-        const int end = move.lanes == 0 ? first : move.end_of(num_vecs);
+    // What a warp has under way of its token before it knows the rows. Of the first 32 top-k entries, one in each lane.
+    struct Begun {
+        bool exists;     // the source has such a token
+        int entry;       // this lane's; -1: none
+        bool is_placed;  // this lane's entry is of one of our experts, and the first to name it
+        uint32_t scale;
+        Move move;
         Held held;
-        load_share(move, first, end, held);
-        if (of.expert >= 0) move.row = of.expert * c.num_rows_of_expert() + of.place;
-        const int before = rows_before(c, of.source, of.expert, here);
-        if (of.expert >= 0) move.row += before;
-        if (move.part == 0 && of.is_used) {
-            p.row_of_entry[first_entry_of(p, of.source, of.token) + of.k] = move.row;
-            if (is_placed) p.src_info[move.row] = of.token;
+    };
+
+    static EP_DEVICE int num_vecs(const Params& p) {
+        return (p.payload == Payload::kFp8 ? p.call.hidden : p.call.hidden * 2) / static_cast<int>(sizeof(Vec16));
+    }
+
+    static EP_DEVICE const int* entries_of(const Context& c, const Unit& unit) {
+        return c.table(unit.source) + static_cast<int64_t>(unit.token) * c.call.num_topk;
+    }
+
+    // One warp; acquire: is the token's slot full?
+    static EP_DEVICE bool look_at_slot(const Context& c, const Unit& unit) {
+        int is_full = 0;
+        if (prim::lane_idx() == 0)
+            is_full = is_set(c.watch, c.watch.heap.token_full(c.rank(), c.bank, unit.source, unit.token)) ? 1 : 0;
+        is_full = __shfl_sync(kFullMask, is_full, 0);
+        __syncwarp();  // one lane's acquire, every lane's reads
+        return is_full != 0;
+    }
+
+    // One warp; acquire. False: the source is left out.
+    static EP_DEVICE bool wait_for_slot(const Context& c, const Unit& unit) {
+        int is_here = 0;
+        if (prim::lane_idx() == 0)
+            is_here = wait_for_source(c.call, c.watch, Stage::kRow, unit.source,
+                                      c.watch.heap.token_full(c.rank(), c.bank, unit.source, unit.token));
+        is_here = __shfl_sync(kFullMask, is_here, 0);
+        __syncwarp();  // one lane's acquire, every lane's reads
+        return is_here != 0;
+    }
+
+    static EP_DEVICE void load_slot(const Params& p, const Context& c, const Unit& unit, Begun& begun) {
+        Move& move = begun.move;
+        move.slot = c.slot(c.rank(), unit.source, unit.token);
+        load_share(move, move.first_of(num_vecs(p)), move.end_of(num_vecs(p)), begun.held);
+        begun.scale = load_scale(p, move, move.first_of(num_scale_words(p)));
+    }
+
+    // Which of the entries from `first` on become rows here; the rows themselves are found later.
+    static EP_DEVICE void choose_entries(const Params& p, const Context& c, const Unit& unit, int first, int entry,
+                                         Begun& begun) {
+        const int expert = expert_of(entry) - c.first_expert();
+        begun.entry = entry;
+        begun.move.expert = entry < 0 || expert < 0 || expert >= c.num_local_experts() ? -1 : expert;
+        begun.is_placed = !is_repeated(entries_of(c, unit), p.call.num_topk, first, entry) && begun.move.expert >= 0;
+        begun.move.lanes = __ballot_sync(kFullMask, begun.is_placed);
+    }
+
+    static EP_DEVICE int load_entry(const Context& c, const Unit& unit, int first) {
+        const int k = first + prim::lane_idx();
+        return k < c.call.num_topk ? entries_of(c, unit)[k] : -1;
+    }
+
+    // One warp, after the source's table. A slot that is full is one of ours, so that it may be read before the entries say so.
+    static EP_DEVICE void begin_token(const Params& p, const Context& c, const Unit& unit, bool is_full, Begun& begun) {
+        begun = {};
+        begun.move = {nullptr, 0, -1, 0, unit.part, unit.num_parts};
+        const int num_tokens = c.num_tokens_of(unit.source);
+        const int entry = load_entry(c, unit, 0);
+        if (!is_full) is_full = look_at_slot(c, unit);
+        if (is_full) load_slot(p, c, unit, begun);
+        begun.exists = unit.token < num_tokens;
+        if (!begun.exists) return;
+        choose_entries(p, c, unit, 0, entry, begun);
+    }
+
+    // One warp: the rows, once the counts are known.
+    static EP_DEVICE void finish_entries(const Params& p, const Context& c, const Unit& unit, const Counts& counts,
+                                         int first, Begun& begun) {
+        Move& move = begun.move;
+        if (move.lanes != 0 && move.slot == nullptr && wait_for_slot(c, unit)) load_slot(p, c, unit, begun);
+        const int k = first + prim::lane_idx();
+        int place = -1;
+        if (move.expert >= 0) {
+            move.row = counts.before(unit.source)[move.expert] + place_of(begun.entry);
+            place = move.expert * c.num_rows_of_expert() + move.row;
         }
-        if (p.payload == Payload::kFp8 && move.lanes != 0) place_scales(p, c, move);
-        for (int base = first; base < end; base += kReceiveUnroll * kWarpSize) {
-            if (base != first) load_share(move, base, end, held);
-            store_share(p, move, base, end, held);
+        if (move.part == 0 && k < p.call.num_topk) {
+            p.row_of_entry[first_entry_of(p, unit) + k] = place;
+            if (begun.is_placed) p.src_info[place] = unit.token;
         }
+        if (p.payload == Payload::kFp8 && move.lanes != 0) place_scales(p, c, move, begun.scale);
+        const int begin = move.first_of(num_vecs(p));
+        const int end = move.lanes == 0 ? begin : move.end_of(num_vecs(p));
+#pragma unroll 1
+        for (int base = begin; base < end; base += kReceiveUnroll * kWarpSize) {
+            if (base != begin) load_share(move, base, end, begun.held);
+            store_share(p, c, move, base, end, begun.held);
+        }
+    }
+
+    static EP_DEVICE int64_t first_entry_of(const Params& p, const Unit& unit) {
+        return (static_cast<int64_t>(unit.source) * p.call.num_max_tokens + unit.token) * p.call.num_topk;
     }
 
     // One warp. Where a source has no such token, combine learns that from row_of_entry.
-    static EP_DEVICE void receive_token(const Params& p, const Context& c, int source, int token, int part,
-                                        int num_parts) {
-        const uint32_t here = wait_for_tables(c, 0, source + 1);
-        const bool is_here =
-            source < kWarpSize ? (here >> source & 1u) != 0 : wait_for_tables(c, source, source + 1) != 0;
-        int num_tokens = 0;
-        Entries of = {source, token, prim::lane_idx(), -1, 0, prim::lane_idx() < p.call.num_topk};
-        if (is_here) {
-            num_tokens = c.num_tokens_of(source);
-            of = load_entries(p, c, source, token, prim::lane_idx());
-        }
-        const bool exists = token < num_tokens;
-        if (!exists && part != 0) return;
-        for (int first = 0; first < p.call.num_topk; first += kWarpSize) {
-            if (first > 0 && exists) of = load_entries(p, c, source, token, first + prim::lane_idx());
-            if (exists)
-                receive_entries(p, c, of, here, {nullptr, 0, -1, part, num_parts});
-            else if (first + prim::lane_idx() < p.call.num_topk)
-                p.row_of_entry[first_entry_of(p, source, token) + first + prim::lane_idx()] = -1;
+    static EP_DEVICE void finish_token(const Params& p, const Context& c, const Unit& unit, const Counts& counts,
+                                       Begun& begun) {
+        if (begun.exists) finish_entries(p, c, unit, counts, 0, begun);
+#pragma unroll 1
+        for (int first = begun.exists ? kWarpSize : 0; first < p.call.num_topk; first += kWarpSize) {
+            if (begun.exists) {
+                choose_entries(p, c, unit, first, load_entry(c, unit, first), begun);
+                begun.move.row = -1;
+                if (begun.move.slot != nullptr) load_slot(p, c, unit, begun);
+                finish_entries(p, c, unit, counts, first, begun);
+            } else if (unit.part == 0 && first + prim::lane_idx() < p.call.num_topk) {
+                p.row_of_entry[first_entry_of(p, unit) + first + prim::lane_idx()] = -1;
+            }
         }
     }
 
     // One warp, an expert for each lane: how many rows it gets, and from whom.
-    static EP_DEVICE void write_counts(const Params& p, const Context& c, int first_expert) {
+    static EP_DEVICE void write_counts(const Params& p, const Context& c, const Counts& counts, int first_expert) {
         const int expert = first_expert + prim::lane_idx();
-        const bool is_inside = expert < c.num_local_experts();
-        int num_rows = 0;
-        for (int first = 0; first < c.num_ranks(); first += kWarpSize) {
-            const uint32_t here = wait_for_tables(c, first, c.num_ranks());
-            const int count = c.num_ranks() - first < kWarpSize ? c.num_ranks() - first : kWarpSize;
-#pragma unroll 4
-            for (int i = 0; i < count; ++i) {
-                if (!is_inside) continue;
-                const int rows = (here >> i & 1u) != 0 ? c.row_counts(first + i)[expert] : 0;
-                p.layout_range[static_cast<int64_t>(expert) * c.num_ranks() + first + i] =
-                    static_cast<int64_t>(num_rows) << 32 | rows;
-                num_rows += rows;
-            }
+        if (expert >= c.num_local_experts()) return;
+#pragma unroll 1
+        for (int source = 0; source < c.num_ranks(); ++source) {
+            const int64_t first = counts.before(source)[expert];
+            p.layout_range[static_cast<int64_t>(expert) * c.num_ranks() + source] =
+                first << 32 | (counts.before(source + 1)[expert] - first);
         }
-        if (!is_inside) return;
+        const int num_rows = counts.before(c.num_ranks())[expert];
         p.recv_count[expert] = num_rows;
         if (p.cumulative_stats != nullptr) p.cumulative_stats[expert] += num_rows;
     }
 
-    // Tokens of all sources in turn, so that no link is the last; every rank begins with another source.
+    // A trip to memory is as long as a barrier is short: the block learns the counts together, while the slots of its first
+    // tokens are under way.
     static EP_DEVICE void receive(const Params& p, const Context& c, Block* block) {
         const int num_items = c.num_ranks() * p.call.num_max_tokens;
         const int num_parts = warps_for_item(num_items, kMaxWarpsForItem);
         const int num_moves = num_items * num_parts;
         const int num_lists = (c.num_local_experts() + kWarpSize - 1) / kWarpSize;
-        for_each_unit(c, block, num_moves + num_lists, [&](int unit) {
-            const int item = unit / num_parts;
-            if (unit < num_moves)
-                receive_token(p, c, (c.rank() + item) % c.num_ranks(), item / c.num_ranks(), unit % num_parts,
-                              num_parts);
-            else
-                write_counts(p, c, (unit - num_moves) * kWarpSize);
+        const auto counts = Counts::make(c);
+        for_each_unit(c, block, num_moves + num_lists, [&](int idx, bool is_first, const auto& draw) {
+            const Unit unit = unit_of(c, idx, num_moves, num_parts, num_lists);
+            Begun begun = {};
+            const bool is_full = unit.is_move && look_at_slot(c, unit);
+            if (is_first) wait_for_tables(c, counts);
+            if (unit.is_move && counts.is_here[unit.source] != 0) begin_token(p, c, unit, is_full, begun);
+            if (is_first) find_counts(c, counts);
+            draw();
+            if (unit.is_move) finish_token(p, c, unit, counts, begun);
+            if (unit.is_list) write_counts(p, c, counts, unit.first_expert);
         });
     }
 
     static EP_DEVICE void run(const Params& p, Shared& shared) {
-        const algo::Watch watch{make_watch_words(p.call.watch), make_heap(p.call.heap),
-                                layout::Operation::kLowLatencyDispatch, call_number(p.call)};
-        const Context context{p.call, watch, current_turn(p.call),
-                              static_cast<int>(watch.call % layout::kNumLowLatencyBanks)};
-        if (context.sends())
-            send(p, context, &shared.block);
-        else
+        Context context = make_context(p.call, layout::Operation::kLowLatencyDispatch, kPhase);
+        if constexpr (kPhase == Phase::kReceive)
             begin_receive(context);
-        if (!context.sends() || shared.block.receives != 0) receive(p, context, &shared.block);
+        else
+            send(p, context, &shared.block);
+        if constexpr (kPhase != Phase::kSend)
+            if (kPhase == Phase::kReceive || shared.block.receives != 0) receive(p, context, &shared.block);
         add_statistics(context, &shared.block);
     }
 };
 
 void launch(const LowLatencyDispatchParams& params, dev::Stream stream) {
+    const auto table_bytes = TokenSets::bytes(params.call.num_experts, params.num_set_words, params.call.num_topk);
+    const auto count_bytes = Counts::bytes(params.call);
     dev::LaunchConfig config;
     config.num_blocks = params.call.num_blocks;
     config.num_threads = kWarpSize * params.call.num_warps;
-    config.dynamic_shared_bytes = TokenSets::bytes(params.call.num_experts, params.num_set_words, params.call.num_topk);
     config.name = "deep_ep::low_latency::dispatch";
-    dev::launch<Kernel>(config, stream, params);
+    switch (params.call.phase) {
+        case Phase::kSend:
+            config.dynamic_shared_bytes = table_bytes;
+            return dev::launch<Kernel<Phase::kSend>>(config, stream, params);
+        case Phase::kReceive:
+            config.dynamic_shared_bytes = count_bytes;
+            return dev::launch<Kernel<Phase::kReceive>>(config, stream, params);
+        case Phase::kBoth:
+            config.dynamic_shared_bytes = table_bytes > count_bytes ? table_bytes : count_bytes;
+            return dev::launch<Kernel<Phase::kBoth>>(config, stream, params);
+    }
 }
 
 }  // namespace EP_BACKEND

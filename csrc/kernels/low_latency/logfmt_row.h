@@ -26,11 +26,12 @@ EP_DEVICE void store_logfmt(const float (&values)[kLogUnit], uint8_t* slot, cons
     }
     if (!is_inside) return;
     const algo::LogScale scale = algo::log_scale(range);
+    const algo::LogDivisor divisor = algo::log_divisor(scale.step);
     prim::Vec16 low = {};
     uint32_t high = 0;
 #pragma unroll
     for (int i = 0; i < kLogUnit; ++i) {
-        const uint32_t code = algo::log_encode(values[i], scale);
+        const uint32_t code = algo::log_encode(values[i], scale, divisor);
         low.word[i / 4] |= (code & 0xffu) << (8 * (i % 4));
         high |= code >> 8 << (2 * i);
     }

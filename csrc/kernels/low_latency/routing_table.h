@@ -134,5 +134,54 @@ EP_DEVICE void send_routing_table(const Context& c, const Choice& choice, const 
         prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.table_full(peer, c.bank, c.rank()), c.watch.call);
 }
 
+// What a block learns from the tables of all sources, once; in dynamic shared memory, where TokenSets has been.
+struct Counts {
+    int* is_here;  // [num_ranks]: the source's table counts in this call
+    int* rows;     // [num_ranks + 1][num_local_experts]: rows of the expert from the sources before
+    int num_local_experts;
+
+    static EP_DEVICE Counts make(const Context& c) {
+        auto* is_here = static_cast<int*>(prim::dynamic_shared());
+        return {is_here, is_here + c.num_ranks(), c.num_local_experts()};
+    }
+    static int bytes(const LowLatencyCall& call) {
+        return (call.heap.num_ranks + (call.heap.num_ranks + 1) * call.num_local_experts) *
+               static_cast<int>(sizeof(int));
+    }
+    EP_DEVICE int* before(int source) const { return rows + source * num_local_experts; }
+};
+
+// All threads of the block; acquire. A thread waits for a table: if every warp did for itself, they would crowd the flag.
+EP_DEVICE void wait_for_tables(const Context& c, const Counts& counts) {
+#pragma unroll 1
+    for (int source = first_of_block(); source < c.num_ranks(); source += step_of_block())
+        counts.is_here[source] = wait_for_table(c, source) ? 1 : 0;
+    __syncthreads();  // one thread's acquire, the block's reads
+}
+
+// All threads of the block, after that.
+EP_DEVICE void find_counts(const Context& c, const Counts& counts) {
+    constexpr int kAtOnce = 8;  // loads under way
+#pragma unroll 1
+    for (int expert = first_of_block(); expert < c.num_local_experts(); expert += step_of_block()) {
+        int num_rows = 0;
+#pragma unroll 1
+        for (int first = 0; first < c.num_ranks(); first += kAtOnce) {
+            int held[kAtOnce];
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i)
+                held[i] =
+                    first + i < c.num_ranks() && counts.is_here[first + i] != 0 ? c.row_counts(first + i)[expert] : 0;
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                if (first + i < c.num_ranks()) counts.before(first + i)[expert] = num_rows;
+                num_rows += held[i];
+            }
+        }
+        counts.before(c.num_ranks())[expert] = num_rows;
+    }
+    __syncthreads();
+}
+
 }  // namespace EP_BACKEND
 }  // namespace deep_ep::kernels::low_latency

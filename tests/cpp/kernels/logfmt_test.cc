@@ -16,9 +16,10 @@ std::vector<float> through(const std::vector<float>& values) {
     algo::LogRange range;
     for (float value : values) range.add(value);
     const algo::LogScale scale = algo::log_scale(range);
+    const algo::LogDivisor divisor = algo::log_divisor(scale.step);
     std::vector<float> decoded;
     for (float value : values) {
-        const uint32_t code = algo::log_encode(value, scale);
+        const uint32_t code = algo::log_encode(value, scale, divisor);
         CHECK_LT(code, 1024u);
         decoded.push_back(algo::log_decode(code, scale));
     }
@@ -34,6 +35,21 @@ TEST_CASE("logfmt: zeros, signs, and single values are exact") {
     for (float value : {1.0f, -1.0f, 3.14159f, -1e-38f, 1e-45f, 3.4e38f})
         CHECK_EQ(through({value, 0.0f, value}), std::vector<float>{value, 0.0f, value});
     CHECK_EQ(through({1.0f, -2.0f})[0], 1.0f);  // the smallest is code 1
+}
+
+TEST_CASE("logfmt: dividing by a step is exact for every step there is, at the borders of every quotient there is") {
+    constexpr uint32_t kSpan = algo::kLogOctaves * algo::kFloatOctave;
+    constexpr uint32_t kWidest = (kSpan + algo::kLogSteps - 1) / algo::kLogSteps;
+    uint64_t num_wrong = 0;
+    for (uint32_t step = 1; step <= kWidest; ++step) {
+        const algo::LogDivisor divisor = algo::log_divisor(step);
+        for (uint32_t quotient = 1; quotient <= algo::kLogSteps + 1; ++quotient) {
+            num_wrong += divisor.quotient(quotient * step) != quotient;
+            num_wrong += divisor.quotient(quotient * step - 1) != quotient - 1;
+        }
+    }
+    CHECK_EQ(num_wrong, 0);
+    CHECK_EQ(algo::log_divisor(1).quotient((1u << algo::kLogDividendBits) - 1), (1u << algo::kLogDividendBits) - 1);
 }
 
 TEST_CASE("logfmt: what is not finite becomes NaN, and spoils nothing else") {

@@ -139,7 +139,9 @@ void send_over_wire(const LowLatencyProblem& problem, std::vector<float>& part) 
         algo::LogRange range;
         for (size_t h = first; h < last; ++h) range.add(part[h]);
         const algo::LogScale scale = algo::log_scale(range);
-        for (size_t h = first; h < last; ++h) part[h] = algo::log_decode(algo::log_encode(part[h], scale), scale);
+        const algo::LogDivisor divisor = algo::log_divisor(scale.step);
+        for (size_t h = first; h < last; ++h)
+            part[h] = algo::log_decode(algo::log_encode(part[h], scale, divisor), scale);
     }
 }
 
