@@ -135,13 +135,12 @@ class Buffer:
     def bench_push(self, bytes_per_peer: int, num_sms: int, stream: int) -> None:
         """Benchmarks only: writes that much to every peer at once, over whatever the data regions hold."""
 
-    # Low latency (R ranks, El local experts, T = num_max_tokens, K = num_topk). ticket=ONE_LAUNCH or TWO_LAUNCHES: the
-    # whole call. ticket=SEND_PHASE: the send phase, which returns the call's ticket; with that ticket and the same
+    # Low latency (R ranks, El local experts, T = num_max_tokens, K = num_topk). ticket=BOTH_PHASES: the whole call
+    # in one launch. ticket=SEND_PHASE: the send phase, which returns the call's ticket; with that ticket and the same
     # arguments the receive phase. At most two calls may be open. Counters live on the device, so a CUDA graph may hold
     # any of them.
     SEND_PHASE: int
-    ONE_LAUNCH: int
-    TWO_LAUNCHES: int
+    BOTH_PHASES: int
 
     def low_latency_dispatch(self, ticket: int, num_max_tokens: int, num_topk: int, num_experts: int, hidden: int,
                              is_fp8: bool, rounds_scales: bool, packs_scales: bool, x: int, topk_idx: int,

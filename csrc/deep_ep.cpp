@@ -204,11 +204,10 @@ void combine(Buffer& buffer, uintptr_t x, int num_rows, int hidden, uintptr_t to
                    num_sms, pointer<void>(stream));
 }
 
-// What to launch: both phases at once or one after the other; the send phase, which returns a ticket; or else the receive
-// phase of the call with that ticket.
+// What to launch: both phases at once; the send phase, which returns a ticket; or else the receive phase of the call with
+// that ticket.
 constexpr uint64_t kSendPhase = 0;
-constexpr uint64_t kOneLaunch = ~uint64_t{0};
-constexpr uint64_t kTwoLaunches = kOneLaunch - 1;
+constexpr uint64_t kBothPhases = ~uint64_t{0};
 
 uint64_t low_latency_dispatch(Buffer& buffer, uint64_t ticket, int num_max_tokens, int num_topk, int num_experts,
                               int hidden, bool is_fp8, bool rounds_scales, bool packs_scales, uintptr_t x,
@@ -232,14 +231,12 @@ uint64_t low_latency_dispatch(Buffer& buffer, uint64_t ticket, int num_max_token
                                                .row_of_entry = pointer<int>(row_of_entry),
                                                .cumulative_stats = pointer<int>(cumulative_stats),
                                                .wait_stats = pointer<int64_t>(wait_stats)};
-    if (ticket == kOneLaunch) {
+    if (ticket == kSendPhase) return buffer.send_low_latency_dispatch(args, pointer<void>(stream));
+    if (ticket == kBothPhases)
         buffer.low_latency_dispatch(args, pointer<void>(stream));
-        return ticket;
-    }
-    const bool sends = ticket == kSendPhase || ticket == kTwoLaunches;
-    const uint64_t call = sends ? buffer.send_low_latency_dispatch(args, pointer<void>(stream)) : ticket;
-    if (ticket != kSendPhase) buffer.receive_low_latency_dispatch(args, call, pointer<void>(stream));
-    return call;
+    else
+        buffer.receive_low_latency_dispatch(args, ticket, pointer<void>(stream));
+    return ticket;
 }
 
 uint64_t low_latency_combine(Buffer& buffer, uint64_t ticket, int num_max_tokens, int num_topk, int num_experts,
@@ -256,14 +253,12 @@ uint64_t low_latency_combine(Buffer& buffer, uint64_t ticket, int num_max_tokens
                                               .row_of_entry = pointer<int>(row_of_entry),
                                               .combined_x = pointer<uint8_t>(combined_x),
                                               .wait_stats = pointer<int64_t>(wait_stats)};
-    if (ticket == kOneLaunch) {
+    if (ticket == kSendPhase) return buffer.send_low_latency_combine(args, pointer<void>(stream));
+    if (ticket == kBothPhases)
         buffer.low_latency_combine(args, pointer<void>(stream));
-        return ticket;
-    }
-    const bool sends = ticket == kSendPhase || ticket == kTwoLaunches;
-    const uint64_t call = sends ? buffer.send_low_latency_combine(args, pointer<void>(stream)) : ticket;
-    if (ticket != kSendPhase) buffer.receive_low_latency_combine(args, call, pointer<void>(stream));
-    return call;
+    else
+        buffer.receive_low_latency_combine(args, ticket, pointer<void>(stream));
+    return ticket;
 }
 
 // A capsule for torch.from_dlpack: row-major memory at `address`, with `owner` alive as long as any tensor over it.
@@ -317,8 +312,7 @@ void bind_buffer(py::module_& m) {
         .def("combine", &combine)
         .def("lend", &Buffer::lend)
         .def_readonly_static("SEND_PHASE", &kSendPhase)
-        .def_readonly_static("ONE_LAUNCH", &kOneLaunch)
-        .def_readonly_static("TWO_LAUNCHES", &kTwoLaunches)
+        .def_readonly_static("BOTH_PHASES", &kBothPhases)
         .def("low_latency_dispatch", &low_latency_dispatch)
         .def("low_latency_combine", &low_latency_combine)
         .def_property_readonly("low_latency_data_ptr", [](Buffer& b) { return number(b.low_latency_data()); })

@@ -120,8 +120,7 @@ class LowLatency:
                      recv_x.data_ptr(), _ptr(scales), recv_count.data_ptr(), src_info_ptr, layout_range.data_ptr(),
                      src_info_ptr + plan.entries_at, _ptr(cumulative_stats), _ptr(wait_stats), phases.stream)
         tensors = (x, topk_idx, recv_x, scales, src_info, layout_range, cumulative_stats, wait_stats)
-        event, hook = _run(phases, self._session.runtime.low_latency_dispatch, NativeBuffer.ONE_LAUNCH, arguments,
-                           tensors, return_recv_hook)
+        event, hook = _run(phases, self._session.runtime.low_latency_dispatch, arguments, tensors, return_recv_hook)
         self._known_handles.add(plan, src_info)
         payload = recv_x if scales is None else (recv_x, scales)
         return payload, recv_count, (src_info, layout_range, *plan.handle_tail), event, hook
@@ -175,8 +174,7 @@ class LowLatency:
                      topk_weights.data_ptr(), num_tokens, src_info.data_ptr() + plan.entries_at, combined.data_ptr(),
                      _ptr(wait_stats), phases.stream)
         tensors = (sent, topk_idx, topk_weights, src_info, combined, wait_stats)
-        event, hook = _run(phases, self._session.runtime.low_latency_combine, NativeBuffer.ONE_LAUNCH, arguments,
-                           tensors, return_recv_hook)
+        event, hook = _run(phases, self._session.runtime.low_latency_combine, arguments, tensors, return_recv_hook)
         if zero_copy:
             self._combine_buffers[plan.expert_rows].pass_on()
         return combined, event, hook
@@ -248,12 +246,12 @@ class LowLatency:
         return view_memory(session.runtime.masked_ranks_ptr, num_bytes, session.streams.device).view(torch.int32)
 
 
-def _run(phases: Phases, launch: Callable[..., int], whole: int, arguments: tuple[Any, ...], tensors: Tensors,
+def _run(phases: Phases, launch: Callable[..., int], arguments: tuple[Any, ...], tensors: Tensors,
          wants_hook: bool) -> tuple[EventOverlap, Optional[Hook]]:
-    """Both phases, launched as `whole` says, or the send phase and a hook for the other. They use `tensors`."""
+    """Both phases in one launch, or the send phase and a hook for the other. They use `tensors`."""
     phases.begin()
     try:
-        ticket = launch(NativeBuffer.SEND_PHASE if wants_hook else whole, *arguments)
+        ticket = launch(NativeBuffer.SEND_PHASE if wants_hook else NativeBuffer.BOTH_PHASES, *arguments)
     except BaseException:
         phases.pause(tensors)  # the send phase may still run
         raise

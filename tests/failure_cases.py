@@ -6,12 +6,13 @@ import io
 import logging
 import os
 import time
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from compare import equal
 from flight import Flight, How
-from utils import Worker, device
+from utils import BUFFER_TIMEOUT_S, Worker, device
 from workload import Workload
 
 import deep_ep
@@ -153,17 +154,23 @@ def too_small_buffer(worker: Worker) -> None:
         Flight(worker, buffer, small).whole_trip()
 
 
-def late_rank_is_logged(worker: Worker, work: Workload, late: int) -> list[str]:
-    """What the logger `deep_ep` says while everybody waits for one rank, which comes in the end."""
+def late_rank_is_logged(worker: Worker, work: Workload, late: int, signal: Path) -> list[str]:
+    """What the logger `deep_ep` says while everybody waits for one rank, which comes once it has said something."""
     records: list[logging.LogRecord] = []
+
+    def keep(record: logging.LogRecord) -> None:
+        records.append(record)
+        signal.touch()
+
     handler = logging.Handler()
-    handler.emit = records.append  # type: ignore[method-assign]
+    handler.emit = keep  # type: ignore[method-assign]
     logger = logging.getLogger("deep_ep")
     logger.addHandler(handler)
     flight = Flight(worker, worker.buffer(), work)
     flight.layout()
-    if worker.rank == late:
-        time.sleep(1.0)
+    deadline = time.monotonic() + BUFFER_TIMEOUT_S / 2
+    while worker.rank == late and not signal.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
     flight.dispatch()
     flight.combine()
     logger.removeHandler(handler)

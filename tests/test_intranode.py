@@ -6,6 +6,7 @@
 """
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import failure_cases as failures
@@ -285,9 +286,9 @@ def test_bad_expert_is_reported(pool: Pool) -> None:
         assert "1000" in message
 
 
-def test_late_rank_is_named_in_the_log_before_anything_fails() -> None:
+def test_late_rank_is_named_in_the_log_before_anything_fails(tmp_path: Path) -> None:
     pool = Pool(2, {"DEEP_EP_WARN_SECS": "0.1"})
-    waiting, _ = pool.run(failures.late_rank_is_logged, 2, Workload((3, 4)), 1)
+    waiting, _ = pool.run(failures.late_rank_is_logged, 2, Workload((3, 4)), 1, tmp_path / "logged")
     assert any("rank 1" in message and "Still waiting" in message for message in waiting), waiting
     pool.close()
 

@@ -142,7 +142,8 @@ def to_text(table: Table) -> list[str]:
 def title_of(report: dict[str, Any]) -> str:
     where = report["machine"].get("gpu", "CPU executor")
     how = " (threads that share one)" if report["ranks_as_threads"] else ""
-    return f"{report['benchmark']}: {report['num_ranks']} ranks{how}, {where}"
+    lends = ", lending" if report.get("environment", {}).get("DEEP_EP_LEND_BYTES", "0") != "0" else ""
+    return f"{report['benchmark']}: {report['num_ranks']} ranks{how}, {where}{lends}"
 
 
 def render_report(name: str, report: dict[str, Any], has_plot: bool) -> list[str]:

@@ -49,6 +49,10 @@ TEST_CASE("more ranks than lanes of a warp") {
     check_round_trip(problem, kRoomy);
 }
 
+TEST_CASE("more ranks than a launch carries addresses for are refused") {
+    CHECK_THROWS_WITH_AS(World(129, 1 << 14, {}), doctest::Contains("num_ranks must be in [1, 128], got 129"), Error);
+}
+
 TEST_CASE("every subset of empty ranks (pitfall 23), one token in all (25)") {
     for (int mask = 0; mask < 16; ++mask) {
         CAPTURE(mask);
