@@ -50,8 +50,6 @@ def check_max_tokens(value: Any) -> int:
     return number
 
 
-PLAIN = Format(use_fp8=False, round_scale=False, use_ue8m0=False)
-
 # recv_x; scales, if there are any; src_info; layout_range; recv_count
 DispatchOutputs = tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]
 

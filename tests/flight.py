@@ -41,7 +41,7 @@ class Flight:
         self.buffer, self.work, self.how = buffer, work, how or How()
         self.rank, self.device = worker.rank, worker.device
         self.sent, self.arrivals = expected(work, self.how.expert_alignment)
-        self.config = Config(self.how.num_sms, 4, 8)
+        self.config: Optional[Config] = Config(self.how.num_sms, 4, 8)
         self.handle: Any = None
         self.result: Any = None
 

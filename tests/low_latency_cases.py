@@ -9,7 +9,17 @@ import torch
 from compare import bits, equal, same_bits
 from failure_cases import SHORT_TIMEOUT_S, failure_of
 from flight import Flight
-from low_latency_flight import BF16, FP8, FP8_ROUNDED, UE8M0, LowLatencyFlight, Manner, answers_of, low_latency_buffer
+from low_latency_flight import (
+    BF16,
+    FP8,
+    FP8_ROUNDED,
+    UE8M0,
+    LowLatencyFlight,
+    Manner,
+    answers_of,
+    finish_together,
+    low_latency_buffer,
+)
 from reference import Cast, low_latency_parts
 from utils import Worker
 from workload import Workload
@@ -49,12 +59,7 @@ def two_micro_batches(worker: Worker, work: Workload, cast: Cast) -> None:
             flight.start_dispatch()
         message = failure_of(pair[0].start_dispatch)
         assert "at most 2" in message, message
-        for flight in order:
-            flight.finish_dispatch()
-        for flight in pair:
-            flight.start_combine()
-        for flight in order:
-            flight.finish_combine()
+        finish_together(pair, order)
 
 
 def overlapped_layers(worker: Worker, work: Workload) -> None:

@@ -178,3 +178,13 @@ class LowLatencyFlight:
 
     def whole_trip(self) -> None:
         self.dispatch().combine()
+
+
+def finish_together(flights: list[LowLatencyFlight], landings: list[LowLatencyFlight]) -> None:
+    """The rest of flights whose dispatches have begun; rows are received in the order of `landings`."""
+    for flight in landings:
+        flight.finish_dispatch()
+    for flight in flights:
+        flight.start_combine()
+    for flight in landings:
+        flight.finish_combine()

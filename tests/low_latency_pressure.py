@@ -7,7 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from low_latency_flight import BF16, FP8, FP8_ROUNDED, UE8M0, LowLatencyFlight, Manner, low_latency_buffer
+from low_latency_flight import (
+    BF16,
+    FP8,
+    FP8_ROUNDED,
+    UE8M0,
+    LowLatencyFlight,
+    Manner,
+    finish_together,
+    low_latency_buffer,
+)
 from pressure import NUM_REPEATS, Choice, Digests, Sizes, be_late, play_rounds
 from reference import Cast
 from utils import Worker
@@ -38,12 +47,7 @@ def play_round(worker: Worker, sizes: Sizes, choice: Choice, seed: int) -> Diges
     landings = flights if choice.of(False, True) else flights[::-1]
     for flight in flights:
         flight.start_dispatch()
-    for flight in landings:
-        flight.finish_dispatch()
-    for flight in flights:
-        flight.start_combine()
-    for flight in landings:
-        flight.finish_combine()
+    finish_together(flights, landings)
     digests.add(*(output for flight in flights for output in outputs_of(flight)))
     repeat(worker, flights, landings, digests)
     return digests

@@ -4,7 +4,11 @@ from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+import torch
+
 import deep_ep
+from deep_ep import _phases, _streams
 from deep_ep._raw_cuda import EventPool
 from deep_ep._streams import CudaStreams
 
@@ -78,6 +82,18 @@ class Tensor:
 
     def record_stream(self, stream: Any) -> None:
         self.recorded.append(stream)
+
+
+def installed(monkeypatch: pytest.MonkeyPatch) -> ModelGpu:
+    """One that stands in for the GPU of this process."""
+    made = ModelGpu()
+    for module in (_phases, _streams):
+        monkeypatch.setattr(module, "current_stream_handle", lambda _: made.current)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: made.current)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: made.device)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentStream", lambda index: (made.current, index, 1), raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_setStream", made.set_stream, raising=False)
+    return made
 
 
 def cuda_streams(gpu: ModelGpu) -> CudaStreams:

@@ -184,7 +184,6 @@ public:
 
     // Throws what a kernel has reported; a Buffer that failed once throws the same at every later operation.
     void check();
-    // Sentences about waits that have passed the warning threshold since the last call; each was also printed.
     // Called with a sentence, by whoever calls this Buffer, as soon as a wait has passed the warning threshold.
     void set_warning_handler(std::function<void(const std::string&)> handler) { on_warning_ = std::move(handler); }
 

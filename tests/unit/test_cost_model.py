@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from flight import Flight
 from utils import Pool, Worker
+from workload import Workload
 
 import deep_ep
 from deep_ep import Buffer, Config, calibrate
@@ -158,19 +159,10 @@ def budgets(worker: Worker) -> list[int]:
 
         buffer._session.runtime = Spy()
         for num_tokens, config in ((1, None), (64, None), (1024, None), (64, Config(6, 4, 8))):
-            topk_idx = torch.arange(4).repeat(num_tokens, 1).to(worker.device)
-            x = torch.zeros(num_tokens, 64, dtype=torch.bfloat16, device=worker.device)
-            per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, 4)
-            rows, _, _, _, handle, _ = buffer.dispatch(x,
-                                                       None,
-                                                       per_rank,
-                                                       None,
-                                                       in_rank,
-                                                       per_expert,
-                                                       topk_idx,
-                                                       torch.ones(num_tokens, 4, device=worker.device),
-                                                       config=config)
-            buffer.combine(rows, handle, config=config)
+            # Every token goes to all four experts, and so to both ranks.
+            flight = Flight(worker, buffer, Workload((num_tokens, ) * 2, hidden=64, num_topk=4, experts_per_rank=2))
+            flight.config = config
+            flight.whole_trip()
         buffer._session.runtime = native
     return seen
 

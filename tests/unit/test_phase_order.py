@@ -4,9 +4,8 @@ import random
 from typing import Any, Callable, Optional
 
 import pytest
-from model_gpu import COMM, MAIN, SIDE, ModelGpu, Tensor, cuda_streams
+from model_gpu import COMM, MAIN, SIDE, ModelGpu, Tensor, cuda_streams, installed
 
-from deep_ep import _phases, _streams
 from deep_ep._phases import PhaseOrder, open_phases
 
 
@@ -51,10 +50,7 @@ class Caller:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> ModelGpu:
-    made = ModelGpu()
-    for module in (_phases, _streams):
-        monkeypatch.setattr(module, "current_stream_handle", lambda _: made.current)
-    return made
+    return installed(monkeypatch)
 
 
 @pytest.fixture

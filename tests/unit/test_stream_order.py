@@ -6,9 +6,7 @@ from typing import Any, Optional
 
 import pytest
 import torch
-from model_gpu import COMM, MAIN, SIDE, ModelGpu, Tensor, cuda_streams
-
-from deep_ep import _streams
+from model_gpu import COMM, MAIN, SIDE, ModelGpu, Tensor, cuda_streams, installed
 
 
 class Caller:
@@ -38,13 +36,7 @@ class Caller:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> ModelGpu:
-    made = ModelGpu()
-    monkeypatch.setattr(_streams, "current_stream_handle", lambda _: made.current)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: made.current)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: made.device)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentStream", lambda index: (made.current, index, 1), raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_setStream", made.set_stream, raising=False)
-    return made
+    return installed(monkeypatch)
 
 
 @pytest.fixture

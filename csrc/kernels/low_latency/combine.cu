@@ -99,8 +99,7 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
 
     // After that. Returns whether any of the entries has its expert here.
     static EP_DEVICE bool find_wanted(const Context& c, Work& work) {
-        const int local = work.expert - c.first_expert();
-        work.wanted = __ballot_sync(kFullMask, work.expert >= 0 && local >= 0 && local < c.num_local_experts());
+        work.wanted = __ballot_sync(kFullMask, local_expert(c, work.expert) >= 0);
         return work.wanted != 0;
     }
 
@@ -211,11 +210,7 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
 
     // One warp; acquire.
     static EP_DEVICE bool wait_for_weights(const Context& c, int source) {
-        int is_here = 0;
-        if (prim::lane_idx() == 0) is_here = wait_for_table(c, source) ? 1 : 0;
-        is_here = __shfl_sync(kFullMask, is_here, 0);
-        __syncwarp();  // one lane's acquire, every lane's reads
-        return is_here != 0;
+        return as_lane_0_says(prim::lane_idx() == 0 && wait_for_table(c, source));
     }
 
     // One warp: does the token exist, and has it experts here? Finds its weights too.
@@ -329,9 +324,8 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
         for (int i = 0; i < kWeightsAhead; ++i) {
             const int entry = base + i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
             if (entry >= p.num_tokens * c.call.num_topk) continue;
-            const int64_t id = load_expert_id(p.topk_idx, p.idx_bytes, entry);
-            // An id out of range reaches no rank; the table must agree, whatever the low half of a 64-bit id says.
-            held.expert[i] = id >= 0 && id < c.call.num_experts ? static_cast<int>(id) : -1;
+            // An id out of range reaches no rank; the table must agree.
+            held.expert[i] = checked_expert(c, load_expert_id(p.topk_idx, p.idx_bytes, entry));
             held.weight[i] = p.topk_weights[entry];
         }
         return held;

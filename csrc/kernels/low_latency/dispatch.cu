@@ -154,7 +154,7 @@ template <Phase kPhase> struct Kernel {
     static EP_DEVICE void send(const Params& p, Context& c, Block* block) {
         const int num_blocks = static_cast<int>(gridDim.x);
         int token = static_cast<int>(blockIdx.x);
-        const Choice choice{p.topk_idx, p.idx_bytes, p.num_tokens};
+        const Choice choice{ids_of(p), p.num_tokens};
         const auto sets = TokenSets::make(p.call.num_experts, p.num_set_words);
         Head head = load_head(p, c, token);
         if (token == num_blocks - 1) begin_routing_table(c, choice, sets);
@@ -310,25 +310,19 @@ template <Phase kPhase> struct Kernel {
         return c.table(unit.source) + static_cast<int64_t>(unit.token) * c.call.num_topk;
     }
 
+    static EP_DEVICE const uint64_t* slot_flag(const Context& c, const Unit& unit) {
+        return c.watch.heap.token_full(c.rank(), c.bank, unit.source, unit.token);
+    }
+
     // One warp; acquire: is the token's slot full?
     static EP_DEVICE bool look_at_slot(const Context& c, const Unit& unit) {
-        int is_full = 0;
-        if (prim::lane_idx() == 0)
-            is_full = is_set(c.watch, c.watch.heap.token_full(c.rank(), c.bank, unit.source, unit.token)) ? 1 : 0;
-        is_full = __shfl_sync(kFullMask, is_full, 0);
-        __syncwarp();  // one lane's acquire, every lane's reads
-        return is_full != 0;
+        return as_lane_0_says(prim::lane_idx() == 0 && is_set(c.watch, slot_flag(c, unit)));
     }
 
     // One warp; acquire. False: the source is left out.
     static EP_DEVICE bool wait_for_slot(const Context& c, const Unit& unit) {
-        int is_here = 0;
-        if (prim::lane_idx() == 0)
-            is_here = wait_for_source(c.call, c.watch, Stage::kRow, unit.source,
-                                      c.watch.heap.token_full(c.rank(), c.bank, unit.source, unit.token));
-        is_here = __shfl_sync(kFullMask, is_here, 0);
-        __syncwarp();  // one lane's acquire, every lane's reads
-        return is_here != 0;
+        return as_lane_0_says(prim::lane_idx() == 0 &&
+                              wait_for_source(c.call, c.watch, Stage::kRow, unit.source, slot_flag(c, unit)));
     }
 
     static EP_DEVICE void load_slot(const Params& p, const Context& c, const Unit& unit, Begun& begun) {
@@ -341,9 +335,8 @@ template <Phase kPhase> struct Kernel {
     // Which of the entries from `first` on become rows here; the rows themselves are found later.
     static EP_DEVICE void choose_entries(const Params& p, const Context& c, const Unit& unit, int first, int entry,
                                          Begun& begun) {
-        const int expert = expert_of(entry) - c.first_expert();
         begun.entry = entry;
-        begun.move.expert = entry < 0 || expert < 0 || expert >= c.num_local_experts() ? -1 : expert;
+        begun.move.expert = local_expert(c, expert_of(entry));
         begun.is_placed = !is_repeated(entries_of(c, unit), p.call.num_topk, first, entry) && begun.move.expert >= 0;
         begun.move.lanes = __ballot_sync(kFullMask, begun.is_placed);
     }

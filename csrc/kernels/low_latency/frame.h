@@ -131,6 +131,13 @@ EP_DEVICE_COLD bool decide_on_table(const LowLatencyCall* call, algo::Watch watc
     return seen % 2 == 1 && wait_for_source(*call, watch, Stage::kTable, source, flag);
 }
 
+// One warp: what lane 0 has found out by a look or a wait, with acquire, holds for every lane.
+EP_DEVICE bool as_lane_0_says(bool answer) {
+    const int known = __shfl_sync(kFullMask, answer ? 1 : 0, 0);
+    __syncwarp();  // one lane's acquire, every lane's reads
+    return known != 0;
+}
+
 EP_DEVICE bool wait_for_table(const Context& c, int source) {
     const uint64_t* flag = c.watch.heap.table_full(c.rank(), c.bank, source);
     if (c.call.is_shrinkable) return decide_on_table(&c.call, c.watch, source, flag);
@@ -340,6 +347,17 @@ EP_DEVICE void add_statistics(const Context& c, Block* block) {
     }
 }
 
+// -1 where the id is none of an expert, whatever the low half of a 64-bit id says.
+EP_DEVICE int checked_expert(const Context& c, int64_t id) {
+    return id >= 0 && id < c.call.num_experts ? static_cast<int>(id) : -1;
+}
+
+// The expert as this rank counts its own; -1: it is none of them, or none at all.
+EP_DEVICE int local_expert(const Context& c, int expert) {
+    const int local = expert - c.first_expert();
+    return local >= 0 && local < c.num_local_experts() ? local : -1;
+}
+
 // A caller's top-k ids, and how wide they are.
 struct Ids {
     const void* ids;
@@ -361,7 +379,8 @@ EP_DEVICE bool is_destination(const Context& c, const Ids& ids, int64_t id, int 
 #pragma unroll 1
     for (int first = 0; first < c.call.num_topk; first += kWarpSize) {
         if (first > 0) id = ids.load(c, token, first);
-        const int owner = id >= 0 && id < c.call.num_experts ? static_cast<int>(id) / c.num_local_experts() : -1;
+        const int expert = checked_expert(c, id);
+        const int owner = expert >= 0 ? expert / c.num_local_experts() : -1;
         const int count = c.call.num_topk - first < kWarpSize ? c.call.num_topk - first : kWarpSize;
 #pragma unroll 1
         for (int lane = 0; lane < count; ++lane) is_found |= __shfl_sync(kFullMask, owner, lane) == rank;

@@ -47,15 +47,12 @@ EP_DEVICE int step_of_block() { return static_cast<int>(blockDim.x); }
 
 // This rank's choice of experts, as the caller gave it.
 struct Choice {
-    const void* topk_idx;
-    int idx_bytes;
+    Ids topk;
     int num_tokens;
 };
 
-// -1 where the id is none of an expert, whatever the low half of a 64-bit id says.
-EP_DEVICE int checked_expert(const Context& c, const Choice& choice, int64_t entry) {
-    const int64_t id = load_expert_id(choice.topk_idx, choice.idx_bytes, entry);
-    return id >= 0 && id < c.call.num_experts ? static_cast<int>(id) : -1;
+EP_DEVICE int chosen_expert(const Context& c, const Choice& choice, int64_t entry) {
+    return checked_expert(c, load_expert_id(choice.topk.ids, choice.topk.bytes, entry));
 }
 
 // Entries of the stretch that begins with token `first`.
@@ -76,7 +73,7 @@ EP_DEVICE void fill_sets(const Context& c, const Choice& choice, int first, cons
         for (int i = 0; i < kAtOnce; ++i) {
             const int entry = base + i * step_of_block();
             experts[i] = -1;
-            if (entry < num_entries) experts[i] = checked_expert(c, choice, int64_t{first} * c.call.num_topk + entry);
+            if (entry < num_entries) experts[i] = chosen_expert(c, choice, int64_t{first} * c.call.num_topk + entry);
         }
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
