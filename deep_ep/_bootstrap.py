@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 import deep_ep_cpp
 from deep_ep import _cost_model, _streams
-from deep_ep._checks import BUFFER_ALIGNMENT_BYTES, check_int, check_positive
+from deep_ep._checks import BUFFER_ALIGNMENT_BYTES, MAX_INT64, check_int, check_positive
 from deep_ep._cost_model import CostModel
 from deep_ep._errors import Error
 from deep_ep._handles import KnownTensors
@@ -26,7 +26,12 @@ from deep_ep.version import __version__
 
 T = TypeVar("T")
 EXIT_TIMEOUT_S = 2.0
+FOREVER_S = 1e9  # in nanoseconds it fits an int64 with room for sums
 logger = logging.getLogger("deep_ep")
+
+
+def _has_methods(value: Any, names: Sequence[str]) -> bool:
+    return all(callable(getattr(value, name, None)) for name in names)
 
 
 class Peers:
@@ -35,6 +40,13 @@ class Peers:
     def __init__(self, group: Optional[dist.ProcessGroup], comm: Any) -> None:
         if group is None and comm is None:
             raise ValueError("Either 'group' or 'comm' must be provided.")
+        if isinstance(group, int):  # GroupMember.NON_GROUP_MEMBER: what new_group returns to who is not in it
+            raise ValueError("group: this process is not a member of it (dist.new_group returned NON_GROUP_MEMBER)")
+        if group is not None and not _has_methods(group, ("rank", "size")):
+            raise TypeError(f"group must be a torch.distributed ProcessGroup or None, got {type(group).__name__}")
+        if group is None and not _has_methods(comm, ("Get_rank", "Get_size", "allgather")):
+            raise TypeError("comm must be an mpi4py communicator, or have its Get_rank, Get_size and allgather, got "
+                            f"{type(comm).__name__}")
         self._group = group
         self._comm = comm
         self.rank: int = comm.Get_rank() if group is None else group.rank()
@@ -98,7 +110,7 @@ class Request:
 
     def check(self) -> None:
         for name in ("num_nvl_bytes", "num_rdma_bytes", "num_lend_bytes"):
-            check_int(name, getattr(self, name), 0, BUFFER_ALIGNMENT_BYTES)
+            check_int(name, getattr(self, name), 0, BUFFER_ALIGNMENT_BYTES, MAX_INT64)
         check_positive("num_qps_per_rank", self.num_qps_per_rank)
         if self.timeout_s is not None:
             check_positive("timeout_s", self.timeout_s)
@@ -228,7 +240,8 @@ def build_session(peers: Peers, request: Request) -> Session:
         return facts, this_place(opened[0].native.unique_id), find_cost_model(peers, request, opened[0])
 
     def allocate() -> bytes:
-        timeout_s = float(environment["timeout_s"] if request.timeout_s is None else request.timeout_s)
+        given_s = environment["timeout_s"] if request.timeout_s is None else request.timeout_s
+        timeout_s = min(float(given_s), FOREVER_S)
         warn_s = min(float(environment["warn_s"]), timeout_s)
         created.append(
             deep_ep_cpp.Buffer(opened[0].native, peers.rank, peers.size, request.num_nvl_bytes, timeout_s, warn_s,

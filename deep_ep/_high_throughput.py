@@ -32,6 +32,7 @@ INT32 = (torch.int32, )
 NUM_HANDLE_FIELDS = 6
 
 NO_BIASES = None, None
+MAX_ALIGNMENT = 1 << 20  # of counts that are rounded up in 32 bits
 
 
 class Routing(NamedTuple):
@@ -84,7 +85,7 @@ def get_dispatch_layout(
 ) -> tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torch.Tensor, EventOverlap]:
     device, num_ranks = session.streams.device, session.num_ranks
     num_tokens, num_topk = _checks.check_topk_idx(topk_idx, device)
-    num_experts = _checks.check_int("num_experts", num_experts, 1)
+    num_experts = _checks.check_int("num_experts", num_experts, 1, maximum=_checks.MAX_LOCAL_EXPERTS * num_ranks)
     _checks.check_num_experts("num_experts", num_experts, num_ranks)
     with open_operation(session, "get_dispatch_layout", previous_event, async_finish,
                         allocate_on_comm_stream) as operation:
@@ -106,7 +107,7 @@ def dispatch_fresh(session: Session, x: Payload, routing: Routing, expert_alignm
     rows, scales = _checks.check_payload(x, session.streams.device)
     num_tokens = rows.shape[0]
     _check_routing(session, routing, num_tokens)
-    expert_alignment = _checks.check_int("expert_alignment", expert_alignment, 1)
+    expert_alignment = _checks.check_int("expert_alignment", expert_alignment, 1, maximum=MAX_ALIGNMENT)
     num_worst_tokens = _checks.check_int("num_worst_tokens", num_worst_tokens, 0)
     if num_worst_tokens and routing.topk_idx is None:
         raise ValueError("num_worst_tokens needs topk_idx and topk_weights: -1 in recv_topk_idx marks the unused rows")
@@ -186,8 +187,8 @@ def combine(session: Session, x: torch.Tensor, handle: Any, topk_weights: Option
 
 
 def lend(session: Session, shape: Any, dtype: torch.dtype) -> torch.Tensor:
-    lender, sizes = session.lender, tuple(shape)
-    spec = Spec(tuple(_checks.check_int(f"shape[{i}]", size, 0) for i, size in enumerate(sizes)), dtype)
+    lender = session.lender
+    spec = Spec(_checks.check_sizes("shape", shape), _checks.check_dtype("dtype", dtype))
     if lender is None and session.num_ranks > 1:
         raise Error("lend: this Buffer lends nothing; build it with num_lend_bytes")
     if lender is None or spec.num_bytes == 0:  # one rank reads its own input in place, wherever it is

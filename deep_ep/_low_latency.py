@@ -8,7 +8,16 @@ import torch
 from deep_ep import _checks
 from deep_ep._bootstrap import Session
 from deep_ep._handles import KnownTensors
-from deep_ep._low_latency_plan import BF16_ALIGNMENT, INT32_BYTES, PLAIN, Format, Plan, Shape, check_max_tokens
+from deep_ep._low_latency_plan import (
+    BF16_ALIGNMENT,
+    INT32_BYTES,
+    PLAIN,
+    Format,
+    Plan,
+    Shape,
+    check_max_tokens,
+    check_num_experts,
+)
 from deep_ep._memory import view_memory
 from deep_ep._phases import PhaseOrder, Phases, Tensors, open_phases
 from deep_ep.utils import EventHandle, EventOverlap
@@ -43,7 +52,7 @@ def size_hint(num_max_tokens: int, hidden: int, num_ranks: int, num_experts: int
     check_max_tokens(num_max_tokens)
     _checks.check_int("hidden", hidden, BF16_ALIGNMENT, BF16_ALIGNMENT)
     _checks.check_int("num_ranks", num_ranks, 1)
-    _checks.check_num_experts("num_experts", _checks.check_int("num_experts", num_experts, 1), num_ranks)
+    check_num_experts("num_experts", num_experts, num_ranks)
     return int(get_low_latency_rdma_size_hint(num_max_tokens, hidden, num_ranks, num_experts))
 
 
@@ -130,11 +139,11 @@ class LowLatency:
         plan = self._plans.get(key)
         # A float or a bool may equal the number that it is taken for.
         if plan is None or type(num_max_tokens) is not int or type(num_experts) is not int:
+            num_ranks = self._session.num_ranks
             num_max_tokens = check_max_tokens(num_max_tokens)
-            num_experts = _checks.check_int("num_experts", num_experts, 1)
-            _checks.check_num_experts("num_experts", num_experts, self._session.num_ranks)
+            num_experts = check_num_experts("num_experts", num_experts, num_ranks)
             shape = Shape(num_max_tokens, num_topk, num_experts, hidden)
-            plan = self._plans[key] = Plan(shape, Format(*form), self._session.num_ranks, self._session.empty)
+            plan = self._plans[key] = Plan(shape, Format(*map(bool, form)), num_ranks, self._session.empty)
         return plan
 
     def _check_stats(self, name: str, stats: Optional[torch.Tensor], size: int, dtypes: tuple[torch.dtype]) -> None:
@@ -205,8 +214,7 @@ class LowLatency:
                              f"{len(handle)}")
         src_info, _, num_max_tokens, hidden, num_experts = handle
         num_ranks, num_max_tokens = self._session.num_ranks, check_max_tokens(num_max_tokens)
-        num_experts = _checks.check_int("handle[4] (num_experts)", num_experts, 1)
-        _checks.check_num_experts("handle[4] (num_experts)", num_experts, num_ranks)
+        num_experts = check_num_experts("handle[4] (num_experts)", num_experts, num_ranks)
         hidden = _checks.check_int("handle[3] (hidden)", hidden, BF16_ALIGNMENT, BF16_ALIGNMENT)
         _checks.check_tensor("handle[0] (src_info)", src_info, self._device,
                              (num_experts // num_ranks, num_ranks * num_max_tokens), INT32)
