@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 import deep_ep_cpp
 from deep_ep import _cost_model, _streams
+from deep_ep._call_check import CallCheck, describe_differences
 from deep_ep._checks import BUFFER_ALIGNMENT_BYTES, MAX_INT64, check_int, check_positive
 from deep_ep._cost_model import CostModel
 from deep_ep._errors import Error
@@ -93,6 +94,7 @@ class Agreed:
     enable_shrink: bool
     device_kind: str
     topk_idx_bits: int
+    check_calls: bool
     deep_ep_version: str = __version__
 
 
@@ -135,6 +137,7 @@ class Session:
         self.unused_matrix = torch.empty(num_ranks, 0, dtype=torch.int32, device=streams.device)
         self.cost_model = cost_model
         self.num_sms_override = int(deep_ep_cpp.get_environment()["num_sms"])
+        self.call_check: Optional[CallCheck] = None
         self._is_closed = False
         self.before_close: Callable[[], None] = _nothing  # called once, before the comm stream is drained
         if isinstance(streams, _streams.HostStreams):
@@ -202,13 +205,9 @@ def _attempt(step: Callable[[], Any]) -> Any:
 
 def _raise_differences(facts: Sequence[Agreed]) -> None:
     for field in dataclasses.fields(Agreed):
-        ranks_by_value: dict[Any, list[int]] = {}
-        for rank, fact in enumerate(facts):
-            ranks_by_value.setdefault(getattr(fact, field.name), []).append(rank)
-        if len(ranks_by_value) > 1:
-            seen = "; ".join(f"{value!r} on rank(s) {', '.join(map(str, ranks))}"
-                             for value, ranks in ranks_by_value.items())
-            raise ValueError(f"Buffer: {field.name} must be the same on every rank, got {seen}")
+        difference = describe_differences([getattr(fact, field.name) for fact in facts])
+        if difference is not None:
+            raise ValueError(f"Buffer: {field.name} must be the same on every rank, got {difference}")
 
 
 def _require_one_node(topology: Topology) -> None:
@@ -230,18 +229,19 @@ def build_session(peers: Peers, request: Request) -> Session:
     opened: list[_streams.Streams] = []
     created: list[deep_ep_cpp.Buffer] = []
     environment = deep_ep_cpp.get_environment()
+    checks_calls = bool(environment["check_calls"])
+    given_s = environment["timeout_s"] if request.timeout_s is None else request.timeout_s
+    timeout_s = min(float(given_s), FOREVER_S)
 
     def describe() -> tuple[Agreed, Place, Optional[CostModel]]:
         request.check()
         release_lingering()
         opened.append(_streams.open_streams())
         facts = Agreed(request.num_nvl_bytes, request.num_rdma_bytes, request.num_lend_bytes, request.low_latency_mode,
-                       request.enable_shrink, opened[0].kind, deep_ep_cpp.topk_idx_bits())
+                       request.enable_shrink, opened[0].kind, deep_ep_cpp.topk_idx_bits(), checks_calls)
         return facts, this_place(opened[0].native.unique_id), find_cost_model(peers, request, opened[0])
 
     def allocate() -> bytes:
-        given_s = environment["timeout_s"] if request.timeout_s is None else request.timeout_s
-        timeout_s = min(float(given_s), FOREVER_S)
         warn_s = min(float(environment["warn_s"]), timeout_s)
         created.append(
             deep_ep_cpp.Buffer(opened[0].native, peers.rank, peers.size, request.num_nvl_bytes, timeout_s, warn_s,
@@ -262,4 +262,7 @@ def build_session(peers: Peers, request: Request) -> Session:
         for streams in opened:
             streams.close()
         raise
-    return Session(created[0], opened[0], topology, peers.rank, peers.size, request.num_lend_bytes, described[0][2])
+    session = Session(created[0], opened[0], topology, peers.rank, peers.size, request.num_lend_bytes, described[0][2])
+    if checks_calls and peers.size > 1:
+        session.call_check = CallCheck(peers.all_gather, opened[0].device, timeout_s)
+    return session
