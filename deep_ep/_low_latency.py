@@ -7,6 +7,7 @@ import torch
 
 from deep_ep import _checks
 from deep_ep._bootstrap import Session
+from deep_ep._call_check import CallCheck
 from deep_ep._handles import KnownTensors
 from deep_ep._low_latency_plan import (
     BF16_ALIGNMENT,
@@ -123,7 +124,7 @@ class LowLatency:
         self._check_stats("cumulative_local_expert_recv_stats", cumulative_stats, plan.num_local, INT32)
         self._check_stats("dispatch_wait_recv_cost_stats", wait_stats, self._session.num_ranks, INT64)
         if self._session.call_check is not None:
-            self._compare_calls("low_latency_dispatch", plan, Format(*map(bool, form))._asdict())
+            _compare_calls(self._session.call_check, "low_latency_dispatch", plan, Format(*map(bool, form))._asdict())
         phases = self._open_phases("low_latency_dispatch", async_finish, return_recv_hook)
         recv_x, scales, src_info, layout_range, recv_count = plan.make_outputs()
         src_info_ptr = src_info.data_ptr()
@@ -151,19 +152,6 @@ class LowLatency:
     def _check_stats(self, name: str, stats: Optional[torch.Tensor], size: int, dtypes: tuple[torch.dtype]) -> None:
         if stats is not None:
             _checks.check_tensor(name, stats, self._device, (size, ), dtypes)
-
-    def _compare_calls(self, operation: str, plan: Plan, options: dict[str, bool]) -> None:
-        """With those of the other ranks."""
-        check = self._session.call_check
-        assert check is not None
-        num_max_tokens, hidden, num_experts = plan.handle_tail
-        shape = {
-            "num_max_dispatch_tokens_per_rank": num_max_tokens,
-            "the row size of x": hidden,
-            "num_experts": num_experts,
-            "the columns of topk_idx": plan.num_topk
-        }
-        check.compare(operation, {**shape, **options})
 
     def _open_phases(self, name: str, async_finish: bool, return_recv_hook: bool) -> Phases:
         if async_finish and return_recv_hook:
@@ -193,7 +181,7 @@ class LowLatency:
             _checks.check_tensor("out", out, device, (num_tokens, hidden), BFLOAT16)
             _checks.check_alignment("out", out)
         if self._session.call_check is not None:
-            self._compare_calls("low_latency_combine", plan, {"use_logfmt": bool(use_logfmt)})
+            _compare_calls(self._session.call_check, "low_latency_combine", plan, {"use_logfmt": bool(use_logfmt)})
         phases = self._open_phases("low_latency_combine", async_finish, return_recv_hook)
         combined = self._session.empty[torch.bfloat16](num_tokens, hidden) if out is None else out
         arguments = (*plan.combine_args, use_logfmt, sent.data_ptr(), topk_idx.data_ptr(), topk_idx.element_size(),
@@ -269,6 +257,18 @@ class LowLatency:
         phases.finish(())
         num_bytes = session.num_ranks * INT32_BYTES
         return view_memory(session.runtime.masked_ranks_ptr, num_bytes, session.streams.device).view(torch.int32)
+
+
+def _compare_calls(check: CallCheck, operation: str, plan: Plan, options: dict[str, bool]) -> None:
+    """With those of the other ranks."""
+    num_max_tokens, hidden, num_experts = plan.handle_tail
+    shape = {
+        "num_max_dispatch_tokens_per_rank": num_max_tokens,
+        "the row size of x": hidden,
+        "num_experts": num_experts,
+        "the columns of topk_idx": plan.num_topk
+    }
+    check.compare(operation, {**shape, **options})
 
 
 def _run(phases: Phases, launch: Callable[..., int], arguments: tuple[Any, ...], tensors: Tensors,
