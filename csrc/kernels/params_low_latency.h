@@ -5,6 +5,7 @@
 
 #include "kernels/params.h"
 #include "layout/low_latency.h"
+#include "layout/staging.h"
 
 namespace deep_ep::kernels {
 
@@ -71,6 +72,9 @@ struct LowLatencyCombineParams {
     int num_tokens;
     const int* row_of_entry;
     uint8_t* combined_x;  // bfloat16 [num_tokens, hidden]
+
+    layout::Staging staging;  // of a warp that sends; not used where there are no bulk copies
+    layout::LowLatencyBatch batch;
 };
 
 }  // namespace deep_ep::kernels

@@ -12,6 +12,7 @@
 #include "kernels/low_latency/frame.h"
 #include "kernels/low_latency/launchers.h"
 #include "kernels/low_latency/routing_table.h"
+#include "kernels/low_latency/turn.h"
 
 namespace deep_ep::kernels::low_latency::dispatch {
 inline namespace EP_BACKEND {
@@ -129,14 +130,13 @@ template <Phase kPhase> struct Kernel {
 
     // The whole block: one token to all ranks that need it.
     static EP_DEVICE void send_token(const Params& p, const Context& c, int token, const Head& head) {
-        const int num_warps = static_cast<int>(blockDim.x) / kWarpSize;
 #pragma unroll 1
         for (int first = 0; first < c.num_ranks(); first += kWarpSize) {
             const bool is_sent = is_destination(c, ids_of(p), head.id, token, first);
             const int rank = first + prim::lane_idx();
             const Targets targets{__ballot_sync(kFullMask, is_sent), is_sent ? c.slot(rank, c.rank(), token) : nullptr};
 #pragma unroll 1
-            for (int chunk = prim::warp_idx(); chunk * kChunk < p.call.hidden; chunk += num_warps) {
+            for (int chunk = prim::warp_idx(); chunk * kChunk < p.call.hidden; chunk += num_warps()) {
                 const Piece piece = chunk == prim::warp_idx() ? head.piece : load_piece(p, token, chunk);
                 if (p.payload == Payload::kFp8)
                     send_fp8(p, piece, chunk, targets);
@@ -432,7 +432,7 @@ template <Phase kPhase> struct Kernel {
             const Unit unit = unit_of(c, idx, num_moves, num_parts, num_lists);
             Begun begun = {};
             const bool is_full = unit.is_move && look_at_slot(c, unit);
-            if (is_first) wait_for_tables(c, counts);
+            if (is_first) wait_for_tables(c, counts.is_here);
             if (unit.is_move && counts.is_here[unit.source] != 0) begin_token(p, c, unit, is_full, begun);
             if (is_first) find_counts(c, counts);
             draw();

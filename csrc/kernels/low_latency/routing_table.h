@@ -42,9 +42,6 @@ struct TokenSets {
     }
 };
 
-EP_DEVICE int first_of_block() { return static_cast<int>(threadIdx.x); }
-EP_DEVICE int step_of_block() { return static_cast<int>(blockDim.x); }
-
 // This rank's choice of experts, as the caller gave it.
 struct Choice {
     Ids topk;
@@ -123,12 +120,7 @@ EP_DEVICE void send_routing_table(const Context& c, const Choice& choice, const 
         reinterpret_cast<int*>(c.message(peer, c.rank()) +
                                c.call.message.num_rows.offset)[expert % c.num_local_experts()] = sets.counts[expert];
     }
-    for (int peer = first_of_block(); peer < c.num_ranks(); peer += step_of_block())
-        *reinterpret_cast<int*>(c.message(peer, c.rank()) + c.call.message.num_tokens.offset) = choice.num_tokens;
-    __syncthreads();
-    // Release: the tables. Pairs with: wait_for_table at the peer.
-    for (int peer = first_of_block(); peer < c.num_ranks(); peer += step_of_block())
-        prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.table_full(peer, c.bank, c.rank()), c.watch.call);
+    publish_table(c, choice.num_tokens);
 }
 
 // What a block learns from the tables of all sources, once; in dynamic shared memory, where TokenSets has been.
@@ -148,15 +140,7 @@ struct Counts {
     EP_DEVICE int* before(int source) const { return rows + source * num_local_experts; }
 };
 
-// All threads of the block; acquire. A thread waits for a table: if every warp did for itself, they would crowd the flag.
-EP_DEVICE void wait_for_tables(const Context& c, const Counts& counts) {
-#pragma unroll 1
-    for (int source = first_of_block(); source < c.num_ranks(); source += step_of_block())
-        counts.is_here[source] = wait_for_table(c, source) ? 1 : 0;
-    __syncthreads();  // one thread's acquire, the block's reads
-}
-
-// All threads of the block, after that.
+// All threads of the block, after wait_for_tables.
 EP_DEVICE void find_counts(const Context& c, const Counts& counts) {
     constexpr int kAtOnce = 8;  // loads under way
 #pragma unroll 1
