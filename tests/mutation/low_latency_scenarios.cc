@@ -7,7 +7,7 @@
 namespace deep_ep::test {
 namespace {
 
-// Few contexts of ThreadSanitizer: bulk copies, which this mode does not use, would double them.
+// Few contexts of ThreadSanitizer: bulk copies, which one scenario has, double them.
 simt::DeviceOptions small_device(uint64_t seed) { return {.num_sms = seed % 2 == 0 ? 2 : 1, .has_bulk_copy = false}; }
 
 World make_world(const LowLatencyProblem& problem, uint64_t seed, bool is_shrinkable = false) {
@@ -37,6 +37,19 @@ std::string three_round_trips(World& world, const LowLatencyProblem& problem) {
 std::string round_trips(uint64_t seed) {
     World world = make_world(small_problem(seed), seed);
     return three_round_trips(world, small_problem(seed));
+}
+
+// Combine's rows come by bulk copies: more of them than a warp has stages, in two chunks, and more tokens than a batch holds.
+std::string staged(uint64_t seed) {
+    LowLatencyProblem problem{
+        .num_tokens = {9, 7}, .num_max_tokens = 9, .num_experts = 4, .num_topk = 2, .hidden = 520};
+    problem.uses_logfmt = seed % 2 == 1;
+    problem.seed = seed;
+    simt::SchedulerOptions options;
+    options.seed = seed;
+    const simt::DeviceOptions device{.num_sms = 1, .max_shared_bytes = 20 * 1024};
+    World world(2, 0, options, 100, low_latency_bytes(problem), false, {device});
+    return low_latency_round_trip(world, problem, seed % 3 == 1 ? Launches::kTwo : Launches::kOne);
 }
 
 // So many experts that a routing table is made in stretches, of two words for each expert; all tokens go to one.
@@ -127,7 +140,7 @@ std::string late_table(uint64_t seed) {
 
 constexpr Scenario kScenarios[] = {
     {"low_latency", round_trips},     {"low_latency_stretches", stretches},   {"low_latency_shrinkable", shrinkable},
-    {"low_latency_one_way", one_way}, {"low_latency_late_table", late_table},
+    {"low_latency_one_way", one_way}, {"low_latency_late_table", late_table}, {"low_latency_staged", staged},
 };
 
 }  // namespace

@@ -26,8 +26,7 @@ EP_DEVICE uint32_t wait_for_parts(const Params& p, const Context& c, int token, 
 
 // The parts of the ranks in `lanes`, several of them loaded together, added in rank order.
 template <bool kIsLogfmt>
-EP_DEVICE void add_parts(const Params& p, const Context& c, int token, int first_rank, uint32_t lanes, int chunk,
-                         Sums& sums) {
+EP_DEVICE void add_parts(const Context& c, int token, int first_rank, uint32_t lanes, int chunk, Sums& sums) {
 #pragma unroll 1
     for (uint32_t rest = lanes; rest != 0;) {
         Part<kIsLogfmt> held[kPartsAtOnce];
@@ -36,7 +35,7 @@ EP_DEVICE void add_parts(const Params& p, const Context& c, int token, int first
         for (auto& part : held) {
             if (loaded == 0) break;
             const int rank = first_rank + __ffs(static_cast<int>(loaded)) - 1;
-            part = load_part<kIsLogfmt>(p, c.slot(c.rank(), rank, token), chunk);
+            part = load_part<kIsLogfmt>(c.call, c.slot(c.rank(), rank, token), chunk);
             loaded &= loaded - 1;
         }
 #pragma unroll
@@ -56,21 +55,21 @@ EP_DEVICE void receive_token(const Params& p, const Context& c, int token, int p
     int held_group = -1;  // of 32 ranks
     uint32_t lanes = 0;
 #pragma unroll 1
-    for (int chunk = part; chunk < num_chunks(p); chunk += num_parts) {
+    for (int chunk = part; chunk < num_chunks(c.call); chunk += num_parts) {
         Sums sums = {};
 #pragma unroll 1
         for (int first = 0; first < c.num_ranks(); first += kWarpSize) {
             if (first != held_group) lanes = wait_for_parts(p, c, token, id, first);
             held_group = first;
-            add_parts<kIsLogfmt>(p, c, token, first, lanes, chunk, sums);
+            add_parts<kIsLogfmt>(c, token, first, lanes, chunk, sums);
         }
         draw();
-        store_rounded<kIsLogfmt>(p, sums, chunk, target);
+        store_rounded<kIsLogfmt>(c.call, sums, chunk, target);
     }
 }
 
 template <bool kIsLogfmt> EP_DEVICE void receive(const Params& p, const Context& c, Block* block) {
-    const int most = num_chunks(p) < kMaxWarpsForItem ? num_chunks(p) : kMaxWarpsForItem;
+    const int most = num_chunks(c.call) < kMaxWarpsForItem ? num_chunks(c.call) : kMaxWarpsForItem;
     const int num_parts = warps_for_item(p.num_tokens, most);
     const int num_shares = p.num_tokens * num_parts;
     for_each_unit(c, block, num_shares, [&](int unit, bool, const auto& draw) {

@@ -118,7 +118,7 @@ struct RowCursor {
 
     static EP_DEVICE RowCursor begin(const Params& p, const Batch& batch) {
         RowCursor cursor{0, prim::warp_idx(), -1, 0};
-        if (cursor.chunk >= num_chunks(p)) cursor.token = batch.num_tokens;
+        if (cursor.chunk >= num_chunks(p.call)) cursor.token = batch.num_tokens;
         cursor.find_group(p, batch);
         return cursor;
     }
@@ -137,7 +137,7 @@ private:
                 group = 0;
                 chunk += num_warps();
             }
-            if (chunk >= num_chunks(p)) {
+            if (chunk >= num_chunks(p.call)) {
                 chunk = prim::warp_idx();
                 ++token;
             }
@@ -164,12 +164,13 @@ public:
 
     // The next row's piece. `row`: which one it is.
     EP_DEVICE Piece take(const Params& p, int row, int chunk) {
+        const int num_vecs = num_chunk_vecs(p.call, chunk);
         if (!prim::has_bulk_copy()) {
-            const auto* source = reinterpret_cast<const Vec16*>(chunk_of(p, row, chunk));
-            return load_piece<kIsLogfmt>(p, chunk, [&](int vec) { return prim::load_input(source + vec); });
+            const auto* source = chunk_of(p, row, chunk);
+            return load_piece(kPieces<kIsLogfmt>, num_vecs, [&](int vec) { return prim::load_input(source + vec); });
         }
         const auto* stage = reinterpret_cast<const Vec16*>(wait_for_stage());
-        return load_piece<kIsLogfmt>(p, chunk, [&](int vec) { return prim::load_shared(stage + vec); });
+        return load_piece(kPieces<kIsLogfmt>, num_vecs, [&](int vec) { return prim::load_shared(stage + vec); });
     }
 
     // The whole warp: stages that have been read are loaded again.
@@ -185,17 +186,17 @@ public:
     }
 
 private:
-    static EP_DEVICE const uint8_t* chunk_of(const Params& p, int row, int chunk) {
-        return p.x + static_cast<int64_t>(row) * p.call.hidden * 2 + chunk * layout::kLowLatencyChunkBytes;
+    static EP_DEVICE const Vec16* chunk_of(const Params& p, int row, int chunk) {
+        const auto* rows = reinterpret_cast<const Vec16*>(p.x);
+        return rows + static_cast<int64_t>(row) * num_row_vecs(p.call) + chunk * kChunkVecs;
     }
 
     EP_DEVICE void load_ahead(const Params& p, const Batch& batch) {
         if (!prim::has_bulk_copy()) return;
         while (num_loading_ < num_stages_ && next_.rest != 0) {
-            const int rest = p.call.hidden * 2 - next_.chunk * layout::kLowLatencyChunkBytes;
-            const int bytes = rest < layout::kLowLatencyChunkBytes ? rest : layout::kLowLatencyChunkBytes;
             if (prim::lane_idx() == 0)
-                stages_.load(load_, chunk_of(p, next_.row(p, batch), next_.chunk), static_cast<uint32_t>(bytes));
+                stages_.load(load_, chunk_of(p, next_.row(p, batch), next_.chunk),
+                             static_cast<uint32_t>(num_chunk_vecs(p.call, next_.chunk)) * sizeof(Vec16));
             next_.advance(p, batch);
             load_.advance(num_stages_);
             ++num_loading_;
@@ -253,11 +254,11 @@ EP_DEVICE void send_tokens(const Params& p, const Context& c, const Batch& batch
         const Token token = token_of(c, batch, i);
         const bool is_sent = is_wanted(p, batch, i);
 #pragma unroll 1
-        for (int chunk = prim::warp_idx(); chunk < num_chunks(p); chunk += num_warps()) {
+        for (int chunk = prim::warp_idx(); chunk < num_chunks(p.call); chunk += num_warps()) {
             Sums sums = {};
 #pragma unroll 1
             for (int group = 0; group < p.batch.num_groups; ++group) add_rows(p, batch, i, group, chunk, stream, sums);
-            if (is_sent) store_part<kIsLogfmt>(p, sums, chunk, c.slot(token.source, c.rank(), token.idx));
+            if (is_sent) store_part<kIsLogfmt>(p.call, sums, chunk, c.slot(token.source, c.rank(), token.idx));
         }
     }
     __syncthreads();  // every warp's parts of the rows, one warp's releases
