@@ -169,7 +169,10 @@ public:
             const auto* source = chunk_of(p, row, chunk);
             return load_piece(kPieces<kIsLogfmt>, num_vecs, [&](int vec) { return prim::load_input(source + vec); });
         }
-        const auto* stage = reinterpret_cast<const Vec16*>(wait_for_stage());
+        stages_.wait(read_);
+        const auto* stage = reinterpret_cast<const Vec16*>(stages_.at(read_));
+        read_.advance(num_stages_);
+        --num_loading_;
         return load_piece(kPieces<kIsLogfmt>, num_vecs, [&](int vec) { return prim::load_shared(stage + vec); });
     }
 
@@ -182,7 +185,10 @@ public:
 
     // The whole warp: what is on its way must land before the block ends.
     EP_DEVICE void drain() {
-        while (num_loading_ > 0) wait_for_stage();
+        for (; num_loading_ > 0; --num_loading_) {
+            stages_.wait(read_);
+            read_.advance(num_stages_);
+        }
     }
 
 private:
@@ -201,14 +207,6 @@ private:
             load_.advance(num_stages_);
             ++num_loading_;
         }
-    }
-
-    EP_DEVICE const uint8_t* wait_for_stage() {
-        stages_.wait(read_);
-        const uint8_t* stage = stages_.at(read_);
-        read_.advance(num_stages_);
-        --num_loading_;
-        return stage;
     }
 
     algo::Stages stages_;
