@@ -146,6 +146,7 @@ std::string given_up(uint64_t seed) {
     simt::SchedulerOptions options;
     options.seed = seed;
     options.idle = simt::IdlePolicy::kAdvanceClock;
+    options.bulk = simt::BulkMode::kLate;
     World world(2, 0, options, 60e-6, low_latency_bytes(problem), false, {{.num_sms = 2}});
     auto ranks = make_low_latency_inputs(problem);
     fill_expert_rows(problem, ranks);
