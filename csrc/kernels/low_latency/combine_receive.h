@@ -8,6 +8,8 @@
 namespace deep_ep::kernels::low_latency::combine {
 inline namespace EP_BACKEND {
 
+using Params = LowLatencyCombineParams;
+
 constexpr int kMaxWarpsForItem = 32;
 constexpr int kPartsAtOnce = 4;  // that are read before the first of them is added
 

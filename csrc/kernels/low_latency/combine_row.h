@@ -10,8 +10,6 @@
 namespace deep_ep::kernels::low_latency::combine {
 inline namespace EP_BACKEND {
 
-using Params = LowLatencyCombineParams;
-
 constexpr int kPairs = 4;  // of bfloat16 in 16 bytes
 static_assert(kVecsOfPiece * 2 * kPairs == kLogUnit);
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "device/algo/stages.h"
+#include "kernels/low_latency/combine_batch.h"
 #include "kernels/low_latency/combine_row.h"
 #include "kernels/low_latency/turn.h"
 
@@ -13,101 +14,6 @@ inline namespace EP_BACKEND {
 
 constexpr int kRowsAtOnce = 4;    // that are read before the first of them is added
 constexpr int kWeightsAhead = 4;  // table entries of a thread
-
-struct Token {
-    int source, idx;
-};
-
-// Some of this block's tokens, in dynamic shared memory; see layout::LowLatencyBatch.
-struct Batch {
-    int first, num_tokens;  // of the block's tokens
-    int num_groups;         // of entries, of all tokens
-    int *is_here, *rows;
-    uint32_t *placed, *wanted;
-    float* weights;
-};
-
-// Every num_blocks-th token of all ranks is this block's.
-EP_DEVICE int num_tokens_of_block(const Params& p, const Context& c) {
-    const int rest = c.num_ranks() * p.call.num_max_tokens - static_cast<int>(blockIdx.x);
-    const int num_blocks = static_cast<int>(gridDim.x);
-    return rest > 0 ? (rest + num_blocks - 1) / num_blocks : 0;
-}
-
-// Tokens of all sources in turn, so that no link is the last; every rank begins with another source.
-EP_DEVICE Token token_of(const Context& c, const Batch& batch, int i) {
-    const int idx = static_cast<int>(blockIdx.x) + (batch.first + i) * static_cast<int>(gridDim.x);
-    return {(c.rank() + 1 + idx) % c.num_ranks(), idx / c.num_ranks()};
-}
-
-EP_DEVICE Batch batch_from(const Params& p, const Context& c, int first) {
-    auto* memory = static_cast<uint8_t*>(prim::dynamic_shared()) + p.call.num_warps * p.staging.bytes();
-    const int rest = num_tokens_of_block(p, c) - first;
-    const int num_tokens = rest < p.batch.num_tokens ? rest : p.batch.num_tokens;
-    return {first,
-            num_tokens,
-            num_tokens * p.batch.num_groups,
-            reinterpret_cast<int*>(memory + p.batch.is_here.offset),
-            reinterpret_cast<int*>(memory + p.batch.rows.offset),
-            reinterpret_cast<uint32_t*>(memory + p.batch.placed.offset),
-            reinterpret_cast<uint32_t*>(memory + p.batch.wanted.offset),
-            reinterpret_cast<float*>(memory + p.batch.weights.offset)};
-}
-
-// This lane's entry of a group: which of its token's, and of the batch's.
-struct Entry {
-    int k, idx;
-    bool exists;
-};
-
-EP_DEVICE Entry entry_of(const Params& p, int group) {
-    const int k = group % p.batch.num_groups * kWarpSize + prim::lane_idx();
-    return {k, group / p.batch.num_groups * p.call.num_topk + k, k < p.call.num_topk};
-}
-
-// All threads. The rows are those of the dispatch, so they are known before the weights.
-EP_DEVICE void list_rows(const Params& p, const Context& c, const Batch& batch) {
-#pragma unroll 1
-    for (int group = prim::warp_idx(); group < batch.num_groups; group += num_warps()) {
-        const Token token = token_of(c, batch, group / p.batch.num_groups);
-        const Entry entry = entry_of(p, group);
-        const int64_t first =
-            (static_cast<int64_t>(token.source) * p.call.num_max_tokens + token.idx) * p.call.num_topk;
-        int row = entry.exists ? p.row_of_entry[first + entry.k] : -1;
-        // With another handle than that of the dispatch the row is garbage, and must not be an address as well.
-        if (row >= c.num_local_experts() * c.num_rows_of_expert()) row = -1;
-        const uint32_t placed = __ballot_sync(kFullMask, row >= 0);
-        if (entry.exists) batch.rows[entry.idx] = row;
-        if (prim::lane_idx() == 0) batch.placed[group] = placed;
-    }
-    __syncthreads();
-}
-
-// All threads, after wait_for_tables.
-EP_DEVICE void list_weights(const Params& p, const Context& c, const Batch& batch) {
-#pragma unroll 1
-    for (int group = prim::warp_idx(); group < batch.num_groups; group += num_warps()) {
-        const Token token = token_of(c, batch, group / p.batch.num_groups);
-        const Entry entry = entry_of(p, group);
-        int num_tokens = 0, expert = -1;
-        if (entry.exists && batch.is_here[token.source] != 0) {
-            const int64_t idx = static_cast<int64_t>(token.idx) * p.call.num_topk + entry.k;
-            num_tokens = c.num_tokens_of(token.source);
-            expert = c.table(token.source)[idx];
-            batch.weights[entry.idx] = c.weight_table(token.source)[idx];
-        }
-        const uint32_t wanted = __ballot_sync(kFullMask, token.idx < num_tokens && local_expert(c, expert) >= 0);
-        if (prim::lane_idx() == 0) batch.wanted[group] = wanted;
-    }
-    __syncthreads();
-}
-
-// Has the token experts here?
-EP_DEVICE bool is_wanted(const Params& p, const Batch& batch, int i) {
-    uint32_t wanted = 0;
-    for (int group = 0; group < p.batch.num_groups; ++group) wanted |= batch.wanted[i * p.batch.num_groups + group];
-    return wanted != 0;
-}
 
 // The rows of a batch in the order in which one warp adds them: of the first token its first chunk of each row, then its
 // next chunk, and so on through all tokens.
