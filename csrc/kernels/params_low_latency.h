@@ -5,7 +5,6 @@
 
 #include "kernels/params.h"
 #include "layout/low_latency.h"
-#include "layout/staging.h"
 
 namespace deep_ep::kernels {
 
@@ -73,7 +72,6 @@ struct LowLatencyCombineParams {
     const int* row_of_entry;
     uint8_t* combined_x;  // bfloat16 [num_tokens, hidden]
 
-    layout::Staging staging;  // of a warp that sends; not used where there are no bulk copies
     layout::LowLatencyBatch batch;
 };
 

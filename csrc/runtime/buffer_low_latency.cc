@@ -12,10 +12,7 @@ constexpr int kGroupSize = 128;  // channels with one FP8 scale
 constexpr int kChunk = 512;      // channels that a warp sends at once
 constexpr int kMinWarps = 4;
 constexpr int kSetBytes = 32 * 1024;  // of shared memory, for a stretch of the routing table
-// Of a warp of combine: rows on their way, at least as many as it adds at once.
-constexpr int kMinStages = 4;
-constexpr int kMaxStages = 16;
-constexpr int kMaxBatchTokens = 16;  // that a block of combine sums before it tells their owners
+constexpr int kMaxBatchTokens = 16;   // that a block of combine sums before it tells their owners
 // A size hint is not told the top-k: it allows for so many entries of a token.
 constexpr int kHintTopk = 32;
 
@@ -146,9 +143,6 @@ kernels::LowLatencyCombineParams Buffer::low_latency_params(const LowLatencyComb
     const auto call = low_latency_call(args.shape, combine_message(args.shape, options_.num_ranks, args.uses_logfmt),
                                        args.wait_stats);
     const auto batch = combine_batch(args.shape, options_.num_ranks, call.num_blocks);
-    layout::Staging staging{1, layout::kLowLatencyChunkBytes};
-    staging.num_stages =
-        std::clamp((shared_bytes() - batch.bytes) / (call.num_warps * staging.bytes()), kMinStages, kMaxStages);
     return {.call = call,
             .uses_logfmt = args.uses_logfmt,
             .x = args.x,
@@ -158,7 +152,6 @@ kernels::LowLatencyCombineParams Buffer::low_latency_params(const LowLatencyComb
             .num_tokens = args.num_tokens,
             .row_of_entry = args.row_of_entry,
             .combined_x = args.combined_x,
-            .staging = staging,
             .batch = batch};
 }
 

@@ -23,7 +23,7 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
     };
 
     static EP_DEVICE void run(const Params& p, Shared& shared) {
-        Context context = make_context(p.call, layout::Operation::kLowLatencyCombine, kPhase);
+        const Context context = make_context(p.call, layout::Operation::kLowLatencyCombine, kPhase);
         if constexpr (kPhase == Phase::kReceive)
             begin_receive(context);
         else
@@ -38,7 +38,7 @@ template <bool kIsLogfmt>
 void launch_phase(dev::LaunchConfig config, dev::Stream stream, const LowLatencyCombineParams& params) {
     if (params.call.phase == Phase::kReceive)
         return dev::launch<Kernel<Phase::kReceive, kIsLogfmt>>(config, stream, params);
-    config.dynamic_shared_bytes = params.call.num_warps * params.staging.bytes() + params.batch.bytes;
+    config.dynamic_shared_bytes = params.batch.bytes;
     if (params.call.phase == Phase::kSend) return dev::launch<Kernel<Phase::kSend, kIsLogfmt>>(config, stream, params);
     dev::launch<Kernel<Phase::kBoth, kIsLogfmt>>(config, stream, params);
 }

@@ -90,7 +90,7 @@ EP_DEVICE bool is_repeated(const Context& c, const Unit& unit, int first, int en
     bool is_found = false;
 #pragma unroll 1
     for (int earlier = 0; earlier < first; ++earlier) is_found |= entries_of(c, unit)[earlier] == entry;
-#pragma unroll 1
+#pragma unroll 4
     for (int lane = 0; lane < (rest < kWarpSize ? rest : kWarpSize); ++lane)
         is_found |= __shfl_sync(kFullMask, entry, lane) == entry && lane < prim::lane_idx();
     return is_found;

@@ -117,7 +117,7 @@ EP_DEVICE void send_token(const Params& p, const Context& c, int token, const He
 }
 
 // The last block makes the routing table, and sends tokens only where it is alone.
-EP_DEVICE void send(const Params& p, Context& c, Block* block) {
+EP_DEVICE void send(const Params& p, const Context& c, Block* block) {
     const bool has_table = blockIdx.x == gridDim.x - 1;
     const int num_senders = gridDim.x > 1 ? static_cast<int>(gridDim.x) - 1 : 1;
     const int first = static_cast<int>(blockIdx.x) < num_senders ? static_cast<int>(blockIdx.x) : p.num_tokens;

@@ -8,7 +8,6 @@ inline namespace EP_BACKEND {
 
 constexpr int kVecsOfPiece = 2;                       // that a lane has of a chunk
 constexpr int kChunkVecs = kVecsOfPiece * kWarpSize;  // that a warp works on at once
-static_assert(kChunkVecs * sizeof(Vec16) == layout::kLowLatencyChunkBytes);
 
 // One lane's part of a chunk.
 struct Piece {
