@@ -71,8 +71,6 @@ struct LowLatencyCombineParams {
     int num_tokens;
     const int* row_of_entry;
     uint8_t* combined_x;  // bfloat16 [num_tokens, hidden]
-
-    layout::LowLatencyBatch batch;
 };
 
 }  // namespace deep_ep::kernels

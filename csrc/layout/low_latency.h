@@ -87,34 +87,4 @@ struct LowLatencyMessage {
     constexpr uint64_t region_bytes(uint64_t num_ranks) const { return kNumLowLatencyBanks * num_ranks * bytes; }
 };
 
-// What a block of the low-latency combine knows of the tokens that it sums next, in shared memory. Of each token the
-// top-k entries, in groups of 32 or fewer.
-struct LowLatencyBatch {
-    int num_tokens = 0;
-    int num_groups = 0;  // of a token
-    Field is_here;       // i32[R]: the source's table counts in this call
-    Field placed;        // u32[tokens][groups]: entries that have a row here
-    Field wanted;        // the same: entries that the caller has kept in this call
-    Field rows;          // i32[tokens][K]
-    Field weights;       // f32[tokens][K]
-    int bytes = 0;
-
-    static constexpr LowLatencyBatch make(int num_tokens, int num_topk, int num_ranks) {
-        constexpr int kGroup = 32;
-        LowLatencyBatch layout;
-        layout.num_tokens = num_tokens;
-        layout.num_groups = (num_topk + kGroup - 1) / kGroup;
-        const auto num_groups = static_cast<uint64_t>(num_tokens) * static_cast<uint64_t>(layout.num_groups);
-        const auto num_entries = static_cast<uint64_t>(num_tokens) * static_cast<uint64_t>(num_topk);
-        FieldCursor cursor;
-        layout.is_here = cursor.take(4, static_cast<uint64_t>(num_ranks), 4);
-        layout.placed = cursor.take(4, num_groups, 4);
-        layout.wanted = cursor.take(4, num_groups, 4);
-        layout.rows = cursor.take(4, num_entries, 4);
-        layout.weights = cursor.take(4, num_entries, 4);
-        layout.bytes = static_cast<int>(cursor.total(4));
-        return layout;
-    }
-};
-
 }  // namespace deep_ep::layout

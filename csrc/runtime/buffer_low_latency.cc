@@ -12,7 +12,6 @@ constexpr int kGroupSize = 128;  // channels with one FP8 scale
 constexpr int kChunk = 512;      // channels that a warp sends at once
 constexpr int kMinWarps = 4;
 constexpr int kSetBytes = 32 * 1024;  // of shared memory, for a stretch of the routing table
-constexpr int kMaxBatchTokens = 16;   // that a block of combine sums before it tells their owners
 // A size hint is not told the top-k: it allows for so many entries of a token.
 constexpr int kHintTopk = 32;
 
@@ -52,13 +51,6 @@ layout::LowLatencyMessage dispatch_message(const LowLatencyShape& shape, int num
 layout::LowLatencyMessage combine_message(const LowLatencyShape& shape, int num_ranks, bool uses_logfmt) {
     if (!uses_logfmt) return dispatch_message(shape, num_ranks, false);
     return make_message(shape, num_ranks, layout::LogfmtRow::make(static_cast<uint64_t>(shape.hidden)).bytes, 0);
-}
-
-// The tokens of all ranks are dealt to the blocks.
-layout::LowLatencyBatch combine_batch(const LowLatencyShape& shape, int num_ranks, int num_blocks) {
-    const int64_t num_tokens = int64_t{num_ranks} * shape.num_max_tokens;
-    const int of_block = static_cast<int>((num_tokens + num_blocks - 1) / num_blocks);
-    return layout::LowLatencyBatch::make(std::min(of_block, kMaxBatchTokens), shape.num_topk, num_ranks);
 }
 
 }  // namespace
@@ -140,10 +132,8 @@ kernels::LowLatencyDispatchParams Buffer::low_latency_params(const LowLatencyDis
 
 kernels::LowLatencyCombineParams Buffer::low_latency_params(const LowLatencyCombineArgs& args) const {
     check_shape(args.shape, args.num_tokens, options_.num_ranks);
-    const auto call = low_latency_call(args.shape, combine_message(args.shape, options_.num_ranks, args.uses_logfmt),
-                                       args.wait_stats);
-    const auto batch = combine_batch(args.shape, options_.num_ranks, call.num_blocks);
-    return {.call = call,
+    return {.call = low_latency_call(args.shape, combine_message(args.shape, options_.num_ranks, args.uses_logfmt),
+                                     args.wait_stats),
             .uses_logfmt = args.uses_logfmt,
             .x = args.x,
             .topk_idx = args.topk_idx,
@@ -151,8 +141,7 @@ kernels::LowLatencyCombineParams Buffer::low_latency_params(const LowLatencyComb
             .topk_weights = args.topk_weights,
             .num_tokens = args.num_tokens,
             .row_of_entry = args.row_of_entry,
-            .combined_x = args.combined_x,
-            .batch = batch};
+            .combined_x = args.combined_x};
 }
 
 void Buffer::open_low_latency_call(kernels::LowLatencyCall& call) {

@@ -39,16 +39,6 @@ std::string round_trips(uint64_t seed) {
     return three_round_trips(world, small_problem(seed));
 }
 
-// More tokens of a block than a batch of combine holds, in two chunks.
-std::string batches(uint64_t seed) {
-    LowLatencyProblem problem{
-        .num_tokens = {9, 7}, .num_max_tokens = 9, .num_experts = 4, .num_topk = 2, .hidden = 520};
-    problem.uses_logfmt = seed % 2 == 1;
-    problem.seed = seed;
-    World world = make_world(problem, 1);
-    return low_latency_round_trip(world, problem, seed % 3 == 1 ? Launches::kTwo : Launches::kOne);
-}
-
 // So many experts that a routing table is made in stretches, of two words for each expert; all tokens go to one.
 std::string stretches(uint64_t seed) {
     LowLatencyProblem problem{
@@ -137,7 +127,7 @@ std::string late_table(uint64_t seed) {
 
 constexpr Scenario kScenarios[] = {
     {"low_latency", round_trips},     {"low_latency_stretches", stretches},   {"low_latency_shrinkable", shrinkable},
-    {"low_latency_one_way", one_way}, {"low_latency_late_table", late_table}, {"low_latency_batches", batches},
+    {"low_latency_one_way", one_way}, {"low_latency_late_table", late_table},
 };
 
 }  // namespace

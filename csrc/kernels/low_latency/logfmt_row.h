@@ -44,24 +44,17 @@ EP_DEVICE void store_logfmt(const float (&values)[kLogUnit], uint8_t* slot, cons
     words[1] = scale.step;
 }
 
-// A unit as it stands in a slot.
-struct LogPiece {
-    prim::Vec16 low;
-    uint32_t high;
-    algo::LogScale scale;
-
-    EP_DEVICE float decode(int i) const {
-        return algo::log_decode((low.word[i / 4] >> (8 * (i % 4)) & 0xffu) | (high >> (2 * i) & 3u) << 8, scale);
-    }
-};
-
 // This thread; an acquire must come first.
-EP_DEVICE LogPiece load_logfmt(const uint8_t* slot, const layout::LogfmtRow& row, int unit) {
+EP_DEVICE void load_logfmt(float (&values)[kLogUnit], const uint8_t* slot, const layout::LogfmtRow& row, int unit) {
     const auto idx = static_cast<uint64_t>(unit);
+    const prim::Vec16 low =
+        prim::load_shared_with_peers(reinterpret_cast<const prim::Vec16*>(slot + row.low.at(idx * kLogUnit)));
+    const uint32_t high = *reinterpret_cast<const uint32_t*>(slot + row.high.at(idx));
     const auto* words = reinterpret_cast<const uint32_t*>(slot + row.scales.at(2 * (idx / kLogLanes)));
-    return {prim::load_shared_with_peers(reinterpret_cast<const prim::Vec16*>(slot + row.low.at(idx * kLogUnit))),
-            *reinterpret_cast<const uint32_t*>(slot + row.high.at(idx)),
-            {words[0], words[1]}};
+    const algo::LogScale scale{words[0], words[1]};
+#pragma unroll
+    for (int i = 0; i < kLogUnit; ++i)
+        values[i] = algo::log_decode((low.word[i / 4] >> (8 * (i % 4)) & 0xffu) | (high >> (2 * i) & 3u) << 8, scale);
 }
 
 }  // namespace EP_BACKEND

@@ -87,17 +87,6 @@ TEST_CASE("low latency: bfloat16 rows of any multiple of 16 bytes, any bit patte
     for (int hidden : {8, 72, 264, 2880}) check_round_trip({.num_tokens = {5, 11}, .num_experts = 4, .hidden = hidden});
 }
 
-TEST_CASE("low latency: combine with more tokens of a block than a batch holds, more rows than a warp has ahead") {
-    LowLatencyProblem problem{.num_tokens = {40, 33}, .num_max_tokens = 40, .num_experts = 16, .num_topk = 13};
-    problem.hidden = 2568;
-    for (bool uses_logfmt : {false, true}) {
-        CAPTURE(uses_logfmt);
-        problem.uses_logfmt = uses_logfmt;
-        World world(2, 0, seeded(uses_logfmt ? 7 : 0), 100, low_latency_bytes(problem), false, {{.num_sms = 2}});
-        CHECK_EQ(low_latency_round_trip(world, problem, Launches::kOne), "");
-    }
-}
-
 TEST_CASE("low latency: combine in the logarithmic format, hidden not a multiple of its group or its unit") {
     for (int hidden : {8, 16, 120, 128, 264, 1000, 2880}) {
         CAPTURE(hidden);
