@@ -212,7 +212,7 @@ EP_DEVICE bool is_destination(const Context& c, const Ids& ids, int64_t id, int 
         const int expert = checked_expert(c, id);
         const int owner = expert >= 0 ? expert / c.num_local_experts() : -1;
         const int count = c.call.num_topk - first < kWarpSize ? c.call.num_topk - first : kWarpSize;
-#pragma unroll 1
+#pragma unroll 4
         for (int lane = 0; lane < count; ++lane) is_found |= __shfl_sync(kFullMask, owner, lane) == rank;
     }
     return is_found && rank < c.num_ranks() && !is_masked(c.call, rank);
