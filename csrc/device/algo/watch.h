@@ -99,26 +99,19 @@ EP_DEVICE bool may_go_on(const Watch& watch, WaitSite site, uint64_t start_ns, u
 // This thread waits until *flag >= expected, with acquire at system scope; other lanes of its warp may touch what the
 // flag guards only after a __syncwarp(). False: the wait failed.
 //
-// kPoll: polling with acquire empties the L1 of the SM at each poll, and saves a trip to memory once the flag is there. That is
-// for waits of few threads of a kernel that keeps nothing in L1; they look at the abort word later, which is a trip too.
-template <prim::Order kPoll = prim::Order::kRelaxed>
+// Every poll acquires: mostly the flag is there at the first look, and a second load would be another trip to memory. That
+// empties the L1 of the SM, in which the kernels keep nothing. The abort word is looked at later, which is a trip too.
 EP_DEVICE bool wait_at_least(const Watch& watch, WaitSite site, const uint64_t* flag, uint64_t expected,
                              OnTimeout on_timeout = OnTimeout::kFail) {
-    constexpr bool kAcquires = kPoll == prim::Order::kAcquire;
     constexpr int kPollsBetweenChecks = 16;
-    constexpr int kFirstCheck = kAcquires ? kPollsBetweenChecks - 1 : 0;
-    uint64_t start_ns = kAcquires ? prim::clock_ns() : 0;
+    uint64_t start_ns = 0;
     for (int polls = 0;; ++polls) {
-        const uint64_t seen = kAcquires ? prim::load<prim::Order::kAcquire, prim::Scope::kSys>(flag)
-                                        : prim::load<prim::Order::kRelaxed, prim::Scope::kSys>(flag);
-        if (seen >= expected) {
-            if (!kAcquires) prim::load<prim::Order::kAcquire, prim::Scope::kSys>(flag);
-            return true;
-        }
-        if (polls % kPollsBetweenChecks == kFirstCheck) {
-            if (start_ns == 0) start_ns = prim::clock_ns();
-            if (!may_go_on(watch, site, start_ns, expected, seen, on_timeout)) return false;
-        }
+        const uint64_t seen = prim::load<prim::Order::kAcquire, prim::Scope::kSys>(flag);
+        if (seen >= expected) return true;
+        if (polls == 0) start_ns = prim::clock_ns();
+        if (polls % kPollsBetweenChecks == kPollsBetweenChecks - 1 &&
+            !may_go_on(watch, site, start_ns, expected, seen, on_timeout))
+            return false;
         prim::pause();
     }
 }

@@ -28,11 +28,10 @@ EP_DEVICE bool enter_call(const algo::Watch& watch, const RowMap& rows, const Ca
     if (frame.is_first_kernel && blockIdx.x == 0) algo::announce_start(watch);
     const int num_rows = rows.total_rows(self);
     const uint64_t abort_code = algo::abort_code(watch);
-    const bool has_banks = algo::are_banks_free(watch);  // mostly; all three loads are under way together
-    bool is_ok = true;
+    bool is_ok = algo::wait_for_banks(watch);  // its first look is under way together with the two loads above
     // Some other rank may have given up already: then this one says so as well.
-    if (abort_code != 0) is_ok = algo::may_go_on(watch, {layout::Stage::kStart, self}, prim::clock_ns(), 0, 0);
-    is_ok = __all_sync(prim::kFullMask, is_ok) && (has_banks || algo::wait_for_banks(watch));
+    if (abort_code != 0) is_ok &= algo::may_go_on(watch, {layout::Stage::kStart, self}, prim::clock_ns(), 0, 0);
+    is_ok = __all_sync(prim::kFullMask, is_ok);
     if (is_ok && num_rows > frame.num_rows_held) {
         if (prim::lane_idx() == 0)
             algo::fail(watch, layout::FailureKind::kBadInput, {layout::Stage::kCapacity, 0},

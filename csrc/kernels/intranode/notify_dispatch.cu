@@ -116,7 +116,7 @@ struct Kernel {
             if (p.counts != nullptr && prim::lane_idx() == 0)
                 prim::store<Order::kRelaxed, Scope::kSys>(&p.counts->entered, p.ticket);
             algo::announce_start(watch);
-            is_ok = algo::are_banks_free(watch) || algo::wait_for_banks(watch);
+            is_ok = algo::wait_for_banks(watch);
         }
         if (!all_warps(is_ok, shared)) return;
         write_counts(p, watch);
