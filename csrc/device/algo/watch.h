@@ -96,24 +96,38 @@ EP_DEVICE bool may_go_on(const Watch& watch, WaitSite site, uint64_t start_ns, u
     return may_still_go_on(watch, site, waited_ns, code, expected, seen, on_timeout);
 }
 
-// This thread waits until *flag >= expected, with acquire at system scope; other lanes of its warp may touch what the
-// flag guards only after a __syncwarp(). False: the wait failed.
-//
-// Every poll acquires: mostly the flag is there at the first look, and a second load would be another trip to memory. That
-// empties the L1 of the SM, in which the kernels keep nothing. The abort word is looked at later, which is a trip too.
-EP_DEVICE bool wait_at_least(const Watch& watch, WaitSite site, const uint64_t* flag, uint64_t expected,
-                             OnTimeout on_timeout = OnTimeout::kFail) {
+// This thread looks until `look(seen)` says that it has seen what it waits for. False: the wait failed. The abort word is
+// looked at later than the first time, because that is a trip to memory too.
+template <class Look>
+EP_DEVICE bool wait_until(const Watch& watch, WaitSite site, uint64_t expected, const Look& look,
+                          OnTimeout on_timeout = OnTimeout::kFail) {
     constexpr int kPollsBetweenChecks = 16;
     uint64_t start_ns = 0;
-    for (int polls = 0;; ++polls) {
-        const uint64_t seen = prim::load<prim::Order::kAcquire, prim::Scope::kSys>(flag);
-        if (seen >= expected) return true;
+    uint64_t seen = 0;
+    for (int polls = 0; !look(seen); ++polls) {
         if (polls == 0) start_ns = prim::clock_ns();
         if (polls % kPollsBetweenChecks == kPollsBetweenChecks - 1 &&
             !may_go_on(watch, site, start_ns, expected, seen, on_timeout))
             return false;
         prim::pause();
     }
+    return true;
+}
+
+// This thread waits until *flag >= expected, with acquire at system scope; other lanes of its warp may touch what the
+// flag guards only after a __syncwarp(). False: the wait failed.
+//
+// Every poll acquires: mostly the flag is there at the first look, and a second load would be another trip to memory. That
+// empties the L1 of the SM, in which the kernels keep little.
+EP_DEVICE bool wait_at_least(const Watch& watch, WaitSite site, const uint64_t* flag, uint64_t expected,
+                             OnTimeout on_timeout = OnTimeout::kFail) {
+    return wait_until(
+        watch, site, expected,
+        [&](uint64_t& seen) {
+            seen = prim::load<prim::Order::kAcquire, prim::Scope::kSys>(flag);
+            return seen >= expected;
+        },
+        on_timeout);
 }
 
 }  // namespace EP_BACKEND

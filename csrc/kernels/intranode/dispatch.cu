@@ -1,5 +1,7 @@
 // dispatch: every token to the final row of each rank that needs it, once per rank.
 //
+//   at first        each block: learns where rows go and stand. Where the counts have not been exchanged before (the caller
+//                   gives the number of rows that may come), this kernel exchanges them
 //   send warps      token t: read once; our own copy and those for ranks that lend their outputs go straight to their
 //                   final rows, the others into the next slot of each destination's window, then one flag for each
 //   receive warps   (of a rank that does not lend) one stream per source: wait for the flag of the next row, move the
@@ -15,8 +17,10 @@
 #include "device/algo/warp.h"
 #include "device/launch.h"
 #include "kernels/context.h"
+#include "kernels/intranode/exchange.h"
 #include "kernels/intranode/frame.h"
 #include "kernels/intranode/launchers.h"
+#include "kernels/intranode/routing.h"
 #include "kernels/intranode/staging.h"
 
 namespace deep_ep::kernels::dispatch {
@@ -32,13 +36,18 @@ constexpr int kUnroll = 7;  // 7168 bytes: two rounds; 14336: four
 struct Kernel {
     using Params = DispatchParams;
     static constexpr int kMaxThreads = kMaxDispatchThreads;
-    using Shared = FrameState;
+    struct Shared {
+        FrameState frame;
+        RowTable rows;
+        int scan_totals[2 * kMaxDispatchThreads / kWarpSize];
+    };
+    static_assert(sizeof(Shared) <= kMaxSharedState);
 
     struct Context {
         const Params& p;
         const algo::Watch& watch;
         const algo::Ring& ring;
-        RowMap rows;
+        const RowTable& rows;
     };
 
     // What travels is the expert's global id: the same bytes to every destination.
@@ -135,7 +144,7 @@ struct Kernel {
         __syncwarp();  // one lane's acquire of a slot, every lane's stores into it
 
         const int64_t row =
-            is_sent ? static_cast<int64_t>(c.rows.first_row(c.watch.heap.rank(), destination)) + position : 0;
+            is_sent ? static_cast<int64_t>(c.rows.first_row_at(destination)) + position : 0;
         uint8_t* target = !is_sent    ? nullptr
                           : uses_slot ? c.ring.to(destination).slot(position)
                                       : direct + row * p.row_bytes;
@@ -182,7 +191,7 @@ struct Kernel {
         const Params& p = c.p;
         const algo::Port port = c.ring.from(source);
         const uint8_t* slot = port.slot(position);
-        const int64_t row = c.rows.first_row(source, c.watch.heap.rank()) + position;
+        const int64_t row = c.rows.first_row_from(source) + position;
         algo::warp_copy<algo::SourceKind::kFromPeer, kUnroll>(reinterpret_cast<Vec16*>(p.recv_x + row * p.row_bytes),
                                                               reinterpret_cast<const Vec16*>(slot),
                                                               static_cast<int>(p.row_bytes / sizeof(Vec16)));
@@ -194,7 +203,7 @@ struct Kernel {
     static EP_DEVICE void receive(const Context& c, int warp, int num_warps) {
         const int self = c.watch.heap.rank();
         const algo::RowStream stream = algo::deal_stream(warp, num_warps, self, c.watch.heap.num_ranks(),
-                                                         [&](int source) { return c.rows.num_rows(source, self); });
+                                                         [&](int source) { return c.rows.num_rows_from(source); });
         algo::serve_streams(
             c.watch, Stage::kRow, stream,
             [&](int source, int position) { return c.ring.from(source).row_is_here(position); },
@@ -269,7 +278,7 @@ struct Kernel {
                 num_left > 0 ? (num_left + num_warps - 1) / num_warps : 0,
                 c.ring.to(rank),
                 direct,
-                c.rows.first_row(self, rank),
+                c.rows.first_row_at(rank),
                 __ballot_sync(kFullMask, direct != nullptr && prim::lane_idx() < c.watch.heap.num_ranks())};
     }
 
@@ -373,13 +382,85 @@ struct Kernel {
     // Rows that nobody sent must not look like tokens.
     static EP_DEVICE void mark_unused_rows(const Context& c) {
         const Params& p = c.p;
-        const int64_t begin = static_cast<int64_t>(c.rows.total_rows(c.watch.heap.rank())) * p.num_topk;
+        const int64_t begin = static_cast<int64_t>(c.rows.num_rows(c.watch.heap.num_ranks())) * p.num_topk;
         const int64_t end = static_cast<int64_t>(p.num_recv_rows) * p.num_topk;
         const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
         for (int64_t i = begin + static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < end; i += step) {
             store_expert_id(p.recv_topk_idx, p.idx_bytes, i, -1);
             p.recv_topk_weights[i] = 0.0f;
         }
+    }
+
+    // -- The beginning ---------------------------------------------------------------------------------------------------
+
+    // One warp of each block. What it tells the peers waits for nothing that they do in this call.
+    static EP_DEVICE bool enter(const Params& p, const algo::Watch& watch) {
+        if (!enter_call(watch, p.is_first_kernel)) return false;
+        if (blockIdx.x != 0) return true;
+        if (p.num_tokens_per_rank != nullptr)
+            write_rank_counts(watch, p.num_tokens_per_rank, prim::lane_idx(), kWarpSize);
+        if (p.may_lend) algo::state_loan(watch, p.loan);
+        return true;
+    }
+
+    // One thread: where rows from and to `rank` stand, and the total that goes to it. False: a wait failed.
+    static EP_DEVICE bool learn_rows(const Params& p, const algo::Watch& watch, int rank, RowTable& rows, int& total) {
+        const int num_ranks = watch.heap.num_ranks();
+        auto take = [&](int source, int sum) {
+            rows.take(watch.heap.rank(), source, rank, sum);
+            total = sum;
+        };
+        if (p.num_tokens_per_rank == nullptr) {
+            for (int source = 0; source < num_ranks; ++source)
+                take(source, p.rank_prefix_matrix[source * num_ranks + rank]);
+            return true;
+        }
+        return accumulate_rank_counts(watch, rank, [&](int source, int sum) {
+            take(source, sum);
+            if (blockIdx.x == 0) p.rank_prefix_matrix[source * num_ranks + rank] = sum;
+        });
+    }
+
+    // One thread: `rank` has room for its rows. Where peers write into its tensors they have to know before they begin.
+    static EP_DEVICE bool has_room_at(const Params& p, const algo::Watch& watch, int rank, int num_rows) {
+        const int self = watch.heap.rank();
+        if (rank == self) return has_room(watch, p.num_recv_rows, num_rows);
+        if (!p.may_lend) return true;
+        const layout::Loan& loan = algo::loan_of(watch, rank);
+        if (loan.x == 0 || static_cast<uint64_t>(num_rows) <= loan.num_rows) return true;
+        // It reports the error.
+        algo::fail(watch, layout::FailureKind::kAborted, {Stage::kCapacity, self}, loan.num_rows,
+                   layout::make_abort_code(rank, rank), 0);
+        return false;
+    }
+
+    // Some thread of the block for every rank.
+    static EP_DEVICE bool learn_of(const Params& p, const algo::Watch& watch, int rank, RowTable& rows) {
+        int total = 0;
+        return (!p.may_lend || algo::wait_for_loan(watch, rank)) && learn_rows(p, watch, rank, rows, total) &&
+               has_room_at(p, watch, rank, total);
+    }
+
+    // All threads of the block. False: do nothing but finish the call.
+    static EP_DEVICE bool begin(const Params& p, const algo::Watch& watch, Shared& shared) {
+        const auto thread = static_cast<int>(threadIdx.x);
+        const auto num_threads = static_cast<int>(blockDim.x);
+        if (prim::warp_idx() == 0) {
+            const bool is_ok = enter(p, watch);
+            if (prim::lane_idx() == 0) shared.frame = {is_ok ? 1 : 0, 0};
+        }
+        if (p.is_token_in_rank != nullptr)
+            scan_columns({p.is_token_in_rank, p.send_head, p.num_tokens, watch.heap.num_ranks()}, shared.scan_totals);
+        __syncthreads();
+        if (shared.frame.is_ready == 0) return false;
+        // Nobody waits for these here, but the host of a peer may.
+        if (blockIdx.x == 0 && p.num_tokens_per_expert != nullptr)
+            write_expert_counts(watch, p.num_tokens_per_expert, p.num_local_experts, thread, num_threads);
+        for (int rank = thread; rank < watch.heap.num_ranks(); rank += num_threads)
+            if (!learn_of(p, watch, rank, shared.rows))
+                prim::store<prim::Order::kRelaxed, prim::Scope::kCta>(&shared.frame.has_failed, 1u);
+        __syncthreads();
+        return shared.frame.has_failed == 0;
     }
 
     // -- The kernel ------------------------------------------------------------------------------------------------------
@@ -393,11 +474,11 @@ struct Kernel {
         return send(c, warp, num_warps);
     }
 
-    static EP_DEVICE void work(const Context& c, const CallFrame& frame, FrameState& state) {
+    static EP_DEVICE void work(const Context& c, FrameState& state) {
         const Geometry& geometry = c.p.geometry;
         if (prim::warp_idx() < geometry.num_send_warps) {
             const bool is_ok = send_any(c, prim::warp_idx());
-            end_loans(c.watch, frame, geometry.num_send_warps, is_ok, state);
+            if (c.p.may_lend) end_loans(c.watch, c.p.loan, geometry.num_send_warps, is_ok, state);
         } else {
             const int recv_warp = prim::warp_idx() - geometry.num_send_warps;
             receive(c, recv_warp * geometry.num_blocks + static_cast<int>(blockIdx.x),
@@ -409,11 +490,10 @@ struct Kernel {
         const algo::Watch watch{make_watch_words(p.watch), make_heap(p.heap), layout::Operation::kDispatch,
                                 algo::current_call(p.watch.local)};
         const algo::Ring ring(watch, p.window);
-        const Context context{p, watch, ring, RowMap{p.rank_prefix_matrix, p.heap.num_ranks}};
-        const CallFrame frame{p.is_first_kernel, p.may_lend, p.num_recv_rows, &p.loan};
-        if (begin_call(watch, context.rows, frame, shared)) {
+        if (begin(p, watch, shared)) {
+            const Context context{p, watch, ring, shared.rows};
             if (p.is_worst_case) mark_unused_rows(context);
-            work(context, frame, shared);
+            work(context, shared.frame);
         }
         algo::finish_call(watch);
     }
