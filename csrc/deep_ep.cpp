@@ -132,8 +132,8 @@ void get_dispatch_layout(Buffer& buffer, uintptr_t topk_idx, int idx_bytes, int 
                                pointer<void>(stream));
 }
 
-void notify_dispatch(Buffer& buffer, uintptr_t num_tokens_per_rank, uintptr_t num_tokens_per_expert,
-                     int num_experts, int expert_alignment, uintptr_t rank_prefix_matrix, uintptr_t stream) {
+void notify_dispatch(Buffer& buffer, uintptr_t num_tokens_per_rank, uintptr_t num_tokens_per_expert, int num_experts,
+                     int expert_alignment, uintptr_t rank_prefix_matrix, uintptr_t stream) {
     buffer.notify_dispatch({.num_tokens_per_rank = pointer<int>(num_tokens_per_rank),
                             .num_tokens_per_expert = pointer<int>(num_tokens_per_expert),
                             .num_experts = num_experts,

@@ -192,9 +192,9 @@ uint64_t Buffer::lent_offset(const void* address) const {
 
 layout::Loan Buffer::loan_for(const DispatchArgs& args) const {
     if (!may_lend()) return {};
-    const layout::Loan loan{lent_offset(args.recv_x), lent_offset(args.recv_scales), lent_offset(args.recv_topk_idx),
-                            lent_offset(args.recv_topk_weights), lent_offset(args.recv_src_idx),
-                            static_cast<uint64_t>(args.num_recv_rows)};
+    const layout::Loan loan{lent_offset(args.recv_x),        lent_offset(args.recv_scales),
+                            lent_offset(args.recv_topk_idx), lent_offset(args.recv_topk_weights),
+                            lent_offset(args.recv_src_idx),  static_cast<uint64_t>(args.num_recv_rows)};
     if (loan.x == 0) return {};
     const auto is_lent = [](const void* address, uint64_t offset) { return address == nullptr || offset != 0; };
     EP_CHECK((args.num_scales == 0 || loan.scales != 0) &&

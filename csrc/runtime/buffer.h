@@ -234,9 +234,9 @@ private:
     uint64_t* wait_ns_ = nullptr;  // [num_ranks], then [num_ranks] of LowLatencyCall::decisions
     uint64_t num_low_latency_sends_ = 0;
     uint64_t open_low_latency_calls_[layout::kNumLowLatencyBanks] = {};  // ticket of the open call in each; 0: none
-    uint64_t ticket_ = 0;        // of the last notify_dispatch
-    int num_local_experts_ = 0;  // in that one
-    std::string failure_;        // the sentence of the first failure
+    uint64_t ticket_ = 0;                                                // of the last notify_dispatch
+    int num_local_experts_ = 0;                                          // in that one
+    std::string failure_;                                                // the sentence of the first failure
     std::function<void(const std::string&)> on_warning_;
 };
 

@@ -193,7 +193,8 @@ std::string absent_in_dispatch(uint64_t seed) {
     const Problem problem{
         .num_tokens = {9, 9}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
     World world(2, region_for(problem, 2), impatient(seed), 2, 0, false, {small_device(seed)});
-    return call_alone(world, problem, [&](RankTensors& mine) { world.launch_dispatch(problem, mine, 0, Counts::kKnown); });
+    return call_alone(world, problem,
+                      [&](RankTensors& mine) { world.launch_dispatch(problem, mine, 0, Counts::kKnown); });
 }
 
 std::string absent_in_worst_case(uint64_t seed) {

@@ -87,7 +87,8 @@ std::string use_at_once(const Problem& problem, World& world) {
             if (has_rows) launch_touch(world, tensors.lent.front(), rank);
         }
     }
-    for (int rank = 0; rank < 2; ++rank) world.launch_dispatch(problem, ranks[static_cast<size_t>(rank)], rank, Counts::kKnown);
+    for (int rank = 0; rank < 2; ++rank)
+        world.launch_dispatch(problem, ranks[static_cast<size_t>(rank)], rank, Counts::kKnown);
     world.run();
     World::collect(ranks);
     for (int rank = 0; rank < 2; ++rank) world.buffer(rank).check();
@@ -146,7 +147,8 @@ std::string refused_loan(uint64_t seed) {
 std::string absent_borrower(uint64_t seed) {
     const Problem problem = small_problem(seed, 0b11);
     World world = make_world(2, impatient(seed), small_device(seed), 2);
-    return call_alone(world, problem, [&](RankTensors& mine) { world.launch_dispatch(problem, mine, 0, Counts::kKnown); });
+    return call_alone(world, problem,
+                      [&](RankTensors& mine) { world.launch_dispatch(problem, mine, 0, Counts::kKnown); });
 }
 
 constexpr Scenario kScenarios[] = {

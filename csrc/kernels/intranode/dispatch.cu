@@ -17,18 +17,15 @@
 #include "device/algo/warp.h"
 #include "device/launch.h"
 #include "kernels/context.h"
-#include "kernels/intranode/exchange.h"
+#include "kernels/intranode/dispatch_begin.h"
 #include "kernels/intranode/frame.h"
 #include "kernels/intranode/launchers.h"
-#include "kernels/intranode/routing.h"
 #include "kernels/intranode/staging.h"
 
 namespace deep_ep::kernels::dispatch {
 inline namespace EP_BACKEND {
 
-using layout::Stage;
 using prim::kFullMask;
-using prim::kWarpSize;
 using prim::Vec16;
 
 constexpr int kUnroll = 7;  // 7168 bytes: two rounds; 14336: four
@@ -36,12 +33,7 @@ constexpr int kUnroll = 7;  // 7168 bytes: two rounds; 14336: four
 struct Kernel {
     using Params = DispatchParams;
     static constexpr int kMaxThreads = kMaxDispatchThreads;
-    struct Shared {
-        FrameState frame;
-        RowTable rows;
-        int scan_totals[2 * kMaxDispatchThreads / kWarpSize];
-    };
-    static_assert(sizeof(Shared) <= kMaxSharedState);
+    using Shared = BlockState;
 
     struct Context {
         const Params& p;
@@ -143,8 +135,7 @@ struct Kernel {
         if (!__all_sync(kFullMask, is_free)) return false;
         __syncwarp();  // one lane's acquire of a slot, every lane's stores into it
 
-        const int64_t row =
-            is_sent ? static_cast<int64_t>(c.rows.first_row_at(destination)) + position : 0;
+        const int64_t row = is_sent ? static_cast<int64_t>(c.rows.first_row_at(destination)) + position : 0;
         uint8_t* target = !is_sent    ? nullptr
                           : uses_slot ? c.ring.to(destination).slot(position)
                                       : direct + row * p.row_bytes;
@@ -391,78 +382,6 @@ struct Kernel {
         }
     }
 
-    // -- The beginning ---------------------------------------------------------------------------------------------------
-
-    // One warp of each block. What it tells the peers waits for nothing that they do in this call.
-    static EP_DEVICE bool enter(const Params& p, const algo::Watch& watch) {
-        if (!enter_call(watch, p.is_first_kernel)) return false;
-        if (blockIdx.x != 0) return true;
-        if (p.num_tokens_per_rank != nullptr)
-            write_rank_counts(watch, p.num_tokens_per_rank, prim::lane_idx(), kWarpSize);
-        if (p.may_lend) algo::state_loan(watch, p.loan);
-        return true;
-    }
-
-    // One thread: where rows from and to `rank` stand, and the total that goes to it. False: a wait failed.
-    static EP_DEVICE bool learn_rows(const Params& p, const algo::Watch& watch, int rank, RowTable& rows, int& total) {
-        const int num_ranks = watch.heap.num_ranks();
-        auto take = [&](int source, int sum) {
-            rows.take(watch.heap.rank(), source, rank, sum);
-            total = sum;
-        };
-        if (p.num_tokens_per_rank == nullptr) {
-            for (int source = 0; source < num_ranks; ++source)
-                take(source, p.rank_prefix_matrix[source * num_ranks + rank]);
-            return true;
-        }
-        return accumulate_rank_counts(watch, rank, [&](int source, int sum) {
-            take(source, sum);
-            if (blockIdx.x == 0) p.rank_prefix_matrix[source * num_ranks + rank] = sum;
-        });
-    }
-
-    // One thread: `rank` has room for its rows. Where peers write into its tensors they have to know before they begin.
-    static EP_DEVICE bool has_room_at(const Params& p, const algo::Watch& watch, int rank, int num_rows) {
-        const int self = watch.heap.rank();
-        if (rank == self) return has_room(watch, p.num_recv_rows, num_rows);
-        if (!p.may_lend) return true;
-        const layout::Loan& loan = algo::loan_of(watch, rank);
-        if (loan.x == 0 || static_cast<uint64_t>(num_rows) <= loan.num_rows) return true;
-        // It reports the error.
-        algo::fail(watch, layout::FailureKind::kAborted, {Stage::kCapacity, self}, loan.num_rows,
-                   layout::make_abort_code(rank, rank), 0);
-        return false;
-    }
-
-    // Some thread of the block for every rank.
-    static EP_DEVICE bool learn_of(const Params& p, const algo::Watch& watch, int rank, RowTable& rows) {
-        int total = 0;
-        return (!p.may_lend || algo::wait_for_loan(watch, rank)) && learn_rows(p, watch, rank, rows, total) &&
-               has_room_at(p, watch, rank, total);
-    }
-
-    // All threads of the block. False: do nothing but finish the call.
-    static EP_DEVICE bool begin(const Params& p, const algo::Watch& watch, Shared& shared) {
-        const auto thread = static_cast<int>(threadIdx.x);
-        const auto num_threads = static_cast<int>(blockDim.x);
-        if (prim::warp_idx() == 0) {
-            const bool is_ok = enter(p, watch);
-            if (prim::lane_idx() == 0) shared.frame = {is_ok ? 1 : 0, 0};
-        }
-        if (p.is_token_in_rank != nullptr)
-            scan_columns({p.is_token_in_rank, p.send_head, p.num_tokens, watch.heap.num_ranks()}, shared.scan_totals);
-        __syncthreads();
-        if (shared.frame.is_ready == 0) return false;
-        // Nobody waits for these here, but the host of a peer may.
-        if (blockIdx.x == 0 && p.num_tokens_per_expert != nullptr)
-            write_expert_counts(watch, p.num_tokens_per_expert, p.num_local_experts, thread, num_threads);
-        for (int rank = thread; rank < watch.heap.num_ranks(); rank += num_threads)
-            if (!learn_of(p, watch, rank, shared.rows))
-                prim::store<prim::Order::kRelaxed, prim::Scope::kCta>(&shared.frame.has_failed, 1u);
-        __syncthreads();
-        return shared.frame.has_failed == 0;
-    }
-
     // -- The kernel ------------------------------------------------------------------------------------------------------
 
     static EP_DEVICE bool send_any(const Context& c, int send_warp) {
@@ -487,10 +406,10 @@ struct Kernel {
     }
 
     static EP_DEVICE void run(const Params& p, Shared& shared) {
-        const algo::Watch watch{make_watch_words(p.watch), make_heap(p.heap), layout::Operation::kDispatch,
-                                algo::current_call(p.watch.local)};
-        const algo::Ring ring(watch, p.window);
-        if (begin(p, watch, shared)) {
+        const bool is_ok = begin(p, shared);
+        const algo::Watch watch = make_watch(p, shared.call);
+        if (is_ok) {
+            const algo::Ring ring(watch, p.window);
             const Context context{p, watch, ring, shared.rows};
             if (p.is_worst_case) mark_unused_rows(context);
             work(context, shared.frame);

@@ -15,9 +15,8 @@ EP_DEVICE void write_rank_counts(const algo::Watch& watch, const int* num_tokens
     const int bank = algo::bank_of(watch.call);
     for (int i = first; i < heap.num_ranks() * heap.num_ranks(); i += step) {
         const int destination = i % heap.num_ranks();
-        prim::store<Order::kRelaxed, Scope::kSys>(
-            heap.rank_count(i / heap.num_ranks(), bank, heap.rank(), destination),
-            layout::make_count(watch.call, num_tokens_per_rank[destination]));
+        prim::store<Order::kRelaxed, Scope::kSys>(heap.rank_count(i / heap.num_ranks(), bank, heap.rank(), destination),
+                                                  layout::make_count(watch.call, num_tokens_per_rank[destination]));
     }
 }
 
@@ -72,7 +71,8 @@ EP_DEVICE bool accumulate_sources(const algo::Watch& watch, const WordOf& word_o
 }
 
 // Tokens that the sources send to `destination`.
-template <class Store> EP_DEVICE bool accumulate_rank_counts(const algo::Watch& watch, int destination, const Store& store) {
+template <class Store>
+EP_DEVICE bool accumulate_rank_counts(const algo::Watch& watch, int destination, const Store& store) {
     const algo::Heap& heap = watch.heap;
     const int bank = algo::bank_of(watch.call);
     return accumulate_sources(

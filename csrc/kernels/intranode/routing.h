@@ -89,8 +89,7 @@ EP_DEVICE void scan_columns(const TokenScan& scan, int* totals) {
     const uint32_t lanes_before = (1u << prim::lane_idx()) - 1;
     for (int rank = 0; rank < scan.num_ranks; ++rank) {
         int num_sent = 0;
-        scan_share(scan, rank, first_token, end_token,
-                   [&](int, bool, uint32_t ballot) { num_sent += __popc(ballot); });
+        scan_share(scan, rank, first_token, end_token, [&](int, bool, uint32_t ballot) { num_sent += __popc(ballot); });
         int* column = totals + rank % 2 * num_warps;  // those of the rank before are still read
         if (prim::lane_idx() == 0) column[prim::warp_idx()] = num_sent;
         __syncthreads();
