@@ -87,31 +87,33 @@ EP_DEVICE_COLD bool may_still_go_on(Watch watch, WaitSite site, uint64_t waited_
     return true;
 }
 
-// One look at the clock and at the abort word; false: stop waiting.
-EP_DEVICE bool may_go_on(const Watch& watch, WaitSite site, uint64_t start_ns, uint64_t expected, uint64_t seen,
-                         OnTimeout on_timeout = OnTimeout::kFail) {
+// One look at the clock; false: stop waiting. `code`: the abort word.
+EP_DEVICE bool is_in_time(const Watch& watch, WaitSite site, uint64_t start_ns, uint64_t code, uint64_t expected,
+                          uint64_t seen, OnTimeout on_timeout) {
     const uint64_t waited_ns = prim::clock_ns() - start_ns;
-    const uint64_t code = abort_code(watch);
     if (code == 0 && waited_ns < watch.words.warn_ns && waited_ns < watch.words.timeout_ns) return true;
     return may_still_go_on(watch, site, waited_ns, code, expected, seen, on_timeout);
 }
 
-// This thread looks until `look(seen)` says that it has seen what it waits for. False: the wait failed. The abort word is
-// looked at later than the first time, because that is a trip to memory too.
+// The same with a look at the abort word.
+EP_DEVICE bool may_go_on(const Watch& watch, WaitSite site, uint64_t start_ns, uint64_t expected, uint64_t seen,
+                         OnTimeout on_timeout = OnTimeout::kFail) {
+    return is_in_time(watch, site, start_ns, abort_code(watch), expected, seen, on_timeout);
+}
+
+// This thread looks until `look(seen)` says that it has seen what it waits for. False: the wait failed.
 template <class Look>
 EP_DEVICE bool wait_until(const Watch& watch, WaitSite site, uint64_t expected, const Look& look,
                           OnTimeout on_timeout = OnTimeout::kFail) {
-    constexpr int kPollsBetweenChecks = 16;
-    uint64_t start_ns = 0;
     uint64_t seen = 0;
-    for (int polls = 0; !look(seen); ++polls) {
-        if (polls == 0) start_ns = prim::clock_ns();
-        if (polls % kPollsBetweenChecks == kPollsBetweenChecks - 1 &&
-            !may_go_on(watch, site, start_ns, expected, seen, on_timeout))
-            return false;
+    if (look(seen)) return true;
+    const uint64_t start_ns = prim::clock_ns();
+    for (;;) {
+        const uint64_t code = abort_code(watch);  // under way together with the look
+        if (look(seen)) return true;
+        if (!is_in_time(watch, site, start_ns, code, expected, seen, on_timeout)) return false;
         prim::pause();
     }
-    return true;
 }
 
 // This thread waits until *flag >= expected, with acquire at system scope; other lanes of its warp may touch what the
