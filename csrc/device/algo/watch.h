@@ -106,11 +106,11 @@ template <class Look>
 EP_DEVICE bool wait_until(const Watch& watch, WaitSite site, uint64_t expected, const Look& look,
                           OnTimeout on_timeout = OnTimeout::kFail) {
     uint64_t seen = 0;
-    if (look(seen)) return true;
-    const uint64_t start_ns = prim::clock_ns();
+    uint64_t start_ns = 0;
     for (;;) {
         const uint64_t code = abort_code(watch);  // under way together with the look
         if (look(seen)) return true;
+        if (start_ns == 0) start_ns = prim::clock_ns();
         if (!is_in_time(watch, site, start_ns, code, expected, seen, on_timeout)) return false;
         prim::pause();
     }
