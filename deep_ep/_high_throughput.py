@@ -335,8 +335,8 @@ def _send_rows(session: Session, rows: torch.Tensor, scales: Optional[torch.Tens
         num_scales, stride_token, stride_scale = scales.shape[1], scales.stride(0), scales.stride(1)
     session.runtime.dispatch(rows.data_ptr(), num_tokens,
                              hidden * rows.element_size(), _ptr(scales), num_scales, stride_token, stride_scale,
-                             _ptr(topk_idx), _ptr(topk_weights), num_topk, idx_bytes, num_experts,
-                             routing is None, *counts, 0 if routing is None else routing.is_token_in_rank.data_ptr(),
+                             _ptr(topk_idx), _ptr(topk_weights), num_topk, idx_bytes, num_experts, routing is None,
+                             *counts, 0 if routing is None else routing.is_token_in_rank.data_ptr(),
                              rank_prefix_matrix.data_ptr(), send_head.data_ptr(), outputs.x.data_ptr(),
                              _ptr(outputs.scales), _ptr(outputs.topk_idx), _ptr(outputs.topk_weights),
                              _ptr(recv_src_idx), num_rows, is_worst_case, num_sms, operation.stream)
