@@ -355,6 +355,7 @@ PYBIND11_MODULE(deep_ep_cpp, m) {
         variables["ranks_per_node"] = env.ranks_per_node;
         variables["device"] = env.device;
         variables["num_sms"] = env.num_sms;
+        variables["check_calls"] = env.check_calls;
         variables["cpu_sms"] = env.cpu_sms;
         variables["lend_bytes"] = env.lend_bytes;
         variables["cost_model"] = env.cost_model;

@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 import deep_ep_cpp
 from deep_ep import _cost_model, _streams
-from deep_ep._checks import BUFFER_ALIGNMENT_BYTES, check_int, check_positive
+from deep_ep._call_check import CallCheck, describe_differences
+from deep_ep._checks import BUFFER_ALIGNMENT_BYTES, MAX_INT64, check_int, check_positive
 from deep_ep._cost_model import CostModel
 from deep_ep._errors import Error
 from deep_ep._handles import KnownTensors
@@ -26,7 +27,12 @@ from deep_ep.version import __version__
 
 T = TypeVar("T")
 EXIT_TIMEOUT_S = 2.0
+FOREVER_S = 1e9  # in nanoseconds it fits an int64 with room for sums
 logger = logging.getLogger("deep_ep")
+
+
+def _has_methods(value: Any, names: Sequence[str]) -> bool:
+    return all(callable(getattr(value, name, None)) for name in names)
 
 
 class Peers:
@@ -35,6 +41,13 @@ class Peers:
     def __init__(self, group: Optional[dist.ProcessGroup], comm: Any) -> None:
         if group is None and comm is None:
             raise ValueError("Either 'group' or 'comm' must be provided.")
+        if isinstance(group, int):  # GroupMember.NON_GROUP_MEMBER: what new_group returns to who is not in it
+            raise ValueError("group: this process is not a member of it (dist.new_group returned NON_GROUP_MEMBER)")
+        if group is not None and not _has_methods(group, ("rank", "size")):
+            raise TypeError(f"group must be a torch.distributed ProcessGroup or None, got {type(group).__name__}")
+        if group is None and not _has_methods(comm, ("Get_rank", "Get_size", "allgather")):
+            raise TypeError("comm must be an mpi4py communicator, or have its Get_rank, Get_size and allgather, got "
+                            f"{type(comm).__name__}")
         self._group = group
         self._comm = comm
         self.rank: int = comm.Get_rank() if group is None else group.rank()
@@ -81,6 +94,7 @@ class Agreed:
     enable_shrink: bool
     device_kind: str
     topk_idx_bits: int
+    check_calls: bool
     deep_ep_version: str = __version__
 
 
@@ -98,7 +112,7 @@ class Request:
 
     def check(self) -> None:
         for name in ("num_nvl_bytes", "num_rdma_bytes", "num_lend_bytes"):
-            check_int(name, getattr(self, name), 0, BUFFER_ALIGNMENT_BYTES)
+            check_int(name, getattr(self, name), 0, BUFFER_ALIGNMENT_BYTES, MAX_INT64)
         check_positive("num_qps_per_rank", self.num_qps_per_rank)
         if self.timeout_s is not None:
             check_positive("timeout_s", self.timeout_s)
@@ -123,6 +137,7 @@ class Session:
         self.unused_matrix = torch.empty(num_ranks, 0, dtype=torch.int32, device=streams.device)
         self.cost_model = cost_model
         self.num_sms_override = int(deep_ep_cpp.get_environment()["num_sms"])
+        self.call_check: Optional[CallCheck] = None
         self._is_closed = False
         self.before_close: Callable[[], None] = _nothing  # called once, before the comm stream is drained
         if isinstance(streams, _streams.HostStreams):
@@ -190,13 +205,9 @@ def _attempt(step: Callable[[], Any]) -> Any:
 
 def _raise_differences(facts: Sequence[Agreed]) -> None:
     for field in dataclasses.fields(Agreed):
-        ranks_by_value: dict[Any, list[int]] = {}
-        for rank, fact in enumerate(facts):
-            ranks_by_value.setdefault(getattr(fact, field.name), []).append(rank)
-        if len(ranks_by_value) > 1:
-            seen = "; ".join(f"{value!r} on rank(s) {', '.join(map(str, ranks))}"
-                             for value, ranks in ranks_by_value.items())
-            raise ValueError(f"Buffer: {field.name} must be the same on every rank, got {seen}")
+        difference = describe_differences([getattr(fact, field.name) for fact in facts])
+        if difference is not None:
+            raise ValueError(f"Buffer: {field.name} must be the same on every rank, got {difference}")
 
 
 def _require_one_node(topology: Topology) -> None:
@@ -218,17 +229,19 @@ def build_session(peers: Peers, request: Request) -> Session:
     opened: list[_streams.Streams] = []
     created: list[deep_ep_cpp.Buffer] = []
     environment = deep_ep_cpp.get_environment()
+    checks_calls = bool(environment["check_calls"])
+    given_s = environment["timeout_s"] if request.timeout_s is None else request.timeout_s
+    timeout_s = min(float(given_s), FOREVER_S)
 
     def describe() -> tuple[Agreed, Place, Optional[CostModel]]:
         request.check()
         release_lingering()
         opened.append(_streams.open_streams())
         facts = Agreed(request.num_nvl_bytes, request.num_rdma_bytes, request.num_lend_bytes, request.low_latency_mode,
-                       request.enable_shrink, opened[0].kind, deep_ep_cpp.topk_idx_bits())
+                       request.enable_shrink, opened[0].kind, deep_ep_cpp.topk_idx_bits(), checks_calls)
         return facts, this_place(opened[0].native.unique_id), find_cost_model(peers, request, opened[0])
 
     def allocate() -> bytes:
-        timeout_s = float(environment["timeout_s"] if request.timeout_s is None else request.timeout_s)
         warn_s = min(float(environment["warn_s"]), timeout_s)
         created.append(
             deep_ep_cpp.Buffer(opened[0].native, peers.rank, peers.size, request.num_nvl_bytes, timeout_s, warn_s,
@@ -249,4 +262,7 @@ def build_session(peers: Peers, request: Request) -> Session:
         for streams in opened:
             streams.close()
         raise
-    return Session(created[0], opened[0], topology, peers.rank, peers.size, request.num_lend_bytes, described[0][2])
+    session = Session(created[0], opened[0], topology, peers.rank, peers.size, request.num_lend_bytes, described[0][2])
+    if checks_calls and peers.size > 1:
+        session.call_check = CallCheck(peers.all_gather, opened[0].device, timeout_s)
+    return session

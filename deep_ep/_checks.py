@@ -7,6 +7,7 @@ Several tensors are checked in every call of an operation, and reading an attrib
 check says first whether all is well, and looks for what is wrong only when it is not.
 """
 
+import numbers
 from collections.abc import Sequence
 from typing import Any, Optional
 
@@ -15,6 +16,8 @@ import torch
 ROW_ALIGNMENT_BYTES = 16
 BUFFER_ALIGNMENT_BYTES = 128
 INDEX_DTYPES = (torch.int64, torch.int32)
+MAX_INT32, MAX_INT64 = 2**31 - 1, 2**63 - 1  # what the native code takes counts and bytes as
+MAX_LOCAL_EXPERTS = 1024  # of the high-throughput mode; csrc/layout/intranode.h
 
 
 def _name_dtypes(dtypes: Sequence[torch.dtype]) -> str:
@@ -78,25 +81,28 @@ def check_matrix(name: str,
     raise _find_fault(name, value, device, (num_rows, None), dtypes)
 
 
-def check_int(name: str, value: Any, minimum: int, multiple_of: int = 1) -> int:
-    if type(value) is int and value >= minimum and value % multiple_of == 0:
+def check_int(name: str, value: Any, minimum: int, multiple_of: int = 1, maximum: int = MAX_INT32) -> int:
+    if type(value) is int and minimum <= value <= maximum and value % multiple_of == 0:
         return value
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     number = int(value.__index__())
     if number < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {number}")
+    if number > maximum:
+        raise ValueError(f"{name} must be at most {maximum}, got {number}")
     if number % multiple_of:
         raise ValueError(f"{name} must be a multiple of {multiple_of}, got {number}")
     return number
 
 
 def check_positive(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not value > 0:
+    number = float(value)
+    if not number > 0:
         raise ValueError(f"{name} must be greater than 0, got {value}")
-    return float(value)
+    return number
 
 
 def check_rows(name: str,
@@ -123,6 +129,8 @@ def check_alignment(name: str, rows: torch.Tensor) -> None:
 def check_payload(x: Any, device: torch.device) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
     """`x` of dispatch: rows, or (rows of 1-byte elements, scales)."""
     if not isinstance(x, tuple):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"x must be a torch.Tensor or a tuple (data, scales), got {type(x).__name__}")
         check_rows("x", x, device)
         return x, None
     if len(x) != 2:
@@ -133,6 +141,19 @@ def check_payload(x: Any, device: torch.device) -> tuple[torch.Tensor, Optional[
         raise TypeError(f"x[0] must have a 1-byte dtype when scales are given, got {_describe(rows)}")
     check_tensor("x[1] (scales)", scales, device, (num_tokens, None), (torch.float32, torch.int32), False)
     return rows, scales
+
+
+def check_dtype(name: str, value: Any) -> torch.dtype:
+    if not isinstance(value, torch.dtype):
+        raise TypeError(f"{name} must be a torch.dtype, got {type(value).__name__}")
+    return value
+
+
+def check_sizes(name: str, value: Any) -> tuple[int, ...]:
+    """The extents of a tensor."""
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name} must be a torch.Size, or a tuple or list of ints, got {type(value).__name__}")
+    return tuple(check_int(f"{name}[{i}]", size, 0, maximum=MAX_INT64) for i, size in enumerate(value))
 
 
 def check_topk_idx(topk_idx: Any, device: torch.device, num_tokens: Optional[int] = None) -> torch.Size:

@@ -32,6 +32,7 @@ INT32 = (torch.int32, )
 NUM_HANDLE_FIELDS = 6
 
 NO_BIASES = None, None
+MAX_ALIGNMENT = 1 << 20  # of counts that are rounded up in 32 bits
 
 
 class Routing(NamedTuple):
@@ -84,7 +85,7 @@ def get_dispatch_layout(
 ) -> tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torch.Tensor, EventOverlap]:
     device, num_ranks = session.streams.device, session.num_ranks
     num_tokens, num_topk = _checks.check_topk_idx(topk_idx, device)
-    num_experts = _checks.check_int("num_experts", num_experts, 1)
+    num_experts = _checks.check_int("num_experts", num_experts, 1, maximum=_checks.MAX_LOCAL_EXPERTS * num_ranks)
     _checks.check_num_experts("num_experts", num_experts, num_ranks)
     with open_operation(session, "get_dispatch_layout", previous_event, async_finish,
                         allocate_on_comm_stream) as operation:
@@ -106,11 +107,12 @@ def dispatch_fresh(session: Session, x: Payload, routing: Routing, expert_alignm
     rows, scales = _checks.check_payload(x, session.streams.device)
     num_tokens = rows.shape[0]
     _check_routing(session, routing, num_tokens)
-    expert_alignment = _checks.check_int("expert_alignment", expert_alignment, 1)
+    expert_alignment = _checks.check_int("expert_alignment", expert_alignment, 1, maximum=MAX_ALIGNMENT)
     num_worst_tokens = _checks.check_int("num_worst_tokens", num_worst_tokens, 0)
     if num_worst_tokens and routing.topk_idx is None:
         raise ValueError("num_worst_tokens needs topk_idx and topk_weights: -1 in recv_topk_idx marks the unused rows")
     num_experts = routing.num_tokens_per_expert.shape[0]
+    _compare_calls(session, "dispatch", rows, scales, routing)
     per_expert: list[int] = []
     num_rows, received = num_worst_tokens, None
     with open_operation(session, "dispatch", previous_event, async_finish, allocate_on_comm_stream) as operation:
@@ -149,6 +151,7 @@ def dispatch_cached(session: Session, x: Payload, handle: Any, num_sms: int, pre
     if rows.shape[0] != num_tokens:
         raise ValueError(f"x must have {num_tokens} rows, the tokens of the dispatch that made the handle, got "
                          f"{rows.shape[0]}")
+    _compare_calls(session, "dispatch with a handle", rows, scales)
     with open_operation(session, "dispatch", previous_event, async_finish, allocate_on_comm_stream) as operation:
         with operation.allocation():
             outputs, _ = _receive_outputs(session, rows, scales, None, num_rows, operation)
@@ -173,6 +176,8 @@ def combine(session: Session, x: torch.Tensor, handle: Any, topk_weights: Option
     if topk_weights is not None:
         _, num_topk = _checks.check_matrix("topk_weights", topk_weights, device, FLOAT32, num_rows)
     biases = NO_BIASES if bias is None else _check_bias(bias, device, num_tokens, hidden)
+    if session.call_check is not None:
+        session.call_check.compare("combine", {"the row size of x": hidden, "the columns of topk_weights": num_topk})
     with open_operation(session, "combine", previous_event, async_finish, allocate_on_comm_stream) as operation:
         with operation.allocation():
             combined = session.empty[torch.bfloat16](num_tokens, hidden)
@@ -185,9 +190,38 @@ def combine(session: Session, x: torch.Tensor, handle: Any, topk_weights: Option
     return combined, weights, event
 
 
+def _compare_calls(session: Session,
+                   operation: str,
+                   rows: torch.Tensor,
+                   scales: Optional[torch.Tensor],
+                   routing: Optional[Routing] = None) -> None:
+    """With the other ranks, where that was asked for."""
+    if session.call_check is None:
+        return
+    facts: dict[str, Any] = {
+        "the row size of x": rows.shape[1],
+        "the dtype of x": str(rows.dtype),
+        "the columns of the scales": 0 if scales is None else scales.shape[1]
+    }
+    fault = None
+    if routing is not None:
+        fault = _find_layout_fault(routing)
+        facts["the length of num_tokens_per_expert"] = routing.num_tokens_per_expert.shape[0]
+        facts["the columns of topk_idx"] = 0 if routing.topk_idx is None else routing.topk_idx.shape[1]
+    session.call_check.compare(operation, facts, fault)
+
+
+def _find_layout_fault(routing: Routing) -> Optional[str]:
+    """Waits for the device."""
+    given, counted = routing.num_tokens_per_rank.tolist(), routing.is_token_in_rank.sum(0).tolist()
+    if given == counted:
+        return None
+    return f"num_tokens_per_rank must count the tokens in is_token_in_rank, which are {counted}, got {given}"
+
+
 def lend(session: Session, shape: Any, dtype: torch.dtype) -> torch.Tensor:
-    lender, sizes = session.lender, tuple(shape)
-    spec = Spec(tuple(_checks.check_int(f"shape[{i}]", size, 0) for i, size in enumerate(sizes)), dtype)
+    lender = session.lender
+    spec = Spec(_checks.check_sizes("shape", shape), _checks.check_dtype("dtype", dtype))
     if lender is None and session.num_ranks > 1:
         raise Error("lend: this Buffer lends nothing; build it with num_lend_bytes")
     if lender is None or spec.num_bytes == 0:  # one rank reads its own input in place, wherever it is

@@ -7,8 +7,18 @@ import torch
 
 from deep_ep import _checks
 from deep_ep._bootstrap import Session
+from deep_ep._call_check import CallCheck
 from deep_ep._handles import KnownTensors
-from deep_ep._low_latency_plan import BF16_ALIGNMENT, INT32_BYTES, PLAIN, Format, Plan, Shape, check_max_tokens
+from deep_ep._low_latency_plan import (
+    BF16_ALIGNMENT,
+    INT32_BYTES,
+    PLAIN,
+    Format,
+    Plan,
+    Shape,
+    check_max_tokens,
+    check_num_experts,
+)
 from deep_ep._memory import view_memory
 from deep_ep._phases import PhaseOrder, Phases, Tensors, open_phases
 from deep_ep.utils import EventHandle, EventOverlap
@@ -43,7 +53,7 @@ def size_hint(num_max_tokens: int, hidden: int, num_ranks: int, num_experts: int
     check_max_tokens(num_max_tokens)
     _checks.check_int("hidden", hidden, BF16_ALIGNMENT, BF16_ALIGNMENT)
     _checks.check_int("num_ranks", num_ranks, 1)
-    _checks.check_num_experts("num_experts", _checks.check_int("num_experts", num_experts, 1), num_ranks)
+    check_num_experts("num_experts", num_experts, num_ranks)
     return int(get_low_latency_rdma_size_hint(num_max_tokens, hidden, num_ranks, num_experts))
 
 
@@ -113,6 +123,8 @@ class LowLatency:
             _checks.check_topk_idx(topk_idx, self._device, num_tokens)
         self._check_stats("cumulative_local_expert_recv_stats", cumulative_stats, plan.num_local, INT32)
         self._check_stats("dispatch_wait_recv_cost_stats", wait_stats, self._session.num_ranks, INT64)
+        if self._session.call_check is not None:
+            _compare_calls(self._session.call_check, "low_latency_dispatch", plan, Format(*map(bool, form))._asdict())
         phases = self._open_phases("low_latency_dispatch", async_finish, return_recv_hook)
         recv_x, scales, src_info, layout_range, recv_count = plan.make_outputs()
         src_info_ptr = src_info.data_ptr()
@@ -130,11 +142,11 @@ class LowLatency:
         plan = self._plans.get(key)
         # A float or a bool may equal the number that it is taken for.
         if plan is None or type(num_max_tokens) is not int or type(num_experts) is not int:
+            num_ranks = self._session.num_ranks
             num_max_tokens = check_max_tokens(num_max_tokens)
-            num_experts = _checks.check_int("num_experts", num_experts, 1)
-            _checks.check_num_experts("num_experts", num_experts, self._session.num_ranks)
+            num_experts = check_num_experts("num_experts", num_experts, num_ranks)
             shape = Shape(num_max_tokens, num_topk, num_experts, hidden)
-            plan = self._plans[key] = Plan(shape, Format(*form), self._session.num_ranks, self._session.empty)
+            plan = self._plans[key] = Plan(shape, Format(*map(bool, form)), num_ranks, self._session.empty)
         return plan
 
     def _check_stats(self, name: str, stats: Optional[torch.Tensor], size: int, dtypes: tuple[torch.dtype]) -> None:
@@ -168,6 +180,8 @@ class LowLatency:
         if out is not None:
             _checks.check_tensor("out", out, device, (num_tokens, hidden), BFLOAT16)
             _checks.check_alignment("out", out)
+        if self._session.call_check is not None:
+            _compare_calls(self._session.call_check, "low_latency_combine", plan, {"use_logfmt": bool(use_logfmt)})
         phases = self._open_phases("low_latency_combine", async_finish, return_recv_hook)
         combined = self._session.empty[torch.bfloat16](num_tokens, hidden) if out is None else out
         arguments = (*plan.combine_args, use_logfmt, sent.data_ptr(), topk_idx.data_ptr(), topk_idx.element_size(),
@@ -205,8 +219,7 @@ class LowLatency:
                              f"{len(handle)}")
         src_info, _, num_max_tokens, hidden, num_experts = handle
         num_ranks, num_max_tokens = self._session.num_ranks, check_max_tokens(num_max_tokens)
-        num_experts = _checks.check_int("handle[4] (num_experts)", num_experts, 1)
-        _checks.check_num_experts("handle[4] (num_experts)", num_experts, num_ranks)
+        num_experts = check_num_experts("handle[4] (num_experts)", num_experts, num_ranks)
         hidden = _checks.check_int("handle[3] (hidden)", hidden, BF16_ALIGNMENT, BF16_ALIGNMENT)
         _checks.check_tensor("handle[0] (src_info)", src_info, self._device,
                              (num_experts // num_ranks, num_ranks * num_max_tokens), INT32)
@@ -244,6 +257,18 @@ class LowLatency:
         phases.finish(())
         num_bytes = session.num_ranks * INT32_BYTES
         return view_memory(session.runtime.masked_ranks_ptr, num_bytes, session.streams.device).view(torch.int32)
+
+
+def _compare_calls(check: CallCheck, operation: str, plan: Plan, options: dict[str, bool]) -> None:
+    """With those of the other ranks."""
+    num_max_tokens, hidden, num_experts = plan.handle_tail
+    shape = {
+        "num_max_dispatch_tokens_per_rank": num_max_tokens,
+        "the row size of x": hidden,
+        "num_experts": num_experts,
+        "the columns of topk_idx": plan.num_topk
+    }
+    check.compare(operation, {**shape, **options})
 
 
 def _run(phases: Phases, launch: Callable[..., int], arguments: tuple[Any, ...], tensors: Tensors,

@@ -8,6 +8,7 @@ from deep_ep import _checks
 from deep_ep._memory import EmptyTensors
 
 MAX_TOKENS = 4096  # of one rank in one call; csrc/layout/low_latency.h
+MAX_EXPERTS = 16384  # csrc/kernels/params_low_latency.h
 BF16_ALIGNMENT = 8  # channels in 16 bytes
 SCALE_GROUP = 128  # channels with one FP8 scale
 PACKED_GROUP = 4 * SCALE_GROUP  # channels with one word of UE8M0 scales
@@ -44,10 +45,11 @@ PLAIN = Format(use_fp8=False, round_scale=False, use_ue8m0=False)
 
 
 def check_max_tokens(value: Any) -> int:
-    number = _checks.check_int("num_max_dispatch_tokens_per_rank", value, 1)
-    if number > MAX_TOKENS:
-        raise ValueError(f"num_max_dispatch_tokens_per_rank must be at most {MAX_TOKENS}, got {number}")
-    return number
+    return _checks.check_int("num_max_dispatch_tokens_per_rank", value, 1, maximum=MAX_TOKENS)
+
+
+def check_num_experts(name: str, value: Any, num_ranks: int) -> int:
+    return _checks.check_num_experts(name, _checks.check_int(name, value, 1, maximum=MAX_EXPERTS), num_ranks)
 
 
 # recv_x; scales, if there are any; src_info; layout_range; recv_count

@@ -370,6 +370,7 @@ class HostStreams(Streams):
         self.comm_stream = self.native.create_stream()
         self.check: Callable[[], None] = _no_check
         self._in_flight: deque[HostEvent] = deque()
+        self._end: Optional[HostEvent] = None  # of all work, once nobody gives any more
 
     def operation(self, previous: RecordedEvent, is_async: bool, on_comm_stream: bool) -> Operation:  # noqa: ARG002
         return _HostOperation(self, previous, is_async)
@@ -386,7 +387,11 @@ class HostStreams(Streams):
         self.check()
 
     def drain(self, timeout_s: float) -> bool:
-        return _poll(self.record(()).is_complete, timeout_s)
+        # Every attempt looks at the same event: a new one is never complete at once, which is all that a destructor,
+        # and the constructor that tries again after it, wait for.
+        if self._end is None:
+            self._end = self.record(())
+        return _poll(self._end.is_complete, timeout_s)
 
     def close(self) -> None:
         self.check = _no_check

@@ -5,6 +5,7 @@
 import bisect
 import contextlib
 import functools
+import math
 import sys
 from collections.abc import Sequence
 from types import TracebackType
@@ -224,17 +225,17 @@ class Buffer:
         element size.
         """
         session = self._require_session()
-        item_bytes = torch.empty(0, dtype=dtype).element_size()
-        _checks.check_int("offset", offset, 0, item_bytes)
+        item_bytes = _checks.check_dtype("dtype", dtype).itemsize
         runtime = session.runtime
         address, num_bytes = ((runtime.low_latency_data_ptr, self.num_rdma_bytes) if use_rdma_buffer else
                               (runtime.data_ptr, runtime.data_bytes))
-        region = view_memory(address, num_bytes, session.streams.device)
-        num_elements = (region.numel() - offset) // item_bytes
-        wanted = num_elements if size is None else torch.Size(size).numel()
-        if offset > region.numel() or wanted > num_elements:
-            raise ValueError(f"size must fit into the {region.numel()} bytes of the buffer from byte {offset} on, got "
+        _checks.check_int("offset", offset, 0, item_bytes, num_bytes)
+        num_elements = (num_bytes - offset) // item_bytes
+        wanted = num_elements if size is None else math.prod(_checks.check_sizes("size", size))
+        if wanted > num_elements:
+            raise ValueError(f"size must fit into the {num_bytes} bytes of the buffer from byte {offset} on, got "
                              f"{wanted} elements of {item_bytes} bytes")
+        region = view_memory(address, num_bytes, session.streams.device)
         flat = region[offset:offset + wanted * item_bytes].view(dtype)
         return flat if size is None else flat.view(size)
 
@@ -467,7 +468,7 @@ class Buffer:
         masked = self._low_latency.masked_ranks("low_latency_update_mask_buffer")
         if _checks.check_int("rank_to_mask", rank_to_mask, 0) >= self.group_size:
             raise ValueError(f"rank_to_mask must be below {self.group_size}, the size of the group, got {rank_to_mask}")
-        masked[rank_to_mask] = int(mask)
+        masked[rank_to_mask] = int(bool(mask))
 
     def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
         """Writes to `mask_status`, int32 [R], which ranks this rank leaves out: 1, the others 0."""

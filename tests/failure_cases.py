@@ -4,6 +4,7 @@ import contextlib
 import gc
 import io
 import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -43,6 +44,15 @@ def impatient_buffer(worker: Worker) -> Any:
     buffer = worker.new_buffer(timeout_s=SHORT_TIMEOUT_S)
     worker.barrier()
     return buffer
+
+
+def endless_patience(worker: Worker, work: Workload) -> None:
+    """A timeout that no clock can count: it means never, and not at once."""
+    with worker.new_buffer(timeout_s=math.inf) as buffer:
+        worker.barrier()
+        time.sleep(0.05 * worker.rank)
+        Flight(worker, buffer, work).whole_trip()
+        worker.barrier()
 
 
 def absent_rank(worker: Worker, work: Workload, absent: int, step: str) -> Optional[str]:

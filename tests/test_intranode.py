@@ -260,6 +260,10 @@ def test_absent_rank_is_named(pool: Pool, step: str) -> None:
     assert messages[1] is None
 
 
+def test_a_timeout_may_be_infinite(pool: Pool) -> None:
+    pool.run(failures.endless_patience, 2, Workload((4, 6)))
+
+
 def test_absent_rank_in_async_call(pool: Pool) -> None:
     pool.run(failures.absent_in_async, 2, Workload((4, 6)))
 

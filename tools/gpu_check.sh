@@ -13,7 +13,8 @@
 # Ranks: one for each GPU; on a machine with one, four share it (as threads of one process where speed is measured).
 # Needs nvcc, CMake, ninja and a Python with torch, pybind11 and pytest; downloads nothing and installs nothing.
 # Results go to $OUT (unset: ./out), at most seven files: gpu_check.log with the output of every step, gpu_check.txt
-# with the table, pressure.log, and the benchmarks' JSON (plots: tools/render_benchmarks.py --plots).
+# with the table, gpu_check_*.json with the table and what each step said, pressure.log, and the benchmarks' JSON (plots:
+# tools/render_benchmarks.py --plots). JSON to keep: benchmarks/results, and benchmarks/results/checks for the table.
 #   GPU_CHECK_BUDGET_S     for all steps (530)
 #   GPU_CHECK_RANKS        the number of ranks
 #   GPU_CHECK_PRESSURE_S   of the pressure step: 300, or 60 where it cannot run beside the tests; of pressure_start: 600
@@ -447,4 +448,9 @@ if ((${#results[@]} > 0)); then
 fi
 echo
 print_table | tee "$table"
+command="tools/gpu_check.sh ${*:-check}"
+[[ $device == cuda ]] || command="tools/gpu_check.sh --device $device ${*:-check}"
+settings=$(env | grep -E '^GPU_CHECK_(RANKS|PRESSURE_S|SEED|BESIDE|TESTS|BENCH)=' | sort | tr '\n' ' ')
+"$python" tools/gpu_check_record.py "$out" --commit "${commit:-unknown}" --command "$settings$command" --device "$device" \
+    --num-gpus "$num_gpus" --num-ranks "$num_ranks" >/dev/null || has_failed=1
 exit "$has_failed"

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Writes the figures of benchmarks/results/*.json into docs/benchmarks.md, between its two markers.
 
-tools/render_benchmarks.py               rewrite the page: the newest run of each benchmark, machine and number of ranks
+tools/render_benchmarks.py               rewrite the page: the newest run of each benchmark, machine and number of
+                                         ranks, and the runs of tools/gpu_check.sh kept in benchmarks/results/checks
 tools/render_benchmarks.py --check       fail when the page does not say what the files say
 tools/render_benchmarks.py --plots       first make the plots that are missing beside the files (needs matplotlib)
 tools/render_benchmarks.py --text FILE   print what the page would show of these files, and write nothing
@@ -171,11 +172,29 @@ def read(path: Path) -> dict[str, Any]:
     return report
 
 
+def render_check(name: str, record: dict[str, Any]) -> list[str]:
+    machine = record["machine"]
+    gpus = f"{machine['num_gpus']} x {machine['gpu']}" if "gpu" in machine else "CPU executor"
+    return [
+        f"### Check: {record['num_ranks']} ranks, {gpus}", "",
+        f"{record['date'][:10]}, commit {record['commit']}. [{name}](../benchmarks/results/checks/{name})", "",
+        *(f"    {line}" for line in record["command"].split("; ")), "", *(line for step in record["steps"]
+                                                                          for line in render_step(step)), ""
+    ]
+
+
+def render_step(step: dict[str, Any]) -> list[str]:
+    took = "" if step["seconds"] is None else f" ({step['seconds']} s)"
+    return [f"- {step['step']}{took}: {step['result']}", *(f"  - `{verdict}`" for verdict in step["verdicts"])]
+
+
 def render_results(folder: Path) -> str:
     reports = [(path.name, read(path)) for path in sorted(folder.glob("*.json"))]
     lines: list[str] = []
     for name, report in newest([named for named in reports if named[1]["rows"]]):
         lines += render_report(name, report, (folder / name).with_suffix(".png").exists())
+    for path in sorted((folder / "checks").glob("*.json")):
+        lines += render_check(path.name, read(path))
     return "\n".join(lines) if lines else "No figures yet.\n"
 
 

@@ -33,6 +33,12 @@ public:
         return number;
     }
 
+    bool flag(const char* name) const {
+        const std::string text = value(name);
+        EP_CHECK(text.empty() || text == "0" || text == "1", name, ": expected 0, 1 or nothing (0), got '", text, "'");
+        return text == "1";
+    }
+
     int64_t bytes(const char* name, int64_t multiple_of) const {
         const std::string text = value(name);
         if (text.empty()) return 0;
@@ -85,6 +91,7 @@ Environment parse_environment(const std::function<std::optional<std::string>(con
     env.cost_model = read.text("DEEP_EP_COST_MODEL");
     env.num_sms = read.count("DEEP_EP_NUM_SMS", 1024, "a number of SMs");
     env.lend_bytes = read.bytes("DEEP_EP_LEND_BYTES", 128);
+    env.check_calls = read.flag("DEEP_EP_CHECK_CALLS");
     env.cpu_sms = read.count("DEEP_EP_CPU_SMS", 1024, "a number of simulated SMs");
     return env;
 }

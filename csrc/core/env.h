@@ -10,14 +10,15 @@
 namespace deep_ep {
 
 struct Environment {
-    double timeout_s = 100;  // DEEP_EP_TIMEOUT_SECS: after so long a wait fails
-    double warn_s = 10;      // DEEP_EP_WARN_SECS: after so long a wait is reported
-    int ranks_per_node = 0;  // DEEP_EP_RANKS_PER_NODE: 0 = found from the machine
-    std::string device;      // DEEP_EP_DEVICE: "cpu", "cuda", or "" = chosen from what the machine has
-    std::string cost_model;  // DEEP_EP_COST_MODEL: a file of deep_ep.calibrate, "off", or "" = where it is stored
-    int num_sms = 0;         // DEEP_EP_NUM_SMS: SM budget of a call, 0 = what the caller or the model says
-    int64_t lend_bytes = 0;  // DEEP_EP_LEND_BYTES: what a Buffer lends where its caller does not say
-    int cpu_sms = 0;         // DEEP_EP_CPU_SMS: SMs that the CPU device claims to have, 0 = its default
+    double timeout_s = 100;    // DEEP_EP_TIMEOUT_SECS: after so long a wait fails
+    double warn_s = 10;        // DEEP_EP_WARN_SECS: after so long a wait is reported
+    int ranks_per_node = 0;    // DEEP_EP_RANKS_PER_NODE: 0 = found from the machine
+    std::string device;        // DEEP_EP_DEVICE: "cpu", "cuda", or "" = chosen from what the machine has
+    std::string cost_model;    // DEEP_EP_COST_MODEL: a file of deep_ep.calibrate, "off", or "" = where it is stored
+    int num_sms = 0;           // DEEP_EP_NUM_SMS: SM budget of a call, 0 = what the caller or the model says
+    int64_t lend_bytes = 0;    // DEEP_EP_LEND_BYTES: what a Buffer lends where its caller does not say
+    bool check_calls = false;  // DEEP_EP_CHECK_CALLS: the ranks compare the arguments of every call
+    int cpu_sms = 0;           // DEEP_EP_CPU_SMS: SMs that the CPU device claims to have, 0 = its default
 };
 
 // What this process was started with (or had set by the first call). Throws InvalidArgument when a variable is

@@ -12,6 +12,14 @@ namespace {
 // Metadata that a hint allows for: top-k 16, and one 4-byte scale for 128 bfloat16 elements.
 constexpr uint64_t kHintTopk = 16;
 constexpr uint64_t kHintBytesPerScale = 256;
+constexpr int kMaxHintRanks = 1 << 16;
+
+void check_hint(int64_t hidden_bytes, int num_ranks) {
+    EP_CHECK(hidden_bytes > 0 && hidden_bytes < int64_t{1} << 31, "hidden_bytes must be positive and below 2 GiB, got ",
+             hidden_bytes);
+    EP_CHECK(num_ranks > 0 && num_ranks <= kMaxHintRanks, "num_ranks must be positive and at most ", kMaxHintRanks,
+             ", got ", num_ranks);
+}
 
 }  // namespace
 
@@ -41,8 +49,7 @@ int Config::window() const {
 }
 
 int64_t Config::get_nvl_buffer_size_hint(int64_t hidden_bytes, int num_ranks) const {
-    EP_CHECK(hidden_bytes > 0, "hidden_bytes must be positive, got ", hidden_bytes);
-    EP_CHECK(num_ranks > 0, "num_ranks must be positive, got ", num_ranks);
+    check_hint(hidden_bytes, num_ranks);
     const auto row_bytes = layout::align_up(static_cast<uint64_t>(hidden_bytes), 16);
     const auto slot = layout::SlotLayout::for_dispatch(row_bytes, kHintTopk, row_bytes / kHintBytesPerScale);
     return static_cast<int64_t>(
@@ -50,8 +57,7 @@ int64_t Config::get_nvl_buffer_size_hint(int64_t hidden_bytes, int num_ranks) co
 }
 
 int64_t Config::get_rdma_buffer_size_hint(int64_t hidden_bytes, int num_ranks) const {
-    EP_CHECK(hidden_bytes > 0, "hidden_bytes must be positive, got ", hidden_bytes);
-    EP_CHECK(num_ranks > 0, "num_ranks must be positive, got ", num_ranks);
+    check_hint(hidden_bytes, num_ranks);
     return 0;
 }
 

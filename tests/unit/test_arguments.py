@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from solo import SoloComm, solo_buffer, solo_dispatch
 from utils import device
 
@@ -35,6 +37,7 @@ BAD_CONSTRUCTOR = [
     case("num_nvl_bytes", lambda: 100, ValueError, "multiple of 128", "got 100"),
     case("num_nvl_bytes", lambda: -128, ValueError, "at least 0"),
     case("num_nvl_bytes", lambda: 1e6, TypeError, "int", "float"),
+    case("num_nvl_bytes", lambda: 1 << 63, ValueError, "at most 9223372036854775807"),
     case("num_rdma_bytes", lambda: 130, ValueError, "multiple of 128"),
     case("num_qps_per_rank", lambda: 0, ValueError, "greater than 0"),
     case("num_qps_per_rank", lambda: "24", TypeError, "number", "str"),
@@ -55,14 +58,25 @@ def test_constructor_needs_a_group() -> None:
         Buffer(None, 128)
 
 
+@pytest.mark.parametrize(("options", "error", "sentence"), [
+    ({"group": "WORLD"}, TypeError, "group must be a torch.distributed ProcessGroup or None, got str"),
+    ({"group": dist.GroupMember.NON_GROUP_MEMBER}, ValueError, "not a member"),
+    ({"group": None, "comm": object()}, TypeError, "comm must be .* Get_rank, Get_size and allgather, got object"),
+], ids=["group", "outside", "comm"])  # yapf: disable
+def test_constructor_wants_one(options: dict[str, Any], error: type[Exception], sentence: str) -> None:
+    with pytest.raises(error, match=sentence):
+        Buffer(num_nvl_bytes=128, **options)
+
+
 def test_constructor_refuses_unknown_arguments() -> None:
     """Callers drop what a version does not know when they see a TypeError."""
     with pytest.raises(TypeError):
         Buffer(None, comm=SoloComm(), no_such_option=True)  # type: ignore[call-arg]
 
 
-def test_queue_pairs_may_be_a_float() -> None:
-    solo_buffer(num_qps_per_rank=2.5).destroy()
+@pytest.mark.parametrize("number", [2.5, np.float32(2.5), np.int64(2)])
+def test_queue_pairs_may_be_any_number(number: Any) -> None:
+    solo_buffer(num_qps_per_rank=number, timeout_s=number).destroy()
 
 
 BAD_LAYOUT = [
@@ -74,6 +88,7 @@ BAD_LAYOUT = [
     case("topk_idx", lambda: torch.zeros((4, 2), dtype=I32, device="meta"), ValueError, "meta"),
     case("num_experts", lambda: 0, ValueError, "at least 1"),
     case("num_experts", lambda: 4.0, TypeError, "int"),
+    case("num_experts", lambda: 1 << 40, ValueError, "at most 1024"),
 ]
 
 
@@ -91,6 +106,7 @@ def misaligned() -> torch.Tensor:
 
 BAD_DISPATCH = [
     case("x", lambda: 3, TypeError, "torch.Tensor", "int"),
+    case("x", lambda: [zeros(5, 16, dtype=FP8), zeros(5, 1)], TypeError, "tuple (data, scales)", "got list"),
     case("x", lambda: zeros(5, dtype=BF16), ValueError, "[*, *]"),
     case("x", lambda: zeros(16, 5, dtype=BF16).t(), ValueError, "contiguous"),
     case("x", lambda: zeros(5, 12, dtype=BF16), ValueError, "16 bytes", "24 bytes"),
@@ -116,7 +132,9 @@ BAD_DISPATCH = [
     case("topk_weights", lambda: zeros(5, 3), ValueError, "[5, 2]"),
     case("topk_weights", lambda: zeros(5, 2, dtype=BF16), TypeError, "float32"),
     case("expert_alignment", lambda: 0, ValueError, "at least 1"),
+    case("expert_alignment", lambda: 1 << 31, ValueError, "at most 1048576"),
     case("num_worst_tokens", lambda: -1, ValueError, "at least 0"),
+    case("num_worst_tokens", lambda: 1 << 31, ValueError, "at most 2147483647"),
     case("num_worst_tokens", lambda: True, TypeError, "int", "bool"),
     case("config", lambda: 20, TypeError, "deep_ep.Config", "int"),
 ]
@@ -171,6 +189,30 @@ def test_combine(buffer: Buffer, name: str, make: Any, error: type[Exception], p
     assert all(part in str(caught.value) for part in (name, *parts)), caught.value
 
 
+BAD_VIEW = [
+    case("dtype", lambda: "int8", TypeError, "torch.dtype", "str"),
+    case("size", lambda: 3, TypeError, "torch.Size", "int"),
+    case("size[0]", lambda: (-1, 4), ValueError, "at least 0", "got -1"),
+    case("size", lambda: (1 << 21, ), ValueError, "1048576 bytes of the buffer from byte 0 on", "2097152 elements"),
+    case("offset", lambda: 1 << 21, ValueError, "at most 1048576"),
+]
+
+
+@pytest.mark.parametrize(("name", "make", "error", "parts"), BAD_VIEW)
+def test_local_buffer_tensor(buffer: Buffer, name: str, make: Any, error: type[Exception], parts: tuple[str,
+                                                                                                        ...]) -> None:
+    with pytest.raises(error) as caught:
+        buffer.get_local_buffer_tensor(**{"dtype": torch.int8, name.partition("[")[0]: make()})
+    assert all(part in str(caught.value) for part in (name, *parts)), caught.value
+
+
+def test_lend(buffer: Buffer) -> None:
+    with pytest.raises(TypeError, match=r"shape must be a torch\.Size, or a tuple or list of ints, got int"):
+        buffer.lend(3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"dtype must be a torch\.dtype, got NoneType"):
+        buffer.lend((3, 4), None)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("options", [
     {"async_finish": True},
     {"previous_event": deep_ep.EventOverlap(None), "async_finish": True},
@@ -181,7 +223,7 @@ def test_comm_stream_allocation_needs_event_and_async(buffer: Buffer, options: d
         solo_dispatch(buffer, allocate_on_comm_stream=True, **options)
 
 
-@pytest.mark.parametrize("new_num_sms", [3, 0, -2])
+@pytest.mark.parametrize("new_num_sms", [3, 0, -2, 1 << 40])
 def test_set_num_sms_wants_even(new_num_sms: int) -> None:
     with pytest.raises(ValueError, match="new_num_sms"):
         Buffer.set_num_sms(new_num_sms)

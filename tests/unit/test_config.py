@@ -36,6 +36,15 @@ def test_bad_arguments(arguments: tuple[int, ...]) -> None:
         Config(*arguments)
 
 
+@pytest.mark.parametrize(("arguments", "name"), [((0, 2), "hidden_bytes"), ((1 << 62, 8), "hidden_bytes"),
+                                                 ((1024, 0), "num_ranks"), ((1024, 1 << 20), "num_ranks")])
+@pytest.mark.parametrize("hint", [Config.get_nvl_buffer_size_hint, Config.get_rdma_buffer_size_hint])
+def test_bad_hints(hint: Any, arguments: tuple[int, ...], name: str) -> None:
+    """Also where the bytes would not fit the number."""
+    with pytest.raises(ValueError, match=name):
+        hint(Config(), *arguments)
+
+
 @pytest.mark.parametrize(("arguments", "num_ranks", "v1_bytes"), V1_HINTS)
 def test_hint_is_at_most_half_of_v1(arguments: tuple[int, ...], num_ranks: int, v1_bytes: int) -> None:
     hint = Config(*arguments).get_nvl_buffer_size_hint(HIDDEN_BYTES, num_ranks)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +27,10 @@ def results_of(folder: Path) -> dict[str, str]:
     return {step: result for step, _, result in (line.split(maxsplit=2) for line in lines)}
 
 
+def record_of(folder: Path) -> Any:
+    return json.loads(next(folder.glob("gpu_check_*.json")).read_text(encoding="utf-8"))
+
+
 @pytest.mark.slow
 def test_benchmarks_come_before_what_runs_beside_pressure(tmp_path: Path) -> None:
     steps = ("machine", "build", "conformance", "bench", "bench_ll", "pytest", "pressure")
@@ -36,7 +41,15 @@ def test_benchmarks_come_before_what_runs_beside_pressure(tmp_path: Path) -> Non
     assert results_of(tmp_path) == passed
     files = sorted(path.name for path in tmp_path.iterdir())
     assert len(files) <= 8
-    reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(tmp_path.glob("*.json"))]
+    record = record_of(tmp_path)
+    assert {step["step"]: step["result"] for step in record["steps"]} == passed
+    assert record["commit"] == "abc"
+    assert record["command"] == ("GPU_CHECK_BESIDE=1 GPU_CHECK_PRESSURE_S=1 GPU_CHECK_TESTS=tests/unit/test_config.py "
+                                 f"tools/gpu_check.sh --device cpu {' '.join(steps)}")
+    verdicts = {step["step"]: step["verdicts"] for step in record["steps"]}
+    assert "passed in" in verdicts["pytest"][-1]
+    assert [verdict.split()[1:4] for verdict in verdicts["pressure"]] == [["rounds", "of", "4"]] * 2
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(tmp_path.glob("2*.json"))]
     assert [report["benchmark"] for report in reports] == ["intranode", "low-latency"]
     assert all(report["commit"] == "abc" and report["rows"] for report in reports)
     assert {row["routing"] for row in reports[0]["rows"]} == {"uniform", "hot-rank"}
@@ -53,6 +66,7 @@ def test_a_step_that_hangs_is_ended_and_the_rest_is_said_not_to_have_run(tmp_pat
     found = results_of(tmp_path / "out")
     assert found["pytest"].startswith("FAIL: ended after")
     assert found["machine"] == "not run: no time left"
+    assert [step["result"] for step in record_of(tmp_path / "out")["steps"]] == list(found.values())
 
 
 @pytest.mark.slow
@@ -61,7 +75,7 @@ def test_figures_that_were_measured_before_the_limit_come_back(tmp_path: Path) -
     finished = run(tmp_path, "--device", "cpu", "bench", GPU_CHECK_BENCH=f"--tokens {many}", GPU_CHECK_BUDGET_S="20")
     assert finished.returncode == 1
     assert results_of(tmp_path)["bench"].startswith("FAIL: ended after")
-    report = json.loads(next(tmp_path.glob("*.json")).read_text(encoding="utf-8"))
+    report = json.loads(next(tmp_path.glob("2*.json")).read_text(encoding="utf-8"))
     assert report["rows"]
     assert "ended early" in report["notices"][0]
 

@@ -83,6 +83,7 @@ BAD_DISPATCH = [
     case(TOKENS, lambda: 8.0, TypeError, "int", "float"),
     case("num_experts", lambda: 0, ValueError, "at least 1"),
     case("num_experts", lambda: "4", TypeError, "int"),
+    case("num_experts", lambda: 1 << 40, ValueError, "at most 16384"),
     case("cumulative_local_expert_recv_stats", lambda: zeros(4), TypeError, "int32"),
     case("cumulative_local_expert_recv_stats", lambda: zeros(3, dtype=I32), ValueError, "[4]", "[3]"),
     case("dispatch_wait_recv_cost_stats", lambda: zeros(1, dtype=I32), TypeError, "int64"),

@@ -125,6 +125,18 @@ def test_a_sweep_is_cut_to_what_can_be_read(render: Any, tmp_path: Path) -> None
     assert f"{len(shown)} of {len(rows)} rows" in render.render_results(tmp_path)
 
 
+def test_checks_are_shown_with_what_their_programs_said(render: Any, tmp_path: Path) -> None:
+    steps = [{"step": "pytest", "seconds": 9, "result": "FAIL: exit status 1", "verdicts": ["1 failed in 8 s"]},
+             {"step": "pressure", "seconds": None, "result": "not run: no time left", "verdicts": []}]  # yapf: disable
+    record = make_report(steps=steps, command="first; second", machine={"gpu": "NVIDIA H200", "num_gpus": 1})
+    (tmp_path / "checks").mkdir()
+    (tmp_path / "checks" / "a.json").write_text(json.dumps(record), encoding="utf-8")
+    page = render.render_results(tmp_path)
+    assert "- pytest (9 s): FAIL: exit status 1\n  - `1 failed in 8 s`\n- pressure: not run: no time left\n" in page
+    assert "    first\n    second\n" in page
+    assert "2 ranks, 1 x NVIDIA H200" in page
+
+
 def test_older_files_are_still_read(render: Any) -> None:
     report = make_report()
     for name in ("host", "profiles"):

@@ -34,6 +34,7 @@ TEST_CASE("an empty environment gives the documented defaults") {
     CHECK(env.ranks_per_node == 0);
     CHECK(env.device == "");
     CHECK(env.num_sms == 0);
+    CHECK(!env.check_calls);
     CHECK(env.cpu_sms == 0);
 }
 
@@ -45,6 +46,7 @@ TEST_CASE("every variable reaches its field") {
                                    {"DEEP_EP_NUM_SMS", "16"},
                                    {"DEEP_EP_LEND_BYTES", "1024"},
                                    {"DEEP_EP_COST_MODEL", " a/model.json "},
+                                   {"DEEP_EP_CHECK_CALLS", "1"},
                                    {"DEEP_EP_CPU_SMS", "4"}});
     CHECK(env.timeout_s == 2.5);
     CHECK(env.warn_s == 1);
@@ -53,6 +55,7 @@ TEST_CASE("every variable reaches its field") {
     CHECK(env.num_sms == 16);
     CHECK(env.lend_bytes == 1024);
     CHECK(env.cost_model == "a/model.json");
+    CHECK(env.check_calls);
     CHECK(env.cpu_sms == 4);
 }
 
@@ -67,6 +70,7 @@ TEST_CASE("a malformed value is refused with the variable, what was expected and
           "DEEP_EP_TIMEOUT_SECS: expected a positive number of seconds, got 'soon'");
     CHECK(failure({{"DEEP_EP_DEVICE", "tpu"}}) ==
           "DEEP_EP_DEVICE: expected 'cpu', 'cuda' or nothing (automatic), got 'tpu'");
+    CHECK(failure({{"DEEP_EP_CHECK_CALLS", "yes"}}) == "DEEP_EP_CHECK_CALLS: expected 0, 1 or nothing (0), got 'yes'");
     CHECK(failure({{"DEEP_EP_NUM_SMS", "9999"}}) ==
           "DEEP_EP_NUM_SMS: expected a number of SMs, 0 to 1024 (0: automatic), got '9999'");
     CHECK(failure({{"DEEP_EP_LEND_BYTES", "100"}}) ==
