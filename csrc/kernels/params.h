@@ -34,7 +34,9 @@ constexpr int kMaxCombineThreads = 384;
 constexpr int kMaxLayoutThreads = 256;
 constexpr int kMaxNotifyThreads = 256;
 
-constexpr int kMaxSharedState = 1280;  // bytes of static shared memory of a main kernel, besides its stages
+// Bytes of static shared memory of the main kernels, besides their stages.
+constexpr int kMaxDispatchState = 3200;
+constexpr int kMaxCombineState = 256;
 
 // How many threads work, and through what. Chosen by the runtime from the SM budget and the shape.
 struct Geometry {

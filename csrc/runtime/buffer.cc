@@ -120,7 +120,7 @@ kernels::WatchParams Buffer::watch_params() const {
             to_ns(options_.warn_s)};
 }
 
-int Buffer::shared_bytes() const { return device_->max_shared_bytes() - kernels::kMaxSharedState; }
+int Buffer::stage_room(int state_bytes) const { return device_->max_shared_bytes() - state_bytes; }
 
 // Rows through registers: enough warps to have many loads under way.
 kernels::Geometry Buffer::plan_plain(int num_sms, int max_threads) const {
@@ -151,7 +151,8 @@ kernels::Geometry Buffer::plan_dispatch(int num_sms, const layout::SlotLayout& s
     }
     const layout::Staging stage{1, static_cast<int>(layout::bulk_bytes(slot.scales.end())) + layout::kPositionBytes};
     kernels::Geometry staged = plain;
-    staged.send = {std::min(shared_bytes() / (plain.num_send_warps * stage.bytes()), kMaxStages), stage.stage_bytes};
+    const int room = stage_room(kernels::kMaxDispatchState);
+    staged.send = {std::min(room / (plain.num_send_warps * stage.bytes()), kMaxStages), stage.stage_bytes};
     return staged.send.num_stages >= 2 && can_stage(staged) ? staged : plain;
 }
 
@@ -159,14 +160,15 @@ kernels::Geometry Buffer::plan_dispatch(int num_sms, const layout::SlotLayout& s
 kernels::Geometry Buffer::plan_combine(int num_sms, const layout::SlotLayout& slot, bool is_lent) const {
     kernels::Geometry plain = plan_plain(num_sms, kernels::kMaxCombineThreads);
     if (is_lent) plain.num_recv_warps += std::exchange(plain.num_send_warps, 0);
+    const int room = stage_room(kernels::kMaxCombineState);
     layout::Staging recv{layout::kReduceStages, layout::kReduceStageBytes};
     if (is_lent) {
         const kernels::Geometry lent{plain.num_blocks, 0, plain.num_recv_warps, {}, recv};
-        return lent.num_recv_warps * recv.bytes() <= shared_bytes() && can_stage(lent) ? lent : plain;
+        return lent.num_recv_warps * recv.bytes() <= room && can_stage(lent) ? lent : plain;
     }
     const int reduce_warps = device_->kind() == dev::DeviceKind::kCuda ? kReduceWarps : plain.num_recv_warps;
     const layout::Staging send{1, static_cast<int>(layout::bulk_bytes(slot.topk_weights.end()))};
-    const int fitting = (shared_bytes() - reduce_warps * recv.bytes()) / send.bytes();
+    const int fitting = (room - reduce_warps * recv.bytes()) / send.bytes();
     const int max_warps = std::min(kernels::kMaxCombineThreads, device_->useful_block_threads()) / 32;
     const int send_warps = std::min(max_warps - reduce_warps, fitting / 2);
     if (send_warps <= 0) return plain;

@@ -212,7 +212,7 @@ private:
     layout::Loan loan_for(const CombineArgs& args) const;
     bool may_lend() const { return options_.num_lend_bytes > 0 && options_.num_ranks > 1; }
     bool can_stage(const kernels::Geometry& geometry) const;
-    int shared_bytes() const;  // dynamic, that a block of dispatch or combine can have
+    int stage_room(int state_bytes) const;  // dynamic shared memory that a block can have
     int max_layout_counts() const;
     layout::WindowLayout window_for(const layout::SlotLayout& slot, const char* operation) const;
     std::vector<uint64_t> read_started(layout::Operation operation) const;

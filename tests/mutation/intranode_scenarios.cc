@@ -63,8 +63,13 @@ std::string one_way_traffic(uint64_t seed) {
 }
 
 // Nothing but counts is exchanged, every other call, and no host waits between the calls.
-std::string counts_alone(uint64_t seed) {
-    const Problem problem{.num_tokens = {0, 0}, .num_experts = 2, .hidden = 16, .num_sms = 1, .seed = seed};
+std::string exchange_alone(uint64_t seed, Counts counts) {
+    const Problem problem{.num_tokens = {0, counts == Counts::kUnknown ? 200 : 0},  // long between counts told and read
+                          .num_experts = 2,
+                          .hidden = 16,
+                          .num_sms = 1,
+                          .drop_probability = 1.0,
+                          .seed = seed};
     World world = make_world(2, 1 << 14, seed);
     auto ranks = make_inputs(problem);
     world.layout(problem, ranks);
@@ -72,8 +77,8 @@ std::string counts_alone(uint64_t seed) {
         RankTensors& tensors = ranks[static_cast<size_t>(rank)];
         prepare_combine(problem, tensors, rank);
         for (int repeat = 0; repeat < 4; ++repeat) {
-            world.launch_notify(problem, tensors, rank);
-            world.launch_dispatch(problem, tensors, rank, Counts::kExchanged);
+            if (counts == Counts::kExchanged) world.launch_notify(problem, tensors, rank);
+            world.launch_dispatch(problem, tensors, rank, counts);
             world.launch_combine(problem, tensors, rank);
         }
     }
@@ -81,6 +86,10 @@ std::string counts_alone(uint64_t seed) {
     for (int rank = 0; rank < 2; ++rank) world.buffer(rank).check();
     return check_combine(problem, ranks);
 }
+
+std::string counts_alone(uint64_t seed) { return exchange_alone(seed, Counts::kExchanged); }
+
+std::string counts_alone_in_dispatch(uint64_t seed) { return exchange_alone(seed, Counts::kUnknown); }
 
 // Dispatch exchanges the counts by itself, call after call, and routing changes from call to call.
 std::string worst_cases(uint64_t seed) {
@@ -141,7 +150,7 @@ std::string two_stages_in_dispatch(uint64_t seed) {
     const Problem problem{
         .num_tokens = {14, 9}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
     simt::DeviceOptions device = small_device(seed);
-    device.max_shared_bytes = kernels::kMaxSharedState + 2 * 216;
+    device.max_shared_bytes = kernels::kMaxDispatchState + 2 * 216;
     World world(2, region_for(problem, 3), seeded(seed), 100, 0, false, {device});
     return two_round_trips(world, problem);
 }
@@ -152,7 +161,7 @@ std::string two_stages_in_combine(uint64_t seed) {
         .num_tokens = {14, 9}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
     const layout::Staging reduce{layout::kReduceStages, layout::kReduceStageBytes};
     simt::DeviceOptions device = small_device(seed);
-    device.max_shared_bytes = kernels::kMaxSharedState + reduce.bytes() + 2 * 70;
+    device.max_shared_bytes = kernels::kMaxCombineState + reduce.bytes() + 2 * 70;
     World world(2, region_for(problem, 3), seeded(seed), 100, 0, false, {device});
     return two_round_trips(world, problem);
 }
@@ -317,6 +326,7 @@ constexpr Scenario kScenarios[] = {
     {"wide_windows", wide_windows},
     {"one_way_traffic", one_way_traffic},
     {"counts_alone", counts_alone},
+    {"counts_alone_in_dispatch", counts_alone_in_dispatch},
     {"worst_cases", worst_cases},
     {"worst_case_of_three", worst_case_of_three},
     {"three_ranks", three_ranks},

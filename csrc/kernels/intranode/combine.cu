@@ -23,6 +23,7 @@ struct Kernel {
     using Params = CombineParams;
     static constexpr int kMaxThreads = kMaxCombineThreads;
     using Shared = FrameState;
+    static_assert(sizeof(Shared) <= kMaxCombineState);
 
     // All threads of all blocks: the weights go to where peers can read them; the block that comes last says so.
     static EP_DEVICE void lend_weights(const Context& c) {

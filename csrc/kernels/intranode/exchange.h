@@ -7,20 +7,16 @@
 namespace deep_ep::kernels {
 inline namespace EP_BACKEND {
 
-// Threads `first`, `first + step`, ... , after wait_for_banks: our row of token counts, to every peer.
-EP_DEVICE void write_rank_counts(const algo::Watch& watch, const int* num_tokens_per_rank, int first, int step) {
-    using prim::Order;
-    using prim::Scope;
+// One thread, after wait_for_banks: to every peer, how many tokens we send to `destination`.
+EP_DEVICE void write_rank_count(const algo::Watch& watch, int destination, int count) {
     const algo::Heap& heap = watch.heap;
     const int bank = algo::bank_of(watch.call);
-    for (int i = first; i < heap.num_ranks() * heap.num_ranks(); i += step) {
-        const int destination = i % heap.num_ranks();
-        prim::store<Order::kRelaxed, Scope::kSys>(heap.rank_count(i / heap.num_ranks(), bank, heap.rank(), destination),
-                                                  layout::make_count(watch.call, num_tokens_per_rank[destination]));
-    }
+    for (int peer = 0; peer < heap.num_ranks(); ++peer)
+        prim::store<prim::Order::kRelaxed, prim::Scope::kSys>(heap.rank_count(peer, bank, heap.rank(), destination),
+                                                              layout::make_count(watch.call, count));
 }
 
-// The same for entries: to every peer those for its experts.
+// Threads `first`, `first + step`, ...: to every peer the entries for its experts.
 EP_DEVICE void write_expert_counts(const algo::Watch& watch, const int* num_tokens_per_expert, int num_local_experts,
                                    int first, int step) {
     using prim::Order;
@@ -51,20 +47,25 @@ EP_DEVICE bool accumulate_sources(const algo::Watch& watch, const WordOf& word_o
     int sum = 0;
     for (int first = 0; first < num_ranks; first += kBatch) {
         uint64_t words[kBatch];
+        for (bool has_waited = false;; has_waited = true) {
+            bool are_here = true;
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i)
-            if (first + i < num_ranks)
-                words[i] = prim::load<prim::Order::kRelaxed, prim::Scope::kSys>(word_of(first + i));
+            for (int i = 0; i < kBatch; ++i)
+                if (first + i < num_ranks)
+                    words[i] = prim::load<prim::Order::kRelaxed, prim::Scope::kSys>(word_of(first + i));
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i)
+                are_here &= first + i >= num_ranks || layout::is_count_of(words[i], watch.call);
+            if (are_here || has_waited) break;
+#pragma unroll 1
+            for (int i = 0; i < kBatch && first + i < num_ranks; ++i)
+                if (!wait_for_count(watch, first + i, word_of(first + i))) return false;
+        }
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-            const int source = first + i;
-            if (source >= num_ranks) break;
-            if (!layout::is_count_of(words[i], watch.call)) {
-                if (!wait_for_count(watch, source, word_of(source))) return false;
-                words[i] = prim::load<prim::Order::kRelaxed, prim::Scope::kSys>(word_of(source));
-            }
+            if (first + i >= num_ranks) break;
             sum += layout::count_in(words[i]);
-            store(source, sum);
+            store(first + i, sum);
         }
     }
     return true;

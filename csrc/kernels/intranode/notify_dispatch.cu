@@ -75,7 +75,8 @@ struct Kernel {
                                 algo::current_call(p.watch.local)};
         if (!all_threads(prim::warp_idx() != 0 || enter(p, watch), shared)) return;
         const auto thread = static_cast<int>(threadIdx.x);
-        write_rank_counts(watch, p.num_tokens_per_rank, thread, num_threads());
+        for (int rank = thread; rank < watch.heap.num_ranks(); rank += num_threads())
+            write_rank_count(watch, rank, p.num_tokens_per_rank[rank]);
         write_expert_counts(watch, p.num_tokens_per_expert, p.num_local_experts, thread, num_threads());
         const bool has_matrix = fill_matrix(p, watch);
         const bool has_counts = count_entries(p, watch);
