@@ -42,29 +42,32 @@ EP_DEVICE_COLD bool wait_for_count(algo::Watch watch, int source, const uint64_t
 // the sum up to each. False: a wait failed.
 template <class WordOf, class Store>
 EP_DEVICE bool accumulate_sources(const algo::Watch& watch, const WordOf& word_of, const Store& store) {
-    constexpr int kBatch = 8;  // under way at once
+    constexpr int kBatch = 4;  // under way at once
     const int num_ranks = watch.heap.num_ranks();
     int sum = 0;
     for (int first = 0; first < num_ranks; first += kBatch) {
-        uint64_t words[kBatch];
-        for (bool has_waited = false;; has_waited = true) {
+        int counts[kBatch] = {};
+        auto look = [&] {
             bool are_here = true;
 #pragma unroll
-            for (int i = 0; i < kBatch; ++i)
-                if (first + i < num_ranks)
-                    words[i] = prim::load<prim::Order::kRelaxed, prim::Scope::kSys>(word_of(first + i));
-#pragma unroll
-            for (int i = 0; i < kBatch; ++i)
-                are_here &= first + i >= num_ranks || layout::is_count_of(words[i], watch.call);
-            if (are_here || has_waited) break;
+            for (int i = 0; i < kBatch; ++i) {
+                if (first + i >= num_ranks) continue;
+                const uint64_t word = prim::load<prim::Order::kRelaxed, prim::Scope::kSys>(word_of(first + i));
+                counts[i] = layout::count_in(word);
+                are_here &= layout::is_count_of(word, watch.call);
+            }
+            return are_here;
+        };
+        if (!look()) {
 #pragma unroll 1
-            for (int i = 0; i < kBatch && first + i < num_ranks; ++i)
-                if (!wait_for_count(watch, first + i, word_of(first + i))) return false;
+            for (int source = first; source < first + kBatch && source < num_ranks; ++source)
+                if (!wait_for_count(watch, source, word_of(source))) return false;
+            look();
         }
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
             if (first + i >= num_ranks) break;
-            sum += layout::count_in(words[i]);
+            sum += counts[i];
             store(first + i, sum);
         }
     }
