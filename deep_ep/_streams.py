@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any, Callable, Optional, Union
+from typing import Any, Callable, ClassVar, Optional, Union
 
 import torch
 from typing_extensions import Self
@@ -61,35 +61,45 @@ def is_capturing() -> bool:
 
 
 class HostEvent:
-    """A point on the comm stream of a CPU Buffer; keeps the tensors that the work before it uses alive."""
+    """A point on the comm stream of a CPU Buffer; keeps the tensors that the work before it uses alive.
+
+    The native event is used again when it is known to be complete, which its stream finds out if nobody else does. Not
+    when this object goes: the garbage collector calls the finalizers of a cycle in any order, and that of a Buffer in
+    it asks its events.
+    """
+
+    _free: ClassVar[list[int]] = []
 
     def __init__(self, device: deep_ep_cpp.Device, stream: int, tensors: tuple[torch.Tensor, ...],
                  check: Callable[[], None]) -> None:
         self._device = device
         self._tensors = tensors
         self._check = check
-        self._event = device.create_event()
+        self._event: Optional[int] = self._free.pop() if self._free else device.create_event()
         device.record_event(self._event, stream)
 
     def is_complete(self) -> bool:
-        if not self._device.query_event(self._event):
+        if self._event is not None and not self._device.query_event(self._event):
             return False
-        self._tensors = ()
+        self._forget()
         return True
 
     def wait(self) -> None:
         """Blocks the host, then raises what the kernels before this event reported."""
-        self._device.synchronize_event(self._event)
-        self._tensors = ()
+        if self._event is not None:
+            self._device.synchronize_event(self._event)
+            self._forget()
         self._check()
 
     def hold_back(self, stream: int) -> None:
         """Later work on `stream` waits for this event."""
-        self._device.stream_wait_event(stream, self._event)
+        if self._event is not None:
+            self._device.stream_wait_event(stream, self._event)
 
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception):
-            self._device.destroy_event(self._event)
+    def _forget(self) -> None:
+        event, self._event, self._tensors = self._event, None, ()
+        if event is not None:
+            self._free.append(event)
 
 
 @functools.cache
@@ -395,6 +405,8 @@ class HostStreams(Streams):
 
     def close(self) -> None:
         self.check = _no_check
+        for event in self._in_flight:  # all complete by now
+            event.is_complete()
         self._in_flight.clear()
         self.native.destroy_stream(self.comm_stream)
 

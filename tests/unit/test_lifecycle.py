@@ -142,15 +142,39 @@ buffer = solo_buffer(explicitly_destroy=sys.argv[2] == "promised")
 event = solo_dispatch(buffer, async_finish=True)
 """
 
+# Finalizers of a cycle are called from the oldest object on, and what was frozen counts as the youngest: the Buffer.
+CYCLE_SCRIPT = """
+import gc, sys
+sys.path.insert(0, sys.argv[1])
+from solo import solo_buffer, solo_dispatch
+buffer = solo_buffer()
+gc.freeze()
+event = solo_dispatch(buffer, 200, 1024, async_finish=True)
+gc.collect()
+gc.unfreeze()
+buffer.cycle = [buffer, event]
+del buffer, event
+gc.collect()
+solo_buffer().destroy()
+"""
 
-@pytest.mark.parametrize("how", ["promised", "left"])
-def test_exit_without_destroy(how: str) -> None:
-    """Globals that nobody released, with work that nobody waited for: a clean exit all the same."""
+
+def run_script(script: str, *arguments: str) -> None:
     folder = __file__.rsplit("/unit/", 1)[0]
-    done = subprocess.run([sys.executable, "-c", EXIT_SCRIPT, folder, how],
+    done = subprocess.run([sys.executable, "-c", script, folder, *arguments],
                           capture_output=True,
                           text=True,
                           timeout=60,
                           check=False)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("how", ["promised", "left"])
+def test_exit_without_destroy(how: str) -> None:
+    """Globals that nobody released, with work that nobody waited for: a clean exit all the same."""
+    run_script(EXIT_SCRIPT, how)
+
+
+def test_a_cycle_is_collected_with_its_events_before_the_buffer() -> None:
+    run_script(CYCLE_SCRIPT)
