@@ -11,6 +11,7 @@
 #include "kernels/low_latency/frame.h"
 #include "kernels/low_latency/launchers.h"
 #include "kernels/low_latency/logfmt_row.h"
+#include "kernels/low_latency/turn.h"
 
 namespace deep_ep::kernels::low_latency::combine {
 inline namespace EP_BACKEND {

@@ -22,7 +22,7 @@ EP_DEVICE int place_of(int entry) { return entry & ((1 << kPlaceBits) - 1); }
 struct TokenSets {
     uint32_t* words;  // [num_experts][num_words]
     int* counts;      // [num_experts], of the stretches before
-    int* experts;     // [num_tokens() * num_topk], of the entries; -1: none
+    int* chosen;      // [num_tokens() * num_topk]: expert and token of each entry, as in pack_entry; -1: none
     int num_words;
 
     static EP_DEVICE TokenSets make(int num_experts, int num_words) {
@@ -34,16 +34,7 @@ struct TokenSets {
         return (num_experts * (num_words + 1) + 32 * num_words * num_topk) * static_cast<int>(sizeof(int));
     }
     EP_DEVICE int num_tokens() const { return 32 * num_words; }
-    EP_DEVICE int place(int expert, int idx) const {
-        const uint32_t* set = words + expert * num_words;
-        int place = counts[expert] + __popc(set[idx / 32] & ((1u << idx % 32) - 1u));
-        for (int i = 0; i < idx / 32; ++i) place += __popc(set[i]);
-        return place;
-    }
 };
-
-EP_DEVICE int first_of_block() { return static_cast<int>(threadIdx.x); }
-EP_DEVICE int step_of_block() { return static_cast<int>(blockDim.x); }
 
 // This rank's choice of experts, as the caller gave it.
 struct Choice {
@@ -51,9 +42,11 @@ struct Choice {
     int num_tokens;
 };
 
-EP_DEVICE int chosen_expert(const Context& c, const Choice& choice, int64_t entry) {
-    return checked_expert(c, load_expert_id(choice.topk.ids, choice.topk.bytes, entry));
-}
+constexpr int kEntriesAtOnce = 4;  // of a thread: the chain of each is long, and they do not depend on each other
+
+struct Experts {
+    int of[kEntriesAtOnce];
+};
 
 // Entries of the stretch that begins with token `first`.
 EP_DEVICE int entries_of_stretch(const Context& c, const Choice& choice, const TokenSets& sets, int first) {
@@ -61,74 +54,122 @@ EP_DEVICE int entries_of_stretch(const Context& c, const Choice& choice, const T
     return (rest < sets.num_tokens() ? rest : sets.num_tokens()) * c.call.num_topk;
 }
 
-// All threads of the block.
-EP_DEVICE void fill_sets(const Context& c, const Choice& choice, int first, const TokenSets& sets) {
-    constexpr int kAtOnce = 4;  // loads under way
+// This thread's entries of the stretch from `base` on, one every step_of_block().
+EP_DEVICE Experts load_experts(const Context& c, const Choice& choice, const TokenSets& sets, int first, int base) {
     const int num_entries = entries_of_stretch(c, choice, sets, first);
+    Experts experts;
+#pragma unroll
+    for (int i = 0; i < kEntriesAtOnce; ++i) {
+        const int entry = base + i * step_of_block();
+        experts.of[i] = -1;
+        if (entry < num_entries)
+            experts.of[i] = checked_expert(
+                c, load_expert_id(choice.topk.ids, choice.topk.bytes, int64_t{first} * c.call.num_topk + entry));
+    }
+    return experts;
+}
+
+EP_DEVICE void clear_sets(const Context& c, const TokenSets& sets) {
     for (int i = first_of_block(); i < c.call.num_experts * sets.num_words; i += step_of_block()) sets.words[i] = 0;
-    __syncthreads();
-    for (int base = first_of_block(); base < num_entries; base += kAtOnce * step_of_block()) {
-        int experts[kAtOnce];
+}
+
+// All threads of the block, before anything is known of the call. A barrier must follow.
+EP_DEVICE Experts begin_routing_table(const Context& c, const Choice& choice, const TokenSets& sets) {
+    for (int expert = first_of_block(); expert < c.call.num_experts; expert += step_of_block()) sets.counts[expert] = 0;
+    clear_sets(c, sets);
+    return load_experts(c, choice, sets, 0, first_of_block());
+}
+
+// All threads of the block. `experts`: those of this thread's first entries.
+EP_DEVICE void fill_sets(const Context& c, const Choice& choice, const TokenSets& sets, int first, Experts experts) {
+    const int num_entries = entries_of_stretch(c, choice, sets, first);
+#pragma unroll 1
+    for (int base = first_of_block(); base < num_entries; base += kEntriesAtOnce * step_of_block()) {
+        if (base != first_of_block()) experts = load_experts(c, choice, sets, first, base);
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-            const int entry = base + i * step_of_block();
-            experts[i] = -1;
-            if (entry < num_entries) experts[i] = chosen_expert(c, choice, int64_t{first} * c.call.num_topk + entry);
-        }
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
+        for (int i = 0; i < kEntriesAtOnce; ++i) {
             const int entry = base + i * step_of_block();
             const int idx = entry / c.call.num_topk;
-            if (entry < num_entries) sets.experts[entry] = experts[i];
-            if (experts[i] >= 0)
-                prim::fetch_or<Order::kRelaxed, Scope::kCta>(&sets.words[experts[i] * sets.num_words + idx / 32],
+            const int expert = experts.of[i];
+            if (entry < num_entries) sets.chosen[entry] = expert < 0 ? -1 : pack_entry(expert, idx);
+            if (expert >= 0)
+                prim::fetch_or<Order::kRelaxed, Scope::kCta>(&sets.words[expert * sets.num_words + idx / 32],
                                                              1u << idx % 32);
         }
     }
     __syncthreads();
 }
 
-// All threads of the block, before anything is known of the call: the first stretch.
-EP_DEVICE void begin_routing_table(const Context& c, const Choice& choice, const TokenSets& sets) {
-    for (int expert = first_of_block(); expert < c.call.num_experts; expert += step_of_block()) sets.counts[expert] = 0;
-    fill_sets(c, choice, 0, sets);
-}
-
-// All threads of the block, after a barrier: adds the current stretch to the counts.
-EP_DEVICE void count_sets(const Context& c, const TokenSets& sets) {
-    for (int expert = first_of_block(); expert < c.call.num_experts; expert += step_of_block())
-        for (int i = 0; i < sets.num_words; ++i) sets.counts[expert] += __popc(sets.words[expert * sets.num_words + i]);
+// Bits of the tokens before token `idx`, in word `word` of a set.
+EP_DEVICE uint32_t tokens_before(int idx, int word) {
+    const int count = idx - word * 32;
+    return count >= 32 ? 0xffffffffu : count <= 0 ? 0u : (1u << count) - 1;
 }
 
 EP_DEVICE int* table_at(const Context& c, int peer) {
     return reinterpret_cast<int*>(c.message(peer, c.rank()) + c.call.message.topk_idx.offset);
 }
 
-// All threads of the block that began the table: to every rank.
-EP_DEVICE void send_routing_table(const Context& c, const Choice& choice, const TokenSets& sets) {
-    for (int first = 0; first < choice.num_tokens; first += sets.num_tokens()) {
-        if (first > 0) fill_sets(c, choice, first, sets);
-        const int num_entries = entries_of_stretch(c, choice, sets, first);
-        for (int i = first_of_block(); i < num_entries; i += step_of_block()) {
-            const int expert = sets.experts[i];
-            const int entry = expert < 0 ? -1 : pack_entry(expert, sets.place(expert, i / c.call.num_topk));
-            for (int peer = 0; peer < c.num_ranks(); ++peer) table_at(c, peer)[first * c.call.num_topk + i] = entry;
+// All threads of the block, after fill_sets: the stretch's part of the table, to every rank.
+EP_DEVICE void send_entries(const Context& c, const Choice& choice, const TokenSets& sets, int first) {
+    const int num_entries = entries_of_stretch(c, choice, sets, first);
+#pragma unroll 1
+    for (int base = first_of_block(); base < num_entries; base += kEntriesAtOnce * step_of_block()) {
+        int chosen[kEntriesAtOnce], expert[kEntriesAtOnce], place[kEntriesAtOnce];
+#pragma unroll
+        for (int i = 0; i < kEntriesAtOnce; ++i) {
+            const int entry = base + i * step_of_block();
+            chosen[i] = entry < num_entries ? sets.chosen[entry] : -1;
+            expert[i] = chosen[i] < 0 ? 0 : expert_of(chosen[i]);
+            place[i] = sets.counts[expert[i]];
         }
-        __syncthreads();  // every place has been looked up
-        count_sets(c, sets);
+#pragma unroll 1
+        for (int word = 0; word < sets.num_words; ++word)
+#pragma unroll
+            for (int i = 0; i < kEntriesAtOnce; ++i)
+                place[i] +=
+                    __popc(sets.words[expert[i] * sets.num_words + word] & tokens_before(place_of(chosen[i]), word));
+#pragma unroll 1
+        for (int peer = 0; peer < c.num_ranks(); ++peer) {
+            int* table = table_at(c, peer) + first * c.call.num_topk;
+#pragma unroll
+            for (int i = 0; i < kEntriesAtOnce; ++i)
+                if (const int entry = base + i * step_of_block(); entry < num_entries)
+                    table[entry] = chosen[i] < 0 ? -1 : pack_entry(expert[i], place[i]);
+        }
+    }
+}
+
+// All threads of the block, after fill_sets: the expert's tokens, with those of the stretches before.
+EP_DEVICE int count_set(const TokenSets& sets, int expert) {
+    int count = sets.counts[expert];
+    for (int word = 0; word < sets.num_words; ++word) count += __popc(sets.words[expert * sets.num_words + word]);
+    return count;
+}
+
+// All threads of the block that began the table: to every rank. `experts`: what that gave.
+EP_DEVICE void send_routing_table(const Context& c, const Choice& choice, const TokenSets& sets, Experts experts) {
+    int first = 0;
+    fill_sets(c, choice, sets, first, experts);
+    send_entries(c, choice, sets, first);
+#pragma unroll 1
+    for (; first + sets.num_tokens() < choice.num_tokens;) {
+        __syncthreads();  // every place of the stretch has been looked up
+        for (int expert = first_of_block(); expert < c.call.num_experts; expert += step_of_block())
+            sets.counts[expert] = count_set(sets, expert);
         __syncthreads();
+        clear_sets(c, sets);
+        __syncthreads();
+        first += sets.num_tokens();
+        fill_sets(c, choice, sets, first, load_experts(c, choice, sets, first, first_of_block()));
+        send_entries(c, choice, sets, first);
     }
     for (int expert = first_of_block(); expert < c.call.num_experts; expert += step_of_block()) {
         const int peer = expert / c.num_local_experts();
-        reinterpret_cast<int*>(c.message(peer, c.rank()) +
-                               c.call.message.num_rows.offset)[expert % c.num_local_experts()] = sets.counts[expert];
+        auto* num_rows = reinterpret_cast<int*>(c.message(peer, c.rank()) + c.call.message.num_rows.offset);
+        num_rows[expert % c.num_local_experts()] = count_set(sets, expert);
     }
-    for (int peer = first_of_block(); peer < c.num_ranks(); peer += step_of_block())
-        *reinterpret_cast<int*>(c.message(peer, c.rank()) + c.call.message.num_tokens.offset) = choice.num_tokens;
-    __syncthreads();
-    // Release: the tables. Pairs with: wait_for_table at the peer.
-    for (int peer = first_of_block(); peer < c.num_ranks(); peer += step_of_block())
-        prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.table_full(peer, c.bank, c.rank()), c.watch.call);
+    publish_table(c, choice.num_tokens);
 }
 
 // What a block learns from the tables of all sources, once; in dynamic shared memory, where TokenSets has been.
@@ -148,15 +189,7 @@ struct Counts {
     EP_DEVICE int* before(int source) const { return rows + source * num_local_experts; }
 };
 
-// All threads of the block; acquire. A thread waits for a table: if every warp did for itself, they would crowd the flag.
-EP_DEVICE void wait_for_tables(const Context& c, const Counts& counts) {
-#pragma unroll 1
-    for (int source = first_of_block(); source < c.num_ranks(); source += step_of_block())
-        counts.is_here[source] = wait_for_table(c, source) ? 1 : 0;
-    __syncthreads();  // one thread's acquire, the block's reads
-}
-
-// All threads of the block, after that.
+// All threads of the block, after wait_for_tables.
 EP_DEVICE void find_counts(const Context& c, const Counts& counts) {
     constexpr int kAtOnce = 8;  // loads under way
 #pragma unroll 1

@@ -1,0 +1,273 @@
+// The receive phase of dispatch: each token that has come is shared by several warps. Its table entries say which rows it
+// becomes; from its slot each warp writes its share to all of them.
+#pragma once
+
+#include "kernels/low_latency/routing_table.h"
+#include "kernels/low_latency/turn.h"
+
+namespace deep_ep::kernels::low_latency::dispatch {
+inline namespace EP_BACKEND {
+
+using Params = LowLatencyDispatchParams;
+
+constexpr int kMaxWarpsForItem = 16;
+constexpr int kReceiveUnroll = 8;
+
+// A warp's part in the receive phase: a share of a token, or some of the lists of counts.
+struct Unit {
+    int source, token;
+    int part, num_parts;
+    int first_expert;  // of the lists
+    bool is_token, is_list;
+
+    // The share of `count` things that falls to this warp.
+    EP_DEVICE int first_of(int count) const { return part * ((count + num_parts - 1) / num_parts); }
+    EP_DEVICE int end_of(int count) const {
+        const int end = first_of(count) + (count + num_parts - 1) / num_parts;
+        return end < count ? end : count;
+    }
+};
+
+// Tokens of all sources in turn, so that no link is the last; every rank begins with another source.
+EP_DEVICE Unit unit_of(const Context& c, int idx, int num_parts) {
+    const int num_shares = c.num_ranks() * c.call.num_max_tokens * num_parts;
+    const int item = idx / num_parts;
+    const int first_expert = (idx - num_shares) * kWarpSize;
+    return {(c.rank() + item) % c.num_ranks(),
+            item / c.num_ranks(),
+            idx % num_parts,
+            num_parts,
+            first_expert,
+            idx < num_shares,
+            idx >= num_shares && first_expert < c.num_local_experts()};
+}
+
+EP_DEVICE int row_bytes(const Params& p) { return p.payload == Payload::kFp8 ? p.call.hidden : p.call.hidden * 2; }
+EP_DEVICE int num_vecs(const Params& p) { return row_bytes(p) / static_cast<int>(sizeof(Vec16)); }
+
+// Words of scales that a row has, as the caller gets them.
+EP_DEVICE int num_scale_words(const Params& p) {
+    constexpr int kGroupSize = 128;
+    if (p.payload != Payload::kFp8) return 0;
+    return p.call.hidden / kGroupSize / (p.packs_scales ? 4 : 1);
+}
+
+// Up to 32 of a token's table entries, one in each lane.
+struct Entries {
+    int entry;        // -1: none
+    int expert;       // one of ours, or -1
+    bool is_placed;   // ours, and the first entry to name it: a token becomes one row of an expert
+    uint32_t placed;  // lanes for which that holds
+};
+
+// A token's slot as far as a lane has loaded it, from some vector, or word, of the warp's share on. Of a source that is
+// left out: zeros.
+struct Held {
+    Vec16 vec[kReceiveUnroll];
+};
+
+// What a warp knows of its token before it knows the rows.
+struct Token {
+    bool exists;
+    Entries entries;      // the first 32
+    const uint8_t* slot;  // null: not here yet, or the source is left out
+    Held held;
+    uint32_t scale;
+};
+
+EP_DEVICE const int* entries_of(const Context& c, const Unit& unit) {
+    return c.table(unit.source) + static_cast<int64_t>(unit.token) * c.call.num_topk;
+}
+
+EP_DEVICE int load_entry(const Context& c, const Unit& unit, int first) {
+    const int k = first + prim::lane_idx();
+    return k < c.call.num_topk ? entries_of(c, unit)[k] : -1;
+}
+
+// One warp: does an earlier entry of the token name the same expert? `first`: of the lanes' entries.
+EP_DEVICE bool is_repeated(const Context& c, const Unit& unit, int first, int entry) {
+    const int rest = c.call.num_topk - first;
+    bool is_found = false;
+#pragma unroll 1
+    for (int earlier = 0; earlier < first; ++earlier) is_found |= entries_of(c, unit)[earlier] == entry;
+#pragma unroll 1
+    for (int lane = 0; lane < (rest < kWarpSize ? rest : kWarpSize); ++lane)
+        is_found |= __shfl_sync(kFullMask, entry, lane) == entry && lane < prim::lane_idx();
+    return is_found;
+}
+
+EP_DEVICE Entries choose_entries(const Context& c, const Unit& unit, int first, int entry) {
+    const int expert = local_expert(c, expert_of(entry));
+    const bool is_placed = !is_repeated(c, unit, first, entry) && expert >= 0;
+    return {entry, expert, is_placed, __ballot_sync(kFullMask, is_placed)};
+}
+
+EP_DEVICE Held load_row(const uint8_t* slot, int base, int end) {
+    Held held = {};
+#pragma unroll
+    for (int i = 0; i < kReceiveUnroll; ++i) {
+        const int idx = base + i * kWarpSize + prim::lane_idx();
+        if (idx < end && slot != nullptr)
+            held.vec[i] = prim::load_shared_with_peers(reinterpret_cast<const Vec16*>(slot) + idx);
+    }
+    return held;
+}
+
+EP_DEVICE uint32_t packed_exponents(const uint32_t* scales, int word) {
+    uint32_t packed = 0;
+    for (int i = 0; i < 4; ++i) packed |= (scales[word * 4 + i] >> 23 & 0xffu) << (8 * i);
+    return packed;
+}
+
+EP_DEVICE uint32_t load_scale(const Params& p, const Unit& unit, const uint8_t* slot, int base) {
+    const int word = base + prim::lane_idx();
+    if (word >= unit.end_of(num_scale_words(p)) || slot == nullptr) return 0;
+    const auto* scales = reinterpret_cast<const uint32_t*>(slot + p.call.message.scales.offset);
+    return p.packs_scales ? packed_exponents(scales, word) : scales[word];
+}
+
+EP_DEVICE void load_slot(const Params& p, const Context& c, const Unit& unit, Token& token) {
+    token.slot = c.slot(c.rank(), unit.source, unit.token);
+    token.held = load_row(token.slot, unit.first_of(num_vecs(p)), unit.end_of(num_vecs(p)));
+    token.scale = load_scale(p, unit, token.slot, unit.first_of(num_scale_words(p)));
+}
+
+EP_DEVICE const uint64_t* slot_flag(const Context& c, const Unit& unit) {
+    return c.watch.heap.token_full(c.rank(), c.bank, unit.source, unit.token);
+}
+
+// One warp; acquire.
+EP_DEVICE bool look_at_slot(const Context& c, const Unit& unit) {
+    return as_lane_0_says(prim::lane_idx() == 0 && is_set(c.watch, slot_flag(c, unit)));
+}
+
+// One warp; acquire. False: the source is left out.
+EP_DEVICE bool wait_for_slot(const Context& c, const Unit& unit) {
+    return as_lane_0_says(prim::lane_idx() == 0 &&
+                          wait_for_source(c.call, c.watch, Stage::kRow, unit.source, slot_flag(c, unit)));
+}
+
+// One warp, after the source's table, if that counts. A slot that is full is one of ours, so that it may be read before the
+// entries say so.
+EP_DEVICE Token begin_token(const Params& p, const Context& c, const Unit& unit, bool has_table) {
+    Token token = {};
+    token.entries = {-1, -1, false, 0};
+    if (!has_table) return token;
+    const int num_tokens = c.num_tokens_of(unit.source);
+    const int entry = load_entry(c, unit, 0);
+    if (look_at_slot(c, unit)) load_slot(p, c, unit, token);
+    token.exists = unit.token < num_tokens;
+    token.entries = choose_entries(c, unit, 0, token.exists ? entry : -1);
+    return token;
+}
+
+// One warp: this share of the row, to the rows of all `lanes`. `row`: this lane's, of all experts' rows.
+EP_DEVICE void store_row(const Params& p, uint32_t lanes, int row, int base, int end, const Held& held) {
+#pragma unroll 1
+    for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
+        const int64_t target_row = __shfl_sync(kFullMask, row, __ffs(static_cast<int>(rest)) - 1);
+        auto* target = reinterpret_cast<Vec16*>(p.recv_x + target_row * row_bytes(p));
+#pragma unroll
+        for (int i = 0; i < kReceiveUnroll; ++i) {
+            const int idx = base + i * kWarpSize + prim::lane_idx();
+            if (idx < end) prim::store_streaming(target + idx, held.vec[i]);
+        }
+    }
+}
+
+EP_DEVICE void place_row(const Params& p, const Unit& unit, const Token& token, uint32_t lanes, int row) {
+    constexpr int kStep = kReceiveUnroll * kWarpSize;
+    const int begin = unit.first_of(num_vecs(p)), end = unit.end_of(num_vecs(p));
+    store_row(p, lanes, row, begin, end, token.held);
+#pragma unroll 1
+    for (int base = begin + kStep; base < end; base += kStep)
+        store_row(p, lanes, row, base, end, load_row(token.slot, base, end));
+}
+
+// Scales stand word by word, each with those of all rows of its expert side by side.
+EP_DEVICE void place_scales(const Params& p, const Context& c, const Unit& unit, const Token& token,
+                            const Entries& entries, int row) {
+    const int num_words = num_scale_words(p), num_rows = c.num_rows_of_expert();
+    const int begin = unit.first_of(num_words), end = unit.end_of(num_words);
+#pragma unroll 1
+    for (int base = begin; base < end; base += kWarpSize) {
+        const int word = base + prim::lane_idx();
+        const uint32_t scale = base == begin ? token.scale : load_scale(p, unit, token.slot, base);
+#pragma unroll 1
+        for (uint32_t rest = entries.placed; rest != 0; rest &= rest - 1) {
+            const int lane = __ffs(static_cast<int>(rest)) - 1;
+            const int expert = __shfl_sync(kFullMask, entries.expert, lane);
+            const int row_of_expert = __shfl_sync(kFullMask, row, lane) - expert * num_rows;
+            const int64_t column = static_cast<int64_t>(expert) * num_words + word;
+            if (word < end) p.recv_scales[column * num_rows + row_of_expert] = scale;
+        }
+    }
+}
+
+// One warp, after find_counts: what these entries want of the token. `first`: which of its entries they are.
+EP_DEVICE void place_entries(const Params& p, const Context& c, const Unit& unit, const Counts& counts, int first,
+                             const Entries& entries, const Token& token) {
+    int row = -1;
+    if (entries.expert >= 0)
+        row = entries.expert * c.num_rows_of_expert() + counts.before(unit.source)[entries.expert] +
+              place_of(entries.entry);
+    if (const int k = first + prim::lane_idx(); unit.part == 0 && k < p.call.num_topk) {
+        const int64_t idx = static_cast<int64_t>(unit.source) * p.call.num_max_tokens + unit.token;
+        p.row_of_entry[idx * p.call.num_topk + k] = row;
+        if (entries.is_placed) p.src_info[row] = unit.token;
+    }
+    if (entries.placed == 0) return;
+    place_scales(p, c, unit, token, entries, row);
+    place_row(p, unit, token, entries.placed, row);
+}
+
+// One warp: the rest of the token, once the counts are known. Of a token that does not exist combine learns that it has no
+// rows.
+template <class Draw>
+EP_DEVICE void finish_token(const Params& p, const Context& c, const Unit& unit, const Counts& counts, Token& token,
+                            const Draw& draw) {
+    Entries entries = token.entries;
+#pragma unroll 1
+    for (int first = 0; first < p.call.num_topk; first += kWarpSize) {
+        if (first > 0) entries = choose_entries(c, unit, first, token.exists ? load_entry(c, unit, first) : -1);
+        if (entries.placed != 0 && token.slot == nullptr && wait_for_slot(c, unit)) load_slot(p, c, unit, token);
+        draw();
+        place_entries(p, c, unit, counts, first, entries, token);
+    }
+}
+
+// One warp, an expert for each lane: how many rows it gets, and from whom.
+EP_DEVICE void write_counts(const Params& p, const Context& c, const Counts& counts, int first_expert) {
+    const int expert = first_expert + prim::lane_idx();
+    if (expert >= c.num_local_experts()) return;
+#pragma unroll 1
+    for (int source = 0; source < c.num_ranks(); ++source) {
+        const int64_t first = counts.before(source)[expert];
+        p.layout_range[static_cast<int64_t>(expert) * c.num_ranks() + source] =
+            first << 32 | (counts.before(source + 1)[expert] - first);
+    }
+    const int num_rows = counts.before(c.num_ranks())[expert];
+    p.recv_count[expert] = num_rows;
+    if (p.cumulative_stats != nullptr) p.cumulative_stats[expert] += num_rows;
+}
+
+// A trip to memory is as long as a barrier is short: the block learns the counts together, while the slots of its first
+// tokens are under way.
+EP_DEVICE void receive(const Params& p, const Context& c, Block* block) {
+    const int num_tokens = c.num_ranks() * p.call.num_max_tokens;
+    const int num_parts = warps_for_item(num_tokens, kMaxWarpsForItem);
+    const int num_lists = (c.num_local_experts() + kWarpSize - 1) / kWarpSize;
+    const auto counts = Counts::make(c);
+    for_each_unit(c, block, num_tokens * num_parts + num_lists, [&](int idx, bool is_first, const auto& draw) {
+        const Unit unit = unit_of(c, idx, num_parts);
+        if (is_first) wait_for_tables(c, counts.is_here);
+        Token token = {};
+        if (unit.is_token) token = begin_token(p, c, unit, counts.is_here[unit.source] != 0);
+        if (is_first) find_counts(c, counts);
+        if (unit.is_token) finish_token(p, c, unit, counts, token, draw);
+        if (unit.is_list) write_counts(p, c, counts, unit.first_expert);
+    });
+}
+
+}  // namespace EP_BACKEND
+}  // namespace deep_ep::kernels::low_latency::dispatch

@@ -1,0 +1,143 @@
+// The send phase of dispatch: each token, cast, into its slot at every rank that has one of its experts, and one flag for
+// each; the last block begins with the routing table.
+#pragma once
+
+#include "device/algo/fp8.h"
+#include "device/algo/warp.h"
+#include "kernels/low_latency/routing_table.h"
+#include "kernels/low_latency/row.h"
+#include "kernels/low_latency/turn.h"
+
+namespace deep_ep::kernels::low_latency::dispatch {
+inline namespace EP_BACKEND {
+
+using Params = LowLatencyDispatchParams;
+
+constexpr int kGroupSize = 128;    // channels with one scale
+constexpr int kLanesPerGroup = 8;  // a lane's piece becomes 16 bytes of FP8
+static_assert(kLanesPerGroup * kVecsOfPiece * 8 == kGroupSize);
+
+// The destinations of a token among 32 ranks; lane i speaks for rank first_rank + i.
+struct Targets {
+    uint32_t lanes;
+    uint8_t* slot;  // this lane's
+};
+
+EP_DEVICE Pieces pieces_of(const Params& p) {
+    return p.payload == Payload::kFp8 ? Pieces::kNeighbours : Pieces::kHalves;
+}
+
+EP_DEVICE Piece load_input_piece(const Params& p, int token, int chunk) {
+    const auto* row = reinterpret_cast<const Vec16*>(p.x) + static_cast<int64_t>(token) * num_row_vecs(p.call);
+    return load_piece(pieces_of(p), num_chunk_vecs(p.call, chunk),
+                      [&](int vec) { return prim::load_input(row + chunk * kChunkVecs + vec); });
+}
+
+EP_DEVICE float largest_of(const Piece& piece) {
+    float largest = 0.0f;
+#pragma unroll
+    for (const Vec16& vec : piece.vec)
+#pragma unroll
+        for (uint32_t pair : vec.word)
+            largest = fmaxf(largest, fmaxf(fabsf(algo::bf16_low(pair)), fabsf(algo::bf16_high(pair))));
+    return largest;
+}
+
+EP_DEVICE Vec16 cast(const Piece& piece, float inverse) {
+    Vec16 packed = {};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const uint32_t pair = piece.vec[i / 4].word[i % 4];
+        packed.word[i / 2] |= algo::fp8_e4m3_pair(algo::bf16_low(pair) * inverse, algo::bf16_high(pair) * inverse)
+                              << (16 * (i % 2));
+    }
+    return packed;
+}
+
+// One warp: a chunk, cast and written to every target.
+EP_DEVICE void send_fp8(const Params& p, const Piece& piece, int chunk, const Targets& targets) {
+    float largest = largest_of(piece);
+#pragma unroll
+    for (int distance = 1; distance < kLanesPerGroup; distance *= 2)
+        largest = fmaxf(largest, __shfl_xor_sync(kFullMask, largest, distance));
+    const algo::Fp8Scale scale = algo::fp8_scale(largest, p.rounds_scales);
+    const Vec16 packed = cast(piece, scale.inverse);
+    const int vec = chunk * kWarpSize + prim::lane_idx();  // of the row in FP8
+    for (uint32_t rest = targets.lanes; rest != 0; rest &= rest - 1) {
+        uint8_t* slot = algo::broadcast_pointer(targets.slot, __ffs(static_cast<int>(rest)) - 1);
+        if (vec * kVecsOfPiece >= num_row_vecs(p.call)) continue;
+        prim::store_streaming(reinterpret_cast<Vec16*>(slot) + vec, packed);
+        if (vec % kLanesPerGroup == 0)
+            *reinterpret_cast<float*>(slot + p.call.message.scales.at(vec / kLanesPerGroup)) = scale.scale;
+    }
+}
+
+EP_DEVICE void send_bf16(const Params& p, const Piece& piece, int chunk, const Targets& targets) {
+    for (uint32_t rest = targets.lanes; rest != 0; rest &= rest - 1) {
+        uint8_t* slot = algo::broadcast_pointer(targets.slot, __ffs(static_cast<int>(rest)) - 1);
+        store_piece(Pieces::kHalves, num_chunk_vecs(p.call, chunk), piece,
+                    reinterpret_cast<Vec16*>(slot) + chunk * kChunkVecs);
+    }
+}
+
+// What a warp loads of a token before it knows anything about the call.
+struct Head {
+    Piece piece;  // of the warp's first chunk
+    int64_t id;   // this lane's of the first 32 entries
+};
+
+EP_DEVICE Ids ids_of(const Params& p) { return {p.topk_idx, p.idx_bytes}; }
+
+EP_DEVICE Head load_head(const Params& p, const Context& c, int token) {
+    if (token >= p.num_tokens) return {};
+    return {load_input_piece(p, token, prim::warp_idx()), ids_of(p).load(c, token, 0)};
+}
+
+// The whole block: one token to all ranks that need it.
+EP_DEVICE void send_token(const Params& p, const Context& c, int token, const Head& head) {
+#pragma unroll 1
+    for (int first = 0; first < c.num_ranks(); first += kWarpSize) {
+        const bool is_sent = is_destination(c, ids_of(p), head.id, token, first);
+        const int rank = first + prim::lane_idx();
+        const Targets targets{__ballot_sync(kFullMask, is_sent), is_sent ? c.slot(rank, c.rank(), token) : nullptr};
+#pragma unroll 1
+        for (int chunk = prim::warp_idx(); chunk < num_chunks(p.call); chunk += num_warps()) {
+            const Piece piece = chunk == prim::warp_idx() ? head.piece : load_input_piece(p, token, chunk);
+            if (p.payload == Payload::kFp8)
+                send_fp8(p, piece, chunk, targets);
+            else
+                send_bf16(p, piece, chunk, targets);
+        }
+        __syncthreads();  // every warp's part of the row, warp 0's releases
+        // Pairs with: wait_for_slot at the destination.
+        if (prim::warp_idx() == 0 && is_sent)
+            prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.token_full(rank, c.bank, c.rank(), token),
+                                                      c.watch.call);
+    }
+}
+
+// The last block makes the routing table, and sends tokens only where it is alone.
+EP_DEVICE void send(const Params& p, Context& c, Block* block) {
+    const bool has_table = blockIdx.x == gridDim.x - 1;
+    const int num_senders = gridDim.x > 1 ? static_cast<int>(gridDim.x) - 1 : 1;
+    const int first = static_cast<int>(blockIdx.x) < num_senders ? static_cast<int>(blockIdx.x) : p.num_tokens;
+    const Choice choice{ids_of(p), p.num_tokens};
+    const auto sets = TokenSets::make(p.call.num_experts, p.num_set_words);
+    Experts experts = {};
+    Head head = load_head(p, c, first);
+    if (has_table) experts = begin_routing_table(c, choice, sets);
+    begin_send(c, block);
+    const bool is_ready = block->is_ready != 0;
+    if (is_ready && has_table) send_routing_table(c, choice, sets, experts);
+#pragma unroll 1
+    for (int token = first; is_ready && token < p.num_tokens; token += num_senders) {
+        const Head next = load_head(p, c, token + num_senders);
+        send_token(p, c, token, head);
+        head = next;
+    }
+    if (block->is_first != 0 && is_last_warp()) publish_ended(c);
+    end_send(c, block);
+}
+
+}  // namespace EP_BACKEND
+}  // namespace deep_ep::kernels::low_latency::dispatch
