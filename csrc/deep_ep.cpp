@@ -68,14 +68,15 @@ void bind_errors(py::module_& m) {
 }
 
 void bind_config(py::module_& m) {
-    py::class_<Config>(m, "Config")
+    py::class_<Config>(m, "Config",
+                       "Sizes for the high-throughput calls: the SM budget, and how many tokens a chunk has.")
         .def(py::init<int, int, int, int, int>(), py::arg("num_sms") = 20,
              py::arg("num_max_nvl_chunked_send_tokens") = 6, py::arg("num_max_nvl_chunked_recv_tokens") = 256,
              py::arg("num_max_rdma_chunked_send_tokens") = 6, py::arg("num_max_rdma_chunked_recv_tokens") = 256)
         .def("get_nvl_buffer_size_hint", &Config::get_nvl_buffer_size_hint, py::arg("hidden_bytes"),
-             py::arg("num_ranks"))
+             py::arg("num_ranks"), "Bytes of num_nvl_bytes for rows of `hidden_bytes`, a multiple of 128.")
         .def("get_rdma_buffer_size_hint", &Config::get_rdma_buffer_size_hint, py::arg("hidden_bytes"),
-             py::arg("num_ranks"))
+             py::arg("num_ranks"), "Bytes of num_rdma_bytes for the same calls: 0 within a node.")
         .def_readonly("num_sms", &Config::num_sms);
 }
 
