@@ -83,7 +83,7 @@ EP_DEVICE_COLD bool wait_for_peer(const LowLatencyCall* call, algo::Watch watch,
                                   const uint64_t* flag, uint64_t expected) {
     if (is_masked(*call, peer)) return false;
     const auto on_timeout = call->is_shrinkable ? algo::OnTimeout::kGiveUp : algo::OnTimeout::kFail;
-    if (algo::wait_at_least<Order::kAcquire>(watch, {stage, peer}, flag, expected, on_timeout)) return true;
+    if (algo::wait_at_least(watch, {stage, peer}, flag, expected, on_timeout)) return true;
     if (call->is_shrinkable) prim::store<Order::kRelaxed, Scope::kGpu>(&call->masked[peer], 1);
     return false;
 }
