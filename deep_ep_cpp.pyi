@@ -104,23 +104,26 @@ class Buffer:
                             stream: int) -> None:
         """int32[R], int32[E], bool[N,R] outputs."""
 
-    def notify_dispatch(self, num_tokens_per_rank: int, num_tokens_per_expert: int, is_token_in_rank: int,
-                        num_tokens: int, num_experts: int, expert_alignment: int, rank_prefix_matrix: int,
-                        send_head: int, wants_host_counts: bool, stream: int) -> None:
-        """Exchanges counts. Writes rank_prefix_matrix int32[R,R] (inclusive over sources, [src][dst]) and send_head
-        int32[N,R] (position of the token among those this rank sends to that rank, -1: not sent)."""
+    def notify_dispatch(self, num_tokens_per_rank: int, num_tokens_per_expert: int, num_experts: int,
+                        expert_alignment: int, rank_prefix_matrix: int, stream: int) -> None:
+        """Exchanges counts. Writes rank_prefix_matrix int32[R,R] (inclusive over sources, [src][dst])."""
 
     def wait_counts(self) -> Tuple[int, List[int]]:
-        """After notify_dispatch(wants_host_counts=True): (received rows, aligned counts of the local experts)."""
+        """After notify_dispatch: (received rows, aligned counts of the local experts)."""
 
     def dispatch(self, x: int, num_tokens: int, row_bytes: int, scales: int, num_scales: int,
                  scale_stride_token: int, scale_stride_scale: int, topk_idx: int, topk_weights: int, num_topk: int,
-                 idx_bytes: int, num_experts: int, rank_prefix_matrix: int, send_head: int, recv_x: int,
-                 recv_scales: int, recv_topk_idx: int, recv_topk_weights: int, recv_src_idx: int, num_recv_rows: int,
-                 is_worst_case: bool, is_cached: bool, num_sms: int, stream: int) -> None:
+                 idx_bytes: int, num_experts: int, is_cached: bool, num_tokens_per_rank: int,
+                 num_tokens_per_expert: int, is_token_in_rank: int, rank_prefix_matrix: int, send_head: int,
+                 recv_x: int, recv_scales: int, recv_topk_idx: int, recv_topk_weights: int, recv_src_idx: int,
+                 num_recv_rows: int, is_worst_case: bool, num_sms: int, stream: int) -> None:
         """Moves the tokens to their rows. Scales are 4-byte elements, strides in elements. `num_recv_rows` is the
         number of rows the recv_* tensors hold; with `is_worst_case` fewer may arrive and the tail of recv_topk_idx is
-        filled with -1, of recv_topk_weights with 0. `is_cached`: no notify_dispatch came before."""
+        filled with -1, of recv_topk_weights with 0.
+
+        `is_cached`: rank_prefix_matrix and send_head are those of an earlier call. Otherwise send_head int32[N,R] is
+        written (position of the token among those this rank sends to that rank, -1: not sent). Counts that are not 0:
+        no notify_dispatch came before; the call exchanges them itself and writes rank_prefix_matrix."""
 
     def combine(self, x: int, num_rows: int, hidden: int, topk_weights: int, num_topk: int, bias_0: int, bias_1: int,
                 rank_prefix_matrix: int, send_head: int, num_tokens: int, combined_x: int,

@@ -133,18 +133,13 @@ void get_dispatch_layout(Buffer& buffer, uintptr_t topk_idx, int idx_bytes, int 
                                pointer<void>(stream));
 }
 
-void notify_dispatch(Buffer& buffer, uintptr_t num_tokens_per_rank, uintptr_t num_tokens_per_expert,
-                     uintptr_t is_token_in_rank, int num_tokens, int num_experts, int expert_alignment,
-                     uintptr_t rank_prefix_matrix, uintptr_t send_head, bool wants_host_counts, uintptr_t stream) {
+void notify_dispatch(Buffer& buffer, uintptr_t num_tokens_per_rank, uintptr_t num_tokens_per_expert, int num_experts,
+                     int expert_alignment, uintptr_t rank_prefix_matrix, uintptr_t stream) {
     buffer.notify_dispatch({.num_tokens_per_rank = pointer<int>(num_tokens_per_rank),
                             .num_tokens_per_expert = pointer<int>(num_tokens_per_expert),
-                            .is_token_in_rank = pointer<uint8_t>(is_token_in_rank),
-                            .num_tokens = num_tokens,
                             .num_experts = num_experts,
                             .expert_alignment = expert_alignment,
-                            .rank_prefix_matrix = pointer<int>(rank_prefix_matrix),
-                            .send_head = pointer<int>(send_head),
-                            .wants_host_counts = wants_host_counts},
+                            .rank_prefix_matrix = pointer<int>(rank_prefix_matrix)},
                            pointer<void>(stream));
 }
 
@@ -159,9 +154,10 @@ py::tuple wait_counts(Buffer& buffer) {
 
 void dispatch(Buffer& buffer, uintptr_t x, int num_tokens, int64_t row_bytes, uintptr_t scales, int num_scales,
               int64_t scale_stride_token, int64_t scale_stride_scale, uintptr_t topk_idx, uintptr_t topk_weights,
-              int num_topk, int idx_bytes, int num_experts, uintptr_t rank_prefix_matrix, uintptr_t send_head,
-              uintptr_t recv_x, uintptr_t recv_scales, uintptr_t recv_topk_idx, uintptr_t recv_topk_weights,
-              uintptr_t recv_src_idx, int num_recv_rows, bool is_worst_case, bool is_cached, int num_sms,
+              int num_topk, int idx_bytes, int num_experts, bool is_cached, uintptr_t num_tokens_per_rank,
+              uintptr_t num_tokens_per_expert, uintptr_t is_token_in_rank, uintptr_t rank_prefix_matrix,
+              uintptr_t send_head, uintptr_t recv_x, uintptr_t recv_scales, uintptr_t recv_topk_idx,
+              uintptr_t recv_topk_weights, uintptr_t recv_src_idx, int num_recv_rows, bool is_worst_case, int num_sms,
               uintptr_t stream) {
     buffer.dispatch({.x = pointer<uint8_t>(x),
                      .num_tokens = num_tokens,
@@ -175,6 +171,10 @@ void dispatch(Buffer& buffer, uintptr_t x, int num_tokens, int64_t row_bytes, ui
                      .num_topk = num_topk,
                      .idx_bytes = idx_bytes,
                      .num_experts = num_experts,
+                     .is_cached = is_cached,
+                     .num_tokens_per_rank = pointer<int>(num_tokens_per_rank),
+                     .num_tokens_per_expert = pointer<int>(num_tokens_per_expert),
+                     .is_token_in_rank = pointer<uint8_t>(is_token_in_rank),
                      .rank_prefix_matrix = pointer<int>(rank_prefix_matrix),
                      .send_head = pointer<int>(send_head),
                      .recv_x = pointer<uint8_t>(recv_x),
@@ -183,8 +183,7 @@ void dispatch(Buffer& buffer, uintptr_t x, int num_tokens, int64_t row_bytes, ui
                      .recv_topk_weights = pointer<float>(recv_topk_weights),
                      .recv_src_idx = pointer<int>(recv_src_idx),
                      .num_recv_rows = num_recv_rows,
-                     .is_worst_case = is_worst_case,
-                     .is_cached = is_cached},
+                     .is_worst_case = is_worst_case},
                     num_sms, pointer<void>(stream));
 }
 

@@ -124,11 +124,11 @@ def dispatch_fresh(session: Session, x: Payload, routing: Routing, expert_alignm
             if num_worst_tokens:
                 received = _receive_outputs(session, rows, scales, routing, num_worst_tokens, operation)
         operation.start((rows, scales, *routing), (rank_prefix_matrix, send_head))
-        session.runtime.notify_dispatch(routing.num_tokens_per_rank.data_ptr(),
-                                        routing.num_tokens_per_expert.data_ptr(), routing.is_token_in_rank.data_ptr(),
-                                        num_tokens, num_experts, expert_alignment, rank_prefix_matrix.data_ptr(),
-                                        send_head.data_ptr(), received is None, operation.stream)
+        counts = routing.num_tokens_per_rank.data_ptr(), routing.num_tokens_per_expert.data_ptr()
         if received is None:
+            session.runtime.notify_dispatch(*counts, num_experts, expert_alignment, rank_prefix_matrix.data_ptr(),
+                                            operation.stream)
+            counts = 0, 0
             num_rows, per_expert = session.runtime.wait_counts()
             with operation.allocation():
                 received = _receive_outputs(session, rows, scales, routing, num_rows, operation)
@@ -136,8 +136,8 @@ def dispatch_fresh(session: Session, x: Payload, routing: Routing, expert_alignm
         operation.add((*outputs, recv_src_idx))
         unused = session.unused_matrix
         handle = (rank_prefix_matrix, unused, unused, recv_src_idx, routing.is_token_in_rank, send_head)
-        _send_rows(session, rows, scales, routing, num_experts, rank_prefix_matrix, send_head, recv_src_idx, outputs,
-                   num_rows, num_worst_tokens > 0, num_sms, operation)
+        _send_rows(session, rows, scales, routing, num_experts, counts, rank_prefix_matrix, send_head, recv_src_idx,
+                   outputs, num_rows, num_worst_tokens > 0, num_sms, operation)
         event = close_operation(operation)
     session.known_handles.add((num_tokens, num_rows), send_head, rank_prefix_matrix, recv_src_idx)
     return outputs.payload(), outputs.topk_idx, outputs.topk_weights, per_expert, handle, event
@@ -157,7 +157,7 @@ def dispatch_cached(session: Session, x: Payload, handle: Any, num_sms: int, pre
             outputs, _ = _receive_outputs(session, rows, scales, None, num_rows, operation)
         operation.start((rows, scales, rank_prefix_matrix, send_head), outputs)
         # The handle may come from a worst-case dispatch: fewer rows than it has room for are no error.
-        _send_rows(session, rows, scales, None, 0, rank_prefix_matrix, send_head, None, outputs, num_rows, True,
+        _send_rows(session, rows, scales, None, 0, (0, 0), rank_prefix_matrix, send_head, None, outputs, num_rows, True,
                    num_sms, operation)
         event = close_operation(operation)
     return outputs.payload(), None, None, None, None, event
@@ -355,7 +355,7 @@ def _lent_outputs(lender: Lender, rows: torch.Tensor, scales: Optional[torch.Ten
 
 
 def _send_rows(session: Session, rows: torch.Tensor, scales: Optional[torch.Tensor], routing: Optional[Routing],
-               num_experts: int, rank_prefix_matrix: torch.Tensor, send_head: torch.Tensor,
+               num_experts: int, counts: tuple[int, int], rank_prefix_matrix: torch.Tensor, send_head: torch.Tensor,
                recv_src_idx: Optional[torch.Tensor], outputs: Outputs, num_rows: int, is_worst_case: bool, num_sms: int,
                operation: Operation) -> None:
     topk_idx = topk_weights = None
@@ -369,7 +369,8 @@ def _send_rows(session: Session, rows: torch.Tensor, scales: Optional[torch.Tens
         num_scales, stride_token, stride_scale = scales.shape[1], scales.stride(0), scales.stride(1)
     session.runtime.dispatch(rows.data_ptr(), num_tokens,
                              hidden * rows.element_size(), _ptr(scales), num_scales, stride_token, stride_scale,
-                             _ptr(topk_idx), _ptr(topk_weights), num_topk, idx_bytes, num_experts,
+                             _ptr(topk_idx), _ptr(topk_weights), num_topk, idx_bytes, num_experts, routing is None,
+                             *counts, 0 if routing is None else routing.is_token_in_rank.data_ptr(),
                              rank_prefix_matrix.data_ptr(), send_head.data_ptr(), outputs.x.data_ptr(),
                              _ptr(outputs.scales), _ptr(outputs.topk_idx), _ptr(outputs.topk_weights),
-                             _ptr(recv_src_idx), num_rows, is_worst_case, routing is None, num_sms, operation.stream)
+                             _ptr(recv_src_idx), num_rows, is_worst_case, num_sms, operation.stream)

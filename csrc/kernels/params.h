@@ -34,6 +34,10 @@ constexpr int kMaxCombineThreads = 384;
 constexpr int kMaxLayoutThreads = 256;
 constexpr int kMaxNotifyThreads = 256;
 
+// Bytes of static shared memory of the main kernels, besides their stages.
+constexpr int kMaxDispatchState = 3200;
+constexpr int kMaxCombineState = 256;
+
 // How many threads work, and through what. Chosen by the runtime from the SM budget and the shape.
 struct Geometry {
     int num_blocks;
@@ -62,13 +66,11 @@ struct NotifyDispatchParams {
     WatchParams watch;
     const int* num_tokens_per_rank;
     const int* num_tokens_per_expert;
-    const uint8_t* is_token_in_rank;
-    int num_tokens, num_experts, expert_alignment;
-    int* rank_prefix_matrix;     // [num_ranks, num_ranks], [src][dst], inclusive over src
-    int* send_head;              // [num_tokens, num_ranks]
-    layout::HostCounts* counts;  // null: the host does not wait
+    int num_local_experts, expert_alignment;
+    int* rank_prefix_matrix;  // [num_ranks, num_ranks], [src][dst], inclusive over src
+    layout::HostCounts* counts;
     uint64_t ticket;
-    int num_threads;  // of a block
+    int num_threads;
 };
 
 struct DispatchParams {
@@ -77,7 +79,7 @@ struct DispatchParams {
     Geometry geometry;
     layout::SlotLayout slot;
     layout::WindowLayout window;
-    bool is_first_kernel;  // of this call (no notify before it): announce it to the peers
+    bool is_first_kernel;  // of this call (no notify_dispatch before it): announce it to the peers
     bool may_lend;         // some rank may: loans are stated in this call
     layout::Loan loan;     // of the outputs below
 
@@ -90,8 +92,12 @@ struct DispatchParams {
     const void* topk_idx;
     const float* topk_weights;
     int num_topk, idx_bytes, num_local_experts;
-    const int* rank_prefix_matrix;
-    const int* send_head;
+    // Null: the counts have been exchanged before, and rank_prefix_matrix is known.
+    const int* num_tokens_per_rank;
+    const int* num_tokens_per_expert;
+    const uint8_t* is_token_in_rank;  // null: nothing to scan, send_head is known
+    int* rank_prefix_matrix;
+    int* send_head;
 
     uint8_t* recv_x;
     uint32_t* recv_scales;  // [rows, num_scales]

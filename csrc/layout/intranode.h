@@ -21,6 +21,11 @@ constexpr int kMaxRanks = 128;  // whose heaps are mapped here: their addresses 
 // A flag says which row of which call it speaks of, so that it never needs clearing: flags only grow.
 constexpr uint64_t make_tag(uint64_t call, uint64_t position) { return call << 24 | (position + 1); }
 
+// A count on its way to a peer. The call that it belongs to stands in the same word, so that it needs no flag and no order.
+constexpr uint64_t make_count(uint64_t call, int count) { return call << 32 | static_cast<uint32_t>(count); }
+constexpr bool is_count_of(uint64_t word, uint64_t call) { return word >> 32 == (call & 0xffffffffu); }
+constexpr int count_in(uint64_t word) { return static_cast<int>(static_cast<uint32_t>(word)); }
+
 // What a rank lends to its peers for one call, as offsets into its heap (0: not lent). A dispatch lends its outputs, and
 // peers write rows where they stay; a combine lends its input, and peers read rows where they stand.
 struct Loan {
@@ -29,6 +34,7 @@ struct Loan {
     uint64_t topk_idx = 0;
     uint64_t topk_weights = 0;
     uint64_t src_idx = 0;
+    uint64_t num_rows = 0;  // that the memory at each of these has room for
 };
 
 // Words that ranks write into each other's memory to coordinate. [x][y] is row-major.
@@ -36,9 +42,8 @@ struct ControlLayout {
     Field started;        // u64[R]: the last call that this source has entered; written by the source
     Field abort;          // u64[1]: not zero: some rank gave up (AbortCode)
     Field left;           // u64[R]: not zero: this peer has unmapped our memory; written by the host
-    Field count_flags;    // u64[banks][R]: the call whose counts this source has written
-    Field rank_counts;    // i32[banks][R][R]: tokens that source i sends to each rank
-    Field expert_counts;  // i32[banks][R][kMaxLocalExperts]: entries that source i has for our experts
+    Field rank_counts;    // u64[banks][R][R]: tokens that source i sends to each rank, as make_count writes them
+    Field expert_counts;  // u64[banks][R][kMaxLocalExperts]: entries that source i has for our experts, likewise
     Field full;           // u64[banks][R][kMaxWindow]: the row that source i has put into this slot of ours
     Field empty;          // u64[banks][R][kMaxWindow]: the row of ours that rank i has taken out of this slot of its
     Field loan_flags;     // u64[banks][R]: the call whose loan this lender has stated
@@ -54,9 +59,8 @@ struct ControlLayout {
         layout.started = cursor.take(8, num_ranks, kHeapAlignment);
         layout.abort = cursor.take(8, 1, kHeapAlignment);
         layout.left = cursor.take(8, num_ranks, kHeapAlignment);
-        layout.count_flags = cursor.take(8, kNumBanks * num_ranks, kHeapAlignment);
-        layout.rank_counts = cursor.take(4, kNumBanks * num_ranks * num_ranks, kHeapAlignment);
-        layout.expert_counts = cursor.take(4, kNumBanks * num_ranks * kMaxLocalExperts, kHeapAlignment);
+        layout.rank_counts = cursor.take(8, kNumBanks * num_ranks * num_ranks, kHeapAlignment);
+        layout.expert_counts = cursor.take(8, kNumBanks * num_ranks * kMaxLocalExperts, kHeapAlignment);
         layout.full = cursor.take(8, kNumBanks * num_ranks * kMaxWindow, kHeapAlignment);
         layout.empty = cursor.take(8, kNumBanks * num_ranks * kMaxWindow, kHeapAlignment);
         layout.loan_flags = cursor.take(8, kNumBanks * num_ranks, kHeapAlignment);

@@ -16,7 +16,6 @@ constexpr int kMaxStagedRanks = 32 - kernels::kMaxBiases;
 constexpr int kMaxStages = 4;
 constexpr int kReduceWarps = 8;
 constexpr int kLentWeightShare = 64;         // of the lent bytes, one in so many holds copies of weights
-constexpr int kStaticSharedBytes = 256;      // at most, of the same kernels
 constexpr double kStartGraceSeconds = 30.0;  // for kernels queued before ours, on top of the kernel's own deadline
 
 // Host-mapped words are written by kernels; the host reads them as the other side of a release.
@@ -121,7 +120,7 @@ kernels::WatchParams Buffer::watch_params() const {
             to_ns(options_.warn_s)};
 }
 
-int Buffer::shared_bytes() const { return device_->max_shared_bytes() - kStaticSharedBytes; }
+int Buffer::stage_room(int state_bytes) const { return device_->max_shared_bytes() - state_bytes; }
 
 // Rows through registers: enough warps to have many loads under way.
 kernels::Geometry Buffer::plan_plain(int num_sms, int max_threads) const {
@@ -152,7 +151,8 @@ kernels::Geometry Buffer::plan_dispatch(int num_sms, const layout::SlotLayout& s
     }
     const layout::Staging stage{1, static_cast<int>(layout::bulk_bytes(slot.scales.end())) + layout::kPositionBytes};
     kernels::Geometry staged = plain;
-    staged.send = {std::min(shared_bytes() / (plain.num_send_warps * stage.bytes()), kMaxStages), stage.stage_bytes};
+    const int room = stage_room(kernels::kMaxDispatchState);
+    staged.send = {std::min(room / (plain.num_send_warps * stage.bytes()), kMaxStages), stage.stage_bytes};
     return staged.send.num_stages >= 2 && can_stage(staged) ? staged : plain;
 }
 
@@ -160,14 +160,15 @@ kernels::Geometry Buffer::plan_dispatch(int num_sms, const layout::SlotLayout& s
 kernels::Geometry Buffer::plan_combine(int num_sms, const layout::SlotLayout& slot, bool is_lent) const {
     kernels::Geometry plain = plan_plain(num_sms, kernels::kMaxCombineThreads);
     if (is_lent) plain.num_recv_warps += std::exchange(plain.num_send_warps, 0);
+    const int room = stage_room(kernels::kMaxCombineState);
     layout::Staging recv{layout::kReduceStages, layout::kReduceStageBytes};
     if (is_lent) {
         const kernels::Geometry lent{plain.num_blocks, 0, plain.num_recv_warps, {}, recv};
-        return lent.num_recv_warps * recv.bytes() <= shared_bytes() && can_stage(lent) ? lent : plain;
+        return lent.num_recv_warps * recv.bytes() <= room && can_stage(lent) ? lent : plain;
     }
     const int reduce_warps = device_->kind() == dev::DeviceKind::kCuda ? kReduceWarps : plain.num_recv_warps;
     const layout::Staging send{1, static_cast<int>(layout::bulk_bytes(slot.topk_weights.end()))};
-    const int fitting = (shared_bytes() - reduce_warps * recv.bytes()) / send.bytes();
+    const int fitting = (room - reduce_warps * recv.bytes()) / send.bytes();
     const int max_warps = std::min(kernels::kMaxCombineThreads, device_->useful_block_threads()) / 32;
     const int send_warps = std::min(max_warps - reduce_warps, fitting / 2);
     if (send_warps <= 0) return plain;
@@ -193,8 +194,9 @@ uint64_t Buffer::lent_offset(const void* address) const {
 
 layout::Loan Buffer::loan_for(const DispatchArgs& args) const {
     if (!may_lend()) return {};
-    const layout::Loan loan{lent_offset(args.recv_x), lent_offset(args.recv_scales), lent_offset(args.recv_topk_idx),
-                            lent_offset(args.recv_topk_weights), lent_offset(args.recv_src_idx)};
+    const layout::Loan loan{lent_offset(args.recv_x),        lent_offset(args.recv_scales),
+                            lent_offset(args.recv_topk_idx), lent_offset(args.recv_topk_weights),
+                            lent_offset(args.recv_src_idx),  static_cast<uint64_t>(args.num_recv_rows)};
     if (loan.x == 0) return {};
     const auto is_lent = [](const void* address, uint64_t offset) { return address == nullptr || offset != 0; };
     EP_CHECK((args.num_scales == 0 || loan.scales != 0) &&
@@ -206,7 +208,7 @@ layout::Loan Buffer::loan_for(const DispatchArgs& args) const {
 
 layout::Loan Buffer::loan_for(const CombineArgs& args) const {
     if (!may_lend()) return {};
-    layout::Loan loan{.x = lent_offset(args.x)};
+    layout::Loan loan{.x = lent_offset(args.x), .num_rows = static_cast<uint64_t>(args.num_rows)};
     if (loan.x == 0 || args.num_topk == 0) return loan;
     const uint64_t weight_bytes =
         sizeof(float) * static_cast<uint64_t>(args.num_rows) * static_cast<uint64_t>(args.num_topk);
@@ -252,31 +254,28 @@ void Buffer::get_dispatch_layout(const LayoutArgs& args, dev::Stream stream) {
                      num_blocks, stream);
 }
 
+void Buffer::check_counted_experts(int num_experts) const {
+    EP_CHECK(num_experts > 0 && num_experts % options_.num_ranks == 0,
+             "num_experts must be a positive multiple of the number of ranks (", options_.num_ranks, "), got ",
+             num_experts);
+    EP_CHECK(num_experts / options_.num_ranks <= layout::kMaxLocalExperts, "a rank can have at most ",
+             layout::kMaxLocalExperts, " experts, got ", num_experts / options_.num_ranks);
+}
+
 void Buffer::notify_dispatch(const NotifyArgs& args, dev::Stream stream) {
     check();
-    check_tokens(args.num_tokens);
-    EP_CHECK(args.num_experts > 0 && args.num_experts % options_.num_ranks == 0,
-             "num_experts must be a positive multiple of the number of ranks (", options_.num_ranks, "), got ",
-             args.num_experts);
-    EP_CHECK(args.num_experts / options_.num_ranks <= layout::kMaxLocalExperts, "a rank can have at most ",
-             layout::kMaxLocalExperts, " experts, got ", args.num_experts / options_.num_ranks);
+    check_counted_experts(args.num_experts);
     EP_CHECK(args.expert_alignment > 0, "expert_alignment must be positive, got ", args.expert_alignment);
-    if (args.wants_host_counts) {
-        ++ticket_;
-        num_local_experts_ = args.num_experts / options_.num_ranks;
-    }
-    auto* counts = static_cast<layout::HostCounts*>(counts_memory_.device);
+    ++ticket_;
+    num_local_experts_ = args.num_experts / options_.num_ranks;
     kernels_->notify_dispatch({.heap = heap_params(),
                                .watch = watch_params(),
                                .num_tokens_per_rank = args.num_tokens_per_rank,
                                .num_tokens_per_expert = args.num_tokens_per_expert,
-                               .is_token_in_rank = args.is_token_in_rank,
-                               .num_tokens = args.num_tokens,
-                               .num_experts = args.num_experts,
+                               .num_local_experts = num_local_experts_,
                                .expert_alignment = args.expert_alignment,
                                .rank_prefix_matrix = args.rank_prefix_matrix,
-                               .send_head = args.send_head,
-                               .counts = args.wants_host_counts ? counts : nullptr,
+                               .counts = static_cast<layout::HostCounts*>(counts_memory_.device),
                                .ticket = ticket_,
                                .num_threads = std::min(kernels::kMaxNotifyThreads, device_->useful_block_threads())},
                               stream);
@@ -308,6 +307,8 @@ void Buffer::dispatch(const DispatchArgs& args, int num_sms, dev::Stream stream)
     check();
     check_tokens(args.num_tokens);
     check_row(args.row_bytes);
+    const bool exchanges_counts = args.num_tokens_per_rank != nullptr;
+    if (exchanges_counts) check_counted_experts(args.num_experts);
     const auto slot =
         layout::SlotLayout::for_dispatch(static_cast<uint64_t>(args.row_bytes), static_cast<uint64_t>(args.num_topk),
                                          static_cast<uint64_t>(args.num_scales));
@@ -317,7 +318,7 @@ void Buffer::dispatch(const DispatchArgs& args, int num_sms, dev::Stream stream)
                         .geometry = plan_dispatch(num_sms, slot, loan.x != 0),
                         .slot = slot,
                         .window = window_for(slot, "dispatch"),
-                        .is_first_kernel = args.is_cached,
+                        .is_first_kernel = args.is_cached || exchanges_counts,
                         .may_lend = may_lend(),
                         .loan = loan,
                         .x = args.x,
@@ -332,6 +333,9 @@ void Buffer::dispatch(const DispatchArgs& args, int num_sms, dev::Stream stream)
                         .num_topk = args.num_topk,
                         .idx_bytes = args.idx_bytes,
                         .num_local_experts = args.num_experts / options_.num_ranks,
+                        .num_tokens_per_rank = args.num_tokens_per_rank,
+                        .num_tokens_per_expert = args.num_tokens_per_expert,
+                        .is_token_in_rank = args.is_cached ? nullptr : args.is_token_in_rank,
                         .rank_prefix_matrix = args.rank_prefix_matrix,
                         .send_head = args.send_head,
                         .recv_x = args.recv_x,

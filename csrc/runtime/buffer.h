@@ -55,11 +55,8 @@ struct LayoutArgs {
 struct NotifyArgs {
     const int* num_tokens_per_rank;
     const int* num_tokens_per_expert;
-    const uint8_t* is_token_in_rank;
-    int num_tokens, num_experts, expert_alignment;
+    int num_experts, expert_alignment;
     int* rank_prefix_matrix;
-    int* send_head;
-    bool wants_host_counts;
 };
 
 struct DispatchArgs {
@@ -72,8 +69,12 @@ struct DispatchArgs {
     const void* topk_idx;
     const float* topk_weights;
     int num_topk, idx_bytes, num_experts;
-    const int* rank_prefix_matrix;
-    const int* send_head;
+    bool is_cached;                    // the routing is that of an earlier call: the next three are null
+    const int* num_tokens_per_rank;    // null: notify_dispatch has exchanged the counts
+    const int* num_tokens_per_expert;  // likewise
+    const uint8_t* is_token_in_rank;
+    int* rank_prefix_matrix;  // filled in where this call exchanges the counts
+    int* send_head;           // filled in unless is_cached
     uint8_t* recv_x;
     uint32_t* recv_scales;
     void* recv_topk_idx;
@@ -81,7 +82,6 @@ struct DispatchArgs {
     int* recv_src_idx;
     int num_recv_rows;
     bool is_worst_case;
-    bool is_cached;  // no notify_dispatch came before
 };
 
 struct CombineArgs {
@@ -155,7 +155,7 @@ public:
 
     void get_dispatch_layout(const LayoutArgs& args, dev::Stream stream);
     void notify_dispatch(const NotifyArgs& args, dev::Stream stream);
-    // After notify_dispatch(wants_host_counts): waits until the counts of all ranks have arrived.
+    // After notify_dispatch: waits until the counts of all ranks have arrived.
     RecvCounts wait_counts();
     void dispatch(const DispatchArgs& args, int num_sms, dev::Stream stream);
     void combine(const CombineArgs& args, int num_sms, dev::Stream stream);
@@ -192,6 +192,7 @@ public:
 
 private:
     void require_usable() const;
+    void check_counted_experts(int num_experts) const;
     LowLatencyGrid plan_low_latency(int hidden) const;
     kernels::LowLatencyCall low_latency_call(const LowLatencyShape& shape, const layout::LowLatencyMessage& message,
                                              int64_t* wait_stats) const;
@@ -211,7 +212,7 @@ private:
     layout::Loan loan_for(const CombineArgs& args) const;
     bool may_lend() const { return options_.num_lend_bytes > 0 && options_.num_ranks > 1; }
     bool can_stage(const kernels::Geometry& geometry) const;
-    int shared_bytes() const;  // dynamic, that a block of dispatch or combine can have
+    int stage_room(int state_bytes) const;  // dynamic shared memory that a block can have
     int max_layout_counts() const;
     layout::WindowLayout window_for(const layout::SlotLayout& slot, const char* operation) const;
     std::vector<uint64_t> read_started(layout::Operation operation) const;
@@ -233,9 +234,9 @@ private:
     uint64_t* wait_ns_ = nullptr;  // [num_ranks], then [num_ranks] of LowLatencyCall::decisions
     uint64_t num_low_latency_sends_ = 0;
     uint64_t open_low_latency_calls_[layout::kNumLowLatencyBanks] = {};  // ticket of the open call in each; 0: none
-    uint64_t ticket_ = 0;        // of the last notify_dispatch whose counts the host wanted
-    int num_local_experts_ = 0;  // in that one
-    std::string failure_;        // the sentence of the first failure
+    uint64_t ticket_ = 0;                                                // of the last notify_dispatch
+    int num_local_experts_ = 0;                                          // in that one
+    std::string failure_;                                                // the sentence of the first failure
     std::function<void(const std::string&)> on_warning_;
 };
 

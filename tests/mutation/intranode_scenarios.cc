@@ -56,15 +56,20 @@ std::string one_way_traffic(uint64_t seed) {
     world.dispatch(problem, ranks);
     for (int repeat = 0; repeat < 4; ++repeat)
         for (int rank = 0; rank < 2; ++rank)
-            world.launch_dispatch(problem, ranks[static_cast<size_t>(rank)], rank, true);
+            world.launch_dispatch(problem, ranks[static_cast<size_t>(rank)], rank, Counts::kKnown);
     world.run();
     for (int rank = 0; rank < 2; ++rank) world.buffer(rank).check();
     return check_dispatch(problem, ranks, true);
 }
 
 // Nothing but counts is exchanged, every other call, and no host waits between the calls.
-std::string counts_alone(uint64_t seed) {
-    const Problem problem{.num_tokens = {0, 0}, .num_experts = 2, .hidden = 16, .num_sms = 1, .seed = seed};
+std::string exchange_alone(uint64_t seed, Counts counts) {
+    const Problem problem{.num_tokens = {0, counts == Counts::kUnknown ? 200 : 0},  // long between counts told and read
+                          .num_experts = 2,
+                          .hidden = 16,
+                          .num_sms = 1,
+                          .drop_probability = 1.0,
+                          .seed = seed};
     World world = make_world(2, 1 << 14, seed);
     auto ranks = make_inputs(problem);
     world.layout(problem, ranks);
@@ -72,14 +77,51 @@ std::string counts_alone(uint64_t seed) {
         RankTensors& tensors = ranks[static_cast<size_t>(rank)];
         prepare_combine(problem, tensors, rank);
         for (int repeat = 0; repeat < 4; ++repeat) {
-            world.launch_notify(problem, tensors, rank);
-            world.launch_dispatch(problem, tensors, rank, false);
+            if (counts == Counts::kExchanged) world.launch_notify(problem, tensors, rank);
+            world.launch_dispatch(problem, tensors, rank, counts);
             world.launch_combine(problem, tensors, rank);
         }
     }
     world.run();
     for (int rank = 0; rank < 2; ++rank) world.buffer(rank).check();
     return check_combine(problem, ranks);
+}
+
+std::string counts_alone(uint64_t seed) { return exchange_alone(seed, Counts::kExchanged); }
+
+std::string counts_alone_in_dispatch(uint64_t seed) { return exchange_alone(seed, Counts::kUnknown); }
+
+// Dispatch exchanges the counts by itself, call after call, and routing changes from call to call.
+std::string worst_cases(uint64_t seed) {
+    World world = make_world(2, 1 << 14, seed);
+    std::vector<std::pair<Problem, std::vector<RankTensors>>> calls;
+    for (uint64_t i = 0; i < 4; ++i) {
+        Problem problem{.num_tokens = {i % 2 == 0 ? 5 : 2, 3}, .num_experts = 2, .hidden = 16, .num_sms = 1};
+        problem.num_extra_rows = 1;
+        problem.seed = 10 * seed + i;
+        calls.emplace_back(problem, make_inputs(problem));
+        world.layout(problem, calls.back().second);
+    }
+    for (auto& [problem, ranks] : calls) world.launch_worst_case(problem, ranks);
+    world.run();
+    for (int rank = 0; rank < 2; ++rank) world.buffer(rank).check();
+    for (auto& [problem, ranks] : calls)
+        if (std::string difference = check_dispatch(problem, ranks); !difference.empty()) return difference;
+    return "";
+}
+
+// Several warps and blocks scan, several columns.
+std::string worst_case_of_three(uint64_t seed) {
+    const Problem problem{.num_tokens = {70, 0, 3},
+                          .num_experts = 3,
+                          .num_topk = 2,
+                          .hidden = 16,
+                          .num_sms = 1,
+                          .num_extra_rows = 2,
+                          .seed = seed};
+    simt::DeviceOptions device = small_device(seed);
+    World world(3, 1 << 14, seeded(seed), 100, 0, false, {device});
+    return round_trip(world, problem);
 }
 
 // Tokens in several pieces, rows from more than one peer.
@@ -108,7 +150,7 @@ std::string two_stages_in_dispatch(uint64_t seed) {
     const Problem problem{
         .num_tokens = {14, 9}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
     simt::DeviceOptions device = small_device(seed);
-    device.max_shared_bytes = 256 + 2 * 216;
+    device.max_shared_bytes = kernels::kMaxDispatchState + 2 * 216;
     World world(2, region_for(problem, 3), seeded(seed), 100, 0, false, {device});
     return two_round_trips(world, problem);
 }
@@ -119,7 +161,7 @@ std::string two_stages_in_combine(uint64_t seed) {
         .num_tokens = {14, 9}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
     const layout::Staging reduce{layout::kReduceStages, layout::kReduceStageBytes};
     simt::DeviceOptions device = small_device(seed);
-    device.max_shared_bytes = 256 + reduce.bytes() + 2 * 70;
+    device.max_shared_bytes = kernels::kMaxCombineState + reduce.bytes() + 2 * 70;
     World world(2, region_for(problem, 3), seeded(seed), 100, 0, false, {device});
     return two_round_trips(world, problem);
 }
@@ -160,7 +202,15 @@ std::string absent_in_dispatch(uint64_t seed) {
     const Problem problem{
         .num_tokens = {9, 9}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
     World world(2, region_for(problem, 2), impatient(seed), 2, 0, false, {small_device(seed)});
-    return call_alone(world, problem, [&](RankTensors& mine) { world.launch_dispatch(problem, mine, 0, true); });
+    return call_alone(world, problem,
+                      [&](RankTensors& mine) { world.launch_dispatch(problem, mine, 0, Counts::kKnown); });
+}
+
+std::string absent_in_worst_case(uint64_t seed) {
+    const Problem problem{.num_tokens = {4, 4}, .num_experts = 4, .hidden = 16, .num_sms = 1, .seed = seed};
+    World world(2, 1 << 14, impatient(seed), 2, 0, false, {small_device(seed)});
+    return call_alone(world, problem,
+                      [&](RankTensors& mine) { world.launch_dispatch(problem, mine, 0, Counts::kUnknown); });
 }
 
 std::string absent_in_combine(uint64_t seed) {
@@ -199,7 +249,15 @@ std::string refused_dispatch(uint64_t seed) {
     return refused(seed, [](World& world, const Problem& problem, std::vector<RankTensors>& ranks) {
         ranks[1].recv_src_idx.pop_back();
         for (int rank = 0; rank < 2; ++rank)
-            world.launch_dispatch(problem, ranks[static_cast<size_t>(rank)], rank, true);
+            world.launch_dispatch(problem, ranks[static_cast<size_t>(rank)], rank, Counts::kKnown);
+    });
+}
+
+std::string refused_worst_case(uint64_t seed) {
+    return refused(seed, [](World& world, const Problem& problem, std::vector<RankTensors>& ranks) {
+        ranks[1].recv_src_idx.pop_back();
+        for (int rank = 0; rank < 2; ++rank)
+            world.launch_dispatch(problem, ranks[static_cast<size_t>(rank)], rank, Counts::kUnknown);
     });
 }
 
@@ -268,6 +326,9 @@ constexpr Scenario kScenarios[] = {
     {"wide_windows", wide_windows},
     {"one_way_traffic", one_way_traffic},
     {"counts_alone", counts_alone},
+    {"counts_alone_in_dispatch", counts_alone_in_dispatch},
+    {"worst_cases", worst_cases},
+    {"worst_case_of_three", worst_case_of_three},
     {"three_ranks", three_ranks},
     {"rows_in_pieces", rows_in_pieces},
     {"many_tokens_and_experts", many_tokens_and_experts},
@@ -277,8 +338,10 @@ constexpr Scenario kScenarios[] = {
     {"two_warps", two_warps},
     {"absent_in_counts", absent_in_counts},
     {"absent_in_dispatch", absent_in_dispatch},
+    {"absent_in_worst_case", absent_in_worst_case},
     {"absent_in_combine", absent_in_combine},
     {"refused_dispatch", refused_dispatch},
+    {"refused_worst_case", refused_worst_case},
     {"refused_combine", refused_combine},
     {"bad_expert", bad_expert},
 };

@@ -75,7 +75,7 @@ std::string use_at_once(const Problem& problem, World& world) {
     for (int repeat = 0; repeat < 3; ++repeat) {
         for (int rank = 0; rank < 2; ++rank) {
             RankTensors& tensors = ranks[static_cast<size_t>(rank)];
-            world.launch_dispatch(problem, tensors, rank, true);
+            world.launch_dispatch(problem, tensors, rank, Counts::kKnown);
             const bool has_rows = problem.lends(rank) && !tensors.y.empty();
             if (has_rows && repeat == 0) {
                 RankTensors::Lent rows = tensors.lent.front();
@@ -87,7 +87,8 @@ std::string use_at_once(const Problem& problem, World& world) {
             if (has_rows) launch_touch(world, tensors.lent.front(), rank);
         }
     }
-    for (int rank = 0; rank < 2; ++rank) world.launch_dispatch(problem, ranks[static_cast<size_t>(rank)], rank, true);
+    for (int rank = 0; rank < 2; ++rank)
+        world.launch_dispatch(problem, ranks[static_cast<size_t>(rank)], rank, Counts::kKnown);
     world.run();
     World::collect(ranks);
     for (int rank = 0; rank < 2; ++rank) world.buffer(rank).check();
@@ -115,11 +116,39 @@ std::string borrower_with_bulk_copies(uint64_t seed) {
     return use_at_once(small_problem(seed, seed % 2 == 0 ? 0b10 : 0b01), world);
 }
 
+// Counts and loans are exchanged at once.
+std::string worst_cases_lent(uint64_t seed) {
+    Problem problem = small_problem(seed, 0b11);
+    problem.num_extra_rows = 1;
+    World world = make_world(2, seeded(seed), small_device(seed));
+    return round_trip(world, problem);
+}
+
+// Rank 1 lends too few rows: rank 0 must not begin.
+std::string refused_loan(uint64_t seed) {
+    const Problem problem = small_problem(seed, 0b11);
+    World world = make_world(2, impatient(seed), small_device(seed));
+    auto ranks = make_inputs(problem);
+    world.layout(problem, ranks);
+    world.dispatch(problem, ranks);
+    for (int rank = 0; rank < 2; ++rank) {
+        RankTensors& tensors = ranks[static_cast<size_t>(rank)];
+        prepare_recv(problem, tensors, tensors.num_recv_tokens - rank);
+        world.launch_dispatch(problem, tensors, rank, Counts::kUnknown);
+    }
+    world.run();
+    for (int rank = 0; rank < 2; ++rank)
+        if (std::string found = expect_timeout("rank 1", [&] { world.buffer(rank).check(); }); !found.empty())
+            return found;
+    return "";
+}
+
 // Rank 1 never comes, and rank 0, which lends, says so.
 std::string absent_borrower(uint64_t seed) {
     const Problem problem = small_problem(seed, 0b11);
     World world = make_world(2, impatient(seed), small_device(seed), 2);
-    return call_alone(world, problem, [&](RankTensors& mine) { world.launch_dispatch(problem, mine, 0, true); });
+    return call_alone(world, problem,
+                      [&](RankTensors& mine) { world.launch_dispatch(problem, mine, 0, Counts::kKnown); });
 }
 
 constexpr Scenario kScenarios[] = {
@@ -129,6 +158,8 @@ constexpr Scenario kScenarios[] = {
     {"two_blocks", two_blocks},
     {"used_at_once", used_at_once},
     {"borrower_with_bulk_copies", borrower_with_bulk_copies},
+    {"worst_cases_lent", worst_cases_lent},
+    {"refused_loan", refused_loan},
     {"absent_borrower", absent_borrower},
 };
 

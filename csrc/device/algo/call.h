@@ -20,22 +20,12 @@ EP_DEVICE void announce_start(const Watch& watch) {
         prim::store<prim::Order::kRelease, prim::Scope::kSys>(watch.heap.started(peer, watch.heap.rank()), watch.call);
 }
 
-// One warp. True once no peer still reads the bank of this call: it was last used two calls ago.
+// One warp. True once no peer still reads the bank of this call: it was last used two calls ago, so mostly at the first look.
 EP_DEVICE bool wait_for_banks(const Watch& watch) {
     bool is_ready = true;
     for (int peer = prim::lane_idx(); peer < watch.heap.num_ranks(); peer += prim::kWarpSize)
         is_ready &= wait_at_least(watch, {layout::Stage::kStart, peer}, watch.heap.started(watch.heap.rank(), peer),
                                   watch.call - 1);
-    return __all_sync(prim::kFullMask, is_ready);
-}
-
-// The same in one look, without waiting: what wait_for_banks waits for has mostly come long ago.
-EP_DEVICE bool are_banks_free(const Watch& watch) {
-    bool is_ready = true;
-    for (int peer = prim::lane_idx(); peer < watch.heap.num_ranks(); peer += prim::kWarpSize)
-        is_ready &=
-            prim::load<prim::Order::kAcquire, prim::Scope::kSys>(watch.heap.started(watch.heap.rank(), peer)) + 1 >=
-            watch.call;
     return __all_sync(prim::kFullMask, is_ready);
 }
 

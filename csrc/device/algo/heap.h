@@ -27,16 +27,13 @@ public:
     // Each of these names a place in `owner`'s memory; see ControlLayout for who writes it.
     EP_DEVICE uint64_t* started(int owner, int source) const { return word(owner, control_->started.at(source)); }
     EP_DEVICE uint64_t* abort(int owner) const { return word(owner, control_->abort.offset); }
-    EP_DEVICE uint64_t* count_flag(int owner, int bank, int source) const {
-        return word(owner, control_->count_flags.at(bank * num_ranks_ + source));
-    }
-    EP_DEVICE int* rank_counts(int owner, int bank, int source) const {
+    EP_DEVICE uint64_t* rank_count(int owner, int bank, int source, int destination) const {
         const uint64_t row = static_cast<uint64_t>(bank) * num_ranks_ + source;
-        return reinterpret_cast<int*>(bases_[owner] + control_->rank_counts.at(row * num_ranks_));
+        return word(owner, control_->rank_counts.at(row * num_ranks_ + destination));
     }
-    EP_DEVICE int* expert_counts(int owner, int bank, int source) const {
+    EP_DEVICE uint64_t* expert_count(int owner, int bank, int source, int local_expert) const {
         const uint64_t row = static_cast<uint64_t>(bank) * num_ranks_ + source;
-        return reinterpret_cast<int*>(bases_[owner] + control_->expert_counts.at(row * layout::kMaxLocalExperts));
+        return word(owner, control_->expert_counts.at(row * layout::kMaxLocalExperts + local_expert));
     }
     EP_DEVICE uint64_t* full(int owner, int bank, int source, int slot) const {
         const uint64_t row = static_cast<uint64_t>(bank) * num_ranks_ + source;

@@ -22,18 +22,22 @@ EP_DEVICE void state_loan(const Watch& watch, const layout::Loan& loan) {
     }
 }
 
-// One warp. True once every rank has stated its loan; other warps may look after a barrier of the block.
-EP_DEVICE bool wait_for_loans(const Watch& watch) {
+// One thread. True once `lender` has stated its loan; other threads may look at it after a barrier of the block.
+EP_DEVICE bool wait_for_loan(const Watch& watch, int lender) {
     const Heap& heap = watch.heap;
-    const int bank = bank_of(watch.call);
+    return wait_at_least(watch, {layout::Stage::kLoan, lender},
+                         heap.loan_flag(heap.rank(), bank_of(watch.call), lender), watch.call);
+}
+
+// One warp: for the loans of all ranks.
+EP_DEVICE bool wait_for_loans(const Watch& watch) {
     bool is_here = true;
-    for (int lender = prim::lane_idx(); lender < heap.num_ranks(); lender += prim::kWarpSize)
-        is_here &=
-            wait_at_least(watch, {layout::Stage::kLoan, lender}, heap.loan_flag(heap.rank(), bank, lender), watch.call);
+    for (int lender = prim::lane_idx(); lender < watch.heap.num_ranks(); lender += prim::kWarpSize)
+        is_here &= wait_for_loan(watch, lender);
     return __all_sync(prim::kFullMask, is_here);
 }
 
-// What `lender` lends for this call, after wait_for_loans.
+// What `lender` lends for this call, after wait_for_loan.
 EP_DEVICE const layout::Loan& loan_of(const Watch& watch, int lender) {
     return *watch.heap.loan(watch.heap.rank(), bank_of(watch.call), lender);
 }

@@ -87,40 +87,49 @@ EP_DEVICE_COLD bool may_still_go_on(Watch watch, WaitSite site, uint64_t waited_
     return true;
 }
 
-// One look at the clock and at the abort word; false: stop waiting.
-EP_DEVICE bool may_go_on(const Watch& watch, WaitSite site, uint64_t start_ns, uint64_t expected, uint64_t seen,
-                         OnTimeout on_timeout = OnTimeout::kFail) {
+// One look at the clock; false: stop waiting. `code`: the abort word.
+EP_DEVICE bool is_in_time(const Watch& watch, WaitSite site, uint64_t start_ns, uint64_t code, uint64_t expected,
+                          uint64_t seen, OnTimeout on_timeout) {
     const uint64_t waited_ns = prim::clock_ns() - start_ns;
-    const uint64_t code = abort_code(watch);
     if (code == 0 && waited_ns < watch.words.warn_ns && waited_ns < watch.words.timeout_ns) return true;
     return may_still_go_on(watch, site, waited_ns, code, expected, seen, on_timeout);
+}
+
+// The same with a look at the abort word.
+EP_DEVICE bool may_go_on(const Watch& watch, WaitSite site, uint64_t start_ns, uint64_t expected, uint64_t seen,
+                         OnTimeout on_timeout = OnTimeout::kFail) {
+    return is_in_time(watch, site, start_ns, abort_code(watch), expected, seen, on_timeout);
+}
+
+// This thread looks until `look(seen)` says that it has seen what it waits for. False: the wait failed.
+template <class Look>
+EP_DEVICE bool wait_until(const Watch& watch, WaitSite site, uint64_t expected, const Look& look,
+                          OnTimeout on_timeout = OnTimeout::kFail) {
+    uint64_t seen = 0;
+    uint64_t start_ns = 0;
+    for (;;) {
+        const uint64_t code = abort_code(watch);  // under way together with the look
+        if (look(seen)) return true;
+        if (start_ns == 0) start_ns = prim::clock_ns();
+        if (!is_in_time(watch, site, start_ns, code, expected, seen, on_timeout)) return false;
+        prim::pause();
+    }
 }
 
 // This thread waits until *flag >= expected, with acquire at system scope; other lanes of its warp may touch what the
 // flag guards only after a __syncwarp(). False: the wait failed.
 //
-// kPoll: polling with acquire empties the L1 of the SM at each poll, and saves a trip to memory once the flag is there. That is
-// for waits of few threads of a kernel that keeps nothing in L1; they look at the abort word later, which is a trip too.
-template <prim::Order kPoll = prim::Order::kRelaxed>
+// Every poll acquires: mostly the flag is there at the first look, and a second load would be another trip to memory. That
+// empties the L1 of the SM, in which the kernels keep little.
 EP_DEVICE bool wait_at_least(const Watch& watch, WaitSite site, const uint64_t* flag, uint64_t expected,
                              OnTimeout on_timeout = OnTimeout::kFail) {
-    constexpr bool kAcquires = kPoll == prim::Order::kAcquire;
-    constexpr int kPollsBetweenChecks = 16;
-    constexpr int kFirstCheck = kAcquires ? kPollsBetweenChecks - 1 : 0;
-    uint64_t start_ns = kAcquires ? prim::clock_ns() : 0;
-    for (int polls = 0;; ++polls) {
-        const uint64_t seen = kAcquires ? prim::load<prim::Order::kAcquire, prim::Scope::kSys>(flag)
-                                        : prim::load<prim::Order::kRelaxed, prim::Scope::kSys>(flag);
-        if (seen >= expected) {
-            if (!kAcquires) prim::load<prim::Order::kAcquire, prim::Scope::kSys>(flag);
-            return true;
-        }
-        if (polls % kPollsBetweenChecks == kFirstCheck) {
-            if (start_ns == 0) start_ns = prim::clock_ns();
-            if (!may_go_on(watch, site, start_ns, expected, seen, on_timeout)) return false;
-        }
-        prim::pause();
-    }
+    return wait_until(
+        watch, site, expected,
+        [&](uint64_t& seen) {
+            seen = prim::load<prim::Order::kAcquire, prim::Scope::kSys>(flag);
+            return seen >= expected;
+        },
+        on_timeout);
 }
 
 }  // namespace EP_BACKEND

@@ -23,6 +23,7 @@ struct Kernel {
     using Params = CombineParams;
     static constexpr int kMaxThreads = kMaxCombineThreads;
     using Shared = FrameState;
+    static_assert(sizeof(Shared) <= kMaxCombineState);
 
     // All threads of all blocks: the weights go to where peers can read them; the block that comes last says so.
     static EP_DEVICE void lend_weights(const Context& c) {
@@ -58,12 +59,34 @@ struct Kernel {
             send(c, warp, num_warps);
     }
 
-    static EP_DEVICE void work(const Context& c, const CallFrame& frame, FrameState& state) {
+    // One warp of each block.
+    static EP_DEVICE bool enter(const Context& c) {
+        const Params& p = c.p;
+        const int num_rows = c.rows.total_rows(c.watch.heap.rank());  // under way while the call is entered
+        bool is_ok = enter_call(c.watch, true);
+        if (is_ok && prim::lane_idx() == 0) is_ok = has_room(c.watch, p.num_rows, num_rows);
+        is_ok = __all_sync(kFullMask, is_ok) != 0;
+        if (!is_ok || !p.may_lend) return is_ok;
+        if (blockIdx.x == 0) algo::state_loan(c.watch, p.loan);
+        return algo::wait_for_loans(c.watch);
+    }
+
+    // All threads of the block. False: do nothing but finish the call.
+    static EP_DEVICE bool begin(const Context& c, FrameState& state) {
+        if (prim::warp_idx() == 0) {
+            const bool is_ok = enter(c);
+            if (prim::lane_idx() == 0) state = {is_ok ? 1 : 0, 0};
+        }
+        __syncthreads();
+        return state.is_ready != 0;
+    }
+
+    static EP_DEVICE void work(const Context& c, FrameState& state) {
         const Geometry& geometry = c.p.geometry;
-        if (frame.loan->topk_weights != 0) lend_weights(c);
+        if (c.p.loan.topk_weights != 0) lend_weights(c);
         if (prim::warp_idx() < geometry.num_recv_warps) {
             const bool is_ok = reduce_any(c, prim::warp_idx());
-            end_loans(c.watch, frame, geometry.num_recv_warps, is_ok, state);
+            if (c.p.may_lend) end_loans(c.watch, c.p.loan, geometry.num_recv_warps, is_ok, state);
         } else {
             send_any(c, prim::warp_idx() - geometry.num_recv_warps);
         }
@@ -74,8 +97,7 @@ struct Kernel {
                                 algo::current_call(p.watch.local)};
         const algo::Ring ring(watch, p.window);
         const Context context{p, watch, ring, RowMap{p.rank_prefix_matrix, p.heap.num_ranks}};
-        const CallFrame frame{true, p.may_lend, p.num_rows, &p.loan};
-        if (begin_call(watch, context.rows, frame, shared)) work(context, frame, shared);
+        if (begin(context, shared)) work(context, shared);
         algo::finish_call(watch);
     }
 };

@@ -1,5 +1,7 @@
 // dispatch: every token to the final row of each rank that needs it, once per rank.
 //
+//   at first        each block: learns where rows go and stand. Where the counts have not been exchanged before (the caller
+//                   gives the number of rows that may come), this kernel exchanges them
 //   send warps      token t: read once; our own copy and those for ranks that lend their outputs go straight to their
 //                   final rows, the others into the next slot of each destination's window, then one flag for each
 //   receive warps   (of a rank that does not lend) one stream per source: wait for the flag of the next row, move the
@@ -15,6 +17,7 @@
 #include "device/algo/warp.h"
 #include "device/launch.h"
 #include "kernels/context.h"
+#include "kernels/intranode/dispatch_begin.h"
 #include "kernels/intranode/frame.h"
 #include "kernels/intranode/launchers.h"
 #include "kernels/intranode/staging.h"
@@ -22,9 +25,7 @@
 namespace deep_ep::kernels::dispatch {
 inline namespace EP_BACKEND {
 
-using layout::Stage;
 using prim::kFullMask;
-using prim::kWarpSize;
 using prim::Vec16;
 
 constexpr int kUnroll = 7;  // 7168 bytes: two rounds; 14336: four
@@ -32,13 +33,13 @@ constexpr int kUnroll = 7;  // 7168 bytes: two rounds; 14336: four
 struct Kernel {
     using Params = DispatchParams;
     static constexpr int kMaxThreads = kMaxDispatchThreads;
-    using Shared = FrameState;
+    using Shared = BlockState;
 
     struct Context {
         const Params& p;
         const algo::Watch& watch;
         const algo::Ring& ring;
-        RowMap rows;
+        const RowTable& rows;
     };
 
     // What travels is the expert's global id: the same bytes to every destination.
@@ -134,8 +135,7 @@ struct Kernel {
         if (!__all_sync(kFullMask, is_free)) return false;
         __syncwarp();  // one lane's acquire of a slot, every lane's stores into it
 
-        const int64_t row =
-            is_sent ? static_cast<int64_t>(c.rows.first_row(c.watch.heap.rank(), destination)) + position : 0;
+        const int64_t row = is_sent ? static_cast<int64_t>(c.rows.first_row_at(destination)) + position : 0;
         uint8_t* target = !is_sent    ? nullptr
                           : uses_slot ? c.ring.to(destination).slot(position)
                                       : direct + row * p.row_bytes;
@@ -182,7 +182,7 @@ struct Kernel {
         const Params& p = c.p;
         const algo::Port port = c.ring.from(source);
         const uint8_t* slot = port.slot(position);
-        const int64_t row = c.rows.first_row(source, c.watch.heap.rank()) + position;
+        const int64_t row = c.rows.first_row_from(source) + position;
         algo::warp_copy<algo::SourceKind::kFromPeer, kUnroll>(reinterpret_cast<Vec16*>(p.recv_x + row * p.row_bytes),
                                                               reinterpret_cast<const Vec16*>(slot),
                                                               static_cast<int>(p.row_bytes / sizeof(Vec16)));
@@ -194,7 +194,7 @@ struct Kernel {
     static EP_DEVICE void receive(const Context& c, int warp, int num_warps) {
         const int self = c.watch.heap.rank();
         const algo::RowStream stream = algo::deal_stream(warp, num_warps, self, c.watch.heap.num_ranks(),
-                                                         [&](int source) { return c.rows.num_rows(source, self); });
+                                                         [&](int source) { return c.rows.num_rows_from(source); });
         algo::serve_streams(
             c.watch, Stage::kRow, stream,
             [&](int source, int position) { return c.ring.from(source).row_is_here(position); },
@@ -269,7 +269,7 @@ struct Kernel {
                 num_left > 0 ? (num_left + num_warps - 1) / num_warps : 0,
                 c.ring.to(rank),
                 direct,
-                c.rows.first_row(self, rank),
+                c.rows.first_row_at(rank),
                 __ballot_sync(kFullMask, direct != nullptr && prim::lane_idx() < c.watch.heap.num_ranks())};
     }
 
@@ -373,7 +373,7 @@ struct Kernel {
     // Rows that nobody sent must not look like tokens.
     static EP_DEVICE void mark_unused_rows(const Context& c) {
         const Params& p = c.p;
-        const int64_t begin = static_cast<int64_t>(c.rows.total_rows(c.watch.heap.rank())) * p.num_topk;
+        const int64_t begin = static_cast<int64_t>(c.rows.num_rows(c.watch.heap.num_ranks())) * p.num_topk;
         const int64_t end = static_cast<int64_t>(p.num_recv_rows) * p.num_topk;
         const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
         for (int64_t i = begin + static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < end; i += step) {
@@ -393,11 +393,11 @@ struct Kernel {
         return send(c, warp, num_warps);
     }
 
-    static EP_DEVICE void work(const Context& c, const CallFrame& frame, FrameState& state) {
+    static EP_DEVICE void work(const Context& c, FrameState& state) {
         const Geometry& geometry = c.p.geometry;
         if (prim::warp_idx() < geometry.num_send_warps) {
             const bool is_ok = send_any(c, prim::warp_idx());
-            end_loans(c.watch, frame, geometry.num_send_warps, is_ok, state);
+            if (c.p.may_lend) end_loans(c.watch, c.p.loan, geometry.num_send_warps, is_ok, state);
         } else {
             const int recv_warp = prim::warp_idx() - geometry.num_send_warps;
             receive(c, recv_warp * geometry.num_blocks + static_cast<int>(blockIdx.x),
@@ -406,14 +406,13 @@ struct Kernel {
     }
 
     static EP_DEVICE void run(const Params& p, Shared& shared) {
-        const algo::Watch watch{make_watch_words(p.watch), make_heap(p.heap), layout::Operation::kDispatch,
-                                algo::current_call(p.watch.local)};
-        const algo::Ring ring(watch, p.window);
-        const Context context{p, watch, ring, RowMap{p.rank_prefix_matrix, p.heap.num_ranks}};
-        const CallFrame frame{p.is_first_kernel, p.may_lend, p.num_recv_rows, &p.loan};
-        if (begin_call(watch, context.rows, frame, shared)) {
+        const bool is_ok = begin(p, shared);
+        const algo::Watch watch = make_watch(p, shared.call);
+        if (is_ok) {
+            const algo::Ring ring(watch, p.window);
+            const Context context{p, watch, ring, shared.rows};
             if (p.is_worst_case) mark_unused_rows(context);
-            work(context, frame, shared);
+            work(context, shared.frame);
         }
         algo::finish_call(watch);
     }

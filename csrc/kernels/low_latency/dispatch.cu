@@ -24,7 +24,7 @@ template <Phase kPhase> struct Kernel {
     };
 
     static EP_DEVICE void run(const Params& p, Shared& shared) {
-        Context context = make_context(p.call, layout::Operation::kLowLatencyDispatch, kPhase);
+        const Context context = make_context(p.call, layout::Operation::kLowLatencyDispatch, kPhase);
         if constexpr (kPhase == Phase::kReceive)
             begin_receive(context);
         else

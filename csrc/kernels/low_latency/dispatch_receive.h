@@ -68,11 +68,11 @@ struct Held {
 
 // What a warp knows of its token before it knows the rows.
 struct Token {
-    bool exists;
-    Entries entries;      // the first 32
     const uint8_t* slot;  // null: not here yet, or the source is left out
     Held held;
     uint32_t scale;
+    int num_tokens;  // of the source
+    int entry;       // this lane's of the first 32
 };
 
 EP_DEVICE const int* entries_of(const Context& c, const Unit& unit) {
@@ -90,7 +90,7 @@ EP_DEVICE bool is_repeated(const Context& c, const Unit& unit, int first, int en
     bool is_found = false;
 #pragma unroll 1
     for (int earlier = 0; earlier < first; ++earlier) is_found |= entries_of(c, unit)[earlier] == entry;
-#pragma unroll 1
+#pragma unroll 4
     for (int lane = 0; lane < (rest < kWarpSize ? rest : kWarpSize); ++lane)
         is_found |= __shfl_sync(kFullMask, entry, lane) == entry && lane < prim::lane_idx();
     return is_found;
@@ -136,7 +136,7 @@ EP_DEVICE const uint64_t* slot_flag(const Context& c, const Unit& unit) {
     return c.watch.heap.token_full(c.rank(), c.bank, unit.source, unit.token);
 }
 
-// One warp; acquire.
+// One warp; acquire: is the slot full?
 EP_DEVICE bool look_at_slot(const Context& c, const Unit& unit) {
     return as_lane_0_says(prim::lane_idx() == 0 && is_set(c.watch, slot_flag(c, unit)));
 }
@@ -147,17 +147,12 @@ EP_DEVICE bool wait_for_slot(const Context& c, const Unit& unit) {
                           wait_for_source(c.call, c.watch, Stage::kRow, unit.source, slot_flag(c, unit)));
 }
 
-// One warp, after the source's table, if that counts. A slot that is full is one of ours, so that it may be read before the
-// entries say so.
-EP_DEVICE Token begin_token(const Params& p, const Context& c, const Unit& unit, bool has_table) {
+// One warp, after the source's table. A slot that is full is one of ours, so that it may be read before the entries say so.
+EP_DEVICE Token begin_token(const Params& p, const Context& c, const Unit& unit, bool is_full) {
     Token token = {};
-    token.entries = {-1, -1, false, 0};
-    if (!has_table) return token;
-    const int num_tokens = c.num_tokens_of(unit.source);
-    const int entry = load_entry(c, unit, 0);
-    if (look_at_slot(c, unit)) load_slot(p, c, unit, token);
-    token.exists = unit.token < num_tokens;
-    token.entries = choose_entries(c, unit, 0, token.exists ? entry : -1);
+    token.num_tokens = c.num_tokens_of(unit.source);
+    token.entry = load_entry(c, unit, 0);
+    if (is_full || look_at_slot(c, unit)) load_slot(p, c, unit, token);
     return token;
 }
 
@@ -226,10 +221,11 @@ EP_DEVICE void place_entries(const Params& p, const Context& c, const Unit& unit
 template <class Draw>
 EP_DEVICE void finish_token(const Params& p, const Context& c, const Unit& unit, const Counts& counts, Token& token,
                             const Draw& draw) {
-    Entries entries = token.entries;
+    const bool exists = unit.token < token.num_tokens;
 #pragma unroll 1
     for (int first = 0; first < p.call.num_topk; first += kWarpSize) {
-        if (first > 0) entries = choose_entries(c, unit, first, token.exists ? load_entry(c, unit, first) : -1);
+        if (first > 0 && exists) token.entry = load_entry(c, unit, first);
+        const Entries entries = choose_entries(c, unit, first, exists ? token.entry : -1);
         if (entries.placed != 0 && token.slot == nullptr && wait_for_slot(c, unit)) load_slot(p, c, unit, token);
         draw();
         place_entries(p, c, unit, counts, first, entries, token);
@@ -251,8 +247,8 @@ EP_DEVICE void write_counts(const Params& p, const Context& c, const Counts& cou
     if (p.cumulative_stats != nullptr) p.cumulative_stats[expert] += num_rows;
 }
 
-// A trip to memory is as long as a barrier is short: the block learns the counts together, while the slots of its first
-// tokens are under way.
+// A trip to memory is as long as a barrier is short: the block learns the counts together, while the entries and slots of
+// its first tokens are under way.
 EP_DEVICE void receive(const Params& p, const Context& c, Block* block) {
     const int num_tokens = c.num_ranks() * p.call.num_max_tokens;
     const int num_parts = warps_for_item(num_tokens, kMaxWarpsForItem);
@@ -260,9 +256,11 @@ EP_DEVICE void receive(const Params& p, const Context& c, Block* block) {
     const auto counts = Counts::make(c);
     for_each_unit(c, block, num_tokens * num_parts + num_lists, [&](int idx, bool is_first, const auto& draw) {
         const Unit unit = unit_of(c, idx, num_parts);
+        // Before the wait for the tables, which come last: one trip less after it.
+        const bool is_full = unit.is_token && look_at_slot(c, unit);
         if (is_first) wait_for_tables(c, counts.is_here);
         Token token = {};
-        if (unit.is_token) token = begin_token(p, c, unit, counts.is_here[unit.source] != 0);
+        if (unit.is_token && counts.is_here[unit.source] != 0) token = begin_token(p, c, unit, is_full);
         if (is_first) find_counts(c, counts);
         if (unit.is_token) finish_token(p, c, unit, counts, token, draw);
         if (unit.is_list) write_counts(p, c, counts, unit.first_expert);

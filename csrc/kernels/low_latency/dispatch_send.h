@@ -117,18 +117,18 @@ EP_DEVICE void send_token(const Params& p, const Context& c, int token, const He
 }
 
 // The last block makes the routing table, and sends tokens only where it is alone.
-EP_DEVICE void send(const Params& p, Context& c, Block* block) {
+EP_DEVICE void send(const Params& p, const Context& c, Block* block) {
     const bool has_table = blockIdx.x == gridDim.x - 1;
     const int num_senders = gridDim.x > 1 ? static_cast<int>(gridDim.x) - 1 : 1;
     const int first = static_cast<int>(blockIdx.x) < num_senders ? static_cast<int>(blockIdx.x) : p.num_tokens;
     const Choice choice{ids_of(p), p.num_tokens};
     const auto sets = TokenSets::make(p.call.num_experts, p.num_set_words);
-    Experts experts = {};
+    const TableCrew crew;
     Head head = load_head(p, c, first);
-    if (has_table) experts = begin_routing_table(c, choice, sets);
+    if (has_table && crew.is_mine()) make_stretch(c, choice, sets, crew, 0);
     begin_send(c, block);
     const bool is_ready = block->is_ready != 0;
-    if (is_ready && has_table) send_routing_table(c, choice, sets, experts);
+    if (is_ready && has_table) send_routing_table(c, choice, sets, crew);
 #pragma unroll 1
     for (int token = first; is_ready && token < p.num_tokens; token += num_senders) {
         const Head next = load_head(p, c, token + num_senders);

@@ -83,7 +83,7 @@ EP_DEVICE_COLD bool wait_for_peer(const LowLatencyCall* call, algo::Watch watch,
                                   const uint64_t* flag, uint64_t expected) {
     if (is_masked(*call, peer)) return false;
     const auto on_timeout = call->is_shrinkable ? algo::OnTimeout::kGiveUp : algo::OnTimeout::kFail;
-    if (algo::wait_at_least<Order::kAcquire>(watch, {stage, peer}, flag, expected, on_timeout)) return true;
+    if (algo::wait_at_least(watch, {stage, peer}, flag, expected, on_timeout)) return true;
     if (call->is_shrinkable) prim::store<Order::kRelaxed, Scope::kGpu>(&call->masked[peer], 1);
     return false;
 }
@@ -212,7 +212,7 @@ EP_DEVICE bool is_destination(const Context& c, const Ids& ids, int64_t id, int 
         const int expert = checked_expert(c, id);
         const int owner = expert >= 0 ? expert / c.num_local_experts() : -1;
         const int count = c.call.num_topk - first < kWarpSize ? c.call.num_topk - first : kWarpSize;
-#pragma unroll 1
+#pragma unroll 4
         for (int lane = 0; lane < count; ++lane) is_found |= __shfl_sync(kFullMask, owner, lane) == rank;
     }
     return is_found && rank < c.num_ranks() && !is_masked(c.call, rank);

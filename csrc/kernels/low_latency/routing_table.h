@@ -21,8 +21,8 @@ EP_DEVICE int place_of(int entry) { return entry & ((1 << kPlaceBits) - 1); }
 // One stretch of tokens, in dynamic shared memory.
 struct TokenSets {
     uint32_t* words;  // [num_experts][num_words]
-    int* counts;      // [num_experts], of the stretches before
-    int* chosen;      // [num_tokens() * num_topk]: expert and token of each entry, as in pack_entry; -1: none
+    int* counts;      // [num_experts], with those of the stretches before
+    int* entries;     // [num_tokens() * num_topk], of the table
     int num_words;
 
     static EP_DEVICE TokenSets make(int num_experts, int num_words) {
@@ -34,6 +34,28 @@ struct TokenSets {
         return (num_experts * (num_words + 1) + 32 * num_words * num_topk) * static_cast<int>(sizeof(int));
     }
     EP_DEVICE int num_tokens() const { return 32 * num_words; }
+    // Tokens of the set in one word that come before token `idx`.
+    EP_DEVICE int count_before(int expert, int idx, int word) const {
+        const int rest = idx - word * 32;
+        const uint32_t before = rest >= 32 ? 0xffffffffu : rest <= 0 ? 0u : (1u << rest) - 1;
+        return __popc(words[expert * num_words + word] & before);
+    }
+};
+
+// The warps that make the table: all of their block but the first, which begins the send phase meanwhile.
+class TableCrew {
+public:
+    EP_DEVICE TableCrew() : num_others_(num_warps() > 1 ? kWarpSize : 0) {}
+    EP_DEVICE bool is_mine() const { return first() >= 0; }
+    EP_DEVICE int first() const { return first_of_block() - num_others_; }
+    EP_DEVICE int step() const { return step_of_block() - num_others_; }
+    EP_DEVICE void sync() const {
+        constexpr int kBarrier = 1;
+        prim::barrier_sync(kBarrier, step());
+    }
+
+private:
+    int num_others_;
 };
 
 // This rank's choice of experts, as the caller gave it.
@@ -42,132 +64,110 @@ struct Choice {
     int num_tokens;
 };
 
-constexpr int kEntriesAtOnce = 4;  // of a thread: the chain of each is long, and they do not depend on each other
-
-struct Experts {
-    int of[kEntriesAtOnce];
-};
-
 // Entries of the stretch that begins with token `first`.
 EP_DEVICE int entries_of_stretch(const Context& c, const Choice& choice, const TokenSets& sets, int first) {
     const int rest = choice.num_tokens - first;
     return (rest < sets.num_tokens() ? rest : sets.num_tokens()) * c.call.num_topk;
 }
 
-// This thread's entries of the stretch from `base` on, one every step_of_block().
-EP_DEVICE Experts load_experts(const Context& c, const Choice& choice, const TokenSets& sets, int first, int base) {
-    const int num_entries = entries_of_stretch(c, choice, sets, first);
-    Experts experts;
-#pragma unroll
-    for (int i = 0; i < kEntriesAtOnce; ++i) {
-        const int entry = base + i * step_of_block();
-        experts.of[i] = -1;
-        if (entry < num_entries)
-            experts.of[i] = checked_expert(
-                c, load_expert_id(choice.topk.ids, choice.topk.bytes, int64_t{first} * c.call.num_topk + entry));
-    }
-    return experts;
-}
+constexpr int kEntriesAtOnce = 4;  // of a thread: the chain of each is long, and they do not depend on each other
 
-EP_DEVICE void clear_sets(const Context& c, const TokenSets& sets) {
-    for (int i = first_of_block(); i < c.call.num_experts * sets.num_words; i += step_of_block()) sets.words[i] = 0;
-}
-
-// All threads of the block, before anything is known of the call. A barrier must follow.
-EP_DEVICE Experts begin_routing_table(const Context& c, const Choice& choice, const TokenSets& sets) {
-    for (int expert = first_of_block(); expert < c.call.num_experts; expert += step_of_block()) sets.counts[expert] = 0;
-    clear_sets(c, sets);
-    return load_experts(c, choice, sets, 0, first_of_block());
-}
-
-// All threads of the block. `experts`: those of this thread's first entries.
-EP_DEVICE void fill_sets(const Context& c, const Choice& choice, const TokenSets& sets, int first, Experts experts) {
-    const int num_entries = entries_of_stretch(c, choice, sets, first);
+// The crew: `work(base)` for this thread's next entries: base, base + crew.step() and so on, kEntriesAtOnce of them.
+template <class Work> EP_DEVICE void for_entries(const TableCrew& crew, int num_entries, const Work& work) {
 #pragma unroll 1
-    for (int base = first_of_block(); base < num_entries; base += kEntriesAtOnce * step_of_block()) {
-        if (base != first_of_block()) experts = load_experts(c, choice, sets, first, base);
+    for (int base = crew.first(); base < num_entries; base += kEntriesAtOnce * crew.step()) work(base);
+}
+
+// The crew: a bit in the expert's set for each token; in sets.entries the expert and the token's number in the stretch.
+EP_DEVICE void fill_sets(const Context& c, const Choice& choice, const TokenSets& sets, const TableCrew& crew,
+                         int first) {
+    const int num_entries = entries_of_stretch(c, choice, sets, first);
+    for_entries(crew, num_entries, [&](int base) {
+        int experts[kEntriesAtOnce];
 #pragma unroll
         for (int i = 0; i < kEntriesAtOnce; ++i) {
-            const int entry = base + i * step_of_block();
+            const int entry = base + i * crew.step();
+            experts[i] = -1;
+            if (entry < num_entries)
+                experts[i] = checked_expert(
+                    c, load_expert_id(choice.topk.ids, choice.topk.bytes, int64_t{first} * c.call.num_topk + entry));
+        }
+#pragma unroll
+        for (int i = 0; i < kEntriesAtOnce; ++i) {
+            const int entry = base + i * crew.step();
             const int idx = entry / c.call.num_topk;
-            const int expert = experts.of[i];
-            if (entry < num_entries) sets.chosen[entry] = expert < 0 ? -1 : pack_entry(expert, idx);
-            if (expert >= 0)
-                prim::fetch_or<Order::kRelaxed, Scope::kCta>(&sets.words[expert * sets.num_words + idx / 32],
+            if (entry < num_entries) sets.entries[entry] = experts[i] < 0 ? -1 : pack_entry(experts[i], idx);
+            if (experts[i] >= 0)
+                prim::fetch_or<Order::kRelaxed, Scope::kCta>(&sets.words[experts[i] * sets.num_words + idx / 32],
                                                              1u << idx % 32);
         }
-    }
-    __syncthreads();
+    });
 }
 
-// Bits of the tokens before token `idx`, in word `word` of a set.
-EP_DEVICE uint32_t tokens_before(int idx, int word) {
-    const int count = idx - word * 32;
-    return count >= 32 ? 0xffffffffu : count <= 0 ? 0u : (1u << count) - 1;
-}
-
-EP_DEVICE int* table_at(const Context& c, int peer) {
-    return reinterpret_cast<int*>(c.message(peer, c.rank()) + c.call.message.topk_idx.offset);
-}
-
-// All threads of the block, after fill_sets: the stretch's part of the table, to every rank.
-EP_DEVICE void send_entries(const Context& c, const Choice& choice, const TokenSets& sets, int first) {
+// The crew, after fill_sets: the token's number becomes its place. Each thread has its own entries, as in fill_sets.
+EP_DEVICE void find_places(const Context& c, const Choice& choice, const TokenSets& sets, const TableCrew& crew,
+                           int first) {
     const int num_entries = entries_of_stretch(c, choice, sets, first);
-#pragma unroll 1
-    for (int base = first_of_block(); base < num_entries; base += kEntriesAtOnce * step_of_block()) {
-        int chosen[kEntriesAtOnce], expert[kEntriesAtOnce], place[kEntriesAtOnce];
+    for_entries(crew, num_entries, [&](int base) {
+        int chosen[kEntriesAtOnce], places[kEntriesAtOnce];
 #pragma unroll
         for (int i = 0; i < kEntriesAtOnce; ++i) {
-            const int entry = base + i * step_of_block();
-            chosen[i] = entry < num_entries ? sets.chosen[entry] : -1;
-            expert[i] = chosen[i] < 0 ? 0 : expert_of(chosen[i]);
-            place[i] = sets.counts[expert[i]];
+            const int entry = base + i * crew.step();
+            chosen[i] = entry < num_entries ? sets.entries[entry] : -1;
+            places[i] = chosen[i] < 0 ? 0 : sets.counts[expert_of(chosen[i])];
         }
 #pragma unroll 1
         for (int word = 0; word < sets.num_words; ++word)
 #pragma unroll
             for (int i = 0; i < kEntriesAtOnce; ++i)
-                place[i] +=
-                    __popc(sets.words[expert[i] * sets.num_words + word] & tokens_before(place_of(chosen[i]), word));
-#pragma unroll 1
-        for (int peer = 0; peer < c.num_ranks(); ++peer) {
-            int* table = table_at(c, peer) + first * c.call.num_topk;
+                if (chosen[i] >= 0) places[i] += sets.count_before(expert_of(chosen[i]), place_of(chosen[i]), word);
 #pragma unroll
-            for (int i = 0; i < kEntriesAtOnce; ++i)
-                if (const int entry = base + i * step_of_block(); entry < num_entries)
-                    table[entry] = chosen[i] < 0 ? -1 : pack_entry(expert[i], place[i]);
-        }
+        for (int i = 0; i < kEntriesAtOnce; ++i)
+            if (chosen[i] >= 0) sets.entries[base + i * crew.step()] = pack_entry(expert_of(chosen[i]), places[i]);
+    });
+}
+
+// The crew: the part of the table that the stretch is, in shared memory.
+EP_DEVICE void make_stretch(const Context& c, const Choice& choice, const TokenSets& sets, const TableCrew& crew,
+                            int first) {
+    for (int i = crew.first(); i < c.call.num_experts * sets.num_words; i += crew.step()) sets.words[i] = 0;
+    if (first == 0)
+        for (int expert = crew.first(); expert < c.call.num_experts; expert += crew.step()) sets.counts[expert] = 0;
+    crew.sync();
+    fill_sets(c, choice, sets, crew, first);
+    crew.sync();
+    find_places(c, choice, sets, crew, first);
+    crew.sync();
+    for (int expert = crew.first(); expert < c.call.num_experts; expert += crew.step())
+        for (int word = 0; word < sets.num_words; ++word)
+            sets.counts[expert] += __popc(sets.words[expert * sets.num_words + word]);
+}
+
+// All threads of the block: a stretch, to every rank.
+EP_DEVICE void send_stretch(const Context& c, const Choice& choice, const TokenSets& sets, int first) {
+    const int num_entries = entries_of_stretch(c, choice, sets, first);
+    for (int peer = 0; peer < c.num_ranks(); ++peer) {
+        int* table = reinterpret_cast<int*>(c.message(peer, c.rank()) + c.call.message.topk_idx.offset);
+        for (int i = first_of_block(); i < num_entries; i += step_of_block())
+            table[first * c.call.num_topk + i] = sets.entries[i];
     }
 }
 
-// All threads of the block, after fill_sets: the expert's tokens, with those of the stretches before.
-EP_DEVICE int count_set(const TokenSets& sets, int expert) {
-    int count = sets.counts[expert];
-    for (int word = 0; word < sets.num_words; ++word) count += __popc(sets.words[expert * sets.num_words + word]);
-    return count;
-}
-
-// All threads of the block that began the table: to every rank. `experts`: what that gave.
-EP_DEVICE void send_routing_table(const Context& c, const Choice& choice, const TokenSets& sets, Experts experts) {
-    int first = 0;
-    fill_sets(c, choice, sets, first, experts);
-    send_entries(c, choice, sets, first);
+// All threads of the block, whose crew has made the first stretch: the table, to every rank.
+EP_DEVICE void send_routing_table(const Context& c, const Choice& choice, const TokenSets& sets,
+                                  const TableCrew& crew) {
+    send_stretch(c, choice, sets, 0);
 #pragma unroll 1
-    for (; first + sets.num_tokens() < choice.num_tokens;) {
-        __syncthreads();  // every place of the stretch has been looked up
-        for (int expert = first_of_block(); expert < c.call.num_experts; expert += step_of_block())
-            sets.counts[expert] = count_set(sets, expert);
+    for (int first = sets.num_tokens(); first < choice.num_tokens; first += sets.num_tokens()) {
+        __syncthreads();  // the stretch before has been sent
+        if (crew.is_mine()) make_stretch(c, choice, sets, crew, first);
         __syncthreads();
-        clear_sets(c, sets);
-        __syncthreads();
-        first += sets.num_tokens();
-        fill_sets(c, choice, sets, first, load_experts(c, choice, sets, first, first_of_block()));
-        send_entries(c, choice, sets, first);
+        send_stretch(c, choice, sets, first);
     }
-    for (int expert = first_of_block(); expert < c.call.num_experts; expert += step_of_block()) {
-        const int peer = expert / c.num_local_experts();
+    for (int peer = 0; peer < c.num_ranks(); ++peer) {
         auto* num_rows = reinterpret_cast<int*>(c.message(peer, c.rank()) + c.call.message.num_rows.offset);
-        num_rows[expert % c.num_local_experts()] = count_set(sets, expert);
+        for (int expert = first_of_block(); expert < c.num_local_experts(); expert += step_of_block())
+            num_rows[expert] = sets.counts[peer * c.num_local_experts() + expert];
     }
     publish_table(c, choice.num_tokens);
 }

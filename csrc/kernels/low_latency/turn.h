@@ -9,8 +9,6 @@ inline namespace EP_BACKEND {
 
 // What the block knows of its launch; shared memory.
 struct Block {
-    uint64_t call;
-    layout::LowLatencyTurn* turn;
     int is_ready;  // zero: some rank has given up, do nothing
     int is_first;  // this block began before all others of its grid
     int receives;  // it takes part in the receive phase
@@ -48,9 +46,8 @@ EP_DEVICE bool wait_for_bank(const Context& c) {
 }
 
 // All threads of a block that sends: notes the order in which blocks begin, and waits until no peer reads this bank. What
-// was loaded by then is under way all the while. Numbers go on through shared memory: kept in registers from the first
-// instruction on, they would be spilled there, and the spill waits for the load.
-EP_DEVICE void begin_send(Context& c, Block* block) {
+// was loaded by then is under way all the while.
+EP_DEVICE void begin_send(const Context& c, Block* block) {
     if (prim::warp_idx() == 0) {
         uint32_t order = 0;
         if (prim::lane_idx() == 0) order = prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&c.turn->begun_blocks, 1u);
@@ -69,16 +66,11 @@ EP_DEVICE void begin_send(Context& c, Block* block) {
             is_ready = wait_for_bank(c);
         }
         if (prim::lane_idx() == 0) {
-            block->call = c.watch.call;
-            block->turn = c.turn;
             block->is_ready = is_ready ? 1 : 0;
             block->is_first = is_first ? 1 : 0;
         }
     }
     __syncthreads();  // each lane's acquire, the block's stores
-    c.watch.call = block->call;
-    c.turn = block->turn;
-    c.bank = bank_of(c.watch.call);
 }
 
 // One thread: counts the launch, for the next one.

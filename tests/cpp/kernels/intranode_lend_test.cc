@@ -20,11 +20,13 @@ struct Setup {
     int64_t data_bytes = kDataBytes;
     int64_t lend_bytes = kLendBytes;
     simt::DeviceOptions device = {};
+    simt::IdlePolicy idle = simt::SchedulerOptions{}.idle;
 };
 
 World make_world(const Problem& problem, const Setup& setup) {
     simt::SchedulerOptions options;
     options.seed = setup.seed;
+    options.idle = setup.idle;
     return World(problem.num_ranks(), setup.data_bytes, options, 100, 0, false, {setup.device}, setup.lend_bytes);
 }
 
@@ -85,6 +87,37 @@ TEST_CASE("more entries and scales than a lane holds") {
 TEST_CASE("worst-case outputs are lent: rows that nobody sent are marked") {
     check_round_trip(
         {.num_tokens = {6, 10, 2}, .num_experts = 3, .num_topk = 3, .num_extra_rows = 37, .lending_ranks = 7});
+}
+
+// What lies behind the rows that are lent belongs to somebody else.
+TEST_CASE("too few rows are lent: all ranks refuse the call before they write") {
+    for (Counts counts : {Counts::kUnknown, Counts::kKnown}) {
+        for (uint64_t seed = 0; seed < 6; ++seed) {
+            CAPTURE(seed);
+            const Problem problem{.num_tokens = {10, 10, 10},
+                                  .num_experts = 3,
+                                  .num_topk = 3,
+                                  .drop_probability = 0.0,
+                                  .lending_ranks = 7};
+            World world = make_world(problem, {.seed = seed, .idle = simt::IdlePolicy::kAdvanceClock});
+            auto ranks = make_inputs(problem);
+            world.layout(problem, ranks);
+            world.dispatch(problem, ranks);
+            const uint8_t* whole = world.buffer(1).lend(kLendBytes)->address();
+            for (int rank = 0; rank < 3; ++rank) {
+                RankTensors& tensors = ranks[static_cast<size_t>(rank)];
+                prepare_recv(problem, tensors, tensors.num_recv_tokens - (rank == 1 ? 9 : 0));
+                world.launch_dispatch(problem, tensors, rank, counts);
+            }
+            const std::vector<uint8_t> before(whole, whole + kLendBytes);
+            world.run();
+            CHECK_EQ(std::memcmp(whole, before.data(), before.size()), 0);
+            CHECK_THROWS_WITH_AS(world.buffer(1).check(), doctest::Contains("num_worst_tokens"), TimeoutError);
+            for (int rank : {0, 2})
+                CHECK_THROWS_WITH_AS(world.buffer(rank).check(),
+                                     doctest::Contains("rank 1 reported an error of its own"), TimeoutError);
+        }
+    }
 }
 
 TEST_CASE("back-to-back calls of changing shape, loans on and off, cached ones between") {
@@ -181,7 +214,7 @@ TEST_CASE("nothing but the outputs is written into what is lent") {
             const runtime::RecvCounts counts = world.buffer(rank).wait_counts();
             tensors.num_recv_tokens = counts.num_tokens;
             prepare_recv(problem, tensors, counts.num_tokens);
-            world.launch_dispatch(problem, tensors, rank, false);
+            world.launch_dispatch(problem, tensors, rank, Counts::kExchanged);
         }
         world.run();
         for (int rank = 0; rank < 3; ++rank) {

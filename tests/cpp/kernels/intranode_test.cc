@@ -69,23 +69,28 @@ TEST_CASE("all tokens to one rank, none to anybody (pitfall 26)") {
     check_round_trip({.num_tokens = {9, 4, 11}, .num_experts = 6, .drop_probability = 1.0}, kRoomy);
 }
 
-// A scan block has several columns, and many tiles of 64 tokens in each.
-TEST_CASE("positions count up over tiles and columns of the scan") {
+// Three blocks scan, each for its own tokens, with two warps; a warp has more tokens than it loads at once.
+TEST_CASE("positions count up over warps, batches and columns of the scan") {
     constexpr int kNumRanks = 11;
-    Problem problem{
-        .num_tokens = std::vector<int>(kNumRanks, 0), .num_experts = 2 * kNumRanks, .num_topk = 3, .hidden = 8};
+    Problem problem{.num_tokens = std::vector<int>(kNumRanks, 0),
+                    .num_experts = 2 * kNumRanks,
+                    .num_topk = 3,
+                    .hidden = 8,
+                    .num_sms = 3};
     problem.num_tokens[3] = 10 * 64 + 7;
     World world(kNumRanks, kRoomy, {}, 100, 0, false, {{.useful_block_threads = 64}});
-    auto ranks = make_inputs(problem);
-    world.layout(problem, ranks);
-    for (int rank = 0; rank < kNumRanks; ++rank) world.launch_notify(problem, ranks[static_cast<size_t>(rank)], rank);
-    world.run();
-    std::vector<int> next(kNumRanks, 0);
-    for (size_t cell = 0; cell < ranks[3].send_head.size(); ++cell) {
-        int& count = next[cell % kNumRanks];
-        CHECK_EQ(ranks[3].send_head[cell], ranks[3].is_token_in_rank[cell] != 0 ? count++ : -1);
+    for (int num_extra_rows : {0, 1}) {
+        problem.num_extra_rows = num_extra_rows;
+        auto ranks = make_inputs(problem);
+        world.layout(problem, ranks);
+        world.dispatch(problem, ranks);
+        std::vector<int> next(kNumRanks, 0);
+        for (size_t cell = 0; cell < ranks[3].send_head.size(); ++cell) {
+            int& count = next[cell % kNumRanks];
+            CHECK_EQ(ranks[3].send_head[cell], ranks[3].is_token_in_rank[cell] != 0 ? count++ : -1);
+        }
+        CHECK_EQ(next, ranks[3].num_tokens_per_rank);
     }
-    CHECK_EQ(next, ranks[3].num_tokens_per_rank);
 }
 
 TEST_CASE("rows of any multiple of 16 bytes (pitfall 22)") {
@@ -128,7 +133,8 @@ TEST_CASE("every way through a block gives the same bits") {
         .num_tokens = {26, 0, 41, 17}, .num_topk = 5, .hidden = 1848, .num_scales = 3, .num_biases = 2};
     std::vector<simt::DeviceOptions> devices = {{.has_bulk_copy = false}};
     const int reduce_bytes = 2 * layout::Staging{layout::kReduceStages, layout::kReduceStageBytes}.bytes();
-    for (int stages : {2, 3, 4}) devices.push_back({.max_shared_bytes = reduce_bytes + 256 + 2 * stages * 3900});
+    for (int stages : {2, 3, 4})
+        devices.push_back({.max_shared_bytes = reduce_bytes + kernels::kMaxCombineState + 2 * stages * 3900});
     const uint64_t num_seeds = simt::hb::kIsEnabled ? 2 : 5;  // ThreadSanitizer needs no luck with the schedule
     for (const simt::DeviceOptions& device : devices) {
         for (uint64_t seed = 0; seed < num_seeds; ++seed) {
@@ -215,7 +221,7 @@ TEST_CASE("kernels queued without a host in between keep their order") {
     for (int repeat = 0; repeat < 5; ++repeat) {
         for (int rank = 0; rank < 2; ++rank) {
             world.launch_combine(problem, ranks[static_cast<size_t>(rank)], rank);
-            world.launch_dispatch(problem, ranks[static_cast<size_t>(rank)], rank, true);
+            world.launch_dispatch(problem, ranks[static_cast<size_t>(rank)], rank, Counts::kKnown);
         }
     }
     world.run();
@@ -227,22 +233,66 @@ TEST_CASE("worst-case outputs: rows that nobody sent are marked (pitfall 14)") {
     check_round_trip({.num_tokens = {6, 10, 2}, .num_experts = 3, .num_topk = 3, .num_extra_rows = 37}, kRoomy);
 }
 
-TEST_CASE("worst-case outputs that are too small are reported, nothing is written beyond them") {
-    World world(2, kRoomy, {});
-    const Problem problem{.num_tokens = {10, 10}, .num_experts = 2, .drop_probability = 0.0};
-    auto ranks = make_inputs(problem);
-    world.layout(problem, ranks);
-    for (int rank = 0; rank < 2; ++rank) world.launch_notify(problem, ranks[static_cast<size_t>(rank)], rank);
-    for (int rank = 0; rank < 2; ++rank) {
-        RankTensors& tensors = ranks[static_cast<size_t>(rank)];
-        const auto counts = world.buffer(rank).wait_counts();
-        prepare_recv(problem, tensors, rank == 0 ? counts.num_tokens - 1 : counts.num_tokens);
-        world.launch_dispatch(problem, tensors, rank, false);
+TEST_CASE("worst-case calls beside fresh and cached ones, every rank as it likes, with no host between the calls") {
+    for (uint64_t seed = 1; seed < 7; ++seed) {
+        CAPTURE(seed);
+        World world(3, 1 << 15, seeded(seed));
+        const Problem problem{
+            .num_tokens = {20, 0, 11}, .num_experts = 6, .num_topk = 3, .expert_alignment = 4, .seed = seed};
+        auto ranks = make_inputs(problem);
+        world.layout(problem, ranks);
+        world.dispatch(problem, ranks);
+        const auto known = ranks;
+        for (int repeat = 0; repeat < 6; ++repeat) {
+            for (int rank = 0; rank < 3; ++rank) {
+                RankTensors& tensors = ranks[static_cast<size_t>(rank)];
+                prepare_recv(problem, tensors, tensors.num_recv_tokens);
+                const bool exchanges = repeat % 3 != 2;  // a count exchange has to be one for every rank
+                const bool is_fresh = exchanges && (repeat + rank) % 2 == 0;
+                if (exchanges) tensors.rank_prefix_matrix.assign(9, -7);
+                if (exchanges) std::fill(tensors.send_head.begin(), tensors.send_head.end(), -7);
+                if (is_fresh) world.launch_notify(problem, tensors, rank);
+                world.launch_dispatch(problem, tensors, rank,
+                                      is_fresh    ? Counts::kExchanged
+                                      : exchanges ? Counts::kUnknown
+                                                  : Counts::kKnown);
+            }
+            world.run();
+            CHECK_EQ(check_dispatch(problem, ranks, repeat % 3 == 2), "");
+            for (size_t rank = 0; rank < 3; ++rank) {
+                CHECK_EQ(ranks[rank].rank_prefix_matrix, known[rank].rank_prefix_matrix);
+                CHECK_EQ(ranks[rank].send_head, known[rank].send_head);
+                if (repeat % 3 != 2 && (repeat + static_cast<int>(rank)) % 2 == 0)
+                    CHECK_EQ(world.buffer(static_cast<int>(rank)).wait_counts().num_tokens_per_expert,
+                             known[rank].num_recv_per_expert);
+            }
+        }
     }
-    world.run();
-    CHECK_THROWS_WITH_AS(world.buffer(0).check(), doctest::Contains("num_worst_tokens"), TimeoutError);
-    CHECK_THROWS_WITH_AS(world.buffer(1).check(), doctest::Contains("rank 0 reported an error of its own"),
-                         TimeoutError);
+}
+
+simt::SchedulerOptions impatient() {
+    simt::SchedulerOptions options;
+    options.idle = simt::IdlePolicy::kAdvanceClock;
+    return options;
+}
+
+TEST_CASE("worst-case outputs that are too small are reported, nothing is written beyond them") {
+    for (Counts counts : {Counts::kUnknown, Counts::kKnown}) {
+        World world(2, kRoomy, impatient());  // a wait looks for refusals now and then only
+        const Problem problem{.num_tokens = {10, 10}, .num_experts = 2, .drop_probability = 0.0};
+        auto ranks = make_inputs(problem);
+        world.layout(problem, ranks);
+        world.dispatch(problem, ranks);
+        for (int rank = 0; rank < 2; ++rank) {
+            RankTensors& tensors = ranks[static_cast<size_t>(rank)];
+            prepare_recv(problem, tensors, tensors.num_recv_tokens - (rank == 0 ? 1 : 0));
+            world.launch_dispatch(problem, tensors, rank, counts);
+        }
+        world.run();
+        CHECK_THROWS_WITH_AS(world.buffer(0).check(), doctest::Contains("num_worst_tokens"), TimeoutError);
+        CHECK_THROWS_WITH_AS(world.buffer(1).check(), doctest::Contains("rank 0 reported an error of its own"),
+                             TimeoutError);
+    }
 }
 
 TEST_CASE("an expert id out of range is reported with its token") {
@@ -254,12 +304,6 @@ TEST_CASE("an expert id out of range is reported with its token") {
     world.buffer(0).check();
     CHECK_THROWS_WITH_AS(world.buffer(1).check(), doctest::Contains("token 3 must be -1 or an expert below 2, got 2"),
                          TimeoutError);
-}
-
-simt::SchedulerOptions impatient() {
-    simt::SchedulerOptions options;
-    options.idle = simt::IdlePolicy::kAdvanceClock;
-    return options;
 }
 
 TEST_CASE("a rank that never calls dispatch is named by every peer; other Buffers go on (D7)") {
@@ -276,6 +320,21 @@ TEST_CASE("a rank that never calls dispatch is named by every peer; other Buffer
     world.run();
     World other(3, kRoomy, impatient(), 2.0);
     CHECK_EQ(round_trip(other, problem), "");
+}
+
+TEST_CASE("a rank that never comes to a worst-case dispatch is named by every peer") {
+    World world(3, kRoomy, impatient(), 2.0);
+    const Problem problem{.num_tokens = {4, 4, 4}, .num_experts = 3};
+    auto ranks = make_inputs(problem);
+    world.layout(problem, ranks);
+    for (int rank : {0, 2}) {
+        prepare_recv(problem, ranks[static_cast<size_t>(rank)], 12);
+        world.launch_dispatch(problem, ranks[static_cast<size_t>(rank)], rank, Counts::kUnknown);
+    }
+    world.run();
+    for (int rank : {0, 2})
+        CHECK_THROWS_WITH_AS(world.buffer(rank).check(), doctest::Contains("never entered this call: rank 1"),
+                             TimeoutError);
 }
 
 TEST_CASE("a rank that skips combine is named; the others end in time and write nothing") {
@@ -317,7 +376,7 @@ TEST_CASE("what does not fit is refused before anything is launched") {
     for (int rank = 0; rank < 2; ++rank) world.launch_notify(problem, ranks[static_cast<size_t>(rank)], rank);
     const auto counts = world.buffer(0).wait_counts();
     prepare_recv(problem, ranks[0], counts.num_tokens);
-    CHECK_THROWS_WITH_AS(world.launch_dispatch(problem, ranks[0], 0, false),
+    CHECK_THROWS_WITH_AS(world.launch_dispatch(problem, ranks[0], 0, Counts::kExchanged),
                          doctest::Contains("num_nvl_bytes is too small"), InvalidArgument);
     world.run();
 }

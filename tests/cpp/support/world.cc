@@ -132,13 +132,9 @@ void World::layout(const Problem& problem, std::vector<RankTensors>& ranks) {
 void World::launch_notify(const Problem& problem, RankTensors& tensors, int rank) {
     buffer(rank).notify_dispatch({.num_tokens_per_rank = tensors.num_tokens_per_rank.data(),
                                   .num_tokens_per_expert = tensors.num_tokens_per_expert.data(),
-                                  .is_token_in_rank = tensors.is_token_in_rank.data(),
-                                  .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
                                   .num_experts = problem.num_experts,
                                   .expert_alignment = problem.expert_alignment,
-                                  .rank_prefix_matrix = tensors.rank_prefix_matrix.data(),
-                                  .send_head = tensors.send_head.data(),
-                                  .wants_host_counts = true},
+                                  .rank_prefix_matrix = tensors.rank_prefix_matrix.data()},
                                  stream(rank));
 }
 
@@ -162,8 +158,10 @@ void World::collect(std::vector<RankTensors>& ranks) {
     }
 }
 
-void World::launch_dispatch(const Problem& problem, RankTensors& tensors, int rank, bool is_cached) {
+void World::launch_dispatch(const Problem& problem, RankTensors& tensors, int rank, Counts counts) {
     auto output = [&](auto& data) { return problem.lends(rank) ? lend(tensors, rank, data) : data.data(); };
+    const bool is_cached = counts == Counts::kKnown;
+    const bool exchanges = counts == Counts::kUnknown;
     const int num_topk = is_cached ? 0 : problem.num_topk;
     buffer(rank).dispatch({.x = reinterpret_cast<const uint8_t*>(tensors.x.data()),
                            .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
@@ -177,6 +175,10 @@ void World::launch_dispatch(const Problem& problem, RankTensors& tensors, int ra
                            .num_topk = num_topk,
                            .idx_bytes = 8,
                            .num_experts = problem.num_experts,
+                           .is_cached = is_cached,
+                           .num_tokens_per_rank = exchanges ? tensors.num_tokens_per_rank.data() : nullptr,
+                           .num_tokens_per_expert = exchanges ? tensors.num_tokens_per_expert.data() : nullptr,
+                           .is_token_in_rank = is_cached ? nullptr : tensors.is_token_in_rank.data(),
                            .rank_prefix_matrix = tensors.rank_prefix_matrix.data(),
                            .send_head = tensors.send_head.data(),
                            .recv_x = reinterpret_cast<uint8_t*>(output(tensors.recv_x)),
@@ -185,8 +187,7 @@ void World::launch_dispatch(const Problem& problem, RankTensors& tensors, int ra
                            .recv_topk_weights = output(tensors.recv_topk_weights),
                            .recv_src_idx = output(tensors.recv_src_idx),
                            .num_recv_rows = static_cast<int>(tensors.recv_src_idx.size()),
-                           .is_worst_case = problem.num_extra_rows > 0,
-                           .is_cached = is_cached},
+                           .is_worst_case = problem.num_extra_rows > 0},
                           problem.num_sms, stream(rank));
 }
 
@@ -210,25 +211,53 @@ void World::launch_combine(const Problem& problem, RankTensors& tensors, int ran
 }
 
 void World::dispatch(const Problem& problem, std::vector<RankTensors>& ranks) {
+    if (problem.num_extra_rows > 0)
+        launch_worst_case(problem, ranks);
+    else
+        launch_fresh(problem, ranks);
+    run();
+    collect(ranks);
+    for (int rank = 0; rank < num_ranks(); ++rank) buffer(rank).check();
+}
+
+// What the host would learn from a count exchange.
+void World::launch_worst_case(const Problem& problem, std::vector<RankTensors>& ranks) {
+    const int num_local_experts = problem.num_experts / num_ranks();
+    for (int rank = 0; rank < num_ranks(); ++rank) {
+        RankTensors& tensors = ranks[static_cast<size_t>(rank)];
+        tensors.num_recv_tokens = 0;
+        for (const RankTensors& source : ranks)
+            tensors.num_recv_tokens += source.num_tokens_per_rank[static_cast<size_t>(rank)];
+        tensors.num_recv_per_expert.clear();
+        for (int e = rank * num_local_experts; e < (rank + 1) * num_local_experts; ++e) {
+            int sum = 0;
+            for (const RankTensors& source : ranks) sum += source.num_tokens_per_expert[static_cast<size_t>(e)];
+            const int alignment = problem.expert_alignment;
+            tensors.num_recv_per_expert.push_back((sum + alignment - 1) / alignment * alignment);
+        }
+        prepare_recv(problem, tensors, tensors.num_recv_tokens + problem.num_extra_rows);
+    }
+    for (int rank = 0; rank < num_ranks(); ++rank)
+        launch_dispatch(problem, ranks[static_cast<size_t>(rank)], rank, Counts::kUnknown);
+}
+
+void World::launch_fresh(const Problem& problem, std::vector<RankTensors>& ranks) {
     for (int rank = 0; rank < num_ranks(); ++rank) launch_notify(problem, ranks[static_cast<size_t>(rank)], rank);
     for (int rank = 0; rank < num_ranks(); ++rank) {
         RankTensors& tensors = ranks[static_cast<size_t>(rank)];
         const runtime::RecvCounts counts = buffer(rank).wait_counts();
         tensors.num_recv_tokens = counts.num_tokens;
         tensors.num_recv_per_expert = counts.num_tokens_per_expert;
-        prepare_recv(problem, tensors, counts.num_tokens + problem.num_extra_rows);
-        launch_dispatch(problem, tensors, rank, false);
+        prepare_recv(problem, tensors, counts.num_tokens);
+        launch_dispatch(problem, tensors, rank, Counts::kExchanged);
     }
-    run();
-    collect(ranks);
-    for (int rank = 0; rank < num_ranks(); ++rank) buffer(rank).check();
 }
 
 void World::dispatch_cached(const Problem& problem, std::vector<RankTensors>& ranks) {
     for (int rank = 0; rank < num_ranks(); ++rank) {
         RankTensors& tensors = ranks[static_cast<size_t>(rank)];
         prepare_recv(problem, tensors, tensors.num_recv_tokens);
-        launch_dispatch(problem, tensors, rank, true);
+        launch_dispatch(problem, tensors, rank, Counts::kKnown);
     }
     run();
     collect(ranks);

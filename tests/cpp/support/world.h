@@ -66,6 +66,10 @@ struct RankTensors {
     std::vector<float> combined_weights;
 };
 
+// What a dispatch knows of the counts of all ranks: nothing yet (worst case), notify_dispatch has exchanged them, or they
+// are those of an earlier call.
+enum class Counts { kUnknown, kExchanged, kKnown };
+
 class World {
 public:
     World(int num_ranks, int64_t num_data_bytes, const simt::SchedulerOptions& options, double timeout_s = 100,
@@ -82,19 +86,22 @@ public:
     void run();
 
     void layout(const Problem& problem, std::vector<RankTensors>& ranks);
-    void dispatch(const Problem& problem, std::vector<RankTensors>& ranks);         // fresh
+    void dispatch(const Problem& problem, std::vector<RankTensors>& ranks);         // fresh, or worst case
     void dispatch_cached(const Problem& problem, std::vector<RankTensors>& ranks);  // with the routing of a fresh one
     void combine(const Problem& problem, std::vector<RankTensors>& ranks);
 
     // The launches alone, for tests that interleave calls or leave a rank out.
     void launch_layout(const Problem& problem, RankTensors& tensors, int rank);
     void launch_notify(const Problem& problem, RankTensors& tensors, int rank);
-    void launch_dispatch(const Problem& problem, RankTensors& tensors, int rank, bool is_cached);
+    void launch_dispatch(const Problem& problem, RankTensors& tensors, int rank, Counts counts);
     void launch_combine(const Problem& problem, RankTensors& tensors, int rank);
+    // On every rank: outputs with more rows than come, and a dispatch that exchanges the counts.
+    void launch_worst_case(const Problem& problem, std::vector<RankTensors>& ranks);
     // After run(): what came into lent memory, into the vectors that it stands for; the memory is given back.
     static void collect(std::vector<RankTensors>& ranks);
 
 private:
+    void launch_fresh(const Problem& problem, std::vector<RankTensors>& ranks);
     // A copy of `data` in memory that `rank` lends; the same one until collect().
     template <class T> T* lend(RankTensors& tensors, int rank, std::vector<T>& data);
 

@@ -1,0 +1,122 @@
+// How a block of dispatch begins: it learns where rows go and stand, from the matrix that is known already or by the count
+// exchange, and tells the peers what they need. Nothing here waits for what a peer does only after waiting for this rank.
+#pragma once
+
+#include "device/algo/loan.h"
+#include "kernels/context.h"
+#include "kernels/intranode/exchange.h"
+#include "kernels/intranode/frame.h"
+#include "kernels/intranode/routing.h"
+#include "kernels/intranode/token_scan.h"
+
+namespace deep_ep::kernels::dispatch {
+inline namespace EP_BACKEND {
+
+using layout::Stage;
+using prim::kWarpSize;
+
+// Shared memory of a block.
+struct BlockState {
+    uint64_t call;
+    FrameState frame;
+    RowTable rows;
+    ScanTile tiles[2];
+};
+static_assert(sizeof(BlockState) <= kMaxDispatchState);
+
+// One warp of each block.
+EP_DEVICE bool enter(const DispatchParams& p, const algo::Watch& watch) {
+    if (!enter_call(watch, p.is_first_kernel)) return false;
+    if (p.may_lend && blockIdx.x == 0) algo::state_loan(watch, p.loan);
+    return true;
+}
+
+// One warp of one block, another than that of enter() where there are two, since its releases take long. The load of the
+// counts is under way while it looks at the banks.
+EP_DEVICE void tell_rank_counts(const DispatchParams& p, const algo::Watch& watch) {
+    const int lane = prim::lane_idx();
+    const int count = lane < watch.heap.num_ranks() ? p.num_tokens_per_rank[lane] : 0;
+    if (!algo::wait_for_banks(watch)) return;
+    if (lane < watch.heap.num_ranks()) write_rank_count(watch, lane, count);
+    for (int rank = lane + kWarpSize; rank < watch.heap.num_ranks(); rank += kWarpSize)
+        write_rank_count(watch, rank, p.num_tokens_per_rank[rank]);
+}
+
+// One thread: where rows from and to `rank` stand, and the total that goes to it. False: a wait failed.
+EP_DEVICE bool learn_rows(const DispatchParams& p, const algo::Watch& watch, int rank, RowTable& rows, int& total) {
+    const int num_ranks = watch.heap.num_ranks();
+    auto take = [&](int source, int sum) {
+        rows.take(watch.heap.rank(), source, rank, sum);
+        total = sum;
+    };
+    if (p.num_tokens_per_rank == nullptr) {
+        for (int source = 0; source < num_ranks; ++source)
+            take(source, p.rank_prefix_matrix[source * num_ranks + rank]);
+        return true;
+    }
+    return accumulate_rank_counts(watch, rank, [&](int source, int sum) {
+        take(source, sum);
+        if (blockIdx.x == 0) p.rank_prefix_matrix[source * num_ranks + rank] = sum;
+    });
+}
+
+// One thread. A peer lends too little: it finds that out by itself, and the error that it reports ends this wait.
+EP_DEVICE_COLD bool wait_for_refusal(algo::Watch watch, uint64_t num_rows_held) {
+    return algo::wait_until(watch, {Stage::kCapacity, watch.heap.rank()}, num_rows_held,
+                            [](uint64_t&) { return false; });
+}
+
+// One thread: `rank` has room for its rows. Where peers write into its tensors they have to know before they begin.
+EP_DEVICE bool has_room_at(const DispatchParams& p, const algo::Watch& watch, int rank, int num_rows) {
+    const int self = watch.heap.rank();
+    if (rank == self) return has_room(watch, p.num_recv_rows, num_rows);
+    if (!p.may_lend) return true;
+    const layout::Loan& loan = algo::loan_of(watch, rank);
+    if (loan.x == 0 || static_cast<uint64_t>(num_rows) <= loan.num_rows) return true;
+    return wait_for_refusal(watch, loan.num_rows);
+}
+
+// Some thread of the block for every rank.
+EP_DEVICE bool learn_of(const DispatchParams& p, const algo::Watch& watch, int rank, RowTable& rows) {
+    int total = 0;
+    return (!p.may_lend || algo::wait_for_loan(watch, rank)) && learn_rows(p, watch, rank, rows, total) &&
+           has_room_at(p, watch, rank, total);
+}
+
+EP_DEVICE algo::Watch make_watch(const DispatchParams& p, uint64_t call) {
+    return {make_watch_words(p.watch), make_heap(p.heap), layout::Operation::kDispatch, call};
+}
+
+// All threads of the block. False: do nothing but finish the call. Its number goes on through shared memory: kept in
+// registers through all this, it would be spilled.
+EP_DEVICE bool begin(const DispatchParams& p, BlockState& state) {
+    const algo::Watch watch = make_watch(p, algo::current_call(p.watch.local));
+    const auto thread = static_cast<int>(threadIdx.x);
+    const auto num_threads = static_cast<int>(blockDim.x);
+    const bool exchanges = p.num_tokens_per_rank != nullptr;
+    if (prim::warp_idx() == 0) {
+        const bool is_ok = enter(p, watch);
+        if (prim::lane_idx() == 0) {
+            state.call = watch.call;
+            state.frame = {is_ok ? 1 : 0, 0};
+        }
+    }
+    if (exchanges && blockIdx.x == 0 && prim::warp_idx() == (num_threads > kWarpSize ? 1 : 0))
+        tell_rank_counts(p, watch);
+    if (p.is_token_in_rank != nullptr)
+        scan_columns({p.is_token_in_rank, p.send_head, p.num_tokens, watch.heap.num_ranks()}, state.tiles);
+    __syncthreads();
+    if (state.frame.is_ready == 0) return false;
+    // Nobody waits for these here, but the host of a peer may.
+    if (exchanges && blockIdx.x == 0)
+        write_expert_counts(watch, p.num_tokens_per_expert, p.num_local_experts, thread, num_threads);
+    // The last threads: the first ones are still busy with that.
+    for (int rank = num_threads - 1 - thread; rank < watch.heap.num_ranks(); rank += num_threads)
+        if (!learn_of(p, watch, rank, state.rows))
+            prim::store<prim::Order::kRelaxed, prim::Scope::kCta>(&state.frame.has_failed, 1u);
+    __syncthreads();
+    return state.frame.has_failed == 0;
+}
+
+}  // namespace EP_BACKEND
+}  // namespace deep_ep::kernels::dispatch

@@ -1,0 +1,96 @@
+// The count exchange: every rank tells every peer how many tokens it sends to each rank, and how many entries to each of the
+// peer's experts. Each count is one word that says which call it belongs to, so a count is there as soon as it can be seen.
+#pragma once
+
+#include "device/algo/call.h"
+
+namespace deep_ep::kernels {
+inline namespace EP_BACKEND {
+
+// One thread, after wait_for_banks: to every peer, how many tokens we send to `destination`.
+EP_DEVICE void write_rank_count(const algo::Watch& watch, int destination, int count) {
+    const algo::Heap& heap = watch.heap;
+    const int bank = algo::bank_of(watch.call);
+    for (int peer = 0; peer < heap.num_ranks(); ++peer)
+        prim::store<prim::Order::kRelaxed, prim::Scope::kSys>(heap.rank_count(peer, bank, heap.rank(), destination),
+                                                              layout::make_count(watch.call, count));
+}
+
+// Threads `first`, `first + step`, ...: to every peer the entries for its experts.
+EP_DEVICE void write_expert_counts(const algo::Watch& watch, const int* num_tokens_per_expert, int num_local_experts,
+                                   int first, int step) {
+    using prim::Order;
+    using prim::Scope;
+    const algo::Heap& heap = watch.heap;
+    const int bank = algo::bank_of(watch.call);
+    for (int i = first; i < num_local_experts * heap.num_ranks(); i += step)
+        prim::store<Order::kRelaxed, Scope::kSys>(
+            heap.expert_count(i / num_local_experts, bank, heap.rank(), i % num_local_experts),
+            layout::make_count(watch.call, num_tokens_per_expert[i]));
+}
+
+// One thread. A call, not inlined: it is only for counts that were not there at the first look.
+EP_DEVICE_COLD bool wait_for_count(algo::Watch watch, int source, const uint64_t* word) {
+    return algo::wait_until(watch, {layout::Stage::kCounts, source}, layout::make_count(watch.call, 0),
+                            [&](uint64_t& seen) {
+                                seen = prim::load<prim::Order::kRelaxed, prim::Scope::kSys>(word);
+                                return layout::is_count_of(seen, watch.call);
+                            });
+}
+
+// One thread: adds up what the sources have counted, in their order; `word_of(source)` is where. `store(source, sum)` gets
+// the sum up to each. False: a wait failed.
+template <class WordOf, class Store>
+EP_DEVICE bool accumulate_sources(const algo::Watch& watch, const WordOf& word_of, const Store& store) {
+    constexpr int kBatch = 4;  // under way at once
+    const int num_ranks = watch.heap.num_ranks();
+    int sum = 0;
+    for (int first = 0; first < num_ranks; first += kBatch) {
+        int counts[kBatch] = {};
+        auto look = [&] {
+            bool are_here = true;
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i) {
+                if (first + i >= num_ranks) continue;
+                const uint64_t word = prim::load<prim::Order::kRelaxed, prim::Scope::kSys>(word_of(first + i));
+                counts[i] = layout::count_in(word);
+                are_here &= layout::is_count_of(word, watch.call);
+            }
+            return are_here;
+        };
+        if (!look()) {
+#pragma unroll 1
+            for (int source = first; source < first + kBatch && source < num_ranks; ++source)
+                if (!wait_for_count(watch, source, word_of(source))) return false;
+            look();
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+            if (first + i >= num_ranks) break;
+            sum += counts[i];
+            store(first + i, sum);
+        }
+    }
+    return true;
+}
+
+// Tokens that the sources send to `destination`.
+template <class Store>
+EP_DEVICE bool accumulate_rank_counts(const algo::Watch& watch, int destination, const Store& store) {
+    const algo::Heap& heap = watch.heap;
+    const int bank = algo::bank_of(watch.call);
+    return accumulate_sources(
+        watch, [&](int source) { return heap.rank_count(heap.rank(), bank, source, destination); }, store);
+}
+
+// Entries that the sources have for one of our experts.
+template <class Store>
+EP_DEVICE bool accumulate_expert_counts(const algo::Watch& watch, int local_expert, const Store& store) {
+    const algo::Heap& heap = watch.heap;
+    const int bank = algo::bank_of(watch.call);
+    return accumulate_sources(
+        watch, [&](int source) { return heap.expert_count(heap.rank(), bank, source, local_expert); }, store);
+}
+
+}  // namespace EP_BACKEND
+}  // namespace deep_ep::kernels
