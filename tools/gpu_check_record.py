@@ -53,16 +53,6 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
     return steps
 
 
-def describe_machine(given: Path | None, device: str) -> dict[str, Any]:
-    if given is not None:
-        machine: dict[str, Any] = json.loads(given.read_text(encoding="utf-8"))
-        return machine
-    sys.path.insert(0, str(ROOT))
-    from deep_ep.bench.results import describe_machine as describe
-
-    return dict(describe(device))
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -74,8 +64,12 @@ def main() -> int:
     parser.add_argument("--date", help="of a run that is over; default: now")
     parser.add_argument("--machine", type=Path, help="JSON that describes the machine of a run that is over")
     args = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    from deep_ep.bench import results
+
     date = args.date or datetime.now(timezone.utc).isoformat(timespec="seconds")
-    machine = describe_machine(args.machine, args.device)
+    machine: dict[str, Any] = (json.loads(args.machine.read_text(
+        encoding="utf-8")) if args.machine else dict(results.describe_machine(args.device)))
     record = {
         "date": date,
         "commit": args.commit,
@@ -86,8 +80,8 @@ def main() -> int:
         "num_ranks": args.num_ranks,
         "steps": steps_of(args.folder)
     }
-    gpu = re.sub(r"[^a-z0-9]+", "-", machine.get("gpu", "cpu").lower()).strip("-")
-    path = args.folder / f"gpu_check_{date[:16].replace(':', '')}_{gpu}_x{args.num_ranks}.json"
+    name = f"gpu_check_{results.minute(date)}_{results.name_of(machine)}_x{args.num_ranks}.json"
+    path = args.folder / name
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(path.name)
     return 0

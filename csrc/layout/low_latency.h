@@ -52,6 +52,8 @@ struct LogfmtRow {
     }
 };
 
+constexpr int kFp8GroupSize = 128;  // channels with one FP8 scale
+
 // What one rank writes to another in one call: its routing table, then one slot for each token.
 struct LowLatencyMessage {
     Field num_tokens;    // i32[4]: only the first is used

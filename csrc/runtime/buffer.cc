@@ -58,6 +58,11 @@ void check_row(int64_t row_bytes) {
 
 }  // namespace
 
+void check_num_experts(int num_experts, int num_ranks) {
+    EP_CHECK(num_experts > 0 && num_experts % num_ranks == 0,
+             "num_experts must be a positive multiple of the number of ranks (", num_ranks, "), got ", num_experts);
+}
+
 Buffer::Buffer(std::shared_ptr<dev::Device> device, const BufferOptions& options)
     : device_(std::move(device)),
       options_(checked(options)),
@@ -230,9 +235,7 @@ layout::WindowLayout Buffer::window_for(const layout::SlotLayout& slot, const ch
 void Buffer::get_dispatch_layout(const LayoutArgs& args, dev::Stream stream) {
     check();
     check_tokens(args.num_tokens);
-    EP_CHECK(args.num_experts > 0 && args.num_experts % options_.num_ranks == 0,
-             "num_experts must be a positive multiple of the number of ranks (", options_.num_ranks, "), got ",
-             args.num_experts);
+    check_num_experts(args.num_experts, options_.num_ranks);
     const int num_counts = options_.num_ranks + args.num_experts;
     EP_CHECK(num_counts <= max_layout_counts(), "num_experts must be at most ",
              max_layout_counts() - options_.num_ranks, ", got ", args.num_experts);
@@ -255,9 +258,7 @@ void Buffer::get_dispatch_layout(const LayoutArgs& args, dev::Stream stream) {
 }
 
 void Buffer::check_counted_experts(int num_experts) const {
-    EP_CHECK(num_experts > 0 && num_experts % options_.num_ranks == 0,
-             "num_experts must be a positive multiple of the number of ranks (", options_.num_ranks, "), got ",
-             num_experts);
+    check_num_experts(num_experts, options_.num_ranks);
     EP_CHECK(num_experts / options_.num_ranks <= layout::kMaxLocalExperts, "a rank can have at most ",
              layout::kMaxLocalExperts, " experts, got ", num_experts / options_.num_ranks);
 }

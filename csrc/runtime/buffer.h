@@ -141,6 +141,9 @@ struct LowLatencyCombineArgs {
     int64_t* wait_stats;
 };
 
+// Throws unless every rank can have the same number of experts.
+void check_num_experts(int num_experts, int num_ranks);
+
 // Not thread-safe. All operations of one Buffer go to one stream (or are ordered by the caller as if they did), and
 // every rank makes the same sequence of them.
 class Buffer {

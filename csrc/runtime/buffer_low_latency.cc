@@ -8,8 +8,7 @@ namespace deep_ep::runtime {
 
 namespace {
 
-constexpr int kGroupSize = 128;  // channels with one FP8 scale
-constexpr int kChunk = 512;      // channels that a warp sends at once
+constexpr int kChunk = 512;  // channels that a warp sends at once
 constexpr int kMinWarps = 4;
 constexpr int kSetBytes = 32 * 1024;  // of shared memory, for a stretch of the routing table
 // A size hint is not told the top-k: it allows for so many entries of a token.
@@ -22,9 +21,7 @@ void check_shape(const LowLatencyShape& shape, int num_tokens, int num_ranks) {
     EP_CHECK(num_tokens >= 0 && num_tokens <= shape.num_max_tokens,
              "x must have at most num_max_dispatch_tokens_per_rank (", shape.num_max_tokens, ") tokens, got ",
              num_tokens);
-    EP_CHECK(shape.num_experts > 0 && shape.num_experts % num_ranks == 0,
-             "num_experts must be a positive multiple of the number of ranks (", num_ranks, "), got ",
-             shape.num_experts);
+    check_num_experts(shape.num_experts, num_ranks);
     EP_CHECK(shape.num_experts <= kernels::kMaxLowLatencyExperts, "num_experts must be at most ",
              kernels::kMaxLowLatencyExperts, ", got ", shape.num_experts);
     EP_CHECK(shape.hidden > 0 && shape.hidden % 8 == 0, "hidden must be a positive multiple of 8, got ", shape.hidden);
@@ -45,7 +42,7 @@ layout::LowLatencyMessage make_message(const LowLatencyShape& shape, int num_ran
 
 layout::LowLatencyMessage dispatch_message(const LowLatencyShape& shape, int num_ranks, bool is_fp8) {
     const auto hidden = static_cast<uint64_t>(shape.hidden);
-    return make_message(shape, num_ranks, is_fp8 ? hidden : 2 * hidden, is_fp8 ? hidden / kGroupSize : 0);
+    return make_message(shape, num_ranks, is_fp8 ? hidden : 2 * hidden, is_fp8 ? hidden / layout::kFp8GroupSize : 0);
 }
 
 layout::LowLatencyMessage combine_message(const LowLatencyShape& shape, int num_ranks, bool uses_logfmt) {
@@ -106,10 +103,10 @@ kernels::LowLatencyCall Buffer::low_latency_call(const LowLatencyShape& shape, c
 
 kernels::LowLatencyDispatchParams Buffer::low_latency_params(const LowLatencyDispatchArgs& args) const {
     check_shape(args.shape, args.num_tokens, options_.num_ranks);
-    EP_CHECK(!args.is_fp8 || args.shape.hidden % kGroupSize == 0, "hidden must be a multiple of ", kGroupSize,
-             " with use_fp8, got ", args.shape.hidden);
-    EP_CHECK(!args.packs_scales || (args.rounds_scales && args.shape.hidden % (4 * kGroupSize) == 0),
-             "use_ue8m0 needs round_scale, and hidden must be a multiple of ", 4 * kGroupSize, ", got ",
+    EP_CHECK(!args.is_fp8 || args.shape.hidden % layout::kFp8GroupSize == 0, "hidden must be a multiple of ",
+             layout::kFp8GroupSize, " with use_fp8, got ", args.shape.hidden);
+    EP_CHECK(!args.packs_scales || (args.rounds_scales && args.shape.hidden % (4 * layout::kFp8GroupSize) == 0),
+             "use_ue8m0 needs round_scale, and hidden must be a multiple of ", 4 * layout::kFp8GroupSize, ", got ",
              args.shape.hidden);
     return {.call = low_latency_call(args.shape, dispatch_message(args.shape, options_.num_ranks, args.is_fp8),
                                      args.wait_stats),

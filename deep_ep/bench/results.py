@@ -211,13 +211,21 @@ def _first_line(command: list[str]) -> str:
     return lines[0].strip() if lines else ""
 
 
+def minute(date: str) -> str:
+    """Of an ISO date, as file names have it."""
+    return date[:16].replace(":", "")
+
+
+def name_of(machine: dict[str, Any]) -> str:
+    """Its GPU, or "cpu", as file names have it."""
+    return re.sub(r"[^a-z0-9]+", "-", machine.get("gpu", "cpu").lower()).strip("-")
+
+
 def save(report: Report, folder: Path, commit: str) -> Path:
     """Writes the report as JSON under a name that says when and where, and returns its path."""
     content = report.to_json(commit)
-    gpu = re.sub(r"[^a-z0-9]+", "-", content["machine"].get("gpu", "cpu").lower()).strip("-")
-    date = content["date"][:16].replace(":", "")
     ranks = f"{report.num_ranks}threads" if report.is_threaded else f"{report.num_ranks}"
-    path = folder / f"{date}_{report.benchmark}_{gpu}_x{ranks}.json"
+    path = folder / f"{minute(content['date'])}_{report.benchmark}_{name_of(content['machine'])}_x{ranks}.json"
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return path

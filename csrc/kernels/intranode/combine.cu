@@ -93,8 +93,8 @@ struct Kernel {
     }
 
     static EP_DEVICE void run(const Params& p, Shared& shared) {
-        const algo::Watch watch{make_watch_words(p.watch), make_heap(p.heap), layout::Operation::kCombine,
-                                algo::current_call(p.watch.local)};
+        const algo::Watch watch =
+            make_watch(p.watch, p.heap, layout::Operation::kCombine, algo::current_call(p.watch.local));
         const algo::Ring ring(watch, p.window);
         const Context context{p, watch, ring, RowMap{p.rank_prefix_matrix, p.heap.num_ranks}};
         if (begin(context, shared)) work(context, shared);

@@ -84,7 +84,7 @@ EP_DEVICE bool learn_of(const DispatchParams& p, const algo::Watch& watch, int r
 }
 
 EP_DEVICE algo::Watch make_watch(const DispatchParams& p, uint64_t call) {
-    return {make_watch_words(p.watch), make_heap(p.heap), layout::Operation::kDispatch, call};
+    return make_watch(p.watch, p.heap, layout::Operation::kDispatch, call);
 }
 
 // All threads of the block. False: do nothing but finish the call. Its number goes on through shared memory: kept in

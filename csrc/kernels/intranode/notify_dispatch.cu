@@ -71,8 +71,8 @@ struct Kernel {
     }
 
     static EP_DEVICE void run(const Params& p, Shared& shared) {
-        const algo::Watch watch{make_watch_words(p.watch), make_heap(p.heap), layout::Operation::kNotifyDispatch,
-                                algo::current_call(p.watch.local)};
+        const algo::Watch watch =
+            make_watch(p.watch, p.heap, layout::Operation::kNotifyDispatch, algo::current_call(p.watch.local));
         if (!all_threads(prim::warp_idx() != 0 || enter(p, watch), shared)) return;
         const auto thread = static_cast<int>(threadIdx.x);
         for (int rank = thread; rank < watch.heap.num_ranks(); rank += num_threads())

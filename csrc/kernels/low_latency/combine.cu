@@ -11,18 +11,17 @@
 #include "kernels/low_latency/frame.h"
 #include "kernels/low_latency/launchers.h"
 #include "kernels/low_latency/logfmt_row.h"
+#include "kernels/low_latency/row.h"
 #include "kernels/low_latency/turn.h"
 
 namespace deep_ep::kernels::low_latency::combine {
 inline namespace EP_BACKEND {
 
-constexpr int kPairs = 4;                             // of bfloat16 in 16 bytes
-constexpr int kVecsOfPiece = 2;                       // that a lane has of a chunk: a unit of the logarithmic format
-constexpr int kChunkVecs = kVecsOfPiece * kWarpSize;  // that a warp works on at once
-constexpr int kRowsAhead = 4;                         // loads of so many experts' rows are under way at once
-constexpr int kWeightsAhead = 4;                      // table entries of a thread
+constexpr int kPairs = 4;         // of bfloat16 in 16 bytes
+constexpr int kRowsAhead = 4;     // loads of so many experts' rows are under way at once
+constexpr int kWeightsAhead = 4;  // table entries of a thread
 constexpr int kMaxWarpsForItem = 32;
-static_assert(kVecsOfPiece * 2 * kPairs == kLogUnit);
+static_assert(kVecsOfPiece * 2 * kPairs == kLogUnit);  // a piece is a unit of the logarithmic format
 
 // One kernel for each phase and format: the packing of the logarithmic one costs registers.
 template <Phase kPhase, bool kIsLogfmt> struct Kernel {
@@ -55,12 +54,9 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
         return value;
     }
 
-    static EP_DEVICE int num_vecs(const Params& p) { return p.call.hidden * 2 / static_cast<int>(sizeof(Vec16)); }
-
-    // Which vectors of a row a lane has: two neighbours in the logarithmic format, or one in each half of the chunk.
-    static EP_DEVICE int piece_vec(int chunk, int i) {
-        return chunk * kChunkVecs +
-               (kIsLogfmt ? prim::lane_idx() * kVecsOfPiece + i : i * kWarpSize + prim::lane_idx());
+    // Of the row.
+    static EP_DEVICE int lane_vec(int chunk, int i) {
+        return chunk * kChunkVecs + piece_vec(kIsLogfmt ? Pieces::kNeighbours : Pieces::kHalves, i);
     }
 
     // What a warp needs to sum one chunk of a token of `source`. Lanes stand for 32 of its top-k entries.
@@ -118,7 +114,8 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
 #pragma unroll
             for (int j = 0; j < kVecsOfPiece; ++j) {
                 if (kIsLogfmt) ahead.vec[i][j] = {};  // channels behind the end of the row share a scale with others
-                if (piece_vec(chunk, j) < num_vecs(p)) ahead.vec[i][j] = prim::load_input(source + piece_vec(chunk, j));
+                if (lane_vec(chunk, j) < num_row_vecs(p.call))
+                    ahead.vec[i][j] = prim::load_input(source + lane_vec(chunk, j));
             }
             lanes &= lanes - 1;
         }
@@ -154,8 +151,8 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
         } else {
 #pragma unroll
             for (int j = 0; j < kVecsOfPiece; ++j)
-                if (piece_vec(chunk, j) < num_vecs(p))
-                    prim::store_streaming(reinterpret_cast<Vec16*>(slot) + piece_vec(chunk, j), rounded(sums[j]));
+                if (lane_vec(chunk, j) < num_row_vecs(p.call))
+                    prim::store_streaming(reinterpret_cast<Vec16*>(slot) + lane_vec(chunk, j), rounded(sums[j]));
         }
     }
 
@@ -274,10 +271,10 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
         bool is_last = false;
 #pragma unroll 1
         for (int chunk = prim::warp_idx(); !is_last; chunk += num_warps) {
-            const bool is_inside = works && chunk * kChunkVecs < num_vecs(p);
+            const bool is_inside = works && chunk * kChunkVecs < num_row_vecs(p.call);
             Sums sums[kVecsOfPiece] = {};
             if (is_inside) sum_chunk(p, c, stream.work, stream.ahead, chunk, sums);
-            is_last = (chunk + num_warps) * kChunkVecs >= num_vecs(p);
+            is_last = (chunk + num_warps) * kChunkVecs >= num_row_vecs(p.call);
             if (is_last) advance(p, c, sources, stream);
             load_ahead(p, stream.work, stream.work.rows, is_last ? prim::warp_idx() : chunk + num_warps, stream.ahead);
             if (is_inside) store_sums(p, sums, chunk, c.slot(source, c.rank(), token));
@@ -417,7 +414,7 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
     template <class Draw>
     static EP_DEVICE void receive_token(const Params& p, const Context& c, int token, int part, int num_parts,
                                         const Draw& draw) {
-        const int num_units = (num_vecs(p) + kVecsOfUnit - 1) / kVecsOfUnit;
+        const int num_units = (num_row_vecs(p.call) + kVecsOfUnit - 1) / kVecsOfUnit;
         const int share = (num_units + num_parts - 1) / num_parts;
         const int end = (part + 1) * share < num_units ? (part + 1) * share : num_units;
         auto* target = reinterpret_cast<Vec16*>(p.combined_x + static_cast<int64_t>(token) * p.call.hidden * 2);
@@ -442,13 +439,13 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
 #pragma unroll
             for (int i = 0; i < kVecsOfUnit; ++i) {
                 const int vec = unit * kVecsOfUnit + i;
-                if (unit < end && vec < num_vecs(p)) prim::store_streaming(target + vec, rounded(sums[i]));
+                if (unit < end && vec < num_row_vecs(p.call)) prim::store_streaming(target + vec, rounded(sums[i]));
             }
         }
     }
 
     static EP_DEVICE void receive(const Params& p, const Context& c, Block* block) {
-        const int num_units = (num_vecs(p) + kVecsOfUnit - 1) / kVecsOfUnit;
+        const int num_units = (num_row_vecs(p.call) + kVecsOfUnit - 1) / kVecsOfUnit;
         const int most = (num_units + kWarpSize - 1) / kWarpSize;
         const int num_parts = warps_for_item(p.num_tokens, most < kMaxWarpsForItem ? most : kMaxWarpsForItem);
         const int num_shares = p.num_tokens * num_parts;

@@ -47,9 +47,8 @@ EP_DEVICE int num_vecs(const Params& p) { return row_bytes(p) / static_cast<int>
 
 // Words of scales that a row has, as the caller gets them.
 EP_DEVICE int num_scale_words(const Params& p) {
-    constexpr int kGroupSize = 128;
     if (p.payload != Payload::kFp8) return 0;
-    return p.call.hidden / kGroupSize / (p.packs_scales ? 4 : 1);
+    return p.call.hidden / layout::kFp8GroupSize / (p.packs_scales ? 4 : 1);
 }
 
 // Up to 32 of a token's table entries, one in each lane.

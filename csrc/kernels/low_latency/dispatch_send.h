@@ -13,9 +13,8 @@ inline namespace EP_BACKEND {
 
 using Params = LowLatencyDispatchParams;
 
-constexpr int kGroupSize = 128;    // channels with one scale
 constexpr int kLanesPerGroup = 8;  // a lane's piece becomes 16 bytes of FP8
-static_assert(kLanesPerGroup * kVecsOfPiece * 8 == kGroupSize);
+static_assert(kLanesPerGroup * kVecsOfPiece * 8 == layout::kFp8GroupSize);
 
 // The destinations of a token among 32 ranks; lane i speaks for rank first_rank + i.
 struct Targets {

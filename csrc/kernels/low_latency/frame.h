@@ -170,11 +170,7 @@ EP_DEVICE void publish_table(const Context& c, int num_tokens) {
 
 EP_DEVICE Context make_context(const LowLatencyCall& call, layout::Operation operation, Phase phase) {
     const uint64_t number = call_number(call, phase);
-    return {call,
-            {make_watch_words(call.watch), make_heap(call.heap), operation, number},
-            phase,
-            current_turn(call),
-            bank_of(number)};
+    return {call, make_watch(call.watch, call.heap, operation, number), phase, current_turn(call), bank_of(number)};
 }
 
 // -1 where the id is none of an expert, whatever the low half of a 64-bit id says.
