@@ -6,7 +6,7 @@ Buffer of the hint's size) and lent (`DEEP_EP_LEND_BYTES`). The others come from
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -88,8 +88,8 @@ def find_sources(folder: Path, reports: Iterable[Named]) -> Sources | None:
         return None
     libraries = max(files, key=lambda named: str(named[1]["date"]))
     ours = [named for named in reports if is_on(named[1], libraries[1]["machine"])]
-    return Sources(libraries, newest_of(ours, "intranode", lends=False), newest_of(ours, "intranode", lends=True),
-                   newest_of(ours, "low-latency", lends=False))
+    return Sources(libraries, newest_of(ours, "intranode", is_plain), newest_of(ours, "intranode", is_lending),
+                   newest_of(ours, "low-latency", is_plain))
 
 
 def is_on(report: Report, machine: str) -> bool:
@@ -98,14 +98,19 @@ def is_on(report: Report, machine: str) -> bool:
     return machine.startswith(gpus) and int(report["num_ranks"]) == int(report["num_devices"])
 
 
-def newest_of(reports: Iterable[Named], benchmark: str, *, lends: bool) -> Named | None:
+def newest_of(reports: Iterable[Named], benchmark: str, is_wanted: Callable[[Report], bool]) -> Named | None:
     kept = [(name, report) for name, report in reports
-            if report["benchmark"] == benchmark and lends_rows(report) == lends and any(
-                row["num_tokens"] == TOKENS[benchmark] for row in report["rows"])]
+            if report["benchmark"] == benchmark and is_wanted(report) and any(row["num_tokens"] == TOKENS[benchmark]
+                                                                              for row in report["rows"])]
     return max(kept, key=lambda named: str(named[1]["date"]), default=None)
 
 
-def lends_rows(report: Report) -> bool:
+def is_plain(report: Report) -> bool:
+    """Nothing of ours was set in the environment."""
+    return not any(name.startswith("DEEP_EP_") for name in report.get("environment", {}))
+
+
+def is_lending(report: Report) -> bool:
     return str(report.get("environment", {}).get("DEEP_EP_LEND_BYTES", "0")) != "0"
 
 
@@ -154,8 +159,8 @@ def is_entry(entry: dict[str, Any], operation: Operation, num_sms: int) -> bool:
 
 
 README_HEAD = """\
-µs on {machine} over NVLink, 2 ranks; the least of a row is bold. *Cached* and *low latency*: the kernels of a call,
-on the slowest rank. *Fresh*: whole calls back to back, with the host's wait for the counts.
+µs on {machine} over NVLink, 2 ranks; the least of a row is bold. *Cached* (the routing of an earlier call) and *low
+latency*: the kernels of a call, on the slowest rank. *Fresh*: whole calls back to back, with the wait for the counts.
 """
 README_NOTES = """\
 - 4096 tokens per rank, hidden 7168, top-8 of 256 experts; low latency: 128 tokens, top-8 of 288. *As callers get it*:

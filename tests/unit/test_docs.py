@@ -51,13 +51,26 @@ def test_the_limits_of_the_readme_are_those_of_the_library() -> None:
     readme = (ROOT / 'README.md').read_text()
     most_ranks = re.search(r'constexpr int kMaxRanks = (\d+);', (ROOT / 'csrc/layout/intranode.h').read_text())
     assert most_ranks is not None
-    assert f'one, of up to {most_ranks.group(1)} ranks' in readme
+    assert f'9 to {most_ranks.group(1)} on one node; more than {most_ranks.group(1)}' in readme
     alignment = re.search(r'ROW_ALIGNMENT_BYTES = (\d+)', (ROOT / 'deep_ep/_checks.py').read_text())
     assert alignment is not None
     assert f'multiple of {alignment.group(1)} bytes' in readme
     for name in ('ElasticBuffer', 'HybridEPBuffer'):
         assert f'`{name}`' in readme
         assert not hasattr(deep_ep, name)
+
+
+def test_the_checks_of_the_framework_pages_run(tmp_path: Path) -> None:
+    """How to see that this library is the one that is loaded."""
+    pages = sorted((ROOT / 'docs' / 'frameworks').glob('*.md'))
+    programs = {page.name: re.findall(r'^python -c "(.*)"$', page.read_text(), re.MULTILINE) for page in pages}
+    assert all(programs.values()), programs
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    for program in {program for found in programs.values() for program in found}:
+        run = subprocess.run([sys.executable, '-c', program], env=environment, cwd=tmp_path, capture_output=True,
+                             text=True, timeout=120, check=False)  # yapf: disable
+        assert run.returncode == 0, run.stderr
+        assert deep_ep.__version__ in run.stdout
 
 
 def test_the_index_has_every_page() -> None:

@@ -230,7 +230,9 @@ def test_our_newest_runs_on_that_machine_stand_beside_the_others(render: Any, be
                                                                    commit="abcdef123456")
     elsewhere = make_report(profiles=[profile(1.0)], date="2026-03-03", machine={"gpu": "NVIDIA H100"})
     threads = make_report(profiles=[profile(1.0)], date="2026-03-03", ranks_as_threads=True, num_devices=1)
-    page = render.render_readme(beside(new, old, elsewhere, threads, make_report(**lending)), "results")
+    otherwise = make_report(profiles=[profile(1.0)], date="2026-03-03", environment={"DEEP_EP_NUM_SMS": "16"})
+    reports = (new, old, elsewhere, threads, make_report(**lending), otherwise)
+    page = render.render_readme(beside(*reports), "results")
     assert "| BF16 dispatch, cached | 16 | 510 | 150 | \u2013 | 185 | **140** | 150 |" in page
     assert "| BF16 dispatch, fresh | 16 | \u2013 | \u2013 | 523 | **390** | \u2013 | \u2013 |" in page
     assert "[as callers get it](results/0.json) (2026-02-02, commit abcdef1)" in page
