@@ -246,7 +246,8 @@ class Buffer:
 
         Given to `combine` as `x` (or any part of it, of whole rows), the peers read the rows where they stand: nothing
         is copied into slots. Outputs of `dispatch` are such tensors as well, as long as there is room. The memory is
-        lent anew when the last view of it is gone; `Tensor.record_stream` has no effect on it.
+        lent anew when the last view of it is gone; `Tensor.record_stream` has no effect on it. Let the last view go in
+        the thread and under the stream that use it: docs/api.md, "Lending", says what happens otherwise.
 
         Raises deep_ep.Error when there is no room, or the Buffer was built without `num_lend_bytes`.
         """
