@@ -175,7 +175,10 @@ class Buffer:
 
     @staticmethod
     def is_sm90_compiled() -> bool:
-        """Whether the extension has kernels for SM90 and newer."""
+        """Whether the extension was built with CUDA and without DISABLE_SM90_FEATURES. It says nothing about nodes.
+
+        See docs/api.md, "Not in this version", for clients that read it as "has the internode library".
+        """
         return bool(deep_ep_cpp.is_sm90_compiled())
 
     @staticmethod
