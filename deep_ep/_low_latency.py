@@ -20,6 +20,7 @@ from deep_ep._low_latency_plan import (
     check_num_experts,
 )
 from deep_ep._memory import view_memory
+from deep_ep._opaque import opaque
 from deep_ep._phases import PhaseOrder, Phases, Tensors, open_phases
 from deep_ep.utils import EventHandle, EventOverlap
 from deep_ep_cpp import Buffer as NativeBuffer
@@ -37,6 +38,7 @@ INT64 = (torch.int64, )
 NUM_HANDLE_FIELDS = 5  # (src_info, layout_range, T, hidden, E): callers count on it
 
 
+@opaque
 class Hook:
     """Launches the receive phase of a call, once: a second call does nothing."""
 

@@ -21,6 +21,7 @@ from deep_ep._bootstrap import Peers, Request, Session, build_session
 from deep_ep._cost_model import copies_per_token
 from deep_ep._errors import Error
 from deep_ep._memory import view_memory
+from deep_ep._opaque import opaque
 from deep_ep._streams import CudaStreams, is_capturing
 from deep_ep.utils import EventHandle, EventOverlap
 from deep_ep_cpp import Config
@@ -64,6 +65,7 @@ def _default_config(operation: str, num_sms: int, num_ranks: int) -> Config:
     return Config(num_sms, *table[listed[min(bisect.bisect_left(listed, num_ranks), len(listed) - 1)]])
 
 
+@opaque
 class Buffer:
     """Memory that every rank of a group can reach, and expert-parallel dispatch and combine on it.
 
