@@ -34,6 +34,10 @@ def make_tensor(address: int, shape: List[int], dtype_code: int, dtype_bits: int
     """A DLPack capsule over row-major memory (cuda_index < 0: of the host), for torch.from_dlpack. `owner` lives as
     long as any tensor made of it."""
 
+def get_build() -> dict[str, Any]:
+    """What the build variables have set: {'cuda': bool, 'architectures': '90-real 100', 'sm90_features': bool,
+    'cache_hints': bool, 'topk_idx_bits': 32 or 64}. Features are of the CUDA half: False where there is none."""
+
 def is_cuda_built() -> bool: ...
 def is_sm90_compiled() -> bool: ...
 def topk_idx_bits() -> int: ...

@@ -17,13 +17,12 @@
 #include "device/cuda/device.h"
 #endif
 
-#ifndef TOPK_IDX_BITS
-#define TOPK_IDX_BITS 64
-#endif
-
 namespace py = pybind11;
 
 namespace deep_ep {
+
+void bind_build(py::module_& m);  // build.cpp
+
 namespace {
 
 using runtime::Buffer;
@@ -322,17 +321,11 @@ void bind_buffer(py::module_& m) {
         });
 }
 
-// Callers import these from here, but they are made of torch: deep_ep supplies them when asked.
-py::object forwarded(const std::string& name) {
-    if (name == "EventHandle") return py::module_::import("deep_ep.utils").attr("EventHandle");
-    if (name == "topk_idx_t") return py::module_::import("torch").attr(TOPK_IDX_BITS == 32 ? "int32" : "int64");
-    throw py::attribute_error("module 'deep_ep_cpp' has no attribute '" + name + "'");
-}
-
 }  // namespace
 
 PYBIND11_MODULE(deep_ep_cpp, m) {
     m.doc() = "Expert-parallel dispatch and combine: the native half of deep_ep.";
+    bind_build(m);
     bind_errors(m);
     bind_config(m);
     bind_device(m);
@@ -340,14 +333,6 @@ PYBIND11_MODULE(deep_ep_cpp, m) {
     m.def("get_low_latency_rdma_size_hint", &Buffer::low_latency_size_hint, py::arg("num_max_dispatch_tokens_per_rank"),
           py::arg("hidden"), py::arg("num_ranks"), py::arg("num_experts"));
     m.def("make_tensor", &make_tensor);
-    m.def("is_cuda_built", [] { return EP_WITH_CUDA != 0; });
-    m.def("is_sm90_compiled", [] {
-#if EP_WITH_CUDA && !defined(DISABLE_SM90_FEATURES)
-        return true;
-#else
-        return false;
-#endif
-    });
     m.def("get_environment", [] {
         const Environment& env = environment();
         py::dict variables;
@@ -362,8 +347,6 @@ PYBIND11_MODULE(deep_ep_cpp, m) {
         variables["cost_model"] = env.cost_model;
         return variables;
     });
-    m.def("topk_idx_bits", [] { return TOPK_IDX_BITS; });
-    m.def("__getattr__", &forwarded);
 }
 
 }  // namespace deep_ep

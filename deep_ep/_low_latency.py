@@ -20,6 +20,7 @@ from deep_ep._low_latency_plan import (
     check_num_experts,
 )
 from deep_ep._memory import view_memory
+from deep_ep._opaque import opaque
 from deep_ep._phases import PhaseOrder, Phases, Tensors, open_phases
 from deep_ep.utils import EventHandle, EventOverlap
 from deep_ep_cpp import Buffer as NativeBuffer
@@ -37,6 +38,7 @@ INT64 = (torch.int64, )
 NUM_HANDLE_FIELDS = 5  # (src_info, layout_range, T, hidden, E): callers count on it
 
 
+@opaque
 class Hook:
     """Launches the receive phase of a call, once: a second call does nothing."""
 
@@ -126,6 +128,8 @@ class LowLatency:
         if self._session.call_check is not None:
             _compare_calls(self._session.call_check, "low_latency_dispatch", plan, Format(*map(bool, form))._asdict())
         phases = self._open_phases("low_latency_dispatch", async_finish, return_recv_hook)
+        if return_recv_hook:
+            x, topk_idx = phases.keep(x, topk_idx)
         recv_x, scales, src_info, layout_range, recv_count = plan.make_outputs()
         src_info_ptr = src_info.data_ptr()
         arguments = (*plan.dispatch_args, x.data_ptr(), topk_idx.data_ptr(), topk_idx.element_size(), num_tokens,
@@ -183,6 +187,8 @@ class LowLatency:
         if self._session.call_check is not None:
             _compare_calls(self._session.call_check, "low_latency_combine", plan, {"use_logfmt": bool(use_logfmt)})
         phases = self._open_phases("low_latency_combine", async_finish, return_recv_hook)
+        if return_recv_hook:
+            sent, topk_idx, topk_weights = phases.keep(sent, topk_idx, topk_weights)
         combined = self._session.empty[torch.bfloat16](num_tokens, hidden) if out is None else out
         arguments = (*plan.combine_args, use_logfmt, sent.data_ptr(), topk_idx.data_ptr(), topk_idx.element_size(),
                      topk_weights.data_ptr(), num_tokens, src_info.data_ptr() + plan.entries_at, combined.data_ptr(),
