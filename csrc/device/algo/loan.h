@@ -79,7 +79,7 @@ EP_DEVICE bool wait_for_returns(const Watch& watch) {
 }
 
 // One warp of a lender whose call has failed: peers that have entered the call no longer touch what it lends. They have all
-// been told of the failure, so a peer that has not come to an end after a second is not waited for.
+// been told of the failure, so a peer that has not come to an end after a second is not waited for. A barrier must follow.
 EP_DEVICE_COLD void wait_for_quiet(Watch watch) {
     using prim::Order;
     using prim::Scope;
@@ -93,7 +93,6 @@ EP_DEVICE_COLD void wait_for_quiet(Watch watch) {
                prim::clock_ns() - start_ns < kPatienceNs)
             prim::pause();
     }
-    __syncwarp();  // each lane's acquire; the block's barrier follows
 }
 
 }  // namespace EP_BACKEND
