@@ -289,7 +289,7 @@ TEST_CASE("worst-case outputs that are too small are reported, nothing is writte
             world.launch_dispatch(problem, tensors, rank, counts);
         }
         world.run();
-        CHECK_THROWS_WITH_AS(world.buffer(0).check(), doctest::Contains("num_worst_tokens"), TimeoutError);
+        CHECK_THROWS_WITH_AS(world.buffer(0).check(), doctest::Contains("num_worst_tokens"), InvalidArgument);
         CHECK_THROWS_WITH_AS(world.buffer(1).check(), doctest::Contains("rank 0 reported an error of its own"),
                              TimeoutError);
     }
@@ -303,7 +303,7 @@ TEST_CASE("an expert id out of range is reported with its token") {
     world.layout(problem, ranks);
     world.buffer(0).check();
     CHECK_THROWS_WITH_AS(world.buffer(1).check(), doctest::Contains("token 3 must be -1 or an expert below 2, got 2"),
-                         TimeoutError);
+                         InvalidArgument);
 }
 
 TEST_CASE("a rank that never calls dispatch is named by every peer; other Buffers go on (D7)") {
@@ -368,16 +368,103 @@ TEST_CASE("a wait that takes long is reported before it fails") {
     world.run();
 }
 
-TEST_CASE("what does not fit is refused before anything is launched") {
+TEST_CASE("what does not fit is refused before any peer can know of it") {
     World world(2, 128, {});
     const Problem problem{.num_tokens = {4, 4}, .num_experts = 2};
     auto ranks = make_inputs(problem);
     world.layout(problem, ranks);
-    for (int rank = 0; rank < 2; ++rank) world.launch_notify(problem, ranks[static_cast<size_t>(rank)], rank);
-    const auto counts = world.buffer(0).wait_counts();
-    prepare_recv(problem, ranks[0], counts.num_tokens);
-    CHECK_THROWS_WITH_AS(world.launch_dispatch(problem, ranks[0], 0, Counts::kExchanged),
+    world.buffer(0).begin_call();
+    CHECK_THROWS_WITH_AS(world.launch_notify(problem, ranks[0], 0), doctest::Contains("num_nvl_bytes is too small"),
+                         InvalidArgument);
+    world.buffer(0).abandon_call("dispatch: it does not fit");
+    CHECK_NOTHROW(world.buffer(0).check());
+    prepare_recv(problem, ranks[0], 8);
+    CHECK_THROWS_WITH_AS(world.launch_dispatch(problem, ranks[0], 0, Counts::kUnknown),
                          doctest::Contains("num_nvl_bytes is too small"), InvalidArgument);
+    world.run();
+}
+
+TEST_CASE("a bad expert id stops a peer that waits for the call, with the reason") {
+    World world(2, kRoomy, impatient());
+    const Problem problem{.num_tokens = {10, 10}, .num_experts = 2};
+    auto ranks = make_inputs(problem);
+    world.layout(problem, ranks);
+    world.launch_notify(problem, ranks[0], 0);
+    ranks[1].topk_idx[7] = 2;
+    world.launch_layout(problem, ranks[1], 1);
+    CHECK_FALSE(world.buffer(0).look_for_failures() != "");
+    while (world.buffer(1).look_for_failures().empty()) world.scheduler().run_hosts({[&] {}});
+    CHECK_THROWS_WITH_AS(world.buffer(0).wait_counts(), doctest::Contains("topk_idx of token 3 must be -1"), TimeoutError);
+    world.run();
+}
+
+TEST_CASE("a call that was announced and not finished stops the peers, with the reason, and the next call says so") {
+    World world(3, kRoomy, impatient());
+    const Problem problem{.num_tokens = {10, 10, 10}, .num_experts = 3, .drop_probability = 0.0};
+    auto ranks = make_inputs(problem);
+    world.layout(problem, ranks);
+    for (int rank = 0; rank < 3; ++rank) {
+        world.buffer(rank).begin_call();
+        world.launch_notify(problem, ranks[static_cast<size_t>(rank)], rank);
+    }
+    for (int rank = 0; rank < 3; ++rank)
+        ranks[static_cast<size_t>(rank)].num_recv_tokens = world.buffer(rank).wait_counts().num_tokens;
+    world.buffer(0).abandon_call("dispatch: OutOfMemoryError: 7 bytes");
+    for (int rank : {1, 2}) {
+        prepare_recv(problem, ranks[static_cast<size_t>(rank)], ranks[static_cast<size_t>(rank)].num_recv_tokens);
+        world.launch_dispatch(problem, ranks[static_cast<size_t>(rank)], rank, Counts::kExchanged);
+    }
+    world.run();
+    for (int rank = 0; rank < 3; ++rank)
+        CHECK_THROWS_WITH_AS(world.buffer(rank).begin_call(), doctest::Contains("OutOfMemoryError: 7 bytes"), Error);
+}
+
+TEST_CASE("a rank without a kernel learns of a peer's failure from its note, and its later kernels do not wait") {
+    World world(2, kRoomy, impatient());
+    const Problem problem{.num_tokens = {4, 4}, .num_experts = 2};
+    auto ranks = make_inputs(problem);
+    world.layout(problem, ranks);
+    world.buffer(0).begin_call();
+    world.launch_notify(problem, ranks[0], 0);
+    world.buffer(0).abandon_call("dispatch: KeyboardInterrupt: ");
+    CHECK_NE(world.buffer(1).look_for_failures().find("KeyboardInterrupt"), std::string::npos);
+    CHECK_EQ(world.buffer(1).look_for_failures(), "");  // told once
+    CHECK_THROWS_WITH_AS(world.buffer(1).check(), doctest::Contains("because rank 0 failed"), TimeoutError);
+    world.run();
+}
+
+TEST_CASE("a refusal aborts nobody, and a peer that waits in vain quotes it; a later call withdraws it") {
+    for (bool is_withdrawn : {false, true}) {
+        World world(2, kRoomy, impatient(), 2.0);
+        const Problem problem{.num_tokens = {4, 4}, .num_experts = 2};
+        auto ranks = make_inputs(problem);
+        world.layout(problem, ranks);
+        world.buffer(1).begin_call();
+        world.buffer(1).abandon_call("dispatch: ValueError: x must be something else");
+        CHECK_NOTHROW(world.buffer(1).check());
+        if (is_withdrawn) world.dispatch(problem, ranks);
+        world.launch_notify(problem, ranks[0], 0);
+        const std::string quoted = "it refused a call: dispatch: ValueError: x must be something else";
+        try {
+            world.buffer(0).wait_counts();
+            FAIL("counts came");
+        } catch (const TimeoutError& error) {
+            CHECK_EQ(std::string(error.what()).find(quoted) == std::string::npos, is_withdrawn);
+        }
+        world.run();
+    }
+}
+
+TEST_CASE("where peers may leave a rank out, its unfinished low-latency call aborts nobody") {
+    // The high-throughput calls of the same Buffer have no such way out.
+    World world(2, kRoomy, impatient(), 2.0, 0, true);
+    const Problem problem{.num_tokens = {4, 4}, .num_experts = 2};
+    auto ranks = make_inputs(problem);
+    world.layout(problem, ranks);
+    world.buffer(0).begin_call();
+    world.launch_notify(problem, ranks[0], 0);
+    world.buffer(0).abandon_call("dispatch: gone");
+    CHECK_NE(world.buffer(1).look_for_failures(), "");
     world.run();
 }
 
