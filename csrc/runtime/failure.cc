@@ -86,6 +86,7 @@ void FailureDesk::close() {
     const std::lock_guard lock(mutex_);
     is_closed_ = true;
     device_.reset();  // or the watcher might be the last to hold it
+    mailbox_.reset();
 }
 
 // What a kernel of this rank has reported. It has told the peers' kernels, unless it found bad input where no peer takes
