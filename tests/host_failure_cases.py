@@ -316,3 +316,51 @@ def different_nodes(worker: Worker, odd: int) -> str:
             changed = {**environment, "ranks_per_node": 1}
             stack.enter_context(replaced(deep_ep_cpp, "get_environment", lambda: changed))
         return failure_of(worker.new_buffer, ValueError)
+
+
+# Graphs
+
+
+def replayed_graph(worker: Worker, absent: int, operation: str) -> dict[str, Any]:
+    """A loop that only replays: a peer stalls beyond the timeout, five more replays, and only then does anybody ask."""
+    with captured_stderr() as written:
+        buffer = worker.new_buffer(num_rdma_bytes=1 << 20, low_latency_mode=True, timeout_s=SHORT_TIMEOUT_S)
+        x = torch.full((4, 64), float(worker.rank + 1), dtype=torch.bfloat16, device=worker.device)
+        topk_idx = (torch.arange(8, device=worker.device) % worker.num_ranks).view(4, 2)
+        layout = buffer.get_dispatch_layout(topk_idx, worker.num_ranks)
+        weights = torch.ones((4, 2), device=worker.device)
+        num_rows = 4 * worker.num_ranks
+
+        def call() -> Any:
+            if operation == "low_latency_dispatch":
+                return buffer.low_latency_dispatch(x, topk_idx, 4, worker.num_ranks, use_fp8=False)
+            return buffer.dispatch(x, None, layout[0], None, layout[3], layout[2], topk_idx, weights,
+                                   num_worst_tokens=num_rows)
+
+        call()
+        torch.cuda.synchronize()
+        worker.barrier()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = call()
+        graph.replay()
+        torch.cuda.synchronize()
+        buffer.check()
+        worker.barrier()
+        found: dict[str, Any] = {}
+        if worker.rank != absent:
+            graph.replay()  # which nobody joins
+            torch.cuda.synchronize()
+            failed_at = time.monotonic()
+            until(lambda: "DeepEP" in written.read_text(), "a word on stderr")
+            found["heard_after_s"] = time.monotonic() - failed_at
+            for _ in range(5):
+                graph.replay()
+            torch.cuda.synchronize()
+            found["message"] = failure_of(buffer.check)
+            found["written"] = written.read_text()
+            found["rows"] = result[0].float().cpu()
+            found["counts"] = result[1].cpu()
+        worker.barrier()
+        buffer.destroy()
+        return found

@@ -86,3 +86,14 @@ def test_a_rank_that_cannot_build_is_named(pool: Pool, where: str) -> None:
 def test_ranks_that_count_nodes_differently_are_told(pool: Pool) -> None:
     for message in pool.run(cases.different_nodes, 3, 1):
         assert "ranks_per_node must be the same on every rank" in message
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(ON_CPU, reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("operation", ["low_latency_dispatch", "dispatch"])
+def test_a_loop_that_only_replays_learns_of_a_failure(pool: Pool, operation: str) -> None:
+    found = pool.run(cases.replayed_graph, 2, 1, operation)[0]
+    print(operation, {name: value for name, value in found.items() if name not in ("rows", "written")})
+    print(found["rows"].flatten()[:8], found["counts"].flatten()[:8])
+    assert found["message"] in found["written"]
+    assert "never entered this call: rank 1" in found["message"]
