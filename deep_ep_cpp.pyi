@@ -124,8 +124,9 @@ class Buffer:
     def notify_dispatch(self, num_tokens_per_rank: int, num_tokens_per_expert: int, num_experts: int,
                         expert_alignment: int, rank_prefix_matrix: int, num_tokens: int, row_bytes: int, num_topk: int,
                         num_scales: int, stream: int) -> None:
-        """Exchanges counts. Writes rank_prefix_matrix int32[R,R] (inclusive over sources, [src][dst]). The last four are
-        those of the dispatch that follows: what it would refuse is refused here, before the peers know of the call."""
+        """Exchanges counts. Writes rank_prefix_matrix int32[R,R] (inclusive over sources, [src][dst]).
+
+        The four sizes are those of the dispatch that follows: what it would refuse is refused before it is known."""
 
     def wait_counts(self) -> Tuple[int, List[int]]:
         """After notify_dispatch: (received rows, aligned counts of the local experts)."""

@@ -108,8 +108,8 @@ class Buffer:
             DEEP_EP_LEND_BYTES, by default 0). With room for it, outputs of `dispatch` and inputs of `combine` from
             `lend` need no slots and no second copy, hence fewer SMs; see docs/api.md, "Lending".
         timeout_s: seconds after which a wait for a peer gives up (None: DEEP_EP_TIMEOUT_SECS, see docs/errors.md).
-        on_failure: called once with the sentence of the first failure, from the first call on this Buffer that learns of
-            it (`check` too), before that call raises. The failure is on stderr by then, see docs/errors.md.
+        on_failure: called once with the sentence of the first failure, from the first call (`check` too) that learns of
+            it, before that call raises; see docs/errors.md.
 
         Raises ValueError or TypeError for a bad argument, and deep_ep.Error when another rank failed: no rank hangs.
         """
@@ -177,7 +177,7 @@ class Buffer:
         return session
 
     def check(self) -> None:
-        """Raises the first failure of this Buffer, if there was one: of its kernels, or that of a peer which stops it too.
+        """Raises the first failure of this Buffer, if there was one: its own, or that of a peer that stops it too.
 
         Takes less than a microsecond and does not wait for running kernels, so a loop that replays CUDA graphs can call
         it at each step; it learns of a failure a tenth of a second after it at the latest.

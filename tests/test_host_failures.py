@@ -74,8 +74,8 @@ def test_the_watcher_tells_of_a_kernel_that_gave_up(pool: Pool) -> None:
     assert message in written
 
 
-@pytest.mark.parametrize(
-    "where", ["environment", "lend_bytes", "qp_depth", "capture", "streams", "cost_model", "session"])
+@pytest.mark.parametrize("where",
+                         ["environment", "lend_bytes", "qp_depth", "capture", "streams", "cost_model", "session"])
 def test_a_rank_that_cannot_build_is_named(pool: Pool, where: str) -> None:
     messages = pool.run(cases.failing_alone, 3, 1, where)
     assert "Buffer: " in messages[0]

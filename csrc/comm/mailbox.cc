@@ -24,7 +24,7 @@ namespace deep_ep::comm {
 
 namespace {
 
-constexpr size_t kPageBytes = 8192;  // more than half of it is free for what else ranks will have to say
+constexpr size_t kPageBytes = 8192;                 // more than half of it is free for what else ranks will have to say
 constexpr uint64_t kMagic = 0x3130'786f'6265'5045;  // "EPebox01"
 constexpr int kMaxReads = 1000;                     // of a text that changes meanwhile
 

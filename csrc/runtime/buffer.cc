@@ -288,10 +288,10 @@ void Buffer::notify_dispatch(const NotifyArgs& args, dev::Stream stream) {
     check();
     check_counted_experts(args.num_experts);
     EP_CHECK(args.expert_alignment > 0, "expert_alignment must be positive, got ", args.expert_alignment);
-    check_dispatch_rows(args.num_tokens, args.row_bytes,
-                        layout::SlotLayout::for_dispatch(static_cast<uint64_t>(args.row_bytes),
-                                                         static_cast<uint64_t>(args.num_topk),
-                                                         static_cast<uint64_t>(args.num_scales)));
+    check_dispatch_rows(
+        args.num_tokens, args.row_bytes,
+        layout::SlotLayout::for_dispatch(static_cast<uint64_t>(args.row_bytes), static_cast<uint64_t>(args.num_topk),
+                                         static_cast<uint64_t>(args.num_scales)));
     ++ticket_;
     announce(stream, false);
     num_local_experts_ = args.num_experts / options_.num_ranks;
@@ -432,9 +432,8 @@ void Buffer::bench_push(int64_t bytes_per_peer, int num_sms, dev::Stream stream)
 void Buffer::collect_warning() {
     if (load_acquire(status_->warning.state) == 0) return;
     const Peers peers{.remark = [this](int peer) { return desk_->remark(peer); }, .reason = nullptr};
-    const std::string text =
-        describe_warning(status_->warning, options_.rank,
-                         read_started(*device_, *heap_, control_, status_->warning.operation), peers);
+    const std::string text = describe_warning(
+        status_->warning, options_.rank, read_started(*device_, *heap_, control_, status_->warning.operation), peers);
     std::atomic_ref(status_->warning.state).store(0);
     if (on_warning_) on_warning_(text);
 }
@@ -467,9 +466,10 @@ void Buffer::abandon_call(const std::string& text) {
 
 // Peers that may leave this rank out of low-latency calls do so, and go on.
 void Buffer::fail_unfinished(const std::string& text, bool is_low_latency) {
-    desk_->fail(FailureClass::kOther,
-                concat("DeepEP error: rank ", options_.rank, ": a call that the peers know of was not finished: ", text),
-                is_low_latency && options_.is_shrinkable ? Spread::kNobody : Spread::kPeers);
+    desk_->fail(
+        FailureClass::kOther,
+        concat("DeepEP error: rank ", options_.rank, ": a call that the peers know of was not finished: ", text),
+        is_low_latency && options_.is_shrinkable ? Spread::kNobody : Spread::kPeers);
 }
 
 void Buffer::start_watching() { watch(desk_); }

@@ -266,7 +266,7 @@ private:
         bool is_set = false;
         bool is_low_latency = false;
         dev::Stream stream = nullptr;
-    } announced_;               // what peers know of the call that began last
+    } announced_;                   // what peers know of the call that began last
     bool is_refusal_told_ = false;  // in our mailbox
     std::function<void(const std::string&)> on_warning_;
 };

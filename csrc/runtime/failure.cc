@@ -96,8 +96,8 @@ void FailureDesk::collect() {
     const layout::WaitRecord& record = status_->failure;
     const Peers peers{.remark = [this](int peer) { return remark(peer); },
                       .reason = [this](int origin) { return reason_of(origin); }};
-    adopt({class_of(record.kind), describe_failure(record, rank_, read_started(*device_, *heap_, control_, record.operation),
-                                                   peers)});
+    adopt({class_of(record.kind),
+           describe_failure(record, rank_, read_started(*device_, *heap_, control_, record.operation), peers)});
     if (record.kind == layout::FailureKind::kAborted) return;  // who gave up first has told
     mailbox_->note_abort(failure_.text);
     if (record.kind == layout::FailureKind::kBadInput) abort_everybody(Spread::kPeers);

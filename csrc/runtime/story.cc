@@ -82,7 +82,8 @@ std::string describe_abort(const layout::WaitRecord& record, int rank, const std
                            const Peers& peers) {
     const int origin = layout::abort_origin(record.seen);
     const int missing = layout::abort_missing(record.seen);
-    const std::string call = concat("DeepEP error: ", name_of(record.operation), ", call ", record.call, ", rank ", rank);
+    const std::string call =
+        concat("DeepEP error: ", name_of(record.operation), ", call ", record.call, ", rank ", rank);
     if (origin == missing) {
         const std::string reason = peers.reason(origin);
         return concat(call, ": aborted, rank ", origin, " reported an error of its own",

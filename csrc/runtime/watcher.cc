@@ -63,8 +63,9 @@ private:
                 const std::string failure = desk->look();
                 if (failure.empty()) return false;
                 // One write, so that lines of several ranks do not mix.
-                const std::string line = failure + " (Calls on this Buffer raise it; a loop that only replays graphs "
-                                                   "must call Buffer.check.)\n";
+                const std::string line = failure +
+                                         " (Calls on this Buffer raise it; a loop that only replays graphs "
+                                         "must call Buffer.check.)\n";
                 static_cast<void>(!write(STDERR_FILENO, line.data(), line.size()));
                 return true;
             } catch (const Error&) {

@@ -394,7 +394,8 @@ TEST_CASE("a bad expert id stops a peer that waits for the call, with the reason
     world.launch_layout(problem, ranks[1], 1);
     CHECK_FALSE(world.buffer(0).look_for_failures() != "");
     while (world.buffer(1).look_for_failures().empty()) world.scheduler().run_hosts({[&] {}});
-    CHECK_THROWS_WITH_AS(world.buffer(0).wait_counts(), doctest::Contains("topk_idx of token 3 must be -1"), TimeoutError);
+    CHECK_THROWS_WITH_AS(world.buffer(0).wait_counts(), doctest::Contains("topk_idx of token 3 must be -1"),
+                         TimeoutError);
     world.run();
 }
 
