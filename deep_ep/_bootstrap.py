@@ -206,10 +206,13 @@ class Session:
         self._is_closed = True
         deadline = time.monotonic() + timeout_s
         _attempt(self.before_close)
-        if self._release(timeout_s, deadline):
-            return
-        # Kernels that still wait for a peer use this memory; they end by their own deadline.
-        _LINGERING.append(self)
+        is_released = False
+        try:
+            is_released = self._release(timeout_s, deadline)
+        finally:  # also when Ctrl-C ends the wait
+            # Kernels that still wait for a peer use this memory; they end by their own deadline.
+            if not is_released:
+                _LINGERING.append(self)
 
     def _release(self, timeout_s: float, deadline: float) -> bool:
         if not _attempt(lambda: self.streams.drain(timeout_s)):
