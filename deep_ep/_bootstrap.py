@@ -178,7 +178,7 @@ class Session:
         receive phase has not begun), else when they ask why nobody came. Raises nothing."""
         if self._is_closed:
             return
-        text = f"{name}: {type(error).__name__}: {error}"
+        text = f"{name}: {type(error).__name__}: {error}".rstrip(": ")
         if ticket:
             _attempt(lambda: self.runtime.abandon_hook(ticket, text))
         _attempt(lambda: self.runtime.abandon_call(text))
