@@ -98,7 +98,24 @@ class Buffer:
         """Idempotent, bounded in time, not collective: memory that peers still map is kept until they let go."""
 
     def check(self) -> None:
-        """Raises TimeoutError when a kernel of this buffer reported a failure (also: every later operation)."""
+        """Raises when a kernel of this buffer reported a failure, or a peer did (also: every later operation)."""
+
+    @property
+    def failure(self) -> str:
+        """The sentence of the first failure that anybody has noticed, or ''."""
+
+    def begin_call(self) -> None:
+        """check(), at the beginning of a call that peers take part in."""
+
+    def abandon_call(self, text: str) -> None:
+        """The call ends here, for that reason. If peers know of it, this Buffer and theirs fail; else the reason stands
+        in the mailbox of this rank, for peers that wait in vain."""
+
+    def abandon_hook(self, ticket: int, text: str) -> None:
+        """The receive phase of an open low-latency call will never come: this Buffer and those of the peers fail."""
+
+    def start_watching(self) -> None:
+        """A thread of the process looks at this Buffer ten times a second, and says on stderr when it fails."""
 
     def set_warning_handler(self, handler: Callable[[str], None]) -> None:
         """Called with a sentence, from within the call that notices, when a wait has passed the warning threshold."""
@@ -109,8 +126,11 @@ class Buffer:
         """int32[R], int32[E], bool[N,R] outputs."""
 
     def notify_dispatch(self, num_tokens_per_rank: int, num_tokens_per_expert: int, num_experts: int,
-                        expert_alignment: int, rank_prefix_matrix: int, stream: int) -> None:
-        """Exchanges counts. Writes rank_prefix_matrix int32[R,R] (inclusive over sources, [src][dst])."""
+                        expert_alignment: int, rank_prefix_matrix: int, num_tokens: int, row_bytes: int, num_topk: int,
+                        num_scales: int, stream: int) -> None:
+        """Exchanges counts. Writes rank_prefix_matrix int32[R,R] (inclusive over sources, [src][dst]).
+
+        The four sizes are those of the dispatch that follows: what it would refuse is refused before it is known."""
 
     def wait_counts(self) -> Tuple[int, List[int]]:
         """After notify_dispatch: (received rows, aligned counts of the local experts)."""

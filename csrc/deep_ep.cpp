@@ -10,6 +10,7 @@
 #include "core/dlpack.h"
 #include "core/env.h"
 #include "core/error.h"
+#include "core/interruption.h"
 #include "device/simt/device.h"
 #include "runtime/buffer.h"
 #include "runtime/config.h"
@@ -133,13 +134,24 @@ void get_dispatch_layout(Buffer& buffer, uintptr_t topk_idx, int idx_bytes, int 
 }
 
 void notify_dispatch(Buffer& buffer, uintptr_t num_tokens_per_rank, uintptr_t num_tokens_per_expert, int num_experts,
-                     int expert_alignment, uintptr_t rank_prefix_matrix, uintptr_t stream) {
+                     int expert_alignment, uintptr_t rank_prefix_matrix, int num_tokens, int64_t row_bytes,
+                     int num_topk, int num_scales, uintptr_t stream) {
     buffer.notify_dispatch({.num_tokens_per_rank = pointer<int>(num_tokens_per_rank),
                             .num_tokens_per_expert = pointer<int>(num_tokens_per_expert),
                             .num_experts = num_experts,
                             .expert_alignment = expert_alignment,
-                            .rank_prefix_matrix = pointer<int>(rank_prefix_matrix)},
+                            .rank_prefix_matrix = pointer<int>(rank_prefix_matrix),
+                            .num_tokens = num_tokens,
+                            .row_bytes = row_bytes,
+                            .num_topk = num_topk,
+                            .num_scales = num_scales},
                            pointer<void>(stream));
+}
+
+// For waits, which have released the GIL: lets a signal handler run, Ctrl-C's too, whose exception ends the wait.
+void check_signals() {
+    const py::gil_scoped_acquire acquired;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
 py::tuple wait_counts(Buffer& buffer) {
@@ -303,6 +315,11 @@ void bind_buffer(py::module_& m) {
         .def_property_readonly("data_bytes", &Buffer::num_data_bytes)
         .def("destroy", &Buffer::destroy, py::arg("timeout_s"), release_gil())
         .def("check", &Buffer::check)
+        .def_property_readonly("failure", &Buffer::failure)
+        .def("begin_call", &Buffer::begin_call)
+        .def("abandon_call", &Buffer::abandon_call, py::arg("text"))
+        .def("abandon_hook", &Buffer::abandon_hook, py::arg("ticket"), py::arg("text"))
+        .def("start_watching", &Buffer::start_watching)
         .def("set_warning_handler", &Buffer::set_warning_handler, py::arg("handler"))
         .def("get_dispatch_layout", &get_dispatch_layout)
         .def("notify_dispatch", &notify_dispatch)
@@ -326,6 +343,7 @@ void bind_buffer(py::module_& m) {
 PYBIND11_MODULE(deep_ep_cpp, m) {
     m.doc() = "Expert-parallel dispatch and combine: the native half of deep_ep.";
     bind_build(m);
+    set_interruption_check(&check_signals);
     bind_errors(m);
     bind_config(m);
     bind_device(m);
