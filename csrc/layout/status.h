@@ -27,7 +27,8 @@ enum class Stage : uint32_t {
     kLoan,
     kWeights,
     kReturn,
-    kStated  // kBadInput: a number in a routing table
+    kStated,  // kBadInput: a number in a routing table
+    kOpen     // kBadInput: a call that this rank has not received holds the bank
 };
 enum class FailureKind : uint32_t { kNone, kTimeout, kAborted, kBadInput };
 
