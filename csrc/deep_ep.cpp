@@ -225,7 +225,7 @@ uint64_t low_latency_dispatch(Buffer& buffer, uint64_t ticket, int num_max_token
                               uintptr_t topk_idx, int idx_bytes, int num_tokens, uintptr_t recv_x,
                               uintptr_t recv_scales, uintptr_t recv_count, uintptr_t src_info, uintptr_t layout_range,
                               uintptr_t row_of_entry, uintptr_t cumulative_stats, uintptr_t wait_stats,
-                              uintptr_t stream) {
+                              uintptr_t number, uintptr_t stream) {
     const runtime::LowLatencyDispatchArgs args{.shape = {num_max_tokens, num_topk, num_experts, hidden},
                                                .is_fp8 = is_fp8,
                                                .rounds_scales = rounds_scales,
@@ -241,7 +241,8 @@ uint64_t low_latency_dispatch(Buffer& buffer, uint64_t ticket, int num_max_token
                                                .layout_range = pointer<int64_t>(layout_range),
                                                .row_of_entry = pointer<int>(row_of_entry),
                                                .cumulative_stats = pointer<int>(cumulative_stats),
-                                               .wait_stats = pointer<int64_t>(wait_stats)};
+                                               .wait_stats = pointer<int64_t>(wait_stats),
+                                               .number = pointer<uint64_t>(number)};
     if (ticket == kSendPhase) return buffer.send_low_latency_dispatch(args, pointer<void>(stream));
     if (ticket == kBothPhases)
         buffer.low_latency_dispatch(args, pointer<void>(stream));
@@ -253,7 +254,7 @@ uint64_t low_latency_dispatch(Buffer& buffer, uint64_t ticket, int num_max_token
 uint64_t low_latency_combine(Buffer& buffer, uint64_t ticket, int num_max_tokens, int num_topk, int num_experts,
                              int hidden, bool uses_logfmt, uintptr_t x, uintptr_t topk_idx, int idx_bytes,
                              uintptr_t topk_weights, int num_tokens, uintptr_t row_of_entry, uintptr_t combined_x,
-                             uintptr_t wait_stats, uintptr_t stream) {
+                             uintptr_t wait_stats, uintptr_t number, uintptr_t stream) {
     const runtime::LowLatencyCombineArgs args{.shape = {num_max_tokens, num_topk, num_experts, hidden},
                                               .uses_logfmt = uses_logfmt,
                                               .x = pointer<uint8_t>(x),
@@ -263,7 +264,8 @@ uint64_t low_latency_combine(Buffer& buffer, uint64_t ticket, int num_max_tokens
                                               .num_tokens = num_tokens,
                                               .row_of_entry = pointer<int>(row_of_entry),
                                               .combined_x = pointer<uint8_t>(combined_x),
-                                              .wait_stats = pointer<int64_t>(wait_stats)};
+                                              .wait_stats = pointer<int64_t>(wait_stats),
+                                              .number = pointer<uint64_t>(number)};
     if (ticket == kSendPhase) return buffer.send_low_latency_combine(args, pointer<void>(stream));
     if (ticket == kBothPhases)
         buffer.low_latency_combine(args, pointer<void>(stream));

@@ -147,8 +147,9 @@ class LowLatency:
         recv_x, scales, src_info, layout_range, recv_count = plan.make_outputs()
         src_info_ptr = src_info.data_ptr()
         arguments = (*plan.dispatch_args, x.data_ptr(), topk_idx.data_ptr(), topk_idx.element_size(), num_tokens,
-                     recv_x.data_ptr(), _ptr(scales), recv_count.data_ptr(), src_info_ptr, layout_range.data_ptr(),
-                     src_info_ptr + plan.entries_at, _ptr(cumulative_stats), _ptr(wait_stats), phases.stream)
+                     recv_x.data_ptr(), _ptr(scales), recv_count.data_ptr(),
+                     src_info_ptr, layout_range.data_ptr(), src_info_ptr + plan.entries_at, _ptr(cumulative_stats),
+                     _ptr(wait_stats), src_info_ptr + plan.number_at, phases.stream)
         tensors = (x, topk_idx, recv_x, scales, src_info, layout_range, cumulative_stats, wait_stats)
         event, hook = _run(self._session, "low_latency_dispatch", phases, arguments, tensors, return_recv_hook)
         self._known_handles.add(plan, src_info)
@@ -204,10 +205,12 @@ class LowLatency:
         if return_recv_hook:
             sent, topk_idx, topk_weights = phases.keep(sent, topk_idx, topk_weights)
         combined = self._session.empty[torch.bfloat16](num_tokens, hidden) if out is None else out
+        # Several combines may be open with one handle, so that theirs cannot lie behind src_info.
+        number = self._session.empty[torch.int64](1) if return_recv_hook else None
         arguments = (*plan.combine_args, use_logfmt, sent.data_ptr(), topk_idx.data_ptr(), topk_idx.element_size(),
                      topk_weights.data_ptr(), num_tokens, src_info.data_ptr() + plan.entries_at, combined.data_ptr(),
-                     _ptr(wait_stats), phases.stream)
-        tensors = (sent, topk_idx, topk_weights, src_info, combined, wait_stats)
+                     _ptr(wait_stats), _ptr(number), phases.stream)
+        tensors = (sent, topk_idx, topk_weights, src_info, combined, wait_stats, number)
         event, hook = _run(self._session, "low_latency_combine", phases, arguments, tensors, return_recv_hook)
         if zero_copy:
             self._combine_buffers[plan.expert_rows].pass_on()
