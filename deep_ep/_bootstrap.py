@@ -4,6 +4,7 @@ import atexit
 import ctypes
 import dataclasses
 import logging
+import os
 import time
 import weakref
 from collections.abc import Sequence
@@ -189,6 +190,17 @@ def _release_at_exit() -> None:
     for session in _LINGERING:
         # Its destructor would free memory that a kernel still uses. The system takes the memory back in a moment.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(session.runtime))
+
+
+def _leave_to_parent() -> None:
+    """In a forked child: the parent's Buffers are the parent's to release."""
+    for session in [*_LIVE, *_LINGERING]:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session.runtime))
+    _LIVE.clear()
+    _LINGERING.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _nothing() -> None:

@@ -20,7 +20,7 @@ from deep_ep import _checks, _env, _high_throughput, _low_latency
 from deep_ep._bootstrap import Peers, Request, Session, build_session
 from deep_ep._cost_model import copies_per_token
 from deep_ep._errors import Error
-from deep_ep._memory import view_memory
+from deep_ep._memory import outside_of_modes, view_memory
 from deep_ep._opaque import opaque
 from deep_ep._streams import CudaStreams, is_capturing
 from deep_ep.utils import EventHandle, EventOverlap
@@ -82,6 +82,7 @@ class Buffer:
 
     num_sms: int = 20
 
+    @outside_of_modes
     def __init__(self,
                  group: Optional[dist.ProcessGroup],
                  num_nvl_bytes: int = 0,

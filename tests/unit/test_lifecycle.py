@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -178,3 +179,30 @@ def test_exit_without_destroy(how: str) -> None:
 
 def test_a_cycle_is_collected_with_its_events_before_the_buffer() -> None:
     run_script(CYCLE_SCRIPT)
+
+
+FORK = """
+import os, sys, torch.distributed as dist, deep_ep
+def build():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    buffer = deep_ep.Buffer(dist.group.WORLD, 1 << 20)
+    idx = deep_ep.buffer.torch.zeros((4, 1), dtype=deep_ep.topk_idx_t)
+    _, _, per_expert, _, event = buffer.get_dispatch_layout(idx, 2, async_finish=True)
+    event.current_stream_wait()
+    assert per_expert.tolist() == [4, 0]
+    buffer.destroy()
+    dist.destroy_process_group()
+build()
+child = os.fork()
+build()
+if child == 0:
+    os._exit(0)  # as multiprocessing ends its children
+sys.exit(os.waitpid(child, 0)[1] != 0)
+"""
+
+
+@pytest.mark.skipif(device().type != "cpu", reason="CUDA does not survive a fork")
+def test_a_forked_child_builds_its_own(tmp_path: Path) -> None:
+    """After use in the parent, as multiprocessing does it on Linux before Python 3.14; and the parent goes on."""
+    ended = subprocess.run([sys.executable, "-c", FORK], cwd=tmp_path, timeout=120, check=False)
+    assert ended.returncode == 0
