@@ -202,6 +202,20 @@ def test_graphs_of_different_sizes(pool: Pool, mode: str) -> None:
     pool.run(cases.graph_replays, 2, works, mode)
 
 
+@pytest.mark.parametrize("mode", cases.MODES)
+def test_a_graph_is_replayed_before_a_hook(pool: Pool, mode: str) -> None:
+    if device().type != "cuda":
+        pytest.skip("CUDA graphs need a GPU; the executor's own are replayed in low_latency_test.cc")
+    pool.run(cases.replay_before_a_hook, 2, Workload((5, 9), hidden=512), Workload((3, 7), hidden=1024), mode)
+
+
+def test_a_graph_of_two_calls_is_replayed_before_a_hook(pool: Pool) -> None:
+    if device().type != "cuda":
+        pytest.skip("CUDA graphs need a GPU; the executor's own are replayed in low_latency_test.cc")
+    messages = pool.run(cases.replay_of_two_calls_before_a_hook, 2, Workload((5, 9), hidden=512))
+    assert any("is still open" in message for message in messages), messages
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Low-latency dispatch and combine, checked against the reference")
     for name, default in (("num-processes", 4), ("num-tokens", 32), ("hidden", 7168), ("num-topk", 8), ("num-experts",
