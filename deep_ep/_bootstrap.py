@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 import deep_ep_cpp
 from deep_ep import _cost_model, _streams
-from deep_ep._call_check import CallCheck, describe_differences
+from deep_ep._call_check import CallCheck, Exchange, describe_differences, open_exchange
 from deep_ep._checks import BUFFER_ALIGNMENT_BYTES, MAX_INT64, check_int, check_positive
 from deep_ep._cost_model import CostModel
 from deep_ep._errors import Error
@@ -74,6 +74,10 @@ class Peers:
         gathered: list[Any] = [None] * self.size
         dist.all_gather_object(gathered, mine, group=self._group)
         return gathered
+
+    def open_exchange(self) -> Exchange:
+        group = self._comm if self._group is None else self._group
+        return open_exchange(group, self.rank, self.size, self.all_gather)
 
     def all_gather_results(self, step: str, work: Callable[[], T]) -> list[T]:
         """Runs `work` on every rank and gathers what it returns, or raises on every rank when it failed on one.
@@ -381,5 +385,5 @@ def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
             streams.close()
         raise
     if described[0][0].check_calls and peers.size > 1:
-        sessions[0].call_check = CallCheck(peers.all_gather, opened[0].device, requests[0].patience_s)
+        sessions[0].call_check = CallCheck(peers.open_exchange(), requests[0].patience_s)
     return sessions[0]
