@@ -1,7 +1,9 @@
 """The native extension. Addresses and streams are plain integers; 0 means "none". Nothing here knows torch.
 
 Callers use `deep_ep.Buffer`; this is the seam below it. Python has validated every argument before a call arrives here;
-the native code repeats the checks that guard memory only. Every method that may wait releases the GIL.
+the native code repeats the checks that guard memory only. Methods that wait for a device or for peers release the GIL
+(connect, destroy, wait_counts, synchronize_*). A launch takes microseconds and does not; where a GPU's launch queue is
+full it holds the GIL until there is room.
 """
 from typing import Any, Callable, List, Optional, Tuple
 

@@ -312,7 +312,7 @@ void bind_buffer(py::module_& m) {
              py::arg("warn_s"), py::arg("num_low_latency_bytes") = 0, py::arg("is_shrinkable") = false,
              py::arg("num_lend_bytes") = 0)
         .def("export_handle", [](Buffer& b) { return py::bytes(b.export_handle()); })
-        .def("connect", &Buffer::connect, py::arg("handles"))
+        .def("connect", &Buffer::connect, py::arg("handles"), release_gil())
         .def_property_readonly("data_ptr", [](Buffer& b) { return number(b.data()); })
         .def_property_readonly("data_bytes", &Buffer::num_data_bytes)
         .def("destroy", &Buffer::destroy, py::arg("timeout_s"), release_gil())
