@@ -34,6 +34,10 @@ def make_tensor(address: int, shape: List[int], dtype_code: int, dtype_bits: int
     """A DLPack capsule over row-major memory (cuda_index < 0: of the host), for torch.from_dlpack. `owner` lives as
     long as any tensor made of it."""
 
+def get_build() -> dict[str, Any]:
+    """What the build variables have set: {'cuda': bool, 'architectures': '90-real 100', 'sm90_features': bool,
+    'cache_hints': bool, 'topk_idx_bits': 32 or 64}. Features are of the CUDA half: False where there is none."""
+
 def is_cuda_built() -> bool: ...
 def is_sm90_compiled() -> bool: ...
 def topk_idx_bits() -> int: ...
@@ -169,15 +173,16 @@ class Buffer:
                              is_fp8: bool, rounds_scales: bool, packs_scales: bool, x: int, topk_idx: int,
                              idx_bytes: int, num_tokens: int, recv_x: int, recv_scales: int, recv_count: int,
                              src_info: int, layout_range: int, row_of_entry: int, cumulative_stats: int,
-                             wait_stats: int, stream: int) -> int:
+                             wait_stats: int, number: int, stream: int) -> int:
         """recv_x [El, R*T, hidden] bfloat16 or FP8; recv_scales memory order [El, hidden/128 (or /512 packed), R*T];
         recv_count int32 [El]; src_info int32 [El, R*T]; layout_range int64 [El, R]; row_of_entry int32 [R, T, K]
         (flat row of each entry that has its expert here, -1 of the others), kept for combine;
-        cumulative_stats int32 [El] or 0; wait_stats int64 [R] or 0, nanoseconds are added."""
+        cumulative_stats int32 [El] or 0; wait_stats int64 [R] or 0, nanoseconds are added; number int64 [1] or, with
+        BOTH_PHASES, 0: where the send phase leaves the call's number for the receive phase."""
 
     def low_latency_combine(self, ticket: int, num_max_tokens: int, num_topk: int, num_experts: int, hidden: int,
                             uses_logfmt: bool, x: int, topk_idx: int, idx_bytes: int, topk_weights: int,
-                            num_tokens: int, row_of_entry: int, combined_x: int, wait_stats: int,
+                            num_tokens: int, row_of_entry: int, combined_x: int, wait_stats: int, number: int,
                             stream: int) -> int: ...
     @property
     def low_latency_data_ptr(self) -> int: ...

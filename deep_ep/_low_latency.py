@@ -20,6 +20,7 @@ from deep_ep._low_latency_plan import (
     check_num_experts,
 )
 from deep_ep._memory import view_memory
+from deep_ep._opaque import opaque
 from deep_ep._phases import PhaseOrder, Phases, Tensors, open_phases
 from deep_ep.utils import EventHandle, EventOverlap
 from deep_ep_cpp import Buffer as NativeBuffer
@@ -37,6 +38,7 @@ INT64 = (torch.int64, )
 NUM_HANDLE_FIELDS = 5  # (src_info, layout_range, T, hidden, E): callers count on it
 
 
+@opaque
 class Hook:
     """Launches the receive phase of a call, once: a second call does nothing.
 
@@ -140,11 +142,14 @@ class LowLatency:
         if self._session.call_check is not None:
             _compare_calls(self._session.call_check, "low_latency_dispatch", plan, Format(*map(bool, form))._asdict())
         phases = self._open_phases("low_latency_dispatch", async_finish, return_recv_hook)
+        if return_recv_hook:
+            x, topk_idx = phases.keep(x, topk_idx)
         recv_x, scales, src_info, layout_range, recv_count = plan.make_outputs()
         src_info_ptr = src_info.data_ptr()
         arguments = (*plan.dispatch_args, x.data_ptr(), topk_idx.data_ptr(), topk_idx.element_size(), num_tokens,
-                     recv_x.data_ptr(), _ptr(scales), recv_count.data_ptr(), src_info_ptr, layout_range.data_ptr(),
-                     src_info_ptr + plan.entries_at, _ptr(cumulative_stats), _ptr(wait_stats), phases.stream)
+                     recv_x.data_ptr(), _ptr(scales), recv_count.data_ptr(),
+                     src_info_ptr, layout_range.data_ptr(), src_info_ptr + plan.entries_at, _ptr(cumulative_stats),
+                     _ptr(wait_stats), src_info_ptr + plan.number_at, phases.stream)
         tensors = (x, topk_idx, recv_x, scales, src_info, layout_range, cumulative_stats, wait_stats)
         event, hook = _run(self._session, "low_latency_dispatch", phases, arguments, tensors, return_recv_hook)
         self._known_handles.add(plan, src_info)
@@ -197,11 +202,15 @@ class LowLatency:
         if self._session.call_check is not None:
             _compare_calls(self._session.call_check, "low_latency_combine", plan, {"use_logfmt": bool(use_logfmt)})
         phases = self._open_phases("low_latency_combine", async_finish, return_recv_hook)
+        if return_recv_hook:
+            sent, topk_idx, topk_weights = phases.keep(sent, topk_idx, topk_weights)
         combined = self._session.empty[torch.bfloat16](num_tokens, hidden) if out is None else out
+        # Several combines may be open with one handle, so that theirs cannot lie behind src_info.
+        number = self._session.empty[torch.int64](1) if return_recv_hook else None
         arguments = (*plan.combine_args, use_logfmt, sent.data_ptr(), topk_idx.data_ptr(), topk_idx.element_size(),
                      topk_weights.data_ptr(), num_tokens, src_info.data_ptr() + plan.entries_at, combined.data_ptr(),
-                     _ptr(wait_stats), phases.stream)
-        tensors = (sent, topk_idx, topk_weights, src_info, combined, wait_stats)
+                     _ptr(wait_stats), _ptr(number), phases.stream)
+        tensors = (sent, topk_idx, topk_weights, src_info, combined, wait_stats, number)
         event, hook = _run(self._session, "low_latency_combine", phases, arguments, tensors, return_recv_hook)
         if zero_copy:
             self._combine_buffers[plan.expert_rows].pass_on()

@@ -21,6 +21,7 @@ from deep_ep._bootstrap import Peers, Request, Session, build_session
 from deep_ep._cost_model import copies_per_token
 from deep_ep._errors import Error
 from deep_ep._memory import view_memory
+from deep_ep._opaque import opaque
 from deep_ep._streams import CudaStreams
 from deep_ep.utils import EventHandle, EventOverlap
 from deep_ep_cpp import Config
@@ -64,6 +65,7 @@ def _default_config(operation: str, num_sms: int, num_ranks: int) -> Config:
     return Config(num_sms, *table[listed[min(bisect.bisect_left(listed, num_ranks), len(listed) - 1)]])
 
 
+@opaque
 class Buffer:
     """Memory that every rank of a group can reach, and expert-parallel dispatch and combine on it.
 
@@ -188,7 +190,10 @@ class Buffer:
 
     @staticmethod
     def is_sm90_compiled() -> bool:
-        """Whether the extension has kernels for SM90 and newer."""
+        """Whether the extension was built with CUDA and without DISABLE_SM90_FEATURES. It says nothing about nodes.
+
+        See docs/api.md, "Not in this version", for clients that read it as "has the internode library".
+        """
         return bool(deep_ep_cpp.is_sm90_compiled())
 
     @staticmethod
@@ -259,7 +264,8 @@ class Buffer:
 
         Given to `combine` as `x` (or any part of it, of whole rows), the peers read the rows where they stand: nothing
         is copied into slots. Outputs of `dispatch` are such tensors as well, as long as there is room. The memory is
-        lent anew when the last view of it is gone; `Tensor.record_stream` has no effect on it.
+        lent anew when the last view of it is gone; `Tensor.record_stream` has no effect on it. Let the last view go in
+        the thread and under the stream that use it: docs/api.md, "Lending", says what happens otherwise.
 
         Raises deep_ep.Error when there is no room, or the Buffer was built without `num_lend_bytes`.
         """

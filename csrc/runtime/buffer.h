@@ -132,6 +132,7 @@ struct LowLatencyDispatchArgs {
     int* row_of_entry;
     int* cumulative_stats;
     int64_t* wait_stats;
+    uint64_t* number;  // on the device, for a call of two launches: the first leaves there what the second needs
 };
 
 struct LowLatencyCombineArgs {
@@ -145,6 +146,7 @@ struct LowLatencyCombineArgs {
     const int* row_of_entry;
     uint8_t* combined_x;
     int64_t* wait_stats;
+    uint64_t* number;  // as above; not that of the dispatch
 };
 
 // Throws unless every rank can have the same number of experts.
@@ -220,7 +222,7 @@ private:
     void check_counted_experts(int num_experts) const;
     LowLatencyGrid plan_low_latency(int hidden) const;
     kernels::LowLatencyCall low_latency_call(const LowLatencyShape& shape, const layout::LowLatencyMessage& message,
-                                             int64_t* wait_stats) const;
+                                             int64_t* wait_stats, uint64_t* number) const;
     kernels::LowLatencyDispatchParams low_latency_params(const LowLatencyDispatchArgs& args) const;
     kernels::LowLatencyCombineParams low_latency_params(const LowLatencyCombineArgs& args) const;
     void open_low_latency_call(kernels::LowLatencyCall& call);

@@ -64,3 +64,16 @@ def test_an_asynchronous_call_keeps_its_tensors_until_it_is_waited_for() -> None
         event.current_stream_wait()
         gc.collect()
         assert alive() is None
+
+
+@pytest.mark.skipif(device().type != "cpu", reason="on a GPU torch's allocator keeps the memory, not the tensor")
+def test_a_hook_lets_the_received_rows_go() -> None:
+    with solo_buffer(0, num_rdma_bytes=1 << 20, low_latency_mode=True) as buffer:
+        x, topk_idx = torch.ones((128, 1024), dtype=torch.bfloat16), torch.zeros((128, 1), dtype=torch.int64)
+        rows, _, _, _, hook = buffer.low_latency_dispatch(x, topk_idx, 128, 1, use_fp8=False, return_recv_hook=True)
+        assert hook is not None
+        hook()
+        alive = weakref.ref(rows)
+        del rows
+        gc.collect()
+        assert alive() is None

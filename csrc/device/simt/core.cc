@@ -69,6 +69,7 @@ void Core::destroy_stream(StreamState* stream) {
 }
 
 void Core::submit(StreamState& stream, Operation operation) {
+    if (stream.graph != nullptr) throw Error("a graph of the executor takes nothing but kernels");
     operation.submitted = hb::make_key();
     hb::release(operation.submitted);
     hb::Quiet quiet;
