@@ -292,7 +292,10 @@ def failing_alone(worker: Worker, failing: int, where: str) -> str:
     }
     is_failing = worker.rank == failing
     context = replaced(*places[where], raising(trouble)) if is_failing else contextlib.nullcontext()
-    return failing_construction(worker, (deep_ep.Error, OSError), context, num_rdma_bytes=1 << 12, low_latency_mode=True)
+    return failing_construction(worker, (deep_ep.Error, OSError),
+                                context,
+                                num_rdma_bytes=1 << 12,
+                                low_latency_mode=True)
 
 
 def different_nodes(worker: Worker, odd: int) -> str:
