@@ -97,6 +97,7 @@ def interrupted_after_launch(worker: Worker, failing: int) -> str:
     """An exception as the call returns: its rows are lost, so it is no finished call either."""
     buffer = worker.new_buffer()
     flight = Flight(worker, buffer, small_work(worker.num_ranks)).layout().dispatch()
+    worker.barrier()
     message = ""
     if worker.rank == failing:
         with replaced(_high_throughput, "close_operation", raising(KeyboardInterrupt())):
@@ -136,6 +137,7 @@ def bad_expert_stops_peers(worker: Worker, failing: int) -> str:
     """The peers wait for counts when one rank finds the bad id, and stop at once."""
     buffer = worker.new_buffer()
     flight = Flight(worker, buffer, small_work(worker.num_ranks)).layout()
+    worker.barrier()
     if worker.rank == failing:
         topk_idx = torch.full((4, 2), 1000, dtype=torch.int64).to(worker.device)
         message = failure_of(lambda: (buffer.get_dispatch_layout(topk_idx, worker.num_ranks), settle(worker, buffer)),
@@ -186,6 +188,7 @@ def interrupted_wait(worker: Worker, waiting: int, where: str) -> str:
     flight = Flight(worker, buffer, small_work(worker.num_ranks)).layout()
     if where != "dispatch":
         flight.dispatch()
+    worker.barrier()
     message = ""
     if worker.rank == waiting:
         sent = interrupt_soon()
