@@ -63,6 +63,11 @@ struct LowLatencyTurn {
     uint32_t begun_blocks;
     uint32_t settled_blocks;  // will not look at the counters of LocalState again
     uint32_t next_share;      // of the receive phase
+    uint32_t spoiled_pieces;  // of a call that fails: pieces of the outputs that warps have taken to fill them with NaN
+    uint32_t lists;  // of a dispatch: a bit for each list of counts that is written; kSpoiledLists: they are void
+
+    static constexpr uint32_t kSpoiledLists = 1u << 31;
+    static constexpr int kMaxLists = 31;
 };
 
 // Device-local, private to the rank; survives between calls.

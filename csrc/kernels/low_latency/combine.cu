@@ -12,6 +12,7 @@
 #include "kernels/low_latency/launchers.h"
 #include "kernels/low_latency/logfmt_row.h"
 #include "kernels/low_latency/row.h"
+#include "kernels/low_latency/spoil.h"
 #include "kernels/low_latency/turn.h"
 
 namespace deep_ep::kernels::low_latency::combine {
@@ -354,7 +355,9 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
     }
 
     // The lanes of a warp wait for one rank each; returns the lanes whose rank has sent its part. `id`: this lane's.
-    static EP_DEVICE uint32_t wait_for_parts(const Params& p, const Context& c, int token, int64_t id, int first_rank) {
+    // `is_lost`: set where a part does not come since the call has failed.
+    static EP_DEVICE uint32_t wait_for_parts(const Params& p, const Context& c, int token, int64_t id, int first_rank,
+                                             bool& is_lost) {
         const int rank = first_rank + prim::lane_idx();
         const uint64_t* flag = c.watch.heap.token_full(c.rank(), c.bank, rank < c.num_ranks() ? rank : 0, token);
         // A look before it is known who has a part: the ids may still be under way.
@@ -362,6 +365,7 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
         const bool is_expected = is_destination(c, {p.topk_idx, p.idx_bytes}, id, token, first_rank);
         if (is_expected && !is_here) is_here = wait_for_source(c.call, c.watch, Stage::kRow, rank, flag);
         const uint32_t lanes = __ballot_sync(kFullMask, is_expected && is_here);
+        if (__any_sync(kFullMask, is_expected && !is_here)) is_lost |= has_failed(c.watch);
         __syncwarp();  // each lane's acquire, every lane's reads
         return lanes;
     }
@@ -418,13 +422,14 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
         const int64_t id = Ids{p.topk_idx, p.idx_bytes}.load(c, token, 0);
         int held_group = -1;
         uint32_t lanes = 0;
+        bool is_lost = false;
 #pragma unroll 1
         for (int base = part * share; base < end; base += kWarpSize) {
             const int unit = base + prim::lane_idx();
             Sums sums[kVecsOfUnit] = {};
 #pragma unroll 1
             for (int first = 0; first < c.num_ranks(); first += kWarpSize) {
-                if (first != held_group) lanes = wait_for_parts(p, c, token, id, first);
+                if (first != held_group) lanes = wait_for_parts(p, c, token, id, first, is_lost);
                 held_group = first;
                 if (unit >= end) continue;
                 if constexpr (kIsLogfmt)
@@ -436,7 +441,8 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
 #pragma unroll
             for (int i = 0; i < kVecsOfUnit; ++i) {
                 const int vec = unit * kVecsOfUnit + i;
-                if (unit < end && vec < num_row_vecs(p.call)) prim::store_streaming(target + vec, rounded(sums[i]));
+                if (unit < end && vec < num_row_vecs(p.call))
+                    prim::store_streaming(target + vec, is_lost ? spoiled_vec() : rounded(sums[i]));
             }
         }
     }
