@@ -14,7 +14,8 @@ enum class Operation : uint32_t {
     kDispatch,
     kCombine,
     kLowLatencyDispatch,
-    kLowLatencyCombine
+    kLowLatencyCombine,
+    kLowLatencyClean
 };
 enum class Stage : uint32_t {
     kStart,
@@ -28,7 +29,9 @@ enum class Stage : uint32_t {
     kWeights,
     kReturn,
     kStated,  // kBadInput: a number in a routing table
-    kOpen     // kBadInput: a call that this rank has not received holds the bank
+    kClean,
+    kEntry,  // kBadInput: a top-k entry that is not that of the dispatch
+    kOpen    // kBadInput: a call that this rank has not received holds the bank
 };
 enum class FailureKind : uint32_t { kNone, kTimeout, kAborted, kBadInput };
 
@@ -80,7 +83,8 @@ struct LocalState {
     uint32_t num_weight_blocks;    // of the running combine: that have copied their part of the weights
     uint32_t layout_done_blocks;
 
-    uint64_t num_low_latency_sends;     // low-latency calls whose send phase has been run
+    uint64_t num_low_latency_sends;  // low-latency calls whose send phase has been run
+    uint64_t num_low_latency_cleans;
     uint64_t num_low_latency_launches;  // of either phase, or both
     // The last call of each bank whose receive phase has been run. The next launch tells the peers.
     uint64_t low_latency_ended[kNumLowLatencyBanks];

@@ -389,11 +389,13 @@ void Buffer::bench_push(int64_t bytes_per_peer, int num_sms, dev::Stream stream)
                        std::clamp(num_sms, 1, device_->num_sms()), stream);
 }
 
-// The two modes count their calls apart.
+// The two modes count their calls apart, and cleaning is none of either.
 std::vector<uint64_t> Buffer::read_started(layout::Operation operation) const {
     const bool is_low_latency =
         operation == layout::Operation::kLowLatencyDispatch || operation == layout::Operation::kLowLatencyCombine;
-    const layout::Field& field = is_low_latency ? control_.low_latency.started : control_.started;
+    const layout::Field& field = operation == layout::Operation::kLowLatencyClean ? control_.low_latency.cleaned
+                                 : is_low_latency                                 ? control_.low_latency.started
+                                                                                  : control_.started;
     std::vector<uint64_t> started(static_cast<size_t>(options_.num_ranks));
     device_->copy_now(started.data(), heap_->local() + field.offset, field.bytes());
     return started;

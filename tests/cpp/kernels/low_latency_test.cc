@@ -483,6 +483,122 @@ TEST_CASE(
     }
 }
 
+// A dispatch, then a combine with what `change` makes of the tensors; the first sentence of a failure, or "".
+template <class Change>
+std::string combine_after(const LowLatencyProblem& problem, Launches launches, const Change& change) {
+    World world(problem.num_ranks(), 0, impatient(), 2.0, low_latency_bytes(problem) + (1 << 20));
+    auto ranks = make_low_latency_inputs(problem);
+    for (int rank = 0; rank < problem.num_ranks(); ++rank)
+        launch_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank, launches);
+    world.run();
+    fill_expert_rows(problem, ranks);
+    change(ranks);
+    for (int rank = 0; rank < problem.num_ranks(); ++rank)
+        launch_combine(world, problem, ranks[static_cast<size_t>(rank)], rank, launches);
+    world.run();
+    std::string found;
+    for (int rank = 0; rank < problem.num_ranks(); ++rank) {
+        try {
+            world.buffer(rank).check();
+        } catch (const TimeoutError& error) {
+            if (found.empty() || std::string(error.what()).find("aborted") == std::string::npos) found = error.what();
+        }
+    }
+    return found.empty() ? check_low_latency_combine(problem, ranks) : found;
+}
+
+TEST_CASE("low latency: combine refuses entries that are not those of the dispatch, and takes -1") {
+    LowLatencyProblem problem{.num_tokens = {9, 4, 12}, .num_experts = 9, .drop_probability = 0.0};
+    for (int num_topk : {3, 40}) {
+        problem.num_topk = num_topk;
+        for (Launches launches : {Launches::kOne, Launches::kTwo}) {
+            CAPTURE(num_topk);
+            CAPTURE(static_cast<int>(launches));
+            const size_t last = static_cast<size_t>(num_topk) - 1;  // an entry of the first token
+            CHECK_EQ(combine_after(problem, launches,
+                                   [&](auto& ranks) {
+                                       for (auto& tensors : ranks)
+                                           for (size_t i = last; i < tensors.topk_idx.size(); i += 5)
+                                               tensors.topk_idx[i] = -1;
+                                   }),
+                     "");
+            const std::string other_expert = combine_after(problem, launches, [&](auto& ranks) {
+                for (auto& idx : ranks[2].topk_idx) idx = 1;
+                ranks[2].topk_idx[0] = ranks[2].topk_idx[0] == 7 ? 8 : 7;  // on another rank, or the same
+            });
+            CHECK_NE(other_expert.find("of rank 2 names an expert of this rank"), std::string::npos);
+            const std::string same_rank = combine_after(problem, launches, [&](auto& ranks) {
+                int64_t& idx = ranks[1].topk_idx[last];
+                idx = idx / 3 * 3 + (idx + 1) % 3;
+            });
+            CHECK_NE(same_rank.find("topk_idx of token 0 of rank 1 names an expert"), std::string::npos);
+        }
+    }
+}
+
+TEST_CASE("low latency: combine refuses the handles of two micro-batches that are swapped") {
+    LowLatencyProblem problem{.num_tokens = {9, 4}, .num_experts = 8, .drop_probability = 0.0};
+    auto other = problem;
+    other.seed = 2;
+    auto swapped = make_low_latency_inputs(other);
+    World world(2, 0, impatient(), 2.0, low_latency_bytes(problem));
+    dispatch_on(world, other, swapped, {0, 1});
+    CHECK_NE(combine_after(problem, Launches::kOne,
+                           [&](auto& ranks) {
+                               for (size_t rank : {0, 1}) ranks[rank].row_of_entry = swapped[rank].row_of_entry;
+                           })
+                 .find("the handle that this dispatch returned"),
+             std::string::npos);
+}
+
+TEST_CASE("low latency: cleaning is a barrier of the group, takes no bank, and is refused while a call is open") {
+    const LowLatencyProblem problem{.num_tokens = {9, 4, 3}, .num_experts = 3};
+    for (uint64_t seed : {0, 5}) {
+        World world(3, 0, seeded(seed), 100, low_latency_bytes(problem));
+        for (int repeat = 0; repeat < 3; ++repeat) {
+            CHECK_EQ(low_latency_round_trip(world, problem, Launches::kTwo), "");
+            for (int rank = 0; rank < 3; ++rank) world.buffer(rank).clean_low_latency(world.stream(rank));
+            if (repeat == 1)  // twice in a row, and no run in between
+                for (int rank = 0; rank < 3; ++rank) world.buffer(rank).clean_low_latency(world.stream(rank));
+        }
+        auto ranks = make_low_latency_inputs(problem);
+        for (int rank = 0; rank < 3; ++rank) {
+            send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+            CHECK_THROWS_WITH_AS(world.buffer(rank).clean_low_latency(world.stream(rank)),
+                                 doctest::Contains("no low-latency call may be open, and 1 is"), Error);
+            receive_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+        }
+        world.run();
+        CHECK_EQ(check_low_latency_dispatch(problem, ranks), "");
+    }
+}
+
+TEST_CASE("low latency: cleaning waits for every rank") {
+    World world(2, 0, {}, 100, 1 << 16);
+    world.buffer(0).clean_low_latency(world.stream(0));
+    CHECK_THROWS_WITH_AS(world.run(), doctest::Contains("deadlock"), Error);  // rank 1 has not come
+}
+
+TEST_CASE("low latency: cleaning masks whoever does not come, or without enable_shrink names it") {
+    for (const bool is_shrinkable : {true, false}) {
+        World world(3, 0, impatient(), 2.0, 1 << 16, is_shrinkable);
+        for (int repeat = 0; repeat < (is_shrinkable ? 2 : 1); ++repeat)
+            for (int rank : {0, 2}) world.buffer(rank).clean_low_latency(world.stream(rank));
+        world.run();
+        for (int rank : {0, 2}) {
+            if (is_shrinkable) {
+                world.buffer(rank).check();
+                for (int peer = 0; peer < 3; ++peer)
+                    CHECK_EQ(world.buffer(rank).masked_ranks()[peer], peer == 1 ? 1 : 0);
+            } else {
+                CHECK_THROWS_WITH_AS(world.buffer(rank).check(), doctest::Contains("clean_low_latency_buffer, call 1"),
+                                     TimeoutError);
+                CHECK_THROWS_WITH_AS(world.buffer(rank).check(), doctest::Contains("rank 1"), TimeoutError);
+            }
+        }
+    }
+}
+
 TEST_CASE("low latency: with enable_shrink the missing rank is masked, and the others go on") {
     LowLatencyProblem problem{.num_tokens = {9, 4, 3}, .num_experts = 3};
     World world(3, 0, impatient(), 2.0, low_latency_bytes(problem), true);
