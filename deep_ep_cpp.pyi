@@ -34,6 +34,10 @@ def make_tensor(address: int, shape: List[int], dtype_code: int, dtype_bits: int
     """A DLPack capsule over row-major memory (cuda_index < 0: of the host), for torch.from_dlpack. `owner` lives as
     long as any tensor made of it."""
 
+def get_build() -> dict[str, Any]:
+    """What the build variables have set: {'cuda': bool, 'architectures': '90-real 100', 'sm90_features': bool,
+    'cache_hints': bool, 'topk_idx_bits': 32 or 64}. Features are of the CUDA half: False where there is none."""
+
 def is_cuda_built() -> bool: ...
 def is_sm90_compiled() -> bool: ...
 def topk_idx_bits() -> int: ...
@@ -94,7 +98,24 @@ class Buffer:
         """Idempotent, bounded in time, not collective: memory that peers still map is kept until they let go."""
 
     def check(self) -> None:
-        """Raises TimeoutError when a kernel of this buffer reported a failure (also: every later operation)."""
+        """Raises when a kernel of this buffer reported a failure, or a peer did (also: every later operation)."""
+
+    @property
+    def failure(self) -> str:
+        """The sentence of the first failure that anybody has noticed, or ''."""
+
+    def begin_call(self) -> None:
+        """check(), at the beginning of a call that peers take part in."""
+
+    def abandon_call(self, text: str) -> None:
+        """The call ends here, for that reason. If peers know of it, this Buffer and theirs fail; else the reason stands
+        in the mailbox of this rank, for peers that wait in vain."""
+
+    def abandon_hook(self, ticket: int, text: str) -> None:
+        """The receive phase of an open low-latency call will never come: this Buffer and those of the peers fail."""
+
+    def start_watching(self) -> None:
+        """A thread of the process looks at this Buffer ten times a second, and says on stderr when it fails."""
 
     def set_warning_handler(self, handler: Callable[[str], None]) -> None:
         """Called with a sentence, from within the call that notices, when a wait has passed the warning threshold."""
@@ -105,8 +126,11 @@ class Buffer:
         """int32[R], int32[E], bool[N,R] outputs."""
 
     def notify_dispatch(self, num_tokens_per_rank: int, num_tokens_per_expert: int, num_experts: int,
-                        expert_alignment: int, rank_prefix_matrix: int, stream: int) -> None:
-        """Exchanges counts. Writes rank_prefix_matrix int32[R,R] (inclusive over sources, [src][dst])."""
+                        expert_alignment: int, rank_prefix_matrix: int, num_tokens: int, row_bytes: int, num_topk: int,
+                        num_scales: int, stream: int) -> None:
+        """Exchanges counts. Writes rank_prefix_matrix int32[R,R] (inclusive over sources, [src][dst]).
+
+        The four sizes are those of the dispatch that follows: what it would refuse is refused before it is known."""
 
     def wait_counts(self) -> Tuple[int, List[int]]:
         """After notify_dispatch: (received rows, aligned counts of the local experts)."""

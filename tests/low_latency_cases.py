@@ -209,6 +209,33 @@ def freed_inputs(worker: Worker, work: Workload) -> None:
     whole_trip(worker, work)
 
 
+def overwritten_inputs(worker: Worker, work: Workload) -> None:
+    """After a call with a hook its inputs belong to the caller again, who uses them for the next layer at once.
+
+    But for combine's topk_idx on a GPU, which the hook reads again."""
+    for cast in (BF16, FP8):
+        for zero_copy in (False, True):
+            flight = LowLatencyFlight(worker, low_latency_buffer(worker), work, Manner(cast,
+                                                                                       "hook",
+                                                                                       zero_copy=zero_copy))
+            topk_idx = flight.topk_idx
+            flight.x, flight.topk_idx, flight.topk_weights = (  # the flight compares with its own
+                tensor.clone() for tensor in (flight.x, topk_idx, flight.topk_weights))
+            flight.start_dispatch()
+            flight.x.fill_(float("nan"))
+            flight.topk_idx.fill_(-1)
+            flight.finish_dispatch()
+            flight.topk_idx.copy_(topk_idx)
+            rows = flight.expert_rows()
+            lent = flight.buffer.get_next_low_latency_combine_buffer(flight.handle) if zero_copy else rows
+            flight.start_combine(rows)
+            lent.fill_(float("nan"))
+            flight.topk_weights.fill_(float("nan"))
+            if worker.device.type == "cpu":
+                flight.topk_idx.fill_(-1)
+            flight.finish_combine()
+
+
 def late_rank(worker: Worker, work: Workload, late: int) -> None:
     """Everybody waits for a late rank, and the statistics say for which."""
     buffer = low_latency_buffer(worker)
@@ -398,7 +425,7 @@ def entries_of_another_dispatch(worker: Worker, work: Workload) -> str:
         buffer.low_latency_combine(rows, other, flight.topk_weights, flight.handle)
         settle(worker, buffer)
 
-    message = failure_of(combine, deep_ep.TimeoutError)
+    message = failure_of(combine)
     worker.barrier()
     buffer.destroy()
     return message
@@ -502,7 +529,7 @@ def replay_of_two_calls_before_a_hook(worker: Worker, work: Workload) -> str:
     started = time.monotonic()
     graph.start(500)
     torch.cuda.synchronize()
-    message = failure_of(buffer.check, deep_ep.TimeoutError)
+    message = failure_of(buffer.check)
     assert time.monotonic() - started < 50, message
     worker.barrier()
     del held

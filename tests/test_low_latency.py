@@ -112,6 +112,10 @@ def test_inputs_may_be_dropped(pool: Pool) -> None:
     pool.run(cases.freed_inputs, 3, Workload((16, 9, 12), hidden=1024))
 
 
+def test_inputs_of_a_call_with_a_hook_may_be_overwritten(pool: Pool) -> None:
+    pool.run(cases.overwritten_inputs, 3, Workload((64, 9, 40), hidden=1024))
+
+
 @pytest.mark.parametrize(("use_logfmt", "limit"), [(False, 0.0025), (True, 0.0045)])
 def test_error_of_the_weighted_sum(pool: Pool, use_logfmt: bool, limit: float) -> None:
     work = Workload((20, 12, 8, 16), num_topk=8, experts_per_rank=8)

@@ -155,6 +155,7 @@ void Buffer::clean_low_latency(dev::Stream stream) {
     call.watch = watch_params();
     call.masked = masked_;
     call.is_shrinkable = options_.is_shrinkable;
+    announce(stream, true);
     kernels_->low_latency_clean(call, stream);
 }
 
@@ -182,10 +183,16 @@ void Buffer::close_low_latency_call(kernels::LowLatencyCall& call, uint64_t tick
     call.phase = kernels::Phase::kReceive;
 }
 
+void Buffer::abandon_hook(uint64_t ticket, const std::string& text) {
+    if (heap_ == nullptr || open_low_latency_calls_[ticket % layout::kNumLowLatencyBanks] != ticket) return;
+    fail_unfinished(text, true);
+}
+
 void Buffer::low_latency_dispatch(const LowLatencyDispatchArgs& args, dev::Stream stream) {
     check();
     auto params = low_latency_params(args);
     make_whole_low_latency_call(params.call);
+    announce(stream, true);
     kernels_->low_latency_dispatch(params, stream);
 }
 
@@ -193,6 +200,7 @@ void Buffer::low_latency_combine(const LowLatencyCombineArgs& args, dev::Stream 
     check();
     auto params = low_latency_params(args);
     make_whole_low_latency_call(params.call);
+    announce(stream, true);
     kernels_->low_latency_combine(params, stream);
 }
 
@@ -200,14 +208,16 @@ uint64_t Buffer::send_low_latency_dispatch(const LowLatencyDispatchArgs& args, d
     check();
     auto params = low_latency_params(args);
     open_low_latency_call(params.call);
+    announce(stream, true);
     kernels_->low_latency_dispatch(params, stream);
     return num_low_latency_sends_;
 }
 
 void Buffer::receive_low_latency_dispatch(const LowLatencyDispatchArgs& args, uint64_t ticket, dev::Stream stream) {
-    check();
+    begin_call();
     auto params = low_latency_params(args);
     close_low_latency_call(params.call, ticket);
+    announce(stream, true);
     kernels_->low_latency_dispatch(params, stream);
 }
 
@@ -215,14 +225,16 @@ uint64_t Buffer::send_low_latency_combine(const LowLatencyCombineArgs& args, dev
     check();
     auto params = low_latency_params(args);
     open_low_latency_call(params.call);
+    announce(stream, true);
     kernels_->low_latency_combine(params, stream);
     return num_low_latency_sends_;
 }
 
 void Buffer::receive_low_latency_combine(const LowLatencyCombineArgs& args, uint64_t ticket, dev::Stream stream) {
-    check();
+    begin_call();
     auto params = low_latency_params(args);
     close_low_latency_call(params.call, ticket);
+    announce(stream, true);
     kernels_->low_latency_combine(params, stream);
 }
 
