@@ -231,6 +231,13 @@ def test_a_graph_of_two_calls_is_replayed_before_a_hook(pool: Pool) -> None:
     assert any("is still open" in message for message in messages), messages
 
 
+def test_replays_after_a_failure(pool: Pool) -> None:
+    if device().type != "cuda":
+        pytest.skip("CUDA graphs need a GPU; the executor's own are replayed in low_latency_test.cc")
+    message = pool.run(cases.replays_after_a_failure, 2, Workload((5, 9), hidden=512))[0]
+    assert "rank 1" in message, message
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Low-latency dispatch and combine, checked against the reference")
     for name, default in (("num-processes", 4), ("num-tokens", 32), ("hidden", 7168), ("num-topk", 8), ("num-experts",
