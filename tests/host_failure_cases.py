@@ -357,8 +357,8 @@ def replayed_graph(worker: Worker, absent: int, operation: str) -> dict[str, Any
             torch.cuda.synchronize()
             found["message"] = failure_of(buffer.check)
             found["written"] = written.read_text()
-            found["rows"] = result[0].float().cpu()
-            found["counts"] = result[1].cpu()
+            if operation == "dispatch":
+                found["rows"], found["topk_idx"] = result[0].cpu(), result[1].cpu()
         worker.barrier()
         buffer.destroy()
         return found

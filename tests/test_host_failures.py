@@ -84,8 +84,9 @@ def test_a_loop_that_only_replays_learns_of_a_failure(pool: Pool, operation: str
     found = pool.run(cases.replayed_graph, 2, 1, operation)[0]
     assert found["message"] in found["written"]
     assert "never entered this call: rank 1" in found["message"]
-    assert found["rows"].isnan().all(), "what five more replays left looks like results"
-    assert (found["counts"] == (0 if operation == "low_latency_dispatch" else -1)).all()
+    if operation == "dispatch":  # what low-latency calls leave: test_low_latency.py
+        assert found["rows"].isnan().all(), "what five more replays left looks like results"
+        assert (found["topk_idx"] == -1).all()
 
 
 # Last: these cost the processes.
