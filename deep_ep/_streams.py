@@ -117,7 +117,6 @@ def _start_afresh_in_child() -> None:
 
 os.register_at_fork(after_in_child=_start_afresh_in_child)
 
-
 # What an EventHandle stands for. None: a point on the host's own timeline, passed by the time anybody can ask.
 RecordedEvent = Union[PooledEvent, HostEvent, None]
 
