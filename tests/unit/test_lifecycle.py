@@ -294,3 +294,11 @@ def test_containers_with_process_ids_of_their_own_are_told() -> None:
         natives[0].connect(handles)
     for native in natives:
         native.destroy(0.0)
+
+
+def test_a_bug_of_ours_is_not_the_callers_argument() -> None:
+    with solo_buffer() as buffer:
+        assert buffer.runtime is not None
+        with pytest.raises(deep_ep.Error, match="a bug of deep_ep, please report it") as caught:
+            buffer.runtime.connect([])
+        assert not isinstance(caught.value, ValueError)

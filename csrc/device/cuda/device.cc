@@ -252,7 +252,7 @@ void* CudaDevice::open_shared(const std::string& bytes) {
 void CudaDevice::close_shared(void* address) {
     const std::lock_guard lock(opened_mutex_);
     const auto found = opened_.find(address);
-    EP_CHECK(found != opened_.end(), "close_shared of an address that open_shared did not give");
+    EP_ENSURE(found != opened_.end(), "close_shared of an address that open_shared did not give");
     if (--found->second.count > 0) return;
     void* const mapping = found->second.mapping;
     opened_.erase(found);

@@ -38,16 +38,16 @@ std::string describe_launch(const LaunchShape& shape) {
 }
 
 void check_shape(const KernelState& state, const LaunchShape& shape) {
-    EP_CHECK(shape.num_blocks > 0, describe_launch(shape), ": needs at least one block");
-    EP_CHECK(shape.num_threads > 0 && shape.num_threads % 32 == 0 && shape.num_threads <= state.max_threads,
-             describe_launch(shape), ": the number of threads must be a multiple of 32, at most ", state.max_threads);
-    EP_CHECK(shape.dynamic_shared_bytes >= 0, describe_launch(shape), ": dynamic shared memory cannot be negative");
+    EP_ENSURE(shape.num_blocks > 0, describe_launch(shape), ": needs at least one block");
+    EP_ENSURE(shape.num_threads > 0 && shape.num_threads % 32 == 0 && shape.num_threads <= state.max_threads,
+              describe_launch(shape), ": the number of threads must be a multiple of 32, at most ", state.max_threads);
+    EP_ENSURE(shape.dynamic_shared_bytes >= 0, describe_launch(shape), ": dynamic shared memory cannot be negative");
 }
 
 // Lets the kernel use all the shared memory that one block of this device may have. A limit, not a reservation.
 void raise_shared_limit(KernelState& state, int device, const LaunchShape& shape) {
     if (shape.dynamic_shared_bytes == 0) return;
-    EP_CHECK(device < kMaxDevices, "CUDA device index ", device, " is beyond ", kMaxDevices - 1);
+    EP_ENSURE(device < kMaxDevices, "CUDA device index ", device, " is beyond ", kMaxDevices - 1);
     std::atomic<bool>& is_raised = state.is_raised[static_cast<size_t>(device)];
     if (is_raised.load(std::memory_order_acquire)) return;
     int device_limit = 0;

@@ -131,7 +131,7 @@ ShareableHeap& ShareableHeap::instance() {
 }
 
 void* ShareableHeap::allocate(size_t bytes, std::string& handle_bytes) {
-    EP_CHECK(bytes > 0, "shareable memory of 0 bytes");
+    EP_ENSURE(bytes > 0, "shareable memory of 0 bytes");
     const std::string nonce = random_nonce();
     const int fd = memfd_create(("deep_ep-" + nonce).c_str(), MFD_CLOEXEC);
     if (fd < 0) throw TransportError(concat("memfd_create: ", std::strerror(errno)));
@@ -159,7 +159,8 @@ void* ShareableHeap::allocate(size_t bytes, std::string& handle_bytes) {
 void ShareableHeap::free(void* address) {
     std::lock_guard lock(mutex_);
     const auto found = mappings_.find(address);
-    EP_CHECK(found != mappings_.end() && found->second.fd >= 0, "free_shareable: ", address, " was not allocated here");
+    EP_ENSURE(found != mappings_.end() && found->second.fd >= 0, "free_shareable: ", address,
+              " was not allocated here");
     poison_tail(address, found->second.bytes, false);
     munmap(address, found->second.bytes);
     ::close(found->second.fd);
