@@ -13,6 +13,7 @@ FEATURES = {
     "fp8": "low_latency_dispatch with use_fp8, and FP8 rows with scales in dispatch",
     "logfmt": "low_latency_combine with use_logfmt",
     "shrink": "masked ranks: enable_shrink and its calls",
+    "on_failure": "Buffer(on_failure=...): failures are told even where only graphs are replayed",
     "call_checks": "DEEP_EP_CHECK_CALLS",
     "cpu": "the CPU device",
     "cuda": "the CUDA device is compiled in (there may be no GPU)",

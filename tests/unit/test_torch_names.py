@@ -21,9 +21,11 @@ OLD = {
     'cuda.set_stream', 'cuda.stream', 'device', 'dtype', 'empty', 'empty_strided', 'equal', 'float16', 'float32',
     'float64', 'int16', 'int32', 'int64', 'int8', 'uint8', 'Size', 'Tensor', 'distributed', 'utils.dlpack', 'arange',
     'version.cuda', '__version__', 'cuda.can_device_access_peer', 'cuda.get_device_properties', 'cuda.mem_get_info',
-    'randn', 'rand', 'Generator', 'ones', 'full'
+    'randn', 'rand', 'Generator', 'ones', 'full',
+    'strided'
 }  # yapf: disable
-PRIVATE = {'_C._cuda_getCurrentRawStream', '_C._cuda_getCurrentStream', '_C._cuda_setStream'}
+# Without public names: of _raw_cuda.py, tested below, and of _opaque.py, which looks for what it finds there.
+PRIVATE = {'_C._cuda_getCurrentRawStream', '_C._cuda_getCurrentStream', '_C._cuda_setStream', '_C._dynamo'}
 
 
 def dotted(node: ast.expr) -> str:
