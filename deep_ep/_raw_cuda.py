@@ -1,7 +1,7 @@
 """Streams and events of GPUs as plain numbers: torch's objects for them take longer to make than a launch takes.
 
-Here, and only here, are torch's functions that have no public name. Where a version of torch lacks one, the public and
-slower way is taken.
+Here, in _opaque.py and in _memory.py are torch's functions that have no public name, and nowhere else. Where a version
+of torch lacks one of these, the public and slower way is taken.
 """
 
 import torch

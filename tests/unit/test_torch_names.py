@@ -22,10 +22,13 @@ OLD = {
     'float64', 'int16', 'int32', 'int64', 'int8', 'uint8', 'Size', 'Tensor', 'distributed', 'utils.dlpack', 'arange',
     'version.cuda', '__version__', 'cuda.can_device_access_peer', 'cuda.get_device_properties', 'cuda.mem_get_info',
     'randn', 'rand', 'Generator', 'ones', 'full',
-    'strided'
+    'strided', 'inference_mode'
 }  # yapf: disable
-# Without public names: of _raw_cuda.py, tested below, and of _opaque.py, which looks for what it finds there.
-PRIVATE = {'_C._cuda_getCurrentRawStream', '_C._cuda_getCurrentStream', '_C._cuda_setStream', '_C._dynamo'}
+# Without public names: of _raw_cuda.py, tested below; of _opaque.py, which looks for what it finds there; of _memory.py.
+PRIVATE = {
+    '_C._cuda_getCurrentRawStream', '_C._cuda_getCurrentStream', '_C._cuda_setStream', '_C._dynamo',
+    '_C.DisableTorchFunction', 'utils._python_dispatch'
+}
 
 
 def dotted(node: ast.expr) -> str:
