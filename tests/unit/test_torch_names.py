@@ -24,7 +24,7 @@ OLD = {
     'randn', 'rand', 'Generator', 'ones', 'full',
     'strided', 'inference_mode'
 }  # yapf: disable
-# Without public names: of _raw_cuda.py, tested below; of _opaque.py, which looks for what it finds there; of _memory.py.
+# Without public names: of _raw_cuda.py, tested below, of _opaque.py, which looks for what it finds, and of _memory.py.
 PRIVATE = {
     '_C._cuda_getCurrentRawStream', '_C._cuda_getCurrentStream', '_C._cuda_setStream', '_C._dynamo',
     '_C.DisableTorchFunction', 'utils._python_dispatch'
