@@ -32,6 +32,8 @@ missing_packages() {
             has_header doctest/doctest.h || echo doctest-dev
             has_command clang++-14 || echo clang-14
             has_clang_runtime || echo libclang-rt-14-dev
+            [[ $(uname -m) != x86_64 ]] || has_command aarch64-linux-gnu-g++ || echo g++-aarch64-linux-gnu
+            [[ $(uname -m) != x86_64 ]] || has_command g++-11 || echo g++-11
             ;;
         lint)
             has_command clang-format-14 || echo clang-format-14
@@ -101,7 +103,7 @@ make_venv() { # how much of it; each step wants the one before
             pip_install "$TORCH" "${packages[@]}"
             ;;
         all)
-            mapfile -t packages < <(packages_of test lint)
+            mapfile -t packages < <(packages_of test lint wheel)
             pip_install "${packages[@]}"
             ;;
         *)
