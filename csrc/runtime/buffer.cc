@@ -14,7 +14,9 @@ namespace {
 // A lane stands for each rank and each bias.
 constexpr int kMaxStagedRanks = 32 - kernels::kMaxBiases;
 constexpr int kMaxStages = 4;
-constexpr int kReduceWarps = 8;
+// Of a dispatch into lent rows over a link: with more, own rows and those of the peers get into each other's way
+// (docs/performance/intranode.md, step 19).
+constexpr int kMaxLentBlocks = 16;
 constexpr int kLentWeightShare = 64;         // of the lent bytes, one in so many holds copies of weights
 constexpr double kStartGraceSeconds = 30.0;  // for kernels queued before ours, on top of the kernel's own deadline
 
@@ -133,6 +135,7 @@ kernels::Geometry Buffer::plan_plain(int num_sms, int max_threads) const {
     return {.num_blocks = std::clamp(num_sms, 1, device_->num_sms()),
             .num_send_warps = warps,
             .num_recv_warps = warps,
+            .num_own_warps = 0,
             .send = {},
             .recv = {}};
 }
@@ -152,6 +155,8 @@ kernels::Geometry Buffer::plan_dispatch(int num_sms, const layout::SlotLayout& s
     kernels::Geometry plain = plan_plain(num_sms, kernels::kMaxDispatchThreads);
     if (is_lent) {
         plain.num_send_warps += std::exchange(plain.num_recv_warps, 0);
+        plain.num_own_warps = std::max(1, plain.num_send_warps / options_.num_ranks);
+        if (options_.num_ranks > 1) plain.num_blocks = std::min(plain.num_blocks, kMaxLentBlocks);
         return plain;
     }
     const layout::Staging stage{1, static_cast<int>(layout::bulk_bytes(slot.scales.end())) + layout::kPositionBytes};
@@ -161,25 +166,12 @@ kernels::Geometry Buffer::plan_dispatch(int num_sms, const layout::SlotLayout& s
     return staged.send.num_stages >= 2 && can_stage(staged) ? staged : plain;
 }
 
-// Reduce warps have stages of a fixed size; send warps get the rest. A rank that lends its input sends nothing.
+// A rank that lends its input sends nothing: all warps reduce.
 kernels::Geometry Buffer::plan_combine(int num_sms, const layout::SlotLayout& slot, bool is_lent) const {
     kernels::Geometry plain = plan_plain(num_sms, kernels::kMaxCombineThreads);
     if (is_lent) plain.num_recv_warps += std::exchange(plain.num_send_warps, 0);
-    const int room = stage_room(kernels::kMaxCombineState);
-    layout::Staging recv{layout::kReduceStages, layout::kReduceStageBytes};
-    if (is_lent) {
-        const kernels::Geometry lent{plain.num_blocks, 0, plain.num_recv_warps, {}, recv};
-        return lent.num_recv_warps * recv.bytes() <= room && can_stage(lent) ? lent : plain;
-    }
-    const int reduce_warps = device_->kind() == dev::DeviceKind::kCuda ? kReduceWarps : plain.num_recv_warps;
-    const layout::Staging send{1, static_cast<int>(layout::bulk_bytes(slot.topk_weights.end()))};
-    const int fitting = (room - reduce_warps * recv.bytes()) / send.bytes();
-    const int max_warps = std::min(kernels::kMaxCombineThreads, device_->useful_block_threads()) / 32;
-    const int send_warps = std::min(max_warps - reduce_warps, fitting / 2);
-    if (send_warps <= 0) return plain;
-    const int num_stages = std::min(fitting / send_warps, kMaxStages);
-    const kernels::Geometry staged{plain.num_blocks, send_warps, reduce_warps, {num_stages, send.stage_bytes}, recv};
-    return can_stage(staged) ? staged : plain;
+    (void)slot;
+    return plain;
 }
 
 std::unique_ptr<LentMemory> Buffer::lend(int64_t num_bytes) {

@@ -44,8 +44,6 @@ struct Kernel {
         const Geometry& geometry = c.p.geometry;
         const int warp = reduce_warp * geometry.num_blocks + static_cast<int>(blockIdx.x);
         const int num_warps = geometry.num_recv_warps * geometry.num_blocks;
-        if (prim::has_bulk_copy() && geometry.recv.num_stages > 0)
-            return reduce_staged(c, warp, num_warps, recv_memory(geometry, reduce_warp));
         return reduce(c, warp, num_warps);
     }
 

@@ -125,13 +125,17 @@ struct Kernel {
                refuse_position(c.watch, rank, token, position, c.rows.num_rows_at(rank));
     }
 
+    enum class To { kAll, kPeers, kSelf };
+
     // One token to those of 32 ranks, from `first_rank`, that need it. Lane i speaks for rank first_rank + i.
-    static EP_DEVICE bool send_token(const Context& c, int token, int first_rank) {
+    static EP_DEVICE bool send_token(const Context& c, int token, int first_rank, To to) {
         const Params& p = c.p;
         const int num_ranks = c.watch.heap.num_ranks();
         const int destination = first_rank + prim::lane_idx();
-        const int position =
-            destination < num_ranks ? p.send_head[static_cast<int64_t>(token) * num_ranks + destination] : -1;
+        const bool is_meant = to == To::kAll || (destination == c.watch.heap.rank()) == (to == To::kSelf);
+        const int position = destination < num_ranks && is_meant
+                                 ? p.send_head[static_cast<int64_t>(token) * num_ranks + destination]
+                                 : -1;
         const bool is_sent = position >= 0;
         uint8_t* direct = is_sent ? direct_rows(c, destination) : nullptr;
         const bool uses_slot = is_sent && direct == nullptr;
@@ -167,9 +171,34 @@ struct Kernel {
 
     // Tokens are dealt one by one, so that all warps move through the windows together.
     static EP_DEVICE bool send(const Context& c, int warp, int num_warps) {
+        if (!learn_loans(c.p, c.watch, c.rows)) return false;
         for (int token = warp; token < c.p.num_tokens; token += num_warps)
             for (int first = 0; first < c.watch.heap.num_ranks(); first += kWarpSize)
-                if (!send_token(c, token, first)) return false;
+                if (!send_token(c, token, first, To::kAll)) return false;
+        return true;
+    }
+
+    // The same, where nothing is received by this kernel: some warps begin with the rows of this rank itself, and help with
+    // the others when these are done, and the other way round. Own rows need not wait for the loans, and stores into local
+    // memory that stand in line behind remote ones would slow each other down.
+    static EP_DEVICE bool send_apart(const Context& c, int* next_item) {
+        const int self = c.watch.heap.rank();
+        bool is_own = prim::warp_idx() < c.p.geometry.num_own_warps;
+        for (int turn = 0; turn < 2; ++turn, is_own = !is_own) {
+            if (!is_own && !learn_loans(c.p, c.watch, c.rows)) return false;
+            for (;;) {
+                int item = 0;
+                if (prim::lane_idx() == 0)
+                    item = prim::fetch_add<prim::Order::kRelaxed, prim::Scope::kCta>(&next_item[is_own ? 1 : 0], 1);
+                const int token =
+                    __shfl_sync(kFullMask, item, 0) * c.p.geometry.num_blocks + static_cast<int>(blockIdx.x);
+                if (token >= c.p.num_tokens) break;
+                const int first_rank = is_own ? self / kWarpSize * kWarpSize : 0;
+                const int end_rank = is_own ? first_rank + 1 : c.watch.heap.num_ranks();
+                for (int first = first_rank; first < end_rank; first += kWarpSize)
+                    if (!send_token(c, token, first, is_own ? To::kSelf : To::kPeers)) return false;
+            }
+        }
         return true;
     }
 
@@ -330,6 +359,7 @@ struct Kernel {
 
     static EP_DEVICE bool send_staged(const Context& c, int warp, int num_warps, uint8_t* memory) {
         const Params& p = c.p;
+        if (!learn_loans(p, c.watch, c.rows)) return false;
         const StagedSend send = make_send(c, warp, num_warps);
         const bool has_slots = __any_sync(kFullMask, send.direct == nullptr);
         const algo::Stages stages(memory, p.geometry.send);
@@ -381,7 +411,7 @@ struct Kernel {
     // Rows that nobody sent must not look like tokens.
     static EP_DEVICE void mark_unused_rows(const Context& c) {
         const Params& p = c.p;
-        const int64_t begin = static_cast<int64_t>(c.rows.num_rows(c.watch.heap.num_ranks())) * p.num_topk;
+        const int64_t begin = static_cast<int64_t>(c.rows.total_rows_at(c.watch.heap.rank())) * p.num_topk;
         const int64_t end = static_cast<int64_t>(p.num_recv_rows) * p.num_topk;
         const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
         for (int64_t i = begin + static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < end; i += step) {
@@ -401,8 +431,12 @@ struct Kernel {
         return send(c, warp, num_warps);
     }
 
-    static EP_DEVICE void work(const Context& c, FrameState& state) {
+    static EP_DEVICE void work(const Context& c, int* next_item, FrameState& state) {
         const Geometry& geometry = c.p.geometry;
+        if (geometry.num_own_warps > 0) {
+            if (!send_apart(c, next_item)) state.note_failure();
+            return;
+        }
         const int recv_warp = prim::warp_idx() - geometry.num_send_warps;
         const bool is_ok = recv_warp < 0 ? send_any(c, prim::warp_idx())
                                          : receive(c, recv_warp * geometry.num_blocks + static_cast<int>(blockIdx.x),
@@ -427,7 +461,7 @@ struct Kernel {
             const algo::Ring ring(watch, p.window);
             const Context context{p, watch, ring, shared.rows};
             if (p.is_worst_case) mark_unused_rows(context);
-            work(context, shared.frame);
+            work(context, shared.next_item, shared.frame);
         }
         finish_call(watch, has_begun, p.may_lend, p.loan.x != 0, shared.frame, [&] { void_outputs(p); });
     }
