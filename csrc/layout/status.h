@@ -27,7 +27,9 @@ enum class Stage : uint32_t {
     kLoan,
     kWeights,
     kReturn,
-    kPosition
+    kPosition,
+    kStated,  // kBadInput: a number in a routing table
+    kOpen     // kBadInput: a call that this rank has not received holds the bank
 };
 enum class FailureKind : uint32_t { kNone, kTimeout, kAborted, kBadInput };
 

@@ -135,7 +135,11 @@ void World::launch_notify(const Problem& problem, RankTensors& tensors, int rank
                                   .num_tokens_per_expert = tensors.num_tokens_per_expert.data(),
                                   .num_experts = problem.num_experts,
                                   .expert_alignment = problem.expert_alignment,
-                                  .rank_prefix_matrix = tensors.rank_prefix_matrix.data()},
+                                  .rank_prefix_matrix = tensors.rank_prefix_matrix.data(),
+                                  .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
+                                  .row_bytes = 2 * problem.hidden,
+                                  .num_topk = problem.num_topk,
+                                  .num_scales = problem.num_scales},
                                  stream(rank));
 }
 
