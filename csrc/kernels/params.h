@@ -30,13 +30,13 @@ constexpr int kMaxBiases = 2;  // that combine adds
 
 // Of a block. Fewer threads have more registers: a lane of combine keeps 56 sums.
 constexpr int kMaxDispatchThreads = 768;
-constexpr int kMaxCombineThreads = 576;
+constexpr int kMaxCombineThreads = 640;
 constexpr int kMaxLayoutThreads = 256;
 constexpr int kMaxNotifyThreads = 256;
 
 // Bytes of static shared memory of the main kernels, besides their stages.
 constexpr int kMaxDispatchState = 4224;
-constexpr int kMaxCombineState = 256;
+constexpr int kMaxCombineState = 640;
 
 // How many threads work, and through what. Chosen by the runtime from the SM budget and the shape.
 struct Geometry {

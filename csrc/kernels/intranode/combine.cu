@@ -22,7 +22,10 @@ inline namespace EP_BACKEND {
 struct Kernel {
     using Params = CombineParams;
     static constexpr int kMaxThreads = kMaxCombineThreads;
-    using Shared = FrameState;
+    struct Shared {
+        FrameState frame;
+        int first_rows[layout::kMaxRanks];
+    };
     static_assert(sizeof(Shared) <= kMaxCombineState);
 
     // All threads of all blocks: the weights go to where peers can read them; the block that comes last says so.
@@ -51,8 +54,6 @@ struct Kernel {
         const Geometry& geometry = c.p.geometry;
         const int warp = send_warp * geometry.num_blocks + static_cast<int>(blockIdx.x);
         const int num_warps = geometry.num_send_warps * geometry.num_blocks;
-        if (prim::has_bulk_copy() && geometry.send.num_stages > 0)
-            return send_staged(c, warp, num_warps, send_memory(geometry, send_warp));
         return send(c, warp, num_warps);
     }
 
@@ -69,13 +70,16 @@ struct Kernel {
     }
 
     // All threads of the block. False: do nothing but finish the call.
-    static EP_DEVICE bool begin(const Context& c, FrameState& state) {
+    static EP_DEVICE bool begin(const Context& c, Shared& shared) {
+        const int self = c.watch.heap.rank();
+        for (int owner = static_cast<int>(threadIdx.x); owner < c.watch.heap.num_ranks(); owner += blockDim.x)
+            shared.first_rows[owner] = c.rows.first_row(owner, self);
         if (prim::warp_idx() == 0) {
             const bool is_ok = enter(c);
-            if (prim::lane_idx() == 0) state = {is_ok ? 1 : 0, 0, {}};
+            if (prim::lane_idx() == 0) shared.frame = {is_ok ? 1 : 0, 0, {}};
         }
         __syncthreads();
-        return state.is_ready != 0;
+        return shared.frame.is_ready != 0;
     }
 
     static EP_DEVICE void work(const Context& c, FrameState& state) {
@@ -89,10 +93,11 @@ struct Kernel {
         const algo::Watch watch =
             make_watch(p.watch, p.heap, layout::Operation::kCombine, algo::current_call(p.watch.local));
         const algo::Ring ring(watch, p.window);
-        const Context context{p, watch, ring, RowMap{p.rank_prefix_matrix, p.heap.num_ranks}};
+        const Context context{p, watch, ring, RowMap{p.rank_prefix_matrix, p.heap.num_ranks},
+                              shared.first_rows};
         const bool has_begun = begin(context, shared);
-        if (has_begun) work(context, shared);
-        finish_call(watch, has_begun, p.may_lend, p.loan.x != 0, shared, [&] {
+        if (has_begun) work(context, shared.frame);
+        finish_call(watch, has_begun, p.may_lend, p.loan.x != 0, shared.frame, [&] {
             void_output(p.combined_x, static_cast<int64_t>(p.num_tokens) * p.row_bytes);
             void_output(p.combined_topk_weights, static_cast<int64_t>(p.num_tokens) * p.num_topk * 4);
         });
