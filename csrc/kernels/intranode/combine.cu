@@ -93,8 +93,7 @@ struct Kernel {
         const algo::Watch watch =
             make_watch(p.watch, p.heap, layout::Operation::kCombine, algo::current_call(p.watch.local));
         const algo::Ring ring(watch, p.window);
-        const Context context{p, watch, ring, RowMap{p.rank_prefix_matrix, p.heap.num_ranks},
-                              shared.first_rows};
+        const Context context{p, watch, ring, RowMap{p.rank_prefix_matrix, p.heap.num_ranks}, shared.first_rows};
         const bool has_begun = begin(context, shared);
         if (has_begun) work(context, shared.frame);
         finish_call(watch, has_begun, p.may_lend, p.loan.x != 0, shared.frame, [&] {

@@ -169,35 +169,33 @@ struct Kernel {
         return true;
     }
 
-    // Tokens are dealt one by one, so that all warps move through the windows together.
-    static EP_DEVICE bool send(const Context& c, int warp, int num_warps) {
-        if (!learn_loans(c.p, c.watch, c.rows)) return false;
-        for (int token = warp; token < c.p.num_tokens; token += num_warps)
-            for (int first = 0; first < c.watch.heap.num_ranks(); first += kWarpSize)
-                if (!send_token(c, token, first, To::kAll)) return false;
-        return true;
+    // Deals the block's tokens one by one, so that all warps move through the windows together. `next_item`: of those that are
+    // still to be sent `to`.
+    static EP_DEVICE bool send_all(const Context& c, int* next_item, To to) {
+        const int self = c.watch.heap.rank();
+        const int first_rank = to == To::kSelf ? self / kWarpSize * kWarpSize : 0;
+        const int end_rank = to == To::kSelf ? self + 1 : c.watch.heap.num_ranks();
+        for (;;) {
+            int item = 0;
+            if (prim::lane_idx() == 0) item = prim::fetch_add<prim::Order::kRelaxed, prim::Scope::kCta>(next_item, 1);
+            item = __shfl_sync(kFullMask, item, 0);
+            const int token = item * c.p.geometry.num_blocks + static_cast<int>(blockIdx.x);
+            if (token >= c.p.num_tokens) return true;
+            for (int first = first_rank; first < end_rank; first += kWarpSize)
+                if (!send_token(c, token, first, to)) return false;
+        }
     }
 
-    // The same, where nothing is received by this kernel: some warps begin with the rows of this rank itself, and help with
-    // the others when these are done, and the other way round. Own rows need not wait for the loans, and stores into local
-    // memory that stand in line behind remote ones would slow each other down.
-    static EP_DEVICE bool send_apart(const Context& c, int* next_item) {
-        const int self = c.watch.heap.rank();
-        bool is_own = prim::warp_idx() < c.p.geometry.num_own_warps;
-        for (int turn = 0; turn < 2; ++turn, is_own = !is_own) {
-            if (!is_own && !learn_loans(c.p, c.watch, c.rows)) return false;
-            for (;;) {
-                int item = 0;
-                if (prim::lane_idx() == 0)
-                    item = prim::fetch_add<prim::Order::kRelaxed, prim::Scope::kCta>(&next_item[is_own ? 1 : 0], 1);
-                const int token =
-                    __shfl_sync(kFullMask, item, 0) * c.p.geometry.num_blocks + static_cast<int>(blockIdx.x);
-                if (token >= c.p.num_tokens) break;
-                const int first_rank = is_own ? self / kWarpSize * kWarpSize : 0;
-                const int end_rank = is_own ? first_rank + 1 : c.watch.heap.num_ranks();
-                for (int first = first_rank; first < end_rank; first += kWarpSize)
-                    if (!send_token(c, token, first, is_own ? To::kSelf : To::kPeers)) return false;
-            }
+    // Where nothing is received by this kernel, some warps begin with the rows of this rank itself, and help with the others
+    // when these are done; the others do it the other way round. Own rows need not wait for loans, and stores into local memory
+    // that stand in line behind remote ones would slow each other down (docs/performance/intranode.md, step 19).
+    static EP_DEVICE bool send(const Context& c, int* next_item) {
+        const int num_own_warps = c.p.geometry.num_own_warps;
+        To to = num_own_warps == 0 ? To::kAll : prim::warp_idx() < num_own_warps ? To::kSelf : To::kPeers;
+        for (int turn = 0; turn < (num_own_warps == 0 ? 1 : 2); ++turn) {
+            if (to != To::kSelf && !learn_loans(c.p, c.watch, c.rows)) return false;
+            if (!send_all(c, next_item + (to == To::kSelf ? 1 : 0), to)) return false;
+            to = to == To::kSelf ? To::kPeers : To::kSelf;
         }
         return true;
     }
@@ -422,23 +420,19 @@ struct Kernel {
 
     // -- The kernel ------------------------------------------------------------------------------------------------------
 
-    static EP_DEVICE bool send_any(const Context& c, int send_warp) {
+    static EP_DEVICE bool send_any(const Context& c, int send_warp, int* next_item) {
         const Geometry& geometry = c.p.geometry;
         const int warp = send_warp * geometry.num_blocks + static_cast<int>(blockIdx.x);
         const int num_warps = geometry.num_send_warps * geometry.num_blocks;
         if (prim::has_bulk_copy() && geometry.send.num_stages > 0)
             return send_staged(c, warp, num_warps, send_memory(geometry, send_warp));
-        return send(c, warp, num_warps);
+        return send(c, next_item);
     }
 
     static EP_DEVICE void work(const Context& c, int* next_item, FrameState& state) {
         const Geometry& geometry = c.p.geometry;
-        if (geometry.num_own_warps > 0) {
-            if (!send_apart(c, next_item)) state.note_failure();
-            return;
-        }
         const int recv_warp = prim::warp_idx() - geometry.num_send_warps;
-        const bool is_ok = recv_warp < 0 ? send_any(c, prim::warp_idx())
+        const bool is_ok = recv_warp < 0 ? send_any(c, prim::warp_idx(), next_item)
                                          : receive(c, recv_warp * geometry.num_blocks + static_cast<int>(blockIdx.x),
                                                    geometry.num_recv_warps * geometry.num_blocks);
         if (!is_ok) state.note_failure();
