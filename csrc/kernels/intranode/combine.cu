@@ -25,6 +25,7 @@ struct Kernel {
     struct Shared {
         FrameState frame;
         int first_rows[layout::kMaxRanks];
+        int next_item;  // of the block's tokens: to be reduced next
     };
     static_assert(sizeof(Shared) <= kMaxCombineState);
 
@@ -41,20 +42,6 @@ struct Kernel {
         for (int peer = prim::lane_idx(); peer < heap.num_ranks(); peer += kWarpSize)
             // Release: the weights. Pairs with: wait_for_weights at the peer.
             prim::store<prim::Order::kRelease, prim::Scope::kSys>(heap.weight_flag(peer, heap.rank()), c.watch.call);
-    }
-
-    static EP_DEVICE bool reduce_any(const Context& c, int reduce_warp) {
-        const Geometry& geometry = c.p.geometry;
-        const int warp = reduce_warp * geometry.num_blocks + static_cast<int>(blockIdx.x);
-        const int num_warps = geometry.num_recv_warps * geometry.num_blocks;
-        return reduce(c, warp, num_warps);
-    }
-
-    static EP_DEVICE bool send_any(const Context& c, int send_warp) {
-        const Geometry& geometry = c.p.geometry;
-        const int warp = send_warp * geometry.num_blocks + static_cast<int>(blockIdx.x);
-        const int num_warps = geometry.num_send_warps * geometry.num_blocks;
-        return send(c, warp, num_warps);
     }
 
     // One warp of each block.
@@ -76,17 +63,23 @@ struct Kernel {
             shared.first_rows[owner] = c.rows.first_row(owner, self);
         if (prim::warp_idx() == 0) {
             const bool is_ok = enter(c);
-            if (prim::lane_idx() == 0) shared.frame = {is_ok ? 1 : 0, 0, {}};
+            if (prim::lane_idx() == 0) {
+                shared.frame = {is_ok ? 1 : 0, 0, {}};
+                shared.next_item = 0;
+            }
         }
         __syncthreads();
         return shared.frame.is_ready != 0;
     }
 
-    static EP_DEVICE void work(const Context& c, FrameState& state) {
+    // Send warps reduce as well when they have sent everything.
+    static EP_DEVICE void work(const Context& c, Shared& shared) {
+        const Geometry& geometry = c.p.geometry;
         if (c.p.loan.topk_weights != 0) lend_weights(c);
-        const int send_warp = prim::warp_idx() - c.p.geometry.num_recv_warps;
-        const bool is_ok = send_warp < 0 ? reduce_any(c, prim::warp_idx()) : send_any(c, send_warp);
-        if (!is_ok) state.note_failure();
+        const bool has_sent = prim::warp_idx() >= geometry.num_send_warps ||
+                              send(c, prim::warp_idx() * geometry.num_blocks + static_cast<int>(blockIdx.x),
+                                   geometry.num_send_warps * geometry.num_blocks);
+        if (!has_sent || !reduce(c, &shared.next_item)) shared.frame.note_failure();
     }
 
     static EP_DEVICE void run(const Params& p, Shared& shared) {
@@ -95,7 +88,7 @@ struct Kernel {
         const algo::Ring ring(watch, p.window);
         const Context context{p, watch, ring, RowMap{p.rank_prefix_matrix, p.heap.num_ranks}, shared.first_rows};
         const bool has_begun = begin(context, shared);
-        if (has_begun) work(context, shared.frame);
+        if (has_begun) work(context, shared);
         finish_call(watch, has_begun, p.may_lend, p.loan.x != 0, shared.frame, [&] {
             void_output(p.combined_x, static_cast<int64_t>(p.num_tokens) * p.row_bytes);
             void_output(p.combined_topk_weights, static_cast<int64_t>(p.num_tokens) * p.num_topk * 4);

@@ -253,14 +253,22 @@ EP_DEVICE void give_slots_back(const Context& c, const Token& token) {
     }
 }
 
-EP_DEVICE bool reduce(const Context& c, int warp, int num_warps) {
-    Token token{warp, source_at(c, prim::lane_idx()), -1, nullptr};
-    int position = position_of(c, token.source, warp);
+// The whole warp takes the next of its block's tokens.
+EP_DEVICE int take_token(const Context& c, int* next_item) {
+    int item = 0;
+    if (prim::lane_idx() == 0) item = prim::fetch_add<prim::Order::kRelaxed, prim::Scope::kCta>(next_item, 1);
+    return __shfl_sync(kFullMask, item, 0) * c.p.geometry.num_blocks + static_cast<int>(blockIdx.x);
+}
+
+EP_DEVICE bool reduce(const Context& c, int* next_item) {
+    const Source source = source_at(c, prim::lane_idx());
+    int next_token = take_token(c, next_item);
+    int position = position_of(c, source, next_token);
     bool has_weights = false;
-    for (; token.token < c.p.num_tokens; token.token += num_warps) {
-        token.position = position;
-        position = position_of(c, token.source, token.token + num_warps);  // under way with this token's rows
-        token.row = row_at(c, token.source, token.position);
+    while (next_token < c.p.num_tokens) {
+        const Token token{next_token, source, position, row_at(c, source, position)};
+        next_token = take_token(c, next_item);
+        position = position_of(c, source, next_token);  // under way with this token's rows
         if (!wait_for_rows(c, token)) return false;
         reduce_token(c, token);
         if (!has_weights && !wait_for_weights(c)) return false;

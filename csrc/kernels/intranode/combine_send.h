@@ -12,7 +12,7 @@
 namespace deep_ep::kernels::combine {
 inline namespace EP_BACKEND {
 
-constexpr int kSendUnroll = 14;  // 7168 bytes: one round; 14336: two
+constexpr int kSendUnroll = 14;   // 7168 bytes: one round; 14336: two
 constexpr int kPublishBatch = 2;  // rows that a send warp publishes together
 
 EP_DEVICE void send_row(const Context& c, int owner, int position) {
