@@ -30,7 +30,7 @@ constexpr int kMaxBiases = 2;  // that combine adds
 
 // Of a block. Fewer threads have more registers: a lane of combine keeps 56 sums.
 constexpr int kMaxDispatchThreads = 768;
-constexpr int kMaxCombineThreads = 640;
+constexpr int kMaxCombineThreads = 512;
 constexpr int kMaxLayoutThreads = 256;
 constexpr int kMaxNotifyThreads = 256;
 
@@ -43,9 +43,7 @@ struct Geometry {
     int num_blocks;
     int num_send_warps;    // in each block
     int num_recv_warps;    // in each block
-    int num_own_warps;     // of the send warps of dispatch: begin with this rank's own rows
     layout::Staging send;  // of each send warp
-    layout::Staging recv;  // of each receive warp
 };
 
 constexpr int kMaxLayoutBlocks = 16;

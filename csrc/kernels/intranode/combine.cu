@@ -3,9 +3,7 @@
 //   reduce warps   token t: wait for the rows of all ranks that had it, sum in FP32 in rank order straight from where they
 //                  stand (our own input, slots, or the input that a peer lends), add the bias, write once, give slots back
 //   send warps     (of a rank that does not lend its input) one stream per owner: wait for a free slot, copy the row and
-//                  its weights into it, set its flag
-//
-// With bulk copies, both keep several rows, or pieces of rows, on their way through shared memory.
+//                  its weights into it, set its flag; then they reduce as well
 //
 // Messages, buffer map and orderings: docs/protocols/intranode.md.
 #include "device/launch.h"
@@ -72,13 +70,19 @@ struct Kernel {
         return shared.frame.is_ready != 0;
     }
 
+    static EP_DEVICE bool send_any(const Context& c, int send_warp) {
+        const Geometry& geometry = c.p.geometry;
+        const int warp = send_warp * geometry.num_blocks + static_cast<int>(blockIdx.x);
+        const int num_warps = geometry.num_send_warps * geometry.num_blocks;
+        if (prim::has_bulk_copy() && geometry.send.num_stages > 0)
+            return send_staged(c, warp, num_warps, send_memory(geometry, send_warp));
+        return send(c, warp, num_warps);
+    }
+
     // Send warps reduce as well when they have sent everything.
     static EP_DEVICE void work(const Context& c, Shared& shared) {
-        const Geometry& geometry = c.p.geometry;
         if (c.p.loan.topk_weights != 0) lend_weights(c);
-        const bool has_sent = prim::warp_idx() >= geometry.num_send_warps ||
-                              send(c, prim::warp_idx() * geometry.num_blocks + static_cast<int>(blockIdx.x),
-                                   geometry.num_send_warps * geometry.num_blocks);
+        const bool has_sent = prim::warp_idx() >= c.p.geometry.num_send_warps || send_any(c, prim::warp_idx());
         if (!has_sent || !reduce(c, &shared.next_item)) shared.frame.note_failure();
     }
 

@@ -92,12 +92,8 @@ EP_DEVICE bool send_staged(const Context& c, int warp, int num_warps, uint8_t* m
     const int self = c.watch.heap.rank();
     const algo::RowStream stream = algo::only_stream(algo::deal_stream(
         warp, num_warps, self, c.watch.heap.num_ranks(), [&](int owner) { return c.rows.num_rows(owner, self); }));
-    const StagedSend send{c.ring.to(stream.peer),
-                          stream.peer,
-                          stream.next,
-                          stream.step,
-                          algo::num_rows_left(stream),
-                          c.rows.first_row(stream.peer, self)};
+    const StagedSend send{c.ring.to(stream.peer),   stream.peer, stream.next, stream.step, algo::num_rows_left(stream),
+                          c.first_rows[stream.peer]};
     const algo::Stages stages(memory, p.geometry.send);
     const bool is_leader = prim::lane_idx() == 0;
     const int ahead = stages.num_ahead();

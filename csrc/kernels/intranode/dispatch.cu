@@ -127,15 +127,21 @@ struct Kernel {
 
     enum class To { kAll, kPeers, kSelf };
 
-    // One token to those of 32 ranks, from `first_rank`, that need it. Lane i speaks for rank first_rank + i.
-    static EP_DEVICE bool send_token(const Context& c, int token, int first_rank, To to) {
-        const Params& p = c.p;
+    // This lane's rank among 32 from `first_rank`: the position of the token's row there, or -1.
+    static EP_DEVICE int position_at(const Context& c, int token, int first_rank) {
         const int num_ranks = c.watch.heap.num_ranks();
+        const int rank = first_rank + prim::lane_idx();
+        return token < c.p.num_tokens && rank < num_ranks
+                   ? c.p.send_head[static_cast<int64_t>(token) * num_ranks + rank]
+                   : -1;
+    }
+
+    // One token to those of 32 ranks, from `first_rank`, that need it. Lane i speaks for rank first_rank + i, where the token
+    // has `position`.
+    static EP_DEVICE bool send_token(const Context& c, int token, int first_rank, To to, int position) {
+        const Params& p = c.p;
         const int destination = first_rank + prim::lane_idx();
-        const bool is_meant = to == To::kAll || (destination == c.watch.heap.rank()) == (to == To::kSelf);
-        const int position = destination < num_ranks && is_meant
-                                 ? p.send_head[static_cast<int64_t>(token) * num_ranks + destination]
-                                 : -1;
+        if (to != To::kAll && (destination == c.watch.heap.rank()) != (to == To::kSelf)) position = -1;
         const bool is_sent = position >= 0;
         uint8_t* direct = is_sent ? direct_rows(c, destination) : nullptr;
         const bool uses_slot = is_sent && direct == nullptr;
@@ -169,35 +175,41 @@ struct Kernel {
         return true;
     }
 
-    // Deals the block's tokens one by one, so that all warps move through the windows together. `next_item`: of those that are
-    // still to be sent `to`.
-    static EP_DEVICE bool send_all(const Context& c, int* next_item, To to) {
-        const int self = c.watch.heap.rank();
-        const int first_rank = to == To::kSelf ? self / kWarpSize * kWarpSize : 0;
-        const int end_rank = to == To::kSelf ? self + 1 : c.watch.heap.num_ranks();
-        for (;;) {
-            int item = 0;
-            if (prim::lane_idx() == 0) item = prim::fetch_add<prim::Order::kRelaxed, prim::Scope::kCta>(next_item, 1);
-            item = __shfl_sync(kFullMask, item, 0);
-            const int token = item * c.p.geometry.num_blocks + static_cast<int>(blockIdx.x);
-            if (token >= c.p.num_tokens) return true;
-            for (int first = first_rank; first < end_rank; first += kWarpSize)
-                if (!send_token(c, token, first, to)) return false;
-        }
+    // The whole warp takes the next of its block's tokens: one by one, so that all warps move through the windows together.
+    static EP_DEVICE int take_item(int* next_item) {
+        int item = 0;
+        if (prim::lane_idx() == 0) item = prim::fetch_add<prim::Order::kRelaxed, prim::Scope::kCta>(next_item, 1);
+        return __shfl_sync(kFullMask, item, 0);
     }
 
-    // Where nothing is received by this kernel, some warps begin with the rows of this rank itself, and help with the others
-    // when these are done; the others do it the other way round. Own rows need not wait for loans, and stores into local memory
-    // that stand in line behind remote ones would slow each other down (docs/performance/intranode.md, step 19).
+    // The token at `item` of this block's.
+    static EP_DEVICE int token_of(const Context& c, int item) {
+        return item * c.p.geometry.num_blocks + static_cast<int>(blockIdx.x);
+    }
+
+    // In a rank that lends, every warp sends one token to this rank itself before the loans of the peers are there.
     static EP_DEVICE bool send(const Context& c, int* next_item) {
-        const int num_own_warps = c.p.geometry.num_own_warps;
-        To to = num_own_warps == 0 ? To::kAll : prim::warp_idx() < num_own_warps ? To::kSelf : To::kPeers;
-        for (int turn = 0; turn < (num_own_warps == 0 ? 1 : 2); ++turn) {
-            if (to != To::kSelf && !learn_loans(c.p, c.watch, c.rows)) return false;
-            if (!send_all(c, next_item + (to == To::kSelf ? 1 : 0), to)) return false;
-            to = to == To::kSelf ? To::kPeers : To::kSelf;
+        const int num_early = c.p.loan.x != 0 ? c.p.geometry.num_send_warps : 0;
+        bool is_early = num_early > 0;
+        bool has_loans = false;
+        int item = is_early ? prim::warp_idx() : take_item(next_item);
+        int position = position_at(c, token_of(c, item), 0);
+        for (;;) {
+            if (!is_early && !has_loans && !learn_loans(c.p, c.watch, c.rows)) return false;
+            has_loans = !is_early;
+            const int token = token_of(c, item);
+            if (!is_early && token >= c.p.num_tokens) return true;
+            const To to = is_early ? To::kSelf : item < num_early ? To::kPeers : To::kAll;
+            item = take_item(next_item);
+            const int next_position = position_at(c, token_of(c, item), 0);  // under way with this token
+            const int end_rank = token < c.p.num_tokens ? c.watch.heap.num_ranks() : 0;
+            for (int first = 0; first < end_rank; first += kWarpSize) {
+                if (first > 0) position = position_at(c, token, first);
+                if (!send_token(c, token, first, to, position)) return false;
+            }
+            position = next_position;
+            is_early = false;
         }
-        return true;
     }
 
     // From a slot, or from the image of one in shared memory, to the final row at `rank`.
@@ -455,7 +467,7 @@ struct Kernel {
             const algo::Ring ring(watch, p.window);
             const Context context{p, watch, ring, shared.rows};
             if (p.is_worst_case) mark_unused_rows(context);
-            work(context, shared.next_item, shared.frame);
+            work(context, &shared.next_item, shared.frame);
         }
         finish_call(watch, has_begun, p.may_lend, p.loan.x != 0, shared.frame, [&] { void_outputs(p); });
     }

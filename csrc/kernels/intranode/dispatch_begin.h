@@ -21,7 +21,7 @@ struct BlockState {
     FrameState frame;
     uint32_t is_unlearned;  // not zero: where some rank's rows stand is not known, or they have no room
     RowTable rows;
-    int next_item[2];  // of the block's tokens: to be sent to the peers next, and to this rank itself
+    int next_item;  // of the block's tokens: to be sent next
     ScanTile tiles[2];
 };
 static_assert(sizeof(BlockState) <= kMaxDispatchState);
@@ -105,7 +105,7 @@ EP_DEVICE bool begin(const DispatchParams& p, BlockState& state) {
             state.call = watch.call;
             state.frame = {is_ok ? 1 : 0, 0, {}};
             state.is_unlearned = 0;
-            state.next_item[0] = state.next_item[1] = 0;
+            state.next_item = 0;
         }
     }
     if (exchanges && blockIdx.x == 0 && prim::warp_idx() == (num_threads > kWarpSize ? 1 : 0))
