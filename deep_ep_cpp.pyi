@@ -71,15 +71,21 @@ class LentMemory:
 
     @property
     def address(self) -> int: ...
+    def shrink(self, num_bytes: int) -> None:
+        """Keeps so many bytes from its start; nobody has used the rest."""
+    def give_back(self, stream: int) -> None:
+        """Now; it may still be in use on that stream and on those that were noted."""
 
 
 class Buffer:
+    LEND_PART_OF_DATA: int
+
     def __init__(self, device: Device, rank: int, num_ranks: int, num_data_bytes: int, timeout_s: float,
                  warn_s: float, num_low_latency_bytes: int = 0, is_shrinkable: bool = False,
                  num_lend_bytes: int = 0) -> None:
         """Allocates the local part of the symmetric heap: control words, `num_data_bytes` of data for the
         high-throughput mode, `num_low_latency_bytes` for the low-latency mode, and `num_lend_bytes` for tensors that
-        peers reach in place (with a 64th more for copies of weights)."""
+        peers reach in place (with a 64th more for copies of weights). LEND_PART_OF_DATA: these are a part of the data."""
 
     def export_handle(self) -> bytes: ...
     def connect(self, handles: List[bytes]) -> None:
@@ -130,10 +136,15 @@ class Buffer:
                 combined_topk_weights: int, num_sms: int, stream: int) -> None:
         """bfloat16 rows; float32 weights [M,K] -> [N,K]."""
 
-    def lend(self, num_bytes: int) -> Optional[LentMemory]:
-        """Memory for outputs of dispatch or inputs of combine that peers write or read in place; None: no room now.
-        Its address tells the operations; all outputs of a dispatch are lent, or none. It may be lent anew as soon as
-        the result is dropped."""
+    def lend(self, num_bytes: int, stream: int, is_captured: bool) -> Optional[LentMemory]:
+        """Memory for outputs of dispatch or inputs of combine that peers write or read in place, for later work on that
+        stream; None: no room now. Its address tells the operations; all outputs of a dispatch are lent, or none. Work of
+        one taker must come after that of the one before it. `is_captured`: it belongs to the graph."""
+    def note_stream(self, stream: int, is_ours: bool) -> None:
+        """What is lent may be in use on that stream when it comes back. `is_ours`: by kernels of this Buffer alone."""
+
+    @property
+    def num_lend_bytes(self) -> int: ...
 
     def bench_push(self, bytes_per_peer: int, num_sms: int, stream: int) -> None:
         """Benchmarks only: writes that much to every peer at once, over whatever the data regions hold."""

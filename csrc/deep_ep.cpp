@@ -284,9 +284,11 @@ py::capsule make_tensor(uintptr_t address, std::vector<int64_t> shape, int dtype
 }
 
 void bind_buffer(py::module_& m) {
-    py::class_<runtime::LentMemory>(m, "LentMemory").def_property_readonly("address", [](runtime::LentMemory& memory) {
-        return number(memory.address());
-    });
+    using runtime::LentMemory;
+    py::class_<LentMemory>(m, "LentMemory")
+        .def_property_readonly("address", [](LentMemory& memory) { return number(memory.address()); })
+        .def("shrink", &LentMemory::shrink)
+        .def("give_back", [](LentMemory& memory, uintptr_t stream) { memory.give_back(pointer<void>(stream)); });
     py::class_<Buffer>(m, "Buffer")
         .def(py::init([](std::shared_ptr<dev::Device> device, int rank, int num_ranks, int64_t num_data_bytes,
                          double timeout_s, double warn_s, int64_t num_low_latency_bytes, bool is_shrinkable,
@@ -310,7 +312,12 @@ void bind_buffer(py::module_& m) {
         .def("wait_counts", &wait_counts)
         .def("dispatch", &dispatch)
         .def("combine", &combine)
-        .def("lend", &Buffer::lend)
+        .def("lend", [](Buffer& b, int64_t num_bytes, uintptr_t stream,
+                        bool is_captured) { return b.lend(num_bytes, pointer<void>(stream), is_captured); })
+        .def("note_stream",
+             [](Buffer& b, uintptr_t stream, bool is_ours) { b.note_stream(pointer<void>(stream), is_ours); })
+        .def_property_readonly("num_lend_bytes", &Buffer::num_lend_bytes)
+        .def_readonly_static("LEND_PART_OF_DATA", &runtime::kLendPartOfData)
         .def_readonly_static("SEND_PHASE", &kSendPhase)
         .def_readonly_static("BOTH_PHASES", &kBothPhases)
         .def("low_latency_dispatch", &low_latency_dispatch)

@@ -89,7 +89,7 @@ class Agreed:
 
     num_nvl_bytes: int
     num_rdma_bytes: int
-    num_lend_bytes: int
+    num_lend_bytes: Optional[int]
     low_latency_mode: bool
     enable_shrink: bool
     device_kind: str
@@ -104,7 +104,7 @@ class Request:
 
     num_nvl_bytes: int
     num_rdma_bytes: int
-    num_lend_bytes: int
+    num_lend_bytes: Optional[int]  # None: a part of num_nvl_bytes
     low_latency_mode: bool
     num_qps_per_rank: float
     enable_shrink: bool
@@ -112,7 +112,8 @@ class Request:
 
     def check(self) -> None:
         for name in ("num_nvl_bytes", "num_rdma_bytes", "num_lend_bytes"):
-            check_int(name, getattr(self, name), 0, BUFFER_ALIGNMENT_BYTES, MAX_INT64)
+            if name != "num_lend_bytes" or self.num_lend_bytes is not None:
+                check_int(name, getattr(self, name), 0, BUFFER_ALIGNMENT_BYTES, MAX_INT64)
         check_positive("num_qps_per_rank", self.num_qps_per_rank)
         if self.timeout_s is not None:
             check_positive("timeout_s", self.timeout_s)
@@ -122,12 +123,12 @@ class Session:
     """What a constructed Buffer stands on."""
 
     def __init__(self, runtime: deep_ep_cpp.Buffer, streams: _streams.Streams, topology: Topology, rank: int,
-                 num_ranks: int, num_lend_bytes: int, cost_model: Optional[CostModel]) -> None:
+                 num_ranks: int, cost_model: Optional[CostModel]) -> None:
         self.runtime = runtime
         self.streams = streams
         self.empty = EmptyTensors(streams.device)
         # One rank has nobody to lend to.
-        self.lender = Lender(runtime, streams, num_lend_bytes) if num_lend_bytes > 0 and num_ranks > 1 else None
+        self.lender = Lender(runtime, streams) if runtime.num_lend_bytes > 0 and num_ranks > 1 else None
         self.topology = topology
         self.rank = rank
         self.num_ranks = num_ranks
@@ -221,7 +222,7 @@ def find_cost_model(peers: Peers, request: Request, streams: _streams.Streams) -
     if peers.rank > 0:
         return None
     gpu = torch.cuda.get_device_name(streams.device) if streams.kind == "cuda" else ""
-    return _cost_model.find(gpu, peers.size, "lent" if request.num_lend_bytes > 0 else "slots")
+    return _cost_model.find(gpu, peers.size, "slots" if request.num_lend_bytes == 0 else "lent")
 
 
 def build_session(peers: Peers, request: Request) -> Session:
@@ -245,7 +246,8 @@ def build_session(peers: Peers, request: Request) -> Session:
         warn_s = min(float(environment["warn_s"]), timeout_s)
         created.append(
             deep_ep_cpp.Buffer(opened[0].native, peers.rank, peers.size, request.num_nvl_bytes, timeout_s, warn_s,
-                               request.num_rdma_bytes, request.enable_shrink, request.num_lend_bytes))
+                               request.num_rdma_bytes, request.enable_shrink,
+                               deep_ep_cpp.Buffer.LEND_PART_OF_DATA if request.num_lend_bytes is None else request.num_lend_bytes))
         created[0].set_warning_handler(logger.warning)
         return created[0].export_handle()
 
@@ -262,7 +264,7 @@ def build_session(peers: Peers, request: Request) -> Session:
         for streams in opened:
             streams.close()
         raise
-    session = Session(created[0], opened[0], topology, peers.rank, peers.size, request.num_lend_bytes, described[0][2])
+    session = Session(created[0], opened[0], topology, peers.rank, peers.size, described[0][2])
     if checks_calls and peers.size > 1:
         session.call_check = CallCheck(peers.all_gather, opened[0].device, timeout_s)
     return session

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Optional
 
 import deep_ep_cpp
 
@@ -16,9 +17,10 @@ def visible_devices() -> list[str]:
     return [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
 
 
-def lend_bytes() -> int:
-    """DEEP_EP_LEND_BYTES: what a Buffer lends when its caller does not say."""
-    return int(deep_ep_cpp.get_environment()["lend_bytes"])
+def lend_bytes() -> Optional[int]:
+    """DEEP_EP_LEND_BYTES: what a Buffer lends when its caller does not say; None: a part of num_nvl_bytes."""
+    num_bytes = int(deep_ep_cpp.get_environment()["lend_bytes"])
+    return None if num_bytes == deep_ep_cpp.Buffer.LEND_PART_OF_DATA else num_bytes
 
 
 def cost_model() -> str:

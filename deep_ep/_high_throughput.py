@@ -67,7 +67,10 @@ def open_operation(session: Session, name: str, previous_event: Optional[EventOv
     if allocate_on_comm_stream and (previous is None or not async_finish):
         raise Error(f"{name}: allocate_on_comm_stream needs a previous_event with an event, and async_finish=True")
     recorded = None if previous is None else previous._recorded
-    return session.streams.operation(recorded, async_finish, allocate_on_comm_stream)
+    operation = session.streams.operation(recorded, async_finish, allocate_on_comm_stream)
+    if session.lender is not None:
+        session.lender.used_on(operation)
+    return operation
 
 
 def close_operation(operation: Operation) -> EventOverlap:
@@ -223,17 +226,16 @@ def lend(session: Session, shape: Any, dtype: torch.dtype) -> torch.Tensor:
     lender = session.lender
     spec = Spec(_checks.check_sizes("shape", shape), _checks.check_dtype("dtype", dtype))
     if lender is None and session.num_ranks > 1:
-        raise Error("lend: this Buffer lends nothing; build it with num_lend_bytes")
+        raise Error("lend: this Buffer lends nothing; build it with a larger num_nvl_bytes, or with num_lend_bytes")
     if lender is None or spec.num_bytes == 0:  # one rank reads its own input in place, wherever it is
         return torch.empty(spec.shape, dtype=dtype, device=session.streams.device)
     if is_capturing():
         raise Error("lend: not while a CUDA graph is captured; take the tensor before the capture begins")
-    made = lender.tensors([spec])
+    made = lender.tensor(spec)
     if made is None:
         raise Error(f"lend: no room for {spec.num_bytes} bytes; num_lend_bytes is {lender.num_bytes}, and the tensors "
                     "of earlier calls hold a part of it until they are dropped")
-    lender.settle_on_current_stream()
-    return made[0]
+    return made
 
 
 def read_handle(session: Session, handle: Any) -> tuple[torch.Tensor, torch.Tensor, int, int]:
@@ -342,11 +344,10 @@ def _lent_outputs(lender: Lender, rows: torch.Tensor, scales: Optional[torch.Ten
         specs.append(Spec((num_rows, topk_idx.shape[1]), topk_idx.dtype))
         specs.append(Spec((num_rows, topk_idx.shape[1]), torch.float32))
     # Apart: the handle, which has the indices, usually outlives the rows.
-    indices = lender.tensors([Spec((num_rows, ), torch.int32)])
-    given = None if indices is None else lender.tensors(specs)
+    indices = lender.tensors([Spec((num_rows, ), torch.int32)], operation)
+    given = None if indices is None else lender.tensors(specs, operation)
     if indices is None or given is None:
         return None
-    lender.settle(operation.stream)
     made = iter(given)
     return Outputs(x=next(made),
                    scales=None if scales is None else next(made),

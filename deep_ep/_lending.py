@@ -1,8 +1,8 @@
 """Tensors in the memory that peers reach: outputs of dispatch that they write, inputs of combine that they read.
 
 Such a tensor is an ordinary one; when its last view is gone, its memory may be lent again. torch's allocator knows
-nothing of it: `Tensor.record_stream` has no effect. Whoever uses it on a stream other than the one that is current when
-it is dropped must have joined the two before.
+nothing of it, so `Tensor.record_stream` has no effect. Instead the memory waits for every stream on which the Buffer has
+been called, and for the one that is current where the tensor is dropped, on whichever thread that is.
 """
 
 import math
@@ -12,10 +12,9 @@ from typing import NamedTuple, Optional
 import torch
 
 import deep_ep_cpp
-from deep_ep._checks import BUFFER_ALIGNMENT_BYTES
-from deep_ep._memory import make_tensor
-from deep_ep._raw_cuda import PooledEvent, current_stream_handle
-from deep_ep._streams import CudaStreams, Streams, is_capturing
+from deep_ep._memory import TENSOR_ALIGNMENT_BYTES, make_tensor
+from deep_ep._raw_cuda import current_stream_handle, is_of_torch
+from deep_ep._streams import CudaStreams, Operation, Streams
 
 
 class Spec(NamedTuple):
@@ -32,74 +31,76 @@ class Spec(NamedTuple):
 class _Lent:
     """Owner of a piece of lent memory, held by every tensor over it."""
 
-    def __init__(self, lender: "Lender", memory: deep_ep_cpp.LentMemory) -> None:
-        self._lender = lender
-        self.memory: Optional[deep_ep_cpp.LentMemory] = memory
+    __slots__ = ("_index", "_memory")
+
+    def __init__(self, memory: deep_ep_cpp.LentMemory, index: int) -> None:
+        self._memory = memory
+        self._index = index  # of the GPU
 
     def __del__(self) -> None:
-        memory, self.memory = self.memory, None
-        if memory is not None:
-            self._lender._take_back(memory)
+        self._memory.give_back(current_stream_handle(self._index))
 
 
 class Lender:
     """The lent memory of one Buffer."""
 
-    def __init__(self, runtime: deep_ep_cpp.Buffer, streams: Streams, num_bytes: int) -> None:
+    def __init__(self, runtime: deep_ep_cpp.Buffer, streams: Streams) -> None:
         self._runtime = runtime
         self._streams = streams
-        self.num_bytes = num_bytes
-        # What was queued on memory that has come back, until it is done; and memory that came back during a capture.
-        self._pending: list[PooledEvent] = []
-        self._captured: list[deep_ep_cpp.LentMemory] = []
+        self.num_bytes = runtime.num_lend_bytes
+        self._noted: dict[int, bool] = {}  # streams of calls; whether what is lent can be used there
 
-    def tensors(self, specs: Sequence[Spec]) -> Optional[list[torch.Tensor]]:
-        """Uninitialised tensors that share one piece of memory, or None: there is no room now.
+    def tensors(self, specs: Sequence[Spec], operation: Operation) -> Optional[list[torch.Tensor]]:
+        """Uninitialised tensors for the kernels of a call that share one piece of memory, or None: there is no room now.
 
-        None as well while a CUDA graph is captured: its replays would write to memory that may be lent to others.
-        The first work on them must come after `settle`.
+        Within a capture the memory is the graph's as long as that lives.
         """
+        self._note(operation.stream, True)
+        if not self._note(operation.current, False):
+            return None
         offsets, end = [], 0
         for spec in specs:
             offsets.append(end)
-            end += -(-spec.num_bytes // BUFFER_ALIGNMENT_BYTES) * BUFFER_ALIGNMENT_BYTES
-        if end == 0 or end > self.num_bytes or is_capturing():
+            end += -(-spec.num_bytes // TENSOR_ALIGNMENT_BYTES) * TENSOR_ALIGNMENT_BYTES
+        if end == 0 or end > self.num_bytes:
             return None
-        memory = self._runtime.lend(end)
-        if memory is None:
-            return None
-        owner, device = _Lent(self, memory), self._streams.device
-        return [
-            make_tensor(memory.address + offset, spec.shape, spec.dtype, device, owner)
-            for spec, offset in zip(specs, offsets)
-        ]
+        if operation.is_captured:
+            self._streams.wait_for_last()
+        memory = self._runtime.lend(end, operation.stream, operation.is_captured)
+        return None if memory is None else self._make(memory, specs, offsets)
 
-    def settle(self, stream: int) -> None:
-        """Later work on `stream` comes after what was queued on memory that has come back."""
-        if not isinstance(self._streams, CudaStreams) or not (self._pending or self._captured):
-            return
-        if self._captured:
-            self._captured.clear()
-            self._mark(self._streams)
-        self._pending = [event for event in self._pending if not self._streams.native.query_event(event.cuda_event)]
-        for event in self._pending:
-            self._streams.follow(stream, event)
+    def tensor(self, spec: Spec) -> Optional[torch.Tensor]:
+        """The same for the caller, who is not capturing: one tensor, which may be used on the current stream."""
+        streams, current = self._streams, 0
+        if isinstance(streams, CudaStreams):
+            current = current_stream_handle(streams.index)
+            self._note(current, False)
+            streams.follow_last(current)
+        memory = self._runtime.lend(spec.num_bytes, current, False)
+        if isinstance(streams, CudaStreams):
+            streams.set_last(current)  # calls come after whatever the current stream has waited for
+        return None if memory is None else self._make(memory, [spec], [0])[0]
 
-    def settle_on_current_stream(self) -> None:
-        """The same for the caller's stream, also after the kernels of earlier calls."""
-        if isinstance(self._streams, CudaStreams):
-            current = current_stream_handle(self._streams.index)
-            self._streams.follow_last(current)
-            self.settle(current)
+    def used_on(self, operation: Operation) -> None:
+        """A call is made that may use lent tensors."""
+        self._note(operation.current, False)
 
-    def _take_back(self, memory: deep_ep_cpp.LentMemory) -> None:
-        if isinstance(self._streams, CudaStreams):
-            if is_capturing():
-                self._captured.append(memory)
-                return
-            self._mark(self._streams)
-        del memory  # the kernels of calls come one after the other: only the caller's own work needs a mark
+    def _make(self, memory: deep_ep_cpp.LentMemory, specs: Sequence[Spec], offsets: Sequence[int]) -> list[torch.Tensor]:
+        device, address = self._streams.device, memory.address
+        owner = _Lent(memory, device.index) if device.type == "cuda" else memory
+        return [make_tensor(address + offset, *spec, device, owner) for spec, offset in zip(specs, offsets)]
 
-    def _mark(self, streams: CudaStreams) -> None:
-        """Remembers all work so far on the current stream."""
-        self._pending.append(streams.events.record(current_stream_handle(streams.index)))
+    def _note(self, stream: int, is_ours: bool) -> bool:
+        """False: the stream is not torch's. It may be gone when the memory comes back, and then nobody can ask it."""
+        known = self._noted.get(stream)
+        if known is not None:
+            return known
+        streams = self._streams
+        can_be_used = True
+        if isinstance(streams, CudaStreams):
+            is_comm = is_ours and stream == streams.comm
+            can_be_used = is_comm or is_of_torch(stream, streams.index)
+            if can_be_used:
+                self._runtime.note_stream(stream, is_comm)
+        self._noted[stream] = can_be_used
+        return can_be_used

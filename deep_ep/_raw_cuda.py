@@ -55,6 +55,14 @@ def current_stream_id(index: int) -> StreamId:
     return tuple(torch._C._cuda_getCurrentStream(index))
 
 
+def is_of_torch(stream: int, index: int) -> bool:
+    """Whether the stream that is current on GPU `index`, whose handle this is, is one that torch never destroys.
+
+    torch knows others, such as those of `torch.cuda.ExternalStream`, by their handles.
+    """
+    return stream == 0 or current_stream_id(index)[0] != stream
+
+
 class CurrentStream:
     """`with torch.cuda.stream(...)` for a stream of the current GPU, without making objects of torch."""
 

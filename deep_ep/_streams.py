@@ -137,9 +137,10 @@ class Operation:
     kept as those of an asynchronous call are.
     """
 
-    __slots__ = ("_inputs", "_outputs", "is_async", "is_captured", "stream")
+    __slots__ = ("_inputs", "_outputs", "current", "is_async", "is_captured", "stream")
 
-    stream: int
+    stream: int  # of the kernels
+    current: int  # the caller's
 
     def __init__(self, is_async: bool, is_captured: bool = False) -> None:
         self.is_async = is_async
@@ -152,7 +153,7 @@ class Operation:
 
     def __exit__(self, exc_type: Optional[type[BaseException]], exc: Optional[BaseException],
                  traceback: Optional[TracebackType]) -> None:
-        if exc_type is not None and (self._inputs or self._outputs):
+        if exc_type is not None:
             self._abandon()
 
     def allocation(self) -> contextlib.AbstractContextManager[Any]:
@@ -192,6 +193,9 @@ class Streams:
 
     def operation(self, previous: RecordedEvent, is_async: bool, on_comm_stream: bool) -> Operation:
         raise NotImplementedError
+
+    def wait_for_last(self) -> None:
+        """The host waits until the last operation is complete; also while another stream is captured."""
 
     def drain(self, timeout_s: float) -> bool:
         """Waits until all operations are complete; False when `timeout_s` passed first."""
@@ -259,6 +263,9 @@ class CudaStreams(Streams):
             event = self._end_of_last if self._last_event is None else self._last_event.cuda_event
             self.native.stream_wait_event(stream, event)
 
+    def wait_for_last(self) -> None:
+        self.native.synchronize_event(self._end_of_last if self._last_event is None else self._last_event.cuda_event)
+
     def set_last(self, stream: int, event: Optional[PooledEvent] = None) -> None:
         """What `stream` has so far, or what came before `event` on it, is the last operation.
 
@@ -285,7 +292,7 @@ class _DirectOperation(Operation):
 
     def __init__(self, streams: CudaStreams, previous: RecordedEvent, current: int) -> None:
         super().__init__(False)
-        self.stream = current
+        self.stream = self.current = current
         self._streams = streams
         self._previous = previous
 
@@ -313,7 +320,7 @@ class _CommOperation(Operation):
     stream, and one whose handle is ambiguous.
     """
 
-    __slots__ = ("_current", "_on_comm_stream", "_previous", "_streams")
+    __slots__ = ("_on_comm_stream", "_previous", "_streams")
 
     def __init__(self, streams: CudaStreams, previous: RecordedEvent, current: int, is_captured: bool, is_async: bool,
                  on_comm_stream: bool) -> None:
@@ -321,7 +328,7 @@ class _CommOperation(Operation):
         self.stream = streams.comm
         self._streams = streams
         self._previous = previous
-        self._current = current
+        self.current = current
         self._on_comm_stream = on_comm_stream
 
     def allocation(self) -> contextlib.AbstractContextManager[Any]:
@@ -330,7 +337,7 @@ class _CommOperation(Operation):
     def finish(self) -> RecordedEvent:
         if not self.is_async:
             self._set_last(None)
-            self._streams.join(self._current, self.stream)
+            self._streams.join(self.current, self.stream)
             return None
         event = self._streams.events.record(self.stream)
         self._set_last(event)
@@ -348,7 +355,7 @@ class _CommOperation(Operation):
         # Outputs from the comm stream's own pool are in its order already, and then `previous_event`, which the
         # caller must give, is all that the inputs need.
         if not self._on_comm_stream:
-            self._streams.join(self.stream, self._current)
+            self._streams.join(self.stream, self.current)
 
     def _set_last(self, event: Optional[PooledEvent]) -> None:
         if not self.is_captured:  # an event does not cross the border of a graph
@@ -419,7 +426,7 @@ class _HostOperation(Operation):
         super().__init__(is_async)
         self._streams = streams
         self._previous = previous
-        self.stream = streams.comm_stream
+        self.stream = self.current = streams.comm_stream
 
     def finish(self) -> RecordedEvent:
         if self.is_async:

@@ -103,9 +103,10 @@ class Buffer:
             `get_low_latency_rdma_size_hint`. It is memory that peers reach, like the other; the name is the callers'.
         low_latency_mode: whether low-latency calls are made. One Buffer may serve both modes in turn.
         enable_shrink: low-latency calls go on without a peer that does not come in time, and mask it.
-        num_lend_bytes: bytes for tensors that the peers write or read in place, a multiple of 128 (None:
-            DEEP_EP_LEND_BYTES, by default 0). With room for it, outputs of `dispatch` and inputs of `combine` from
-            `lend` need no slots and no second copy, hence fewer SMs; see docs/api.md, "Lending".
+        num_lend_bytes: bytes for tensors that the peers write or read in place, a multiple of 128, beside num_nvl_bytes;
+            0: nothing is lent. None: DEEP_EP_LEND_BYTES, or else a part of num_nvl_bytes. With room for it, outputs of
+            `dispatch` and inputs of `combine` from `lend` need no slots and no second copy, hence fewer SMs; see
+            docs/api.md, "Lending".
         timeout_s: seconds after which a wait for a peer gives up (None: DEEP_EP_TIMEOUT_SECS, see docs/errors.md).
 
         Raises ValueError or TypeError for a bad argument, and deep_ep.Error when another rank failed: no rank hangs.
@@ -118,16 +119,17 @@ class Buffer:
         self.group_size: int = peers.size
         self.num_nvl_bytes = num_nvl_bytes
         self.num_rdma_bytes = num_rdma_bytes
-        self.num_lend_bytes: int = _env.lend_bytes() if num_lend_bytes is None else num_lend_bytes
         self.low_latency_mode = low_latency_mode
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
         if low_latency_mode:
             self.nvshmem_qp_depth = _env.nvshmem_qp_depth()
-        request = Request(num_nvl_bytes, num_rdma_bytes, self.num_lend_bytes, low_latency_mode, num_qps_per_rank,
-                          enable_shrink, timeout_s)
+        lent = _env.lend_bytes() if num_lend_bytes is None else num_lend_bytes
+        request = Request(num_nvl_bytes, num_rdma_bytes, lent, low_latency_mode, num_qps_per_rank, enable_shrink,
+                          timeout_s)
         self._session: Optional[Session] = build_session(peers, request)
         self.runtime: Optional[deep_ep_cpp.Buffer] = self._session.runtime
+        self.num_lend_bytes: int = self.runtime.num_lend_bytes
         self._low_latency = _low_latency.LowLatency(self._session, low_latency_mode, enable_shrink)
 
     # Lifecycle
@@ -248,7 +250,7 @@ class Buffer:
         is copied into slots. Outputs of `dispatch` are such tensors as well, as long as there is room. The memory is
         lent anew when the last view of it is gone; `Tensor.record_stream` has no effect on it.
 
-        Raises deep_ep.Error when there is no room, or the Buffer was built without `num_lend_bytes`.
+        Raises deep_ep.Error when there is no room, or the Buffer lends nothing.
         """
         return _high_throughput.lend(self._require_session(), shape, dtype)
 
