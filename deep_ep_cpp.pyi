@@ -136,10 +136,11 @@ class Buffer:
                 combined_topk_weights: int, num_sms: int, stream: int) -> None:
         """bfloat16 rows; float32 weights [M,K] -> [N,K]."""
 
-    def lend(self, num_bytes: int, stream: int, is_captured: bool) -> Optional[LentMemory]:
+    def lend(self, sizes: List[int], stream: int, is_captured: bool) -> List[LentMemory]:
         """Memory for outputs of dispatch or inputs of combine that peers write or read in place, for later work on that
-        stream; None: no room now. Its address tells the operations; all outputs of a dispatch are lent, or none. Work of
-        one taker must come after that of the one before it. `is_captured`: it belongs to the graph."""
+        stream: a piece of each size, or none where there is no room for all. The address tells the operations; all
+        outputs of a dispatch are lent, or none. Work of one taker must come after that of the one before it.
+        `is_captured`: the pieces belong to the graph."""
     def note_stream(self, stream: int, is_ours: bool) -> None:
         """What is lent may be in use on that stream when it comes back. `is_ours`: by kernels of this Buffer alone."""
 

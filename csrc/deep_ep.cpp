@@ -312,8 +312,8 @@ void bind_buffer(py::module_& m) {
         .def("wait_counts", &wait_counts)
         .def("dispatch", &dispatch)
         .def("combine", &combine)
-        .def("lend", [](Buffer& b, int64_t num_bytes, uintptr_t stream,
-                        bool is_captured) { return b.lend(num_bytes, pointer<void>(stream), is_captured); })
+        .def("lend", [](Buffer& b, const std::vector<int64_t>& sizes, uintptr_t stream,
+                        bool is_captured) { return b.lend(sizes, pointer<void>(stream), is_captured); })
         .def("note_stream",
              [](Buffer& b, uintptr_t stream, bool is_ours) { b.note_stream(pointer<void>(stream), is_ours); })
         .def_property_readonly("num_lend_bytes", &Buffer::num_lend_bytes)

@@ -343,16 +343,15 @@ def _lent_outputs(lender: Lender, rows: torch.Tensor, scales: Optional[torch.Ten
     if topk_idx is not None:
         specs.append(Spec((num_rows, topk_idx.shape[1]), topk_idx.dtype))
         specs.append(Spec((num_rows, topk_idx.shape[1]), torch.float32))
-    # Apart: the handle, which has the indices, usually outlives the rows.
-    indices = lender.tensors([Spec((num_rows, ), torch.int32)], operation)
-    given = None if indices is None else lender.tensors(specs, operation)
-    if indices is None or given is None:
+    specs.append(Spec((num_rows, ), torch.int32))
+    given = lender.tensors(specs, operation)
+    if given is None:
         return None
     made = iter(given)
     return Outputs(x=next(made),
                    scales=None if scales is None else next(made),
                    topk_idx=None if topk_idx is None else next(made),
-                   topk_weights=None if topk_idx is None else next(made)), indices[0]
+                   topk_weights=None if topk_idx is None else next(made)), given[-1]
 
 
 def _send_rows(session: Session, rows: torch.Tensor, scales: Optional[torch.Tensor], routing: Optional[Routing],

@@ -12,7 +12,7 @@ from typing import NamedTuple, Optional
 import torch
 
 import deep_ep_cpp
-from deep_ep._memory import TENSOR_ALIGNMENT_BYTES, make_tensor
+from deep_ep._memory import make_tensor
 from deep_ep._raw_cuda import current_stream_handle, is_of_torch
 from deep_ep._streams import CudaStreams, Operation, Streams
 
@@ -51,23 +51,23 @@ class Lender:
         self._noted: dict[int, bool] = {}  # streams of calls; whether what is lent can be used there
 
     def tensors(self, specs: Sequence[Spec], operation: Operation) -> Optional[list[torch.Tensor]]:
-        """Uninitialised tensors for the kernels of a call that share one piece of memory, or None: there is no room now.
+        """Uninitialised tensors for the kernels of a call, or None: there is no room now for all of them.
 
         Within a capture the memory is the graph's as long as that lives.
         """
         self._note(operation.stream, True)
         if not self._note(operation.current, False):
             return None
-        offsets, end = [], 0
-        for spec in specs:
-            offsets.append(end)
-            end += -(-spec.num_bytes // TENSOR_ALIGNMENT_BYTES) * TENSOR_ALIGNMENT_BYTES
-        if end == 0 or end > self.num_bytes:
+        sizes = [spec.num_bytes for spec in specs if spec.num_bytes]
+        if not sizes:
             return None
         if operation.is_captured:
             self._streams.wait_for_last()
-        memory = self._runtime.lend(end, operation.stream, operation.is_captured)
-        return None if memory is None else self._make(memory, specs, offsets)
+        lent = self._runtime.lend(sizes, operation.stream, operation.is_captured)
+        if not lent:
+            return None
+        pieces = iter(lent)
+        return [self._make(next(pieces) if spec.num_bytes else None, spec) for spec in specs]
 
     def tensor(self, spec: Spec) -> Optional[torch.Tensor]:
         """The same for the caller, who is not capturing: one tensor, which may be used on the current stream."""
@@ -76,19 +76,21 @@ class Lender:
             current = current_stream_handle(streams.index)
             self._note(current, False)
             streams.follow_last(current)
-        memory = self._runtime.lend(spec.num_bytes, current, False)
+        lent = self._runtime.lend([spec.num_bytes], current, False)
         if isinstance(streams, CudaStreams):
             streams.set_last(current)  # calls come after whatever the current stream has waited for
-        return None if memory is None else self._make(memory, [spec], [0])[0]
+        return self._make(lent[0], spec) if lent else None
 
     def used_on(self, operation: Operation) -> None:
         """A call is made that may use lent tensors."""
         self._note(operation.current, False)
 
-    def _make(self, memory: deep_ep_cpp.LentMemory, specs: Sequence[Spec], offsets: Sequence[int]) -> list[torch.Tensor]:
-        device, address = self._streams.device, memory.address
+    def _make(self, memory: Optional[deep_ep_cpp.LentMemory], spec: Spec) -> torch.Tensor:
+        device = self._streams.device
+        if memory is None:
+            return torch.empty(spec.shape, dtype=spec.dtype, device=device)
         owner = _Lent(memory, device.index) if device.type == "cuda" else memory
-        return [make_tensor(address + offset, *spec, device, owner) for spec, offset in zip(specs, offsets)]
+        return make_tensor(memory.address, spec.shape, spec.dtype, device, owner)
 
     def _note(self, stream: int, is_ours: bool) -> bool:
         """False: the stream is not torch's. It may be gone when the memory comes back, and then nobody can ask it."""

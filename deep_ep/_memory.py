@@ -7,8 +7,6 @@ from torch.utils.dlpack import from_dlpack
 
 import deep_ep_cpp
 
-TENSOR_ALIGNMENT_BYTES = 512  # that torch gives every tensor
-
 # What DLPack calls a type: (code, bits). Other types travel as bytes.
 _DLPACK_TYPES = {
     torch.int8: (0, 8),

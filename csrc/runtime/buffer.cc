@@ -200,14 +200,21 @@ kernels::Geometry Buffer::plan_combine(int num_sms, const layout::SlotLayout& sl
     return can_stage(staged) ? staged : plain;
 }
 
-std::unique_ptr<LentMemory> Buffer::lend(int64_t num_bytes, dev::Stream stream, bool is_captured) {
+std::vector<std::unique_ptr<LentMemory>> Buffer::lend(const std::vector<int64_t>& sizes, dev::Stream stream,
+                                                      bool is_captured) {
     require_usable();
-    EP_CHECK(num_bytes > 0, "num_bytes must be positive, got ", num_bytes);
-    const auto wanted = static_cast<uint64_t>(num_bytes);
-    const std::optional<uint64_t> offset =
-        is_captured ? lender_->take_for_graph(wanted, stream) : lender_->take(wanted, stream);
-    if (!offset.has_value()) return nullptr;
-    return std::make_unique<LentMemory>(lender_, *offset, heap_->local() + lend_offset_ + *offset, heap_->lease());
+    for (int64_t size : sizes) EP_CHECK(size > 0, "every size must be positive, got ", size);
+    const std::vector<uint64_t> wanted(sizes.begin(), sizes.end());
+    std::vector<std::unique_ptr<LentMemory>> lent;
+    for (uint64_t offset : is_captured ? lender_->take_for_graph(wanted, stream) : lender_->take(wanted, stream))
+        lent.push_back(std::make_unique<LentMemory>(lender_, offset, heap_->local() + lend_offset_ + offset,
+                                                    heap_->lease()));
+    return lent;
+}
+
+std::unique_ptr<LentMemory> Buffer::lend(int64_t num_bytes) {
+    std::vector<std::unique_ptr<LentMemory>> lent = lend(std::vector<int64_t>{num_bytes}, nullptr, false);
+    return lent.empty() ? nullptr : std::move(lent.front());
 }
 
 // From the start of the heap; 0: the address is not in the part that is lent.

@@ -147,9 +147,13 @@ public:
     void dispatch(const DispatchArgs& args, int num_sms, dev::Stream stream);
     void combine(const CombineArgs& args, int num_sms, dev::Stream stream);
 
-    // Memory for outputs of dispatch and inputs of combine that peers reach in place, for later work on `stream`; null: there
-    // is no room now. See Lender for what callers have to see to. Where `stream` is captured, the graph owns the memory.
-    std::unique_ptr<LentMemory> lend(int64_t num_bytes, dev::Stream stream = nullptr, bool is_captured = false);
+    // Memory for outputs of dispatch and inputs of combine that peers reach in place, for later work on `stream`: a piece of
+    // each size, or none where there is no room for all. See Lender for what callers have to see to. Where `stream` is
+    // captured, the graph owns the memory.
+    std::vector<std::unique_ptr<LentMemory>> lend(const std::vector<int64_t>& sizes, dev::Stream stream,
+                                                  bool is_captured);
+    // One piece, or null; for work in the order of calls.
+    std::unique_ptr<LentMemory> lend(int64_t num_bytes);
     int64_t num_lend_bytes() const { return static_cast<int64_t>(lender_->num_bytes()); }
     void note_stream(dev::Stream stream, bool is_ours) { lender_->note_stream(stream, is_ours); }
 

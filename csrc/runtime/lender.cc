@@ -142,25 +142,42 @@ bool Lender::wait_on_host(const Use& use) {
     return true;
 }
 
-std::optional<uint64_t> Lender::take(uint64_t num_bytes, dev::Stream stream) {
+std::vector<uint64_t> Lender::take_free(std::span<const uint64_t> sizes) {
+    std::vector<uint64_t> offsets;
+    for (uint64_t size : sizes) {
+        const std::optional<uint64_t> offset = pool_.take(size);
+        if (offset.has_value()) {
+            offsets.push_back(*offset);
+            continue;
+        }
+        for (uint64_t taken : offsets) pool_.give_back(taken);
+        return {};
+    }
+    return offsets;
+}
+
+std::vector<uint64_t> Lender::take(std::span<const uint64_t> sizes, dev::Stream stream) {
     const std::lock_guard lock(mutex_);
     collect(stream);
-    std::optional<uint64_t> found = pool_.take(num_bytes);
+    std::vector<uint64_t> found = take_free(sizes);
     const auto settle = [&](const Use& use) { return has_ended(use, stream) || wait_on_stream(use, stream); };
-    while (!found.has_value() && !returned_.empty() && settle_oldest(settle)) found = pool_.take(num_bytes);
+    while (found.empty() && !returned_.empty() && settle_oldest(settle)) found = take_free(sizes);
     return found;
 }
 
-std::optional<uint64_t> Lender::take_for_graph(uint64_t num_bytes, dev::Stream stream) {
+std::vector<uint64_t> Lender::take_for_graph(std::span<const uint64_t> sizes, dev::Stream stream) {
     const std::lock_guard lock(mutex_);
     collect_graphs();
-    uint64_t num_captured_bytes = layout::align_up(num_bytes, LendPool::kAlignment);
+    uint64_t num_captured_bytes = 0;
+    for (uint64_t size : sizes) num_captured_bytes += layout::align_up(size, LendPool::kAlignment);
     for (const Captured& captured : captured_) num_captured_bytes += pool_.size_of(captured.offset);
-    if (num_captured_bytes > pool_.num_bytes() / 2) return std::nullopt;
+    if (num_captured_bytes > pool_.num_bytes() / 2) return {};
     while (!returned_.empty() && settle_oldest([&](const Use& use) { return wait_on_host(use); })) {
     }
-    const std::optional<uint64_t> found = pool_.take(num_bytes);
-    if (found.has_value()) captured_.push_back({*found, device_->watch_graph(stream), false});
+    const std::vector<uint64_t> found = take_free(sizes);
+    if (found.empty()) return found;
+    const auto is_graph_gone = device_->watch_graph(stream);
+    for (uint64_t offset : found) captured_.push_back({offset, is_graph_gone, false});
     return found;
 }
 

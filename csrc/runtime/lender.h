@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -33,12 +34,13 @@ public:
     // of this Buffer run there, so what it has when the piece is used again is soon enough to know.
     void note_stream(dev::Stream stream, bool is_ours);
 
-    // Where `num_bytes` are free for later work on `stream`, or nothing. Prefers what needs no wait on the device.
-    std::optional<uint64_t> take(uint64_t num_bytes, dev::Stream stream);
+    // A piece of each size that is free for later work on `stream`; none at all where there is no room for all of them.
+    // Prefers what needs no wait on the device.
+    std::vector<uint64_t> take(std::span<const uint64_t> sizes, dev::Stream stream);
 
-    // The same for a graph into which `stream` is captured, and which owns the piece as long as it lives. The host waits for
-    // earlier uses, because a replay may run on any stream. All graphs together get half of the memory at most.
-    std::optional<uint64_t> take_for_graph(uint64_t num_bytes, dev::Stream stream);
+    // The same for a graph into which `stream` is captured, and which owns the pieces as long as it lives. The host waits
+    // for earlier uses, because a replay may run on any stream. All graphs together get half of the memory at most.
+    std::vector<uint64_t> take_for_graph(std::span<const uint64_t> sizes, dev::Stream stream);
 
     // Keeps the first `num_bytes` of a piece; nobody has used the rest since it was taken.
     void shrink(uint64_t offset, uint64_t num_bytes);
@@ -71,6 +73,7 @@ private:
     std::vector<Use> uses_now(std::optional<dev::Stream> stream);
     bool has_ended(const Use& use, dev::Stream stream);
     template <class Settle> bool settle_oldest(const Settle& settle);
+    std::vector<uint64_t> take_free(std::span<const uint64_t> sizes);
     void collect(dev::Stream stream);
     void collect_graphs();
     bool wait_on_stream(const Use& use, dev::Stream stream);

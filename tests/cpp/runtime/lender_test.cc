@@ -92,16 +92,33 @@ private:
 dev::Stream stream(intptr_t number) { return reinterpret_cast<dev::Stream>(number); }
 const dev::Stream kMain = stream(1), kSide = stream(2), kComm = stream(3), kOther = stream(4);
 
+std::optional<uint64_t> take_one(Lender& lender, uint64_t num_bytes, dev::Stream stream) {
+    const auto found = lender.take(std::vector{num_bytes}, stream);
+    return found.empty() ? std::nullopt : std::optional(found.front());
+}
+
 struct Fixture {
     std::shared_ptr<ModelDevice> device = std::make_shared<ModelDevice>();
     Lender lender{device, 8 * kMiB};
 
     uint64_t take(uint64_t num_bytes, dev::Stream stream) {
-        const auto offset = lender.take(num_bytes, stream);
+        const auto offset = take_one(lender, num_bytes, stream);
         REQUIRE(offset.has_value());
         return *offset;
     }
+    std::optional<uint64_t> take_for_graph(uint64_t num_bytes, dev::Stream stream) {
+        const auto found = lender.take_for_graph(std::vector{num_bytes}, stream);
+        return found.empty() ? std::nullopt : std::optional(found.front());
+    }
 };
+
+TEST_CASE_FIXTURE(Fixture, "several pieces: all of them or none") {
+    const std::vector<uint64_t> pieces{3 * kMiB, 100, 2 * kMiB};
+    CHECK(lender.take(std::vector{5 * kMiB, 2 * kMiB, 2 * kMiB}, kMain).empty());
+    CHECK_EQ(lender.take(pieces, kMain).size(), 3);
+    CHECK(lender.take(pieces, kMain).empty());
+    CHECK(take_one(lender, 2 * kMiB, kMain).has_value());  // nothing was kept of what failed
+}
 
 TEST_CASE_FIXTURE(Fixture, "one stream: no event and no wait") {
     lender.note_stream(kMain, false);
@@ -161,7 +178,7 @@ TEST_CASE_FIXTURE(Fixture, "what a captured stream had before is waited for when
     const int used = device->work(kMain);
     device->captured.insert(kMain);
     lender.give_back(offset, kMain);
-    CHECK_FALSE(lender.take(8 * kMiB, kSide).has_value());
+    CHECK_FALSE(take_one(lender, 8 * kMiB, kSide).has_value());
     device->captured.clear();
     take(8 * kMiB, kSide);
     CHECK(device->comes_before(used, kSide));
@@ -175,18 +192,18 @@ TEST_CASE_FIXTURE(Fixture, "a graph's memory: the host waits for earlier uses, a
     for (bool is_tensor_first : {false, true}) {
         CAPTURE(is_tensor_first);
         device->captured.insert(kComm);
-        CHECK_FALSE(lender.take_for_graph(5 * kMiB, kComm).has_value());  // more than half
-        const auto held = lender.take_for_graph(3 * kMiB, kComm);
+        CHECK_FALSE(take_for_graph(5 * kMiB, kComm).has_value());  // more than half
+        const auto held = take_for_graph(3 * kMiB, kComm);
         REQUIRE(held.has_value());
         CHECK_EQ(device->waited_for.count(used), 1);
-        CHECK_FALSE(lender.take_for_graph(2 * kMiB, kComm).has_value());  // of all graphs
+        CHECK_FALSE(take_for_graph(2 * kMiB, kComm).has_value());  // of all graphs
         device->captured.clear();
         auto end_graph = [&] { device->graphs.back()->store(true); };
         if (is_tensor_first)
             lender.give_back(*held, kMain);
         else
             end_graph();
-        CHECK_FALSE(lender.take(8 * kMiB, kMain).has_value());
+        CHECK_FALSE(take_one(lender, 8 * kMiB, kMain).has_value());
         if (is_tensor_first)
             end_graph();
         else
@@ -220,7 +237,7 @@ TEST_CASE("random traffic: whatever used a piece comes before its next use, and 
                 // The chain of calls.
                 device->known[call_stream].insert(device->known[last].begin(), device->known[last].end());
                 const uint64_t num_bytes = (1 + rng() % 5) * kMiB;
-                const auto offset = lender.take(num_bytes, call_stream);
+                const auto offset = take_one(lender, num_bytes, call_stream);
                 last = call_stream;
                 if (!offset.has_value()) continue;
                 for (uint64_t i = *offset / kMiB; i < (*offset + num_bytes) / kMiB; ++i)
@@ -242,7 +259,7 @@ TEST_CASE("random traffic: whatever used a piece comes before its next use, and 
             }
         }
         for (const auto& [offset, size] : held) lender.give_back(offset, kMain);
-        CHECK(lender.take(16 * kMiB, kMain).has_value());
+        CHECK(take_one(lender, 16 * kMiB, kMain).has_value());
     }
 }
 
