@@ -245,9 +245,10 @@ def build_session(peers: Peers, request: Request) -> Session:
     def allocate() -> bytes:
         warn_s = min(float(environment["warn_s"]), timeout_s)
         created.append(
-            deep_ep_cpp.Buffer(opened[0].native, peers.rank, peers.size, request.num_nvl_bytes, timeout_s, warn_s,
-                               request.num_rdma_bytes, request.enable_shrink,
-                               deep_ep_cpp.Buffer.LEND_PART_OF_DATA if request.num_lend_bytes is None else request.num_lend_bytes))
+            deep_ep_cpp.Buffer(
+                opened[0].native, peers.rank, peers.size, request.num_nvl_bytes, timeout_s, warn_s,
+                request.num_rdma_bytes, request.enable_shrink,
+                deep_ep_cpp.Buffer.LEND_PART_OF_DATA if request.num_lend_bytes is None else request.num_lend_bytes))
         created[0].set_warning_handler(logger.warning)
         return created[0].export_handle()
 

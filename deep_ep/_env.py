@@ -50,7 +50,9 @@ def prepare_threaded_ranks() -> None:
 def speed_settings() -> dict[str, str]:
     """What is set that may change a measured time, for reports: of this package, and of NCCL."""
     harmless = ("DEEP_EP_DEVICE", "DEEP_EP_TIMEOUT_SECS")
-    return {
+    found = {
         name: value
         for name, value in sorted(os.environ.items()) if name.startswith(("DEEP_EP_", "NCCL_")) and name not in harmless
     }
+    # Always: reports from before lending was the rule do not have it.
+    return {"DEEP_EP_LEND_BYTES": "automatic"} | found

@@ -1,8 +1,8 @@
 """Tensors in the memory that peers reach: outputs of dispatch that they write, inputs of combine that they read.
 
 Such a tensor is an ordinary one; when its last view is gone, its memory may be lent again. torch's allocator knows
-nothing of it, so `Tensor.record_stream` has no effect. Instead the memory waits for every stream on which the Buffer has
-been called, and for the one that is current where the tensor is dropped, on whichever thread that is.
+nothing of it, so `Tensor.record_stream` has no effect. Instead the memory waits for every stream on which the Buffer
+has been called, and for the one that is current where the tensor is dropped, on whichever thread that is.
 """
 
 import math

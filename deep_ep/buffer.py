@@ -103,10 +103,10 @@ class Buffer:
             `get_low_latency_rdma_size_hint`. It is memory that peers reach, like the other; the name is the callers'.
         low_latency_mode: whether low-latency calls are made. One Buffer may serve both modes in turn.
         enable_shrink: low-latency calls go on without a peer that does not come in time, and mask it.
-        num_lend_bytes: bytes for tensors that the peers write or read in place, a multiple of 128, beside num_nvl_bytes;
-            0: nothing is lent. None: DEEP_EP_LEND_BYTES, or else a part of num_nvl_bytes. With room for it, outputs of
-            `dispatch` and inputs of `combine` from `lend` need no slots and no second copy, hence fewer SMs; see
-            docs/api.md, "Lending".
+        num_lend_bytes: bytes for tensors that the peers write or read in place, a multiple of 128, beside
+            num_nvl_bytes; 0: nothing is lent. None: DEEP_EP_LEND_BYTES, or else a part of num_nvl_bytes. With room for
+            it, outputs of `dispatch` and inputs of `combine` from `lend` need no slots and no second copy, hence fewer
+            SMs; see docs/api.md, "Lending".
         timeout_s: seconds after which a wait for a peer gives up (None: DEEP_EP_TIMEOUT_SECS, see docs/errors.md).
 
         Raises ValueError or TypeError for a bad argument, and deep_ep.Error when another rank failed: no rank hangs.
@@ -223,8 +223,8 @@ class Buffer:
                                 use_rdma_buffer: bool = False) -> torch.Tensor:
         """A view of this rank's buffer from byte `offset` on: 1-D up to the end, or of shape `size`.
 
-        The memory is the Buffer's: the view must not be used after `destroy`. `offset` must be a multiple of the
-        element size.
+        The memory is the Buffer's: the view must not be used after `destroy`, and what is lent (docs/api.md, "Lending")
+        may hold tensors. `offset` must be a multiple of the element size.
         """
         session = self._require_session()
         item_bytes = _checks.check_dtype("dtype", dtype).itemsize

@@ -134,7 +134,7 @@ struct WindowLayout {
 // every rank, and nothing is known yet of the rows that will come.
 struct DataSplit {
     static constexpr uint64_t kAlignment = 512;
-    static constexpr uint64_t kWeightShare = 64;  // of the lent bytes, one in so many holds copies of weights
+    static constexpr uint64_t kWeightShare = 64;          // of the lent bytes, one in so many holds copies of weights
     static constexpr uint64_t kMinSlotBytes = 512 << 10;  // for each peer; a region with fewer is slots throughout
     // The calls that the proportion is made for: so many slots for each source, so many tokens of each rank.
     static constexpr uint64_t kWindow = 640;

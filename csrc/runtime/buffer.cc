@@ -39,9 +39,9 @@ const BufferOptions& checked(const BufferOptions& options) {
              "num_data_bytes must be a multiple of 128, got ", options.num_data_bytes);
     EP_CHECK(options.num_low_latency_bytes >= 0 && options.num_low_latency_bytes % 128 == 0,
              "num_low_latency_bytes must be a multiple of 128, got ", options.num_low_latency_bytes);
-    EP_CHECK(options.num_lend_bytes == kLendPartOfData ||
-                 (options.num_lend_bytes >= 0 && options.num_lend_bytes % 128 == 0),
-             "num_lend_bytes must be a multiple of 128, got ", options.num_lend_bytes);
+    EP_CHECK(
+        options.num_lend_bytes == kLendPartOfData || (options.num_lend_bytes >= 0 && options.num_lend_bytes % 128 == 0),
+        "num_lend_bytes must be a multiple of 128, got ", options.num_lend_bytes);
     EP_CHECK(options.timeout_s > 0, "timeout_s must be positive, got ", options.timeout_s);
     return options;
 }
@@ -207,8 +207,8 @@ std::vector<std::unique_ptr<LentMemory>> Buffer::lend(const std::vector<int64_t>
     const std::vector<uint64_t> wanted(sizes.begin(), sizes.end());
     std::vector<std::unique_ptr<LentMemory>> lent;
     for (uint64_t offset : is_captured ? lender_->take_for_graph(wanted, stream) : lender_->take(wanted, stream))
-        lent.push_back(std::make_unique<LentMemory>(lender_, offset, heap_->local() + lend_offset_ + offset,
-                                                    heap_->lease()));
+        lent.push_back(
+            std::make_unique<LentMemory>(lender_, offset, heap_->local() + lend_offset_ + offset, heap_->lease()));
     return lent;
 }
 
@@ -259,8 +259,7 @@ uint64_t Buffer::num_data_bytes_for(const layout::SlotLayout& slot) const {
 
 layout::WindowLayout Buffer::window_for(const layout::SlotLayout& slot, const char* operation) const {
     const auto num_ranks = static_cast<uint64_t>(options_.num_ranks);
-    const auto window =
-        layout::WindowLayout::make(num_slot_bytes_, num_ranks, slot.bytes);
+    const auto window = layout::WindowLayout::make(num_slot_bytes_, num_ranks, slot.bytes);
     EP_CHECK(options_.num_ranks == 1 || window.window > 0, "num_nvl_bytes is too small for this ", operation,
              ": expected at least ", num_data_bytes_for(slot), ", got ", options_.num_data_bytes,
              " (see Config.get_nvl_buffer_size_hint)");

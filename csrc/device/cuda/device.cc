@@ -345,7 +345,8 @@ std::shared_ptr<const std::atomic<bool>> CudaDevice::watch_graph(Stream stream) 
     unsigned long long id = 0;
     cudaGraph_t graph = nullptr;
 #if CUDART_VERSION >= 13000
-    EP_CUDA(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, &id, &graph, nullptr, nullptr, nullptr));
+    EP_CUDA(
+        cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, &id, &graph, nullptr, nullptr, nullptr));
 #else
     EP_CUDA(cudaStreamGetCaptureInfo_v2(static_cast<cudaStream_t>(stream), &status, &id, &graph, nullptr, nullptr));
 #endif

@@ -14,7 +14,8 @@ layout::DataSplit hinted(const Config& config, int64_t row_bytes, int num_ranks)
                                    static_cast<uint64_t>(num_ranks));
 }
 
-TEST_CASE("size hints: slots are half of what callers gave the original, or less; every rank count accepted (pitfall 21)") {
+TEST_CASE(
+    "size hints: slots are half of what callers gave the original, or less; every rank count accepted (pitfall 21)") {
     // What the original asked for: contract 4.2.
     CHECK_LE(hinted(Config(20, 24, 256, 6, 128), 14336, 2).slot_bytes, 83927552 / 2);
     CHECK_LE(hinted(Config(20, 6, 256, 6, 128), 14336, 8).slot_bytes, 335709824 / 2);

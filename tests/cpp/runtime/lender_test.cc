@@ -22,7 +22,7 @@ public:
     std::map<dev::Event, Work> events;
     std::set<dev::Stream> captured;
     std::vector<std::shared_ptr<std::atomic<bool>>> graphs;
-    Work ended;     // that the device has done
+    Work ended;       // that the device has done
     Work waited_for;  // by the host
     int num_waits = 0;
 
@@ -184,7 +184,8 @@ TEST_CASE_FIXTURE(Fixture, "what a captured stream had before is waited for when
     CHECK(device->comes_before(used, kSide));
 }
 
-TEST_CASE_FIXTURE(Fixture, "a graph's memory: the host waits for earlier uses, and it is free when graph and tensor are") {
+TEST_CASE_FIXTURE(Fixture,
+                  "a graph's memory: the host waits for earlier uses, and it is free when graph and tensor are") {
     lender.note_stream(kMain, false);
     const uint64_t before = take(8 * kMiB, kMain);
     const int used = device->work(kMain);
