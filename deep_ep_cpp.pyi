@@ -37,6 +37,9 @@ def make_tensor(address: int, shape: List[int], dtype_code: int, dtype_bits: int
 def is_cuda_built() -> bool: ...
 def is_sm90_compiled() -> bool: ...
 def topk_idx_bits() -> int: ...
+def part_to_lend(num_data_bytes: int, num_ranks: int) -> int:
+    """Bytes of a data region that Buffer.LEND_PART_OF_DATA lends."""
+
 def get_environment() -> dict[str, Any]:
     """What csrc/core/env.cc read: {'timeout_s': float, 'warn_s': float, 'ranks_per_node': int (0: found), ...}."""
 

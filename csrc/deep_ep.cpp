@@ -11,6 +11,7 @@
 #include "core/env.h"
 #include "core/error.h"
 #include "device/simt/device.h"
+#include "layout/intranode.h"
 #include "runtime/buffer.h"
 #include "runtime/config.h"
 #if EP_WITH_CUDA
@@ -369,6 +370,12 @@ PYBIND11_MODULE(deep_ep_cpp, m) {
         variables["cost_model"] = env.cost_model;
         return variables;
     });
+    m.def(
+        "part_to_lend",
+        [](uint64_t num_data_bytes, uint64_t num_ranks) {
+            return layout::DataSplit::make(num_data_bytes, num_ranks).lend_bytes;
+        },
+        py::arg("num_data_bytes"), py::arg("num_ranks"));
     m.def("topk_idx_bits", [] { return TOPK_IDX_BITS; });
     m.def("__getattr__", &forwarded);
 }

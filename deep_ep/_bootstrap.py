@@ -110,6 +110,10 @@ class Request:
     enable_shrink: bool
     timeout_s: Optional[float]
 
+    def lends(self, num_ranks: int) -> bool:
+        lent = self.num_lend_bytes
+        return num_ranks > 1 and (deep_ep_cpp.part_to_lend(self.num_nvl_bytes, num_ranks) if lent is None else lent) > 0
+
     def check(self) -> None:
         for name in ("num_nvl_bytes", "num_rdma_bytes", "num_lend_bytes"):
             if name != "num_lend_bytes" or self.num_lend_bytes is not None:
@@ -222,7 +226,7 @@ def find_cost_model(peers: Peers, request: Request, streams: _streams.Streams) -
     if peers.rank > 0:
         return None
     gpu = torch.cuda.get_device_name(streams.device) if streams.kind == "cuda" else ""
-    return _cost_model.find(gpu, peers.size, "slots" if request.num_lend_bytes == 0 else "lent")
+    return _cost_model.find(gpu, peers.size, "lent" if request.lends(peers.size) else "slots")
 
 
 def build_session(peers: Peers, request: Request) -> Session:
