@@ -63,7 +63,9 @@ class Lender:
             return None
         if operation.is_captured:
             self._streams.wait_for_last()
-        lent = self._runtime.lend(sizes, operation.stream, operation.is_captured)
+        # The stream of a captured call's kernels joins the capture later than this.
+        stream = operation.current if operation.is_captured else operation.stream
+        lent = self._runtime.lend(sizes, stream, operation.is_captured)
         if not lent:
             return None
         pieces = iter(lent)

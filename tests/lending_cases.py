@@ -173,6 +173,23 @@ def builds_lend(worker: Worker, work: Workload) -> dict[str, bool]:
     return found
 
 
+def outputs_are_kept_one_by_one(worker: Worker, work: Workload) -> None:
+    """Weights that somebody keeps do not keep the rows."""
+    with worker.new_buffer(1 << 24) as buffer:
+        flight = Flight(worker, buffer, work).layout().dispatch()
+        rows, _, weights, _, handle, _ = flight.result
+        row_bytes = rows.numel() * rows.element_size()
+        del rows
+        flight.result = None
+        gc.collect()
+        free = buffer.num_lend_bytes - 2 * MIB
+        assert row_bytes > 4 * MIB
+        assert buffer.lend((free, ), torch.uint8).shape[0] == free
+        assert is_lent(buffer, weights)
+        assert is_lent(buffer, handle[3])
+        worker.barrier()
+
+
 def lending_can_be_turned_off(worker: Worker, work: Workload) -> list[bool]:
     with worker.new_buffer(1 << 26, num_lend_bytes=0) as silent, worker.new_buffer(1 << 26) as lending:
         found = []

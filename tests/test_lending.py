@@ -121,6 +121,10 @@ def test_lending_can_be_turned_off(pool: Pool) -> None:
         assert found == [False, False, True, True]
 
 
+def test_outputs_are_kept_one_by_one(pool: Pool) -> None:
+    pool.run(lending.outputs_are_kept_one_by_one, 2, Workload((900, 900), hidden=2048, num_topk=4))
+
+
 def test_several_buffers(pool: Pool) -> None:
     pool.run(lending.several_buffers, 3, Workload((9, 6, 7)))
 
