@@ -304,7 +304,7 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
         }
         begin_send(c, block);
         const bool is_ready = block->is_ready != 0;
-        if (is_ready && block->is_first != 0) send_weights(p, c, weights, has_weights);
+        if (is_ready && block->is_first != 0) send_weights(p, c, block, weights, has_weights);
 #pragma unroll 1
         while (is_ready && stream.item < num_items(p, c)) reduce_token(p, c, sources, stream, block);
         end_send(c, block);
@@ -331,11 +331,13 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
 
     // All threads of the block that began first: our top-k ids and weights to every rank. Peers wait for them in their
     // send phases, so they must not depend on a block that may not be resident yet.
-    static EP_DEVICE void send_weights(const Params& p, const Context& c, Weights held, bool is_loaded) {
+    static EP_DEVICE void send_weights(const Params& p, const Context& c, const Block* block, Weights held,
+                                       bool is_loaded) {
         const int num_entries = p.num_tokens * c.call.num_topk;
         for (int base = 0; base < num_entries; base += kWeightsAhead * static_cast<int>(blockDim.x)) {
             if (base > 0 || !is_loaded) held = load_weights(p, c, base);
             for (int peer = 0; peer < c.num_ranks(); ++peer) {
+                if (block->leaves_out(c.call, peer)) continue;
                 uint8_t* message = c.message(peer, c.rank());
                 auto* ids = reinterpret_cast<int*>(message + c.call.message.topk_idx.offset);
                 auto* weights = reinterpret_cast<float*>(message + c.call.message.topk_weights.offset);
@@ -347,12 +349,7 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
                 }
             }
         }
-        for (int peer = static_cast<int>(threadIdx.x); peer < c.num_ranks(); peer += static_cast<int>(blockDim.x))
-            *reinterpret_cast<int*>(c.message(peer, c.rank()) + c.call.message.num_tokens.offset) = p.num_tokens;
-        __syncthreads();
-        // Release: the tables. Pairs with: wait_for_table at the peer.
-        for (int peer = static_cast<int>(threadIdx.x); peer < c.num_ranks(); peer += static_cast<int>(blockDim.x))
-            prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.table_full(peer, c.bank, c.rank()), c.watch.call);
+        publish_table(c, block, p.num_tokens);
         if (is_last_warp()) publish_ended(c);
     }
 

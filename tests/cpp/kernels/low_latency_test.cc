@@ -3,10 +3,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "core/error.h"
 #include "device/algo/fp8.h"
+#include "device/simt/graph.h"
 #include "support/low_latency_world.h"
 
 namespace deep_ep::test {
@@ -198,6 +200,78 @@ TEST_CASE("low latency: an open call holds its bank: the call after the next is 
     CHECK_EQ(check_low_latency_dispatch(passing, b), "");
 }
 
+// What `launch` launches for a rank, recorded.
+template <class Launch> simt::Graph captured(World& world, int rank, const Launch& launch) {
+    simt::Graph graph;
+    graph.begin_capture(world.stream(rank));
+    launch();
+    graph.end_capture();
+    return graph;
+}
+
+TEST_CASE("low latency: a graph is replayed between a send phase and its hook") {
+    const LowLatencyProblem held{.num_tokens = {3, 5}, .seed = 3};
+    const LowLatencyProblem replayed{.num_tokens = {4, 1}, .seed = 4};
+    for (Launches launches : {Launches::kOne, Launches::kTwo}) {
+        World world(2, 0, {}, 100, low_latency_bytes(held));
+        auto a = make_low_latency_inputs(held), b = make_low_latency_inputs(replayed);
+        std::vector<simt::Graph> dispatches, combines;
+        for (int rank = 0; rank < 2; ++rank) {
+            const auto idx = static_cast<size_t>(rank);
+            dispatches.push_back(
+                captured(world, rank, [&] { launch_dispatch(world, replayed, b[idx], rank, launches); }));
+            combines.push_back(captured(world, rank, [&] { launch_combine(world, replayed, b[idx], rank, launches); }));
+        }
+        for (int round = 0; round < 3; ++round) {
+            for (int rank = 0; rank < 2; ++rank) {
+                const auto idx = static_cast<size_t>(rank);
+                send_dispatch(world, held, a[idx], rank);
+                dispatches[idx].replay(world.stream(rank));
+                receive_dispatch(world, held, a[idx], rank);
+            }
+            world.run();
+            CHECK_EQ(check_low_latency_dispatch(held, a), "");
+            CHECK_EQ(check_low_latency_dispatch(replayed, b), "");
+            fill_expert_rows(held, a);
+            fill_expert_rows(replayed, b);
+            for (int rank = 0; rank < 2; ++rank) {
+                const auto idx = static_cast<size_t>(rank);
+                send_combine(world, held, a[idx], rank);
+                combines[idx].replay(world.stream(rank));
+                receive_combine(world, held, a[idx], rank);
+            }
+            world.run();
+            CHECK_EQ(check_low_latency_combine(held, a), "");
+            CHECK_EQ(check_low_latency_combine(replayed, b), "");
+            for (int rank = 0; rank < 2; ++rank) world.buffer(rank).check();
+        }
+    }
+}
+
+TEST_CASE("low latency: a graph that makes two calls while one is open fails at once, on every rank") {
+    const LowLatencyProblem problem{.num_tokens = {3, 5}};
+    for (Launches launches : {Launches::kOne, Launches::kTwo}) {
+        for (bool is_shrinkable : {false, true}) {
+            World world(2, 0, {}, 100, low_latency_bytes(problem), is_shrinkable);  // a wait would be a deadlock
+            auto a = make_low_latency_inputs(problem), b = make_low_latency_inputs(problem);
+            for (int rank = 0; rank < 2; ++rank) {
+                const auto idx = static_cast<size_t>(rank);
+                const simt::Graph graph = captured(world, rank, [&] {
+                    launch_dispatch(world, problem, b[idx], rank, launches);
+                    launch_combine(world, problem, b[idx], rank, launches);
+                });
+                send_dispatch(world, problem, a[idx], rank);
+                graph.replay(world.stream(rank));
+            }
+            world.run();
+            for (int rank = 0; rank < 2; ++rank) CHECK_THROWS_AS(world.buffer(rank).check(), TimeoutError);
+            CHECK_THROWS_WITH_AS(world.buffer(0).check(),
+                                 doctest::Contains("low_latency_combine, call 3, rank 0: call 1 is still open"),
+                                 TimeoutError);
+        }
+    }
+}
+
 TEST_CASE("low latency: expert ids out of range are as good as none, whatever their low bits say") {
     const LowLatencyProblem problem{.num_tokens = {6, 6}};
     World world(2, 0, {}, 2.0, low_latency_bytes(problem));
@@ -322,6 +396,150 @@ TEST_CASE("low latency: a masked rank that comes all the same is left out by eve
             CHECK_EQ(check_low_latency_dispatch_of(problem, heard, rank), "");
         }
     }
+}
+
+// Both phases, or one, of a dispatch of these ranks, run to the end.
+void dispatch_on(World& world, const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks,
+                 std::initializer_list<int> callers) {
+    for (int rank : callers) launch_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank, Launches::kTwo);
+    world.run();
+}
+
+void clear_masks(World& world) {
+    for (int rank = 0; rank < world.num_ranks(); ++rank)
+        std::fill_n(world.buffer(rank).masked_ranks(), world.num_ranks(), 0);
+}
+
+TEST_CASE("low latency: a rank that was masked while late goes on, whatever shapes the others use meanwhile") {
+    LowLatencyProblem small{.num_tokens = {9, 4, 7}, .num_experts = 3};
+    LowLatencyProblem large = small;
+    large.num_tokens = {64, 0, 64};
+    large.num_max_tokens = 64;
+    large.seed = 2;
+    World world(3, 0, impatient(), 2.0, low_latency_bytes(large), true);
+    auto first = make_low_latency_inputs(small), second = make_low_latency_inputs(small);
+    auto third = make_low_latency_inputs(large);
+    dispatch_on(world, small, first, {0, 2});  // masks rank 1
+    dispatch_on(world, small, second, {0, 2});
+    dispatch_on(world, large, third, {0, 2});
+    // What was sent to it before it was masked is as it was; of the later calls it gets nothing but its own.
+    dispatch_on(world, small, first, {1});
+    CHECK_EQ(check_low_latency_dispatch_of(small, first, 1), "");
+    dispatch_on(world, small, second, {1});
+    dispatch_on(world, large, third, {1});
+    for (auto* tensors : {&second, &third}) {
+        const LowLatencyProblem& problem = tensors == &third ? large : small;
+        auto heard = *tensors;
+        for (size_t peer : {0, 2}) heard[peer].topk_idx.clear();
+        CHECK_EQ(check_low_latency_dispatch_of(problem, heard, 1), "");
+        heard = *tensors;
+        heard[1].topk_idx.clear();
+        for (int rank : {0, 2}) CHECK_EQ(check_low_latency_dispatch_of(problem, heard, rank), "");
+    }
+    // All ranks have made the same calls: they may have it back.
+    clear_masks(world);
+    for (int rank = 0; rank < 3; ++rank) world.buffer(rank).check();
+    CHECK_EQ(low_latency_round_trip(world, small, Launches::kTwo), "");
+    CHECK_EQ(low_latency_round_trip(world, large, Launches::kOne), "");
+    for (int rank = 0; rank < 3; ++rank)
+        for (int peer = 0; peer < 3; ++peer) CHECK_EQ(world.buffer(rank).masked_ranks()[peer], 0);
+}
+
+TEST_CASE("low latency: a masked rank that is behind and taken back too early is masked again, and nothing is wrong") {
+    const LowLatencyProblem problem{.num_tokens = {9, 4, 7}, .num_experts = 3};
+    World world(3, 0, impatient(), 2.0, low_latency_bytes(problem), true);
+    auto ranks = make_low_latency_inputs(problem);
+    for (int call = 1; call <= 4; ++call) dispatch_on(world, problem, ranks, {0, 2});
+    clear_masks(world);
+    dispatch_on(world, problem, ranks, {0, 1, 2});  // the first call of rank 1, the fifth of the others
+    auto heard = ranks;
+    heard[1].topk_idx.clear();
+    for (int rank : {0, 2}) {
+        world.buffer(rank).check();
+        CHECK_EQ(world.buffer(rank).masked_ranks()[1], 1);
+        CHECK_EQ(check_low_latency_dispatch_of(problem, heard, rank), "");
+    }
+    CHECK_EQ(check_low_latency_dispatch_of(problem, ranks, 1), "");  // the same inputs in every call
+}
+
+TEST_CASE("low latency: what a late rank writes spoils no message of another rank, whatever their shapes") {
+    LowLatencyProblem small{.num_tokens = {9, 16, 7}, .num_experts = 3};
+    LowLatencyProblem large = small;
+    large.num_tokens = {60, 0, 64};
+    large.num_max_tokens = 64;
+    large.seed = 2;
+    World world(3, 0, impatient(), 2.0, low_latency_bytes(large), true);
+    auto first = make_low_latency_inputs(small);
+    auto third = make_low_latency_inputs(large);
+    for (int call = 1; call <= 2; ++call) dispatch_on(world, small, first, {0, 2});
+    for (int rank : {0, 2}) send_dispatch(world, large, third[static_cast<size_t>(rank)], rank);
+    world.run();
+    dispatch_on(world, small, first, {1});  // into the bank that the others are about to read
+    for (int rank : {0, 2}) receive_dispatch(world, large, third[static_cast<size_t>(rank)], rank);
+    world.run();
+    for (int rank : {0, 2}) CHECK_EQ(check_low_latency_dispatch_of(large, third, rank), "");
+}
+
+TEST_CASE("low latency: nothing is written into the memory of a masked rank") {
+    const LowLatencyProblem problem{.num_tokens = {9, 4, 7}, .num_experts = 3};
+    const int64_t bytes = low_latency_bytes(problem);
+    World world(3, 0, {}, 2.0, bytes, true);
+    for (int rank : {0, 2}) world.buffer(rank).masked_ranks()[1] = 1;
+    auto ranks = make_low_latency_inputs(problem);
+    for (Launches launches : {Launches::kOne, Launches::kTwo, Launches::kOne}) {
+        for (int rank : {0, 2}) launch_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank, launches);
+        for (int rank : {0, 2}) launch_combine(world, problem, ranks[static_cast<size_t>(rank)], rank, launches);
+        world.run();
+    }
+    const auto control = layout::ControlLayout::make(3);
+    const uint8_t* heap = world.buffer(1).data() - control.bytes;
+    const uint8_t* end = world.buffer(1).low_latency_data() + bytes;
+    CHECK(std::all_of(heap, end, [](uint8_t byte) { return byte == 0; }));
+}
+
+TEST_CASE("low latency: numbers in a peer's table that cannot be true fail the call, and address nothing") {
+    const LowLatencyProblem problem{.num_tokens = {9, 4}, .num_experts = 4, .drop_probability = 0.0};
+    const int64_t bytes = low_latency_bytes(problem);
+    const auto message = layout::LowLatencyMessage::make(16, 3, 2, static_cast<uint64_t>(problem.row_bytes()), 0);
+    struct Lie {
+        layout::Field field;
+        int stated;
+        const char* sentence;
+    };
+    const Lie lies[] = {{message.num_tokens, 1000, "states 1000 where at most 16 can be"},
+                        {message.num_tokens, -5, "states -5 where"},
+                        {message.num_rows, 1 << 28, "states 268435456 where at most 16"},
+                        {message.num_rows, -1, "states -1 where"},
+                        {message.topk_idx, 4095, "states 4095 where at most"}};  // the place of an entry of expert 0
+    for (const Lie& lie : lies) {
+        CAPTURE(lie.sentence);
+        World world(2, 0, {}, 2.0, bytes);
+        auto ranks = make_low_latency_inputs(problem);
+        for (int rank = 0; rank < 2; ++rank) send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+        world.run();
+        const auto region = layout::LowLatencyRegion::make(static_cast<uint64_t>(bytes), 2);
+        // What rank 1 has told rank 0, in the bank of call 1.
+        std::memcpy(world.buffer(0).low_latency_data() + region.offset(1, 1) + lie.field.offset, &lie.stated, 4);
+        receive_dispatch(world, problem, ranks[0], 0);
+        world.run();
+        CHECK_THROWS_WITH_AS(world.buffer(0).check(), doctest::Contains("the routing table of rank 1"), TimeoutError);
+        CHECK_THROWS_WITH_AS(world.buffer(0).check(), doctest::Contains(lie.sentence), TimeoutError);
+    }
+}
+
+TEST_CASE("low latency: ranks with different shapes fail by name, and nothing is written outside of a tensor") {
+    LowLatencyProblem mine{.num_tokens = {16, 16}, .num_experts = 2};
+    LowLatencyProblem other = mine;
+    other.num_tokens = {64, 64};
+    other.num_max_tokens = 64;
+    World world(2, 0, impatient(), 2.0, low_latency_bytes(other));
+    auto small = make_low_latency_inputs(mine), large = make_low_latency_inputs(other);
+    launch_dispatch(world, mine, small[0], 0, Launches::kOne);
+    launch_dispatch(world, other, large[1], 1, Launches::kOne);
+    world.run();
+    CHECK_THROWS_WITH_AS(world.buffer(0).check(),
+                         doctest::Contains("the routing table of rank 1 states 64 where at most 16 can be"),
+                         TimeoutError);
 }
 
 TEST_CASE("low latency: what does not fit is refused before anything is launched") {
