@@ -149,14 +149,17 @@ class Buffer:
                  idx_bytes: int, num_experts: int, is_cached: bool, num_tokens_per_rank: int,
                  num_tokens_per_expert: int, is_token_in_rank: int, rank_prefix_matrix: int, send_head: int,
                  recv_x: int, recv_scales: int, recv_topk_idx: int, recv_topk_weights: int, recv_src_idx: int,
-                 num_recv_rows: int, is_worst_case: bool, num_sms: int, stream: int) -> None:
+                 num_recv_rows: int, is_worst_case: bool, expert_alignment: int, num_sms: int, stream: int) -> None:
         """Moves the tokens to their rows. Scales are 4-byte elements, strides in elements. `num_recv_rows` is the
         number of rows the recv_* tensors hold; with `is_worst_case` fewer may arrive and the tail of recv_topk_idx is
         filled with -1, of recv_topk_weights with 0.
 
         `is_cached`: rank_prefix_matrix and send_head are those of an earlier call. Otherwise send_head int32[N,R] is
         written (position of the token among those this rank sends to that rank, -1: not sent). Counts that are not 0:
-        no notify_dispatch came before; the call exchanges them itself and writes rank_prefix_matrix."""
+        no notify_dispatch came before; the call exchanges them itself and writes rank_prefix_matrix.
+
+        `expert_alignment` > 0, where the call exchanges the counts: `num_recv_rows` is a guess, and wait_counts follows.
+        Where it returns more rows, nothing has moved: the same call again, as after notify_dispatch."""
 
     def combine(self, x: int, num_rows: int, hidden: int, topk_weights: int, num_topk: int, bias_0: int, bias_1: int,
                 rank_prefix_matrix: int, send_head: int, num_tokens: int, combined_x: int,

@@ -169,8 +169,8 @@ void dispatch(Buffer& buffer, uintptr_t x, int num_tokens, int64_t row_bytes, ui
               int num_topk, int idx_bytes, int num_experts, bool is_cached, uintptr_t num_tokens_per_rank,
               uintptr_t num_tokens_per_expert, uintptr_t is_token_in_rank, uintptr_t rank_prefix_matrix,
               uintptr_t send_head, uintptr_t recv_x, uintptr_t recv_scales, uintptr_t recv_topk_idx,
-              uintptr_t recv_topk_weights, uintptr_t recv_src_idx, int num_recv_rows, bool is_worst_case, int num_sms,
-              uintptr_t stream) {
+              uintptr_t recv_topk_weights, uintptr_t recv_src_idx, int num_recv_rows, bool is_worst_case,
+              int expert_alignment, int num_sms, uintptr_t stream) {
     buffer.dispatch({.x = pointer<uint8_t>(x),
                      .num_tokens = num_tokens,
                      .row_bytes = row_bytes,
@@ -195,7 +195,8 @@ void dispatch(Buffer& buffer, uintptr_t x, int num_tokens, int64_t row_bytes, ui
                      .recv_topk_weights = pointer<float>(recv_topk_weights),
                      .recv_src_idx = pointer<int>(recv_src_idx),
                      .num_recv_rows = num_recv_rows,
-                     .is_worst_case = is_worst_case},
+                     .is_worst_case = is_worst_case,
+                     .expert_alignment = expert_alignment},
                     num_sms, pointer<void>(stream));
 }
 

@@ -16,6 +16,10 @@ from deep_ep._memory import make_tensor
 from deep_ep._raw_cuda import current_stream_handle, is_of_torch
 from deep_ep._streams import CudaStreams, Operation, Streams
 
+# More rows than a guess has, to be tried in turn: one in so many of them, and some.
+SPARE_SHARES = 4, 16
+LEAST_SPARE_ROWS = 64
+
 
 class Spec(NamedTuple):
     """A tensor to be made."""
@@ -41,6 +45,29 @@ class _Lent:
         self._memory.give_back(current_stream_handle(self._index))
 
 
+class Reserved:
+    """Lent memory for the rows that a guess has room for, before anybody knows how many come."""
+
+    __slots__ = ("_lender", "_pieces", "_specs", "addresses", "num_rows")
+
+    def __init__(self, lender: "Lender", pieces: Sequence[deep_ep_cpp.LentMemory], specs: Sequence[Spec]) -> None:
+        self._lender = lender
+        self._pieces = pieces
+        self._specs = specs  # for all rows that there is room for
+        self.addresses = [piece.address for piece in pieces]
+        self.num_rows = specs[0].shape[0]
+
+    def tensors(self, num_rows: int) -> list[torch.Tensor]:
+        """The first rows; the memory of the others is free at once, since nobody has used it."""
+        found = []
+        for piece, (shape, dtype) in zip(self._pieces, self._specs):
+            spec = Spec((num_rows, *shape[1:]), dtype)
+            if num_rows:
+                piece.shrink(spec.num_bytes)
+            found.append(self._lender._make(piece if num_rows else None, spec))
+        return found
+
+
 class Lender:
     """The lent memory of one Buffer."""
 
@@ -49,27 +76,50 @@ class Lender:
         self._streams = streams
         self.num_bytes = runtime.num_lend_bytes
         self._noted: dict[int, bool] = {}  # streams of calls; whether what is lent can be used there
+        self._last: Optional[tuple[int, int]] = None  # tokens and received rows of the last fresh dispatch
 
     def tensors(self, specs: Sequence[Spec], operation: Operation) -> Optional[list[torch.Tensor]]:
         """Uninitialised tensors for the kernels of a call, or None: there is no room now for all of them.
 
         Within a capture the memory is the graph's as long as that lives.
         """
-        self._note(operation.stream, True)
-        if not self._note(operation.current, False):
-            return None
         sizes = [spec.num_bytes for spec in specs if spec.num_bytes]
-        if not sizes:
-            return None
-        if operation.is_captured:
-            self._streams.wait_for_last()
-        # The stream of a captured call's kernels joins the capture later than this.
-        stream = operation.current if operation.is_captured else operation.stream
-        lent = self._runtime.lend(sizes, stream, operation.is_captured)
+        lent = self._take(sizes, operation) if sizes else []
         if not lent:
             return None
         pieces = iter(lent)
         return [self._make(next(pieces) if spec.num_bytes else None, spec) for spec in specs]
+
+    def reserve(self, row: Sequence[Spec], likely_rows: int, operation: Operation) -> Optional[Reserved]:
+        """The same for a number of rows that is not known; `row` has one of each. What is not needed goes back."""
+        for spare_share in SPARE_SHARES:
+            num_rows = likely_rows + likely_rows // spare_share + LEAST_SPARE_ROWS
+            specs = [Spec((num_rows, *shape[1:]), dtype) for shape, dtype in row]
+            sizes = [spec.num_bytes for spec in specs]
+            lent = [] if 0 in sizes or sum(sizes) > self.num_bytes else self._take(sizes, operation)
+            if lent:
+                return Reserved(self, lent, specs)
+        return None
+
+    def guess_rows(self, num_tokens: int, num_ranks: int) -> int:
+        """About as many rows as a fresh dispatch will receive: as the one before it, or all tokens of equal ranks."""
+        if self._last is None:
+            return num_tokens * num_ranks
+        last_tokens, last_rows = self._last
+        return last_rows * num_tokens // last_tokens if num_tokens > last_tokens > 0 else last_rows
+
+    def remember_rows(self, num_tokens: int, num_rows: int) -> None:
+        self._last = num_tokens, num_rows
+
+    def _take(self, sizes: list[int], operation: Operation) -> list[deep_ep_cpp.LentMemory]:
+        self._note(operation.stream, True)
+        if not self._note(operation.current, False):
+            return []
+        if operation.is_captured:
+            self._streams.wait_for_last()
+        # The stream of a captured call's kernels joins the capture later than this.
+        stream = operation.current if operation.is_captured else operation.stream
+        return self._runtime.lend(sizes, stream, operation.is_captured)
 
     def tensor(self, spec: Spec) -> Optional[torch.Tensor]:
         """The same for the caller, who is not capturing: one tensor, which may be used on the current stream."""

@@ -168,6 +168,9 @@ class Operation:
         self._outputs += outputs
         self._wait_for_pool()
 
+    def add_lent(self, outputs: Tensors) -> None:
+        """The same for tensors in lent memory, which the next calls wait for by themselves."""
+
     def finish(self) -> RecordedEvent:
         """The event that an asynchronous call returns; a synchronous one has made the caller wait instead."""
         raise NotImplementedError
@@ -432,6 +435,9 @@ class _HostOperation(Operation):
         self._streams = streams
         self._previous = previous
         self.stream = self.current = streams.comm_stream
+
+    def add_lent(self, outputs: Tensors) -> None:
+        self._outputs += outputs
 
     def finish(self) -> RecordedEvent:
         if self.is_async:

@@ -173,6 +173,56 @@ def builds_lend(worker: Worker, work: Workload) -> dict[str, bool]:
     return found
 
 
+class NativeCalls:
+    """The native Buffer, which notes how a dispatch is made."""
+
+    def __init__(self, runtime: Any) -> None:
+        self._runtime = runtime
+        self.made: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runtime, name)
+
+    def notify_dispatch(self, *args: Any) -> None:
+        self.made.append("counts")
+        self._runtime.notify_dispatch(*args)
+
+    def dispatch(self, *args: Any) -> None:
+        self.made.append("guess" if args[-3] > 0 else "rows")
+        self._runtime.dispatch(*args)
+
+
+def guesses(worker: Worker, num_tokens: list[tuple[int, int]], how: How, leaves_room: bool = True) -> list[str]:
+    """How fresh dispatches of changing sizes are made; all of them are right."""
+    with worker.new_buffer(1 << 24) as buffer:
+        native = buffer._session.runtime
+        calls = buffer._session.runtime = NativeCalls(native)
+        held = None if leaves_room else buffer.lend((buffer.num_lend_bytes - 4096, ), torch.uint8)
+        for i, tokens in enumerate(num_tokens):
+            flight = Flight(worker, buffer, Workload(tokens, seed=i), how).layout().dispatch()
+            calls.made.append("|")
+            flight.combine()
+            del flight
+        del held
+        worker.barrier()
+        buffer._session.runtime = native
+        return "".join(call[0] for call in calls.made).split("|")[:-1]
+
+
+def rows_kept(worker: Worker, work: Workload) -> None:
+    """A received tensor keeps its own rows alive, and not those that there was room for."""
+    with worker.new_buffer(1 << 24) as buffer:
+        for _ in range(2):
+            flight = Flight(worker, buffer, work).layout().dispatch()
+            rows, row_bytes = flight.result[0].shape[0], flight.result[0].shape[1] * 2
+            num_bytes = rows * (row_bytes + 12 * work.num_topk + 4)
+            free = buffer.num_lend_bytes - num_bytes * 5 // 4
+            assert buffer.lend((free, ), torch.uint8).shape[0] == free
+            del flight
+            gc.collect()
+        worker.barrier()
+
+
 def outputs_are_kept_one_by_one(worker: Worker, work: Workload) -> None:
     """Weights that somebody keeps do not keep the rows."""
     with worker.new_buffer(1 << 24) as buffer:

@@ -121,6 +121,25 @@ def test_lending_can_be_turned_off(pool: Pool) -> None:
         assert found == [False, False, True, True]
 
 
+@pytest.mark.parametrize("how",
+                         [How(), How(is_async=True), How(is_async=True, on_comm_stream=True)],
+                         ids=["sync", "async", "on comm stream"])
+def test_rows_move_while_the_host_learns_how_many_they_are(pool: Pool, how: How) -> None:
+    """`g`: with a guess; `r`: the second half of a call whose guess was too small, here that of rank 0."""
+    first, second = pool.run(lending.guesses, 2, [(40, 30), (9, 12), (0, 0), (2, 2), (2, 900), (2, 900)], how)
+    assert first == ["g", "g", "g", "g", "gr", "g"]
+    assert second == ["g", "g", "g", "g", "g", "g"]
+
+
+def test_without_room_for_a_guess_the_host_asks_first(pool: Pool) -> None:
+    for made in pool.run(lending.guesses, 2, [(40, 30), (9, 12)], How(), leaves_room=False):
+        assert made == ["cr", "cr"]
+
+
+def test_a_received_tensor_keeps_its_rows_and_no_more(pool: Pool) -> None:
+    pool.run(lending.rows_kept, 2, Workload((900, 700), hidden=1024, num_topk=4))
+
+
 def test_outputs_are_kept_one_by_one(pool: Pool) -> None:
     pool.run(lending.outputs_are_kept_one_by_one, 2, Workload((900, 900), hidden=2048, num_topk=4))
 

@@ -379,12 +379,18 @@ layout::WindowLayout Buffer::check_dispatch_rows(int num_tokens, int64_t row_byt
 void Buffer::dispatch(const DispatchArgs& args, int num_sms, dev::Stream stream) {
     check();
     const bool exchanges_counts = args.num_tokens_per_rank != nullptr;
+    const bool tells_host = args.expert_alignment > 0;
     if (exchanges_counts) check_counted_experts(args.num_experts);
+    EP_CHECK(exchanges_counts || !tells_host, "expert_alignment: the counts of this call have been exchanged before");
     const auto slot =
         layout::SlotLayout::for_dispatch(static_cast<uint64_t>(args.row_bytes), static_cast<uint64_t>(args.num_topk),
                                          static_cast<uint64_t>(args.num_scales));
     const layout::WindowLayout window = check_dispatch_rows(args.num_tokens, args.row_bytes, slot);
     const layout::Loan loan = loan_for(args);
+    if (tells_host) {
+        ++ticket_;
+        num_local_experts_ = args.num_experts / options_.num_ranks;
+    }
     announce(stream, false);
     kernels_->dispatch({.heap = heap_params(),
                         .watch = watch_params(),
@@ -417,7 +423,10 @@ void Buffer::dispatch(const DispatchArgs& args, int num_sms, dev::Stream stream)
                         .recv_topk_weights = args.recv_topk_weights,
                         .recv_src_idx = args.recv_src_idx,
                         .num_recv_rows = args.num_recv_rows,
-                        .is_worst_case = args.is_worst_case},
+                        .is_worst_case = args.is_worst_case,
+                        .counts = tells_host ? static_cast<layout::HostCounts*>(counts_memory_.device) : nullptr,
+                        .ticket = ticket_,
+                        .expert_alignment = args.expert_alignment},
                        stream);
 }
 

@@ -72,6 +72,9 @@ struct DispatchArgs {
     int* recv_src_idx;
     int num_recv_rows;
     bool is_worst_case;
+    // > 0 where this call exchanges the counts: num_recv_rows is a guess, and wait_counts() must follow. Where it returns
+    // more rows, nothing has moved: the same call again, as after notify_dispatch, with room for them.
+    int expert_alignment = 0;
 };
 
 struct CombineArgs {
