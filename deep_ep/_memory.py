@@ -3,9 +3,9 @@
 from typing import Any, Callable
 
 import torch
-from torch.utils.dlpack import from_dlpack
 
 import deep_ep_cpp
+from deep_ep._raw_cuda import from_capsule
 
 # What DLPack calls a type: (code, bits). Other types travel as bytes.
 _DLPACK_TYPES = {
@@ -28,9 +28,9 @@ def make_tensor(address: int, shape: tuple[int, ...], dtype: torch.dtype, device
         return torch.empty(shape, dtype=dtype, device=device)
     index = device.index if device.type == "cuda" else -1
     if dtype in _DLPACK_TYPES:
-        return from_dlpack(deep_ep_cpp.make_tensor(address, list(shape), *_DLPACK_TYPES[dtype], index, owner))
+        return from_capsule(deep_ep_cpp.make_tensor(address, list(shape), *_DLPACK_TYPES[dtype], index, owner))
     byte_shape = [*shape[:-1], shape[-1] * dtype.itemsize]
-    data = from_dlpack(deep_ep_cpp.make_tensor(address, byte_shape, 1, 8, index, owner))
+    data = from_capsule(deep_ep_cpp.make_tensor(address, byte_shape, 1, 8, index, owner))
     return data.view(dtype)
 
 

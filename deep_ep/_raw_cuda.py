@@ -3,6 +3,8 @@
 Here, and only here, are torch's functions that have no public name.
 """
 
+from typing import Callable
+
 import torch
 
 import deep_ep_cpp
@@ -61,6 +63,10 @@ def is_of_torch(stream: int, index: int) -> bool:
     torch knows others, such as those of `torch.cuda.ExternalStream`, by their handles.
     """
     return stream == 0 or current_stream_id(index)[0] != stream
+
+
+# torch.from_dlpack for a capsule, less the checks of other objects, which take as long.
+from_capsule: Callable[[object], torch.Tensor] = torch._C._from_dlpack
 
 
 class CurrentStream:
