@@ -38,6 +38,9 @@ def get_build() -> dict[str, Any]:
     """What the build variables have set: {'cuda': bool, 'architectures': '90-real 100', 'sm90_features': bool,
     'cache_hints': bool, 'topk_idx_bits': 32 or 64}. Features are of the CUDA half: False where there is none."""
 
+def set_current_stream_function(function: Callable[[int], int]) -> None:
+    """The handle of the stream that is current in the calling thread, on the GPU of that number."""
+
 def is_cuda_built() -> bool: ...
 def is_sm90_compiled() -> bool: ...
 def topk_idx_bits() -> int: ...
@@ -80,8 +83,8 @@ class LentMemory:
     def address(self) -> int: ...
     def shrink(self, num_bytes: int) -> None:
         """Keeps so many bytes from its start; nobody has used the rest."""
-    def give_back(self, stream: int) -> None:
-        """Now; it may still be in use on that stream and on those that were noted."""
+    def tensor(self, shape: List[int], dtype_code: int, dtype_bits: int, cuda_index: int) -> object:
+        """As make_tensor, over this memory, which is given back when the last tensor over it goes."""
 
 
 class Buffer:

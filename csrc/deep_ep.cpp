@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -276,20 +277,14 @@ uint64_t low_latency_combine(Buffer& buffer, uint64_t ticket, int num_max_tokens
     return ticket;
 }
 
-// A capsule for torch.from_dlpack: row-major memory at `address`, with `owner` alive as long as any tensor over it.
-py::capsule make_tensor(uintptr_t address, std::vector<int64_t> shape, int dtype_code, int dtype_bits, int cuda_index,
-                        py::object owner) {
+// A capsule for torch.from_dlpack: row-major memory at `address`. `on_drop` runs when no tensor is over it any more.
+py::capsule make_capsule(void* address, std::vector<int64_t> shape, int dtype_code, int dtype_bits, int cuda_index,
+                         std::function<void()> on_drop) {
     const dlpack::Device device =
         cuda_index < 0 ? dlpack::Device{dlpack::kCpu, 0} : dlpack::Device{dlpack::kCuda, cuda_index};
-    PyObject* held = owner.release().ptr();
-    auto* tensor = dlpack::make_tensor(pointer<void>(address), device,
-                                       {static_cast<uint8_t>(dtype_code), static_cast<uint8_t>(dtype_bits), 1},
-                                       std::move(shape), [held] {
-                                           if (Py_IsInitialized() == 0)
-                                               return;  // the interpreter has gone, and the owner with it
-                                           const py::gil_scoped_acquire acquired;
-                                           Py_DECREF(held);
-                                       });
+    auto* tensor =
+        dlpack::make_tensor(address, device, {static_cast<uint8_t>(dtype_code), static_cast<uint8_t>(dtype_bits), 1},
+                            std::move(shape), std::move(on_drop));
     // A consumer renames the capsule and calls the deleter itself.
     return py::capsule(tensor, "dltensor", [](PyObject* capsule) {
         if (PyCapsule_IsValid(capsule, "dltensor") == 0) return;
@@ -298,12 +293,50 @@ py::capsule make_tensor(uintptr_t address, std::vector<int64_t> shape, int dtype
     });
 }
 
+// With `owner` alive as long as any tensor over the memory.
+py::capsule make_tensor(uintptr_t address, std::vector<int64_t> shape, int dtype_code, int dtype_bits, int cuda_index,
+                        py::object owner) {
+    PyObject* held = owner.release().ptr();
+    return make_capsule(pointer<void>(address), std::move(shape), dtype_code, dtype_bits, cuda_index, [held] {
+        if (Py_IsInitialized() == 0) return;  // the interpreter has gone, and the owner with it
+        const py::gil_scoped_acquire acquired;
+        Py_DECREF(held);
+    });
+}
+
+// torch's answer to which stream is current in the calling thread, on a GPU. Never destroyed.
+PyObject* current_stream_function = nullptr;
+
+void set_current_stream_function(py::function function) { current_stream_function = function.release().ptr(); }
+
+dev::Stream current_stream(int cuda_index) {
+    const auto handle = py::handle(current_stream_function)(cuda_index);
+    return pointer<void>(handle.cast<uintptr_t>());
+}
+
+using runtime::LentMemory;
+
+std::vector<std::shared_ptr<LentMemory>> lend(Buffer& buffer, const std::vector<int64_t>& sizes, uintptr_t stream,
+                                              bool is_captured) {
+    auto lent = buffer.lend(sizes, pointer<void>(stream), is_captured);
+    return {std::make_move_iterator(lent.begin()), std::make_move_iterator(lent.end())};
+}
+
+// Over lent memory, which is given back when the last tensor goes, on whichever thread.
+py::capsule make_lent_tensor(const std::shared_ptr<LentMemory>& memory, std::vector<int64_t> shape, int dtype_code,
+                             int dtype_bits, int cuda_index) {
+    return make_capsule(memory->address(), std::move(shape), dtype_code, dtype_bits, cuda_index, [memory, cuda_index] {
+        if (cuda_index < 0 || Py_IsInitialized() == 0) return;  // its destructor does what can be done
+        const py::gil_scoped_acquire acquired;
+        memory->give_back(current_stream(cuda_index));
+    });
+}
+
 void bind_buffer(py::module_& m) {
-    using runtime::LentMemory;
-    py::class_<LentMemory>(m, "LentMemory")
+    py::class_<LentMemory, std::shared_ptr<LentMemory>>(m, "LentMemory")
         .def_property_readonly("address", [](LentMemory& memory) { return number(memory.address()); })
         .def("shrink", &LentMemory::shrink)
-        .def("give_back", [](LentMemory& memory, uintptr_t stream) { memory.give_back(pointer<void>(stream)); });
+        .def("tensor", &make_lent_tensor);
     py::class_<Buffer>(m, "Buffer")
         .def(py::init([](std::shared_ptr<dev::Device> device, int rank, int num_ranks, int64_t num_data_bytes,
                          double timeout_s, double warn_s, int64_t num_low_latency_bytes, bool is_shrinkable,
@@ -332,8 +365,7 @@ void bind_buffer(py::module_& m) {
         .def("wait_counts", &wait_counts)
         .def("dispatch", &dispatch)
         .def("combine", &combine)
-        .def("lend", [](Buffer& b, const std::vector<int64_t>& sizes, uintptr_t stream,
-                        bool is_captured) { return b.lend(sizes, pointer<void>(stream), is_captured); })
+        .def("lend", &lend)
         .def("note_stream",
              [](Buffer& b, uintptr_t stream, bool is_ours) { b.note_stream(pointer<void>(stream), is_ours); })
         .def_property_readonly("num_lend_bytes", &Buffer::num_lend_bytes)
@@ -362,6 +394,7 @@ PYBIND11_MODULE(deep_ep_cpp, m) {
     m.def("get_low_latency_rdma_size_hint", &Buffer::low_latency_size_hint, py::arg("num_max_dispatch_tokens_per_rank"),
           py::arg("hidden"), py::arg("num_ranks"), py::arg("num_experts"));
     m.def("make_tensor", &make_tensor);
+    m.def("set_current_stream_function", &set_current_stream_function);
     m.def(
         "part_to_lend",
         [](uint64_t num_data_bytes, uint64_t num_ranks) {

@@ -12,7 +12,7 @@ from typing import NamedTuple, Optional
 import torch
 
 import deep_ep_cpp
-from deep_ep._memory import make_tensor
+from deep_ep._memory import make_lent_tensor
 from deep_ep._raw_cuda import current_stream_handle, is_of_torch
 from deep_ep._streams import CudaStreams, Operation, Streams
 
@@ -32,17 +32,7 @@ class Spec(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class _Lent:
-    """Owner of a piece of lent memory, held by every tensor over it."""
-
-    __slots__ = ("_index", "_memory")
-
-    def __init__(self, memory: deep_ep_cpp.LentMemory, index: int) -> None:
-        self._memory = memory
-        self._index = index  # of the GPU
-
-    def __del__(self) -> None:
-        self._memory.give_back(current_stream_handle(self._index))
+deep_ep_cpp.set_current_stream_function(current_stream_handle)
 
 
 class Reserved:
@@ -74,6 +64,7 @@ class Lender:
     def __init__(self, runtime: deep_ep_cpp.Buffer, streams: Streams) -> None:
         self._runtime = runtime
         self._streams = streams
+        self._index = streams.index if isinstance(streams, CudaStreams) else -1
         self.num_bytes = runtime.num_lend_bytes
         self._noted: dict[int, bool] = {}  # streams of calls; whether what is lent can be used there
         self._last: Optional[tuple[int, int]] = None  # tokens and received rows of the last fresh dispatch
@@ -141,8 +132,7 @@ class Lender:
         device = self._streams.device
         if memory is None:
             return torch.empty(spec.shape, dtype=spec.dtype, device=device)
-        owner = _Lent(memory, device.index) if device.type == "cuda" else memory
-        return make_tensor(memory.address, spec.shape, spec.dtype, device, owner)
+        return make_lent_tensor(memory, spec.shape, spec.dtype, self._index)
 
     def _note(self, stream: int, is_ours: bool) -> bool:
         """False: the stream is not torch's. It may be gone when the memory comes back, and then nobody can ask it."""

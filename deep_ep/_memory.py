@@ -34,6 +34,15 @@ def make_tensor(address: int, shape: tuple[int, ...], dtype: torch.dtype, device
     return data.view(dtype)
 
 
+def make_lent_tensor(memory: deep_ep_cpp.LentMemory, shape: tuple[int, ...], dtype: torch.dtype,
+                     cuda_index: int) -> torch.Tensor:
+    """A row-major tensor, not an empty one, over the start of lent memory."""
+    kind = _DLPACK_TYPES.get(dtype)
+    if kind is not None:
+        return from_capsule(memory.tensor(list(shape), *kind, cuda_index))
+    return from_capsule(memory.tensor([*shape[:-1], shape[-1] * dtype.itemsize], 1, 8, cuda_index)).view(dtype)
+
+
 def view_memory(address: int, num_bytes: int, device: torch.device) -> torch.Tensor:
     """`num_bytes` from `address` on as uint8; whoever owns the memory must outlive the tensor."""
     return make_tensor(address, (num_bytes, ), torch.uint8, device, None)
