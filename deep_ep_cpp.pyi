@@ -1,7 +1,9 @@
 """The native extension. Addresses and streams are plain integers; 0 means "none". Nothing here knows torch.
 
 Callers use `deep_ep.Buffer`; this is the seam below it. Python has validated every argument before a call arrives here;
-the native code repeats the checks that guard memory only. Every method that may wait releases the GIL.
+the native code repeats the checks that guard memory only. Methods that wait for a device or for peers release the GIL
+(connect, destroy, wait_counts, synchronize_*). A launch takes microseconds and does not; where a GPU's launch queue is
+full it holds the GIL until there is room.
 """
 from typing import Any, Callable, List, Optional, Tuple
 
@@ -205,6 +207,9 @@ class Buffer:
                             uses_logfmt: bool, x: int, topk_idx: int, idx_bytes: int, topk_weights: int,
                             num_tokens: int, row_of_entry: int, combined_x: int, wait_stats: int, number: int,
                             stream: int) -> int: ...
+    def clean_low_latency(self, stream: int) -> None:
+        """A barrier of the group, on the device; no call may be open."""
+
     @property
     def low_latency_data_ptr(self) -> int: ...
     @property

@@ -349,7 +349,7 @@ void bind_buffer(py::module_& m) {
              py::arg("warn_s"), py::arg("num_low_latency_bytes") = 0, py::arg("is_shrinkable") = false,
              py::arg("num_lend_bytes") = 0)
         .def("export_handle", [](Buffer& b) { return py::bytes(b.export_handle()); })
-        .def("connect", &Buffer::connect, py::arg("handles"))
+        .def("connect", &Buffer::connect, py::arg("handles"), release_gil())
         .def_property_readonly("data_ptr", [](Buffer& b) { return number(b.data()); })
         .def_property_readonly("data_bytes", &Buffer::num_data_bytes)
         .def("destroy", &Buffer::destroy, py::arg("timeout_s"), release_gil())
@@ -374,6 +374,8 @@ void bind_buffer(py::module_& m) {
         .def_readonly_static("BOTH_PHASES", &kBothPhases)
         .def("low_latency_dispatch", &low_latency_dispatch)
         .def("low_latency_combine", &low_latency_combine)
+        .def("clean_low_latency",
+             [](Buffer& buffer, uintptr_t stream) { buffer.clean_low_latency(pointer<void>(stream)); })
         .def_property_readonly("low_latency_data_ptr", [](Buffer& b) { return number(b.low_latency_data()); })
         .def_property_readonly("masked_ranks_ptr", [](Buffer& b) { return number(b.masked_ranks()); })
         .def("bench_push", [](Buffer& b, int64_t bytes_per_peer, int num_sms, uintptr_t stream) {

@@ -1,6 +1,6 @@
 """Streams and events of GPUs as plain numbers: torch's objects for them take longer to make than a launch takes.
 
-Here, and only here, are torch's functions that have no public name.
+Here, in _opaque.py and in _memory.py are torch's functions that have no public name, and nowhere else.
 """
 
 from typing import Callable

@@ -49,13 +49,13 @@ setup_system() {
     mapfile -t missing < <(missing_packages "$1")
     [[ ${#missing[@]} -gt 0 ]] || return 0
     if [[ $(id -u) -eq 0 ]] && has_command apt-get; then
-        say "installing: ${missing[*]}"
+        say "installing on this system, as root, with apt-get: ${missing[*]}"
         if apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
             "${missing[@]}" >/dev/null; then
             return 0
         fi
     fi
-    say "missing for '$1': ${missing[*]} (Debian's names). As root: apt-get install ${missing[*]}"
+    say "missing for '$1': ${missing[*]} (Debian's names). Nothing was installed. As root: apt-get install ${missing[*]}"
     [[ -z ${CI:-} ]] || return 1
     say 'going on without; what needs them is left out, and says so'
 }

@@ -17,6 +17,7 @@ struct LowLatencyControl {
     Field started;     // u64[R]: the last call that this rank has entered
     Field received;    // u64[banks][R]: the last call of the bank whose receive phase this rank has finished
     Field table_full;  // u64[banks][R]: the call whose routing table this rank has written
+    Field cleaned;     // u64[R]: the last clean_low_latency_buffer that this rank has entered
     Field token_full;  // u64[banks][R][kMaxLowLatencyTokens]: the call for which this rank has written the slot
 
     static constexpr LowLatencyControl make(FieldCursor& cursor, uint64_t num_ranks) {
@@ -25,6 +26,7 @@ struct LowLatencyControl {
         layout.started = cursor.take(8, num_ranks, kAlignment);
         layout.received = cursor.take(8, kNumLowLatencyBanks * num_ranks, kAlignment);
         layout.table_full = cursor.take(8, kNumLowLatencyBanks * num_ranks, kAlignment);
+        layout.cleaned = cursor.take(8, num_ranks, kAlignment);
         layout.token_full = cursor.take(8, kNumLowLatencyBanks * num_ranks * kMaxLowLatencyTokens, kAlignment);
         return layout;
     }

@@ -197,7 +197,7 @@ std::string absent_in_counts(uint64_t seed) {
     auto ranks = make_inputs(problem);
     world.layout(problem, ranks);
     world.launch_notify(problem, ranks[0], 0);
-    std::string found = expect_timeout("never entered this call: rank 1", [&] { world.buffer(0).wait_counts(); });
+    std::string found = expect_failure("never entered this call: rank 1", [&] { world.buffer(0).wait_counts(); });
     world.run();
     return found;
 }
@@ -244,7 +244,7 @@ std::string refused(uint64_t seed, const std::function<void(World&, const Proble
         call(world, problem, ranks);
         world.run();
         for (int rank = 0; rank < 2; ++rank)
-            if (std::string found = expect_timeout("rank 1", [&] { world.buffer(rank).check(); }); !found.empty())
+            if (std::string found = expect_failure("rank 1", [&] { world.buffer(rank).check(); }); !found.empty())
                 return found;
     }
     return "";
@@ -283,7 +283,7 @@ std::string bad_expert(uint64_t seed) {
         world.launch_layout(problem, ranks[static_cast<size_t>(rank)], rank);
         world.launch_notify(problem, ranks[static_cast<size_t>(rank)], rank);
     }
-    std::string found = expect_timeout("1000", [&] { world.buffer(0).wait_counts(); });
+    std::string found = expect_failure("1000", [&] { world.buffer(0).wait_counts(); });
     world.run();
     return found;
 }

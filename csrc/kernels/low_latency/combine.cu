@@ -12,6 +12,7 @@
 #include "kernels/low_latency/launchers.h"
 #include "kernels/low_latency/logfmt_row.h"
 #include "kernels/low_latency/row.h"
+#include "kernels/low_latency/spoil.h"
 #include "kernels/low_latency/turn.h"
 
 namespace deep_ep::kernels::low_latency::combine {
@@ -176,16 +177,34 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
         }
     }
 
-    // Every warp: has the token experts here among its entries after the first 32?
-    static EP_DEVICE bool has_more_work(const Context& c, Work work) {
-        bool is_found = false;
+    // One warp: does an entry name an expert here whose rows its own row is none of? Then topk_idx or the handle are not those
+    // of one dispatch. An entry that combine leaves out (-1) may have a row all the same, and one of a source that was masked
+    // in the dispatch has none.
+    static EP_DEVICE bool is_foreign(const Context& c, const Work& work) {
+        const int expert = local_expert(c, work.expert);
+        const int place = work.row - expert * c.num_rows_of_expert();
+        const bool is_its_own = place >= 0 && place < c.num_rows_of_expert();
+        const bool may_lack = c.call.is_shrinkable && work.row < 0;
+        return __any_sync(kFullMask, expert >= 0 && !is_its_own && !may_lack) != 0;
+    }
+
+    static EP_DEVICE_COLD void refuse_entries(algo::Watch watch, int source, int token) {
+        algo::fail(watch, layout::FailureKind::kBadInput, {Stage::kEntry, source}, static_cast<uint64_t>(token), 0, 0);
+    }
+
+    // Every warp: has the token experts here? `work`: the first of its entries. False as well where the call fails, which all
+    // warps of the block find out.
+    static EP_DEVICE bool has_work(const Params& p, const Context& c, Work& work) {
+        bool is_found = find_wanted(c, work), is_wrong = is_foreign(c, work);
 #pragma unroll 1
-        for (work.first_k += kWarpSize; work.first_k < c.call.num_topk; work.first_k += kWarpSize) {
-            work.expert = -1;
-            load_weights_of(c, work);
-            is_found |= find_wanted(c, work);
+        for (int first = kWarpSize; first < c.call.num_topk; first += kWarpSize) {
+            Work more = load_rows(p, work.source, work.token, first);
+            load_weights_of(c, more);
+            is_found |= find_wanted(c, more);
+            is_wrong |= is_foreign(c, more);
         }
-        return is_found;
+        if (is_wrong) refuse_entries(c.watch, work.source, work.token);
+        return is_found && !is_wrong;
     }
 
     // How many tokens the first 32 sources have, as far as this warp has asked: lane i knows of source i.
@@ -212,7 +231,7 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
     }
 
     // One warp: does the token exist, and has it experts here? Finds its weights too.
-    static EP_DEVICE bool is_wanted(const Context& c, Sources& sources, Work& work, Block* block) {
+    static EP_DEVICE bool is_wanted(const Params& p, const Context& c, Sources& sources, Work& work, Block* block) {
         int num_tokens = 0;
         if (is_known(sources, work.source)) {
             num_tokens = known_tokens(sources, work.source);
@@ -230,7 +249,7 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
             if (is_settled && prim::lane_idx() == work.source) sources.num_tokens = num_tokens;
             if (is_settled && work.source < kWarpSize) sources.known |= 1u << work.source;
         }
-        return work.token < num_tokens && (find_wanted(c, work) || has_more_work(c, work));
+        return work.token < num_tokens && has_work(p, c, work);
     }
 
     // Tokens of all sources in turn, so that no link is the last; every rank begins with another source.
@@ -266,7 +285,7 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
                                        Block* block) {
         const int num_warps = static_cast<int>(blockDim.x) / kWarpSize;
         const bool is_one = stream.item >= 0 && !is_beyond(sources, stream.work.source, stream.work.token);
-        const bool works = is_one && is_wanted(c, sources, stream.work, block);
+        const bool works = is_one && is_wanted(p, c, sources, stream.work, block);
         const int source = stream.work.source, token = stream.work.token;
         bool is_last = false;
 #pragma unroll 1
@@ -354,7 +373,9 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
     }
 
     // The lanes of a warp wait for one rank each; returns the lanes whose rank has sent its part. `id`: this lane's.
-    static EP_DEVICE uint32_t wait_for_parts(const Params& p, const Context& c, int token, int64_t id, int first_rank) {
+    // `is_lost`: set where a part does not come since the call has failed.
+    static EP_DEVICE uint32_t wait_for_parts(const Params& p, const Context& c, int token, int64_t id, int first_rank,
+                                             bool& is_lost) {
         const int rank = first_rank + prim::lane_idx();
         const uint64_t* flag = c.watch.heap.token_full(c.rank(), c.bank, rank < c.num_ranks() ? rank : 0, token);
         // A look before it is known who has a part: the ids may still be under way.
@@ -362,6 +383,7 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
         const bool is_expected = is_destination(c, {p.topk_idx, p.idx_bytes}, id, token, first_rank);
         if (is_expected && !is_here) is_here = wait_for_source(c.call, c.watch, Stage::kRow, rank, flag);
         const uint32_t lanes = __ballot_sync(kFullMask, is_expected && is_here);
+        if (__any_sync(kFullMask, is_expected && !is_here)) is_lost |= has_failed(c.watch);
         __syncwarp();  // each lane's acquire, every lane's reads
         return lanes;
     }
@@ -418,13 +440,14 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
         const int64_t id = Ids{p.topk_idx, p.idx_bytes}.load(c, token, 0);
         int held_group = -1;
         uint32_t lanes = 0;
+        bool is_lost = false;
 #pragma unroll 1
         for (int base = part * share; base < end; base += kWarpSize) {
             const int unit = base + prim::lane_idx();
             Sums sums[kVecsOfUnit] = {};
 #pragma unroll 1
             for (int first = 0; first < c.num_ranks(); first += kWarpSize) {
-                if (first != held_group) lanes = wait_for_parts(p, c, token, id, first);
+                if (first != held_group) lanes = wait_for_parts(p, c, token, id, first, is_lost);
                 held_group = first;
                 if (unit >= end) continue;
                 if constexpr (kIsLogfmt)
@@ -436,7 +459,8 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
 #pragma unroll
             for (int i = 0; i < kVecsOfUnit; ++i) {
                 const int vec = unit * kVecsOfUnit + i;
-                if (unit < end && vec < num_row_vecs(p.call)) prim::store_streaming(target + vec, rounded(sums[i]));
+                if (unit < end && vec < num_row_vecs(p.call))
+                    prim::store_streaming(target + vec, is_lost ? spoiled_vec() : rounded(sums[i]));
             }
         }
     }

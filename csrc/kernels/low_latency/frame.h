@@ -76,6 +76,12 @@ EP_DEVICE bool is_masked(const LowLatencyCall& call, int peer) {
     return call.is_shrinkable && prim::load<Order::kRelaxed, Scope::kGpu>(&call.masked[peer]) != 0;
 }
 
+// After a wait that has failed: because the call has, and not because a peer is masked.
+EP_DEVICE_COLD bool has_failed(algo::Watch watch) {
+    return algo::abort_code(watch) != 0 ||
+           prim::load<Order::kRelaxed, Scope::kGpu>(&watch.words.local->failure_claimed) != 0;
+}
+
 // Waits that do not end at the first look are calls: their code, many times inlined, would fill the instruction cache.
 
 // One thread; acquire: waits until the flag is one from `expected` to `last`. False: do without the peer, because it is
@@ -155,15 +161,6 @@ EP_DEVICE bool wait_for_table(const Context& c, int source) {
     const uint64_t* flag = c.watch.heap.table_full(c.rank(), c.bank, source);
     if (c.call.is_shrinkable) return decide_on_table(&c.call, c.watch, source, flag);
     return wait_for_source(c.call, c.watch, Stage::kTable, source, flag);
-}
-
-// All threads of the block; acquire. `is_here`: [num_ranks], in shared memory: the source's table counts in this call. One
-// thread waits for a table: if every warp did for itself, they would crowd the flag.
-EP_DEVICE void wait_for_tables(const Context& c, int* is_here) {
-#pragma unroll 1
-    for (int source = first_of_block(); source < c.num_ranks(); source += step_of_block())
-        is_here[source] = wait_for_table(c, source) ? 1 : 0;
-    __syncthreads();  // one thread's acquire, the block's reads
 }
 
 EP_DEVICE Context make_context(const LowLatencyCall& call, layout::Operation operation, Phase phase) {
