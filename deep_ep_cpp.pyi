@@ -40,6 +40,9 @@ def get_build() -> dict[str, Any]:
     """What the build variables have set: {'cuda': bool, 'architectures': '90-real 100', 'sm90_features': bool,
     'cache_hints': bool, 'topk_idx_bits': 32 or 64}. Features are of the CUDA half: False where there is none."""
 
+def set_current_stream_function(function: Callable[[int], int]) -> None:
+    """The handle of the stream that is current in the calling thread, on the GPU of that number."""
+
 def is_cuda_built() -> bool: ...
 def is_sm90_compiled() -> bool: ...
 def topk_idx_bits() -> int: ...
@@ -49,6 +52,9 @@ def cuda_versions() -> tuple[int, int]:
 
 def describe_old_driver(runtime: int, driver: int) -> str:
     """Says that a driver is too old for a runtime, and what to do. Empty where it suffices. Versions as above."""
+
+def part_to_lend(num_data_bytes: int, num_ranks: int) -> int:
+    """Bytes of a data region that Buffer.LEND_PART_OF_DATA lends."""
 
 def get_environment() -> dict[str, Any]:
     """What csrc/core/env.cc read: {'timeout_s': float, 'warn_s': float, 'ranks_per_node': int (0: found), ...}."""
@@ -84,15 +90,21 @@ class LentMemory:
 
     @property
     def address(self) -> int: ...
+    def shrink(self, num_bytes: int) -> None:
+        """Keeps so many bytes from its start; nobody has used the rest."""
+    def tensor(self, shape: List[int], dtype_code: int, dtype_bits: int, cuda_index: int) -> object:
+        """As make_tensor, over this memory, which is given back when the last tensor over it goes."""
 
 
 class Buffer:
+    LEND_PART_OF_DATA: int
+
     def __init__(self, device: Device, rank: int, num_ranks: int, num_data_bytes: int, timeout_s: float,
                  warn_s: float, num_low_latency_bytes: int = 0, is_shrinkable: bool = False,
                  num_lend_bytes: int = 0) -> None:
         """Allocates the local part of the symmetric heap: control words, `num_data_bytes` of data for the
         high-throughput mode, `num_low_latency_bytes` for the low-latency mode, and `num_lend_bytes` for tensors that
-        peers reach in place (with a 64th more for copies of weights)."""
+        peers reach in place (with a 64th more for copies of weights). LEND_PART_OF_DATA: these are a part of the data."""
 
     def export_handle(self) -> bytes: ...
     def connect(self, handles: List[bytes]) -> None:
@@ -149,24 +161,33 @@ class Buffer:
                  idx_bytes: int, num_experts: int, is_cached: bool, num_tokens_per_rank: int,
                  num_tokens_per_expert: int, is_token_in_rank: int, rank_prefix_matrix: int, send_head: int,
                  recv_x: int, recv_scales: int, recv_topk_idx: int, recv_topk_weights: int, recv_src_idx: int,
-                 num_recv_rows: int, is_worst_case: bool, num_sms: int, stream: int) -> None:
+                 num_recv_rows: int, is_worst_case: bool, expert_alignment: int, num_sms: int, stream: int) -> None:
         """Moves the tokens to their rows. Scales are 4-byte elements, strides in elements. `num_recv_rows` is the
         number of rows the recv_* tensors hold; with `is_worst_case` fewer may arrive and the tail of recv_topk_idx is
         filled with -1, of recv_topk_weights with 0.
 
         `is_cached`: rank_prefix_matrix and send_head are those of an earlier call. Otherwise send_head int32[N,R] is
         written (position of the token among those this rank sends to that rank, -1: not sent). Counts that are not 0:
-        no notify_dispatch came before; the call exchanges them itself and writes rank_prefix_matrix."""
+        no notify_dispatch came before; the call exchanges them itself and writes rank_prefix_matrix.
+
+        `expert_alignment` > 0, where the call exchanges the counts: `num_recv_rows` is a guess, and wait_counts follows.
+        Where it returns more rows, nothing has moved: the same call again, as after notify_dispatch."""
 
     def combine(self, x: int, num_rows: int, hidden: int, topk_weights: int, num_topk: int, bias_0: int, bias_1: int,
                 rank_prefix_matrix: int, send_head: int, num_tokens: int, combined_x: int,
                 combined_topk_weights: int, num_sms: int, stream: int) -> None:
         """bfloat16 rows; float32 weights [M,K] -> [N,K]."""
 
-    def lend(self, num_bytes: int) -> Optional[LentMemory]:
-        """Memory for outputs of dispatch or inputs of combine that peers write or read in place; None: no room now.
-        Its address tells the operations; all outputs of a dispatch are lent, or none. It may be lent anew as soon as
-        the result is dropped."""
+    def lend(self, sizes: List[int], stream: int, is_captured: bool) -> List[LentMemory]:
+        """Memory for outputs of dispatch or inputs of combine that peers write or read in place, for later work on that
+        stream: a piece of each size, or none where there is no room for all. The address tells the operations; all
+        outputs of a dispatch are lent, or none. Work of one taker must come after that of the one before it.
+        `is_captured`: the pieces belong to the graph."""
+    def note_stream(self, stream: int, is_ours: bool) -> None:
+        """What is lent may be in use on that stream when it comes back. `is_ours`: by kernels of this Buffer alone."""
+
+    @property
+    def num_lend_bytes(self) -> int: ...
 
     def bench_push(self, bytes_per_peer: int, num_sms: int, stream: int) -> None:
         """Benchmarks only: writes that much to every peer at once, over whatever the data regions hold."""

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -13,6 +14,7 @@
 #include "core/error.h"
 #include "core/interruption.h"
 #include "device/simt/device.h"
+#include "layout/intranode.h"
 #include "runtime/buffer.h"
 #include "runtime/config.h"
 #if EP_WITH_CUDA
@@ -178,8 +180,8 @@ void dispatch(Buffer& buffer, uintptr_t x, int num_tokens, int64_t row_bytes, ui
               int num_topk, int idx_bytes, int num_experts, bool is_cached, uintptr_t num_tokens_per_rank,
               uintptr_t num_tokens_per_expert, uintptr_t is_token_in_rank, uintptr_t rank_prefix_matrix,
               uintptr_t send_head, uintptr_t recv_x, uintptr_t recv_scales, uintptr_t recv_topk_idx,
-              uintptr_t recv_topk_weights, uintptr_t recv_src_idx, int num_recv_rows, bool is_worst_case, int num_sms,
-              uintptr_t stream) {
+              uintptr_t recv_topk_weights, uintptr_t recv_src_idx, int num_recv_rows, bool is_worst_case,
+              int expert_alignment, int num_sms, uintptr_t stream) {
     buffer.dispatch({.x = pointer<uint8_t>(x),
                      .num_tokens = num_tokens,
                      .row_bytes = row_bytes,
@@ -204,7 +206,8 @@ void dispatch(Buffer& buffer, uintptr_t x, int num_tokens, int64_t row_bytes, ui
                      .recv_topk_weights = pointer<float>(recv_topk_weights),
                      .recv_src_idx = pointer<int>(recv_src_idx),
                      .num_recv_rows = num_recv_rows,
-                     .is_worst_case = is_worst_case},
+                     .is_worst_case = is_worst_case,
+                     .expert_alignment = expert_alignment},
                     num_sms, pointer<void>(stream));
 }
 
@@ -284,20 +287,14 @@ uint64_t low_latency_combine(Buffer& buffer, uint64_t ticket, int num_max_tokens
     return ticket;
 }
 
-// A capsule for torch.from_dlpack: row-major memory at `address`, with `owner` alive as long as any tensor over it.
-py::capsule make_tensor(uintptr_t address, std::vector<int64_t> shape, int dtype_code, int dtype_bits, int cuda_index,
-                        py::object owner) {
+// A capsule for torch.from_dlpack: row-major memory at `address`. `on_drop` runs when no tensor is over it any more.
+py::capsule make_capsule(void* address, std::vector<int64_t> shape, int dtype_code, int dtype_bits, int cuda_index,
+                         std::function<void()> on_drop) {
     const dlpack::Device device =
         cuda_index < 0 ? dlpack::Device{dlpack::kCpu, 0} : dlpack::Device{dlpack::kCuda, cuda_index};
-    PyObject* held = owner.release().ptr();
-    auto* tensor = dlpack::make_tensor(pointer<void>(address), device,
-                                       {static_cast<uint8_t>(dtype_code), static_cast<uint8_t>(dtype_bits), 1},
-                                       std::move(shape), [held] {
-                                           if (Py_IsInitialized() == 0)
-                                               return;  // the interpreter has gone, and the owner with it
-                                           const py::gil_scoped_acquire acquired;
-                                           Py_DECREF(held);
-                                       });
+    auto* tensor =
+        dlpack::make_tensor(address, device, {static_cast<uint8_t>(dtype_code), static_cast<uint8_t>(dtype_bits), 1},
+                            std::move(shape), std::move(on_drop));
     // A consumer renames the capsule and calls the deleter itself.
     return py::capsule(tensor, "dltensor", [](PyObject* capsule) {
         if (PyCapsule_IsValid(capsule, "dltensor") == 0) return;
@@ -306,10 +303,50 @@ py::capsule make_tensor(uintptr_t address, std::vector<int64_t> shape, int dtype
     });
 }
 
-void bind_buffer(py::module_& m) {
-    py::class_<runtime::LentMemory>(m, "LentMemory").def_property_readonly("address", [](runtime::LentMemory& memory) {
-        return number(memory.address());
+// With `owner` alive as long as any tensor over the memory.
+py::capsule make_tensor(uintptr_t address, std::vector<int64_t> shape, int dtype_code, int dtype_bits, int cuda_index,
+                        py::object owner) {
+    PyObject* held = owner.release().ptr();
+    return make_capsule(pointer<void>(address), std::move(shape), dtype_code, dtype_bits, cuda_index, [held] {
+        if (Py_IsInitialized() == 0) return;  // the interpreter has gone, and the owner with it
+        const py::gil_scoped_acquire acquired;
+        Py_DECREF(held);
     });
+}
+
+// torch's answer to which stream is current in the calling thread, on a GPU. Never destroyed.
+PyObject* current_stream_function = nullptr;
+
+void set_current_stream_function(py::function function) { current_stream_function = function.release().ptr(); }
+
+dev::Stream current_stream(int cuda_index) {
+    const auto handle = py::handle(current_stream_function)(cuda_index);
+    return pointer<void>(handle.cast<uintptr_t>());
+}
+
+using runtime::LentMemory;
+
+std::vector<std::shared_ptr<LentMemory>> lend(Buffer& buffer, const std::vector<int64_t>& sizes, uintptr_t stream,
+                                              bool is_captured) {
+    auto lent = buffer.lend(sizes, pointer<void>(stream), is_captured);
+    return {std::make_move_iterator(lent.begin()), std::make_move_iterator(lent.end())};
+}
+
+// Over lent memory, which is given back when the last tensor goes, on whichever thread.
+py::capsule make_lent_tensor(const std::shared_ptr<LentMemory>& memory, std::vector<int64_t> shape, int dtype_code,
+                             int dtype_bits, int cuda_index) {
+    return make_capsule(memory->address(), std::move(shape), dtype_code, dtype_bits, cuda_index, [memory, cuda_index] {
+        if (cuda_index < 0 || Py_IsInitialized() == 0) return;  // its destructor does what can be done
+        const py::gil_scoped_acquire acquired;
+        memory->give_back(current_stream(cuda_index));
+    });
+}
+
+void bind_buffer(py::module_& m) {
+    py::class_<LentMemory, std::shared_ptr<LentMemory>>(m, "LentMemory")
+        .def_property_readonly("address", [](LentMemory& memory) { return number(memory.address()); })
+        .def("shrink", &LentMemory::shrink)
+        .def("tensor", &make_lent_tensor);
     py::class_<Buffer>(m, "Buffer")
         .def(py::init([](std::shared_ptr<dev::Device> device, int rank, int num_ranks, int64_t num_data_bytes,
                          double timeout_s, double warn_s, int64_t num_low_latency_bytes, bool is_shrinkable,
@@ -338,7 +375,11 @@ void bind_buffer(py::module_& m) {
         .def("wait_counts", &wait_counts)
         .def("dispatch", &dispatch)
         .def("combine", &combine)
-        .def("lend", &Buffer::lend)
+        .def("lend", &lend)
+        .def("note_stream",
+             [](Buffer& b, uintptr_t stream, bool is_ours) { b.note_stream(pointer<void>(stream), is_ours); })
+        .def_property_readonly("num_lend_bytes", &Buffer::num_lend_bytes)
+        .def_readonly_static("LEND_PART_OF_DATA", &runtime::kLendPartOfData)
         .def_readonly_static("SEND_PHASE", &kSendPhase)
         .def_readonly_static("BOTH_PHASES", &kBothPhases)
         .def("low_latency_dispatch", &low_latency_dispatch)
@@ -373,6 +414,13 @@ PYBIND11_MODULE(deep_ep_cpp, m) {
         "describe_old_driver",
         [](int runtime, int driver) { return describe_old_driver({.runtime = runtime, .driver = driver}); },
         py::arg("runtime"), py::arg("driver"));
+    m.def("set_current_stream_function", &set_current_stream_function);
+    m.def(
+        "part_to_lend",
+        [](uint64_t num_data_bytes, uint64_t num_ranks) {
+            return layout::DataSplit::make(num_data_bytes, num_ranks).lend_bytes;
+        },
+        py::arg("num_data_bytes"), py::arg("num_ranks"));
     m.def("get_environment", [] {
         const Environment& env = environment();
         py::dict variables;

@@ -106,7 +106,7 @@ class Agreed:
 
     num_nvl_bytes: int
     num_rdma_bytes: int
-    num_lend_bytes: int
+    num_lend_bytes: Optional[int]
     low_latency_mode: bool
     enable_shrink: bool
     device_kind: str
@@ -122,7 +122,7 @@ class Request:
 
     num_nvl_bytes: int
     num_rdma_bytes: int
-    num_lend_bytes: int
+    num_lend_bytes: Optional[int]  # None: a part of num_nvl_bytes
     low_latency_mode: bool
     num_qps_per_rank: float
     enable_shrink: bool
@@ -135,10 +135,15 @@ class Request:
         given_s = deep_ep_cpp.get_environment()["timeout_s"] if self.timeout_s is None else self.timeout_s
         return min(float(given_s), FOREVER_S)
 
+    def lends(self, num_ranks: int) -> bool:
+        lent = self.num_lend_bytes
+        return num_ranks > 1 and (deep_ep_cpp.part_to_lend(self.num_nvl_bytes, num_ranks) if lent is None else lent) > 0
+
     def check(self) -> None:
         for name in ("num_nvl_bytes", "num_rdma_bytes", "num_lend_bytes"):
-            check_int(name, getattr(self, name), 0, BUFFER_ALIGNMENT_BYTES, MAX_INT64)
-        num_bytes = self.num_nvl_bytes + self.num_rdma_bytes + self.num_lend_bytes
+            if name != "num_lend_bytes" or self.num_lend_bytes is not None:
+                check_int(name, getattr(self, name), 0, BUFFER_ALIGNMENT_BYTES, MAX_INT64)
+        num_bytes = self.num_nvl_bytes + self.num_rdma_bytes + (self.num_lend_bytes or 0)
         if num_bytes > MAX_HEAP_BYTES:
             raise ValueError(f"num_nvl_bytes + num_rdma_bytes + num_lend_bytes must be at most {MAX_HEAP_BYTES}, got "
                              f"{num_bytes}")
@@ -153,14 +158,13 @@ class Session:
     """What a constructed Buffer stands on."""
 
     def __init__(self, runtime: deep_ep_cpp.Buffer, streams: _streams.Streams, topology: Topology, rank: int,
-                 num_ranks: int, num_lend_bytes: int, cost_model: Optional[CostModel],
-                 on_failure: Optional[Callable[[str], Any]]) -> None:
+                 num_ranks: int, cost_model: Optional[CostModel], on_failure: Optional[Callable[[str], Any]]) -> None:
         self.runtime = runtime
         self._on_failure = on_failure
         self.streams = streams
         self.empty = EmptyTensors(streams.device)
         # One rank has nobody to lend to.
-        self.lender = Lender(runtime, streams, num_lend_bytes) if num_lend_bytes > 0 and num_ranks > 1 else None
+        self.lender = Lender(runtime, streams) if runtime.num_lend_bytes > 0 and num_ranks > 1 else None
         self.topology = topology
         self.rank = rank
         self.num_ranks = num_ranks
@@ -327,7 +331,7 @@ def find_cost_model(peers: Peers, request: Request, streams: _streams.Streams) -
     if peers.rank > 0:
         return None
     gpu = torch.cuda.get_device_name(streams.device) if streams.kind == "cuda" else ""
-    return _cost_model.find(gpu, peers.size, "lent" if request.num_lend_bytes > 0 else "slots")
+    return _cost_model.find(gpu, peers.size, "lent" if request.lends(peers.size) else "slots")
 
 
 def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
@@ -354,10 +358,11 @@ def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
     def allocate() -> bytes:
         request = requests[0]
         warn_s = min(float(deep_ep_cpp.get_environment()["warn_s"]), request.patience_s)
+        lent = deep_ep_cpp.Buffer.LEND_PART_OF_DATA if request.num_lend_bytes is None else request.num_lend_bytes
         try:
             created.append(
                 deep_ep_cpp.Buffer(opened[0].native, peers.rank, peers.size, request.num_nvl_bytes, request.patience_s,
-                                   warn_s, request.num_rdma_bytes, request.enable_shrink, request.num_lend_bytes))
+                                   warn_s, request.num_rdma_bytes, request.enable_shrink, lent))
         except Error as error:
             raise type(error)(f"Buffer: {error}; asked for num_nvl_bytes={request.num_nvl_bytes}, num_rdma_bytes="
                               f"{request.num_rdma_bytes}, num_lend_bytes={request.num_lend_bytes}") from error
@@ -366,8 +371,7 @@ def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
 
     def connect(handles: list[bytes], topology: Topology, cost_model: Optional[CostModel]) -> None:
         created[0].connect(handles)
-        session = Session(created[0], opened[0], topology, peers.rank, peers.size, requests[0].num_lend_bytes,
-                          cost_model, requests[0].on_failure)
+        session = Session(created[0], opened[0], topology, peers.rank, peers.size, cost_model, requests[0].on_failure)
         created[0].start_watching()
         sessions.append(session)
 

@@ -17,9 +17,10 @@ def visible_devices() -> list[str]:
     return [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
 
 
-def lend_bytes() -> int:
-    """DEEP_EP_LEND_BYTES: what a Buffer lends when its caller does not say."""
-    return int(deep_ep_cpp.get_environment()["lend_bytes"])
+def lend_bytes() -> Optional[int]:
+    """DEEP_EP_LEND_BYTES: what a Buffer lends when its caller does not say; None: a part of num_nvl_bytes."""
+    num_bytes = int(deep_ep_cpp.get_environment()["lend_bytes"])
+    return None if num_bytes == deep_ep_cpp.Buffer.LEND_PART_OF_DATA else num_bytes
 
 
 def cost_model() -> str:
@@ -53,7 +54,9 @@ def prepare_threaded_ranks() -> None:
 def speed_settings() -> dict[str, str]:
     """What is set that may change a measured time, for reports: of this package, and of NCCL."""
     harmless = ("DEEP_EP_DEVICE", "DEEP_EP_TIMEOUT_SECS")
-    return {
+    found = {
         name: value
         for name, value in sorted(os.environ.items()) if name.startswith(("DEEP_EP_", "NCCL_")) and name not in harmless
     }
+    # Always: reports from before lending was the rule do not have it.
+    return {"DEEP_EP_LEND_BYTES": "automatic"} | found

@@ -67,7 +67,10 @@ def open_operation(session: Session, name: str, previous_event: Optional[EventOv
     if allocate_on_comm_stream and (previous is None or not async_finish):
         raise Error(f"{name}: allocate_on_comm_stream needs a previous_event with an event, and async_finish=True")
     recorded = None if previous is None else previous._recorded
-    return session.streams.operation(recorded, async_finish, allocate_on_comm_stream)
+    operation = session.streams.operation(recorded, async_finish, allocate_on_comm_stream)
+    if session.lender is not None:
+        session.lender.used_on(operation)
+    return operation
 
 
 def close_operation(operation: Operation) -> EventOverlap:
@@ -113,32 +116,22 @@ def dispatch_fresh(session: Session, x: Payload, routing: Routing, expert_alignm
         raise ValueError("num_worst_tokens needs topk_idx and topk_weights: -1 in recv_topk_idx marks the unused rows")
     num_experts = routing.num_tokens_per_expert.shape[0]
     _compare_calls(session, "dispatch", rows, scales, routing)
-    per_expert: list[int] = []
-    num_rows, received = num_worst_tokens, None
     with open_operation(session, "dispatch", previous_event, async_finish, allocate_on_comm_stream) as operation:
         if operation.is_captured and not num_worst_tokens:
             raise Error("dispatch: inside a CUDA graph the host cannot learn the receive count; pass num_worst_tokens, "
                         "or the handle of an earlier dispatch")
         with operation.allocation():
             rank_prefix_matrix, send_head = _notify_outputs(session, num_tokens)
-            if num_worst_tokens:
-                received = _receive_outputs(session, rows, scales, routing, num_worst_tokens, operation)
-        operation.start((rows, scales, *routing), (rank_prefix_matrix, send_head))
-        counts = routing.num_tokens_per_rank.data_ptr(), routing.num_tokens_per_expert.data_ptr()
-        if received is None:
-            session.runtime.notify_dispatch(*counts, num_experts, expert_alignment, rank_prefix_matrix.data_ptr(),
-                                            *_sizes_of_rows(rows, scales, routing), operation.stream)
-            counts = 0, 0
-            num_rows, per_expert = session.runtime.wait_counts()
-            with operation.allocation():
-                received = _receive_outputs(session, rows, scales, routing, num_rows, operation)
-        outputs, recv_src_idx = received
-        operation.add((*outputs, recv_src_idx))
-        unused = session.unused_matrix
-        handle = (rank_prefix_matrix, unused, unused, recv_src_idx, routing.is_token_in_rank, send_head)
-        _send_rows(session, rows, scales, routing, num_experts, counts, rank_prefix_matrix, send_head, recv_src_idx,
-                   outputs, num_rows, num_worst_tokens > 0, num_sms, operation)
+        call = _Dispatch(session, rows, scales, routing, rank_prefix_matrix, send_head, num_experts, num_sms, operation)
+        if num_worst_tokens:
+            num_rows, received = num_worst_tokens, call.worst_case(num_worst_tokens)
+            per_expert: list[int] = []
+        else:
+            num_rows, per_expert, received = call.counted(expert_alignment)
         event = close_operation(operation)
+    outputs, recv_src_idx = received
+    unused = session.unused_matrix
+    handle = (rank_prefix_matrix, unused, unused, recv_src_idx, routing.is_token_in_rank, send_head)
     session.known_handles.add((num_tokens, num_rows), send_head, rank_prefix_matrix, recv_src_idx)
     return outputs.payload(), outputs.topk_idx, outputs.topk_weights, per_expert, handle, event
 
@@ -153,12 +146,8 @@ def dispatch_cached(session: Session, x: Payload, handle: Any, num_sms: int, pre
                          f"{rows.shape[0]}")
     _compare_calls(session, "dispatch with a handle", rows, scales, rank_prefix_matrix=rank_prefix_matrix)
     with open_operation(session, "dispatch", previous_event, async_finish, allocate_on_comm_stream) as operation:
-        with operation.allocation():
-            outputs, _ = _receive_outputs(session, rows, scales, None, num_rows, operation)
-        operation.start((rows, scales, rank_prefix_matrix, send_head), outputs)
-        # The handle may come from a worst-case dispatch: fewer rows than it has room for are no error.
-        _send_rows(session, rows, scales, None, 0, (0, 0), rank_prefix_matrix, send_head, None, outputs, num_rows, True,
-                   num_sms, operation)
+        call = _Dispatch(session, rows, scales, None, rank_prefix_matrix, send_head, 0, num_sms, operation)
+        outputs = call.cached(num_rows)
         event = close_operation(operation)
     return outputs.payload(), None, None, None, None, event
 
@@ -230,17 +219,16 @@ def lend(session: Session, shape: Any, dtype: torch.dtype) -> torch.Tensor:
     lender = session.lender
     spec = Spec(_checks.check_sizes("shape", shape), _checks.check_dtype("dtype", dtype))
     if lender is None and session.num_ranks > 1:
-        raise Error("lend: this Buffer lends nothing; build it with num_lend_bytes")
+        raise Error("lend: this Buffer lends nothing; build it with a larger num_nvl_bytes, or with num_lend_bytes")
     if lender is None or spec.num_bytes == 0:  # one rank reads its own input in place, wherever it is
         return torch.empty(spec.shape, dtype=dtype, device=session.streams.device)
     if is_capturing():
         raise Error("lend: not while a CUDA graph is captured; take the tensor before the capture begins")
-    made = lender.tensors([spec])
+    made = lender.tensor(spec)
     if made is None:
         raise Error(f"lend: no room for {spec.num_bytes} bytes; num_lend_bytes is {lender.num_bytes}, and the tensors "
                     "of earlier calls hold a part of it until they are dropped")
-    lender.settle_on_current_stream()
-    return made[0]
+    return made
 
 
 def read_handle(session: Session, handle: Any) -> tuple[torch.Tensor, torch.Tensor, int, int]:
@@ -338,9 +326,9 @@ def _receive_outputs(session: Session, rows: torch.Tensor, scales: Optional[torc
     return outputs, empty[torch.int32](num_rows)
 
 
-def _lent_outputs(lender: Lender, rows: torch.Tensor, scales: Optional[torch.Tensor], routing: Optional[Routing],
-                  num_rows: int, operation: Operation) -> Optional[tuple[Outputs, torch.Tensor]]:
-    """The same in memory that peers reach; None: there is no room for all of it."""
+def _output_specs(rows: torch.Tensor, scales: Optional[torch.Tensor], routing: Optional[Routing],
+                  num_rows: int) -> list[Spec]:
+    """x, scales, topk_idx, topk_weights, as far as the call has them, and recv_src_idx."""
     specs = [Spec((num_rows, rows.shape[1]), rows.dtype)]
     if scales is not None:
         specs.append(Spec((num_rows, scales.shape[1]), scales.dtype))
@@ -348,43 +336,153 @@ def _lent_outputs(lender: Lender, rows: torch.Tensor, scales: Optional[torch.Ten
     if topk_idx is not None:
         specs.append(Spec((num_rows, topk_idx.shape[1]), topk_idx.dtype))
         specs.append(Spec((num_rows, topk_idx.shape[1]), torch.float32))
-    # Apart: the handle, which has the indices, usually outlives the rows.
-    indices = lender.tensors([Spec((num_rows, ), torch.int32)])
-    given = None if indices is None else lender.tensors(specs)
-    if indices is None or given is None:
-        return None
-    lender.settle(operation.stream)
-    made = iter(given)
-    return Outputs(x=next(made),
-                   scales=None if scales is None else next(made),
-                   topk_idx=None if topk_idx is None else next(made),
-                   topk_weights=None if topk_idx is None else next(made)), indices[0]
+    specs.append(Spec((num_rows, ), torch.int32))
+    return specs
 
 
-def _sizes_of_rows(rows: torch.Tensor, scales: Optional[torch.Tensor], routing: Routing) -> tuple[int, int, int, int]:
-    """N, bytes of a row, K and scales of a token."""
-    num_tokens, hidden = rows.shape
-    num_topk = 0 if routing.topk_idx is None else routing.topk_idx.shape[1]
-    return num_tokens, hidden * rows.element_size(), num_topk, 0 if scales is None else scales.shape[1]
+def _in_places(found: list[Any], scales: Optional[torch.Tensor], routing: Optional[Routing], absent: Any) -> list[Any]:
+    """What _output_specs has, in five places; `absent` where the call has no such output."""
+    if scales is None:
+        found.insert(1, absent)
+    if routing is None or routing.topk_idx is None:
+        found[2:2] = absent, absent
+    return found
 
 
-def _send_rows(session: Session, rows: torch.Tensor, scales: Optional[torch.Tensor], routing: Optional[Routing],
-               num_experts: int, counts: tuple[int, int], rank_prefix_matrix: torch.Tensor, send_head: torch.Tensor,
-               recv_src_idx: Optional[torch.Tensor], outputs: Outputs, num_rows: int, is_worst_case: bool, num_sms: int,
-               operation: Operation) -> None:
-    topk_idx = topk_weights = None
-    num_topk, idx_bytes = 0, 8
-    if routing is not None and routing.topk_idx is not None:
-        topk_idx, topk_weights = routing.topk_idx, routing.topk_weights
-        num_topk, idx_bytes = topk_idx.shape[1], topk_idx.element_size()
-    num_tokens, hidden = rows.shape
-    num_scales, stride_token, stride_scale = 0, 0, 0
-    if scales is not None:
-        num_scales, stride_token, stride_scale = scales.shape[1], scales.stride(0), scales.stride(1)
-    session.runtime.dispatch(rows.data_ptr(), num_tokens,
-                             hidden * rows.element_size(), _ptr(scales), num_scales, stride_token, stride_scale,
-                             _ptr(topk_idx), _ptr(topk_weights), num_topk, idx_bytes, num_experts, routing is None,
-                             *counts, 0 if routing is None else routing.is_token_in_rank.data_ptr(),
-                             rank_prefix_matrix.data_ptr(), send_head.data_ptr(), outputs.x.data_ptr(),
-                             _ptr(outputs.scales), _ptr(outputs.topk_idx), _ptr(outputs.topk_weights),
-                             _ptr(recv_src_idx), num_rows, is_worst_case, num_sms, operation.stream)
+def _name_outputs(made: list[torch.Tensor], scales: Optional[torch.Tensor],
+                  routing: Optional[Routing]) -> tuple[Outputs, torch.Tensor]:
+    *outputs, recv_src_idx = _in_places(made, scales, routing, None)
+    return Outputs(*outputs), recv_src_idx
+
+
+def _lent_outputs(lender: Lender, rows: torch.Tensor, scales: Optional[torch.Tensor], routing: Optional[Routing],
+                  num_rows: int, operation: Operation) -> Optional[tuple[Outputs, torch.Tensor]]:
+    """The receive tensors in memory that peers reach; None: there is no room for all of it."""
+    made = lender.tensors(_output_specs(rows, scales, routing, num_rows), operation)
+    return None if made is None else _name_outputs(made, scales, routing)
+
+
+NO_COUNTS = 0, 0  # they have been exchanged
+
+
+class _Dispatch:
+    """One dispatch: where its rows go, and the native calls."""
+
+    def __init__(self, session: Session, rows: torch.Tensor, scales: Optional[torch.Tensor], routing: Optional[Routing],
+                 rank_prefix_matrix: torch.Tensor, send_head: torch.Tensor, num_experts: int, num_sms: int,
+                 operation: Operation) -> None:
+        self.session = session
+        self.rows = rows
+        self.scales = scales
+        self.routing = routing
+        self.matrix = rank_prefix_matrix
+        self.send_head = send_head
+        self.num_experts = num_experts
+        self.counts = NO_COUNTS
+        if routing is not None:
+            self.counts = routing.num_tokens_per_rank.data_ptr(), routing.num_tokens_per_expert.data_ptr()
+        self.num_sms = num_sms
+        self.operation = operation
+
+    def cached(self, num_rows: int) -> Outputs:
+        with self.operation.allocation():
+            outputs, _ = self._outputs(num_rows)
+        self.operation.start((self.rows, self.scales, self.matrix, self.send_head), outputs)
+        # The handle may come from a worst-case dispatch: fewer rows than it has room for are no error.
+        self._send(outputs, None, num_rows, NO_COUNTS, True)
+        return outputs
+
+    def worst_case(self, num_rows: int) -> tuple[Outputs, torch.Tensor]:
+        with self.operation.allocation():
+            outputs, recv_src_idx = self._outputs(num_rows)
+        self._start((*outputs, recv_src_idx))
+        self._send(outputs, recv_src_idx, num_rows, self.counts, True)
+        return outputs, recv_src_idx
+
+    def counted(self, expert_alignment: int) -> tuple[int, list[int], tuple[Outputs, torch.Tensor]]:
+        """Rows that came, those of each expert, and the outputs."""
+        lender = self.session.lender
+        found = None if lender is None else self._guessed(lender, expert_alignment)
+        if found is None:
+            found = self._counted_first(expert_alignment)
+        if lender is not None:
+            lender.remember_rows(self.rows.shape[0], found[0])
+        return found
+
+    def _guessed(self, lender: Lender,
+                 expert_alignment: int) -> Optional[tuple[int, list[int], tuple[Outputs, torch.Tensor]]]:
+        """The rows move while the host learns how many they are. None: there is no room for what may come."""
+        likely_rows = lender.guess_rows(self.rows.shape[0], self.session.num_ranks)
+        row = _output_specs(self.rows, self.scales, self.routing, 1)
+        reserved = lender.reserve(row, likely_rows, self.operation)
+        if reserved is None:
+            return None
+        self._start(())
+        self._send_to(_in_places(reserved.addresses, self.scales, self.routing, 0), reserved.num_rows, self.counts,
+                      False, expert_alignment)
+        num_rows, per_expert = self.session.runtime.wait_counts()
+        if num_rows > reserved.num_rows:
+            del reserved  # its memory may serve now
+            return num_rows, per_expert, self._sent(num_rows)
+        outputs, recv_src_idx = _name_outputs(reserved.tensors(num_rows), self.scales, self.routing)
+        self.operation.add_lent((*outputs, recv_src_idx))
+        return num_rows, per_expert, (outputs, recv_src_idx)
+
+    def _counted_first(self, expert_alignment: int) -> tuple[int, list[int], tuple[Outputs, torch.Tensor]]:
+        self._start(())
+        num_topk, num_scales = self._widths()
+        self.session.runtime.notify_dispatch(*self.counts, self.num_experts, expert_alignment, self.matrix.data_ptr(),
+                                             *self._row_sizes(), num_topk, num_scales, self.operation.stream)
+        num_rows, per_expert = self.session.runtime.wait_counts()
+        return num_rows, per_expert, self._sent(num_rows)
+
+    def _sent(self, num_rows: int) -> tuple[Outputs, torch.Tensor]:
+        """The second half of a call, whose counts have been exchanged."""
+        with self.operation.allocation():
+            outputs, recv_src_idx = self._outputs(num_rows)
+        self.operation.add((*outputs, recv_src_idx))
+        self._send(outputs, recv_src_idx, num_rows, NO_COUNTS, False)
+        return outputs, recv_src_idx
+
+    def _start(self, outputs: tuple[Optional[torch.Tensor], ...]) -> None:
+        self.operation.start((self.rows, self.scales, *(self.routing or ())), (self.matrix, self.send_head, *outputs))
+
+    def _outputs(self, num_rows: int) -> tuple[Outputs, torch.Tensor]:
+        return _receive_outputs(self.session, self.rows, self.scales, self.routing, num_rows, self.operation)
+
+    def _row_sizes(self) -> tuple[int, int]:
+        """N, and the bytes of a row."""
+        num_tokens, hidden = self.rows.shape
+        return num_tokens, hidden * self.rows.element_size()
+
+    def _widths(self) -> tuple[int, int]:
+        """K, and the scales of a token."""
+        topk_idx = None if self.routing is None else self.routing.topk_idx
+        return 0 if topk_idx is None else topk_idx.shape[1], 0 if self.scales is None else self.scales.shape[1]
+
+    def _send(self, outputs: Outputs, recv_src_idx: Optional[torch.Tensor], num_rows: int, counts: tuple[int, int],
+              is_worst_case: bool) -> None:
+        self._send_to((outputs.x.data_ptr(), _ptr(outputs.scales), _ptr(outputs.topk_idx), _ptr(outputs.topk_weights),
+                       _ptr(recv_src_idx)), num_rows, counts, is_worst_case, 0)  # yapf: disable
+
+    def _send_to(self, addresses: Any, num_rows: int, counts: tuple[int, int], is_worst_case: bool,
+                 expert_alignment: int) -> None:
+        """`addresses`: of x, scales, topk_idx, topk_weights and src_idx. `expert_alignment` > 0: the host waits."""
+        routing, scales = self.routing, self.scales
+        topk_idx = topk_weights = None
+        in_rank = 0
+        if routing is not None:
+            topk_idx, topk_weights, in_rank = routing.topk_idx, routing.topk_weights, routing.is_token_in_rank.data_ptr(
+            )
+        idx_bytes = 8 if topk_idx is None else topk_idx.element_size()
+        num_topk, num_scales = self._widths()
+        stride_token, stride_scale = (0, 0) if scales is None else scales.stride()
+        num_tokens, row_bytes = self._row_sizes()
+        recv_x, recv_scales, recv_topk_idx, recv_topk_weights, recv_src_idx = addresses
+        self.session.runtime.dispatch(self.rows.data_ptr(), num_tokens, row_bytes,
+                                      _ptr(scales), num_scales, stride_token, stride_scale, _ptr(topk_idx),
+                                      _ptr(topk_weights), num_topk, idx_bytes, self.num_experts,
+                                      routing is None, *counts, in_rank, self.matrix.data_ptr(),
+                                      self.send_head.data_ptr(), recv_x, recv_scales, recv_topk_idx, recv_topk_weights,
+                                      recv_src_idx, num_rows, is_worst_case, expert_alignment, self.num_sms,
+                                      self.operation.stream)

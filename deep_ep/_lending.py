@@ -1,8 +1,8 @@
 """Tensors in the memory that peers reach: outputs of dispatch that they write, inputs of combine that they read.
 
 Such a tensor is an ordinary one; when its last view is gone, its memory may be lent again. torch's allocator knows
-nothing of it: `Tensor.record_stream` has no effect. Whoever uses it on a stream other than the one that is current when
-it is dropped must have joined the two before.
+nothing of it, so `Tensor.record_stream` has no effect. Instead the memory waits for every stream on which the Buffer
+has been called, and for the one that is current where the tensor is dropped, on whichever thread that is.
 """
 
 import math
@@ -12,10 +12,13 @@ from typing import NamedTuple, Optional
 import torch
 
 import deep_ep_cpp
-from deep_ep._checks import BUFFER_ALIGNMENT_BYTES
-from deep_ep._memory import make_tensor
-from deep_ep._raw_cuda import PooledEvent, current_stream_handle
-from deep_ep._streams import CudaStreams, Streams, is_capturing
+from deep_ep._memory import make_lent_tensor
+from deep_ep._raw_cuda import current_stream_handle, is_of_torch
+from deep_ep._streams import CudaStreams, Operation, Streams
+
+# More rows than a guess has, to be tried in turn: one in so many of them, and some.
+SPARE_SHARES = 4, 16
+LEAST_SPARE_ROWS = 64
 
 
 class Spec(NamedTuple):
@@ -29,77 +32,119 @@ class Spec(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class _Lent:
-    """Owner of a piece of lent memory, held by every tensor over it."""
+deep_ep_cpp.set_current_stream_function(current_stream_handle)
 
-    def __init__(self, lender: "Lender", memory: deep_ep_cpp.LentMemory) -> None:
+
+class Reserved:
+    """Lent memory for the rows that a guess has room for, before anybody knows how many come."""
+
+    __slots__ = ("_lender", "_pieces", "_specs", "addresses", "num_rows")
+
+    def __init__(self, lender: "Lender", pieces: Sequence[deep_ep_cpp.LentMemory], specs: Sequence[Spec]) -> None:
         self._lender = lender
-        self.memory: Optional[deep_ep_cpp.LentMemory] = memory
+        self._pieces = pieces
+        self._specs = specs  # for all rows that there is room for
+        self.addresses = [piece.address for piece in pieces]
+        self.num_rows = specs[0].shape[0]
 
-    def __del__(self) -> None:
-        memory, self.memory = self.memory, None
-        if memory is not None:
-            self._lender._take_back(memory)
+    def tensors(self, num_rows: int) -> list[torch.Tensor]:
+        """The first rows; the memory of the others is free at once, since nobody has used it."""
+        found = []
+        for piece, (shape, dtype) in zip(self._pieces, self._specs):
+            spec = Spec((num_rows, *shape[1:]), dtype)
+            if num_rows:
+                piece.shrink(spec.num_bytes)
+            found.append(self._lender._make(piece if num_rows else None, spec))
+        return found
 
 
 class Lender:
     """The lent memory of one Buffer."""
 
-    def __init__(self, runtime: deep_ep_cpp.Buffer, streams: Streams, num_bytes: int) -> None:
+    def __init__(self, runtime: deep_ep_cpp.Buffer, streams: Streams) -> None:
         self._runtime = runtime
         self._streams = streams
-        self.num_bytes = num_bytes
-        # What was queued on memory that has come back, until it is done; and memory that came back during a capture.
-        self._pending: list[PooledEvent] = []
-        self._captured: list[deep_ep_cpp.LentMemory] = []
+        self._index = streams.index if isinstance(streams, CudaStreams) else -1
+        self.num_bytes = runtime.num_lend_bytes
+        self._noted: dict[int, bool] = {}  # streams of calls; whether what is lent can be used there
+        self._last: Optional[tuple[int, int]] = None  # tokens and received rows of the last fresh dispatch
 
-    def tensors(self, specs: Sequence[Spec]) -> Optional[list[torch.Tensor]]:
-        """Uninitialised tensors that share one piece of memory, or None: there is no room now.
+    def tensors(self, specs: Sequence[Spec], operation: Operation) -> Optional[list[torch.Tensor]]:
+        """Uninitialised tensors for the kernels of a call, or None: there is no room now for all of them.
 
-        None as well while a CUDA graph is captured: its replays would write to memory that may be lent to others.
-        The first work on them must come after `settle`.
+        Within a capture the memory is the graph's as long as that lives.
         """
-        offsets, end = [], 0
-        for spec in specs:
-            offsets.append(end)
-            end += -(-spec.num_bytes // BUFFER_ALIGNMENT_BYTES) * BUFFER_ALIGNMENT_BYTES
-        if end == 0 or end > self.num_bytes or is_capturing():
+        sizes = [spec.num_bytes for spec in specs if spec.num_bytes]
+        lent = self._take(sizes, operation) if sizes else []
+        if not lent:
             return None
-        memory = self._runtime.lend(end)
+        pieces = iter(lent)
+        return [self._make(next(pieces) if spec.num_bytes else None, spec) for spec in specs]
+
+    def reserve(self, row: Sequence[Spec], likely_rows: int, operation: Operation) -> Optional[Reserved]:
+        """The same for a number of rows that is not known; `row` has one of each. What is not needed goes back."""
+        for spare_share in SPARE_SHARES:
+            num_rows = likely_rows + likely_rows // spare_share + LEAST_SPARE_ROWS
+            specs = [Spec((num_rows, *shape[1:]), dtype) for shape, dtype in row]
+            sizes = [spec.num_bytes for spec in specs]
+            lent = [] if 0 in sizes or sum(sizes) > self.num_bytes else self._take(sizes, operation)
+            if lent:
+                return Reserved(self, lent, specs)
+        return None
+
+    def guess_rows(self, num_tokens: int, num_ranks: int) -> int:
+        """About as many rows as a fresh dispatch will receive: as the one before it, or all tokens of equal ranks."""
+        if self._last is None:
+            return num_tokens * num_ranks
+        last_tokens, last_rows = self._last
+        return last_rows * num_tokens // last_tokens if num_tokens > last_tokens > 0 else last_rows
+
+    def remember_rows(self, num_tokens: int, num_rows: int) -> None:
+        self._last = num_tokens, num_rows
+
+    def _take(self, sizes: list[int], operation: Operation) -> list[deep_ep_cpp.LentMemory]:
+        self._note(operation.stream, True)
+        if not self._note(operation.current, False):
+            return []
+        if operation.is_captured:
+            self._streams.wait_for_last()
+        # The stream of a captured call's kernels joins the capture later than this.
+        stream = operation.current if operation.is_captured else operation.stream
+        return self._runtime.lend(sizes, stream, operation.is_captured)
+
+    def tensor(self, spec: Spec) -> Optional[torch.Tensor]:
+        """The same for the caller, who is not capturing: one tensor, which may be used on the current stream."""
+        streams, current = self._streams, 0
+        if isinstance(streams, CudaStreams):
+            current = current_stream_handle(streams.index)
+            self._note(current, False)
+            streams.follow_last(current)
+        lent = self._runtime.lend([spec.num_bytes], current, False)
+        if isinstance(streams, CudaStreams):
+            streams.set_last(current)  # calls come after whatever the current stream has waited for
+        return self._make(lent[0], spec) if lent else None
+
+    def used_on(self, operation: Operation) -> None:
+        """A call is made that may use lent tensors."""
+        self._note(operation.current, False)
+
+    def _make(self, memory: Optional[deep_ep_cpp.LentMemory], spec: Spec) -> torch.Tensor:
+        device = self._streams.device
         if memory is None:
-            return None
-        owner, device = _Lent(self, memory), self._streams.device
-        return [
-            make_tensor(memory.address + offset, spec.shape, spec.dtype, device, owner)
-            for spec, offset in zip(specs, offsets)
-        ]
+            return torch.empty(spec.shape, dtype=spec.dtype, device=device)
+        return make_lent_tensor(memory, spec.shape, spec.dtype, self._index)
 
-    def settle(self, stream: int) -> None:
-        """Later work on `stream` comes after what was queued on memory that has come back."""
-        if not isinstance(self._streams, CudaStreams) or not (self._pending or self._captured):
-            return
-        if self._captured:
-            self._captured.clear()
-            self._mark(self._streams)
-        self._pending = [event for event in self._pending if not self._streams.native.query_event(event.cuda_event)]
-        for event in self._pending:
-            self._streams.follow(stream, event)
-
-    def settle_on_current_stream(self) -> None:
-        """The same for the caller's stream, also after the kernels of earlier calls."""
-        if isinstance(self._streams, CudaStreams):
-            current = current_stream_handle(self._streams.index)
-            self._streams.follow_last(current)
-            self.settle(current)
-
-    def _take_back(self, memory: deep_ep_cpp.LentMemory) -> None:
-        if isinstance(self._streams, CudaStreams):
-            if is_capturing():
-                self._captured.append(memory)
-                return
-            self._mark(self._streams)
-        del memory  # the kernels of calls come one after the other: only the caller's own work needs a mark
-
-    def _mark(self, streams: CudaStreams) -> None:
-        """Remembers all work so far on the current stream."""
-        self._pending.append(streams.events.record(current_stream_handle(streams.index)))
+    def _note(self, stream: int, is_ours: bool) -> bool:
+        """False: the stream is not torch's. It may be gone when the memory comes back, and then nobody can ask it."""
+        known = self._noted.get(stream)
+        if known is not None:
+            return known
+        streams = self._streams
+        can_be_used = True
+        if isinstance(streams, CudaStreams):
+            is_comm = is_ours and stream == streams.comm
+            can_be_used = is_comm or is_of_torch(stream, streams.index)
+            if can_be_used:
+                self._runtime.note_stream(stream, is_comm)
+        self._noted[stream] = can_be_used
+        return can_be_used

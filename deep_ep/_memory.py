@@ -5,9 +5,9 @@ from typing import Any, Callable, TypeVar
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils.dlpack import from_dlpack
 
 import deep_ep_cpp
+from deep_ep._raw_cuda import from_capsule
 
 # What DLPack calls a type: (code, bits). Other types travel as bytes.
 _DLPACK_TYPES = {
@@ -46,10 +46,19 @@ def make_tensor(address: int, shape: tuple[int, ...], dtype: torch.dtype, device
         return torch.empty(shape, dtype=dtype, device=device)
     index = device.index if device.type == "cuda" else -1
     if dtype in _DLPACK_TYPES:
-        return from_dlpack(deep_ep_cpp.make_tensor(address, list(shape), *_DLPACK_TYPES[dtype], index, owner))
+        return from_capsule(deep_ep_cpp.make_tensor(address, list(shape), *_DLPACK_TYPES[dtype], index, owner))
     byte_shape = [*shape[:-1], shape[-1] * dtype.itemsize]
-    data = from_dlpack(deep_ep_cpp.make_tensor(address, byte_shape, 1, 8, index, owner))
+    data = from_capsule(deep_ep_cpp.make_tensor(address, byte_shape, 1, 8, index, owner))
     return data.view(dtype)
+
+
+def make_lent_tensor(memory: deep_ep_cpp.LentMemory, shape: tuple[int, ...], dtype: torch.dtype,
+                     cuda_index: int) -> torch.Tensor:
+    """A row-major tensor, not an empty one, over the start of lent memory."""
+    kind = _DLPACK_TYPES.get(dtype)
+    if kind is not None:
+        return from_capsule(memory.tensor(list(shape), *kind, cuda_index))
+    return from_capsule(memory.tensor([*shape[:-1], shape[-1] * dtype.itemsize], 1, 8, cuda_index)).view(dtype)
 
 
 def view_memory(address: int, num_bytes: int, device: torch.device) -> torch.Tensor:

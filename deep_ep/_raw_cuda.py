@@ -4,6 +4,8 @@ Here, in _opaque.py and in _memory.py are torch's functions that have no public 
 of torch lacks one of these, the public and slower way is taken.
 """
 
+from typing import Callable
+
 import torch
 
 import deep_ep_cpp
@@ -61,6 +63,18 @@ def current_stream_id(index: int) -> StreamId:
     except AttributeError:
         stream = torch.cuda.current_stream(index)
         return stream.stream_id, stream.device_index, stream.device_type
+
+
+def is_of_torch(stream: int, index: int) -> bool:
+    """Whether the stream that is current on GPU `index`, whose handle this is, is one that torch never destroys.
+
+    torch knows others, such as those of `torch.cuda.ExternalStream`, by their handles.
+    """
+    return stream == 0 or current_stream_id(index)[0] != stream
+
+
+# torch.from_dlpack for a capsule, less the checks of other objects, which take as long.
+from_capsule: Callable[[object], torch.Tensor] = torch._C._from_dlpack
 
 
 class CurrentStream:

@@ -147,9 +147,10 @@ class Operation:
     kept as those of an asynchronous call are.
     """
 
-    __slots__ = ("_inputs", "_outputs", "is_async", "is_captured", "stream")
+    __slots__ = ("_inputs", "_outputs", "current", "is_async", "is_captured", "stream")
 
-    stream: int
+    stream: int  # of the kernels
+    current: int  # the caller's
 
     def __init__(self, is_async: bool, is_captured: bool = False) -> None:
         self.is_async = is_async
@@ -162,7 +163,7 @@ class Operation:
 
     def __exit__(self, exc_type: Optional[type[BaseException]], exc: Optional[BaseException],
                  traceback: Optional[TracebackType]) -> None:
-        if exc_type is not None and (self._inputs or self._outputs):
+        if exc_type is not None:
             self._abandon()
 
     def allocation(self) -> contextlib.AbstractContextManager[Any]:
@@ -176,6 +177,9 @@ class Operation:
     def add(self, outputs: Tensors) -> None:
         self._outputs += outputs
         self._wait_for_pool()
+
+    def add_lent(self, outputs: Tensors) -> None:
+        """The same for tensors in lent memory, which the next calls wait for by themselves."""
 
     def finish(self) -> RecordedEvent:
         """The event that an asynchronous call returns; a synchronous one has made the caller wait instead."""
@@ -202,6 +206,9 @@ class Streams:
 
     def operation(self, previous: RecordedEvent, is_async: bool, on_comm_stream: bool) -> Operation:
         raise NotImplementedError
+
+    def wait_for_last(self) -> None:
+        """The host waits until the last operation is complete; also while another stream is captured."""
 
     def drain(self, timeout_s: float) -> bool:
         """Waits until all operations are complete; False when `timeout_s` passed first."""
@@ -269,6 +276,9 @@ class CudaStreams(Streams):
             event = self._end_of_last if self._last_event is None else self._last_event.cuda_event
             self.native.stream_wait_event(stream, event)
 
+    def wait_for_last(self) -> None:
+        self.native.synchronize_event(self._end_of_last if self._last_event is None else self._last_event.cuda_event)
+
     def set_last(self, stream: int, event: Optional[PooledEvent] = None) -> None:
         """What `stream` has so far, or what came before `event` on it, is the last operation.
 
@@ -295,7 +305,7 @@ class _DirectOperation(Operation):
 
     def __init__(self, streams: CudaStreams, previous: RecordedEvent, current: int) -> None:
         super().__init__(False)
-        self.stream = current
+        self.stream = self.current = current
         self._streams = streams
         self._previous = previous
 
@@ -323,7 +333,7 @@ class _CommOperation(Operation):
     stream, and one whose handle is ambiguous.
     """
 
-    __slots__ = ("_current", "_on_comm_stream", "_previous", "_streams")
+    __slots__ = ("_on_comm_stream", "_previous", "_streams")
 
     def __init__(self, streams: CudaStreams, previous: RecordedEvent, current: int, is_captured: bool, is_async: bool,
                  on_comm_stream: bool) -> None:
@@ -331,7 +341,7 @@ class _CommOperation(Operation):
         self.stream = streams.comm
         self._streams = streams
         self._previous = previous
-        self._current = current
+        self.current = current
         self._on_comm_stream = on_comm_stream
 
     def allocation(self) -> contextlib.AbstractContextManager[Any]:
@@ -340,7 +350,7 @@ class _CommOperation(Operation):
     def finish(self) -> RecordedEvent:
         if not self.is_async:
             self._set_last(None)
-            self._streams.join(self._current, self.stream)
+            self._streams.join(self.current, self.stream)
             return None
         event = self._streams.events.record(self.stream)
         self._set_last(event)
@@ -358,7 +368,7 @@ class _CommOperation(Operation):
         # Outputs from the comm stream's own pool are in its order already, and then `previous_event`, which the
         # caller must give, is all that the inputs need.
         if not self._on_comm_stream:
-            self._streams.join(self.stream, self._current)
+            self._streams.join(self.stream, self.current)
 
     def _set_last(self, event: Optional[PooledEvent]) -> None:
         if not self.is_captured:  # an event does not cross the border of a graph
@@ -434,7 +444,10 @@ class _HostOperation(Operation):
         super().__init__(is_async)
         self._streams = streams
         self._previous = previous
-        self.stream = streams.comm_stream
+        self.stream = self.current = streams.comm_stream
+
+    def add_lent(self, outputs: Tensors) -> None:
+        self._outputs += outputs
 
     def finish(self) -> RecordedEvent:
         if self.is_async:

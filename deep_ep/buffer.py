@@ -121,9 +121,10 @@ class Buffer:
         low_latency_mode: whether low-latency calls are made. One Buffer may serve both modes in turn.
         allow_mnnvl, use_fabric: permissions, of which this version makes no use; never a reason to fail.
         enable_shrink: low-latency calls go on without a peer that does not come in time, and mask it.
-        num_lend_bytes: bytes for tensors that the peers write or read in place, a multiple of 128 (None:
-            DEEP_EP_LEND_BYTES, by default 0). With room for it, outputs of `dispatch` and inputs of `combine` from
-            `lend` need no slots and no second copy, hence fewer SMs; see docs/api.md, "Lending".
+        num_lend_bytes: bytes for tensors that the peers write or read in place, a multiple of 128, beside
+            num_nvl_bytes; 0: nothing is lent. None: DEEP_EP_LEND_BYTES, or else a part of num_nvl_bytes. With room for
+            it, outputs of `dispatch` and inputs of `combine` from `lend` need no slots and no second copy, hence fewer
+            SMs; see docs/api.md, "Lending".
         timeout_s: seconds after which a wait for a peer gives up (None: DEEP_EP_TIMEOUT_SECS, see docs/errors.md).
         on_failure: called once with the sentence of the first failure, from the first call (`check` too) that learns of
             it, before that call raises; see docs/errors.md.
@@ -143,12 +144,13 @@ class Buffer:
         def prepare() -> Request:
             if low_latency_mode:
                 self.nvshmem_qp_depth = _env.nvshmem_qp_depth()
-            self.num_lend_bytes: int = _env.lend_bytes() if num_lend_bytes is None else num_lend_bytes
-            return Request(num_nvl_bytes, num_rdma_bytes, self.num_lend_bytes, low_latency_mode, num_qps_per_rank,
-                           enable_shrink, timeout_s, on_failure)
+            lent = _env.lend_bytes() if num_lend_bytes is None else num_lend_bytes
+            return Request(num_nvl_bytes, num_rdma_bytes, lent, low_latency_mode, num_qps_per_rank, enable_shrink,
+                           timeout_s, on_failure)
 
         self._session: Optional[Session] = build_session(peers, prepare)
         self.runtime: Optional[deep_ep_cpp.Buffer] = self._session.runtime
+        self.num_lend_bytes: int = self.runtime.num_lend_bytes
         self._low_latency = _low_latency.LowLatency(self._session, low_latency_mode, enable_shrink)
         _log_unused_permissions(allow_mnnvl=allow_mnnvl, use_fabric=use_fabric)
 
@@ -268,8 +270,8 @@ class Buffer:
                                 use_rdma_buffer: bool = False) -> torch.Tensor:
         """A view of this rank's buffer from byte `offset` on: 1-D up to the end, or of shape `size`.
 
-        The memory is the Buffer's: the view must not be used after `destroy`. `offset` must be a multiple of the
-        element size.
+        The memory is the Buffer's: the view must not be used after `destroy`, and what is lent (docs/api.md, "Lending")
+        may hold tensors. `offset` must be a multiple of the element size.
         """
         session = self._require_session()
         item_bytes = _checks.check_dtype("dtype", dtype).itemsize
@@ -293,10 +295,10 @@ class Buffer:
 
         Given to `combine` as `x` (or any part of it, of whole rows), the peers read the rows where they stand: nothing
         is copied into slots. Outputs of `dispatch` are such tensors as well, as long as there is room. The memory is
-        lent anew when the last view of it is gone; `Tensor.record_stream` has no effect on it. Let the last view go in
-        the thread and under the stream that use it: docs/api.md, "Lending", says what happens otherwise.
+        lent anew when the last view of it is gone; `Tensor.record_stream` has no effect on it, see
+        docs/api.md, "Lending".
 
-        Raises deep_ep.Error when there is no room, or the Buffer was built without `num_lend_bytes`.
+        Raises deep_ep.Error when there is no room, or the Buffer lends nothing.
         """
         return _high_throughput.lend(self._require_session(), shape, dtype)
 

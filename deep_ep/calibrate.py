@@ -4,7 +4,7 @@
     python -m deep_ep.calibrate out/*_intranode_*.json
 
 From then on, calls without a `config` use no more SMs than they need, up to `Buffer.num_sms`. Calibrate again with
-DEEP_EP_LEND_BYTES set for Buffers that lend. DEEP_EP_COST_MODEL names another file, or "off".
+DEEP_EP_LEND_BYTES=0 for Buffers that lend nothing. DEEP_EP_COST_MODEL names another file, or "off".
 """
 
 import argparse
@@ -28,7 +28,7 @@ def calibrate(report: dict[str, Any], to: Optional[Path]) -> tuple[Path, str, Co
         operation: _cost_model.fit(_cost_model.samples_of(rows, operation, num_ranks), link)
         for operation in _cost_model.OPERATIONS
     }
-    way = "lent" if int(report.get("environment", {}).get("DEEP_EP_LEND_BYTES", 0)) > 0 else "slots"
+    way = "slots" if report.get("environment", {}).get("DEEP_EP_LEND_BYTES", "0") == "0" else "lent"
     path = to or _cost_model.default_path(report["machine"].get("gpu", ""), num_ranks)
     if path is None:
         raise InvalidArgument("this user has no home folder to store it in: set XDG_CACHE_HOME, or give --to")

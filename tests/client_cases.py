@@ -259,7 +259,7 @@ def megatron(worker: Worker) -> None:
 def xtuner(worker: Worker) -> None:
     """High-throughput calls alone on a low-latency Buffer; the handle goes through save_for_backward."""
     batch = Batch(worker)
-    buffer = Buffer(worker.group, 1 << 22, 1 << 20, low_latency_mode=True,
+    buffer = Buffer(worker.group, 1 << 24, 1 << 20, low_latency_mode=True,
                     num_qps_per_rank=max(E // worker.num_ranks, Buffer.num_sms // 2))  # yapf: disable
 
     class Dispatch(torch.autograd.Function):
@@ -316,7 +316,7 @@ class MpiComm:
 def tensorrt_llm(worker: Worker) -> None:
     """No group but a communicator, int32 ids, bytes that travel as bfloat16, one Buffer at a time."""
     comm, batch = MpiComm(worker), Batch(worker, dtype=torch.int32)
-    buffer = Buffer(None, 1 << 22, 0, comm=comm)
+    buffer = Buffer(None, 1 << 24, 0, comm=comm)
     per_rank, per_rdma_rank, per_expert, in_rank, event = buffer.get_dispatch_layout(batch.topk_idx, E)
     assert event.event is None
     recv_x, recv_topk_idx, _, _, handle, event = buffer.dispatch(
@@ -378,7 +378,7 @@ def rtp_llm(worker: Worker) -> None:
 def lmdeploy(worker: Worker) -> None:
     """The SM budget is set on the instance; unknown arguments are dropped after a TypeError."""
     before, batch = Buffer.num_sms, Batch(worker)
-    options: dict[str, Any] = {"num_nvl_bytes": 1 << 22, "num_rdma_bytes": 1 << 20, "low_latency_mode": True,
+    options: dict[str, Any] = {"num_nvl_bytes": 1 << 24, "num_rdma_bytes": 1 << 20, "low_latency_mode": True,
                                "num_qps_per_rank": max(E // worker.num_ranks, Buffer.num_sms), "allow_mnnvl": True,
                                "explicitly_destroy": True}  # yapf: disable
     _refuses(Buffer, group=worker.group, **options, not_known=1)

@@ -1,7 +1,11 @@
 """What the worker processes do in tests/test_lending.py. Every function runs on all ranks of a group."""
 
 import gc
-from typing import Any
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Optional
 
 import torch
 from compare import same_bits
@@ -10,8 +14,11 @@ from flight import Flight, How
 from utils import Worker
 from workload import Workload
 
+from deep_ep import Buffer, Config, Error
+
 LEND_BYTES = 1 << 22
 MIB = 1 << 20
+HIDDEN = 7168  # of the models that frameworks build Buffers for
 
 
 def lent_region(buffer: Any, num_bytes: int = LEND_BYTES) -> range:
@@ -91,6 +98,259 @@ def part_of_a_lent_tensor(worker: Worker, work: Workload) -> None:
         lent.fill_(float("nan"))
         flight.combine_input = lambda given: lent[5:5 + rows].copy_(given)  # type: ignore[method-assign]
         flight.combine(1)
+
+
+def is_lent(buffer: Any, tensor: torch.Tensor) -> bool:
+    """By a Buffer that lends a part of num_nvl_bytes."""
+    begin = buffer.runtime.data_ptr
+    return begin <= tensor.data_ptr() < begin + buffer.num_nvl_bytes
+
+
+@contextmanager
+def dispatches_watched() -> Iterator[list[tuple[str, bool]]]:
+    """Of every dispatch with rows: what kind it was, and whether all it returned is lent."""
+    found: list[tuple[str, bool]] = []
+    original = Buffer.dispatch
+
+    def dispatch(self: Buffer, *args: Any, **options: Any) -> Any:
+        result = original(self, *args, **options)
+        rows, topk_idx, topk_weights, _, handle, _ = result
+        outputs = [*(rows if isinstance(rows, tuple) else [rows]), topk_idx, topk_weights]
+        if handle is not None:
+            outputs.append(handle[3])
+        kind = "cached" if handle is None else "fresh"
+        if outputs[0].shape[0]:
+            found.append((kind, all(is_lent(self, output) for output in outputs if output is not None)))
+        return result
+
+    Buffer.dispatch = dispatch  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        Buffer.dispatch = original  # type: ignore[method-assign]
+
+
+def client_gets_lent(worker: Worker, client: Callable[[Worker], None]) -> set[tuple[str, bool]]:
+    """Nothing in the client's calls speaks of lending."""
+    with dispatches_watched() as found:
+        client(worker)
+    return set(found)
+
+
+def hinted_bytes(num_ranks: int, *configs: Config) -> int:
+    return max(config.get_nvl_buffer_size_hint(HIDDEN * 2, num_ranks) for config in configs)
+
+
+def default_builds(num_ranks: int) -> dict[str, tuple[int, Optional[Config]]]:
+    """num_nvl_bytes and the config of calls, as frameworks have them."""
+    defaults = Buffer.get_dispatch_config(num_ranks), Buffer.get_combine_config(num_ranks)
+    explicit = Config(num_sms=24,
+                      num_max_nvl_chunked_send_tokens=16,
+                      num_max_nvl_chunked_recv_tokens=512,
+                      num_max_rdma_chunked_send_tokens=6,
+                      num_max_rdma_chunked_recv_tokens=128)
+    return {
+        "vllm": (1 << 30, defaults[0]),
+        "sglang": (hinted_bytes(num_ranks, *defaults), None),
+        "sglang --deepep-config": (hinted_bytes(num_ranks, explicit), explicit),
+        "megatron": (hinted_bytes(num_ranks, *defaults), None),
+        "lmdeploy": (hinted_bytes(num_ranks, *defaults), None),
+        "lightllm": (int(1e9), None),
+        "rtp-llm": (int(2e9), None),
+    }
+
+
+def builds_lend(worker: Worker, work: Workload) -> dict[str, bool]:
+    """Whether the rows of a dispatch come into lent memory, for Buffers of real sizes; the results are right."""
+    found = {}
+    for name, (num_bytes, config) in default_builds(worker.num_ranks).items():
+        with Buffer(worker.group, num_bytes, 0) as buffer:
+            flight = Flight(worker, buffer, work).layout()
+            flight.config = config
+            flight.dispatch().combine()
+            found[name] = is_lent(buffer, flight.result[0])
+            worker.barrier()
+    return found
+
+
+class NativeCalls:
+    """The native Buffer, which notes how a dispatch is made."""
+
+    def __init__(self, runtime: Any) -> None:
+        self._runtime = runtime
+        self.made: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runtime, name)
+
+    def notify_dispatch(self, *args: Any) -> None:
+        self.made.append("counts")
+        self._runtime.notify_dispatch(*args)
+
+    def dispatch(self, *args: Any) -> None:
+        self.made.append("guess" if args[-3] > 0 else "rows")
+        self._runtime.dispatch(*args)
+
+
+def guesses(worker: Worker, num_tokens: list[tuple[int, int]], how: How, leaves_room: bool = True) -> list[str]:
+    """How fresh dispatches of changing sizes are made; all of them are right."""
+    with worker.new_buffer(1 << 24) as buffer:
+        native = buffer._session.runtime
+        calls = buffer._session.runtime = NativeCalls(native)
+        held = None if leaves_room else buffer.lend((buffer.num_lend_bytes - 4096, ), torch.uint8)
+        for i, tokens in enumerate(num_tokens):
+            flight = Flight(worker, buffer, Workload(tokens, seed=i), how).layout().dispatch()
+            calls.made.append("|")
+            flight.combine()
+            del flight
+        del held
+        worker.barrier()
+        buffer._session.runtime = native
+        return "".join(call[0] for call in calls.made).split("|")[:-1]
+
+
+def rows_kept(worker: Worker, work: Workload) -> None:
+    """A received tensor keeps its own rows alive, and not those that there was room for."""
+    with worker.new_buffer(1 << 24) as buffer:
+        for _ in range(2):
+            flight = Flight(worker, buffer, work).layout().dispatch()
+            rows, row_bytes = flight.result[0].shape[0], flight.result[0].shape[1] * 2
+            num_bytes = rows * (row_bytes + 12 * work.num_topk + 4)
+            free = buffer.num_lend_bytes - num_bytes * 5 // 4
+            assert buffer.lend((free, ), torch.uint8).shape[0] == free
+            del flight
+            gc.collect()
+        worker.barrier()
+
+
+def outputs_are_kept_one_by_one(worker: Worker, work: Workload) -> None:
+    """Weights that somebody keeps do not keep the rows."""
+    with worker.new_buffer(1 << 24) as buffer:
+        flight = Flight(worker, buffer, work).layout().dispatch()
+        rows, _, weights, _, handle, _ = flight.result
+        row_bytes = rows.numel() * rows.element_size()
+        del rows
+        flight.result = None
+        gc.collect()
+        free = buffer.num_lend_bytes - 2 * MIB
+        assert row_bytes > 4 * MIB
+        assert buffer.lend((free, ), torch.uint8).shape[0] == free
+        assert is_lent(buffer, weights)
+        assert is_lent(buffer, handle[3])
+        worker.barrier()
+
+
+def lending_can_be_turned_off(worker: Worker, work: Workload) -> list[bool]:
+    with worker.new_buffer(1 << 26, num_lend_bytes=0) as silent, worker.new_buffer(1 << 26) as lending:
+        found = []
+        for buffer in (silent, lending):
+            flight = Flight(worker, buffer, work).layout().dispatch()
+            flight.combine()
+            found += [is_lent(buffer, flight.result[0]), buffer.num_lend_bytes > 0]
+        worker.barrier()
+        return found
+
+
+def several_buffers(worker: Worker, work: Workload) -> None:
+    """Rows of one Buffer stay what they are whatever another does; each is right after the other is gone."""
+    first, second = worker.new_buffer(1 << 25), worker.new_buffer(1 << 26)
+    flight = Flight(worker, first, work).layout().dispatch()
+    for _ in range(3):
+        Flight(worker, second, work.next()).whole_trip()
+    flight.check_payload(flight.result[0])
+    worker.barrier()
+    second.destroy()
+    flight.combine()
+    other = Flight(worker, first, work.next()).layout().dispatch()
+    worker.barrier()
+    first.destroy()
+    for kept in (flight, other):
+        kept.check_payload(kept.result[0])
+
+
+def dropped_by_another_thread(worker: Worker, work: Workload) -> None:
+    """While calls go on: every result is right, and the memory comes back."""
+    with worker.new_buffer(1 << 24) as buffer:
+        dropped: list[Any] = []
+        has_more, is_over = threading.Event(), threading.Event()
+
+        def drop() -> None:
+            while not is_over.is_set():
+                has_more.wait(1)
+                has_more.clear()
+                dropped.clear()
+
+        thread = threading.Thread(target=drop)
+        thread.start()
+        try:
+            for i in range(30):
+                flight = Flight(worker, buffer, work.next() if i % 2 else work).layout().dispatch()
+                assert is_lent(buffer, flight.result[0])
+                flight.combine()
+                dropped.append(flight.result)
+                flight.result = None
+                has_more.set()
+        finally:
+            is_over.set()
+            has_more.set()
+            thread.join()
+        dropped.clear()
+        gc.collect()
+        held = buffer.lend((buffer.num_lend_bytes // 2, ), torch.uint8)
+        assert held.shape[0] == buffer.num_lend_bytes // 2
+        worker.barrier()
+
+
+def captured_calls_lend(worker: Worker, work: Workload) -> None:
+    """A graph has memory of its own: calls between its replays leave it alone, and it comes back with the graph."""
+    with worker.new_buffer(1 << 26) as buffer:
+        flight = Flight(worker, buffer, work, How(worst_factor=1)).layout()
+        x, weights = flight.payload(), torch.rand(flight.topk_idx.shape, device=worker.device)
+        num_rows = sum(work.num_tokens)
+
+        def step() -> Any:
+            received = buffer.dispatch(x, **flight.layout_tensors, topk_idx=flight.topk_idx, topk_weights=weights,
+                                       num_worst_tokens=num_rows)  # yapf: disable
+            return received, buffer.combine(received[0], received[4])[0]
+
+        eager, eager_combined = step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            received, combined = step()
+        assert is_lent(buffer, eager[0])
+        assert is_lent(buffer, received[0])
+        rows = flight.arrival.x.shape[0]
+        held = []
+        for seed in range(4):
+            between = Flight(worker, buffer, Workload(work.num_tokens, work.hidden, seed=seed)).layout().dispatch()
+            held.append(between)
+            received[0].fill_(7)
+            combined.zero_()
+            graph.replay()
+            torch.cuda.synchronize()
+            same_bits("recv_x", received[0][:rows], flight.arrival.x)
+            same_bits("combined", combined, eager_combined)
+            for kept in held:
+                kept.check_payload(kept.result[0])
+        worker.barrier()
+        lent = [buffer.lend((buffer.num_lend_bytes // 3, ), torch.uint8).fill_(9) for _ in range(2)]
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all((tensor == 9).all() for tensor in lent)
+        worker.barrier()
+        del lent, held, between, kept, eager, received, combined, graph
+        flight.result = None
+        gc.collect()
+        torch.cuda.synchronize()
+        for _ in range(200):  # the driver gives the graph up on a thread of its own
+            try:
+                assert buffer.lend((buffer.num_lend_bytes, ), torch.uint8) is not None
+                break
+            except Error:
+                time.sleep(0.05)
+        else:
+            raise AssertionError("the memory of the graph does not come back")
+        worker.barrier()
 
 
 def lend_errors(worker: Worker) -> list[str]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import client_cases as clients
 import intranode_cases as cases
 import lending_cases as lending
 import pytest
@@ -70,7 +71,6 @@ def test_results_repeat_bit_by_bit(lending_pool: Pool) -> None:
 
 
 def test_graph_replays(lending_pool: Pool) -> None:
-    """Nothing is lent in a graph, and the calls are right."""
     if not torch.cuda.is_available():
         pytest.skip("CUDA graphs need a GPU")
     lending_pool.run(cases.graph_replays, 2, Workload((12, 12), hidden=256))
@@ -82,6 +82,74 @@ def test_outputs_are_lent(pool: Pool, worst_factor: int, on_comm_stream: bool) -
     how = How(worst_factor=worst_factor, is_async=on_comm_stream, on_comm_stream=on_comm_stream)
     for found in pool.run(lending.outputs_are_lent, 2, Workload((9, 6)), how):
         assert found == [True] * 4
+
+
+def test_captured_calls_lend(pool: Pool) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("CUDA graphs need a GPU")
+    pool.run(lending.captured_calls_lend, 2, Workload((30, 20), hidden=512))
+
+
+# Without asking
+
+LENDING_CLIENTS = {
+    "vllm": clients.vllm,
+    "sglang": clients.sglang,
+    "megatron": clients.megatron,
+    "xtuner": clients.xtuner,
+    "tensorrt_llm": clients.tensorrt_llm,
+    "rtp_llm": clients.rtp_llm,
+    "lmdeploy": clients.lmdeploy
+}
+
+
+@pytest.mark.parametrize("client", LENDING_CLIENTS)
+def test_a_client_gets_lent_outputs(pool: Pool, client: str) -> None:
+    found = set().union(*pool.run(lending.client_gets_lent, 3, LENDING_CLIENTS[client]))
+    assert ("fresh", True) in found
+    assert not [kind for kind, is_lent in found if not is_lent]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_buffers_as_frameworks_build_them_lend(pool: Pool, num_ranks: int) -> None:
+    for found in pool.run(lending.builds_lend, num_ranks, Workload((6, 9, 4, 7)[:num_ranks], hidden=lending.HIDDEN)):
+        assert [name for name, is_lent in found.items() if not is_lent] == []
+
+
+def test_lending_can_be_turned_off(pool: Pool) -> None:
+    for found in pool.run(lending.lending_can_be_turned_off, 2, Workload((9, 6))):
+        assert found == [False, False, True, True]
+
+
+@pytest.mark.parametrize("how",
+                         [How(), How(is_async=True), How(is_async=True, on_comm_stream=True)],
+                         ids=["sync", "async", "on comm stream"])
+def test_rows_move_while_the_host_learns_how_many_they_are(pool: Pool, how: How) -> None:
+    """`g`: with a guess; `r`: the second half of a call whose guess was too small, here that of rank 0."""
+    first, second = pool.run(lending.guesses, 2, [(40, 30), (9, 12), (0, 0), (2, 2), (2, 900), (2, 900)], how)
+    assert first == ["g", "g", "g", "g", "gr", "g"]
+    assert second == ["g", "g", "g", "g", "g", "g"]
+
+
+def test_without_room_for_a_guess_the_host_asks_first(pool: Pool) -> None:
+    for made in pool.run(lending.guesses, 2, [(40, 30), (9, 12)], How(), leaves_room=False):
+        assert made == ["cr", "cr"]
+
+
+def test_a_received_tensor_keeps_its_rows_and_no_more(pool: Pool) -> None:
+    pool.run(lending.rows_kept, 2, Workload((900, 700), hidden=1024, num_topk=4))
+
+
+def test_outputs_are_kept_one_by_one(pool: Pool) -> None:
+    pool.run(lending.outputs_are_kept_one_by_one, 2, Workload((900, 900), hidden=2048, num_topk=4))
+
+
+def test_several_buffers(pool: Pool) -> None:
+    pool.run(lending.several_buffers, 3, Workload((9, 6, 7)))
+
+
+def test_dropped_by_another_thread(pool: Pool) -> None:
+    pool.run(lending.dropped_by_another_thread, 2, Workload((60, 45), hidden=512))
 
 
 def test_freed_rows_are_lent_again(pool: Pool) -> None:
@@ -111,5 +179,5 @@ def test_lend_names_what_is_wrong(pool: Pool) -> None:
         assert "no room for 1048577 bytes; num_lend_bytes is 1048576" in room
         assert negative == "shape[0] must be at least 0, got -1"
         assert fraction == "shape[0] must be an int, got float"
-        assert "build it with num_lend_bytes" in never
+        assert "this Buffer lends nothing; build it with a larger num_nvl_bytes" in never
         assert "num_lend_bytes must be a multiple of 128, got 100" in size

@@ -39,9 +39,9 @@ public:
         return text == "1";
     }
 
-    int64_t bytes(const char* name, int64_t multiple_of) const {
+    int64_t bytes(const char* name, int64_t multiple_of, int64_t fallback) const {
         const std::string text = value(name);
-        if (text.empty()) return 0;
+        if (text.empty()) return fallback;
         int64_t number = 0;
         EP_CHECK(parse(text, number) && number >= 0 && number % multiple_of == 0, name,
                  ": expected a number of bytes, a multiple of ", multiple_of, ", got '", text, "'");
@@ -90,7 +90,7 @@ Environment parse_environment(const std::function<std::optional<std::string>(con
     env.device = read.device("DEEP_EP_DEVICE");
     env.cost_model = read.text("DEEP_EP_COST_MODEL");
     env.num_sms = read.count("DEEP_EP_NUM_SMS", 1024, "a number of SMs");
-    env.lend_bytes = read.bytes("DEEP_EP_LEND_BYTES", 128);
+    env.lend_bytes = read.bytes("DEEP_EP_LEND_BYTES", 128, env.lend_bytes);
     env.check_calls = read.flag("DEEP_EP_CHECK_CALLS");
     env.cpu_sms = read.count("DEEP_EP_CPU_SMS", 1024, "a number of simulated SMs");
     return env;

@@ -10,13 +10,14 @@
 namespace deep_ep {
 
 struct Environment {
-    double timeout_s = 100;    // DEEP_EP_TIMEOUT_SECS: after so long a wait fails
-    double warn_s = 10;        // DEEP_EP_WARN_SECS: after so long a wait is reported
-    int ranks_per_node = 0;    // DEEP_EP_RANKS_PER_NODE: 0 = found from the machine
-    std::string device;        // DEEP_EP_DEVICE: "cpu", "cuda", or "" = chosen from what the machine has
-    std::string cost_model;    // DEEP_EP_COST_MODEL: a file of deep_ep.calibrate, "off", or "" = where it is stored
-    int num_sms = 0;           // DEEP_EP_NUM_SMS: SM budget of a call, 0 = what the caller or the model says
-    int64_t lend_bytes = 0;    // DEEP_EP_LEND_BYTES: what a Buffer lends where its caller does not say
+    double timeout_s = 100;  // DEEP_EP_TIMEOUT_SECS: after so long a wait fails
+    double warn_s = 10;      // DEEP_EP_WARN_SECS: after so long a wait is reported
+    int ranks_per_node = 0;  // DEEP_EP_RANKS_PER_NODE: 0 = found from the machine
+    std::string device;      // DEEP_EP_DEVICE: "cpu", "cuda", or "" = chosen from what the machine has
+    std::string cost_model;  // DEEP_EP_COST_MODEL: a file of deep_ep.calibrate, "off", or "" = where it is stored
+    int num_sms = 0;         // DEEP_EP_NUM_SMS: SM budget of a call, 0 = what the caller or the model says
+    int64_t lend_bytes =
+        -1;  // DEEP_EP_LEND_BYTES: what a Buffer lends where its caller does not say, -1 = a part of it
     bool check_calls = false;  // DEEP_EP_CHECK_CALLS: the ranks compare the arguments of every call
     int cpu_sms = 0;           // DEEP_EP_CPU_SMS: SMs that the CPU device claims to have, 0 = its default
 };

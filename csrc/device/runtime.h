@@ -4,6 +4,7 @@
 // the executor's objects on the CPU.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -64,6 +65,9 @@ public:
     virtual void destroy_stream(Stream stream) = 0;
     virtual void synchronize_stream(Stream stream) = 0;
     virtual StreamKind stream_kind(Stream stream) = 0;
+
+    // `stream` is being captured. What is returned becomes true when that graph, with everything made of it, is gone.
+    virtual std::shared_ptr<const std::atomic<bool>> watch_graph(Stream stream) = 0;
 
     virtual Event create_event() = 0;
     virtual void destroy_event(Event event) = 0;

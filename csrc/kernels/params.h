@@ -105,6 +105,11 @@ struct DispatchParams {
     int* recv_src_idx;   // null: the caller has it already
     int num_recv_rows;   // that the outputs hold
     bool is_worst_case;  // fewer may arrive: mark the rest
+    // Not null: the host has guessed the number of rows, and waits for what is exchanged here. Where more come than it has
+    // room for, the kernel ends without the rows, and with the call unfinished: the host launches the rest.
+    layout::HostCounts* counts;
+    uint64_t ticket;
+    int expert_alignment;
 };
 
 struct CombineParams {

@@ -128,4 +128,47 @@ struct WindowLayout {
     }
 };
 
+// How num_nvl_bytes is divided where nobody says what is lent: slots, copies of combine's weights, and what is lent. Equal on
+// every rank, and nothing is known yet of the rows that will come.
+struct DataSplit {
+    static constexpr uint64_t kAlignment = 512;
+    static constexpr uint64_t kWeightShare = 64;          // of the lent bytes, one in so many holds copies of weights
+    static constexpr uint64_t kMinSlotBytes = 512 << 10;  // for each peer; a region with fewer is slots throughout
+    // The calls that the proportion is made for: so many slots for each source, so many tokens of each rank.
+    static constexpr uint64_t kWindow = 640;
+    static constexpr uint64_t kTokens = 4096;
+    static constexpr int kTopk = 8;
+
+    uint64_t slot_bytes = 0, weight_bytes = 0, lend_bytes = 0;
+
+    // Rows that a rank receives in such a call when experts are drawn evenly, and an eighth more.
+    static constexpr uint64_t num_rows(uint64_t num_ranks) {
+        double missed = 1;  // the chance that none of a token's experts is on a given rank
+        for (int k = 0; k < kTopk; ++k) missed *= 1 - 1 / static_cast<double>(num_ranks);
+        return static_cast<uint64_t>(static_cast<double>(kTokens * num_ranks) * (1 - missed) * 9 / 8);
+    }
+    // The slots' share of the region, in 65536ths.
+    static constexpr uint64_t slot_share(uint64_t num_ranks) {
+        const uint64_t slots = kNumBanks * (num_ranks - 1) * kWindow;
+        return (slots << 16) / (slots + num_rows(num_ranks));
+    }
+    static constexpr DataSplit make(uint64_t data_bytes, uint64_t num_ranks) {
+        if (num_ranks < 2) return {data_bytes, 0, 0};
+        const uint64_t share = slot_share(num_ranks);
+        const uint64_t slots = align_up((data_bytes >> 16) * share + ((data_bytes & 0xffff) * share >> 16), kAlignment);
+        if (slots < (num_ranks - 1) * kMinSlotBytes) return {data_bytes, 0, 0};
+        const uint64_t rest = (data_bytes - slots) / kAlignment * kAlignment;
+        const uint64_t weights = align_up(rest / (kWeightShare + 1), kAlignment);
+        return {slots, weights, rest - weights};
+    }
+    // The smallest region with so many bytes of slots, and room to lend `lend_bytes`.
+    static constexpr uint64_t bytes_for(uint64_t slot_bytes, uint64_t lend_bytes, uint64_t num_ranks) {
+        if (num_ranks < 2) return slot_bytes;
+        const uint64_t share = slot_share(num_ranks);
+        const uint64_t lent = lend_bytes + lend_bytes / kWeightShare + 4 * kAlignment;
+        const uint64_t for_slots = (slot_bytes << 16) / share, for_lending = (lent << 16) / ((1 << 16) - share);
+        return align_up((for_slots > for_lending ? for_slots : for_lending) + kAlignment, kAlignment);
+    }
+};
+
 }  // namespace deep_ep::layout

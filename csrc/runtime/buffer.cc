@@ -18,7 +18,6 @@ constexpr int kMaxStages = 4;
 // Of a dispatch into lent rows over a link: with more, own rows and those of the peers get into each other's way
 // (docs/performance/intranode.md, step 19).
 constexpr int kMaxLentBlocks = 16;
-constexpr int kLentWeightShare = 64;         // of the lent bytes, one in so many holds copies of weights
 constexpr double kStartGraceSeconds = 30.0;  // for kernels queued before ours, on top of the kernel's own deadline
 
 // Host-mapped words are written by kernels; the host reads them as the other side of a release.
@@ -43,8 +42,9 @@ const BufferOptions& checked(const BufferOptions& options) {
              "num_data_bytes must be a multiple of 128, got ", options.num_data_bytes);
     EP_CHECK(options.num_low_latency_bytes >= 0 && options.num_low_latency_bytes % 128 == 0,
              "num_low_latency_bytes must be a multiple of 128, got ", options.num_low_latency_bytes);
-    EP_CHECK(options.num_lend_bytes >= 0 && options.num_lend_bytes % 128 == 0,
-             "num_lend_bytes must be a multiple of 128, got ", options.num_lend_bytes);
+    EP_CHECK(
+        options.num_lend_bytes == kLendPartOfData || (options.num_lend_bytes >= 0 && options.num_lend_bytes % 128 == 0),
+        "num_lend_bytes must be a multiple of 128, got ", options.num_lend_bytes);
     EP_CHECK(options.timeout_s > 0, "timeout_s must be positive, got ", options.timeout_s);
     return options;
 }
@@ -79,14 +79,9 @@ Buffer::Buffer(std::shared_ptr<dev::Device> device, const BufferOptions& options
       options_(checked(options)),
       kernels_(&table_for(device_->kind())),
       control_(layout::ControlLayout::make(static_cast<uint64_t>(options.num_ranks))) {
-    weights_offset_ = control_.bytes + static_cast<uint64_t>(options_.num_data_bytes + options_.num_low_latency_bytes);
-    const auto num_lend_bytes = static_cast<uint64_t>(options_.num_lend_bytes);
-    num_weight_bytes_ = layout::align_up(num_lend_bytes / kLentWeightShare, LendPool::kAlignment);
-    lend_offset_ = weights_offset_ + num_weight_bytes_;
-    lend_pool_ = std::make_shared<LendPool>(num_lend_bytes);
-    const uint64_t heap_bytes = lend_offset_ + num_lend_bytes;
+    divide_heap();
     mailbox_ = std::make_shared<comm::Mailbox>(options_.rank, options_.num_ranks);
-    heap_ = std::make_unique<comm::SymmetricHeap>(device_, mailbox_, options_.num_ranks, heap_bytes);
+    heap_ = std::make_unique<comm::SymmetricHeap>(device_, mailbox_, options_.num_ranks, num_heap_bytes_);
     status_memory_ = device_->allocate_host_mapped(sizeof(layout::HostStatus));
     counts_memory_ = device_->allocate_host_mapped(sizeof(layout::HostCounts));
     status_ = static_cast<layout::HostStatus*>(status_memory_.host);
@@ -99,6 +94,29 @@ Buffer::Buffer(std::shared_ptr<dev::Device> device, const BufferOptions& options
     // Here, not when first needed: that may be while a CUDA graph is captured.
     layout_partials_ = static_cast<int*>(
         device_->allocate(sizeof(int) * kernels::kMaxLayoutBlocks * static_cast<size_t>(max_layout_counts())));
+}
+
+// What is lent is a part of the data region, or a region of its own behind everything else.
+void Buffer::divide_heap() {
+    const auto num_data_bytes = static_cast<uint64_t>(options_.num_data_bytes);
+    const uint64_t end = control_.bytes + num_data_bytes + static_cast<uint64_t>(options_.num_low_latency_bytes);
+    layout::DataSplit split{num_data_bytes, 0, 0};
+    weights_offset_ = end;
+    num_heap_bytes_ = end;
+    if (options_.num_lend_bytes == kLendPartOfData) {
+        split = layout::DataSplit::make(num_data_bytes, static_cast<uint64_t>(options_.num_ranks));
+        weights_offset_ = control_.bytes + split.slot_bytes;
+    } else if (options_.num_lend_bytes > 0) {
+        split.lend_bytes = static_cast<uint64_t>(options_.num_lend_bytes);
+        split.weight_bytes =
+            layout::align_up(split.lend_bytes / layout::DataSplit::kWeightShare, layout::DataSplit::kAlignment);
+        weights_offset_ = layout::align_up(end, layout::DataSplit::kAlignment);
+        num_heap_bytes_ = weights_offset_ + split.weight_bytes + split.lend_bytes;
+    }
+    num_slot_bytes_ = split.slot_bytes;
+    num_weight_bytes_ = split.weight_bytes;
+    lend_offset_ = weights_offset_ + num_weight_bytes_;
+    lender_ = std::make_shared<Lender>(device_, split.lend_bytes);
 }
 
 // Ranks and experts that one layout kernel can count: a block keeps all counts in shared memory.
@@ -197,19 +215,28 @@ kernels::Geometry Buffer::plan_combine(int num_sms, const layout::SlotLayout& sl
     return can_stage ? staged : plain;
 }
 
-std::unique_ptr<LentMemory> Buffer::lend(int64_t num_bytes) {
+std::vector<std::unique_ptr<LentMemory>> Buffer::lend(const std::vector<int64_t>& sizes, dev::Stream stream,
+                                                      bool is_captured) {
     require_usable();
-    EP_CHECK(num_bytes > 0, "num_bytes must be positive, got ", num_bytes);
-    const std::optional<uint64_t> offset = lend_pool_->take(static_cast<uint64_t>(num_bytes));
-    if (!offset.has_value()) return nullptr;
-    return std::make_unique<LentMemory>(lend_pool_, *offset, heap_->local() + lend_offset_ + *offset, heap_->lease());
+    for (int64_t size : sizes) EP_CHECK(size > 0, "every size must be positive, got ", size);
+    const std::vector<uint64_t> wanted(sizes.begin(), sizes.end());
+    std::vector<std::unique_ptr<LentMemory>> lent;
+    for (uint64_t offset : is_captured ? lender_->take_for_graph(wanted, stream) : lender_->take(wanted, stream))
+        lent.push_back(
+            std::make_unique<LentMemory>(lender_, offset, heap_->local() + lend_offset_ + offset, heap_->lease()));
+    return lent;
+}
+
+std::unique_ptr<LentMemory> Buffer::lend(int64_t num_bytes) {
+    std::vector<std::unique_ptr<LentMemory>> lent = lend(std::vector<int64_t>{num_bytes}, nullptr, false);
+    return lent.empty() ? nullptr : std::move(lent.front());
 }
 
 // From the start of the heap; 0: the address is not in the part that is lent.
 uint64_t Buffer::lent_offset(const void* address) const {
     const auto begin = reinterpret_cast<uintptr_t>(heap_->local() + lend_offset_);
     const auto at = reinterpret_cast<uintptr_t>(address);
-    return at < begin || at >= begin + lend_pool_->num_bytes() ? 0 : at - begin + lend_offset_;
+    return at < begin || at >= begin + lender_->num_bytes() ? 0 : at - begin + lend_offset_;
 }
 
 layout::Loan Buffer::loan_for(const DispatchArgs& args) const {
@@ -237,13 +264,20 @@ layout::Loan Buffer::loan_for(const CombineArgs& args) const {
     return loan;
 }
 
+// The smallest data region with which calls of such slots work.
+uint64_t Buffer::num_data_bytes_for(const layout::SlotLayout& slot) const {
+    const auto num_ranks = static_cast<uint64_t>(options_.num_ranks);
+    const uint64_t slots = layout::WindowLayout::bytes_for(num_ranks, slot.bytes, 1);
+    const bool is_divided = num_slot_bytes_ < static_cast<uint64_t>(options_.num_data_bytes);
+    return is_divided ? layout::DataSplit::bytes_for(slots, 0, num_ranks) : slots;
+}
+
 layout::WindowLayout Buffer::window_for(const layout::SlotLayout& slot, const char* operation) const {
     const auto num_ranks = static_cast<uint64_t>(options_.num_ranks);
-    const auto window =
-        layout::WindowLayout::make(static_cast<uint64_t>(options_.num_data_bytes), num_ranks, slot.bytes);
+    const auto window = layout::WindowLayout::make(num_slot_bytes_, num_ranks, slot.bytes);
     EP_CHECK(options_.num_ranks == 1 || window.window > 0, "num_nvl_bytes is too small for this ", operation,
-             ": expected at least ", layout::WindowLayout::bytes_for(num_ranks, slot.bytes, 1), ", got ",
-             options_.num_data_bytes, " (see Config.get_nvl_buffer_size_hint)");
+             ": expected at least ", num_data_bytes_for(slot), ", got ", options_.num_data_bytes,
+             " (see Config.get_nvl_buffer_size_hint)");
     return window;
 }
 
@@ -339,12 +373,18 @@ layout::WindowLayout Buffer::check_dispatch_rows(int num_tokens, int64_t row_byt
 void Buffer::dispatch(const DispatchArgs& args, int num_sms, dev::Stream stream) {
     check();
     const bool exchanges_counts = args.num_tokens_per_rank != nullptr;
+    const bool tells_host = args.expert_alignment > 0;
     if (exchanges_counts) check_counted_experts(args.num_experts);
+    EP_CHECK(exchanges_counts || !tells_host, "expert_alignment: the counts of this call have been exchanged before");
     const auto slot =
         layout::SlotLayout::for_dispatch(static_cast<uint64_t>(args.row_bytes), static_cast<uint64_t>(args.num_topk),
                                          static_cast<uint64_t>(args.num_scales));
     const layout::WindowLayout window = check_dispatch_rows(args.num_tokens, args.row_bytes, slot);
     const layout::Loan loan = loan_for(args);
+    if (tells_host) {
+        ++ticket_;
+        num_local_experts_ = args.num_experts / options_.num_ranks;
+    }
     announce(stream, false);
     kernels_->dispatch({.heap = heap_params(),
                         .watch = watch_params(),
@@ -377,7 +417,10 @@ void Buffer::dispatch(const DispatchArgs& args, int num_sms, dev::Stream stream)
                         .recv_topk_weights = args.recv_topk_weights,
                         .recv_src_idx = args.recv_src_idx,
                         .num_recv_rows = args.num_recv_rows,
-                        .is_worst_case = args.is_worst_case},
+                        .is_worst_case = args.is_worst_case,
+                        .counts = tells_host ? static_cast<layout::HostCounts*>(counts_memory_.device) : nullptr,
+                        .ticket = ticket_,
+                        .expert_alignment = args.expert_alignment},
                        stream);
 }
 

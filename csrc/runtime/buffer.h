@@ -13,9 +13,11 @@
 #include "device/runtime.h"
 #include "kernels/kernel_table.h"
 #include "runtime/failure.h"
-#include "runtime/lend_pool.h"
+#include "runtime/lender.h"
 
 namespace deep_ep::runtime {
+
+constexpr int64_t kLendPartOfData = -1;
 
 struct BufferOptions {
     int rank;
@@ -25,25 +27,7 @@ struct BufferOptions {
     double timeout_s;
     double warn_s;
     bool is_shrinkable;          // low latency: a peer that does not come is masked
-    int64_t num_lend_bytes = 0;  // for tensors that peers write and read in place
-};
-
-// A piece of a rank's heap that peers can reach, in use as a tensor. It keeps the heap allocated.
-class LentMemory {
-public:
-    LentMemory(std::shared_ptr<LendPool> pool, uint64_t offset, uint8_t* address, std::shared_ptr<const void> lease)
-        : pool_(std::move(pool)), offset_(offset), address_(address), lease_(std::move(lease)) {}
-    ~LentMemory() { pool_->give_back(offset_); }
-    LentMemory(const LentMemory&) = delete;
-    LentMemory& operator=(const LentMemory&) = delete;
-
-    uint8_t* address() const { return address_; }
-
-private:
-    std::shared_ptr<LendPool> pool_;
-    uint64_t offset_;
-    uint8_t* address_;
-    std::shared_ptr<const void> lease_;
+    int64_t num_lend_bytes = 0;  // for tensors that peers write and read in place; kLendPartOfData: some of the data
 };
 
 struct LayoutArgs {
@@ -88,6 +72,9 @@ struct DispatchArgs {
     int* recv_src_idx;
     int num_recv_rows;
     bool is_worst_case;
+    // > 0 where this call exchanges the counts: num_recv_rows is a guess, and wait_counts() must follow. Where it returns
+    // more rows, nothing has moved: the same call again, as after notify_dispatch, with room for them.
+    int expert_alignment = 0;
 };
 
 struct CombineArgs {
@@ -171,9 +158,15 @@ public:
     void dispatch(const DispatchArgs& args, int num_sms, dev::Stream stream);
     void combine(const CombineArgs& args, int num_sms, dev::Stream stream);
 
-    // Memory for outputs of dispatch and inputs of combine that peers reach in place; null: there is no room now. The
-    // memory may be used again as soon as the result is dropped, so what still runs on it then is the caller's business.
+    // Memory for outputs of dispatch and inputs of combine that peers reach in place, for later work on `stream`: a piece of
+    // each size, or none where there is no room for all. See Lender for what callers have to see to. Where `stream` is
+    // captured, the graph owns the memory.
+    std::vector<std::unique_ptr<LentMemory>> lend(const std::vector<int64_t>& sizes, dev::Stream stream,
+                                                  bool is_captured);
+    // One piece, or null; for work in the order of calls.
     std::unique_ptr<LentMemory> lend(int64_t num_bytes);
+    int64_t num_lend_bytes() const { return static_cast<int64_t>(lender_->num_bytes()); }
+    void note_stream(dev::Stream stream, bool is_ours) { lender_->note_stream(stream, is_ours); }
 
     // Low latency: both phases in one launch, or two launches: a send phase returns the ticket that its receive phase
     // needs. At most two calls may be open (sent, not received) at a time.
@@ -217,6 +210,7 @@ public:
     void destroy(double timeout_s) noexcept;
 
 private:
+    void divide_heap();
     void require_usable() const;
     void fail_unfinished(const std::string& text, bool is_low_latency);
     void announce(dev::Stream stream, bool is_low_latency);
@@ -239,9 +233,10 @@ private:
     uint64_t lent_offset(const void* address) const;
     layout::Loan loan_for(const DispatchArgs& args) const;
     layout::Loan loan_for(const CombineArgs& args) const;
-    bool may_lend() const { return options_.num_lend_bytes > 0 && options_.num_ranks > 1; }
+    bool may_lend() const { return num_lend_bytes() > 0 && options_.num_ranks > 1; }
     int stage_room(int state_bytes) const;  // dynamic shared memory that a block can have
     int max_layout_counts() const;
+    uint64_t num_data_bytes_for(const layout::SlotLayout& slot) const;
     layout::WindowLayout window_for(const layout::SlotLayout& slot, const char* operation) const;
 
     std::shared_ptr<dev::Device> device_;
@@ -250,9 +245,11 @@ private:
     layout::ControlLayout control_;
     std::shared_ptr<comm::Mailbox> mailbox_;
     std::unique_ptr<comm::SymmetricHeap> heap_;
-    // In the heap, after the data of both modes: a copy of combine's weights, then what is lent.
+    uint64_t num_heap_bytes_ = 0;
+    uint64_t num_slot_bytes_ = 0;  // of the data region, from its start
+    // In the heap, behind the slots or behind the data of both modes: a copy of combine's weights, then what is lent.
     uint64_t weights_offset_ = 0, num_weight_bytes_ = 0, lend_offset_ = 0;
-    std::shared_ptr<LendPool> lend_pool_;
+    std::shared_ptr<Lender> lender_;
     dev::HostMapped status_memory_, counts_memory_;
     layout::HostStatus* status_ = nullptr;
     layout::HostCounts* counts_ = nullptr;

@@ -12,6 +12,7 @@ namespace {
 // Metadata that a hint allows for: top-k 16, and one 4-byte scale for 128 bfloat16 elements.
 constexpr uint64_t kHintTopk = 16;
 constexpr uint64_t kHintBytesPerScale = 256;
+constexpr uint64_t kHintLentTopk = layout::DataSplit::kTopk;
 constexpr int kMaxHintRanks = 1 << 16;
 
 void check_hint(int64_t hidden_bytes, int num_ranks) {
@@ -52,8 +53,11 @@ int64_t Config::get_nvl_buffer_size_hint(int64_t hidden_bytes, int num_ranks) co
     check_hint(hidden_bytes, num_ranks);
     const auto row_bytes = layout::align_up(static_cast<uint64_t>(hidden_bytes), 16);
     const auto slot = layout::SlotLayout::for_dispatch(row_bytes, kHintTopk, row_bytes / kHintBytesPerScale);
-    return static_cast<int64_t>(
-        layout::WindowLayout::bytes_for(static_cast<uint64_t>(num_ranks), slot.bytes, static_cast<uint64_t>(window())));
+    const auto ranks = static_cast<uint64_t>(num_ranks);
+    const uint64_t slots = layout::WindowLayout::bytes_for(ranks, slot.bytes, static_cast<uint64_t>(window()));
+    const uint64_t metadata_bytes = kHintLentTopk * (sizeof(int64_t) + sizeof(float)) + sizeof(int);
+    const uint64_t lent = layout::DataSplit::num_rows(ranks) * (row_bytes + metadata_bytes);
+    return static_cast<int64_t>(layout::DataSplit::bytes_for(slots, lent, ranks));
 }
 
 int64_t Config::get_rdma_buffer_size_hint(int64_t hidden_bytes, int num_ranks) const {

@@ -24,7 +24,6 @@ std::optional<uint64_t> LendPool::take(uint64_t num_bytes) {
     EP_CHECK(num_bytes > 0, "num_bytes must be positive, got 0");
     const uint64_t size = layout::align_up(num_bytes, kAlignment);
     const bool from_top = size <= kSmallBytes;
-    const std::lock_guard lock(mutex_);
     auto found = gaps_.end();
     for (auto gap = gaps_.begin(); gap != gaps_.end(); ++gap) {
         if (gap->second < size) continue;
@@ -37,12 +36,31 @@ std::optional<uint64_t> LendPool::take(uint64_t num_bytes) {
     return offset;
 }
 
-void LendPool::give_back(uint64_t offset) {
-    const std::lock_guard lock(mutex_);
+std::map<uint64_t, uint64_t>::iterator LendPool::piece_at(uint64_t offset) {
     const auto piece = taken_.find(offset);
     EP_CHECK(piece != taken_.end(), "nothing was taken at offset ", offset);
-    auto gap = gaps_.emplace(offset, piece->second).first;
+    return piece;
+}
+
+void LendPool::shrink(uint64_t offset, uint64_t num_bytes) {
+    const auto piece = piece_at(offset);
+    const uint64_t kept = layout::align_up(num_bytes, kAlignment);
+    EP_CHECK(num_bytes > 0 && kept <= piece->second, "a piece of ", piece->second, " bytes cannot shrink to ",
+             num_bytes);
+    const uint64_t rest = piece->second - kept;
+    piece->second = kept;
+    if (rest > 0) free(offset + kept, rest);
+}
+
+void LendPool::give_back(uint64_t offset) {
+    const auto piece = piece_at(offset);
+    const uint64_t size = piece->second;
     taken_.erase(piece);
+    free(offset, size);
+}
+
+void LendPool::free(uint64_t offset, uint64_t num_bytes) {
+    auto gap = gaps_.emplace(offset, num_bytes).first;
     if (const auto next = std::next(gap); next != gaps_.end() && gap->first + gap->second == next->first) {
         gap->second += next->second;
         gaps_.erase(next);
@@ -54,8 +72,9 @@ void LendPool::give_back(uint64_t offset) {
     gaps_.erase(gap);
 }
 
+uint64_t LendPool::size_of(uint64_t offset) const { return taken_.at(offset); }
+
 uint64_t LendPool::num_bytes_taken() const {
-    const std::lock_guard lock(mutex_);
     return std::accumulate(taken_.begin(), taken_.end(), uint64_t{0},
                            [](uint64_t sum, const auto& piece) { return sum + piece.second; });
 }

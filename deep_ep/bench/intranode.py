@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from deep_ep import Buffer, Config
+from deep_ep import Buffer, Config, _env
 from deep_ep.bench.comparison import Inputs, choose_backend, comparisons
 from deep_ep.bench.graphs import EMPTY_GRAPHS, capture, capture_together
 from deep_ep.bench.host import NUM_TOKENS
@@ -106,6 +106,9 @@ class Workload:
     def _combines(self, dispatch_config: Config, num_sms: int) -> Iterator[Operation]:
         config = Buffer.get_combine_config(self.shape.num_ranks)
         received = [self._fresh(self._bf16, dispatch_config, 0, i) for i in range(len(self._bf16))]
+        if not _env.lend_bytes():  # experts' outputs are in torch's memory; where that is asked for, they are lent
+            received = [(rows.clone(), None, weights.clone(), None, handle, None)
+                        for rows, _, weights, _, handle, _ in received]
 
         def combine(has_weights: bool, bias: Any, i: int) -> object:
             rows, _, weights, _, handle, _ = received[i % len(received)]

@@ -124,6 +124,26 @@ std::string worst_cases_lent(uint64_t seed) {
     return round_trip(world, problem);
 }
 
+// The hosts guess how many rows come: both have room, or rank 1 has not and goes on in a second kernel.
+std::string guess(uint64_t seed, int num_spare_rows) {
+    Problem problem = small_problem(seed, 0b11);
+    problem.num_sms = 2;
+    World world = make_world(2, seeded(seed), small_device(seed));
+    auto ranks = make_inputs(problem);
+    world.layout(problem, ranks);
+    for (int i = 0; i < 2; ++i) {
+        world.dispatch_guessed(problem, ranks, {1, num_spare_rows}, i == 0);
+        if (std::string difference = check_dispatch(problem, ranks); !difference.empty()) return difference;
+        world.combine(problem, ranks);
+        if (std::string difference = check_combine(problem, ranks); !difference.empty()) return difference;
+    }
+    return "";
+}
+
+std::string guess_with_room(uint64_t seed) { return guess(seed, 2); }
+
+std::string guess_too_small(uint64_t seed) { return guess(seed, -1); }
+
 // Rank 1 lends too few rows: rank 0 must not begin.
 std::string refused_loan(uint64_t seed) {
     const Problem problem = small_problem(seed, 0b11);
@@ -196,6 +216,8 @@ std::string absent_borrower(uint64_t seed) {
 
 constexpr Scenario kScenarios[] = {
     {"both_lend", both_lend},
+    {"guess_with_room", guess_with_room},
+    {"guess_too_small", guess_too_small},
     {"one_lends", one_lends},
     {"weights_of_a_lender", weights_of_a_lender},
     {"two_blocks", two_blocks},

@@ -67,8 +67,8 @@ def test_constants_have_the_declared_types() -> None:
 
 def test_properties_have_the_declared_types() -> None:
     objects = {"Device": deep_ep_cpp.Device(-1), "Config": deep_ep_cpp.Config()}
-    objects["Buffer"] = deep_ep_cpp.Buffer(objects["Device"], 0, 1, 128, 10.0, 5.0, num_lend_bytes=128)
-    objects["LentMemory"] = objects["Buffer"].lend(128)
+    objects["Buffer"] = deep_ep_cpp.Buffer(objects["Device"], 0, 1, 128, 10.0, 5.0, num_lend_bytes=512)
+    objects["LentMemory"] = objects["Buffer"].lend([512], 0, False)[0]
     for (owner, name), node in METHODS.items():
         if is_property(node) and not name.endswith("_ptr"):
             assert isinstance(node.returns, ast.Name)

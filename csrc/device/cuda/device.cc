@@ -74,6 +74,7 @@ public:
     void synchronize_stream(Stream stream) override;
     StreamKind stream_kind(Stream stream) override;
 
+    std::shared_ptr<const std::atomic<bool>> watch_graph(Stream stream) override;
     Event create_event() override;
     void destroy_event(Event event) override;
     void record_event(Event event, Stream stream) override;
@@ -340,6 +341,32 @@ StreamKind CudaDevice::stream_kind(Stream handle) {
     return stream == cudaStreamPerThread ? StreamKind::kAmbiguous : StreamKind::kPlain;
 }
 
+// A graph owns what it retains, and so does everything that is instantiated from it.
+std::shared_ptr<const std::atomic<bool>> CudaDevice::watch_graph(Stream stream) {
+    using Flag = std::shared_ptr<std::atomic<bool>>;
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    unsigned long long id = 0;
+    cudaGraph_t graph = nullptr;
+#if CUDART_VERSION >= 13000
+    EP_CUDA(
+        cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, &id, &graph, nullptr, nullptr, nullptr));
+#else
+    EP_CUDA(cudaStreamGetCaptureInfo_v2(static_cast<cudaStream_t>(stream), &status, &id, &graph, nullptr, nullptr));
+#endif
+    EP_CHECK(status == cudaStreamCaptureStatusActive && graph != nullptr, "the stream is not being captured");
+    const Flag is_gone = std::make_shared<std::atomic<bool>>(false);
+    auto held = std::make_unique<Flag>(is_gone);
+    const auto on_destroy = [](void* data) {  // on a thread of the driver, where CUDA must not be called
+        const std::unique_ptr<Flag> flag(static_cast<Flag*>(data));
+        (*flag)->store(true, std::memory_order_release);
+    };
+    cudaUserObject_t object = nullptr;
+    EP_CUDA(cudaUserObjectCreate(&object, held.get(), on_destroy, 1, cudaUserObjectNoDestructorSync));
+    held.release();
+    EP_CUDA(cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove));
+    return is_gone;
+}
+
 Event CudaDevice::create_event() {
     const DeviceGuard guard(index_);
     const RelaxedCaptureGuard relaxed;
@@ -365,6 +392,7 @@ void CudaDevice::stream_wait_event(Stream stream, Event event) {
 
 void CudaDevice::synchronize_event(Event event) {
     const DeviceGuard guard(index_);
+    const RelaxedCaptureGuard relaxed;
     EP_CUDA(cudaEventSynchronize(static_cast<cudaEvent_t>(event)));
 }
 

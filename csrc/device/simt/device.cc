@@ -157,6 +157,10 @@ void SimtDevice::synchronize_stream(dev::Stream handle) {
     hb::acquire(stream.done);
 }
 
+std::shared_ptr<const std::atomic<bool>> SimtDevice::watch_graph(dev::Stream) {
+    throw Error("the CPU device captures no graphs");
+}
+
 dev::Event SimtDevice::create_event() {
     hb::Quiet quiet;
     return new EventHandle(std::make_shared<EventState>());

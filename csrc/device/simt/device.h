@@ -51,6 +51,7 @@ public:
     void destroy_stream(dev::Stream stream) override;
     void synchronize_stream(dev::Stream stream) override;
     dev::StreamKind stream_kind(dev::Stream) override { return dev::StreamKind::kPlain; }
+    std::shared_ptr<const std::atomic<bool>> watch_graph(dev::Stream) override;
     dev::Event create_event() override;
     void destroy_event(dev::Event event) override;
     void record_event(dev::Event event, dev::Stream stream) override;

@@ -461,15 +461,19 @@ struct Kernel {
     }
 
     static EP_DEVICE void run(const Params& p, Shared& shared) {
-        const bool has_begun = begin(p, shared);
+        const Begun begun = begin(p, shared);
         const algo::Watch watch = make_watch(p, shared.call);
-        if (has_begun) {
+        const bool is_last_warp = prim::warp_idx() == static_cast<int>(blockDim.x) / kWarpSize - 1;
+        if (p.counts != nullptr && begun != Begun::kFailed && blockIdx.x == 0 && is_last_warp)
+            tell_host(p, watch, shared.rows);
+        if (begun == Begun::kShort) return;  // the host launches the rest of the call
+        if (begun == Begun::kReady) {
             const algo::Ring ring(watch, p.window);
             const Context context{p, watch, ring, shared.rows};
             if (p.is_worst_case) mark_unused_rows(context);
             work(context, &shared.next_item, shared.frame);
         }
-        finish_call(watch, has_begun, p.may_lend, p.loan.x != 0, shared.frame, [&] { void_outputs(p); });
+        finish_call(watch, begun == Begun::kReady, p.may_lend, p.loan.x != 0, shared.frame, [&] { void_outputs(p); });
     }
 };
 

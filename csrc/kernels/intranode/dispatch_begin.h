@@ -20,6 +20,7 @@ struct BlockState {
     uint64_t call;
     FrameState frame;
     uint32_t is_unlearned;  // not zero: where some rank's rows stand is not known, or they have no room
+    int is_short;           // not zero: more rows come than the host has guessed
     RowTable rows;
     int next_item;  // of the block's tokens: to be sent next
     ScanTile tiles[2];
@@ -29,7 +30,9 @@ static_assert(sizeof(BlockState) <= kMaxDispatchState);
 // One warp of each block.
 EP_DEVICE bool enter(const DispatchParams& p, const algo::Watch& watch) {
     if (!enter_call(watch, p.is_first_kernel)) return false;
-    if (p.may_lend && blockIdx.x == 0) algo::state_loan(watch, p.loan);
+    if (p.counts != nullptr && blockIdx.x == 0 && prim::lane_idx() == 0)
+        prim::store<prim::Order::kRelaxed, prim::Scope::kSys>(&p.counts->entered, p.ticket);
+    if (p.may_lend && p.counts == nullptr && blockIdx.x == 0) algo::state_loan(watch, p.loan);
     return true;
 }
 
@@ -88,13 +91,40 @@ EP_DEVICE bool learn_of(const DispatchParams& p, const algo::Watch& watch, int r
            (rank != watch.heap.rank() || has_room(watch, p.num_recv_rows, rows.total_rows_at(rank)));
 }
 
+// All threads, where the host has guessed how many rows come: whether they fit. Only then are the outputs lent; otherwise
+// the host lends others in the same call. False: a wait failed.
+EP_DEVICE bool check_guess(const DispatchParams& p, const algo::Watch& watch, BlockState& state) {
+    if (threadIdx.x == 0) {
+        int num_rows = 0;
+        const bool is_known = accumulate_rank_counts(watch, watch.heap.rank(), [&](int, int sum) { num_rows = sum; });
+        state.is_short = is_known && num_rows > p.num_recv_rows ? 1 : 0;
+        if (!is_known) prim::store<prim::Order::kRelaxed, prim::Scope::kCta>(&state.is_unlearned, 1u);
+    }
+    __syncthreads();
+    if (state.is_unlearned != 0) return false;
+    if (state.is_short == 0 && p.may_lend && blockIdx.x == 0 && prim::warp_idx() == 0) algo::state_loan(watch, p.loan);
+    return true;
+}
+
+// One warp of one block, where the host waits.
+EP_DEVICE void tell_host(const DispatchParams& p, const algo::Watch& watch, const RowTable& rows) {
+    const bool is_told =
+        tell_expert_counts(watch, p.counts, p.num_local_experts, p.expert_alignment, prim::lane_idx(), kWarpSize);
+    if (!__all_sync(prim::kFullMask, is_told)) return;
+    __syncwarp();  // every lane's counts, one lane's release
+    if (prim::lane_idx() == 0) tell_num_rows(p.counts, rows.num_rows(watch.heap.num_ranks()), p.ticket);
+}
+
 EP_DEVICE algo::Watch make_watch(const DispatchParams& p, uint64_t call) {
     return make_watch(p.watch, p.heap, layout::Operation::kDispatch, call);
 }
 
-// All threads of the block. False: do nothing but finish the call. Its number goes on through shared memory: kept in
-// registers through all this, it would be spilled.
-EP_DEVICE bool begin(const DispatchParams& p, BlockState& state) {
+// How a block has begun. kFailed: do nothing but finish the call. kShort: more rows come than the host has room for.
+enum class Begun { kReady, kFailed, kShort };
+
+// All threads of the block. The call's number goes on through shared memory: kept in registers through all this, it would
+// be spilled.
+EP_DEVICE Begun begin(const DispatchParams& p, BlockState& state) {
     const algo::Watch watch = make_watch(p, algo::current_call(p.watch.local));
     const auto thread = static_cast<int>(threadIdx.x);
     const auto num_threads = static_cast<int>(blockDim.x);
@@ -106,6 +136,7 @@ EP_DEVICE bool begin(const DispatchParams& p, BlockState& state) {
             state.frame = {is_ok ? 1 : 0, 0, {}};
             state.is_unlearned = 0;
             state.next_item = 0;
+            state.is_short = 0;
         }
     }
     if (exchanges && blockIdx.x == 0 && prim::warp_idx() == (num_threads > kWarpSize ? 1 : 0))
@@ -113,16 +144,20 @@ EP_DEVICE bool begin(const DispatchParams& p, BlockState& state) {
     if (p.is_token_in_rank != nullptr)
         scan_columns({p.is_token_in_rank, p.send_head, p.num_tokens, watch.heap.num_ranks()}, state.tiles);
     __syncthreads();
-    if (state.frame.is_ready == 0) return false;
+    if (state.frame.is_ready == 0) return Begun::kFailed;
     // Nobody waits for these here, but the host of a peer may.
     if (exchanges && blockIdx.x == 0)
         write_expert_counts(watch, p.num_tokens_per_expert, p.num_local_experts, thread, num_threads);
+    if (p.counts != nullptr && !check_guess(p, watch, state)) return Begun::kFailed;
+    const bool is_short = state.is_short != 0;
     // The last threads: the first ones are still busy with that.
-    for (int rank = num_threads - 1 - thread; rank < watch.heap.num_ranks(); rank += num_threads)
-        if (!learn_of(p, watch, rank, state.rows))
+    for (int rank = num_threads - 1 - thread; rank < watch.heap.num_ranks(); rank += num_threads) {
+        // A peer that is short as well lends only when this kernel has ended.
+        if (!(is_short ? learn_rows(p, watch, rank, state.rows) : learn_of(p, watch, rank, state.rows)))
             prim::store<prim::Order::kRelaxed, prim::Scope::kCta>(&state.is_unlearned, 1u);
+    }
     __syncthreads();
-    return state.is_unlearned == 0;
+    return state.is_unlearned != 0 ? Begun::kFailed : is_short ? Begun::kShort : Begun::kReady;
 }
 
 }  // namespace EP_BACKEND

@@ -92,5 +92,27 @@ EP_DEVICE bool accumulate_expert_counts(const algo::Watch& watch, int local_expe
         watch, [&](int source) { return heap.expert_count(heap.rank(), bank, source, local_expert); }, store);
 }
 
+// Threads `first`, `first + step`, ...: to the host, the entries for our experts.
+EP_DEVICE bool tell_expert_counts(const algo::Watch& watch, layout::HostCounts* counts, int num_local_experts,
+                                  int expert_alignment, int first, int step) {
+    bool is_ok = true;
+    for (int e = first; e < num_local_experts; e += step) {
+        int total = 0;
+        is_ok &= accumulate_expert_counts(watch, e, [&](int, int sum) { total = sum; });
+        const int aligned = (total + expert_alignment - 1) / expert_alignment * expert_alignment;
+        prim::store<prim::Order::kRelaxed, prim::Scope::kSys>(&counts->num_recv_per_expert[e], aligned);
+    }
+    return is_ok;
+}
+
+// One thread, last, after a barrier of those that have told the host the rest.
+EP_DEVICE void tell_num_rows(layout::HostCounts* counts, int64_t num_rows, uint64_t ticket) {
+    using prim::Order;
+    using prim::Scope;
+    prim::store<Order::kRelaxed, Scope::kSys>(&counts->num_recv_tokens, num_rows);
+    // Pairs with: Buffer::wait_counts on the host.
+    prim::store<Order::kRelease, Scope::kSys>(&counts->ready, ticket);
+}
+
 }  // namespace EP_BACKEND
 }  // namespace deep_ep::kernels

@@ -51,25 +51,6 @@ struct Kernel {
         return is_ok;
     }
 
-    static EP_DEVICE bool count_entries(const Params& p, const algo::Watch& watch) {
-        bool is_ok = true;
-        for (int e = static_cast<int>(threadIdx.x); e < p.num_local_experts; e += num_threads()) {
-            int total = 0;
-            is_ok &= accumulate_expert_counts(watch, e, [&](int, int sum) { total = sum; });
-            const int aligned = (total + p.expert_alignment - 1) / p.expert_alignment * p.expert_alignment;
-            prim::store<Order::kRelaxed, Scope::kSys>(&p.counts->num_recv_per_expert[e], aligned);
-        }
-        return is_ok;
-    }
-
-    static EP_DEVICE void tell_host(const Params& p, const algo::Heap& heap) {
-        const int last_row = (heap.num_ranks() - 1) * heap.num_ranks();
-        prim::store<Order::kRelaxed, Scope::kSys>(&p.counts->num_recv_tokens,
-                                                  static_cast<int64_t>(p.rank_prefix_matrix[last_row + heap.rank()]));
-        // Pairs with: Buffer::wait_counts on the host.
-        prim::store<Order::kRelease, Scope::kSys>(&p.counts->ready, p.ticket);
-    }
-
     static EP_DEVICE void run(const Params& p, Shared& shared) {
         const algo::Watch watch =
             make_watch(p.watch, p.heap, layout::Operation::kNotifyDispatch, algo::current_call(p.watch.local));
@@ -79,9 +60,12 @@ struct Kernel {
             write_rank_count(watch, rank, p.num_tokens_per_rank[rank]);
         write_expert_counts(watch, p.num_tokens_per_expert, p.num_local_experts, thread, num_threads());
         const bool has_matrix = fill_matrix(p, watch);
-        const bool has_counts = count_entries(p, watch);
+        const bool has_counts =
+            tell_expert_counts(watch, p.counts, p.num_local_experts, p.expert_alignment, thread, num_threads());
         // Everybody's counts and sums, one thread's release.
-        if (all_threads(has_matrix && has_counts, shared) && threadIdx.x == 0) tell_host(p, watch.heap);
+        if (!all_threads(has_matrix && has_counts, shared) || threadIdx.x != 0) return;
+        const int last_row = (watch.heap.num_ranks() - 1) * watch.heap.num_ranks();
+        tell_num_rows(p.counts, p.rank_prefix_matrix[last_row + watch.heap.rank()], p.ticket);
     }
 };
 

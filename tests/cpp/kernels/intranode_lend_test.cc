@@ -156,6 +156,75 @@ TEST_CASE("weights that have no room for a copy take the input through slots") {
                      {.lend_bytes = 1 << 16});
 }
 
+// In one kernel, while the host waits; or in two, where some ranks' guesses were too small.
+TEST_CASE("guessed numbers of rows: enough, too small, none at all, on some ranks or all, lent or not") {
+    for (uint32_t lending : {0u, 2u, 7u})
+        for (const std::vector<int>& spare : std::vector<std::vector<int>>{
+                 {0, 5, 1}, {-1, 3, 0}, {-2, -1, -3}, {2, -100, 4}, {-100, -100, -100}, {0, 0, -1}})
+            for (uint64_t seed : {0, 1, 2, 3})
+                for (bool lends_again : {false, true}) {
+                    CAPTURE(lending);
+                    CAPTURE(spare);
+                    CAPTURE(seed);
+                    CAPTURE(lends_again);
+                    const Problem problem{.num_tokens = {13, 20, 7},
+                                          .num_experts = 6,
+                                          .num_topk = 3,
+                                          .num_scales = 2,
+                                          .expert_alignment = 4,
+                                          .lending_ranks = lending};
+                    World world = make_world(problem, {.seed = seed});
+                    auto ranks = make_inputs(problem);
+                    world.layout(problem, ranks);
+                    for (int i = 0; i < 2; ++i) {
+                        world.dispatch_guessed(problem, ranks, spare, lends_again);
+                        CHECK_EQ(check_dispatch(problem, ranks), "");
+                        world.combine(problem, ranks);
+                        CHECK_EQ(check_combine(problem, ranks), "");
+                    }
+                }
+}
+
+TEST_CASE("guesses beside ranks that ask for the counts first, and beside worst cases") {
+    for (uint64_t seed = 0; seed < 6; ++seed)
+        for (int spare : {4, -2}) {
+            CAPTURE(seed);
+            CAPTURE(spare);
+            const Problem problem{.num_tokens = {9, 14, 11}, .num_experts = 6, .num_topk = 3, .lending_ranks = 7};
+            World world = make_world(problem, {.seed = seed});
+            auto ranks = make_inputs(problem);
+            world.layout(problem, ranks);
+            world.dispatch(problem, ranks);  // for the numbers of rows
+            std::vector<int64_t> num_rows;
+            for (const RankTensors& tensors : ranks) num_rows.push_back(tensors.num_recv_tokens);
+            // Rank 0 guesses, rank 1 asks first, rank 2 has room for exactly what comes and does not wait.
+            prepare_recv(problem, ranks[0], num_rows[0] + spare);
+            world.launch_dispatch(problem, ranks[0], 0, Counts::kGuessed);
+            world.launch_notify(problem, ranks[1], 1);
+            prepare_recv(problem, ranks[2], num_rows[2]);
+            world.launch_dispatch(problem, ranks[2], 2, Counts::kUnknown);
+            CHECK_EQ(world.buffer(1).wait_counts().num_tokens, num_rows[1]);
+            prepare_recv(problem, ranks[1], num_rows[1]);
+            world.launch_dispatch(problem, ranks[1], 1, Counts::kExchanged);
+            CHECK_EQ(world.buffer(0).wait_counts().num_tokens, num_rows[0]);
+            if (spare < 0) {
+                ranks[0].lent.clear();
+                prepare_recv(problem, ranks[0], num_rows[0]);
+                world.launch_dispatch(problem, ranks[0], 0, Counts::kExchanged);
+            }
+            world.run();
+            World::collect(ranks);
+            const auto rows = static_cast<size_t>(num_rows[0]);
+            ranks[0].recv_x.resize(rows * static_cast<size_t>(problem.hidden));
+            ranks[0].recv_topk_idx.resize(rows * 3);
+            ranks[0].recv_topk_weights.resize(rows * 3);
+            ranks[0].recv_src_idx.resize(rows);
+            CHECK_EQ(check_dispatch(problem, ranks), "");
+            world.combine(problem, ranks);
+            CHECK_EQ(check_combine(problem, ranks), "");
+        }
+}
+
 TEST_CASE("outputs that are lent in part are refused") {
     const Problem problem{.num_tokens = {4, 4}, .num_experts = 2, .lending_ranks = 0};
     World world = make_world(problem, {});

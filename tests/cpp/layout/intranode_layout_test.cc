@@ -75,5 +75,28 @@ TEST_CASE("tags grow from use to use of a slot") {
     CHECK_GT(make_tag(1, 0), uint64_t{0});
 }
 
+TEST_CASE("the data region: slots, copies of weights and what is lent fill it, aligned, for any size") {
+    for (uint64_t num_ranks : {2, 3, 8, 72, 128})
+        for (uint64_t bytes = 128; bytes < uint64_t{1} << 40; bytes = bytes * 3 + 128) {
+            const auto split = DataSplit::make(bytes, num_ranks);
+            const uint64_t all = split.slot_bytes + split.weight_bytes + split.lend_bytes;
+            CHECK_LE(all, bytes);
+            if (split.lend_bytes == 0) {
+                CHECK_EQ(split.slot_bytes, bytes);
+                continue;
+            }
+            CHECK_LT(bytes - all, DataSplit::kAlignment);
+            CHECK_GE(split.slot_bytes, (num_ranks - 1) * DataSplit::kMinSlotBytes);
+            CHECK_EQ(split.slot_bytes % DataSplit::kAlignment, 0);
+            CHECK_EQ(split.weight_bytes % DataSplit::kAlignment, 0);
+            CHECK_GE(split.weight_bytes * DataSplit::kWeightShare, split.lend_bytes);
+        }
+    CHECK_EQ(DataSplit::make(1 << 30, 1).slot_bytes, 1 << 30);
+    // vLLM's region, two ranks: windows of 4096 slots, and most of it to lend.
+    const auto split = DataSplit::make(1 << 30, 2);
+    CHECK_GE(split.slot_bytes, WindowLayout::bytes_for(2, SlotLayout::for_dispatch(14336, 8, 0).bytes, kMaxWindow));
+    CHECK_GT(split.lend_bytes, 900'000'000);
+}
+
 }  // namespace
 }  // namespace deep_ep::layout

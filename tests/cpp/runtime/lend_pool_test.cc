@@ -16,9 +16,9 @@ constexpr uint64_t kMiB = 1 << 20;
 TEST_CASE("large pieces come from the bottom, small ones from the top") {
     LendPool pool(16 * kMiB);
     CHECK_EQ(pool.take(4 * kMiB), 0);
-    CHECK_EQ(pool.take(100), 16 * kMiB - 128);
+    CHECK_EQ(pool.take(100), 16 * kMiB - 512);
     CHECK_EQ(pool.take(2 * kMiB), 4 * kMiB);
-    CHECK_EQ(pool.take(128), 16 * kMiB - 256);
+    CHECK_EQ(pool.take(128), 16 * kMiB - 1024);
 }
 
 TEST_CASE("what does not fit is refused, and fits again once room has been given back") {
@@ -46,6 +46,21 @@ TEST_CASE("a piece is given back once") {
     pool.give_back(*offset);
     CHECK_THROWS_AS(pool.give_back(*offset), Error);
     CHECK_THROWS_AS(LendPool(kMiB).take(0), Error);
+}
+
+TEST_CASE("a piece that shrinks keeps its start") {
+    LendPool pool(4 * kMiB);
+    CHECK_EQ(pool.take(3 * kMiB), 0);
+    pool.shrink(0, kMiB);
+    CHECK_EQ(pool.size_of(0), kMiB);
+    CHECK_EQ(pool.take(3 * kMiB), kMiB);
+    pool.shrink(0, kMiB);
+    CHECK_THROWS_AS(pool.shrink(0, 0), Error);
+    CHECK_THROWS_AS(pool.shrink(0, 2 * kMiB), Error);
+    CHECK_THROWS_AS(pool.shrink(128, 1), Error);
+    pool.give_back(0);
+    pool.give_back(kMiB);
+    CHECK_EQ(pool.take(4 * kMiB), 0);
 }
 
 TEST_CASE("an empty pool lends nothing") { CHECK_FALSE(LendPool(0).take(1).has_value()); }

@@ -166,7 +166,7 @@ void World::collect(std::vector<RankTensors>& ranks) {
 void World::launch_dispatch(const Problem& problem, RankTensors& tensors, int rank, Counts counts) {
     auto output = [&](auto& data) { return problem.lends(rank) ? lend(tensors, rank, data) : data.data(); };
     const bool is_cached = counts == Counts::kKnown;
-    const bool exchanges = counts == Counts::kUnknown;
+    const bool exchanges = counts == Counts::kUnknown || counts == Counts::kGuessed;
     const int num_topk = is_cached ? 0 : problem.num_topk;
     buffer(rank).dispatch({.x = reinterpret_cast<const uint8_t*>(tensors.x.data()),
                            .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
@@ -192,7 +192,8 @@ void World::launch_dispatch(const Problem& problem, RankTensors& tensors, int ra
                            .recv_topk_weights = output(tensors.recv_topk_weights),
                            .recv_src_idx = output(tensors.recv_src_idx),
                            .num_recv_rows = static_cast<int>(tensors.recv_src_idx.size()),
-                           .is_worst_case = problem.num_extra_rows > 0},
+                           .is_worst_case = counts != Counts::kGuessed && problem.num_extra_rows > 0,
+                           .expert_alignment = counts == Counts::kGuessed ? problem.expert_alignment : 0},
                           problem.num_sms, stream(rank));
 }
 
@@ -226,7 +227,7 @@ void World::dispatch(const Problem& problem, std::vector<RankTensors>& ranks) {
 }
 
 // What the host would learn from a count exchange.
-void World::launch_worst_case(const Problem& problem, std::vector<RankTensors>& ranks) {
+void World::count_rows(const Problem& problem, std::vector<RankTensors>& ranks) const {
     const int num_local_experts = problem.num_experts / num_ranks();
     for (int rank = 0; rank < num_ranks(); ++rank) {
         RankTensors& tensors = ranks[static_cast<size_t>(rank)];
@@ -240,10 +241,54 @@ void World::launch_worst_case(const Problem& problem, std::vector<RankTensors>& 
             const int alignment = problem.expert_alignment;
             tensors.num_recv_per_expert.push_back((sum + alignment - 1) / alignment * alignment);
         }
-        prepare_recv(problem, tensors, tensors.num_recv_tokens + problem.num_extra_rows);
     }
+}
+
+void World::launch_worst_case(const Problem& problem, std::vector<RankTensors>& ranks) {
+    count_rows(problem, ranks);
+    for (RankTensors& tensors : ranks) prepare_recv(problem, tensors, tensors.num_recv_tokens + problem.num_extra_rows);
     for (int rank = 0; rank < num_ranks(); ++rank)
         launch_dispatch(problem, ranks[static_cast<size_t>(rank)], rank, Counts::kUnknown);
+}
+
+void World::dispatch_guessed(const Problem& problem, std::vector<RankTensors>& ranks,
+                             const std::vector<int>& num_spare_rows, bool lends_again) {
+    count_rows(problem, ranks);
+    for (int rank = 0; rank < num_ranks(); ++rank) {
+        const auto idx = static_cast<size_t>(rank);
+        prepare_recv(problem, ranks[idx], std::max<int64_t>(0, ranks[idx].num_recv_tokens + num_spare_rows[idx]));
+        launch_dispatch(problem, ranks[idx], rank, Counts::kGuessed);
+    }
+    const auto is_short = [&](int rank) { return num_spare_rows[static_cast<size_t>(rank)] < 0; };
+    std::vector<int> order;  // the hosts of the others wait for what these lend in the end
+    for (bool comes_first : {true, false})
+        for (int rank = 0; rank < num_ranks(); ++rank)
+            if (is_short(rank) == comes_first) order.push_back(rank);
+    for (int rank : order) {
+        RankTensors& tensors = ranks[static_cast<size_t>(rank)];
+        const runtime::RecvCounts counts = buffer(rank).wait_counts();
+        EP_CHECK(
+            counts.num_tokens == tensors.num_recv_tokens && counts.num_tokens_per_expert == tensors.num_recv_per_expert,
+            "the host of rank ", rank, " was told other counts than it should have been");
+        if (counts.num_tokens <= static_cast<int64_t>(tensors.recv_src_idx.size())) continue;
+        tensors.lent.clear();
+        prepare_recv(problem, tensors, counts.num_tokens);
+        Problem rest = problem;
+        if (!lends_again) rest.lending_ranks = 0;
+        launch_dispatch(rest, tensors, rank, Counts::kExchanged);
+    }
+    run();
+    collect(ranks);
+    for (int rank = 0; rank < num_ranks(); ++rank) {
+        buffer(rank).check();
+        RankTensors& tensors = ranks[static_cast<size_t>(rank)];
+        const auto num_rows = static_cast<size_t>(tensors.num_recv_tokens);
+        tensors.recv_x.resize(num_rows * static_cast<size_t>(problem.hidden));
+        tensors.recv_scales.resize(num_rows * static_cast<size_t>(problem.num_scales));
+        tensors.recv_topk_idx.resize(num_rows * static_cast<size_t>(problem.num_topk));
+        tensors.recv_topk_weights.resize(tensors.recv_topk_idx.size());
+        tensors.recv_src_idx.resize(num_rows);
+    }
 }
 
 void World::launch_fresh(const Problem& problem, std::vector<RankTensors>& ranks) {

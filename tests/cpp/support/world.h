@@ -68,7 +68,8 @@ struct RankTensors {
 
 // What a dispatch knows of the counts of all ranks: nothing yet (worst case), notify_dispatch has exchanged them, or they
 // are those of an earlier call.
-enum class Counts { kUnknown, kExchanged, kKnown };
+// kGuessed: as kUnknown, but the host waits, and the outputs hold what it has guessed.
+enum class Counts { kUnknown, kExchanged, kKnown, kGuessed };
 
 class World {
 public:
@@ -95,6 +96,10 @@ public:
     void launch_notify(const Problem& problem, RankTensors& tensors, int rank);
     void launch_dispatch(const Problem& problem, RankTensors& tensors, int rank, Counts counts);
     void launch_combine(const Problem& problem, RankTensors& tensors, int rank);
+    // On every rank: outputs with so many rows more (or fewer) than come, and a dispatch whose host waits for the counts;
+    // where they are too few, the second half of the call. `lends_again`: of ranks that lend, whose guess was too small.
+    void dispatch_guessed(const Problem& problem, std::vector<RankTensors>& ranks,
+                          const std::vector<int>& num_spare_rows, bool lends_again = true);
     // On every rank: outputs with more rows than come, and a dispatch that exchanges the counts.
     void launch_worst_case(const Problem& problem, std::vector<RankTensors>& ranks);
     // After run(): what came into lent memory, into the vectors that it stands for; the memory is given back.
@@ -102,6 +107,7 @@ public:
 
 private:
     void launch_fresh(const Problem& problem, std::vector<RankTensors>& ranks);
+    void count_rows(const Problem& problem, std::vector<RankTensors>& ranks) const;
     // A copy of `data` in memory that `rank` lends; the same one until collect().
     template <class T> T* lend(RankTensors& tensors, int rank, std::vector<T>& data);
 

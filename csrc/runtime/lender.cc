@@ -1,0 +1,184 @@
+#include "runtime/lender.h"
+
+#include <algorithm>
+#include <functional>
+
+#include "layout/field.h"
+
+namespace deep_ep::runtime {
+
+Lender::Lender(std::shared_ptr<dev::Device> device, uint64_t num_bytes)
+    : device_(std::move(device)), pool_(num_bytes) {}
+
+Lender::~Lender() {
+    for (Returned& returned : returned_)
+        for (Use& use : returned.uses) forget(use);
+    for (dev::Event event : free_events_) {
+        try {
+            device_->destroy_event(event);
+        } catch (...) {
+            return;  // the driver is unloading
+        }
+    }
+}
+
+void Lender::note_stream(dev::Stream stream, bool is_ours) {
+    const std::lock_guard lock(mutex_);
+    for (const Noted& noted : noted_)
+        if (noted.stream == stream) return;
+    noted_.push_back({stream, is_ours});
+}
+
+dev::Event Lender::record(dev::Stream stream) {
+    dev::Event event = nullptr;
+    if (free_events_.empty()) {
+        event = device_->create_event();
+    } else {
+        event = free_events_.back();
+        free_events_.pop_back();
+    }
+    device_->record_event(event, stream);
+    return event;
+}
+
+void Lender::forget(Use& use) {
+    if (use.event != nullptr) free_events_.push_back(std::exchange(use.event, nullptr));
+}
+
+// Where a piece that comes back now may be in use. With one stream in all, the next use is there too, most likely, and in
+// order without an event. A stream that is being captured has nothing to wait for but what it had before.
+std::vector<Lender::Use> Lender::uses_now(std::optional<dev::Stream> stream) {
+    std::vector<Use> uses;
+    const bool is_noted = !stream.has_value() || std::any_of(noted_.begin(), noted_.end(), [&](const Noted& noted) {
+        return noted.stream == *stream;
+    });
+    const bool is_only_one = is_noted && noted_.size() == 1;
+    for (const Noted& noted : noted_) {
+        const bool records = stream.has_value() && !noted.is_ours && !is_only_one && !is_captured(noted.stream);
+        uses.push_back({noted.stream, records ? record(noted.stream) : nullptr});
+    }
+    if (!is_noted && !is_captured(*stream)) uses.push_back({*stream, record(*stream)});
+    return uses;
+}
+
+void Lender::give_back(uint64_t offset, std::optional<dev::Stream> stream) noexcept {
+    const std::lock_guard lock(mutex_);
+    for (Captured& captured : captured_) {
+        if (captured.offset != offset) continue;
+        captured.is_tensor_gone = true;
+        return;
+    }
+    try {
+        std::vector<Use> uses = uses_now(stream);
+        if (uses.empty())
+            pool_.give_back(offset);
+        else
+            returned_.push_back({offset, std::move(uses)});
+    } catch (...) {
+        // The driver is unloading or the context is broken: nobody will use the memory again.
+    }
+}
+
+void Lender::shrink(uint64_t offset, uint64_t num_bytes) {
+    const std::lock_guard lock(mutex_);
+    pool_.shrink(offset, num_bytes);
+}
+
+bool Lender::has_ended(const Use& use, dev::Stream stream) {
+    return use.stream == stream || (use.event != nullptr && device_->query_event(use.event));
+}
+
+// The uses of the piece that came back first, one by one; false where `settle` could not do it.
+template <class Settle> bool Lender::settle_oldest(const Settle& settle) {
+    Returned& oldest = returned_.front();
+    while (!oldest.uses.empty()) {
+        if (!settle(oldest.uses.back())) return false;
+        forget(oldest.uses.back());
+        oldest.uses.pop_back();
+    }
+    pool_.give_back(oldest.offset);
+    returned_.pop_front();
+    return true;
+}
+
+// What is free without a wait. Streams run in order, so behind a piece that is in use the others mostly are as well.
+void Lender::collect(dev::Stream stream) {
+    collect_graphs();
+    while (!returned_.empty() && settle_oldest([&](const Use& use) { return has_ended(use, stream); })) {
+    }
+}
+
+void Lender::collect_graphs() {
+    const auto is_free = [](const Captured& captured) {
+        return captured.is_tensor_gone && captured.is_graph_gone->load(std::memory_order_acquire);
+    };
+    const auto first = std::partition(captured_.begin(), captured_.end(), std::not_fn(is_free));
+    for (auto captured = first; captured != captured_.end(); ++captured)
+        returned_.push_back({captured->offset, uses_now(std::nullopt)});
+    captured_.erase(first, captured_.end());
+}
+
+bool Lender::wait_on_stream(const Use& use, dev::Stream stream) {
+    if (use.event != nullptr) {
+        device_->stream_wait_event(stream, use.event);
+        return true;
+    }
+    if (is_captured(use.stream)) return false;
+    const dev::Event event = record(use.stream);
+    device_->stream_wait_event(stream, event);
+    free_events_.push_back(event);  // a wait is for what the event stood for then
+    return true;
+}
+
+bool Lender::wait_on_host(const Use& use) {
+    if (use.event != nullptr) {
+        device_->synchronize_event(use.event);
+        return true;
+    }
+    if (is_captured(use.stream)) return false;
+    const dev::Event event = record(use.stream);
+    device_->synchronize_event(event);
+    free_events_.push_back(event);
+    return true;
+}
+
+std::vector<uint64_t> Lender::take_free(std::span<const uint64_t> sizes) {
+    std::vector<uint64_t> offsets;
+    for (uint64_t size : sizes) {
+        const std::optional<uint64_t> offset = pool_.take(size);
+        if (offset.has_value()) {
+            offsets.push_back(*offset);
+            continue;
+        }
+        for (uint64_t taken : offsets) pool_.give_back(taken);
+        return {};
+    }
+    return offsets;
+}
+
+std::vector<uint64_t> Lender::take(std::span<const uint64_t> sizes, dev::Stream stream) {
+    const std::lock_guard lock(mutex_);
+    collect(stream);
+    std::vector<uint64_t> found = take_free(sizes);
+    const auto settle = [&](const Use& use) { return has_ended(use, stream) || wait_on_stream(use, stream); };
+    while (found.empty() && !returned_.empty() && settle_oldest(settle)) found = take_free(sizes);
+    return found;
+}
+
+std::vector<uint64_t> Lender::take_for_graph(std::span<const uint64_t> sizes, dev::Stream stream) {
+    const std::lock_guard lock(mutex_);
+    collect_graphs();
+    uint64_t num_captured_bytes = 0;
+    for (uint64_t size : sizes) num_captured_bytes += layout::align_up(size, LendPool::kAlignment);
+    for (const Captured& captured : captured_) num_captured_bytes += pool_.size_of(captured.offset);
+    if (num_captured_bytes > pool_.num_bytes() / 2) return {};
+    while (!returned_.empty() && settle_oldest([&](const Use& use) { return wait_on_host(use); })) {
+    }
+    const std::vector<uint64_t> found = take_free(sizes);
+    if (found.empty()) return found;
+    const auto is_graph_gone = device_->watch_graph(stream);
+    for (uint64_t offset : found) captured_.push_back({offset, is_graph_gone, false});
+    return found;
+}
+
+}  // namespace deep_ep::runtime
