@@ -173,6 +173,17 @@ template <Order O, Scope S> EP_DEVICE void fence() {
     asm volatile("fence.acq_rel%0;" ::"C"(ptx::ScopeName<S>::text) : "memory");
 }
 
+// The comparison waits for the load only where its outcome is used, so that a thread may have many under way.
+template <Scope S> EP_DEVICE void store_packet(Packet* ptr, uint32_t epoch, uint32_t data) {
+    store<Order::kRelaxed, S>(&ptr->bits, static_cast<uint64_t>(epoch) << 32 | data);
+}
+
+template <Scope S> EP_DEVICE bool load_packet(const Packet* ptr, uint32_t epoch, uint32_t& data) {
+    const uint64_t bits = load<Order::kRelaxed, S>(&ptr->bits);
+    data = static_cast<uint32_t>(bits);
+    return static_cast<uint32_t>(bits >> 32) == epoch;
+}
+
 #if EP_HAS_CACHE_HINTS
 #define EP_PTX_LOAD_INPUT "ld.global.nc.L1::no_allocate.v4.b32"
 #define EP_PTX_LOAD_SHARED_WITH_PEERS "ld.global.L1::no_allocate.v4.b32"

@@ -19,6 +19,7 @@ void __tsan_ignore_thread_begin();
 void __tsan_ignore_thread_end();
 void __tsan_read_range(void* address, unsigned long bytes);
 void __tsan_write_range(void* address, unsigned long bytes);
+void __tsan_read8(void* address);
 void __tsan_write8(void* address);
 }
 
@@ -61,6 +62,8 @@ namespace {
 constexpr int kSys = 2;
 constexpr size_t kMaxKeys = 1 << 22;
 constexpr size_t kMaxSeen = 64;
+constexpr size_t kMaxPackets = 1 << 22;
+constexpr size_t kWordsOfPacket = 3;
 
 struct KeyState {
     uint32_t num_references;
@@ -71,6 +74,15 @@ struct MBarrierKeys {
     Key phase[2] = {0, 0};
 };
 
+// A place for packets, and who has written what is there. ThreadSanitizer sees accesses to words of its own in place of the
+// packet's (see on_packet_store): two for reads, of even and of odd uses, and one for writes.
+struct PacketPlace {
+    uint64_t* reads[2];
+    uint64_t* write;
+    uint64_t num_stores;
+    Published last;
+};
+
 struct Tables {
     QuietMutex lock;
     std::vector<KeyState> keys{1};
@@ -78,13 +90,19 @@ struct Tables {
     char* cells = nullptr;  // 16 bytes a key: the clock of the generic proxy and that of the async proxy
     std::unordered_map<const void*, std::vector<Published>> published;
     std::unordered_map<const void*, MBarrierKeys> mbarriers;
+    std::unordered_map<const void*, PacketPlace> packets;
+    uint64_t* packet_words = nullptr;
 };
+
+void* map_untouched(size_t bytes) {
+    return mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+}
 
 Tables& tables() {
     static Tables* const instance = [] {
         auto* made = new Tables;
-        made->cells = static_cast<char*>(
-            mmap(nullptr, kMaxKeys * 16, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+        made->cells = static_cast<char*>(map_untouched(kMaxKeys * 16));
+        made->packet_words = static_cast<uint64_t*>(map_untouched(kMaxPackets * kWordsOfPacket * sizeof(uint64_t)));
         return made;
     }();
     return *instance;
@@ -351,6 +369,51 @@ void on_proxy_fence() {
         __tsan_acquire(cell(key, Proxy::kGeneric));
     }
     drop(key);
+}
+
+namespace {
+
+PacketPlace& packet_place(const void* address) {
+    Tables& all = tables();
+    const auto found = all.packets.find(address);
+    if (found != all.packets.end()) return found->second;
+    if (all.packets.size() == kMaxPackets) throw Error("the executor has run out of packets for ThreadSanitizer");
+    uint64_t* words = all.packet_words + all.packets.size() * kWordsOfPacket;
+    return all.packets.emplace(address, PacketPlace{{words, words + 1}, words + 2, 0, {}}).first->second;
+}
+
+}  // namespace
+
+// A store ends the use before it: it writes the word that readers of that use have read, so a reader that does not come
+// before it races with it. Readers of the new use read the other word, so the store itself and they do not.
+void on_packet_store(const void* address, int scope) {
+    uint64_t *ended, *written;
+    {
+        Quiet quiet;
+        const Agent* agent = running_agent();
+        PacketPlace& place = packet_place(address);
+        ended = place.reads[place.num_stores % 2];
+        written = place.write;
+        ++place.num_stores;
+        place.last = {
+            0, scope, agent == nullptr ? 0 : agent->block, agent == nullptr ? nullptr : agent->device, false};
+    }
+    __tsan_write8(ended);
+    __tsan_write8(written);
+}
+
+// Where the scopes of load and store do not reach each other the epoch makes nothing right: that is a read of what was written.
+void on_packet_load(const void* address, int scope) {
+    uint64_t* read;
+    uint64_t* written = nullptr;
+    {
+        Quiet quiet;
+        const PacketPlace& place = packet_place(address);
+        read = place.reads[place.num_stores % 2];
+        if (!is_visible(place.last, scope, running_agent())) written = place.write;
+    }
+    __tsan_read8(read);
+    if (written != nullptr) __tsan_read8(written);
 }
 
 void on_mbarrier_init(const void* address) {
