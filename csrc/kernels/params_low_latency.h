@@ -22,6 +22,8 @@ struct LowLatencyCall {
     HeapParams heap;
     WatchParams watch;
     layout::LowLatencyMessage message;
+    layout::LowLatencyPackets packets;
+    bool uses_packets;     // for the tables
     uint64_t data_offset;  // of the low-latency data region in the heap
     uint64_t data_bytes;
     Phase phase;

@@ -11,13 +11,15 @@
 namespace deep_ep::layout {
 
 constexpr int kNumLowLatencyBanks = 2;
-constexpr int kMaxLowLatencyTokens = 4096;  // of one rank in one call
+constexpr int kMaxLowLatencyTokens = 4096;   // of one rank in one call
+constexpr int kMaxLowLatencyPackets = 2560;  // of one source in one call; larger tables take the way of the rows
 
 struct LowLatencyControl {
     Field started;     // u64[R]: the last call that this rank has entered
     Field received;    // u64[banks][R]: the last call of the bank whose receive phase this rank has finished
     Field table_full;  // u64[banks][R]: the call whose routing table this rank has written
     Field token_full;  // u64[banks][R][kMaxLowLatencyTokens]: the call for which this rank has written the slot
+    Field packets;  // Packet[banks][R][kMaxLowLatencyPackets]: this rank's table, where it fits; see LowLatencyPackets
 
     static constexpr LowLatencyControl make(FieldCursor& cursor, uint64_t num_ranks) {
         constexpr uint64_t kAlignment = 128;
@@ -26,8 +28,27 @@ struct LowLatencyControl {
         layout.received = cursor.take(8, kNumLowLatencyBanks * num_ranks, kAlignment);
         layout.table_full = cursor.take(8, kNumLowLatencyBanks * num_ranks, kAlignment);
         layout.token_full = cursor.take(8, kNumLowLatencyBanks * num_ranks * kMaxLowLatencyTokens, kAlignment);
+        layout.packets = cursor.take(8, kNumLowLatencyBanks * num_ranks * kMaxLowLatencyPackets, kAlignment);
         return layout;
     }
+};
+
+// A table whose every word says for which call it was written (prim::Packet), so that no flag has to follow. The places hold
+// nothing else in any call: bits of a row might look like such a word.
+struct LowLatencyPackets {
+    static constexpr uint64_t kNumTokens = 0;
+    static constexpr uint64_t kNumRows = 1;  // [El]: dispatch only
+    uint64_t entries;                        // [T][K]: dispatch: as in its table; combine: weights, see combine.cu
+    uint64_t count;
+
+    static constexpr LowLatencyPackets make(uint64_t num_max_tokens, uint64_t num_topk, uint64_t num_local_experts) {
+        constexpr uint64_t kInLine = 16;  // entries of a token stand in as few cache lines as they can
+        LowLatencyPackets layout{};
+        layout.entries = align_up(kNumRows + num_local_experts, kInLine);
+        layout.count = layout.entries + num_max_tokens * num_topk;
+        return layout;
+    }
+    constexpr bool fits() const { return count <= kMaxLowLatencyPackets; }
 };
 
 // A row of combine in the logarithmic format, ten bits a channel, in planes (see device/algo/logfmt.h).

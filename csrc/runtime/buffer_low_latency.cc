@@ -80,9 +80,16 @@ kernels::LowLatencyCall Buffer::low_latency_call(const LowLatencyShape& shape, c
     EP_CHECK(needed <= options_.num_low_latency_bytes, "num_rdma_bytes is too small for this call: expected at least ",
              needed, ", got ", options_.num_low_latency_bytes, " (see Buffer.get_low_latency_rdma_size_hint)");
     const LowLatencyGrid grid = plan_low_latency(shape.hidden);
+    const int num_local_experts = shape.num_experts / options_.num_ranks;
+    const auto packets = layout::LowLatencyPackets::make(static_cast<uint64_t>(shape.num_max_tokens),
+                                                         static_cast<uint64_t>(shape.num_topk),
+                                                         static_cast<uint64_t>(num_local_experts));
     return {.heap = heap_params(),
             .watch = watch_params(),
             .message = message,
+            .packets = packets,
+            // Where a source may be left out its table counts as a whole or not at all, which is what one flag says.
+            .uses_packets = packets.fits() && !options_.is_shrinkable,
             .data_offset = control_.bytes + static_cast<uint64_t>(options_.num_data_bytes),
             .data_bytes = static_cast<uint64_t>(options_.num_low_latency_bytes),
             .phase = kernels::Phase::kSend,
@@ -97,7 +104,7 @@ kernels::LowLatencyCall Buffer::low_latency_call(const LowLatencyShape& shape, c
             .num_max_tokens = shape.num_max_tokens,
             .num_topk = shape.num_topk,
             .num_experts = shape.num_experts,
-            .num_local_experts = shape.num_experts / options_.num_ranks,
+            .num_local_experts = num_local_experts,
             .hidden = shape.hidden};
 }
 

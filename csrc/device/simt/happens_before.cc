@@ -19,8 +19,9 @@ void __tsan_ignore_thread_begin();
 void __tsan_ignore_thread_end();
 void __tsan_read_range(void* address, unsigned long bytes);
 void __tsan_write_range(void* address, unsigned long bytes);
-void __tsan_read8(void* address);
 void __tsan_write8(void* address);
+void __tsan_read8_pc(void* address, void* pc);
+void __tsan_write8_pc(void* address, void* pc);
 }
 
 namespace deep_ep::simt::hb {
@@ -62,8 +63,7 @@ namespace {
 constexpr int kSys = 2;
 constexpr size_t kMaxKeys = 1 << 22;
 constexpr size_t kMaxSeen = 64;
-constexpr size_t kMaxPackets = 1 << 22;
-constexpr size_t kWordsOfPacket = 3;
+constexpr size_t kFreshWords = 1 << 16;  // at a time
 
 struct KeyState {
     uint32_t num_references;
@@ -75,12 +75,11 @@ struct MBarrierKeys {
 };
 
 // A place for packets, and who has written what is there. ThreadSanitizer sees accesses to words of its own in place of the
-// packet's (see on_packet_store): two for reads, of even and of odd uses, and one for writes.
+// packet's; see on_packet_store.
 struct PacketPlace {
-    uint64_t* reads[2];
-    uint64_t* write;
-    uint64_t num_stores;
-    Published last;
+    uint64_t* read = nullptr;     // by readers of what is there now
+    uint64_t* written = nullptr;  // by the store that has put it there
+    Published store = {};
 };
 
 struct Tables {
@@ -91,7 +90,8 @@ struct Tables {
     std::unordered_map<const void*, std::vector<Published>> published;
     std::unordered_map<const void*, MBarrierKeys> mbarriers;
     std::unordered_map<const void*, PacketPlace> packets;
-    uint64_t* packet_words = nullptr;
+    uint64_t* fresh_words = nullptr;  // that ThreadSanitizer has seen no access to
+    size_t num_fresh_words = 0;
 };
 
 void* map_untouched(size_t bytes) {
@@ -102,7 +102,6 @@ Tables& tables() {
     static Tables* const instance = [] {
         auto* made = new Tables;
         made->cells = static_cast<char*>(map_untouched(kMaxKeys * 16));
-        made->packet_words = static_cast<uint64_t*>(map_untouched(kMaxPackets * kWordsOfPacket * sizeof(uint64_t)));
         return made;
     }();
     return *instance;
@@ -373,47 +372,50 @@ void on_proxy_fence() {
 
 namespace {
 
-PacketPlace& packet_place(const void* address) {
+uint64_t* fresh_word() {
     Tables& all = tables();
-    const auto found = all.packets.find(address);
-    if (found != all.packets.end()) return found->second;
-    if (all.packets.size() == kMaxPackets) throw Error("the executor has run out of packets for ThreadSanitizer");
-    uint64_t* words = all.packet_words + all.packets.size() * kWordsOfPacket;
-    return all.packets.emplace(address, PacketPlace{{words, words + 1}, words + 2, 0, {}}).first->second;
+    if (all.num_fresh_words == 0) {
+        all.fresh_words = static_cast<uint64_t*>(map_untouched(kFreshWords * sizeof(uint64_t)));
+        all.num_fresh_words = kFreshWords;
+    }
+    return all.fresh_words + --all.num_fresh_words;
 }
 
 }  // namespace
 
-// A store ends the use before it: it writes the word that readers of that use have read, so a reader that does not come
-// before it races with it. Readers of the new use read the other word, so the store itself and they do not.
+// A store ends the use before it: it writes the words that the store and the readers of that use have touched, so that one
+// which does not come before it races with it. Readers of the new use read a word that nobody has written, so the store
+// and they do not race. Words are fresh each time: ThreadSanitizer reports an address once.
 void on_packet_store(const void* address, int scope) {
-    uint64_t *ended, *written;
+    PacketPlace ended, begun;
     {
         Quiet quiet;
         const Agent* agent = running_agent();
-        PacketPlace& place = packet_place(address);
-        ended = place.reads[place.num_stores % 2];
-        written = place.write;
-        ++place.num_stores;
-        place.last = {
-            0, scope, agent == nullptr ? 0 : agent->block, agent == nullptr ? nullptr : agent->device, false};
+        const uint64_t block = agent == nullptr ? 0 : agent->block;
+        const void* device = agent == nullptr ? nullptr : agent->device;
+        begun = {fresh_word(), fresh_word(), {0, scope, block, device, false}};
+        ended = std::exchange(tables().packets[address], begun);
     }
-    __tsan_write8(ended);
-    __tsan_write8(written);
+    void* const place_in_kernel = __builtin_return_address(0);  // where a report is to point
+    if (ended.read != nullptr) __tsan_write8_pc(ended.read, place_in_kernel);
+    if (ended.written != nullptr) __tsan_write8_pc(ended.written, place_in_kernel);
+    __tsan_write8_pc(begun.written, place_in_kernel);
 }
 
-// Where the scopes of load and store do not reach each other the epoch makes nothing right: that is a read of what was written.
+// Where the scopes of store and load do not reach each other the epoch makes nothing right: the load races with the store.
 void on_packet_load(const void* address, int scope) {
     uint64_t* read;
     uint64_t* written = nullptr;
     {
         Quiet quiet;
-        const PacketPlace& place = packet_place(address);
-        read = place.reads[place.num_stores % 2];
-        if (!is_visible(place.last, scope, running_agent())) written = place.write;
+        const auto found = tables().packets.find(address);
+        if (found == tables().packets.end()) return;  // of a process that is not watched
+        read = found->second.read;
+        if (!is_visible(found->second.store, scope, running_agent())) written = found->second.written;
     }
-    __tsan_read8(read);
-    if (written != nullptr) __tsan_read8(written);
+    void* const place_in_kernel = __builtin_return_address(0);
+    __tsan_read8_pc(read, place_in_kernel);
+    if (written != nullptr) __tsan_read8_pc(written, place_in_kernel);
 }
 
 void on_mbarrier_init(const void* address) {

@@ -21,15 +21,20 @@ constexpr int kPairs = 4;         // of bfloat16 in 16 bytes
 constexpr int kRowsAhead = 4;     // loads of so many experts' rows are under way at once
 constexpr int kWeightsAhead = 4;  // table entries of a thread
 constexpr int kMaxWarpsForItem = 32;
+// A release waits until all stores of the SM have arrived, so a block makes one for several tokens.
+constexpr int kTokensPerRelease = 4;
+// In a packet of weights, in place of the weight: the entry's expert is none of the receiver's. A NaN that no weight is sent as.
+constexpr int kNoWeight = -1;
 static_assert(kVecsOfPiece * 2 * kPairs == kLogUnit);  // a piece is a unit of the logarithmic format
 
-// One kernel for each phase and format: the packing of the logarithmic one costs registers.
-template <Phase kPhase, bool kIsLogfmt> struct Kernel {
+// One kernel for each format: the packing of the logarithmic one costs registers.
+template <Launches kLaunches, bool kIsLogfmt, bool kUsesPackets> struct Kernel {
     using Params = LowLatencyCombineParams;
     static constexpr int kMaxThreads = kMaxLowLatencyThreads;
     static constexpr int kMinBlocks = 1;
     struct Shared {
         Block block;
+        uint64_t* written[kTokensPerRelease];  // flags of tokens that the block has written and not yet published
     };
 
     // FP32 sums of eight elements.
@@ -62,19 +67,21 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
     // What a warp needs to sum one chunk of a token of `source`. Lanes stand for 32 of its top-k entries.
     struct Work {
         int source, token, first_k;
-        int row;          // this lane's, of the entry; -1: its expert is not here
-        uint32_t rows;    // lanes that have one
-        int expert;       // this lane's, as the caller of combine names it
-        float weight;     // this lane's
-        uint32_t wanted;  // lanes whose entry the caller has kept in this call
+        int row = -1;             // this lane's, of the entry; -1: its expert is not here
+        uint32_t rows = 0;        // lanes that have one
+        int expert = -1;          // this lane's, as the caller of combine names it
+        float weight = 0;         // this lane's
+        uint32_t wanted = 0;      // lanes whose entry the caller has kept in this call
+        bool is_weighed = false;  // a look has shown this lane's packet
+
+        EP_DEVICE int k() const { return first_k + prim::lane_idx(); }
     };
 
     // The rows are those of the dispatch, so they are known before the weights.
     static EP_DEVICE Work load_rows(const Params& p, int source, int token, int first_k) {
-        Work work = {source, token, first_k, -1, 0, -1, 0.0f, 0};
-        const int k = first_k + prim::lane_idx();
+        Work work = {.source = source, .token = token, .first_k = first_k};
         const int64_t first = (static_cast<int64_t>(source) * p.call.num_max_tokens + token) * p.call.num_topk;
-        if (k < p.call.num_topk) work.row = p.row_of_entry[first + k];
+        if (work.k() < p.call.num_topk) work.row = p.row_of_entry[first + work.k()];
         return work;
     }
 
@@ -84,12 +91,35 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
         work.rows = __ballot_sync(kFullMask, work.row >= 0);
     }
 
+    static EP_DEVICE const prim::Packet* weight_packet(const Context& c, const Work& work) {
+        return c.entry_packet(work.source, static_cast<int64_t>(work.token) * c.call.num_topk + work.k());
+    }
+
+    // Packets may be looked at whenever it is convenient; what is not there yet is waited for in take_weights.
+    static EP_DEVICE void look_at_weights(const Context& c, Work& work) {
+        int bits = kNoWeight;
+        work.is_weighed = work.k() < c.call.num_topk && look_at_packet(c, weight_packet(c, work), bits);
+        work.weight = algo::float_from_bits(static_cast<uint32_t>(bits));
+    }
+
+    // One warp, after look_at_weights: waits. Returns whether any of the entries has its expert here.
+    static EP_DEVICE bool take_weights(const Context& c, Work& work, Block* block) {
+        int bits = __float_as_int(work.weight);
+        if (work.k() < c.call.num_topk && !work.is_weighed &&
+            !wait_for_packet(&c.call, c.watch, c.epoch(), work.source, weight_packet(c, work), &bits)) {
+            // The call is aborted; another warp may have seen its packet just in time. The token must not be published.
+            prim::store<Order::kRelaxed, Scope::kCta>(&block->is_ready, 0);
+            bits = kNoWeight;
+        }
+        work.weight = algo::float_from_bits(static_cast<uint32_t>(bits));
+        work.wanted = __ballot_sync(kFullMask, bits != kNoWeight);
+        return work.wanted != 0;
+    }
+
     // After the source's table.
     static EP_DEVICE void load_weights_of(const Context& c, Work& work) {
-        const int k = work.first_k + prim::lane_idx();
-        const bool is_one = k < c.call.num_topk;
-        if (!is_one) return;
-        const int64_t entry = static_cast<int64_t>(work.token) * c.call.num_topk + k;
+        if (work.k() >= c.call.num_topk) return;
+        const int64_t entry = static_cast<int64_t>(work.token) * c.call.num_topk + work.k();
         work.weight = c.weight_table(work.source)[entry];
         work.expert = c.table(work.source)[entry];
     }
@@ -98,6 +128,16 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
     static EP_DEVICE bool find_wanted(const Context& c, Work& work) {
         work.wanted = __ballot_sync(kFullMask, local_expert(c, work.expert) >= 0);
         return work.wanted != 0;
+    }
+
+    // Both ways, of entries after the first 32: the table is there.
+    static EP_DEVICE bool find_more_weights(const Context& c, Work& work, Block* block) {
+        if (!c.uses_packets) {
+            load_weights_of(c, work);
+            return find_wanted(c, work);
+        }
+        look_at_weights(c, work);
+        return take_weights(c, work, block);
     }
 
     // Of up to kRowsAhead rows, the pieces of this lane.
@@ -158,7 +198,7 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
 
     // One warp: a chunk of a token's row. `work` and `ahead`: the first rows, which are under way.
     static EP_DEVICE void sum_chunk(const Params& p, const Context& c, Work work, Ahead& ahead, int chunk,
-                                    Sums (&sums)[kVecsOfPiece]) {
+                                    Sums (&sums)[kVecsOfPiece], Block* block) {
         uint32_t rest = add_ahead(work, work.rows, ahead, sums);
 #pragma unroll 1
         for (;;) {
@@ -169,21 +209,19 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
             }
             if (p.call.num_topk <= work.first_k + kWarpSize) return;
             work = load_rows(p, work.source, work.token, work.first_k + kWarpSize);
-            load_weights_of(c, work);
             find_rows(c, work);
-            find_wanted(c, work);
+            find_more_weights(c, work, block);
             rest = work.rows;
         }
     }
 
     // Every warp: has the token experts here among its entries after the first 32?
-    static EP_DEVICE bool has_more_work(const Context& c, Work work) {
+    static EP_DEVICE bool has_more_work(const Context& c, Work work, Block* block) {
         bool is_found = false;
 #pragma unroll 1
         for (work.first_k += kWarpSize; work.first_k < c.call.num_topk; work.first_k += kWarpSize) {
             work.expert = -1;
-            load_weights_of(c, work);
-            is_found |= find_wanted(c, work);
+            is_found |= find_more_weights(c, work, block);
         }
         return is_found;
     }
@@ -213,6 +251,9 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
 
     // One warp: does the token exist, and has it experts here? Finds its weights too.
     static EP_DEVICE bool is_wanted(const Context& c, Sources& sources, Work& work, Block* block) {
+        if (c.uses_packets) {
+            return take_weights(c, work, block) || has_more_work(c, work, block);
+        }
         int num_tokens = 0;
         if (is_known(sources, work.source)) {
             num_tokens = known_tokens(sources, work.source);
@@ -230,7 +271,7 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
             if (is_settled && prim::lane_idx() == work.source) sources.num_tokens = num_tokens;
             if (is_settled && work.source < kWarpSize) sources.known |= 1u << work.source;
         }
-        return work.token < num_tokens && (find_wanted(c, work) || has_more_work(c, work));
+        return work.token < num_tokens && (find_wanted(c, work) || has_more_work(c, work, block));
     }
 
     // Tokens of all sources in turn, so that no link is the last; every rank begins with another source.
@@ -247,7 +288,7 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
     static EP_DEVICE int num_items(const Params& p, const Context& c) { return c.num_ranks() * p.call.num_max_tokens; }
 
     static EP_DEVICE Work load_item(const Params& p, const Context& c, int item) {
-        if (item >= num_items(p, c)) return {0, 0, 0, -1, 0, -1, 0.0f, 0};
+        if (item >= num_items(p, c)) return {.source = 0, .token = 0, .first_k = 0};
         return load_rows(p, source_of(c, item), item / c.num_ranks(), 0);
     }
 
@@ -257,37 +298,51 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
         stream.item += num_blocks;
         stream.work = stream.next;
         stream.next = load_item(p, c, stream.item + num_blocks);
+        if (c.uses_packets)
+            look_at_weights(c, stream.work);
+        else if (is_known(sources, stream.work.source))
+            load_weights_of(c, stream.work);
         find_rows(c, stream.work);
-        if (is_known(sources, stream.work.source)) load_weights_of(c, stream.work);
+    }
+
+    // The whole block.
+    static EP_DEVICE void publish_written(const Context& c, int num_written, Shared& shared) {
+        __syncthreads();  // every warp's part of the rows, one warp's releases
+        // Pairs with: wait_for_parts at the owner.
+        if (static_cast<int>(threadIdx.x) < num_written && shared.written[threadIdx.x] != nullptr &&
+            prim::load<Order::kRelaxed, Scope::kCta>(&shared.block.is_ready) != 0)
+            prim::store<Order::kRelease, Scope::kSys>(shared.written[threadIdx.x], c.watch.call);
+        __syncwarp();  // the list is read before thread 0 begins the next one
     }
 
     // The whole block: the current token, and what comes after it is begun.
     static EP_DEVICE void reduce_token(const Params& p, const Context& c, Sources& sources, Stream& stream,
-                                       Block* block) {
+                                       int& num_written, Shared& shared) {
+        Block* block = &shared.block;
         const int num_warps = static_cast<int>(blockDim.x) / kWarpSize;
         const bool is_one = stream.item >= 0 && !is_beyond(sources, stream.work.source, stream.work.token);
         const bool works = is_one && is_wanted(c, sources, stream.work, block);
         const int source = stream.work.source, token = stream.work.token;
+        if (threadIdx.x == 0)
+            shared.written[num_written] = works ? c.watch.heap.token_full(source, c.bank, c.rank(), token) : nullptr;
         bool is_last = false;
 #pragma unroll 1
         for (int chunk = prim::warp_idx(); !is_last; chunk += num_warps) {
             const bool is_inside = works && chunk * kChunkVecs < num_row_vecs(p.call);
             Sums sums[kVecsOfPiece] = {};
-            if (is_inside) sum_chunk(p, c, stream.work, stream.ahead, chunk, sums);
+            if (is_inside) sum_chunk(p, c, stream.work, stream.ahead, chunk, sums, block);
             is_last = (chunk + num_warps) * kChunkVecs >= num_row_vecs(p.call);
             if (is_last) advance(p, c, sources, stream);
             load_ahead(p, stream.work, stream.work.rows, is_last ? prim::warp_idx() : chunk + num_warps, stream.ahead);
             if (is_inside) store_sums(p, sums, chunk, c.slot(source, c.rank(), token));
         }
-        if (!is_one) return;
-        __syncthreads();  // every warp's part of the row, one thread's release
-        // Pairs with: wait_for_parts at the owner.
-        if (threadIdx.x == 0 && works && prim::load<Order::kRelaxed, Scope::kCta>(&block->is_ready) != 0)
-            prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.token_full(source, c.bank, c.rank(), token),
-                                                      c.watch.call);
+        if (++num_written < kTokensPerRelease) return;
+        publish_written(c, num_written, shared);
+        num_written = 0;
     }
 
-    static EP_DEVICE void send(const Params& p, Context& c, Block* block) {
+    static EP_DEVICE void send(const Params& p, const Context& c, Shared& shared) {
+        Block* block = &shared.block;
         const int first = static_cast<int>(blockIdx.x);
         // Most likely the block that begins first; it begins with these instead of a token.
         const bool has_weights = first == 0;
@@ -305,8 +360,10 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
         begin_send(c, block);
         const bool is_ready = block->is_ready != 0;
         if (is_ready && block->is_first != 0) send_weights(p, c, weights, has_weights);
+        int num_written = 0;
 #pragma unroll 1
-        while (is_ready && stream.item < num_items(p, c)) reduce_token(p, c, sources, stream, block);
+        while (is_ready && stream.item < num_items(p, c)) reduce_token(p, c, sources, stream, num_written, shared);
+        if (num_written > 0) publish_written(c, num_written, shared);
         end_send(c, block);
     }
 
@@ -321,6 +378,7 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
 #pragma unroll
         for (int i = 0; i < kWeightsAhead; ++i) {
             const int entry = base + i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+            held.expert[i] = -1;
             if (entry >= p.num_tokens * c.call.num_topk) continue;
             // An id out of range reaches no rank; the table must agree.
             held.expert[i] = checked_expert(c, load_expert_id(p.topk_idx, p.idx_bytes, entry));
@@ -329,13 +387,32 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
         return held;
     }
 
+    // One thread. To each rank only the weights of its own experts.
+    static EP_DEVICE void send_weight_packets(const Context& c, int peer, const Weights& held, int base,
+                                              int num_entries) {
+        prim::Packet* packets = c.packets(peer, c.rank()) + c.call.packets.entries;
+#pragma unroll
+        for (int i = 0; i < kWeightsAhead; ++i) {
+            const int entry = base + i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+            if (entry >= num_entries) continue;
+            const bool is_theirs = held.expert[i] >= 0 && held.expert[i] / c.num_local_experts() == peer;
+            const int bits = __float_as_int(held.weight[i]);
+            send_packet(c, packets + entry, !is_theirs ? kNoWeight : bits == kNoWeight ? 0x7fffffff : bits);
+        }
+    }
+
     // All threads of the block that began first: our top-k ids and weights to every rank. Peers wait for them in their
     // send phases, so they must not depend on a block that may not be resident yet.
+    // In packets those of tokens that do not exist as well, so that nobody has to know how many do.
     static EP_DEVICE void send_weights(const Params& p, const Context& c, Weights held, bool is_loaded) {
-        const int num_entries = p.num_tokens * c.call.num_topk;
+        const int num_entries = (c.uses_packets ? c.call.num_max_tokens : p.num_tokens) * c.call.num_topk;
         for (int base = 0; base < num_entries; base += kWeightsAhead * static_cast<int>(blockDim.x)) {
             if (base > 0 || !is_loaded) held = load_weights(p, c, base);
             for (int peer = 0; peer < c.num_ranks(); ++peer) {
+                if (c.uses_packets) {
+                    send_weight_packets(c, peer, held, base, num_entries);
+                    continue;
+                }
                 uint8_t* message = c.message(peer, c.rank());
                 auto* ids = reinterpret_cast<int*>(message + c.call.message.topk_idx.offset);
                 auto* weights = reinterpret_cast<float*>(message + c.call.message.topk_weights.offset);
@@ -347,12 +424,7 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
                 }
             }
         }
-        for (int peer = static_cast<int>(threadIdx.x); peer < c.num_ranks(); peer += static_cast<int>(blockDim.x))
-            *reinterpret_cast<int*>(c.message(peer, c.rank()) + c.call.message.num_tokens.offset) = p.num_tokens;
-        __syncthreads();
-        // Release: the tables. Pairs with: wait_for_table at the peer.
-        for (int peer = static_cast<int>(threadIdx.x); peer < c.num_ranks(); peer += static_cast<int>(blockDim.x))
-            prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.table_full(peer, c.bank, c.rank()), c.watch.call);
+        publish_table(c, p.num_tokens);
         if (is_last_warp()) publish_ended(c);
     }
 
@@ -455,24 +527,27 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
     }
 
     static EP_DEVICE void run(const Params& p, Shared& shared) {
-        Context context = make_context(p.call, layout::Operation::kLowLatencyCombine, kPhase);
-        if constexpr (kPhase == Phase::kReceive)
-            begin_receive(context);
-        else
-            send(p, context, &shared.block);
-        if constexpr (kPhase != Phase::kSend)
-            if (kPhase == Phase::kReceive || shared.block.receives != 0) receive(p, context, &shared.block);
-        add_statistics(context, &shared.block);
+        run_launch<kLaunches, kUsesPackets>(
+            p.call, layout::Operation::kLowLatencyCombine, &shared.block,
+            [&](const Context& context, Block*) { send(p, context, shared); },
+            [&](const Context& context, Block* block) { receive(p, context, block); });
     }
 };
 
+template <bool kIsLogfmt, bool kUsesPackets>
+void launch_with(const dev::LaunchConfig& config, dev::Stream stream, const LowLatencyCombineParams& params) {
+    if (params.call.phase == Phase::kBoth)
+        dev::launch<Kernel<Launches::kWhole, kIsLogfmt, kUsesPackets>>(config, stream, params);
+    else
+        dev::launch<Kernel<Launches::kPhases, kIsLogfmt, kUsesPackets>>(config, stream, params);
+}
+
 template <bool kIsLogfmt>
-void launch_phase(const dev::LaunchConfig& config, dev::Stream stream, const LowLatencyCombineParams& params) {
-    switch (params.call.phase) {
-        case Phase::kSend: return dev::launch<Kernel<Phase::kSend, kIsLogfmt>>(config, stream, params);
-        case Phase::kReceive: return dev::launch<Kernel<Phase::kReceive, kIsLogfmt>>(config, stream, params);
-        case Phase::kBoth: return dev::launch<Kernel<Phase::kBoth, kIsLogfmt>>(config, stream, params);
-    }
+void launch_format(const dev::LaunchConfig& config, dev::Stream stream, const LowLatencyCombineParams& params) {
+    if (params.call.uses_packets)
+        launch_with<kIsLogfmt, true>(config, stream, params);
+    else
+        launch_with<kIsLogfmt, false>(config, stream, params);
 }
 
 void launch(const LowLatencyCombineParams& params, dev::Stream stream) {
@@ -481,9 +556,9 @@ void launch(const LowLatencyCombineParams& params, dev::Stream stream) {
     config.num_threads = kWarpSize * params.call.num_warps;
     config.name = "deep_ep::low_latency::combine";
     if (params.uses_logfmt)
-        launch_phase<true>(config, stream, params);
+        launch_format<true>(config, stream, params);
     else
-        launch_phase<false>(config, stream, params);
+        launch_format<false>(config, stream, params);
 }
 
 }  // namespace EP_BACKEND

@@ -74,13 +74,25 @@ struct Token {
     int entry;       // this lane's of the first 32
 };
 
+EP_DEVICE const prim::Packet* entry_packet(const Context& c, const Unit& unit, int k) {
+    return c.entry_packet(unit.source, static_cast<int64_t>(unit.token) * c.call.num_topk + k);
+}
+
+EP_DEVICE int take_entry(const Context& c, const Unit& unit, int k) {
+    int entry = 0;
+    const bool is_here = look_at_packet(c, entry_packet(c, unit, k), entry);
+    return take_packet(c, unit.source, entry_packet(c, unit, k), is_here, entry, -1);
+}
+
 EP_DEVICE const int* entries_of(const Context& c, const Unit& unit) {
     return c.table(unit.source) + static_cast<int64_t>(unit.token) * c.call.num_topk;
 }
 
+// This lane's entry, from the `first` on; the token exists.
 EP_DEVICE int load_entry(const Context& c, const Unit& unit, int first) {
     const int k = first + prim::lane_idx();
-    return k < c.call.num_topk ? entries_of(c, unit)[k] : -1;
+    if (k >= c.call.num_topk) return -1;
+    return c.uses_packets ? take_entry(c, unit, k) : entries_of(c, unit)[k];
 }
 
 // One warp: does an earlier entry of the token name the same expert? `first`: of the lanes' entries.
@@ -88,7 +100,8 @@ EP_DEVICE bool is_repeated(const Context& c, const Unit& unit, int first, int en
     const int rest = c.call.num_topk - first;
     bool is_found = false;
 #pragma unroll 1
-    for (int earlier = 0; earlier < first; ++earlier) is_found |= entries_of(c, unit)[earlier] == entry;
+    for (int earlier = 0; earlier < first; ++earlier)
+        is_found |= (c.uses_packets ? take_entry(c, unit, earlier) : entries_of(c, unit)[earlier]) == entry;
 #pragma unroll 4
     for (int lane = 0; lane < (rest < kWarpSize ? rest : kWarpSize); ++lane)
         is_found |= __shfl_sync(kFullMask, entry, lane) == entry && lane < prim::lane_idx();
@@ -152,6 +165,23 @@ EP_DEVICE Token begin_token(const Params& p, const Context& c, const Unit& unit,
     token.num_tokens = c.num_tokens_of(unit.source);
     token.entry = load_entry(c, unit, 0);
     if (is_full || look_at_slot(c, unit)) load_slot(p, c, unit, token);
+    return token;
+}
+
+// The same without a flag: the source's table may not be there yet. Looks first, all at once, and then waits for what has
+// not come; of a token that does not exist no entry comes.
+EP_DEVICE Token begin_token_of_packets(const Params& p, const Context& c, const Unit& unit) {
+    Token token = {};
+    const bool has_entry = prim::lane_idx() < c.call.num_topk;
+    int num_tokens = 0, entry = -1;
+    const bool is_counted = look_at_packet(c, c.token_count_packet(unit.source), num_tokens);
+    const bool is_entered = has_entry && look_at_packet(c, entry_packet(c, unit, prim::lane_idx()), entry);
+    const bool is_full = look_at_slot(c, unit);
+    if (is_full) load_slot(p, c, unit, token);
+    token.num_tokens = take_packet(c, unit.source, c.token_count_packet(unit.source), is_counted, num_tokens, 0);
+    token.entry = -1;
+    if (has_entry && unit.token < token.num_tokens)
+        token.entry = take_packet(c, unit.source, entry_packet(c, unit, prim::lane_idx()), is_entered, entry, -1);
     return token;
 }
 
@@ -256,10 +286,14 @@ EP_DEVICE void receive(const Params& p, const Context& c, Block* block) {
     for_each_unit(c, block, num_tokens * num_parts + num_lists, [&](int idx, bool is_first, const auto& draw) {
         const Unit unit = unit_of(c, idx, num_parts);
         // Before the wait for the tables, which come last: one trip less after it.
-        const bool is_full = unit.is_token && look_at_slot(c, unit);
-        if (is_first) wait_for_tables(c, counts.is_here);
+        const bool is_full = !c.uses_packets && unit.is_token && look_at_slot(c, unit);
+        if (is_first && !c.uses_packets) wait_for_tables(c, counts.is_here);
         Token token = {};
-        if (unit.is_token && counts.is_here[unit.source] != 0) token = begin_token(p, c, unit, is_full);
+        if (c.uses_packets) {
+            if (unit.is_token) token = begin_token_of_packets(p, c, unit);
+        } else if (unit.is_token && counts.is_here[unit.source] != 0) {
+            token = begin_token(p, c, unit, is_full);
+        }
         if (is_first) find_counts(c, counts);
         if (unit.is_token) finish_token(p, c, unit, counts, token, draw);
         if (unit.is_list) write_counts(p, c, counts, unit.first_expert);

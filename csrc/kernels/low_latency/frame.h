@@ -24,7 +24,9 @@ EP_DEVICE int num_warps() { return static_cast<int>(blockDim.x) / kWarpSize; }
 struct Context {
     const LowLatencyCall& call;
     algo::Watch watch;
-    Phase phase;                   // that of the kernel: each has one of its own, with less code and fewer registers
+    // Constants where they are made, so that code for the other phases, and for tables with flags, is left out.
+    Phase phase;
+    bool uses_packets;             // for the tables, as call.uses_packets
     layout::LowLatencyTurn* turn;  // of this launch
     int bank;
 
@@ -56,6 +58,22 @@ struct Context {
     EP_DEVICE int num_tokens_of(int source) const {
         return *reinterpret_cast<const int*>(message(rank(), source) + call.message.num_tokens.offset);
     }
+    // What `source` has sent, or sends, to `owner` in packets.
+    EP_DEVICE prim::Packet* packets(int owner, int source) const {
+        return watch.heap.low_latency_packets(owner, bank, source);
+    }
+    EP_DEVICE const prim::Packet* token_count_packet(int source) const {
+        return packets(rank(), source) + layout::LowLatencyPackets::kNumTokens;
+    }
+    EP_DEVICE const prim::Packet* row_count_packet(int source, int local_expert) const {
+        return packets(rank(), source) + layout::LowLatencyPackets::kNumRows + local_expert;
+    }
+    EP_DEVICE const prim::Packet* entry_packet(int source, int64_t entry) const {
+        return packets(rank(), source) + call.packets.entries + entry;
+    }
+    // Of the packets of this call. Their places belong to its bank, which every second call uses; so a word that nobody has
+    // written since would look new only to the call that comes exactly 2^32 calls later. Never 0.
+    EP_DEVICE uint32_t epoch() const { return static_cast<uint32_t>(watch.call >> 1) | 1u << 31; }
 };
 
 EP_DEVICE int bank_of(uint64_t call) { return static_cast<int>(call % layout::kNumLowLatencyBanks); }
@@ -136,6 +154,38 @@ EP_DEVICE_COLD bool decide_on_table(const LowLatencyCall* call, algo::Watch watc
     return seen % 2 == 1 && wait_for_source(*call, watch, Stage::kTable, source, flag);
 }
 
+// One thread, one look: is the packet of this call there?
+EP_DEVICE bool look_at_packet(const Context& c, const prim::Packet* packet, int& value) {
+    uint32_t data = 0;
+    const bool is_here = prim::load_packet<Scope::kSys>(packet, c.epoch(), data);
+    value = static_cast<int>(data);
+    return is_here;
+}
+
+// One thread; notes how long it took. False: the call is aborted.
+EP_DEVICE_COLD bool wait_for_packet(const LowLatencyCall* call, algo::Watch watch, uint32_t epoch, int source,
+                                    const prim::Packet* packet, int* value) {
+    const uint64_t start_ns = prim::clock_ns();
+    uint32_t data = 0;
+    const bool is_here = algo::wait_until(watch, {Stage::kTable, source}, watch.call, [&](uint64_t&) {
+        return prim::load_packet<Scope::kSys>(packet, epoch, data);
+    });
+    note_wait(*call, source, prim::clock_ns() - start_ns);
+    if (is_here) *value = static_cast<int>(data);
+    return is_here;
+}
+
+// What a look has shown, or what comes after it; `otherwise` if the call is aborted.
+EP_DEVICE int take_packet(const Context& c, int source, const prim::Packet* packet, bool is_here, int value,
+                          int otherwise) {
+    if (is_here || wait_for_packet(&c.call, c.watch, c.epoch(), source, packet, &value)) return value;
+    return otherwise;
+}
+
+EP_DEVICE void send_packet(const Context& c, prim::Packet* packet, int value) {
+    prim::store_packet<Scope::kSys>(packet, c.epoch(), static_cast<uint32_t>(value));
+}
+
 // One warp: what lane 0 has found out by a look or a wait, with acquire, holds for every lane.
 EP_DEVICE bool as_lane_0_says(bool answer) {
     const int known = __shfl_sync(kFullMask, answer ? 1 : 0, 0);
@@ -160,6 +210,11 @@ EP_DEVICE void wait_for_tables(const Context& c, int* is_here) {
 
 // All threads of the block that has written our table into the messages to all ranks: they may read it.
 EP_DEVICE void publish_table(const Context& c, int num_tokens) {
+    if (c.uses_packets) {
+        for (int peer = first_of_block(); peer < c.num_ranks(); peer += step_of_block())
+            send_packet(c, c.packets(peer, c.rank()) + layout::LowLatencyPackets::kNumTokens, num_tokens);
+        return;
+    }
     for (int peer = first_of_block(); peer < c.num_ranks(); peer += step_of_block())
         *reinterpret_cast<int*>(c.message(peer, c.rank()) + c.call.message.num_tokens.offset) = num_tokens;
     __syncthreads();
@@ -168,9 +223,12 @@ EP_DEVICE void publish_table(const Context& c, int num_tokens) {
         prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.table_full(peer, c.bank, c.rank()), c.watch.call);
 }
 
-EP_DEVICE Context make_context(const LowLatencyCall& call, layout::Operation operation, Phase phase) {
+EP_DEVICE Context make_context(const LowLatencyCall& call, layout::Operation operation, Phase phase,
+                               bool uses_packets) {
     const uint64_t number = call_number(call, phase);
-    return {call, make_watch(call.watch, call.heap, operation, number), phase, current_turn(call), bank_of(number)};
+    return {
+        call,           make_watch(call.watch, call.heap, operation, number), phase, uses_packets, current_turn(call),
+        bank_of(number)};
 }
 
 // -1 where the id is none of an expert, whatever the low half of a 64-bit id says.

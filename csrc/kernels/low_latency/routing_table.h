@@ -143,14 +143,27 @@ EP_DEVICE void make_stretch(const Context& c, const Choice& choice, const TokenS
             sets.counts[expert] += __popc(sets.words[expert * sets.num_words + word]);
 }
 
+// One thread: a word of our table, to one rank.
+EP_DEVICE void send_entry(const Context& c, int peer, int entry, int value) {
+    if (c.uses_packets)
+        send_packet(c, c.packets(peer, c.rank()) + c.call.packets.entries + entry, value);
+    else
+        reinterpret_cast<int*>(c.message(peer, c.rank()) + c.call.message.topk_idx.offset)[entry] = value;
+}
+
+EP_DEVICE void send_row_count(const Context& c, int peer, int expert, int value) {
+    if (c.uses_packets)
+        send_packet(c, c.packets(peer, c.rank()) + layout::LowLatencyPackets::kNumRows + expert, value);
+    else
+        reinterpret_cast<int*>(c.message(peer, c.rank()) + c.call.message.num_rows.offset)[expert] = value;
+}
+
 // All threads of the block: a stretch, to every rank.
 EP_DEVICE void send_stretch(const Context& c, const Choice& choice, const TokenSets& sets, int first) {
     const int num_entries = entries_of_stretch(c, choice, sets, first);
-    for (int peer = 0; peer < c.num_ranks(); ++peer) {
-        int* table = reinterpret_cast<int*>(c.message(peer, c.rank()) + c.call.message.topk_idx.offset);
+    for (int peer = 0; peer < c.num_ranks(); ++peer)
         for (int i = first_of_block(); i < num_entries; i += step_of_block())
-            table[first * c.call.num_topk + i] = sets.entries[i];
-    }
+            send_entry(c, peer, first * c.call.num_topk + i, sets.entries[i]);
 }
 
 // All threads of the block, whose crew has made the first stretch: the table, to every rank.
@@ -164,11 +177,9 @@ EP_DEVICE void send_routing_table(const Context& c, const Choice& choice, const 
         __syncthreads();
         send_stretch(c, choice, sets, first);
     }
-    for (int peer = 0; peer < c.num_ranks(); ++peer) {
-        auto* num_rows = reinterpret_cast<int*>(c.message(peer, c.rank()) + c.call.message.num_rows.offset);
+    for (int peer = 0; peer < c.num_ranks(); ++peer)
         for (int expert = first_of_block(); expert < c.num_local_experts(); expert += step_of_block())
-            num_rows[expert] = sets.counts[peer * c.num_local_experts() + expert];
-    }
+            send_row_count(c, peer, expert, sets.counts[peer * c.num_local_experts() + expert]);
     publish_table(c, choice.num_tokens);
 }
 
@@ -189,7 +200,14 @@ struct Counts {
     EP_DEVICE int* before(int source) const { return rows + source * num_local_experts; }
 };
 
-// All threads of the block, after wait_for_tables.
+// One thread: rows that `source` has for an expert, as far as it is known without a wait. False: it is not.
+EP_DEVICE bool look_at_row_count(const Context& c, const Counts& counts, int source, int expert, int& value) {
+    if (c.uses_packets) return look_at_packet(c, c.row_count_packet(source, expert), value);
+    value = counts.is_here[source] != 0 ? c.row_counts(source)[expert] : 0;
+    return true;
+}
+
+// All threads of the block, after wait_for_tables where the tables have flags.
 EP_DEVICE void find_counts(const Context& c, const Counts& counts) {
     constexpr int kAtOnce = 8;  // loads under way
 #pragma unroll 1
@@ -198,14 +216,15 @@ EP_DEVICE void find_counts(const Context& c, const Counts& counts) {
 #pragma unroll 1
         for (int first = 0; first < c.num_ranks(); first += kAtOnce) {
             int held[kAtOnce];
+            bool is_here[kAtOnce];
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i)
-                held[i] =
-                    first + i < c.num_ranks() && counts.is_here[first + i] != 0 ? c.row_counts(first + i)[expert] : 0;
+                if (first + i < c.num_ranks()) is_here[i] = look_at_row_count(c, counts, first + i, expert, held[i]);
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
-                if (first + i < c.num_ranks()) counts.before(first + i)[expert] = num_rows;
-                num_rows += held[i];
+                if (first + i >= c.num_ranks()) break;
+                counts.before(first + i)[expert] = num_rows;
+                num_rows += take_packet(c, first + i, c.row_count_packet(first + i, expert), is_here[i], held[i], 0);
             }
         }
         counts.before(c.num_ranks())[expert] = num_rows;

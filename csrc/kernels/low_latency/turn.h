@@ -189,5 +189,28 @@ EP_DEVICE void add_statistics(const Context& c, Block* block) {
     }
 }
 
+// The kernels of an operation. With a hook its two launches are of the same one, so that a profiler has one name for the
+// call; registers and instructions of a phase are its own all the same.
+enum class Launches { kPhases, kWhole };
+
+// All threads: what a launch does, by `send(context, block)` and `receive(context, block)`.
+template <Launches kLaunches, bool kUsesPackets, class Send, class Receive>
+EP_DEVICE void run_launch(const LowLatencyCall& call, layout::Operation operation, Block* block, const Send& send,
+                          const Receive& receive) {
+    if (kLaunches == Launches::kWhole) {
+        const Context context = make_context(call, operation, Phase::kBoth, kUsesPackets);
+        send(context, block);
+        if (block->receives != 0) receive(context, block);
+        add_statistics(context, block);
+    } else if (call.phase == Phase::kSend) {
+        send(make_context(call, operation, Phase::kSend, kUsesPackets), block);
+    } else {
+        const Context context = make_context(call, operation, Phase::kReceive, kUsesPackets);
+        begin_receive(context);
+        receive(context, block);
+        add_statistics(context, block);
+    }
+}
+
 }  // namespace EP_BACKEND
 }  // namespace deep_ep::kernels::low_latency

@@ -221,9 +221,7 @@ TEST_CASE("no __syncwarp before one lane's release: TSan, and a few seeds for ea
     check_seeds_and_tsan_find("no __syncwarp before release", hunt_message<Send::kNoSyncwarp, Receive::kAcquire>(), 1);
 }
 
-TEST_CASE("packets need no flag, no release and no acquire") {
-    check_is_clean(hunt_packets<Packets::kRight>());
-}
+TEST_CASE("packets need no flag, no release and no acquire") { check_is_clean(hunt_packets<Packets::kRight>()); }
 
 TEST_CASE("a packet that is read without a look at its epoch: wrong results, TSan sees nothing") {
     const Found found = hunt_packets<Packets::kUnchecked>();
