@@ -25,7 +25,7 @@ struct LowLatencyCall {
     layout::LowLatencyPackets packets;
     bool uses_packets;     // for the tables
     uint64_t data_offset;  // of the low-latency data region in the heap
-    uint64_t data_bytes;
+    layout::LowLatencyRegion region;
     Phase phase;
     uint64_t lag;  // receive phase: how many calls have begun since this one
     int num_blocks, num_warps;

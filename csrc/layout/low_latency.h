@@ -73,6 +73,24 @@ struct LogfmtRow {
     }
 };
 
+// The data region: banks x sources. Where a source writes depends on no shape: a rank that was left out and does not know
+// it yet spoils no message but its own, which nobody reads.
+struct LowLatencyRegion {
+    uint64_t bank_bytes = 0;
+    uint64_t source_bytes = 0;
+
+    static constexpr LowLatencyRegion make(uint64_t data_bytes, uint64_t num_ranks) {
+        LowLatencyRegion layout;
+        layout.bank_bytes = data_bytes / kNumLowLatencyBanks / 128 * 128;
+        layout.source_bytes = layout.bank_bytes / num_ranks / 128 * 128;
+        return layout;
+    }
+    // Where the message of `source` is kept, from the start of the region.
+    constexpr uint64_t offset(uint64_t bank, uint64_t source) const {
+        return bank * bank_bytes + source * source_bytes;
+    }
+};
+
 constexpr int kFp8GroupSize = 128;  // channels with one FP8 scale
 
 // What one rank writes to another in one call: its routing table, then one slot for each token.
@@ -102,10 +120,6 @@ struct LowLatencyMessage {
         return layout;
     }
 
-    // Where `owner` keeps the message of `source`, from the start of its data region of `data_bytes`.
-    constexpr uint64_t offset(uint64_t data_bytes, uint64_t bank, uint64_t source) const {
-        return bank * (data_bytes / kNumLowLatencyBanks / 128 * 128) + source * bytes;
-    }
     // The smallest data region for messages of this layout.
     constexpr uint64_t region_bytes(uint64_t num_ranks) const { return kNumLowLatencyBanks * num_ranks * bytes; }
 };

@@ -16,7 +16,19 @@ enum class Operation : uint32_t {
     kLowLatencyDispatch,
     kLowLatencyCombine
 };
-enum class Stage : uint32_t { kStart, kCounts, kRow, kSlot, kInput, kCapacity, kTable, kLoan, kWeights, kReturn };
+enum class Stage : uint32_t {
+    kStart,
+    kCounts,
+    kRow,
+    kSlot,
+    kInput,
+    kCapacity,
+    kTable,
+    kLoan,
+    kWeights,
+    kReturn,
+    kStated  // kBadInput: a number in a routing table
+};
 enum class FailureKind : uint32_t { kNone, kTimeout, kAborted, kBadInput };
 
 // The story of one wait: who waited for whom, where, for what, and how long.

@@ -91,7 +91,8 @@ kernels::LowLatencyCall Buffer::low_latency_call(const LowLatencyShape& shape, c
             // Where a source may be left out its table counts as a whole or not at all, which is what one flag says.
             .uses_packets = packets.fits() && !options_.is_shrinkable,
             .data_offset = control_.bytes + static_cast<uint64_t>(options_.num_data_bytes),
-            .data_bytes = static_cast<uint64_t>(options_.num_low_latency_bytes),
+            .region = layout::LowLatencyRegion::make(static_cast<uint64_t>(options_.num_low_latency_bytes),
+                                                     static_cast<uint64_t>(options_.num_ranks)),
             .phase = kernels::Phase::kSend,
             .lag = 0,
             .num_blocks = grid.num_blocks,

@@ -31,6 +31,7 @@ const char* awaited_at(layout::Stage stage) {
         case layout::Stage::kLoan: return "to enter the call";
         case layout::Stage::kWeights: return "to copy its top-k weights";
         case layout::Stage::kReturn: return "to finish its part";
+        case layout::Stage::kStated:
         case layout::Stage::kInput:
         case layout::Stage::kCapacity: return "(input)";
     }
@@ -67,6 +68,12 @@ std::string describe_bad_input(const layout::WaitRecord& record, int rank) {
         return concat("DeepEP error: ", name_of(record.operation), ", call ", record.call, ", rank ", rank,
                       ": the tensors hold ", record.expected, " rows, but ", record.seen,
                       " rows belong to this rank. Raise num_worst_tokens, or pass the tensors that fit the handle.");
+    if (record.stage == layout::Stage::kStated)
+        return concat(
+            "DeepEP error: ", name_of(record.operation), ", call ", record.call, ", rank ", rank,
+            ": the routing table of rank ", record.peer, " states ", static_cast<int64_t>(record.seen),
+            " where at most ", static_cast<int64_t>(record.expected),
+            " can be. Shapes and formats must be the same on every rank; DEEP_EP_CHECK_CALLS=1 compares them.");
     return concat("DeepEP error: ", name_of(record.operation), ", rank ", rank, ": topk_idx of token ", record.peer,
                   " must be -1 or an expert below ", record.expected, ", got ", static_cast<int64_t>(record.seen), ".");
 }

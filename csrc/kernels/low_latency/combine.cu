@@ -359,7 +359,7 @@ template <Launches kLaunches, bool kIsLogfmt, bool kUsesPackets> struct Kernel {
         }
         begin_send(c, block);
         const bool is_ready = block->is_ready != 0;
-        if (is_ready && block->is_first != 0) send_weights(p, c, weights, has_weights);
+        if (is_ready && block->is_first != 0) send_weights(p, c, block, weights, has_weights);
         int num_written = 0;
 #pragma unroll 1
         while (is_ready && stream.item < num_items(p, c)) reduce_token(p, c, sources, stream, num_written, shared);
@@ -404,11 +404,13 @@ template <Launches kLaunches, bool kIsLogfmt, bool kUsesPackets> struct Kernel {
     // All threads of the block that began first: our top-k ids and weights to every rank. Peers wait for them in their
     // send phases, so they must not depend on a block that may not be resident yet.
     // In packets those of tokens that do not exist as well, so that nobody has to know how many do.
-    static EP_DEVICE void send_weights(const Params& p, const Context& c, Weights held, bool is_loaded) {
+    static EP_DEVICE void send_weights(const Params& p, const Context& c, const Block* block, Weights held,
+                                       bool is_loaded) {
         const int num_entries = (c.uses_packets ? c.call.num_max_tokens : p.num_tokens) * c.call.num_topk;
         for (int base = 0; base < num_entries; base += kWeightsAhead * static_cast<int>(blockDim.x)) {
             if (base > 0 || !is_loaded) held = load_weights(p, c, base);
             for (int peer = 0; peer < c.num_ranks(); ++peer) {
+                if (block->leaves_out(c.call, peer)) continue;
                 if (c.uses_packets) {
                     send_weight_packets(c, peer, held, base, num_entries);
                     continue;
@@ -424,7 +426,7 @@ template <Launches kLaunches, bool kIsLogfmt, bool kUsesPackets> struct Kernel {
                 }
             }
         }
-        publish_table(c, p.num_tokens);
+        publish_table(c, block, p.num_tokens);
         if (is_last_warp()) publish_ended(c);
     }
 

@@ -180,7 +180,8 @@ EP_DEVICE Token begin_token_of_packets(const Params& p, const Context& c, const 
     if (is_full) load_slot(p, c, unit, token);
     token.num_tokens = take_packet(c, unit.source, c.token_count_packet(unit.source), is_counted, num_tokens, 0);
     token.entry = -1;
-    if (has_entry && unit.token < token.num_tokens)
+    // A number that cannot be true is refused later; here nobody waits for what it promises.
+    if (has_entry && unit.token < token.num_tokens && may_be(token.num_tokens, c.call.num_max_tokens))
         token.entry = take_packet(c, unit.source, entry_packet(c, unit, prim::lane_idx()), is_entered, entry, -1);
     return token;
 }
@@ -228,37 +229,46 @@ EP_DEVICE void place_scales(const Params& p, const Context& c, const Unit& unit,
     }
 }
 
-// One warp, after find_counts: what these entries want of the token. `first`: which of its entries they are.
-EP_DEVICE void place_entries(const Params& p, const Context& c, const Unit& unit, const Counts& counts, int first,
+// One warp, after find_counts: what these entries want of the token. `first`: which of its entries they are. False: a place
+// is beyond the rows that its source has stated, and nothing is written.
+EP_DEVICE bool place_entries(const Params& p, const Context& c, const Unit& unit, const Counts& counts, int first,
                              const Entries& entries, const Token& token) {
     int row = -1;
-    if (entries.expert >= 0)
-        row = entries.expert * c.num_rows_of_expert() + counts.before(unit.source)[entries.expert] +
-              place_of(entries.entry);
+    bool is_stated = true;
+    if (entries.expert >= 0) {
+        const int before = counts.before(unit.source)[entries.expert];
+        const int num_rows = counts.before(unit.source + 1)[entries.expert] - before;
+        row = entries.expert * c.num_rows_of_expert() + before + place_of(entries.entry);
+        is_stated = place_of(entries.entry) < num_rows;
+    }
+    if (!__all_sync(kFullMask, is_stated)) return false;
     if (const int k = first + prim::lane_idx(); unit.part == 0 && k < p.call.num_topk) {
         const int64_t idx = static_cast<int64_t>(unit.source) * p.call.num_max_tokens + unit.token;
         p.row_of_entry[idx * p.call.num_topk + k] = row;
         if (entries.is_placed) p.src_info[row] = unit.token;
     }
-    if (entries.placed == 0) return;
+    if (entries.placed == 0) return true;
     place_scales(p, c, unit, token, entries, row);
     place_row(p, unit, token, entries.placed, row);
+    return true;
 }
 
 // One warp: the rest of the token, once the counts are known. Of a token that does not exist combine learns that it has no
-// rows.
+// rows. False: the table of its source cannot be true.
 template <class Draw>
-EP_DEVICE void finish_token(const Params& p, const Context& c, const Unit& unit, const Counts& counts, Token& token,
+EP_DEVICE bool finish_token(const Params& p, const Context& c, const Unit& unit, const Counts& counts, Token& token,
                             const Draw& draw) {
-    const bool exists = unit.token < token.num_tokens;
+    bool is_possible = may_be(token.num_tokens, p.call.num_max_tokens);
+    const bool exists = is_possible && unit.token < token.num_tokens;
 #pragma unroll 1
     for (int first = 0; first < p.call.num_topk; first += kWarpSize) {
         if (first > 0 && exists) token.entry = load_entry(c, unit, first);
         const Entries entries = choose_entries(c, unit, first, exists ? token.entry : -1);
         if (entries.placed != 0 && token.slot == nullptr && wait_for_slot(c, unit)) load_slot(p, c, unit, token);
         draw();
-        place_entries(p, c, unit, counts, first, entries, token);
+        is_possible &= place_entries(p, c, unit, counts, first, entries, token);
     }
+    return is_possible;
 }
 
 // One warp, an expert for each lane: how many rows it gets, and from whom.
@@ -283,6 +293,7 @@ EP_DEVICE void receive(const Params& p, const Context& c, Block* block) {
     const int num_parts = warps_for_item(num_tokens, kMaxWarpsForItem);
     const int num_lists = (c.num_local_experts() + kWarpSize - 1) / kWarpSize;
     const auto counts = Counts::make(c);
+    bool is_possible = true;  // what this thread has seen of the tables
     for_each_unit(c, block, num_tokens * num_parts + num_lists, [&](int idx, bool is_first, const auto& draw) {
         const Unit unit = unit_of(c, idx, num_parts);
         // Before the wait for the tables, which come last: one trip less after it.
@@ -294,10 +305,11 @@ EP_DEVICE void receive(const Params& p, const Context& c, Block* block) {
         } else if (unit.is_token && counts.is_here[unit.source] != 0) {
             token = begin_token(p, c, unit, is_full);
         }
-        if (is_first) find_counts(c, counts);
-        if (unit.is_token) finish_token(p, c, unit, counts, token, draw);
+        if (is_first) is_possible &= find_counts(c, counts);
+        if (unit.is_token) is_possible &= finish_token(p, c, unit, counts, token, draw);
         if (unit.is_list) write_counts(p, c, counts, unit.first_expert);
     });
+    if (!is_possible) refuse_tables(c, counts);
 }
 
 }  // namespace EP_BACKEND

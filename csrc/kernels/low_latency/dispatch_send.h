@@ -127,7 +127,7 @@ EP_DEVICE void send(const Params& p, const Context& c, Block* block) {
     if (has_table && crew.is_mine()) make_stretch(c, choice, sets, crew, 0);
     begin_send(c, block);
     const bool is_ready = block->is_ready != 0;
-    if (is_ready && has_table) send_routing_table(c, choice, sets, crew);
+    if (is_ready && has_table) send_routing_table(c, block, choice, sets, crew);
 #pragma unroll 1
     for (int token = first; is_ready && token < p.num_tokens; token += num_senders) {
         const Head next = load_head(p, c, token + num_senders);

@@ -40,7 +40,7 @@ struct Context {
     EP_DEVICE bool receives() const { return phase != Phase::kSend; }
     // The message that `source` has written (or is writing) into `owner`'s memory.
     EP_DEVICE uint8_t* message(int owner, int source) const {
-        return watch.heap.at(owner, call.data_offset + call.message.offset(call.data_bytes, bank, source));
+        return watch.heap.at(owner, call.data_offset + call.region.offset(bank, source));
     }
     EP_DEVICE uint8_t* slot(int owner, int source, int token) const {
         return message(owner, source) + call.message.slots.at(token);
@@ -96,12 +96,17 @@ EP_DEVICE bool is_masked(const LowLatencyCall& call, int peer) {
 
 // Waits that do not end at the first look are calls: their code, many times inlined, would fill the instruction cache.
 
-// One thread; acquire. False: do without the peer, because it is masked, or has just been, or the call is aborted.
+// One thread; acquire: waits until the flag is one from `expected` to `last`. False: do without the peer, because it is
+// masked, or has just been, or the call is aborted.
 EP_DEVICE_COLD bool wait_for_peer(const LowLatencyCall* call, algo::Watch watch, Stage stage, int peer,
-                                  const uint64_t* flag, uint64_t expected) {
+                                  const uint64_t* flag, uint64_t expected, uint64_t last) {
     if (is_masked(*call, peer)) return false;
     const auto on_timeout = call->is_shrinkable ? algo::OnTimeout::kGiveUp : algo::OnTimeout::kFail;
-    if (algo::wait_at_least(watch, {stage, peer}, flag, expected, on_timeout)) return true;
+    const auto look = [&](uint64_t& seen) {
+        seen = prim::load<Order::kAcquire, Scope::kSys>(flag);
+        return seen >= expected && seen <= last;
+    };
+    if (algo::wait_until(watch, {stage, peer}, expected, look, on_timeout)) return true;
     if (call->is_shrinkable) prim::store<Order::kRelaxed, Scope::kGpu>(&call->masked[peer], 1);
     return false;
 }
@@ -118,19 +123,22 @@ EP_DEVICE void note_wait(const LowLatencyCall& call, int source, uint64_t waited
     }
 }
 
-// As wait_for_peer, and notes how long it took.
+// One thread, one look; acquire. A flag of another call, earlier or later, says nothing of this one.
+EP_DEVICE bool is_set(const algo::Watch& watch, const uint64_t* flag) {
+    return prim::load<Order::kAcquire, Scope::kSys>(flag) == watch.call;
+}
+
+// As wait_for_peer, for a flag of this very call; notes how long it took.
 EP_DEVICE_COLD bool wait_for_late_source(const LowLatencyCall* call, algo::Watch watch, Stage stage, int source,
                                          const uint64_t* flag) {
     const uint64_t start_ns = prim::clock_ns();
-    const bool is_here = wait_for_peer(call, watch, stage, source, flag, watch.call);
+    const bool is_here = wait_for_peer(call, watch, stage, source, flag, watch.call, watch.call);
     note_wait(*call, source, prim::clock_ns() - start_ns);
     return is_here;
 }
 
-// One thread, one look; acquire.
-EP_DEVICE bool is_set(const algo::Watch& watch, const uint64_t* flag) {
-    return prim::load<Order::kAcquire, Scope::kSys>(flag) >= watch.call;
-}
+// What a source states becomes part of an address only if it can be true: from 0 to `most`.
+EP_DEVICE bool may_be(int stated, int most) { return stated >= 0 && stated <= most; }
 
 EP_DEVICE bool wait_for_source(const LowLatencyCall& call, const algo::Watch& watch, Stage stage, int source,
                                const uint64_t* flag) {
@@ -206,21 +214,6 @@ EP_DEVICE void wait_for_tables(const Context& c, int* is_here) {
     for (int source = first_of_block(); source < c.num_ranks(); source += step_of_block())
         is_here[source] = wait_for_table(c, source) ? 1 : 0;
     __syncthreads();  // one thread's acquire, the block's reads
-}
-
-// All threads of the block that has written our table into the messages to all ranks: they may read it.
-EP_DEVICE void publish_table(const Context& c, int num_tokens) {
-    if (c.uses_packets) {
-        for (int peer = first_of_block(); peer < c.num_ranks(); peer += step_of_block())
-            send_packet(c, c.packets(peer, c.rank()) + layout::LowLatencyPackets::kNumTokens, num_tokens);
-        return;
-    }
-    for (int peer = first_of_block(); peer < c.num_ranks(); peer += step_of_block())
-        *reinterpret_cast<int*>(c.message(peer, c.rank()) + c.call.message.num_tokens.offset) = num_tokens;
-    __syncthreads();
-    // Release: the tables. Pairs with: wait_for_table at the peer.
-    for (int peer = first_of_block(); peer < c.num_ranks(); peer += step_of_block())
-        prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.table_full(peer, c.bank, c.rank()), c.watch.call);
 }
 
 EP_DEVICE Context make_context(const LowLatencyCall& call, layout::Operation operation, Phase phase,

@@ -9,7 +9,7 @@
 // below one's own, after the count of the stretches before.
 #pragma once
 
-#include "kernels/low_latency/frame.h"
+#include "kernels/low_latency/turn.h"
 
 namespace deep_ep::kernels::low_latency {
 inline namespace EP_BACKEND {
@@ -159,28 +159,33 @@ EP_DEVICE void send_row_count(const Context& c, int peer, int expert, int value)
 }
 
 // All threads of the block: a stretch, to every rank.
-EP_DEVICE void send_stretch(const Context& c, const Choice& choice, const TokenSets& sets, int first) {
+EP_DEVICE void send_stretch(const Context& c, const Block* block, const Choice& choice, const TokenSets& sets,
+                            int first) {
     const int num_entries = entries_of_stretch(c, choice, sets, first);
-    for (int peer = 0; peer < c.num_ranks(); ++peer)
+    for (int peer = 0; peer < c.num_ranks(); ++peer) {
+        if (block->leaves_out(c.call, peer)) continue;
         for (int i = first_of_block(); i < num_entries; i += step_of_block())
             send_entry(c, peer, first * c.call.num_topk + i, sets.entries[i]);
+    }
 }
 
 // All threads of the block, whose crew has made the first stretch: the table, to every rank.
-EP_DEVICE void send_routing_table(const Context& c, const Choice& choice, const TokenSets& sets,
+EP_DEVICE void send_routing_table(const Context& c, const Block* block, const Choice& choice, const TokenSets& sets,
                                   const TableCrew& crew) {
-    send_stretch(c, choice, sets, 0);
+    send_stretch(c, block, choice, sets, 0);
 #pragma unroll 1
     for (int first = sets.num_tokens(); first < choice.num_tokens; first += sets.num_tokens()) {
         __syncthreads();  // the stretch before has been sent
         if (crew.is_mine()) make_stretch(c, choice, sets, crew, first);
         __syncthreads();
-        send_stretch(c, choice, sets, first);
+        send_stretch(c, block, choice, sets, first);
     }
-    for (int peer = 0; peer < c.num_ranks(); ++peer)
+    for (int peer = 0; peer < c.num_ranks(); ++peer) {
+        if (block->leaves_out(c.call, peer)) continue;
         for (int expert = first_of_block(); expert < c.num_local_experts(); expert += step_of_block())
             send_row_count(c, peer, expert, sets.counts[peer * c.num_local_experts() + expert]);
-    publish_table(c, choice.num_tokens);
+    }
+    publish_table(c, block, choice.num_tokens);
 }
 
 // What a block learns from the tables of all sources, once; in dynamic shared memory, where TokenSets has been.
@@ -207,9 +212,11 @@ EP_DEVICE bool look_at_row_count(const Context& c, const Counts& counts, int sou
     return true;
 }
 
-// All threads of the block, after wait_for_tables where the tables have flags.
-EP_DEVICE void find_counts(const Context& c, const Counts& counts) {
+// All threads of the block, after wait_for_tables where the tables have flags. False: this thread has seen a count that cannot
+// be true.
+EP_DEVICE bool find_counts(const Context& c, const Counts& counts) {
     constexpr int kAtOnce = 8;  // loads under way
+    bool is_possible = true;
 #pragma unroll 1
     for (int expert = first_of_block(); expert < c.num_local_experts(); expert += step_of_block()) {
         int num_rows = 0;
@@ -224,12 +231,49 @@ EP_DEVICE void find_counts(const Context& c, const Counts& counts) {
             for (int i = 0; i < kAtOnce; ++i) {
                 if (first + i >= c.num_ranks()) break;
                 counts.before(first + i)[expert] = num_rows;
-                num_rows += take_packet(c, first + i, c.row_count_packet(first + i, expert), is_here[i], held[i], 0);
+                const int stated =
+                    take_packet(c, first + i, c.row_count_packet(first + i, expert), is_here[i], held[i], 0);
+                const bool is_counted = may_be(stated, c.call.num_max_tokens);
+                num_rows += is_counted ? stated : 0;
+                is_possible &= is_counted;
             }
         }
         counts.before(c.num_ranks())[expert] = num_rows;
     }
     __syncthreads();
+    return is_possible;
+}
+
+// One thread: what is there by now.
+EP_DEVICE int packet_or(const Context& c, const prim::Packet* packet, int otherwise) {
+    int value = 0;
+    return look_at_packet(c, packet, value) ? value : otherwise;
+}
+
+// One thread: fails the call with the first number in the table of `source` that cannot be true. True: there is one.
+EP_DEVICE bool refuse_table(const Context& c, const Counts& counts, int source) {
+    const int num_tokens = c.uses_packets ? packet_or(c, c.token_count_packet(source), 0) : c.num_tokens_of(source);
+    const int most = c.call.num_max_tokens;
+    int stated = num_tokens, limit = most;
+    for (int i = 0; i < c.num_local_experts() && may_be(stated, limit); ++i)
+        stated = c.uses_packets ? packet_or(c, c.row_count_packet(source, i), 0) : c.row_counts(source)[i];
+    for (int i = 0; i < num_tokens * c.call.num_topk && may_be(stated, limit); ++i) {
+        const int entry = c.uses_packets ? packet_or(c, c.entry_packet(source, i), -1) : c.table(source)[i];
+        const int expert = local_expert(c, expert_of(entry));
+        if (expert < 0) continue;
+        stated = place_of(entry);
+        limit = counts.before(source + 1)[expert] - counts.before(source)[expert] - 1;
+    }
+    if (may_be(stated, limit)) return false;
+    algo::fail(c.watch, layout::FailureKind::kBadInput, {Stage::kStated, source}, static_cast<uint64_t>(limit),
+               static_cast<uint64_t>(stated), 0);
+    return true;
+}
+
+// One thread, which has met such a number; the tables are those of this call until the launch ends.
+EP_DEVICE_COLD void refuse_tables(Context c, Counts counts) {
+    for (int source = 0; source < c.num_ranks(); ++source)
+        if ((c.uses_packets || counts.is_here[source] != 0) && refuse_table(c, counts, source)) return;
 }
 
 }  // namespace EP_BACKEND

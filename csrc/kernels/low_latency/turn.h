@@ -13,6 +13,12 @@ struct Block {
     int is_first;  // this block began before all others of its grid
     int receives;  // it takes part in the receive phase
     int share;     // its current part of that
+    // A bit for each rank: masked when this block had waited for the bank. Nothing is sent to it: it may still read.
+    uint32_t left_out[(layout::kMaxRanks + 31) / 32];
+
+    EP_DEVICE bool leaves_out(const LowLatencyCall& call, int peer) const {
+        return call.is_shrinkable && (left_out[peer / 32] >> peer % 32 & 1u) != 0;
+    }
 };
 
 // One warp of the block that began first: tells the peers which calls this rank has received in earlier launches, so that
@@ -22,6 +28,7 @@ EP_DEVICE void publish_ended(const Context& c) {
 #pragma unroll 1
     for (int i = prim::lane_idx(); i < c.num_ranks() * kNumBanks; i += kWarpSize) {
         const int bank = i % kNumBanks;
+        if (is_masked(c.call, i / kNumBanks)) continue;
         const uint64_t ended = prim::load<Order::kRelaxed, Scope::kGpu>(&c.watch.words.local->low_latency_ended[bank]);
         // Release: the reads of an earlier launch. Pairs with: is_bank_free at the peer.
         prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.received(i / kNumBanks, bank, c.rank()), ended);
@@ -41,8 +48,18 @@ EP_DEVICE bool wait_for_bank(const Context& c) {
     for (int peer = prim::lane_idx(); peer < c.num_ranks(); peer += kWarpSize)
         if (c.watch.call > layout::kNumLowLatencyBanks)
             wait_for_peer(&c.call, c.watch, Stage::kStart, peer, c.watch.heap.received(c.rank(), c.bank, peer),
-                          c.watch.call - layout::kNumLowLatencyBanks);
+                          c.watch.call - layout::kNumLowLatencyBanks, ~uint64_t{0});
     return __all_sync(kFullMask, algo::may_go_on(c.watch, {Stage::kStart, c.rank()}, prim::clock_ns(), 0, 0)) != 0;
+}
+
+// Warp 0.
+EP_DEVICE void note_masks(const Context& c, Block* block) {
+#pragma unroll 1
+    for (int first = 0; first < c.num_ranks(); first += kWarpSize) {
+        const int peer = first + prim::lane_idx();
+        const uint32_t masks = __ballot_sync(kFullMask, peer < c.num_ranks() && is_masked(c.call, peer));
+        if (prim::lane_idx() == 0) block->left_out[first / kWarpSize] = masks;
+    }
 }
 
 // All threads of a block that sends: notes the order in which blocks begin, and waits until no peer reads this bank. What
@@ -59,18 +76,37 @@ EP_DEVICE void begin_send(const Context& c, Block* block) {
         if (is_first)
 #pragma unroll 1
             for (int peer = prim::lane_idx(); peer < c.num_ranks(); peer += kWarpSize)
-                prim::store<Order::kRelaxed, Scope::kSys>(c.watch.heap.low_latency_started(peer, c.rank()),
-                                                          c.watch.call);
+                if (!is_masked(c.call, peer))
+                    prim::store<Order::kRelaxed, Scope::kSys>(c.watch.heap.low_latency_started(peer, c.rank()),
+                                                              c.watch.call);
         if (!is_ready) {
             if (is_first) publish_ended(c);
             is_ready = wait_for_bank(c);
         }
+        if (c.call.is_shrinkable) note_masks(c, block);
         if (prim::lane_idx() == 0) {
             block->is_ready = is_ready ? 1 : 0;
             block->is_first = is_first ? 1 : 0;
         }
     }
     __syncthreads();  // each lane's acquire, the block's stores
+}
+
+// All threads of the block that has written our table into the messages to all ranks: they may read it.
+EP_DEVICE void publish_table(const Context& c, const Block* block, int num_tokens) {
+    if (c.uses_packets) {
+        for (int peer = first_of_block(); peer < c.num_ranks(); peer += step_of_block())
+            send_packet(c, c.packets(peer, c.rank()) + layout::LowLatencyPackets::kNumTokens, num_tokens);
+        return;
+    }
+    for (int peer = first_of_block(); peer < c.num_ranks(); peer += step_of_block())
+        if (!block->leaves_out(c.call, peer))
+            *reinterpret_cast<int*>(c.message(peer, c.rank()) + c.call.message.num_tokens.offset) = num_tokens;
+    __syncthreads();
+    // Release: the tables. Pairs with: wait_for_table at the peer.
+    for (int peer = first_of_block(); peer < c.num_ranks(); peer += step_of_block())
+        if (!block->leaves_out(c.call, peer))
+            prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.table_full(peer, c.bank, c.rank()), c.watch.call);
 }
 
 // One thread: counts the launch, for the next one.

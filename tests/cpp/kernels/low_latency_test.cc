@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "core/error.h"
@@ -322,6 +323,161 @@ TEST_CASE("low latency: a masked rank that comes all the same is left out by eve
             CHECK_EQ(check_low_latency_dispatch_of(problem, heard, rank), "");
         }
     }
+}
+
+// Both phases, or one, of a dispatch of these ranks, run to the end.
+void dispatch_on(World& world, const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks,
+                 std::initializer_list<int> callers) {
+    for (int rank : callers) launch_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank, Launches::kTwo);
+    world.run();
+}
+
+void clear_masks(World& world) {
+    for (int rank = 0; rank < world.num_ranks(); ++rank)
+        std::fill_n(world.buffer(rank).masked_ranks(), world.num_ranks(), 0);
+}
+
+TEST_CASE("low latency: a rank that was masked while late goes on, whatever shapes the others use meanwhile") {
+    LowLatencyProblem small{.num_tokens = {9, 4, 7}, .num_experts = 3};
+    LowLatencyProblem large = small;
+    large.num_tokens = {64, 0, 64};
+    large.num_max_tokens = 64;
+    large.seed = 2;
+    World world(3, 0, impatient(), 2.0, low_latency_bytes(large), true);
+    auto first = make_low_latency_inputs(small), second = make_low_latency_inputs(small);
+    auto third = make_low_latency_inputs(large);
+    dispatch_on(world, small, first, {0, 2});  // masks rank 1
+    dispatch_on(world, small, second, {0, 2});
+    dispatch_on(world, large, third, {0, 2});
+    // What was sent to it before it was masked is as it was; of the later calls it gets nothing but its own.
+    dispatch_on(world, small, first, {1});
+    CHECK_EQ(check_low_latency_dispatch_of(small, first, 1), "");
+    dispatch_on(world, small, second, {1});
+    dispatch_on(world, large, third, {1});
+    for (auto* tensors : {&second, &third}) {
+        const LowLatencyProblem& problem = tensors == &third ? large : small;
+        auto heard = *tensors;
+        for (size_t peer : {0, 2}) heard[peer].topk_idx.clear();
+        CHECK_EQ(check_low_latency_dispatch_of(problem, heard, 1), "");
+        heard = *tensors;
+        heard[1].topk_idx.clear();
+        for (int rank : {0, 2}) CHECK_EQ(check_low_latency_dispatch_of(problem, heard, rank), "");
+    }
+    // All ranks have made the same calls: they may have it back.
+    clear_masks(world);
+    for (int rank = 0; rank < 3; ++rank) world.buffer(rank).check();
+    CHECK_EQ(low_latency_round_trip(world, small, Launches::kTwo), "");
+    CHECK_EQ(low_latency_round_trip(world, large, Launches::kOne), "");
+    for (int rank = 0; rank < 3; ++rank)
+        for (int peer = 0; peer < 3; ++peer) CHECK_EQ(world.buffer(rank).masked_ranks()[peer], 0);
+}
+
+TEST_CASE("low latency: a masked rank that is behind and taken back too early is masked again, and nothing is wrong") {
+    const LowLatencyProblem problem{.num_tokens = {9, 4, 7}, .num_experts = 3};
+    World world(3, 0, impatient(), 2.0, low_latency_bytes(problem), true);
+    auto ranks = make_low_latency_inputs(problem);
+    for (int call = 1; call <= 4; ++call) dispatch_on(world, problem, ranks, {0, 2});
+    clear_masks(world);
+    dispatch_on(world, problem, ranks, {0, 1, 2});  // the first call of rank 1, the fifth of the others
+    auto heard = ranks;
+    heard[1].topk_idx.clear();
+    for (int rank : {0, 2}) {
+        world.buffer(rank).check();
+        CHECK_EQ(world.buffer(rank).masked_ranks()[1], 1);
+        CHECK_EQ(check_low_latency_dispatch_of(problem, heard, rank), "");
+    }
+    CHECK_EQ(check_low_latency_dispatch_of(problem, ranks, 1), "");  // the same inputs in every call
+}
+
+TEST_CASE("low latency: what a late rank writes spoils no message of another rank, whatever their shapes") {
+    LowLatencyProblem small{.num_tokens = {9, 16, 7}, .num_experts = 3};
+    LowLatencyProblem large = small;
+    large.num_tokens = {60, 0, 64};
+    large.num_max_tokens = 64;
+    large.seed = 2;
+    World world(3, 0, impatient(), 2.0, low_latency_bytes(large), true);
+    auto first = make_low_latency_inputs(small);
+    auto third = make_low_latency_inputs(large);
+    for (int call = 1; call <= 2; ++call) dispatch_on(world, small, first, {0, 2});
+    for (int rank : {0, 2}) send_dispatch(world, large, third[static_cast<size_t>(rank)], rank);
+    world.run();
+    dispatch_on(world, small, first, {1});  // into the bank that the others are about to read
+    for (int rank : {0, 2}) receive_dispatch(world, large, third[static_cast<size_t>(rank)], rank);
+    world.run();
+    for (int rank : {0, 2}) CHECK_EQ(check_low_latency_dispatch_of(large, third, rank), "");
+}
+
+TEST_CASE("low latency: nothing is written into the memory of a masked rank") {
+    const LowLatencyProblem problem{.num_tokens = {9, 4, 7}, .num_experts = 3};
+    const int64_t bytes = low_latency_bytes(problem);
+    World world(3, 0, {}, 2.0, bytes, true);
+    for (int rank : {0, 2}) world.buffer(rank).masked_ranks()[1] = 1;
+    auto ranks = make_low_latency_inputs(problem);
+    for (Launches launches : {Launches::kOne, Launches::kTwo, Launches::kOne}) {
+        for (int rank : {0, 2}) launch_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank, launches);
+        for (int rank : {0, 2}) launch_combine(world, problem, ranks[static_cast<size_t>(rank)], rank, launches);
+        world.run();
+    }
+    const auto control = layout::ControlLayout::make(3);
+    const uint8_t* heap = world.buffer(1).data() - control.bytes;
+    const uint8_t* end = world.buffer(1).low_latency_data() + bytes;
+    CHECK(std::all_of(heap, end, [](uint8_t byte) { return byte == 0; }));
+}
+
+TEST_CASE("low latency: numbers in a peer's table that cannot be true fail the call, and address nothing") {
+    const LowLatencyProblem problem{.num_tokens = {9, 4}, .num_experts = 4, .drop_probability = 0.0};
+    const int64_t bytes = low_latency_bytes(problem);
+    const auto message = layout::LowLatencyMessage::make(16, 3, 2, static_cast<uint64_t>(problem.row_bytes()), 0);
+    const auto packets = layout::LowLatencyPackets::make(16, 3, 2);
+    struct Lie {
+        layout::Field field;
+        uint64_t packet;
+        int stated;
+        const char* sentence;
+    };
+    const Lie lies[] = {
+        {message.num_tokens, packets.kNumTokens, 1000, "states 1000 where at most 16 can be"},
+        {message.num_tokens, packets.kNumTokens, -5, "states -5 where"},
+        {message.num_rows, packets.kNumRows, 1 << 28, "states 268435456 where at most 16"},
+        {message.num_rows, packets.kNumRows, -1, "states -1 where"},
+        {message.topk_idx, packets.entries, 4095, "states 4095 where at most"}};  // the place of an entry of expert 0
+    const auto control = layout::ControlLayout::make(2);
+    const auto region = layout::LowLatencyRegion::make(static_cast<uint64_t>(bytes), 2);
+    for (bool has_flags : {false, true}) {  // which the tables of a group that may shrink have
+        for (const Lie& lie : lies) {
+            CAPTURE(lie.sentence);
+            World world(2, 0, {}, 2.0, bytes, has_flags);
+            auto ranks = make_low_latency_inputs(problem);
+            for (int rank = 0; rank < 2; ++rank) send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+            world.run();
+            // What rank 1 has told rank 0, in the bank of call 1.
+            uint8_t* flagged = world.buffer(0).low_latency_data() + region.offset(1, 1) + lie.field.offset;
+            uint8_t* heap = world.buffer(0).data() - control.bytes;
+            uint8_t* packet =
+                heap + control.low_latency.packets.at((1 * 2 + 1) * layout::kMaxLowLatencyPackets + lie.packet);
+            std::memcpy(has_flags ? flagged : packet, &lie.stated, 4);
+            receive_dispatch(world, problem, ranks[0], 0);
+            world.run();
+            CHECK_THROWS_WITH_AS(world.buffer(0).check(), doctest::Contains("the routing table of rank 1"),
+                                 TimeoutError);
+            CHECK_THROWS_WITH_AS(world.buffer(0).check(), doctest::Contains(lie.sentence), TimeoutError);
+        }
+    }
+}
+
+TEST_CASE("low latency: ranks with different shapes fail by name, and nothing is written outside of a tensor") {
+    LowLatencyProblem mine{.num_tokens = {16, 16}, .num_experts = 2};
+    LowLatencyProblem other = mine;
+    other.num_tokens = {64, 64};
+    other.num_max_tokens = 64;
+    World world(2, 0, impatient(), 2.0, low_latency_bytes(other));
+    auto small = make_low_latency_inputs(mine), large = make_low_latency_inputs(other);
+    launch_dispatch(world, mine, small[0], 0, Launches::kOne);
+    launch_dispatch(world, other, large[1], 1, Launches::kOne);
+    world.run();
+    CHECK_THROWS_WITH_AS(world.buffer(0).check(),
+                         doctest::Contains("the routing table of rank 1 states 64 where at most 16 can be"),
+                         TimeoutError);
 }
 
 TEST_CASE("low latency: what does not fit is refused before anything is launched") {
