@@ -23,7 +23,8 @@ struct LowLatencyCall {
     WatchParams watch;
     layout::LowLatencyMessage message;
     layout::LowLatencyPackets packets;
-    bool uses_packets;     // for the tables
+    bool uses_packets;          // for the tables; combine then has slots by entry (see LowLatencyEntrySlots)
+    uint64_t entry_slot_bytes;  // combine
     uint64_t data_offset;  // of the low-latency data region in the heap
     layout::LowLatencyRegion region;
     Phase phase;

@@ -85,6 +85,10 @@ struct LowLatencyRegion {
         layout.source_bytes = layout.bank_bytes / num_ranks / 128 * 128;
         return layout;
     }
+    // Where combine keeps slot `idx` of a bank whose slots belong to the top-k entries of the owner's tokens.
+    constexpr uint64_t entry_offset(uint64_t bank, uint64_t idx, uint64_t slot_bytes) const {
+        return bank * bank_bytes + idx * slot_bytes;
+    }
     // Where the message of `source` is kept, from the start of the region.
     constexpr uint64_t offset(uint64_t bank, uint64_t source) const {
         return bank * bank_bytes + source * source_bytes;
@@ -92,6 +96,31 @@ struct LowLatencyRegion {
 };
 
 constexpr int kFp8GroupSize = 128;  // channels with one FP8 scale
+
+// Parts of combine in slots that belong to the owner's top-k entries: a part lies at the first entry that it sums. A rank
+// that must not wait for the owner's weights sends its rows as they are, each to the slot of its entry, and the owner sums
+// them. What a rank has sent stands in the flag of the token.
+struct LowLatencyEntrySlots {
+    static constexpr int kMaxTopk = 16;
+    static constexpr uint64_t kHintTopk = 8;
+    static constexpr int kFirstRowBit = 40;  // bits below: the call
+    static constexpr uint64_t kRowsMark = 1ull << 63;
+
+    static constexpr uint64_t slot_bytes(uint64_t hidden) { return align_up(2 * hidden, 128); }
+    // Of a bank.
+    static constexpr uint64_t bytes(uint64_t num_max_tokens, uint64_t num_topk, uint64_t hidden) {
+        return num_max_tokens * num_topk * slot_bytes(hidden);
+    }
+    // The flag of a token whose rows of these entries (a bit for each) have been sent.
+    static constexpr uint64_t rows_flag(uint64_t call, uint32_t entries) {
+        return kRowsMark | static_cast<uint64_t>(entries) << kFirstRowBit | call;
+    }
+    static constexpr uint64_t call_of(uint64_t flag) { return flag & ((1ull << kFirstRowBit) - 1); }
+    static constexpr bool has_rows(uint64_t flag) { return (flag & kRowsMark) != 0; }
+    static constexpr uint32_t rows_of(uint64_t flag) {
+        return static_cast<uint32_t>(flag >> kFirstRowBit) & ((1u << kMaxTopk) - 1);
+    }
+};
 
 // What one rank writes to another in one call: its routing table, then one slot for each token.
 struct LowLatencyMessage {

@@ -56,7 +56,11 @@ int64_t Buffer::low_latency_size_hint(int num_max_tokens, int hidden, int num_ra
     const LowLatencyShape shape{num_max_tokens, kHintTopk, num_experts, hidden};
     check_shape(shape, 0, num_ranks);
     const auto message = dispatch_message(shape, num_ranks, false);
-    return static_cast<int64_t>(message.region_bytes(static_cast<uint64_t>(num_ranks)));
+    using Slots = layout::LowLatencyEntrySlots;
+    const uint64_t entry_bytes = Slots::bytes(static_cast<uint64_t>(num_max_tokens), Slots::kHintTopk,
+                                              static_cast<uint64_t>(hidden));
+    return static_cast<int64_t>(std::max(message.region_bytes(static_cast<uint64_t>(num_ranks)),
+                                         layout::kNumLowLatencyBanks * entry_bytes));
 }
 
 uint8_t* Buffer::low_latency_data() const { return data() + options_.num_data_bytes; }
@@ -90,6 +94,7 @@ kernels::LowLatencyCall Buffer::low_latency_call(const LowLatencyShape& shape, c
             .packets = packets,
             // Where a source may be left out its table counts as a whole or not at all, which is what one flag says.
             .uses_packets = packets.fits() && !options_.is_shrinkable,
+            .entry_slot_bytes = 0,
             .data_offset = control_.bytes + static_cast<uint64_t>(options_.num_data_bytes),
             .region = layout::LowLatencyRegion::make(static_cast<uint64_t>(options_.num_low_latency_bytes),
                                                      static_cast<uint64_t>(options_.num_ranks)),
@@ -137,8 +142,15 @@ kernels::LowLatencyDispatchParams Buffer::low_latency_params(const LowLatencyDis
 
 kernels::LowLatencyCombineParams Buffer::low_latency_params(const LowLatencyCombineArgs& args) const {
     check_shape(args.shape, args.num_tokens, options_.num_ranks);
-    return {.call = low_latency_call(args.shape, combine_message(args.shape, options_.num_ranks, args.uses_logfmt),
-                                     args.wait_stats),
+    auto call = low_latency_call(args.shape, combine_message(args.shape, options_.num_ranks, args.uses_logfmt),
+                                 args.wait_stats);
+    using Slots = layout::LowLatencyEntrySlots;
+    const auto hidden = static_cast<uint64_t>(args.shape.hidden);
+    const uint64_t entry_bytes = Slots::bytes(static_cast<uint64_t>(args.shape.num_max_tokens),
+                                              static_cast<uint64_t>(args.shape.num_topk), hidden);
+    call.entry_slot_bytes = Slots::slot_bytes(hidden);
+    call.uses_packets &= args.shape.num_topk <= Slots::kMaxTopk && entry_bytes <= call.region.bank_bytes;
+    return {.call = call,
             .uses_logfmt = args.uses_logfmt,
             .x = args.x,
             .topk_idx = args.topk_idx,

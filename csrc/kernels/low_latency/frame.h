@@ -45,6 +45,11 @@ struct Context {
     EP_DEVICE uint8_t* slot(int owner, int source, int token) const {
         return message(owner, source) + call.message.slots.at(token);
     }
+    // Combine in packets: the slot of an entry of `owner`.
+    EP_DEVICE uint8_t* entry_slot(int owner, int token, int k) const {
+        const auto idx = static_cast<uint64_t>(token) * call.num_topk + k;
+        return watch.heap.at(owner, call.data_offset + call.region.entry_offset(bank, idx, call.entry_slot_bytes));
+    }
     EP_DEVICE const int* table(int source) const {
         return reinterpret_cast<const int*>(message(rank(), source) + call.message.topk_idx.offset);
     }
@@ -133,6 +138,19 @@ EP_DEVICE_COLD bool wait_for_late_source(const LowLatencyCall* call, algo::Watch
                                          const uint64_t* flag) {
     const uint64_t start_ns = prim::clock_ns();
     const bool is_here = wait_for_peer(call, watch, stage, source, flag, watch.call, watch.call);
+    note_wait(*call, source, prim::clock_ns() - start_ns);
+    return is_here;
+}
+
+// The same for the flag of a part of combine in entry slots, which says more than its call: *seen.
+EP_DEVICE_COLD bool wait_for_late_part(const LowLatencyCall* call, algo::Watch watch, int source, const uint64_t* flag,
+                                       uint64_t* seen) {
+    const uint64_t start_ns = prim::clock_ns();
+    const bool is_here = algo::wait_until(watch, {Stage::kRow, source}, watch.call, [&](uint64_t& seen_call) {
+        *seen = prim::load<Order::kAcquire, Scope::kSys>(flag);
+        seen_call = layout::LowLatencyEntrySlots::call_of(*seen);
+        return seen_call == watch.call;
+    });
     note_wait(*call, source, prim::clock_ns() - start_ns);
     return is_here;
 }
@@ -247,6 +265,18 @@ struct Ids {
         return is_one ? load_expert_id(ids, bytes, static_cast<int64_t>(token) * c.call.num_topk + k) : -1;
     }
 };
+
+// One warp: which of the first 32 entries have experts of this lane's rank, among 32 from `first_rank`? `id`: this lane's.
+EP_DEVICE uint32_t entries_of_rank(const Context& c, int64_t id, int first_rank) {
+    const int rank = first_rank + prim::lane_idx();
+    const int expert = checked_expert(c, id);
+    const int owner = expert >= 0 ? expert / c.num_local_experts() : -1;
+    const int count = c.call.num_topk < kWarpSize ? c.call.num_topk : kWarpSize;
+    uint32_t entries = 0;
+#pragma unroll 4
+    for (int lane = 0; lane < count; ++lane) entries |= (__shfl_sync(kFullMask, owner, lane) == rank ? 1u : 0u) << lane;
+    return rank < c.num_ranks() ? entries : 0;
+}
 
 // One warp: does this lane's rank, among 32 from `first_rank`, own one of the token's experts? `id`: this lane's of the
 // first 32 entries.
