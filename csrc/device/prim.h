@@ -169,6 +169,10 @@ EP_DEVICE uint64_t clock_ns();
 // Between two polls of the same word: lets somebody else run.                         CUDA: nanosleep; SIMT: yield as "polling"
 EP_DEVICE void pause();
 
+// A wait looks at rarer things (the abort word) at each so many of its polls, a power of two. Many threads wait at once: a
+// word that all of them read at each poll is a slow one, for them and for what lies beside it.  CUDA: 8; SIMT: 1
+EP_DEVICE constexpr uint32_t polls_per_check();
+
 // The dynamic shared memory of this launch, 128-byte aligned.
 EP_DEVICE void* dynamic_shared();
 

@@ -36,9 +36,9 @@ struct LowLatencyControl {
 // A table whose every word says for which call it was written (prim::Packet), so that no flag has to follow. The places hold
 // nothing else in any call: bits of a row might look like such a word.
 struct LowLatencyPackets {
-    static constexpr uint64_t kNumTokens = 0;
-    static constexpr uint64_t kNumRows = 1;  // [El]: dispatch only
-    uint64_t entries;                        // [T][K]: dispatch: as in its table; combine: weights, see combine.cu
+    static constexpr uint64_t kNumTokens = 0;  // dispatch only
+    static constexpr uint64_t kNumRows = 1;    // [El]: dispatch only: tokens for each expert of the receiver
+    uint64_t entries;  // [T][K], of tokens that do not exist too: dispatch: as in its table; combine: weights
     uint64_t count;
 
     static constexpr LowLatencyPackets make(uint64_t num_max_tokens, uint64_t num_topk, uint64_t num_local_experts) {

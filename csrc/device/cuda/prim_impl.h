@@ -416,6 +416,8 @@ EP_DEVICE uint64_t clock_ns() {
 // Short against a flag's flight over NVLink (about a microsecond), long against an issue slot.
 EP_DEVICE void pause() { asm volatile("nanosleep.u32 20;" ::: "memory"); }
 
+EP_DEVICE constexpr uint32_t polls_per_check() { return 8; }
+
 EP_DEVICE void* dynamic_shared() {
     extern __shared__ __align__(128) unsigned char ep_dynamic_shared[];
     return ep_dynamic_shared;

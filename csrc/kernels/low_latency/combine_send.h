@@ -28,6 +28,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         Block block;
         Written written[kTokensPerRelease];
         int are_weights_here[2];  // of the current token; each second one uses the other
+        int has_failed;           // some warp has given up waiting: nothing more may be published
     };
 
     // How far the block is.
@@ -76,12 +77,12 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     }
 
     // One warp, after look_at_weights: waits. Returns whether any of the entries has its expert here.
-    static EP_DEVICE bool take_weights(const Context& c, Work& work, Block* block) {
+    static EP_DEVICE bool take_weights(const Context& c, Work& work, Shared& shared) {
         int bits = __float_as_int(work.weight);
         if (work.k() < c.call.num_topk && !work.is_weighed &&
             !wait_for_packet(&c.call, c.watch, c.epoch(), work.source, weight_packet(c, work), &bits)) {
             // The call is aborted; another warp may have seen its packet just in time. The token must not be published.
-            prim::store<Order::kRelaxed, Scope::kCta>(&block->is_ready, 0);
+            prim::store<Order::kRelaxed, Scope::kCta>(&shared.has_failed, 1);
             bits = kNoWeight;
         }
         work.weight = algo::float_from_bits(static_cast<uint32_t>(bits));
@@ -231,8 +232,8 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     }
 
     // One warp: does the token exist, and has it experts here? Finds its weights too.
-    static EP_DEVICE bool is_wanted(const Context& c, Sources& sources, Work& work, Block* block) {
-        if (c.uses_packets) return take_weights(c, work, block);
+    static EP_DEVICE bool is_wanted(const Context& c, Sources& sources, Work& work, Shared& shared) {
+        if (c.uses_packets) return take_weights(c, work, shared);
         int num_tokens = 0;
         if (is_known(sources, work.source)) {
             num_tokens = known_tokens(sources, work.source);
@@ -243,7 +244,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
                 load_weights_of(c, work);
             } else if (!c.call.is_shrinkable) {
                 // The call is aborted; another warp may have seen the table just in time.
-                prim::store<Order::kRelaxed, Scope::kCta>(&block->is_ready, 0);
+                prim::store<Order::kRelaxed, Scope::kCta>(&shared.has_failed, 1);
             }
             // In an aborted call warps may disagree, and must still meet at the same barriers: they learn nothing.
             const bool is_settled = is_here || c.call.is_shrinkable;
@@ -290,7 +291,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         const int idx = static_cast<int>(threadIdx.x);
         // Pairs with: wait_for_parts at the owner.
         if (idx < num_written && shared.written[idx].flag != nullptr &&
-            prim::load<Order::kRelaxed, Scope::kCta>(&shared.block.is_ready) != 0)
+            prim::load<Order::kRelaxed, Scope::kCta>(&shared.has_failed) == 0)
             prim::store<Order::kRelease, Scope::kSys>(shared.written[idx].flag, shared.written[idx].value);
         __syncwarp();  // the list is read before thread 0 begins the next one
     }
@@ -320,7 +321,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
                                        Shared& shared) {
         if (c.uses_packets && c.phase == Phase::kSend && !are_weights_here(c, work, progress, shared))
             return Sent::kRows;
-        return is_wanted(c, sources, work, &shared.block) ? Sent::kSum : Sent::kNothing;
+        return is_wanted(c, sources, work, shared) ? Sent::kSum : Sent::kNothing;
     }
 
     // One warp, where the part is a sum.
@@ -380,6 +381,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
             advance(p, c, sources, stream);
             load_ahead(p, stream.work, stream.work.rows, prim::warp_idx(), stream.ahead);
         }
+        if (threadIdx.x == 0) shared.has_failed = 0;
         begin_send(c, block);
         const bool is_ready = block->is_ready != 0;
         if (is_ready && block->is_first != 0) send_weights(p, c, block, weights, has_weights);
@@ -449,7 +451,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
                 }
             }
         }
-        publish_table(c, block, p.num_tokens);
+        if (!c.uses_packets) publish_table(c, block, p.num_tokens);
         if (is_last_warp()) publish_ended(c);
     }
 };

@@ -168,21 +168,17 @@ EP_DEVICE Token begin_token(const Params& p, const Context& c, const Unit& unit,
     return token;
 }
 
-// The same without a flag: the source's table may not be there yet. Looks first, all at once, and then waits for what has
-// not come; of a token that does not exist no entry comes.
+// The same without a flag: the source's table may not be there yet. Its entries of tokens that do not exist come too, and are
+// none: a word that all warps of all blocks wait for would be a slow one.
 EP_DEVICE Token begin_token_of_packets(const Params& p, const Context& c, const Unit& unit) {
     Token token = {};
+    token.num_tokens = c.call.num_max_tokens;
     const bool has_entry = prim::lane_idx() < c.call.num_topk;
-    int num_tokens = 0, entry = -1;
-    const bool is_counted = look_at_packet(c, c.token_count_packet(unit.source), num_tokens);
-    const bool is_entered = has_entry && look_at_packet(c, entry_packet(c, unit, prim::lane_idx()), entry);
-    const bool is_full = look_at_slot(c, unit);
-    if (is_full) load_slot(p, c, unit, token);
-    token.num_tokens = take_packet(c, unit.source, c.token_count_packet(unit.source), is_counted, num_tokens, 0);
     token.entry = -1;
-    // A number that cannot be true is refused later; here nobody waits for what it promises.
-    if (has_entry && unit.token < token.num_tokens && may_be(token.num_tokens, c.call.num_max_tokens))
-        token.entry = take_packet(c, unit.source, entry_packet(c, unit, prim::lane_idx()), is_entered, entry, -1);
+    const bool is_here = has_entry && look_at_packet(c, entry_packet(c, unit, prim::lane_idx()), token.entry);
+    if (look_at_slot(c, unit)) load_slot(p, c, unit, token);
+    if (has_entry)
+        token.entry = take_packet(c, unit.source, entry_packet(c, unit, prim::lane_idx()), is_here, token.entry, -1);
     return token;
 }
 

@@ -169,6 +169,17 @@ EP_DEVICE void send_stretch(const Context& c, const Block* block, const Choice& 
     }
 }
 
+// All threads of the block: how many tokens there are, and for the others no entries: nobody can know of a packet that it
+// will not come.
+EP_DEVICE void send_end_of_tokens(const Context& c, const Choice& choice) {
+    const int end = c.call.num_max_tokens * c.call.num_topk;
+    for (int peer = 0; peer < c.num_ranks(); ++peer)
+        for (int i = choice.num_tokens * c.call.num_topk + first_of_block(); i < end; i += step_of_block())
+            send_entry(c, peer, i, -1);
+    for (int peer = first_of_block(); peer < c.num_ranks(); peer += step_of_block())
+        send_packet(c, c.packets(peer, c.rank()) + layout::LowLatencyPackets::kNumTokens, choice.num_tokens);
+}
+
 // All threads of the block, whose crew has made the first stretch: the table, to every rank.
 EP_DEVICE void send_routing_table(const Context& c, const Block* block, const Choice& choice, const TokenSets& sets,
                                   const TableCrew& crew) {
@@ -180,12 +191,13 @@ EP_DEVICE void send_routing_table(const Context& c, const Block* block, const Ch
         __syncthreads();
         send_stretch(c, block, choice, sets, first);
     }
+    if (c.uses_packets) send_end_of_tokens(c, choice);
     for (int peer = 0; peer < c.num_ranks(); ++peer) {
         if (block->leaves_out(c.call, peer)) continue;
         for (int expert = first_of_block(); expert < c.num_local_experts(); expert += step_of_block())
             send_row_count(c, peer, expert, sets.counts[peer * c.num_local_experts() + expert]);
     }
-    publish_table(c, block, choice.num_tokens);
+    if (!c.uses_packets) publish_table(c, block, choice.num_tokens);
 }
 
 // What a block learns from the tables of all sources, once; in dynamic shared memory, where TokenSets has been.
@@ -212,11 +224,21 @@ EP_DEVICE bool look_at_row_count(const Context& c, const Counts& counts, int sou
     return true;
 }
 
+EP_DEVICE int take_token_count(const Context& c, int source) {
+    int num_tokens = 0;
+    const bool is_here = look_at_packet(c, c.token_count_packet(source), num_tokens);
+    return take_packet(c, source, c.token_count_packet(source), is_here, num_tokens, 0);
+}
+
 // All threads of the block, after wait_for_tables where the tables have flags. False: this thread has seen a count that cannot
 // be true.
 EP_DEVICE bool find_counts(const Context& c, const Counts& counts) {
     constexpr int kAtOnce = 8;  // loads under way
     bool is_possible = true;
+    // Enough to know ranks with other shapes by: a thread for each source, not every warp.
+    if (c.uses_packets)
+        for (int source = first_of_block(); source < c.num_ranks(); source += step_of_block())
+            is_possible &= may_be(take_token_count(c, source), c.call.num_max_tokens);
 #pragma unroll 1
     for (int expert = first_of_block(); expert < c.num_local_experts(); expert += step_of_block()) {
         int num_rows = 0;

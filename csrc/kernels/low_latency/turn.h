@@ -94,11 +94,6 @@ EP_DEVICE void begin_send(const Context& c, Block* block) {
 
 // All threads of the block that has written our table into the messages to all ranks: they may read it.
 EP_DEVICE void publish_table(const Context& c, const Block* block, int num_tokens) {
-    if (c.uses_packets) {
-        for (int peer = first_of_block(); peer < c.num_ranks(); peer += step_of_block())
-            send_packet(c, c.packets(peer, c.rank()) + layout::LowLatencyPackets::kNumTokens, num_tokens);
-        return;
-    }
     for (int peer = first_of_block(); peer < c.num_ranks(); peer += step_of_block())
         if (!block->leaves_out(c.call, peer))
             *reinterpret_cast<int*>(c.message(peer, c.rank()) + c.call.message.num_tokens.offset) = num_tokens;
@@ -225,6 +220,25 @@ EP_DEVICE void add_statistics(const Context& c, Block* block) {
     }
 }
 
+// All threads of all blocks of a launch that only receives. Where a later call has begun already, the next one takes this
+// bank: its send phase would wait until the peers have begun it too, were they told of this one's end only then. So the
+// block that ends last tells them now.
+EP_DEVICE void end_receive(const Context& c, Block* block) {
+    if (c.call.lag == 0) return;
+    __syncthreads();
+    // Every block's reads, the last one's release.
+    if (threadIdx.x == 0)
+        block->share = static_cast<int>(
+            prim::fetch_add<Order::kAcqRel, Scope::kGpu>(&c.watch.words.local->low_latency_read_blocks, 1u));
+    __syncthreads();
+    if (block->share + 1 != static_cast<int>(gridDim.x)) return;
+    if (threadIdx.x == 0) prim::store<Order::kRelaxed, Scope::kGpu>(&c.watch.words.local->low_latency_read_blocks, 0u);
+    // Pairs with: is_bank_free at the peer.
+    for (int peer = first_of_block(); peer < c.num_ranks(); peer += step_of_block())
+        if (!is_masked(c.call, peer))
+            prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.received(peer, c.bank, c.rank()), c.watch.call);
+}
+
 // The kernels of an operation. With a hook its two launches are of the same one, so that a profiler has one name for the
 // call; registers and instructions of a phase are its own all the same.
 enum class Launches { kPhases, kWhole };
@@ -244,6 +258,7 @@ EP_DEVICE void run_launch(const LowLatencyCall& call, layout::Operation operatio
         const Context context = make_context(call, operation, Phase::kReceive, kUsesPackets);
         begin_receive(context);
         receive(context, block);
+        end_receive(context, block);
         add_statistics(context, block);
     }
 }
