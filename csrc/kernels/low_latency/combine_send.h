@@ -254,8 +254,11 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         return work.token < num_tokens && (find_wanted(c, work) || has_more_work(c, work));
     }
 
-    // Tokens of all sources in turn, so that no link is the last; every rank begins with another source.
-    static EP_DEVICE int source_of(const Context& c, int item) { return (c.rank() + 1 + item) % c.num_ranks(); }
+    // The tokens of one source after those of another: every rank begins with another source, so that no link is the last, and
+    // ends with itself, so that rows are on their way to peers while it sums its own.
+    static EP_DEVICE int source_of(const Context& c, int item) {
+        return (c.rank() + 1 + item / c.call.num_max_tokens) % c.num_ranks();
+    }
 
     // The items of a block, as one of its warps goes through them: the numbers of the rows of the item after the current one
     // are under way, and its rows too once those of the current one have been added up.
@@ -269,7 +272,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
 
     static EP_DEVICE Work load_item(const Params& p, const Context& c, int item) {
         if (item >= num_items(p, c)) return {.source = 0, .token = 0, .first_k = 0};
-        return load_rows(p, source_of(c, item), item / c.num_ranks(), 0);
+        return load_rows(p, source_of(c, item), item % c.call.num_max_tokens, 0);
     }
 
     // To the next item, and begins the one after it.
