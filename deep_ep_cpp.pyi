@@ -34,6 +34,10 @@ def make_tensor(address: int, shape: List[int], dtype_code: int, dtype_bits: int
     """A DLPack capsule over row-major memory (cuda_index < 0: of the host), for torch.from_dlpack. `owner` lives as
     long as any tensor made of it."""
 
+def get_build() -> dict[str, Any]:
+    """What the build variables have set: {'cuda': bool, 'architectures': '90-real 100', 'sm90_features': bool,
+    'cache_hints': bool, 'topk_idx_bits': 32 or 64}. Features are of the CUDA half: False where there is none."""
+
 def is_cuda_built() -> bool: ...
 def is_sm90_compiled() -> bool: ...
 def topk_idx_bits() -> int: ...
@@ -94,7 +98,24 @@ class Buffer:
         """Idempotent, bounded in time, not collective: memory that peers still map is kept until they let go."""
 
     def check(self) -> None:
-        """Raises TimeoutError when a kernel of this buffer reported a failure (also: every later operation)."""
+        """Raises when a kernel of this buffer reported a failure, or a peer did (also: every later operation)."""
+
+    @property
+    def failure(self) -> str:
+        """The sentence of the first failure that anybody has noticed, or ''."""
+
+    def begin_call(self) -> None:
+        """check(), at the beginning of a call that peers take part in."""
+
+    def abandon_call(self, text: str) -> None:
+        """The call ends here, for that reason. If peers know of it, this Buffer and theirs fail; else the reason stands
+        in the mailbox of this rank, for peers that wait in vain."""
+
+    def abandon_hook(self, ticket: int, text: str) -> None:
+        """The receive phase of an open low-latency call will never come: this Buffer and those of the peers fail."""
+
+    def start_watching(self) -> None:
+        """A thread of the process looks at this Buffer ten times a second, and says on stderr when it fails."""
 
     def set_warning_handler(self, handler: Callable[[str], None]) -> None:
         """Called with a sentence, from within the call that notices, when a wait has passed the warning threshold."""
@@ -105,8 +126,11 @@ class Buffer:
         """int32[R], int32[E], bool[N,R] outputs."""
 
     def notify_dispatch(self, num_tokens_per_rank: int, num_tokens_per_expert: int, num_experts: int,
-                        expert_alignment: int, rank_prefix_matrix: int, stream: int) -> None:
-        """Exchanges counts. Writes rank_prefix_matrix int32[R,R] (inclusive over sources, [src][dst])."""
+                        expert_alignment: int, rank_prefix_matrix: int, num_tokens: int, row_bytes: int, num_topk: int,
+                        num_scales: int, stream: int) -> None:
+        """Exchanges counts. Writes rank_prefix_matrix int32[R,R] (inclusive over sources, [src][dst]).
+
+        The four sizes are those of the dispatch that follows: what it would refuse is refused before it is known."""
 
     def wait_counts(self) -> Tuple[int, List[int]]:
         """After notify_dispatch: (received rows, aligned counts of the local experts)."""
@@ -149,15 +173,16 @@ class Buffer:
                              is_fp8: bool, rounds_scales: bool, packs_scales: bool, x: int, topk_idx: int,
                              idx_bytes: int, num_tokens: int, recv_x: int, recv_scales: int, recv_count: int,
                              src_info: int, layout_range: int, row_of_entry: int, cumulative_stats: int,
-                             wait_stats: int, stream: int) -> int:
+                             wait_stats: int, number: int, stream: int) -> int:
         """recv_x [El, R*T, hidden] bfloat16 or FP8; recv_scales memory order [El, hidden/128 (or /512 packed), R*T];
         recv_count int32 [El]; src_info int32 [El, R*T]; layout_range int64 [El, R]; row_of_entry int32 [R, T, K]
         (flat row of each entry that has its expert here, -1 of the others), kept for combine;
-        cumulative_stats int32 [El] or 0; wait_stats int64 [R] or 0, nanoseconds are added."""
+        cumulative_stats int32 [El] or 0; wait_stats int64 [R] or 0, nanoseconds are added; number int64 [1] or, with
+        BOTH_PHASES, 0: where the send phase leaves the call's number for the receive phase."""
 
     def low_latency_combine(self, ticket: int, num_max_tokens: int, num_topk: int, num_experts: int, hidden: int,
                             uses_logfmt: bool, x: int, topk_idx: int, idx_bytes: int, topk_weights: int,
-                            num_tokens: int, row_of_entry: int, combined_x: int, wait_stats: int,
+                            num_tokens: int, row_of_entry: int, combined_x: int, wait_stats: int, number: int,
                             stream: int) -> int: ...
     @property
     def low_latency_data_ptr(self) -> int: ...

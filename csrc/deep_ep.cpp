@@ -10,6 +10,7 @@
 #include "core/dlpack.h"
 #include "core/env.h"
 #include "core/error.h"
+#include "core/interruption.h"
 #include "device/simt/device.h"
 #include "runtime/buffer.h"
 #include "runtime/config.h"
@@ -17,13 +18,12 @@
 #include "device/cuda/device.h"
 #endif
 
-#ifndef TOPK_IDX_BITS
-#define TOPK_IDX_BITS 64
-#endif
-
 namespace py = pybind11;
 
 namespace deep_ep {
+
+void bind_build(py::module_& m);  // build.cpp
+
 namespace {
 
 using runtime::Buffer;
@@ -134,13 +134,24 @@ void get_dispatch_layout(Buffer& buffer, uintptr_t topk_idx, int idx_bytes, int 
 }
 
 void notify_dispatch(Buffer& buffer, uintptr_t num_tokens_per_rank, uintptr_t num_tokens_per_expert, int num_experts,
-                     int expert_alignment, uintptr_t rank_prefix_matrix, uintptr_t stream) {
+                     int expert_alignment, uintptr_t rank_prefix_matrix, int num_tokens, int64_t row_bytes,
+                     int num_topk, int num_scales, uintptr_t stream) {
     buffer.notify_dispatch({.num_tokens_per_rank = pointer<int>(num_tokens_per_rank),
                             .num_tokens_per_expert = pointer<int>(num_tokens_per_expert),
                             .num_experts = num_experts,
                             .expert_alignment = expert_alignment,
-                            .rank_prefix_matrix = pointer<int>(rank_prefix_matrix)},
+                            .rank_prefix_matrix = pointer<int>(rank_prefix_matrix),
+                            .num_tokens = num_tokens,
+                            .row_bytes = row_bytes,
+                            .num_topk = num_topk,
+                            .num_scales = num_scales},
                            pointer<void>(stream));
+}
+
+// For waits, which have released the GIL: lets a signal handler run, Ctrl-C's too, whose exception ends the wait.
+void check_signals() {
+    const py::gil_scoped_acquire acquired;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
 py::tuple wait_counts(Buffer& buffer) {
@@ -214,7 +225,7 @@ uint64_t low_latency_dispatch(Buffer& buffer, uint64_t ticket, int num_max_token
                               uintptr_t topk_idx, int idx_bytes, int num_tokens, uintptr_t recv_x,
                               uintptr_t recv_scales, uintptr_t recv_count, uintptr_t src_info, uintptr_t layout_range,
                               uintptr_t row_of_entry, uintptr_t cumulative_stats, uintptr_t wait_stats,
-                              uintptr_t stream) {
+                              uintptr_t number, uintptr_t stream) {
     const runtime::LowLatencyDispatchArgs args{.shape = {num_max_tokens, num_topk, num_experts, hidden},
                                                .is_fp8 = is_fp8,
                                                .rounds_scales = rounds_scales,
@@ -230,7 +241,8 @@ uint64_t low_latency_dispatch(Buffer& buffer, uint64_t ticket, int num_max_token
                                                .layout_range = pointer<int64_t>(layout_range),
                                                .row_of_entry = pointer<int>(row_of_entry),
                                                .cumulative_stats = pointer<int>(cumulative_stats),
-                                               .wait_stats = pointer<int64_t>(wait_stats)};
+                                               .wait_stats = pointer<int64_t>(wait_stats),
+                                               .number = pointer<uint64_t>(number)};
     if (ticket == kSendPhase) return buffer.send_low_latency_dispatch(args, pointer<void>(stream));
     if (ticket == kBothPhases)
         buffer.low_latency_dispatch(args, pointer<void>(stream));
@@ -242,7 +254,7 @@ uint64_t low_latency_dispatch(Buffer& buffer, uint64_t ticket, int num_max_token
 uint64_t low_latency_combine(Buffer& buffer, uint64_t ticket, int num_max_tokens, int num_topk, int num_experts,
                              int hidden, bool uses_logfmt, uintptr_t x, uintptr_t topk_idx, int idx_bytes,
                              uintptr_t topk_weights, int num_tokens, uintptr_t row_of_entry, uintptr_t combined_x,
-                             uintptr_t wait_stats, uintptr_t stream) {
+                             uintptr_t wait_stats, uintptr_t number, uintptr_t stream) {
     const runtime::LowLatencyCombineArgs args{.shape = {num_max_tokens, num_topk, num_experts, hidden},
                                               .uses_logfmt = uses_logfmt,
                                               .x = pointer<uint8_t>(x),
@@ -252,7 +264,8 @@ uint64_t low_latency_combine(Buffer& buffer, uint64_t ticket, int num_max_tokens
                                               .num_tokens = num_tokens,
                                               .row_of_entry = pointer<int>(row_of_entry),
                                               .combined_x = pointer<uint8_t>(combined_x),
-                                              .wait_stats = pointer<int64_t>(wait_stats)};
+                                              .wait_stats = pointer<int64_t>(wait_stats),
+                                              .number = pointer<uint64_t>(number)};
     if (ticket == kSendPhase) return buffer.send_low_latency_combine(args, pointer<void>(stream));
     if (ticket == kBothPhases)
         buffer.low_latency_combine(args, pointer<void>(stream));
@@ -304,6 +317,11 @@ void bind_buffer(py::module_& m) {
         .def_property_readonly("data_bytes", &Buffer::num_data_bytes)
         .def("destroy", &Buffer::destroy, py::arg("timeout_s"), release_gil())
         .def("check", &Buffer::check)
+        .def_property_readonly("failure", &Buffer::failure)
+        .def("begin_call", &Buffer::begin_call)
+        .def("abandon_call", &Buffer::abandon_call, py::arg("text"))
+        .def("abandon_hook", &Buffer::abandon_hook, py::arg("ticket"), py::arg("text"))
+        .def("start_watching", &Buffer::start_watching)
         .def("set_warning_handler", &Buffer::set_warning_handler, py::arg("handler"))
         .def("get_dispatch_layout", &get_dispatch_layout)
         .def("notify_dispatch", &notify_dispatch)
@@ -322,17 +340,12 @@ void bind_buffer(py::module_& m) {
         });
 }
 
-// Callers import these from here, but they are made of torch: deep_ep supplies them when asked.
-py::object forwarded(const std::string& name) {
-    if (name == "EventHandle") return py::module_::import("deep_ep.utils").attr("EventHandle");
-    if (name == "topk_idx_t") return py::module_::import("torch").attr(TOPK_IDX_BITS == 32 ? "int32" : "int64");
-    throw py::attribute_error("module 'deep_ep_cpp' has no attribute '" + name + "'");
-}
-
 }  // namespace
 
 PYBIND11_MODULE(deep_ep_cpp, m) {
     m.doc() = "Expert-parallel dispatch and combine: the native half of deep_ep.";
+    bind_build(m);
+    set_interruption_check(&check_signals);
     bind_errors(m);
     bind_config(m);
     bind_device(m);
@@ -340,14 +353,6 @@ PYBIND11_MODULE(deep_ep_cpp, m) {
     m.def("get_low_latency_rdma_size_hint", &Buffer::low_latency_size_hint, py::arg("num_max_dispatch_tokens_per_rank"),
           py::arg("hidden"), py::arg("num_ranks"), py::arg("num_experts"));
     m.def("make_tensor", &make_tensor);
-    m.def("is_cuda_built", [] { return EP_WITH_CUDA != 0; });
-    m.def("is_sm90_compiled", [] {
-#if EP_WITH_CUDA && !defined(DISABLE_SM90_FEATURES)
-        return true;
-#else
-        return false;
-#endif
-    });
     m.def("get_environment", [] {
         const Environment& env = environment();
         py::dict variables;
@@ -362,8 +367,6 @@ PYBIND11_MODULE(deep_ep_cpp, m) {
         variables["cost_model"] = env.cost_model;
         return variables;
     });
-    m.def("topk_idx_bits", [] { return TOPK_IDX_BITS; });
-    m.def("__getattr__", &forwarded);
 }
 
 }  // namespace deep_ep

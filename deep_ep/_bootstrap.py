@@ -93,6 +93,7 @@ class Agreed:
     low_latency_mode: bool
     enable_shrink: bool
     device_kind: str
+    ranks_per_node: int
     topk_idx_bits: int
     check_calls: bool
     deep_ep_version: str = __version__
@@ -109,6 +110,13 @@ class Request:
     num_qps_per_rank: float
     enable_shrink: bool
     timeout_s: Optional[float]
+    on_failure: Optional[Callable[[str], Any]]
+
+    @property
+    def patience_s(self) -> float:
+        """How long a wait for a peer may take."""
+        given_s = deep_ep_cpp.get_environment()["timeout_s"] if self.timeout_s is None else self.timeout_s
+        return min(float(given_s), FOREVER_S)
 
     def check(self) -> None:
         for name in ("num_nvl_bytes", "num_rdma_bytes", "num_lend_bytes"):
@@ -116,14 +124,18 @@ class Request:
         check_positive("num_qps_per_rank", self.num_qps_per_rank)
         if self.timeout_s is not None:
             check_positive("timeout_s", self.timeout_s)
+        if self.on_failure is not None and not callable(self.on_failure):
+            raise TypeError(f"on_failure must be callable or None, got {type(self.on_failure).__name__}")
 
 
 class Session:
     """What a constructed Buffer stands on."""
 
     def __init__(self, runtime: deep_ep_cpp.Buffer, streams: _streams.Streams, topology: Topology, rank: int,
-                 num_ranks: int, num_lend_bytes: int, cost_model: Optional[CostModel]) -> None:
+                 num_ranks: int, num_lend_bytes: int, cost_model: Optional[CostModel],
+                 on_failure: Optional[Callable[[str], Any]]) -> None:
         self.runtime = runtime
+        self._on_failure = on_failure
         self.streams = streams
         self.empty = EmptyTensors(streams.device)
         # One rank has nobody to lend to.
@@ -146,9 +158,46 @@ class Session:
 
     def raise_failure(self) -> None:
         """Raises the first failure of this Buffer, again and again, if there was one."""
+        self._check_first(self.runtime.check)
+
+    def begin_call(self) -> None:
+        """The same, where a call begins that the peers take part in."""
+        self._check_first(self.runtime.begin_call)
+
+    def _check_first(self, check: Callable[[], None]) -> None:
         if self._is_closed:
             raise Error("this Buffer was destroyed")
-        self.runtime.check()
+        try:
+            check()
+        except Error:
+            self._report_failure()
+            raise
+
+    def abandon_call(self, name: str, error: BaseException, ticket: int = 0) -> None:
+        """The call `name` raises `error`: the peers are told, at once if they know of the call (with a ticket: if its
+        receive phase has not begun), else when they ask why nobody came. Raises nothing."""
+        if self._is_closed:
+            return
+        text = f"{name}: {type(error).__name__}: {error}".rstrip(": ")
+        if ticket:
+            _attempt(lambda: self.runtime.abandon_hook(ticket, text))
+        _attempt(lambda: self.runtime.abandon_call(text))
+        self._report_failure()
+
+    def abandon_hook(self, name: str, ticket: int) -> None:
+        """Nobody can call the hook of the call `name` any more. Raises nothing."""
+        if not self._is_closed:
+            _attempt(lambda: self.runtime.abandon_hook(ticket, f"{name}: its hook was dropped without being called"))
+
+    def _report_failure(self) -> None:
+        """To the caller's function, once."""
+        text = self.runtime.failure
+        if text and self._on_failure is not None:
+            report, self._on_failure = self._on_failure, None
+            try:
+                report(text)
+            except Exception:
+                logger.exception("on_failure raised")
 
     def close(self, timeout_s: float) -> None:
         """Idempotent, bounded by about `timeout_s`, raises nothing."""
@@ -157,10 +206,13 @@ class Session:
         self._is_closed = True
         deadline = time.monotonic() + timeout_s
         _attempt(self.before_close)
-        if self._release(timeout_s, deadline):
-            return
-        # Kernels that still wait for a peer use this memory; they end by their own deadline.
-        _LINGERING.append(self)
+        is_released = False
+        try:
+            is_released = self._release(timeout_s, deadline)
+        finally:  # also when Ctrl-C ends the wait
+            # Kernels that still wait for a peer use this memory; they end by their own deadline.
+            if not is_released:
+                _LINGERING.append(self)
 
     def _release(self, timeout_s: float, deadline: float) -> bool:
         if not _attempt(lambda: self.streams.drain(timeout_s)):
@@ -224,45 +276,56 @@ def find_cost_model(peers: Peers, request: Request, streams: _streams.Streams) -
     return _cost_model.find(gpu, peers.size, "lent" if request.num_lend_bytes > 0 else "slots")
 
 
-def build_session(peers: Peers, request: Request) -> Session:
-    """Collective: allocates and connects the heaps of all ranks."""
+def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
+    """Collective: allocates and connects the heaps of all ranks. `prepare` may fail on one of them."""
+    requests: list[Request] = []
     opened: list[_streams.Streams] = []
     created: list[deep_ep_cpp.Buffer] = []
-    environment = deep_ep_cpp.get_environment()
-    checks_calls = bool(environment["check_calls"])
-    given_s = environment["timeout_s"] if request.timeout_s is None else request.timeout_s
-    timeout_s = min(float(given_s), FOREVER_S)
+    sessions: list[Session] = []
 
     def describe() -> tuple[Agreed, Place, Optional[CostModel]]:
+        if _streams.is_capturing():
+            raise Error("Buffer: it allocates and talks to its peers, so build it before the CUDA graph capture begins")
+        environment = deep_ep_cpp.get_environment()
+        request = prepare()
         request.check()
+        requests.append(request)
         release_lingering()
         opened.append(_streams.open_streams())
         facts = Agreed(request.num_nvl_bytes, request.num_rdma_bytes, request.num_lend_bytes, request.low_latency_mode,
-                       request.enable_shrink, opened[0].kind, deep_ep_cpp.topk_idx_bits(), checks_calls)
+                       request.enable_shrink, opened[0].kind, int(environment["ranks_per_node"]),
+                       deep_ep_cpp.topk_idx_bits(), bool(environment["check_calls"]))
         return facts, this_place(opened[0].native.unique_id), find_cost_model(peers, request, opened[0])
 
     def allocate() -> bytes:
-        warn_s = min(float(environment["warn_s"]), timeout_s)
+        request = requests[0]
+        warn_s = min(float(deep_ep_cpp.get_environment()["warn_s"]), request.patience_s)
         created.append(
-            deep_ep_cpp.Buffer(opened[0].native, peers.rank, peers.size, request.num_nvl_bytes, timeout_s, warn_s,
-                               request.num_rdma_bytes, request.enable_shrink, request.num_lend_bytes))
+            deep_ep_cpp.Buffer(opened[0].native, peers.rank, peers.size, request.num_nvl_bytes, request.patience_s,
+                               warn_s, request.num_rdma_bytes, request.enable_shrink, request.num_lend_bytes))
         created[0].set_warning_handler(logger.warning)
         return created[0].export_handle()
+
+    def connect(handles: list[bytes], topology: Topology, cost_model: Optional[CostModel]) -> None:
+        created[0].connect(handles)
+        session = Session(created[0], opened[0], topology, peers.rank, peers.size, requests[0].num_lend_bytes,
+                          cost_model, requests[0].on_failure)
+        created[0].start_watching()
+        sessions.append(session)
 
     try:
         described = peers.all_gather_results("checking arguments and device", describe)
         _raise_differences([facts for facts, _, _ in described])
-        topology = find_topology([place for _, place, _ in described], int(environment["ranks_per_node"]))
+        topology = find_topology([place for _, place, _ in described], described[0][0].ranks_per_node)
         _require_one_node(topology)
         handles = peers.all_gather_results("allocating the heap", allocate)
-        peers.all_gather_results("mapping the heaps of the peers", lambda: created[0].connect(handles))
+        peers.all_gather_results("mapping the heaps of the peers", lambda: connect(handles, topology, described[0][2]))
     except BaseException:
         for runtime in created:
             runtime.destroy(0.0)
         for streams in opened:
             streams.close()
         raise
-    session = Session(created[0], opened[0], topology, peers.rank, peers.size, request.num_lend_bytes, described[0][2])
-    if checks_calls and peers.size > 1:
-        session.call_check = CallCheck(peers.all_gather, opened[0].device, timeout_s)
-    return session
+    if described[0][0].check_calls and peers.size > 1:
+        sessions[0].call_check = CallCheck(peers.all_gather, opened[0].device, requests[0].patience_s)
+    return sessions[0]

@@ -3,8 +3,9 @@
 TypeError: not the kind of object, or not the dtype, that is expected. ValueError: a wrong shape, device, layout, range
 or combination.
 
-Several tensors are checked in every call of an operation, and reading an attribute of a tensor takes about 0.1 us. So a
-check says first whether all is well, and looks for what is wrong only when it is not.
+Every tensor that a caller gives goes through `check_tensor` or `check_matrix` before its address is taken. Several are
+checked in every call, and reading an attribute of a tensor takes about 0.1 us. So a check says first whether all is
+well, and looks for what is wrong only when it is not.
 """
 
 import numbers
@@ -13,6 +14,7 @@ from typing import Any, Optional
 
 import torch
 
+_TENSOR = torch.Tensor  # two look-ups less in every check
 ROW_ALIGNMENT_BYTES = 16
 BUFFER_ALIGNMENT_BYTES = 128
 INDEX_DTYPES = (torch.int64, torch.int32)
@@ -39,32 +41,39 @@ def _has_shape(got: Sequence[int], wanted: Sequence[Optional[int]]) -> bool:
     return True
 
 
+def _is_plain_class(value: Any) -> bool:
+    """Whether an operation on this tensor reads the memory that the tensor names, as kernels here do."""
+    # Classes that mean something else (DTensor, FakeTensor, other wrappers) have a __torch_dispatch__ of their own.
+    return isinstance(value, torch.Tensor) and type(value).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+
+
+def _shape_in_memory(value: Any, device: torch.device, dtypes: Sequence[torch.dtype],
+                     is_contiguous: bool) -> Optional[torch.Size]:
+    """The shape of a tensor whose elements are on `device`, of one of `dtypes`, where data_ptr() says; else None."""
+    try:
+        if ((type(value) is _TENSOR or _is_plain_class(value))
+                and (value.dtype in dtypes if dtypes else not (value.is_quantized or value.is_conj()))
+                and value.device == device and (value.is_contiguous() or not is_contiguous)
+                and (value.data_ptr() != 0 or not value.numel()) and not value.is_neg()):
+            shape: torch.Size = value.shape
+            return shape
+    except RuntimeError:  # sparse, nested, wrapped by torch.func: they refuse to tell some of this
+        pass
+    return None
+
+
 def check_tensor(name: str,
                  value: Any,
                  device: torch.device,
                  shape: Sequence[Optional[int]],
                  dtypes: Sequence[torch.dtype] = (),
                  is_contiguous: bool = True) -> torch.Tensor:
-    """A tensor of `shape` (None: any extent), of one of `dtypes` (empty: any), on `device`."""
-    if (isinstance(value, torch.Tensor) and (value.dtype in dtypes or not dtypes)
-            and (value.shape == shape or _has_shape(value.shape, shape)) and value.device == device
-            and (value.is_contiguous() or not is_contiguous)):
-        return value
+    """A tensor of `shape` (None: any extent), of one of `dtypes` (empty: any), in memory on `device`."""
+    got = _shape_in_memory(value, device, dtypes, is_contiguous)
+    if got is not None and (got == shape or _has_shape(got, shape)):
+        checked: torch.Tensor = value
+        return checked
     raise _find_fault(name, value, device, shape, dtypes)
-
-
-def _find_fault(name: str, value: Any, device: torch.device, shape: Sequence[Optional[int]],
-                dtypes: Sequence[torch.dtype]) -> Exception:
-    if not isinstance(value, torch.Tensor):
-        return TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if dtypes and value.dtype not in dtypes:
-        return TypeError(f"{name} must have dtype {_name_dtypes(dtypes)}, got {_describe(value)}")
-    if not _has_shape(value.shape, shape):
-        wanted = ", ".join("*" if extent is None else str(extent) for extent in shape)
-        return ValueError(f"{name} must have shape [{wanted}], got {_describe(value)}")
-    if value.device != device:
-        return ValueError(f"{name} must be on {device}, the device of this Buffer, got {_describe(value)}")
-    return ValueError(f"{name} must be contiguous (row-major), got {_describe(value)}")
 
 
 def check_matrix(name: str,
@@ -72,13 +81,53 @@ def check_matrix(name: str,
                  device: torch.device,
                  dtypes: Sequence[torch.dtype] = (),
                  num_rows: Optional[int] = None) -> torch.Size:
-    """The shape of a contiguous 2-D tensor of one of `dtypes` (empty: any), on `device`."""
-    if (isinstance(value, torch.Tensor) and (value.dtype in dtypes or not dtypes) and value.device == device
-            and value.is_contiguous()):
-        shape = value.shape
-        if len(shape) == 2 and (shape[0] == num_rows or num_rows is None):
-            return shape
+    """The shape of a contiguous 2-D tensor of one of `dtypes` (empty: any), in memory on `device`."""
+    shape = _shape_in_memory(value, device, dtypes, True)
+    if shape is not None and len(shape) == 2 and (shape[0] == num_rows or num_rows is None):
+        return shape
     raise _find_fault(name, value, device, (num_rows, None), dtypes)
+
+
+def _find_fault(name: str, value: Any, device: torch.device, shape: Sequence[Optional[int]],
+                dtypes: Sequence[torch.dtype]) -> Exception:
+    if not isinstance(value, torch.Tensor):
+        return TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    fault = _find_fault_of_kind(name, value)
+    if fault is not None:
+        return fault
+    if dtypes and value.dtype not in dtypes:
+        return TypeError(f"{name} must have dtype {_name_dtypes(dtypes)}, got {_describe(value)}")
+    if not _has_shape(value.shape, shape):
+        wanted = ", ".join("*" if extent is None else str(extent) for extent in shape)
+        return ValueError(f"{name} must have shape [{wanted}], got {_describe(value)}")
+    if value.device != device:
+        return ValueError(f"{name} must be on {device}, the device of this Buffer, got {_describe(value)}")
+    if value.data_ptr() == 0 and value.numel() > 0:
+        return ValueError(f"{name} must have memory of its own, got {_describe(value)} without any: its storage was "
+                          "freed, or it stands for another tensor")
+    return ValueError(f"{name} must be contiguous (row-major), got {_describe(value)}")
+
+
+def _find_fault_of_kind(name: str, value: torch.Tensor) -> Optional[Exception]:
+    """Why the elements do not stand in plain memory. Asks for nothing that such a tensor refuses to tell."""
+    if not _is_plain_class(value):
+        return TypeError(f"{name} must be a plain torch.Tensor with memory of its own, got {type(value).__name__}; "
+                         "pass the local tensor behind it (of a DTensor: to_local())")
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        return TypeError(f"{name} must be a dense tensor, got {kind}; pass {name}.to_dense() or its parts")
+    if value.is_quantized:
+        return TypeError(f"{name} must not be quantized by torch, whose scale would stay behind, got {value.dtype}")
+    for is_lazy, state, remedy in ((value.is_conj(), "conjugated", "resolve_conj"), (value.is_neg(), "negated",
+                                                                                     "resolve_neg")):
+        if is_lazy:
+            return ValueError(f"{name} must hold its values, got a view that is lazily {state}; pass {name}.{remedy}()")
+    try:
+        value.data_ptr()
+    except RuntimeError:
+        return TypeError(f"{name} must be a plain torch.Tensor with memory of its own, got one that torch.func (vmap, "
+                         "grad, functionalize) wraps: make the call outside of the transformed function")
+    return None
 
 
 def check_int(name: str, value: Any, minimum: int, multiple_of: int = 1, maximum: int = MAX_INT32) -> int:

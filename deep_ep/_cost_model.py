@@ -10,7 +10,9 @@ deep_ep.calibrate` fits latency, link and rate to a benchmark's figures and stor
 
 import functools
 import json
+import logging
 import math
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +26,8 @@ FORMAT_VERSION = 1
 TOLERANCE = 0.05
 MIN_SMS = 2
 OPERATIONS = ("dispatch", "combine")
+READABLE_BY_ALL = 0o644
+logger = logging.getLogger("deep_ep")
 
 
 @dataclass(frozen=True)
@@ -97,36 +101,68 @@ def copies_per_token(num_ranks: int, num_topk: int) -> float:
     return num_ranks * (1 - (1 - 1 / num_ranks)**num_topk)
 
 
-def default_path(gpu: str, num_ranks: int) -> Path:
+def default_path(gpu: str, num_ranks: int) -> Optional[Path]:
+    """The cache for this kind of machine. None: there is no place for one."""
+    folder = _env.cache_folder()
     name = "".join(c if c.isalnum() else "-" for c in gpu.lower()) or "cpu"
-    return _env.cache_folder() / f"cost_model_{name}_x{num_ranks}.json"
+    return None if folder is None else folder / f"cost_model_{name}_x{num_ranks}.json"
 
 
-def store(path: Path, way: str, model: CostModel, source: dict[str, Any]) -> None:
-    """Adds the model for `way` ("lent" or "slots") to the file, beside one for the other way."""
-    content: dict[str, Any] = {"format": FORMAT_VERSION, "models": {}}
+def store(path: Path, way: str, model: CostModel, source: dict[str, Any], replaces_damaged: bool = False) -> None:
+    """Adds the model for `way` ("lent" or "slots") to the file, beside one for the other way.
+
+    Raises InvalidArgument when there is such a file and it is none of ours, unless `replaces_damaged`.
+    """
+    models: dict[str, Any] = {}
     if path.exists():
-        content = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            models = dict(_read_models(path))
+        except InvalidArgument:
+            if not replaces_damaged:
+                raise
     costs = {operation: asdict(cost) for operation, cost in model.costs.items()}
-    content["models"][way] = {"costs": costs, "source": source}
+    models[way] = {"costs": costs, "source": source}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    # By rename: who reads it meanwhile finds the old file or the new one, and so does everybody after a crash.
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=path.name, delete=False) as file:
+        part = Path(file.name)
+        try:
+            file.write(json.dumps({"format": FORMAT_VERSION, "models": models}, indent=2) + "\n")
+            file.close()
+            part.chmod(READABLE_BY_ALL)
+            part.replace(path)
+        except BaseException:
+            part.unlink()
+            raise
 
 
 def load(path: Path, way: str) -> Optional[CostModel]:
     """None: the file has no model for `way`. Raises InvalidArgument when it is not such a file."""
+    model = _read_models(path).get(way)
+    if model is None:
+        return None
+    try:
+        costs = {operation: Cost(**cost) for operation, cost in model["costs"].items()}
+        _check(path, costs)
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise _no_model(path, error) from error
+    return CostModel(costs)
+
+
+def _no_model(path: Path, error: Exception) -> InvalidArgument:
+    return InvalidArgument(f"cost model {path}: expected a file of deep_ep.calibrate, got {error!r}")
+
+
+def _read_models(path: Path) -> dict[str, Any]:
+    """By way of receiving."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT_VERSION:
-            raise InvalidArgument(f"cost model {path}: expected format {FORMAT_VERSION}, got {content['format']}")
-        model = content["models"].get(way)
-        if model is None:
-            return None
-        costs = {operation: Cost(**cost) for operation, cost in model["costs"].items()}
-    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise InvalidArgument(f"cost model {path}: expected a file of deep_ep.calibrate, got {error!r}") from error
-    _check(path, costs)
-    return CostModel(costs)
+        version, models = content["format"], content["models"]
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise _no_model(path, error) from error
+    if version != FORMAT_VERSION or not isinstance(models, dict):
+        raise InvalidArgument(f"cost model {path}: expected format {FORMAT_VERSION}, got {version}")
+    return models
 
 
 def _check(path: Path, costs: dict[str, Cost]) -> None:
@@ -137,12 +173,26 @@ def _check(path: Path, costs: dict[str, Cost]) -> None:
 
 
 def find(gpu: str, num_ranks: int, way: str) -> Optional[CostModel]:
-    """What DEEP_EP_COST_MODEL says ("off": none), or what was stored for such a machine, if anything was."""
+    """What DEEP_EP_COST_MODEL says ("off": none), or what was stored for such a machine, if anything was.
+
+    Raises InvalidArgument when the caller named a file that is none. A cache that is none only costs a warning.
+    """
     given = _env.cost_model()
     if given == "off":
         return None
-    path = Path(given) if given else default_path(gpu, num_ranks)
-    return load(path, way) if given or path.exists() else None
+    if given:
+        return load(Path(given), way)
+    path = default_path(gpu, num_ranks)
+    try:
+        return load(path, way) if path is not None and path.exists() else None
+    except (OSError, InvalidArgument) as error:
+        _warn_once(str(error))
+        return None
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    logger.warning("the stored cost model is not used, calls take the SM budget of the caller: %s", reason)
 
 
 def samples_of(rows: Iterable[dict[str, Any]], operation: str, num_ranks: int) -> list[Sample]:

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Optional
 
 import deep_ep_cpp
 
@@ -26,9 +27,13 @@ def cost_model() -> str:
     return str(deep_ep_cpp.get_environment()["cost_model"])
 
 
-def cache_folder() -> Path:
-    """XDG_CACHE_HOME: where this package keeps what it has measured."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deep_ep"
+def cache_folder() -> Optional[Path]:
+    """XDG_CACHE_HOME: where this package keeps what it has measured. None: this user has no home folder."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(given or Path.home() / ".cache") / "deep_ep"
+    except RuntimeError:  # HOME is not set, and no entry of the user database says it
+        return None
 
 
 def set_device(device: str) -> None:

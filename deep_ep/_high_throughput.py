@@ -59,8 +59,7 @@ class Outputs(NamedTuple):
 
 def open_operation(session: Session, name: str, previous_event: Optional[EventOverlap], async_finish: bool,
                    allocate_on_comm_stream: bool) -> Operation:
-    """Raises an earlier failure, then settles the stream side of a call."""
-    session.raise_failure()
+    """Settles the stream side of a call."""
     previous = getattr(previous_event, "event", None)
     if previous is not None and not isinstance(previous, EventHandle):
         raise TypeError(f"{name}: previous_event.event must be an EventHandle, got {type(previous).__name__}")
@@ -127,7 +126,7 @@ def dispatch_fresh(session: Session, x: Payload, routing: Routing, expert_alignm
         counts = routing.num_tokens_per_rank.data_ptr(), routing.num_tokens_per_expert.data_ptr()
         if received is None:
             session.runtime.notify_dispatch(*counts, num_experts, expert_alignment, rank_prefix_matrix.data_ptr(),
-                                            operation.stream)
+                                            *_sizes_of_rows(rows, scales, routing), operation.stream)
             counts = 0, 0
             num_rows, per_expert = session.runtime.wait_counts()
             with operation.allocation():
@@ -352,6 +351,13 @@ def _lent_outputs(lender: Lender, rows: torch.Tensor, scales: Optional[torch.Ten
                    scales=None if scales is None else next(made),
                    topk_idx=None if topk_idx is None else next(made),
                    topk_weights=None if topk_idx is None else next(made)), indices[0]
+
+
+def _sizes_of_rows(rows: torch.Tensor, scales: Optional[torch.Tensor], routing: Routing) -> tuple[int, int, int, int]:
+    """N, bytes of a row, K and scales of a token."""
+    num_tokens, hidden = rows.shape
+    num_topk = 0 if routing.topk_idx is None else routing.topk_idx.shape[1]
+    return num_tokens, hidden * rows.element_size(), num_topk, 0 if scales is None else scales.shape[1]
 
 
 def _send_rows(session: Session, rows: torch.Tensor, scales: Optional[torch.Tensor], routing: Optional[Routing],

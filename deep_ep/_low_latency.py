@@ -20,6 +20,7 @@ from deep_ep._low_latency_plan import (
     check_num_experts,
 )
 from deep_ep._memory import view_memory
+from deep_ep._opaque import opaque
 from deep_ep._phases import PhaseOrder, Phases, Tensors, open_phases
 from deep_ep.utils import EventHandle, EventOverlap
 from deep_ep_cpp import Buffer as NativeBuffer
@@ -37,16 +38,30 @@ INT64 = (torch.int64, )
 NUM_HANDLE_FIELDS = 5  # (src_info, layout_range, T, hidden, E): callers count on it
 
 
+@opaque
 class Hook:
-    """Launches the receive phase of a call, once: a second call does nothing."""
+    """Launches the receive phase of a call, once: a second call does nothing.
 
-    def __init__(self, receive: Callable[[], None]) -> None:
+    `abandon` is told when that fails (why), and when the last reference goes before it was called (None).
+    """
+
+    def __init__(self, receive: Callable[[], None], abandon: Callable[[Optional[BaseException]], None]) -> None:
         self._receive: Optional[Callable[[], None]] = receive
+        self._abandon = abandon
 
     def __call__(self) -> None:
         receive, self._receive = self._receive, None
-        if receive is not None:
+        if receive is None:
+            return
+        try:
             receive()
+        except BaseException as error:
+            self._abandon(error)
+            raise
+
+    def __del__(self) -> None:
+        if self._receive is not None:
+            self._abandon(None)
 
 
 def size_hint(num_max_tokens: int, hidden: int, num_ranks: int, num_experts: int) -> int:
@@ -91,16 +106,17 @@ class LowLatency:
         self._is_shrinkable = is_shrinkable
         self._order = PhaseOrder()
         session.before_close = functools.partial(self._order.join, session.streams)
+        self.abandon_call = session.abandon_call
         self._plans: dict[tuple[Any, ...], Plan] = {}
         self._known_handles = KnownTensors[Plan]()  # src_info
         self._combine_buffers: dict[tuple[int, ...], CombineBuffers] = {}  # by shape
 
     def require(self, name: str) -> None:
         """Raises an earlier failure, or says that the Buffer was built for the other mode."""
+        self._session.begin_call()
         if not self._is_enabled:
             raise InvalidArgument(f"{name}: build the Buffer with low_latency_mode=True and num_rdma_bytes from "
                                   "get_low_latency_rdma_size_hint, got low_latency_mode=False")
-        self._session.raise_failure()
 
     def clean(self, num_max_tokens: int, hidden: int, num_experts: int) -> None:
         """Only checks: flags carry the number of their call and are never cleared."""
@@ -126,13 +142,16 @@ class LowLatency:
         if self._session.call_check is not None:
             _compare_calls(self._session.call_check, "low_latency_dispatch", plan, Format(*map(bool, form))._asdict())
         phases = self._open_phases("low_latency_dispatch", async_finish, return_recv_hook)
+        if return_recv_hook:
+            x, topk_idx = phases.keep(x, topk_idx)
         recv_x, scales, src_info, layout_range, recv_count = plan.make_outputs()
         src_info_ptr = src_info.data_ptr()
         arguments = (*plan.dispatch_args, x.data_ptr(), topk_idx.data_ptr(), topk_idx.element_size(), num_tokens,
-                     recv_x.data_ptr(), _ptr(scales), recv_count.data_ptr(), src_info_ptr, layout_range.data_ptr(),
-                     src_info_ptr + plan.entries_at, _ptr(cumulative_stats), _ptr(wait_stats), phases.stream)
+                     recv_x.data_ptr(), _ptr(scales), recv_count.data_ptr(),
+                     src_info_ptr, layout_range.data_ptr(), src_info_ptr + plan.entries_at, _ptr(cumulative_stats),
+                     _ptr(wait_stats), src_info_ptr + plan.number_at, phases.stream)
         tensors = (x, topk_idx, recv_x, scales, src_info, layout_range, cumulative_stats, wait_stats)
-        event, hook = _run(phases, self._session.runtime.low_latency_dispatch, arguments, tensors, return_recv_hook)
+        event, hook = _run(self._session, "low_latency_dispatch", phases, arguments, tensors, return_recv_hook)
         self._known_handles.add(plan, src_info)
         payload = recv_x if scales is None else (recv_x, scales)
         return payload, recv_count, (src_info, layout_range, *plan.handle_tail), event, hook
@@ -183,12 +202,16 @@ class LowLatency:
         if self._session.call_check is not None:
             _compare_calls(self._session.call_check, "low_latency_combine", plan, {"use_logfmt": bool(use_logfmt)})
         phases = self._open_phases("low_latency_combine", async_finish, return_recv_hook)
+        if return_recv_hook:
+            sent, topk_idx, topk_weights = phases.keep(sent, topk_idx, topk_weights)
         combined = self._session.empty[torch.bfloat16](num_tokens, hidden) if out is None else out
+        # Several combines may be open with one handle, so that theirs cannot lie behind src_info.
+        number = self._session.empty[torch.int64](1) if return_recv_hook else None
         arguments = (*plan.combine_args, use_logfmt, sent.data_ptr(), topk_idx.data_ptr(), topk_idx.element_size(),
                      topk_weights.data_ptr(), num_tokens, src_info.data_ptr() + plan.entries_at, combined.data_ptr(),
-                     _ptr(wait_stats), phases.stream)
-        tensors = (sent, topk_idx, topk_weights, src_info, combined, wait_stats)
-        event, hook = _run(phases, self._session.runtime.low_latency_combine, arguments, tensors, return_recv_hook)
+                     _ptr(wait_stats), _ptr(number), phases.stream)
+        tensors = (sent, topk_idx, topk_weights, src_info, combined, wait_stats, number)
+        event, hook = _run(self._session, "low_latency_combine", phases, arguments, tensors, return_recv_hook)
         if zero_copy:
             self._combine_buffers[plan.expert_rows].pass_on()
         return combined, event, hook
@@ -271,9 +294,10 @@ def _compare_calls(check: CallCheck, operation: str, plan: Plan, options: dict[s
     check.compare(operation, {**shape, **options})
 
 
-def _run(phases: Phases, launch: Callable[..., int], arguments: tuple[Any, ...], tensors: Tensors,
+def _run(session: Session, name: str, phases: Phases, arguments: tuple[Any, ...], tensors: Tensors,
          wants_hook: bool) -> tuple[EventOverlap, Optional[Hook]]:
     """Both phases in one launch, or the send phase and a hook for the other. They use `tensors`."""
+    launch: Callable[..., int] = getattr(session.runtime, name)
     phases.begin()
     try:
         ticket = launch(NativeBuffer.SEND_PHASE if wants_hook else NativeBuffer.BOTH_PHASES, *arguments)
@@ -293,4 +317,13 @@ def _run(phases: Phases, launch: Callable[..., int], arguments: tuple[Any, ...],
         launch(ticket, *arguments)
         phases.finish(tensors)
 
-    return EventOverlap(None), Hook(receive)
+    # What is captured into a graph is no call yet that peers could wait for.
+    is_captured = session.streams.kind == "cuda" and session.streams.native.stream_kind(phases.stream) == "captured"
+
+    def abandon(error: Optional[BaseException]) -> None:
+        if error is not None:
+            session.abandon_call(f"the hook of {name}", error, 0 if is_captured else ticket)
+        elif not is_captured:
+            session.abandon_hook(name, ticket)
+
+    return EventOverlap(None), Hook(receive, abandon)

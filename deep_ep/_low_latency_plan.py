@@ -59,15 +59,15 @@ DispatchOutputs = tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torc
 class Plan:
     """Sizes of the tensors of a call, and the arguments that are the same in every native call of its kind.
 
-    R ranks, El experts on each, T tokens of a rank at most, K experts of a token. One allocation holds three things,
+    R ranks, El experts on each, T tokens of a rank at most, K experts of a token. One allocation holds four things,
     because each allocation costs the host more than a view: src_info, int32 [El, R * T], the index of the row's token
     at its source; row_of_entry, int32 [R, T, K], the row of each top-k entry that has its expert here, which only
-    combine needs; recv_count, int32 [El].
+    combine needs; recv_count, int32 [El]; the number of the call, int64, which its receive phase needs.
     """
 
     __slots__ = ("_count_at", "_empty", "_has_scales", "_index_shapes", "_num_words", "_recv_dtype", "_scale_dtype",
                  "_scale_shape", "combine_args", "dispatch_args", "entries_at", "expert_rows", "handle_tail", "hidden",
-                 "num_bytes_behind_src_info", "num_local", "num_max_tokens", "num_topk")
+                 "num_bytes_behind_src_info", "num_local", "num_max_tokens", "num_topk", "number_at")
 
     def __init__(self, shape: Shape, form: Format, num_ranks: int, empty: EmptyTensors) -> None:
         form.check(shape.hidden)
@@ -87,9 +87,11 @@ class Plan:
         self._index_shapes = (num_local, num_rows), (num_rows, 1), (num_local, num_ranks)
         num_indices, num_entries = num_local * num_rows, num_rows * shape.num_topk
         self._count_at = num_indices + num_entries
-        self._num_words = self._count_at + num_local
+        end = self._count_at + num_local
+        self._num_words = end + 3  # the number's two, one of which may have to be skipped to align them
         self.entries_at = num_indices * INT32_BYTES
-        self.num_bytes_behind_src_info = (num_entries + num_local) * INT32_BYTES
+        self.number_at = (end + 1) // 2 * 2 * INT32_BYTES
+        self.num_bytes_behind_src_info = (self._num_words - num_indices) * INT32_BYTES
 
     def make_outputs(self) -> DispatchOutputs:
         empty, (num_local, num_rows, hidden) = self._empty, self.expert_rows
@@ -99,4 +101,5 @@ class Plan:
         words = empty[torch.int32](self._num_words)
         shape, strides, (_, num_ranks) = self._index_shapes
         layout_range = empty[torch.int64](num_local, num_ranks)
-        return recv_x, scales, words.as_strided(shape, strides), layout_range, words[self._count_at:]
+        return recv_x, scales, words.as_strided(shape,
+                                                strides), layout_range, words[self._count_at:self._count_at + num_local]

@@ -43,13 +43,17 @@ class PhaseOrder:
 class Phases:
     """The stream side of one call: `begin()`, launch on `stream`, `finish()`.
 
-    With a hook: `begin()`, launch the send phase, `pause()`; in the hook `resume()`, launch the receive phase,
-    `finish()`. Outputs are allocated before `begin()`, on the current stream.
+    With a hook: both phases read what `keep()` returns; `begin()`, launch the send phase, `pause()`; in the hook
+    `resume()`, launch the receive phase, `finish()`. Outputs are allocated before `begin()`, on the current stream.
     """
 
     __slots__ = ("stream", )
 
     stream: int
+
+    def keep(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`inputs` as they are now for the kernels, whatever the caller does to them from now on."""
+        raise NotImplementedError
 
     def begin(self) -> None:
         raise NotImplementedError
@@ -78,6 +82,9 @@ class _CudaPhases(Phases):
         # A capture would have to be forked to the comm stream, and where the event is dropped nobody would join it.
         self._is_on_comm_stream = is_async and streams.native.stream_kind(self._current) != "captured"
         self.stream = streams.comm if self._is_on_comm_stream else self._current
+
+    def keep(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return inputs  # what the caller does comes later on the stream of the send phase
 
     def begin(self) -> None:
         if self._is_on_comm_stream:
@@ -113,6 +120,10 @@ class _HostPhases(Phases):
         self._streams = streams
         self._is_async = is_async
         self.stream = streams.comm_stream
+
+    def keep(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        # The host is the caller's stream and does not wait for the send phase: peers that it waits for may come later.
+        return tuple(tensor.detach().clone() for tensor in inputs)
 
     def begin(self) -> None:
         pass

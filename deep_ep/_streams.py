@@ -387,14 +387,19 @@ class HostStreams(Streams):
 
     def record(self, tensors: Iterable[torch.Tensor]) -> HostEvent:
         """An event after all work so far. The tensors live until it is complete, whether anybody waits or not."""
-        while self._in_flight and self._in_flight[0].is_complete():
-            self._in_flight.popleft()
-        event = HostEvent(self.native, self.comm_stream, tuple(tensors), self._raise_failure)
+        self._let_go()
+        event = HostEvent(self.native, self.comm_stream, tuple(tensors), self._end_wait)
         self._in_flight.append(event)
         return event
 
-    def _raise_failure(self) -> None:
+    def _end_wait(self) -> None:
+        self._let_go()
         self.check()
+
+    def _let_go(self) -> None:
+        """Of the tensors of all work that is complete."""
+        while self._in_flight and self._in_flight[0].is_complete():
+            self._in_flight.popleft()
 
     def drain(self, timeout_s: float) -> bool:
         # Every attempt looks at the same event: a new one is never complete at once, which is all that a destructor,

@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Optional, Union
+from typing import Any, Callable, Optional, Union
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,8 @@ from deep_ep._bootstrap import Peers, Request, Session, build_session
 from deep_ep._cost_model import copies_per_token
 from deep_ep._errors import Error
 from deep_ep._memory import view_memory
-from deep_ep._streams import CudaStreams, is_capturing
+from deep_ep._opaque import opaque
+from deep_ep._streams import CudaStreams
 from deep_ep.utils import EventHandle, EventOverlap
 from deep_ep_cpp import Config
 
@@ -64,6 +65,7 @@ def _default_config(operation: str, num_sms: int, num_ranks: int) -> Config:
     return Config(num_sms, *table[listed[min(bisect.bisect_left(listed, num_ranks), len(listed) - 1)]])
 
 
+@opaque
 class Buffer:
     """Memory that every rank of a group can reach, and expert-parallel dispatch and combine on it.
 
@@ -93,7 +95,8 @@ class Buffer:
                  enable_shrink: bool = False,
                  comm: Any = None,
                  timeout_s: Optional[float] = None,
-                 num_lend_bytes: Optional[int] = None) -> None:
+                 num_lend_bytes: Optional[int] = None,
+                 on_failure: Optional[Callable[[str], Any]] = None) -> None:
         """Collective: every rank of the group must call it, with the same sizes and modes.
 
         group: a ProcessGroup of any backend, or None with `comm`, an mpi4py communicator (or any object with
@@ -107,26 +110,29 @@ class Buffer:
             DEEP_EP_LEND_BYTES, by default 0). With room for it, outputs of `dispatch` and inputs of `combine` from
             `lend` need no slots and no second copy, hence fewer SMs; see docs/api.md, "Lending".
         timeout_s: seconds after which a wait for a peer gives up (None: DEEP_EP_TIMEOUT_SECS, see docs/errors.md).
+        on_failure: called once with the sentence of the first failure, from the first call (`check` too) that learns of
+            it, before that call raises; see docs/errors.md.
 
         Raises ValueError or TypeError for a bad argument, and deep_ep.Error when another rank failed: no rank hangs.
         """
-        if is_capturing():
-            raise Error("Buffer: it allocates and talks to its peers, so build it before the CUDA graph capture begins")
         peers = Peers(group, comm)
         self.rank: int = peers.rank
         self.group = group
         self.group_size: int = peers.size
         self.num_nvl_bytes = num_nvl_bytes
         self.num_rdma_bytes = num_rdma_bytes
-        self.num_lend_bytes: int = _env.lend_bytes() if num_lend_bytes is None else num_lend_bytes
         self.low_latency_mode = low_latency_mode
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
-        if low_latency_mode:
-            self.nvshmem_qp_depth = _env.nvshmem_qp_depth()
-        request = Request(num_nvl_bytes, num_rdma_bytes, self.num_lend_bytes, low_latency_mode, num_qps_per_rank,
-                          enable_shrink, timeout_s)
-        self._session: Optional[Session] = build_session(peers, request)
+
+        def prepare() -> Request:
+            if low_latency_mode:
+                self.nvshmem_qp_depth = _env.nvshmem_qp_depth()
+            self.num_lend_bytes: int = _env.lend_bytes() if num_lend_bytes is None else num_lend_bytes
+            return Request(num_nvl_bytes, num_rdma_bytes, self.num_lend_bytes, low_latency_mode, num_qps_per_rank,
+                           enable_shrink, timeout_s, on_failure)
+
+        self._session: Optional[Session] = build_session(peers, prepare)
         self.runtime: Optional[deep_ep_cpp.Buffer] = self._session.runtime
         self._low_latency = _low_latency.LowLatency(self._session, low_latency_mode, enable_shrink)
 
@@ -167,15 +173,27 @@ class Buffer:
             raise Error("this Buffer was destroyed")
         return self._session
 
+    def _begin_call(self) -> Session:
+        session = self._require_session()
+        session.begin_call()
+        return session
+
     def check(self) -> None:
-        """Raises the failure that a kernel of this Buffer reported, if any. Does not wait for running kernels."""
+        """Raises the first failure of this Buffer, if there was one: its own, or that of a peer that stops it too.
+
+        Takes less than a microsecond and does not wait for running kernels, so a loop that replays CUDA graphs can call
+        it at each step; it learns of a failure a tenth of a second after it at the latest.
+        """
         self._require_session().raise_failure()
 
     # Queries
 
     @staticmethod
     def is_sm90_compiled() -> bool:
-        """Whether the extension has kernels for SM90 and newer."""
+        """Whether the extension was built with CUDA and without DISABLE_SM90_FEATURES. It says nothing about nodes.
+
+        See docs/api.md, "Not in this version", for clients that read it as "has the internode library".
+        """
         return bool(deep_ep_cpp.is_sm90_compiled())
 
     @staticmethod
@@ -246,7 +264,8 @@ class Buffer:
 
         Given to `combine` as `x` (or any part of it, of whole rows), the peers read the rows where they stand: nothing
         is copied into slots. Outputs of `dispatch` are such tensors as well, as long as there is room. The memory is
-        lent anew when the last view of it is gone; `Tensor.record_stream` has no effect on it.
+        lent anew when the last view of it is gone; `Tensor.record_stream` has no effect on it. Let the last view go in
+        the thread and under the stream that use it: docs/api.md, "Lending", says what happens otherwise.
 
         Raises deep_ep.Error when there is no room, or the Buffer was built without `num_lend_bytes`.
         """
@@ -268,7 +287,7 @@ class Buffer:
         Returns (num_tokens_per_rank int32 [R], num_tokens_per_rdma_rank None within a node, num_tokens_per_expert
         int32 [E], is_token_in_rank bool [N, R], event).
         """
-        return _high_throughput.get_dispatch_layout(self._require_session(), topk_idx, num_experts, previous_event,
+        return _high_throughput.get_dispatch_layout(self._begin_call(), topk_idx, num_experts, previous_event,
                                                     async_finish, allocate_on_comm_stream)
 
     def dispatch(self,
@@ -302,17 +321,21 @@ class Buffer:
         recv_topk_idx holds local expert numbers and -1, with weight 0, for experts elsewhere; in unused rows of
         `num_worst_tokens` it is -1, and the list is empty. With `handle`: (recv_x, None, None, None, None, event).
         """
-        session = self._require_session()
-        num_sms = self._num_sms(session, config, "dispatch", x, topk_idx)
-        if handle is not None:
-            if topk_idx is not None or topk_weights is not None:
-                raise ValueError("topk_idx and topk_weights must be None when a handle is given")
-            return _high_throughput.dispatch_cached(session, x, handle, num_sms, previous_event, async_finish,
-                                                    allocate_on_comm_stream)
-        routing = _high_throughput.make_routing(num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank, topk_idx,
-                                                topk_weights)
-        return _high_throughput.dispatch_fresh(session, x, routing, expert_alignment, num_worst_tokens, num_sms,
-                                               previous_event, async_finish, allocate_on_comm_stream)
+        session = self._begin_call()
+        try:
+            num_sms = self._num_sms(session, config, "dispatch", x, topk_idx)
+            if handle is not None:
+                if topk_idx is not None or topk_weights is not None:
+                    raise ValueError("topk_idx and topk_weights must be None when a handle is given")
+                return _high_throughput.dispatch_cached(session, x, handle, num_sms, previous_event, async_finish,
+                                                        allocate_on_comm_stream)
+            routing = _high_throughput.make_routing(num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank,
+                                                    topk_idx, topk_weights)
+            return _high_throughput.dispatch_fresh(session, x, routing, expert_alignment, num_worst_tokens, num_sms,
+                                                   previous_event, async_finish, allocate_on_comm_stream)
+        except BaseException as error:
+            session.abandon_call("dispatch", error)
+            raise
 
     def combine(self,
                 x: torch.Tensor,
@@ -331,10 +354,14 @@ class Buffer:
 
         Returns (combined_x bfloat16 [N, hidden], combined_topk_weights float32 [N, K] or None, event).
         """
-        session = self._require_session()
-        return _high_throughput.combine(session, x, handle, topk_weights, bias,
-                                        self._num_sms(session, config, "combine", x), previous_event, async_finish,
-                                        allocate_on_comm_stream)
+        session = self._begin_call()
+        try:
+            return _high_throughput.combine(session, x, handle, topk_weights, bias,
+                                            self._num_sms(session, config, "combine", x), previous_event, async_finish,
+                                            allocate_on_comm_stream)
+        except BaseException as error:
+            session.abandon_call("combine", error)
+            raise
 
     def _num_sms(self,
                  session: Session,
@@ -433,9 +460,13 @@ class Buffer:
         last two dimensions are column-major). For each expert the first recv_count rows are set, in the order of
         source rank, then token. handle: (src_info int32 [E / R, R * T], layout_range int64 [E / R, R], T, hidden, E).
         """
-        return self._low_latency.dispatch(x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts,
-                                          cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats,
-                                          (use_fp8, round_scale, use_ue8m0), async_finish, return_recv_hook)
+        try:
+            return self._low_latency.dispatch(x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts,
+                                              cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats,
+                                              (use_fp8, round_scale, use_ue8m0), async_finish, return_recv_hook)
+        except BaseException as error:
+            self._low_latency.abandon_call("low_latency_dispatch", error)
+            raise
 
     def low_latency_combine(self,
                             x: torch.Tensor,
@@ -460,8 +491,12 @@ class Buffer:
         An expert's rank sums what its experts have for a token in float32 and rounds once; the owner sums those
         parts in float32, in rank order, and rounds once. Returns (combined_x, event, hook or None).
         """
-        return self._low_latency.combine(x, topk_idx, topk_weights, handle, use_logfmt, zero_copy, async_finish,
-                                         return_recv_hook, out, combine_wait_recv_cost_stats)
+        try:
+            return self._low_latency.combine(x, topk_idx, topk_weights, handle, use_logfmt, zero_copy, async_finish,
+                                             return_recv_hook, out, combine_wait_recv_cost_stats)
+        except BaseException as error:
+            self._low_latency.abandon_call("low_latency_combine", error)
+            raise
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         """Leaves a rank out of low-latency calls from now on, or takes it back. Not collective."""

@@ -30,9 +30,11 @@ def calibrate(report: dict[str, Any], to: Optional[Path]) -> tuple[Path, str, Co
     }
     way = "lent" if int(report.get("environment", {}).get("DEEP_EP_LEND_BYTES", 0)) > 0 else "slots"
     path = to or _cost_model.default_path(report["machine"].get("gpu", ""), num_ranks)
+    if path is None:
+        raise InvalidArgument("this user has no home folder to store it in: set XDG_CACHE_HOME, or give --to")
     model = CostModel(costs)
     source = {key: report[key] for key in ("date", "commit", "command", "machine", "num_ranks", "ranks_as_threads")}
-    _cost_model.store(path, way, model, source)
+    _cost_model.store(path, way, model, source, replaces_damaged=to is None)
     return path, way, model
 
 

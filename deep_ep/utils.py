@@ -9,10 +9,12 @@ from typing_extensions import Self
 
 from deep_ep import _env, _streams
 from deep_ep._errors import Error
+from deep_ep._opaque import opaque
 
 __all__ = ["EventHandle", "EventOverlap", "check_nvlink_connections"]
 
 
+@opaque
 class EventHandle:
     """A point in the work of the current stream.
 
@@ -39,6 +41,7 @@ class EventHandle:
         _streams.wait_on_current_stream(self._recorded)
 
 
+@opaque
 class EventOverlap:
     """An event and, optionally, tensors that must outlive it. Also a context manager:
 

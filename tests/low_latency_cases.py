@@ -208,6 +208,33 @@ def freed_inputs(worker: Worker, work: Workload) -> None:
     whole_trip(worker, work)
 
 
+def overwritten_inputs(worker: Worker, work: Workload) -> None:
+    """After a call with a hook its inputs belong to the caller again, who uses them for the next layer at once.
+
+    But for combine's topk_idx on a GPU, which the hook reads again."""
+    for cast in (BF16, FP8):
+        for zero_copy in (False, True):
+            flight = LowLatencyFlight(worker, low_latency_buffer(worker), work, Manner(cast,
+                                                                                       "hook",
+                                                                                       zero_copy=zero_copy))
+            topk_idx = flight.topk_idx
+            flight.x, flight.topk_idx, flight.topk_weights = (  # the flight compares with its own
+                tensor.clone() for tensor in (flight.x, topk_idx, flight.topk_weights))
+            flight.start_dispatch()
+            flight.x.fill_(float("nan"))
+            flight.topk_idx.fill_(-1)
+            flight.finish_dispatch()
+            flight.topk_idx.copy_(topk_idx)
+            rows = flight.expert_rows()
+            lent = flight.buffer.get_next_low_latency_combine_buffer(flight.handle) if zero_copy else rows
+            flight.start_combine(rows)
+            lent.fill_(float("nan"))
+            flight.topk_weights.fill_(float("nan"))
+            if worker.device.type == "cpu":
+                flight.topk_idx.fill_(-1)
+            flight.finish_combine()
+
+
 def late_rank(worker: Worker, work: Workload, late: int) -> None:
     """Everybody waits for a late rank, and the statistics say for which."""
     buffer = low_latency_buffer(worker)
@@ -339,8 +366,8 @@ def shrunk_group(worker: Worker, work: Workload, victim: int, dies: bool) -> Opt
 class GraphedTrip:
     """A dispatch and a combine, captured; inputs are copied in, results compared after a replay."""
 
-    def __init__(self, worker: Worker, buffer: Any, work: Workload, manner: Manner) -> None:
-        self.worker, self.work, self.manner = worker, work, manner
+    def __init__(self, worker: Worker, buffer: Any, work: Workload, manner: Manner, has_combine: bool = True) -> None:
+        self.worker, self.work, self.manner, self.has_combine = worker, work, manner, has_combine
         self.flight = LowLatencyFlight(worker, buffer, work, manner)
         self.rows = self.flight.expert_rows()
         self.step()
@@ -354,6 +381,8 @@ class GraphedTrip:
         shape = (f.max_tokens, f.work.num_experts)
         received = f.buffer.low_latency_dispatch(f.x, f.topk_idx, *shape, use_fp8=cast.use_fp8, **f.mode_options())
         self._wait(*received[3:])
+        if not self.has_combine:
+            return received, None
         combined = f.buffer.low_latency_combine(self.rows, f.topk_idx, f.topk_weights, received[2], **f.mode_options())
         self._wait(*combined[1:])
         return received, combined
@@ -365,6 +394,10 @@ class GraphedTrip:
             event.current_stream_wait()
 
     def replay(self, seed: int) -> None:
+        self.start(seed)
+        self.finish()
+
+    def start(self, seed: int) -> None:
         """With other numbers of the same shape."""
         now = Workload(self.work.num_tokens,
                        self.work.hidden,
@@ -375,12 +408,18 @@ class GraphedTrip:
         for name in ("x", "topk_idx", "topk_weights"):
             getattr(self.flight, name).copy_(getattr(fresh, name))
         self.rows.copy_(fresh.expert_rows())
+        self.fresh = fresh
         self.graph.replay()
+
+    def finish(self) -> None:
         torch.cuda.synchronize()
+        fresh = self.fresh
         fresh.received, fresh.combined = self.received, self.combined
         fresh.counts = fresh.waits = None
         fresh.landed = lambda *_: None  # type: ignore[method-assign]
-        fresh.finish_dispatch().finish_combine()
+        fresh.finish_dispatch()
+        if self.has_combine:
+            fresh.finish_combine()
 
 
 def graph_replays(worker: Worker, works: list[Workload], mode: str) -> None:
@@ -391,3 +430,37 @@ def graph_replays(worker: Worker, works: list[Workload], mode: str) -> None:
         graphs[seed * 2 % len(graphs)].replay(200 + seed)
         if seed % 2:
             whole_trip(worker, works[0])
+
+
+def replay_before_a_hook(worker: Worker, held: Workload, replayed: Workload, mode: str) -> None:
+    """An eager send phase, the replay of a graph with one call, then the hook: each gets its own rows."""
+    buffer = low_latency_buffer(worker)
+    graph = GraphedTrip(worker, buffer, replayed, Manner(FP8, mode), has_combine=False)
+    for seed in range(3):
+        flight = LowLatencyFlight(worker, buffer, held, Manner(mode="hook"))
+        flight.start_dispatch()
+        graph.start(300 + seed)
+        flight.finish_dispatch()
+        graph.finish()
+        rows = flight.expert_rows()
+        flight.start_combine(rows)
+        graph.start(400 + seed)
+        flight.finish_combine()
+        graph.finish()
+
+
+def replay_of_two_calls_before_a_hook(worker: Worker, work: Workload) -> str:
+    """A graph of a dispatch and a combine, replayed while a call is open: fails at once, long before the timeout."""
+    buffer = worker.new_buffer(num_rdma_bytes=1 << 22, low_latency_mode=True, timeout_s=100)
+    graph = GraphedTrip(worker, buffer, work, Manner())
+    worker.barrier()
+    held = LowLatencyFlight(worker, buffer, work, Manner(mode="hook")).start_dispatch()
+    started = time.monotonic()
+    graph.start(500)
+    torch.cuda.synchronize()
+    message = failure_of(buffer.check, deep_ep.TimeoutError)
+    assert time.monotonic() - started < 50, message
+    worker.barrier()
+    del held
+    buffer.destroy()
+    return message

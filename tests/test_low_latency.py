@@ -112,6 +112,10 @@ def test_inputs_may_be_dropped(pool: Pool) -> None:
     pool.run(cases.freed_inputs, 3, Workload((16, 9, 12), hidden=1024))
 
 
+def test_inputs_of_a_call_with_a_hook_may_be_overwritten(pool: Pool) -> None:
+    pool.run(cases.overwritten_inputs, 3, Workload((64, 9, 40), hidden=1024))
+
+
 @pytest.mark.parametrize(("use_logfmt", "limit"), [(False, 0.0025), (True, 0.0045)])
 def test_error_of_the_weighted_sum(pool: Pool, use_logfmt: bool, limit: float) -> None:
     work = Workload((20, 12, 8, 16), num_topk=8, experts_per_rank=8)
@@ -196,6 +200,20 @@ def test_graphs_of_different_sizes(pool: Pool, mode: str) -> None:
         pytest.skip("CUDA graphs need a GPU")
     works = [Workload((12, 9), hidden=512), Workload((3, 16), hidden=1024, num_topk=2), Workload((0, 5), hidden=256)]
     pool.run(cases.graph_replays, 2, works, mode)
+
+
+@pytest.mark.parametrize("mode", cases.MODES)
+def test_a_graph_is_replayed_before_a_hook(pool: Pool, mode: str) -> None:
+    if device().type != "cuda":
+        pytest.skip("CUDA graphs need a GPU; the executor's own are replayed in low_latency_test.cc")
+    pool.run(cases.replay_before_a_hook, 2, Workload((5, 9), hidden=512), Workload((3, 7), hidden=1024), mode)
+
+
+def test_a_graph_of_two_calls_is_replayed_before_a_hook(pool: Pool) -> None:
+    if device().type != "cuda":
+        pytest.skip("CUDA graphs need a GPU; the executor's own are replayed in low_latency_test.cc")
+    messages = pool.run(cases.replay_of_two_calls_before_a_hook, 2, Workload((5, 9), hidden=512))
+    assert any("is still open" in message for message in messages), messages
 
 
 def main() -> None:

@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
-"""Writes the figures of benchmarks/results/*.json into docs/benchmarks.md, between its two markers.
+"""Writes the figures of benchmarks/results/*.json into the documents.
 
-tools/render_benchmarks.py               rewrite the page: the newest run of each benchmark, machine and number of
-                                         ranks, and the runs of tools/gpu_check.sh kept in benchmarks/results/checks
-tools/render_benchmarks.py --check       fail when the page does not say what the files say
+- docs/benchmarks.md, between its two markers: the newest run of each benchmark, machine and number of ranks, the runs
+  of tools/gpu_check.sh kept in benchmarks/results/checks, the other libraries in benchmarks/results/libraries;
+- README.md, between its two markers, and docs/pictures/side_by_side.svg: our newest runs beside the other libraries.
+
+tools/render_benchmarks.py               rewrite all three
+tools/render_benchmarks.py --check       fail when one of them does not say what the files say
 tools/render_benchmarks.py --plots       first make the plots that are missing beside the files (needs matplotlib)
 tools/render_benchmarks.py --text FILE   print what the page would show of these files, and write nothing
 """
@@ -15,13 +18,17 @@ import sys
 from pathlib import Path
 from typing import Any, Callable
 
+from figures import Table, number, time_of, to_markdown
+from side_by_side import Named, draw, find_sources, render_readme, render_section
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
+README = ROOT / "README.md"
+PICTURE = ROOT / "docs" / "pictures" / "side_by_side.svg"
 BEGIN = "<!-- begin: made by tools/render_benchmarks.py -->"
 END = "<!-- end -->"
 
-NOTHING = "\u2013"
 HEADER = ("operation", "tokens", "SMs", "chained µs", "fresh µs", "queued µs", "remote MB", "GB/s", "ceiling GB/s",
           "share")
 HOST_HEADER = ("host µs per call", "CPU time", "wall", "waited for counts")
@@ -32,12 +39,11 @@ SHOWN_TOKENS = {"intranode": 4096, "low-latency": 128}
 SHOWN_SMS = 16
 
 Row = dict[str, Any]
-Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 
-def newest(reports: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+def newest(reports: list[Named]) -> list[Named]:
     """Of each benchmark, machine, number of ranks and settings the last run, by file name and report."""
-    found: dict[Any, tuple[str, dict[str, Any]]] = {}
+    found: dict[Any, Named] = {}
     for name, report in sorted(reports, key=lambda named: str(named[1]["date"])):
         machine, has_graphs = report["machine"].get("gpu", "CPU"), any(is_graph(row) for row in report["rows"])
         shares = report["num_devices"] < report["num_ranks"] and not report["ranks_as_threads"]
@@ -74,14 +80,6 @@ def select_rows(report: dict[str, Any]) -> list[Row]:
         if len(rows) > MOST_ROWS:
             rows = [row for row in rows if is_shown(row)]
     return rows
-
-
-def number(value: float, form: str) -> str:
-    return format(value, form) if value > 0 else NOTHING
-
-
-def time_of(us: float) -> str:
-    return number(us, ".0f" if us >= 100 else ".1f")
 
 
 def with_routing(row: Row) -> str:
@@ -122,12 +120,6 @@ def profile_table(report: dict[str, Any]) -> Table:
 
 def tables_of(report: dict[str, Any]) -> list[Table]:
     return [table for table in (row_table(select_rows(report)), host_table(report), profile_table(report)) if table[1]]
-
-
-def to_markdown(table: Table) -> list[str]:
-    header, lines = table
-    rows = [f"| {' | '.join(cells)} |" for cells in lines]
-    return [f"| {' | '.join(header)} |", f"| --- |{' ---: |' * (len(header) - 1)}", *rows, ""]
 
 
 def to_text(table: Table) -> list[str]:
@@ -188,9 +180,14 @@ def render_step(step: dict[str, Any]) -> list[str]:
     return [f"- {step['step']}{took}: {step['result']}", *(f"  - `{verdict}`" for verdict in step["verdicts"])]
 
 
+def read_reports(folder: Path) -> list[Named]:
+    return [(path.name, read(path)) for path in sorted(folder.glob("*.json"))]
+
+
 def render_results(folder: Path) -> str:
-    reports = [(path.name, read(path)) for path in sorted(folder.glob("*.json"))]
-    lines: list[str] = []
+    reports = read_reports(folder)
+    sources = find_sources(folder / "libraries", reports)
+    lines = render_section(sources) if sources else []
     for name, report in newest([named for named in reports if named[1]["rows"]]):
         lines += render_report(name, report, (folder / name).with_suffix(".png").exists())
     for path in sorted((folder / "checks").glob("*.json")):
@@ -222,8 +219,20 @@ def replace_between_markers(page: str, content: str) -> str:
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise SystemExit(f"{PAGE.name}: expected the lines '{BEGIN}' and '{END}'")
+        raise SystemExit(f"expected the lines '{BEGIN}' and '{END}' in README.md and docs/benchmarks.md")
     return f"{before}{BEGIN}\n\n{content}\n{END}{after}"
+
+
+def wanted_files() -> dict[Path, str]:
+    """What each document should be."""
+    page, readme = PAGE.read_text(encoding="utf-8"), README.read_text(encoding="utf-8")
+    wanted = {PAGE: replace_between_markers(page, render_results(RESULTS))}
+    sources = find_sources(RESULTS / "libraries", read_reports(RESULTS))
+    if sources:
+        results = RESULTS.relative_to(ROOT).as_posix()
+        wanted[README] = replace_between_markers(readme, render_readme(sources, results))
+        wanted[PICTURE] = draw(sources)
+    return wanted
 
 
 def main() -> int:
@@ -237,14 +246,18 @@ def main() -> int:
         return 0
     if args.plots:
         make_plots(RESULTS)
-    page = PAGE.read_text(encoding="utf-8")
-    wanted = replace_between_markers(page, render_results(RESULTS))
-    if args.check:
-        if page != wanted:
-            print("docs/benchmarks.md is out of date: run tools/render_benchmarks.py", file=sys.stderr)
-        return int(page != wanted)
-    PAGE.write_text(wanted, encoding="utf-8")
-    return 0
+    stale = {path: content for path, content in wanted_files().items() if not says(path, content)}
+    for path, content in stale.items():
+        if args.check:
+            print(f"{path.relative_to(ROOT)} is out of date: run tools/render_benchmarks.py", file=sys.stderr)
+        else:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(content, encoding="utf-8")
+    return int(args.check and bool(stale))
+
+
+def says(path: Path, content: str) -> bool:
+    return path.exists() and path.read_text(encoding="utf-8") == content
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 #include "comm/graveyard.h"
 
-#include <algorithm>
 #include <mutex>
 
 namespace deep_ep::comm {
@@ -21,11 +20,11 @@ Graveyard& graveyard() {
 }  // namespace
 
 bool have_peers_left(const BuriedRegion& region) {
-    std::vector<uint64_t> left(static_cast<size_t>(region.num_ranks));
-    const auto* words = static_cast<const uint8_t*>(region.memory.address) + region.left_offset;
-    region.device->copy_now(left.data(), words, left.size() * sizeof(uint64_t));
-    left[static_cast<size_t>(region.rank)] = 1;
-    return std::all_of(left.begin(), left.end(), [](uint64_t word) { return word != 0; });
+    if (region.mailbox == nullptr) return true;
+    for (int rank = 0; rank < region.num_ranks; ++rank) {
+        if (rank != region.mailbox->rank() && region.mailbox->presence(rank) == Presence::kHere) return false;
+    }
+    return true;
 }
 
 bool has_leases(const BuriedRegion& region) { return region.leases.use_count() > 1; }

@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "comm/mailbox.h"
 #include "device/runtime.h"
 
 namespace deep_ep::comm {
@@ -13,13 +14,12 @@ namespace deep_ep::comm {
 struct BuriedRegion {
     std::shared_ptr<dev::Device> device;
     dev::ShareableMemory memory;
-    size_t left_offset;
-    int rank;
+    std::shared_ptr<const Mailbox> mailbox;  // null: no peer maps the region
     int num_ranks;
     std::shared_ptr<const void> leases;  // see SymmetricHeap::lease
 };
 
-// True when every other rank has set its word at `left_offset`.
+// True when every other rank has said that it maps the region no more, or has ended: the system has unmapped it then.
 bool have_peers_left(const BuriedRegion& region);
 // True while somebody holds a copy of `leases`.
 bool has_leases(const BuriedRegion& region);

@@ -5,9 +5,9 @@
 
 namespace deep_ep::comm {
 
-SymmetricHeap::SymmetricHeap(std::shared_ptr<dev::Device> device, int rank, int num_ranks, size_t bytes,
-                             size_t left_offset)
-    : device_(std::move(device)), rank_(rank), num_ranks_(num_ranks), left_offset_(left_offset) {
+SymmetricHeap::SymmetricHeap(std::shared_ptr<dev::Device> device, std::shared_ptr<Mailbox> mailbox, int num_ranks,
+                             size_t bytes)
+    : device_(std::move(device)), mailbox_(std::move(mailbox)), rank_(mailbox_->rank()), num_ranks_(num_ranks) {
     sweep_graveyard();
     memory_ = device_->allocate_shareable(bytes);
 }
@@ -27,15 +27,6 @@ void SymmetricHeap::connect(const std::vector<std::string>& handles) {
     is_connected_ = true;
 }
 
-void SymmetricHeap::tell_peers_we_left() {
-    const uint64_t left = 1;
-    for (int peer = 0; peer < num_ranks_; ++peer) {
-        auto* base = static_cast<uint8_t*>(bases_[static_cast<size_t>(peer)]);
-        if (peer == rank_ || base == nullptr) continue;
-        device_->copy_now(base + left_offset_ + sizeof(uint64_t) * static_cast<size_t>(rank_), &left, sizeof(left));
-    }
-}
-
 void SymmetricHeap::unmap_peers() {
     for (int peer = 0; peer < num_ranks_; ++peer) {
         void*& base = bases_[static_cast<size_t>(peer)];
@@ -48,12 +39,14 @@ void SymmetricHeap::release(double timeout_s) noexcept {
     if (memory_.address == nullptr) return;
     try {
         const bool was_shared = !bases_.empty() && num_ranks_ > 1;
-        if (was_shared) tell_peers_we_left();
         if (was_shared) unmap_peers();
+        // Not before: a peer frees its memory when it hears this. (The CPU unmaps only when its kernels have ended, but
+        // there the memory lives as long as any mapping of it.)
+        mailbox_->tell_left();
         is_connected_ = false;
-        BuriedRegion region{device_, memory_, left_offset_, rank_, num_ranks_, std::move(leases_)};
+        BuriedRegion region{device_, memory_, was_shared ? mailbox_ : nullptr, num_ranks_, std::move(leases_)};
         memory_ = {};
-        const bool is_unmapped = !was_shared || device_->host_wait([&] { return have_peers_left(region); }, timeout_s);
+        const bool is_unmapped = device_->host_wait([&] { return have_peers_left(region); }, timeout_s);
         if (is_unmapped && !has_leases(region))
             device_->free_shareable(region.memory);
         else

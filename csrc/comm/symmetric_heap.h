@@ -5,18 +5,19 @@
 #include <string>
 #include <vector>
 
+#include "comm/mailbox.h"
 #include "device/runtime.h"
 
 namespace deep_ep::comm {
 
 // Owns the local region and the mappings of the peers' regions. Not thread-safe.
 //
-// Lifetime: a region may be freed only when no peer maps it any more. Peers say so by a word in the region (`left`);
-// release() waits for them for a bounded time, and what is still mapped then is kept for later (see Graveyard).
+// Lifetime: a region may be freed only when no peer maps it any more. Peers say so in their mailboxes; release() waits for
+// them for a bounded time, and what is still mapped then is kept for later (see Graveyard).
 class SymmetricHeap {
 public:
-    // Allocates `bytes`, zero-filled. `left_offset`: where the region keeps one 8-byte word per rank for release().
-    SymmetricHeap(std::shared_ptr<dev::Device> device, int rank, int num_ranks, size_t bytes, size_t left_offset);
+    // Allocates `bytes`, zero-filled, for the rank of the mailbox, which is connected before the heap.
+    SymmetricHeap(std::shared_ptr<dev::Device> device, std::shared_ptr<Mailbox> mailbox, int num_ranks, size_t bytes);
     ~SymmetricHeap();
     SymmetricHeap(const SymmetricHeap&) = delete;
     SymmetricHeap& operator=(const SymmetricHeap&) = delete;
@@ -37,17 +38,16 @@ public:
     // Ranks whose regions lie on this device; this one is one of them.
     int num_ranks_here() const { return num_ranks_here_; }
 
-    // Unmaps the peers' regions, tells them, and frees the local region once they have done the same; after `timeout_s`
-    // it goes to the graveyard instead. Idempotent, never throws.
+    // Unmaps the peers' regions, tells them, and frees the local region once they have done the same or have ended; after
+    // `timeout_s` it goes to the graveyard instead. Idempotent, never throws.
     void release(double timeout_s) noexcept;
 
 private:
-    void tell_peers_we_left();
     void unmap_peers();
 
     std::shared_ptr<dev::Device> device_;
+    std::shared_ptr<Mailbox> mailbox_;
     int rank_, num_ranks_;
-    size_t left_offset_;
     dev::ShareableMemory memory_;
     std::shared_ptr<const void> leases_ = std::make_shared<int>(0);
     std::vector<void*> bases_;

@@ -145,7 +145,8 @@ EP_DEVICE void bulk_commit();
 template <int N> EP_DEVICE void bulk_wait();
 template <int N> EP_DEVICE void bulk_wait_read();
 
-// Orders this thread's generic accesses to shared memory before later async accesses, and the other way round.
+// Orders this thread's generic accesses to shared memory before later async accesses, and the other way round: after
+// writes, before a bulk_store of them; after reads or writes, before a bulk_load over them.
 //                                                                                     CUDA: fence.proxy.async.shared::cta
 EP_DEVICE void fence_async_shared();
 

@@ -35,7 +35,7 @@ constexpr int kMaxLayoutThreads = 256;
 constexpr int kMaxNotifyThreads = 256;
 
 // Bytes of static shared memory of the main kernels, besides their stages.
-constexpr int kMaxDispatchState = 3200;
+constexpr int kMaxDispatchState = 3712;
 constexpr int kMaxCombineState = 256;
 
 // How many threads work, and through what. Chosen by the runtime from the SM budget and the shape.

@@ -28,7 +28,9 @@ struct LowLatencyCall {
     uint64_t data_offset;  // of the low-latency data region in the heap
     layout::LowLatencyRegion region;
     Phase phase;
-    uint64_t lag;  // receive phase: how many calls have begun since this one
+    // Where a send phase of its own leaves the number of its call for the receive phase. The host cannot know it: a graph
+    // that is replayed in between makes calls too.
+    uint64_t* number;
     int num_blocks, num_warps;
     int* masked;          // [num_ranks]: not zero: this rank is left out
     bool is_shrinkable;   // a peer that runs into the deadline is masked, and the call goes on

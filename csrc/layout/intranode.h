@@ -41,7 +41,6 @@ struct Loan {
 struct ControlLayout {
     Field started;        // u64[R]: the last call that this source has entered; written by the source
     Field abort;          // u64[1]: not zero: some rank gave up (AbortCode)
-    Field left;           // u64[R]: not zero: this peer has unmapped our memory; written by the host
     Field rank_counts;    // u64[banks][R][R]: tokens that source i sends to each rank, as make_count writes them
     Field expert_counts;  // u64[banks][R][kMaxLocalExperts]: entries that source i has for our experts, likewise
     Field full;           // u64[banks][R][kMaxWindow]: the row that source i has put into this slot of ours
@@ -58,7 +57,6 @@ struct ControlLayout {
         FieldCursor cursor;
         layout.started = cursor.take(8, num_ranks, kHeapAlignment);
         layout.abort = cursor.take(8, 1, kHeapAlignment);
-        layout.left = cursor.take(8, num_ranks, kHeapAlignment);
         layout.rank_counts = cursor.take(8, kNumBanks * num_ranks * num_ranks, kHeapAlignment);
         layout.expert_counts = cursor.take(8, kNumBanks * num_ranks * kMaxLocalExperts, kHeapAlignment);
         layout.full = cursor.take(8, kNumBanks * num_ranks * kMaxWindow, kHeapAlignment);

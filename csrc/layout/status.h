@@ -27,7 +27,9 @@ enum class Stage : uint32_t {
     kLoan,
     kWeights,
     kReturn,
-    kStated  // kBadInput: a number in a routing table
+    kPosition,
+    kStated,  // kBadInput: a number in a routing table
+    kOpen     // kBadInput: a call that this rank has not received holds the bank
 };
 enum class FailureKind : uint32_t { kNone, kTimeout, kAborted, kBadInput };
 
@@ -37,11 +39,12 @@ struct WaitRecord {
     FailureKind kind;
     Operation operation;
     Stage stage;
-    int32_t peer;  // kBadInput: token or row
+    int32_t peer;  // kBadInput in kInput: token
     uint64_t call;
     uint64_t expected;
     uint64_t seen;  // kAborted: the abort code
     uint64_t waited_ns;
+    int32_t token;  // kBadInput in kPosition
 };
 
 struct HostStatus {
@@ -66,12 +69,11 @@ struct LowLatencyTurn {
 
 // Device-local, private to the rank; survives between calls.
 struct LocalState {
-    uint64_t num_calls;  // completed calls of the high-throughput mode; the same on all ranks
-    uint32_t num_done_blocks;
+    uint64_t num_calls;        // completed calls of the high-throughput mode; the same on all ranks
+    uint32_t num_done_blocks;  // of the running kernel; see algo::count_block
     uint32_t failure_claimed;
     uint64_t warned_call;
-    uint32_t num_returned_blocks;  // of the running kernel: that have done with what peers lend
-    uint32_t num_weight_blocks;    // of the running combine: that have copied their part of the weights
+    uint32_t num_weight_blocks;  // of the running combine: that have copied their part of the weights
     uint32_t layout_done_blocks;
 
     uint64_t num_low_latency_sends;     // low-latency calls whose send phase has been run

@@ -5,7 +5,9 @@
 #include <cstring>
 
 #include "core/error.h"
+#include "core/interruption.h"
 #include "runtime/story.h"
+#include "runtime/watcher.h"
 
 namespace deep_ep::runtime {
 
@@ -51,6 +53,14 @@ void check_tokens(int num_tokens) {
              layout::kMaxTokens - 1, ", got ", num_tokens);
 }
 
+bool is_captured(dev::Device& device, dev::Stream stream) noexcept {
+    try {
+        return device.stream_kind(stream) == dev::StreamKind::kCaptured;
+    } catch (...) {
+        return false;  // the device is out of order: that captures nothing
+    }
+}
+
 void check_row(int64_t row_bytes) {
     EP_CHECK(row_bytes > 0 && row_bytes % 16 == 0, "a row must be a positive multiple of 16 bytes, got ", row_bytes);
     EP_CHECK(row_bytes < int64_t{1} << 31, "a row must be below 2 GiB, got ", row_bytes, " bytes");
@@ -74,12 +84,13 @@ Buffer::Buffer(std::shared_ptr<dev::Device> device, const BufferOptions& options
     lend_offset_ = weights_offset_ + num_weight_bytes_;
     lend_pool_ = std::make_shared<LendPool>(num_lend_bytes);
     const uint64_t heap_bytes = lend_offset_ + num_lend_bytes;
-    heap_ = std::make_unique<comm::SymmetricHeap>(device_, options_.rank, options_.num_ranks, heap_bytes,
-                                                  control_.left.offset);
+    mailbox_ = std::make_shared<comm::Mailbox>(options_.rank, options_.num_ranks);
+    heap_ = std::make_unique<comm::SymmetricHeap>(device_, mailbox_, options_.num_ranks, heap_bytes);
     status_memory_ = device_->allocate_host_mapped(sizeof(layout::HostStatus));
     counts_memory_ = device_->allocate_host_mapped(sizeof(layout::HostCounts));
     status_ = static_cast<layout::HostStatus*>(status_memory_.host);
     counts_ = static_cast<layout::HostCounts*>(counts_memory_.host);
+    desk_ = std::make_shared<FailureDesk>(device_, mailbox_, *heap_, control_, status_, options_.num_ranks);
     local_ = static_cast<layout::LocalState*>(device_->allocate(sizeof(layout::LocalState)));
     const auto num_ranks = static_cast<size_t>(options_.num_ranks);
     masked_ = static_cast<int*>(device_->allocate(sizeof(int) * num_ranks));
@@ -97,9 +108,19 @@ int Buffer::max_layout_counts() const {
 
 Buffer::~Buffer() { destroy(0.0); }
 
+// The handle of the mailbox, which has the same size everywhere, then that of the heap.
+std::string Buffer::export_handle() const { return mailbox_->handle() + heap_->handle(); }
+
 void Buffer::connect(const std::vector<std::string>& handles) {
     require_usable();
-    heap_->connect(handles);
+    const size_t border = mailbox_->handle().size();
+    std::vector<std::string> of_mailboxes, of_heaps;
+    for (const std::string& handle : handles) {
+        of_mailboxes.push_back(handle.substr(0, border));
+        of_heaps.push_back(handle.substr(std::min(border, handle.size())));
+    }
+    mailbox_->connect(of_mailboxes);
+    heap_->connect(of_heaps);
 }
 
 uint8_t* Buffer::data() const {
@@ -109,7 +130,7 @@ uint8_t* Buffer::data() const {
 
 void Buffer::require_usable() const {
     if (heap_ == nullptr) throw Error("this Buffer has been destroyed");
-    if (!failure_.empty()) throw TimeoutError(failure_);
+    desk_->check();
 }
 
 kernels::HeapParams Buffer::heap_params() const {
@@ -267,7 +288,12 @@ void Buffer::notify_dispatch(const NotifyArgs& args, dev::Stream stream) {
     check();
     check_counted_experts(args.num_experts);
     EP_CHECK(args.expert_alignment > 0, "expert_alignment must be positive, got ", args.expert_alignment);
+    check_dispatch_rows(
+        args.num_tokens, args.row_bytes,
+        layout::SlotLayout::for_dispatch(static_cast<uint64_t>(args.row_bytes), static_cast<uint64_t>(args.num_topk),
+                                         static_cast<uint64_t>(args.num_scales)));
     ++ticket_;
+    announce(stream, false);
     num_local_experts_ = args.num_experts / options_.num_ranks;
     kernels_->notify_dispatch({.heap = heap_params(),
                                .watch = watch_params(),
@@ -284,41 +310,53 @@ void Buffer::notify_dispatch(const NotifyArgs& args, dev::Stream stream) {
 
 RecvCounts Buffer::wait_counts() {
     require_usable();
+    InterruptionPoll interruption;
     const double limit_s = 2 * options_.timeout_s + kStartGraceSeconds;
     const bool is_done = device_->host_wait(
         [&] {
             collect_warning();
-            return load_acquire(counts_->ready) == ticket_ || load_acquire(status_->failure.state) != 0;
+            interruption.poll();
+            return load_acquire(counts_->ready) == ticket_ || load_acquire(status_->failure.state) != 0 ||
+                   desk_->has_failed();
         },
         limit_s);
     check();
     if (!is_done) {
         const bool has_entered = load_acquire(counts_->entered) == ticket_;
-        failure_ = concat("DeepEP timeout: dispatch on rank ", options_.rank, ": the host waited ", limit_s,
-                          has_entered ? " s for the count exchange, whose kernel runs but does not report."
-                                      : " s for the count exchange, whose kernel has not begun: work queued on the "
-                                        "device before it does not end.");
-        throw TimeoutError(failure_);
+        desk_->fail(FailureClass::kTimeout,
+                    concat("DeepEP timeout: dispatch on rank ", options_.rank, ": the host waited ", limit_s,
+                           has_entered ? " s for the count exchange, whose kernel runs but does not report."
+                                       : " s for the count exchange, whose kernel has not begun: work queued on the "
+                                         "device before it does not end."),
+                    Spread::kPeers);
+        check();
     }
     const int* counts = counts_->num_recv_per_expert;
     return {counts_->num_recv_tokens, std::vector<int>(counts, counts + num_local_experts_)};
 }
 
+layout::WindowLayout Buffer::check_dispatch_rows(int num_tokens, int64_t row_bytes,
+                                                 const layout::SlotLayout& slot) const {
+    check_tokens(num_tokens);
+    check_row(row_bytes);
+    return window_for(slot, "dispatch");
+}
+
 void Buffer::dispatch(const DispatchArgs& args, int num_sms, dev::Stream stream) {
     check();
-    check_tokens(args.num_tokens);
-    check_row(args.row_bytes);
     const bool exchanges_counts = args.num_tokens_per_rank != nullptr;
     if (exchanges_counts) check_counted_experts(args.num_experts);
     const auto slot =
         layout::SlotLayout::for_dispatch(static_cast<uint64_t>(args.row_bytes), static_cast<uint64_t>(args.num_topk),
                                          static_cast<uint64_t>(args.num_scales));
+    const layout::WindowLayout window = check_dispatch_rows(args.num_tokens, args.row_bytes, slot);
     const layout::Loan loan = loan_for(args);
+    announce(stream, false);
     kernels_->dispatch({.heap = heap_params(),
                         .watch = watch_params(),
                         .geometry = plan_dispatch(num_sms, slot, loan.x != 0),
                         .slot = slot,
-                        .window = window_for(slot, "dispatch"),
+                        .window = window,
                         .is_first_kernel = args.is_cached || exchanges_counts,
                         .may_lend = may_lend(),
                         .loan = loan,
@@ -356,12 +394,14 @@ void Buffer::combine(const CombineArgs& args, int num_sms, dev::Stream stream) {
     check_row(row_bytes);
     const auto slot =
         layout::SlotLayout::for_combine(static_cast<uint64_t>(row_bytes), static_cast<uint64_t>(args.num_topk));
+    const layout::WindowLayout window = window_for(slot, "combine");
     const layout::Loan loan = loan_for(args);
+    announce(stream, false);
     kernels_->combine({.heap = heap_params(),
                        .watch = watch_params(),
                        .geometry = plan_combine(num_sms, slot, loan.x != 0),
                        .slot = slot,
-                       .window = window_for(slot, "combine"),
+                       .window = window,
                        .may_lend = may_lend(),
                        .loan = loan,
                        .lent_weights = reinterpret_cast<float*>(heap_->local() + weights_offset_),
@@ -389,20 +429,11 @@ void Buffer::bench_push(int64_t bytes_per_peer, int num_sms, dev::Stream stream)
                        std::clamp(num_sms, 1, device_->num_sms()), stream);
 }
 
-// The two modes count their calls apart.
-std::vector<uint64_t> Buffer::read_started(layout::Operation operation) const {
-    const bool is_low_latency =
-        operation == layout::Operation::kLowLatencyDispatch || operation == layout::Operation::kLowLatencyCombine;
-    const layout::Field& field = is_low_latency ? control_.low_latency.started : control_.started;
-    std::vector<uint64_t> started(static_cast<size_t>(options_.num_ranks));
-    device_->copy_now(started.data(), heap_->local() + field.offset, field.bytes());
-    return started;
-}
-
 void Buffer::collect_warning() {
     if (load_acquire(status_->warning.state) == 0) return;
-    const std::string text =
-        describe_warning(status_->warning, options_.rank, read_started(status_->warning.operation));
+    const Peers peers{.remark = [this](int peer) { return desk_->remark(peer); }, .reason = nullptr};
+    const std::string text = describe_warning(
+        status_->warning, options_.rank, read_started(*device_, *heap_, control_, status_->warning.operation), peers);
     std::atomic_ref(status_->warning.state).store(0);
     if (on_warning_) on_warning_(text);
 }
@@ -410,15 +441,45 @@ void Buffer::collect_warning() {
 void Buffer::check() {
     require_usable();
     collect_warning();
-    if (load_acquire(status_->failure.state) == 0) return;
-    failure_ = describe_failure(status_->failure, options_.rank, read_started(status_->failure.operation));
-    throw TimeoutError(failure_);
 }
+
+void Buffer::begin_call() {
+    check();
+    announced_ = {};
+}
+
+// From here on peers know, or will know, of the call that runs. (One that is captured into a graph is none yet.)
+void Buffer::announce(dev::Stream stream, bool is_low_latency) {
+    announced_ = {.is_set = true, .is_low_latency = is_low_latency, .stream = stream};
+    if (std::exchange(is_refusal_told_, false)) mailbox_->withdraw_refusal();
+}
+
+void Buffer::abandon_call(const std::string& text) {
+    if (heap_ == nullptr || desk_->has_failed()) return;
+    if (announced_.is_set && !is_captured(*device_, announced_.stream)) {
+        fail_unfinished(text, announced_.is_low_latency);
+        return;
+    }
+    is_refusal_told_ = true;
+    mailbox_->note_refusal(text);
+}
+
+// Peers that may leave this rank out of low-latency calls do so, and go on.
+void Buffer::fail_unfinished(const std::string& text, bool is_low_latency) {
+    desk_->fail(
+        FailureClass::kOther,
+        concat("DeepEP error: rank ", options_.rank, ": a call that the peers know of was not finished: ", text),
+        is_low_latency && options_.is_shrinkable ? Spread::kNobody : Spread::kPeers);
+}
+
+void Buffer::start_watching() { watch(desk_); }
 
 void Buffer::destroy(double timeout_s) noexcept {
     if (heap_ == nullptr) return;
+    desk_->close();
     heap_->release(timeout_s);
     heap_.reset();
+    mailbox_.reset();
     try {
         device_->free(layout_partials_);
         device_->free(masked_);

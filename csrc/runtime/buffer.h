@@ -8,9 +8,11 @@
 #include <utility>
 #include <vector>
 
+#include "comm/mailbox.h"
 #include "comm/symmetric_heap.h"
 #include "device/runtime.h"
 #include "kernels/kernel_table.h"
+#include "runtime/failure.h"
 #include "runtime/lend_pool.h"
 
 namespace deep_ep::runtime {
@@ -57,6 +59,10 @@ struct NotifyArgs {
     const int* num_tokens_per_expert;
     int num_experts, expert_alignment;
     int* rank_prefix_matrix;
+    // Of the dispatch that follows, which must not be refused once its counts are out.
+    int num_tokens;
+    int64_t row_bytes;
+    int num_topk, num_scales;
 };
 
 struct DispatchArgs {
@@ -126,6 +132,7 @@ struct LowLatencyDispatchArgs {
     int* row_of_entry;
     int* cumulative_stats;
     int64_t* wait_stats;
+    uint64_t* number;  // on the device, for a call of two launches: the first leaves there what the second needs
 };
 
 struct LowLatencyCombineArgs {
@@ -139,6 +146,7 @@ struct LowLatencyCombineArgs {
     const int* row_of_entry;
     uint8_t* combined_x;
     int64_t* wait_stats;
+    uint64_t* number;  // as above; not that of the dispatch
 };
 
 // Throws unless every rank can have the same number of experts.
@@ -151,7 +159,7 @@ public:
     Buffer(std::shared_ptr<dev::Device> device, const BufferOptions& options);
     ~Buffer();
 
-    const std::string& export_handle() const { return heap_->handle(); }
+    std::string export_handle() const;
     void connect(const std::vector<std::string>& handles);
     uint8_t* data() const;
     int64_t num_data_bytes() const { return options_.num_data_bytes; }
@@ -185,8 +193,21 @@ public:
     // the data regions and takes part in no protocol.
     void bench_push(int64_t bytes_per_peer, int num_sms, dev::Stream stream);
 
-    // Throws what a kernel has reported; a Buffer that failed once throws the same at every later operation.
+    // Throws what a kernel has reported, or a peer noted; a Buffer that failed once throws the same at every later
+    // operation.
     void check();
+    // The sentence that check() would throw, as far as somebody has looked; or nothing.
+    std::string failure() const { return desk_->failure(); }
+    // Before each call, which may be more than one of the operations: check(), and what abandon_call() refers to.
+    void begin_call();
+    // The host gave up within a call, for the reason `text`. If peers know of the call it fails this Buffer and stops them;
+    // else the Buffer stays as it was, and a peer that waits in vain quotes the reason.
+    void abandon_call(const std::string& text);
+    // The receive phase of the call with that ticket will never be launched. Any thread.
+    void abandon_hook(uint64_t ticket, const std::string& text);
+    // Lets the watcher of this process look at this Buffer, until destroy().
+    void start_watching();
+    std::string look_for_failures() { return desk_->look(); }
     // Called with a sentence, by whoever calls this Buffer, as soon as a wait has passed the warning threshold.
     void set_warning_handler(std::function<void(const std::string&)> handler) { on_warning_ = std::move(handler); }
 
@@ -195,10 +216,13 @@ public:
 
 private:
     void require_usable() const;
+    void fail_unfinished(const std::string& text, bool is_low_latency);
+    void announce(dev::Stream stream, bool is_low_latency);
+    layout::WindowLayout check_dispatch_rows(int num_tokens, int64_t row_bytes, const layout::SlotLayout& slot) const;
     void check_counted_experts(int num_experts) const;
     LowLatencyGrid plan_low_latency(int hidden) const;
     kernels::LowLatencyCall low_latency_call(const LowLatencyShape& shape, const layout::LowLatencyMessage& message,
-                                             int64_t* wait_stats) const;
+                                             int64_t* wait_stats, uint64_t* number) const;
     kernels::LowLatencyDispatchParams low_latency_params(const LowLatencyDispatchArgs& args) const;
     kernels::LowLatencyCombineParams low_latency_params(const LowLatencyCombineArgs& args) const;
     void open_low_latency_call(kernels::LowLatencyCall& call);
@@ -218,12 +242,12 @@ private:
     int stage_room(int state_bytes) const;  // dynamic shared memory that a block can have
     int max_layout_counts() const;
     layout::WindowLayout window_for(const layout::SlotLayout& slot, const char* operation) const;
-    std::vector<uint64_t> read_started(layout::Operation operation) const;
 
     std::shared_ptr<dev::Device> device_;
     BufferOptions options_;
     const kernels::KernelTable* kernels_;
     layout::ControlLayout control_;
+    std::shared_ptr<comm::Mailbox> mailbox_;
     std::unique_ptr<comm::SymmetricHeap> heap_;
     // In the heap, after the data of both modes: a copy of combine's weights, then what is lent.
     uint64_t weights_offset_ = 0, num_weight_bytes_ = 0, lend_offset_ = 0;
@@ -239,7 +263,13 @@ private:
     uint64_t open_low_latency_calls_[layout::kNumLowLatencyBanks] = {};  // ticket of the open call in each; 0: none
     uint64_t ticket_ = 0;                                                // of the last notify_dispatch
     int num_local_experts_ = 0;                                          // in that one
-    std::string failure_;                                                // the sentence of the first failure
+    std::shared_ptr<FailureDesk> desk_;
+    struct Announced {
+        bool is_set = false;
+        bool is_low_latency = false;
+        dev::Stream stream = nullptr;
+    } announced_;                   // what peers know of the call that began last
+    bool is_refusal_told_ = false;  // in our mailbox
     std::function<void(const std::string&)> on_warning_;
 };
 

@@ -79,7 +79,7 @@ LowLatencyGrid Buffer::plan_low_latency(int hidden) const {
 }
 
 kernels::LowLatencyCall Buffer::low_latency_call(const LowLatencyShape& shape, const layout::LowLatencyMessage& message,
-                                                 int64_t* wait_stats) const {
+                                                 int64_t* wait_stats, uint64_t* number) const {
     const auto needed = static_cast<int64_t>(message.region_bytes(static_cast<uint64_t>(options_.num_ranks)));
     EP_CHECK(needed <= options_.num_low_latency_bytes, "num_rdma_bytes is too small for this call: expected at least ",
              needed, ", got ", options_.num_low_latency_bytes, " (see Buffer.get_low_latency_rdma_size_hint)");
@@ -99,7 +99,7 @@ kernels::LowLatencyCall Buffer::low_latency_call(const LowLatencyShape& shape, c
             .region = layout::LowLatencyRegion::make(static_cast<uint64_t>(options_.num_low_latency_bytes),
                                                      static_cast<uint64_t>(options_.num_ranks)),
             .phase = kernels::Phase::kSend,
-            .lag = 0,
+            .number = number,
             .num_blocks = grid.num_blocks,
             .num_warps = grid.num_warps,
             .masked = masked_,
@@ -122,7 +122,7 @@ kernels::LowLatencyDispatchParams Buffer::low_latency_params(const LowLatencyDis
              "use_ue8m0 needs round_scale, and hidden must be a multiple of ", 4 * layout::kFp8GroupSize, ", got ",
              args.shape.hidden);
     return {.call = low_latency_call(args.shape, dispatch_message(args.shape, options_.num_ranks, args.is_fp8),
-                                     args.wait_stats),
+                                     args.wait_stats, args.number),
             .payload = args.is_fp8 ? kernels::Payload::kFp8 : kernels::Payload::kBf16,
             .rounds_scales = args.rounds_scales,
             .packs_scales = args.packs_scales,
@@ -143,7 +143,7 @@ kernels::LowLatencyDispatchParams Buffer::low_latency_params(const LowLatencyDis
 kernels::LowLatencyCombineParams Buffer::low_latency_params(const LowLatencyCombineArgs& args) const {
     check_shape(args.shape, args.num_tokens, options_.num_ranks);
     auto call = low_latency_call(args.shape, combine_message(args.shape, options_.num_ranks, args.uses_logfmt),
-                                 args.wait_stats);
+                                 args.wait_stats, args.number);
     using Slots = layout::LowLatencyEntrySlots;
     const auto hidden = static_cast<uint64_t>(args.shape.hidden);
     const uint64_t entry_bytes = Slots::bytes(static_cast<uint64_t>(args.shape.num_max_tokens),
@@ -183,13 +183,18 @@ void Buffer::close_low_latency_call(kernels::LowLatencyCall& call, uint64_t tick
     EP_CHECK(holder == ticket, "this hook belongs to a call that is over");
     holder = 0;
     call.phase = kernels::Phase::kReceive;
-    call.lag = num_low_latency_sends_ - ticket;
+}
+
+void Buffer::abandon_hook(uint64_t ticket, const std::string& text) {
+    if (heap_ == nullptr || open_low_latency_calls_[ticket % layout::kNumLowLatencyBanks] != ticket) return;
+    fail_unfinished(text, true);
 }
 
 void Buffer::low_latency_dispatch(const LowLatencyDispatchArgs& args, dev::Stream stream) {
     check();
     auto params = low_latency_params(args);
     make_whole_low_latency_call(params.call);
+    announce(stream, true);
     kernels_->low_latency_dispatch(params, stream);
 }
 
@@ -197,6 +202,7 @@ void Buffer::low_latency_combine(const LowLatencyCombineArgs& args, dev::Stream 
     check();
     auto params = low_latency_params(args);
     make_whole_low_latency_call(params.call);
+    announce(stream, true);
     kernels_->low_latency_combine(params, stream);
 }
 
@@ -204,14 +210,16 @@ uint64_t Buffer::send_low_latency_dispatch(const LowLatencyDispatchArgs& args, d
     check();
     auto params = low_latency_params(args);
     open_low_latency_call(params.call);
+    announce(stream, true);
     kernels_->low_latency_dispatch(params, stream);
     return num_low_latency_sends_;
 }
 
 void Buffer::receive_low_latency_dispatch(const LowLatencyDispatchArgs& args, uint64_t ticket, dev::Stream stream) {
-    check();
+    begin_call();
     auto params = low_latency_params(args);
     close_low_latency_call(params.call, ticket);
+    announce(stream, true);
     kernels_->low_latency_dispatch(params, stream);
 }
 
@@ -219,14 +227,16 @@ uint64_t Buffer::send_low_latency_combine(const LowLatencyCombineArgs& args, dev
     check();
     auto params = low_latency_params(args);
     open_low_latency_call(params.call);
+    announce(stream, true);
     kernels_->low_latency_combine(params, stream);
     return num_low_latency_sends_;
 }
 
 void Buffer::receive_low_latency_combine(const LowLatencyCombineArgs& args, uint64_t ticket, dev::Stream stream) {
-    check();
+    begin_call();
     auto params = low_latency_params(args);
     close_low_latency_call(params.call, ticket);
+    announce(stream, true);
     kernels_->low_latency_combine(params, stream);
 }
 

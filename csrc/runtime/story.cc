@@ -32,7 +32,9 @@ const char* awaited_at(layout::Stage stage) {
         case layout::Stage::kWeights: return "to copy its top-k weights";
         case layout::Stage::kReturn: return "to finish its part";
         case layout::Stage::kStated:
+        case layout::Stage::kOpen:
         case layout::Stage::kInput:
+        case layout::Stage::kPosition:
         case layout::Stage::kCapacity: return "(input)";
     }
     return "(unknown stage)";
@@ -45,22 +47,29 @@ std::string seconds(uint64_t ns) {
 }
 
 // A peer that waits for a third rank stalls as well: those that never entered the call are the ones to look at.
-std::string culprits(const layout::WaitRecord& record, int rank, const std::vector<uint64_t>& started) {
+std::string culprits(const layout::WaitRecord& record, int rank, const std::vector<uint64_t>& started,
+                     const Peers& peers) {
+    const auto remark = [&](int peer) {
+        const std::string text = peers.remark(peer);
+        return text.empty() ? "" : "; " + text;
+    };
     std::string missing;
     for (size_t peer = 0; peer < started.size(); ++peer) {
         if (static_cast<int>(peer) == rank || started[peer] >= record.call) continue;
-        missing += concat(missing.empty() ? "" : ", ", "rank ", peer, " (its last call was ", started[peer], ")");
+        missing += concat(missing.empty() ? "" : ", ", "rank ", peer, " (its last call was ", started[peer],
+                          remark(static_cast<int>(peer)), ")");
     }
     if (missing.empty())
         return concat("rank ", record.peer, " entered the call and stalled (expected ", record.expected, ", seen ",
-                      record.seen, ")");
+                      record.seen, remark(record.peer), ")");
     return concat("never entered this call: ", missing);
 }
 
-std::string describe_wait(const layout::WaitRecord& record, int rank, const std::vector<uint64_t>& started) {
+std::string describe_wait(const layout::WaitRecord& record, int rank, const std::vector<uint64_t>& started,
+                          const Peers& peers) {
     return concat(name_of(record.operation), ", call ", record.call, ", rank ", rank, ": waited ",
                   seconds(record.waited_ns), " for rank ", record.peer, " ", awaited_at(record.stage), "; ",
-                  culprits(record, rank, started), ".");
+                  culprits(record, rank, started, peers), ".");
 }
 
 std::string describe_bad_input(const layout::WaitRecord& record, int rank) {
@@ -68,43 +77,66 @@ std::string describe_bad_input(const layout::WaitRecord& record, int rank) {
         return concat("DeepEP error: ", name_of(record.operation), ", call ", record.call, ", rank ", rank,
                       ": the tensors hold ", record.expected, " rows, but ", record.seen,
                       " rows belong to this rank. Raise num_worst_tokens, or pass the tensors that fit the handle.");
+    if (record.stage == layout::Stage::kPosition)
+        return concat("DeepEP error: ", name_of(record.operation), ", call ", record.call, ", rank ", rank, ": token ",
+                      record.token, " is row ", record.seen, " of those for rank ", record.peer, ", but ",
+                      record.expected,
+                      " are stated. num_tokens_per_rank must count the tokens of is_token_in_rank; the tensors of a "
+                      "handle must belong together.");
     if (record.stage == layout::Stage::kStated)
         return concat(
             "DeepEP error: ", name_of(record.operation), ", call ", record.call, ", rank ", rank,
             ": the routing table of rank ", record.peer, " states ", static_cast<int64_t>(record.seen),
             " where at most ", static_cast<int64_t>(record.expected),
             " can be. Shapes and formats must be the same on every rank; DEEP_EP_CHECK_CALLS=1 compares them.");
+    if (record.stage == layout::Stage::kOpen)
+        return concat(
+            "DeepEP error: ", name_of(record.operation), ", call ", record.call, ", rank ", rank, ": call ",
+            record.expected,
+            " is still open, and this one needs its memory. Call its hook before a graph that is replayed makes "
+            "the second call after it.");
     return concat("DeepEP error: ", name_of(record.operation), ", rank ", rank, ": topk_idx of token ", record.peer,
                   " must be -1 or an expert below ", record.expected, ", got ", static_cast<int64_t>(record.seen), ".");
 }
 
-std::string describe_abort(const layout::WaitRecord& record, int rank, const std::vector<uint64_t>& started) {
+std::string describe_abort(const layout::WaitRecord& record, int rank, const std::vector<uint64_t>& started,
+                           const Peers& peers) {
     const int origin = layout::abort_origin(record.seen);
     const int missing = layout::abort_missing(record.seen);
-    const std::string reason = origin == missing ? concat("rank ", origin, " reported an error of its own")
-                                                 : concat("rank ", origin, " gave up waiting for rank ", missing);
+    const std::string call =
+        concat("DeepEP error: ", name_of(record.operation), ", call ", record.call, ", rank ", rank);
+    if (origin == missing) {
+        const std::string reason = peers.reason(origin);
+        return concat(call, ": aborted, rank ", origin, " reported an error of its own",
+                      reason.empty() ? "." : ": " + reason);
+    }
     // A rank that was told before its first wait has nobody to name.
-    const std::string here = record.peer == rank ? "" : concat("; here: ", culprits(record, rank, started));
-    return concat("DeepEP error: ", name_of(record.operation), ", call ", record.call, ", rank ", rank, ": aborted, ",
-                  reason, here, ".");
+    const std::string here = record.peer == rank ? "" : concat("; here: ", culprits(record, rank, started, peers));
+    return concat(call, ": aborted, rank ", origin, " gave up waiting for rank ", missing, here, ".");
 }
 
 }  // namespace
 
-std::string describe_failure(const layout::WaitRecord& record, int rank, const std::vector<uint64_t>& started) {
+std::string describe_failure(const layout::WaitRecord& record, int rank, const std::vector<uint64_t>& started,
+                             const Peers& peers) {
     switch (record.kind) {
         case layout::FailureKind::kBadInput: return describe_bad_input(record, rank);
-        case layout::FailureKind::kAborted: return describe_abort(record, rank, started);
+        case layout::FailureKind::kAborted: return describe_abort(record, rank, started, peers);
         default:
             return concat(
-                "DeepEP timeout: ", describe_wait(record, rank, started),
+                "DeepEP timeout: ", describe_wait(record, rank, started, peers),
                 " Every rank must make the same sequence of dispatch and combine calls; if a peer may be this "
                 "late, raise DEEP_EP_TIMEOUT_SECS or the Buffer's timeout.");
     }
 }
 
-std::string describe_warning(const layout::WaitRecord& record, int rank, const std::vector<uint64_t>& started) {
-    return concat("DeepEP warning: ", describe_wait(record, rank, started), " Still waiting.");
+std::string describe_note(int rank, int origin, const std::string& reason) {
+    return concat("DeepEP error: rank ", rank, ": aborted, because rank ", origin, " failed: ", reason);
+}
+
+std::string describe_warning(const layout::WaitRecord& record, int rank, const std::vector<uint64_t>& started,
+                             const Peers& peers) {
+    return concat("DeepEP warning: ", describe_wait(record, rank, started, peers), " Still waiting.");
 }
 
 }  // namespace deep_ep::runtime

@@ -143,6 +143,49 @@ std::string refused_loan(uint64_t seed) {
     return "";
 }
 
+// Rank 1 finds in the middle of its work that it has stated a row too few, when other blocks and rank 0 have written rows
+// into its outputs: nothing of them may be left.
+std::string failed_lender(uint64_t seed) {
+    Problem problem = small_problem(seed, 0b11);
+    problem.num_sms = 2;
+    World world = make_world(2, impatient(seed), small_device(seed));
+    auto ranks = make_inputs(problem);
+    world.layout(problem, ranks);
+    world.dispatch(problem, ranks);
+    --ranks[1].num_tokens_per_rank[0];
+    for (int rank = 0; rank < 2; ++rank) {
+        RankTensors& tensors = ranks[static_cast<size_t>(rank)];
+        prepare_recv(problem, tensors, tensors.num_recv_tokens);
+        world.launch_dispatch(problem, tensors, rank, Counts::kUnknown);
+    }
+    world.run();
+    World::collect(ranks);
+    if (std::string left = check_void_dispatch(ranks[1], false); !left.empty()) return left + " is not void";
+    return expect_timeout("are stated", [&] { world.buffer(1).check(); });
+}
+
+// The same in combine: rank 0 has a position beyond the rows that rank 1 has for it.
+std::string failed_combine(uint64_t seed) {
+    Problem problem = small_problem(seed, seed % 3 == 0 ? 0b11 : 0);
+    problem.num_sms = 2;
+    World world = make_world(2, impatient(seed), small_device(seed));
+    auto ranks = make_inputs(problem);
+    world.layout(problem, ranks);
+    world.dispatch(problem, ranks);
+    for (size_t token = ranks[0].send_head.size() / 2; token-- > 0;)
+        if (ranks[0].send_head[token * 2 + 1] >= 0) {
+            ranks[0].send_head[token * 2 + 1] += 1000;
+            break;
+        }
+    for (int rank = 0; rank < 2; ++rank) {
+        prepare_combine(problem, ranks[static_cast<size_t>(rank)], rank);
+        world.launch_combine(problem, ranks[static_cast<size_t>(rank)], rank);
+    }
+    world.run();
+    if (std::string left = check_void_combine(ranks[0]); !left.empty()) return left + " is not void";
+    return expect_timeout("are stated", [&] { world.buffer(0).check(); });
+}
+
 // Rank 1 never comes, and rank 0, which lends, says so.
 std::string absent_borrower(uint64_t seed) {
     const Problem problem = small_problem(seed, 0b11);
@@ -160,6 +203,8 @@ constexpr Scenario kScenarios[] = {
     {"borrower_with_bulk_copies", borrower_with_bulk_copies},
     {"worst_cases_lent", worst_cases_lent},
     {"refused_loan", refused_loan},
+    {"failed_lender", failed_lender},
+    {"failed_combine", failed_combine},
     {"absent_borrower", absent_borrower},
 };
 

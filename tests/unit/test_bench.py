@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -384,8 +384,36 @@ def test_one_size_without_budgets_is_a_picture_too(tmp_path: Path, remote_bytes:
     assert plot_file(path).startswith("plotted")
     _, axes = mpl.pyplot.subplots()
     draw_times(axes, json.loads(path.read_text(encoding="utf-8")))
-    assert [line.get_label() for line in axes.get_lines()] == [row.operation]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [row.operation]
     mpl.pyplot.close("all")
+
+
+@pytest.mark.parametrize("num_sizes", [1, 2, 3])
+def test_two_sizes_are_bars_and_more_are_lines(num_sizes: int) -> None:
+    mpl = pytest.importorskip("matplotlib")
+    mpl.use("Agg")
+    sizes = [8, 64, 512][:num_sizes]
+    rows = [asdict(make_row(num_tokens=tokens, num_sms=4)) for tokens in sizes]
+    _, axes = mpl.pyplot.subplots()
+    draw_times(axes, {"rows": rows})
+    assert len(axes.patches) == (num_sizes if num_sizes < 3 else 0)
+    assert len(axes.get_lines()) == (0 if num_sizes < 3 else 1)
+    mpl.pyplot.close("all")
+
+
+def test_the_legend_hides_no_curve(tmp_path: Path) -> None:
+    mpl = pytest.importorskip("matplotlib")
+    drawn = []
+    rows = [make_row(num_tokens=tokens, num_sms=sms) for tokens in (8, 64, 512) for sms in (4, 8, 16)]
+    path = save(Report("intranode", "", "cpu", num_ranks=2, num_devices=0, findings=Findings(rows=rows)), tmp_path,
+                "abc")
+    with pytest.MonkeyPatch.context() as patch:
+        mpl.use("Agg")
+        patch.setattr(mpl.figure.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+        plot_file(path)
+    for axes in drawn[0].axes:
+        drawn[0].draw_without_rendering()
+        assert axes.get_legend().get_window_extent().y1 < axes.get_window_extent().y0
 
 
 def test_a_missing_matplotlib_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

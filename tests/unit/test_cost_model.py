@@ -1,17 +1,22 @@
 """The cost model: what is fitted, what follows from it, and who has a say."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from flight import Flight
-from utils import Pool, Worker
+from solo import solo_buffer, solo_dispatch
+from utils import Pool, Worker, device
 from workload import Workload
 
 import deep_ep
-from deep_ep import Buffer, Config, calibrate
+from deep_ep import Buffer, Config, _env, calibrate
 from deep_ep._cost_model import Cost, CostModel, Sample, copies_per_token, default_path, find, fit, load, store
 
 HIDDEN = 7168
@@ -90,7 +95,9 @@ def test_where_a_model_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert find("NVIDIA H200", 4, "slots") is None
     model = CostModel({"dispatch": Cost(1.0, 2.0, 3.0)})
-    store(default_path("NVIDIA H200", 4), "slots", model, {})
+    path = default_path("NVIDIA H200", 4)
+    assert path == tmp_path / "deep_ep" / "cost_model_nvidia-h200_x4.json"
+    store(path, "slots", model, {})
     found = find("NVIDIA H200", 4, "slots")
     assert found is not None
     assert found.costs == model.costs
@@ -193,3 +200,116 @@ def test_without_a_model_the_budget_is_the_callers(tmp_path: Path) -> None:
     fixed = {"DEEP_EP_COST_MODEL": model_file(tmp_path), "DEEP_EP_NUM_SMS": "4"}
     assert run_budgets(off) == [[Buffer.num_sms] * 6 + [6, 6]] * 2
     assert run_budgets(fixed) == [[4] * 8] * 2
+
+
+# A cache is no reason to fail
+
+STRINGS = b'{"latency_us": "1", "link_gb_per_s": "1", "sm_gb_per_s": "1"}'
+DAMAGED = [
+    b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000, b'{"format": 1, "models": []}',
+    b'{"format": 1, "models": {"slots": 3}}',
+    b'{"format": 1, "models": {"slots": {"costs": {"dispatch": ' + STRINGS + b"}}}}",
+]  # yapf: disable
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that a Buffer of one rank on this machine looks for."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    gpu = torch.cuda.get_device_name() if device().type == "cuda" else ""
+    path = default_path(gpu, 1)
+    assert path is not None
+    path.parent.mkdir()
+    return path
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_cache_costs_one_warning(cache: Path, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    cache.write_bytes(content)
+    for _ in range(2):
+        solo_dispatch(solo_buffer())
+    assert [str(cache) in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_a_damaged_file_that_the_caller_names_is_an_error(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.write_text("{")
+    monkeypatch.setattr(_env, "cost_model", lambda: str(cache))
+    with pytest.raises(deep_ep.InvalidArgument, match=str(cache)):
+        solo_buffer()
+
+
+def test_a_cache_that_may_not_be_read_costs_one_warning(cache: Path, monkeypatch: pytest.MonkeyPatch,
+                                                        caplog: pytest.LogCaptureFixture) -> None:
+    """HOME=/root under another user. (Tests may run as root, whom nothing stops.)"""
+
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    for _ in range(2):
+        assert find("", 1, "slots") is None
+    assert [str(cache) in record.getMessage() for record in caplog.records] == [True]
+
+
+HOMELESS = """
+import os, sys
+sys.path[:0] = sys.argv[1:]
+import solo
+os.setgroups([])
+os.setuid(54321)
+for home in ({}, {"HOME": "/root"}):
+    os.environ.pop("HOME", None)
+    os.environ.update(home)
+    solo.solo_dispatch(solo.solo_buffer())
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+def test_a_user_without_a_home_builds_a_buffer(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"}
+    ended = subprocess.run(
+        [sys.executable, "-c", HOMELESS, str(Path(__file__).parents[1]), *sys.path],
+        env={
+            **environment, "DEEP_EP_DEVICE": "cpu"
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_model_is_stored_by_rename(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that is cut off leaves the old file, and nothing beside it."""
+    model = CostModel({"dispatch": Cost(1.0, 2.0, 3.0)})
+    store(cache, "slots", model, {})
+
+    def fail(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", fail)
+        with pytest.raises(OSError, match="no space"):
+            store(cache, "lent", model, {})
+    assert load(cache, "slots") is not None
+    assert load(cache, "lent") is None
+    assert list(cache.parent.iterdir()) == [cache]
+    assert cache.stat().st_mode & 0o777 == 0o644
+
+
+def test_calibrate_mends_the_cache_and_spares_other_files(cache: Path, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("notes")
+    content = {**report(Cost(12.0, LINK, 45.0), {}), "num_ranks": 2}
+    with pytest.raises(deep_ep.InvalidArgument, match=str(mine)):
+        calibrate.calibrate(content, mine)
+    assert mine.read_text() == "notes"
+    damaged = default_path("NVIDIA H200", 2)
+    assert damaged is not None
+    damaged.write_text("{")
+    assert calibrate.calibrate(content, None)[0] == damaged
+    assert load(damaged, "slots") is not None
+    monkeypatch.setattr(_env, "cache_folder", lambda: None)
+    with pytest.raises(deep_ep.InvalidArgument, match="no home folder"):
+        calibrate.calibrate(content, None)

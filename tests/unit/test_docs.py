@@ -1,19 +1,28 @@
-"""What the documents promise: the quickstart runs, and links lead somewhere."""
+"""What the documents promise: the quick start runs, tests and limits that are named exist, links lead somewhere, and
+pictures are those that their scripts draw."""
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from xml.etree import ElementTree as ET
 
 import pytest
+import torch
+from reference import layout
+
+import deep_ep
 
 ROOT = Path(__file__).resolve().parents[2]
+PICTURES = sorted(ROOT.glob('docs/pictures/*.svg'))
 PAGES = sorted([*ROOT.glob('*.md'), *ROOT.glob('docs/**/*.md'), *ROOT.glob('examples/*.md')])
 
 
-def test_the_quickstart_of_the_readme_runs_on_two_ranks(tmp_path: Path) -> None:
+def test_the_quick_start_of_the_readme_runs_on_two_ranks(tmp_path: Path) -> None:
     code = re.search(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
     script = tmp_path / 'quickstart.py'
     script.write_text(code.group(1))
@@ -24,17 +33,116 @@ def test_the_quickstart_of_the_readme_runs_on_two_ranks(tmp_path: Path) -> None:
     assert run.stdout.count('sums right') == 2
 
 
-def test_the_tests_that_docs_testing_names_exist() -> None:
-    """The table of pitfalls stays true when tests are renamed."""
-    text = (ROOT / 'docs/testing.md').read_text()
+@pytest.mark.parametrize('page', ['README.md', 'docs/testing.md', 'docs/migration.md'])
+def test_the_tests_that_a_page_names_exist(page: str) -> None:
+    """Tables of what shows what stay true when tests are renamed."""
+    text = (ROOT / page).read_text()
     sources = {path.name: path.read_text() for path in (ROOT / 'tests').rglob('*') if path.suffix in {'.py', '.cc'}}
     everything = '\n'.join(sources.values())
     for name in re.findall(r'`(test_\w+)`', text):
         assert f'def {name}(' in everything, name
     for name, title in re.findall(r'`(\w+_test\.cc)`: ([^;|`]+?) *[;|]', text):
         assert title in sources[name], (name, title)
-    for name in re.findall(r'`(test_\w+\.py)`', text):
-        assert name in sources
+    for name in re.findall(r'`(?:tests/\w+/)?(test_\w+\.py)`', text):
+        assert name in sources, name
+
+
+def test_the_limits_of_the_readme_are_those_of_the_library() -> None:
+    readme = (ROOT / 'README.md').read_text()
+    most_ranks = re.search(r'constexpr int kMaxRanks = (\d+);', (ROOT / 'csrc/layout/intranode.h').read_text())
+    assert most_ranks is not None
+    assert f'9 to {most_ranks.group(1)} on one node; more than {most_ranks.group(1)}' in readme
+    alignment = re.search(r'ROW_ALIGNMENT_BYTES = (\d+)', (ROOT / 'deep_ep/_checks.py').read_text())
+    assert alignment is not None
+    assert f'multiple of {alignment.group(1)} bytes' in readme
+    for name in ('ElasticBuffer', 'HybridEPBuffer'):
+        assert f'`{name}`' in readme
+        assert not hasattr(deep_ep, name)
+
+
+def test_the_checks_of_the_framework_pages_run(tmp_path: Path) -> None:
+    """How to see that this library is the one that is loaded."""
+    pages = sorted((ROOT / 'docs' / 'frameworks').glob('*.md'))
+    programs = {page.name: re.findall(r'^python -c "(.*)"$', page.read_text(), re.MULTILINE) for page in pages}
+    assert all(programs.values()), programs
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    for program in {program for found in programs.values() for program in found}:
+        run = subprocess.run([sys.executable, '-c', program], env=environment, cwd=tmp_path, capture_output=True,
+                             text=True, timeout=120, check=False)  # yapf: disable
+        assert run.returncode == 0, run.stderr
+        assert deep_ep.__version__ in run.stdout
+
+
+def test_the_index_has_every_page() -> None:
+    index = ROOT / 'docs' / 'README.md'
+    targets = re.findall(r'\]\(([^)#\s]+)', index.read_text())
+    linked = {(index.parent / target).resolve() for target in targets if '://' not in target}
+    missing = [page for page in ROOT.glob('docs/**/*.md') if page.resolve() not in linked and page != index]
+    assert missing == []
+
+
+# Pictures
+
+
+def load_tool(name: str) -> ModuleType:
+    sys.path.insert(0, str(ROOT / 'tools'))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
+
+
+def test_the_picture_is_what_its_script_draws() -> None:
+    tool = load_tool('draw_dispatch_combine')
+    assert tool.PICTURE.read_text(encoding='utf-8') == tool.draw(), 'run tools/draw_dispatch_combine.py'
+
+
+def test_the_picture_routes_as_the_library_does() -> None:
+    """Once to each rank that owns an expert of the token; rows by source rank, then token."""
+    tool = load_tool('draw_dispatch_combine')
+    num_experts = len(tool.RANKS) * tool.EXPERTS_PER_RANK
+    for rank in range(len(tool.RANKS)):
+        rows = []
+        for source, tokens in enumerate(tool.RANKS):
+            topk_idx = torch.tensor([experts for _, experts in tokens])
+            in_rank = layout(topk_idx, len(tool.RANKS), num_experts).is_token_in_rank
+            rows += [(source, i) for i in range(len(tokens)) if in_rank[i, rank]]
+        assert tool.received(rank) == rows
+
+
+@pytest.mark.parametrize('picture', PICTURES, ids=lambda picture: picture.name)
+def test_pictures_are_readable_on_light_and_dark_pages(picture: Path) -> None:
+    """Every role has a color in both schemes, and text stands out from what it is written on (WCAG: 4.5, large: 3)."""
+    root = ET.fromstring(picture.read_text(encoding='utf-8'))  # noqa: S314 - ours
+    tag = '{http://www.w3.org/2000/svg}'
+    style = root.find(f'{tag}style').text
+    light, _, dark = style.partition('@media (prefers-color-scheme: dark)')
+    used = {role for element in root.iter() for role in element.get('class', '').split()}
+    for rules in (light, dark):
+        colors = dict(re.findall(r'\.([\w-]+)\{(?:fill|stroke):(#\w{6})', rules))
+        assert used <= set(colors)
+        for text in ('ink', 'faint'):
+            for ground in ('paper', 'panel'):
+                assert contrast(colors[text], colors[ground]) >= 4.5, (text, ground)
+        for filled in ('first', 'second', 'third'):
+            assert contrast(colors['paper'], colors[filled]) >= 4.5, filled
+    assert root.find(f'{tag}title').text
+    assert root.find(f'{tag}desc').text
+
+
+def contrast(first: str, second: str) -> float:
+    darker, lighter = sorted((luminance(first), luminance(second)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def luminance(color: str) -> float:
+    """Relative luminance of #rrggbb, as WCAG defines it."""
+    parts = (int(color[i:i + 2], 16) / 255 for i in (1, 3, 5))
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055)**2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+# Links
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))

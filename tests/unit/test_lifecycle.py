@@ -110,7 +110,7 @@ def test_destructor_of_an_object_that_was_never_initialised() -> None:
 
 
 def test_building_inside_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deep_ep.buffer.is_capturing", lambda: True)
+    monkeypatch.setattr("deep_ep._streams.is_capturing", lambda: True)
     with pytest.raises(deep_ep.Error, match="before the CUDA graph capture"):
         solo_buffer()
 

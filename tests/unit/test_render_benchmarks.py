@@ -1,4 +1,4 @@
-"""What docs/benchmarks.md shows of the recorded runs."""
+"""What docs/benchmarks.md and the README show of the recorded runs."""
 from __future__ import annotations
 
 import importlib.util
@@ -11,10 +11,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
+TOOLS = ROOT / "tools"
+
 
 @pytest.fixture(scope="module")
 def render() -> Any:
-    spec = importlib.util.spec_from_file_location("render_benchmarks", ROOT / "tools" / "render_benchmarks.py")
+    sys.path.insert(0, str(TOOLS))  # its neighbours
+    spec = importlib.util.spec_from_file_location("render_benchmarks", TOOLS / "render_benchmarks.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -145,6 +148,122 @@ def test_older_files_are_still_read(render: Any) -> None:
     assert "| 200 | 230 | \u2013 |" in "\n".join(render.render_report("run.json", report, has_plot=False))
 
 
-def test_the_page_says_what_the_files_say(render: Any) -> None:
-    page = render.PAGE.read_text(encoding="utf-8")
-    assert page == render.replace_between_markers(page, render.render_results(render.RESULTS))
+def test_the_documents_say_what_the_files_say(render: Any) -> None:
+    wanted = render.wanted_files()
+    assert [path.name for path in wanted] == ["benchmarks.md", "README.md", "side_by_side.svg"]
+    stale = [path.name for path, content in wanted.items() if path.read_text(encoding="utf-8") != content]
+    assert not stale, "run tools/render_benchmarks.py"
+
+
+@pytest.mark.parametrize("name", ["PAGE", "README", "PICTURE"])
+def test_an_edited_figure_is_noticed_and_mended(render: Any, monkeypatch: pytest.MonkeyPatch,
+                                                capsys: pytest.CaptureFixture[str], name: str, tmp_path: Path) -> None:
+    monkeypatch.setattr(render, "ROOT", tmp_path)
+    for kind in ("PAGE", "README", "PICTURE"):
+        original: Path = getattr(render, kind)
+        monkeypatch.setattr(render, kind, tmp_path / original.name)
+        (tmp_path / original.name).write_text(original.read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(render, "RESULTS", tmp_path / "benchmarks" / "results")
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "results").symlink_to(ROOT / "benchmarks" / "results")
+    edited = tmp_path / getattr(render, name).name
+    content = edited.read_text(encoding="utf-8")
+    assert "349" in content
+    edited.write_text(content.replace("349", "350"), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["render_benchmarks.py", "--check"])
+    assert render.main() == 1
+    assert f"{edited.name} is out of date" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["render_benchmarks.py"])
+    assert render.main() == 0
+    assert edited.read_text(encoding="utf-8") == content
+
+
+# Beside other libraries
+
+
+def make_libraries() -> dict[str, Any]:
+    fields = ("library", "op", "sms", "kernel_us", "event_us")
+    figures = [
+        ("v1", "dispatch_bf16_cached", 16, 500.0, 510.0),
+        ("v1", "dispatch_bf16_cached", 16, 520.0, 530.0),
+        ("v2", "dispatch_bf16_cached", 16, 150.0, 160.0),
+        ("ncclep", "dispatch_bf16_worst", 16, 1.0, 523.0),
+        ("ncclep", "dispatch_bf16_cached", 24, 9.0, 9.0),
+    ]
+    return {
+        "date": "2026-01-03",
+        "machine": "2 x NVIDIA H200, NVLink",
+        "work": "as ours",
+        "columns": "kernel_us: kernels",
+        "libraries": {"v1": "built so", "ours": "not shown"},
+        "figures": [{"mode": "ht"} | dict(zip(fields, figure)) for figure in figures]
+    }  # yapf: disable
+
+
+@pytest.fixture
+def beside(render: Any, tmp_path: Path) -> Any:
+    """What is found beside `make_libraries` among the given reports."""
+    (tmp_path / "libraries").mkdir()
+    (tmp_path / "libraries" / "others.json").write_text(json.dumps(make_libraries()), encoding="utf-8")
+    return lambda *reports: render.find_sources(tmp_path / "libraries", [(f"{i}.json", report)
+                                                                         for i, report in enumerate(reports)])
+
+
+def profile(us: float) -> dict[str, Any]:
+    return {"operation": "dispatch BF16 cached", "num_tokens": 4096, "routing": "uniform", "num_sms": 16, "span_us": us,
+            "kernels": []}  # yapf: disable
+
+
+def test_our_newest_runs_on_that_machine_stand_beside_the_others(render: Any, beside: Any) -> None:
+    lending = {
+        "environment": {
+            "DEEP_EP_LEND_BYTES": "1024"
+        },
+        "profiles": [profile(140.0)],
+        "rows": [make_row(operation="layout")]
+    }
+    row = make_row(operation="dispatch BF16 cached", remote_bytes=60_000_000, ceiling_gb_per_s=400.0)
+    fresh = make_row(chained_us=390.0)
+    old, new = make_report(profiles=[profile(170.0)]), make_report(profiles=[profile(185.0)],
+                                                                   rows=[row, fresh],
+                                                                   date="2026-02-02",
+                                                                   commit="abcdef123456")
+    elsewhere = make_report(profiles=[profile(1.0)], date="2026-03-03", machine={"gpu": "NVIDIA H100"})
+    threads = make_report(profiles=[profile(1.0)], date="2026-03-03", ranks_as_threads=True, num_devices=1)
+    otherwise = make_report(profiles=[profile(1.0)], date="2026-03-03", environment={"DEEP_EP_NUM_SMS": "16"})
+    reports = (new, old, elsewhere, threads, make_report(**lending), otherwise)
+    page = render.render_readme(beside(*reports), "results")
+    assert "| BF16 dispatch, cached | 16 | 510 | 150 | \u2013 | 185 | **140** | 150 |" in page
+    assert "| BF16 dispatch, fresh | 16 | \u2013 | \u2013 | 523 | **390** | \u2013 | \u2013 |" in page
+    assert "[as callers get it](results/0.json) (2026-02-02, commit abcdef1)" in page
+    assert "[the others](results/libraries/others.json) (2026-01-03)" in page
+    assert "2 x NVIDIA H200" in page
+
+
+def test_the_best_figure_is_bold_also_when_another_library_has_it(render: Any, beside: Any) -> None:
+    page = render.render_readme(beside(make_report(profiles=[profile(185.0)])), "results")
+    assert "| 510 | **150** | \u2013 | 185 | \u2013 |" in page
+
+
+def test_what_was_not_measured_is_not_made_up(render: Any, beside: Any) -> None:
+    page = render.render_readme(beside(), "results")
+    assert "| BF16 combine | 16 | \u2013 | \u2013 | \u2013 | \u2013 | \u2013 | \u2013 |" in page
+    assert render.find_sources(Path("nowhere"), []) is None
+
+
+def test_the_page_has_every_figure_of_the_others(render: Any, beside: Any) -> None:
+    section = "\n".join(render.render_section(beside(make_report())))
+    assert "- `v1`: built so" in section
+    assert "| dispatch_bf16_cached | 16 | 510 |" in section
+    assert "| dispatch_bf16_worst | 16 | \u2013 |" in section
+
+
+def test_the_plot_has_the_figures_of_the_table(render: Any) -> None:
+    sources = render.find_sources(render.RESULTS / "libraries", render.read_reports(render.RESULTS))
+    table, plot = render.render_readme(sources, ""), render.draw(sources)
+    rows = [
+        line for line in table.splitlines() if line.startswith(("| FP8 dispatch, cached | 16", "| BF16 combine | 16"))
+    ]
+    assert len(rows) == 2
+    for cell in (cell.strip(" *") for row in rows for cell in row.split("|")[3:-1]):
+        assert f">{cell}<" in plot or f"wire floor {cell}<" in plot

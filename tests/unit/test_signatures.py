@@ -25,7 +25,7 @@ CONTRACT: dict[str, dict[str, Any]] = {
         "group": REQUIRED, "num_nvl_bytes": 0, "num_rdma_bytes": 0, "low_latency_mode": False, "num_qps_per_rank": 24,
         "allow_nvlink_for_low_latency_mode": True, "allow_mnnvl": False, "use_fabric": False,
         "explicitly_destroy": False, "enable_shrink": False, "comm": None,
-        "timeout_s": None, "num_lend_bytes": None,  # ours
+        "timeout_s": None, "num_lend_bytes": None, "on_failure": None,  # ours
     },
     "lend": {"shape": REQUIRED, "dtype": torch.bfloat16},  # ours
     "destroy": {},

@@ -45,7 +45,9 @@ def test_a_call_that_fails_half_way_keeps_its_tensors(failing: str) -> None:
         del held
         session.runtime = runtime
         assert drained(10)
-        solo_dispatch(buffer, async_finish=True)[5].current_stream_wait()
+        with pytest.raises(deep_ep.Error, match="planted"):
+            solo_dispatch(buffer)  # the call was announced, so there is no next one
+        session.streams.record(())
         gc.collect()
         assert alive() is None
 
@@ -60,5 +62,18 @@ def test_an_asynchronous_call_keeps_its_tensors_until_it_is_waited_for() -> None
         gc.collect()
         assert alive() is not None
         event.current_stream_wait()
+        gc.collect()
+        assert alive() is None
+
+
+@pytest.mark.skipif(device().type != "cpu", reason="on a GPU torch's allocator keeps the memory, not the tensor")
+def test_a_hook_lets_the_received_rows_go() -> None:
+    with solo_buffer(0, num_rdma_bytes=1 << 20, low_latency_mode=True) as buffer:
+        x, topk_idx = torch.ones((128, 1024), dtype=torch.bfloat16), torch.zeros((128, 1), dtype=torch.int64)
+        rows, _, _, _, hook = buffer.low_latency_dispatch(x, topk_idx, 128, 1, use_fp8=False, return_recv_hook=True)
+        assert hook is not None
+        hook()
+        alive = weakref.ref(rows)
+        del rows
         gc.collect()
         assert alive() is None

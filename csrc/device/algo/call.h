@@ -29,17 +29,34 @@ EP_DEVICE bool wait_for_banks(const Watch& watch) {
     return __all_sync(prim::kFullMask, is_ready);
 }
 
-// All threads of all blocks, last, and after a barrier of the block that follows their reading of the call's number: the
-// block that comes last counts the call as done. Nothing of this launch looks at the count any more, and the end of the
-// launch publishes it, so no order is needed.
-EP_DEVICE void finish_call(const Watch& watch) {
+// How a launch stands when one of its blocks has ended: not all have, or this was the last one.
+enum class LaunchEnd : uint32_t { kOthersGoOn, kDone, kFailed };
+
+// One warp of each block, when all warps of the block have done their work and met in a barrier. What it returns holds on
+// every lane; in the block that comes last, which has then acquired what the others did before, it says whether any failed.
+EP_DEVICE LaunchEnd count_block(const Watch& watch, bool has_failed) {
     using prim::Order;
     using prim::Scope;
-    if (threadIdx.x != 0) return;
-    layout::LocalState* local = watch.words.local;
-    if (prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&local->num_done_blocks, 1u) + 1 != gridDim.x) return;
-    prim::store<Order::kRelaxed, Scope::kGpu>(&local->num_done_blocks, 0u);
-    prim::store<Order::kRelaxed, Scope::kGpu>(&local->num_calls, watch.call);
+    constexpr uint32_t kFailed = 1u << 16;  // the upper half counts blocks that failed
+    uint32_t* counter = &watch.words.local->num_done_blocks;
+    auto end = LaunchEnd::kOthersGoOn;
+    if (prim::lane_idx() == 0) {
+        const uint32_t mine = has_failed ? kFailed + 1 : 1;
+        const uint32_t count = prim::fetch_add<Order::kAcqRel, Scope::kGpu>(counter, mine) + mine;
+        if (count % kFailed == gridDim.x) {
+            prim::store<Order::kRelaxed, Scope::kGpu>(counter, 0u);
+            end = count < kFailed ? LaunchEnd::kDone : LaunchEnd::kFailed;
+        }
+    }
+    end = static_cast<LaunchEnd>(__shfl_sync(prim::kFullMask, static_cast<uint32_t>(end), 0));
+    __syncwarp();  // one lane's acquire, each lane's releases
+    return end;
+}
+
+// One thread of the block that comes last. Nothing of this launch looks at the count any more, and the end of the launch
+// publishes it, so no order is needed.
+EP_DEVICE void count_call(const Watch& watch) {
+    prim::store<prim::Order::kRelaxed, prim::Scope::kGpu>(&watch.words.local->num_calls, watch.call);
 }
 
 }  // namespace EP_BACKEND

@@ -57,14 +57,13 @@ EP_DEVICE bool is_last_block(uint32_t* counter) {
     return is_last != 0;
 }
 
-// One warp of each block, after a barrier of all warps that wrote or read what is lent: the block that comes last tells
-// the lenders.
-EP_DEVICE void return_loans(const Watch& watch) {
+// One warp of the block that comes last: all blocks have done with what peers lend. `has_failed`: this rank may not have
+// heard of all loans, so it tells everybody.
+EP_DEVICE void return_loans(const Watch& watch, bool has_failed) {
     const Heap& heap = watch.heap;
-    if (!is_last_block(&watch.words.local->num_returned_blocks)) return;
     for (int lender = prim::lane_idx(); lender < heap.num_ranks(); lender += prim::kWarpSize)
-        if (lender != heap.rank() && loan_of(watch, lender).x != 0)
-            // Release: rows written, or reads done. Pairs with: wait_for_returns at the lender.
+        if (lender != heap.rank() && (has_failed || loan_of(watch, lender).x != 0))
+            // Release: rows written, or reads done. Pairs with: wait_for_returns, wait_for_quiet at the lender.
             prim::store<prim::Order::kRelease, prim::Scope::kSys>(heap.returned(lender, heap.rank()), watch.call);
 }
 
@@ -77,6 +76,23 @@ EP_DEVICE bool wait_for_returns(const Watch& watch) {
             is_back &= wait_at_least(watch, {layout::Stage::kReturn, borrower}, heap.returned(heap.rank(), borrower),
                                      watch.call);
     return __all_sync(prim::kFullMask, is_back);
+}
+
+// One warp of a lender whose call has failed: peers that have entered the call no longer touch what it lends. They have all
+// been told of the failure, so a peer that has not come to an end after a second is not waited for. A barrier must follow.
+EP_DEVICE_COLD void wait_for_quiet(Watch watch) {
+    using prim::Order;
+    using prim::Scope;
+    constexpr uint64_t kPatienceNs = 1'000'000'000;
+    const Heap& heap = watch.heap;
+    const uint64_t start_ns = prim::clock_ns();
+    for (int peer = prim::lane_idx(); peer < heap.num_ranks(); peer += prim::kWarpSize) {
+        if (peer == heap.rank()) continue;
+        while (prim::load<Order::kAcquire, Scope::kSys>(heap.returned(heap.rank(), peer)) < watch.call &&
+               prim::load<Order::kRelaxed, Scope::kSys>(heap.started(heap.rank(), peer)) >= watch.call &&
+               prim::clock_ns() - start_ns < kPatienceNs)
+            prim::pause();
+    }
 }
 
 }  // namespace EP_BACKEND

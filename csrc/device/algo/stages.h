@@ -2,8 +2,8 @@
 //
 // Item n (counted by the warp from 0) uses stage n % num_stages. The warp keeps the order: a stage is loaded again only
 // after the stores from it have been read (bulk_wait_read by the threads that issued them), and after every lane that
-// read it has met the loading lane in a __syncwarp. A lane that writes to a stage calls fence_async_shared before the
-// __syncwarp that leads to a bulk store from it.
+// read it has called fence_async_shared and met the loading lane in a __syncwarp. A lane that writes to a stage calls
+// fence_async_shared before the __syncwarp that leads to a bulk store from it.
 #pragma once
 
 #include "device/prim.h"

@@ -22,6 +22,7 @@ struct Watch {
 struct WaitSite {
     layout::Stage stage;
     int peer;
+    int token = 0;  // of bad input, where it is about one
 };
 
 EP_DEVICE void write_record(layout::WaitRecord* record, const Watch& watch, layout::FailureKind kind, WaitSite site,
@@ -38,6 +39,7 @@ EP_DEVICE void write_record(layout::WaitRecord* record, const Watch& watch, layo
     prim::store<Order::kRelaxed, Scope::kSys>(&record->expected, expected);
     prim::store<Order::kRelaxed, Scope::kSys>(&record->seen, seen);
     prim::store<Order::kRelaxed, Scope::kSys>(&record->waited_ns, waited_ns);
+    prim::store<Order::kRelaxed, Scope::kSys>(&record->token, site.token);
     // Pairs with: Buffer::check on the host, which reads the record only when state is 1.
     prim::store<Order::kRelease, Scope::kSys>(&record->state, uint64_t{1});
 }

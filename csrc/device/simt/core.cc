@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <chrono>
 
+#include "core/interruption.h"
 #include "device/simt/host_task.h"
 
 namespace deep_ep::simt {
@@ -68,6 +69,7 @@ void Core::destroy_stream(StreamState* stream) {
 }
 
 void Core::submit(StreamState& stream, Operation operation) {
+    if (stream.graph != nullptr) throw Error("a graph of the executor takes nothing but kernels");
     operation.submitted = hb::make_key();
     hb::release(operation.submitted);
     hb::Quiet quiet;
@@ -148,7 +150,13 @@ bool Core::wait_driving(DeviceState& device, const std::function<bool()>& done, 
 bool Core::wait_for_worker(DeviceState& device, const std::function<bool()>& done, double timeout_s) {
     std::unique_lock lock(mutex_);
     if (timeout_s < 0) {
-        work_done_.wait(lock, [&] { return done() || device.error != nullptr || is_stopping_; });
+        const auto is_over = [&] { return done() || device.error != nullptr || is_stopping_; };
+        InterruptionPoll interruption;
+        while (!work_done_.wait_for(lock, InterruptionPoll::kInterval, is_over)) {
+            lock.unlock();
+            interruption.poll();
+            lock.lock();
+        }
         lock.unlock();
         throw_error(device, num_deadlocks_);
         if (!done()) throw Error("the executor was shut down while the host waited for it");

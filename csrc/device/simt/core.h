@@ -26,6 +26,7 @@ namespace deep_ep::simt {
 
 struct DeviceState;
 struct StreamState;
+class Graph;
 
 struct Launch {
     KernelCode code;
@@ -69,6 +70,7 @@ struct Operation {
 
 struct StreamState {
     DeviceState* device = nullptr;
+    Graph* graph = nullptr;  // that takes what is launched; null: it runs
     std::deque<Operation> queue;
     bool is_running = false;  // the first operation is a launch under way
     bool is_destroyed = false;

@@ -23,7 +23,7 @@ struct DeviceOptions {
     int useful_block_threads = 128;  // a fiber costs more than it brings once a core has a few hundred of them
 };
 
-class SimtDevice final : public dev::Device {
+class SimtDevice : public dev::Device {
 public:
     SimtDevice(Scheduler& scheduler, int ordinal, const DeviceOptions& options = {});
     ~SimtDevice() override;

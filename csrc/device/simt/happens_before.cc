@@ -460,11 +460,10 @@ BulkEdges on_bulk_issue(Agent* issuer, int group, const void* mbarrier) {
         issuer->reader = create_context("bulk copy, read");
         issuer->writer = create_context("bulk copy, write");
     }
-    BulkEdges edges{is_store, make_key(), make_key(), make_key(), make_key()};
-    set_clock(cell(edges.before_write, Proxy::kGeneric));
+    const BulkEdges edges{make_key(), make_key(), make_key()};
     {
         As as(issuer->async);
-        set_clock(cell(edges.before_read, Proxy::kGeneric));
+        set_clock(cell(edges.before, Proxy::kGeneric));
     }
     if (is_store) {
         add_reference(edges.read_done);
@@ -476,7 +475,7 @@ BulkEdges on_bulk_issue(Agent* issuer, int group, const void* mbarrier) {
 
 void on_bulk_read(Agent* issuer, const BulkEdges& edges, const void* address, size_t bytes) {
     As as(issuer->reader);
-    __tsan_acquire(cell(edges.before_read, Proxy::kGeneric));
+    __tsan_acquire(cell(edges.before, Proxy::kGeneric));
     __tsan_read_range(const_cast<void*>(address), bytes);
     release(edges.read_done);
 }
@@ -484,12 +483,12 @@ void on_bulk_read(Agent* issuer, const BulkEdges& edges, const void* address, si
 void on_bulk_write(Agent* issuer, const BulkEdges& edges, void* address, size_t bytes) {
     {
         As as(issuer->writer);
-        __tsan_acquire(cell(edges.is_store ? edges.before_read : edges.before_write, Proxy::kGeneric));
+        __tsan_acquire(cell(edges.before, Proxy::kGeneric));
         acquire(edges.read_done);
         __tsan_write_range(address, bytes);
         release(edges.write_done);
     }
-    for (Key key : {edges.before_read, edges.before_write, edges.read_done, edges.write_done}) drop(key);
+    for (Key key : {edges.before, edges.read_done, edges.write_done}) drop(key);
 }
 
 void on_bulk_load_done(Agent* issuer, const void* mbarrier, uint32_t phase, bool is_first) {

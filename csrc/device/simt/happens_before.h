@@ -93,12 +93,9 @@ void on_mbarrier_arrive(const void* address, uint32_t phase, bool is_first);
 void on_mbarrier_wait(const void* address, uint32_t phase);
 void on_mbarrier_use(const void* address);
 
-// Bulk copies: reads, and writes to global memory, come after what the async proxy sees; writes to shared memory after
-// everything before the issue (reads of a stage need no proxy fence before the next load into it).
+// Bulk copies: their reads and writes come after what the async proxy sees at the issue.
 struct BulkEdges {
-    bool is_store = false;
-    Key before_read = 0;
-    Key before_write = 0;
+    Key before = 0;
     Key read_done = 0;
     Key write_done = 0;
 };

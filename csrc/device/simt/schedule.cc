@@ -3,6 +3,7 @@
 #include <numeric>
 
 #include "device/simt/core.h"
+#include "device/simt/graph.h"
 #include "device/simt/host_task.h"
 
 namespace deep_ep::simt {
@@ -20,6 +21,7 @@ void launch_kernel(const dev::LaunchConfig& config, dev::Stream handle, const Ke
              "kernel ", config.name, ": ", shared_bytes, " bytes of shared memory, the device has ",
              stream.device->max_shared_bytes);
 
+    if (stream.graph != nullptr) return stream.graph->add(config, code);
     hb::Quiet quiet;
     auto launch = std::make_unique<Launch>();
     launch->code = code;

@@ -49,14 +49,13 @@ struct Kernel {
         return reduce(c, warp, num_warps);
     }
 
-    static EP_DEVICE void send_any(const Context& c, int send_warp) {
+    static EP_DEVICE bool send_any(const Context& c, int send_warp) {
         const Geometry& geometry = c.p.geometry;
         const int warp = send_warp * geometry.num_blocks + static_cast<int>(blockIdx.x);
         const int num_warps = geometry.num_send_warps * geometry.num_blocks;
         if (prim::has_bulk_copy() && geometry.send.num_stages > 0)
-            send_staged(c, warp, num_warps, send_memory(geometry, send_warp));
-        else
-            send(c, warp, num_warps);
+            return send_staged(c, warp, num_warps, send_memory(geometry, send_warp));
+        return send(c, warp, num_warps);
     }
 
     // One warp of each block.
@@ -75,21 +74,17 @@ struct Kernel {
     static EP_DEVICE bool begin(const Context& c, FrameState& state) {
         if (prim::warp_idx() == 0) {
             const bool is_ok = enter(c);
-            if (prim::lane_idx() == 0) state = {is_ok ? 1 : 0, 0};
+            if (prim::lane_idx() == 0) state = {is_ok ? 1 : 0, 0, {}};
         }
         __syncthreads();
         return state.is_ready != 0;
     }
 
     static EP_DEVICE void work(const Context& c, FrameState& state) {
-        const Geometry& geometry = c.p.geometry;
         if (c.p.loan.topk_weights != 0) lend_weights(c);
-        if (prim::warp_idx() < geometry.num_recv_warps) {
-            const bool is_ok = reduce_any(c, prim::warp_idx());
-            if (c.p.may_lend) end_loans(c.watch, c.p.loan, geometry.num_recv_warps, is_ok, state);
-        } else {
-            send_any(c, prim::warp_idx() - geometry.num_recv_warps);
-        }
+        const int send_warp = prim::warp_idx() - c.p.geometry.num_recv_warps;
+        const bool is_ok = send_warp < 0 ? reduce_any(c, prim::warp_idx()) : send_any(c, send_warp);
+        if (!is_ok) state.note_failure();
     }
 
     static EP_DEVICE void run(const Params& p, Shared& shared) {
@@ -97,8 +92,12 @@ struct Kernel {
             make_watch(p.watch, p.heap, layout::Operation::kCombine, algo::current_call(p.watch.local));
         const algo::Ring ring(watch, p.window);
         const Context context{p, watch, ring, RowMap{p.rank_prefix_matrix, p.heap.num_ranks}};
-        if (begin(context, shared)) work(context, shared);
-        algo::finish_call(watch);
+        const bool has_begun = begin(context, shared);
+        if (has_begun) work(context, shared);
+        finish_call(watch, has_begun, p.may_lend, p.loan.x != 0, shared, [&] {
+            void_output(p.combined_x, static_cast<int64_t>(p.num_tokens) * p.row_bytes);
+            void_output(p.combined_topk_weights, static_cast<int64_t>(p.num_tokens) * p.num_topk * 4);
+        });
     }
 };
 

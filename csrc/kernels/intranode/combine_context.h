@@ -3,6 +3,7 @@
 
 #include "device/algo/loan.h"
 #include "device/algo/ring.h"
+#include "kernels/intranode/frame.h"
 #include "kernels/intranode/routing.h"
 #include "kernels/params.h"
 
@@ -39,6 +40,13 @@ EP_DEVICE const float* direct_weights(const Context& c, int rank) {
     const int64_t offset = static_cast<int64_t>(c.rows.first_row(self, rank)) * p.num_topk;
     if (rank == self) return p.topk_weights + offset;
     return reinterpret_cast<const float*>(c.watch.heap.at(rank, algo::loan_of(c.watch, rank).topk_weights)) + offset;
+}
+
+// One thread. The token has a row at `rank`: then it is one of those that stand there for us.
+EP_DEVICE bool is_stated(const Context& c, int rank, int token, int position) {
+    if (position < 0) return true;
+    const int num_rows = c.rows.num_rows(c.watch.heap.rank(), rank);
+    return position < num_rows || refuse_position(c.watch, rank, token, position, num_rows);
 }
 
 }  // namespace EP_BACKEND

@@ -36,8 +36,10 @@ EP_DEVICE bool wait_for_rows(const Context& c, int token) {
     for (int first = 0; first < c.watch.heap.num_ranks(); first += kWarpSize) {
         const int position = position_at(c, token, first);
         const int rank = first + prim::lane_idx();
-        if (position >= 0 && direct_rows(c, rank) == nullptr)
-            is_here &= c.ring.wait(Stage::kRow, rank, c.ring.from(rank).row_is_here(position));
+        if (position < 0) continue;
+        is_here &= is_stated(c, rank, token, position) &&
+                   (direct_rows(c, rank) != nullptr ||
+                    c.ring.wait(Stage::kRow, rank, c.ring.from(rank).row_is_here(position)));
     }
     is_here = __all_sync(kFullMask, is_here);
     __syncwarp();  // each lane's acquire, every lane's reads
@@ -192,7 +194,7 @@ EP_DEVICE Source make_source(const Context& c) {
     const int num_ranks = c.watch.heap.num_ranks();
     if (prim::lane_idx() >= num_ranks) {
         const int bias = prim::lane_idx() - num_ranks;
-        return {c.ring.from(self), bias < kMaxBiases ? c.p.bias[bias] : nullptr, nullptr, 0};
+        return {c.ring.from(self), bias < kMaxBiases ? c.p.bias[bias] : nullptr, nullptr, c.p.num_tokens};
     }
     const int rank = prim::lane_idx();
     const uint8_t* rows = direct_rows(c, rank);
@@ -214,6 +216,7 @@ EP_DEVICE int position_of(const Context& c, const Source& source, int token) {
 }
 
 EP_DEVICE bool rows_are_here(const Context& c, const Source& source, const Token& token) {
+    if (!__all_sync(kFullMask, token.position < source.num_rows)) return false;  // wait_for_rows says what is wrong
     const bool is_in_slot = token.position >= 0 && source.rows == nullptr;
     if (!__any_sync(kFullMask, is_in_slot)) return true;
     bool is_here = !is_in_slot || c.ring.is_set(source.port.row_is_here(token.position));
@@ -315,6 +318,7 @@ EP_DEVICE Sums<kStagedUnroll> sum_chunk(const Context& c, const Source& source, 
         add_stage(sums, stages.at(taken));
         taken.advance(c.p.geometry.recv.num_stages);
         --fetch.num_under_way;
+        prim::fence_async_shared();
         __syncwarp();  // every lane's reads of the stage, the leader's next load into it
     }
     return sums;

@@ -29,11 +29,11 @@ EP_DEVICE void send_row(const Context& c, int owner, int position) {
     if (prim::lane_idx() == 0) port.publish(position);
 }
 
-EP_DEVICE void send(const Context& c, int warp, int num_warps) {
+EP_DEVICE bool send(const Context& c, int warp, int num_warps) {
     const int self = c.watch.heap.rank();
     const algo::RowStream stream = algo::deal_stream(warp, num_warps, self, c.watch.heap.num_ranks(),
                                                      [&](int owner) { return c.rows.num_rows(owner, self); });
-    algo::serve_streams(
+    return algo::serve_streams(
         c.watch, Stage::kSlot, stream, [&](int owner, int position) { return c.ring.to(owner).slot_is_free(position); },
         [&](int owner, int position, int) { send_row(c, owner, position); });
 }
@@ -85,7 +85,7 @@ EP_DEVICE int num_slots_free(const Context& c, const StagedSend& send, int item)
     return taken == 0 ? kWarpSize : __ffs(static_cast<int>(taken)) - 1;
 }
 
-EP_DEVICE void send_staged(const Context& c, int warp, int num_warps, uint8_t* memory) {
+EP_DEVICE bool send_staged(const Context& c, int warp, int num_warps, uint8_t* memory) {
     const CombineParams& p = c.p;
     const int self = c.watch.heap.rank();
     const algo::RowStream stream = algo::only_stream(algo::deal_stream(
@@ -150,6 +150,7 @@ EP_DEVICE void send_staged(const Context& c, int warp, int num_warps, uint8_t* m
     if (is_leader) prim::bulk_wait<0>();
     publish_until(send, published, item);
     for (int rest = item; rest < loaded; ++rest) stages.wait(rest);  // given up: nothing may land after the end
+    return item == send.count;
 }
 
 }  // namespace EP_BACKEND

@@ -119,6 +119,12 @@ struct Kernel {
             *reinterpret_cast<uint32_t*>(slot + p.slot.scales.at(i)) = input_scale(p, token, i);
     }
 
+    // One thread. The token has a row at `rank`: then it is one of those that the counts have announced there.
+    static EP_DEVICE bool is_stated(const Context& c, int rank, int token, int position) {
+        return position < 0 || position < c.rows.num_rows_at(rank) ||
+               refuse_position(c.watch, rank, token, position, c.rows.num_rows_at(rank));
+    }
+
     // One token to those of 32 ranks, from `first_rank`, that need it. Lane i speaks for rank first_rank + i.
     static EP_DEVICE bool send_token(const Context& c, int token, int first_rank) {
         const Params& p = c.p;
@@ -131,7 +137,8 @@ struct Kernel {
         const bool uses_slot = is_sent && direct == nullptr;
 
         const bool is_free =
-            !uses_slot || c.ring.wait(Stage::kSlot, destination, c.ring.to(destination).slot_is_free(position));
+            is_stated(c, destination, token, position) &&
+            (!uses_slot || c.ring.wait(Stage::kSlot, destination, c.ring.to(destination).slot_is_free(position)));
         if (!__all_sync(kFullMask, is_free)) return false;
         __syncwarp();  // one lane's acquire of a slot, every lane's stores into it
 
@@ -191,11 +198,11 @@ struct Kernel {
         if (prim::lane_idx() == 0) port.give_back(position, num_rows);
     }
 
-    static EP_DEVICE void receive(const Context& c, int warp, int num_warps) {
+    static EP_DEVICE bool receive(const Context& c, int warp, int num_warps) {
         const int self = c.watch.heap.rank();
         const algo::RowStream stream = algo::deal_stream(warp, num_warps, self, c.watch.heap.num_ranks(),
                                                          [&](int source) { return c.rows.num_rows_from(source); });
-        algo::serve_streams(
+        return algo::serve_streams(
             c.watch, Stage::kRow, stream,
             [&](int source, int position) { return c.ring.from(source).row_is_here(position); },
             [&](int source, int position, int count) { receive_row(c, source, position, count); });
@@ -352,6 +359,7 @@ struct Kernel {
                 metadata = load_metadata(c, send.token(ahead_item));
             }
             const int position = *position_in(p, stages.at(item));
+            if (!__all_sync(kFullMask, is_stated(c, prim::lane_idx(), send.token(item), position))) break;
             if (!wait_for_slots(c, send, stages, position, item, published)) break;
             stages.wait(item);
             store_staged(c, send, position, stages.at(item));
@@ -395,26 +403,33 @@ struct Kernel {
 
     static EP_DEVICE void work(const Context& c, FrameState& state) {
         const Geometry& geometry = c.p.geometry;
-        if (prim::warp_idx() < geometry.num_send_warps) {
-            const bool is_ok = send_any(c, prim::warp_idx());
-            if (c.p.may_lend) end_loans(c.watch, c.p.loan, geometry.num_send_warps, is_ok, state);
-        } else {
-            const int recv_warp = prim::warp_idx() - geometry.num_send_warps;
-            receive(c, recv_warp * geometry.num_blocks + static_cast<int>(blockIdx.x),
-                    geometry.num_recv_warps * geometry.num_blocks);
-        }
+        const int recv_warp = prim::warp_idx() - geometry.num_send_warps;
+        const bool is_ok = recv_warp < 0 ? send_any(c, prim::warp_idx())
+                                         : receive(c, recv_warp * geometry.num_blocks + static_cast<int>(blockIdx.x),
+                                                   geometry.num_recv_warps * geometry.num_blocks);
+        if (!is_ok) state.note_failure();
+    }
+
+    static EP_DEVICE void void_outputs(const Params& p) {
+        const int64_t num_rows = p.num_recv_rows;
+        const int64_t num_entries = num_rows * p.num_topk;
+        void_output(p.recv_x, num_rows * p.row_bytes);
+        void_output(p.recv_scales, num_rows * p.num_scales * 4);
+        void_output(p.recv_topk_idx, num_entries * p.idx_bytes);
+        void_output(p.recv_topk_weights, num_entries * 4);
+        void_output(p.recv_src_idx, num_rows * 4);
     }
 
     static EP_DEVICE void run(const Params& p, Shared& shared) {
-        const bool is_ok = begin(p, shared);
+        const bool has_begun = begin(p, shared);
         const algo::Watch watch = make_watch(p, shared.call);
-        if (is_ok) {
+        if (has_begun) {
             const algo::Ring ring(watch, p.window);
             const Context context{p, watch, ring, shared.rows};
             if (p.is_worst_case) mark_unused_rows(context);
             work(context, shared.frame);
         }
-        algo::finish_call(watch);
+        finish_call(watch, has_begun, p.may_lend, p.loan.x != 0, shared.frame, [&] { void_outputs(p); });
     }
 };
 

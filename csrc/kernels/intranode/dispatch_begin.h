@@ -19,6 +19,7 @@ using prim::kWarpSize;
 struct BlockState {
     uint64_t call;
     FrameState frame;
+    uint32_t is_unlearned;  // not zero: where some rank's rows stand is not known, or they have no room
     RowTable rows;
     ScanTile tiles[2];
 };
@@ -98,7 +99,8 @@ EP_DEVICE bool begin(const DispatchParams& p, BlockState& state) {
         const bool is_ok = enter(p, watch);
         if (prim::lane_idx() == 0) {
             state.call = watch.call;
-            state.frame = {is_ok ? 1 : 0, 0};
+            state.frame = {is_ok ? 1 : 0, 0, {}};
+            state.is_unlearned = 0;
         }
     }
     if (exchanges && blockIdx.x == 0 && prim::warp_idx() == (num_threads > kWarpSize ? 1 : 0))
@@ -113,9 +115,9 @@ EP_DEVICE bool begin(const DispatchParams& p, BlockState& state) {
     // The last threads: the first ones are still busy with that.
     for (int rank = num_threads - 1 - thread; rank < watch.heap.num_ranks(); rank += num_threads)
         if (!learn_of(p, watch, rank, state.rows))
-            prim::store<prim::Order::kRelaxed, prim::Scope::kCta>(&state.frame.has_failed, 1u);
+            prim::store<prim::Order::kRelaxed, prim::Scope::kCta>(&state.is_unlearned, 1u);
     __syncthreads();
-    return state.frame.has_failed == 0;
+    return state.is_unlearned == 0;
 }
 
 }  // namespace EP_BACKEND

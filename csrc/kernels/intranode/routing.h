@@ -25,6 +25,7 @@ struct RowMap {
 class RowTable {
 public:
     EP_DEVICE int first_row_at(int destination) const { return first_at_[destination]; }
+    EP_DEVICE int num_rows_at(int destination) const { return num_at_[destination]; }
     EP_DEVICE int first_row_from(int source) const { return source == 0 ? 0 : end_from_[source - 1]; }
     EP_DEVICE int num_rows_from(int source) const { return end_from_[source] - first_row_from(source); }
 
@@ -34,11 +35,13 @@ public:
     EP_DEVICE void take(int self, int source, int destination, int sum) {
         if (source == 0 && self == 0) first_at_[destination] = 0;
         if (source + 1 == self) first_at_[destination] = sum;
+        if (source == self) num_at_[destination] = sum - first_at_[destination];
         if (destination == self) end_from_[source] = sum;
     }
 
 private:
     int first_at_[layout::kMaxRanks];  // of this rank's rows at each destination
+    int num_at_[layout::kMaxRanks];    // of them
     int end_from_[layout::kMaxRanks];  // of each source's rows here: one beyond the last
 };
 

@@ -83,11 +83,11 @@ struct Context {
 
 EP_DEVICE int bank_of(uint64_t call) { return static_cast<int>(call % layout::kNumLowLatencyBanks); }
 
-// The call that this launch works on. Send phases count calls; a receive phase looks `lag` calls back. Device
-// counters, not host numbers: a CUDA graph replays its launches, and every replay is a new call.
+// The call that this launch works on. Send phases count calls, on the device: a CUDA graph replays its launches, and every
+// replay is a new call. A receive phase finds the number where its send phase has left it.
 EP_DEVICE uint64_t call_number(const LowLatencyCall& call, Phase phase) {
-    const uint64_t sent = prim::load<Order::kRelaxed, Scope::kGpu>(&call.watch.local->num_low_latency_sends);
-    return phase == Phase::kReceive ? sent - call.lag : sent + 1;
+    if (phase == Phase::kReceive) return prim::load<Order::kRelaxed, Scope::kGpu>(call.number);
+    return prim::load<Order::kRelaxed, Scope::kGpu>(&call.watch.local->num_low_latency_sends) + 1;
 }
 
 EP_DEVICE layout::LowLatencyTurn* current_turn(const LowLatencyCall& call) {

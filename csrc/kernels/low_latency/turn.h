@@ -42,8 +42,20 @@ EP_DEVICE bool is_bank_free(const Context& c, int peer) {
     return received + layout::kNumLowLatencyBanks >= c.watch.call;
 }
 
+// One thread. The host refuses to open a call while this rank still has another one open in the bank. It does not see calls
+// of a graph that is replayed: those fail here, and do not wait for themselves.
+EP_DEVICE_COLD void refuse_open_bank(algo::Watch watch, uint64_t needed) {
+    const uint64_t ended =
+        prim::load<Order::kRelaxed, Scope::kGpu>(&watch.words.local->low_latency_ended[bank_of(needed)]);
+    if (ended < needed)
+        algo::fail(watch, layout::FailureKind::kBadInput, {Stage::kOpen, watch.heap.rank()}, needed, ended, 0);
+}
+
 // Warp 0. False: some rank has given up.
 EP_DEVICE bool wait_for_bank(const Context& c) {
+    if (prim::lane_idx() == 0 && c.watch.call > layout::kNumLowLatencyBanks)
+        refuse_open_bank(c.watch, c.watch.call - layout::kNumLowLatencyBanks);
+    __syncwarp();
 #pragma unroll 1
     for (int peer = prim::lane_idx(); peer < c.num_ranks(); peer += kWarpSize)
         if (c.watch.call > layout::kNumLowLatencyBanks)
@@ -112,6 +124,7 @@ EP_DEVICE void count_launch(const Context& c) {
     prim::store<Order::kRelaxed, Scope::kGpu>(&next->settled_blocks, 0u);
     prim::store<Order::kRelaxed, Scope::kGpu>(&next->next_share, 0u);
     if (c.sends()) prim::store<Order::kRelaxed, Scope::kGpu>(&local->num_low_latency_sends, c.watch.call);
+    if (c.phase == Phase::kSend) prim::store<Order::kRelaxed, Scope::kGpu>(c.call.number, c.watch.call);
     if (c.receives()) prim::store<Order::kRelaxed, Scope::kGpu>(&local->low_latency_ended[c.bank], c.watch.call);
     const uint64_t launches = prim::load<Order::kRelaxed, Scope::kGpu>(&local->num_low_latency_launches);
     prim::store<Order::kRelaxed, Scope::kGpu>(&local->num_low_latency_launches, launches + 1);
@@ -223,8 +236,8 @@ EP_DEVICE void add_statistics(const Context& c, Block* block) {
 // All threads of all blocks of a launch that only receives. Where a later call has begun already, the next one takes this
 // bank: its send phase would wait until the peers have begun it too, were they told of this one's end only then. So the
 // block that ends last tells them now.
-EP_DEVICE void end_receive(const Context& c, Block* block) {
-    if (c.call.lag == 0) return;
+EP_DEVICE void end_receive(const Context& c, uint64_t last_call, Block* block) {
+    if (last_call == c.watch.call) return;
     __syncthreads();
     // Every block's reads, the last one's release.
     if (threadIdx.x == 0)
@@ -256,9 +269,12 @@ EP_DEVICE void run_launch(const LowLatencyCall& call, layout::Operation operatio
         send(make_context(call, operation, Phase::kSend, kUsesPackets), block);
     } else {
         const Context context = make_context(call, operation, Phase::kReceive, kUsesPackets);
+        // Only send phases change it, and they come before or after the whole launch.
+        const uint64_t last_call =
+            prim::load<Order::kRelaxed, Scope::kGpu>(&context.watch.words.local->num_low_latency_sends);
         begin_receive(context);
         receive(context, block);
-        end_receive(context, block);
+        end_receive(context, last_call, block);
         add_statistics(context, block);
     }
 }

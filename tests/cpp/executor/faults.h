@@ -208,6 +208,39 @@ template <Stage kHow> struct StoreKernel {
 };
 
 // ---------------------------------------------------------------------------------------------------------------
+// One warp reads rows from a single stage, which is loaded again for each.
+// ---------------------------------------------------------------------------------------------------------------
+template <bool kHasProxyFence> struct ReloadKernel {
+    struct Params {
+        const uint32_t* rows;  // [num_rows][32], all zero
+        int num_rows;
+        uint32_t* num_wrong;
+    };
+    struct Shared {
+        alignas(16) uint32_t words[32];
+        prim::MBarrier arrived;
+    };
+    static EP_DEVICE void run(const Params& params, Shared& shared) {
+        if (threadIdx.x == 0) {
+            prim::mbarrier_init(&shared.arrived, 1);
+            prim::mbarrier_init_fence();
+        }
+        __syncwarp();
+        for (int row = 0; row < params.num_rows; ++row) {
+            if (threadIdx.x == 0) {
+                prim::mbarrier_arrive_expect_tx(&shared.arrived, 128);
+                prim::bulk_load(shared.words, params.rows + row * 32, 128, &shared.arrived);
+            }
+            while (!prim::mbarrier_try_wait(&shared.arrived, static_cast<uint32_t>(row) & 1)) {
+            }
+            expect_word(shared.words[threadIdx.x], 0, params.num_wrong);
+            if constexpr (kHasProxyFence) prim::fence_async_shared();
+            __syncwarp();  // every lane's read, the next load
+        }
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------------------
 // The message again, sent by bulk store.
 // ---------------------------------------------------------------------------------------------------------------
 enum class Publish { kRight, kAfterReadOnly };

@@ -173,6 +173,16 @@ template <bool kHasProxyFence> Found hunt_overwrite() {
         has_wrong_words);
 }
 
+template <bool kHasProxyFence> Found hunt_reload() {
+    return hunt(
+        {},
+        [](TwoRanks& ranks) {
+            dev::launch<ReloadKernel<kHasProxyFence>>({.name = "reload"}, ranks.first_stream,
+                                                      {ranks.words, 3, ranks.num_wrong()});
+        },
+        has_wrong_words);
+}
+
 template <Load kHow> Found hunt_load() {
     return hunt(
         {},
@@ -288,6 +298,11 @@ TEST_CASE("no proxy fence between a generic write and a bulk store of it: only T
 TEST_CASE("no proxy fence between an acquire and a bulk load of what it guards: only TSan") {
     check_is_clean(hunt_load<Load::kRight>());
     check_only_tsan_finds(hunt_load<Load::kNoProxyFence>());
+}
+
+TEST_CASE("no proxy fence between ordinary reads of a stage and the next bulk load into it: only TSan") {
+    check_is_clean(hunt_reload<true>());
+    check_only_tsan_finds(hunt_reload<false>());
 }
 
 TEST_CASE("no fence between the initialisation of an mbarrier and the bulk load that completes on it: only TSan") {

@@ -289,7 +289,7 @@ TEST_CASE("worst-case outputs that are too small are reported, nothing is writte
             world.launch_dispatch(problem, tensors, rank, counts);
         }
         world.run();
-        CHECK_THROWS_WITH_AS(world.buffer(0).check(), doctest::Contains("num_worst_tokens"), TimeoutError);
+        CHECK_THROWS_WITH_AS(world.buffer(0).check(), doctest::Contains("num_worst_tokens"), InvalidArgument);
         CHECK_THROWS_WITH_AS(world.buffer(1).check(), doctest::Contains("rank 0 reported an error of its own"),
                              TimeoutError);
     }
@@ -303,7 +303,7 @@ TEST_CASE("an expert id out of range is reported with its token") {
     world.layout(problem, ranks);
     world.buffer(0).check();
     CHECK_THROWS_WITH_AS(world.buffer(1).check(), doctest::Contains("token 3 must be -1 or an expert below 2, got 2"),
-                         TimeoutError);
+                         InvalidArgument);
 }
 
 TEST_CASE("a rank that never calls dispatch is named by every peer; other Buffers go on (D7)") {
@@ -368,15 +368,18 @@ TEST_CASE("a wait that takes long is reported before it fails") {
     world.run();
 }
 
-TEST_CASE("what does not fit is refused before anything is launched") {
+TEST_CASE("what does not fit is refused before any peer can know of it") {
     World world(2, 128, {});
     const Problem problem{.num_tokens = {4, 4}, .num_experts = 2};
     auto ranks = make_inputs(problem);
     world.layout(problem, ranks);
-    for (int rank = 0; rank < 2; ++rank) world.launch_notify(problem, ranks[static_cast<size_t>(rank)], rank);
-    const auto counts = world.buffer(0).wait_counts();
-    prepare_recv(problem, ranks[0], counts.num_tokens);
-    CHECK_THROWS_WITH_AS(world.launch_dispatch(problem, ranks[0], 0, Counts::kExchanged),
+    world.buffer(0).begin_call();
+    CHECK_THROWS_WITH_AS(world.launch_notify(problem, ranks[0], 0), doctest::Contains("num_nvl_bytes is too small"),
+                         InvalidArgument);
+    world.buffer(0).abandon_call("dispatch: it does not fit");
+    CHECK_NOTHROW(world.buffer(0).check());
+    prepare_recv(problem, ranks[0], 8);
+    CHECK_THROWS_WITH_AS(world.launch_dispatch(problem, ranks[0], 0, Counts::kUnknown),
                          doctest::Contains("num_nvl_bytes is too small"), InvalidArgument);
     world.run();
 }

@@ -35,7 +35,8 @@ runtime::LowLatencyDispatchArgs dispatch_args(const LowLatencyProblem& problem, 
             .layout_range = tensors.layout_range.data(),
             .row_of_entry = tensors.row_of_entry.data(),
             .cumulative_stats = tensors.cumulative_stats.data(),
-            .wait_stats = tensors.wait_stats.data()};
+            .wait_stats = tensors.wait_stats.data(),
+            .number = &tensors.numbers[0]};
 }
 
 runtime::LowLatencyCombineArgs combine_args(const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank) {
@@ -48,7 +49,8 @@ runtime::LowLatencyCombineArgs combine_args(const LowLatencyProblem& problem, Lo
             .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
             .row_of_entry = tensors.row_of_entry.data(),
             .combined_x = reinterpret_cast<uint8_t*>(tensors.combined_x.data()),
-            .wait_stats = tensors.wait_stats.data()};
+            .wait_stats = tensors.wait_stats.data(),
+            .number = &tensors.numbers[1]};
 }
 
 // What 128 channels become, by the definition of the format.

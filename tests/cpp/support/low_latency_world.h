@@ -38,6 +38,7 @@ struct LowLatencyTensors {
     std::vector<int64_t> layout_range, wait_stats;
     std::vector<uint16_t> y, combined_x;
     uint64_t dispatch_ticket = 0, combine_ticket = 0;
+    std::vector<uint64_t> numbers = std::vector<uint64_t>(2);  // of the open dispatch and combine; on the device
 };
 
 std::vector<LowLatencyTensors> make_low_latency_inputs(const LowLatencyProblem& problem);

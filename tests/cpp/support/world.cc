@@ -1,5 +1,6 @@
 #include "support/world.h"
 
+#include <algorithm>
 #include <cstring>
 #include <random>
 
@@ -134,7 +135,11 @@ void World::launch_notify(const Problem& problem, RankTensors& tensors, int rank
                                   .num_tokens_per_expert = tensors.num_tokens_per_expert.data(),
                                   .num_experts = problem.num_experts,
                                   .expert_alignment = problem.expert_alignment,
-                                  .rank_prefix_matrix = tensors.rank_prefix_matrix.data()},
+                                  .rank_prefix_matrix = tensors.rank_prefix_matrix.data(),
+                                  .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
+                                  .row_bytes = 2 * problem.hidden,
+                                  .num_topk = problem.num_topk,
+                                  .num_scales = problem.num_scales},
                                  stream(rank));
 }
 
@@ -270,6 +275,40 @@ void World::combine(const Problem& problem, std::vector<RankTensors>& ranks) {
     run();
     collect(ranks);
     for (int rank = 0; rank < num_ranks(); ++rank) buffer(rank).check();
+}
+
+namespace {
+
+template <class T> bool is_void(const std::vector<T>& output) {
+    const auto* bytes = reinterpret_cast<const uint8_t*>(output.data());
+    return std::all_of(bytes, bytes + output.size() * sizeof(T), [](uint8_t byte) { return byte == 0xff; });
+}
+
+}  // namespace
+
+std::string check_void_dispatch(const RankTensors& tensors, bool is_cached) {
+    if (!is_void(tensors.recv_x)) return "recv_x";
+    if (!is_void(tensors.recv_scales)) return "recv_scales";
+    if (is_cached) return "";
+    if (!is_void(tensors.recv_topk_idx)) return "recv_topk_idx";
+    if (!is_void(tensors.recv_topk_weights)) return "recv_topk_weights";
+    return is_void(tensors.recv_src_idx) ? "" : "recv_src_idx";
+}
+
+std::string check_void_combine(const RankTensors& tensors) {
+    if (!is_void(tensors.combined_x)) return "combined_x";
+    return is_void(tensors.combined_weights) ? "" : "combined_weights";
+}
+
+int64_t num_stray_bytes(const uint8_t* whole, const std::vector<uint8_t>& before, const RankTensors& tensors) {
+    std::vector<bool> is_lent(before.size());
+    for (const RankTensors::Lent& lent : tensors.lent) {
+        const auto begin = is_lent.begin() + (lent.memory->address() - whole);
+        std::fill(begin, begin + static_cast<int64_t>(lent.num_bytes), true);
+    }
+    int64_t num_stray = 0;
+    for (size_t i = 0; i < before.size(); ++i) num_stray += !is_lent[i] && whole[i] != before[i] ? 1 : 0;
+    return num_stray;
 }
 
 std::string round_trip(World& world, const Problem& problem) {

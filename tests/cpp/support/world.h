@@ -121,6 +121,13 @@ void prepare_combine(const Problem& problem, RankTensors& tensors, int rank);
 std::string check_dispatch(const Problem& problem, const std::vector<RankTensors>& ranks, bool is_cached = false);
 std::string check_combine(const Problem& problem, const std::vector<RankTensors>& ranks);
 
+// After a call that failed: the first output that could pass for a result, or "".
+std::string check_void_dispatch(const RankTensors& tensors, bool is_cached);
+std::string check_void_combine(const RankTensors& tensors);
+
+// Bytes of the region `whole` that are not as `before` and lie in none of the tensors that this rank has lent.
+int64_t num_stray_bytes(const uint8_t* whole, const std::vector<uint8_t>& before, const RankTensors& tensors);
+
 // layout, dispatch, check, combine, check.
 std::string round_trip(World& world, const Problem& problem);
 
