@@ -184,6 +184,9 @@ class Buffer:
                             uses_logfmt: bool, x: int, topk_idx: int, idx_bytes: int, topk_weights: int,
                             num_tokens: int, row_of_entry: int, combined_x: int, wait_stats: int, number: int,
                             stream: int) -> int: ...
+    def clean_low_latency(self, stream: int) -> None:
+        """A barrier of the group, on the device; no call may be open."""
+
     @property
     def low_latency_data_ptr(self) -> int: ...
     @property

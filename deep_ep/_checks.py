@@ -175,6 +175,14 @@ def check_alignment(name: str, rows: torch.Tensor) -> None:
         raise ValueError(f"{name} must start at a multiple of {ROW_ALIGNMENT_BYTES} bytes, got a view that does not")
 
 
+def check_apart(name: str, written: torch.Tensor, other_name: str, read: torch.Tensor) -> None:
+    """Both are contiguous."""
+    first, other = written.data_ptr(), read.data_ptr()
+    if first < other + read.nbytes and other < first + written.nbytes:
+        raise ValueError(
+            f"{name} must not overlap {other_name}: results would be written over rows that are still read")
+
+
 def check_payload(x: Any, device: torch.device) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
     """`x` of dispatch: rows, or (rows of 1-byte elements, scales)."""
     if not isinstance(x, tuple):

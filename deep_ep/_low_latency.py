@@ -119,9 +119,15 @@ class LowLatency:
                                   "get_low_latency_rdma_size_hint, got low_latency_mode=False")
 
     def clean(self, num_max_tokens: int, hidden: int, num_experts: int) -> None:
-        """Only checks: flags carry the number of their call and are never cleared."""
+        """A barrier of the group. There is nothing to clear: flags carry the number of their call."""
         self.require("clean_low_latency_buffer")
         size_hint(num_max_tokens, hidden, self._session.num_ranks, num_experts)
+        if self._session.call_check is not None:
+            self._session.call_check.compare("clean_low_latency_buffer", {})
+        phases = open_phases(self._session.streams, self._order, is_async=False)
+        phases.begin()
+        self._session.runtime.clean_low_latency(phases.stream)
+        phases.finish(())
 
     # Dispatch
 
@@ -199,6 +205,7 @@ class LowLatency:
         if out is not None:
             _checks.check_tensor("out", out, device, (num_tokens, hidden), BFLOAT16)
             _checks.check_alignment("out", out)
+            _checks.check_apart("out", out, "x", sent)
         if self._session.call_check is not None:
             _compare_calls(self._session.call_check, "low_latency_combine", plan, {"use_logfmt": bool(use_logfmt)})
         phases = self._open_phases("low_latency_combine", async_finish, return_recv_hook)

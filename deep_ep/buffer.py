@@ -426,9 +426,11 @@ class Buffer:
     # Low latency
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
-        """Checks its arguments, and has nothing else to do: low-latency calls leave nothing that must be cleared.
+        """A barrier of the group on the current stream, which every rank must call; on the CPU it blocks.
 
-        Neither do calls of the other mode or of other shapes, nor the caller who writes to the buffer between calls.
+        Nothing needs clearing: low-latency calls leave nothing behind, nor do calls of the other mode or of other
+        shapes, nor the caller who writes to the buffer between calls. With `enable_shrink` a rank that does not come in
+        time is masked; without, that is a `deep_ep.TimeoutError`. `deep_ep.Error`: a hook was not called yet.
         """
         self._low_latency.clean(num_max_dispatch_tokens_per_rank, hidden, num_experts)
 

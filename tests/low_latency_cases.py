@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import Any, Optional
 
 import torch
+import torch.distributed as dist
 from compare import bits, equal, same_bits
-from failure_cases import SHORT_TIMEOUT_S, failure_of
+from failure_cases import SHORT_TIMEOUT_S, failure_of, settle
 from flight import Flight
 from low_latency_flight import (
     BF16,
@@ -358,6 +359,76 @@ def shrunk_group(worker: Worker, work: Workload, victim: int, dies: bool) -> Opt
     assert time.monotonic() - started < 30
     buffer.destroy()
     return masked
+
+
+def clean_is_a_barrier(worker: Worker, work: Workload) -> None:
+    """No rank leaves before the last has come; refused while a hook is open; calls go on as if nothing had been."""
+    buffer = low_latency_buffer(worker)
+    arguments = max(work.num_tokens), work.hidden, work.num_experts
+    for _ in range(3):
+        LowLatencyFlight(worker, buffer, work).whole_trip()
+        buffer.clean_low_latency_buffer(*arguments)
+    worker.barrier()
+    entered = time.time()
+    if worker.rank == 0:
+        time.sleep(0.5)
+        entered = time.time()
+    buffer.clean_low_latency_buffer(*arguments)
+    if worker.device.type == "cuda":
+        torch.cuda.synchronize()
+    left = time.time()
+    times: list[Any] = [None] * worker.num_ranks
+    dist.all_gather_object(times, entered, group=worker.group)
+    assert left >= max(times), "a rank left before the last had come"
+    pending = LowLatencyFlight(worker, buffer, work, Manner(mode="hook")).start_dispatch()
+    message = failure_of(lambda: buffer.clean_low_latency_buffer(*arguments))
+    assert "no low-latency call may be open" in message, message
+    pending.finish_dispatch().combine()
+    buffer.clean_low_latency_buffer(*arguments)
+
+
+def clean_without_a_rank(worker: Worker, absent: int, enable_shrink: bool) -> Any:
+    """With enable_shrink whoever does not come is masked; without, everybody else gets an error that names it."""
+    buffer = impatient(worker, enable_shrink=enable_shrink)
+    found: Any = None
+    if worker.rank != absent:
+
+        def clean() -> None:
+            buffer.clean_low_latency_buffer(8, 512, worker.num_ranks)
+            if worker.device.type == "cuda":
+                torch.cuda.synchronize()
+            buffer.check()
+
+        if enable_shrink:
+            clean()
+            status = torch.full((worker.num_ranks, ), 7, dtype=torch.int32, device=worker.device)
+            buffer.low_latency_query_mask_buffer(status)
+            found = status.tolist()
+        else:
+            found = failure_of(clean, deep_ep.TimeoutError)
+    worker.barrier()
+    buffer.destroy()
+    return found
+
+
+def entries_of_another_dispatch(worker: Worker, work: Workload) -> str:
+    """A combine with another topk_idx than its dispatch fails on every rank; -1 is legal."""
+    buffer = worker.new_buffer(num_rdma_bytes=1 << 22, low_latency_mode=True)
+    flight = LowLatencyFlight(worker, buffer, work).dispatch()
+    rows = flight.expert_rows()
+    dropped = torch.where(torch.arange(work.num_topk, device=worker.device) == 1, -1, flight.topk_idx)
+    buffer.low_latency_combine(rows, dropped, flight.topk_weights, flight.handle)
+    settle(worker, buffer)
+    other = (flight.topk_idx + 1) % work.num_experts
+
+    def combine() -> None:
+        buffer.low_latency_combine(rows, other, flight.topk_weights, flight.handle)
+        settle(worker, buffer)
+
+    message = failure_of(combine, deep_ep.TimeoutError)
+    worker.barrier()
+    buffer.destroy()
+    return message
 
 
 # Graphs

@@ -191,6 +191,21 @@ def test_shrinking_without_a_rank(pool: Pool, dies: bool) -> None:
     assert results == [[0, 0, 0], None, [0, 0, 0]]
 
 
+def test_cleaning_is_a_barrier(pool: Pool) -> None:
+    pool.run(cases.clean_is_a_barrier, 3, Workload((4, 6, 2)))
+
+
+def test_cleaning_masks_who_does_not_come(pool: Pool) -> None:
+    assert pool.run(cases.clean_without_a_rank, 3, 2, True) == [[0, 0, 1], [0, 0, 1], None]
+    for message in pool.run(cases.clean_without_a_rank, 3, 2, False)[:2]:
+        assert "clean_low_latency_buffer, call 1" in message and "rank 2" in message, message
+
+
+def test_combine_with_the_entries_of_another_dispatch(pool: Pool) -> None:
+    messages = pool.run(cases.entries_of_another_dispatch, 2, Workload((5, 9)))
+    assert any("names an expert of this rank for which the dispatch" in message for message in messages), messages
+
+
 # Graphs
 
 

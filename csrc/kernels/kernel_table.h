@@ -15,6 +15,7 @@ struct KernelTable {
     void (*combine)(const CombineParams& params, dev::Stream stream);
     void (*low_latency_dispatch)(const LowLatencyDispatchParams& params, dev::Stream stream);
     void (*low_latency_combine)(const LowLatencyCombineParams& params, dev::Stream stream);
+    void (*low_latency_clean)(const LowLatencyCall& call, dev::Stream stream);
     void (*push_all)(const PushAllParams& params, int num_blocks, dev::Stream stream);
 };
 

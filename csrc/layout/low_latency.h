@@ -12,12 +12,13 @@ namespace deep_ep::layout {
 
 constexpr int kNumLowLatencyBanks = 2;
 constexpr int kMaxLowLatencyTokens = 4096;   // of one rank in one call
-constexpr int kMaxLowLatencyPackets = 2560;  // of one source in one call; larger tables take the way of the rows
+constexpr int kMaxLowLatencyPackets = 4608;  // of one source in one call; larger tables take the way of the rows
 
 struct LowLatencyControl {
     Field started;     // u64[R]: the last call that this rank has entered
     Field received;    // u64[banks][R]: the last call of the bank whose receive phase this rank has finished
     Field table_full;  // u64[banks][R]: the call whose routing table this rank has written
+    Field cleaned;     // u64[R]: the last clean_low_latency_buffer that this rank has entered
     Field token_full;  // u64[banks][R][kMaxLowLatencyTokens]: the call for which this rank has written the slot
     Field packets;  // Packet[banks][R][kMaxLowLatencyPackets]: this rank's table, where it fits; see LowLatencyPackets
 
@@ -27,6 +28,7 @@ struct LowLatencyControl {
         layout.started = cursor.take(8, num_ranks, kAlignment);
         layout.received = cursor.take(8, kNumLowLatencyBanks * num_ranks, kAlignment);
         layout.table_full = cursor.take(8, kNumLowLatencyBanks * num_ranks, kAlignment);
+        layout.cleaned = cursor.take(8, num_ranks, kAlignment);
         layout.token_full = cursor.take(8, kNumLowLatencyBanks * num_ranks * kMaxLowLatencyTokens, kAlignment);
         layout.packets = cursor.take(8, kNumLowLatencyBanks * num_ranks * kMaxLowLatencyPackets, kAlignment);
         return layout;
@@ -38,14 +40,15 @@ struct LowLatencyControl {
 struct LowLatencyPackets {
     static constexpr uint64_t kNumTokens = 0;  // dispatch only
     static constexpr uint64_t kNumRows = 1;    // [El]: dispatch only: tokens for each expert of the receiver
-    uint64_t entries;  // [T][K], of tokens that do not exist too: dispatch: as in its table; combine: weights
+    // [T][K], of tokens that do not exist too. Dispatch: as in its table. Combine: [2] of each: expert id and weight.
+    uint64_t entries;
     uint64_t count;
 
     static constexpr LowLatencyPackets make(uint64_t num_max_tokens, uint64_t num_topk, uint64_t num_local_experts) {
         constexpr uint64_t kInLine = 16;  // entries of a token stand in as few cache lines as they can
         LowLatencyPackets layout{};
         layout.entries = align_up(kNumRows + num_local_experts, kInLine);
-        layout.count = layout.entries + num_max_tokens * num_topk;
+        layout.count = layout.entries + 2 * num_max_tokens * num_topk;
         return layout;
     }
     constexpr bool fits() const { return count <= kMaxLowLatencyPackets; }
@@ -106,7 +109,9 @@ struct LowLatencyEntrySlots {
     static constexpr int kFirstRowBit = 40;  // bits below: the call
     static constexpr uint64_t kRowsMark = 1ull << 63;
 
-    static constexpr uint64_t slot_bytes(uint64_t hidden) { return align_up(2 * hidden, 128); }
+    // Behind a row that is sent as it is: i32, the expert that it is of, for the owner to compare.
+    static constexpr uint64_t expert_offset(uint64_t hidden) { return align_up(2 * hidden, 16); }
+    static constexpr uint64_t slot_bytes(uint64_t hidden) { return align_up(expert_offset(hidden) + 4, 128); }
     // Of a bank.
     static constexpr uint64_t bytes(uint64_t num_max_tokens, uint64_t num_topk, uint64_t hidden) {
         return num_max_tokens * num_topk * slot_bytes(hidden);

@@ -14,7 +14,8 @@ enum class Operation : uint32_t {
     kDispatch,
     kCombine,
     kLowLatencyDispatch,
-    kLowLatencyCombine
+    kLowLatencyCombine,
+    kLowLatencyClean
 };
 enum class Stage : uint32_t {
     kStart,
@@ -29,7 +30,9 @@ enum class Stage : uint32_t {
     kReturn,
     kPosition,
     kStated,  // kBadInput: a number in a routing table
-    kOpen     // kBadInput: a call that this rank has not received holds the bank
+    kClean,
+    kEntry,  // kBadInput: a top-k entry that is not that of the dispatch
+    kOpen    // kBadInput: a call that this rank has not received holds the bank
 };
 enum class FailureKind : uint32_t { kNone, kTimeout, kAborted, kBadInput };
 
@@ -65,6 +68,11 @@ struct LowLatencyTurn {
     uint32_t begun_blocks;
     uint32_t settled_blocks;  // will not look at the counters of LocalState again
     uint32_t next_share;      // of the receive phase
+    uint32_t spoiled_pieces;  // of a call that fails: pieces of the outputs that warps have taken to fill them with NaN
+    uint32_t lists;  // of a dispatch: a bit for each list of counts that is written; kSpoiledLists: they are void
+
+    static constexpr uint32_t kSpoiledLists = 1u << 31;
+    static constexpr int kMaxLists = 31;
 };
 
 // Device-local, private to the rank; survives between calls.
@@ -76,7 +84,8 @@ struct LocalState {
     uint32_t num_weight_blocks;  // of the running combine: that have copied their part of the weights
     uint32_t layout_done_blocks;
 
-    uint64_t num_low_latency_sends;     // low-latency calls whose send phase has been run
+    uint64_t num_low_latency_sends;  // low-latency calls whose send phase has been run
+    uint64_t num_low_latency_cleans;
     uint64_t num_low_latency_launches;  // of either phase, or both
     // The last call of each bank whose receive phase has been run. The next launch tells the peers.
     uint64_t low_latency_ended[kNumLowLatencyBanks];

@@ -183,6 +183,8 @@ public:
     void receive_low_latency_dispatch(const LowLatencyDispatchArgs& args, uint64_t ticket, dev::Stream stream);
     uint64_t send_low_latency_combine(const LowLatencyCombineArgs& args, dev::Stream stream);
     void receive_low_latency_combine(const LowLatencyCombineArgs& args, uint64_t ticket, dev::Stream stream);
+    // A barrier of the group; no call may be open.
+    void clean_low_latency(dev::Stream stream);
     uint8_t* low_latency_data() const;
     // Bytes of the low-latency region for calls of this shape, bfloat16 or FP8.
     static int64_t low_latency_size_hint(int num_max_tokens, int hidden, int num_ranks, int num_experts);

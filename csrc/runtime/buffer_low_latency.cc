@@ -1,5 +1,6 @@
 // The low-latency half of Buffer.
 #include <algorithm>
+#include <iterator>
 
 #include "core/error.h"
 #include "runtime/buffer.h"
@@ -159,6 +160,21 @@ kernels::LowLatencyCombineParams Buffer::low_latency_params(const LowLatencyComb
             .num_tokens = args.num_tokens,
             .row_of_entry = args.row_of_entry,
             .combined_x = args.combined_x};
+}
+
+void Buffer::clean_low_latency(dev::Stream stream) {
+    check();
+    const auto num_open = std::count_if(std::begin(open_low_latency_calls_), std::end(open_low_latency_calls_),
+                                        [](uint64_t ticket) { return ticket != 0; });
+    if (num_open > 0)
+        throw Error(concat("clean_low_latency_buffer: no low-latency call may be open, and ", num_open,
+                           num_open == 1 ? " is" : " are", ": call the hook first"));
+    kernels::LowLatencyCall call{};
+    call.heap = heap_params();
+    call.watch = watch_params();
+    call.masked = masked_;
+    call.is_shrinkable = options_.is_shrinkable;
+    kernels_->low_latency_clean(call, stream);
 }
 
 void Buffer::open_low_latency_call(kernels::LowLatencyCall& call) {

@@ -34,10 +34,12 @@ FailureClass class_of(layout::FailureKind kind) {
 
 std::vector<uint64_t> read_started(dev::Device& device, const comm::SymmetricHeap& heap,
                                    const layout::ControlLayout& control, layout::Operation operation) {
-    // The two modes count their calls apart.
+    // The two modes count their calls apart, and cleaning is none of either.
     const bool is_low_latency =
         operation == layout::Operation::kLowLatencyDispatch || operation == layout::Operation::kLowLatencyCombine;
-    const layout::Field& field = is_low_latency ? control.low_latency.started : control.started;
+    const layout::Field& field = operation == layout::Operation::kLowLatencyClean ? control.low_latency.cleaned
+                                 : is_low_latency                                 ? control.low_latency.started
+                                                                                  : control.started;
     std::vector<uint64_t> started(field.bytes() / sizeof(uint64_t));
     device.copy_now(started.data(), heap.local() + field.offset, field.bytes());
     return started;

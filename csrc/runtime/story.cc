@@ -17,6 +17,7 @@ const char* name_of(layout::Operation operation) {
         case layout::Operation::kCombine: return "combine";
         case layout::Operation::kLowLatencyDispatch: return "low_latency_dispatch";
         case layout::Operation::kLowLatencyCombine: return "low_latency_combine";
+        case layout::Operation::kLowLatencyClean: return "clean_low_latency_buffer";
     }
     return "unknown operation";
 }
@@ -31,6 +32,8 @@ const char* awaited_at(layout::Stage stage) {
         case layout::Stage::kLoan: return "to enter the call";
         case layout::Stage::kWeights: return "to copy its top-k weights";
         case layout::Stage::kReturn: return "to finish its part";
+        case layout::Stage::kClean: return "to call it too";
+        case layout::Stage::kEntry:
         case layout::Stage::kStated:
         case layout::Stage::kOpen:
         case layout::Stage::kInput:
@@ -89,6 +92,12 @@ std::string describe_bad_input(const layout::WaitRecord& record, int rank) {
             ": the routing table of rank ", record.peer, " states ", static_cast<int64_t>(record.seen),
             " where at most ", static_cast<int64_t>(record.expected),
             " can be. Shapes and formats must be the same on every rank; DEEP_EP_CHECK_CALLS=1 compares them.");
+    if (record.stage == layout::Stage::kEntry)
+        return concat("DeepEP error: ", name_of(record.operation), ", call ", record.call, ", rank ", rank,
+                      ": topk_idx of token ", record.expected, " of rank ", record.peer,
+                      record.peer == rank ? " names an expert" : " names an expert of this rank",
+                      " for which the dispatch of the handle has no row. combine needs the "
+                      "topk_idx of the dispatch (an entry may become -1) and the handle that this dispatch returned.");
     if (record.stage == layout::Stage::kOpen)
         return concat(
             "DeepEP error: ", name_of(record.operation), ", call ", record.call, ", rank ", rank, ": call ",

@@ -266,6 +266,17 @@ def test_clean_checks_its_arguments(buffer: Buffer, arguments: tuple[int, ...], 
         buffer.clean_low_latency_buffer(*arguments)
 
 
+def test_out_must_not_overlap_x(buffer: Buffer) -> None:
+    handle = dispatch(buffer)[2]
+    rows = zeros(43, 512, dtype=BF16)
+    x = rows[5:37].view(4, 8, 512)
+    for first in (1, 5, 20, 36):
+        with pytest.raises(ValueError, match="out must not overlap x"):
+            combine(buffer, handle, x=x, out=rows[first:first + 5])
+    for first in (0, 37):
+        assert (combine(buffer, handle, x=x, out=rows[first:first + 5])[0] == 0).all()
+
+
 def test_destroyed_buffer() -> None:
     gone = solo_low_latency()
     hook = dispatch(gone, return_recv_hook=True)[4]

@@ -65,6 +65,9 @@ public:
     EP_DEVICE uint64_t* received(int owner, int bank, int peer) const {
         return word(owner, control_->low_latency.received.at(bank * num_ranks_ + peer));
     }
+    EP_DEVICE uint64_t* cleaned(int owner, int source) const {
+        return word(owner, control_->low_latency.cleaned.at(source));
+    }
     EP_DEVICE uint64_t* table_full(int owner, int bank, int source) const {
         return word(owner, control_->low_latency.table_full.at(bank * num_ranks_ + source));
     }

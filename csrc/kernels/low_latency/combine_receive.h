@@ -3,7 +3,7 @@
 #pragma once
 
 #include "kernels/low_latency/combine_sums.h"
-#include "kernels/low_latency/turn.h"
+#include "kernels/low_latency/spoil.h"
 
 namespace deep_ep::kernels::low_latency::combine {
 inline namespace EP_BACKEND {
@@ -24,6 +24,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
         uint32_t lanes;    // that have one
         uint32_t as_rows;  // of those
         uint32_t entries;  // of this lane's rank that count; in packets only
+        bool is_lost;      // a part does not come, since the call has failed
     };
 
     // One warp's token.
@@ -52,19 +53,23 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
         const uint64_t* flag = c.watch.heap.token_full(c.rank(), c.bank, rank < c.num_ranks() ? rank : 0, token.idx);
         uint64_t seen = 0;
         bool is_here = rank < c.num_ranks() && look_at_part(c, flag, seen);
-        Parts parts = {first_rank, 0, 0, 0};
+        Parts parts = {first_rank, 0, 0, 0, false};
         bool is_expected;
         if constexpr (kUsesPackets) {
             parts.entries = entries_of_rank(c, token.id, first_rank);
             is_expected = parts.entries != 0;
             if (is_expected && !is_here) is_here = wait_for_late_part(&c.call, c.watch, rank, flag, &seen);
             const bool has_rows = EntrySlots::has_rows(seen);
-            if (has_rows) parts.entries &= EntrySlots::rows_of(seen);
             parts.as_rows = __ballot_sync(kFullMask, is_expected && is_here && has_rows);
+            if (has_rows && is_here && (parts.entries & ~EntrySlots::rows_of(seen)) != 0) {
+                refuse_entries(c.watch, c.rank(), token.idx);
+                parts.entries &= EntrySlots::rows_of(seen);
+            }
         } else {
             is_expected = is_destination(c, {p.topk_idx, p.idx_bytes}, token.id, token.idx, first_rank);
             if (is_expected && !is_here) is_here = wait_for_source(c.call, c.watch, Stage::kRow, rank, flag);
         }
+        if (__any_sync(kFullMask, is_expected && !is_here)) parts.is_lost = has_failed(c.watch);
         parts.lanes = __ballot_sync(kFullMask, is_expected && is_here);
         __syncwarp();  // each lane's acquire, every lane's reads
         return parts;
@@ -160,9 +165,21 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
         add_as_sent(sums, part);
     }
 
+    // One warp: are the rows of the experts that this rank names? Where a part is a sum its sender has asked that.
+    static EP_DEVICE void check_rows(const Context& c, const Token& token, const Parts& parts) {
+        uint32_t entries = 0;
+#pragma unroll 1
+        for (uint32_t rest = parts.as_rows; rest != 0; rest &= rest - 1)
+            entries |= __shfl_sync(kFullMask, parts.entries, __ffs(static_cast<int>(rest)) - 1);
+        const int k = prim::lane_idx();
+        if ((entries >> k & 1u) != 0 && *c.entry_expert(c.rank(), token.idx, k) != token.id)
+            refuse_entries(c.watch, c.rank(), token.idx);
+    }
+
     static EP_DEVICE void add_parts(const Context& c, const Token& token, const Parts& parts, int chunk,
                                     Sums (&sums)[kVecsOfPiece]) {
         if (!kUsesPackets || parts.as_rows == 0) return add_sums(c, token, parts, parts.lanes, chunk, sums);
+        if (chunk == 0) check_rows(c, token, parts);
 #pragma unroll 1
         for (uint32_t rest = parts.lanes; rest != 0; rest &= rest - 1) {
             const int lane = __ffs(static_cast<int>(rest)) - 1;
@@ -173,12 +190,13 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
         }
     }
 
-    static EP_DEVICE void store_row(const Params& p, int token, int chunk, const Sums (&sums)[kVecsOfPiece]) {
+    static EP_DEVICE void store_row(const Params& p, int token, int chunk, const Sums (&sums)[kVecsOfPiece],
+                                    bool is_lost) {
         auto* row = reinterpret_cast<Vec16*>(p.combined_x + static_cast<int64_t>(token) * p.call.hidden * 2);
 #pragma unroll
         for (int i = 0; i < kVecsOfPiece; ++i)
             if (const int vec = lane_vec<kIsLogfmt>(chunk, i); vec < num_row_vecs(p.call))
-                prim::store_streaming(row + vec, rounded(sums[i]));
+                prim::store_streaming(row + vec, is_lost ? spoiled_vec() : rounded(sums[i]));
     }
 
     // One warp: its share of one token.
@@ -188,17 +206,19 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
         const int share = (num_chunks(p.call) + num_parts - 1) / num_parts;
         const int end = (part + 1) * share < num_chunks(p.call) ? (part + 1) * share : num_chunks(p.call);
         const Token token = load_token(p, c, idx);
-        Parts parts = {-1, 0, 0, 0};
+        Parts parts = {-1, 0, 0, 0, false};
+        bool is_lost = false;
 #pragma unroll 1
         for (int chunk = part * share; chunk < end; ++chunk) {
             Sums sums[kVecsOfPiece] = {};
 #pragma unroll 1
             for (int first = 0; first < c.num_ranks(); first += kWarpSize) {
                 if (first != parts.first_rank) parts = wait_for_parts(p, c, token, first);
+                is_lost |= parts.is_lost;
                 add_parts(c, token, parts, chunk, sums);
             }
             draw();
-            store_row(p, idx, chunk, sums);
+            store_row(p, idx, chunk, sums, is_lost);
         }
     }
 

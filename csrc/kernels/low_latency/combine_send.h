@@ -13,9 +13,6 @@ constexpr int kWeightsAhead = 4;  // table entries of a thread
 constexpr int kTokensPerRelease = 4;
 // At weights that are not here, by a block in all of a launch that may not wait: each is a trip to memory.
 constexpr int kMostLooks = 3;
-// In a packet of weights, in place of the weight: the entry's expert is none of the receiver's. A NaN that no weight is sent
-// as.
-constexpr int kNoWeight = -1;
 
 template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     // A token that the block has written and not yet published.
@@ -46,7 +43,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         int expert = -1;          // this lane's, as the caller of combine names it
         float weight = 0;         // this lane's
         uint32_t wanted = 0;      // lanes whose entry the caller has kept in this call
-        bool is_weighed = false;  // a look has shown this lane's packet
+        bool is_weighed = false;  // a look has shown this lane's packets
 
         EP_DEVICE int k() const { return first_k + prim::lane_idx(); }
     };
@@ -65,29 +62,36 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         work.rows = __ballot_sync(kFullMask, work.row >= 0);
     }
 
-    static EP_DEVICE const prim::Packet* weight_packet(const Context& c, const Work& work) {
-        return c.entry_packet(work.source, static_cast<int64_t>(work.token) * c.call.num_topk + work.k());
+    // This lane's entry, in two packets.
+    static EP_DEVICE const prim::Packet* packets_of(const Context& c, const Work& work) {
+        return c.entry_packet(work.source, 2 * (static_cast<int64_t>(work.token) * c.call.num_topk + work.k()));
     }
 
     // Packets may be looked at whenever it is convenient; what is not there yet is waited for in take_weights.
     static EP_DEVICE void look_at_weights(const Context& c, Work& work) {
-        int bits = kNoWeight;
-        work.is_weighed = work.k() < c.call.num_topk && look_at_packet(c, weight_packet(c, work), bits);
+        work.is_weighed = true;
+        if (work.k() >= c.call.num_topk) return;
+        const prim::Packet* packets = packets_of(c, work);
+        int bits = 0;
+        const bool has_expert = look_at_packet(c, packets, work.expert);
+        const bool has_weight = look_at_packet(c, packets + 1, bits);
         work.weight = algo::float_from_bits(static_cast<uint32_t>(bits));
+        work.is_weighed = has_expert && has_weight;
     }
 
-    // One warp, after look_at_weights: waits. Returns whether any of the entries has its expert here.
-    static EP_DEVICE bool take_weights(const Context& c, Work& work, Shared& shared) {
-        int bits = __float_as_int(work.weight);
-        if (work.k() < c.call.num_topk && !work.is_weighed &&
-            !wait_for_packet(&c.call, c.watch, c.epoch(), work.source, weight_packet(c, work), &bits)) {
-            // The call is aborted; another warp may have seen its packet just in time. The token must not be published.
-            prim::store<Order::kRelaxed, Scope::kCta>(&shared.has_failed, 1);
-            bits = kNoWeight;
+    // One warp, after look_at_weights.
+    static EP_DEVICE void take_weights(const Context& c, Work& work, Shared& shared) {
+        if (work.is_weighed) return;
+        const prim::Packet* packets = packets_of(c, work);
+        int bits = 0;
+        if (wait_for_packet(c, work.source, packets, work.expert) &&
+            wait_for_packet(c, work.source, packets + 1, bits)) {
+            work.weight = algo::float_from_bits(static_cast<uint32_t>(bits));
+            return;
         }
-        work.weight = algo::float_from_bits(static_cast<uint32_t>(bits));
-        work.wanted = __ballot_sync(kFullMask, bits != kNoWeight);
-        return work.wanted != 0;
+        // The call is aborted; another warp may have seen its packet just in time. The token must not be published.
+        prim::store<Order::kRelaxed, Scope::kCta>(&shared.has_failed, 1);
+        work.expert = -1;
     }
 
     // After the source's table.
@@ -137,6 +141,8 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
 
     // One warp: a chunk of all rows of a token whose owner's weights are not here. `ahead`: the first rows, under way.
     static EP_DEVICE void send_rows(const Params& p, const Context& c, const Work& work, Ahead& ahead, int chunk) {
+        if (chunk == 0 && work.row >= 0)
+            *c.entry_expert(work.source, work.token, work.k()) = c.first_expert() + work.row / c.num_rows_of_expert();
         uint32_t rest = send_ahead(c, work, work.rows, chunk, ahead);
 #pragma unroll 1
         while (rest != 0) {
@@ -196,16 +202,31 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         }
     }
 
-    // Every warp: has the token experts here among its entries after the first 32?
-    static EP_DEVICE bool has_more_work(const Context& c, Work work) {
-        bool is_found = false;
+    // One warp: does an entry name an expert here whose rows its own row is none of? Then topk_idx or the handle are not those
+    // of one dispatch. An entry that combine leaves out (-1) may have a row all the same, and one of a source that was masked
+    // in the dispatch has none.
+    static EP_DEVICE bool is_foreign(const Context& c, const Work& work) {
+        const int expert = local_expert(c, work.expert);
+        const int place = work.row - expert * c.num_rows_of_expert();
+        const bool is_its_own = place >= 0 && place < c.num_rows_of_expert();
+        const bool may_lack = c.call.is_shrinkable && work.row < 0;
+        return __any_sync(kFullMask, expert >= 0 && !is_its_own && !may_lack) != 0;
+    }
+
+    // Every warp: has the token experts here? `work`: the first of its entries. False as well where the call fails, which all
+    // warps of the block find out.
+    static EP_DEVICE bool has_work(const Params& p, const Context& c, Work& work) {
+        bool is_found = find_wanted(c, work), is_wrong = is_foreign(c, work);
+        if (!c.uses_packets)
 #pragma unroll 1
-        for (work.first_k += kWarpSize; work.first_k < c.call.num_topk; work.first_k += kWarpSize) {
-            work.expert = -1;
-            load_weights_of(c, work);
-            is_found |= find_wanted(c, work);
-        }
-        return is_found;
+            for (int first = kWarpSize; first < c.call.num_topk; first += kWarpSize) {
+                Work more = load_rows(p, work.source, work.token, first);
+                load_weights_of(c, more);
+                is_found |= find_wanted(c, more);
+                is_wrong |= is_foreign(c, more);
+            }
+        if (is_wrong) refuse_entries(c.watch, work.source, work.token);
+        return is_found && !is_wrong;
     }
 
     // How many tokens the first 32 sources have, as far as this warp has asked: lane i knows of source i.
@@ -232,8 +253,11 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     }
 
     // One warp: does the token exist, and has it experts here? Finds its weights too.
-    static EP_DEVICE bool is_wanted(const Context& c, Sources& sources, Work& work, Shared& shared) {
-        if (c.uses_packets) return take_weights(c, work, shared);
+    static EP_DEVICE bool is_wanted(const Params& p, const Context& c, Sources& sources, Work& work, Shared& shared) {
+        if (c.uses_packets) {
+            take_weights(c, work, shared);
+            return has_work(p, c, work);
+        }
         int num_tokens = 0;
         if (is_known(sources, work.source)) {
             num_tokens = known_tokens(sources, work.source);
@@ -251,7 +275,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
             if (is_settled && prim::lane_idx() == work.source) sources.num_tokens = num_tokens;
             if (is_settled && work.source < kWarpSize) sources.known |= 1u << work.source;
         }
-        return work.token < num_tokens && (find_wanted(c, work) || has_more_work(c, work));
+        return work.token < num_tokens && has_work(p, c, work);
     }
 
     // The tokens of one source after those of another: every rank begins with another source, so that no link is the last, and
@@ -307,12 +331,12 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     static EP_DEVICE bool are_weights_here(const Context& c, Work& work, Progress& progress, Shared& shared) {
         int* answer = &shared.are_weights_here[progress.num_items % 2];
         if (prim::warp_idx() == 0) {
-            bool is_here = __all_sync(kFullMask, work.is_weighed || work.k() >= c.call.num_topk) != 0;
+            bool is_here = __all_sync(kFullMask, work.is_weighed) != 0;
 #pragma unroll 1
             while (!is_here && progress.num_looks < kMostLooks) {
                 ++progress.num_looks;
                 look_at_weights(c, work);
-                is_here = __all_sync(kFullMask, work.is_weighed || work.k() >= c.call.num_topk) != 0;
+                is_here = __all_sync(kFullMask, work.is_weighed) != 0;
             }
             if (prim::lane_idx() == 0) *answer = is_here ? 1 : 0;
         }
@@ -320,11 +344,11 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         return *answer != 0;
     }
 
-    static EP_DEVICE Sent what_to_send(const Context& c, Sources& sources, Work& work, Progress& progress,
-                                       Shared& shared) {
+    static EP_DEVICE Sent what_to_send(const Params& p, const Context& c, Sources& sources, Work& work,
+                                       Progress& progress, Shared& shared) {
         if (c.uses_packets && c.phase == Phase::kSend && !are_weights_here(c, work, progress, shared))
             return Sent::kRows;
-        return is_wanted(c, sources, work, shared) ? Sent::kSum : Sent::kNothing;
+        return is_wanted(p, c, sources, work, shared) ? Sent::kSum : Sent::kNothing;
     }
 
     // One warp, where the part is a sum.
@@ -347,7 +371,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
                                      Progress& progress, Shared& shared) {
         const int num_warps = static_cast<int>(blockDim.x) / kWarpSize;
         const bool is_one = stream.item >= 0 && !is_beyond(sources, stream.work.source, stream.work.token);
-        const Sent sent = is_one ? what_to_send(c, sources, stream.work, progress, shared) : Sent::kNothing;
+        const Sent sent = is_one ? what_to_send(p, c, sources, stream.work, progress, shared) : Sent::kNothing;
         uint8_t* slot = sent == Sent::kSum ? sum_slot(c, stream.work) : nullptr;
         if (threadIdx.x == 0) shared.written[progress.num_written] = written_of(c, stream.work, sent);
         bool is_last = false;
@@ -415,7 +439,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         return held;
     }
 
-    // One thread. To each rank only the weights of its own experts.
+    // One thread.
     static EP_DEVICE void send_weight_packets(const Context& c, int peer, const Weights& held, int base,
                                               int num_entries) {
         prim::Packet* packets = c.packets(peer, c.rank()) + c.call.packets.entries;
@@ -423,9 +447,8 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         for (int i = 0; i < kWeightsAhead; ++i) {
             const int entry = base + i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
             if (entry >= num_entries) continue;
-            const bool is_theirs = held.expert[i] >= 0 && held.expert[i] / c.num_local_experts() == peer;
-            const int bits = __float_as_int(held.weight[i]);
-            send_packet(c, packets + entry, !is_theirs ? kNoWeight : bits == kNoWeight ? 0x7fffffff : bits);
+            send_packet(c, packets + 2 * entry, held.expert[i]);
+            send_packet(c, packets + 2 * entry + 1, __float_as_int(held.weight[i]));
         }
     }
 

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "kernels/low_latency/routing_table.h"
-#include "kernels/low_latency/turn.h"
+#include "kernels/low_latency/spoil.h"
 
 namespace deep_ep::kernels::low_latency::dispatch {
 inline namespace EP_BACKEND {
@@ -17,7 +17,7 @@ constexpr int kReceiveUnroll = 8;
 struct Unit {
     int source, token;
     int part, num_parts;
-    int first_expert;  // of the lists
+    int list;
     bool is_token, is_list;
 
     // The share of `count` things that falls to this warp.
@@ -28,18 +28,23 @@ struct Unit {
     }
 };
 
+// Lists of counts, each written by one warp: 32 experts, or with very many experts several times 32.
+EP_DEVICE int num_lists(const Context& c) {
+    const int wanted = (c.num_local_experts() + kWarpSize - 1) / kWarpSize;
+    return wanted < layout::LowLatencyTurn::kMaxLists ? wanted : layout::LowLatencyTurn::kMaxLists;
+}
+
 // Tokens of all sources in turn, so that no link is the last; every rank begins with another source.
 EP_DEVICE Unit unit_of(const Context& c, int idx, int num_parts) {
     const int num_shares = c.num_ranks() * c.call.num_max_tokens * num_parts;
     const int item = idx / num_parts;
-    const int first_expert = (idx - num_shares) * kWarpSize;
     return {(c.rank() + item) % c.num_ranks(),
             item / c.num_ranks(),
             idx % num_parts,
             num_parts,
-            first_expert,
+            idx - num_shares,
             idx < num_shares,
-            idx >= num_shares && first_expert < c.num_local_experts()};
+            idx >= num_shares && idx - num_shares < num_lists(c)};
 }
 
 EP_DEVICE int row_bytes(const Params& p) { return p.payload == Payload::kFp8 ? p.call.hidden : p.call.hidden * 2; }
@@ -60,18 +65,19 @@ struct Entries {
 };
 
 // A token's slot as far as a lane has loaded it, from some vector, or word, of the warp's share on. Of a source that is
-// left out: zeros.
+// left out: zeros; in a call that has failed: NaN, in every word.
 struct Held {
     Vec16 vec[kReceiveUnroll];
 };
 
 // What a warp knows of its token before it knows the rows.
 struct Token {
-    const uint8_t* slot;  // null: not here yet, or the source is left out
+    const uint8_t* slot;  // null: not here yet, or it will not come
     Held held;
     uint32_t scale;
     int num_tokens;  // of the source
     int entry;       // this lane's of the first 32
+    bool is_lost;    // the entries have not come: the call has failed
 };
 
 EP_DEVICE const prim::Packet* entry_packet(const Context& c, const Unit& unit, int k) {
@@ -80,8 +86,8 @@ EP_DEVICE const prim::Packet* entry_packet(const Context& c, const Unit& unit, i
 
 EP_DEVICE int take_entry(const Context& c, const Unit& unit, int k) {
     int entry = 0;
-    const bool is_here = look_at_packet(c, entry_packet(c, unit, k), entry);
-    return take_packet(c, unit.source, entry_packet(c, unit, k), is_here, entry, -1);
+    if (look_at_packet(c, entry_packet(c, unit, k), entry)) return entry;
+    return wait_for_packet(c, unit.source, entry_packet(c, unit, k), entry) ? entry : -1;
 }
 
 EP_DEVICE const int* entries_of(const Context& c, const Unit& unit) {
@@ -114,11 +120,12 @@ EP_DEVICE Entries choose_entries(const Context& c, const Unit& unit, int first, 
     return {entry, expert, is_placed, __ballot_sync(kFullMask, is_placed)};
 }
 
-EP_DEVICE Held load_row(const uint8_t* slot, int base, int end) {
-    Held held = {};
+EP_DEVICE Held load_row(const uint8_t* slot, uint32_t filler, int base, int end) {
+    Held held;
 #pragma unroll
     for (int i = 0; i < kReceiveUnroll; ++i) {
         const int idx = base + i * kWarpSize + prim::lane_idx();
+        held.vec[i] = {{filler, filler, filler, filler}};
         if (idx < end && slot != nullptr)
             held.vec[i] = prim::load_shared_with_peers(reinterpret_cast<const Vec16*>(slot) + idx);
     }
@@ -131,17 +138,23 @@ EP_DEVICE uint32_t packed_exponents(const uint32_t* scales, int word) {
     return packed;
 }
 
-EP_DEVICE uint32_t load_scale(const Params& p, const Unit& unit, const uint8_t* slot, int base) {
+EP_DEVICE uint32_t load_scale(const Params& p, const Unit& unit, const uint8_t* slot, uint32_t filler, int base) {
     const int word = base + prim::lane_idx();
-    if (word >= unit.end_of(num_scale_words(p)) || slot == nullptr) return 0;
+    if (word >= unit.end_of(num_scale_words(p)) || slot == nullptr) return filler;
     const auto* scales = reinterpret_cast<const uint32_t*>(slot + p.call.message.scales.offset);
     return p.packs_scales ? packed_exponents(scales, word) : scales[word];
 }
 
 EP_DEVICE void load_slot(const Params& p, const Context& c, const Unit& unit, Token& token) {
     token.slot = c.slot(c.rank(), unit.source, unit.token);
-    token.held = load_row(token.slot, unit.first_of(num_vecs(p)), unit.end_of(num_vecs(p)));
-    token.scale = load_scale(p, unit, token.slot, unit.first_of(num_scale_words(p)));
+    token.held = load_row(token.slot, 0, unit.first_of(num_vecs(p)), unit.end_of(num_vecs(p)));
+    token.scale = load_scale(p, unit, token.slot, 0, unit.first_of(num_scale_words(p)));
+}
+
+EP_DEVICE void spoil_slot(Token& token) {
+    token.scale = kSpoiled;
+#pragma unroll
+    for (Vec16& vec : token.held.vec) vec = spoiled_vec();
 }
 
 EP_DEVICE const uint64_t* slot_flag(const Context& c, const Unit& unit) {
@@ -177,8 +190,10 @@ EP_DEVICE Token begin_token_of_packets(const Params& p, const Context& c, const 
     token.entry = -1;
     const bool is_here = has_entry && look_at_packet(c, entry_packet(c, unit, prim::lane_idx()), token.entry);
     if (look_at_slot(c, unit)) load_slot(p, c, unit, token);
-    if (has_entry)
-        token.entry = take_packet(c, unit.source, entry_packet(c, unit, prim::lane_idx()), is_here, token.entry, -1);
+    bool is_lost = false;
+    if (has_entry && !is_here)
+        is_lost = !wait_for_packet(c, unit.source, entry_packet(c, unit, prim::lane_idx()), token.entry);
+    token.is_lost = __any_sync(kFullMask, is_lost) != 0;
     return token;
 }
 
@@ -202,7 +217,7 @@ EP_DEVICE void place_row(const Params& p, const Unit& unit, const Token& token, 
     store_row(p, lanes, row, begin, end, token.held);
 #pragma unroll 1
     for (int base = begin + kStep; base < end; base += kStep)
-        store_row(p, lanes, row, base, end, load_row(token.slot, base, end));
+        store_row(p, lanes, row, base, end, load_row(token.slot, token.held.vec[0].word[0], base, end));
 }
 
 // Scales stand word by word, each with those of all rows of its expert side by side.
@@ -213,7 +228,7 @@ EP_DEVICE void place_scales(const Params& p, const Context& c, const Unit& unit,
 #pragma unroll 1
     for (int base = begin; base < end; base += kWarpSize) {
         const int word = base + prim::lane_idx();
-        const uint32_t scale = base == begin ? token.scale : load_scale(p, unit, token.slot, base);
+        const uint32_t scale = base == begin ? token.scale : load_scale(p, unit, token.slot, token.scale, base);
 #pragma unroll 1
         for (uint32_t rest = entries.placed; rest != 0; rest &= rest - 1) {
             const int lane = __ffs(static_cast<int>(rest)) - 1;
@@ -250,27 +265,32 @@ EP_DEVICE bool place_entries(const Params& p, const Context& c, const Unit& unit
 }
 
 // One warp: the rest of the token, once the counts are known. Of a token that does not exist combine learns that it has no
-// rows. False: the table of its source cannot be true.
+// rows. False: the call has failed, or does now, since a place in the table of the source cannot be true.
 template <class Draw>
 EP_DEVICE bool finish_token(const Params& p, const Context& c, const Unit& unit, const Counts& counts, Token& token,
                             const Draw& draw) {
-    bool is_possible = may_be(token.num_tokens, p.call.num_max_tokens);
-    const bool exists = is_possible && unit.token < token.num_tokens;
+    const bool exists = unit.token < token.num_tokens;
+    bool is_right = true;
 #pragma unroll 1
     for (int first = 0; first < p.call.num_topk; first += kWarpSize) {
         if (first > 0 && exists) token.entry = load_entry(c, unit, first);
         const Entries entries = choose_entries(c, unit, first, exists ? token.entry : -1);
-        if (entries.placed != 0 && token.slot == nullptr && wait_for_slot(c, unit)) load_slot(p, c, unit, token);
+        if (entries.placed != 0 && token.slot == nullptr) {
+            if (wait_for_slot(c, unit)) {
+                load_slot(p, c, unit, token);
+            } else if (has_failed(c.watch)) {
+                spoil_slot(token);
+                is_right = false;
+            }
+        }
         draw();
-        is_possible &= place_entries(p, c, unit, counts, first, entries, token);
+        is_right &= place_entries(p, c, unit, counts, first, entries, token);
     }
-    return is_possible;
+    return is_right;
 }
 
-// One warp, an expert for each lane: how many rows it gets, and from whom.
-EP_DEVICE void write_counts(const Params& p, const Context& c, const Counts& counts, int first_expert) {
-    const int expert = first_expert + prim::lane_idx();
-    if (expert >= c.num_local_experts()) return;
+// This lane: how many rows the expert gets, and from whom.
+EP_DEVICE void write_count(const Params& p, const Context& c, const Counts& counts, int expert) {
 #pragma unroll 1
     for (int source = 0; source < c.num_ranks(); ++source) {
         const int64_t first = counts.before(source)[expert];
@@ -282,30 +302,83 @@ EP_DEVICE void write_counts(const Params& p, const Context& c, const Counts& cou
     if (p.cumulative_stats != nullptr) p.cumulative_stats[expert] += num_rows;
 }
 
+template <class Work> EP_DEVICE void for_experts_of_list(const Context& c, int list, const Work& work) {
+#pragma unroll 1
+    for (int expert = list * kWarpSize + prim::lane_idx(); expert < c.num_local_experts();
+         expert += num_lists(c) * kWarpSize)
+        work(expert);
+}
+
+// This lane's experts of the list have no rows.
+EP_DEVICE void void_list(const Params& p, const Context& c, int list) {
+    for_experts_of_list(c, list, [&](int expert) {
+        p.recv_count[expert] = 0;
+        for (int source = 0; source < c.num_ranks(); ++source)
+            p.layout_range[static_cast<int64_t>(expert) * c.num_ranks() + source] = 0;
+    });
+}
+
+// One warp. The call may fail meanwhile: whoever comes last of this one and void_lists makes the list void.
+EP_DEVICE void write_list(const Params& p, const Context& c, const Counts& counts, int list) {
+    for_experts_of_list(c, list, [&](int expert) { write_count(p, c, counts, expert); });
+    __syncwarp();  // every lane's counts, lane 0's release
+    uint32_t lists = 0;
+    // Pairs with: void_lists, whichever is first.
+    if (prim::lane_idx() == 0) lists = prim::fetch_or<Order::kRelease, Scope::kGpu>(&c.turn->lists, 1u << list);
+    if ((__shfl_sync(kFullMask, lists, 0) & layout::LowLatencyTurn::kSpoiledLists) != 0) void_list(p, c, list);
+}
+
+// One warp of a call that has failed.
+EP_DEVICE void void_lists(const Params& p, const Context& c) {
+    constexpr uint32_t kSpoiledLists = layout::LowLatencyTurn::kSpoiledLists;
+    uint32_t lists = 0;
+    if (prim::lane_idx() == 0) lists = prim::fetch_or<Order::kAcquire, Scope::kGpu>(&c.turn->lists, kSpoiledLists);
+    lists = __shfl_sync(kFullMask, lists, 0);
+    __syncwarp();  // lane 0's acquire, every lane's stores
+    if ((lists & kSpoiledLists) != 0) return;
+    for (; lists != 0; lists &= lists - 1) void_list(p, c, __ffs(static_cast<int>(lists)) - 1);
+}
+
+// A warp that has met what makes the call fail. `knows_rows`: from tables that are right, so that each row is spoiled by the
+// warp that it waits for. If not, all are spoiled. (Other blocks may just have seen all tables: a row is right or NaN.)
+EP_DEVICE_COLD void spoil_outputs(const Params* p, Context c, bool knows_rows) {
+    const int64_t num_rows = static_cast<int64_t>(c.num_local_experts()) * c.num_rows_of_expert();
+    void_lists(*p, c);
+    if (knows_rows) return;
+    spoil(c.turn, {p->recv_x, num_rows * row_bytes(*p) / 4}, {p->recv_scales, num_rows * num_scale_words(*p)});
+}
 // A trip to memory is as long as a barrier is short: the block learns the counts together, while the entries and slots of
 // its first tokens are under way.
 EP_DEVICE void receive(const Params& p, const Context& c, Block* block) {
     const int num_tokens = c.num_ranks() * p.call.num_max_tokens;
     const int num_parts = warps_for_item(num_tokens, kMaxWarpsForItem);
-    const int num_lists = (c.num_local_experts() + kWarpSize - 1) / kWarpSize;
     const auto counts = Counts::make(c);
-    bool is_possible = true;  // what this thread has seen of the tables
-    for_each_unit(c, block, num_tokens * num_parts + num_lists, [&](int idx, bool is_first, const auto& draw) {
+    if (threadIdx.x == 0) *counts.has_lie = 0;
+    __syncthreads();
+    bool knows_rows = true;  // the block
+    bool knows_all = true;   // this warp: also the entries of its tokens
+    bool is_right = true;    // this thread has met nothing that makes the call fail
+    for_each_unit(c, block, num_tokens * num_parts + num_lists(c), [&](int idx, bool is_first, const auto& draw) {
         const Unit unit = unit_of(c, idx, num_parts);
         // Before the wait for the tables, which come last: one trip less after it.
         const bool is_full = !c.uses_packets && unit.is_token && look_at_slot(c, unit);
-        if (is_first && !c.uses_packets) wait_for_tables(c, counts.is_here);
+        if (is_first && !c.uses_packets) knows_rows = wait_for_tables(c, counts);
         Token token = {};
         if (c.uses_packets) {
             if (unit.is_token) token = begin_token_of_packets(p, c, unit);
-        } else if (unit.is_token && counts.is_here[unit.source] != 0) {
+        } else if (knows_rows && unit.is_token && counts.is_here[unit.source] != 0) {
             token = begin_token(p, c, unit, is_full);
         }
-        if (is_first) is_possible &= find_counts(c, counts);
-        if (unit.is_token) is_possible &= finish_token(p, c, unit, counts, token, draw);
-        if (unit.is_list) write_counts(p, c, counts, unit.first_expert);
+        if (is_first && knows_rows) knows_rows = find_counts(c, counts);
+        is_right &= !token.is_lost;
+        if (knows_rows && unit.is_token && !token.is_lost) is_right &= finish_token(p, c, unit, counts, token, draw);
+        if (knows_rows && unit.is_list) write_list(p, c, counts, unit.list);
+        if (!knows_rows && unit.is_list) void_list(p, c, unit.list);
+        knows_all &= knows_rows && !token.is_lost;
     });
-    if (!is_possible) refuse_tables(c, counts);
+    if (__all_sync(kFullMask, knows_all && is_right)) return;
+    refuse_tables(c, counts);
+    spoil_outputs(&p, c, knows_all);
 }
 
 }  // namespace EP_BACKEND

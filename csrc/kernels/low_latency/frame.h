@@ -50,6 +50,10 @@ struct Context {
         const auto idx = static_cast<uint64_t>(token) * call.num_topk + k;
         return watch.heap.at(owner, call.data_offset + call.region.entry_offset(bank, idx, call.entry_slot_bytes));
     }
+    EP_DEVICE int* entry_expert(int owner, int token, int k) const {
+        return reinterpret_cast<int*>(entry_slot(owner, token, k) +
+                                      layout::LowLatencyEntrySlots::expert_offset(static_cast<uint64_t>(call.hidden)));
+    }
     EP_DEVICE const int* table(int source) const {
         return reinterpret_cast<const int*>(message(rank(), source) + call.message.topk_idx.offset);
     }
@@ -97,6 +101,12 @@ EP_DEVICE layout::LowLatencyTurn* current_turn(const LowLatencyCall& call) {
 
 EP_DEVICE bool is_masked(const LowLatencyCall& call, int peer) {
     return call.is_shrinkable && prim::load<Order::kRelaxed, Scope::kGpu>(&call.masked[peer]) != 0;
+}
+
+// After a wait that has failed: because the call has, and not because a peer is masked.
+EP_DEVICE_COLD bool has_failed(algo::Watch watch) {
+    return algo::abort_code(watch) != 0 ||
+           prim::load<Order::kRelaxed, Scope::kGpu>(&watch.words.local->failure_claimed) != 0;
 }
 
 // Waits that do not end at the first look are calls: their code, many times inlined, would fill the instruction cache.
@@ -188,24 +198,21 @@ EP_DEVICE bool look_at_packet(const Context& c, const prim::Packet* packet, int&
     return is_here;
 }
 
-// One thread; notes how long it took. False: the call is aborted.
-EP_DEVICE_COLD bool wait_for_packet(const LowLatencyCall* call, algo::Watch watch, uint32_t epoch, int source,
-                                    const prim::Packet* packet, int* value) {
+// One thread; notes how long it took. False: the call is aborted, and the value is 0.
+EP_DEVICE_COLD bool wait_for_late_packet(const LowLatencyCall* call, algo::Watch watch, uint32_t epoch, int source,
+                                         const prim::Packet* packet, int* value) {
     const uint64_t start_ns = prim::clock_ns();
     uint32_t data = 0;
     const bool is_here = algo::wait_until(watch, {Stage::kTable, source}, watch.call, [&](uint64_t&) {
         return prim::load_packet<Scope::kSys>(packet, epoch, data);
     });
     note_wait(*call, source, prim::clock_ns() - start_ns);
-    if (is_here) *value = static_cast<int>(data);
+    *value = is_here ? static_cast<int>(data) : 0;
     return is_here;
 }
 
-// What a look has shown, or what comes after it; `otherwise` if the call is aborted.
-EP_DEVICE int take_packet(const Context& c, int source, const prim::Packet* packet, bool is_here, int value,
-                          int otherwise) {
-    if (is_here || wait_for_packet(&c.call, c.watch, c.epoch(), source, packet, &value)) return value;
-    return otherwise;
+EP_DEVICE bool wait_for_packet(const Context& c, int source, const prim::Packet* packet, int& value) {
+    return wait_for_late_packet(&c.call, c.watch, c.epoch(), source, packet, &value);
 }
 
 EP_DEVICE void send_packet(const Context& c, prim::Packet* packet, int value) {
@@ -225,15 +232,6 @@ EP_DEVICE bool wait_for_table(const Context& c, int source) {
     return wait_for_source(c.call, c.watch, Stage::kTable, source, flag);
 }
 
-// All threads of the block; acquire. `is_here`: [num_ranks], in shared memory: the source's table counts in this call. One
-// thread waits for a table: if every warp did for itself, they would crowd the flag.
-EP_DEVICE void wait_for_tables(const Context& c, int* is_here) {
-#pragma unroll 1
-    for (int source = first_of_block(); source < c.num_ranks(); source += step_of_block())
-        is_here[source] = wait_for_table(c, source) ? 1 : 0;
-    __syncthreads();  // one thread's acquire, the block's reads
-}
-
 EP_DEVICE Context make_context(const LowLatencyCall& call, layout::Operation operation, Phase phase,
                                bool uses_packets) {
     const uint64_t number = call_number(call, phase);
@@ -251,6 +249,11 @@ EP_DEVICE int checked_expert(const Context& c, int64_t id) {
 EP_DEVICE int local_expert(const Context& c, int expert) {
     const int local = expert - c.first_expert();
     return local >= 0 && local < c.num_local_experts() ? local : -1;
+}
+
+// The call fails, since topk_idx or the handle of a combine are not those of one dispatch.
+EP_DEVICE_COLD void refuse_entries(algo::Watch watch, int source, int token) {
+    algo::fail(watch, layout::FailureKind::kBadInput, {Stage::kEntry, source}, static_cast<uint64_t>(token), 0, 0);
 }
 
 // A caller's top-k ids, and how wide they are.

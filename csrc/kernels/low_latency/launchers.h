@@ -18,4 +18,11 @@ void launch(const LowLatencyCombineParams& params, dev::Stream stream);
 }
 }  // namespace combine
 
+namespace clean {
+inline namespace EP_BACKEND {
+// Needs only what does not depend on a shape.
+void launch(const LowLatencyCall& call, dev::Stream stream);
+}  // namespace EP_BACKEND
+}  // namespace clean
+
 }  // namespace deep_ep::kernels::low_latency

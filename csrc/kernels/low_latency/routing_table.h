@@ -203,19 +203,38 @@ EP_DEVICE void send_routing_table(const Context& c, const Block* block, const Ch
 // What a block learns from the tables of all sources, once; in dynamic shared memory, where TokenSets has been.
 struct Counts {
     int* is_here;  // [num_ranks]: the source's table counts in this call
+    int* has_lie;  // [1]: not zero: some number cannot be true, or does not come
     int* rows;     // [num_ranks + 1][num_local_experts]: rows of the expert from the sources before
     int num_local_experts;
 
     static EP_DEVICE Counts make(const Context& c) {
         auto* is_here = static_cast<int*>(prim::dynamic_shared());
-        return {is_here, is_here + c.num_ranks(), c.num_local_experts()};
+        int* has_lie = is_here + c.num_ranks();
+        return {is_here, has_lie, has_lie + 1, c.num_local_experts()};
     }
     static int bytes(const LowLatencyCall& call) {
-        return (call.heap.num_ranks + (call.heap.num_ranks + 1) * call.num_local_experts) *
+        return (call.heap.num_ranks + 1 + (call.heap.num_ranks + 1) * call.num_local_experts) *
                static_cast<int>(sizeof(int));
     }
     EP_DEVICE int* before(int source) const { return rows + source * num_local_experts; }
+    EP_DEVICE void note_lie() const { prim::store<Order::kRelaxed, Scope::kCta>(has_lie, 1); }
 };
+
+constexpr int kLost = -1;  // in place of whether a table counts: the call has failed
+
+// All threads of the block; acquire: which tables count in this call. One thread waits for a table: if every warp did for
+// itself, they would crowd the flag. False: the call has failed.
+EP_DEVICE bool wait_for_tables(const Context& c, const Counts& counts) {
+#pragma unroll 1
+    for (int source = first_of_block(); source < c.num_ranks(); source += step_of_block())
+        counts.is_here[source] = wait_for_table(c, source) ? 1 : has_failed(c.watch) ? kLost : 0;
+    __syncthreads();  // one thread's acquire, the block's reads
+    bool is_lost = false;
+#pragma unroll 1
+    for (int source = prim::lane_idx(); source < c.num_ranks(); source += kWarpSize)
+        is_lost |= counts.is_here[source] == kLost;
+    return __any_sync(kFullMask, is_lost) == 0;
+}
 
 // One thread: rows that `source` has for an expert, as far as it is known without a wait. False: it is not.
 EP_DEVICE bool look_at_row_count(const Context& c, const Counts& counts, int source, int expert, int& value) {
@@ -224,21 +243,26 @@ EP_DEVICE bool look_at_row_count(const Context& c, const Counts& counts, int sou
     return true;
 }
 
-EP_DEVICE int take_token_count(const Context& c, int source) {
+// One thread: tells ranks with other shapes apart. Not asked by every warp, which would crowd the word.
+EP_DEVICE bool may_be_token_count(const Context& c, const Counts& counts, int source) {
     int num_tokens = 0;
-    const bool is_here = look_at_packet(c, c.token_count_packet(source), num_tokens);
-    return take_packet(c, source, c.token_count_packet(source), is_here, num_tokens, 0);
+    if (c.uses_packets) {
+        const prim::Packet* packet = c.token_count_packet(source);
+        if (!look_at_packet(c, packet, num_tokens) && !wait_for_packet(c, source, packet, num_tokens)) return false;
+    } else if (counts.is_here[source] != 0) {
+        num_tokens = c.num_tokens_of(source);
+    }
+    return may_be(num_tokens, c.call.num_max_tokens);
 }
 
-// All threads of the block, after wait_for_tables where the tables have flags. False: this thread has seen a count that cannot
-// be true.
+// All threads of the block, after wait_for_tables where tables have flags. False: some table states a number that cannot be true, and the call has
+// failed: in every block, since all read the same.
 EP_DEVICE bool find_counts(const Context& c, const Counts& counts) {
     constexpr int kAtOnce = 8;  // loads under way
-    bool is_possible = true;
-    // Enough to know ranks with other shapes by: a thread for each source, not every warp.
-    if (c.uses_packets)
-        for (int source = first_of_block(); source < c.num_ranks(); source += step_of_block())
-            is_possible &= may_be(take_token_count(c, source), c.call.num_max_tokens);
+    const int most = c.call.num_max_tokens;
+#pragma unroll 1
+    for (int source = first_of_block(); source < c.num_ranks(); source += step_of_block())
+        if (!may_be_token_count(c, counts, source)) counts.note_lie();
 #pragma unroll 1
     for (int expert = first_of_block(); expert < c.num_local_experts(); expert += step_of_block()) {
         int num_rows = 0;
@@ -253,17 +277,16 @@ EP_DEVICE bool find_counts(const Context& c, const Counts& counts) {
             for (int i = 0; i < kAtOnce; ++i) {
                 if (first + i >= c.num_ranks()) break;
                 counts.before(first + i)[expert] = num_rows;
-                const int stated =
-                    take_packet(c, first + i, c.row_count_packet(first + i, expert), is_here[i], held[i], 0);
-                const bool is_counted = may_be(stated, c.call.num_max_tokens);
-                num_rows += is_counted ? stated : 0;
-                is_possible &= is_counted;
+                if (!is_here[i] && !wait_for_packet(c, first + i, c.row_count_packet(first + i, expert), held[i]))
+                    counts.note_lie();
+                if (!may_be(held[i], most)) counts.note_lie();
+                num_rows += held[i];
             }
         }
         counts.before(c.num_ranks())[expert] = num_rows;
     }
     __syncthreads();
-    return is_possible;
+    return *counts.has_lie == 0;
 }
 
 // One thread: what is there by now.
@@ -292,10 +315,14 @@ EP_DEVICE bool refuse_table(const Context& c, const Counts& counts, int source) 
     return true;
 }
 
-// One thread, which has met such a number; the tables are those of this call until the launch ends.
+// One warp of a call that has failed, perhaps by such a number: says so, if there is one. The tables are those of this call
+// until the launch ends.
 EP_DEVICE_COLD void refuse_tables(Context c, Counts counts) {
-    for (int source = 0; source < c.num_ranks(); ++source)
-        if ((c.uses_packets || counts.is_here[source] != 0) && refuse_table(c, counts, source)) return;
+    if (prim::lane_idx() != 0) return;
+    for (int source = 0; source < c.num_ranks(); ++source) {
+        const bool has_come = c.uses_packets || is_set(c.watch, c.watch.heap.table_full(c.rank(), c.bank, source));
+        if (has_come && refuse_table(c, counts, source)) return;
+    }
 }
 
 }  // namespace EP_BACKEND

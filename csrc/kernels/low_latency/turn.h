@@ -123,6 +123,8 @@ EP_DEVICE void count_launch(const Context& c) {
     prim::store<Order::kRelaxed, Scope::kGpu>(&next->begun_blocks, 0u);
     prim::store<Order::kRelaxed, Scope::kGpu>(&next->settled_blocks, 0u);
     prim::store<Order::kRelaxed, Scope::kGpu>(&next->next_share, 0u);
+    prim::store<Order::kRelaxed, Scope::kGpu>(&next->spoiled_pieces, 0u);
+    prim::store<Order::kRelaxed, Scope::kGpu>(&next->lists, 0u);
     if (c.sends()) prim::store<Order::kRelaxed, Scope::kGpu>(&local->num_low_latency_sends, c.watch.call);
     if (c.phase == Phase::kSend) prim::store<Order::kRelaxed, Scope::kGpu>(c.call.number, c.watch.call);
     if (c.receives()) prim::store<Order::kRelaxed, Scope::kGpu>(&local->low_latency_ended[c.bank], c.watch.call);
@@ -153,13 +155,12 @@ EP_DEVICE bool have_all_begun(const Context& c) {
 
 // All threads of a block that has sent. In a launch of both phases a block may wait for rows of its own rank only when
 // all blocks have begun: one that has not may never get an SM otherwise. Blocks that come too early leave, and whoever
-// is there later does their part.
+// is there later does their part. In a call that has failed no wait lasts, and what does not come is spoiled.
 EP_DEVICE void end_send(const Context& c, Block* block) {
     if (is_last_warp()) settle(c);
     // Another warp than that, and than warp 0, which is busy with releases; a block may have but one.
     if (threadIdx.x == (blockDim.x > kWarpSize ? kWarpSize : 0)) {
-        bool receives = c.receives() && block->is_ready != 0;
-        if (receives) receives = have_all_begun(c);
+        const bool receives = c.receives() && (block->is_ready == 0 || have_all_begun(c));
         block->receives = receives ? 1 : 0;
         if (receives)
             block->share = static_cast<int>(prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&c.turn->next_share, 1u));

@@ -20,6 +20,13 @@ simt::SchedulerOptions seeded(uint64_t seed) {
     return options;
 }
 
+// A dispatch of these ranks, run to the end.
+void dispatch_on(World& world, const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks,
+                 std::initializer_list<int> callers) {
+    for (int rank : callers) launch_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank, Launches::kTwo);
+    world.run();
+}
+
 void check_round_trip(const LowLatencyProblem& problem, const simt::SchedulerOptions& options = {}) {
     const int64_t more_than_hinted = problem.num_topk > 32 ? 1 << 20 : 0;
     for (Launches launches : {Launches::kOne, Launches::kTwo}) {
@@ -415,6 +422,259 @@ TEST_CASE("low latency: without enable_shrink a missing rank is a timeout that n
                              TimeoutError);
 }
 
+template <class T> bool all_ones(const std::vector<T>& words) {
+    return std::all_of(words.begin(), words.end(), [](T word) { return word == static_cast<T>(~T{0}); });
+}
+
+template <class T> bool all_zero(const std::vector<T>& words) {
+    return std::all_of(words.begin(), words.end(), [](T word) { return word == 0; });
+}
+
+// What a dispatch that failed must not leave: anything that passes for a row.
+void check_is_void(const LowLatencyTensors& tensors) {
+    CHECK(all_zero(tensors.recv_count));
+    CHECK(all_zero(tensors.layout_range));
+    CHECK(all_ones(tensors.recv_x));
+    CHECK(all_ones(tensors.recv_scales));
+}
+
+// A token with an expert has a row of NaN, one without is zero, as ever.
+void check_is_void(const LowLatencyProblem& problem, const LowLatencyTensors& tensors) {
+    const auto num_topk = static_cast<size_t>(problem.num_topk), hidden = static_cast<size_t>(problem.hidden);
+    for (size_t token = 0; token * hidden < tensors.combined_x.size(); ++token) {
+        const auto* ids = tensors.topk_idx.data() + token * num_topk;
+        const uint16_t want = std::any_of(ids, ids + num_topk, [](int64_t id) { return id >= 0; }) ? 0xffff : 0;
+        for (size_t h = 0; h < hidden; ++h)
+            if (tensors.combined_x[token * hidden + h] != want) FAIL_CHECK("token ", token, ", element ", h);
+    }
+}
+
+TEST_CASE("low latency: replays of a graph after a failure leave NaN and no rows, never stale ones") {
+    for (int format = 0; format < 3; ++format) {
+        LowLatencyProblem problem{.num_tokens = {9, 4, 12}, .num_experts = 6, .hidden = 512};
+        problem.is_fp8 = format > 0;
+        problem.rounds_scales = problem.packs_scales = format > 1;
+        problem.uses_logfmt = format == 1;
+        for (Launches launches : {Launches::kOne, Launches::kTwo}) {
+            CAPTURE(format);
+            CAPTURE(static_cast<int>(launches));
+            World world(3, 0, impatient(), 2.0, low_latency_bytes(problem));
+            auto ranks = make_low_latency_inputs(problem);
+            fill_expert_rows(problem, ranks);
+            std::vector<simt::Graph> graphs;
+            for (int rank = 0; rank < 3; ++rank) {
+                LowLatencyTensors& tensors = ranks[static_cast<size_t>(rank)];
+                graphs.push_back(captured(world, rank, [&] {
+                    launch_dispatch(world, problem, tensors, rank, launches);
+                    launch_combine(world, problem, tensors, rank, launches);
+                }));
+            }
+            for (int rank = 0; rank < 3; ++rank) graphs[static_cast<size_t>(rank)].replay(world.stream(rank));
+            world.run();
+            CHECK_EQ(check_low_latency_dispatch(problem, ranks), "");
+            CHECK_EQ(check_low_latency_combine(problem, ranks), "");
+            for (int repeat = 0; repeat < 3; ++repeat) {  // the first one finds out, the others know when they begin
+                for (size_t rank : {0, 2}) {
+                    ranks[rank].recv_count.assign(ranks[rank].recv_count.size(), 1);
+                    ranks[rank].recv_x.assign(ranks[rank].recv_x.size(), 0x38);
+                    ranks[rank].recv_scales.assign(ranks[rank].recv_scales.size(), 0x3f800000);
+                    ranks[rank].layout_range.assign(ranks[rank].layout_range.size(), 1);
+                    ranks[rank].combined_x.assign(ranks[rank].combined_x.size(), 0x3f80);
+                    graphs[rank].replay(world.stream(static_cast<int>(rank)));
+                }
+                world.run();
+                for (size_t rank : {0, 2}) {
+                    check_is_void(ranks[rank]);
+                    check_is_void(problem, ranks[rank]);
+                }
+            }
+            CHECK_THROWS_WITH_AS(world.buffer(0).check(), doctest::Contains("rank 1"), TimeoutError);
+        }
+    }
+}
+
+// The flag of a token, in the memory of `owner`.
+uint64_t& token_flag(World& world, int owner, int bank, int source, int token) {
+    const auto control = layout::ControlLayout::make(static_cast<uint64_t>(world.num_ranks()));
+    const uint64_t row = static_cast<uint64_t>(bank * world.num_ranks() + source);
+    return *reinterpret_cast<uint64_t*>(
+        world.buffer(owner).data() - control.bytes +
+        control.low_latency.token_full.at(row * layout::kMaxLowLatencyTokens + static_cast<uint64_t>(token)));
+}
+
+TEST_CASE("low latency: a call that fails between a table and a row: its row is NaN, and no expert has rows") {
+    LowLatencyProblem problem{.num_tokens = {9, 4}, .num_experts = 4, .hidden = 1536, .drop_probability = 0.0};
+    for (const bool is_fp8 : {false, true}) {
+        for (uint64_t seed : {0, 3, 4}) {
+            auto options = seeded(seed);
+            options.idle = simt::IdlePolicy::kAdvanceClock;
+            problem.is_fp8 = is_fp8;
+            problem.num_topk = 4;
+            World world(2, 0, options, 2.0, low_latency_bytes(problem));
+            auto ranks = make_low_latency_inputs(problem);
+            for (auto& tensors : ranks)  // every token is a row of every expert
+                for (size_t i = 0; i < tensors.topk_idx.size(); ++i) tensors.topk_idx[i] = static_cast<int64_t>(i % 4);
+            for (int rank = 0; rank < 2; ++rank) send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+            world.run();
+            token_flag(world, 0, 1, 1, 2) = 0;  // the third token of rank 1, in the bank of call 1
+            receive_dispatch(world, problem, ranks[0], 0);
+            world.run();
+            CHECK_THROWS_WITH_AS(world.buffer(0).check(), doctest::Contains("for rank 1 to send token rows"),
+                                 TimeoutError);
+            CHECK(all_zero(ranks[0].recv_count));
+            CHECK(all_zero(ranks[0].layout_range));
+            const auto row_bytes = static_cast<size_t>(problem.row_bytes());
+            for (size_t expert : {0, 1}) {
+                const auto* row =
+                    ranks[0].recv_x.data() + (expert * static_cast<size_t>(problem.num_rows()) + 9 + 2) * row_bytes;
+                CHECK(std::all_of(row, row + row_bytes, [](uint8_t byte) { return byte == 0xff; }));
+                CHECK(std::any_of(row + row_bytes, row + 2 * row_bytes, [](uint8_t byte) { return byte != 0xff; }));
+            }
+        }
+    }
+}
+
+TEST_CASE(
+    "low latency: a combine that fails in its receive phase has NaN where a part is missing, and is right elsewhere") {
+    LowLatencyProblem problem{.num_tokens = {9, 4}, .num_experts = 4, .hidden = 1024, .drop_probability = 0.0};
+    for (const bool uses_logfmt : {false, true}) {
+        problem.uses_logfmt = uses_logfmt;
+        World world(2, 0, impatient(), 2.0, low_latency_bytes(problem));
+        auto ranks = make_low_latency_inputs(problem);
+        for (auto& tensors : ranks) std::fill(tensors.topk_idx.begin(), tensors.topk_idx.end(), 3);  // of rank 1
+        dispatch_on(world, problem, ranks, {0, 1});
+        fill_expert_rows(problem, ranks);
+        for (int rank = 0; rank < 2; ++rank) send_combine(world, problem, ranks[static_cast<size_t>(rank)], rank);
+        world.run();
+        token_flag(world, 0, 0, 1, 2) = 0;  // the third token of rank 0, as rank 1 sends it back in call 2
+        for (int rank = 0; rank < 2; ++rank) receive_combine(world, problem, ranks[static_cast<size_t>(rank)], rank);
+        world.run();
+        CHECK_THROWS_AS(world.buffer(0).check(), TimeoutError);
+        uint16_t* lost = ranks[0].combined_x.data() + 2 * 1024;
+        CHECK(std::all_of(lost, lost + 1024, [](uint16_t word) { return word == 0xffff; }));
+        // All others are right: of a token without experts the sum is zero.
+        for (auto* ids = ranks[0].topk_idx.data() + 2 * 3; ids < ranks[0].topk_idx.data() + 3 * 3; ++ids) *ids = -1;
+        std::fill(lost, lost + 1024, uint16_t{0});
+        CHECK_EQ(check_low_latency_combine(problem, ranks), "");
+    }
+}
+
+// A dispatch, then a combine with what `change` makes of the tensors; the first sentence of a failure, or "".
+template <class Change>
+std::string combine_after(const LowLatencyProblem& problem, Launches launches, const Change& change) {
+    World world(problem.num_ranks(), 0, impatient(), 2.0, low_latency_bytes(problem) + (1 << 20));
+    auto ranks = make_low_latency_inputs(problem);
+    for (int rank = 0; rank < problem.num_ranks(); ++rank)
+        launch_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank, launches);
+    world.run();
+    fill_expert_rows(problem, ranks);
+    change(ranks);
+    for (int rank = 0; rank < problem.num_ranks(); ++rank)
+        launch_combine(world, problem, ranks[static_cast<size_t>(rank)], rank, launches);
+    world.run();
+    std::string found;
+    for (int rank = 0; rank < problem.num_ranks(); ++rank) {
+        try {
+            world.buffer(rank).check();
+        } catch (const Error& error) {
+            if (found.empty() || std::string(error.what()).find("aborted") == std::string::npos) found = error.what();
+        }
+    }
+    return found.empty() ? check_low_latency_combine(problem, ranks) : found;
+}
+
+TEST_CASE("low latency: combine refuses entries that are not those of the dispatch, and takes -1") {
+    LowLatencyProblem problem{.num_tokens = {9, 4, 12}, .num_experts = 9, .drop_probability = 0.0};
+    for (int num_topk : {3, 40}) {
+        problem.num_topk = num_topk;
+        for (Launches launches : {Launches::kOne, Launches::kTwo}) {
+            CAPTURE(num_topk);
+            CAPTURE(static_cast<int>(launches));
+            const size_t last = static_cast<size_t>(num_topk) - 1;  // an entry of the first token
+            CHECK_EQ(combine_after(problem, launches,
+                                   [&](auto& ranks) {
+                                       for (auto& tensors : ranks)
+                                           for (size_t i = last; i < tensors.topk_idx.size(); i += 5)
+                                               tensors.topk_idx[i] = -1;
+                                   }),
+                     "");
+            const std::string other_expert = combine_after(problem, launches, [&](auto& ranks) {
+                for (auto& idx : ranks[2].topk_idx) idx = 1;
+                ranks[2].topk_idx[0] = ranks[2].topk_idx[0] == 7 ? 8 : 7;  // on another rank, or the same
+            });
+            CHECK_NE(other_expert.find("of rank 2 names an expert of this rank"), std::string::npos);
+            const std::string same_rank = combine_after(problem, launches, [&](auto& ranks) {
+                int64_t& idx = ranks[1].topk_idx[last];
+                idx = idx / 3 * 3 + (idx + 1) % 3;
+            });
+            CHECK_NE(same_rank.find("topk_idx of token 0 of rank 1 names an expert"), std::string::npos);
+        }
+    }
+}
+
+TEST_CASE("low latency: combine refuses the handles of two micro-batches that are swapped") {
+    LowLatencyProblem problem{.num_tokens = {9, 4}, .num_experts = 8, .drop_probability = 0.0};
+    auto other = problem;
+    other.seed = 2;
+    auto swapped = make_low_latency_inputs(other);
+    World world(2, 0, impatient(), 2.0, low_latency_bytes(problem));
+    dispatch_on(world, other, swapped, {0, 1});
+    CHECK_NE(combine_after(problem, Launches::kOne,
+                           [&](auto& ranks) {
+                               for (size_t rank : {0, 1}) ranks[rank].row_of_entry = swapped[rank].row_of_entry;
+                           })
+                 .find("the handle that this dispatch returned"),
+             std::string::npos);
+}
+
+TEST_CASE("low latency: cleaning is a barrier of the group, takes no bank, and is refused while a call is open") {
+    const LowLatencyProblem problem{.num_tokens = {9, 4, 3}, .num_experts = 3};
+    for (uint64_t seed : {0, 5}) {
+        World world(3, 0, seeded(seed), 100, low_latency_bytes(problem));
+        for (int repeat = 0; repeat < 3; ++repeat) {
+            CHECK_EQ(low_latency_round_trip(world, problem, Launches::kTwo), "");
+            for (int rank = 0; rank < 3; ++rank) world.buffer(rank).clean_low_latency(world.stream(rank));
+            if (repeat == 1)  // twice in a row, and no run in between
+                for (int rank = 0; rank < 3; ++rank) world.buffer(rank).clean_low_latency(world.stream(rank));
+        }
+        auto ranks = make_low_latency_inputs(problem);
+        for (int rank = 0; rank < 3; ++rank) {
+            send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+            CHECK_THROWS_WITH_AS(world.buffer(rank).clean_low_latency(world.stream(rank)),
+                                 doctest::Contains("no low-latency call may be open, and 1 is"), Error);
+            receive_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+        }
+        world.run();
+        CHECK_EQ(check_low_latency_dispatch(problem, ranks), "");
+    }
+}
+
+TEST_CASE("low latency: cleaning waits for every rank") {
+    World world(2, 0, {}, 100, 1 << 16);
+    world.buffer(0).clean_low_latency(world.stream(0));
+    CHECK_THROWS_WITH_AS(world.run(), doctest::Contains("deadlock"), Error);  // rank 1 has not come
+}
+
+TEST_CASE("low latency: cleaning masks whoever does not come, or without enable_shrink names it") {
+    for (const bool is_shrinkable : {true, false}) {
+        World world(3, 0, impatient(), 2.0, 1 << 16, is_shrinkable);
+        for (int repeat = 0; repeat < (is_shrinkable ? 2 : 1); ++repeat)
+            for (int rank : {0, 2}) world.buffer(rank).clean_low_latency(world.stream(rank));
+        world.run();
+        for (int rank : {0, 2}) {
+            if (is_shrinkable) {
+                world.buffer(rank).check();
+                for (int peer = 0; peer < 3; ++peer)
+                    CHECK_EQ(world.buffer(rank).masked_ranks()[peer], peer == 1 ? 1 : 0);
+            } else {
+                CHECK_THROWS_WITH_AS(world.buffer(rank).check(), doctest::Contains("clean_low_latency_buffer, call 1"),
+                                     TimeoutError);
+                CHECK_THROWS_WITH_AS(world.buffer(rank).check(), doctest::Contains("rank 1"), TimeoutError);
+            }
+        }
+    }
+}
+
 TEST_CASE("low latency: with enable_shrink the missing rank is masked, and the others go on") {
     LowLatencyProblem problem{.num_tokens = {9, 4, 3}, .num_experts = 3};
     World world(3, 0, impatient(), 2.0, low_latency_bytes(problem), true);
@@ -472,13 +732,6 @@ TEST_CASE("low latency: a masked rank that comes all the same is left out by eve
             CHECK_EQ(check_low_latency_dispatch_of(problem, heard, rank), "");
         }
     }
-}
-
-// Both phases, or one, of a dispatch of these ranks, run to the end.
-void dispatch_on(World& world, const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks,
-                 std::initializer_list<int> callers) {
-    for (int rank : callers) launch_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank, Launches::kTwo);
-    world.run();
 }
 
 void clear_masks(World& world) {

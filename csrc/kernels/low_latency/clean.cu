@@ -1,0 +1,43 @@
+// clean_low_latency_buffer: a barrier of the group. No flag or slot needs cleaning, but callers count on it that every rank
+// has ended its earlier calls, and that with enable_shrink whoever does not come is masked.
+#include "device/launch.h"
+#include "kernels/low_latency/frame.h"
+#include "kernels/low_latency/launchers.h"
+
+namespace deep_ep::kernels::low_latency::clean {
+inline namespace EP_BACKEND {
+
+// One warp, a lane for each peer. Not a call: it takes no number of theirs, and no bank.
+struct Kernel {
+    using Params = LowLatencyCall;
+    static constexpr int kMaxThreads = kWarpSize;
+    static constexpr int kMinBlocks = 1;
+    struct Shared {};
+
+    static EP_DEVICE void run(const Params& call, Shared&) {
+        uint64_t* num_cleans = &call.watch.local->num_low_latency_cleans;
+        const uint64_t number = prim::load<Order::kRelaxed, Scope::kGpu>(num_cleans) + 1;
+        const auto watch = make_watch(call.watch, call.heap, layout::Operation::kLowLatencyClean, number);
+        const int rank = watch.heap.rank(), num_ranks = watch.heap.num_ranks();
+        for (int peer = prim::lane_idx(); peer < num_ranks; peer += kWarpSize)
+            // Release: all that this rank's earlier launches did. Pairs with: wait_for_peer below, at the peer.
+            if (!is_masked(call, peer))
+                prim::store<Order::kRelease, Scope::kSys>(watch.heap.cleaned(peer, rank), number);
+        // A peer may be in its next clean already.
+        for (int peer = prim::lane_idx(); peer < num_ranks; peer += kWarpSize)
+            wait_for_peer(&call, watch, Stage::kClean, peer, watch.heap.cleaned(rank, peer), number, ~uint64_t{0});
+        __syncwarp();  // no lane looks at the count any more
+        if (prim::lane_idx() == 0) prim::store<Order::kRelaxed, Scope::kGpu>(num_cleans, number);
+    }
+};
+
+void launch(const LowLatencyCall& call, dev::Stream stream) {
+    dev::LaunchConfig config;
+    config.num_blocks = 1;
+    config.num_threads = kWarpSize;
+    config.name = "deep_ep::low_latency::clean";
+    dev::launch<Kernel>(config, stream, call);
+}
+
+}  // namespace EP_BACKEND
+}  // namespace deep_ep::kernels::low_latency::clean
