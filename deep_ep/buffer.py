@@ -432,7 +432,11 @@ class Buffer:
         shapes, nor the caller who writes to the buffer between calls. With `enable_shrink` a rank that does not come in
         time is masked; without, that is a `deep_ep.TimeoutError`. `deep_ep.Error`: a hook was not called yet.
         """
-        self._low_latency.clean(num_max_dispatch_tokens_per_rank, hidden, num_experts)
+        try:
+            self._low_latency.clean(num_max_dispatch_tokens_per_rank, hidden, num_experts)
+        except BaseException as error:
+            self._low_latency.abandon_call("clean_low_latency_buffer", error)
+            raise
 
     def low_latency_dispatch(self,
                              x: torch.Tensor,

@@ -11,8 +11,9 @@
 namespace deep_ep::layout {
 
 constexpr int kNumLowLatencyBanks = 2;
-constexpr int kMaxLowLatencyTokens = 4096;   // of one rank in one call
-constexpr int kMaxLowLatencyPackets = 4608;  // of one source in one call; larger tables take the way of the rows
+constexpr int kMaxLowLatencyTokens = 4096;  // of one rank in one call
+// Of one source in one call: two for each top-k entry of its tokens. With more, weights are data with a flag.
+constexpr int kMaxLowLatencyPackets = 4096;
 
 struct LowLatencyControl {
     Field started;     // u64[R]: the last call that this rank has entered
@@ -20,7 +21,9 @@ struct LowLatencyControl {
     Field table_full;  // u64[banks][R]: the call whose routing table this rank has written
     Field cleaned;     // u64[R]: the last clean_low_latency_buffer that this rank has entered
     Field token_full;  // u64[banks][R][kMaxLowLatencyTokens]: the call for which this rank has written the slot
-    Field packets;  // Packet[banks][R][kMaxLowLatencyPackets]: this rank's table, where it fits; see LowLatencyPackets
+    Field
+        packets;  // Packet[banks][R][kMaxLowLatencyPackets]: [T][K][2]: experts and weights of this rank's combine. Nothing
+                  // else is kept there in any call: bits of a row might look like a packet
 
     static constexpr LowLatencyControl make(FieldCursor& cursor, uint64_t num_ranks) {
         constexpr uint64_t kAlignment = 128;
@@ -33,25 +36,6 @@ struct LowLatencyControl {
         layout.packets = cursor.take(8, kNumLowLatencyBanks * num_ranks * kMaxLowLatencyPackets, kAlignment);
         return layout;
     }
-};
-
-// A table whose every word says for which call it was written (prim::Packet), so that no flag has to follow. The places hold
-// nothing else in any call: bits of a row might look like such a word.
-struct LowLatencyPackets {
-    static constexpr uint64_t kNumTokens = 0;  // dispatch only
-    static constexpr uint64_t kNumRows = 1;    // [El]: dispatch only: tokens for each expert of the receiver
-    // [T][K], of tokens that do not exist too. Dispatch: as in its table. Combine: [2] of each: expert id and weight.
-    uint64_t entries;
-    uint64_t count;
-
-    static constexpr LowLatencyPackets make(uint64_t num_max_tokens, uint64_t num_topk, uint64_t num_local_experts) {
-        constexpr uint64_t kInLine = 16;  // entries of a token stand in as few cache lines as they can
-        LowLatencyPackets layout{};
-        layout.entries = align_up(kNumRows + num_local_experts, kInLine);
-        layout.count = layout.entries + 2 * num_max_tokens * num_topk;
-        return layout;
-    }
-    constexpr bool fits() const { return count <= kMaxLowLatencyPackets; }
 };
 
 // A row of combine in the logarithmic format, ten bits a channel, in planes (see device/algo/logfmt.h).

@@ -58,10 +58,10 @@ int64_t Buffer::low_latency_size_hint(int num_max_tokens, int hidden, int num_ra
     check_shape(shape, 0, num_ranks);
     const auto message = dispatch_message(shape, num_ranks, false);
     using Slots = layout::LowLatencyEntrySlots;
-    const uint64_t entry_bytes = Slots::bytes(static_cast<uint64_t>(num_max_tokens), Slots::kHintTopk,
-                                              static_cast<uint64_t>(hidden));
-    return static_cast<int64_t>(std::max(message.region_bytes(static_cast<uint64_t>(num_ranks)),
-                                         layout::kNumLowLatencyBanks * entry_bytes));
+    const uint64_t entry_bytes =
+        Slots::bytes(static_cast<uint64_t>(num_max_tokens), Slots::kHintTopk, static_cast<uint64_t>(hidden));
+    return static_cast<int64_t>(
+        std::max(message.region_bytes(static_cast<uint64_t>(num_ranks)), layout::kNumLowLatencyBanks * entry_bytes));
 }
 
 uint8_t* Buffer::low_latency_data() const { return data() + options_.num_data_bytes; }
@@ -86,15 +86,10 @@ kernels::LowLatencyCall Buffer::low_latency_call(const LowLatencyShape& shape, c
              needed, ", got ", options_.num_low_latency_bytes, " (see Buffer.get_low_latency_rdma_size_hint)");
     const LowLatencyGrid grid = plan_low_latency(shape.hidden);
     const int num_local_experts = shape.num_experts / options_.num_ranks;
-    const auto packets = layout::LowLatencyPackets::make(static_cast<uint64_t>(shape.num_max_tokens),
-                                                         static_cast<uint64_t>(shape.num_topk),
-                                                         static_cast<uint64_t>(num_local_experts));
     return {.heap = heap_params(),
             .watch = watch_params(),
             .message = message,
-            .packets = packets,
-            // Where a source may be left out its table counts as a whole or not at all, which is what one flag says.
-            .uses_packets = packets.fits() && !options_.is_shrinkable,
+            .uses_packets = false,
             .entry_slot_bytes = 0,
             .data_offset = control_.bytes + static_cast<uint64_t>(options_.num_data_bytes),
             .region = layout::LowLatencyRegion::make(static_cast<uint64_t>(options_.num_low_latency_bytes),
@@ -150,7 +145,10 @@ kernels::LowLatencyCombineParams Buffer::low_latency_params(const LowLatencyComb
     const uint64_t entry_bytes = Slots::bytes(static_cast<uint64_t>(args.shape.num_max_tokens),
                                               static_cast<uint64_t>(args.shape.num_topk), hidden);
     call.entry_slot_bytes = Slots::slot_bytes(hidden);
-    call.uses_packets &= args.shape.num_topk <= Slots::kMaxTopk && entry_bytes <= call.region.bank_bytes;
+    // Where a source may be left out its weights count as a whole or not at all, which is what one flag says.
+    call.uses_packets = !options_.is_shrinkable && args.shape.num_topk <= Slots::kMaxTopk &&
+                        2 * args.shape.num_max_tokens * args.shape.num_topk <= layout::kMaxLowLatencyPackets &&
+                        entry_bytes <= call.region.bank_bytes;
     return {.call = call,
             .uses_logfmt = args.uses_logfmt,
             .x = args.x,
@@ -174,6 +172,7 @@ void Buffer::clean_low_latency(dev::Stream stream) {
     call.watch = watch_params();
     call.masked = masked_;
     call.is_shrinkable = options_.is_shrinkable;
+    announce(stream, true);
     kernels_->low_latency_clean(call, stream);
 }
 

@@ -95,8 +95,7 @@ std::string describe_bad_input(const layout::WaitRecord& record, int rank) {
     if (record.stage == layout::Stage::kEntry)
         return concat("DeepEP error: ", name_of(record.operation), ", call ", record.call, ", rank ", rank,
                       ": topk_idx of token ", record.expected, " of rank ", record.peer,
-                      record.peer == rank ? " names an expert" : " names an expert of this rank",
-                      " for which the dispatch of the handle has no row. combine needs the "
+                      " names an expert for which the dispatch of the handle has no row. combine needs the "
                       "topk_idx of the dispatch (an entry may become -1) and the handle that this dispatch returned.");
     if (record.stage == layout::Stage::kOpen)
         return concat(

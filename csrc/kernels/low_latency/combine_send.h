@@ -12,7 +12,7 @@ constexpr int kWeightsAhead = 4;  // table entries of a thread
 // A release waits until all stores of the SM have arrived, so a block makes one for several tokens.
 constexpr int kTokensPerRelease = 4;
 // At weights that are not here, by a block in all of a launch that may not wait: each is a trip to memory.
-constexpr int kMostLooks = 3;
+constexpr int kMostLooks = 6;
 
 template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     // A token that the block has written and not yet published.
@@ -64,7 +64,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
 
     // This lane's entry, in two packets.
     static EP_DEVICE const prim::Packet* packets_of(const Context& c, const Work& work) {
-        return c.entry_packet(work.source, 2 * (static_cast<int64_t>(work.token) * c.call.num_topk + work.k()));
+        return c.entry_packets(work.source, work.token, work.k());
     }
 
     // Packets may be looked at whenever it is convenient; what is not there yet is waited for in take_weights.
@@ -72,9 +72,10 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         work.is_weighed = true;
         if (work.k() >= c.call.num_topk) return;
         const prim::Packet* packets = packets_of(c, work);
-        int bits = 0;
-        const bool has_expert = look_at_packet(c, packets, work.expert);
+        int expert = -1, bits = 0;
+        const bool has_expert = look_at_packet(c, packets, expert);
         const bool has_weight = look_at_packet(c, packets + 1, bits);
+        work.expert = expert;
         work.weight = algo::float_from_bits(static_cast<uint32_t>(bits));
         work.is_weighed = has_expert && has_weight;
     }
@@ -83,15 +84,14 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     static EP_DEVICE void take_weights(const Context& c, Work& work, Shared& shared) {
         if (work.is_weighed) return;
         const prim::Packet* packets = packets_of(c, work);
-        int bits = 0;
-        if (wait_for_packet(c, work.source, packets, work.expert) &&
-            wait_for_packet(c, work.source, packets + 1, bits)) {
-            work.weight = algo::float_from_bits(static_cast<uint32_t>(bits));
-            return;
-        }
+        int expert = -1, bits = 0;  // no part of `work`, which would have to lie in memory
+        const bool is_here =
+            wait_for_packet(c, work.source, packets, expert) && wait_for_packet(c, work.source, packets + 1, bits);
+        work.expert = is_here ? expert : -1;
+        work.weight = algo::float_from_bits(static_cast<uint32_t>(bits));
+        if (is_here) return;
         // The call is aborted; another warp may have seen its packet just in time. The token must not be published.
         prim::store<Order::kRelaxed, Scope::kCta>(&shared.has_failed, 1);
-        work.expert = -1;
     }
 
     // After the source's table.
@@ -278,11 +278,8 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         return work.token < num_tokens && has_work(p, c, work);
     }
 
-    // The tokens of one source after those of another: every rank begins with another source, so that no link is the last, and
-    // ends with itself, so that rows are on their way to peers while it sums its own.
-    static EP_DEVICE int source_of(const Context& c, int item) {
-        return (c.rank() + 1 + item / c.call.num_max_tokens) % c.num_ranks();
-    }
+    // Tokens of all sources in turn, so that no link is the last; every rank begins with another source.
+    static EP_DEVICE int source_of(const Context& c, int item) { return (c.rank() + 1 + item) % c.num_ranks(); }
 
     // The items of a block, as one of its warps goes through them: the numbers of the rows of the item after the current one
     // are under way, and its rows too once those of the current one have been added up.
@@ -296,7 +293,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
 
     static EP_DEVICE Work load_item(const Params& p, const Context& c, int item) {
         if (item >= num_items(p, c)) return {.source = 0, .token = 0, .first_k = 0};
-        return load_rows(p, source_of(c, item), item % c.call.num_max_tokens, 0);
+        return load_rows(p, source_of(c, item), item / c.num_ranks(), 0);
     }
 
     // To the next item, and begins the one after it.
@@ -442,7 +439,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     // One thread.
     static EP_DEVICE void send_weight_packets(const Context& c, int peer, const Weights& held, int base,
                                               int num_entries) {
-        prim::Packet* packets = c.packets(peer, c.rank()) + c.call.packets.entries;
+        prim::Packet* packets = c.packets(peer, c.rank());
 #pragma unroll
         for (int i = 0; i < kWeightsAhead; ++i) {
             const int entry = base + i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);

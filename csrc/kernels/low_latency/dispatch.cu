@@ -14,7 +14,7 @@
 namespace deep_ep::kernels::low_latency::dispatch {
 inline namespace EP_BACKEND {
 
-template <Launches kLaunches, bool kUsesPackets> struct Kernel {
+template <Launches kLaunches> struct Kernel {
     using Params = LowLatencyDispatchParams;
     static constexpr int kMaxThreads = kMaxLowLatencyThreads;
     static constexpr int kMinBlocks = 1;
@@ -23,20 +23,12 @@ template <Launches kLaunches, bool kUsesPackets> struct Kernel {
     };
 
     static EP_DEVICE void run(const Params& p, Shared& shared) {
-        run_launch<kLaunches, kUsesPackets>(
+        run_launch<kLaunches>(
             p.call, layout::Operation::kLowLatencyDispatch, &shared.block,
             [&](const Context& context, Block* block) { send(p, context, block); },
             [&](const Context& context, Block* block) { receive(p, context, block); });
     }
 };
-
-template <bool kUsesPackets>
-void launch_with(const dev::LaunchConfig& config, dev::Stream stream, const LowLatencyDispatchParams& params) {
-    if (params.call.phase == Phase::kBoth)
-        dev::launch<Kernel<Launches::kWhole, kUsesPackets>>(config, stream, params);
-    else
-        dev::launch<Kernel<Launches::kPhases, kUsesPackets>>(config, stream, params);
-}
 
 void launch(const LowLatencyDispatchParams& params, dev::Stream stream) {
     const auto table_bytes = TokenSets::bytes(params.call.num_experts, params.num_set_words, params.call.num_topk);
@@ -50,10 +42,10 @@ void launch(const LowLatencyDispatchParams& params, dev::Stream stream) {
         case Phase::kReceive: config.dynamic_shared_bytes = count_bytes; break;
         case Phase::kBoth: config.dynamic_shared_bytes = table_bytes > count_bytes ? table_bytes : count_bytes; break;
     }
-    if (params.call.uses_packets)
-        launch_with<true>(config, stream, params);
+    if (params.call.phase == Phase::kBoth)
+        dev::launch<Kernel<Launches::kWhole>>(config, stream, params);
     else
-        launch_with<false>(config, stream, params);
+        dev::launch<Kernel<Launches::kPhases>>(config, stream, params);
 }
 
 }  // namespace EP_BACKEND

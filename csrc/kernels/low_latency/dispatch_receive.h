@@ -77,28 +77,15 @@ struct Token {
     uint32_t scale;
     int num_tokens;  // of the source
     int entry;       // this lane's of the first 32
-    bool is_lost;    // the entries have not come: the call has failed
 };
-
-EP_DEVICE const prim::Packet* entry_packet(const Context& c, const Unit& unit, int k) {
-    return c.entry_packet(unit.source, static_cast<int64_t>(unit.token) * c.call.num_topk + k);
-}
-
-EP_DEVICE int take_entry(const Context& c, const Unit& unit, int k) {
-    int entry = 0;
-    if (look_at_packet(c, entry_packet(c, unit, k), entry)) return entry;
-    return wait_for_packet(c, unit.source, entry_packet(c, unit, k), entry) ? entry : -1;
-}
 
 EP_DEVICE const int* entries_of(const Context& c, const Unit& unit) {
     return c.table(unit.source) + static_cast<int64_t>(unit.token) * c.call.num_topk;
 }
 
-// This lane's entry, from the `first` on; the token exists.
 EP_DEVICE int load_entry(const Context& c, const Unit& unit, int first) {
     const int k = first + prim::lane_idx();
-    if (k >= c.call.num_topk) return -1;
-    return c.uses_packets ? take_entry(c, unit, k) : entries_of(c, unit)[k];
+    return k < c.call.num_topk ? entries_of(c, unit)[k] : -1;
 }
 
 // One warp: does an earlier entry of the token name the same expert? `first`: of the lanes' entries.
@@ -106,8 +93,7 @@ EP_DEVICE bool is_repeated(const Context& c, const Unit& unit, int first, int en
     const int rest = c.call.num_topk - first;
     bool is_found = false;
 #pragma unroll 1
-    for (int earlier = 0; earlier < first; ++earlier)
-        is_found |= (c.uses_packets ? take_entry(c, unit, earlier) : entries_of(c, unit)[earlier]) == entry;
+    for (int earlier = 0; earlier < first; ++earlier) is_found |= entries_of(c, unit)[earlier] == entry;
 #pragma unroll 4
     for (int lane = 0; lane < (rest < kWarpSize ? rest : kWarpSize); ++lane)
         is_found |= __shfl_sync(kFullMask, entry, lane) == entry && lane < prim::lane_idx();
@@ -178,22 +164,6 @@ EP_DEVICE Token begin_token(const Params& p, const Context& c, const Unit& unit,
     token.num_tokens = c.num_tokens_of(unit.source);
     token.entry = load_entry(c, unit, 0);
     if (is_full || look_at_slot(c, unit)) load_slot(p, c, unit, token);
-    return token;
-}
-
-// The same without a flag: the source's table may not be there yet. Its entries of tokens that do not exist come too, and are
-// none: a word that all warps of all blocks wait for would be a slow one.
-EP_DEVICE Token begin_token_of_packets(const Params& p, const Context& c, const Unit& unit) {
-    Token token = {};
-    token.num_tokens = c.call.num_max_tokens;
-    const bool has_entry = prim::lane_idx() < c.call.num_topk;
-    token.entry = -1;
-    const bool is_here = has_entry && look_at_packet(c, entry_packet(c, unit, prim::lane_idx()), token.entry);
-    if (look_at_slot(c, unit)) load_slot(p, c, unit, token);
-    bool is_lost = false;
-    if (has_entry && !is_here)
-        is_lost = !wait_for_packet(c, unit.source, entry_packet(c, unit, prim::lane_idx()), token.entry);
-    token.is_lost = __any_sync(kFullMask, is_lost) != 0;
     return token;
 }
 
@@ -353,32 +323,23 @@ EP_DEVICE void receive(const Params& p, const Context& c, Block* block) {
     const int num_tokens = c.num_ranks() * p.call.num_max_tokens;
     const int num_parts = warps_for_item(num_tokens, kMaxWarpsForItem);
     const auto counts = Counts::make(c);
-    if (threadIdx.x == 0) *counts.has_lie = 0;
-    __syncthreads();
     bool knows_rows = true;  // the block
-    bool knows_all = true;   // this warp: also the entries of its tokens
     bool is_right = true;    // this thread has met nothing that makes the call fail
     for_each_unit(c, block, num_tokens * num_parts + num_lists(c), [&](int idx, bool is_first, const auto& draw) {
         const Unit unit = unit_of(c, idx, num_parts);
         // Before the wait for the tables, which come last: one trip less after it.
-        const bool is_full = !c.uses_packets && unit.is_token && look_at_slot(c, unit);
-        if (is_first && !c.uses_packets) knows_rows = wait_for_tables(c, counts);
+        const bool is_full = unit.is_token && look_at_slot(c, unit);
+        if (is_first) knows_rows = wait_for_tables(c, counts);
         Token token = {};
-        if (c.uses_packets) {
-            if (unit.is_token) token = begin_token_of_packets(p, c, unit);
-        } else if (knows_rows && unit.is_token && counts.is_here[unit.source] != 0) {
-            token = begin_token(p, c, unit, is_full);
-        }
+        if (knows_rows && unit.is_token && counts.is_here[unit.source] != 0) token = begin_token(p, c, unit, is_full);
         if (is_first && knows_rows) knows_rows = find_counts(c, counts);
-        is_right &= !token.is_lost;
-        if (knows_rows && unit.is_token && !token.is_lost) is_right &= finish_token(p, c, unit, counts, token, draw);
+        if (knows_rows && unit.is_token) is_right &= finish_token(p, c, unit, counts, token, draw);
         if (knows_rows && unit.is_list) write_list(p, c, counts, unit.list);
         if (!knows_rows && unit.is_list) void_list(p, c, unit.list);
-        knows_all &= knows_rows && !token.is_lost;
     });
-    if (__all_sync(kFullMask, knows_all && is_right)) return;
+    if (__all_sync(kFullMask, knows_rows && is_right)) return;
     refuse_tables(c, counts);
-    spoil_outputs(&p, c, knows_all);
+    spoil_outputs(&p, c, knows_rows);
 }
 
 }  // namespace EP_BACKEND

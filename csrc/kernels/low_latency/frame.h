@@ -24,9 +24,9 @@ EP_DEVICE int num_warps() { return static_cast<int>(blockDim.x) / kWarpSize; }
 struct Context {
     const LowLatencyCall& call;
     algo::Watch watch;
-    // Constants where they are made, so that code for the other phases, and for tables with flags, is left out.
+    // Constants where they are made, so that code for the other phases, and for weights with flags, is left out.
     Phase phase;
-    bool uses_packets;             // for the tables, as call.uses_packets
+    bool uses_packets;             // for the weights of combine, as call.uses_packets
     layout::LowLatencyTurn* turn;  // of this launch
     int bank;
 
@@ -71,14 +71,9 @@ struct Context {
     EP_DEVICE prim::Packet* packets(int owner, int source) const {
         return watch.heap.low_latency_packets(owner, bank, source);
     }
-    EP_DEVICE const prim::Packet* token_count_packet(int source) const {
-        return packets(rank(), source) + layout::LowLatencyPackets::kNumTokens;
-    }
-    EP_DEVICE const prim::Packet* row_count_packet(int source, int local_expert) const {
-        return packets(rank(), source) + layout::LowLatencyPackets::kNumRows + local_expert;
-    }
-    EP_DEVICE const prim::Packet* entry_packet(int source, int64_t entry) const {
-        return packets(rank(), source) + call.packets.entries + entry;
+    // Of an entry: its expert, then its weight.
+    EP_DEVICE const prim::Packet* entry_packets(int source, int token, int k) const {
+        return packets(rank(), source) + 2 * (static_cast<int64_t>(token) * call.num_topk + k);
     }
     // Of the packets of this call. Their places belong to its bank, which every second call uses; so a word that nobody has
     // written since would look new only to the call that comes exactly 2^32 calls later. Never 0.

@@ -143,41 +143,16 @@ EP_DEVICE void make_stretch(const Context& c, const Choice& choice, const TokenS
             sets.counts[expert] += __popc(sets.words[expert * sets.num_words + word]);
 }
 
-// One thread: a word of our table, to one rank.
-EP_DEVICE void send_entry(const Context& c, int peer, int entry, int value) {
-    if (c.uses_packets)
-        send_packet(c, c.packets(peer, c.rank()) + c.call.packets.entries + entry, value);
-    else
-        reinterpret_cast<int*>(c.message(peer, c.rank()) + c.call.message.topk_idx.offset)[entry] = value;
-}
-
-EP_DEVICE void send_row_count(const Context& c, int peer, int expert, int value) {
-    if (c.uses_packets)
-        send_packet(c, c.packets(peer, c.rank()) + layout::LowLatencyPackets::kNumRows + expert, value);
-    else
-        reinterpret_cast<int*>(c.message(peer, c.rank()) + c.call.message.num_rows.offset)[expert] = value;
-}
-
 // All threads of the block: a stretch, to every rank.
 EP_DEVICE void send_stretch(const Context& c, const Block* block, const Choice& choice, const TokenSets& sets,
                             int first) {
     const int num_entries = entries_of_stretch(c, choice, sets, first);
     for (int peer = 0; peer < c.num_ranks(); ++peer) {
         if (block->leaves_out(c.call, peer)) continue;
+        int* table = reinterpret_cast<int*>(c.message(peer, c.rank()) + c.call.message.topk_idx.offset);
         for (int i = first_of_block(); i < num_entries; i += step_of_block())
-            send_entry(c, peer, first * c.call.num_topk + i, sets.entries[i]);
+            table[first * c.call.num_topk + i] = sets.entries[i];
     }
-}
-
-// All threads of the block: how many tokens there are, and for the others no entries: nobody can know of a packet that it
-// will not come.
-EP_DEVICE void send_end_of_tokens(const Context& c, const Choice& choice) {
-    const int end = c.call.num_max_tokens * c.call.num_topk;
-    for (int peer = 0; peer < c.num_ranks(); ++peer)
-        for (int i = choice.num_tokens * c.call.num_topk + first_of_block(); i < end; i += step_of_block())
-            send_entry(c, peer, i, -1);
-    for (int peer = first_of_block(); peer < c.num_ranks(); peer += step_of_block())
-        send_packet(c, c.packets(peer, c.rank()) + layout::LowLatencyPackets::kNumTokens, choice.num_tokens);
 }
 
 // All threads of the block, whose crew has made the first stretch: the table, to every rank.
@@ -191,19 +166,19 @@ EP_DEVICE void send_routing_table(const Context& c, const Block* block, const Ch
         __syncthreads();
         send_stretch(c, block, choice, sets, first);
     }
-    if (c.uses_packets) send_end_of_tokens(c, choice);
     for (int peer = 0; peer < c.num_ranks(); ++peer) {
         if (block->leaves_out(c.call, peer)) continue;
+        auto* num_rows = reinterpret_cast<int*>(c.message(peer, c.rank()) + c.call.message.num_rows.offset);
         for (int expert = first_of_block(); expert < c.num_local_experts(); expert += step_of_block())
-            send_row_count(c, peer, expert, sets.counts[peer * c.num_local_experts() + expert]);
+            num_rows[expert] = sets.counts[peer * c.num_local_experts() + expert];
     }
-    if (!c.uses_packets) publish_table(c, block, choice.num_tokens);
+    publish_table(c, block, choice.num_tokens);
 }
 
 // What a block learns from the tables of all sources, once; in dynamic shared memory, where TokenSets has been.
 struct Counts {
     int* is_here;  // [num_ranks]: the source's table counts in this call
-    int* has_lie;  // [1]: not zero: some number cannot be true, or does not come
+    int* has_lie;  // [1]: not zero: some number cannot be true
     int* rows;     // [num_ranks + 1][num_local_experts]: rows of the expert from the sources before
     int num_local_experts;
 
@@ -228,6 +203,7 @@ EP_DEVICE bool wait_for_tables(const Context& c, const Counts& counts) {
 #pragma unroll 1
     for (int source = first_of_block(); source < c.num_ranks(); source += step_of_block())
         counts.is_here[source] = wait_for_table(c, source) ? 1 : has_failed(c.watch) ? kLost : 0;
+    if (threadIdx.x == 0) *counts.has_lie = 0;
     __syncthreads();  // one thread's acquire, the block's reads
     bool is_lost = false;
 #pragma unroll 1
@@ -236,49 +212,27 @@ EP_DEVICE bool wait_for_tables(const Context& c, const Counts& counts) {
     return __any_sync(kFullMask, is_lost) == 0;
 }
 
-// One thread: rows that `source` has for an expert, as far as it is known without a wait. False: it is not.
-EP_DEVICE bool look_at_row_count(const Context& c, const Counts& counts, int source, int expert, int& value) {
-    if (c.uses_packets) return look_at_packet(c, c.row_count_packet(source, expert), value);
-    value = counts.is_here[source] != 0 ? c.row_counts(source)[expert] : 0;
-    return true;
-}
-
-// One thread: tells ranks with other shapes apart. Not asked by every warp, which would crowd the word.
-EP_DEVICE bool may_be_token_count(const Context& c, const Counts& counts, int source) {
-    int num_tokens = 0;
-    if (c.uses_packets) {
-        const prim::Packet* packet = c.token_count_packet(source);
-        if (!look_at_packet(c, packet, num_tokens) && !wait_for_packet(c, source, packet, num_tokens)) return false;
-    } else if (counts.is_here[source] != 0) {
-        num_tokens = c.num_tokens_of(source);
-    }
-    return may_be(num_tokens, c.call.num_max_tokens);
-}
-
-// All threads of the block, after wait_for_tables where tables have flags. False: some table states a number that cannot be true, and the call has
+// All threads of the block, after wait_for_tables. False: some table states a number that cannot be true, and the call has
 // failed: in every block, since all read the same.
 EP_DEVICE bool find_counts(const Context& c, const Counts& counts) {
     constexpr int kAtOnce = 8;  // loads under way
     const int most = c.call.num_max_tokens;
 #pragma unroll 1
     for (int source = first_of_block(); source < c.num_ranks(); source += step_of_block())
-        if (!may_be_token_count(c, counts, source)) counts.note_lie();
+        if (counts.is_here[source] != 0 && !may_be(c.num_tokens_of(source), most)) counts.note_lie();
 #pragma unroll 1
     for (int expert = first_of_block(); expert < c.num_local_experts(); expert += step_of_block()) {
         int num_rows = 0;
 #pragma unroll 1
         for (int first = 0; first < c.num_ranks(); first += kAtOnce) {
             int held[kAtOnce];
-            bool is_here[kAtOnce];
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i)
-                if (first + i < c.num_ranks()) is_here[i] = look_at_row_count(c, counts, first + i, expert, held[i]);
+                held[i] =
+                    first + i < c.num_ranks() && counts.is_here[first + i] != 0 ? c.row_counts(first + i)[expert] : 0;
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
-                if (first + i >= c.num_ranks()) break;
-                counts.before(first + i)[expert] = num_rows;
-                if (!is_here[i] && !wait_for_packet(c, first + i, c.row_count_packet(first + i, expert), held[i]))
-                    counts.note_lie();
+                if (first + i < c.num_ranks()) counts.before(first + i)[expert] = num_rows;
                 if (!may_be(held[i], most)) counts.note_lie();
                 num_rows += held[i];
             }
@@ -289,22 +243,13 @@ EP_DEVICE bool find_counts(const Context& c, const Counts& counts) {
     return *counts.has_lie == 0;
 }
 
-// One thread: what is there by now.
-EP_DEVICE int packet_or(const Context& c, const prim::Packet* packet, int otherwise) {
-    int value = 0;
-    return look_at_packet(c, packet, value) ? value : otherwise;
-}
-
 // One thread: fails the call with the first number in the table of `source` that cannot be true. True: there is one.
 EP_DEVICE bool refuse_table(const Context& c, const Counts& counts, int source) {
-    const int num_tokens = c.uses_packets ? packet_or(c, c.token_count_packet(source), 0) : c.num_tokens_of(source);
-    const int most = c.call.num_max_tokens;
+    const int num_tokens = c.num_tokens_of(source), most = c.call.num_max_tokens;
     int stated = num_tokens, limit = most;
-    for (int i = 0; i < c.num_local_experts() && may_be(stated, limit); ++i)
-        stated = c.uses_packets ? packet_or(c, c.row_count_packet(source, i), 0) : c.row_counts(source)[i];
+    for (int i = 0; i < c.num_local_experts() && may_be(stated, limit); ++i) stated = c.row_counts(source)[i];
     for (int i = 0; i < num_tokens * c.call.num_topk && may_be(stated, limit); ++i) {
-        const int entry = c.uses_packets ? packet_or(c, c.entry_packet(source, i), -1) : c.table(source)[i];
-        const int expert = local_expert(c, expert_of(entry));
+        const int entry = c.table(source)[i], expert = local_expert(c, expert_of(entry));
         if (expert < 0) continue;
         stated = place_of(entry);
         limit = counts.before(source + 1)[expert] - counts.before(source)[expert] - 1;
@@ -318,11 +263,10 @@ EP_DEVICE bool refuse_table(const Context& c, const Counts& counts, int source) 
 // One warp of a call that has failed, perhaps by such a number: says so, if there is one. The tables are those of this call
 // until the launch ends.
 EP_DEVICE_COLD void refuse_tables(Context c, Counts counts) {
-    if (prim::lane_idx() != 0) return;
-    for (int source = 0; source < c.num_ranks(); ++source) {
-        const bool has_come = c.uses_packets || is_set(c.watch, c.watch.heap.table_full(c.rank(), c.bank, source));
-        if (has_come && refuse_table(c, counts, source)) return;
-    }
+    if (prim::lane_idx() == 0)
+        for (int source = 0; source < c.num_ranks(); ++source)
+            if (is_set(c.watch, c.watch.heap.table_full(c.rank(), c.bank, source)) && refuse_table(c, counts, source))
+                return;
 }
 
 }  // namespace EP_BACKEND

@@ -258,7 +258,7 @@ EP_DEVICE void end_receive(const Context& c, uint64_t last_call, Block* block) {
 enum class Launches { kPhases, kWhole };
 
 // All threads: what a launch does, by `send(context, block)` and `receive(context, block)`.
-template <Launches kLaunches, bool kUsesPackets, class Send, class Receive>
+template <Launches kLaunches, bool kUsesPackets = false, class Send, class Receive>
 EP_DEVICE void run_launch(const LowLatencyCall& call, layout::Operation operation, Block* block, const Send& send,
                           const Receive& receive) {
     if (kLaunches == Launches::kWhole) {

@@ -273,7 +273,8 @@ TEST_CASE("low latency: a graph that makes two calls while one is open fails at 
             world.run();
             for (int rank = 0; rank < 2; ++rank) CHECK_THROWS_AS(world.buffer(rank).check(), Error);
             CHECK_THROWS_WITH_AS(world.buffer(0).check(),
-                                 doctest::Contains("low_latency_combine, call 3, rank 0: call 1 is still open"), Error);
+                                 doctest::Contains("low_latency_combine, call 3, rank 0: call 1 is still open"),
+                                 InvalidArgument);
         }
     }
 }
@@ -602,7 +603,7 @@ TEST_CASE("low latency: combine refuses entries that are not those of the dispat
                 for (auto& idx : ranks[2].topk_idx) idx = 1;
                 ranks[2].topk_idx[0] = ranks[2].topk_idx[0] == 7 ? 8 : 7;  // on another rank, or the same
             });
-            CHECK_NE(other_expert.find("of rank 2 names an expert of this rank"), std::string::npos);
+            CHECK_NE(other_expert.find("of rank 2 names an expert"), std::string::npos);
             const std::string same_rank = combine_after(problem, launches, [&](auto& ranks) {
                 int64_t& idx = ranks[1].topk_idx[last];
                 idx = idx / 3 * 3 + (idx + 1) % 3;
@@ -830,39 +831,30 @@ TEST_CASE("low latency: numbers in a peer's table that cannot be true fail the c
     const LowLatencyProblem problem{.num_tokens = {9, 4}, .num_experts = 4, .drop_probability = 0.0};
     const int64_t bytes = low_latency_bytes(problem);
     const auto message = layout::LowLatencyMessage::make(16, 3, 2, static_cast<uint64_t>(problem.row_bytes()), 0);
-    const auto packets = layout::LowLatencyPackets::make(16, 3, 2);
     struct Lie {
         layout::Field field;
-        uint64_t packet;
         int stated;
         const char* sentence;
     };
-    const Lie lies[] = {
-        {message.num_tokens, 0, 1000, "states 1000 where at most 16 can be"},
-        {message.num_tokens, 0, -5, "states -5 where"},
-        {message.num_rows, 1, 1 << 28, "states 268435456 where at most 16"},
-        {message.num_rows, 1, -1, "states -1 where"},
-        {message.topk_idx, packets.entries, 4095, "states 4095 where at most"}};  // the place of an entry of expert 0
-    const auto control = layout::ControlLayout::make(2);
-    const auto region = layout::LowLatencyRegion::make(static_cast<uint64_t>(bytes), 2);
-    for (bool has_flags : {false, true}) {  // which the tables of a group that may shrink have
-        for (const Lie& lie : lies) {
-            CAPTURE(lie.sentence);
-            World world(2, 0, {}, 2.0, bytes, has_flags);
-            auto ranks = make_low_latency_inputs(problem);
-            for (int rank = 0; rank < 2; ++rank) send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
-            world.run();
-            // What rank 1 has told rank 0, in the bank of call 1.
-            uint8_t* flagged = world.buffer(0).low_latency_data() + region.offset(1, 1) + lie.field.offset;
-            uint8_t* heap = world.buffer(0).data() - control.bytes;
-            uint8_t* packet =
-                heap + control.low_latency.packets.at((1 * 2 + 1) * layout::kMaxLowLatencyPackets + lie.packet);
-            std::memcpy(has_flags ? flagged : packet, &lie.stated, 4);
-            receive_dispatch(world, problem, ranks[0], 0);
-            world.run();
-            CHECK_THROWS_WITH_AS(world.buffer(0).check(), doctest::Contains("the routing table of rank 1"), Error);
-            CHECK_THROWS_WITH_AS(world.buffer(0).check(), doctest::Contains(lie.sentence), Error);
-        }
+    const Lie lies[] = {{message.num_tokens, 1000, "states 1000 where at most 16 can be"},
+                        {message.num_tokens, -5, "states -5 where"},
+                        {message.num_rows, 1 << 28, "states 268435456 where at most 16"},
+                        {message.num_rows, -1, "states -1 where"},
+                        {message.topk_idx, 4095, "states 4095 where at most"}};  // the place of an entry of expert 0
+    for (const Lie& lie : lies) {
+        CAPTURE(lie.sentence);
+        World world(2, 0, {}, 2.0, bytes);
+        auto ranks = make_low_latency_inputs(problem);
+        for (int rank = 0; rank < 2; ++rank) send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+        world.run();
+        const auto region = layout::LowLatencyRegion::make(static_cast<uint64_t>(bytes), 2);
+        // What rank 1 has told rank 0, in the bank of call 1.
+        std::memcpy(world.buffer(0).low_latency_data() + region.offset(1, 1) + lie.field.offset, &lie.stated, 4);
+        receive_dispatch(world, problem, ranks[0], 0);
+        world.run();
+        CHECK_THROWS_WITH_AS(world.buffer(0).check(), doctest::Contains("the routing table of rank 1"),
+                             InvalidArgument);
+        CHECK_THROWS_WITH_AS(world.buffer(0).check(), doctest::Contains(lie.sentence), InvalidArgument);
     }
 }
 
@@ -877,7 +869,8 @@ TEST_CASE("low latency: ranks with different shapes fail by name, and nothing is
     launch_dispatch(world, other, large[1], 1, Launches::kOne);
     world.run();
     CHECK_THROWS_WITH_AS(world.buffer(0).check(),
-                         doctest::Contains("the routing table of rank 1 states 64 where at most 16 can be"), Error);
+                         doctest::Contains("the routing table of rank 1 states 64 where at most 16 can be"),
+                         InvalidArgument);
 }
 
 TEST_CASE("low latency: what does not fit is refused before anything is launched") {
