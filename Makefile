@@ -29,7 +29,7 @@ DEMO_NEEDS = build
 DEMO_PYTHONPATH =
 endif
 
-.PHONY: help build lint format demo test bench sanitize mutants clean distclean native native-extension
+.PHONY: help build lint format demo test bench wheel sanitize mutants clean distclean native native-extension
 
 help:  ## Show this list.
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -48,10 +48,13 @@ demo:  ## Train a small Mixture-of-Experts model over deep_ep, on whatever this 
 	@$(DEMO_PYTHONPATH) $(PY) examples/run_demo.py $(ARGS)
 
 test: build system-test  ## Run every test: C++, C++ under both sanitizers, Python.
-	@tools/run_tests.sh cpp address thread python
+	@tools/run_tests.sh cpp wheel address thread cuda11 aarch64 python
 
 bench: build  ## Measure the operations; prints a table and writes JSON.
 	@$(PY) -m deep_ep.bench intranode --save out $(ARGS)
+
+wheel: $(STAMPS)/venv system-build  ## Build the wheel to give away, in dist: manylinux, CUDA 12.4, nothing needed where it is installed.
+	@tools/make_wheel.sh
 
 sanitize: system-build system-test  ## Run the C++ tests under AddressSanitizer and ThreadSanitizer alone.
 	@tools/run_tests.sh address thread

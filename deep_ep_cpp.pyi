@@ -1,7 +1,9 @@
 """The native extension. Addresses and streams are plain integers; 0 means "none". Nothing here knows torch.
 
 Callers use `deep_ep.Buffer`; this is the seam below it. Python has validated every argument before a call arrives here;
-the native code repeats the checks that guard memory only. Every method that may wait releases the GIL.
+the native code repeats the checks that guard memory only. Methods that wait for a device or for peers release the GIL
+(connect, destroy, wait_counts, synchronize_*). A launch takes microseconds and does not; where a GPU's launch queue is
+full it holds the GIL until there is room.
 """
 from typing import Any, Callable, List, Optional, Tuple
 
@@ -41,6 +43,13 @@ def get_build() -> dict[str, Any]:
 def is_cuda_built() -> bool: ...
 def is_sm90_compiled() -> bool: ...
 def topk_idx_bits() -> int: ...
+def cuda_versions() -> tuple[int, int]:
+    """The CUDA runtime that is compiled in, and the newest that this machine's driver serves, as CUDA counts (12040 is
+    12.4). 0: built without CUDA; no driver."""
+
+def describe_old_driver(runtime: int, driver: int) -> str:
+    """Says that a driver is too old for a runtime, and what to do. Empty where it suffices. Versions as above."""
+
 def get_environment() -> dict[str, Any]:
     """What csrc/core/env.cc read: {'timeout_s': float, 'warn_s': float, 'ranks_per_node': int (0: found), ...}."""
 

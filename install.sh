@@ -17,5 +17,5 @@ fi
 "$python" -m pip install --no-deps --force-reinstall dist/deep_ep-*.whl
 
 if ! "$python" -c 'import torch' 2>/dev/null; then
-    echo 'deep_ep is installed; it needs PyTorch to run, and this Python has none (any torch >= 2.4 will do).'
+    echo 'deep_ep is installed; it needs PyTorch to run, and this Python has none (any torch >= 2.1 will do).'
 fi

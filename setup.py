@@ -20,6 +20,7 @@ from setuptools.command.install import install
 
 ROOT = Path(__file__).resolve().parent
 STUB = 'deep_ep_cpp.pyi'
+LICENCES = ['LICENSE', 'licenses/*.txt', 'build/wheel/licenses/*.txt']  # the last is of tools/make_wheel.sh
 
 
 def find_version() -> str:
@@ -109,6 +110,7 @@ class Install(install):
 
 
 setup(version=find_version(),
+      license_files=LICENCES,
       packages=find_packages(include=['deep_ep', 'deep_ep.*']),
       package_data={'deep_ep': ['py.typed', '*.pyi']},
       ext_modules=[Extension('deep_ep_cpp', sources=[])],

@@ -64,9 +64,16 @@ if(EP_WITH_CUDA)
 
     # Set before enable_language, whose own default would end up in the cache and outrank the environment next time.
     enable_language(CUDA)
-    if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.0)
-        message(FATAL_ERROR "DeepEP needs CUDA 12.0 or newer (C++20), got ${CMAKE_CUDA_COMPILER_VERSION}; "
+    if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 11.8)
+        message(FATAL_ERROR "DeepEP needs CUDA 11.8 or newer, got ${CMAKE_CUDA_COMPILER_VERSION}; "
                             "build the CPU device alone with -DEP_CUDA=OFF")
+    endif()
+    if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.0)
+        if(NOT EP_DISABLE_SM90_FEATURES)
+            message(FATAL_ERROR "CUDA ${CMAKE_CUDA_COMPILER_VERSION} does not know the features of SM90: "
+                                "set DISABLE_SM90_FEATURES=1, or take CUDA 12")
+        endif()
+        set(CMAKE_CUDA_STANDARD 17)  # The CUDA half keeps to it; nvcc 11 knows no newer one.
     endif()
     # CUDA takes its standard from CMAKE_CXX_STANDARD; CMake up to 3.25 does not know that nvcc has C++20.
     if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/dlpack.h"
+#include "core/driver_floor.h"
 #include "core/env.h"
 #include "core/error.h"
 #include "core/interruption.h"
@@ -42,6 +43,14 @@ std::shared_ptr<dev::Device> make_device(int index) {
 #endif
 }
 
+CudaVersions cuda_versions() {
+#if EP_WITH_CUDA
+    return dev::cuda_versions();
+#else
+    return {};
+#endif
+}
+
 void bind_errors(py::module_& m) {
     // Subclasses are registered later, hence tried first.
     static py::exception<Error> error(m, "Error", PyExc_RuntimeError);
@@ -50,7 +59,8 @@ void bind_errors(py::module_& m) {
     static py::exception<TimeoutError> timeout_error(m, "TimeoutError", error.ptr());
     static py::exception<InvalidArgument> invalid_argument(m, "InvalidArgument",
                                                            py::make_tuple(error, py::handle(PyExc_ValueError)));
-    py::register_exception_translator([](std::exception_ptr thrown) {
+    // Local: exceptions of other modules do not pass through the C++ runtime that is linked into this one.
+    py::register_local_exception_translator([](std::exception_ptr thrown) {
         try {
             if (thrown) std::rethrow_exception(thrown);
         } catch (const InvalidArgument& e) {
@@ -312,7 +322,7 @@ void bind_buffer(py::module_& m) {
              py::arg("warn_s"), py::arg("num_low_latency_bytes") = 0, py::arg("is_shrinkable") = false,
              py::arg("num_lend_bytes") = 0)
         .def("export_handle", [](Buffer& b) { return py::bytes(b.export_handle()); })
-        .def("connect", &Buffer::connect, py::arg("handles"))
+        .def("connect", &Buffer::connect, py::arg("handles"), release_gil())
         .def_property_readonly("data_ptr", [](Buffer& b) { return number(b.data()); })
         .def_property_readonly("data_bytes", &Buffer::num_data_bytes)
         .def("destroy", &Buffer::destroy, py::arg("timeout_s"), release_gil())
@@ -355,6 +365,14 @@ PYBIND11_MODULE(deep_ep_cpp, m) {
     m.def("get_low_latency_rdma_size_hint", &Buffer::low_latency_size_hint, py::arg("num_max_dispatch_tokens_per_rank"),
           py::arg("hidden"), py::arg("num_ranks"), py::arg("num_experts"));
     m.def("make_tensor", &make_tensor);
+    m.def("cuda_versions", [] {
+        const CudaVersions versions = cuda_versions();
+        return py::make_tuple(versions.runtime, versions.driver);
+    });
+    m.def(
+        "describe_old_driver",
+        [](int runtime, int driver) { return describe_old_driver({.runtime = runtime, .driver = driver}); },
+        py::arg("runtime"), py::arg("driver"));
     m.def("get_environment", [] {
         const Environment& env = environment();
         py::dict variables;

@@ -9,6 +9,7 @@ except ImportError as _error:
                       f"python {_Path(__file__).with_name('doctor.py')}") from _error
 
 from deep_ep._errors import CudaError, Error, InvalidArgument, TimeoutError, TransportError  # noqa: A004
+from deep_ep._features import features, supports
 from deep_ep.buffer import Buffer
 from deep_ep.utils import EventHandle, EventOverlap
 from deep_ep.version import __version__
@@ -16,5 +17,5 @@ from deep_ep_cpp import Config, topk_idx_t
 
 __all__ = [
     "Buffer", "Config", "CudaError", "Error", "EventHandle", "EventOverlap", "InvalidArgument", "TimeoutError",
-    "TransportError", "__version__", "topk_idx_t"
+    "TransportError", "__version__", "features", "supports", "topk_idx_t"
 ]

@@ -3,7 +3,9 @@
 import atexit
 import ctypes
 import dataclasses
+import functools
 import logging
+import os
 import time
 import weakref
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ import torch.distributed as dist
 
 import deep_ep_cpp
 from deep_ep import _cost_model, _streams
-from deep_ep._call_check import CallCheck, describe_differences
+from deep_ep._call_check import CallCheck, Exchange, describe_differences, open_exchange
 from deep_ep._checks import BUFFER_ALIGNMENT_BYTES, MAX_INT64, check_int, check_positive
 from deep_ep._cost_model import CostModel
 from deep_ep._errors import Error
@@ -27,12 +29,21 @@ from deep_ep.version import __version__
 
 T = TypeVar("T")
 EXIT_TIMEOUT_S = 2.0
+MAX_HEAP_BYTES = 1 << 60  # leaves room in 64 bits for what is added to the caller's sizes
 FOREVER_S = 1e9  # in nanoseconds it fits an int64 with room for sums
 logger = logging.getLogger("deep_ep")
 
 
 def _has_methods(value: Any, names: Sequence[str]) -> bool:
     return all(callable(getattr(value, name, None)) for name in names)
+
+
+def _is_fake(group: dist.ProcessGroup) -> bool:
+    """Whether this is the group of torch's tests, whose collectives return at once and gather nothing."""
+    try:
+        return str(dist.get_backend(group)) == "fake"
+    except (ValueError, RuntimeError, AssertionError):  # made by hand: torch does not know it
+        return type(group).__name__ == "FakeProcessGroup"
 
 
 class Peers:
@@ -48,6 +59,8 @@ class Peers:
         if group is None and not _has_methods(comm, ("Get_rank", "Get_size", "allgather")):
             raise TypeError("comm must be an mpi4py communicator, or have its Get_rank, Get_size and allgather, got "
                             f"{type(comm).__name__}")
+        if group is not None and _is_fake(group):
+            raise ValueError('group: torch\'s "fake" process group reaches no other process; a Buffer needs a real one')
         self._group = group
         self._comm = comm
         self.rank: int = comm.Get_rank() if group is None else group.rank()
@@ -61,6 +74,10 @@ class Peers:
         gathered: list[Any] = [None] * self.size
         dist.all_gather_object(gathered, mine, group=self._group)
         return gathered
+
+    def open_exchange(self) -> Exchange:
+        group = self._comm if self._group is None else self._group
+        return open_exchange(group, self.rank, self.size, self.all_gather)
 
     def all_gather_results(self, step: str, work: Callable[[], T]) -> list[T]:
         """Runs `work` on every rank and gathers what it returns, or raises on every rank when it failed on one.
@@ -121,6 +138,10 @@ class Request:
     def check(self) -> None:
         for name in ("num_nvl_bytes", "num_rdma_bytes", "num_lend_bytes"):
             check_int(name, getattr(self, name), 0, BUFFER_ALIGNMENT_BYTES, MAX_INT64)
+        num_bytes = self.num_nvl_bytes + self.num_rdma_bytes + self.num_lend_bytes
+        if num_bytes > MAX_HEAP_BYTES:
+            raise ValueError(f"num_nvl_bytes + num_rdma_bytes + num_lend_bytes must be at most {MAX_HEAP_BYTES}, got "
+                             f"{num_bytes}")
         check_positive("num_qps_per_rank", self.num_qps_per_rank)
         if self.timeout_s is not None:
             check_positive("timeout_s", self.timeout_s)
@@ -153,12 +174,19 @@ class Session:
         self._is_closed = False
         self.before_close: Callable[[], None] = _nothing  # called once, before the comm stream is drained
         if isinstance(streams, _streams.HostStreams):
-            streams.check = self.raise_failure
+            streams.check = self._raise_reported
         _LIVE.add(self)
 
     def raise_failure(self) -> None:
         """Raises the first failure of this Buffer, again and again, if there was one."""
         self._check_first(self.runtime.check)
+
+    def _raise_reported(self) -> None:
+        """The same for whoever waits for an event, which outlives a Buffer that was dropped."""
+        if self._is_closed:
+            self.runtime.check()
+        else:
+            self.raise_failure()
 
     def begin_call(self) -> None:
         """The same, where a call begins that the peers take part in."""
@@ -217,8 +245,11 @@ class Session:
     def _release(self, timeout_s: float, deadline: float) -> bool:
         if not _attempt(lambda: self.streams.drain(timeout_s)):
             return False
+        failure = _error_of(self.runtime.check)
         _attempt(lambda: self.runtime.destroy(max(0.0, deadline - time.monotonic())))
         _attempt(self.streams.close)
+        if failure is not None and isinstance(self.streams, _streams.HostStreams):
+            self.streams.check = functools.partial(_raise, failure)
         return True
 
 
@@ -243,8 +274,31 @@ def _release_at_exit() -> None:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(session.runtime))
 
 
+def _leave_to_parent() -> None:
+    """In a forked child: the parent's Buffers are the parent's to release."""
+    for session in [*_LIVE, *_LINGERING]:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session.runtime))
+    _LIVE.clear()
+    _LINGERING.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
+
+
 def _nothing() -> None:
     pass
+
+
+def _error_of(step: Callable[[], Any]) -> Optional[Error]:
+    try:
+        step()
+    except Error as error:
+        return error
+    return None
+
+
+def _raise(error: Error) -> None:
+    raise type(error)(str(error))
 
 
 def _attempt(step: Callable[[], Any]) -> Any:
@@ -300,9 +354,13 @@ def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
     def allocate() -> bytes:
         request = requests[0]
         warn_s = min(float(deep_ep_cpp.get_environment()["warn_s"]), request.patience_s)
-        created.append(
-            deep_ep_cpp.Buffer(opened[0].native, peers.rank, peers.size, request.num_nvl_bytes, request.patience_s,
-                               warn_s, request.num_rdma_bytes, request.enable_shrink, request.num_lend_bytes))
+        try:
+            created.append(
+                deep_ep_cpp.Buffer(opened[0].native, peers.rank, peers.size, request.num_nvl_bytes, request.patience_s,
+                                   warn_s, request.num_rdma_bytes, request.enable_shrink, request.num_lend_bytes))
+        except Error as error:
+            raise type(error)(f"Buffer: {error}; asked for num_nvl_bytes={request.num_nvl_bytes}, num_rdma_bytes="
+                              f"{request.num_rdma_bytes}, num_lend_bytes={request.num_lend_bytes}") from error
         created[0].set_warning_handler(logger.warning)
         return created[0].export_handle()
 
@@ -327,5 +385,5 @@ def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
             streams.close()
         raise
     if described[0][0].check_calls and peers.size > 1:
-        sessions[0].call_check = CallCheck(peers.all_gather, opened[0].device, requests[0].patience_s)
+        sessions[0].call_check = CallCheck(peers.open_exchange(), requests[0].patience_s)
     return sessions[0]

@@ -5,44 +5,138 @@ neither says why. The comparison takes the slow way of the constructor, so it is
 """
 
 import logging
+import pickle
 import threading
+import time
+import uuid
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 import torch
+import torch.distributed as dist
 
 from deep_ep._streams import is_capturing
 
+POLL_S = 0.001
 logger = logging.getLogger("deep_ep")
 
 
 def describe_differences(values: Sequence[Any]) -> Optional[str]:
     """Which value which ranks have; None: all have the same."""
-    ranks_by_value: dict[Any, list[int]] = {}
+    ranks_by_value: dict[str, list[int]] = {}
     for rank, value in enumerate(values):
-        ranks_by_value.setdefault(value, []).append(rank)
+        ranks_by_value.setdefault(repr(value), []).append(rank)
     if len(ranks_by_value) <= 1:
         return None
-    return "; ".join(f"{value!r} on rank(s) {', '.join(map(str, ranks))}" for value, ranks in ranks_by_value.items())
+    return "; ".join(f"{value} on rank(s) {', '.join(map(str, ranks))}" for value, ranks in ranks_by_value.items())
+
+
+class Exchange:
+    """Gathers a value of each rank of a group, and gives up when one does not come in time.
+
+    Serves all Buffers of the group, so that ranks that call different ones meet and can be told.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self._rank, self._size = rank, size
+        self.is_given_up = False
+        self.num_buffers = 0
+
+    def gather(self, mine: Any, timeout_s: float) -> Optional[list[Any]]:
+        """None: a rank did not come. The call itself, which follows, will say which one."""
+        raise NotImplementedError
+
+
+class _StoreExchange(Exchange):
+    """Over the store that torch.distributed started with, which is asked again and again, and never waited in.
+
+    So there is no collective that cannot be given up, no thread that runs on when the interpreter ends (that ends the
+    process), and Ctrl-C is heard.
+    """
+
+    def __init__(self, rank: int, size: int, name: str, store: Any) -> None:
+        super().__init__(rank, size)
+        self._store: Any = dist.PrefixStore(f"deep_ep/{name}", store)  # type: ignore[attr-defined,unused-ignore]
+        self._round = 0
+
+    def gather(self, mine: Any, timeout_s: float) -> Optional[list[Any]]:
+        self._round += 1
+        self._store.set(self._key(self._round, self._rank), pickle.dumps(mine).hex())
+        keys = [self._key(self._round, rank) for rank in range(self._size)]
+        deadline = time.monotonic() + timeout_s
+        while not self._store.check(keys):
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(POLL_S)
+        # Everybody is in this round, and so has read the one before.
+        self._store.delete_key(self._key(self._round - 1, self._rank))
+        return [pickle.loads(bytes.fromhex(self._store.get(key).decode())) for key in keys]  # noqa: S301 - our own
+
+    @staticmethod
+    def _key(number: int, rank: int) -> str:
+        return f"{number}/{rank}"
+
+
+class _CommExchange(Exchange):
+    """Over an mpi4py-like communicator: its collective cannot be given up, but its thread can."""
+
+    def __init__(self, rank: int, size: int, allgather: Callable[[Any], list[Any]]) -> None:
+        super().__init__(rank, size)
+        self._allgather = allgather
+
+    def gather(self, mine: Any, timeout_s: float) -> Optional[list[Any]]:
+        gathered: list[Any] = []
+        failure: list[BaseException] = []
+
+        def gather() -> None:
+            try:
+                gathered.extend(self._allgather(mine))
+            except BaseException as error:  # noqa: BLE001 - raised below
+                failure.append(error)
+
+        thread = threading.Thread(target=gather, name="deep_ep call check", daemon=True)
+        thread.start()
+        thread.join(timeout_s)
+        if failure:
+            raise failure[0]
+        return gathered or None
+
+
+_EXCHANGES: weakref.WeakKeyDictionary[Any, Exchange] = weakref.WeakKeyDictionary()  # by group or communicator
+
+
+def open_exchange(group: Any, rank: int, size: int, all_gather: Callable[[Any], list[Any]]) -> Exchange:
+    """That of `group`, a ProcessGroup or a communicator; a new one where a rank has given up the last. Collective."""
+    found = _EXCHANGES.get(group)
+    states = all_gather((uuid.uuid4().hex, found is None or found.is_given_up))
+    if found is None or any(is_missing for _, is_missing in states):
+        if isinstance(group, dist.ProcessGroup):
+            found = _StoreExchange(rank, size, states[0][0], dist.distributed_c10d._get_default_store())
+        else:
+            found = _CommExchange(rank, size, all_gather)
+        _EXCHANGES[group] = found
+    return found
 
 
 class CallCheck:
-    """Compares the calls of one Buffer. `all_gather` is that of its Peers."""
+    """Compares the calls of one Buffer."""
 
-    def __init__(self, all_gather: Callable[[Any], list[Any]], device: torch.device, timeout_s: float) -> None:
-        self._all_gather = all_gather
-        self._device = device
+    def __init__(self, exchange: Exchange, timeout_s: float) -> None:
+        self._exchange = exchange
         self._timeout_s = timeout_s
-        self._is_given_up = False
+        exchange.num_buffers += 1
+        self._number = exchange.num_buffers
 
     def compare(self, operation: str, facts: dict[str, Any], fault: Optional[str] = None) -> None:
-        """Raises ValueError on every rank when they differ in the operation or in a fact about its arguments, or when
-        one of them found a fault in its own."""
-        if self._is_given_up or is_capturing():
+        """Raises ValueError on every rank when they differ in the operation, the Buffer or a fact about its arguments,
+        or when one of them found a fault in its own."""
+        if self._exchange.is_given_up or is_capturing():
             return
-        calls = self._gather((operation, facts, fault))
+        facts = {"the Buffer, by order of construction on this group,": self._number, **facts}
+        calls = self._exchange.gather((operation, facts, fault), self._timeout_s)
         if calls is None:
-            self._is_given_up = True
+            self._exchange.is_given_up = True
             logger.warning("DEEP_EP_CHECK_CALLS: %s: not every rank made a call within %.1f s; calls are not compared "
                            "any more", operation, self._timeout_s)  # yapf: disable
             return
@@ -57,23 +151,7 @@ class CallCheck:
             if difference is not None:
                 raise ValueError(f"{operation}: {name} must be the same on every rank, got {difference}")
 
-    def _gather(self, mine: Any) -> Optional[list[Any]]:
-        """None: a rank did not come. The call itself, which follows, will say which one."""
-        gathered: list[Any] = []
-        failure: list[BaseException] = []
 
-        def gather() -> None:
-            try:
-                if self._device.type == "cuda":
-                    torch.cuda.set_device(self._device)
-                gathered.extend(self._all_gather(mine))
-            except BaseException as error:  # noqa: BLE001 - raised below
-                failure.append(error)
-
-        # A collective of torch.distributed cannot be given up; its thread can.
-        thread = threading.Thread(target=gather, name="deep_ep call check", daemon=True)
-        thread.start()
-        thread.join(self._timeout_s)
-        if failure:
-            raise failure[0]
-        return gathered or None
+def handle_fact(rank_prefix_matrix: torch.Tensor) -> dict[str, Any]:
+    """What tells a handle from others, and is the same on every rank. Waits for the device."""
+    return {"the rank_prefix_matrix of the handle": rank_prefix_matrix.tolist()}

@@ -9,6 +9,7 @@ import torch
 
 from deep_ep import _checks
 from deep_ep._bootstrap import Session
+from deep_ep._call_check import handle_fact
 from deep_ep._errors import Error
 from deep_ep._lending import Lender, Spec
 from deep_ep._streams import Operation, is_capturing
@@ -150,7 +151,7 @@ def dispatch_cached(session: Session, x: Payload, handle: Any, num_sms: int, pre
     if rows.shape[0] != num_tokens:
         raise ValueError(f"x must have {num_tokens} rows, the tokens of the dispatch that made the handle, got "
                          f"{rows.shape[0]}")
-    _compare_calls(session, "dispatch with a handle", rows, scales)
+    _compare_calls(session, "dispatch with a handle", rows, scales, rank_prefix_matrix=rank_prefix_matrix)
     with open_operation(session, "dispatch", previous_event, async_finish, allocate_on_comm_stream) as operation:
         with operation.allocation():
             outputs, _ = _receive_outputs(session, rows, scales, None, num_rows, operation)
@@ -176,7 +177,11 @@ def combine(session: Session, x: torch.Tensor, handle: Any, topk_weights: Option
         _, num_topk = _checks.check_matrix("topk_weights", topk_weights, device, FLOAT32, num_rows)
     biases = NO_BIASES if bias is None else _check_bias(bias, device, num_tokens, hidden)
     if session.call_check is not None:
-        session.call_check.compare("combine", {"the row size of x": hidden, "the columns of topk_weights": num_topk})
+        session.call_check.compare("combine", {
+            "the row size of x": hidden,
+            "the columns of topk_weights": num_topk,
+            **handle_fact(rank_prefix_matrix)
+        })
     with open_operation(session, "combine", previous_event, async_finish, allocate_on_comm_stream) as operation:
         with operation.allocation():
             combined = session.empty[torch.bfloat16](num_tokens, hidden)
@@ -193,7 +198,8 @@ def _compare_calls(session: Session,
                    operation: str,
                    rows: torch.Tensor,
                    scales: Optional[torch.Tensor],
-                   routing: Optional[Routing] = None) -> None:
+                   routing: Optional[Routing] = None,
+                   rank_prefix_matrix: Optional[torch.Tensor] = None) -> None:
     """With the other ranks, where that was asked for."""
     if session.call_check is None:
         return
@@ -203,6 +209,8 @@ def _compare_calls(session: Session,
         "the columns of the scales": 0 if scales is None else scales.shape[1]
     }
     fault = None
+    if rank_prefix_matrix is not None:
+        facts.update(handle_fact(rank_prefix_matrix))
     if routing is not None:
         fault = _find_layout_fault(routing)
         facts["the length of num_tokens_per_expert"] = routing.num_tokens_per_expert.shape[0]

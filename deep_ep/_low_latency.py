@@ -19,7 +19,7 @@ from deep_ep._low_latency_plan import (
     check_max_tokens,
     check_num_experts,
 )
-from deep_ep._memory import view_memory
+from deep_ep._memory import outside_of_modes, view_memory
 from deep_ep._opaque import opaque
 from deep_ep._phases import PhaseOrder, Phases, Tensors, open_phases
 from deep_ep.utils import EventHandle, EventOverlap
@@ -83,6 +83,7 @@ class CombineBuffers:
         self.lent: Optional[torch.Tensor] = None
         self._resting: list[torch.Tensor] = []
 
+    @outside_of_modes
     def lend(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
         """The same tensor until a combine has taken it."""
         if self.lent is None:

@@ -1,8 +1,10 @@
-"""Tensors over memory that torch did not allocate, and a quicker torch.empty."""
+"""Tensors over memory that torch did not allocate, a quicker torch.empty, and tensors made outside of all modes."""
 
-from typing import Any, Callable
+import functools
+from typing import Any, Callable, TypeVar
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.dlpack import from_dlpack
 
 import deep_ep_cpp
@@ -19,6 +21,22 @@ _DLPACK_TYPES = {
     torch.float64: (2, 64),
     torch.bfloat16: (4, 16),
 }
+
+T = TypeVar("T")
+
+
+def outside_of_modes(function: Callable[..., T]) -> Callable[..., T]:
+    """Runs `function` as if the caller had entered no mode of torch: inference, FakeTensorMode, a default device.
+
+    What is made there and kept is an ordinary tensor, whenever it is used.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> T:
+        with torch.inference_mode(False), _disable_current_modes(), torch._C.DisableTorchFunction():
+            return function(*args, **kwargs)
+
+    return run
 
 
 def make_tensor(address: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,
@@ -49,6 +67,7 @@ class EmptyTensors(dict[torch.dtype, Callable[..., torch.Tensor]]):
         super().__init__()
         self.device = device
 
+    @outside_of_modes
     def __missing__(self, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
         make: Callable[..., torch.Tensor] = torch.empty(0, dtype=dtype, device=self.device).new_empty
         self[dtype] = make

@@ -1,6 +1,7 @@
 """Streams and events of GPUs as plain numbers: torch's objects for them take longer to make than a launch takes.
 
-Here, and only here, are torch's functions that have no public name.
+Here, in _opaque.py and in _memory.py are torch's functions that have no public name, and nowhere else. Where a version
+of torch lacks one of these, the public and slower way is taken.
 """
 
 import torch
@@ -44,7 +45,10 @@ class EventPool:
 
 def current_stream_handle(index: int) -> int:
     """The stream that is current in this thread on GPU `index`."""
-    return int(torch._C._cuda_getCurrentRawStream(index))
+    try:
+        return int(torch._C._cuda_getCurrentRawStream(index))
+    except AttributeError:
+        return int(torch.cuda.current_stream(index).cuda_stream)
 
 
 StreamId = tuple[int, int, int]  # what torch calls stream_id, device_index and device_type
@@ -52,7 +56,11 @@ StreamId = tuple[int, int, int]  # what torch calls stream_id, device_index and 
 
 def current_stream_id(index: int) -> StreamId:
     """The same stream, as torch names it."""
-    return tuple(torch._C._cuda_getCurrentStream(index))
+    try:
+        return tuple(torch._C._cuda_getCurrentStream(index))
+    except AttributeError:
+        stream = torch.cuda.current_stream(index)
+        return stream.stream_id, stream.device_index, stream.device_type
 
 
 class CurrentStream:
@@ -74,4 +82,9 @@ class CurrentStream:
     @staticmethod
     def _set(stream_id: StreamId) -> None:
         number, index, kind = stream_id
-        torch._C._cuda_setStream(stream_id=number, device_index=index, device_type=kind)
+        try:
+            torch._C._cuda_setStream(stream_id=number, device_index=index, device_type=kind)
+        except AttributeError:
+            stream = torch.cuda.Stream(  # type: ignore[no-untyped-call]
+                stream_id=number, device_index=index, device_type=kind)
+            torch.cuda.set_stream(stream)

@@ -11,6 +11,7 @@ blocking, and all kernels run on the comm stream, which belongs to the native ex
 
 import contextlib
 import functools
+import os
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -106,6 +107,15 @@ class HostEvent:
 def event_pool(index: int) -> EventPool:
     return EventPool(native_device(index))
 
+
+def _start_afresh_in_child() -> None:
+    """The CPU's device ends with the process: its thread does not exist in a forked child, which makes its own."""
+    if device_choice.cache_info().currsize and device_choice()[0] == "cpu":
+        native_device.cache_clear()
+        HostEvent._free.clear()
+
+
+os.register_at_fork(after_in_child=_start_afresh_in_child)
 
 # What an EventHandle stands for. None: a point on the host's own timeline, passed by the time anybody can ask.
 RecordedEvent = Union[PooledEvent, HostEvent, None]

@@ -16,6 +16,7 @@ class Place:
     host: str  # identity of the running kernel: host names may repeat, and containers of one host may differ in name
     host_name: str
     device: str  # identity of the device on that host: ranks may share one
+    is_guess: bool = False  # the identity is only a name, since the kernel does not tell its own
 
 
 @dataclass(frozen=True)
@@ -31,21 +32,23 @@ class Topology:
         return len(self.nodes)
 
     def __str__(self) -> str:
-        origin = "DEEP_EP_RANKS_PER_NODE" if self.is_override else "found from host identity"
+        origin = "DEEP_EP_RANKS_PER_NODE" if self.is_override else f"found from {BOOT_ID}"
+        if not self.is_override and any(place.is_guess for place in self.places):
+            origin = f"told apart by host name, because {BOOT_ID} cannot be read on every rank"
         lines = [f"{len(self.places)} ranks on {self.num_nodes} node(s), {origin}"]
         for node in self.nodes:
             ranks = ", ".join(f"{rank} ({self.places[rank].device})" for rank in node)
-            lines.append(f"  {self.places[node[0]].host_name}: ranks {ranks}")
+            names = dict.fromkeys(self.places[rank].host_name for rank in node)  # of containers, perhaps
+            lines.append(f"  {', '.join(names)}: ranks {ranks}")
         return "\n".join(lines)
 
 
 def this_place(device_id: str) -> Place:
     host_name = socket.gethostname()
     try:
-        host = BOOT_ID.read_text().strip()
+        return Place(BOOT_ID.read_text().strip(), host_name, device_id)
     except OSError:
-        host = f"{host_name}/{platform.machine()}"
-    return Place(host, host_name, device_id)
+        return Place(f"{host_name}/{platform.machine()}", host_name, device_id, is_guess=True)
 
 
 def find_topology(places: Sequence[Place], ranks_per_node: int = 0) -> Topology:

@@ -5,6 +5,7 @@
 import bisect
 import contextlib
 import functools
+import logging
 import math
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from deep_ep import _checks, _env, _high_throughput, _low_latency
 from deep_ep._bootstrap import Peers, Request, Session, build_session
 from deep_ep._cost_model import copies_per_token
 from deep_ep._errors import Error
-from deep_ep._memory import view_memory
+from deep_ep._memory import outside_of_modes, view_memory
 from deep_ep._opaque import opaque
 from deep_ep._streams import CudaStreams
 from deep_ep.utils import EventHandle, EventOverlap
@@ -31,6 +32,7 @@ __all__ = ["Buffer", "Config", "EventHandle", "EventOverlap"]
 Bias = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 
 DESTROY_TIMEOUT_S = 5.0
+logger = logging.getLogger("deep_ep")
 
 # Chunk sizes by rank count: (nvl send, nvl recv, rdma send, rdma recv). A count between two entries takes the next one.
 DISPATCH_CHUNKS: dict[int, tuple[int, int, int, int]] = {
@@ -65,6 +67,17 @@ def _default_config(operation: str, num_sms: int, num_ranks: int) -> Config:
     return Config(num_sms, *table[listed[min(bisect.bisect_left(listed, num_ranks), len(listed) - 1)]])
 
 
+def _log_unused_permissions(**permissions: bool) -> None:
+    for name, is_given in permissions.items():
+        if is_given:
+            _log_once(f"{name}=True is a permission that changes nothing: within a node peers reach memory without it")
+
+
+@functools.cache
+def _log_once(sentence: str) -> None:
+    logger.info(sentence)
+
+
 @opaque
 class Buffer:
     """Memory that every rank of a group can reach, and expert-parallel dispatch and combine on it.
@@ -82,6 +95,7 @@ class Buffer:
 
     num_sms: int = 20
 
+    @outside_of_modes
     def __init__(self,
                  group: Optional[dist.ProcessGroup],
                  num_nvl_bytes: int = 0,
@@ -105,6 +119,7 @@ class Buffer:
         num_rdma_bytes: bytes for the low-latency calls, a multiple of 128, zero-filled; see
             `get_low_latency_rdma_size_hint`. It is memory that peers reach, like the other; the name is the callers'.
         low_latency_mode: whether low-latency calls are made. One Buffer may serve both modes in turn.
+        allow_mnnvl, use_fabric: permissions, of which this version makes no use; never a reason to fail.
         enable_shrink: low-latency calls go on without a peer that does not come in time, and mask it.
         num_lend_bytes: bytes for tensors that the peers write or read in place, a multiple of 128 (None:
             DEEP_EP_LEND_BYTES, by default 0). With room for it, outputs of `dispatch` and inputs of `combine` from
@@ -135,6 +150,7 @@ class Buffer:
         self._session: Optional[Session] = build_session(peers, prepare)
         self.runtime: Optional[deep_ep_cpp.Buffer] = self._session.runtime
         self._low_latency = _low_latency.LowLatency(self._session, low_latency_mode, enable_shrink)
+        _log_unused_permissions(allow_mnnvl=allow_mnnvl, use_fabric=use_fabric)
 
     # Lifecycle
 
@@ -149,6 +165,19 @@ class Buffer:
         session, self._session, self.runtime = self._session, None, None
         if session is not None:
             session.close(timeout_s)
+
+    def __copy__(self) -> Self:
+        """The Buffer itself: two objects over the same memory would each release it."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        raise TypeError(
+            "a Buffer cannot be copied: it is memory of this process that peers have mapped. Keep it out of "
+            "what is deep-copied, or share it")
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Buffer cannot be pickled: it is memory of this process that peers have mapped. Build one in "
+                        "each process, together with the peers")
 
     def __enter__(self) -> Self:
         return self
@@ -317,7 +346,7 @@ class Buffer:
             arrive), the host does not wait for counts, and the call can be captured in a CUDA graph; needs top-k.
 
         Returns (recv_x [M, hidden] or (recv_x, recv_scales [M, S]), recv_topk_idx [M, K], recv_topk_weights [M, K],
-        rows per local expert as a list, handle, event). Rows are in the order of source rank, then source token.
+        entries per local expert as a list, handle, event). Rows are in the order of source rank, then source token.
         recv_topk_idx holds local expert numbers and -1, with weight 0, for experts elsewhere; in unused rows of
         `num_worst_tokens` it is -1, and the list is empty. With `handle`: (recv_x, None, None, None, None, event).
         """

@@ -7,17 +7,23 @@ Also runs as a plain file, for when `import deep_ep` fails. Exit status 1: somet
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import platform
+import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Callable
 
 GIB = 1 << 30
 LITTLE_MEMORY_BYTES = GIB // 4
 MEMORY_INFO = Path("/proc/meminfo")
+OLDEST_TORCH = (2, 1)
+LITTLE_SHM_BYTES = GIB
+SHM_SUBJECT = "shared memory mount"
 INSTALL_FIX = "build and install the package for this Python: pip install . (README.md)"
 
 
@@ -43,6 +49,27 @@ def _load(name: str) -> Any:
         return error
 
 
+def _load_probes() -> ModuleType:
+    """deep_ep/_probes.py as a file, because the package may be what does not import."""
+    spec = importlib.util.spec_from_file_location("_deep_ep_probes", Path(__file__).with_name("_probes.py"))
+    assert spec is not None and spec.loader is not None  # noqa: S101, PT018 - for mypy: it ends in .py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+probes = _load_probes()
+
+
+def _guarded(subject: str, check: Callable[..., list[Finding]], *arguments: Any) -> list[Finding]:
+    """A probe that fails is a line of the report; the others still run."""
+    try:
+        return check(*arguments)
+    except Exception as error:  # noqa: BLE001 - see _load
+        return [Finding("note", subject, f"cannot tell: {type(error).__name__}: {error}")]
+
+
 def check_python() -> list[Finding]:
     return [Finding("ok", "python", f"{platform.python_version()} on {platform.platform()}, {sys.executable}")]
 
@@ -51,6 +78,12 @@ def check_torch(torch: Any) -> list[Finding]:
     if isinstance(torch, Exception):
         return [Finding("broken", "torch", f"does not import: {torch}", "pip install torch")]
     built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU"
+    if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < OLDEST_TORCH:
+        return [
+            Finding(
+                "broken", "torch", f"{torch.__version__} is too old: deep_ep uses names that came with "
+                f"{'.'.join(map(str, OLDEST_TORCH))}", "install a newer torch")
+        ]
     return [Finding("ok", "torch", f"{torch.__version__}, built for {built_for}")]
 
 
@@ -74,7 +107,54 @@ def check_package() -> list[Finding]:
     package = _load("deep_ep")
     if isinstance(package, Exception):
         return [Finding("broken", "deep_ep", f"does not import: {package}", INSTALL_FIX)]
-    return [Finding("ok", "deep_ep", f"{package.__version__}, {Path(package.__file__).parent}")]
+    has = [name for name, is_here in package.features().items() if is_here]
+    return [
+        Finding("ok", "deep_ep", f"{package.__version__}, {Path(package.__file__).parent}"),
+        Finding("ok", "features", ", ".join(has))
+    ]
+
+
+def check_driver(native: Any) -> list[Finding]:
+    """The NVIDIA driver against the CUDA runtime that is compiled in."""
+    runtime, served = native.cuda_versions()
+    version = probes.driver_version()
+    if runtime == 0:
+        driver = f"NVIDIA driver {version}" if version else "no NVIDIA driver"
+        return [Finding("ok", "driver", f"{driver}; deep_ep_cpp was built without CUDA and needs none")]
+    complaint = native.describe_old_driver(runtime, served)
+    if complaint:
+        here = f"NVIDIA driver {version}: " if version else "no NVIDIA driver: "
+        # Without any driver there is no GPU to lose.
+        return [Finding("broken", "driver", here + complaint, "update the NVIDIA driver") if version or served else
+                Finding("note", "driver", here + complaint)]  # yapf: disable
+    return [
+        Finding(
+            "ok", "driver", f"NVIDIA driver {version or '(version unknown)'} serves CUDA {_cuda(served)}; "
+            f"deep_ep_cpp has the runtime of CUDA {_cuda(runtime)}")
+    ]
+
+
+def _cuda(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def check_nvlink() -> list[Finding]:
+    """Of all GPUs of the machine, in NVML's order, whatever this process may see."""
+    try:
+        library = probes.Nvml()
+    except OSError:
+        return [Finding("ok", "NVLink", f"no {probes.NVML} here, so there is no NVIDIA driver to ask")]
+    with library as nvml:
+        links = probes.nvlink(nvml)
+    if len(links.active) < 2:
+        return [Finding("ok", "NVLink", f"{len(links.active)} GPU(s) in this machine, so nothing to join")]
+    if links.is_complete:
+        return [Finding("ok", "NVLink", f"joins all {len(links.active)} GPUs\n{links}")]
+    return [
+        Finding(
+            "note", "NVLink", f"does not join all GPUs (- stands for PCIe or nothing); ranks work best on GPUs that "
+            f"it joins\n{links}")
+    ]
 
 
 def check_gpus(torch: Any, native: Any) -> list[Finding]:
@@ -125,50 +205,83 @@ def check_memory() -> list[Finding]:
     return [Finding("ok", "memory", text)]
 
 
-class _Alone:
-    """The communicator of a single rank."""
+def check_container() -> list[Finding]:
+    """What a container or the system may withhold. Buffers on the CPU are memfd files that peers open under /proc."""
+    inside = probes.container()
+    found = [Finding("ok", "container", f"yes ({inside})" if inside else "none that shows")]
+    names = [name for name in map(probes.namespace, ("ipc", "pid", "user")) if name]
+    if names:
+        found.append(
+            Finding("ok", "namespaces",
+                    ", ".join(names) + ": ranks in several containers must share ipc and pid (docker: --ipc, --pid)"))
+    limit = probes.memory_limit()
+    if limit is not None:
+        found.append(Finding("ok", "memory limit", f"{limit / GIB:.1f} GiB for this container or control group"))
+    return found
 
-    def Get_rank(self) -> int:  # noqa: N802 - mpi4py's names
-        return 0
 
-    def Get_size(self) -> int:  # noqa: N802
-        return 1
+def check_limits() -> list[Finding]:
+    found = []
+    shm = probes.shm_bytes()
+    if shm is None:
+        found.append(Finding("note", SHM_SUBJECT, "not there: deep_ep needs none, but NCCL and data loaders may"))
+    elif shm < LITTLE_SHM_BYTES:
+        found.append(
+            Finding(
+                "note", SHM_SUBJECT, f"{shm / (1 << 20):.0f} MiB: deep_ep needs none, but NCCL and data loaders may "
+                "(docker: --shm-size)"))
+    else:
+        found.append(Finding("ok", SHM_SUBJECT, f"{shm / GIB:.1f} GiB (deep_ep itself needs none)"))
+    memlock = probes.memlock_bytes()
+    text = "unlimited" if memlock is None else f"{memlock / (1 << 20):.1f} MiB (RDMA will want more; nothing here does)"
+    found.append(Finding("ok", "memlock", text))
+    seccomp, scope = probes.status_field("Seccomp"), probes.ptrace_scope()
+    filters = {"0": "off", "1": "strict", "2": "filtering system calls"}.get(seccomp or "", "unknown")
+    # Opening a peer's descriptor is a read access; the scope restricts attaching, until it is 3.
+    traced = "not there" if scope is None else str(scope)
+    found.append(Finding("ok", "seccomp", f"{filters}; ptrace scope {traced}"))
+    return found
 
-    def allgather(self, item: Any) -> list[Any]:
-        return [item]
 
-
-def check_round_trip(torch: Any) -> list[Finding]:
-    """One rank sends tokens to itself: the kernels load and run."""
-    try:
-        deep_ep = importlib.import_module("deep_ep")
-        kind, reason = importlib.import_module("deep_ep._streams").device_choice()
-        x = torch.arange(4 * 64, dtype=torch.bfloat16, device=kind).reshape(4, 64)
-        topk_idx = torch.arange(4, device=kind).reshape(4, 1)
-        with deep_ep.Buffer(None, 1 << 20, comm=_Alone()) as buffer:
-            per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, 4)
-            received = buffer.dispatch(x, None, per_rank, None, in_rank, per_expert, topk_idx,
-                                       torch.ones(4, 1, device=kind))
-            combined = buffer.combine(received[0], received[4])[0]
-            is_same = torch.equal(combined, x)
-    except Exception as error:  # noqa: BLE001 - see _load
-        return [Finding("broken", "round trip", f"{type(error).__name__}: {error}",
-                        "see docs/errors.md; DEEP_EP_DEVICE=cpu tries without the GPU")]  # yapf: disable
-    if not is_same:
-        return [Finding("broken", "round trip", f"wrong numbers on {kind}", "please report this machine")]
-    return [Finding("ok", "round trip", f"dispatch and combine on {kind} ({reason})")]
+def check_round_trips(torch: Any) -> list[Finding]:
+    """Ranks in processes of their own send tokens to each other and back, on every path that this machine has."""
+    trip = importlib.import_module("deep_ep._round_trip")
+    kind, reason = importlib.import_module("deep_ep._streams").device_choice()
+    paths = [("CPU device, two processes", "cpu", [0, 0])]
+    num_gpus = torch.cuda.device_count() if kind == "cuda" else 0
+    if num_gpus == 1:
+        paths.append(("two ranks on one GPU", "cuda", [0, 0]))
+    elif num_gpus > 1:
+        paths.append((f"{num_gpus} GPUs, a rank on each", "cuda", list(range(num_gpus))))
+    found = [Finding("ok", "device", f"{kind} ({reason})")]
+    for name, device, gpus in paths:
+        subject = f"round trip, {name}"
+        failures = trip.round_trip(device, gpus)
+        if failures:
+            found.append(
+                Finding(
+                    "broken", subject, "\n       ".join(failures),
+                    "see docs/errors.md; DEEP_EP_DEVICE=cpu does without "
+                    "the GPU" if device == "cuda" else "see docs/errors.md; are memfd and /proc usable here?"))
+        else:
+            found.append(Finding("ok", subject, "dispatch and combine, through slots, lent and low-latency"))
+    return found
 
 
 def examine() -> list[Finding]:
     """Everything, in the order in which one thing needs another."""
     torch, native = _load("torch"), _load("deep_ep_cpp")
     found = check_python() + check_torch(torch) + check_extension(native) + check_memory()
+    found += _guarded("container", check_container) + _guarded("limits", check_limits)
+    found += _guarded("NVLink", check_nvlink)
+    if not isinstance(native, Exception):
+        found += _guarded("driver", check_driver, native)
     if any(finding.level == "broken" for finding in found if finding.subject in ("torch", "deep_ep_cpp")):
         return found
-    found += check_package() + check_gpus(torch, native)
+    found += check_package() + _guarded("GPUs", check_gpus, torch, native)
     if any(finding.level == "broken" for finding in found if finding.subject in ("deep_ep", "environment")):
         return found
-    return found + check_round_trip(torch)
+    return found + _guarded("round trip", check_round_trips, torch)
 
 
 def main(arguments: list[str]) -> int:

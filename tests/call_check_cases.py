@@ -60,6 +60,14 @@ def _different_calls(worker: Worker, buffer: Any) -> Iterator[Any]:
         yield lambda: dispatch(rows(2, 64))
         yield lambda: dispatch(rows(2, 64))
     received, *_, handle, _ = dispatch(rows(2, 64))
+    other_idx = torch.tensor([[0, 1], [0, 1]], device=device)
+    per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(other_idx, 4)
+    fewer, *_, other_handle, _ = buffer.dispatch(rows(2, 64), None, per_rank, None, in_rank, per_expert)
+    yield lambda: dispatch(rows(2, 64), other_handle if own else handle)
+    yield (lambda: buffer.combine(fewer, other_handle)) if own else (lambda: buffer.combine(received, handle))
+    with checked_buffer(worker) as second:
+        yield lambda: (second if own else buffer).dispatch(rows(2, 64), handle)
+        worker.barrier()
     yield (lambda: buffer.combine(received, handle)) if own else (lambda: dispatch(rows(2, 64), handle))
     yield lambda: buffer.low_latency_dispatch(rows(2, 512), topk_idx, 4 << own, 4)
     yield lambda: buffer.low_latency_dispatch(rows(2, 512), topk_idx, 4, 4, use_fp8=own == 0)
@@ -73,3 +81,22 @@ def absent_rank(worker: Worker) -> Optional[str]:
     """Who does not come is still named, by the call itself."""
     buffer = checked_buffer(worker, timeout_s=SHORT_TIMEOUT_S)
     return None if worker.rank == 1 else failure_of(lambda: whole_trips(worker, buffer), deep_ep.TimeoutError)
+
+
+AT_EXIT = """
+import sys, time, torch, torch.distributed as dist, deep_ep
+rank, path = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+buf = deep_ep.Buffer(dist.group.WORLD, 1 << 20)
+idx, x = torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 8, dtype=torch.bfloat16)
+if rank == 1:
+    time.sleep(5)  # skips the call, then leaves
+else:
+    n, _, e, r, _ = buf.get_dispatch_layout(idx, 2)
+    try:
+        buf.dispatch(x, None, n, None, r, e, idx, torch.ones(4, 1))
+    except deep_ep.Error as error:
+        print("caught:", error, flush=True)
+    time.sleep(1)
+sys.exit(7)
+"""

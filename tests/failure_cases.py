@@ -103,20 +103,29 @@ def killed_rank(worker: Worker, work: Workload, victim: int) -> str:
     return message
 
 
-def failing_constructor(worker: Worker, failing: int, argument: str) -> str:
-    """A bad argument on one rank is an exception on all, and the group can build a Buffer afterwards."""
-    options: dict[str, Any] = {"num_nvl_bytes": 1 << 12}
-    if worker.rank == failing:
-        options = {"num_nvl_bytes": 100} if argument == "bad" else {"num_nvl_bytes": 1 << 13}
-    try:
-        worker.new_buffer(**options)
-    except (deep_ep.Error, ValueError) as error:
-        message = f"{type(error).__name__}: {error}"
-    else:
-        raise AssertionError("a Buffer was built")
+def failing_construction(worker: Worker, kinds: Any, trouble: Any, **options: Any) -> str:
+    """Building a Buffer fails on every rank while there is `trouble` (a context), and works afterwards.
+
+    Returns the class and the sentence of the failure.
+    """
+    with trouble:
+        try:
+            worker.new_buffer(**options)
+        except kinds as error:
+            message = f"{type(error).__name__}: {error}"
+        else:
+            raise AssertionError("a Buffer was built")
     with worker.new_buffer(1 << 16) as buffer:
         Flight(worker, buffer, Workload((2, ) * worker.num_ranks, hidden=16)).whole_trip()
     return message
+
+
+def failing_constructor(worker: Worker, failing: int, argument: str) -> str:
+    """A bad argument on one rank is an exception on all."""
+    options: dict[str, Any] = {"num_nvl_bytes": 1 << 12}
+    if worker.rank == failing:
+        options = {"num_nvl_bytes": 100} if argument == "bad" else {"num_nvl_bytes": 1 << 13}
+    return failing_construction(worker, (deep_ep.Error, ValueError), contextlib.nullcontext(), **options)
 
 
 def bad_expert(worker: Worker) -> str:

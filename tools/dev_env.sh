@@ -32,6 +32,8 @@ missing_packages() {
             has_header doctest/doctest.h || echo doctest-dev
             has_command clang++-14 || echo clang-14
             has_clang_runtime || echo libclang-rt-14-dev
+            [[ $(uname -m) != x86_64 ]] || has_command aarch64-linux-gnu-g++ || echo g++-aarch64-linux-gnu
+            [[ $(uname -m) != x86_64 ]] || has_command g++-11 || echo g++-11
             ;;
         lint)
             has_command clang-format-14 || echo clang-format-14
@@ -49,13 +51,13 @@ setup_system() {
     mapfile -t missing < <(missing_packages "$1")
     [[ ${#missing[@]} -gt 0 ]] || return 0
     if [[ $(id -u) -eq 0 ]] && has_command apt-get; then
-        say "installing: ${missing[*]}"
+        say "installing on this system, as root, with apt-get: ${missing[*]}"
         if apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
             "${missing[@]}" >/dev/null; then
             return 0
         fi
     fi
-    say "missing for '$1': ${missing[*]} (Debian's names). As root: apt-get install ${missing[*]}"
+    say "missing for '$1': ${missing[*]} (Debian's names). Nothing was installed. As root: apt-get install ${missing[*]}"
     [[ -z ${CI:-} ]] || return 1
     say 'going on without; what needs them is left out, and says so'
 }
@@ -101,7 +103,7 @@ make_venv() { # how much of it; each step wants the one before
             pip_install "$TORCH" "${packages[@]}"
             ;;
         all)
-            mapfile -t packages < <(packages_of test lint)
+            mapfile -t packages < <(packages_of test lint wheel)
             pip_install "${packages[@]}"
             ;;
         *)

@@ -19,7 +19,7 @@
 #   GPU_CHECK_RANKS        the number of ranks
 #   GPU_CHECK_PRESSURE_S   of the pressure step: 300, or 60 where it cannot run beside the tests; of pressure_start: 600
 #   GPU_CHECK_SEED         of pressure: which random calls are made (0)
-#   GPU_CHECK_STATE        where pressure_start leaves what pressure_collect needs (/tmp/deep_ep_pressure)
+#   GPU_CHECK_STATE        where pressure_start leaves what pressure_collect needs (build/pressure); emptied first
 #   GPU_CHECK_BESIDE       1: pressure runs beside the steps after the benchmarks (default with several GPUs); 0: alone
 #   GPU_CHECK_TESTS        arguments for pytest
 #   GPU_CHECK_BENCH        further options for the benchmarks, after those of this script
@@ -65,7 +65,7 @@ beside=${GPU_CHECK_BESIDE:-$((num_gpus > 1))}
 pressure_s=${GPU_CHECK_PRESSURE_S:-$((beside ? 300 : 60))}
 pressure_margin_s=60 # for the processes to start, and for the round that they are in
 long_pressure_s=${GPU_CHECK_PRESSURE_S:-600}
-state=${GPU_CHECK_STATE:-/tmp/deep_ep_pressure}
+state=${GPU_CHECK_STATE:-$root/build/pressure} # not in a folder that others write to: it is removed and made anew
 commit=${GPU_CHECK_COMMIT:-$(git rev-parse --short=12 HEAD 2>/dev/null)}
 deadline=$((SECONDS + ${GPU_CHECK_BUDGET_S:-530}))
 step_limit_s=${GPU_CHECK_STEP_LIMIT_S:-0} # in the shell of a step

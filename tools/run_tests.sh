@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs suites of tests and fails if any failed; a failed suite does not stop the next one.
-#   run_tests.sh cpp|address|thread|mutants|python ...
+#   run_tests.sh cpp|wheel|cuda11|aarch64|address|thread|mutants|python ...
 # The runners' own closing lines are the last that each suite prints. The Python suite spends half its time waiting, so
 # it runs beside the suites under sanitizers; what it prints comes when they are done.
 set -uo pipefail
@@ -39,6 +39,52 @@ run_ctest() { # build folder, command to run it under...
 }
 
 run_cpp() { configure build/dev && run_ctest build/dev; }
+
+# tests/test_wheel.py, in the Python suite, looks at it.
+run_wheel() {
+    if [[ ! $(uname -m) == x86_64 ]] || ! command -v apt-get >/dev/null; then
+        lacks 'the wheel' 'its toolkit is one of Debian for x86-64 (WHEEL_CUDA names another)'
+        return
+    fi
+    tools/make_wheel.sh
+}
+
+# The oldest nvcc, in its own C++17, for the oldest GPU: compiles, nothing is run.
+run_cuda11() {
+    local folder=build/cuda11 toolkit
+    if [[ ! $(uname -m) == x86_64 ]] || ! command -v apt-get >/dev/null || ! command -v g++-11 >/dev/null; then
+        lacks 'compiling with CUDA 11.8' 'needs g++-11 and a Debian on x86-64'
+        return
+    fi
+    toolkit=$(tools/get_toolkit.sh cuda-11.8) || return
+    export DISABLE_SM90_FEATURES=1 CUDACXX=$toolkit/bin/nvcc CUDAHOSTCXX=g++-11
+    cmake -S . -B "$folder" -G Ninja -DCMAKE_BUILD_TYPE=Release -DEP_WERROR=ON -DEP_CUDA=ON -DEP_PYTHON=OFF \
+        >"$folder.log" 2>&1 || {
+        cat "$folder.log"
+        return 1
+    }
+    cmake --build "$folder" --target deep_ep_cuda --parallel "$jobs"
+}
+
+# Compiles and links for Arm hosts; nothing is run.
+run_aarch64() {
+    local folder=build/aarch64 root include
+    if ! command -v aarch64-linux-gnu-g++ >/dev/null || ! nvcc --version 2>/dev/null | grep -q 'release 13'; then
+        lacks 'compiling for aarch64' 'needs aarch64-linux-gnu-g++ (Debian: g++-aarch64-linux-gnu) and nvcc 13'
+        return
+    fi
+    root=$(PYTHON=.venv/bin/python tools/get_toolkit.sh aarch64) || return
+    include=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("include"))')
+    # One GPU architecture: what differs on Arm is the host's half.
+    TORCH_CUDA_ARCH_LIST=9.0 cmake -S . -B "$folder" -G Ninja -DCMAKE_BUILD_TYPE=Release -DEP_WERROR=ON -DEP_PORTABLE=ON \
+        -DCMAKE_TOOLCHAIN_FILE=cmake/toolchains/aarch64-linux-gnu.cmake -DEP_AARCH64_ROOT="$root" -DEP_CUDA=ON \
+        -DPython_EXECUTABLE="$PWD/.venv/bin/python" -DPython_INCLUDE_DIR="$include" >"$folder.log" 2>&1 || {
+        cat "$folder.log"
+        return 1
+    }
+    cmake --build "$folder" --target deep_ep_cpp --parallel "$jobs" &&
+        readelf -h "$folder"/csrc/deep_ep_cpp*.so | grep 'Machine: *AArch64'
+}
 
 run_mutants() { run_sanitizer thread --target mutants; }
 
@@ -86,6 +132,9 @@ for ((i = 0; i < ${#suites[@]}; ++i)); do
     start=$SECONDS
     case $suite in
         cpp) run_cpp ;;
+        wheel) run_wheel ;;
+        cuda11) (run_cuda11) ;;
+        aarch64) run_aarch64 ;;
         address | thread) run_sanitizer "$suite" ;;
         mutants) run_mutants ;;
         python)

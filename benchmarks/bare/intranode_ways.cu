@@ -292,7 +292,7 @@ __device__ uint32_t look(const uint32_t* flag) {
 
 // Slots that hold all rows: warps below `split` push rows there, with a flag for each; the others sum what has come.
 // kSend 0: ordinary loads and stores; else bulk copies, kSend stages of a whole row for each warp.
-template <int kSend, int U, int T> __global__ void __launch_bounds__(T) through_slots(Args a) {
+template <int kSend, int U, int T, int SU = 7, int B = 1> __global__ void __launch_bounds__(T) through_slots(Args a) {
     extern __shared__ __align__(128) uint8_t memory[];
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
@@ -310,11 +310,14 @@ template <int kSend, int U, int T> __global__ void __launch_bounds__(T) through_
     const int first = warp_of_grid(warp);
     const int step = a.split * gridDim.x;
     if (kSend == 0) {
-        for (int t = first; t < kTokens; t += step) {
-            const int64_t at = static_cast<int64_t>(t) * a.row;
-            move<7>(a.x + at, a.remote + at, nullptr, a.row, lane);
+        for (int t = first; t < kTokens; t += step * B) {
+#pragma unroll 1
+            for (int b = 0; b < B && t + b * step < kTokens; ++b) {
+                const int64_t at = static_cast<int64_t>(t + b * step) * a.row;
+                move<SU>(a.x + at, a.remote + at, nullptr, a.row, lane);
+            }
             __syncwarp();
-            if (lane == 0) publish(a.peer_flags + t, a.epoch);
+            if (lane < B && t + lane * step < kTokens) publish(a.peer_flags + t + lane * step, a.epoch);
         }
         return;
     }
@@ -327,6 +330,7 @@ template <int kSend, int U, int T> __global__ void __launch_bounds__(T) through_
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     const int count = first < kTokens ? (kTokens - first + step - 1) / step : 0;
     auto at = [&](int item) { return static_cast<int64_t>(first + item * step) * a.row; };
+    int told = 0;  // items whose flag is set
     for (int item = 0; item < S - 1 && item < count; ++item)
         bulk_load(stages + item * a.row, a.x + at(item), a.row, bars + item);
     for (int item = 0; item < count; ++item) {
@@ -337,11 +341,13 @@ template <int kSend, int U, int T> __global__ void __launch_bounds__(T) through_
         }
         bar_wait(bars + s, item / S & 1);
         bulk_store(a.remote + at(item), stages + s * a.row, a.row);
-        bulk_wait<1>();
-        if (item > 0) publish(a.peer_flags + first + (item - 1) * step, a.epoch);
+        if (item - told >= B) {
+            bulk_wait<1>();
+            for (; told < item; ++told) publish(a.peer_flags + first + told * step, a.epoch);
+        }
     }
     bulk_wait<0>();
-    if (count > 0) publish(a.peer_flags + first + (count - 1) * step, a.epoch);
+    for (; told < count; ++told) publish(a.peer_flags + first + told * step, a.epoch);
 }
 
 // -- Running them --------------------------------------------------------------------------------------------------------
@@ -475,11 +481,19 @@ int main() {
     const int stage2 = 2 * row + 128;
     measure("slots, 4 bulk send x 2, 12 reduce x 7", through_slots<2, 7, 512>, 512, 4 * stage2, row, 4, true);
     check_rows("slots", gpus[1].slots, gpus[0].x, static_cast<size_t>(kTokens) * row);
-    measure("slots, 7 bulk send x 2, 17 reduce x 4", through_slots<2, 4, 768>, 768, 7 * stage2, row, 7, true);
-    measure("slots, 7 bulk send x 2, 9 reduce x 7", through_slots<2, 7, 512>, 512, 7 * stage2, row, 7, true);
-    measure("slots, 5 bulk send x 3, 19 reduce x 4", through_slots<3, 4, 768>, 768, 5 * (3 * row + 128), row, 5, true);
-    measure("slots, 4 bulk send x 2, 20 reduce x 4", through_slots<2, 4, 768>, 768, 4 * stage2, row, 4, true);
-    measure("slots, 8 plain send, 16 reduce x 4", through_slots<0, 4, 768>, 768, 0, row, 8, true);
+    measure("slots, 7 bulk send x 2 batch 2, 9 reduce x 7", through_slots<2, 7, 512, 7, 2>, 512, 7 * stage2, row, 7,
+            true);
+    measure("slots, 7 bulk send x 2 batch 4, 9 reduce x 7", through_slots<2, 7, 512, 7, 4>, 512, 7 * stage2, row, 7,
+            true);
+    measure("slots, 7 bulk send x 2 batch 4, 13 reduce x 7", through_slots<2, 7, 640, 7, 4>, 640, 7 * stage2, row, 7,
+            true);
     measure("slots, 12 plain send, 12 reduce x 4", through_slots<0, 4, 768>, 768, 0, row, 12, true);
+    measure("slots, 12 plain send batch 2, 12 reduce x 4", through_slots<0, 4, 768, 7, 2>, 768, 0, row, 12, true);
+    measure("slots, 8 plain send x 14, 8 reduce x 7", through_slots<0, 7, 512, 14, 1>, 512, 0, row, 8, true);
+    measure("slots, 10 plain send x 14, 10 reduce x 7", through_slots<0, 7, 640, 14, 1>, 640, 0, row, 10, true);
+    measure("slots, 10 plain send x 14 batch 2, 10 reduce x 7", through_slots<0, 7, 640, 14, 2>, 640, 0, row, 10, true);
+    measure("slots, 12 plain send x 14 batch 2, 8 reduce x 7", through_slots<0, 7, 640, 14, 2>, 640, 0, row, 12, true);
+    measure("slots, 8 plain send x 14 batch 2, 12 reduce x 7", through_slots<0, 7, 640, 14, 2>, 640, 0, row, 8, true);
+    measure("slots, 16 plain send batch 2, 16 reduce x 4", through_slots<0, 4, 1024, 7, 2>, 1024, 0, row, 16, true);
     return 0;
 }

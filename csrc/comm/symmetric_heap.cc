@@ -15,9 +15,9 @@ SymmetricHeap::SymmetricHeap(std::shared_ptr<dev::Device> device, std::shared_pt
 SymmetricHeap::~SymmetricHeap() { release(0.0); }
 
 void SymmetricHeap::connect(const std::vector<std::string>& handles) {
-    EP_CHECK(!is_connected(), "this heap is connected already");
-    EP_CHECK(handles.size() == static_cast<size_t>(num_ranks_), "handles: expected one for each of ", num_ranks_,
-             " ranks, got ", handles.size());
+    EP_ENSURE(!is_connected(), "this heap is connected already");
+    EP_ENSURE(handles.size() == static_cast<size_t>(num_ranks_), "handles: expected one for each of ", num_ranks_,
+              " ranks, got ", handles.size());
     bases_.assign(handles.size(), nullptr);
     for (int peer = 0; peer < num_ranks_; ++peer) {
         const auto idx = static_cast<size_t>(peer);

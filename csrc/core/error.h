@@ -36,3 +36,9 @@ template <class... Parts> std::string concat(const Parts&... parts) {
     do {                                                                               \
         if (!(cond)) throw ::deep_ep::InvalidArgument(::deep_ep::concat(__VA_ARGS__)); \
     } while (false)
+
+// EP_ENSURE(is_connected, "the heap is not connected"): throws Error, for what no argument of a caller can bring about.
+#define EP_ENSURE(cond, ...)                                                                                         \
+    do {                                                                                                             \
+        if (!(cond)) throw ::deep_ep::Error(::deep_ep::concat("a bug of deep_ep, please report it: ", __VA_ARGS__)); \
+    } while (false)

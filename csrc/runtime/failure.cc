@@ -14,6 +14,7 @@ namespace {
 
 // How long a rank that was told to give up waits for the reason, which the host of the other rank writes.
 constexpr auto kReasonPatience = std::chrono::milliseconds(300);
+constexpr int kReasonLooks = 3;  // the same for the watcher, which must not sleep over one Buffer
 
 bool is_set(const uint64_t& state) { return std::atomic_ref(const_cast<uint64_t&>(state)).load() != 0; }
 
@@ -78,7 +79,7 @@ void FailureDesk::fail(FailureClass kind, const std::string& text, Spread spread
 
 std::string FailureDesk::look() {
     const std::lock_guard lock(mutex_);
-    if (is_closed_ || has_failed()) return "";
+    if (is_closed_ || has_failed() || is_reason_due()) return "";
     collect();
     if (!has_failed()) collect_notes();
     return failure_.text;
@@ -105,6 +106,15 @@ void FailureDesk::collect() {
     if (record.kind == layout::FailureKind::kBadInput) abort_everybody(Spread::kPeers);
 }
 
+// A kernel was told to give up by a rank whose host has not said why yet, but will at its watcher's next look.
+bool FailureDesk::is_reason_due() {
+    const layout::WaitRecord& record = status_->failure;
+    if (!is_set(record.state) || record.kind != layout::FailureKind::kAborted) return false;
+    const int origin = layout::abort_origin(record.seen);
+    if (origin != layout::abort_missing(record.seen) || mailbox_->abort_note(origin).has_value()) return false;
+    return mailbox_->presence(origin) == comm::Presence::kHere && num_looks_for_reason_++ < kReasonLooks;
+}
+
 void FailureDesk::collect_notes() {
     for (int peer = 0; peer < num_ranks_; ++peer) {
         if (peer == rank_) continue;
@@ -122,7 +132,8 @@ void FailureDesk::adopt(Failure failure) {
 }
 
 std::string FailureDesk::reason_of(int origin) const {
-    const auto deadline = std::chrono::steady_clock::now() + kReasonPatience;
+    const bool has_waited = num_looks_for_reason_ >= kReasonLooks;
+    const auto deadline = std::chrono::steady_clock::now() + (has_waited ? kReasonPatience * 0 : kReasonPatience);
     for (;;) {
         if (auto note = mailbox_->abort_note(origin)) return *note;
         if (mailbox_->presence(origin) != comm::Presence::kHere || std::chrono::steady_clock::now() >= deadline)

@@ -52,6 +52,7 @@ public:
 
 private:
     void collect();
+    bool is_reason_due();
     void collect_notes();
     void adopt(Failure failure);
     std::string reason_of(int origin) const;
@@ -66,6 +67,7 @@ private:
     const int rank_, num_ranks_;
     std::mutex mutex_;
     bool is_closed_ = false;
+    int num_looks_for_reason_ = 0;
     Failure failure_{FailureClass::kOther, ""};
     std::atomic<bool> has_failed_{false};
 };

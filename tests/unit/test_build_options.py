@@ -131,3 +131,52 @@ def test_a_wrong_option_is_refused_by_name(tmp_path: Path, name: str, value: str
     assert run.returncode != 0
     assert name in run.stderr
     assert value in run.stderr
+
+
+def setup_system(tmp_path: Path, user: int, present: tuple[str,
+                                                           ...] = ()) -> tuple[subprocess.CompletedProcess[str], str]:
+    """`make system-lint` on a machine with few programs; and what was asked of apt-get, and when."""
+    programs = tmp_path / 'bin'
+    programs.mkdir()
+    for name in ('bash', 'dirname', 'cat', 'grep'):
+        (programs / name).symlink_to(shutil.which(name) or name)
+    asked = tmp_path / 'asked'
+    texts = {
+        'id': f'echo {user}',
+        'apt-get': f'echo "[apt-get] $*" | tee -a {asked} >&2',
+        **dict.fromkeys(present, 'true')
+    }
+    for name, text in texts.items():
+        (programs / name).write_text(f'#!/bin/sh\n{text}\n')
+        (programs / name).chmod(0o755)
+    (programs / 'tee').symlink_to(shutil.which('tee') or 'tee')
+    ended = subprocess.run(
+        [str(programs / 'bash'), str(CMAKE_DIR.parent / 'tools/dev_env.sh'), 'system', 'lint'],
+        env={'PATH': str(programs)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False)
+    return ended, asked.read_text() if asked.exists() else ''
+
+
+def test_what_is_installed_on_the_system_is_said_before(tmp_path: Path) -> None:
+    ended, asked = setup_system(tmp_path, user=0)
+    assert ended.returncode == 0
+    assert 'install -y' in asked
+    first, *rest = ended.stdout.splitlines()
+    assert first == '[dev_env] installing on this system, as root, with apt-get: clang-format-14 shellcheck'
+    assert rest
+    assert all(line.startswith('[apt-get]') for line in rest)
+
+
+def test_without_root_nothing_is_installed_and_what_is_missing_is_said(tmp_path: Path) -> None:
+    ended, asked = setup_system(tmp_path, user=1000, present=('shellcheck', ))
+    assert (ended.returncode, asked) == (0, '')
+    assert "missing for 'lint': clang-format-14 (Debian's names). Nothing was installed." in ended.stdout
+
+
+@pytest.mark.parametrize('user', [0, 1000])
+def test_where_everything_is_there_nothing_is_said_or_done(tmp_path: Path, user: int) -> None:
+    ended, asked = setup_system(tmp_path, user, present=('shellcheck', 'clang-format-14'))
+    assert (ended.returncode, ended.stdout, asked) == (0, '', '')

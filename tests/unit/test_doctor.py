@@ -1,20 +1,27 @@
 """The doctor finds the machine of the tests well, and broken parts broken."""
 
+import ctypes
 import json
+import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Callable, Optional
 
 import pytest
 
 import deep_ep
-from deep_ep import doctor
+import deep_ep_cpp
+from deep_ep import _round_trip, doctor
 
 
 def test_this_machine_is_well(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(["--json"]) == 0
     found = {finding["subject"]: finding for finding in json.loads(capsys.readouterr().out)}
-    assert found["round trip"]["level"] == "ok"
+    assert found["round trip, CPU device, two processes"]["level"] == "ok"
+    assert all(finding["level"] != "broken" for finding in found.values())
     assert deep_ep.__version__ in found["deep_ep"]["text"]
 
 
@@ -30,7 +37,7 @@ def test_runs_as_a_file_where_the_package_does_not_import(tmp_path: Path) -> Non
     """Without the extension `python -m deep_ep.doctor` cannot start, and the ImportError points to the file."""
     package = tmp_path / "deep_ep"
     package.mkdir()
-    for name in ("doctor.py", "__init__.py"):
+    for name in ("doctor.py", "_probes.py", "__init__.py"):
         (package / name).write_text((Path(deep_ep.__file__).parent / name).read_text())
     (tmp_path / "deep_ep_cpp.py").write_text("raise ImportError('built for another Python')")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import deep_ep"
@@ -43,3 +50,235 @@ def test_runs_as_a_file_where_the_package_does_not_import(tmp_path: Path) -> Non
                             env={"PYTHONPATH": str(tmp_path)})
     assert report.returncode == 1
     assert "built for another Python" in report.stdout
+
+
+# Fake machines. The probes that the doctor uses are those of its own copy of the module.
+probes = doctor.probes
+
+
+def text_of(found: list[doctor.Finding]) -> str:
+    return "\n".join(map(str, found))
+
+
+def everywhere(_: int, __: int) -> bool:
+    return True
+
+
+def nowhere(_: int, __: int) -> bool:
+    return False
+
+
+class FakeNvml:
+    """libnvidia-ml of a machine with `joined` pairs of GPUs; every function fails with `failing`'s error."""
+
+    def __init__(self, num_gpus: int, num_links: int, joined: Callable[[int, int], bool], failing: str = "") -> None:
+        self._num_gpus, self._num_links, self._joined, self._failing = num_gpus, num_links, joined, failing
+
+    def __getattr__(self, name: str) -> Any:
+        function = type(self)._functions[name]
+        return (lambda *_: 999) if name == self._failing else lambda *arguments: function(self, *arguments)
+
+    def _init(self) -> int:
+        return 0
+
+    def _driver(self, text: Any, _: int) -> int:
+        text.value = b"580.95.05"
+        return 0
+
+    def _count(self, count: Any) -> int:
+        count._obj.value = self._num_gpus
+        return 0
+
+    def _handle(self, index: ctypes.c_uint, handle: Any) -> int:
+        handle._obj.value = index.value + 100
+        return 0
+
+    def _link(self, _: ctypes.c_void_p, link: ctypes.c_uint, is_active: Any) -> int:
+        is_active._obj.value = 1
+        return 0 if link.value < self._num_links else 2
+
+    def _p2p(self, first: ctypes.c_void_p, second: ctypes.c_void_p, kind: ctypes.c_int, status: Any) -> int:
+        assert kind.value == 2
+        assert first.value
+        assert second.value
+        status._obj.value = 0 if self._joined(first.value - 100, second.value - 100) else 4
+        return 0
+
+    _functions = {  # noqa: RUF012
+        "nvmlInit_v2": _init,
+        "nvmlShutdown": _init,
+        "nvmlSystemGetDriverVersion": _driver,
+        "nvmlDeviceGetCount_v2": _count,
+        "nvmlDeviceGetHandleByIndex_v2": _handle,
+        "nvmlDeviceGetNvLinkState": _link,
+        "nvmlDeviceGetP2PStatus": _p2p
+    }
+
+
+def install_nvml(monkeypatch: pytest.MonkeyPatch, library: Optional[FakeNvml]) -> None:
+
+    def load(name: str) -> FakeNvml:
+        if library is None:
+            raise OSError(f"{name}: cannot open shared object file")
+        return library
+
+    monkeypatch.setattr(probes.ctypes, "CDLL", load)
+
+
+def test_nvlink_between_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvml(monkeypatch, FakeNvml(4, 18, everywhere))
+    found = doctor.check_nvlink()
+    assert found[0].level == "ok"
+    assert "joins all 4 GPUs" in found[0].text
+    assert "       GPU0  .     NV18  NV18  NV18" in found[0].text
+
+
+def test_nvlink_between_some_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvml(monkeypatch, FakeNvml(4, 4, lambda i, j: i // 2 == j // 2))
+    found = doctor.check_nvlink()
+    assert found[0].level == "note"
+    assert "       GPU2  -     -     .     NV4" in found[0].text
+
+
+@pytest.mark.parametrize("num_gpus", [0, 1])
+def test_nothing_to_join(monkeypatch: pytest.MonkeyPatch, num_gpus: int) -> None:
+    install_nvml(monkeypatch, FakeNvml(num_gpus, 18, nowhere))
+    assert doctor.check_nvlink()[0].level == "ok"
+
+
+def test_a_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install_nvml(monkeypatch, None)
+    monkeypatch.setattr(probes, "DRIVER_FILE", tmp_path / "none")
+    assert doctor.check_nvlink()[0].level == "ok"
+    assert probes.driver_version() is None
+
+
+def test_the_driver_file_speaks_where_nvml_does_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    version = tmp_path / "version"
+    version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024")
+    monkeypatch.setattr(probes, "DRIVER_FILE", version)
+    for library in (None, FakeNvml(1, 0, nowhere, failing="nvmlInit_v2")):
+        install_nvml(monkeypatch, library)
+        assert probes.driver_version() == "550.54.15"
+
+
+@pytest.mark.parametrize("failing", sorted(FakeNvml._functions))
+def test_a_failing_nvml_is_a_line_of_the_report(monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    install_nvml(monkeypatch, FakeNvml(2, 18, everywhere, failing=failing))
+    found = doctor._guarded("NVLink", doctor.check_nvlink)
+    assert found[0].level in ("note", "ok")
+    if failing in ("nvmlDeviceGetCount_v2", "nvmlDeviceGetP2PStatus"):
+        assert f"{failing} returned 999" in found[0].text
+
+
+def native_with(runtime: int, served: int) -> Any:
+    return SimpleNamespace(cuda_versions=lambda: (runtime, served), describe_old_driver=deep_ep_cpp.describe_old_driver)
+
+
+@pytest.mark.parametrize(("runtime", "served", "version", "level", "says"), [
+    (12040, 13000, "580.95.05", "ok", "serves CUDA 13.0; deep_ep_cpp has the runtime of CUDA 12.4"),
+    (12040, 12000, "525.60.13", "ok", "serves CUDA 12.0"),
+    (12040, 11040, "470.57.02", "broken", "needs NVIDIA driver 525.60.13 or newer"),
+    (13000, 12080, "570.86.15", "broken", "needs NVIDIA driver 580.65.06 or newer"),
+    (12040, 0, None, "note", "this machine has none"),
+    (0, 0, None, "ok", "built without CUDA"),
+])
+def test_driver_against_build(monkeypatch: pytest.MonkeyPatch, runtime: int, served: int, version: Optional[str],
+                              level: str, says: str) -> None:
+    monkeypatch.setattr(probes, "driver_version", lambda: version)
+    found = doctor.check_driver(native_with(runtime, served))
+    assert found[0].level == level
+    assert says in found[0].text
+    assert (found[0].fix != "") == (level == "broken")
+
+
+def test_limits_of_a_narrow_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    mark, limit, status, scope = (tmp_path / name for name in ("mark", "limit", "status", "scope"))
+    mark.touch()
+    limit.write_text(f"{2 << 30}\n")
+    status.write_text("Name:\tpython\nSeccomp:\t2\n")
+    scope.write_text("1\n")
+    monkeypatch.setattr(probes, "CONTAINER_MARKS", (mark, ))
+    monkeypatch.setattr(probes, "MEMORY_LIMITS", (tmp_path / "none", limit))
+    monkeypatch.setattr(probes, "STATUS_FILE", status)
+    monkeypatch.setattr(probes, "PTRACE_SCOPE", scope)
+    monkeypatch.setattr(probes.os, "statvfs", lambda _: SimpleNamespace(f_frsize=4096, f_blocks=16384))
+    monkeypatch.setattr(probes.resource, "getrlimit", lambda _: (64 << 10, 64 << 10))
+    told = text_of(doctor.check_container() + doctor.check_limits())
+    for part in (f"yes ({mark})", "memory limit: 2.0 GiB", "[note] shared memory mount: 64 MiB", "memlock: 0.1 MiB",
+                 "filtering system calls; ptrace scope 1", "ipc:["):
+        assert part in told, part
+
+
+def test_limits_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("STATUS_FILE", "NAMESPACES", "PTRACE_SCOPE", "SHM_MOUNT"):
+        monkeypatch.setattr(probes, name, tmp_path / "none")
+    monkeypatch.setattr(probes, "MEMORY_LIMITS", ())
+    monkeypatch.setattr(probes, "CONTAINER_MARKS", ())
+    monkeypatch.setattr(probes.resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    told = text_of(doctor.check_container() + doctor.check_limits())
+    for part in ("container: none that shows", "[note] shared memory mount: not there", "memlock: unlimited",
+                 "unknown; ptrace scope not there"):
+        assert part in told, part
+
+
+def test_no_failing_probe_ends_the_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+
+    def fail(*_: object) -> Any:
+        raise RuntimeError("the probe broke")
+
+    for name in ("container", "namespace", "shm_bytes", "driver_version", "Nvml", "memory_limit", "ptrace_scope"):
+        monkeypatch.setattr(probes, name, fail)
+    monkeypatch.setattr(doctor, "check_gpus", fail)
+    monkeypatch.setattr(_round_trip, "round_trip", fail)
+    assert doctor.main([]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("cannot tell: RuntimeError: the probe broke") == 6
+
+
+def test_an_old_torch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = SimpleNamespace(__version__="2.0.1+cu118", version=SimpleNamespace(cuda="11.8"))
+    found = doctor.check_torch(old)
+    assert found[0].level == "broken"
+    assert "2.1" in found[0].text
+    assert doctor.check_torch(SimpleNamespace(__version__="2.13.0a0+git", version=old.version))[0].level == "ok"
+
+
+@pytest.mark.parametrize(("num_gpus", "expected"), [(0, [("cpu", [0, 0])]), (1, [("cpu", [0, 0]), ("cuda", [0, 0])]),
+                                                    (3, [("cpu", [0, 0]), ("cuda", [0, 1, 2])])])
+def test_a_round_trip_on_each_path(monkeypatch: pytest.MonkeyPatch, num_gpus: int, expected: list[Any]) -> None:
+    made: list[tuple[str, list[int]]] = []
+
+    def round_trip(device: str, gpus: list[int]) -> list[str]:
+        made.append((device, gpus))
+        return ["rank 1: no way"] if device == "cuda" else []
+
+    monkeypatch.setattr(_round_trip, "round_trip", round_trip)
+    monkeypatch.setattr("deep_ep._streams.device_choice", lambda: ("cuda" if num_gpus else "cpu", "as told"))
+    torch = SimpleNamespace(cuda=SimpleNamespace(device_count=lambda: num_gpus))
+    found = doctor.check_round_trips(torch)
+    assert made == expected
+    assert [finding.level for finding in found[1:]] == ["ok", "broken"][:len(expected)]
+
+
+def test_a_rank_that_fails_is_named_and_its_peer_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = _round_trip.round_trip("no such device", [0, 0])
+    assert len(failures) == 2
+    assert "no such device" in failures[0]
+
+
+def test_an_old_driver_is_told_by_the_error(tmp_path: Path) -> None:
+    """The runtime meets a library that says it is the driver of CUDA 11.4."""
+    if deep_ep_cpp.cuda_versions()[0] == 0:
+        pytest.skip("built without CUDA")
+    source = tmp_path / "libcuda.c"
+    source.write_text("int cuInit(unsigned flags) { return 0; }\n"
+                      "int cuDriverGetVersion(int *version) { *version = 11040; return 0; }\n")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(tmp_path / "libcuda.so.1"), str(source)], check=True)
+    code = "import deep_ep_cpp; print(deep_ep_cpp.cuda_versions()); deep_ep_cpp.Device(0)"
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "11040)" in run.stdout
+    assert "CudaError" in run.stderr
+    assert "cudaErrorInsufficientDriver" in run.stderr
+    assert "or newer, and this machine's serves CUDA 11.4" in run.stderr

@@ -129,3 +129,20 @@ def test_an_unknown_step_is_refused(tmp_path: Path) -> None:
     finished = run(tmp_path, "pytst")
     assert finished.returncode == 2
     assert "no step 'pytst'" in finished.stderr
+
+
+def test_pressure_leaves_its_state_in_the_tree_and_not_where_others_write(tmp_path: Path) -> None:
+    """A fixed name in a shared folder may be another user's, and is removed before it is used."""
+    tools = tmp_path / "tree" / "tools"
+    tools.mkdir(parents=True)
+    script = tools / "gpu_check.sh"
+    script.write_text((ROOT / "tools" / "gpu_check.sh").read_text(encoding="utf-8"), encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if name != "GPU_CHECK_STATE"}
+    ended = subprocess.run(["bash", str(script), "--device", "cpu", "pressure_collect"],
+                           env={
+                               **environment, "OUT": str(tmp_path / "out")
+                           },
+                           capture_output=True,
+                           text=True,
+                           check=False)
+    assert f"no pressure was started: there is no {tmp_path}/tree/build/pressure" in ended.stdout

@@ -1,17 +1,23 @@
 """Construction, release, and what callers do to the class."""
 
+import copy
 import gc
+import pickle
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from solo import SoloComm, solo_buffer, solo_dispatch
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from utils import device
 
 import deep_ep
+import deep_ep_cpp
 from deep_ep import Buffer, _bootstrap
 from deep_ep._streams import HostEvent
 
@@ -178,3 +184,121 @@ def test_exit_without_destroy(how: str) -> None:
 
 def test_a_cycle_is_collected_with_its_events_before_the_buffer() -> None:
     run_script(CYCLE_SCRIPT)
+
+
+FORK = """
+import os, sys, torch.distributed as dist, deep_ep
+def build():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    buffer = deep_ep.Buffer(dist.group.WORLD, 1 << 20)
+    idx = deep_ep.buffer.torch.zeros((4, 1), dtype=deep_ep.topk_idx_t)
+    _, _, per_expert, _, event = buffer.get_dispatch_layout(idx, 2, async_finish=True)
+    event.current_stream_wait()
+    assert per_expert.tolist() == [4, 0]
+    buffer.destroy()
+    dist.destroy_process_group()
+build()
+child = os.fork()
+build()
+if child == 0:
+    os._exit(0)  # as multiprocessing ends its children
+sys.exit(os.waitpid(child, 0)[1] != 0)
+"""
+
+
+@pytest.mark.skipif(device().type != "cpu", reason="CUDA does not survive a fork")
+def test_a_forked_child_builds_its_own(tmp_path: Path) -> None:
+    """After use in the parent, as multiprocessing does it on Linux before Python 3.14; and the parent goes on."""
+    ended = subprocess.run([sys.executable, "-c", FORK], cwd=tmp_path, timeout=120, check=False)
+    assert ended.returncode == 0
+
+
+def test_a_copy_is_the_buffer_itself() -> None:
+    with solo_buffer() as buffer:
+        other = copy.copy(buffer)
+        del other
+        gc.collect()
+        solo_dispatch(buffer)
+
+
+@pytest.mark.parametrize(("make", "sentence"), [(copy.deepcopy, "cannot be copied"),
+                                                (pickle.dumps, "cannot be pickled")])
+def test_what_cannot_be_copied_says_so(make: Any, sentence: str) -> None:
+    with solo_buffer() as buffer:
+        with pytest.raises(TypeError, match=f"a Buffer {sentence}: it is memory of this process"):
+            make({"layer": [buffer]})
+        solo_dispatch(buffer)
+
+
+def test_the_event_of_a_dropped_buffer_is_that_of_its_call() -> None:
+    """The results are there, and nothing went wrong."""
+
+    def layer() -> Any:
+        return solo_dispatch(solo_buffer(1 << 22), 4000, 512, async_finish=True)
+
+    received = layer()
+    gc.collect()
+    received[5].current_stream_wait()
+    assert (received[0] == 1).all()
+
+
+@pytest.mark.skipif(device().type != "cpu", reason="events of a GPU report nothing")
+def test_the_event_of_a_dropped_buffer_tells_what_failed() -> None:
+    event = solo_buffer().get_dispatch_layout(torch.full((4, 1), 9), 4, async_finish=True)[4]
+    gc.collect()
+    with pytest.raises(deep_ep.Error, match="topk_idx of token 0"):
+        event.current_stream_wait()
+
+
+BIG = (1 << 63) - 128
+
+
+@pytest.mark.parametrize("sizes", [{"num_nvl_bytes": BIG}, {"num_nvl_bytes": BIG, "num_rdma_bytes": BIG},
+                                   {"num_rdma_bytes": BIG}, {"num_lend_bytes": BIG},
+                                   {"num_nvl_bytes": 1 << 60, "num_lend_bytes": 128}])  # yapf: disable
+def test_sizes_do_not_wrap(sizes: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"num_nvl_bytes \+ num_rdma_bytes \+ num_lend_bytes must be at most"):
+        solo_buffer(**{"num_nvl_bytes": 0, **sizes})
+
+
+def test_an_allocation_that_fails_says_what_was_asked_for() -> None:
+    with pytest.raises(deep_ep.Error, match=f"asked for num_nvl_bytes={1 << 58}, num_rdma_bytes=256, num_lend_bytes=0"):
+        solo_buffer(1 << 58, num_rdma_bytes=256)
+
+
+def test_permissions_are_taken_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="deep_ep"):
+        for _ in range(2):
+            solo_buffer(allow_mnnvl=True, use_fabric=True).destroy()
+    sentences = [record.getMessage() for record in caplog.records if "changes nothing" in record.getMessage()]
+    assert [sentence.partition("=")[0] for sentence in sentences] == ["allow_mnnvl", "use_fabric"]
+
+
+def test_a_fake_group_is_refused() -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with pytest.raises(ValueError, match='torch\'s "fake" process group reaches no other process'):
+            Buffer(dist.group.WORLD, 1 << 20)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(device().type != "cpu", reason="the CPU's memory is reached through process ids")
+def test_containers_with_process_ids_of_their_own_are_told() -> None:
+    """Each rank may be process 1 of its namespace, and would find a descriptor of its own."""
+    natives = [deep_ep_cpp.Buffer(deep_ep_cpp.Device(-1), rank, 2, 1 << 20, 1.0, 1.0) for rank in range(2)]
+    handles = [native.export_handle() for native in natives]
+    before, name, after = handles[1].rpartition(b"pid:[")
+    handles[1] = before + name + b"1" + after[1:] if not after.startswith(b"1") else before + name + b"2" + after[1:]
+    with pytest.raises(deep_ep.TransportError, match="in another pid namespace"):
+        natives[0].connect(handles)
+    for native in natives:
+        native.destroy(0.0)
+
+
+def test_a_bug_of_ours_is_not_the_callers_argument() -> None:
+    with solo_buffer() as buffer:
+        assert buffer.runtime is not None
+        with pytest.raises(deep_ep.Error, match="a bug of deep_ep, please report it") as caught:
+            buffer.runtime.connect([])
+        assert not isinstance(caught.value, ValueError)

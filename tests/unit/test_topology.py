@@ -1,5 +1,7 @@
 """Nodes from what ranks say about their machines, in tables rather than machines (pitfall 33)."""
 
+from pathlib import Path
+
 import pytest
 
 from deep_ep import Error
@@ -70,3 +72,15 @@ def test_nvlink_check_knows_what_a_bridge_can_join(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA A100-PCIE-40GB")
     with pytest.raises(Error, match="the group has 4 ranks"):
         check_nvlink_connections(Group(4))  # type: ignore[arg-type]
+
+
+def test_containers_of_one_machine_are_all_named() -> None:
+    text = str(find_topology([Place("boot", "box-1", "gpu-0"), Place("boot", "box-2", "gpu-1")]))
+    assert "1 node(s)" in text
+    assert "box-1, box-2: ranks 0 (gpu-0), 1 (gpu-1)" in text
+
+
+def test_nodes_that_are_a_guess_are_called_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deep_ep._topology.BOOT_ID", Path("/nowhere"))
+    text = str(find_topology([this_place("gpu-0"), Place("other", "box", "gpu-1")]))
+    assert "2 node(s), told apart by host name, because /nowhere cannot be read on every rank" in text

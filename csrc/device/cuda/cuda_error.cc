@@ -1,5 +1,7 @@
 #include "device/cuda/cuda_error.h"
 
+#include "device/cuda/device.h"
+
 namespace deep_ep::dev::cuda {
 namespace {
 
@@ -35,6 +37,7 @@ void throw_cuda_error(cudaError_t error, std::string_view what, std::string_view
         message +=
             ". This error may stem from any kernel launched earlier, and no CUDA call of this process works after it";
     }
+    if (error == cudaErrorInsufficientDriver) message += concat(". ", describe_old_driver(cuda_versions()));
     throw CudaError(message);
 }
 

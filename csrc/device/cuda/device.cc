@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <thread>
@@ -252,11 +253,13 @@ void* CudaDevice::open_shared(const std::string& bytes) {
 void CudaDevice::close_shared(void* address) {
     const std::lock_guard lock(opened_mutex_);
     const auto found = opened_.find(address);
-    EP_CHECK(found != opened_.end(), "close_shared of an address that open_shared did not give");
+    EP_ENSURE(found != opened_.end(), "close_shared of an address that open_shared did not give");
     if (--found->second.count > 0) return;
     void* const mapping = found->second.mapping;
     opened_.erase(found);
-    std::erase_if(address_by_handle_, [address](const auto& entry) { return entry.second == address; });
+    for (auto entry = address_by_handle_.begin(); entry != address_by_handle_.end();) {
+        entry = entry->second == address ? address_by_handle_.erase(entry) : std::next(entry);
+    }
     if (mapping == nullptr) return;
     const DeviceGuard guard(index_);
     const RelaxedCaptureGuard relaxed;
@@ -416,6 +419,13 @@ bool CudaDevice::host_wait(const std::function<bool()>& done, double timeout_s) 
 }  // namespace
 }  // namespace cuda
 
+CudaVersions cuda_versions() noexcept {
+    CudaVersions versions;
+    cuda::ignore(cudaRuntimeGetVersion(&versions.runtime));
+    cuda::ignore(cudaDriverGetVersion(&versions.driver));
+    return versions;
+}
+
 int count_cuda_devices() noexcept {
     int count = 0;
     const cudaError_t error = cudaGetDeviceCount(&count);
@@ -424,7 +434,13 @@ int count_cuda_devices() noexcept {
 }
 
 std::shared_ptr<Device> make_cuda_device(int index) {
-    const int count = count_cuda_devices();
+    int count = 0;
+    const cudaError_t error = cudaGetDeviceCount(&count);
+    if (error == cudaErrorNoDevice) {
+        cuda::ignore(error);
+    } else if (error != cudaSuccess) {
+        cuda::throw_cuda_error(error, "cudaGetDeviceCount", __FILE__, __LINE__);
+    }
     EP_CHECK(index >= 0 && index < count, "there is no CUDA device ", index, ": this process sees ", count);
     return std::make_shared<cuda::CudaDevice>(index);
 }

@@ -3,9 +3,13 @@
 
 #include <memory>
 
+#include "core/driver_floor.h"
 #include "device/runtime.h"
 
 namespace deep_ep::dev {
+
+// Asks no GPU, so it works where the driver is too old for everything else.
+CudaVersions cuda_versions() noexcept;
 
 // How many CUDA devices this process can use; 0 where there is no driver. Never throws.
 int count_cuda_devices() noexcept;

@@ -1,46 +1,13 @@
 #include "device/cuda/guard.h"
 
-#include <cuda.h>
-
 #include <mutex>
 #include <vector>
 
 #include "device/cuda/cuda_error.h"
+#include "device/cuda/driver.h"
 
 namespace deep_ep::dev::cuda {
 namespace {
-
-// The three driver functions that the runtime API has no name for. Looked up at run time: the extension is not linked
-// against the driver, so that it imports on a machine without one.
-struct Driver {
-    CUresult(CUDAAPI* retain_primary)(CUcontext* context, CUdevice device) = nullptr;
-    CUresult(CUDAAPI* push_current)(CUcontext context) = nullptr;
-    CUresult(CUDAAPI* pop_current)(CUcontext* context) = nullptr;
-};
-
-template <class Function> void find(const char* symbol, unsigned version, Function*& function) {
-    void* address = nullptr;
-    cudaDriverEntryPointQueryResult status = cudaDriverEntryPointSymbolNotFound;
-#if CUDART_VERSION >= 12050
-    EP_CUDA(cudaGetDriverEntryPointByVersion(symbol, &address, version, cudaEnableDefault, &status));
-#else
-    static_cast<void>(version);
-    EP_CUDA(cudaGetDriverEntryPoint(symbol, &address, cudaEnableDefault, &status));
-#endif
-    if (status != cudaDriverEntryPointSuccess) throw CudaError(concat("the CUDA driver has no function ", symbol));
-    function = reinterpret_cast<Function*>(address);
-}
-
-const Driver& driver() {
-    static const Driver found = [] {
-        Driver d;
-        find("cuDevicePrimaryCtxRetain", 7000, d.retain_primary);
-        find("cuCtxPushCurrent", 4000, d.push_current);
-        find("cuCtxPopCurrent", 4000, d.pop_current);
-        return d;
-    }();
-    return found;
-}
 
 // Primary contexts are retained once and never released: they live as long as the process anyway.
 CUcontext primary_context(int index) {

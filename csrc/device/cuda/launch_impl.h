@@ -9,25 +9,23 @@
 namespace deep_ep::dev {
 inline namespace EP_BACKEND {
 
-// A kernel may declare `static constexpr int kMaxThreads`: the compiler then has 65536 / kMaxThreads registers per
-// thread to give. Otherwise every kernel can be launched with 1024 threads and gets at most 64 registers.
-template <class K> constexpr int max_threads() {
-    if constexpr (requires { K::kMaxThreads; }) {
-        return K::kMaxThreads;
-    } else {
-        return 1024;
-    }
-}
+// What a kernel may declare about itself, or the default. (C++17, which is all that nvcc 11 knows.)
+template <class K, class = void> struct MaxThreads : std::integral_constant<int, 1024> {};
+template <class K> struct MaxThreads<K, std::void_t<decltype(K::kMaxThreads)>> {
+    static constexpr int value = K::kMaxThreads;
+};
+template <class K, class = void> struct MinBlocks : std::integral_constant<int, 0> {};
+template <class K> struct MinBlocks<K, std::void_t<decltype(K::kMinBlocks)>> {
+    static constexpr int value = K::kMinBlocks;
+};
 
-// It may also declare `static constexpr int kMinBlocks`, of which an SM must be able to hold so many: 1 says that
-// registers count for more than a second block.
-template <class K> constexpr int min_blocks() {
-    if constexpr (requires { K::kMinBlocks; }) {
-        return K::kMinBlocks;
-    } else {
-        return 0;
-    }
-}
+// `static constexpr int kMaxThreads`: the compiler then has 65536 / kMaxThreads registers per thread to give. Otherwise
+// every kernel can be launched with 1024 threads and gets at most 64 registers.
+template <class K> constexpr int max_threads() { return MaxThreads<K>::value; }
+
+// `static constexpr int kMinBlocks`, of which an SM must be able to hold so many: 1 says that registers count for more
+// than a second block.
+template <class K> constexpr int min_blocks() { return MinBlocks<K>::value; }
 
 // Profilers show this as "deep_ep::…::entry<deep_ep::…::SomeKernel>".
 template <class K>

@@ -26,27 +26,6 @@ namespace deep_ep::prim {
 inline namespace EP_BACKEND {
 namespace ptx {
 
-// Pieces of instruction names, pasted into the text by the "C" constraint.
-template <Order> struct OrderName;
-template <> struct OrderName<Order::kRelaxed> { static constexpr char text[] = ".relaxed"; };
-template <> struct OrderName<Order::kAcquire> { static constexpr char text[] = ".acquire"; };
-template <> struct OrderName<Order::kRelease> { static constexpr char text[] = ".release"; };
-template <> struct OrderName<Order::kAcqRel> { static constexpr char text[] = ".acq_rel"; };
-
-template <Scope> struct ScopeName;
-template <> struct ScopeName<Scope::kCta> {
-    static constexpr char text[] = ".cta";
-    static constexpr char place[] = ".cta";
-};
-template <> struct ScopeName<Scope::kGpu> {
-    static constexpr char text[] = ".gpu";
-    static constexpr char place[] = ".gpu.global";
-};
-template <> struct ScopeName<Scope::kSys> {
-    static constexpr char text[] = ".sys";
-    static constexpr char place[] = ".sys.global";
-};
-
 // The register type of a 4- or 8-byte integer.
 template <class T> struct Raw {
     static_assert(std::is_integral_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "a 4- or 8-byte integer");
@@ -73,104 +52,130 @@ EP_DEVICE void trap_unsupported() { asm volatile("trap;" ::: "memory"); }
 // Memory
 // ---------------------------------------------------------------------------------------------------------------
 
+// Order and scope are parts of an instruction's name, and an asm statement takes a literal. So each macro `emit(order,
+// place)` is one statement for 4 and one for 8 bytes, and these choose among its spellings at compile time. (The "C"
+// constraint, which pastes constants into the text, would be shorter; CUDA 12.4 does not know it.)
+#define EP_PTX_BY_SCOPE(emit, order)         \
+    if constexpr (S == Scope::kCta) {        \
+        emit(order, ".cta");                 \
+    } else if constexpr (S == Scope::kGpu) { \
+        emit(order, ".gpu.global");          \
+    } else {                                 \
+        static_assert(S == Scope::kSys);     \
+        emit(order, ".sys.global");          \
+    }
+#define EP_PTX_BY_ORDER_AND_SCOPE(emit)          \
+    if constexpr (O == Order::kRelaxed) {        \
+        EP_PTX_BY_SCOPE(emit, ".relaxed")        \
+    } else if constexpr (O == Order::kAcquire) { \
+        EP_PTX_BY_SCOPE(emit, ".acquire")        \
+    } else if constexpr (O == Order::kRelease) { \
+        EP_PTX_BY_SCOPE(emit, ".release")        \
+    } else {                                     \
+        static_assert(O == Order::kAcqRel);      \
+        EP_PTX_BY_SCOPE(emit, ".acq_rel")        \
+    }
+
 // ld.{relaxed,acquire}.scope: sm_70
 template <Order O, Scope S, class T> EP_DEVICE T load(const T* ptr) {
     static_assert(O == Order::kRelaxed || O == Order::kAcquire, "a load is relaxed or acquire");
+    const uint64_t address = ptx::address_of<S>(ptr);
     ptx::raw_t<T> value;
-    if constexpr (sizeof(T) == 4) {
-        asm volatile("ld%2%3.b32 %0, [%1];"
-                     : "=r"(value)
-                     : "l"(ptx::address_of<S>(ptr)), "C"(ptx::OrderName<O>::text), "C"(ptx::ScopeName<S>::place)
-                     : "memory");
-    } else {
-        asm volatile("ld%2%3.b64 %0, [%1];"
-                     : "=l"(value)
-                     : "l"(ptx::address_of<S>(ptr)), "C"(ptx::OrderName<O>::text), "C"(ptx::ScopeName<S>::place)
-                     : "memory");
+#define EP_PTX_LOAD(order, place)                                                                \
+    if constexpr (sizeof(T) == 4) {                                                              \
+        asm volatile("ld" order place ".b32 %0, [%1];" : "=r"(value) : "l"(address) : "memory"); \
+    } else {                                                                                     \
+        asm volatile("ld" order place ".b64 %0, [%1];" : "=l"(value) : "l"(address) : "memory"); \
     }
+    EP_PTX_BY_ORDER_AND_SCOPE(EP_PTX_LOAD)
+#undef EP_PTX_LOAD
     return static_cast<T>(value);
 }
 
 // st.{relaxed,release}.scope: sm_70
 template <Order O, Scope S, class T> EP_DEVICE void store(T* ptr, T value) {
     static_assert(O == Order::kRelaxed || O == Order::kRelease, "a store is relaxed or release");
+    const uint64_t address = ptx::address_of<S>(ptr);
     const auto raw = static_cast<ptx::raw_t<T>>(value);
-    if constexpr (sizeof(T) == 4) {
-        asm volatile("st%2%3.b32 [%0], %1;" ::"l"(ptx::address_of<S>(ptr)), "r"(raw), "C"(ptx::OrderName<O>::text),
-                     "C"(ptx::ScopeName<S>::place)
-                     : "memory");
-    } else {
-        asm volatile("st%2%3.b64 [%0], %1;" ::"l"(ptx::address_of<S>(ptr)), "l"(raw), "C"(ptx::OrderName<O>::text),
-                     "C"(ptx::ScopeName<S>::place)
-                     : "memory");
+#define EP_PTX_STORE(order, place)                                                           \
+    if constexpr (sizeof(T) == 4) {                                                          \
+        asm volatile("st" order place ".b32 [%0], %1;" ::"l"(address), "r"(raw) : "memory"); \
+    } else {                                                                                 \
+        asm volatile("st" order place ".b64 [%0], %1;" ::"l"(address), "l"(raw) : "memory"); \
     }
+    EP_PTX_BY_ORDER_AND_SCOPE(EP_PTX_STORE)
+#undef EP_PTX_STORE
 }
 
 // atom.add: unsigned, because two's complement makes signed addition the same. sm_70
 template <Order O, Scope S, class T> EP_DEVICE T fetch_add(T* ptr, T value) {
+    const uint64_t address = ptx::address_of<S>(ptr);
     const auto raw = static_cast<ptx::raw_t<T>>(value);
     ptx::raw_t<T> old;
-    if constexpr (sizeof(T) == 4) {
-        asm volatile("atom%3%4.add.u32 %0, [%1], %2;"
-                     : "=r"(old)
-                     : "l"(ptx::address_of<S>(ptr)), "r"(raw), "C"(ptx::OrderName<O>::text),
-                       "C"(ptx::ScopeName<S>::place)
-                     : "memory");
-    } else {
-        asm volatile("atom%3%4.add.u64 %0, [%1], %2;"
-                     : "=l"(old)
-                     : "l"(ptx::address_of<S>(ptr)), "l"(raw), "C"(ptx::OrderName<O>::text),
-                       "C"(ptx::ScopeName<S>::place)
-                     : "memory");
+#define EP_PTX_ADD(order, place)                                                                                   \
+    if constexpr (sizeof(T) == 4) {                                                                                \
+        asm volatile("atom" order place ".add.u32 %0, [%1], %2;" : "=r"(old) : "l"(address), "r"(raw) : "memory"); \
+    } else {                                                                                                       \
+        asm volatile("atom" order place ".add.u64 %0, [%1], %2;" : "=l"(old) : "l"(address), "l"(raw) : "memory"); \
     }
+    EP_PTX_BY_ORDER_AND_SCOPE(EP_PTX_ADD)
+#undef EP_PTX_ADD
     return static_cast<T>(old);
 }
 
 // atom.or: sm_70
 template <Order O, Scope S, class T> EP_DEVICE T fetch_or(T* ptr, T bits) {
+    const uint64_t address = ptx::address_of<S>(ptr);
     const auto raw = static_cast<ptx::raw_t<T>>(bits);
     ptx::raw_t<T> old;
-    if constexpr (sizeof(T) == 4) {
-        asm volatile("atom%3%4.or.b32 %0, [%1], %2;"
-                     : "=r"(old)
-                     : "l"(ptx::address_of<S>(ptr)), "r"(raw), "C"(ptx::OrderName<O>::text),
-                       "C"(ptx::ScopeName<S>::place)
-                     : "memory");
-    } else {
-        asm volatile("atom%3%4.or.b64 %0, [%1], %2;"
-                     : "=l"(old)
-                     : "l"(ptx::address_of<S>(ptr)), "l"(raw), "C"(ptx::OrderName<O>::text),
-                       "C"(ptx::ScopeName<S>::place)
-                     : "memory");
+#define EP_PTX_OR(order, place)                                                                                   \
+    if constexpr (sizeof(T) == 4) {                                                                               \
+        asm volatile("atom" order place ".or.b32 %0, [%1], %2;" : "=r"(old) : "l"(address), "r"(raw) : "memory"); \
+    } else {                                                                                                      \
+        asm volatile("atom" order place ".or.b64 %0, [%1], %2;" : "=l"(old) : "l"(address), "l"(raw) : "memory"); \
     }
+    EP_PTX_BY_ORDER_AND_SCOPE(EP_PTX_OR)
+#undef EP_PTX_OR
     return static_cast<T>(old);
 }
 
 // atom.cas: sm_70
 template <Order O, Scope S, class T> EP_DEVICE T compare_swap(T* ptr, T expected, T desired) {
+    const uint64_t address = ptx::address_of<S>(ptr);
     const auto raw_expected = static_cast<ptx::raw_t<T>>(expected);
     const auto raw_desired = static_cast<ptx::raw_t<T>>(desired);
     ptx::raw_t<T> old;
-    if constexpr (sizeof(T) == 4) {
-        asm volatile("atom%4%5.cas.b32 %0, [%1], %2, %3;"
-                     : "=r"(old)
-                     : "l"(ptx::address_of<S>(ptr)), "r"(raw_expected), "r"(raw_desired), "C"(ptx::OrderName<O>::text),
-                       "C"(ptx::ScopeName<S>::place)
-                     : "memory");
-    } else {
-        asm volatile("atom%4%5.cas.b64 %0, [%1], %2, %3;"
-                     : "=l"(old)
-                     : "l"(ptx::address_of<S>(ptr)), "l"(raw_expected), "l"(raw_desired), "C"(ptx::OrderName<O>::text),
-                       "C"(ptx::ScopeName<S>::place)
-                     : "memory");
+#define EP_PTX_CAS(order, place)                                         \
+    if constexpr (sizeof(T) == 4) {                                      \
+        asm volatile("atom" order place ".cas.b32 %0, [%1], %2, %3;"     \
+                     : "=r"(old)                                         \
+                     : "l"(address), "r"(raw_expected), "r"(raw_desired) \
+                     : "memory");                                        \
+    } else {                                                             \
+        asm volatile("atom" order place ".cas.b64 %0, [%1], %2, %3;"     \
+                     : "=l"(old)                                         \
+                     : "l"(address), "l"(raw_expected), "l"(raw_desired) \
+                     : "memory");                                        \
     }
+    EP_PTX_BY_ORDER_AND_SCOPE(EP_PTX_CAS)
+#undef EP_PTX_CAS
     return static_cast<T>(old);
 }
+
+#undef EP_PTX_BY_ORDER_AND_SCOPE
+#undef EP_PTX_BY_SCOPE
 
 // fence.acq_rel.scope: sm_70
 template <Order O, Scope S> EP_DEVICE void fence() {
     static_assert(O == Order::kAcqRel, "a fence is acq_rel");
-    asm volatile("fence.acq_rel%0;" ::"C"(ptx::ScopeName<S>::text) : "memory");
+    if constexpr (S == Scope::kCta) {
+        asm volatile("fence.acq_rel.cta;" ::: "memory");
+    } else if constexpr (S == Scope::kGpu) {
+        asm volatile("fence.acq_rel.gpu;" ::: "memory");
+    } else {
+        static_assert(S == Scope::kSys);
+        asm volatile("fence.acq_rel.sys;" ::: "memory");
+    }
 }
 
 // The comparison waits for the load only where its outcome is used, so that a thread may have many under way.
@@ -208,15 +213,6 @@ EP_DEVICE Vec16 load_shared_with_peers(const Vec16* ptr) {
     asm volatile(EP_PTX_LOAD_SHARED_WITH_PEERS " {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
                  : "l"(ptx::global_address(ptr))
-                 : "memory");
-    return v;
-}
-
-EP_DEVICE Vec16 load_shared(const Vec16* ptr) {
-    Vec16 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
-                 : "r"(ptx::shared_address(ptr))
                  : "memory");
     return v;
 }

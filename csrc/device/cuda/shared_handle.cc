@@ -1,11 +1,12 @@
 #include "device/cuda/shared_handle.h"
 
+#include <sys/random.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdio>
 #include <cstring>
 #include <fstream>
-#include <random>
 #include <type_traits>
 
 #include "device/cuda/cuda_error.h"
@@ -16,8 +17,11 @@ static_assert(std::is_trivially_copyable_v<SharedHandle>);
 
 ProcessId ProcessId::of_this_process() {
     static const uint64_t nonce = [] {
-        std::random_device random;
-        return (static_cast<uint64_t>(random()) << 32) | random();
+        uint64_t random = 0;
+        if (getrandom(&random, sizeof(random), 0) != static_cast<ssize_t>(sizeof(random))) {
+            throw TransportError(concat("getrandom: ", std::strerror(errno)));
+        }
+        return random;
     }();
     ProcessId id;
     id.nonce = nonce;

@@ -15,14 +15,14 @@ namespace deep_ep::simt {
 namespace {
 
 StreamState& stream_of(dev::Stream stream) {
-    EP_CHECK(stream != nullptr, "a CPU device has no default stream: create one");
+    EP_ENSURE(stream != nullptr, "a CPU device has no default stream: create one");
     return *static_cast<StreamState*>(stream);
 }
 
 using EventHandle = std::shared_ptr<EventState>;
 
 const EventHandle& event_of(dev::Event event) {
-    EP_CHECK(event != nullptr, "the event is null");
+    EP_ENSURE(event != nullptr, "the event is null");
     return *static_cast<EventHandle*>(event);
 }
 
@@ -94,7 +94,7 @@ void SimtDevice::free(void* ptr) {
     if (ptr == nullptr) return;
     std::lock_guard lock(mutex_);
     const auto found = allocations_.find(ptr);
-    EP_CHECK(found != allocations_.end(), "free: ", ptr, " was not allocated by this device");
+    EP_ENSURE(found != allocations_.end(), "free: ", ptr, " was not allocated by this device");
     core_->forget_range(*state_, ptr);
     core_->when_idle(*state_, [ptr, bytes = found->second] { release(ptr, bytes); });
     allocations_.erase(found);

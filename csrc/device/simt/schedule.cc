@@ -11,15 +11,15 @@ namespace deep_ep::simt {
 std::string Launch::describe() const { return concat("device ", device->ordinal, " kernel \"", name, "\""); }
 
 void launch_kernel(const dev::LaunchConfig& config, dev::Stream handle, const KernelCode& code) {
-    EP_CHECK(handle != nullptr, "kernel ", config.name, ": a CPU device has no default stream");
-    EP_CHECK(config.num_threads > 0 && config.num_threads <= 1024 && config.num_threads % 32 == 0, "kernel ",
-             config.name, ": num_threads must be a multiple of 32 up to 1024, got ", config.num_threads);
-    EP_CHECK(config.num_blocks > 0, "kernel ", config.name, ": num_blocks must be positive, got ", config.num_blocks);
+    EP_ENSURE(handle != nullptr, "kernel ", config.name, ": a CPU device has no default stream");
+    EP_ENSURE(config.num_threads > 0 && config.num_threads <= 1024 && config.num_threads % 32 == 0, "kernel ",
+              config.name, ": num_threads must be a multiple of 32 up to 1024, got ", config.num_threads);
+    EP_ENSURE(config.num_blocks > 0, "kernel ", config.name, ": num_blocks must be positive, got ", config.num_blocks);
     auto& stream = *static_cast<StreamState*>(handle);
     const size_t shared_bytes = code.shared_bytes + static_cast<size_t>(std::max(config.dynamic_shared_bytes, 0));
-    EP_CHECK(config.dynamic_shared_bytes >= 0 && shared_bytes <= static_cast<size_t>(stream.device->max_shared_bytes),
-             "kernel ", config.name, ": ", shared_bytes, " bytes of shared memory, the device has ",
-             stream.device->max_shared_bytes);
+    EP_ENSURE(config.dynamic_shared_bytes >= 0 && shared_bytes <= static_cast<size_t>(stream.device->max_shared_bytes),
+              "kernel ", config.name, ": ", shared_bytes, " bytes of shared memory, the device has ",
+              stream.device->max_shared_bytes);
 
     if (stream.graph != nullptr) return stream.graph->add(config, code);
     hb::Quiet quiet;

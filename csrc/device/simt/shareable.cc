@@ -29,6 +29,7 @@ struct Handle {
     uint64_t bytes;
     char nonce[32];  // hexadecimal; part of the file's name, so a reused pid or fd is noticed
     char host[64];
+    char pid_namespace[32];  // containers of one machine may have their own, and each a process 1
 };
 
 std::string random_nonce() {
@@ -42,6 +43,16 @@ std::string random_nonce() {
         nonce += "0123456789abcdef"[byte & 15];
     }
     return nonce;
+}
+
+// Empty where the kernel does not tell: then it is the same for all, and the peer's descriptor decides.
+const std::string& pid_namespace() {
+    static const std::string name = [] {
+        char link[sizeof(Handle::pid_namespace)] = {};
+        static_cast<void>(readlink("/proc/self/ns/pid", link, sizeof(link) - 1));
+        return std::string(link);
+    }();
+    return name;
 }
 
 void* map_file(int fd, size_t bytes) {
@@ -72,6 +83,11 @@ Handle parse(const std::string& bytes) {
     if (std::strncmp(handle.host, host_identity().c_str(), sizeof(handle.host)) != 0) {
         throw TransportError("the CPU shared memory belongs to another host");
     }
+    if (std::strncmp(handle.pid_namespace, pid_namespace().c_str(), sizeof(handle.pid_namespace)) != 0) {
+        throw TransportError(concat("the CPU shared memory is that of process ", handle.pid,
+                                    " in another pid namespace (", handle.pid_namespace, ", here ", pid_namespace(),
+                                    "): the containers of a node must share process ids"));
+    }
     return handle;
 }
 
@@ -101,9 +117,10 @@ std::string host_identity() {
     static const std::string identity = [] {
         std::string boot;
         std::ifstream("/proc/sys/kernel/random/boot_id") >> boot;
-        char name[64] = {};
+        if (!boot.empty()) return boot;  // containers of one machine may differ in name
+        char name[sizeof(Handle::host)] = {};
         gethostname(name, sizeof(name) - 1);
-        return (boot + "/" + name).substr(0, sizeof(Handle::host) - 1);
+        return std::string(name);
     }();
     return identity;
 }
@@ -114,7 +131,7 @@ ShareableHeap& ShareableHeap::instance() {
 }
 
 void* ShareableHeap::allocate(size_t bytes, std::string& handle_bytes) {
-    EP_CHECK(bytes > 0, "shareable memory of 0 bytes");
+    EP_ENSURE(bytes > 0, "shareable memory of 0 bytes");
     const std::string nonce = random_nonce();
     const int fd = memfd_create(("deep_ep-" + nonce).c_str(), MFD_CLOEXEC);
     if (fd < 0) throw TransportError(concat("memfd_create: ", std::strerror(errno)));
@@ -132,6 +149,7 @@ void* ShareableHeap::allocate(size_t bytes, std::string& handle_bytes) {
     handle.bytes = bytes;
     std::memcpy(handle.nonce, nonce.data(), sizeof(handle.nonce));
     std::strncpy(handle.host, host_identity().c_str(), sizeof(handle.host) - 1);
+    std::strncpy(handle.pid_namespace, pid_namespace().c_str(), sizeof(handle.pid_namespace) - 1);
     handle_bytes.assign(reinterpret_cast<const char*>(&handle), sizeof(handle));
     std::lock_guard lock(mutex_);
     mappings_[address] = Mapping{bytes, fd, nonce, 0};
@@ -141,7 +159,8 @@ void* ShareableHeap::allocate(size_t bytes, std::string& handle_bytes) {
 void ShareableHeap::free(void* address) {
     std::lock_guard lock(mutex_);
     const auto found = mappings_.find(address);
-    EP_CHECK(found != mappings_.end() && found->second.fd >= 0, "free_shareable: ", address, " was not allocated here");
+    EP_ENSURE(found != mappings_.end() && found->second.fd >= 0, "free_shareable: ", address,
+              " was not allocated here");
     poison_tail(address, found->second.bytes, false);
     munmap(address, found->second.bytes);
     ::close(found->second.fd);

@@ -21,6 +21,7 @@ struct BlockState {
     FrameState frame;
     uint32_t is_unlearned;  // not zero: where some rank's rows stand is not known, or they have no room
     RowTable rows;
+    int next_item;  // of the block's tokens: to be sent next
     ScanTile tiles[2];
 };
 static_assert(sizeof(BlockState) <= kMaxDispatchState);
@@ -43,13 +44,10 @@ EP_DEVICE void tell_rank_counts(const DispatchParams& p, const algo::Watch& watc
         write_rank_count(watch, rank, p.num_tokens_per_rank[rank]);
 }
 
-// One thread: where rows from and to `rank` stand, and the total that goes to it. False: a wait failed.
-EP_DEVICE bool learn_rows(const DispatchParams& p, const algo::Watch& watch, int rank, RowTable& rows, int& total) {
+// One thread: where rows from and to `rank` stand. False: a wait failed.
+EP_DEVICE bool learn_rows(const DispatchParams& p, const algo::Watch& watch, int rank, RowTable& rows) {
     const int num_ranks = watch.heap.num_ranks();
-    auto take = [&](int source, int sum) {
-        rows.take(watch.heap.rank(), source, rank, sum);
-        total = sum;
-    };
+    auto take = [&](int source, int sum) { rows.take(watch.heap.rank(), source, rank, sum); };
     if (p.num_tokens_per_rank == nullptr) {
         for (int source = 0; source < num_ranks; ++source)
             take(source, p.rank_prefix_matrix[source * num_ranks + rank]);
@@ -67,21 +65,27 @@ EP_DEVICE_COLD bool wait_for_refusal(algo::Watch watch, uint64_t num_rows_held) 
                             [](uint64_t&) { return false; });
 }
 
-// One thread: `rank` has room for its rows. Where peers write into its tensors they have to know before they begin.
-EP_DEVICE bool has_room_at(const DispatchParams& p, const algo::Watch& watch, int rank, int num_rows) {
-    const int self = watch.heap.rank();
-    if (rank == self) return has_room(watch, p.num_recv_rows, num_rows);
+// One warp, before it sends to peers: they have stated their loans, and have room for all rows that come to them.
+EP_DEVICE bool learn_loans(const DispatchParams& p, const algo::Watch& watch, const RowTable& rows) {
     if (!p.may_lend) return true;
-    const layout::Loan& loan = algo::loan_of(watch, rank);
-    if (loan.x == 0 || static_cast<uint64_t>(num_rows) <= loan.num_rows) return true;
-    return wait_for_refusal(watch, loan.num_rows);
+    bool is_ok = true;
+    for (int rank = prim::lane_idx(); rank < watch.heap.num_ranks(); rank += kWarpSize) {
+        if (rank == watch.heap.rank()) continue;
+        is_ok &= algo::wait_for_loan(watch, rank);
+        if (!is_ok) continue;
+        const layout::Loan& loan = algo::loan_of(watch, rank);
+        if (loan.x != 0 && static_cast<uint64_t>(rows.total_rows_at(rank)) > loan.num_rows)
+            is_ok = wait_for_refusal(watch, loan.num_rows);
+    }
+    is_ok = __all_sync(prim::kFullMask, is_ok);
+    __syncwarp();  // each lane's acquire, every lane's looks at loans and stores into what is lent
+    return is_ok;
 }
 
 // Some thread of the block for every rank.
 EP_DEVICE bool learn_of(const DispatchParams& p, const algo::Watch& watch, int rank, RowTable& rows) {
-    int total = 0;
-    return (!p.may_lend || algo::wait_for_loan(watch, rank)) && learn_rows(p, watch, rank, rows, total) &&
-           has_room_at(p, watch, rank, total);
+    return learn_rows(p, watch, rank, rows) &&
+           (rank != watch.heap.rank() || has_room(watch, p.num_recv_rows, rows.total_rows_at(rank)));
 }
 
 EP_DEVICE algo::Watch make_watch(const DispatchParams& p, uint64_t call) {
@@ -101,6 +105,7 @@ EP_DEVICE bool begin(const DispatchParams& p, BlockState& state) {
             state.call = watch.call;
             state.frame = {is_ok ? 1 : 0, 0, {}};
             state.is_unlearned = 0;
+            state.next_item = 0;
         }
     }
     if (exchanges && blockIdx.x == 0 && prim::warp_idx() == (num_threads > kWarpSize ? 1 : 0))

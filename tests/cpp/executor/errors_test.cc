@@ -291,11 +291,11 @@ TEST_CASE("launches that no device could run are refused at once") {
     simt::SimtDevice device(scheduler, 0, {.has_bulk_copy = false});
     const auto stream = device.create_stream();
     using Kernel = WrongKernel<Mistake::kBulkMisaligned>;
-    CHECK_THROWS_AS(dev::launch<Kernel>({.num_threads = 48}, stream, {}), InvalidArgument);
-    CHECK_THROWS_AS(dev::launch<Kernel>({.num_threads = 2048}, stream, {}), InvalidArgument);
-    CHECK_THROWS_AS(dev::launch<Kernel>({.num_blocks = 0}, stream, {}), InvalidArgument);
-    CHECK_THROWS_AS(dev::launch<Kernel>({.dynamic_shared_bytes = 1 << 20}, stream, {}), InvalidArgument);
-    CHECK_THROWS_AS(dev::launch<Kernel>({}, nullptr, {}), InvalidArgument);
+    CHECK_THROWS_AS(dev::launch<Kernel>({.num_threads = 48}, stream, {}), Error);
+    CHECK_THROWS_AS(dev::launch<Kernel>({.num_threads = 2048}, stream, {}), Error);
+    CHECK_THROWS_AS(dev::launch<Kernel>({.num_blocks = 0}, stream, {}), Error);
+    CHECK_THROWS_AS(dev::launch<Kernel>({.dynamic_shared_bytes = 1 << 20}, stream, {}), Error);
+    CHECK_THROWS_AS(dev::launch<Kernel>({}, nullptr, {}), Error);
     CHECK_THROWS_AS(dev::launch<Kernel>({.num_blocks = 5, .is_cooperative = true}, stream, {}), Error);
     dev::launch<Kernel>({}, stream, {});
     CHECK_THROWS_WITH(device.synchronize_stream(stream),

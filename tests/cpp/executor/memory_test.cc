@@ -116,8 +116,11 @@ TEST_CASE("handles that lead nowhere say why") {
 
     const auto memory = device.allocate_shareable(4096);
     std::string other_host = memory.handle;
-    other_host[other_host.size() - 64] ^= 1;
+    other_host[other_host.size() - 96] ^= 1;
     CHECK(contains(error_of(other_host), "belongs to another host"));
+    std::string other_namespace = memory.handle;
+    other_namespace[other_namespace.size() - 32 + sizeof("pid:[") - 1] ^= 1;
+    CHECK(contains(error_of(other_namespace), "in another pid namespace (pid:["));
 
     Child child([](const std::string& handle) {
         return contains(error_of(handle), "has it ended, freed the memory, or another pid namespace?");

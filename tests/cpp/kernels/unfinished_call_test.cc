@@ -67,6 +67,30 @@ TEST_CASE("a rank without a kernel learns of a peer's failure from its note, and
     world.run();
 }
 
+TEST_CASE("the watcher waits for the reason of a rank that it looks at later, and not for ever") {
+    for (bool is_told : {true, false}) {
+        World world(2, kRoomy, impatient());
+        const Problem problem{.num_tokens = {10, 10}, .num_experts = 2, .drop_probability = 0.0};
+        auto ranks = make_inputs(problem);
+        world.layout(problem, ranks);
+        world.dispatch(problem, ranks);
+        for (int rank = 0; rank < 2; ++rank) {
+            RankTensors& tensors = ranks[static_cast<size_t>(rank)];
+            prepare_recv(problem, tensors, tensors.num_recv_tokens - (rank == 1 ? 1 : 0));
+            world.launch_dispatch(problem, tensors, rank, Counts::kUnknown);
+        }
+        world.run();
+        CHECK_EQ(world.buffer(0).look_for_failures(), "");
+        if (is_told) {
+            CHECK_NE(world.buffer(1).look_for_failures(), "");
+            CHECK_NE(world.buffer(0).look_for_failures().find("num_worst_tokens"), std::string::npos);
+        } else {
+            for (int look = 0; look < 2; ++look) CHECK_EQ(world.buffer(0).look_for_failures(), "");
+            CHECK_NE(world.buffer(0).look_for_failures().find("an error of its own"), std::string::npos);
+        }
+    }
+}
+
 TEST_CASE("a refusal aborts nobody, and a peer that waits in vain quotes it; a later call withdraws it") {
     for (bool is_withdrawn : {false, true}) {
         World world(2, kRoomy, impatient(), 2.0);

@@ -1,0 +1,184 @@
+"""What a machine says of itself: the driver, NVLink, and the limits of a container. For the doctor.
+
+Imports nothing of this package, because the doctor runs where that does not import. A probe returns what it found, or
+None where there is nothing to ask; what cannot be read is left out. Paths are module constants, so that tests can fake
+a machine.
+"""
+
+import ctypes
+import os
+import re
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+NVML = "libnvidia-ml.so.1"
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
+STATUS_FILE = Path("/proc/self/status")
+NAMESPACES = Path("/proc/self/ns")
+PTRACE_SCOPE = Path("/proc/sys/kernel/yama/ptrace_scope")
+SHM_MOUNT = Path("/dev/shm")  # noqa: S108 - asked for its size only
+CONTAINER_MARKS = (Path("/.dockerenv"), Path("/run/.containerenv"), Path("/run/systemd/container"),
+                   Path("/var/run/secrets/kubernetes.io"))
+MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+NO_LIMIT = 1 << 60  # version 1 of cgroups writes a number near 2^63
+
+_MAX_LINKS = 18
+_P2P_NVLINK = 2  # NVML_P2P_CAPS_INDEX_NVLINK
+_TEXT_BYTES = 96
+
+
+def read_text(path: Path) -> Optional[str]:
+    try:
+        return path.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+class NvmlError(Exception):
+    """NVML is there and does not answer."""
+
+
+class Nvml:
+    """The few questions to the driver's management library that the doctor has. A context manager.
+
+    Raises OSError where there is no such library, and NvmlError where it fails.
+    """
+
+    def __init__(self) -> None:
+        self._library: Any = ctypes.CDLL(NVML)
+
+    def __enter__(self) -> "Nvml":  # noqa: PYI034 - typing_extensions comes with torch, which may be missing
+        self._call("nvmlInit_v2")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._library.nvmlShutdown()
+
+    def driver_version(self) -> str:
+        text = ctypes.create_string_buffer(_TEXT_BYTES)
+        self._call("nvmlSystemGetDriverVersion", text, _TEXT_BYTES)
+        return text.value.decode()
+
+    def devices(self) -> list[ctypes.c_void_p]:
+        """Every GPU of the machine, whatever CUDA_VISIBLE_DEVICES says."""
+        count = ctypes.c_uint()
+        self._call("nvmlDeviceGetCount_v2", ctypes.byref(count))
+        handles = []
+        for index in range(count.value):
+            handle = ctypes.c_void_p()
+            self._call("nvmlDeviceGetHandleByIndex_v2", ctypes.c_uint(index), ctypes.byref(handle))
+            handles.append(handle)
+        return handles
+
+    def num_active_links(self, device: ctypes.c_void_p) -> int:
+        return sum(self._is_link_active(device, link) for link in range(_MAX_LINKS))
+
+    def joined_by_nvlink(self, first: ctypes.c_void_p, second: ctypes.c_void_p) -> bool:
+        status = ctypes.c_int()
+        self._call("nvmlDeviceGetP2PStatus", first, second, ctypes.c_int(_P2P_NVLINK), ctypes.byref(status))
+        return status.value == 0
+
+    def _is_link_active(self, device: ctypes.c_void_p, link: int) -> bool:
+        is_active = ctypes.c_uint()
+        # Fails for a link that this GPU does not have.
+        failed = self._library.nvmlDeviceGetNvLinkState(device, ctypes.c_uint(link), ctypes.byref(is_active))
+        return failed == 0 and is_active.value == 1
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        try:
+            error = getattr(self._library, name)(*arguments)
+        except AttributeError as missing:
+            raise NvmlError(f"{NVML} has no {name}") from missing
+        if error != 0:
+            raise NvmlError(f"{name} returned {error}")
+
+
+@dataclass(frozen=True)
+class Links:
+    """NVLink between the GPUs of the machine, in NVML's order. `joined[i][j]`: GPUs i and j reach each other by it."""
+
+    active: tuple[int, ...]
+    joined: tuple[tuple[bool, ...], ...]
+
+    @property
+    def is_complete(self) -> bool:
+        return all(all(row) for row in self.joined)
+
+    def __str__(self) -> str:
+        """As a matrix: NV and the number of links that are up, or `-`."""
+        names = [f"GPU{i}" for i in range(len(self.active))]
+        rows = [["", *names]]
+        for i, row in enumerate(self.joined):
+            cells = ["." if i == j else f"NV{self.active[i]}" if is_joined else "-" for j, is_joined in enumerate(row)]
+            rows.append([names[i], *cells])
+        return "\n".join("       " + " ".join(f"{cell:<5}" for cell in row).rstrip() for row in rows)
+
+
+def nvlink(nvml: Nvml) -> Links:
+    devices = nvml.devices()
+    joined = tuple(
+        tuple(first is second or nvml.joined_by_nvlink(first, second) for second in devices) for first in devices)
+    return Links(tuple(nvml.num_active_links(device) for device in devices), joined)
+
+
+def driver_version() -> Optional[str]:
+    """Of the NVIDIA kernel driver; None where there is none."""
+    try:
+        with Nvml() as nvml:
+            return nvml.driver_version()
+    except (OSError, NvmlError):
+        found = re.search(r"Kernel Module.*?(\d+\.\d+(?:\.\d+)?)", read_text(DRIVER_FILE) or "")
+        return found.group(1) if found else None
+
+
+def container() -> Optional[str]:
+    """What says that this is a container."""
+    for mark in CONTAINER_MARKS:
+        if mark.exists():
+            return str(mark)
+    return None
+
+
+def memory_limit() -> Optional[int]:
+    """Bytes that the control group may use; None: no limit."""
+    for path in MEMORY_LIMITS:
+        text = read_text(path)
+        if text is not None and text.isdigit() and int(text) < NO_LIMIT:
+            return int(text)
+    return None
+
+
+def shm_bytes() -> Optional[int]:
+    """The size of the mount /dev/shm."""
+    try:
+        found = os.statvfs(SHM_MOUNT)
+    except OSError:
+        return None
+    return found.f_frsize * found.f_blocks
+
+
+def memlock_bytes() -> Optional[int]:
+    """How much memory this process may pin; None: any amount."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def status_field(name: str) -> Optional[str]:
+    """A line of /proc/self/status."""
+    found = re.search(rf"^{name}:\s*(.*)$", read_text(STATUS_FILE) or "", re.M)
+    return found.group(1) if found else None
+
+
+def ptrace_scope() -> Optional[int]:
+    text = read_text(PTRACE_SCOPE)
+    return int(text) if text is not None and text.isdigit() else None
+
+
+def namespace(kind: str) -> Optional[str]:
+    """The namespace (ipc, pid, ...) of this process: two containers that print the same one share it."""
+    try:
+        return str((NAMESPACES / kind).readlink())
+    except OSError:
+        return None
