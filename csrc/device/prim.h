@@ -57,6 +57,21 @@ template <Order O, Scope S, class T> EP_DEVICE T compare_swap(T* ptr, T expected
 // O: kAcqRel only.                                                                    CUDA: fence.acq_rel.scope
 template <Order O, Scope S> EP_DEVICE void fence();
 
+// Four bytes that say for which use of their place they were written, in a word of eight. A reader that knows the number of
+// the use (its `epoch`) needs no flag and no acquire: a word with another epoch is not there yet. Scalars of 8 bytes are
+// the largest that PTX moves in one piece (a vector access counts as several scalar ones, in any order), so a packet is
+// no larger. A place must hold nothing but packets, or zeros: epochs are never 0.
+struct alignas(8) Packet {
+    uint64_t bits;  // epoch << 32 | data
+};
+
+// The readers of the packet that it replaces must come before, as before any store.    CUDA: st.relaxed.scope.b64
+template <Scope S> EP_DEVICE void store_packet(Packet* ptr, uint32_t epoch, uint32_t data);
+
+// True: `data` is what a store_packet with this epoch has put there. False: no such packet is there, and `data` means
+// nothing. Orders no other access, as a relaxed load does not.                         CUDA: ld.relaxed.scope.b64
+template <Scope S> EP_DEVICE bool load_packet(const Packet* ptr, uint32_t epoch, uint32_t& data);
+
 // Weak 16-byte load that does not pollute L1. The data must not be written by anyone while the kernel runs
 // (inputs), because the non-coherent path may serve it.                               CUDA: ld.global.nc.L1::no_allocate
 EP_DEVICE Vec16 load_input(const Vec16* ptr);
@@ -150,6 +165,10 @@ EP_DEVICE uint64_t clock_ns();
 
 // Between two polls of the same word: lets somebody else run.                         CUDA: nanosleep; SIMT: yield as "polling"
 EP_DEVICE void pause();
+
+// A wait looks at rarer things (the abort word) at each so many of its polls, a power of two. Many threads wait at once: a
+// word that all of them read at each poll is a slow one, for them and for what lies beside it.  CUDA: 8; SIMT: 1
+EP_DEVICE constexpr uint32_t polls_per_check();
 
 // The dynamic shared memory of this launch, 128-byte aligned.
 EP_DEVICE void* dynamic_shared();

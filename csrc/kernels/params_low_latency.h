@@ -22,7 +22,9 @@ struct LowLatencyCall {
     HeapParams heap;
     WatchParams watch;
     layout::LowLatencyMessage message;
-    uint64_t data_offset;  // of the low-latency data region in the heap
+    bool uses_packets;          // combine: for the weights; parts have slots by entry (see LowLatencyEntrySlots)
+    uint64_t entry_slot_bytes;  // combine
+    uint64_t data_offset;       // of the low-latency data region in the heap
     layout::LowLatencyRegion region;
     Phase phase;
     // Where a send phase of its own leaves the number of its call for the receive phase. The host cannot know it: a graph

@@ -12,6 +12,8 @@ namespace deep_ep::layout {
 
 constexpr int kNumLowLatencyBanks = 2;
 constexpr int kMaxLowLatencyTokens = 4096;  // of one rank in one call
+// Of one source in one call: two for each top-k entry of its tokens. With more, weights are data with a flag.
+constexpr int kMaxLowLatencyPackets = 4096;
 
 struct LowLatencyControl {
     Field started;     // u64[R]: the last call that this rank has entered
@@ -19,6 +21,9 @@ struct LowLatencyControl {
     Field table_full;  // u64[banks][R]: the call whose routing table this rank has written
     Field cleaned;     // u64[R]: the last clean_low_latency_buffer that this rank has entered
     Field token_full;  // u64[banks][R][kMaxLowLatencyTokens]: the call for which this rank has written the slot
+    Field
+        packets;  // Packet[banks][R][kMaxLowLatencyPackets]: [T][K][2]: experts and weights of this rank's combine. Nothing
+                  // else is kept there in any call: bits of a row might look like a packet
 
     static constexpr LowLatencyControl make(FieldCursor& cursor, uint64_t num_ranks) {
         constexpr uint64_t kAlignment = 128;
@@ -28,6 +33,7 @@ struct LowLatencyControl {
         layout.table_full = cursor.take(8, kNumLowLatencyBanks * num_ranks, kAlignment);
         layout.cleaned = cursor.take(8, num_ranks, kAlignment);
         layout.token_full = cursor.take(8, kNumLowLatencyBanks * num_ranks * kMaxLowLatencyTokens, kAlignment);
+        layout.packets = cursor.take(8, kNumLowLatencyBanks * num_ranks * kMaxLowLatencyPackets, kAlignment);
         return layout;
     }
 };
@@ -66,6 +72,10 @@ struct LowLatencyRegion {
         layout.source_bytes = layout.bank_bytes / num_ranks / 128 * 128;
         return layout;
     }
+    // Where combine keeps slot `idx` of a bank whose slots belong to the top-k entries of the owner's tokens.
+    constexpr uint64_t entry_offset(uint64_t bank, uint64_t idx, uint64_t slot_bytes) const {
+        return bank * bank_bytes + idx * slot_bytes;
+    }
     // Where the message of `source` is kept, from the start of the region.
     constexpr uint64_t offset(uint64_t bank, uint64_t source) const {
         return bank * bank_bytes + source * source_bytes;
@@ -73,6 +83,33 @@ struct LowLatencyRegion {
 };
 
 constexpr int kFp8GroupSize = 128;  // channels with one FP8 scale
+
+// Parts of combine in slots that belong to the owner's top-k entries: a part lies at the first entry that it sums. A rank
+// that must not wait for the owner's weights sends its rows as they are, each to the slot of its entry, and the owner sums
+// them. What a rank has sent stands in the flag of the token.
+struct LowLatencyEntrySlots {
+    static constexpr int kMaxTopk = 16;
+    static constexpr uint64_t kHintTopk = 8;
+    static constexpr int kFirstRowBit = 40;  // bits below: the call
+    static constexpr uint64_t kRowsMark = 1ull << 63;
+
+    // Behind a row that is sent as it is: i32, the expert that it is of, for the owner to compare.
+    static constexpr uint64_t expert_offset(uint64_t hidden) { return align_up(2 * hidden, 16); }
+    static constexpr uint64_t slot_bytes(uint64_t hidden) { return align_up(expert_offset(hidden) + 4, 128); }
+    // Of a bank.
+    static constexpr uint64_t bytes(uint64_t num_max_tokens, uint64_t num_topk, uint64_t hidden) {
+        return num_max_tokens * num_topk * slot_bytes(hidden);
+    }
+    // The flag of a token whose rows of these entries (a bit for each) have been sent.
+    static constexpr uint64_t rows_flag(uint64_t call, uint32_t entries) {
+        return kRowsMark | static_cast<uint64_t>(entries) << kFirstRowBit | call;
+    }
+    static constexpr uint64_t call_of(uint64_t flag) { return flag & ((1ull << kFirstRowBit) - 1); }
+    static constexpr bool has_rows(uint64_t flag) { return (flag & kRowsMark) != 0; }
+    static constexpr uint32_t rows_of(uint64_t flag) {
+        return static_cast<uint32_t>(flag >> kFirstRowBit) & ((1u << kMaxTopk) - 1);
+    }
+};
 
 // What one rank writes to another in one call: its routing table, then one slot for each token.
 struct LowLatencyMessage {

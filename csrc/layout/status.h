@@ -91,6 +91,7 @@ struct LocalState {
     uint64_t low_latency_ended[kNumLowLatencyBanks];
     LowLatencyTurn low_latency_turns[2];
     uint32_t low_latency_done_blocks;  // counted only for statistics
+    uint32_t low_latency_read_blocks;  // of a receive phase that tells the peers of its end itself
 };
 
 // Never zero. Which rank gave up, and the peer that it waited for.

@@ -57,7 +57,11 @@ int64_t Buffer::low_latency_size_hint(int num_max_tokens, int hidden, int num_ra
     const LowLatencyShape shape{num_max_tokens, kHintTopk, num_experts, hidden};
     check_shape(shape, 0, num_ranks);
     const auto message = dispatch_message(shape, num_ranks, false);
-    return static_cast<int64_t>(message.region_bytes(static_cast<uint64_t>(num_ranks)));
+    using Slots = layout::LowLatencyEntrySlots;
+    const uint64_t entry_bytes =
+        Slots::bytes(static_cast<uint64_t>(num_max_tokens), Slots::kHintTopk, static_cast<uint64_t>(hidden));
+    return static_cast<int64_t>(
+        std::max(message.region_bytes(static_cast<uint64_t>(num_ranks)), layout::kNumLowLatencyBanks * entry_bytes));
 }
 
 uint8_t* Buffer::low_latency_data() const { return data() + options_.num_data_bytes; }
@@ -81,9 +85,12 @@ kernels::LowLatencyCall Buffer::low_latency_call(const LowLatencyShape& shape, c
     EP_CHECK(needed <= options_.num_low_latency_bytes, "num_rdma_bytes is too small for this call: expected at least ",
              needed, ", got ", options_.num_low_latency_bytes, " (see Buffer.get_low_latency_rdma_size_hint)");
     const LowLatencyGrid grid = plan_low_latency(shape.hidden);
+    const int num_local_experts = shape.num_experts / options_.num_ranks;
     return {.heap = heap_params(),
             .watch = watch_params(),
             .message = message,
+            .uses_packets = false,
+            .entry_slot_bytes = 0,
             .data_offset = control_.bytes + static_cast<uint64_t>(options_.num_data_bytes),
             .region = layout::LowLatencyRegion::make(static_cast<uint64_t>(options_.num_low_latency_bytes),
                                                      static_cast<uint64_t>(options_.num_ranks)),
@@ -99,7 +106,7 @@ kernels::LowLatencyCall Buffer::low_latency_call(const LowLatencyShape& shape, c
             .num_max_tokens = shape.num_max_tokens,
             .num_topk = shape.num_topk,
             .num_experts = shape.num_experts,
-            .num_local_experts = shape.num_experts / options_.num_ranks,
+            .num_local_experts = num_local_experts,
             .hidden = shape.hidden};
 }
 
@@ -131,8 +138,18 @@ kernels::LowLatencyDispatchParams Buffer::low_latency_params(const LowLatencyDis
 
 kernels::LowLatencyCombineParams Buffer::low_latency_params(const LowLatencyCombineArgs& args) const {
     check_shape(args.shape, args.num_tokens, options_.num_ranks);
-    return {.call = low_latency_call(args.shape, combine_message(args.shape, options_.num_ranks, args.uses_logfmt),
-                                     args.wait_stats, args.number),
+    auto call = low_latency_call(args.shape, combine_message(args.shape, options_.num_ranks, args.uses_logfmt),
+                                 args.wait_stats, args.number);
+    using Slots = layout::LowLatencyEntrySlots;
+    const auto hidden = static_cast<uint64_t>(args.shape.hidden);
+    const uint64_t entry_bytes = Slots::bytes(static_cast<uint64_t>(args.shape.num_max_tokens),
+                                              static_cast<uint64_t>(args.shape.num_topk), hidden);
+    call.entry_slot_bytes = Slots::slot_bytes(hidden);
+    // Where a source may be left out its weights count as a whole or not at all, which is what one flag says.
+    call.uses_packets = !options_.is_shrinkable && args.shape.num_topk <= Slots::kMaxTopk &&
+                        2 * args.shape.num_max_tokens * args.shape.num_topk <= layout::kMaxLowLatencyPackets &&
+                        entry_bytes <= call.region.bank_bytes;
+    return {.call = call,
             .uses_logfmt = args.uses_logfmt,
             .x = args.x,
             .topk_idx = args.topk_idx,

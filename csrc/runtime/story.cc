@@ -93,11 +93,10 @@ std::string describe_bad_input(const layout::WaitRecord& record, int rank) {
             " where at most ", static_cast<int64_t>(record.expected),
             " can be. Shapes and formats must be the same on every rank; DEEP_EP_CHECK_CALLS=1 compares them.");
     if (record.stage == layout::Stage::kEntry)
-        return concat(
-            "DeepEP error: ", name_of(record.operation), ", call ", record.call, ", rank ", rank,
-            ": topk_idx of token ", record.expected, " of rank ", record.peer,
-            " names an expert of this rank for which the dispatch of the handle has no row. combine needs the "
-            "topk_idx of the dispatch (an entry may become -1) and the handle that this dispatch returned.");
+        return concat("DeepEP error: ", name_of(record.operation), ", call ", record.call, ", rank ", rank,
+                      ": topk_idx of token ", record.expected, " of rank ", record.peer,
+                      " names an expert for which the dispatch of the handle has no row. combine needs the "
+                      "topk_idx of the dispatch (an entry may become -1) and the handle that this dispatch returned.");
     if (record.stage == layout::Stage::kOpen)
         return concat(
             "DeepEP error: ", name_of(record.operation), ", call ", record.call, ", rank ", rank, ": call ",

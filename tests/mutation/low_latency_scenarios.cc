@@ -102,6 +102,29 @@ struct DelayKernel {
     }
 };
 
+// With a hook, rank 1 enters its combines late: rank 0 sends its rows as they are.
+std::string late_weights(uint64_t seed) {
+    const LowLatencyProblem problem = small_problem(seed);
+    World world = make_world(problem, seed);
+    for (int repeat = 0; repeat < 2; ++repeat) {
+        auto ranks = make_low_latency_inputs(problem);
+        for (int rank = 0; rank < 2; ++rank)
+            launch_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank, Launches::kOne);
+        world.run();
+        fill_expert_rows(problem, ranks);
+        dev::LaunchConfig config;
+        config.name = "delay";
+        dev::launch<DelayKernel>(config, world.stream(1), {200'000});
+        for (int rank = 0; rank < 2; ++rank) {
+            send_combine(world, problem, ranks[static_cast<size_t>(rank)], rank);
+            receive_combine(world, problem, ranks[static_cast<size_t>(rank)], rank);
+        }
+        world.run();
+        if (std::string difference = check_low_latency_combine(problem, ranks); !difference.empty()) return difference;
+    }
+    return "";
+}
+
 // A rank's table comes while the deadline for it passes: either every warp counts its rows, or none does. Its kernels begin
 // shortly before that, a little later in each try: they take some microseconds until the table.
 std::string late_table(uint64_t seed) {
@@ -127,8 +150,9 @@ std::string late_table(uint64_t seed) {
 }
 
 constexpr Scenario kScenarios[] = {
-    {"low_latency", round_trips},     {"low_latency_stretches", stretches},   {"low_latency_shrinkable", shrinkable},
-    {"low_latency_one_way", one_way}, {"low_latency_late_table", late_table},
+    {"low_latency", round_trips},           {"low_latency_stretches", stretches},
+    {"low_latency_shrinkable", shrinkable}, {"low_latency_one_way", one_way},
+    {"low_latency_late_table", late_table}, {"low_latency_late_weights", late_weights},
 };
 
 }  // namespace

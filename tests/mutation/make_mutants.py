@@ -74,6 +74,20 @@ def orderings(code: str) -> Iterator[Site]:
         yield Site(match.start(), closing(code, match.end()), match.end(), False, variants)
 
 
+def packets(code: str) -> Iterator[Site]:
+    """prim::store_packet<Scope>(...) and load_packet: with a smaller scope; a load, without a look at the epoch."""
+    for match in re.finditer(r'prim::(store|load)_packet<(?:prim::)?Scope::k(\w+)>\(', code):
+        name, scope = match.groups()
+        variants = []
+        if scope in NARROWER:
+            call = f'prim::{name}_packet<prim::Scope::k{NARROWER[scope]}>('
+            variants.append(Variant(f'scope of {name}_packet', lambda rest, call=call: call + rest))
+        if name == 'load':
+            head = match.group()
+            variants.append(Variant('epoch of load_packet', lambda rest, head=head: f'({head}{rest}, true)'))
+        yield Site(match.start(), closing(code, match.end()), match.end(), False, variants)
+
+
 def statements(code: str) -> Iterator[Site]:
     """Barriers, proxy fences and waits for bulk copies: left out. A wait for a whole bulk copy: only for its read."""
     kinds = {
@@ -119,7 +133,7 @@ class Weakener:
 
     def weaken(self, text: str, path: str) -> str:
         code = COMMENT_OR_STRING.sub(lambda match: re.sub(r'[^\n]', ' ', match.group()), text)
-        sites = [*orderings(code), *statements(code), *waits(code, self._returns_bool)]
+        sites = [*orderings(code), *packets(code), *statements(code), *waits(code, self._returns_bool)]
         sites.sort(key=lambda site: (site.start, -site.end))
         numbered = [(site, [self._note(variant.kind, path, text, site.start) for variant in site.variants])
                     for site in sites]

@@ -75,6 +75,12 @@ public:
         const uint64_t row = static_cast<uint64_t>(bank) * num_ranks_ + source;
         return word(owner, control_->low_latency.token_full.at(row * layout::kMaxLowLatencyTokens + token));
     }
+    // The packets of `source`.
+    EP_DEVICE prim::Packet* low_latency_packets(int owner, int bank, int source) const {
+        const uint64_t row = static_cast<uint64_t>(bank) * num_ranks_ + source;
+        return reinterpret_cast<prim::Packet*>(bases_[owner] +
+                                               control_->low_latency.packets.at(row * layout::kMaxLowLatencyPackets));
+    }
     EP_DEVICE uint8_t* at(int owner, uint64_t offset) const { return bases_[owner] + offset; }
 
 private:

@@ -109,8 +109,9 @@ EP_DEVICE bool wait_until(const Watch& watch, WaitSite site, uint64_t expected, 
                           OnTimeout on_timeout = OnTimeout::kFail) {
     uint64_t seen = 0;
     uint64_t start_ns = 0;
-    for (;;) {
-        const uint64_t code = abort_code(watch);  // under way together with the look
+    for (uint32_t polls = 0;; ++polls) {
+        const bool checks = polls % prim::polls_per_check() == prim::polls_per_check() - 1;
+        const uint64_t code = checks ? abort_code(watch) : 0;  // under way together with the look
         if (look(seen)) return true;
         if (start_ns == 0) start_ns = prim::clock_ns();
         if (!is_in_time(watch, site, start_ns, code, expected, seen, on_timeout)) return false;

@@ -178,6 +178,17 @@ template <Order O, Scope S> EP_DEVICE void fence() {
     }
 }
 
+// The comparison waits for the load only where its outcome is used, so that a thread may have many under way.
+template <Scope S> EP_DEVICE void store_packet(Packet* ptr, uint32_t epoch, uint32_t data) {
+    store<Order::kRelaxed, S>(&ptr->bits, static_cast<uint64_t>(epoch) << 32 | data);
+}
+
+template <Scope S> EP_DEVICE bool load_packet(const Packet* ptr, uint32_t epoch, uint32_t& data) {
+    const uint64_t bits = load<Order::kRelaxed, S>(&ptr->bits);
+    data = static_cast<uint32_t>(bits);
+    return static_cast<uint32_t>(bits >> 32) == epoch;
+}
+
 #if EP_HAS_CACHE_HINTS
 #define EP_PTX_LOAD_INPUT "ld.global.nc.L1::no_allocate.v4.b32"
 #define EP_PTX_LOAD_SHARED_WITH_PEERS "ld.global.L1::no_allocate.v4.b32"
@@ -400,6 +411,8 @@ EP_DEVICE uint64_t clock_ns() {
 
 // Short against a flag's flight over NVLink (about a microsecond), long against an issue slot.
 EP_DEVICE void pause() { asm volatile("nanosleep.u32 20;" ::: "memory"); }
+
+EP_DEVICE constexpr uint32_t polls_per_check() { return 8; }
 
 EP_DEVICE void* dynamic_shared() {
     extern __shared__ __align__(128) unsigned char ep_dynamic_shared[];

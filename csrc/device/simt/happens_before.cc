@@ -20,6 +20,8 @@ void __tsan_ignore_thread_end();
 void __tsan_read_range(void* address, unsigned long bytes);
 void __tsan_write_range(void* address, unsigned long bytes);
 void __tsan_write8(void* address);
+void __tsan_read8_pc(void* address, void* pc);
+void __tsan_write8_pc(void* address, void* pc);
 }
 
 namespace deep_ep::simt::hb {
@@ -61,6 +63,7 @@ namespace {
 constexpr int kSys = 2;
 constexpr size_t kMaxKeys = 1 << 22;
 constexpr size_t kMaxSeen = 64;
+constexpr size_t kFreshWords = 1 << 16;  // at a time
 
 struct KeyState {
     uint32_t num_references;
@@ -71,6 +74,14 @@ struct MBarrierKeys {
     Key phase[2] = {0, 0};
 };
 
+// A place for packets, and who has written what is there. ThreadSanitizer sees accesses to words of its own in place of the
+// packet's; see on_packet_store.
+struct PacketPlace {
+    uint64_t* read = nullptr;     // by readers of what is there now
+    uint64_t* written = nullptr;  // by the store that has put it there
+    Published store = {};
+};
+
 struct Tables {
     QuietMutex lock;
     std::vector<KeyState> keys{1};
@@ -78,13 +89,19 @@ struct Tables {
     char* cells = nullptr;  // 16 bytes a key: the clock of the generic proxy and that of the async proxy
     std::unordered_map<const void*, std::vector<Published>> published;
     std::unordered_map<const void*, MBarrierKeys> mbarriers;
+    std::unordered_map<const void*, PacketPlace> packets;
+    uint64_t* fresh_words = nullptr;  // that ThreadSanitizer has seen no access to
+    size_t num_fresh_words = 0;
 };
+
+void* map_untouched(size_t bytes) {
+    return mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+}
 
 Tables& tables() {
     static Tables* const instance = [] {
         auto* made = new Tables;
-        made->cells = static_cast<char*>(
-            mmap(nullptr, kMaxKeys * 16, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+        made->cells = static_cast<char*>(map_untouched(kMaxKeys * 16));
         return made;
     }();
     return *instance;
@@ -351,6 +368,54 @@ void on_proxy_fence() {
         __tsan_acquire(cell(key, Proxy::kGeneric));
     }
     drop(key);
+}
+
+namespace {
+
+uint64_t* fresh_word() {
+    Tables& all = tables();
+    if (all.num_fresh_words == 0) {
+        all.fresh_words = static_cast<uint64_t*>(map_untouched(kFreshWords * sizeof(uint64_t)));
+        all.num_fresh_words = kFreshWords;
+    }
+    return all.fresh_words + --all.num_fresh_words;
+}
+
+}  // namespace
+
+// A store ends the use before it: it writes the words that the store and the readers of that use have touched, so that one
+// which does not come before it races with it. Readers of the new use read a word that nobody has written, so the store
+// and they do not race. Words are fresh each time: ThreadSanitizer reports an address once.
+void on_packet_store(const void* address, int scope) {
+    PacketPlace ended, begun;
+    {
+        Quiet quiet;
+        const Agent* agent = running_agent();
+        const uint64_t block = agent == nullptr ? 0 : agent->block;
+        const void* device = agent == nullptr ? nullptr : agent->device;
+        begun = {fresh_word(), fresh_word(), {0, scope, block, device, false}};
+        ended = std::exchange(tables().packets[address], begun);
+    }
+    void* const place_in_kernel = __builtin_return_address(0);  // where a report is to point
+    if (ended.read != nullptr) __tsan_write8_pc(ended.read, place_in_kernel);
+    if (ended.written != nullptr) __tsan_write8_pc(ended.written, place_in_kernel);
+    __tsan_write8_pc(begun.written, place_in_kernel);
+}
+
+// Where the scopes of store and load do not reach each other the epoch makes nothing right: the load races with the store.
+void on_packet_load(const void* address, int scope) {
+    uint64_t* read;
+    uint64_t* written = nullptr;
+    {
+        Quiet quiet;
+        const auto found = tables().packets.find(address);
+        if (found == tables().packets.end()) return;  // of a process that is not watched
+        read = found->second.read;
+        if (!is_visible(found->second.store, scope, running_agent())) written = found->second.written;
+    }
+    void* const place_in_kernel = __builtin_return_address(0);
+    __tsan_read8_pc(read, place_in_kernel);
+    if (written != nullptr) __tsan_read8_pc(written, place_in_kernel);
 }
 
 void on_mbarrier_init(const void* address) {

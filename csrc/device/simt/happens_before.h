@@ -82,6 +82,11 @@ void on_update(const void* address, bool is_acquire, bool is_release, int scope)
 void on_fence(int scope);
 void on_proxy_fence();
 
+// Packets: data that carry their epoch. A load that finds its epoch reads what the store wrote, at the scopes of both,
+// and takes up nothing else of the writer's clock. The next store comes after all such loads, or it is a race.
+void on_packet_store(const void* address, int scope);
+void on_packet_load(const void* address, int scope);
+
 // mbarriers: a key per phase parity.
 void on_mbarrier_init(const void* address);
 void on_mbarrier_arrive(const void* address, uint32_t phase, bool is_first);
@@ -143,6 +148,8 @@ inline void on_store(const void*, bool, int) {}
 inline void on_update(const void*, bool, bool, int) {}
 inline void on_fence(int) {}
 inline void on_proxy_fence() {}
+inline void on_packet_store(const void*, int) {}
+inline void on_packet_load(const void*, int) {}
 inline void on_mbarrier_init(const void*) {}
 inline void on_mbarrier_arrive(const void*, uint32_t, bool) {}
 inline void on_mbarrier_wait(const void*, uint32_t) {}

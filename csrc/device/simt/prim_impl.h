@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "core/error.h"
 #include "device/simt/access.h"
 #include "device/simt/cuda_names.h"
 #include "device/simt/happens_before.h"
@@ -99,6 +100,33 @@ template <Order O, Scope S> EP_DEVICE void fence() {
     simt::hb::on_fence(static_cast<int>(S));
 }
 
+namespace detail {
+
+// What a load_packet that finds none gives, so that a kernel that does not ask is wrong in every schedule.
+constexpr uint32_t kNoData = 0xa5a5a5a5u;
+
+}  // namespace detail
+
+template <Scope S> EP_DEVICE void store_packet(Packet* ptr, uint32_t epoch, uint32_t data) {
+    if (epoch == 0) throw Error("store_packet: epoch 0 is that of memory which nobody has written");
+    simt::before_access(ptr, sizeof(Packet));
+    const uint64_t bits = static_cast<uint64_t>(epoch) << 32 | data;
+    const uint64_t old = __atomic_load_n(&ptr->bits, __ATOMIC_RELAXED);
+    simt::hb::on_packet_store(ptr, static_cast<int>(S));
+    __atomic_store_n(&ptr->bits, bits, __ATOMIC_RELAXED);
+    if (old != bits) simt::note_change();
+}
+
+template <Scope S> EP_DEVICE bool load_packet(const Packet* ptr, uint32_t epoch, uint32_t& data) {
+    simt::before_access(ptr, sizeof(Packet));
+    const uint64_t bits = __atomic_load_n(&ptr->bits, __ATOMIC_RELAXED);
+    simt::note_load(ptr, bits);
+    const bool is_here = epoch != 0 && static_cast<uint32_t>(bits >> 32) == epoch;
+    if (is_here) simt::hb::on_packet_load(ptr, static_cast<int>(S));
+    data = is_here ? static_cast<uint32_t>(bits) : detail::kNoData;
+    return is_here;
+}
+
 // Copied through bytes: the words of a Vec16 may hold values of any type.
 EP_DEVICE Vec16 load_input(const Vec16* ptr) {
     simt::check_aligned(ptr, sizeof(Vec16));
@@ -160,6 +188,9 @@ EP_DEVICE void fence_async_global() { simt::hb::on_proxy_fence(); }
 EP_DEVICE void barrier_sync(int id, int num_threads) { simt::block_barrier(id, num_threads, "prim::barrier_sync", 0); }
 EP_DEVICE uint64_t clock_ns() { return simt::clock_ns(); }
 EP_DEVICE void pause() { simt::pause(); }
+// A deadlock is proven by two equal polls of everybody: all that a wait looks at must be in each.
+EP_DEVICE constexpr uint32_t polls_per_check() { return 1; }
+
 EP_DEVICE void* dynamic_shared() { return simt::dynamic_shared(); }
 
 }  // namespace EP_BACKEND

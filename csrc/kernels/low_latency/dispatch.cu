@@ -14,8 +14,7 @@
 namespace deep_ep::kernels::low_latency::dispatch {
 inline namespace EP_BACKEND {
 
-// One kernel for each phase: less code, and fewer registers.
-template <Phase kPhase> struct Kernel {
+template <Launches kLaunches> struct Kernel {
     using Params = LowLatencyDispatchParams;
     static constexpr int kMaxThreads = kMaxLowLatencyThreads;
     static constexpr int kMinBlocks = 1;
@@ -24,14 +23,10 @@ template <Phase kPhase> struct Kernel {
     };
 
     static EP_DEVICE void run(const Params& p, Shared& shared) {
-        const Context context = make_context(p.call, layout::Operation::kLowLatencyDispatch, kPhase);
-        if constexpr (kPhase == Phase::kReceive)
-            begin_receive(context);
-        else
-            send(p, context, &shared.block);
-        if constexpr (kPhase != Phase::kSend)
-            if (kPhase == Phase::kReceive || shared.block.receives != 0) receive(p, context, &shared.block);
-        add_statistics(context, &shared.block);
+        run_launch<kLaunches>(
+            p.call, layout::Operation::kLowLatencyDispatch, &shared.block,
+            [&](const Context& context, Block* block) { send(p, context, block); },
+            [&](const Context& context, Block* block) { receive(p, context, block); });
     }
 };
 
@@ -43,16 +38,14 @@ void launch(const LowLatencyDispatchParams& params, dev::Stream stream) {
     config.num_threads = kWarpSize * params.call.num_warps;
     config.name = "deep_ep::low_latency::dispatch";
     switch (params.call.phase) {
-        case Phase::kSend:
-            config.dynamic_shared_bytes = table_bytes;
-            return dev::launch<Kernel<Phase::kSend>>(config, stream, params);
-        case Phase::kReceive:
-            config.dynamic_shared_bytes = count_bytes;
-            return dev::launch<Kernel<Phase::kReceive>>(config, stream, params);
-        case Phase::kBoth:
-            config.dynamic_shared_bytes = table_bytes > count_bytes ? table_bytes : count_bytes;
-            return dev::launch<Kernel<Phase::kBoth>>(config, stream, params);
+        case Phase::kSend: config.dynamic_shared_bytes = table_bytes; break;
+        case Phase::kReceive: config.dynamic_shared_bytes = count_bytes; break;
+        case Phase::kBoth: config.dynamic_shared_bytes = table_bytes > count_bytes ? table_bytes : count_bytes; break;
     }
+    if (params.call.phase == Phase::kBoth)
+        dev::launch<Kernel<Launches::kWhole>>(config, stream, params);
+    else
+        dev::launch<Kernel<Launches::kPhases>>(config, stream, params);
 }
 
 }  // namespace EP_BACKEND

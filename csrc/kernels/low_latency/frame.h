@@ -24,7 +24,9 @@ EP_DEVICE int num_warps() { return static_cast<int>(blockDim.x) / kWarpSize; }
 struct Context {
     const LowLatencyCall& call;
     algo::Watch watch;
-    Phase phase;                   // that of the kernel: each has one of its own, with less code and fewer registers
+    // Constants where they are made, so that code for the other phases, and for weights with flags, is left out.
+    Phase phase;
+    bool uses_packets;             // for the weights of combine, as call.uses_packets
     layout::LowLatencyTurn* turn;  // of this launch
     int bank;
 
@@ -43,6 +45,15 @@ struct Context {
     EP_DEVICE uint8_t* slot(int owner, int source, int token) const {
         return message(owner, source) + call.message.slots.at(token);
     }
+    // Combine in packets: the slot of an entry of `owner`.
+    EP_DEVICE uint8_t* entry_slot(int owner, int token, int k) const {
+        const auto idx = static_cast<uint64_t>(token) * call.num_topk + k;
+        return watch.heap.at(owner, call.data_offset + call.region.entry_offset(bank, idx, call.entry_slot_bytes));
+    }
+    EP_DEVICE int* entry_expert(int owner, int token, int k) const {
+        return reinterpret_cast<int*>(entry_slot(owner, token, k) +
+                                      layout::LowLatencyEntrySlots::expert_offset(static_cast<uint64_t>(call.hidden)));
+    }
     EP_DEVICE const int* table(int source) const {
         return reinterpret_cast<const int*>(message(rank(), source) + call.message.topk_idx.offset);
     }
@@ -56,6 +67,17 @@ struct Context {
     EP_DEVICE int num_tokens_of(int source) const {
         return *reinterpret_cast<const int*>(message(rank(), source) + call.message.num_tokens.offset);
     }
+    // What `source` has sent, or sends, to `owner` in packets.
+    EP_DEVICE prim::Packet* packets(int owner, int source) const {
+        return watch.heap.low_latency_packets(owner, bank, source);
+    }
+    // Of an entry: its expert, then its weight.
+    EP_DEVICE const prim::Packet* entry_packets(int source, int token, int k) const {
+        return packets(rank(), source) + 2 * (static_cast<int64_t>(token) * call.num_topk + k);
+    }
+    // Of the packets of this call. Their places belong to its bank, which every second call uses; so a word that nobody has
+    // written since would look new only to the call that comes exactly 2^32 calls later. Never 0.
+    EP_DEVICE uint32_t epoch() const { return static_cast<uint32_t>(watch.call >> 1) | 1u << 31; }
 };
 
 EP_DEVICE int bank_of(uint64_t call) { return static_cast<int>(call % layout::kNumLowLatencyBanks); }
@@ -125,6 +147,19 @@ EP_DEVICE_COLD bool wait_for_late_source(const LowLatencyCall* call, algo::Watch
     return is_here;
 }
 
+// The same for the flag of a part of combine in entry slots, which says more than its call: *seen.
+EP_DEVICE_COLD bool wait_for_late_part(const LowLatencyCall* call, algo::Watch watch, int source, const uint64_t* flag,
+                                       uint64_t* seen) {
+    const uint64_t start_ns = prim::clock_ns();
+    const bool is_here = algo::wait_until(watch, {Stage::kRow, source}, watch.call, [&](uint64_t& seen_call) {
+        *seen = prim::load<Order::kAcquire, Scope::kSys>(flag);
+        seen_call = layout::LowLatencyEntrySlots::call_of(*seen);
+        return seen_call == watch.call;
+    });
+    note_wait(*call, source, prim::clock_ns() - start_ns);
+    return is_here;
+}
+
 // What a source states becomes part of an address only if it can be true: from 0 to `most`.
 EP_DEVICE bool may_be(int stated, int most) { return stated >= 0 && stated <= most; }
 
@@ -150,6 +185,35 @@ EP_DEVICE_COLD bool decide_on_table(const LowLatencyCall* call, algo::Watch watc
     return seen % 2 == 1 && wait_for_source(*call, watch, Stage::kTable, source, flag);
 }
 
+// One thread, one look: is the packet of this call there?
+EP_DEVICE bool look_at_packet(const Context& c, const prim::Packet* packet, int& value) {
+    uint32_t data = 0;
+    const bool is_here = prim::load_packet<Scope::kSys>(packet, c.epoch(), data);
+    value = static_cast<int>(data);
+    return is_here;
+}
+
+// One thread; notes how long it took. False: the call is aborted, and the value is 0.
+EP_DEVICE_COLD bool wait_for_late_packet(const LowLatencyCall* call, algo::Watch watch, uint32_t epoch, int source,
+                                         const prim::Packet* packet, int* value) {
+    const uint64_t start_ns = prim::clock_ns();
+    uint32_t data = 0;
+    const bool is_here = algo::wait_until(watch, {Stage::kTable, source}, watch.call, [&](uint64_t&) {
+        return prim::load_packet<Scope::kSys>(packet, epoch, data);
+    });
+    note_wait(*call, source, prim::clock_ns() - start_ns);
+    *value = is_here ? static_cast<int>(data) : 0;
+    return is_here;
+}
+
+EP_DEVICE bool wait_for_packet(const Context& c, int source, const prim::Packet* packet, int& value) {
+    return wait_for_late_packet(&c.call, c.watch, c.epoch(), source, packet, &value);
+}
+
+EP_DEVICE void send_packet(const Context& c, prim::Packet* packet, int value) {
+    prim::store_packet<Scope::kSys>(packet, c.epoch(), static_cast<uint32_t>(value));
+}
+
 // One warp: what lane 0 has found out by a look or a wait, with acquire, holds for every lane.
 EP_DEVICE bool as_lane_0_says(bool answer) {
     const int known = __shfl_sync(kFullMask, answer ? 1 : 0, 0);
@@ -163,9 +227,12 @@ EP_DEVICE bool wait_for_table(const Context& c, int source) {
     return wait_for_source(c.call, c.watch, Stage::kTable, source, flag);
 }
 
-EP_DEVICE Context make_context(const LowLatencyCall& call, layout::Operation operation, Phase phase) {
+EP_DEVICE Context make_context(const LowLatencyCall& call, layout::Operation operation, Phase phase,
+                               bool uses_packets) {
     const uint64_t number = call_number(call, phase);
-    return {call, make_watch(call.watch, call.heap, operation, number), phase, current_turn(call), bank_of(number)};
+    return {
+        call,           make_watch(call.watch, call.heap, operation, number), phase, uses_packets, current_turn(call),
+        bank_of(number)};
 }
 
 // -1 where the id is none of an expert, whatever the low half of a 64-bit id says.
@@ -177,6 +244,11 @@ EP_DEVICE int checked_expert(const Context& c, int64_t id) {
 EP_DEVICE int local_expert(const Context& c, int expert) {
     const int local = expert - c.first_expert();
     return local >= 0 && local < c.num_local_experts() ? local : -1;
+}
+
+// The call fails, since topk_idx or the handle of a combine are not those of one dispatch.
+EP_DEVICE_COLD void refuse_entries(algo::Watch watch, int source, int token) {
+    algo::fail(watch, layout::FailureKind::kBadInput, {Stage::kEntry, source}, static_cast<uint64_t>(token), 0, 0);
 }
 
 // A caller's top-k ids, and how wide they are.
@@ -191,6 +263,18 @@ struct Ids {
         return is_one ? load_expert_id(ids, bytes, static_cast<int64_t>(token) * c.call.num_topk + k) : -1;
     }
 };
+
+// One warp: which of the first 32 entries have experts of this lane's rank, among 32 from `first_rank`? `id`: this lane's.
+EP_DEVICE uint32_t entries_of_rank(const Context& c, int64_t id, int first_rank) {
+    const int rank = first_rank + prim::lane_idx();
+    const int expert = checked_expert(c, id);
+    const int owner = expert >= 0 ? expert / c.num_local_experts() : -1;
+    const int count = c.call.num_topk < kWarpSize ? c.call.num_topk : kWarpSize;
+    uint32_t entries = 0;
+#pragma unroll 4
+    for (int lane = 0; lane < count; ++lane) entries |= (__shfl_sync(kFullMask, owner, lane) == rank ? 1u : 0u) << lane;
+    return rank < c.num_ranks() ? entries : 0;
+}
 
 // One warp: does this lane's rank, among 32 from `first_rank`, own one of the token's experts? `id`: this lane's of the
 // first 32 entries.

@@ -234,5 +234,51 @@ EP_DEVICE void add_statistics(const Context& c, Block* block) {
     }
 }
 
+// All threads of all blocks of a launch that only receives. Where a later call has begun already, the next one takes this
+// bank: its send phase would wait until the peers have begun it too, were they told of this one's end only then. So the
+// block that ends last tells them now.
+EP_DEVICE void end_receive(const Context& c, uint64_t last_call, Block* block) {
+    if (last_call == c.watch.call) return;
+    __syncthreads();
+    // Every block's reads, the last one's release.
+    if (threadIdx.x == 0)
+        block->share = static_cast<int>(
+            prim::fetch_add<Order::kAcqRel, Scope::kGpu>(&c.watch.words.local->low_latency_read_blocks, 1u));
+    __syncthreads();
+    if (block->share + 1 != static_cast<int>(gridDim.x)) return;
+    if (threadIdx.x == 0) prim::store<Order::kRelaxed, Scope::kGpu>(&c.watch.words.local->low_latency_read_blocks, 0u);
+    // Pairs with: is_bank_free at the peer.
+    for (int peer = first_of_block(); peer < c.num_ranks(); peer += step_of_block())
+        if (!is_masked(c.call, peer))
+            prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.received(peer, c.bank, c.rank()), c.watch.call);
+}
+
+// The kernels of an operation. With a hook its two launches are of the same one, so that a profiler has one name for the
+// call; registers and instructions of a phase are its own all the same.
+enum class Launches { kPhases, kWhole };
+
+// All threads: what a launch does, by `send(context, block)` and `receive(context, block)`.
+template <Launches kLaunches, bool kUsesPackets = false, class Send, class Receive>
+EP_DEVICE void run_launch(const LowLatencyCall& call, layout::Operation operation, Block* block, const Send& send,
+                          const Receive& receive) {
+    if (kLaunches == Launches::kWhole) {
+        const Context context = make_context(call, operation, Phase::kBoth, kUsesPackets);
+        send(context, block);
+        if (block->receives != 0) receive(context, block);
+        add_statistics(context, block);
+    } else if (call.phase == Phase::kSend) {
+        send(make_context(call, operation, Phase::kSend, kUsesPackets), block);
+    } else {
+        const Context context = make_context(call, operation, Phase::kReceive, kUsesPackets);
+        // Only send phases change it, and they come before or after the whole launch.
+        const uint64_t last_call =
+            prim::load<Order::kRelaxed, Scope::kGpu>(&context.watch.words.local->num_low_latency_sends);
+        begin_receive(context);
+        receive(context, block);
+        end_receive(context, last_call, block);
+        add_statistics(context, block);
+    }
+}
+
 }  // namespace EP_BACKEND
 }  // namespace deep_ep::kernels::low_latency

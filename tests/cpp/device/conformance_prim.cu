@@ -245,6 +245,57 @@ TEST_CASE("what a block wrote before a release is there after the acquire of ano
     CHECK_EQ(count_wrong_messages<Scope::kSys>(), 0u);
 }
 
+// Block 0 sends a word to each thread of block 1, round after round, in the same places: no flag says that they are there.
+template <Scope S> struct PacketKernel {
+    struct Params {
+        prim::Packet* row;  // [blockDim]
+        uint64_t* empty;    // the round that has been read
+        uint32_t* num_wrong;
+        int num_rounds;
+    };
+    struct Shared {};
+
+    static EP_DEVICE uint32_t value_of(uint32_t round) { return round * 1000u + threadIdx.x; }
+
+    static EP_DEVICE void send(const Params& p, uint32_t round) {
+        if (threadIdx.x == 0)
+            while (prim::load<Order::kAcquire, S>(p.empty) + 1 < round) prim::pause();
+        __syncthreads();
+        prim::store_packet<S>(&p.row[threadIdx.x], round, value_of(round));
+    }
+    static EP_DEVICE void receive(const Params& p, uint32_t round) {
+        uint32_t data = 0;
+        while (!prim::load_packet<S>(&p.row[threadIdx.x], round, data)) prim::pause();
+        if (data != value_of(round)) prim::fetch_add<Order::kRelaxed, Scope::kGpu>(p.num_wrong, 1u);
+        if (prim::load_packet<S>(&p.row[threadIdx.x], round + 1, data))
+            prim::fetch_add<Order::kRelaxed, Scope::kGpu>(p.num_wrong, 1u);
+        __syncthreads();
+        if (threadIdx.x == 0) prim::store<Order::kRelease, S>(p.empty, static_cast<uint64_t>(round));
+    }
+
+    static EP_DEVICE void run(const Params& p, Shared&) {
+        for (int i = 1; i <= p.num_rounds; ++i) {
+            if (blockIdx.x == 0)
+                send(p, static_cast<uint32_t>(i));
+            else
+                receive(p, static_cast<uint32_t>(i));
+        }
+    }
+};
+
+template <Scope S> uint32_t count_wrong_packets() {
+    Words<prim::Packet> row(256);
+    Words<uint32_t> num_wrong(1);
+    Words<uint64_t> empty(1);
+    run<PacketKernel<S>>(2, 256, {row.data(), empty.data(), num_wrong.data(), 2000});
+    return num_wrong.read()[0];
+}
+
+TEST_CASE("packets are there with their epoch, whole, and not before") {
+    CHECK_EQ(count_wrong_packets<Scope::kGpu>(), 0u);
+    CHECK_EQ(count_wrong_packets<Scope::kSys>(), 0u);
+}
+
 // Warps 0 and 1 pass a word to and fro through named barriers while warps 2 and 3 use another barrier.
 struct NamedBarrierKernel {
     struct Params {

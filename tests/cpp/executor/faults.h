@@ -91,6 +91,67 @@ template <Receive kHow> struct ReceiveKernel {
 };
 
 // ---------------------------------------------------------------------------------------------------------------
+// Packets: one rank's warp sends its words without a flag, twice in the same places; another rank's warp reads them both
+// times and says in between that it has.
+// ---------------------------------------------------------------------------------------------------------------
+enum class Packets {
+    kRight,
+    kUnchecked,     // reads without a look at the epoch
+    kNotGivenBack,  // the sender polls relaxed for the word that says that the first ones have been read
+    kGpuStore,      // scopes that do not reach the other rank
+    kGpuLoad,
+    kAsFlag,  // a packet stands for other data, which it does not order
+};
+
+struct PacketParams {
+    prim::Packet* packets;
+    uint32_t* data;
+    uint32_t* flag;
+    uint32_t* num_wrong;
+};
+
+EP_DEVICE uint32_t packet_value(uint32_t epoch) { return epoch * 100 + threadIdx.x; }
+
+template <Packets kHow> struct PacketSendKernel {
+    using Params = PacketParams;
+    struct Shared {};
+    static EP_DEVICE void run(const Params& params, Shared&) {
+        constexpr Scope kScope = kHow == Packets::kGpuStore ? Scope::kGpu : Scope::kSys;
+        for (uint32_t epoch = 1; epoch <= 2; ++epoch) {
+            if (epoch == 2 && threadIdx.x == 0) {
+                if constexpr (kHow == Packets::kNotGivenBack)
+                    while (prim::load<Order::kRelaxed, Scope::kSys>(params.flag) == 0) prim::pause();
+                else
+                    wait_for_flag(params.flag);
+            }
+            __syncwarp();
+            params.data[32 * epoch + threadIdx.x] = packet_value(epoch);
+            prim::store_packet<kScope>(&params.packets[threadIdx.x], epoch, packet_value(epoch));
+        }
+    }
+};
+
+template <Packets kHow> struct PacketReceiveKernel {
+    using Params = PacketParams;
+    struct Shared {};
+    static EP_DEVICE uint32_t take(const Params& params, uint32_t epoch) {
+        constexpr Scope kScope = kHow == Packets::kGpuLoad ? Scope::kGpu : Scope::kSys;
+        uint32_t value = 0;
+        while (!prim::load_packet<kScope>(&params.packets[threadIdx.x], epoch, value)) {
+            if constexpr (kHow == Packets::kUnchecked) break;
+            prim::pause();
+        }
+        return kHow == Packets::kAsFlag ? params.data[32 * epoch + threadIdx.x] : value;
+    }
+    static EP_DEVICE void run(const Params& params, Shared&) {
+        expect_word(take(params, 1), packet_value(1), params.num_wrong);
+        __syncwarp();
+        if (threadIdx.x == 0) prim::store<Order::kRelease, Scope::kSys>(params.flag, 1u);
+        expect_word(take(params, 2), packet_value(2), params.num_wrong);
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------------------
 // A group of two warps shares a buffer: every thread reads what its neighbour's warp wrote.
 // ---------------------------------------------------------------------------------------------------------------
 template <bool kHasBarrier> struct GroupKernel {

@@ -103,6 +103,18 @@ template <Send kSend, Receive kReceive> Found hunt_message() {
         has_wrong_words);
 }
 
+template <Packets kHow> Found hunt_packets() {
+    return hunt(
+        {},
+        [](TwoRanks& ranks) {
+            const PacketParams params{reinterpret_cast<prim::Packet*>(ranks.words), ranks.words + 512,
+                                      ranks.words + 1024, ranks.num_wrong()};
+            dev::launch<PacketReceiveKernel<kHow>>({.name = "receive"}, ranks.second_stream, params);
+            dev::launch<PacketSendKernel<kHow>>({.name = "send"}, ranks.first_stream, params);
+        },
+        has_wrong_words);
+}
+
 template <bool kHasBarrier> Found hunt_group() {
     return hunt(
         {},
@@ -217,6 +229,28 @@ TEST_CASE("no __syncwarp after one lane's acquire, a shuffle instead: only TSan"
 
 TEST_CASE("no __syncwarp before one lane's release: TSan, and a few seeds for each message") {
     check_seeds_and_tsan_find("no __syncwarp before release", hunt_message<Send::kNoSyncwarp, Receive::kAcquire>(), 1);
+}
+
+TEST_CASE("packets need no flag, no release and no acquire") { check_is_clean(hunt_packets<Packets::kRight>()); }
+
+TEST_CASE("a packet that is read without a look at its epoch: wrong results, TSan sees nothing") {
+    const Found found = hunt_packets<Packets::kUnchecked>();
+    CHECK(found.is_wrong_in_order);
+    if (!simt::hb::kIsEnabled) CHECK_EQ(found.by_seeds, kNumSeeds);
+    CHECK_EQ(found.by_tsan, 0);
+}
+
+TEST_CASE("a packet written over one that may still be read: only TSan") {
+    check_only_tsan_finds(hunt_packets<Packets::kNotGivenBack>());
+}
+
+TEST_CASE("a packet of gpu scope across ranks: only TSan") {
+    check_only_tsan_finds(hunt_packets<Packets::kGpuStore>());
+    check_only_tsan_finds(hunt_packets<Packets::kGpuLoad>());
+}
+
+TEST_CASE("a packet taken for a flag of other data: only TSan") {
+    check_only_tsan_finds(hunt_packets<Packets::kAsFlag>());
 }
 
 TEST_CASE("a missing group barrier: seeds and TSan") {

@@ -1,0 +1,483 @@
+// The send phase of combine: our weights to every rank; then, for each token of any source that has experts here, the sum of
+// weight x row over those experts, or, where a hook forbids to wait for the weights, the rows.
+#pragma once
+
+#include "device/algo/warp.h"
+#include "kernels/low_latency/combine_receive.h"
+
+namespace deep_ep::kernels::low_latency::combine {
+inline namespace EP_BACKEND {
+
+constexpr int kWeightsAhead = 4;  // table entries of a thread
+// A release waits until all stores of the SM have arrived, so a block makes one for several tokens.
+constexpr int kTokensPerRelease = 4;
+// At weights that are not here, by a block in all of a launch that may not wait: each is a trip to memory.
+constexpr int kMostLooks = 6;
+
+template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
+    // A token that the block has written and not yet published.
+    struct Written {
+        uint64_t* flag;  // null: nothing is to be published
+        uint64_t value;
+    };
+
+    struct Shared {
+        Block block;
+        Written written[kTokensPerRelease];
+        int are_weights_here[2];  // of the current token; each second one uses the other
+        int has_failed;           // some warp has given up waiting: nothing more may be published
+    };
+
+    // How far the block is.
+    struct Progress {
+        int num_items;
+        int num_written;  // tokens since the last release, those of which nothing was sent included
+        int num_looks;    // of warp 0
+    };
+
+    // What a warp needs to sum one chunk of a token of `source`. Lanes stand for 32 of its top-k entries.
+    struct Work {
+        int source, token, first_k;
+        int row = -1;             // this lane's, of the entry; -1: its expert is not here
+        uint32_t rows = 0;        // lanes that have one
+        int expert = -1;          // this lane's, as the caller of combine names it
+        float weight = 0;         // this lane's
+        uint32_t wanted = 0;      // lanes whose entry the caller has kept in this call
+        bool is_weighed = false;  // a look has shown this lane's packets
+
+        EP_DEVICE int k() const { return first_k + prim::lane_idx(); }
+    };
+
+    // The rows are those of the dispatch, so they are known before the weights.
+    static EP_DEVICE Work load_rows(const Params& p, int source, int token, int first_k) {
+        Work work = {.source = source, .token = token, .first_k = first_k};
+        const int64_t first = (static_cast<int64_t>(source) * p.call.num_max_tokens + token) * p.call.num_topk;
+        if (work.k() < p.call.num_topk) work.row = p.row_of_entry[first + work.k()];
+        return work;
+    }
+
+    static EP_DEVICE void find_rows(const Context& c, Work& work) {
+        // With another handle than that of the dispatch the row is garbage, and must not be an address as well.
+        if (work.row >= c.num_local_experts() * c.num_rows_of_expert()) work.row = -1;
+        work.rows = __ballot_sync(kFullMask, work.row >= 0);
+    }
+
+    // This lane's entry, in two packets.
+    static EP_DEVICE const prim::Packet* packets_of(const Context& c, const Work& work) {
+        return c.entry_packets(work.source, work.token, work.k());
+    }
+
+    // Packets may be looked at whenever it is convenient; what is not there yet is waited for in take_weights.
+    static EP_DEVICE void look_at_weights(const Context& c, Work& work) {
+        work.is_weighed = true;
+        if (work.k() >= c.call.num_topk) return;
+        const prim::Packet* packets = packets_of(c, work);
+        int expert = -1, bits = 0;
+        const bool has_expert = look_at_packet(c, packets, expert);
+        const bool has_weight = look_at_packet(c, packets + 1, bits);
+        work.expert = expert;
+        work.weight = algo::float_from_bits(static_cast<uint32_t>(bits));
+        work.is_weighed = has_expert && has_weight;
+    }
+
+    // One warp, after look_at_weights.
+    static EP_DEVICE void take_weights(const Context& c, Work& work, Shared& shared) {
+        if (work.is_weighed) return;
+        const prim::Packet* packets = packets_of(c, work);
+        int expert = -1, bits = 0;  // no part of `work`, which would have to lie in memory
+        const bool is_here =
+            wait_for_packet(c, work.source, packets, expert) && wait_for_packet(c, work.source, packets + 1, bits);
+        work.expert = is_here ? expert : -1;
+        work.weight = algo::float_from_bits(static_cast<uint32_t>(bits));
+        if (is_here) return;
+        // The call is aborted; another warp may have seen its packet just in time. The token must not be published.
+        prim::store<Order::kRelaxed, Scope::kCta>(&shared.has_failed, 1);
+    }
+
+    // After the source's table.
+    static EP_DEVICE void load_weights_of(const Context& c, Work& work) {
+        if (work.k() >= c.call.num_topk) return;
+        const int64_t entry = static_cast<int64_t>(work.token) * c.call.num_topk + work.k();
+        work.weight = c.weight_table(work.source)[entry];
+        work.expert = c.table(work.source)[entry];
+    }
+
+    // After that. Returns whether any of the entries has its expert here.
+    static EP_DEVICE bool find_wanted(const Context& c, Work& work) {
+        work.wanted = __ballot_sync(kFullMask, local_expert(c, work.expert) >= 0);
+        return work.wanted != 0;
+    }
+
+    // Of up to kRowsAhead rows, the pieces of this lane.
+    struct Ahead {
+        Piece piece[kRowsAhead];
+    };
+
+    static EP_DEVICE void load_ahead(const Params& p, const Work& work, uint32_t lanes, int chunk, Ahead& ahead) {
+#pragma unroll
+        for (int i = 0; i < kRowsAhead; ++i) {
+            if (lanes == 0) break;
+            const int row = __shfl_sync(kFullMask, work.row, __ffs(static_cast<int>(lanes)) - 1);
+            const auto* source = reinterpret_cast<const Vec16*>(p.x + static_cast<int64_t>(row) * p.call.hidden * 2);
+            ahead.piece[i] =
+                load_chunk<kIsLogfmt>(p.call, chunk, [&](int vec) { return prim::load_input(source + vec); });
+            lanes &= lanes - 1;
+        }
+    }
+
+    // Sends what is ahead, each row to the slot of its entry; returns the lanes that are left.
+    static EP_DEVICE uint32_t send_ahead(const Context& c, const Work& work, uint32_t lanes, int chunk,
+                                         const Ahead& ahead) {
+#pragma unroll
+        for (int i = 0; i < kRowsAhead; ++i) {
+            if (lanes == 0) break;
+            uint8_t* slot = c.entry_slot(work.source, work.token, __ffs(static_cast<int>(lanes)) - 1);
+            store_piece(kIsLogfmt ? Pieces::kNeighbours : Pieces::kHalves, num_chunk_vecs(c.call, chunk),
+                        ahead.piece[i], reinterpret_cast<Vec16*>(slot) + chunk * kChunkVecs);
+            lanes &= lanes - 1;
+        }
+        return lanes;
+    }
+
+    // One warp: a chunk of all rows of a token whose owner's weights are not here. `ahead`: the first rows, under way.
+    static EP_DEVICE void send_rows(const Params& p, const Context& c, const Work& work, Ahead& ahead, int chunk) {
+        if (chunk == 0 && work.row >= 0)
+            *c.entry_expert(work.source, work.token, work.k()) = c.first_expert() + work.row / c.num_rows_of_expert();
+        uint32_t rest = send_ahead(c, work, work.rows, chunk, ahead);
+#pragma unroll 1
+        while (rest != 0) {
+            load_ahead(p, work, rest, chunk, ahead);
+            rest = send_ahead(c, work, rest, chunk, ahead);
+        }
+    }
+
+    // Adds what is ahead, in order of k; returns the lanes that are left.
+    static EP_DEVICE uint32_t add_ahead(const Work& work, uint32_t lanes, const Ahead& ahead,
+                                        Sums (&sums)[kVecsOfPiece]) {
+#pragma unroll
+        for (int i = 0; i < kRowsAhead; ++i) {
+            if (lanes == 0) break;
+            const int lane = __ffs(static_cast<int>(lanes)) - 1;
+            const float weight = __shfl_sync(kFullMask, work.weight, lane);
+            if ((work.wanted >> lane & 1u) != 0)
+#pragma unroll
+                for (int j = 0; j < kVecsOfPiece; ++j) add(sums[j], ahead.piece[i].vec[j], weight);
+            lanes &= lanes - 1;
+        }
+        return lanes;
+    }
+
+    static EP_DEVICE void store_sums(const Params& p, const Sums (&sums)[kVecsOfPiece], int chunk, uint8_t* slot) {
+        if constexpr (kIsLogfmt) {
+            const auto row = layout::LogfmtRow::make(static_cast<uint64_t>(p.call.hidden));
+            const int unit = chunk * kWarpSize + prim::lane_idx();
+            float values[kLogUnit];
+            copy_values(sums, values);
+            store_logfmt(values, slot, row, unit, unit < static_cast<int>(row.high.count));
+        } else {
+#pragma unroll
+            for (int j = 0; j < kVecsOfPiece; ++j)
+                if (const int vec = lane_vec<kIsLogfmt>(chunk, j); vec < num_row_vecs(p.call))
+                    prim::store_streaming(reinterpret_cast<Vec16*>(slot) + vec, rounded(sums[j]));
+        }
+    }
+
+    // One warp: a chunk of a token's row. `work` and `ahead`: the first rows, which are under way.
+    static EP_DEVICE void sum_chunk(const Params& p, const Context& c, Work work, Ahead& ahead, int chunk,
+                                    Sums (&sums)[kVecsOfPiece]) {
+        uint32_t rest = add_ahead(work, work.rows, ahead, sums);
+#pragma unroll 1
+        for (;;) {
+#pragma unroll 1
+            while (rest != 0) {
+                load_ahead(p, work, rest, chunk, ahead);
+                rest = add_ahead(work, rest, ahead, sums);
+            }
+            if (c.uses_packets || p.call.num_topk <= work.first_k + kWarpSize) return;
+            work = load_rows(p, work.source, work.token, work.first_k + kWarpSize);
+            load_weights_of(c, work);
+            find_rows(c, work);
+            find_wanted(c, work);
+            rest = work.rows;
+        }
+    }
+
+    // One warp: does an entry name an expert here whose rows its own row is none of? Then topk_idx or the handle are not those
+    // of one dispatch. An entry that combine leaves out (-1) may have a row all the same, and one of a source that was masked
+    // in the dispatch has none.
+    static EP_DEVICE bool is_foreign(const Context& c, const Work& work) {
+        const int expert = local_expert(c, work.expert);
+        const int place = work.row - expert * c.num_rows_of_expert();
+        const bool is_its_own = place >= 0 && place < c.num_rows_of_expert();
+        const bool may_lack = c.call.is_shrinkable && work.row < 0;
+        return __any_sync(kFullMask, expert >= 0 && !is_its_own && !may_lack) != 0;
+    }
+
+    // Every warp: has the token experts here? `work`: the first of its entries. False as well where the call fails, which all
+    // warps of the block find out.
+    static EP_DEVICE bool has_work(const Params& p, const Context& c, Work& work) {
+        bool is_found = find_wanted(c, work), is_wrong = is_foreign(c, work);
+        if (!c.uses_packets)
+#pragma unroll 1
+            for (int first = kWarpSize; first < c.call.num_topk; first += kWarpSize) {
+                Work more = load_rows(p, work.source, work.token, first);
+                load_weights_of(c, more);
+                is_found |= find_wanted(c, more);
+                is_wrong |= is_foreign(c, more);
+            }
+        if (is_wrong) refuse_entries(c.watch, work.source, work.token);
+        return is_found && !is_wrong;
+    }
+
+    // How many tokens the first 32 sources have, as far as this warp has asked: lane i knows of source i.
+    struct Sources {
+        uint32_t known;
+        int num_tokens;
+    };
+
+    static EP_DEVICE bool is_known(const Sources& sources, int source) {
+        return source < kWarpSize && (sources.known >> source & 1u) != 0;
+    }
+
+    static EP_DEVICE int known_tokens(const Sources& sources, int source) {
+        return __shfl_sync(kFullMask, sources.num_tokens, source % kWarpSize);
+    }
+
+    static EP_DEVICE bool is_beyond(const Sources& sources, int source, int token) {
+        return is_known(sources, source) && token >= known_tokens(sources, source);
+    }
+
+    // One warp; acquire.
+    static EP_DEVICE bool wait_for_weights(const Context& c, int source) {
+        return as_lane_0_says(prim::lane_idx() == 0 && wait_for_table(c, source));
+    }
+
+    // One warp: does the token exist, and has it experts here? Finds its weights too.
+    static EP_DEVICE bool is_wanted(const Params& p, const Context& c, Sources& sources, Work& work, Shared& shared) {
+        if (c.uses_packets) {
+            take_weights(c, work, shared);
+            return has_work(p, c, work);
+        }
+        int num_tokens = 0;
+        if (is_known(sources, work.source)) {
+            num_tokens = known_tokens(sources, work.source);
+        } else {
+            const bool is_here = wait_for_weights(c, work.source);
+            if (is_here) {
+                num_tokens = c.num_tokens_of(work.source);
+                load_weights_of(c, work);
+            } else if (!c.call.is_shrinkable) {
+                // The call is aborted; another warp may have seen the table just in time.
+                prim::store<Order::kRelaxed, Scope::kCta>(&shared.has_failed, 1);
+            }
+            // In an aborted call warps may disagree, and must still meet at the same barriers: they learn nothing.
+            const bool is_settled = is_here || c.call.is_shrinkable;
+            if (is_settled && prim::lane_idx() == work.source) sources.num_tokens = num_tokens;
+            if (is_settled && work.source < kWarpSize) sources.known |= 1u << work.source;
+        }
+        return work.token < num_tokens && has_work(p, c, work);
+    }
+
+    // Tokens of all sources in turn, so that no link is the last; every rank begins with another source.
+    static EP_DEVICE int source_of(const Context& c, int item) { return (c.rank() + 1 + item) % c.num_ranks(); }
+
+    // The items of a block, as one of its warps goes through them: the numbers of the rows of the item after the current one
+    // are under way, and its rows too once those of the current one have been added up.
+    struct Stream {
+        int item;  // the current one; below zero: none yet
+        Work work, next;
+        Ahead ahead;
+    };
+
+    static EP_DEVICE int num_items(const Params& p, const Context& c) { return c.num_ranks() * p.call.num_max_tokens; }
+
+    static EP_DEVICE Work load_item(const Params& p, const Context& c, int item) {
+        if (item >= num_items(p, c)) return {.source = 0, .token = 0, .first_k = 0};
+        return load_rows(p, source_of(c, item), item / c.num_ranks(), 0);
+    }
+
+    // To the next item, and begins the one after it.
+    static EP_DEVICE void advance(const Params& p, const Context& c, const Sources& sources, Stream& stream) {
+        const int num_blocks = static_cast<int>(gridDim.x);
+        stream.item += num_blocks;
+        stream.work = stream.next;
+        stream.next = load_item(p, c, stream.item + num_blocks);
+        if (c.uses_packets)
+            look_at_weights(c, stream.work);
+        else if (is_known(sources, stream.work.source))
+            load_weights_of(c, stream.work);
+        find_rows(c, stream.work);
+    }
+
+    // The whole block.
+    static EP_DEVICE void publish_written(int num_written, Shared& shared) {
+        __syncthreads();  // every warp's part of the rows, one warp's releases
+        const int idx = static_cast<int>(threadIdx.x);
+        // Pairs with: wait_for_parts at the owner.
+        if (idx < num_written && shared.written[idx].flag != nullptr &&
+            prim::load<Order::kRelaxed, Scope::kCta>(&shared.has_failed) == 0)
+            prim::store<Order::kRelease, Scope::kSys>(shared.written[idx].flag, shared.written[idx].value);
+        __syncwarp();  // the list is read before thread 0 begins the next one
+    }
+
+    // What the block sends of a token: nothing, the sum of its rows, or the rows themselves.
+    enum class Sent { kNothing, kSum, kRows };
+
+    // The whole block, with a hook: nobody may wait for the owner of the token here, which may be late by any time. A few looks,
+    // for the whole of the launch, are less than what rows cost. Warp 0 decides; what it has seen the others see too.
+    static EP_DEVICE bool are_weights_here(const Context& c, Work& work, Progress& progress, Shared& shared) {
+        int* answer = &shared.are_weights_here[progress.num_items % 2];
+        if (prim::warp_idx() == 0) {
+            bool is_here = __all_sync(kFullMask, work.is_weighed) != 0;
+#pragma unroll 1
+            while (!is_here && progress.num_looks < kMostLooks) {
+                ++progress.num_looks;
+                look_at_weights(c, work);
+                is_here = __all_sync(kFullMask, work.is_weighed) != 0;
+            }
+            if (prim::lane_idx() == 0) *answer = is_here ? 1 : 0;
+        }
+        __syncthreads();
+        return *answer != 0;
+    }
+
+    static EP_DEVICE Sent what_to_send(const Params& p, const Context& c, Sources& sources, Work& work,
+                                       Progress& progress, Shared& shared) {
+        if (c.uses_packets && c.phase == Phase::kSend && !are_weights_here(c, work, progress, shared))
+            return Sent::kRows;
+        return is_wanted(p, c, sources, work, shared) ? Sent::kSum : Sent::kNothing;
+    }
+
+    // One warp, where the part is a sum.
+    static EP_DEVICE uint8_t* sum_slot(const Context& c, const Work& work) {
+        if constexpr (kUsesPackets)
+            return c.entry_slot(work.source, work.token, __ffs(static_cast<int>(work.wanted)) - 1);
+        else
+            return c.slot(work.source, c.rank(), work.token);
+    }
+
+    // One thread.
+    static EP_DEVICE Written written_of(const Context& c, const Work& work, Sent sent) {
+        if (sent == Sent::kNothing) return {nullptr, 0};
+        uint64_t* flag = c.watch.heap.token_full(work.source, c.bank, c.rank(), work.token);
+        return {flag, sent == Sent::kRows ? EntrySlots::rows_flag(c.watch.call, work.rows) : c.watch.call};
+    }
+
+    // The whole block: the current token, and what comes after it is begun.
+    static EP_DEVICE void send_token(const Params& p, const Context& c, Sources& sources, Stream& stream,
+                                     Progress& progress, Shared& shared) {
+        const int num_warps = static_cast<int>(blockDim.x) / kWarpSize;
+        const bool is_one = stream.item >= 0 && !is_beyond(sources, stream.work.source, stream.work.token);
+        const Sent sent = is_one ? what_to_send(p, c, sources, stream.work, progress, shared) : Sent::kNothing;
+        uint8_t* slot = sent == Sent::kSum ? sum_slot(c, stream.work) : nullptr;
+        if (threadIdx.x == 0) shared.written[progress.num_written] = written_of(c, stream.work, sent);
+        bool is_last = false;
+#pragma unroll 1
+        for (int chunk = prim::warp_idx(); !is_last; chunk += num_warps) {
+            const bool is_inside = chunk * kChunkVecs < num_row_vecs(p.call);
+            Sums sums[kVecsOfPiece] = {};
+            if (is_inside && sent == Sent::kSum) sum_chunk(p, c, stream.work, stream.ahead, chunk, sums);
+            if (is_inside && sent == Sent::kRows) send_rows(p, c, stream.work, stream.ahead, chunk);
+            is_last = (chunk + num_warps) * kChunkVecs >= num_row_vecs(p.call);
+            if (is_last) advance(p, c, sources, stream);
+            load_ahead(p, stream.work, stream.work.rows, is_last ? prim::warp_idx() : chunk + num_warps, stream.ahead);
+            if (is_inside && sent == Sent::kSum) store_sums(p, sums, chunk, slot);
+        }
+        ++progress.num_items;
+        if (++progress.num_written < kTokensPerRelease) return;
+        publish_written(progress.num_written, shared);
+        progress.num_written = 0;
+    }
+
+    static EP_DEVICE void send(const Params& p, const Context& c, Shared& shared) {
+        Block* block = &shared.block;
+        const int first = static_cast<int>(blockIdx.x);
+        // Most likely the block that begins first; it begins with these instead of a token.
+        const bool has_weights = first == 0;
+        Sources sources = {};
+        Stream stream = {};
+        Weights weights = {};
+        stream.item = first - static_cast<int>(gridDim.x);
+        stream.next = load_item(p, c, first);
+        if (has_weights) {
+            weights = load_weights(p, c, 0);
+        } else {
+            advance(p, c, sources, stream);
+            load_ahead(p, stream.work, stream.work.rows, prim::warp_idx(), stream.ahead);
+        }
+        if (threadIdx.x == 0) shared.has_failed = 0;
+        begin_send(c, block);
+        const bool is_ready = block->is_ready != 0;
+        if (is_ready && block->is_first != 0) send_weights(p, c, block, weights, has_weights);
+        Progress progress = {};
+#pragma unroll 1
+        while (is_ready && stream.item < num_items(p, c)) send_token(p, c, sources, stream, progress, shared);
+        if (progress.num_written > 0) publish_written(progress.num_written, shared);
+        end_send(c, block);
+    }
+
+    // A thread's part of our own table, from entry `base` on.
+    struct Weights {
+        int expert[kWeightsAhead];
+        float weight[kWeightsAhead];
+    };
+
+    static EP_DEVICE Weights load_weights(const Params& p, const Context& c, int base) {
+        Weights held = {};
+#pragma unroll
+        for (int i = 0; i < kWeightsAhead; ++i) {
+            const int entry = base + i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+            held.expert[i] = -1;
+            if (entry >= p.num_tokens * c.call.num_topk) continue;
+            // An id out of range reaches no rank; the table must agree.
+            held.expert[i] = checked_expert(c, load_expert_id(p.topk_idx, p.idx_bytes, entry));
+            held.weight[i] = p.topk_weights[entry];
+        }
+        return held;
+    }
+
+    // One thread.
+    static EP_DEVICE void send_weight_packets(const Context& c, int peer, const Weights& held, int base,
+                                              int num_entries) {
+        prim::Packet* packets = c.packets(peer, c.rank());
+#pragma unroll
+        for (int i = 0; i < kWeightsAhead; ++i) {
+            const int entry = base + i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+            if (entry >= num_entries) continue;
+            send_packet(c, packets + 2 * entry, held.expert[i]);
+            send_packet(c, packets + 2 * entry + 1, __float_as_int(held.weight[i]));
+        }
+    }
+
+    // All threads of the block that began first: our top-k ids and weights to every rank. Peers wait for them in their
+    // send phases, so they must not depend on a block that may not be resident yet.
+    // In packets those of tokens that do not exist as well, so that nobody has to know how many do.
+    static EP_DEVICE void send_weights(const Params& p, const Context& c, const Block* block, Weights held,
+                                       bool is_loaded) {
+        const int num_entries = (c.uses_packets ? c.call.num_max_tokens : p.num_tokens) * c.call.num_topk;
+        for (int base = 0; base < num_entries; base += kWeightsAhead * static_cast<int>(blockDim.x)) {
+            if (base > 0 || !is_loaded) held = load_weights(p, c, base);
+            for (int peer = 0; peer < c.num_ranks(); ++peer) {
+                if (block->leaves_out(c.call, peer)) continue;
+                if (c.uses_packets) {
+                    send_weight_packets(c, peer, held, base, num_entries);
+                    continue;
+                }
+                uint8_t* message = c.message(peer, c.rank());
+                auto* ids = reinterpret_cast<int*>(message + c.call.message.topk_idx.offset);
+                auto* weights = reinterpret_cast<float*>(message + c.call.message.topk_weights.offset);
+#pragma unroll
+                for (int i = 0; i < kWeightsAhead; ++i) {
+                    const int entry = base + i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+                    if (entry < num_entries) ids[entry] = held.expert[i];
+                    if (entry < num_entries) weights[entry] = held.weight[i];
+                }
+            }
+        }
+        if (!c.uses_packets) publish_table(c, block, p.num_tokens);
+        if (is_last_warp()) publish_ended(c);
+    }
+};
+
+}  // namespace EP_BACKEND
+}  // namespace deep_ep::kernels::low_latency::combine
