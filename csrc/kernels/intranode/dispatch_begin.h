@@ -112,7 +112,7 @@ EP_DEVICE void tell_host(const DispatchParams& p, const algo::Watch& watch, cons
         tell_expert_counts(watch, p.counts, p.num_local_experts, p.expert_alignment, prim::lane_idx(), kWarpSize);
     if (!__all_sync(prim::kFullMask, is_told)) return;
     __syncwarp();  // every lane's counts, one lane's release
-    if (prim::lane_idx() == 0) tell_num_rows(p.counts, rows.num_rows(watch.heap.num_ranks()), p.ticket);
+    if (prim::lane_idx() == 0) tell_num_rows(p.counts, rows.total_rows_at(watch.heap.rank()), p.ticket);
 }
 
 EP_DEVICE algo::Watch make_watch(const DispatchParams& p, uint64_t call) {
