@@ -322,7 +322,8 @@ template <Phase kPhase, bool kIsLogfmt> struct Kernel {
             load_ahead(p, stream.work, stream.work.rows, prim::warp_idx(), stream.ahead);
         }
         begin_send(c, block);
-        const bool is_ready = block->is_ready != 0;
+        // Another warp may find out already that it is not.
+        const bool is_ready = prim::load<Order::kRelaxed, Scope::kCta>(&block->is_ready) != 0;
         if (is_ready && block->is_first != 0) send_weights(p, c, block, weights, has_weights);
 #pragma unroll 1
         while (is_ready && stream.item < num_items(p, c)) reduce_token(p, c, sources, stream, block);

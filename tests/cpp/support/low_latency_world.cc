@@ -241,6 +241,14 @@ void receive_combine(World& world, const LowLatencyProblem& problem, LowLatencyT
     world.buffer(rank).receive_low_latency_combine(args, tensors.combine_ticket, world.stream(rank));
 }
 
+uint64_t& low_latency_token_flag(World& world, int owner, int bank, int source, int token) {
+    const auto control = layout::ControlLayout::make(static_cast<uint64_t>(world.num_ranks()));
+    const uint64_t row = static_cast<uint64_t>(bank * world.num_ranks() + source);
+    return *reinterpret_cast<uint64_t*>(
+        world.buffer(owner).data() - control.bytes +
+        control.low_latency.token_full.at(row * layout::kMaxLowLatencyTokens + static_cast<uint64_t>(token)));
+}
+
 std::string check_low_latency_dispatch_of(const LowLatencyProblem& problem, const std::vector<LowLatencyTensors>& ranks,
                                           int rank) {
     for (int expert = 0; expert < problem.num_local_experts(); ++expert)

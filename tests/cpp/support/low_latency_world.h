@@ -57,6 +57,9 @@ void fill_expert_rows(const LowLatencyProblem& problem, std::vector<LowLatencyTe
 void send_combine(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank);
 void receive_combine(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank);
 
+// The flag of a token of `source`, in the memory of `owner`.
+uint64_t& low_latency_token_flag(World& world, int owner, int bank, int source, int token);
+
 // The first difference from what the contract says, or "": in what one rank has received, and in what all have.
 std::string check_low_latency_dispatch_of(const LowLatencyProblem& problem, const std::vector<LowLatencyTensors>& ranks,
                                           int rank);
