@@ -5,7 +5,7 @@ the native code repeats the checks that guard memory only. Methods that wait for
 (connect, destroy, wait_counts, synchronize_*). A launch takes microseconds and does not; where a GPU's launch queue is
 full it holds the GIL until there is room.
 """
-from typing import Any, Callable, List, Optional, Tuple
+from typing import Any, Callable, List, Tuple
 
 class Error(RuntimeError):
     """Base of everything the native code raises."""
@@ -104,7 +104,8 @@ class Buffer:
                  num_lend_bytes: int = 0) -> None:
         """Allocates the local part of the symmetric heap: control words, `num_data_bytes` of data for the
         high-throughput mode, `num_low_latency_bytes` for the low-latency mode, and `num_lend_bytes` for tensors that
-        peers reach in place (with a 64th more for copies of weights). LEND_PART_OF_DATA: these are a part of the data."""
+        peers reach in place (with a 64th more for copies of weights). LEND_PART_OF_DATA: these are a part
+        of the data."""
 
     def export_handle(self) -> bytes: ...
     def connect(self, handles: List[bytes]) -> None:
@@ -170,8 +171,8 @@ class Buffer:
         written (position of the token among those this rank sends to that rank, -1: not sent). Counts that are not 0:
         no notify_dispatch came before; the call exchanges them itself and writes rank_prefix_matrix.
 
-        `expert_alignment` > 0, where the call exchanges the counts: `num_recv_rows` is a guess, and wait_counts follows.
-        Where it returns more rows, nothing has moved: the same call again, as after notify_dispatch."""
+        `expert_alignment` > 0, where the call exchanges the counts: `num_recv_rows` is a guess, and wait_counts
+        follows. Where it returns more rows, nothing has moved: the same call again, as after notify_dispatch."""
 
     def combine(self, x: int, num_rows: int, hidden: int, topk_weights: int, num_topk: int, bias_0: int, bias_1: int,
                 rank_prefix_matrix: int, send_head: int, num_tokens: int, combined_x: int,

@@ -538,7 +538,7 @@ def replay_of_two_calls_before_a_hook(worker: Worker, work: Workload) -> str:
 
 
 def replays_after_a_failure(worker: Worker, work: Workload) -> Optional[str]:
-    """A rank stops replaying: the graph of the other one gives NaN and no rows from then on, not those of its last run."""
+    """A rank stops replaying: the other one's graph gives NaN and no rows from then on, not those of its last run."""
     buffer = impatient(worker)
     graph = GraphedTrip(worker, buffer, work, Manner(FP8))
     worker.barrier()

@@ -149,10 +149,69 @@ std::string late_table(uint64_t seed) {
     return "";
 }
 
+// A row that never comes, after its table: the call fails while lists of counts are written, and they must all be void.
+std::string lost_row(uint64_t seed) {
+    LowLatencyProblem problem = small_problem(seed);
+    problem.drop_probability = 0.0;
+    simt::SchedulerOptions options;
+    options.seed = seed;
+    options.idle = simt::IdlePolicy::kAdvanceClock;
+    World world(2, 0, options, 20e-6, low_latency_bytes(problem), false, {small_device(seed)});
+    auto ranks = make_low_latency_inputs(problem);
+    for (int rank = 0; rank < 2; ++rank) send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+    world.run();
+    for (int token = 0; token < problem.num_tokens[1]; ++token) low_latency_token_flag(world, 0, 1, 1, token) = 0;
+    receive_dispatch(world, problem, ranks[0], 0);
+    world.run();
+    for (const int count : ranks[0].recv_count)
+        if (count != 0) return "a call that failed says that there are rows";
+    for (const int64_t range : ranks[0].layout_range)
+        if (range != 0) return "a call that failed says where rows are";
+    return "";
+}
+
+// One thread that writes a word, or reads it.
+struct WordKernel {
+    struct Params {
+        uint64_t* word;
+        uint64_t value;
+        uint64_t* seen;  // null: write
+    };
+    struct Shared {};
+    static EP_DEVICE void run(const Params& params, Shared&) {
+        if (threadIdx.x != 0) return;
+        if (params.seen == nullptr)
+            *params.word = params.value;
+        else
+            *params.seen = *params.word;
+    }
+};
+
+// What ranks did before they clean, all may count on afterwards.
+std::string clean(uint64_t seed) {
+    constexpr uint64_t kNumRounds = 3;
+    World world = make_world(small_problem(seed), seed);
+    uint64_t seen[kNumRounds] = {};
+    auto* word = reinterpret_cast<uint64_t*>(world.buffer(1).low_latency_data());
+    dev::LaunchConfig config;
+    config.name = "word";
+    for (uint64_t round = 0; round < kNumRounds; ++round) {
+        dev::launch<WordKernel>(config, world.stream(0), {word, round + 1, nullptr});
+        for (int rank = 0; rank < 2; ++rank) world.buffer(rank).clean_low_latency(world.stream(rank));
+        dev::launch<WordKernel>(config, world.stream(1), {word, 0, &seen[round]});
+        for (int rank = 0; rank < 2; ++rank) world.buffer(rank).clean_low_latency(world.stream(rank));
+    }
+    world.run();
+    for (uint64_t round = 0; round < kNumRounds; ++round)
+        if (seen[round] != round + 1) return "a rank left the barrier before another had come";
+    return "";
+}
+
 constexpr Scenario kScenarios[] = {
     {"low_latency", round_trips},           {"low_latency_stretches", stretches},
     {"low_latency_shrinkable", shrinkable}, {"low_latency_one_way", one_way},
     {"low_latency_late_table", late_table}, {"low_latency_late_weights", late_weights},
+    {"low_latency_lost_row", lost_row},     {"low_latency_clean", clean},
 };
 
 }  // namespace

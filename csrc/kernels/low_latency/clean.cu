@@ -16,7 +16,9 @@ struct Kernel {
 
     static EP_DEVICE void run(const Params& call, Shared&) {
         uint64_t* num_cleans = &call.watch.local->num_low_latency_cleans;
-        const uint64_t number = prim::load<Order::kRelaxed, Scope::kGpu>(num_cleans) + 1;
+        uint64_t number = 0;
+        if (prim::lane_idx() == 0) number = prim::load<Order::kRelaxed, Scope::kGpu>(num_cleans) + 1;
+        number = __shfl_sync(kFullMask, number, 0);
         const auto watch = make_watch(call.watch, call.heap, layout::Operation::kLowLatencyClean, number);
         const int rank = watch.heap.rank(), num_ranks = watch.heap.num_ranks();
         for (int peer = prim::lane_idx(); peer < num_ranks; peer += kWarpSize)
@@ -26,7 +28,6 @@ struct Kernel {
         // A peer may be in its next clean already.
         for (int peer = prim::lane_idx(); peer < num_ranks; peer += kWarpSize)
             wait_for_peer(&call, watch, Stage::kClean, peer, watch.heap.cleaned(rank, peer), number, ~uint64_t{0});
-        __syncwarp();  // no lane looks at the count any more
         if (prim::lane_idx() == 0) prim::store<Order::kRelaxed, Scope::kGpu>(num_cleans, number);
     }
 };

@@ -407,7 +407,8 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         }
         if (threadIdx.x == 0) shared.has_failed = 0;
         begin_send(c, block);
-        const bool is_ready = block->is_ready != 0;
+        // Another warp may find out already that it is not.
+        const bool is_ready = prim::load<Order::kRelaxed, Scope::kCta>(&block->is_ready) != 0;
         if (is_ready && block->is_first != 0) send_weights(p, c, block, weights, has_weights);
         Progress progress = {};
 #pragma unroll 1

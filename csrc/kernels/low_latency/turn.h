@@ -55,7 +55,6 @@ EP_DEVICE_COLD void refuse_open_bank(algo::Watch watch, uint64_t needed) {
 EP_DEVICE bool wait_for_bank(const Context& c) {
     if (prim::lane_idx() == 0 && c.watch.call > layout::kNumLowLatencyBanks)
         refuse_open_bank(c.watch, c.watch.call - layout::kNumLowLatencyBanks);
-    __syncwarp();
 #pragma unroll 1
     for (int peer = prim::lane_idx(); peer < c.num_ranks(); peer += kWarpSize)
         if (c.watch.call > layout::kNumLowLatencyBanks)

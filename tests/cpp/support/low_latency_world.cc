@@ -241,6 +241,14 @@ void receive_combine(World& world, const LowLatencyProblem& problem, LowLatencyT
     world.buffer(rank).receive_low_latency_combine(args, tensors.combine_ticket, world.stream(rank));
 }
 
+uint64_t& low_latency_token_flag(World& world, int owner, int bank, int source, int token) {
+    const auto control = layout::ControlLayout::make(static_cast<uint64_t>(world.num_ranks()));
+    const uint64_t row = static_cast<uint64_t>(bank * world.num_ranks() + source);
+    return *reinterpret_cast<uint64_t*>(
+        world.buffer(owner).data() - control.bytes +
+        control.low_latency.token_full.at(row * layout::kMaxLowLatencyTokens + static_cast<uint64_t>(token)));
+}
+
 std::string check_low_latency_dispatch_of(const LowLatencyProblem& problem, const std::vector<LowLatencyTensors>& ranks,
                                           int rank) {
     for (int expert = 0; expert < problem.num_local_experts(); ++expert)
@@ -284,6 +292,24 @@ std::string low_latency_round_trip(World& world, const LowLatencyProblem& proble
     world.run();
     for (int rank = 0; rank < problem.num_ranks(); ++rank) world.buffer(rank).check();
     return check_low_latency_combine(problem, ranks);
+}
+
+simt::SchedulerOptions seeded(uint64_t seed) {
+    simt::SchedulerOptions options;
+    options.seed = seed;
+    return options;
+}
+
+simt::SchedulerOptions impatient() {
+    simt::SchedulerOptions options;
+    options.idle = simt::IdlePolicy::kAdvanceClock;
+    return options;
+}
+
+void dispatch_on(World& world, const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks,
+                 std::initializer_list<int> callers) {
+    for (int rank : callers) launch_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank, Launches::kTwo);
+    world.run();
 }
 
 }  // namespace deep_ep::test

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "device/simt/graph.h"
 #include "support/world.h"
 
 namespace deep_ep::test {
@@ -57,6 +58,9 @@ void fill_expert_rows(const LowLatencyProblem& problem, std::vector<LowLatencyTe
 void send_combine(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank);
 void receive_combine(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank);
 
+// The flag of a token of `source`, in the memory of `owner`.
+uint64_t& low_latency_token_flag(World& world, int owner, int bank, int source, int token);
+
 // The first difference from what the contract says, or "": in what one rank has received, and in what all have.
 std::string check_low_latency_dispatch_of(const LowLatencyProblem& problem, const std::vector<LowLatencyTensors>& ranks,
                                           int rank);
@@ -65,5 +69,21 @@ std::string check_low_latency_combine(const LowLatencyProblem& problem, const st
 
 // Dispatch, check, combine, check; the whole of each launched at once on every rank.
 std::string low_latency_round_trip(World& world, const LowLatencyProblem& problem, Launches launches);
+
+simt::SchedulerOptions seeded(uint64_t seed);
+simt::SchedulerOptions impatient();
+
+// A dispatch of these ranks, run to the end.
+void dispatch_on(World& world, const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks,
+                 std::initializer_list<int> callers);
+
+// What `launch` launches for a rank, recorded.
+template <class Launch> simt::Graph captured(World& world, int rank, const Launch& launch) {
+    simt::Graph graph;
+    graph.begin_capture(world.stream(rank));
+    launch();
+    graph.end_capture();
+    return graph;
+}
 
 }  // namespace deep_ep::test
