@@ -56,7 +56,8 @@ def newest(reports: list[Named]) -> list[Named]:
 def settings_of(report: dict[str, Any]) -> str:
     """The package's own variables, as one types them before a command."""
     settings = report.get("environment", {})
-    return " ".join(f"{name}={value}" for name, value in settings.items() if name.startswith("DEEP_EP_"))
+    return " ".join(f"{name}={value}" for name, value in settings.items()
+                    if name.startswith("DEEP_EP_") and value != "automatic")
 
 
 def is_graph(row: Row) -> bool:
@@ -135,7 +136,8 @@ def to_text(table: Table) -> list[str]:
 def title_of(report: dict[str, Any]) -> str:
     where = report["machine"].get("gpu", "CPU executor")
     how = " (threads that share one)" if report["ranks_as_threads"] else ""
-    lends = ", lending" if report.get("environment", {}).get("DEEP_EP_LEND_BYTES", "0") != "0" else ""
+    lends = ", lending" if report.get("environment", {}).get("DEEP_EP_LEND_BYTES", "0") not in ("0",
+                                                                                                "automatic") else ""
     return f"{report['benchmark']}: {report['num_ranks']} ranks{how}, {where}{lends}"
 
 

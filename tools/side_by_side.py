@@ -106,12 +106,13 @@ def newest_of(reports: Iterable[Named], benchmark: str, is_wanted: Callable[[Rep
 
 
 def is_plain(report: Report) -> bool:
-    """Nothing of ours was set in the environment."""
-    return not any(name.startswith("DEEP_EP_") for name in report.get("environment", {}))
+    """Nothing of ours was set in the environment. "automatic": what a Buffer does by itself."""
+    settings = report.get("environment", {})
+    return not any(name.startswith("DEEP_EP_") and value != "automatic" for name, value in settings.items())
 
 
 def is_lending(report: Report) -> bool:
-    return str(report.get("environment", {}).get("DEEP_EP_LEND_BYTES", "0")) != "0"
+    return str(report.get("environment", {}).get("DEEP_EP_LEND_BYTES", "0")) not in ("0", "automatic")
 
 
 def make_lines(sources: Sources) -> list[Line]:
@@ -164,7 +165,7 @@ latency*: the kernels of a call, on the slowest rank. *Fresh*: whole calls back 
 """
 README_NOTES = """\
 - 4096 tokens per rank, hidden 7168, top-8 of 256 experts; low latency: 128 tokens, top-8 of 288. *As callers get it*:
-  a `Buffer` of the hint's size and nothing else. *Lent*: with `num_lend_bytes`. *Wire floor*: remote bytes over the
+  a `Buffer` of the hint's size and nothing else. *Lent*: with `num_lend_bytes`, and combine's input lent as well. *Wire floor*: remote bytes over the
   rate at which a bare kernel pushes rows. {nothing}: not measured, or there is no such thing.
 - V2's kernels include copies on all SMs, and its fresh dispatch includes the layout. NCCL EP's fresh dispatch is an
   update of its handle and a dispatch.

@@ -226,6 +226,7 @@ def test_our_newest_runs_on_that_machine_stand_beside_the_others(render: Any, be
     fresh = make_row(chained_us=390.0)
     old, new = make_report(profiles=[profile(170.0)]), make_report(profiles=[profile(185.0)],
                                                                    rows=[row, fresh],
+                                                                   environment={"DEEP_EP_LEND_BYTES": "automatic"},
                                                                    date="2026-02-02",
                                                                    commit="abcdef123456")
     elsewhere = make_report(profiles=[profile(1.0)], date="2026-03-03", machine={"gpu": "NVIDIA H100"})
