@@ -165,8 +165,9 @@ latency*: the kernels of a call, on the slowest rank. *Fresh*: whole calls back 
 """
 README_NOTES = """\
 - 4096 tokens per rank, hidden 7168, top-8 of 256 experts; low latency: 128 tokens, top-8 of 288. *As callers get it*:
-  a `Buffer` of the hint's size and nothing else. *Lent*: with `num_lend_bytes`, and combine's input lent as well. *Wire floor*: remote bytes over the
-  rate at which a bare kernel pushes rows. {nothing}: not measured, or there is no such thing.
+  a `Buffer` of the hint's size and nothing else. *Lent*: with `num_lend_bytes`, and combine's input lent as well.
+  *Wire floor*: remote bytes over the rate at which a bare kernel pushes rows. {nothing}: not measured, or there is no
+  such thing.
 - V2's kernels include copies on all SMs, and its fresh dispatch includes the layout. NCCL EP's fresh dispatch is an
   update of its handle and a dispatch.
 - Sources: this library {ours}; [the others]({results}/libraries/{name}) ({date}), which says how each was built.

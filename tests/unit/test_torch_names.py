@@ -26,7 +26,7 @@ OLD = {
 }  # yapf: disable
 # Without public names: of _raw_cuda.py, tested below, of _opaque.py, which looks for what it finds, and of _memory.py.
 PRIVATE = {
-    '_C._cuda_getCurrentRawStream', '_C._cuda_getCurrentStream', '_C._cuda_setStream', '_C._dynamo',
+    '_C', '_C._cuda_getCurrentRawStream', '_C._cuda_getCurrentStream', '_C._cuda_setStream', '_C._dynamo',
     '_C.DisableTorchFunction', 'utils._python_dispatch'
 }
 
