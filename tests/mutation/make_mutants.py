@@ -118,7 +118,7 @@ def waits(code: str, returns_bool: set[str]) -> Iterator[Site]:
             yield Site(match.start(), end, match.end(), False, [dropped('wait')])
         elif match.group(2) in returns_bool:
             yield Site(match.start(), end, match.end(), True, [Variant('wait', lambda _: '')])
-    for match in re.finditer(r'>=\s*((?:\w+(?:\.|->))*(?:expected|call))\b', code):
+    for match in re.finditer(r'>=\s*((?:\w+(?:\.|->))*(?:expected|call))\b(?!\.)', code):
         value = match.group(1)
         yield Site(match.start(), match.end(), match.end(), False,
                    [Variant('flag test', lambda _, value=value: f'{value} * 0')])
