@@ -265,8 +265,7 @@ EP_DEVICE bool refuse_table(const Context& c, const Counts& counts, int source) 
 EP_DEVICE_COLD void refuse_tables(Context c, Counts counts) {
     if (prim::lane_idx() == 0)
         for (int source = 0; source < c.num_ranks(); ++source)
-            if (is_set(c.watch, c.watch.heap.table_full(c.rank(), c.bank, source)) && refuse_table(c, counts, source))
-                return;
+            if (counts.is_here[source] == 1 && refuse_table(c, counts, source)) return;
 }
 
 }  // namespace EP_BACKEND
