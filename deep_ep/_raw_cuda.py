@@ -74,7 +74,7 @@ def is_of_torch(stream: int, index: int) -> bool:
 
 
 # torch.from_dlpack for a capsule, less the checks of other objects, which take as long.
-from_capsule: Callable[[object], torch.Tensor] = torch._C._from_dlpack
+from_capsule: Callable[[object], torch.Tensor] = getattr(torch._C, "_from_dlpack", torch.utils.dlpack.from_dlpack)
 
 
 class CurrentStream:

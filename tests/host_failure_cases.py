@@ -171,6 +171,8 @@ def refused_call(worker: Worker, refusing: int, is_made_good: bool) -> Optional[
 
 
 def interrupt_soon(delay_s: float = 0.3) -> list[float]:
+    # A runner in the background of a shell has Ctrl-C ignored, and so would its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sent: list[float] = []
 
     def send() -> None:

@@ -329,7 +329,7 @@ def captured_calls_lend(worker: Worker, work: Workload) -> None:
             graph.replay()
             torch.cuda.synchronize()
             same_bits("recv_x", received[0][:rows], flight.arrival.x)
-            same_bits("combined", combined, eager_combined)
+            same_bits("combined", combined, eager_combined.cpu())
             for kept in held:
                 kept.check_payload(kept.result[0])
         worker.barrier()

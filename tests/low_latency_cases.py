@@ -212,7 +212,7 @@ def freed_inputs(worker: Worker, work: Workload) -> None:
 def overwritten_inputs(worker: Worker, work: Workload) -> None:
     """After a call with a hook its inputs belong to the caller again, who uses them for the next layer at once.
 
-    But for combine's topk_idx on a GPU, which the hook reads again."""
+    But for combine's topk_idx and topk_weights on a GPU, which the hook reads again."""
     for cast in (BF16, FP8):
         for zero_copy in (False, True):
             flight = LowLatencyFlight(worker, low_latency_buffer(worker), work, Manner(cast,
@@ -230,8 +230,8 @@ def overwritten_inputs(worker: Worker, work: Workload) -> None:
             lent = flight.buffer.get_next_low_latency_combine_buffer(flight.handle) if zero_copy else rows
             flight.start_combine(rows)
             lent.fill_(float("nan"))
-            flight.topk_weights.fill_(float("nan"))
             if worker.device.type == "cpu":
+                flight.topk_weights.fill_(float("nan"))
                 flight.topk_idx.fill_(-1)
             flight.finish_combine()
 

@@ -2,10 +2,10 @@
 # Builds the wheel to give away, into dist/: the C++ runtime linked in, the tag that auditwheel finds, the licences inside.
 #   WHEEL_CUDA   cuda-12.4 (default): nvcc 12.4 from tools/get_toolkit.sh, whose runtime serves drivers from 525 on;
 #                a folder: the toolkit there; off: the CPU device alone
-#   PYTHON       .venv/bin/python
+#   WHEEL_PYTHON the Python to build for, with the packages of .venv (default: .venv/bin/python)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python=${PYTHON:-.venv/bin/python}
+python=${WHEEL_PYTHON:-.venv/bin/python}
 cuda=${WHEEL_CUDA:-cuda-12.4}
 work=$PWD/build/wheel
 arguments='-DEP_PORTABLE=ON -DEP_WERROR=ON'

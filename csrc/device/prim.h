@@ -80,6 +80,10 @@ EP_DEVICE Vec16 load_input(const Vec16* ptr);
 //                                                                                     CUDA: ld.global.L1::no_allocate
 EP_DEVICE Vec16 load_shared_with_peers(const Vec16* ptr);
 
+// Weak 16-byte load from shared memory, in one piece: loads of its words collide in the banks.
+//                                                                                     CUDA: ld.shared.v4
+EP_DEVICE Vec16 load_shared(const Vec16* ptr);
+
 // Weak 16-byte store that does not pollute L1.                                        CUDA: st.global.L1::no_allocate
 EP_DEVICE void store_streaming(Vec16* ptr, Vec16 value);
 

@@ -30,13 +30,13 @@ constexpr int kMaxBiases = 2;  // that combine adds
 
 // Of a block. Fewer threads have more registers: a lane of combine keeps 56 sums.
 constexpr int kMaxDispatchThreads = 768;
-constexpr int kMaxCombineThreads = 512;
+constexpr int kMaxCombineThreads = 384;
 constexpr int kMaxLayoutThreads = 256;
 constexpr int kMaxNotifyThreads = 256;
 
 // Bytes of static shared memory of the main kernels, besides their stages.
-constexpr int kMaxDispatchState = 4224;
-constexpr int kMaxCombineState = 640;
+constexpr int kMaxDispatchState = 3712;
+constexpr int kMaxCombineState = 256;
 
 // How many threads work, and through what. Chosen by the runtime from the SM budget and the shape.
 struct Geometry {
@@ -44,6 +44,7 @@ struct Geometry {
     int num_send_warps;    // in each block
     int num_recv_warps;    // in each block
     layout::Staging send;  // of each send warp
+    layout::Staging recv;  // of each receive warp
 };
 
 constexpr int kMaxLayoutBlocks = 16;

@@ -10,6 +10,8 @@ namespace deep_ep::layout {
 // What a bulk copy moves for `bytes` bytes.
 constexpr uint32_t bulk_bytes(uint64_t bytes) { return static_cast<uint32_t>(align_up(bytes, 16)); }
 
+constexpr int kReduceStages = 4;         // of a reduce warp of combine
+constexpr int kReduceStageBytes = 3584;  // a piece of one row
 constexpr int kPositionBytes =
     4 * 32;  // at the end of a send stage of dispatch: each lane's note of where the row goes
 

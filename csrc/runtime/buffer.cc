@@ -13,11 +13,10 @@ namespace deep_ep::runtime {
 
 namespace {
 
-constexpr int kMaxStagedRanks = 32;  // a lane stands for each
+// A lane stands for each rank and each bias.
+constexpr int kMaxStagedRanks = 32 - kernels::kMaxBiases;
 constexpr int kMaxStages = 4;
-// Of a dispatch into lent rows over a link: with more, own rows and those of the peers get into each other's way
-// (docs/performance/intranode.md, step 19).
-constexpr int kMaxLentBlocks = 16;
+constexpr int kReduceWarps = 8;
 constexpr double kStartGraceSeconds = 30.0;  // for kernels queued before ours, on top of the kernel's own deadline
 
 // Host-mapped words are written by kernels; the host reads them as the other side of a release.
@@ -173,7 +172,17 @@ kernels::Geometry Buffer::plan_plain(int num_sms, int max_threads) const {
     return {.num_blocks = std::clamp(num_sms, 1, device_->num_sms()),
             .num_send_warps = warps,
             .num_recv_warps = warps,
-            .send = {}};
+            .send = {},
+            .recv = {}};
+}
+
+// Whether staged kernels can run this geometry: lanes stand for ranks, and a warp has one peer at most.
+bool Buffer::can_stage(const kernels::Geometry& geometry) const {
+    const auto has_enough = [&](int num_warps) {
+        return num_warps == 0 || geometry.num_blocks * num_warps >= options_.num_ranks - 1;
+    };
+    return device_->has_bulk_copy() && options_.num_ranks <= kMaxStagedRanks && has_enough(geometry.num_send_warps) &&
+           has_enough(geometry.num_recv_warps);
 }
 
 // Send warps have stages where each of them gets two; fewer warps would move less than registers do. A rank that lends
@@ -182,37 +191,34 @@ kernels::Geometry Buffer::plan_dispatch(int num_sms, const layout::SlotLayout& s
     kernels::Geometry plain = plan_plain(num_sms, kernels::kMaxDispatchThreads);
     if (is_lent) {
         plain.num_send_warps += std::exchange(plain.num_recv_warps, 0);
-        if (options_.num_ranks > 1) plain.num_blocks = std::min(plain.num_blocks, kMaxLentBlocks);
         return plain;
     }
     const layout::Staging stage{1, static_cast<int>(layout::bulk_bytes(slot.scales.end())) + layout::kPositionBytes};
     kernels::Geometry staged = plain;
     const int room = stage_room(kernels::kMaxDispatchState);
     staged.send = {std::min(room / (plain.num_send_warps * stage.bytes()), kMaxStages), stage.stage_bytes};
-    const bool can_stage = device_->has_bulk_copy() && options_.num_ranks <= kMaxStagedRanks;
-    return staged.send.num_stages >= 2 && can_stage ? staged : plain;
+    return staged.send.num_stages >= 2 && can_stage(staged) ? staged : plain;
 }
 
-// A rank that lends its input sends nothing: all warps reduce. Others send through stages, so that sending and reducing do
-// not share the path of ordinary loads and stores (docs/performance/intranode.md, step 21).
+// Reduce warps have stages of a fixed size; send warps get the rest. A rank that lends its input sends nothing.
 kernels::Geometry Buffer::plan_combine(int num_sms, const layout::SlotLayout& slot, bool is_lent) const {
     kernels::Geometry plain = plan_plain(num_sms, kernels::kMaxCombineThreads);
-    const int num_warps = plain.num_send_warps + plain.num_recv_warps;
+    if (is_lent) plain.num_recv_warps += std::exchange(plain.num_send_warps, 0);
+    const int room = stage_room(kernels::kMaxCombineState);
+    layout::Staging recv{layout::kReduceStages, layout::kReduceStageBytes};
     if (is_lent) {
-        plain.num_recv_warps += std::exchange(plain.num_send_warps, 0);
-        return plain;
+        const kernels::Geometry lent{plain.num_blocks, 0, plain.num_recv_warps, {}, recv};
+        return lent.num_recv_warps * recv.bytes() <= room && can_stage(lent) ? lent : plain;
     }
-    const layout::Staging stage{1, static_cast<int>(layout::bulk_bytes(slot.topk_weights.end()))};
-    const int fitting = stage_room(kernels::kMaxCombineState) / stage.bytes();
-    kernels::Geometry staged = plain;
-    staged.num_send_warps = std::min(plain.num_send_warps, fitting / 2);
-    if (staged.num_send_warps == 0) return plain;
-    staged.num_recv_warps = num_warps - staged.num_send_warps;
-    staged.send = {std::min(fitting / staged.num_send_warps, kMaxStages), stage.stage_bytes};
-    // A staged warp has one peer at most.
-    const bool can_stage =
-        device_->has_bulk_copy() && staged.num_blocks * staged.num_send_warps >= options_.num_ranks - 1;
-    return can_stage ? staged : plain;
+    const int reduce_warps = device_->kind() == dev::DeviceKind::kCuda ? kReduceWarps : plain.num_recv_warps;
+    const layout::Staging send{1, static_cast<int>(layout::bulk_bytes(slot.topk_weights.end()))};
+    const int fitting = (room - reduce_warps * recv.bytes()) / send.bytes();
+    const int max_warps = std::min(kernels::kMaxCombineThreads, device_->useful_block_threads()) / 32;
+    const int send_warps = std::min(max_warps - reduce_warps, fitting / 2);
+    if (send_warps <= 0) return plain;
+    const int num_stages = std::min(fitting / send_warps, kMaxStages);
+    const kernels::Geometry staged{plain.num_blocks, send_warps, reduce_warps, {num_stages, send.stage_bytes}, recv};
+    return can_stage(staged) ? staged : plain;
 }
 
 std::vector<std::unique_ptr<LentMemory>> Buffer::lend(const std::vector<int64_t>& sizes, dev::Stream stream,

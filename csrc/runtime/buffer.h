@@ -234,6 +234,7 @@ private:
     layout::Loan loan_for(const DispatchArgs& args) const;
     layout::Loan loan_for(const CombineArgs& args) const;
     bool may_lend() const { return num_lend_bytes() > 0 && options_.num_ranks > 1; }
+    bool can_stage(const kernels::Geometry& geometry) const;
     int stage_room(int state_bytes) const;  // dynamic shared memory that a block can have
     int max_layout_counts() const;
     uint64_t num_data_bytes_for(const layout::SlotLayout& slot) const;

@@ -160,6 +160,17 @@ std::string two_stages_in_dispatch(uint64_t seed) {
     return two_round_trips(world, problem);
 }
 
+// Shared memory for the stages of combine's reduce warp, and two of its send warp.
+std::string two_stages_in_combine(uint64_t seed) {
+    const Problem problem{
+        .num_tokens = {14, 9}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
+    const layout::Staging reduce{layout::kReduceStages, layout::kReduceStageBytes};
+    simt::DeviceOptions device = small_device(seed);
+    device.max_shared_bytes = kernels::kMaxCombineState + reduce.bytes() + 2 * 70;
+    World world(2, region_for(problem, 3), seeded(seed), 100, 0, false, {device});
+    return two_round_trips(world, problem);
+}
+
 // One rank moves rows with bulk copies and the other one without: each reads what the other proxy has written.
 std::string two_kinds_of_device(uint64_t seed) {
     const Problem problem{
@@ -327,6 +338,7 @@ constexpr Scenario kScenarios[] = {
     {"rows_in_pieces", rows_in_pieces},
     {"many_tokens_and_experts", many_tokens_and_experts},
     {"two_stages_in_dispatch", two_stages_in_dispatch},
+    {"two_stages_in_combine", two_stages_in_combine},
     {"two_kinds_of_device", two_kinds_of_device},
     {"two_warps", two_warps},
     {"absent_in_counts", absent_in_counts},

@@ -263,7 +263,7 @@ def test_sizes_do_not_wrap(sizes: dict[str, int]) -> None:
 
 def test_an_allocation_that_fails_says_what_was_asked_for() -> None:
     with pytest.raises(deep_ep.Error, match=f"asked for num_nvl_bytes={1 << 58}, num_rdma_bytes=256, num_lend_bytes=0"):
-        solo_buffer(1 << 58, num_rdma_bytes=256)
+        solo_buffer(1 << 58, num_rdma_bytes=256, num_lend_bytes=0)
 
 
 def test_permissions_are_taken_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:

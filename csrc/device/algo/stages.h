@@ -18,6 +18,22 @@ EP_DEVICE void wait_mbarrier(prim::MBarrier* bar, uint32_t phase_parity) {
     }
 }
 
+// A place in the order of items: its stage, and the parity of its use of it. Going on costs no division.
+class StageCursor {
+public:
+    EP_DEVICE int stage() const { return stage_; }
+    EP_DEVICE uint32_t parity() const { return parity_; }
+    EP_DEVICE void advance(int num_stages) {
+        if (++stage_ < num_stages) return;
+        stage_ = 0;
+        parity_ ^= 1;
+    }
+
+private:
+    int stage_ = 0;
+    uint32_t parity_ = 0;
+};
+
 class Stages {
 public:
     // `memory`: staging.bytes() of dynamic shared memory, this warp's alone, 16-byte aligned.
@@ -44,19 +60,28 @@ public:
 
     EP_DEVICE uint8_t* at(int item) const { return memory_ + staging_.stage_offset(item % staging_.num_stages); }
 
+    EP_DEVICE uint8_t* at(const StageCursor& item) const { return memory_ + staging_.stage_offset(item.stage()); }
+
     // One lane, always the same.
     EP_DEVICE void load(int item, const void* source, uint32_t bytes) const {
-        prim::MBarrier* bar = barrier(item % staging_.num_stages);
-        prim::mbarrier_arrive_expect_tx(bar, bytes);
-        prim::bulk_load(at(item), source, bytes, bar);
+        load_stage(item % staging_.num_stages, source, bytes);
+    }
+    EP_DEVICE void load(const StageCursor& item, const void* source, uint32_t bytes) const {
+        load_stage(item.stage(), source, bytes);
     }
 
     // True once the load of `item` has landed; every item is waited for, in order.
     EP_DEVICE void wait(int item) const {
         wait_mbarrier(barrier(item % staging_.num_stages), static_cast<uint32_t>(item / staging_.num_stages) & 1);
     }
+    EP_DEVICE void wait(const StageCursor& item) const { wait_mbarrier(barrier(item.stage()), item.parity()); }
 
 private:
+    EP_DEVICE void load_stage(int stage, const void* source, uint32_t bytes) const {
+        prim::MBarrier* bar = barrier(stage);
+        prim::mbarrier_arrive_expect_tx(bar, bytes);
+        prim::bulk_load(memory_ + staging_.stage_offset(stage), source, bytes, bar);
+    }
     EP_DEVICE prim::MBarrier* barrier(int stage) const {
         return reinterpret_cast<prim::MBarrier*>(memory_ + staging_.barrier_offset(stage));
     }

@@ -217,6 +217,15 @@ EP_DEVICE Vec16 load_shared_with_peers(const Vec16* ptr) {
     return v;
 }
 
+EP_DEVICE Vec16 load_shared(const Vec16* ptr) {
+    Vec16 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+                 : "r"(ptx::shared_address(ptr))
+                 : "memory");
+    return v;
+}
+
 EP_DEVICE void store_streaming(Vec16* ptr, Vec16 value) {
     asm volatile(EP_PTX_STORE_STREAMING " [%0], {%1, %2, %3, %4};" ::"l"(ptx::global_address(ptr)), "r"(value.word[0]),
                  "r"(value.word[1]), "r"(value.word[2]), "r"(value.word[3])

@@ -137,6 +137,8 @@ EP_DEVICE Vec16 load_input(const Vec16* ptr) {
 
 EP_DEVICE Vec16 load_shared_with_peers(const Vec16* ptr) { return load_input(ptr); }
 
+EP_DEVICE Vec16 load_shared(const Vec16* ptr) { return load_input(ptr); }
+
 EP_DEVICE void store_streaming(Vec16* ptr, Vec16 value) {
     simt::check_aligned(ptr, sizeof(Vec16));
     std::memcpy(ptr, &value, sizeof(Vec16));

@@ -3,7 +3,9 @@
 //   reduce warps   token t: wait for the rows of all ranks that had it, sum in FP32 in rank order straight from where they
 //                  stand (our own input, slots, or the input that a peer lends), add the bias, write once, give slots back
 //   send warps     (of a rank that does not lend its input) one stream per owner: wait for a free slot, copy the row and
-//                  its weights into it, set its flag; then they reduce as well
+//                  its weights into it, set its flag
+//
+// With bulk copies, both keep several rows, or pieces of rows, on their way through shared memory.
 //
 // Messages, buffer map and orderings: docs/protocols/intranode.md.
 #include "device/launch.h"
@@ -20,11 +22,7 @@ inline namespace EP_BACKEND {
 struct Kernel {
     using Params = CombineParams;
     static constexpr int kMaxThreads = kMaxCombineThreads;
-    struct Shared {
-        FrameState frame;
-        int first_rows[layout::kMaxRanks];
-        int next_item;  // of the block's tokens: to be reduced next
-    };
+    using Shared = FrameState;
     static_assert(sizeof(Shared) <= kMaxCombineState);
 
     // All threads of all blocks: the weights go to where peers can read them; the block that comes last says so.
@@ -42,6 +40,24 @@ struct Kernel {
             prim::store<prim::Order::kRelease, prim::Scope::kSys>(heap.weight_flag(peer, heap.rank()), c.watch.call);
     }
 
+    static EP_DEVICE bool reduce_any(const Context& c, int reduce_warp) {
+        const Geometry& geometry = c.p.geometry;
+        const int warp = reduce_warp * geometry.num_blocks + static_cast<int>(blockIdx.x);
+        const int num_warps = geometry.num_recv_warps * geometry.num_blocks;
+        if (prim::has_bulk_copy() && geometry.recv.num_stages > 0)
+            return reduce_staged(c, warp, num_warps, recv_memory(geometry, reduce_warp));
+        return reduce(c, warp, num_warps);
+    }
+
+    static EP_DEVICE bool send_any(const Context& c, int send_warp) {
+        const Geometry& geometry = c.p.geometry;
+        const int warp = send_warp * geometry.num_blocks + static_cast<int>(blockIdx.x);
+        const int num_warps = geometry.num_send_warps * geometry.num_blocks;
+        if (prim::has_bulk_copy() && geometry.send.num_stages > 0)
+            return send_staged(c, warp, num_warps, send_memory(geometry, send_warp));
+        return send(c, warp, num_warps);
+    }
+
     // One warp of each block.
     static EP_DEVICE bool enter(const Context& c) {
         const Params& p = c.p;
@@ -55,45 +71,30 @@ struct Kernel {
     }
 
     // All threads of the block. False: do nothing but finish the call.
-    static EP_DEVICE bool begin(const Context& c, Shared& shared) {
-        const int self = c.watch.heap.rank();
-        for (int owner = static_cast<int>(threadIdx.x); owner < c.watch.heap.num_ranks(); owner += blockDim.x)
-            shared.first_rows[owner] = c.rows.first_row(owner, self);
+    static EP_DEVICE bool begin(const Context& c, FrameState& state) {
         if (prim::warp_idx() == 0) {
             const bool is_ok = enter(c);
-            if (prim::lane_idx() == 0) {
-                shared.frame = {is_ok ? 1 : 0, 0, {}};
-                shared.next_item = 0;
-            }
+            if (prim::lane_idx() == 0) state = {is_ok ? 1 : 0, 0, {}};
         }
         __syncthreads();
-        return shared.frame.is_ready != 0;
+        return state.is_ready != 0;
     }
 
-    static EP_DEVICE bool send_any(const Context& c, int send_warp) {
-        const Geometry& geometry = c.p.geometry;
-        const int warp = send_warp * geometry.num_blocks + static_cast<int>(blockIdx.x);
-        const int num_warps = geometry.num_send_warps * geometry.num_blocks;
-        if (prim::has_bulk_copy() && geometry.send.num_stages > 0)
-            return send_staged(c, warp, num_warps, send_memory(geometry, send_warp));
-        return send(c, warp, num_warps);
-    }
-
-    // Send warps reduce as well when they have sent everything.
-    static EP_DEVICE void work(const Context& c, Shared& shared) {
+    static EP_DEVICE void work(const Context& c, FrameState& state) {
         if (c.p.loan.topk_weights != 0) lend_weights(c);
-        const bool has_sent = prim::warp_idx() >= c.p.geometry.num_send_warps || send_any(c, prim::warp_idx());
-        if (!has_sent || !reduce(c, &shared.next_item)) shared.frame.note_failure();
+        const int send_warp = prim::warp_idx() - c.p.geometry.num_recv_warps;
+        const bool is_ok = send_warp < 0 ? reduce_any(c, prim::warp_idx()) : send_any(c, send_warp);
+        if (!is_ok) state.note_failure();
     }
 
     static EP_DEVICE void run(const Params& p, Shared& shared) {
         const algo::Watch watch =
             make_watch(p.watch, p.heap, layout::Operation::kCombine, algo::current_call(p.watch.local));
         const algo::Ring ring(watch, p.window);
-        const Context context{p, watch, ring, RowMap{p.rank_prefix_matrix, p.heap.num_ranks}, shared.first_rows};
+        const Context context{p, watch, ring, RowMap{p.rank_prefix_matrix, p.heap.num_ranks}};
         const bool has_begun = begin(context, shared);
         if (has_begun) work(context, shared);
-        finish_call(watch, has_begun, p.may_lend, p.loan.x != 0, shared.frame, [&] {
+        finish_call(watch, has_begun, p.may_lend, p.loan.x != 0, shared, [&] {
             void_output(p.combined_x, static_cast<int64_t>(p.num_tokens) * p.row_bytes);
             void_output(p.combined_topk_weights, static_cast<int64_t>(p.num_tokens) * p.num_topk * 4);
         });

@@ -20,7 +20,6 @@ struct Context {
     const algo::Watch& watch;
     const algo::Ring& ring;
     RowMap rows;
-    const int* first_rows;  // of those that each owner has here
 };
 
 // Where `rank` has its rows for us to read, our first one foremost: in our own input, or in the one that it lends. Null:

@@ -1,199 +1,125 @@
 // The reducing half of combine: the sum of a token's rows, in FP32 and in rank order, straight from where they stand.
 //
-// A row stands in our own input, in a slot that its rank has filled, or in the input that its rank lends. A bias is one more
-// source of a token, behind the ranks. Rows come by ordinary loads, a piece of two rows at a time: bulk copies through
-// shared memory move less (docs/performance/intranode.md, step 20).
+// A row stands in our own input, in a slot that its rank has filled, or in the input that its rank lends. With bulk copies
+// a warp loads pieces of rows ahead through shared memory.
 #pragma once
 
 #include "device/algo/bf16.h"
+#include "device/algo/stages.h"
 #include "device/algo/warp.h"
 #include "kernels/intranode/combine_context.h"
 
 namespace deep_ep::kernels::combine {
 inline namespace EP_BACKEND {
 
-constexpr int kPairUnroll = 7;  // vectors that a lane holds of each of two rows
-constexpr int kSumUnroll = 4;   // the same beside FP32 sums of that many
-constexpr int kPairs = 4;       // of bfloat16 in 16 bytes
+constexpr int kReduceUnroll = 4;
+constexpr int kStagedUnroll = 7;
+constexpr int kChunkVecs = kStagedUnroll * kWarpSize;  // of a row: what a warp has in a stage, and sums at a time
+static_assert(kChunkVecs * sizeof(Vec16) == layout::kReduceStageBytes);
+constexpr int kPairs = 4;  // of bfloat16 in 16 bytes
 
-// One lane's vectors of a piece of a row.
-template <int kUnroll> struct Piece { Vec16 vecs[kUnroll]; };
-
-template <int kUnroll> EP_DEVICE void load_piece(Piece<kUnroll>& piece, const uint8_t* row, int base, int num_vecs) {
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-        const int idx = base + i * kWarpSize + prim::lane_idx();
-        if (idx < num_vecs) piece.vecs[i] = prim::load_shared_with_peers(reinterpret_cast<const Vec16*>(row) + idx);
-    }
-}
-
-// FP32 sums of one lane's elements of a piece. They begin at zero, so that a lone -0 comes out as +0, whatever the number of
-// sources.
+// FP32 sums of kUnroll x 8 elements of one lane.
 template <int kUnroll> struct Sums {
     float low[kUnroll][kPairs];
     float high[kUnroll][kPairs];
-
-    EP_DEVICE void add(const Piece<kUnroll>& piece, int i) {
-#pragma unroll
-        for (int pair = 0; pair < kPairs; ++pair) {
-            low[i][pair] += algo::bf16_low(piece.vecs[i].word[pair]);
-            high[i][pair] += algo::bf16_high(piece.vecs[i].word[pair]);
-        }
-    }
-    EP_DEVICE Vec16 rounded(int i) const {
-        Vec16 value;
-#pragma unroll
-        for (int pair = 0; pair < kPairs; ++pair) value.word[pair] = prim::round_to_bf16x2(low[i][pair], high[i][pair]);
-        return value;
-    }
 };
 
-// What sums are made of: the ranks in ascending order, then the biases. Lane i of a warp speaks for source i of a group of 32.
-struct Source {
-    int index;
-    const uint8_t* rows;   // where its rows for us stand; null: they come into slots, or there are none
-    const float* weights;  // of those
-    int num_rows;          // that it has for us
-
-    EP_DEVICE bool is_rank(const Context& c) const { return index < c.watch.heap.num_ranks(); }
-    EP_DEVICE bool uses_slots(const Context& c) const { return rows == nullptr && is_rank(c); }
-};
-
-EP_DEVICE int num_sources(const Context& c) { return c.watch.heap.num_ranks() + kMaxBiases; }
-
-EP_DEVICE Source source_at(const Context& c, int index) {
+// This lane's rank among 32 from `first_rank`: the position of its row of the token, or -1.
+EP_DEVICE int position_at(const Context& c, int token, int first_rank) {
     const int num_ranks = c.watch.heap.num_ranks();
-    if (index >= num_ranks) {
-        const int bias = index - num_ranks;
-        return {index, bias < kMaxBiases ? c.p.bias[bias] : nullptr, nullptr, c.p.num_tokens};
-    }
-    const uint8_t* rows = direct_rows(c, index);
-    const bool has_weights = rows != nullptr && c.p.num_topk > 0;
-    return {index, rows, has_weights ? direct_weights(c, index) : nullptr, c.rows.num_rows(c.watch.heap.rank(), index)};
+    const int rank = first_rank + prim::lane_idx();
+    return rank < num_ranks ? c.p.send_head[static_cast<int64_t>(token) * num_ranks + rank] : -1;
 }
 
-// Of the source's row of the token; -1: it has none.
-EP_DEVICE int position_of(const Context& c, const Source& source, int token) {
-    if (token >= c.p.num_tokens) return -1;
-    if (source.is_rank(c)) return c.p.send_head[static_cast<int64_t>(token) * c.watch.heap.num_ranks() + source.index];
-    return source.rows != nullptr ? token : -1;
-}
-
-EP_DEVICE const uint8_t* row_at(const Context& c, const Source& source, int position) {
-    if (position < 0) return nullptr;
-    return source.rows != nullptr ? source.rows + static_cast<int64_t>(position) * c.p.row_bytes
-                                  : c.ring.from(source.index).slot(position);
-}
-
-// One thread.
-EP_DEVICE bool wait_for_row(const Context& c, const Source& source, int token, int position) {
-    if (position < 0) return true;
-    if (position >= source.num_rows) return refuse_position(c.watch, source.index, token, position, source.num_rows);
-    return !source.uses_slots(c) ||
-           c.ring.wait(Stage::kRow, source.index, c.ring.from(source.index).row_is_here(position));
-}
-
-// The first 32 sources, which mostly are all: what a lane knows of its own, and of its row of the token.
-struct Token {
-    int token;
-    Source source;
-    int position;
-    const uint8_t* row;
-};
-
-EP_DEVICE bool wait_for_rows(const Context& c, const Token& token) {
-    bool is_here = wait_for_row(c, token.source, token.token, token.position);
-    for (int first = kWarpSize; first < num_sources(c); first += kWarpSize) {
-        const Source source = source_at(c, first + prim::lane_idx());
-        is_here &= wait_for_row(c, source, token.token, position_of(c, source, token.token));
+EP_DEVICE bool wait_for_rows(const Context& c, int token) {
+    bool is_here = true;
+    for (int first = 0; first < c.watch.heap.num_ranks(); first += kWarpSize) {
+        const int position = position_at(c, token, first);
+        const int rank = first + prim::lane_idx();
+        if (position < 0) continue;
+        is_here &= is_stated(c, rank, token, position) &&
+                   (direct_rows(c, rank) != nullptr ||
+                    c.ring.wait(Stage::kRow, rank, c.ring.from(rank).row_is_here(position)));
     }
     is_here = __all_sync(kFullMask, is_here);
     __syncwarp();  // each lane's acquire, every lane's reads
     return is_here;
 }
 
-// Calls use(row of the source) for each lane that has one, two at a time: use(first, second), second null where there is none.
-template <class Use> EP_DEVICE void for_each_pair(const uint8_t* row, const Use& use) {
-    for (uint32_t rest = __ballot_sync(kFullMask, row != nullptr); rest != 0;) {
-        const uint8_t* first = algo::broadcast_pointer(row, __ffs(static_cast<int>(rest)) - 1);
-        rest &= rest - 1;
-        const bool has_second = rest != 0;
-        const uint8_t* second = algo::broadcast_pointer(row, has_second ? __ffs(static_cast<int>(rest)) - 1 : 0);
-        rest &= rest - 1;
-        use(first, has_second ? second : nullptr);
+// Where this lane's rank has its row of the token.
+EP_DEVICE const uint8_t* row_pointer(const Context& c, int first_rank, int position) {
+    const int rank = first_rank + prim::lane_idx();
+    if (position < 0) return nullptr;
+    const uint8_t* rows = direct_rows(c, rank);
+    return rows != nullptr ? rows + static_cast<int64_t>(position) * c.p.row_bytes : c.ring.from(rank).slot(position);
+}
+
+template <int kUnroll> EP_DEVICE void add(Sums<kUnroll>& sums, int i, const Vec16& value) {
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+        sums.low[i][pair] += algo::bf16_low(value.word[pair]);
+        sums.high[i][pair] += algo::bf16_high(value.word[pair]);
     }
 }
 
-EP_DEVICE Vec16* combined_row(const Context& c, int token) {
-    return reinterpret_cast<Vec16*>(c.p.combined_x + static_cast<int64_t>(token) * c.p.row_bytes);
+template <int kUnroll> EP_DEVICE void add_vectors(Sums<kUnroll>& sums, const Vec16* source, int base, int num_vecs) {
+    Vec16 held[kUnroll];
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+        const int idx = base + i * kWarpSize + prim::lane_idx();
+        if (idx < num_vecs) held[i] = prim::load_shared_with_peers(source + idx);
+    }
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i)
+        if (base + i * kWarpSize + prim::lane_idx() < num_vecs) add(sums, i, held[i]);
 }
 
-EP_DEVICE int num_row_vecs(const Context& c) { return static_cast<int>(c.p.row_bytes / sizeof(Vec16)); }
-
-// The sum of two rows, or of one (`second` null), or nothing (`first` null too): what most tokens have between two ranks. No
-// sums are kept while the next piece is loaded, so that more of it can be under way.
-EP_DEVICE void reduce_pair(const Context& c, int token, const uint8_t* first, const uint8_t* second) {
-    const int num_vecs = num_row_vecs(c);
-    Vec16* target = combined_row(c, token);
-    for (int base = 0; base < num_vecs; base += kPairUnroll * kWarpSize) {
-        Piece<kPairUnroll> of_first = {}, of_second = {};
-        if (first != nullptr) load_piece(of_first, first, base, num_vecs);
-        if (second != nullptr) load_piece(of_second, second, base, num_vecs);
+template <int kUnroll> EP_DEVICE void write_sums(const Sums<kUnroll>& sums, Vec16* target, int base, int num_vecs) {
 #pragma unroll
-        for (int i = 0; i < kPairUnroll; ++i) {
-            Sums<1> sums = {};
-            sums.add({{of_first.vecs[i]}}, 0);
-            sums.add({{of_second.vecs[i]}}, 0);
-            const int idx = base + i * kWarpSize + prim::lane_idx();
-            if (idx < num_vecs) prim::store_streaming(target + idx, sums.rounded(0));
-        }
+    for (int i = 0; i < kUnroll; ++i) {
+        const int idx = base + i * kWarpSize + prim::lane_idx();
+        Vec16 value;
+#pragma unroll
+        for (int pair = 0; pair < kPairs; ++pair)
+            value.word[pair] = prim::round_to_bf16x2(sums.low[i][pair], sums.high[i][pair]);
+        if (idx < num_vecs) prim::store_streaming(target + idx, value);
     }
 }
 
-// The order of the sources is part of the contract: it fixes the rounding. `for_each` calls its argument with two rows at a
-// time, of all sources.
-template <class ForEach> EP_DEVICE void reduce_row(const Context& c, int token, const ForEach& for_each) {
-    const int num_vecs = num_row_vecs(c);
-    for (int base = 0; base < num_vecs; base += kSumUnroll * kWarpSize) {
-        Sums<kSumUnroll> sums = {};
-        for_each([&](const uint8_t* first, const uint8_t* second) {
-            Piece<kSumUnroll> of_first = {}, of_second = {};
-            load_piece(of_first, first, base, num_vecs);
-            if (second != nullptr) load_piece(of_second, second, base, num_vecs);
-#pragma unroll
-            for (int i = 0; i < kSumUnroll; ++i) {
-                sums.add(of_first, i);
-                if (second != nullptr) sums.add(of_second, i);
+// Ranks in ascending order, then the biases: the order is part of the contract, it fixes the rounding.
+EP_DEVICE void reduce_token(const Context& c, int token) {
+    const CombineParams& p = c.p;
+    const int num_vecs = static_cast<int>(p.row_bytes / sizeof(Vec16));
+    const int64_t token_offset = static_cast<int64_t>(token) * p.row_bytes;
+    int held_group = -1;  // of 32 ranks: the one whose pointers the lanes hold
+    const uint8_t* pointer = nullptr;
+    uint32_t lanes = 0;
+    for (int base = 0; base < num_vecs; base += kReduceUnroll * kWarpSize) {
+        Sums<kReduceUnroll> sums = {};
+        for (int first = 0; first < c.watch.heap.num_ranks(); first += kWarpSize) {
+            if (first != held_group) {
+                pointer = row_pointer(c, first, position_at(c, token, first));
+                lanes = __ballot_sync(kFullMask, pointer != nullptr);
+                held_group = first;
             }
-        });
-#pragma unroll
-        for (int i = 0; i < kSumUnroll; ++i) {
-            const int idx = base + i * kWarpSize + prim::lane_idx();
-            if (idx < num_vecs) prim::store_streaming(combined_row(c, token) + idx, sums.rounded(i));
+            for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
+                const uint8_t* row = algo::broadcast_pointer(pointer, __ffs(static_cast<int>(rest)) - 1);
+                add_vectors(sums, reinterpret_cast<const Vec16*>(row), base, num_vecs);
+            }
         }
+        for (const uint8_t* bias : p.bias)
+            if (bias != nullptr) add_vectors(sums, reinterpret_cast<const Vec16*>(bias + token_offset), base, num_vecs);
+        write_sums(sums, reinterpret_cast<Vec16*>(p.combined_x + token_offset), base, num_vecs);
     }
 }
 
-// More sources than lanes.
-EP_DEVICE_COLD void reduce_row_of_many(const Context& c, int token) {
-    reduce_row(c, token, [&](const auto& use) {
-        for (int group = 0; group < num_sources(c); group += kWarpSize) {
-            const Source source = source_at(c, group + prim::lane_idx());
-            for_each_pair(row_at(c, source, position_of(c, source, token)), use);
-        }
-    });
-}
-
-EP_DEVICE void reduce_token(const Context& c, const Token& token) {
-    if (num_sources(c) > kWarpSize) return reduce_row_of_many(c, token.token);
-    const uint32_t lanes = __ballot_sync(kFullMask, token.row != nullptr);
-    if (__popc(lanes) > 2) return reduce_row(c, token.token, [&](const auto& use) { for_each_pair(token.row, use); });
-    const int first = lanes == 0 ? 0 : __ffs(static_cast<int>(lanes)) - 1;
-    const uint32_t rest = lanes & (lanes - 1);
-    const int second = rest == 0 ? first : __ffs(static_cast<int>(rest)) - 1;
-    const uint8_t* first_row = algo::broadcast_pointer(token.row, first);
-    const uint8_t* second_row = algo::broadcast_pointer(token.row, second);
-    reduce_pair(c, token.token, first_row, rest == 0 ? nullptr : second_row);
+EP_DEVICE float weight_from(const Context& c, int token, int rank, int k) {
+    const CombineParams& p = c.p;
+    const int position = p.send_head[static_cast<int64_t>(token) * c.watch.heap.num_ranks() + rank];
+    if (position < 0) return 0.0f;
+    if (direct_rows(c, rank) != nullptr)
+        return direct_weights(c, rank)[static_cast<int64_t>(position) * p.num_topk + k];
+    return *reinterpret_cast<const float*>(c.ring.from(rank).slot(position) + p.slot.topk_weights.at(k));
 }
 
 // One warp, before it reads weights: those of all lenders can be read.
@@ -210,65 +136,28 @@ EP_DEVICE bool wait_for_weights(const Context& c) {
     return is_here;
 }
 
-// Where the weights of this lane's row stand; null: it is no rank, or has no row.
-EP_DEVICE const float* weights_at(const Context& c, const Source& source, int position, const uint8_t* row) {
-    if (row == nullptr || !source.is_rank(c)) return nullptr;
-    return source.rows != nullptr ? source.weights + static_cast<int64_t>(position) * c.p.num_topk
-                                  : reinterpret_cast<const float*>(row + c.p.slot.topk_weights.offset);
-}
-
-// Sums of the weights that belong to the rows, in rank order like everything.
-EP_DEVICE void reduce_weights(const Context& c, const Token& token) {
+EP_DEVICE void reduce_weights(const Context& c, int token) {
     const CombineParams& p = c.p;
-    for (int first_k = 0; first_k < p.num_topk; first_k += kWarpSize) {
-        const int k = first_k + prim::lane_idx();
-        const bool has_entry = k < p.num_topk;
+    for (int k = prim::lane_idx(); k < p.num_topk; k += kWarpSize) {
         float sum = 0.0f;
-        const auto add_pair = [&](const uint8_t* first, const uint8_t* second) {
-            const float of_first = has_entry ? reinterpret_cast<const float*>(first)[k] : 0.0f;
-            const float of_second = has_entry && second != nullptr ? reinterpret_cast<const float*>(second)[k] : 0.0f;
-            sum += of_first;
-            sum += of_second;
-        };
-        const auto add_group = [&](const Source& source, int position, const uint8_t* row) {
-            for_each_pair(reinterpret_cast<const uint8_t*>(weights_at(c, source, position, row)), add_pair);
-        };
-        add_group(token.source, token.position, token.row);
-        for (int group = kWarpSize; group < c.watch.heap.num_ranks(); group += kWarpSize) {
-            const Source source = source_at(c, group + prim::lane_idx());
-            const int position = position_of(c, source, token.token);
-            add_group(source, position, row_at(c, source, position));
-        }
-        if (has_entry) p.combined_topk_weights[static_cast<int64_t>(token.token) * p.num_topk + k] = sum;
+        for (int rank = 0; rank < c.watch.heap.num_ranks(); ++rank) sum += weight_from(c, token, rank, k);
+        p.combined_topk_weights[static_cast<int64_t>(token) * p.num_topk + k] = sum;
     }
 }
 
-EP_DEVICE void give_slots_back(const Context& c, const Token& token) {
-    if (token.position >= 0 && token.source.uses_slots(c))
-        c.ring.from(token.source.index).give_back(token.position, token.source.num_rows);
-    for (int group = kWarpSize; group < c.watch.heap.num_ranks(); group += kWarpSize) {
-        const Source source = source_at(c, group + prim::lane_idx());
-        const int position = position_of(c, source, token.token);
-        if (position >= 0 && source.uses_slots(c)) c.ring.from(source.index).give_back(position, source.num_rows);
+EP_DEVICE void give_slots_back(const Context& c, int token) {
+    const int self = c.watch.heap.rank();
+    for (int first = 0; first < c.watch.heap.num_ranks(); first += kWarpSize) {
+        const int position = position_at(c, token, first);
+        const int rank = first + prim::lane_idx();
+        if (position >= 0 && direct_rows(c, rank) == nullptr)
+            c.ring.from(rank).give_back(position, c.rows.num_rows(self, rank));
     }
 }
 
-// The whole warp takes the next of its block's tokens.
-EP_DEVICE int take_token(const Context& c, int* next_item) {
-    int item = 0;
-    if (prim::lane_idx() == 0) item = prim::fetch_add<prim::Order::kRelaxed, prim::Scope::kCta>(next_item, 1);
-    return __shfl_sync(kFullMask, item, 0) * c.p.geometry.num_blocks + static_cast<int>(blockIdx.x);
-}
-
-EP_DEVICE bool reduce(const Context& c, int* next_item) {
-    const Source source = source_at(c, prim::lane_idx());
-    int next_token = take_token(c, next_item);
-    int position = position_of(c, source, next_token);
+EP_DEVICE bool reduce(const Context& c, int warp, int num_warps) {
     bool has_weights = false;
-    while (next_token < c.p.num_tokens) {
-        const Token token{next_token, source, position, row_at(c, source, position)};
-        next_token = take_token(c, next_item);
-        position = position_of(c, source, next_token);  // under way with this token's rows
+    for (int token = warp; token < c.p.num_tokens; token += num_warps) {
         if (!wait_for_rows(c, token)) return false;
         reduce_token(c, token);
         if (!has_weights && !wait_for_weights(c)) return false;
@@ -276,6 +165,203 @@ EP_DEVICE bool reduce(const Context& c, int* next_item) {
         reduce_weights(c, token);
         __syncwarp();  // every lane's reads, each lane's release
         give_slots_back(c, token);
+    }
+    return true;
+}
+
+// -- With bulk copies ----------------------------------------------------------------------------------------------------
+
+// What a reduce warp knows about a token. Lane i speaks for rank i, the lanes after the last rank's for the biases: a
+// bias is one more source, whose row of a token stands at the token's own position.
+struct Token {
+    int token;
+    int position;            // of the source's row, -1: none
+    const uint8_t* pointer;  // of the source's row
+    uint32_t lanes;          // that have a row
+    bool is_here;            // all rows have come
+};
+
+// Lane i's source, worked out once.
+struct Source {
+    algo::Port port;
+    const uint8_t* rows;   // for us to read where they stand; null: they come into slots
+    const float* weights;  // of those
+    int num_rows;          // that it has for us
+};
+
+EP_DEVICE Source make_source(const Context& c) {
+    const int self = c.watch.heap.rank();
+    const int num_ranks = c.watch.heap.num_ranks();
+    if (prim::lane_idx() >= num_ranks) {
+        const int bias = prim::lane_idx() - num_ranks;
+        return {c.ring.from(self), bias < kMaxBiases ? c.p.bias[bias] : nullptr, nullptr, c.p.num_tokens};
+    }
+    const int rank = prim::lane_idx();
+    const uint8_t* rows = direct_rows(c, rank);
+    const bool has_weights = rows != nullptr && c.p.num_topk > 0;
+    return {c.ring.from(rank), rows, has_weights ? direct_weights(c, rank) : nullptr, c.rows.num_rows(self, rank)};
+}
+
+EP_DEVICE Token open_token(const Context& c, const Source& source, int token, int position) {
+    const uint8_t* pointer = position < 0             ? nullptr
+                             : source.rows != nullptr ? source.rows + static_cast<int64_t>(position) * c.p.row_bytes
+                                                      : source.port.slot(position);
+    return {token, position, pointer, __ballot_sync(kFullMask, pointer != nullptr), false};
+}
+
+EP_DEVICE int position_of(const Context& c, const Source& source, int token) {
+    if (token >= c.p.num_tokens) return -1;
+    if (prim::lane_idx() < c.watch.heap.num_ranks()) return position_at(c, token, 0);
+    return source.rows != nullptr ? token : -1;
+}
+
+EP_DEVICE bool rows_are_here(const Context& c, const Source& source, const Token& token) {
+    if (!__all_sync(kFullMask, token.position < source.num_rows)) return false;  // wait_for_rows says what is wrong
+    const bool is_in_slot = token.position >= 0 && source.rows == nullptr;
+    if (!__any_sync(kFullMask, is_in_slot)) return true;
+    bool is_here = !is_in_slot || c.ring.is_set(source.port.row_is_here(token.position));
+    is_here = __all_sync(kFullMask, is_here);
+    __syncwarp();  // each lane's acquire, the leader's bulk loads
+    prim::fence_async_global();
+    return is_here;
+}
+
+// How far the loads have come: chunk by chunk, of each chunk one piece for each rank, in this token or the next.
+struct Fetch {
+    algo::StageCursor cursor;  // of the next piece to be loaded
+    int num_under_way = 0;     // pieces loaded and not yet taken
+    int base;                  // of the chunk, in vectors
+    uint32_t rest;             // ranks whose piece of this chunk is still to be loaded
+    bool is_on_next = false;
+
+    EP_DEVICE void start(const Token& token, bool is_next) {
+        base = 0;
+        rest = token.lanes;
+        is_on_next = is_next;
+    }
+};
+
+// Loads pieces until every stage is taken or no more rows are there. Waits for nothing.
+EP_DEVICE void fetch_more(const Context& c, const Source& source, const algo::Stages& stages, Fetch& fetch,
+                          const Token& now, Token& next) {
+    const int num_stages = c.p.geometry.recv.num_stages;
+    const int num_vecs = static_cast<int>(c.p.row_bytes / sizeof(Vec16));
+    while (fetch.num_under_way < num_stages) {
+        if (fetch.rest != 0) {
+            const int rank = __ffs(static_cast<int>(fetch.rest)) - 1;
+            const uint8_t* row = algo::broadcast_pointer(fetch.is_on_next ? next.pointer : now.pointer, rank);
+            const int num_left = num_vecs - fetch.base;
+            const int num_here = num_left < kChunkVecs ? num_left : kChunkVecs;
+            if (prim::lane_idx() == 0)
+                stages.load(fetch.cursor, reinterpret_cast<const Vec16*>(row) + fetch.base,
+                            static_cast<uint32_t>(num_here) * sizeof(Vec16));
+            fetch.cursor.advance(num_stages);
+            ++fetch.num_under_way;
+            fetch.rest &= fetch.rest - 1;
+        } else if (fetch.base + kChunkVecs < num_vecs) {
+            fetch.base += kChunkVecs;
+            fetch.rest = fetch.is_on_next ? next.lanes : now.lanes;
+        } else {
+            if (fetch.is_on_next) return;
+            if (!next.is_here) next.is_here = rows_are_here(c, source, next);
+            if (!next.is_here) return;
+            fetch.start(next, true);
+        }
+    }
+}
+
+// Some vectors of a stage beyond the end of the row may be old: their sums are not written.
+EP_DEVICE void add_stage(Sums<kStagedUnroll>& sums, const uint8_t* stage) {
+    const Vec16* vectors = reinterpret_cast<const Vec16*>(stage) + prim::lane_idx();
+    Vec16 held[kStagedUnroll];
+#pragma unroll
+    for (int i = 0; i < kStagedUnroll; ++i) held[i] = prim::load_shared(vectors + i * kWarpSize);
+#pragma unroll
+    for (int i = 0; i < kStagedUnroll; ++i) add(sums, i, held[i]);
+}
+
+// Sums of the weights that belong to the rows, in rank order like everything.
+EP_DEVICE void sum_weights(const Context& c, const Source& source, const Token& token) {
+    constexpr int kBatch = 4;
+    const CombineParams& p = c.p;
+    const uint32_t ranks = token.lanes & (kFullMask >> (kWarpSize - c.watch.heap.num_ranks()));
+    const float* mine = nullptr;
+    if (token.position >= 0 && p.num_topk > 0)
+        mine = source.rows != nullptr ? source.weights + static_cast<int64_t>(token.position) * p.num_topk
+                                      : reinterpret_cast<const float*>(token.pointer + p.slot.topk_weights.offset);
+    for (int first = 0; first < p.num_topk; first += kWarpSize) {
+        const int k = first + prim::lane_idx();
+        float sum = 0.0f;
+        for (uint32_t rest = ranks; rest != 0;) {
+            float held[kBatch];
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i) {
+                const int rank = rest != 0 ? __ffs(static_cast<int>(rest)) - 1 : 0;
+                const float* weights = algo::broadcast_pointer(mine, rank);
+                held[i] = rest != 0 && k < p.num_topk ? weights[k] : 0.0f;
+                rest &= rest - 1;
+            }
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i) sum += held[i];
+        }
+        if (k < p.num_topk) p.combined_topk_weights[static_cast<int64_t>(token.token) * p.num_topk + k] = sum;
+    }
+}
+
+// The sum of one chunk of the token, while pieces of later ones are loaded.
+EP_DEVICE Sums<kStagedUnroll> sum_chunk(const Context& c, const Source& source, const algo::Stages& stages,
+                                        Fetch& fetch, algo::StageCursor& taken, const Token& now, Token& next) {
+    Sums<kStagedUnroll> sums = {};
+    for (uint32_t rest = now.lanes; rest != 0; rest &= rest - 1) {
+        fetch_more(c, source, stages, fetch, now, next);
+        stages.wait(taken);
+        add_stage(sums, stages.at(taken));
+        taken.advance(c.p.geometry.recv.num_stages);
+        --fetch.num_under_way;
+        prim::fence_async_shared();
+        __syncwarp();  // every lane's reads of the stage, the leader's next load into it
+    }
+    return sums;
+}
+
+EP_DEVICE bool reduce_staged(const Context& c, int warp, int num_warps, uint8_t* memory) {
+    const CombineParams& p = c.p;
+    const int num_vecs = static_cast<int>(p.row_bytes / sizeof(Vec16));
+    const Source source = make_source(c);
+    const algo::Stages stages(memory, p.geometry.recv);
+    prim::fence_async_global();  // the loans that this block has seen, this lane's bulk loads
+    stages.init();
+    bool has_weights = false;
+    Fetch fetch;
+    algo::StageCursor taken;
+    Token now = open_token(c, source, warp, position_of(c, source, warp));
+    int position_after = position_of(c, source, warp + num_warps);
+    while (now.token < p.num_tokens) {
+        if (!now.is_here) {  // then nothing is under way
+            if (!wait_for_rows(c, now.token)) return false;
+            prim::fence_async_global();
+            fetch.start(now, false);
+        }
+        Token next = open_token(c, source, now.token + num_warps, position_after);
+        position_after = position_of(c, source, next.token + num_warps);
+        const int64_t token_offset = static_cast<int64_t>(now.token) * p.row_bytes;
+        for (int base = 0; base < num_vecs; base += kChunkVecs) {
+            const Sums<kStagedUnroll> sums = sum_chunk(c, source, stages, fetch, taken, now, next);
+            write_sums(sums, reinterpret_cast<Vec16*>(p.combined_x + token_offset), base, num_vecs);
+        }
+        if (!has_weights && !wait_for_weights(c)) {
+            for (; fetch.num_under_way > 0; --fetch.num_under_way) {
+                stages.wait(taken);  // given up: nothing may land after the end
+                taken.advance(p.geometry.recv.num_stages);
+            }
+            return false;
+        }
+        has_weights = true;
+        sum_weights(c, source, now);
+        __syncwarp();  // every lane's reads, each lane's release
+        if (now.position >= 0 && source.rows == nullptr) source.port.give_back(now.position, source.num_rows);
+        fetch.is_on_next = false;
+        now = next;
     }
     return true;
 }

@@ -12,21 +12,19 @@
 namespace deep_ep::kernels::combine {
 inline namespace EP_BACKEND {
 
-constexpr int kSendUnroll = 14;   // 7168 bytes: one round; 14336: two
+constexpr int kSendUnroll = 7;
 constexpr int kPublishBatch = 2;  // rows that a send warp publishes together
 
 EP_DEVICE void send_row(const Context& c, int owner, int position) {
     const CombineParams& p = c.p;
-    const int64_t row = c.first_rows[owner] + position;
+    const int64_t row = c.rows.first_row(owner, c.watch.heap.rank()) + position;
     const algo::Port port = c.ring.to(owner);
     uint8_t* slot = port.slot(position);
-    const float* weights = p.topk_weights + row * p.num_topk;
-    const float held = prim::lane_idx() < p.num_topk ? weights[prim::lane_idx()] : 0.0f;  // under way with the row
     algo::warp_copy<algo::SourceKind::kInput, kSendUnroll>(reinterpret_cast<Vec16*>(slot),
                                                            reinterpret_cast<const Vec16*>(p.x + row * p.row_bytes),
                                                            static_cast<int>(p.row_bytes / sizeof(Vec16)));
     for (int k = prim::lane_idx(); k < p.num_topk; k += kWarpSize)
-        *reinterpret_cast<float*>(slot + p.slot.topk_weights.at(k)) = k < kWarpSize ? held : weights[k];
+        *reinterpret_cast<float*>(slot + p.slot.topk_weights.at(k)) = p.topk_weights[row * p.num_topk + k];
     __syncwarp();  // every lane's stores, one lane's release
     if (prim::lane_idx() == 0) port.publish(position);
 }
@@ -92,8 +90,12 @@ EP_DEVICE bool send_staged(const Context& c, int warp, int num_warps, uint8_t* m
     const int self = c.watch.heap.rank();
     const algo::RowStream stream = algo::only_stream(algo::deal_stream(
         warp, num_warps, self, c.watch.heap.num_ranks(), [&](int owner) { return c.rows.num_rows(owner, self); }));
-    const StagedSend send{c.ring.to(stream.peer),   stream.peer, stream.next, stream.step, algo::num_rows_left(stream),
-                          c.first_rows[stream.peer]};
+    const StagedSend send{c.ring.to(stream.peer),
+                          stream.peer,
+                          stream.next,
+                          stream.step,
+                          algo::num_rows_left(stream),
+                          c.rows.first_row(stream.peer, self)};
     const algo::Stages stages(memory, p.geometry.send);
     const bool is_leader = prim::lane_idx() == 0;
     const int ahead = stages.num_ahead();

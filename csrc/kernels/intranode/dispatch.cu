@@ -125,23 +125,13 @@ struct Kernel {
                refuse_position(c.watch, rank, token, position, c.rows.num_rows_at(rank));
     }
 
-    enum class To { kAll, kPeers, kSelf };
-
-    // This lane's rank among 32 from `first_rank`: the position of the token's row there, or -1.
-    static EP_DEVICE int position_at(const Context& c, int token, int first_rank) {
-        const int num_ranks = c.watch.heap.num_ranks();
-        const int rank = first_rank + prim::lane_idx();
-        return token < c.p.num_tokens && rank < num_ranks
-                   ? c.p.send_head[static_cast<int64_t>(token) * num_ranks + rank]
-                   : -1;
-    }
-
-    // One token to those of 32 ranks, from `first_rank`, that need it. Lane i speaks for rank first_rank + i, where the token
-    // has `position`.
-    static EP_DEVICE bool send_token(const Context& c, int token, int first_rank, To to, int position) {
+    // One token to those of 32 ranks, from `first_rank`, that need it. Lane i speaks for rank first_rank + i.
+    static EP_DEVICE bool send_token(const Context& c, int token, int first_rank) {
         const Params& p = c.p;
+        const int num_ranks = c.watch.heap.num_ranks();
         const int destination = first_rank + prim::lane_idx();
-        if (to != To::kAll && (destination == c.watch.heap.rank()) != (to == To::kSelf)) position = -1;
+        const int position =
+            destination < num_ranks ? p.send_head[static_cast<int64_t>(token) * num_ranks + destination] : -1;
         const bool is_sent = position >= 0;
         uint8_t* direct = is_sent ? direct_rows(c, destination) : nullptr;
         const bool uses_slot = is_sent && direct == nullptr;
@@ -175,41 +165,12 @@ struct Kernel {
         return true;
     }
 
-    // The whole warp takes the next of its block's tokens: one by one, so that all warps move through the windows together.
-    static EP_DEVICE int take_item(int* next_item) {
-        int item = 0;
-        if (prim::lane_idx() == 0) item = prim::fetch_add<prim::Order::kRelaxed, prim::Scope::kCta>(next_item, 1);
-        return __shfl_sync(kFullMask, item, 0);
-    }
-
-    // The token at `item` of this block's.
-    static EP_DEVICE int token_of(const Context& c, int item) {
-        return item * c.p.geometry.num_blocks + static_cast<int>(blockIdx.x);
-    }
-
-    // In a rank that lends, every warp sends one token to this rank itself before the loans of the peers are there.
-    static EP_DEVICE bool send(const Context& c, int* next_item) {
-        const int num_early = c.p.loan.x != 0 ? c.p.geometry.num_send_warps : 0;
-        bool is_early = num_early > 0;
-        bool has_loans = false;
-        int item = is_early ? prim::warp_idx() : take_item(next_item);
-        int position = position_at(c, token_of(c, item), 0);
-        for (;;) {
-            if (!is_early && !has_loans && !learn_loans(c.p, c.watch, c.rows)) return false;
-            has_loans = !is_early;
-            const int token = token_of(c, item);
-            if (!is_early && token >= c.p.num_tokens) return true;
-            const To to = is_early ? To::kSelf : item < num_early ? To::kPeers : To::kAll;
-            item = take_item(next_item);
-            const int next_position = position_at(c, token_of(c, item), 0);  // under way with this token
-            const int end_rank = token < c.p.num_tokens ? c.watch.heap.num_ranks() : 0;
-            for (int first = 0; first < end_rank; first += kWarpSize) {
-                if (first > 0) position = position_at(c, token, first);
-                if (!send_token(c, token, first, to, position)) return false;
-            }
-            position = next_position;
-            is_early = false;
-        }
+    // Tokens are dealt one by one, so that all warps move through the windows together.
+    static EP_DEVICE bool send(const Context& c, int warp, int num_warps) {
+        for (int token = warp; token < c.p.num_tokens; token += num_warps)
+            for (int first = 0; first < c.watch.heap.num_ranks(); first += kWarpSize)
+                if (!send_token(c, token, first)) return false;
+        return true;
     }
 
     // From a slot, or from the image of one in shared memory, to the final row at `rank`.
@@ -369,7 +330,6 @@ struct Kernel {
 
     static EP_DEVICE bool send_staged(const Context& c, int warp, int num_warps, uint8_t* memory) {
         const Params& p = c.p;
-        if (!learn_loans(p, c.watch, c.rows)) return false;
         const StagedSend send = make_send(c, warp, num_warps);
         const bool has_slots = __any_sync(kFullMask, send.direct == nullptr);
         const algo::Stages stages(memory, p.geometry.send);
@@ -421,7 +381,7 @@ struct Kernel {
     // Rows that nobody sent must not look like tokens.
     static EP_DEVICE void mark_unused_rows(const Context& c) {
         const Params& p = c.p;
-        const int64_t begin = static_cast<int64_t>(c.rows.total_rows_at(c.watch.heap.rank())) * p.num_topk;
+        const int64_t begin = static_cast<int64_t>(c.rows.num_rows(c.watch.heap.num_ranks())) * p.num_topk;
         const int64_t end = static_cast<int64_t>(p.num_recv_rows) * p.num_topk;
         const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
         for (int64_t i = begin + static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < end; i += step) {
@@ -432,19 +392,19 @@ struct Kernel {
 
     // -- The kernel ------------------------------------------------------------------------------------------------------
 
-    static EP_DEVICE bool send_any(const Context& c, int send_warp, int* next_item) {
+    static EP_DEVICE bool send_any(const Context& c, int send_warp) {
         const Geometry& geometry = c.p.geometry;
         const int warp = send_warp * geometry.num_blocks + static_cast<int>(blockIdx.x);
         const int num_warps = geometry.num_send_warps * geometry.num_blocks;
         if (prim::has_bulk_copy() && geometry.send.num_stages > 0)
             return send_staged(c, warp, num_warps, send_memory(geometry, send_warp));
-        return send(c, next_item);
+        return send(c, warp, num_warps);
     }
 
-    static EP_DEVICE void work(const Context& c, int* next_item, FrameState& state) {
+    static EP_DEVICE void work(const Context& c, FrameState& state) {
         const Geometry& geometry = c.p.geometry;
         const int recv_warp = prim::warp_idx() - geometry.num_send_warps;
-        const bool is_ok = recv_warp < 0 ? send_any(c, prim::warp_idx(), next_item)
+        const bool is_ok = recv_warp < 0 ? send_any(c, prim::warp_idx())
                                          : receive(c, recv_warp * geometry.num_blocks + static_cast<int>(blockIdx.x),
                                                    geometry.num_recv_warps * geometry.num_blocks);
         if (!is_ok) state.note_failure();
@@ -471,7 +431,7 @@ struct Kernel {
             const algo::Ring ring(watch, p.window);
             const Context context{p, watch, ring, shared.rows};
             if (p.is_worst_case) mark_unused_rows(context);
-            work(context, &shared.next_item, shared.frame);
+            work(context, shared.frame);
         }
         finish_call(watch, begun == Begun::kReady, p.may_lend, p.loan.x != 0, shared.frame, [&] { void_outputs(p); });
     }

@@ -22,7 +22,6 @@ struct BlockState {
     uint32_t is_unlearned;  // not zero: where some rank's rows stand is not known, or they have no room
     int is_short;           // not zero: more rows come than the host has guessed
     RowTable rows;
-    int next_item;  // of the block's tokens: to be sent next
     ScanTile tiles[2];
 };
 static_assert(sizeof(BlockState) <= kMaxDispatchState);
@@ -47,10 +46,13 @@ EP_DEVICE void tell_rank_counts(const DispatchParams& p, const algo::Watch& watc
         write_rank_count(watch, rank, p.num_tokens_per_rank[rank]);
 }
 
-// One thread: where rows from and to `rank` stand. False: a wait failed.
-EP_DEVICE bool learn_rows(const DispatchParams& p, const algo::Watch& watch, int rank, RowTable& rows) {
+// One thread: where rows from and to `rank` stand, and the total that goes to it. False: a wait failed.
+EP_DEVICE bool learn_rows(const DispatchParams& p, const algo::Watch& watch, int rank, RowTable& rows, int& total) {
     const int num_ranks = watch.heap.num_ranks();
-    auto take = [&](int source, int sum) { rows.take(watch.heap.rank(), source, rank, sum); };
+    auto take = [&](int source, int sum) {
+        rows.take(watch.heap.rank(), source, rank, sum);
+        total = sum;
+    };
     if (p.num_tokens_per_rank == nullptr) {
         for (int source = 0; source < num_ranks; ++source)
             take(source, p.rank_prefix_matrix[source * num_ranks + rank]);
@@ -68,27 +70,21 @@ EP_DEVICE_COLD bool wait_for_refusal(algo::Watch watch, uint64_t num_rows_held) 
                             [](uint64_t&) { return false; });
 }
 
-// One warp, before it sends to peers: they have stated their loans, and have room for all rows that come to them.
-EP_DEVICE bool learn_loans(const DispatchParams& p, const algo::Watch& watch, const RowTable& rows) {
+// One thread: `rank` has room for its rows. Where peers write into its tensors they have to know before they begin.
+EP_DEVICE bool has_room_at(const DispatchParams& p, const algo::Watch& watch, int rank, int num_rows) {
+    const int self = watch.heap.rank();
+    if (rank == self) return has_room(watch, p.num_recv_rows, num_rows);
     if (!p.may_lend) return true;
-    bool is_ok = true;
-    for (int rank = prim::lane_idx(); rank < watch.heap.num_ranks(); rank += kWarpSize) {
-        if (rank == watch.heap.rank()) continue;
-        is_ok &= algo::wait_for_loan(watch, rank);
-        if (!is_ok) continue;
-        const layout::Loan& loan = algo::loan_of(watch, rank);
-        if (loan.x != 0 && static_cast<uint64_t>(rows.total_rows_at(rank)) > loan.num_rows)
-            is_ok = wait_for_refusal(watch, loan.num_rows);
-    }
-    is_ok = __all_sync(prim::kFullMask, is_ok);
-    __syncwarp();  // each lane's acquire, every lane's looks at loans and stores into what is lent
-    return is_ok;
+    const layout::Loan& loan = algo::loan_of(watch, rank);
+    if (loan.x == 0 || static_cast<uint64_t>(num_rows) <= loan.num_rows) return true;
+    return wait_for_refusal(watch, loan.num_rows);
 }
 
 // Some thread of the block for every rank.
 EP_DEVICE bool learn_of(const DispatchParams& p, const algo::Watch& watch, int rank, RowTable& rows) {
-    return learn_rows(p, watch, rank, rows) &&
-           (rank != watch.heap.rank() || has_room(watch, p.num_recv_rows, rows.total_rows_at(rank)));
+    int total = 0;
+    return (!p.may_lend || algo::wait_for_loan(watch, rank)) && learn_rows(p, watch, rank, rows, total) &&
+           has_room_at(p, watch, rank, total);
 }
 
 // All threads, where the host has guessed how many rows come: whether they fit. Only then are the outputs lent; otherwise
@@ -112,7 +108,7 @@ EP_DEVICE void tell_host(const DispatchParams& p, const algo::Watch& watch, cons
         tell_expert_counts(watch, p.counts, p.num_local_experts, p.expert_alignment, prim::lane_idx(), kWarpSize);
     if (!__all_sync(prim::kFullMask, is_told)) return;
     __syncwarp();  // every lane's counts, one lane's release
-    if (prim::lane_idx() == 0) tell_num_rows(p.counts, rows.total_rows_at(watch.heap.rank()), p.ticket);
+    if (prim::lane_idx() == 0) tell_num_rows(p.counts, rows.num_rows(watch.heap.num_ranks()), p.ticket);
 }
 
 EP_DEVICE algo::Watch make_watch(const DispatchParams& p, uint64_t call) {
@@ -135,7 +131,6 @@ EP_DEVICE Begun begin(const DispatchParams& p, BlockState& state) {
             state.call = watch.call;
             state.frame = {is_ok ? 1 : 0, 0, {}};
             state.is_unlearned = 0;
-            state.next_item = 0;
             state.is_short = 0;
         }
     }
@@ -152,8 +147,9 @@ EP_DEVICE Begun begin(const DispatchParams& p, BlockState& state) {
     const bool is_short = state.is_short != 0;
     // The last threads: the first ones are still busy with that.
     for (int rank = num_threads - 1 - thread; rank < watch.heap.num_ranks(); rank += num_threads) {
+        int total = 0;
         // A peer that is short as well lends only when this kernel has ended.
-        if (!(is_short ? learn_rows(p, watch, rank, state.rows) : learn_of(p, watch, rank, state.rows)))
+        if (!(is_short ? learn_rows(p, watch, rank, state.rows, total) : learn_of(p, watch, rank, state.rows)))
             prim::store<prim::Order::kRelaxed, prim::Scope::kCta>(&state.is_unlearned, 1u);
     }
     __syncthreads();

@@ -29,8 +29,7 @@ public:
     EP_DEVICE int first_row_from(int source) const { return source == 0 ? 0 : end_from_[source - 1]; }
     EP_DEVICE int num_rows_from(int source) const { return end_from_[source] - first_row_from(source); }
 
-    // From all sources.
-    EP_DEVICE int total_rows_at(int destination) const { return total_at_[destination]; }
+    EP_DEVICE int num_rows(int num_ranks) const { return end_from_[num_ranks - 1]; }
 
     // Takes in prefix[source][destination]. Every source of a destination, in order, by one thread.
     EP_DEVICE void take(int self, int source, int destination, int sum) {
@@ -38,13 +37,11 @@ public:
         if (source + 1 == self) first_at_[destination] = sum;
         if (source == self) num_at_[destination] = sum - first_at_[destination];
         if (destination == self) end_from_[source] = sum;
-        total_at_[destination] = sum;
     }
 
 private:
     int first_at_[layout::kMaxRanks];  // of this rank's rows at each destination
     int num_at_[layout::kMaxRanks];    // of them
-    int total_at_[layout::kMaxRanks];  // of all sources' rows at each destination
     int end_from_[layout::kMaxRanks];  // of each source's rows here: one beyond the last
 };
 

@@ -104,12 +104,12 @@ TEST_CASE("too few rows are lent: all ranks refuse the call before they write") 
             world.layout(problem, ranks);
             world.dispatch(problem, ranks);
             const uint8_t* whole = world.buffer(1).lend(kLendBytes)->address();
-            const std::vector<uint8_t> before(whole, whole + kLendBytes);
             for (int rank = 0; rank < 3; ++rank) {
                 RankTensors& tensors = ranks[static_cast<size_t>(rank)];
                 prepare_recv(problem, tensors, tensors.num_recv_tokens - (rank == 1 ? 9 : 0));
                 world.launch_dispatch(problem, tensors, rank, counts);
             }
+            const std::vector<uint8_t> before(whole, whole + kLendBytes);
             world.run();
             CHECK_EQ(num_stray_bytes(whole, before, ranks[1]), 0);
             World::collect(ranks);

@@ -132,8 +132,9 @@ TEST_CASE("every way through a block gives the same bits") {
     const Problem problem{
         .num_tokens = {26, 0, 41, 17}, .num_topk = 5, .hidden = 1848, .num_scales = 3, .num_biases = 2};
     std::vector<simt::DeviceOptions> devices = {{.has_bulk_copy = false}};
+    const int reduce_bytes = 2 * layout::Staging{layout::kReduceStages, layout::kReduceStageBytes}.bytes();
     for (int stages : {2, 3, 4})
-        devices.push_back({.max_shared_bytes = kernels::kMaxDispatchState + 2 * stages * 3900});
+        devices.push_back({.max_shared_bytes = reduce_bytes + kernels::kMaxCombineState + 2 * stages * 3900});
     const uint64_t num_seeds = simt::hb::kIsEnabled ? 2 : 5;  // ThreadSanitizer needs no luck with the schedule
     for (const simt::DeviceOptions& device : devices) {
         for (uint64_t seed = 0; seed < num_seeds; ++seed) {
