@@ -90,6 +90,9 @@ std::string one_way(uint64_t seed) {
     return "";
 }
 
+// With other schedules: among them are those in which the lanes of a warp that tells what it has received are far apart.
+std::string one_way_again(uint64_t seed) { return one_way(24 + seed); }
+
 // One thread that passes time.
 struct DelayKernel {
     struct Params {
@@ -208,10 +211,15 @@ std::string clean(uint64_t seed) {
 }
 
 constexpr Scenario kScenarios[] = {
-    {"low_latency", round_trips},           {"low_latency_stretches", stretches},
-    {"low_latency_shrinkable", shrinkable}, {"low_latency_one_way", one_way},
-    {"low_latency_late_table", late_table}, {"low_latency_late_weights", late_weights},
-    {"low_latency_lost_row", lost_row},     {"low_latency_clean", clean},
+    {"low_latency", round_trips},
+    {"low_latency_stretches", stretches},
+    {"low_latency_shrinkable", shrinkable},
+    {"low_latency_one_way", one_way},
+    {"low_latency_one_way_again", one_way_again},
+    {"low_latency_late_table", late_table},
+    {"low_latency_late_weights", late_weights},
+    {"low_latency_lost_row", lost_row},
+    {"low_latency_clean", clean},
 };
 
 }  // namespace

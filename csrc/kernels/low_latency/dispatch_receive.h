@@ -289,20 +289,20 @@ EP_DEVICE void void_list(const Params& p, const Context& c, int list) {
 }
 
 // One warp. The call may fail meanwhile: whoever comes last of this one and void_lists makes the list void.
-EP_DEVICE void write_list(const Params& p, const Context& c, const Counts& counts, int list) {
+EP_DEVICE void write_list(const Params& p, const Context& c, const Block* block, const Counts& counts, int list) {
     for_experts_of_list(c, list, [&](int expert) { write_count(p, c, counts, expert); });
     __syncwarp();  // every lane's counts, lane 0's release
     uint32_t lists = 0;
     // Pairs with: void_lists, whichever is first.
-    if (prim::lane_idx() == 0) lists = prim::fetch_or<Order::kRelease, Scope::kGpu>(&c.turn->lists, 1u << list);
+    if (prim::lane_idx() == 0) lists = prim::fetch_or<Order::kRelease, Scope::kGpu>(&block->turn->lists, 1u << list);
     if ((__shfl_sync(kFullMask, lists, 0) & layout::LowLatencyTurn::kSpoiledLists) != 0) void_list(p, c, list);
 }
 
 // One warp of a call that has failed.
-EP_DEVICE void void_lists(const Params& p, const Context& c) {
+EP_DEVICE void void_lists(const Params& p, const Context& c, layout::LowLatencyTurn* turn) {
     constexpr uint32_t kSpoiledLists = layout::LowLatencyTurn::kSpoiledLists;
     uint32_t lists = 0;
-    if (prim::lane_idx() == 0) lists = prim::fetch_or<Order::kAcquire, Scope::kGpu>(&c.turn->lists, kSpoiledLists);
+    if (prim::lane_idx() == 0) lists = prim::fetch_or<Order::kAcquire, Scope::kGpu>(&turn->lists, kSpoiledLists);
     lists = __shfl_sync(kFullMask, lists, 0);
     __syncwarp();  // lane 0's acquire, every lane's stores
     if ((lists & kSpoiledLists) != 0) return;
@@ -311,11 +311,11 @@ EP_DEVICE void void_lists(const Params& p, const Context& c) {
 
 // A warp that has met what makes the call fail. `knows_rows`: from tables that are right, so that each row is spoiled by the
 // warp that it waits for. If not, all are spoiled. (Other blocks may just have seen all tables: a row is right or NaN.)
-EP_DEVICE_COLD void spoil_outputs(const Params* p, Context c, bool knows_rows) {
+EP_DEVICE_COLD void spoil_outputs(const Params* p, Context c, layout::LowLatencyTurn* turn, bool knows_rows) {
     const int64_t num_rows = static_cast<int64_t>(c.num_local_experts()) * c.num_rows_of_expert();
-    void_lists(*p, c);
+    void_lists(*p, c, turn);
     if (knows_rows) return;
-    spoil(c.turn, {p->recv_x, num_rows * row_bytes(*p) / 4}, {p->recv_scales, num_rows * num_scale_words(*p)});
+    spoil(turn, {p->recv_x, num_rows * row_bytes(*p) / 4}, {p->recv_scales, num_rows * num_scale_words(*p)});
 }
 // A trip to memory is as long as a barrier is short: the block learns the counts together, while the entries and slots of
 // its first tokens are under way.
@@ -334,12 +334,12 @@ EP_DEVICE void receive(const Params& p, const Context& c, Block* block) {
         if (knows_rows && unit.is_token && counts.is_here[unit.source] != 0) token = begin_token(p, c, unit, is_full);
         if (is_first && knows_rows) knows_rows = find_counts(c, counts);
         if (knows_rows && unit.is_token) is_right &= finish_token(p, c, unit, counts, token, draw);
-        if (knows_rows && unit.is_list) write_list(p, c, counts, unit.list);
+        if (knows_rows && unit.is_list) write_list(p, c, block, counts, unit.list);
         if (!knows_rows && unit.is_list) void_list(p, c, unit.list);
     });
     if (__all_sync(kFullMask, knows_rows && is_right)) return;
     refuse_tables(c, counts);
-    spoil_outputs(&p, c, knows_rows);
+    spoil_outputs(&p, c, block->turn, knows_rows);
 }
 
 }  // namespace EP_BACKEND

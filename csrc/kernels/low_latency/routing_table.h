@@ -217,8 +217,9 @@ EP_DEVICE bool wait_for_tables(const Context& c, const Counts& counts) {
 EP_DEVICE bool find_counts(const Context& c, const Counts& counts) {
     constexpr int kAtOnce = 8;  // loads under way
     const int most = c.call.num_max_tokens;
+    // By the threads with the fewest experts: this trip to memory comes beside that for the counts, not before it.
 #pragma unroll 1
-    for (int source = first_of_block(); source < c.num_ranks(); source += step_of_block())
+    for (int source = step_of_block() - 1 - first_of_block(); source < c.num_ranks(); source += step_of_block())
         if (counts.is_here[source] != 0 && !may_be(c.num_tokens_of(source), most)) counts.note_lie();
 #pragma unroll 1
     for (int expert = first_of_block(); expert < c.num_local_experts(); expert += step_of_block()) {
@@ -265,8 +266,7 @@ EP_DEVICE bool refuse_table(const Context& c, const Counts& counts, int source) 
 EP_DEVICE_COLD void refuse_tables(Context c, Counts counts) {
     if (prim::lane_idx() == 0)
         for (int source = 0; source < c.num_ranks(); ++source)
-            if (is_set(c.watch, c.watch.heap.table_full(c.rank(), c.bank, source)) && refuse_table(c, counts, source))
-                return;
+            if (counts.is_here[source] == 1 && refuse_table(c, counts, source)) return;
 }
 
 }  // namespace EP_BACKEND

@@ -13,6 +13,9 @@ struct Block {
     int is_first;  // this block began before all others of its grid
     int receives;  // it takes part in the receive phase
     int share;     // its current part of that
+    // Of this launch, after a barrier. Context::turn is right only in a warp that has begun before the launch was counted:
+    // in a receive phase of its own another warp than the last may be later.
+    layout::LowLatencyTurn* turn;
     // A bit for each rank: masked when this block had waited for the bank. Nothing is sent to it: it may still read.
     uint32_t left_out[(layout::kMaxRanks + 31) / 32];
 
@@ -98,6 +101,7 @@ EP_DEVICE void begin_send(const Context& c, Block* block) {
         if (prim::lane_idx() == 0) {
             block->is_ready = is_ready ? 1 : 0;
             block->is_first = is_first ? 1 : 0;
+            block->turn = c.turn;
         }
     }
     __syncthreads();  // each lane's acquire, the block's stores
@@ -137,6 +141,7 @@ EP_DEVICE bool is_last_warp() { return prim::warp_idx() == num_warps() - 1; }
 // of this launch looks at what the last one to settle changes, and the end of the launch publishes it, so no order is
 // needed.
 EP_DEVICE void settle(const Context& c) {
+    __syncwarp();  // every lane has looked at them
     if (prim::lane_idx() == 0 &&
         prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&c.turn->settled_blocks, 1u) + 1 == gridDim.x)
         count_launch(c);
@@ -168,11 +173,12 @@ EP_DEVICE void end_send(const Context& c, Block* block) {
 }
 
 // All threads of a block that only receives. The last warp is the least likely to have a unit.
-EP_DEVICE void begin_receive(const Context& c) {
+EP_DEVICE void begin_receive(const Context& c, Block* block) {
     // No other warp depends on a counter that this changes.
     if (!is_last_warp()) return;
     uint32_t order = 0;
     if (prim::lane_idx() == 0) order = prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&c.turn->begun_blocks, 1u);
+    if (prim::lane_idx() == 0) block->turn = c.turn;
     if (__shfl_sync(kFullMask, order, 0) == 0) publish_ended(c);
     settle(c);
 }
@@ -272,7 +278,7 @@ EP_DEVICE void run_launch(const LowLatencyCall& call, layout::Operation operatio
         // Only send phases change it, and they come before or after the whole launch.
         const uint64_t last_call =
             prim::load<Order::kRelaxed, Scope::kGpu>(&context.watch.words.local->num_low_latency_sends);
-        begin_receive(context);
+        begin_receive(context, block);
         receive(context, block);
         end_receive(context, last_call, block);
         add_statistics(context, block);
