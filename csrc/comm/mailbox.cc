@@ -72,11 +72,13 @@ struct SharedText {
 
 using Nonce = std::array<char, 32>;  // hexadecimal
 
+using PidNamespace = std::array<char, 32>;  // a text; empty where it cannot be told
+
 // Names a process for good: ids are used again, and every container may have a process 1.
 struct ProcessName {
     int64_t pid = 0;
     uint64_t start_time = 0;  // in clock ticks since the boot
-    char pid_namespace[32] = {};
+    PidNamespace pid_namespace = {};
 };
 
 // What a peer maps. The plain fields are written before the handle leaves this process.
@@ -134,27 +136,33 @@ uint64_t start_time_of(int64_t pid) {
     return start_time;
 }
 
-ProcessName this_process() {
-    ProcessName name;
-    name.pid = getpid();
-    name.start_time = start_time_of(name.pid);
-    static_cast<void>(readlink("/proc/self/ns/pid", name.pid_namespace, sizeof(name.pid_namespace) - 1));
+PidNamespace this_pid_namespace() {
+    PidNamespace name = {};
+    static_cast<void>(readlink("/proc/self/ns/pid", name.data(), name.size() - 1));
     return name;
+}
+
+ProcessName this_process() {
+    const int64_t pid = getpid();
+    return {pid, start_time_of(pid), this_pid_namespace()};
 }
 
 // A record lock is the process's own: children do not inherit it, and the kernel drops it when the process ends, whatever
 // namespace that lives in. It is dropped too when the process closes any descriptor of the file: see Registry.
-bool lock_page(int fd) {
+struct flock whole_page() {
     struct flock lock {};
     lock.l_type = F_WRLCK;
     lock.l_whence = SEEK_SET;
+    return lock;
+}
+
+bool lock_page(int fd) {
+    struct flock lock = whole_page();
     return fcntl(fd, F_SETLK, &lock) == 0;
 }
 
 bool is_page_locked(int fd) {
-    struct flock lock {};
-    lock.l_type = F_WRLCK;
-    lock.l_whence = SEEK_SET;
+    struct flock lock = whole_page();
     return fcntl(fd, F_GETLK, &lock) != 0 || lock.l_type != F_UNLCK;
 }
 
@@ -190,8 +198,7 @@ public:
     bool is_owner_gone() const {
         if (is_of_this_process()) return false;
         const ProcessName& owner = content_->owner;
-        const ProcessName here = this_process();
-        const bool can_see = std::strcmp(owner.pid_namespace, here.pid_namespace) == 0 && owner.pid_namespace[0] != 0;
+        const bool can_see = owner.pid_namespace[0] != 0 && owner.pid_namespace == this_pid_namespace();
         if (content_->is_locked == 0 && !can_see) return false;  // nothing can be told
         if (content_->is_locked != 0 && is_page_locked(fd_)) return false;
         return !can_see || start_time_of(owner.pid) != owner.start_time;

@@ -118,27 +118,16 @@ void Lender::collect_graphs() {
     captured_.erase(first, captured_.end());
 }
 
-bool Lender::wait_on_stream(const Use& use, dev::Stream stream) {
+// Waits by `wait(event)`; false where there is nothing to wait for yet, as a capture has the stream.
+template <class Wait> bool Lender::wait_for(const Use& use, const Wait& wait) {
     if (use.event != nullptr) {
-        device_->stream_wait_event(stream, use.event);
+        wait(use.event);
         return true;
     }
     if (is_captured(use.stream)) return false;
     const dev::Event event = record(use.stream);
-    device_->stream_wait_event(stream, event);
+    wait(event);
     free_events_.push_back(event);  // a wait is for what the event stood for then
-    return true;
-}
-
-bool Lender::wait_on_host(const Use& use) {
-    if (use.event != nullptr) {
-        device_->synchronize_event(use.event);
-        return true;
-    }
-    if (is_captured(use.stream)) return false;
-    const dev::Event event = record(use.stream);
-    device_->synchronize_event(event);
-    free_events_.push_back(event);
     return true;
 }
 
@@ -160,7 +149,8 @@ std::vector<uint64_t> Lender::take(std::span<const uint64_t> sizes, dev::Stream 
     const std::lock_guard lock(mutex_);
     collect(stream);
     std::vector<uint64_t> found = take_free(sizes);
-    const auto settle = [&](const Use& use) { return has_ended(use, stream) || wait_on_stream(use, stream); };
+    const auto wait = [&](dev::Event event) { device_->stream_wait_event(stream, event); };
+    const auto settle = [&](const Use& use) { return has_ended(use, stream) || wait_for(use, wait); };
     while (found.empty() && !returned_.empty() && settle_oldest(settle)) found = take_free(sizes);
     return found;
 }
@@ -172,7 +162,8 @@ std::vector<uint64_t> Lender::take_for_graph(std::span<const uint64_t> sizes, de
     for (uint64_t size : sizes) num_captured_bytes += layout::align_up(size, LendPool::kAlignment);
     for (const Captured& captured : captured_) num_captured_bytes += pool_.size_of(captured.offset);
     if (num_captured_bytes > pool_.num_bytes() / 2) return {};
-    while (!returned_.empty() && settle_oldest([&](const Use& use) { return wait_on_host(use); })) {
+    const auto wait = [&](dev::Event event) { device_->synchronize_event(event); };
+    while (!returned_.empty() && settle_oldest([&](const Use& use) { return wait_for(use, wait); })) {
     }
     const std::vector<uint64_t> found = take_free(sizes);
     if (found.empty()) return found;

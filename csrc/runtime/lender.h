@@ -76,8 +76,7 @@ private:
     std::vector<uint64_t> take_free(std::span<const uint64_t> sizes);
     void collect(dev::Stream stream);
     void collect_graphs();
-    bool wait_on_stream(const Use& use, dev::Stream stream);
-    bool wait_on_host(const Use& use);
+    template <class Wait> bool wait_for(const Use& use, const Wait& wait);
     void forget(Use& use);
 
     const std::shared_ptr<dev::Device> device_;

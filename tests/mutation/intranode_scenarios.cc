@@ -14,7 +14,7 @@ namespace deep_ep::test {
 namespace {
 
 World make_world(int num_ranks, int64_t data_bytes, uint64_t seed) {
-    return World(num_ranks, data_bytes, seeded(seed), 100, 0, false, {small_device(seed)});
+    return World(num_ranks, data_bytes, varied(seed), 100, 0, false, {small_device(seed)});
 }
 
 int64_t region_for(const Problem& problem, uint64_t window) {
@@ -125,7 +125,7 @@ std::string worst_case_of_three(uint64_t seed) {
                           .num_extra_rows = 2,
                           .seed = seed};
     simt::DeviceOptions device = small_device(seed);
-    World world(3, 1 << 14, seeded(seed), 100, 0, false, {device});
+    World world(3, 1 << 14, varied(seed), 100, 0, false, {device});
     return round_trip(world, problem);
 }
 
@@ -156,7 +156,7 @@ std::string two_stages_in_dispatch(uint64_t seed) {
         .num_tokens = {14, 9}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
     simt::DeviceOptions device = small_device(seed);
     device.max_shared_bytes = kernels::kMaxDispatchState + 2 * 216;
-    World world(2, region_for(problem, 3), seeded(seed), 100, 0, false, {device});
+    World world(2, region_for(problem, 3), varied(seed), 100, 0, false, {device});
     return two_round_trips(world, problem);
 }
 
@@ -167,7 +167,7 @@ std::string two_stages_in_combine(uint64_t seed) {
     const layout::Staging reduce{layout::kReduceStages, layout::kReduceStageBytes};
     simt::DeviceOptions device = small_device(seed);
     device.max_shared_bytes = kernels::kMaxCombineState + reduce.bytes() + 2 * 70;
-    World world(2, region_for(problem, 3), seeded(seed), 100, 0, false, {device});
+    World world(2, region_for(problem, 3), varied(seed), 100, 0, false, {device});
     return two_round_trips(world, problem);
 }
 
@@ -175,7 +175,7 @@ std::string two_stages_in_combine(uint64_t seed) {
 std::string two_kinds_of_device(uint64_t seed) {
     const Problem problem{
         .num_tokens = {11, 13}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
-    World world(2, region_for(problem, 5), seeded(seed), 100, 0, false, {small_device(seed), small_device(seed + 1)});
+    World world(2, region_for(problem, 5), varied(seed), 100, 0, false, {small_device(seed), small_device(seed + 1)});
     return two_round_trips(world, problem);
 }
 
@@ -185,7 +185,7 @@ std::string two_warps(uint64_t seed) {
         .num_tokens = {13, 9}, .num_experts = 70, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
     simt::DeviceOptions device = small_device(seed);
     device.useful_block_threads = 128;
-    World world(2, region_for(problem, 4), seeded(seed), 100, 0, false, {device});
+    World world(2, region_for(problem, 4), varied(seed), 100, 0, false, {device});
     return round_trip(world, problem);
 }
 
@@ -309,7 +309,7 @@ struct StagesKernel {
 };
 
 std::string stages_alone(uint64_t seed) {
-    simt::Scheduler scheduler(seeded(seed));
+    simt::Scheduler scheduler(varied(seed));
     simt::SimtDevice device(scheduler, 0, {});
     const dev::Stream stream = device.create_stream();
     alignas(16) uint32_t input[32];

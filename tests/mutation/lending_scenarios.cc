@@ -24,14 +24,14 @@ Problem small_problem(uint64_t seed, uint32_t lending_ranks) {
 }
 
 std::string both_lend(uint64_t seed) {
-    World world = make_world(2, seeded(seed), small_device(seed));
+    World world = make_world(2, varied(seed), small_device(seed));
     const Problem problem = small_problem(seed, 0b11);
     std::string difference = round_trip(world, problem);
     return difference.empty() ? round_trip(world, problem) : difference;
 }
 
 std::string one_lends(uint64_t seed) {
-    World world = make_world(2, seeded(seed), small_device(seed));
+    World world = make_world(2, varied(seed), small_device(seed));
     return round_trip(world, small_problem(seed, 0b01));
 }
 
@@ -40,7 +40,7 @@ std::string weights_of_a_lender(uint64_t seed) {
     Problem problem = small_problem(seed, 0b10);
     problem.num_tokens = {4, 0};
     problem.only_rank = 1;
-    World world = make_world(2, seeded(seed), small_device(seed));
+    World world = make_world(2, varied(seed), small_device(seed));
     return round_trip(world, problem);
 }
 
@@ -96,7 +96,7 @@ std::string use_at_once(const Problem& problem, World& world) {
 }
 
 std::string used_at_once(uint64_t seed) {
-    World world = make_world(2, seeded(seed), small_device(seed));
+    World world = make_world(2, varied(seed), small_device(seed));
     return use_at_once(small_problem(seed, 0b11), world);
 }
 
@@ -106,13 +106,13 @@ std::string two_blocks(uint64_t seed) {
     problem.num_tokens = {8, 0};
     problem.num_sms = 2;
     problem.only_rank = 1;
-    World world = make_world(2, seeded(seed), small_device(seed));
+    World world = make_world(2, varied(seed), small_device(seed));
     return use_at_once(problem, world);
 }
 
 // The lender moves rows without bulk copies and the borrower with them: each reaches what the other proxy has touched.
 std::string borrower_with_bulk_copies(uint64_t seed) {
-    World world(2, 1 << 14, seeded(seed), 100, 0, false, {small_device(seed), small_device(seed + 1)}, kLendBytes);
+    World world(2, 1 << 14, varied(seed), 100, 0, false, {small_device(seed), small_device(seed + 1)}, kLendBytes);
     return use_at_once(small_problem(seed, seed % 2 == 0 ? 0b10 : 0b01), world);
 }
 
@@ -120,7 +120,7 @@ std::string borrower_with_bulk_copies(uint64_t seed) {
 std::string worst_cases_lent(uint64_t seed) {
     Problem problem = small_problem(seed, 0b11);
     problem.num_extra_rows = 1;
-    World world = make_world(2, seeded(seed), small_device(seed));
+    World world = make_world(2, varied(seed), small_device(seed));
     return round_trip(world, problem);
 }
 
@@ -128,7 +128,7 @@ std::string worst_cases_lent(uint64_t seed) {
 std::string guess(uint64_t seed, int num_spare_rows) {
     Problem problem = small_problem(seed, 0b11);
     problem.num_sms = 2;
-    World world = make_world(2, seeded(seed), small_device(seed));
+    World world = make_world(2, varied(seed), small_device(seed));
     auto ranks = make_inputs(problem);
     world.layout(problem, ranks);
     for (int i = 0; i < 2; ++i) {

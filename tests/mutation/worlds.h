@@ -15,15 +15,15 @@ inline simt::DeviceOptions small_device(uint64_t seed) {
     return {.num_sms = 2, .has_bulk_copy = seed % 2 == 0, .useful_block_threads = 64};
 }
 
-inline simt::SchedulerOptions seeded(uint64_t seed) {
-    simt::SchedulerOptions options;
-    options.seed = seed;
+// A seed decides how bulk copies end, too.
+inline simt::SchedulerOptions varied(uint64_t seed) {
+    simt::SchedulerOptions options = seeded(seed);
     options.bulk = seed % 4 == 0 ? simt::BulkMode::kEager : simt::BulkMode::kRandom;
     return options;
 }
 
 inline simt::SchedulerOptions impatient(uint64_t seed) {
-    simt::SchedulerOptions options = seeded(seed);
+    simt::SchedulerOptions options = varied(seed);
     options.idle = simt::IdlePolicy::kAdvanceClock;
     options.bulk = simt::BulkMode::kLate;
     return options;

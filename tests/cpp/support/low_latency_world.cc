@@ -294,18 +294,6 @@ std::string low_latency_round_trip(World& world, const LowLatencyProblem& proble
     return check_low_latency_combine(problem, ranks);
 }
 
-simt::SchedulerOptions seeded(uint64_t seed) {
-    simt::SchedulerOptions options;
-    options.seed = seed;
-    return options;
-}
-
-simt::SchedulerOptions impatient() {
-    simt::SchedulerOptions options;
-    options.idle = simt::IdlePolicy::kAdvanceClock;
-    return options;
-}
-
 void dispatch_on(World& world, const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks,
                  std::initializer_list<int> callers) {
     for (int rank : callers) launch_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank, Launches::kTwo);

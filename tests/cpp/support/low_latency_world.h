@@ -70,9 +70,6 @@ std::string check_low_latency_combine(const LowLatencyProblem& problem, const st
 // Dispatch, check, combine, check; the whole of each launched at once on every rank.
 std::string low_latency_round_trip(World& world, const LowLatencyProblem& problem, Launches launches);
 
-simt::SchedulerOptions seeded(uint64_t seed);
-simt::SchedulerOptions impatient();
-
 // A dispatch of these ranks, run to the end.
 void dispatch_on(World& world, const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks,
                  std::initializer_list<int> callers);

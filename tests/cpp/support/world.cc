@@ -8,6 +8,18 @@
 
 namespace deep_ep::test {
 
+simt::SchedulerOptions seeded(uint64_t seed) {
+    simt::SchedulerOptions options;
+    options.seed = seed;
+    return options;
+}
+
+simt::SchedulerOptions impatient() {
+    simt::SchedulerOptions options;
+    options.idle = simt::IdlePolicy::kAdvanceClock;
+    return options;
+}
+
 namespace {
 
 constexpr uint16_t kPoison16 = 0xfff7;
@@ -249,6 +261,15 @@ void World::launch_worst_case(const Problem& problem, std::vector<RankTensors>& 
     for (RankTensors& tensors : ranks) prepare_recv(problem, tensors, tensors.num_recv_tokens + problem.num_extra_rows);
     for (int rank = 0; rank < num_ranks(); ++rank)
         launch_dispatch(problem, ranks[static_cast<size_t>(rank)], rank, Counts::kUnknown);
+}
+
+void World::launch_without_room(const Problem& problem, std::vector<RankTensors>& ranks, int short_rank,
+                                Counts counts) {
+    for (int rank = 0; rank < num_ranks(); ++rank) {
+        RankTensors& tensors = ranks[static_cast<size_t>(rank)];
+        prepare_recv(problem, tensors, tensors.num_recv_tokens - (rank == short_rank ? 1 : 0));
+        launch_dispatch(problem, tensors, rank, counts);
+    }
 }
 
 void World::dispatch_guessed(const Problem& problem, std::vector<RankTensors>& ranks,

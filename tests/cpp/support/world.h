@@ -12,6 +12,10 @@
 
 namespace deep_ep::test {
 
+simt::SchedulerOptions seeded(uint64_t seed);
+// Virtual time passes while everybody waits.
+simt::SchedulerOptions impatient();
+
 // What one layer looks like. Everything else follows from `seed`.
 struct Problem {
     std::vector<int> num_tokens;  // of each rank
@@ -102,6 +106,8 @@ public:
                           const std::vector<int>& num_spare_rows, bool lends_again = true);
     // On every rank: outputs with more rows than come, and a dispatch that exchanges the counts.
     void launch_worst_case(const Problem& problem, std::vector<RankTensors>& ranks);
+    // On every rank: a dispatch, the outputs of `short_rank` holding one row less than comes.
+    void launch_without_room(const Problem& problem, std::vector<RankTensors>& ranks, int short_rank, Counts counts);
     // After run(): what came into lent memory, into the vectors that it stands for; the memory is given back.
     static void collect(std::vector<RankTensors>& ranks);
 
