@@ -28,7 +28,7 @@ const kernels::KernelTable& table_for(dev::DeviceKind kind) {
 #if EP_WITH_CUDA
     if (kind == dev::DeviceKind::kCuda) return kernels::cuda_kernel_table();
 #endif
-    EP_CHECK(kind == dev::DeviceKind::kCpu, "this build has no CUDA kernels");
+    EP_ENSURE(kind == dev::DeviceKind::kCpu, "this build has no CUDA kernels");
     return kernels::simt_kernel_table();
 }
 
@@ -152,7 +152,7 @@ void Buffer::require_usable() const {
 }
 
 kernels::HeapParams Buffer::heap_params() const {
-    if (!heap_->is_connected()) throw Error("this Buffer is not connected to its peers");
+    EP_ENSURE(heap_->is_connected(), "this Buffer is not connected to its peers");
     kernels::HeapParams params{
         .bases = {}, .rank = options_.rank, .num_ranks = options_.num_ranks, .control = control_};
     for (int peer = 0; peer < options_.num_ranks; ++peer) params.bases[peer] = heap_->base(peer);
@@ -224,7 +224,7 @@ kernels::Geometry Buffer::plan_combine(int num_sms, const layout::SlotLayout& sl
 std::vector<std::unique_ptr<LentMemory>> Buffer::lend(const std::vector<int64_t>& sizes, dev::Stream stream,
                                                       bool is_captured) {
     require_usable();
-    for (int64_t size : sizes) EP_CHECK(size > 0, "every size must be positive, got ", size);
+    for (int64_t size : sizes) EP_ENSURE(size > 0, "every size must be positive, got ", size);
     const std::vector<uint64_t> wanted(sizes.begin(), sizes.end());
     std::vector<std::unique_ptr<LentMemory>> lent;
     for (uint64_t offset : is_captured ? lender_->take_for_graph(wanted, stream) : lender_->take(wanted, stream))
@@ -252,10 +252,10 @@ layout::Loan Buffer::loan_for(const DispatchArgs& args) const {
                             lent_offset(args.recv_src_idx),  static_cast<uint64_t>(args.num_recv_rows)};
     if (loan.x == 0) return {};
     const auto is_lent = [](const void* address, uint64_t offset) { return address == nullptr || offset != 0; };
-    EP_CHECK((args.num_scales == 0 || loan.scales != 0) &&
-                 (args.num_topk == 0 || (loan.topk_idx != 0 && loan.topk_weights != 0)) &&
-                 is_lent(args.recv_src_idx, loan.src_idx),
-             "recv_x is lent to the peers, so all outputs of the call must be");
+    EP_ENSURE((args.num_scales == 0 || loan.scales != 0) &&
+                  (args.num_topk == 0 || (loan.topk_idx != 0 && loan.topk_weights != 0)) &&
+                  is_lent(args.recv_src_idx, loan.src_idx),
+              "recv_x is lent to the peers, so all outputs of the call must be");
     return loan;
 }
 
@@ -381,7 +381,7 @@ void Buffer::dispatch(const DispatchArgs& args, int num_sms, dev::Stream stream)
     const bool exchanges_counts = args.num_tokens_per_rank != nullptr;
     const bool tells_host = args.expert_alignment > 0;
     if (exchanges_counts) check_counted_experts(args.num_experts);
-    EP_CHECK(exchanges_counts || !tells_host, "expert_alignment: the counts of this call have been exchanged before");
+    EP_ENSURE(exchanges_counts || !tells_host, "expert_alignment: the counts of this call have been exchanged before");
     const auto slot =
         layout::SlotLayout::for_dispatch(static_cast<uint64_t>(args.row_bytes), static_cast<uint64_t>(args.num_topk),
                                          static_cast<uint64_t>(args.num_scales));

@@ -353,7 +353,7 @@ std::shared_ptr<const std::atomic<bool>> CudaDevice::watch_graph(Stream stream) 
 #else
     EP_CUDA(cudaStreamGetCaptureInfo_v2(static_cast<cudaStream_t>(stream), &status, &id, &graph, nullptr, nullptr));
 #endif
-    EP_CHECK(status == cudaStreamCaptureStatusActive && graph != nullptr, "the stream is not being captured");
+    EP_ENSURE(status == cudaStreamCaptureStatusActive && graph != nullptr, "the stream is not being captured");
     const Flag is_gone = std::make_shared<std::atomic<bool>>(false);
     auto held = std::make_unique<Flag>(is_gone);
     const auto on_destroy = [](void* data) {  // on a thread of the driver, where CUDA must not be called

@@ -108,7 +108,7 @@ constexpr uint32_t kNoData = 0xa5a5a5a5u;
 }  // namespace detail
 
 template <Scope S> EP_DEVICE void store_packet(Packet* ptr, uint32_t epoch, uint32_t data) {
-    if (epoch == 0) throw Error("store_packet: epoch 0 is that of memory which nobody has written");
+    EP_ENSURE(epoch != 0, "store_packet: epoch 0 is that of memory which nobody has written");
     simt::before_access(ptr, sizeof(Packet));
     const uint64_t bits = static_cast<uint64_t>(epoch) << 32 | data;
     const uint64_t old = __atomic_load_n(&ptr->bits, __ATOMIC_RELAXED);
