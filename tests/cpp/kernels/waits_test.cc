@@ -125,5 +125,42 @@ TEST_CASE("a clock that steps back does not end the wait for peers that still us
     }
 }
 
+// The second item was never loaded.
+struct StageKernel {
+    using Params = WaitParams;
+    struct Shared {
+        alignas(128) uint8_t memory[2 * (128 + layout::Staging::kBarrierBytes)];
+    };
+    static EP_DEVICE void run(const Params& params, Shared& shared) {
+        const algo::Stages stages(shared.memory, {2, 128});
+        if (blockIdx.x == 1) return;
+        stages.init();
+        if (prim::lane_idx() == 0) stages.load(0, params.heap.bases[0], 128);
+        stages.wait(0);
+        if (prim::lane_idx() == 0) *params.result = 1;
+        stages.wait(1);
+    }
+};
+
+TEST_CASE("a wait for our own copies ends when they land, and one for a copy that nobody made is reported") {
+    for (simt::BulkMode bulk : {simt::BulkMode::kEager, simt::BulkMode::kLate}) {
+        Node node;
+        simt::SchedulerOptions options;
+        options.bulk = bulk;
+        simt::Scheduler scheduler(options);
+        simt::SimtDevice device(scheduler, 0, {});
+        const dev::Stream stream = device.create_stream();
+        int result = 0;
+        WaitParams params{node.heap(), node.watch(kSecond), 0};
+        params.result = &result;
+        dev::LaunchConfig config;
+        config.name = "stages";
+        dev::launch<StageKernel>(config, stream, params);
+        CHECK_THROWS_WITH_AS(device.synchronize_stream(stream), doctest::Contains("mbarrier"), simt::DeadlockError);
+        CHECK_EQ(result, 1);
+        device.destroy_stream(stream);
+    }
+}
+
 }  // namespace
 }  // namespace deep_ep::test
