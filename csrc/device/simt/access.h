@@ -84,6 +84,9 @@ void bulk_commit();
 void bulk_wait(int max_unfinished, BulkPart part);
 bool has_bulk_copy();
 uint64_t clock_ns();
+void expect_warp(const char* what);
+void expect_block(const char* what);
+void expect_warps(int first_warp, int num_warps, int barrier, const char* what);
 void pause();
 void* dynamic_shared();
 
