@@ -39,7 +39,7 @@ struct CountsBlock {
 struct RailControl {
     Field entered;         // u64[N]: calls that this peer has entered; the peer adds
     Field ended;           // u64[N]: calls in which this peer has done with what we put there; the peer adds
-    Field abort;           // u64[N]: not zero: this peer gave up (AbortCode); set once
+    Field abort;           // u64[2][N]: not zero: this peer gave up (AbortCode); set once by its kernels, once by its host
     Field counts_flags;    // u64[banks][N]: the call whose counts block of this source is there
     Field arrived;         // u64[banks][N][kMaxRailChunks]: the chunk of this source that is there
     Field taken;           // u64[banks][N][kMaxRailChunks]: the chunk of ours that this peer has taken out
@@ -53,7 +53,7 @@ struct RailControl {
         const uint64_t block_bytes = align_up(CountsBlock::make(ranks_per_node, kMaxLocalExperts).bytes, kHeapAlignment);
         control.entered = cursor.take(8, num_nodes, kHeapAlignment);
         control.ended = cursor.take(8, num_nodes, kHeapAlignment);
-        control.abort = cursor.take(8, num_nodes, kHeapAlignment);
+        control.abort = cursor.take(8, 2 * num_nodes, kHeapAlignment);
         control.counts_flags = cursor.take(8, kNumBanks * num_nodes, kHeapAlignment);
         control.arrived = cursor.take(8, kNumBanks * num_nodes * kMaxRailChunks, kHeapAlignment);
         control.taken = cursor.take(8, kNumBanks * num_nodes * kMaxRailChunks, kHeapAlignment);

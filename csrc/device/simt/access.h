@@ -85,6 +85,7 @@ void bulk_wait(int max_unfinished, BulkPart part);
 bool has_bulk_copy();
 uint64_t clock_ns();
 void pause();
+void wake_host(uint32_t* is_asleep, int event);
 void* dynamic_shared();
 
 // Says in words what the running fiber waits for, for deadlock reports; cleared by its next pause-free stretch. `what`
