@@ -101,6 +101,7 @@ EP_DEVICE bool wait_for_word(const rail::Rail& rail, const Patience& patience, u
 // One warp.
 EP_DEVICE bool wait_for_flag(const rail::Rail& rail, const Patience& patience, uint64_t offset, uint64_t value) {
     const bool is_here = prim::lane_idx() == 0 && wait_for_word(rail, patience, offset, value);
+    __syncwarp();  // one lane's confirm, each lane's reads
     return __any_sync(prim::kFullMask, is_here);
 }
 
