@@ -55,6 +55,7 @@ public:
         host.window_bytes = options.window_bytes;
         host.interface = "127.0.0.1";
         host.ring_capacity = options.ring_capacity;
+        host.max_queued = options.ring_capacity;
         engines_ = make_engines(devices_, host);
     }
     ~HostWorld() override {

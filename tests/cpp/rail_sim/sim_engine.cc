@@ -44,6 +44,12 @@ char* SimNetwork::place(int rank, uint64_t offset) const {
     return static_cast<char*>(engines_[static_cast<size_t>(rank)]->window().host) + offset;
 }
 
+// The first is what run() throws: what others say afterwards, waiting in vain, matters less.
+void SimNetwork::break_rule(const std::string& text) const {
+    if (broken_rule_.empty()) broken_rule_ = text;
+    throw Error(text);
+}
+
 bool SimNetwork::has_room(int rank) const {
     const hb::Quiet quiet;
     return num_posted_[static_cast<size_t>(rank)] < options_.max_posted;
@@ -54,9 +60,9 @@ void SimNetwork::check_places(int rank, const Request& request) const {
         return offset % 8 == 0 && offset <= options_.window_bytes && bytes <= options_.window_bytes - offset;
     };
     if (request.peer < 0 || request.peer >= options_.num_ranks || request.peer == rank)
-        throw Error(concat("sim: rank ", rank, " posts to rank ", request.peer, ", which is no peer"));
+        break_rule(concat("sim: rank ", rank, " posts to rank ", request.peer, ", which is no peer"));
     if (!is_inside(request.flag, 8) || !is_inside(request.dst, request.bytes) || !is_inside(request.src, request.bytes))
-        throw Error(concat("sim: rank ", rank, " posts ", request.bytes, " bytes from ", request.src, " to ", request.dst,
+        break_rule(concat("sim: rank ", rank, " posts ", request.bytes, " bytes from ", request.src, " to ", request.dst,
                            " with the word at ", request.flag, ", of a window of ", options_.window_bytes));
 }
 
@@ -67,7 +73,7 @@ void SimNetwork::post(int rank, const Request& request) {
         check_places(rank, request);
         const std::pair key{request.peer, request.flag};
         if (request.kind != Kind::kAdd && open_.count(key) != 0)
-            throw Error(concat("sim: rank ", rank, " writes the flag at ", request.flag, " of rank ", request.peer,
+            break_rule(concat("sim: rank ", rank, " writes the flag at ", request.flag, " of rank ", request.peer,
                                " again, which has not confirmed the value before"));
         auto made = std::make_unique<Message>();
         made->from = rank;
@@ -92,7 +98,7 @@ void SimNetwork::post(int rank, const Request& request) {
 void SimNetwork::check_source(const Message& message) const {
     if (message.snapshot.empty()) return;
     if (std::memcmp(place(message.from, message.request.src), message.snapshot.data(), message.snapshot.size()) != 0)
-        throw Error(concat("sim: rank ", message.from, " has changed what it put from ", message.request.src, " to rank ",
+        break_rule(concat("sim: rank ", message.from, " has changed what it put from ", message.request.src, " to rank ",
                            message.request.peer, ", which has not yet said that it has read it"));
 }
 
@@ -101,7 +107,7 @@ void SimNetwork::confirm(int rank, uint64_t flag, uint64_t value) {
     const auto found = open_.find({rank, flag});
     if (found == open_.end()) return;  // a counter, or a second look
     if (found->second == nullptr)
-        throw Error(concat("sim: rank ", rank, " confirms the value ", value, " of the flag at ", flag,
+        break_rule(concat("sim: rank ", rank, " confirms the value ", value, " of the flag at ", flag,
                            " while another is under way"));
     check_source(*found->second);
     open_.erase(found);
@@ -171,11 +177,16 @@ void SimNetwork::run(simt::Scheduler& scheduler, const std::function<void()>& bo
         bool& is_over;
         ~Ending() { is_over = true; }
     };
-    scheduler.run_hosts({[&] {
-                             const Ending ending{is_over};
-                             body();
-                         },
-                         [&] { carry_messages(is_over); }});
+    const auto run_body = [&] {
+        const Ending ending{is_over};
+        body();
+    };
+    try {
+        scheduler.run_hosts({run_body, [&] { carry_messages(is_over); }});
+    } catch (const Error&) {
+        if (!broken_rule_.empty()) throw Error(broken_rule_);
+        throw;
+    }
 }
 
 // A visit that carries nothing is a delay. It counts as progress, so that nobody takes it for a deadlock.

@@ -55,6 +55,7 @@ public:
 private:
     struct Message;
 
+    [[noreturn]] void break_rule(const std::string& text) const;
     void check_places(int rank, const Request& request) const;
     void check_source(const Message& message) const;
     void carry_messages(const bool& is_over);
@@ -71,6 +72,7 @@ private:
     simt::Random random_;
     uint32_t odds_;  // 1 : n, that a visit carries something
     std::deque<std::unique_ptr<Message>> under_way_;
+    mutable std::string broken_rule_;
     std::vector<size_t> num_posted_;  // by rank
     // By peer and flag: what was put or set there and is not confirmed.
     std::map<std::pair<int, uint64_t>, std::unique_ptr<Message>> open_;
