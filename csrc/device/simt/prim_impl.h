@@ -200,6 +200,18 @@ EP_DEVICE void pause() { simt::pause(); }
 // A deadlock is proven by two equal polls of everybody: all that a wait looks at must be in each.
 EP_DEVICE constexpr uint32_t polls_per_check() { return 1; }
 
+// The compiler's own acquire too: ThreadSanitizer knows what a host thread has released from nowhere else.
+template <class T> EP_DEVICE T load_from_host(const T* ptr) {
+    detail::check_word<T>();
+    simt::before_access(ptr, sizeof(T));
+    const T value = __atomic_load_n(ptr, __ATOMIC_ACQUIRE);
+    simt::hb::on_load(ptr, true, static_cast<int>(Scope::kSys));
+    simt::note_load(ptr, static_cast<uint64_t>(value));
+    return value;
+}
+
+EP_DEVICE void wake_host(uint32_t* is_asleep, int event) { simt::wake_host(is_asleep, event); }
+
 EP_DEVICE void* dynamic_shared() { return simt::dynamic_shared(); }
 
 }  // namespace EP_BACKEND
