@@ -193,9 +193,6 @@ class Buffer:
     @property
     def num_lend_bytes(self) -> int: ...
 
-    def bench_push(self, bytes_per_peer: int, num_sms: int, stream: int) -> None:
-        """Benchmarks only: writes that much to every peer at once, over whatever the data regions hold."""
-
     # Low latency (R ranks, El local experts, T = num_max_tokens, K = num_topk). ticket=BOTH_PHASES: the whole call
     # in one launch. ticket=SEND_PHASE: the send phase, which returns the call's ticket; with that ticket and the same
     # arguments the receive phase. At most two calls may be open. Counters live on the device, so a CUDA graph may hold

@@ -390,10 +390,7 @@ void bind_buffer(py::module_& m) {
         .def("clean_low_latency",
              [](Buffer& buffer, uintptr_t stream) { buffer.clean_low_latency(pointer<void>(stream)); })
         .def_property_readonly("low_latency_data_ptr", [](Buffer& b) { return number(b.low_latency_data()); })
-        .def_property_readonly("masked_ranks_ptr", [](Buffer& b) { return number(b.masked_ranks()); })
-        .def("bench_push", [](Buffer& b, int64_t bytes_per_peer, int num_sms, uintptr_t stream) {
-            b.bench_push(bytes_per_peer, num_sms, pointer<void>(stream));
-        });
+        .def_property_readonly("masked_ranks_ptr", [](Buffer& b) { return number(b.masked_ranks()); });
 }
 
 }  // namespace
