@@ -331,6 +331,8 @@ using runtime::LentMemory;
 
 std::vector<std::shared_ptr<LentMemory>> lend(Buffer& buffer, const std::vector<int64_t>& sizes, uintptr_t stream,
                                               bool is_captured) {
+    // For a graph it waits for earlier uses.
+    const auto released = is_captured ? std::make_unique<py::gil_scoped_release>() : nullptr;
     auto lent = buffer.lend(sizes, pointer<void>(stream), is_captured);
     return {std::make_move_iterator(lent.begin()), std::make_move_iterator(lent.end())};
 }
