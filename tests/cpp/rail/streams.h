@@ -16,16 +16,18 @@ struct Places {
     int num_slots;
     uint32_t slot_bytes;
 
+    static constexpr int kMaxSlots =
+        512;  // words stay where they are when the number of slots changes from call to call
+
     EP_HOST_DEVICE uint64_t word(int kind, int rank, int slot) const {
-        return 8 * static_cast<uint64_t>((kind * num_ranks + rank) * num_slots + slot);
+        return 8 * static_cast<uint64_t>((kind * num_ranks + rank) * kMaxSlots + slot);
     }
     EP_HOST_DEVICE uint64_t arrived(int rank, int slot) const { return word(0, rank, slot); }
     EP_HOST_DEVICE uint64_t taken(int rank, int slot) const { return word(1, rank, slot); }
     EP_HOST_DEVICE uint64_t counter() const { return word(2, 0, 0); }
-    EP_HOST_DEVICE uint64_t abort() const { return word(3, 0, 0); }
+    EP_HOST_DEVICE uint64_t abort() const { return word(2, 0, 16); }
     EP_HOST_DEVICE uint64_t data(int kind, int rank, int slot) const {
-        const uint64_t words = (word(4, 0, 0) + 127) / 128 * 128;
-        return words + static_cast<uint64_t>((kind * num_ranks + rank) * num_slots + slot) * slot_bytes;
+        return word(2, 0, 32) + static_cast<uint64_t>((kind * num_ranks + rank) * num_slots + slot) * slot_bytes;
     }
     EP_HOST_DEVICE uint64_t staging(int rank, int slot) const { return data(0, rank, slot); }
     EP_HOST_DEVICE uint64_t received(int rank, int slot) const { return data(1, rank, slot); }

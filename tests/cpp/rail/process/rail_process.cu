@@ -143,6 +143,7 @@ public:
             uint32_t slot_bytes = 0;
             line >> num_messages >> num_slots >> slot_bytes;
             const Places places{num_ranks_, num_slots, slot_bytes};
+            EP_CHECK(num_slots <= Places::kMaxSlots, "there are words for ", Places::kMaxSlots, " slots");
             EP_CHECK(places.bytes() <= engine_.window().bytes, "the window has ", engine_.window().bytes,
                      " bytes, and this needs ", places.bytes());
             ++call_;
