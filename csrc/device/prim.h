@@ -163,6 +163,17 @@ EP_DEVICE void fence_async_global();
 // acquire and release at cta scope.                                                   CUDA: barrier.cta.sync
 EP_DEVICE void barrier_sync(int id, int num_threads);
 
+// __syncwarp and __syncthreads. `file`, `line`: of whoever wants the barrier, for reports.
+EP_DEVICE void sync_warp(const char* file, int line);
+EP_DEVICE void sync_block(const char* file, int line);
+
+// Every thread of the warp, the block, or a span of warps that use one named barrier, calls this, and makes all such calls in
+// the same order. Waits for nobody and orders nothing. `what` names what the group is about to do.
+//                                                                  CUDA: nothing; SIMT: reports who stays away
+EP_DEVICE void expect_warp(const char* what);
+EP_DEVICE void expect_block(const char* what);
+EP_DEVICE void expect_warps(int first_warp, int num_warps, int barrier, const char* what);
+
 // Nanoseconds of a clock that runs on while the thread waits; comparable within one device only.
 //                                                                                     CUDA: %globaltimer
 EP_DEVICE uint64_t clock_ns();

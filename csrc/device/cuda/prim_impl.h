@@ -412,6 +412,12 @@ EP_DEVICE void barrier_sync(int id, int num_threads) {
     asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
 }
 
+EP_DEVICE void sync_warp(const char*, int) { __syncwarp(); }
+EP_DEVICE void sync_block(const char*, int) { __syncthreads(); }
+EP_DEVICE void expect_warp(const char*) {}
+EP_DEVICE void expect_block(const char*) {}
+EP_DEVICE void expect_warps(int, int, int, const char*) {}
+
 EP_DEVICE uint64_t clock_ns() {
     uint64_t now;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)::"memory");
