@@ -14,6 +14,9 @@ class InvalidArgument(Error, ValueError): ...
 class CudaError(Error): ...
 class TransportError(Error): ...
 
+class InternalError(Error):
+    """A mistake of this library, which no argument and no machine can bring about: please report it."""
+
 class TimeoutError(Error):
     """A peer did not arrive in time, or a peer reported a failure. The message names operation, stage and peer."""
 

@@ -61,12 +61,15 @@ void bind_errors(py::module_& m) {
     static py::exception<TimeoutError> timeout_error(m, "TimeoutError", error.ptr());
     static py::exception<InvalidArgument> invalid_argument(m, "InvalidArgument",
                                                            py::make_tuple(error, py::handle(PyExc_ValueError)));
+    static py::exception<InternalError> internal_error(m, "InternalError", error.ptr());
     // Local: exceptions of other modules do not pass through the C++ runtime that is linked into this one.
     py::register_local_exception_translator([](std::exception_ptr thrown) {
         try {
             if (thrown) std::rethrow_exception(thrown);
         } catch (const InvalidArgument& e) {
             py::set_error(invalid_argument, e.what());
+        } catch (const InternalError& e) {
+            py::set_error(internal_error, e.what());
         } catch (const TimeoutError& e) {
             py::set_error(timeout_error, e.what());
         } catch (const TransportError& e) {

@@ -185,6 +185,18 @@ EP_DEVICE void pause();
 // word that all of them read at each poll is a slow one, for them and for what lies beside it.  CUDA: 8; SIMT: 1
 EP_DEVICE constexpr uint32_t polls_per_check();
 
+// ---------------------------------------------------------------------------------------------------------------
+// Threads of the host that work beside kernels. What a kernel releases at system scope they acquire with an atomic.
+// ---------------------------------------------------------------------------------------------------------------
+
+// A word of host-mapped memory, with what a host thread has released there by an atomic store or update; otherwise as an
+// acquire at system scope.                                                            CUDA: ld.acquire.sys
+template <class T> EP_DEVICE T load_from_host(const T* ptr);
+
+// Wakes the host thread that has set *is_asleep to 1 by an atomic exchange, then looked once more at what this thread has
+// released before, and now waits for the eventfd `event`. CUDA: nothing, so that thread must not sleep for long.
+EP_DEVICE void wake_host(uint32_t* is_asleep, int event);
+
 // The dynamic shared memory of this launch, 128-byte aligned.
 EP_DEVICE void* dynamic_shared();
 

@@ -28,7 +28,7 @@ const kernels::KernelTable& table_for(dev::DeviceKind kind) {
 #if EP_WITH_CUDA
     if (kind == dev::DeviceKind::kCuda) return kernels::cuda_kernel_table();
 #endif
-    EP_CHECK(kind == dev::DeviceKind::kCpu, "this build has no CUDA kernels");
+    EP_ENSURE(kind == dev::DeviceKind::kCpu, "this build has no CUDA kernels");
     return kernels::simt_kernel_table();
 }
 
@@ -81,18 +81,16 @@ Buffer::Buffer(std::shared_ptr<dev::Device> device, const BufferOptions& options
     divide_heap();
     mailbox_ = std::make_shared<comm::Mailbox>(options_.rank, options_.num_ranks);
     heap_ = std::make_unique<comm::SymmetricHeap>(device_, mailbox_, options_.num_ranks, num_heap_bytes_);
-    status_memory_ = device_->allocate_host_mapped(sizeof(layout::HostStatus));
-    counts_memory_ = device_->allocate_host_mapped(sizeof(layout::HostCounts));
-    status_ = static_cast<layout::HostStatus*>(status_memory_.host);
-    counts_ = static_cast<layout::HostCounts*>(counts_memory_.host);
-    desk_ = std::make_shared<FailureDesk>(device_, mailbox_, *heap_, control_, status_, options_.num_ranks);
-    local_ = static_cast<layout::LocalState*>(device_->allocate(sizeof(layout::LocalState)));
+    status_ = dev::HostMappedObject<layout::HostStatus>(device_);
+    counts_ = dev::HostMappedObject<layout::HostCounts>(device_);
+    desk_ = std::make_shared<FailureDesk>(device_, mailbox_, *heap_, control_, status_.host(), options_.num_ranks);
+    local_ = dev::DeviceArray<layout::LocalState>(device_, 1);
     const auto num_ranks = static_cast<size_t>(options_.num_ranks);
-    masked_ = static_cast<int*>(device_->allocate(sizeof(int) * num_ranks));
-    wait_ns_ = static_cast<uint64_t*>(device_->allocate(2 * sizeof(uint64_t) * num_ranks));
+    masked_ = dev::DeviceArray<int>(device_, num_ranks);
+    wait_ns_ = dev::DeviceArray<uint64_t>(device_, 2 * num_ranks);
     // Here, not when first needed: that may be while a CUDA graph is captured.
-    layout_partials_ = static_cast<int*>(
-        device_->allocate(sizeof(int) * kernels::kMaxLayoutBlocks * static_cast<size_t>(max_layout_counts())));
+    layout_partials_ =
+        dev::DeviceArray<int>(device_, kernels::kMaxLayoutBlocks * static_cast<size_t>(max_layout_counts()));
 }
 
 // What is lent is a part of the data region, or a region of its own behind everything else.
@@ -152,7 +150,7 @@ void Buffer::require_usable() const {
 }
 
 kernels::HeapParams Buffer::heap_params() const {
-    if (!heap_->is_connected()) throw Error("this Buffer is not connected to its peers");
+    EP_ENSURE(heap_->is_connected(), "this Buffer is not connected to its peers");
     kernels::HeapParams params{
         .bases = {}, .rank = options_.rank, .num_ranks = options_.num_ranks, .control = control_};
     for (int peer = 0; peer < options_.num_ranks; ++peer) params.bases[peer] = heap_->base(peer);
@@ -160,8 +158,7 @@ kernels::HeapParams Buffer::heap_params() const {
 }
 
 kernels::WatchParams Buffer::watch_params() const {
-    return {local_, static_cast<layout::HostStatus*>(status_memory_.device), to_ns(options_.timeout_s),
-            to_ns(options_.warn_s)};
+    return {local_.get(), status_.device(), to_ns(options_.timeout_s), to_ns(options_.warn_s)};
 }
 
 int Buffer::stage_room(int state_bytes) const { return device_->max_shared_bytes() - state_bytes; }
@@ -224,7 +221,7 @@ kernels::Geometry Buffer::plan_combine(int num_sms, const layout::SlotLayout& sl
 std::vector<std::unique_ptr<LentMemory>> Buffer::lend(const std::vector<int64_t>& sizes, dev::Stream stream,
                                                       bool is_captured) {
     require_usable();
-    for (int64_t size : sizes) EP_CHECK(size > 0, "every size must be positive, got ", size);
+    for (int64_t size : sizes) EP_ENSURE(size > 0, "every size must be positive, got ", size);
     const std::vector<uint64_t> wanted(sizes.begin(), sizes.end());
     std::vector<std::unique_ptr<LentMemory>> lent;
     for (uint64_t offset : is_captured ? lender_->take_for_graph(wanted, stream) : lender_->take(wanted, stream))
@@ -252,10 +249,10 @@ layout::Loan Buffer::loan_for(const DispatchArgs& args) const {
                             lent_offset(args.recv_src_idx),  static_cast<uint64_t>(args.num_recv_rows)};
     if (loan.x == 0) return {};
     const auto is_lent = [](const void* address, uint64_t offset) { return address == nullptr || offset != 0; };
-    EP_CHECK((args.num_scales == 0 || loan.scales != 0) &&
-                 (args.num_topk == 0 || (loan.topk_idx != 0 && loan.topk_weights != 0)) &&
-                 is_lent(args.recv_src_idx, loan.src_idx),
-             "recv_x is lent to the peers, so all outputs of the call must be");
+    EP_ENSURE((args.num_scales == 0 || loan.scales != 0) &&
+                  (args.num_topk == 0 || (loan.topk_idx != 0 && loan.topk_weights != 0)) &&
+                  is_lent(args.recv_src_idx, loan.src_idx),
+              "recv_x is lent to the peers, so all outputs of the call must be");
     return loan;
 }
 
@@ -306,7 +303,7 @@ void Buffer::get_dispatch_layout(const LayoutArgs& args, dev::Stream stream) {
                       .num_tokens_per_rank = args.num_tokens_per_rank,
                       .num_tokens_per_expert = args.num_tokens_per_expert,
                       .is_token_in_rank = args.is_token_in_rank,
-                      .partials = layout_partials_,
+                      .partials = layout_partials_.get(),
                       .num_threads = num_threads,
                       .watch = watch_params()},
                      num_blocks, stream);
@@ -336,7 +333,7 @@ void Buffer::notify_dispatch(const NotifyArgs& args, dev::Stream stream) {
                                .num_local_experts = num_local_experts_,
                                .expert_alignment = args.expert_alignment,
                                .rank_prefix_matrix = args.rank_prefix_matrix,
-                               .counts = static_cast<layout::HostCounts*>(counts_memory_.device),
+                               .counts = counts_.device(),
                                .ticket = ticket_,
                                .num_threads = std::min(kernels::kMaxNotifyThreads, device_->useful_block_threads())},
                               stream);
@@ -381,7 +378,7 @@ void Buffer::dispatch(const DispatchArgs& args, int num_sms, dev::Stream stream)
     const bool exchanges_counts = args.num_tokens_per_rank != nullptr;
     const bool tells_host = args.expert_alignment > 0;
     if (exchanges_counts) check_counted_experts(args.num_experts);
-    EP_CHECK(exchanges_counts || !tells_host, "expert_alignment: the counts of this call have been exchanged before");
+    EP_ENSURE(exchanges_counts || !tells_host, "expert_alignment: the counts of this call have been exchanged before");
     const auto slot =
         layout::SlotLayout::for_dispatch(static_cast<uint64_t>(args.row_bytes), static_cast<uint64_t>(args.num_topk),
                                          static_cast<uint64_t>(args.num_scales));
@@ -424,7 +421,7 @@ void Buffer::dispatch(const DispatchArgs& args, int num_sms, dev::Stream stream)
                         .recv_src_idx = args.recv_src_idx,
                         .num_recv_rows = args.num_recv_rows,
                         .is_worst_case = args.is_worst_case,
-                        .counts = tells_host ? static_cast<layout::HostCounts*>(counts_memory_.device) : nullptr,
+                        .counts = tells_host ? counts_.device() : nullptr,
                         .ticket = ticket_,
                         .expert_alignment = args.expert_alignment},
                        stream);
@@ -523,18 +520,12 @@ void Buffer::destroy(double timeout_s) noexcept {
     heap_->release(timeout_s);
     heap_.reset();
     mailbox_.reset();
-    try {
-        device_->free(layout_partials_);
-        device_->free(masked_);
-        device_->free(wait_ns_);
-        device_->free(local_);
-        device_->free_host_mapped(counts_memory_);
-        device_->free_host_mapped(status_memory_);
-    } catch (...) {
-        // The driver is unloading: it takes the memory back.
-    }
-    status_ = nullptr;
-    counts_ = nullptr;
+    layout_partials_.reset();
+    masked_.reset();
+    wait_ns_.reset();
+    local_.reset();
+    counts_.reset();
+    status_.reset();
 }
 
 }  // namespace deep_ep::runtime

@@ -68,7 +68,7 @@ uint8_t* Buffer::low_latency_data() const { return data() + options_.num_data_by
 
 int* Buffer::masked_ranks() const {
     require_usable();
-    return masked_;
+    return masked_.get();
 }
 
 // A warp for every chunk of a row, and one block on an SM. Kernels of ranks that share a GPU wait for each other, so all of
@@ -98,10 +98,10 @@ kernels::LowLatencyCall Buffer::low_latency_call(const LowLatencyShape& shape, c
             .number = number,
             .num_blocks = grid.num_blocks,
             .num_warps = grid.num_warps,
-            .masked = masked_,
+            .masked = masked_.get(),
             .is_shrinkable = options_.is_shrinkable,
-            .decisions = wait_ns_ + options_.num_ranks,
-            .wait_ns = wait_ns_,
+            .decisions = wait_ns_.get() + options_.num_ranks,
+            .wait_ns = wait_ns_.get(),
             .wait_stats = wait_stats,
             .num_max_tokens = shape.num_max_tokens,
             .num_topk = shape.num_topk,
@@ -170,7 +170,7 @@ void Buffer::clean_low_latency(dev::Stream stream) {
     kernels::LowLatencyCall call{};
     call.heap = heap_params();
     call.watch = watch_params();
-    call.masked = masked_;
+    call.masked = masked_.get();
     call.is_shrinkable = options_.is_shrinkable;
     announce(stream, true);
     kernels_->low_latency_clean(call, stream);
@@ -195,7 +195,7 @@ void Buffer::make_whole_low_latency_call(kernels::LowLatencyCall& call) {
 
 void Buffer::close_low_latency_call(kernels::LowLatencyCall& call, uint64_t ticket) {
     uint64_t& holder = open_low_latency_calls_[ticket % layout::kNumLowLatencyBanks];
-    EP_CHECK(holder == ticket, "this hook belongs to a call that is over");
+    EP_ENSURE(holder == ticket, "this hook belongs to a call that is over");
     holder = 0;
     call.phase = kernels::Phase::kReceive;
 }

@@ -429,6 +429,10 @@ EP_DEVICE void pause() { asm volatile("nanosleep.u32 20;" ::: "memory"); }
 
 EP_DEVICE constexpr uint32_t polls_per_check() { return 8; }
 
+template <class T> EP_DEVICE T load_from_host(const T* ptr) { return load<Order::kAcquire, Scope::kSys>(ptr); }
+
+EP_DEVICE void wake_host(uint32_t*, int) {}
+
 EP_DEVICE void* dynamic_shared() {
     extern __shared__ __align__(128) unsigned char ep_dynamic_shared[];
     return ep_dynamic_shared;

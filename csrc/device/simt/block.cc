@@ -40,7 +40,9 @@ void fiber_main() {
 
 }  // namespace
 
-void report_outside_kernel(const char* primitive) { throw Error(concat(primitive, " was called outside a kernel")); }
+void report_outside_kernel(const char* primitive) {
+    throw InternalError(concat(primitive, " was called outside a kernel"));
+}
 
 Block::Block(Core& core, int num_threads)
     : core_(core),
@@ -271,7 +273,7 @@ void perturb() {
 
 void report_misaligned(const void* ptr, size_t alignment) {
     const std::string what = concat("misaligned address ", ptr, ": ", alignment, " bytes at once");
-    if (current_fiber == nullptr) throw Error(what);
+    if (current_fiber == nullptr) throw InternalError(what);
     current_fiber->block->fail(*current_fiber, what);
 }
 
