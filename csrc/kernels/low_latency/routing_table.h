@@ -9,6 +9,7 @@
 // below one's own, after the count of the stretches before.
 #pragma once
 
+#include "device/algo/group.h"
 #include "kernels/low_latency/turn.h"
 
 namespace deep_ep::kernels::low_latency {
@@ -178,38 +179,31 @@ EP_DEVICE void send_routing_table(const Context& c, const Block* block, const Ch
 // What a block learns from the tables of all sources, once; in dynamic shared memory, where TokenSets has been.
 struct Counts {
     int* is_here;  // [num_ranks]: the source's table counts in this call
-    int* has_lie;  // [1]: not zero: some number cannot be true
     int* rows;     // [num_ranks + 1][num_local_experts]: rows of the expert from the sources before
     int num_local_experts;
 
     static EP_DEVICE Counts make(const Context& c) {
         auto* is_here = static_cast<int*>(prim::dynamic_shared());
-        int* has_lie = is_here + c.num_ranks();
-        return {is_here, has_lie, has_lie + 1, c.num_local_experts()};
+        return {is_here, is_here + c.num_ranks(), c.num_local_experts()};
     }
     static int bytes(const LowLatencyCall& call) {
-        return (call.heap.num_ranks + 1 + (call.heap.num_ranks + 1) * call.num_local_experts) *
+        return (call.heap.num_ranks + (call.heap.num_ranks + 1) * call.num_local_experts) *
                static_cast<int>(sizeof(int));
     }
     EP_DEVICE int* before(int source) const { return rows + source * num_local_experts; }
-    EP_DEVICE void note_lie() const { prim::store<Order::kRelaxed, Scope::kCta>(has_lie, 1); }
 };
-
-constexpr int kLost = -1;  // in place of whether a table counts: the call has failed
 
 // All threads of the block; acquire: which tables count in this call. One thread waits for a table: if every warp did for
 // itself, they would crowd the flag. False: the call has failed.
 EP_DEVICE bool wait_for_tables(const Context& c, const Counts& counts) {
-#pragma unroll 1
-    for (int source = first_of_block(); source < c.num_ranks(); source += step_of_block())
-        counts.is_here[source] = wait_for_table(c, source) ? 1 : has_failed(c.watch) ? kLost : 0;
-    if (threadIdx.x == 0) *counts.has_lie = 0;
-    __syncthreads();  // one thread's acquire, the block's reads
     bool is_lost = false;
 #pragma unroll 1
-    for (int source = prim::lane_idx(); source < c.num_ranks(); source += kWarpSize)
-        is_lost |= counts.is_here[source] == kLost;
-    return __any_sync(kFullMask, is_lost) == 0;
+    for (int source = first_of_block(); source < c.num_ranks(); source += step_of_block()) {
+        const bool is_here = wait_for_table(c, source);
+        is_lost |= !is_here && has_failed(c.watch);
+        counts.is_here[source] = is_here ? 1 : 0;
+    }
+    return !algo::any(algo::Block{}, is_lost);  // one thread's acquire, the block's reads
 }
 
 // All threads of the block, after wait_for_tables. False: some table states a number that cannot be true, and the call has
@@ -217,10 +211,11 @@ EP_DEVICE bool wait_for_tables(const Context& c, const Counts& counts) {
 EP_DEVICE bool find_counts(const Context& c, const Counts& counts) {
     constexpr int kAtOnce = 8;  // loads under way
     const int most = c.call.num_max_tokens;
+    bool is_lie = false;  // some number cannot be true
     // By the threads with the fewest experts: this trip to memory comes beside that for the counts, not before it.
 #pragma unroll 1
     for (int source = step_of_block() - 1 - first_of_block(); source < c.num_ranks(); source += step_of_block())
-        if (counts.is_here[source] != 0 && !may_be(c.num_tokens_of(source), most)) counts.note_lie();
+        is_lie |= counts.is_here[source] != 0 && !may_be(c.num_tokens_of(source), most);
 #pragma unroll 1
     for (int expert = first_of_block(); expert < c.num_local_experts(); expert += step_of_block()) {
         int num_rows = 0;
@@ -234,14 +229,13 @@ EP_DEVICE bool find_counts(const Context& c, const Counts& counts) {
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
                 if (first + i < c.num_ranks()) counts.before(first + i)[expert] = num_rows;
-                if (!may_be(held[i], most)) counts.note_lie();
+                is_lie |= !may_be(held[i], most);
                 num_rows += held[i];
             }
         }
         counts.before(c.num_ranks())[expert] = num_rows;
     }
-    __syncthreads();
-    return *counts.has_lie == 0;
+    return !algo::any(algo::Block{}, is_lie);
 }
 
 // One thread: fails the call with the first number in the table of `source` that cannot be true. True: there is one.
@@ -266,7 +260,7 @@ EP_DEVICE bool refuse_table(const Context& c, const Counts& counts, int source) 
 EP_DEVICE_COLD void refuse_tables(Context c, Counts counts) {
     if (prim::lane_idx() == 0)
         for (int source = 0; source < c.num_ranks(); ++source)
-            if (counts.is_here[source] == 1 && refuse_table(c, counts, source)) return;
+            if (counts.is_here[source] != 0 && refuse_table(c, counts, source)) return;
 }
 
 }  // namespace EP_BACKEND
