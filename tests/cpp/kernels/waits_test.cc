@@ -97,7 +97,7 @@ struct QuietKernel {
         if (blockIdx.x == 1) return come_late(params, returned);
         if (prim::lane_idx() < params.num_looks) prim::clock_ns();
         __syncwarp();
-        algo::wait_for_quiet(watch);
+        algo::wait_for_quiet(algo::Warp{}, watch);
         __syncwarp();
         if (prim::lane_idx() == 0) *params.result = prim::load<Order::kAcquire, Scope::kSys>(returned) == 1;
     }
@@ -134,7 +134,7 @@ struct StageKernel {
     static EP_DEVICE void run(const Params& params, Shared& shared) {
         const algo::Stages stages(shared.memory, {2, 128});
         if (blockIdx.x == 1) return;
-        stages.init();
+        stages.init(algo::Warp{});
         if (prim::lane_idx() == 0) stages.load(0, params.heap.bases[0], 128);
         stages.wait(0);
         if (prim::lane_idx() == 0) *params.result = 1;
