@@ -110,8 +110,8 @@ def _identity(index: int) -> str:
 def find_topology(rank: int, places: Sequence[Place], ranks_per_node: int = 0) -> Topology:
     """Groups ranks by host and reachable memory, or in runs of `ranks_per_node` when that is positive (virtual nodes).
 
-    Raises ValueError when that does not divide the ranks, and Error, naming ranks, when nodes are unequal or their ranks
-    do not follow each other.
+    Raises ValueError when that does not divide the ranks, and Error, naming ranks, when nodes are unequal or have ranks
+    that do not follow each other.
     """
     if ranks_per_node > 0:
         size = min(ranks_per_node, len(places))
@@ -142,8 +142,9 @@ def _check_nodes(nodes: Sequence[Sequence[int]], places: Sequence[Place]) -> Non
     if len({len(node) for node in nodes}) > 1:
         raise Error(f"Buffer: every node must have equally many ranks, got {named}")
     if any(node[-1] - node[0] != len(node) - 1 for node in nodes):
-        raise Error("Buffer: the ranks of a node must follow each other (start those of one machine one after another), "
-                    f"got {named}")
+        raise Error(
+            "Buffer: the ranks of a node must follow each other (start those of one machine one after another), "
+            f"got {named}")
 
 
 def _describe_origin(places: Sequence[Place]) -> str:
@@ -158,7 +159,7 @@ def _describe_ranks(ranks: Sequence[int]) -> str:
     """rank 3; ranks 0 to 2; ranks 0, 2"""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
-    if len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1:  # noqa: PLR2004
+    if len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1:
         return f"ranks {ranks[0]} to {ranks[-1]}"
     return "ranks " + ", ".join(map(str, ranks))
 
