@@ -102,6 +102,13 @@ def unreachable_gpus(index: int, device_id: str) -> frozenset[str]:
                      if other != index and not torch.cuda.can_device_access_peer(index, other))
 
 
+def places_of_this_machine() -> list[Place]:
+    """Of a group with one rank on each GPU that this process sees; without any, of one rank."""
+    identities = [_identity(index) for index in range(torch.cuda.device_count())]
+    places = [this_place(identity, unreachable_gpus(index, identity)) for index, identity in enumerate(identities)]
+    return places or [this_place("CPU")]
+
+
 def _identity(index: int) -> str:
     # Where torch does not tell it, no device has this name.
     return f"GPU-{getattr(torch.cuda.get_device_properties(index), 'uuid', 'unknown')}"
