@@ -124,19 +124,11 @@ int Buffer::max_layout_counts() const {
 
 Buffer::~Buffer() { destroy(0.0); }
 
-// The handle of the mailbox, which has the same size everywhere, then that of the heap.
-std::string Buffer::export_handle() const { return mailbox_->handle() + heap_->handle(); }
+std::string Buffer::export_handle() const { return comm::join_handles(*mailbox_, *heap_); }
 
 void Buffer::connect(const std::vector<std::string>& handles) {
     require_usable();
-    const size_t border = mailbox_->handle().size();
-    std::vector<std::string> of_mailboxes, of_heaps;
-    for (const std::string& handle : handles) {
-        of_mailboxes.push_back(handle.substr(0, border));
-        of_heaps.push_back(handle.substr(std::min(border, handle.size())));
-    }
-    mailbox_->connect(of_mailboxes);
-    heap_->connect(of_heaps);
+    comm::connect(handles, *mailbox_, *heap_);
 }
 
 uint8_t* Buffer::data() const {
@@ -457,16 +449,6 @@ void Buffer::combine(const CombineArgs& args, int num_sms, dev::Stream stream) {
                        .combined_x = args.combined_x,
                        .combined_topk_weights = args.combined_topk_weights},
                       stream);
-}
-
-void Buffer::bench_push(int64_t bytes_per_peer, int num_sms, dev::Stream stream) {
-    check();
-    EP_CHECK(bytes_per_peer >= 0 && bytes_per_peer % 16 == 0, "bytes_per_peer must be a multiple of 16, got ",
-             bytes_per_peer);
-    EP_CHECK(bytes_per_peer <= options_.num_data_bytes / options_.num_ranks, "bytes_per_peer must be at most ",
-             options_.num_data_bytes / options_.num_ranks, ", got ", bytes_per_peer);
-    kernels_->push_all({.heap = heap_params(), .bytes_per_peer = static_cast<uint64_t>(bytes_per_peer)},
-                       std::clamp(num_sms, 1, device_->num_sms()), stream);
 }
 
 void Buffer::collect_warning() {

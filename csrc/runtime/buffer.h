@@ -184,10 +184,6 @@ public:
     // int32 [num_ranks], on the device; not zero: left out.
     int* masked_ranks() const;
 
-    // Measures the links: `num_sms` SMs write `bytes_per_peer` to every peer at once. For benchmarks only; it overwrites
-    // the data regions and takes part in no protocol.
-    void bench_push(int64_t bytes_per_peer, int num_sms, dev::Stream stream);
-
     // Throws what a kernel has reported, or a peer noted; a Buffer that failed once throws the same at every later
     // operation.
     void check();
