@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from deep_ep import Buffer, _phases, _streams
+from deep_ep import Buffer, _streams
 from deep_ep._raw_cuda import EventPool
 from deep_ep.bench.host import Clock, timed_waits, waits
 
@@ -237,7 +237,6 @@ def pretend_cuda(buffer: Buffer, counts: Counter[str]) -> None:
     }
     for name, replacement in replacements.items():
         setattr(_streams, name, replacement)
-    _phases.current_stream_handle = replacements["current_stream_handle"]
 
 
 def main() -> None:

@@ -176,7 +176,6 @@ class Session:
         self.num_sms_override = int(deep_ep_cpp.get_environment()["num_sms"])
         self.call_check: Optional[CallCheck] = None
         self._is_closed = False
-        self.before_close: Callable[[], None] = _nothing  # called once, before the comm stream is drained
         if isinstance(streams, _streams.HostStreams):
             streams.check = self._raise_reported
         _LIVE.add(self)
@@ -237,7 +236,6 @@ class Session:
             return
         self._is_closed = True
         deadline = time.monotonic() + timeout_s
-        _attempt(self.before_close)
         is_released = False
         try:
             is_released = self._release(timeout_s, deadline)
@@ -287,10 +285,6 @@ def _leave_to_parent() -> None:
 
 
 os.register_at_fork(after_in_child=_leave_to_parent)
-
-
-def _nothing() -> None:
-    pass
 
 
 def _error_of(step: Callable[[], Any]) -> Optional[Error]:

@@ -1,6 +1,5 @@
 """The low-latency calls: checks, allocation, and the native launches, one for each phase or one for both."""
 
-import functools
 from typing import Any, Callable, Optional, Union
 
 import torch
@@ -21,7 +20,7 @@ from deep_ep._low_latency_plan import (
 )
 from deep_ep._memory import outside_of_modes, view_memory
 from deep_ep._opaque import opaque
-from deep_ep._phases import PhaseOrder, Phases, Tensors, open_phases
+from deep_ep._streams import Operation, RecordedEvent, Tensors
 from deep_ep.utils import EventHandle, EventOverlap
 from deep_ep_cpp import Buffer as NativeBuffer
 from deep_ep_cpp import InvalidArgument, get_low_latency_rdma_size_hint
@@ -105,8 +104,6 @@ class LowLatency:
         self._device = session.streams.device
         self._is_enabled = is_enabled
         self._is_shrinkable = is_shrinkable
-        self._order = PhaseOrder()
-        session.before_close = functools.partial(self._order.join, session.streams)
         self.abandon_call = session.abandon_call
         self._plans: dict[tuple[Any, ...], Plan] = {}
         self._known_handles = KnownTensors[Plan]()  # src_info
@@ -125,10 +122,10 @@ class LowLatency:
         size_hint(num_max_tokens, hidden, self._session.num_ranks, num_experts)
         if self._session.call_check is not None:
             self._session.call_check.compare("clean_low_latency_buffer", {})
-        phases = open_phases(self._session.streams, self._order, is_async=False)
-        phases.begin()
-        self._session.runtime.clean_low_latency(phases.stream)
-        phases.finish(())
+        with self._session.streams.low_latency_operation(is_async=False) as operation:
+            operation.start((), ())
+            self._session.runtime.clean_low_latency(operation.stream)
+            operation.finish()
 
     # Dispatch
 
@@ -148,17 +145,17 @@ class LowLatency:
         self._check_stats("dispatch_wait_recv_cost_stats", wait_stats, self._session.num_ranks, INT64)
         if self._session.call_check is not None:
             _compare_calls(self._session.call_check, "low_latency_dispatch", plan, Format(*map(bool, form))._asdict())
-        phases = self._open_phases("low_latency_dispatch", async_finish, return_recv_hook)
+        operation = self._open_operation("low_latency_dispatch", async_finish, return_recv_hook)
         if return_recv_hook:
-            x, topk_idx = phases.keep(x, topk_idx)
+            x, topk_idx = operation.snapshot(x, topk_idx)
         recv_x, scales, src_info, layout_range, recv_count = plan.make_outputs()
         src_info_ptr = src_info.data_ptr()
         arguments = (*plan.dispatch_args, x.data_ptr(), topk_idx.data_ptr(), topk_idx.element_size(), num_tokens,
                      recv_x.data_ptr(), _ptr(scales), recv_count.data_ptr(),
                      src_info_ptr, layout_range.data_ptr(), src_info_ptr + plan.entries_at, _ptr(cumulative_stats),
-                     _ptr(wait_stats), src_info_ptr + plan.number_at, phases.stream)
+                     _ptr(wait_stats), src_info_ptr + plan.number_at, operation.stream)
         tensors = (x, topk_idx, recv_x, scales, src_info, layout_range, cumulative_stats, wait_stats)
-        event, hook = _run(self._session, "low_latency_dispatch", phases, arguments, tensors, return_recv_hook)
+        event, hook = _run(self._session, "low_latency_dispatch", operation, arguments, tensors, return_recv_hook)
         self._known_handles.add(plan, src_info)
         payload = recv_x if scales is None else (recv_x, scales)
         return payload, recv_count, (src_info, layout_range, *plan.handle_tail), event, hook
@@ -179,11 +176,11 @@ class LowLatency:
         if stats is not None:
             _checks.check_tensor(name, stats, self._device, (size, ), dtypes)
 
-    def _open_phases(self, name: str, async_finish: bool, return_recv_hook: bool) -> Phases:
+    def _open_operation(self, name: str, async_finish: bool, return_recv_hook: bool) -> Operation:
         if async_finish and return_recv_hook:
             raise InvalidArgument(f"{name}: async_finish and return_recv_hook exclude each other; the hook says when "
                                   "to receive")
-        return open_phases(self._session.streams, self._order, async_finish)
+        return self._session.streams.low_latency_operation(async_finish)
 
     # Combine
 
@@ -209,17 +206,17 @@ class LowLatency:
             _checks.check_apart("out", out, "x", sent)
         if self._session.call_check is not None:
             _compare_calls(self._session.call_check, "low_latency_combine", plan, {"use_logfmt": bool(use_logfmt)})
-        phases = self._open_phases("low_latency_combine", async_finish, return_recv_hook)
+        operation = self._open_operation("low_latency_combine", async_finish, return_recv_hook)
         if return_recv_hook:
-            sent, topk_idx, topk_weights = phases.keep(sent, topk_idx, topk_weights)
+            sent, topk_idx, topk_weights = operation.snapshot(sent, topk_idx, topk_weights)
         combined = self._session.empty[torch.bfloat16](num_tokens, hidden) if out is None else out
         # Several combines may be open with one handle, so that theirs cannot lie behind src_info.
         number = self._session.empty[torch.int64](1) if return_recv_hook else None
         arguments = (*plan.combine_args, use_logfmt, sent.data_ptr(), topk_idx.data_ptr(), topk_idx.element_size(),
                      topk_weights.data_ptr(), num_tokens, src_info.data_ptr() + plan.entries_at, combined.data_ptr(),
-                     _ptr(wait_stats), _ptr(number), phases.stream)
+                     _ptr(wait_stats), _ptr(number), operation.stream)
         tensors = (sent, topk_idx, topk_weights, src_info, combined, wait_stats, number)
-        event, hook = _run(self._session, "low_latency_combine", phases, arguments, tensors, return_recv_hook)
+        event, hook = _run(self._session, "low_latency_combine", operation, arguments, tensors, return_recv_hook)
         if zero_copy:
             self._combine_buffers[plan.expert_rows].pass_on()
         return combined, event, hook
@@ -278,14 +275,14 @@ class LowLatency:
     # Masks
 
     def masked_ranks(self, name: str) -> torch.Tensor:
-        """int32 [R], the native words themselves; work on them comes after all phases so far."""
+        """int32 [R], the native words themselves; work on them comes after all calls so far."""
         self.require(name)
         if not self._is_shrinkable:
             raise InvalidArgument(f"{name}: build the Buffer with enable_shrink=True, got enable_shrink=False")
         session = self._session
-        phases = open_phases(session.streams, self._order, is_async=False)
-        phases.begin()
-        phases.finish(())
+        with session.streams.low_latency_operation(is_async=False) as operation:
+            operation.start((), ())
+            operation.finish()
         num_bytes = session.num_ranks * INT32_BYTES
         return view_memory(session.runtime.masked_ranks_ptr, num_bytes, session.streams.device).view(torch.int32)
 
@@ -302,31 +299,26 @@ def _compare_calls(check: CallCheck, operation: str, plan: Plan, options: dict[s
     check.compare(operation, {**shape, **options})
 
 
-def _run(session: Session, name: str, phases: Phases, arguments: tuple[Any, ...], tensors: Tensors,
+def _run(session: Session, name: str, operation: Operation, arguments: tuple[Any, ...], tensors: Tensors,
          wants_hook: bool) -> tuple[EventOverlap, Optional[Hook]]:
     """Both phases in one launch, or the send phase and a hook for the other. They use `tensors`."""
     launch: Callable[..., int] = getattr(session.runtime, name)
-    phases.begin()
+    operation.start(tensors, ())
     try:
         ticket = launch(NativeBuffer.SEND_PHASE if wants_hook else NativeBuffer.BOTH_PHASES, *arguments)
+        if not wants_hook:
+            return _finished(operation.finish(), tensors), None
+        operation.pause()
     except BaseException:
-        phases.pause(tensors)  # the send phase may still run
+        operation.abandon()
         raise
-    if not wants_hook:
-        recorded = phases.finish(tensors)
-        if recorded is None:
-            return EventOverlap(None), None
-        kept = tuple(tensor for tensor in tensors if tensor is not None)
-        return EventOverlap(EventHandle._wrap(recorded), kept), None
-    phases.pause(tensors)
-
     def receive() -> None:
-        phases.resume()
+        operation.resume()
         launch(ticket, *arguments)
-        phases.finish(tensors)
+        operation.finish()
 
     # What is captured into a graph is no call yet that peers could wait for.
-    is_captured = session.streams.kind == "cuda" and session.streams.native.stream_kind(phases.stream) == "captured"
+    is_captured = session.streams.kind == "cuda" and session.streams.native.stream_kind(operation.stream) == "captured"
 
     def abandon(error: Optional[BaseException]) -> None:
         if error is not None:
@@ -335,3 +327,9 @@ def _run(session: Session, name: str, phases: Phases, arguments: tuple[Any, ...]
             session.abandon_hook(name, ticket)
 
     return EventOverlap(None), Hook(receive, abandon)
+
+
+def _finished(recorded: RecordedEvent, tensors: Tensors) -> EventOverlap:
+    if recorded is None:
+        return EventOverlap(None)
+    return EventOverlap(EventHandle._wrap(recorded), tuple(tensor for tensor in tensors if tensor is not None))

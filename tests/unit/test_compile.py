@@ -23,7 +23,6 @@ from deep_ep import (
     _low_latency,
     _memory,
     _opaque,
-    _phases,
     _streams,
     buffer,
     utils,
@@ -31,7 +30,7 @@ from deep_ep import (
 
 HIDDEN, NUM_EXPERTS, NUM_TOPK, MAX_TOKENS = 64, 4, 2, 64
 TOKENS = (1, 5, 7, 9, 13, 2, 3, 11, 17, 23, 33, 64, 12, 31)
-MODULES = (_bootstrap, _checks, _handles, _high_throughput, _low_latency, _memory, _phases, _streams, buffer, utils)
+MODULES = (_bootstrap, _checks, _handles, _high_throughput, _low_latency, _memory, _streams, buffer, utils)
 Layer = Callable[[Buffer, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
