@@ -297,18 +297,11 @@ void Buffer::get_dispatch_layout(const LayoutArgs& args, dev::Stream stream) {
     const int max_blocks = std::min(kernels::kMaxLayoutBlocks, device_->num_sms());
     const int num_threads = std::min(kernels::kMaxLayoutThreads, device_->useful_block_threads());
     const int num_blocks = std::clamp((args.num_tokens + num_threads - 1) / num_threads, 1, max_blocks);
-    kernels_->layout({.topk_idx = args.topk_idx,
-                      .idx_bytes = args.idx_bytes,
-                      .num_tokens = args.num_tokens,
-                      .num_topk = args.num_topk,
-                      .num_experts = args.num_experts,
-                      .num_ranks = options_.num_ranks,
-                      .num_tokens_per_rank = args.num_tokens_per_rank,
-                      .num_tokens_per_expert = args.num_tokens_per_expert,
-                      .is_token_in_rank = args.is_token_in_rank,
-                      .partials = layout_partials_,
-                      .num_threads = num_threads,
-                      .watch = watch_params()},
+    kernels_->layout({args,
+                      {.num_ranks = options_.num_ranks,
+                       .partials = layout_partials_,
+                       .num_threads = num_threads,
+                       .watch = watch_params()}},
                      num_blocks, stream);
 }
 
@@ -329,16 +322,13 @@ void Buffer::notify_dispatch(const NotifyArgs& args, dev::Stream stream) {
     ++ticket_;
     announce(stream, false);
     num_local_experts_ = args.num_experts / options_.num_ranks;
-    kernels_->notify_dispatch({.heap = heap_params(),
-                               .watch = watch_params(),
-                               .num_tokens_per_rank = args.num_tokens_per_rank,
-                               .num_tokens_per_expert = args.num_tokens_per_expert,
-                               .num_local_experts = num_local_experts_,
-                               .expert_alignment = args.expert_alignment,
-                               .rank_prefix_matrix = args.rank_prefix_matrix,
-                               .counts = static_cast<layout::HostCounts*>(counts_memory_.device),
-                               .ticket = ticket_,
-                               .num_threads = std::min(kernels::kMaxNotifyThreads, device_->useful_block_threads())},
+    kernels_->notify_dispatch({args,
+                               {.heap = heap_params(),
+                                .watch = watch_params(),
+                                .num_local_experts = num_local_experts_,
+                                .counts = static_cast<layout::HostCounts*>(counts_memory_.device),
+                                .ticket = ticket_,
+                                .num_threads = std::min(kernels::kMaxNotifyThreads, device_->useful_block_threads())}},
                               stream);
 }
 
@@ -381,6 +371,7 @@ void Buffer::dispatch(const DispatchArgs& args, int num_sms, dev::Stream stream)
     const bool exchanges_counts = args.num_tokens_per_rank != nullptr;
     const bool tells_host = args.expert_alignment > 0;
     if (exchanges_counts) check_counted_experts(args.num_experts);
+    EP_ENSURE(!args.is_cached || args.is_token_in_rank == nullptr, "a cached dispatch scans no tokens");
     EP_ENSURE(exchanges_counts || !tells_host, "expert_alignment: the counts of this call have been exchanged before");
     const auto slot =
         layout::SlotLayout::for_dispatch(static_cast<uint64_t>(args.row_bytes), static_cast<uint64_t>(args.num_topk),
@@ -392,41 +383,18 @@ void Buffer::dispatch(const DispatchArgs& args, int num_sms, dev::Stream stream)
         num_local_experts_ = args.num_experts / options_.num_ranks;
     }
     announce(stream, false);
-    kernels_->dispatch({.heap = heap_params(),
-                        .watch = watch_params(),
-                        .geometry = plan_dispatch(num_sms, slot, loan.x != 0),
-                        .slot = slot,
-                        .window = window,
-                        .is_first_kernel = args.is_cached || exchanges_counts,
-                        .may_lend = may_lend(),
-                        .loan = loan,
-                        .x = args.x,
-                        .num_tokens = args.num_tokens,
-                        .row_bytes = static_cast<uint32_t>(args.row_bytes),
-                        .scales = args.scales,
-                        .num_scales = args.num_scales,
-                        .scale_stride_token = args.scale_stride_token,
-                        .scale_stride_scale = args.scale_stride_scale,
-                        .topk_idx = args.topk_idx,
-                        .topk_weights = args.topk_weights,
-                        .num_topk = args.num_topk,
-                        .idx_bytes = args.idx_bytes,
-                        .num_local_experts = args.num_experts / options_.num_ranks,
-                        .num_tokens_per_rank = args.num_tokens_per_rank,
-                        .num_tokens_per_expert = args.num_tokens_per_expert,
-                        .is_token_in_rank = args.is_cached ? nullptr : args.is_token_in_rank,
-                        .rank_prefix_matrix = args.rank_prefix_matrix,
-                        .send_head = args.send_head,
-                        .recv_x = args.recv_x,
-                        .recv_scales = args.recv_scales,
-                        .recv_topk_idx = args.recv_topk_idx,
-                        .recv_topk_weights = args.recv_topk_weights,
-                        .recv_src_idx = args.recv_src_idx,
-                        .num_recv_rows = args.num_recv_rows,
-                        .is_worst_case = args.is_worst_case,
-                        .counts = tells_host ? static_cast<layout::HostCounts*>(counts_memory_.device) : nullptr,
-                        .ticket = ticket_,
-                        .expert_alignment = args.expert_alignment},
+    kernels_->dispatch({args,
+                        {.heap = heap_params(),
+                         .watch = watch_params(),
+                         .geometry = plan_dispatch(num_sms, slot, loan.x != 0),
+                         .slot = slot,
+                         .window = window,
+                         .is_first_kernel = args.is_cached || exchanges_counts,
+                         .may_lend = may_lend(),
+                         .loan = loan,
+                         .num_local_experts = args.num_experts / options_.num_ranks,
+                         .counts = tells_host ? static_cast<layout::HostCounts*>(counts_memory_.device) : nullptr,
+                         .ticket = ticket_}},
                        stream);
 }
 
@@ -440,25 +408,16 @@ void Buffer::combine(const CombineArgs& args, int num_sms, dev::Stream stream) {
     const layout::WindowLayout window = window_for(slot, "combine");
     const layout::Loan loan = loan_for(args);
     announce(stream, false);
-    kernels_->combine({.heap = heap_params(),
-                       .watch = watch_params(),
-                       .geometry = plan_combine(num_sms, slot, loan.x != 0),
-                       .slot = slot,
-                       .window = window,
-                       .may_lend = may_lend(),
-                       .loan = loan,
-                       .lent_weights = reinterpret_cast<float*>(heap_->local() + weights_offset_),
-                       .x = args.x,
-                       .row_bytes = static_cast<uint32_t>(row_bytes),
-                       .topk_weights = args.topk_weights,
-                       .num_topk = args.num_topk,
-                       .bias = {args.bias[0], args.bias[1]},
-                       .rank_prefix_matrix = args.rank_prefix_matrix,
-                       .send_head = args.send_head,
-                       .num_tokens = args.num_tokens,
-                       .num_rows = args.num_rows,
-                       .combined_x = args.combined_x,
-                       .combined_topk_weights = args.combined_topk_weights},
+    kernels_->combine({args,
+                       {.heap = heap_params(),
+                        .watch = watch_params(),
+                        .geometry = plan_combine(num_sms, slot, loan.x != 0),
+                        .slot = slot,
+                        .window = window,
+                        .may_lend = may_lend(),
+                        .loan = loan,
+                        .lent_weights = reinterpret_cast<float*>(heap_->local() + weights_offset_),
+                        .row_bytes = static_cast<uint32_t>(row_bytes)}},
                       stream);
 }
 

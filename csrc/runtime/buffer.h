@@ -30,110 +30,21 @@ struct BufferOptions {
     int64_t num_lend_bytes = 0;  // for tensors that peers write and read in place; kLendPartOfData: some of the data
 };
 
-struct LayoutArgs {
-    const void* topk_idx;
-    int idx_bytes, num_tokens, num_topk, num_experts;
-    int* num_tokens_per_rank;
-    int* num_tokens_per_expert;
-    uint8_t* is_token_in_rank;
-};
-
-struct NotifyArgs {
-    const int* num_tokens_per_rank;
-    const int* num_tokens_per_expert;
-    int num_experts, expert_alignment;
-    int* rank_prefix_matrix;
-    // Of the dispatch that follows, which must not be refused once its counts are out.
-    int num_tokens;
-    int64_t row_bytes;
-    int num_topk, num_scales;
-};
-
-struct DispatchArgs {
-    const uint8_t* x;
-    int num_tokens;
-    int64_t row_bytes;
-    const uint32_t* scales;
-    int num_scales;
-    int64_t scale_stride_token, scale_stride_scale;
-    const void* topk_idx;
-    const float* topk_weights;
-    int num_topk, idx_bytes, num_experts;
-    bool is_cached;                    // the routing is that of an earlier call: the next three are null
-    const int* num_tokens_per_rank;    // null: notify_dispatch has exchanged the counts
-    const int* num_tokens_per_expert;  // likewise
-    const uint8_t* is_token_in_rank;
-    int* rank_prefix_matrix;  // filled in where this call exchanges the counts
-    int* send_head;           // filled in unless is_cached
-    uint8_t* recv_x;
-    uint32_t* recv_scales;
-    void* recv_topk_idx;
-    float* recv_topk_weights;
-    int* recv_src_idx;
-    int num_recv_rows;
-    bool is_worst_case;
-    // > 0 where this call exchanges the counts: num_recv_rows is a guess, and wait_counts() must follow. Where it returns
-    // more rows, nothing has moved: the same call again, as after notify_dispatch, with room for them.
-    int expert_alignment = 0;
-};
-
-struct CombineArgs {
-    const uint8_t* x;
-    int num_rows;
-    int hidden;
-    const float* topk_weights;
-    int num_topk;
-    const uint8_t* bias[kernels::kMaxBiases];
-    const int* rank_prefix_matrix;
-    const int* send_head;
-    int num_tokens;
-    uint8_t* combined_x;
-    float* combined_topk_weights;
-};
+using kernels::CombineArgs;
+using kernels::DispatchArgs;
+using kernels::LayoutArgs;
+using kernels::LowLatencyArgs;
+using kernels::LowLatencyCombineArgs;
+using kernels::LowLatencyDispatchArgs;
+using kernels::NotifyArgs;
 
 struct RecvCounts {
     int64_t num_tokens;
     std::vector<int> num_tokens_per_expert;
 };
 
-// What both phases of a low-latency call need; the same for send and receive.
-struct LowLatencyShape {
-    int num_max_tokens, num_topk, num_experts, hidden;
-};
-
 struct LowLatencyGrid {
     int num_blocks, num_warps;
-};
-
-struct LowLatencyDispatchArgs {
-    LowLatencyShape shape;
-    bool is_fp8, rounds_scales, packs_scales;
-    const uint8_t* x;
-    const void* topk_idx;
-    int idx_bytes, num_tokens;
-    uint8_t* recv_x;
-    uint32_t* recv_scales;
-    int* recv_count;
-    int* src_info;
-    int64_t* layout_range;
-    int* row_of_entry;
-    int* cumulative_stats;
-    int64_t* wait_stats;
-    uint64_t* number;  // on the device, for a call of two launches: the first leaves there what the second needs
-};
-
-struct LowLatencyCombineArgs {
-    LowLatencyShape shape;
-    bool uses_logfmt;
-    const uint8_t* x;
-    const void* topk_idx;
-    int idx_bytes;
-    const float* topk_weights;
-    int num_tokens;
-    const int* row_of_entry;
-    uint8_t* combined_x;
-    int64_t* wait_stats;
-    uint64_t* number;  // as above; not that of the dispatch
 };
 
 // Throws unless every rank can have the same number of experts.
@@ -217,8 +128,8 @@ private:
     layout::WindowLayout check_dispatch_rows(int num_tokens, int64_t row_bytes, const layout::SlotLayout& slot) const;
     void check_counted_experts(int num_experts) const;
     LowLatencyGrid plan_low_latency(int hidden) const;
-    kernels::LowLatencyCall low_latency_call(const LowLatencyShape& shape, const layout::LowLatencyMessage& message,
-                                             int64_t* wait_stats, uint64_t* number) const;
+    kernels::LowLatencyCall low_latency_call(const LowLatencyArgs& args,
+                                             const layout::LowLatencyMessage& message) const;
     kernels::LowLatencyDispatchParams low_latency_params(const LowLatencyDispatchArgs& args) const;
     kernels::LowLatencyCombineParams low_latency_params(const LowLatencyCombineArgs& args) const;
     void open_low_latency_call(kernels::LowLatencyCall& call);

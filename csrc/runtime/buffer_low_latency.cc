@@ -15,7 +15,7 @@ constexpr int kSetBytes = 32 * 1024;  // of shared memory, for a stretch of the 
 // A size hint is not told the top-k: it allows for so many entries of a token.
 constexpr int kHintTopk = 32;
 
-void check_shape(const LowLatencyShape& shape, int num_tokens, int num_ranks) {
+void check_shape(const LowLatencyArgs& shape, int num_tokens, int num_ranks) {
     EP_CHECK(shape.num_max_tokens > 0 && shape.num_max_tokens <= layout::kMaxLowLatencyTokens,
              "num_max_dispatch_tokens_per_rank must be in [1, ", layout::kMaxLowLatencyTokens, "], got ",
              shape.num_max_tokens);
@@ -29,24 +29,24 @@ void check_shape(const LowLatencyShape& shape, int num_tokens, int num_ranks) {
 }
 
 // For each expert a bit for every token, where that is not too much: else the table is made stretch by stretch.
-int set_words(const LowLatencyShape& shape, int num_tokens) {
+int set_words(const LowLatencyArgs& shape, int num_tokens) {
     const int fitting = kSetBytes / static_cast<int>(sizeof(uint32_t)) / (shape.num_experts + 32 * shape.num_topk);
     return std::clamp(std::min((num_tokens + 31) / 32, fitting), 1, layout::kMaxLowLatencyTokens / 32);
 }
 
-layout::LowLatencyMessage make_message(const LowLatencyShape& shape, int num_ranks, uint64_t row_bytes,
+layout::LowLatencyMessage make_message(const LowLatencyArgs& shape, int num_ranks, uint64_t row_bytes,
                                        uint64_t num_scales) {
     return layout::LowLatencyMessage::make(static_cast<uint64_t>(shape.num_max_tokens),
                                            static_cast<uint64_t>(shape.num_topk),
                                            static_cast<uint64_t>(shape.num_experts / num_ranks), row_bytes, num_scales);
 }
 
-layout::LowLatencyMessage dispatch_message(const LowLatencyShape& shape, int num_ranks, bool is_fp8) {
+layout::LowLatencyMessage dispatch_message(const LowLatencyArgs& shape, int num_ranks, bool is_fp8) {
     const auto hidden = static_cast<uint64_t>(shape.hidden);
     return make_message(shape, num_ranks, is_fp8 ? hidden : 2 * hidden, is_fp8 ? hidden / layout::kFp8GroupSize : 0);
 }
 
-layout::LowLatencyMessage combine_message(const LowLatencyShape& shape, int num_ranks, bool uses_logfmt) {
+layout::LowLatencyMessage combine_message(const LowLatencyArgs& shape, int num_ranks, bool uses_logfmt) {
     if (!uses_logfmt) return dispatch_message(shape, num_ranks, false);
     return make_message(shape, num_ranks, layout::LogfmtRow::make(static_cast<uint64_t>(shape.hidden)).bytes, 0);
 }
@@ -54,7 +54,11 @@ layout::LowLatencyMessage combine_message(const LowLatencyShape& shape, int num_
 }  // namespace
 
 int64_t Buffer::low_latency_size_hint(int num_max_tokens, int hidden, int num_ranks, int num_experts) {
-    const LowLatencyShape shape{num_max_tokens, kHintTopk, num_experts, hidden};
+    LowLatencyArgs shape{};
+    shape.num_max_tokens = num_max_tokens;
+    shape.num_topk = kHintTopk;
+    shape.num_experts = num_experts;
+    shape.hidden = hidden;
     check_shape(shape, 0, num_ranks);
     const auto message = dispatch_message(shape, num_ranks, false);
     using Slots = layout::LowLatencyEntrySlots;
@@ -79,85 +83,56 @@ LowLatencyGrid Buffer::plan_low_latency(int hidden) const {
     return {std::max(1, device_->num_sms() / heap_->num_ranks_here()), num_warps};
 }
 
-kernels::LowLatencyCall Buffer::low_latency_call(const LowLatencyShape& shape, const layout::LowLatencyMessage& message,
-                                                 int64_t* wait_stats, uint64_t* number) const {
+kernels::LowLatencyCall Buffer::low_latency_call(const LowLatencyArgs& args,
+                                                 const layout::LowLatencyMessage& message) const {
     const auto needed = static_cast<int64_t>(message.region_bytes(static_cast<uint64_t>(options_.num_ranks)));
     EP_CHECK(needed <= options_.num_low_latency_bytes, "num_rdma_bytes is too small for this call: expected at least ",
              needed, ", got ", options_.num_low_latency_bytes, " (see Buffer.get_low_latency_rdma_size_hint)");
-    const LowLatencyGrid grid = plan_low_latency(shape.hidden);
-    const int num_local_experts = shape.num_experts / options_.num_ranks;
-    return {.heap = heap_params(),
-            .watch = watch_params(),
-            .message = message,
-            .uses_packets = false,
-            .entry_slot_bytes = 0,
-            .data_offset = control_.bytes + static_cast<uint64_t>(options_.num_data_bytes),
-            .region = layout::LowLatencyRegion::make(static_cast<uint64_t>(options_.num_low_latency_bytes),
-                                                     static_cast<uint64_t>(options_.num_ranks)),
-            .phase = kernels::Phase::kSend,
-            .number = number,
-            .num_blocks = grid.num_blocks,
-            .num_warps = grid.num_warps,
-            .masked = masked_,
-            .is_shrinkable = options_.is_shrinkable,
-            .decisions = wait_ns_ + options_.num_ranks,
-            .wait_ns = wait_ns_,
-            .wait_stats = wait_stats,
-            .num_max_tokens = shape.num_max_tokens,
-            .num_topk = shape.num_topk,
-            .num_experts = shape.num_experts,
-            .num_local_experts = num_local_experts,
-            .hidden = shape.hidden};
+    const LowLatencyGrid grid = plan_low_latency(args.hidden);
+    kernels::LowLatencyCall call{};
+    static_cast<LowLatencyArgs&>(call) = args;
+    call.heap = heap_params();
+    call.watch = watch_params();
+    call.message = message;
+    call.data_offset = control_.bytes + static_cast<uint64_t>(options_.num_data_bytes);
+    call.region = layout::LowLatencyRegion::make(static_cast<uint64_t>(options_.num_low_latency_bytes),
+                                                 static_cast<uint64_t>(options_.num_ranks));
+    call.num_blocks = grid.num_blocks;
+    call.num_warps = grid.num_warps;
+    call.masked = masked_;
+    call.is_shrinkable = options_.is_shrinkable;
+    call.decisions = wait_ns_ + options_.num_ranks;
+    call.wait_ns = wait_ns_;
+    call.num_local_experts = args.num_experts / options_.num_ranks;
+    return call;
 }
 
 kernels::LowLatencyDispatchParams Buffer::low_latency_params(const LowLatencyDispatchArgs& args) const {
-    check_shape(args.shape, args.num_tokens, options_.num_ranks);
-    EP_CHECK(!args.is_fp8 || args.shape.hidden % layout::kFp8GroupSize == 0, "hidden must be a multiple of ",
-             layout::kFp8GroupSize, " with use_fp8, got ", args.shape.hidden);
-    EP_CHECK(!args.packs_scales || (args.rounds_scales && args.shape.hidden % (4 * layout::kFp8GroupSize) == 0),
+    check_shape(args, args.num_tokens, options_.num_ranks);
+    EP_CHECK(!args.is_fp8 || args.hidden % layout::kFp8GroupSize == 0, "hidden must be a multiple of ",
+             layout::kFp8GroupSize, " with use_fp8, got ", args.hidden);
+    EP_CHECK(!args.packs_scales || (args.rounds_scales && args.hidden % (4 * layout::kFp8GroupSize) == 0),
              "use_ue8m0 needs round_scale, and hidden must be a multiple of ", 4 * layout::kFp8GroupSize, ", got ",
-             args.shape.hidden);
-    return {.call = low_latency_call(args.shape, dispatch_message(args.shape, options_.num_ranks, args.is_fp8),
-                                     args.wait_stats, args.number),
-            .payload = args.is_fp8 ? kernels::Payload::kFp8 : kernels::Payload::kBf16,
-            .rounds_scales = args.rounds_scales,
-            .packs_scales = args.packs_scales,
-            .x = args.x,
-            .topk_idx = args.topk_idx,
-            .idx_bytes = args.idx_bytes,
-            .num_tokens = args.num_tokens,
-            .recv_x = args.recv_x,
-            .recv_scales = args.recv_scales,
-            .recv_count = args.recv_count,
-            .src_info = args.src_info,
-            .layout_range = args.layout_range,
-            .row_of_entry = args.row_of_entry,
-            .cumulative_stats = args.cumulative_stats,
-            .num_set_words = set_words(args.shape, args.num_tokens)};
+             args.hidden);
+    return {args,
+            {.call = low_latency_call(args, dispatch_message(args, options_.num_ranks, args.is_fp8)),
+             .payload = args.is_fp8 ? kernels::Payload::kFp8 : kernels::Payload::kBf16,
+             .num_set_words = set_words(args, args.num_tokens)}};
 }
 
 kernels::LowLatencyCombineParams Buffer::low_latency_params(const LowLatencyCombineArgs& args) const {
-    check_shape(args.shape, args.num_tokens, options_.num_ranks);
-    auto call = low_latency_call(args.shape, combine_message(args.shape, options_.num_ranks, args.uses_logfmt),
-                                 args.wait_stats, args.number);
+    check_shape(args, args.num_tokens, options_.num_ranks);
+    auto call = low_latency_call(args, combine_message(args, options_.num_ranks, args.uses_logfmt));
     using Slots = layout::LowLatencyEntrySlots;
-    const auto hidden = static_cast<uint64_t>(args.shape.hidden);
-    const uint64_t entry_bytes = Slots::bytes(static_cast<uint64_t>(args.shape.num_max_tokens),
-                                              static_cast<uint64_t>(args.shape.num_topk), hidden);
+    const auto hidden = static_cast<uint64_t>(args.hidden);
+    const uint64_t entry_bytes =
+        Slots::bytes(static_cast<uint64_t>(args.num_max_tokens), static_cast<uint64_t>(args.num_topk), hidden);
     call.entry_slot_bytes = Slots::slot_bytes(hidden);
     // Where a source may be left out its weights count as a whole or not at all, which is what one flag says.
-    call.uses_packets = !options_.is_shrinkable && args.shape.num_topk <= Slots::kMaxTopk &&
-                        2 * args.shape.num_max_tokens * args.shape.num_topk <= layout::kMaxLowLatencyPackets &&
+    call.uses_packets = !options_.is_shrinkable && args.num_topk <= Slots::kMaxTopk &&
+                        2 * args.num_max_tokens * args.num_topk <= layout::kMaxLowLatencyPackets &&
                         entry_bytes <= call.region.bank_bytes;
-    return {.call = call,
-            .uses_logfmt = args.uses_logfmt,
-            .x = args.x,
-            .topk_idx = args.topk_idx,
-            .idx_bytes = args.idx_bytes,
-            .topk_weights = args.topk_weights,
-            .num_tokens = args.num_tokens,
-            .row_of_entry = args.row_of_entry,
-            .combined_x = args.combined_x};
+    return {args, call};
 }
 
 void Buffer::clean_low_latency(dev::Stream stream) {

@@ -20,37 +20,33 @@ uint16_t random_bf16(std::mt19937_64& rng) {
 float from_bf16(uint16_t bits) { return algo::float_from_bits(static_cast<uint32_t>(bits) << 16); }
 
 runtime::LowLatencyDispatchArgs dispatch_args(const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank) {
-    return {.shape = problem.shape(),
-            .is_fp8 = problem.is_fp8,
-            .rounds_scales = problem.rounds_scales,
-            .packs_scales = problem.packs_scales,
-            .x = reinterpret_cast<const uint8_t*>(tensors.x.data()),
-            .topk_idx = tensors.topk_idx.data(),
-            .idx_bytes = 8,
-            .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
-            .recv_x = tensors.recv_x.data(),
-            .recv_scales = tensors.recv_scales.data(),
-            .recv_count = tensors.recv_count.data(),
-            .src_info = tensors.src_info.data(),
-            .layout_range = tensors.layout_range.data(),
-            .row_of_entry = tensors.row_of_entry.data(),
-            .cumulative_stats = tensors.cumulative_stats.data(),
-            .wait_stats = tensors.wait_stats.data(),
-            .number = &tensors.numbers[0]};
+    return {problem.args(tensors.wait_stats.data(), &tensors.numbers[0]),
+            {.is_fp8 = problem.is_fp8,
+             .rounds_scales = problem.rounds_scales,
+             .packs_scales = problem.packs_scales,
+             .x = reinterpret_cast<const uint8_t*>(tensors.x.data()),
+             .topk_idx = tensors.topk_idx.data(),
+             .idx_bytes = 8,
+             .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
+             .recv_x = tensors.recv_x.data(),
+             .recv_scales = tensors.recv_scales.data(),
+             .recv_count = tensors.recv_count.data(),
+             .src_info = tensors.src_info.data(),
+             .layout_range = tensors.layout_range.data(),
+             .row_of_entry = tensors.row_of_entry.data(),
+             .cumulative_stats = tensors.cumulative_stats.data()}};
 }
 
 runtime::LowLatencyCombineArgs combine_args(const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank) {
-    return {.shape = problem.shape(),
-            .uses_logfmt = problem.uses_logfmt,
-            .x = reinterpret_cast<const uint8_t*>(tensors.y.data()),
-            .topk_idx = tensors.topk_idx.data(),
-            .idx_bytes = 8,
-            .topk_weights = tensors.topk_weights.data(),
-            .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
-            .row_of_entry = tensors.row_of_entry.data(),
-            .combined_x = reinterpret_cast<uint8_t*>(tensors.combined_x.data()),
-            .wait_stats = tensors.wait_stats.data(),
-            .number = &tensors.numbers[1]};
+    return {problem.args(tensors.wait_stats.data(), &tensors.numbers[1]),
+            {.uses_logfmt = problem.uses_logfmt,
+             .x = reinterpret_cast<const uint8_t*>(tensors.y.data()),
+             .topk_idx = tensors.topk_idx.data(),
+             .idx_bytes = 8,
+             .topk_weights = tensors.topk_weights.data(),
+             .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
+             .row_of_entry = tensors.row_of_entry.data(),
+             .combined_x = reinterpret_cast<uint8_t*>(tensors.combined_x.data())}};
 }
 
 // What 128 channels become, by the definition of the format.
