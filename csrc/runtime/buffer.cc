@@ -81,18 +81,16 @@ Buffer::Buffer(std::shared_ptr<dev::Device> device, const BufferOptions& options
     divide_heap();
     mailbox_ = std::make_shared<comm::Mailbox>(options_.rank, options_.num_ranks);
     heap_ = std::make_unique<comm::SymmetricHeap>(device_, mailbox_, options_.num_ranks, num_heap_bytes_);
-    status_memory_ = device_->allocate_host_mapped(sizeof(layout::HostStatus));
-    counts_memory_ = device_->allocate_host_mapped(sizeof(layout::HostCounts));
-    status_ = static_cast<layout::HostStatus*>(status_memory_.host);
-    counts_ = static_cast<layout::HostCounts*>(counts_memory_.host);
-    desk_ = std::make_shared<FailureDesk>(device_, mailbox_, *heap_, control_, status_, options_.num_ranks);
-    local_ = static_cast<layout::LocalState*>(device_->allocate(sizeof(layout::LocalState)));
+    status_ = dev::HostMappedObject<layout::HostStatus>(device_);
+    counts_ = dev::HostMappedObject<layout::HostCounts>(device_);
+    desk_ = std::make_shared<FailureDesk>(device_, mailbox_, *heap_, control_, status_.host(), options_.num_ranks);
+    local_ = dev::DeviceArray<layout::LocalState>(device_, 1);
     const auto num_ranks = static_cast<size_t>(options_.num_ranks);
-    masked_ = static_cast<int*>(device_->allocate(sizeof(int) * num_ranks));
-    wait_ns_ = static_cast<uint64_t*>(device_->allocate(2 * sizeof(uint64_t) * num_ranks));
+    masked_ = dev::DeviceArray<int>(device_, num_ranks);
+    wait_ns_ = dev::DeviceArray<uint64_t>(device_, 2 * num_ranks);
     // Here, not when first needed: that may be while a CUDA graph is captured.
-    layout_partials_ = static_cast<int*>(
-        device_->allocate(sizeof(int) * kernels::kMaxLayoutBlocks * static_cast<size_t>(max_layout_counts())));
+    layout_partials_ =
+        dev::DeviceArray<int>(device_, kernels::kMaxLayoutBlocks * static_cast<size_t>(max_layout_counts()));
 }
 
 // What is lent is a part of the data region, or a region of its own behind everything else.
@@ -160,8 +158,7 @@ kernels::HeapParams Buffer::heap_params() const {
 }
 
 kernels::WatchParams Buffer::watch_params() const {
-    return {local_, static_cast<layout::HostStatus*>(status_memory_.device), to_ns(options_.timeout_s),
-            to_ns(options_.warn_s)};
+    return {local_.get(), status_.device(), to_ns(options_.timeout_s), to_ns(options_.warn_s)};
 }
 
 int Buffer::stage_room(int state_bytes) const { return device_->max_shared_bytes() - state_bytes; }
@@ -299,7 +296,7 @@ void Buffer::get_dispatch_layout(const LayoutArgs& args, dev::Stream stream) {
     const int num_blocks = std::clamp((args.num_tokens + num_threads - 1) / num_threads, 1, max_blocks);
     kernels_->layout({args,
                       {.num_ranks = options_.num_ranks,
-                       .partials = layout_partials_,
+                       .partials = layout_partials_.get(),
                        .num_threads = num_threads,
                        .watch = watch_params()}},
                      num_blocks, stream);
@@ -326,7 +323,7 @@ void Buffer::notify_dispatch(const NotifyArgs& args, dev::Stream stream) {
                                {.heap = heap_params(),
                                 .watch = watch_params(),
                                 .num_local_experts = num_local_experts_,
-                                .counts = static_cast<layout::HostCounts*>(counts_memory_.device),
+                                .counts = counts_.device(),
                                 .ticket = ticket_,
                                 .num_threads = std::min(kernels::kMaxNotifyThreads, device_->useful_block_threads())}},
                               stream);
@@ -393,7 +390,7 @@ void Buffer::dispatch(const DispatchArgs& args, int num_sms, dev::Stream stream)
                          .may_lend = may_lend(),
                          .loan = loan,
                          .num_local_experts = args.num_experts / options_.num_ranks,
-                         .counts = tells_host ? static_cast<layout::HostCounts*>(counts_memory_.device) : nullptr,
+                         .counts = tells_host ? counts_.device() : nullptr,
                          .ticket = ticket_}},
                        stream);
 }
@@ -482,18 +479,12 @@ void Buffer::destroy(double timeout_s) noexcept {
     heap_->release(timeout_s);
     heap_.reset();
     mailbox_.reset();
-    try {
-        device_->free(layout_partials_);
-        device_->free(masked_);
-        device_->free(wait_ns_);
-        device_->free(local_);
-        device_->free_host_mapped(counts_memory_);
-        device_->free_host_mapped(status_memory_);
-    } catch (...) {
-        // The driver is unloading: it takes the memory back.
-    }
-    status_ = nullptr;
-    counts_ = nullptr;
+    layout_partials_.reset();
+    masked_.reset();
+    wait_ns_.reset();
+    local_.reset();
+    counts_.reset();
+    status_.reset();
 }
 
 }  // namespace deep_ep::runtime

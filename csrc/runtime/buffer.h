@@ -10,7 +10,7 @@
 
 #include "comm/mailbox.h"
 #include "comm/symmetric_heap.h"
-#include "device/runtime.h"
+#include "device/owned.h"
 #include "kernels/kernel_table.h"
 #include "runtime/failure.h"
 #include "runtime/lender.h"
@@ -162,13 +162,12 @@ private:
     // In the heap, behind the slots or behind the data of both modes: a copy of combine's weights, then what is lent.
     uint64_t weights_offset_ = 0, num_weight_bytes_ = 0, lend_offset_ = 0;
     std::shared_ptr<Lender> lender_;
-    dev::HostMapped status_memory_, counts_memory_;
-    layout::HostStatus* status_ = nullptr;
-    layout::HostCounts* counts_ = nullptr;
-    layout::LocalState* local_ = nullptr;
-    int* layout_partials_ = nullptr;
-    int* masked_ = nullptr;        // [num_ranks]
-    uint64_t* wait_ns_ = nullptr;  // [num_ranks], then [num_ranks] of LowLatencyCall::decisions
+    dev::HostMappedObject<layout::HostStatus> status_;
+    dev::HostMappedObject<layout::HostCounts> counts_;
+    dev::DeviceArray<layout::LocalState> local_;
+    dev::DeviceArray<int> layout_partials_;
+    dev::DeviceArray<int> masked_;        // [num_ranks]
+    dev::DeviceArray<uint64_t> wait_ns_;  // [num_ranks], then [num_ranks] of LowLatencyCall::decisions
     uint64_t num_low_latency_sends_ = 0;
     uint64_t open_low_latency_calls_[layout::kNumLowLatencyBanks] = {};  // ticket of the open call in each; 0: none
     uint64_t ticket_ = 0;                                                // of the last notify_dispatch

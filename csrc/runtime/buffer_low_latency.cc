@@ -72,7 +72,7 @@ uint8_t* Buffer::low_latency_data() const { return data() + options_.num_data_by
 
 int* Buffer::masked_ranks() const {
     require_usable();
-    return masked_;
+    return masked_.get();
 }
 
 // A warp for every chunk of a row, and one block on an SM. Kernels of ranks that share a GPU wait for each other, so all of
@@ -99,10 +99,10 @@ kernels::LowLatencyCall Buffer::low_latency_call(const LowLatencyArgs& args,
                                                  static_cast<uint64_t>(options_.num_ranks));
     call.num_blocks = grid.num_blocks;
     call.num_warps = grid.num_warps;
-    call.masked = masked_;
+    call.masked = masked_.get();
     call.is_shrinkable = options_.is_shrinkable;
-    call.decisions = wait_ns_ + options_.num_ranks;
-    call.wait_ns = wait_ns_;
+    call.decisions = wait_ns_.get() + options_.num_ranks;
+    call.wait_ns = wait_ns_.get();
     call.num_local_experts = args.num_experts / options_.num_ranks;
     return call;
 }
@@ -145,7 +145,7 @@ void Buffer::clean_low_latency(dev::Stream stream) {
     kernels::LowLatencyCall call{};
     call.heap = heap_params();
     call.watch = watch_params();
-    call.masked = masked_;
+    call.masked = masked_.get();
     call.is_shrinkable = options_.is_shrinkable;
     announce(stream, true);
     kernels_->low_latency_clean(call, stream);

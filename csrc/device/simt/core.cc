@@ -113,7 +113,8 @@ uint64_t Core::now_ns() const { return options_.clock == ClockKind::kVirtual ? v
 
 uint64_t Core::read_clock() {
     if (options_.clock == ClockKind::kWall) return wall_ns();
-    return ++virtual_now_ns_;
+    const uint64_t now_ns = ++virtual_now_ns_;
+    return now_ns % 2 == 0 ? now_ns - options_.clock_step_back_ns : now_ns;
 }
 
 // Throws what happened to this device, or a deadlock that happened since `num_deadlocks_seen`. Reported errors are
