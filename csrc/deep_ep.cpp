@@ -174,29 +174,12 @@ py::tuple wait_counts(Buffer& buffer) {
     return py::make_tuple(counts.num_tokens, std::move(counts.num_tokens_per_expert));
 }
 
-// What to launch: both phases at once; the send phase, which returns a ticket; or else the receive phase of the call with
-// that ticket.
-constexpr uint64_t kSendPhase = 0;
-constexpr uint64_t kBothPhases = ~uint64_t{0};
-
-uint64_t low_latency_dispatch(Buffer& buffer, py::handle record, uint64_t ticket, uintptr_t stream) {
-    const auto& args = read<runtime::LowLatencyDispatchArgs>(record);
-    if (ticket == kSendPhase) return buffer.send_low_latency_dispatch(args, pointer<void>(stream));
-    if (ticket == kBothPhases)
-        buffer.low_latency_dispatch(args, pointer<void>(stream));
-    else
-        buffer.receive_low_latency_dispatch(args, ticket, pointer<void>(stream));
-    return ticket;
+uint64_t low_latency_dispatch(Buffer& buffer, py::handle args, uint64_t ticket, uintptr_t stream) {
+    return buffer.low_latency().dispatch(read<runtime::LowLatencyDispatchArgs>(args), ticket, pointer<void>(stream));
 }
 
-uint64_t low_latency_combine(Buffer& buffer, py::handle record, uint64_t ticket, uintptr_t stream) {
-    const auto& args = read<runtime::LowLatencyCombineArgs>(record);
-    if (ticket == kSendPhase) return buffer.send_low_latency_combine(args, pointer<void>(stream));
-    if (ticket == kBothPhases)
-        buffer.low_latency_combine(args, pointer<void>(stream));
-    else
-        buffer.receive_low_latency_combine(args, ticket, pointer<void>(stream));
-    return ticket;
+uint64_t low_latency_combine(Buffer& buffer, py::handle args, uint64_t ticket, uintptr_t stream) {
+    return buffer.low_latency().combine(read<runtime::LowLatencyCombineArgs>(args), ticket, pointer<void>(stream));
 }
 
 // A capsule for torch.from_dlpack: row-major memory at `address`. `on_drop` runs when no tensor is over it any more.
@@ -279,7 +262,10 @@ void bind_buffer(py::module_& m) {
         .def_property_readonly("failure", &Buffer::failure)
         .def("begin_call", &Buffer::begin_call)
         .def("abandon_call", &Buffer::abandon_call, py::arg("text"))
-        .def("abandon_hook", &Buffer::abandon_hook, py::arg("ticket"), py::arg("text"))
+        .def(
+            "abandon_hook",
+            [](Buffer& b, uint64_t ticket, const std::string& text) { b.low_latency().abandon_hook(ticket, text); },
+            py::arg("ticket"), py::arg("text"))
         .def("start_watching", &Buffer::start_watching)
         .def("set_warning_handler", &Buffer::set_warning_handler, py::arg("handler"))
         .def("get_dispatch_layout", &get_dispatch_layout, py::arg("args"), py::arg("stream"))
@@ -292,14 +278,14 @@ void bind_buffer(py::module_& m) {
              [](Buffer& b, uintptr_t stream, bool is_ours) { b.note_stream(pointer<void>(stream), is_ours); })
         .def_property_readonly("num_lend_bytes", &Buffer::num_lend_bytes)
         .def_readonly_static("LEND_PART_OF_DATA", &runtime::kLendPartOfData)
-        .def_readonly_static("SEND_PHASE", &kSendPhase)
-        .def_readonly_static("BOTH_PHASES", &kBothPhases)
+        .def_readonly_static("SEND_PHASE", &runtime::kSendPhase)
+        .def_readonly_static("BOTH_PHASES", &runtime::kBothPhases)
         .def("low_latency_dispatch", &low_latency_dispatch, py::arg("args"), py::arg("ticket"), py::arg("stream"))
         .def("low_latency_combine", &low_latency_combine, py::arg("args"), py::arg("ticket"), py::arg("stream"))
         .def("clean_low_latency",
-             [](Buffer& buffer, uintptr_t stream) { buffer.clean_low_latency(pointer<void>(stream)); })
-        .def_property_readonly("low_latency_data_ptr", [](Buffer& b) { return number(b.low_latency_data()); })
-        .def_property_readonly("masked_ranks_ptr", [](Buffer& b) { return number(b.masked_ranks()); })
+             [](Buffer& buffer, uintptr_t stream) { buffer.low_latency().clean(pointer<void>(stream)); })
+        .def_property_readonly("low_latency_data_ptr", [](Buffer& b) { return number(b.low_latency().data()); })
+        .def_property_readonly("masked_ranks_ptr", [](Buffer& b) { return number(b.low_latency().masked_ranks()); })
         .def("bench_push", [](Buffer& b, int64_t bytes_per_peer, int num_sms, uintptr_t stream) {
             b.bench_push(bytes_per_peer, num_sms, pointer<void>(stream));
         });
@@ -316,8 +302,8 @@ PYBIND11_MODULE(deep_ep_cpp, m) {
     bind_device(m);
     bind_buffer(m);
     if (!bindings::add_record_types(m.ptr())) throw py::error_already_set();
-    m.def("get_low_latency_rdma_size_hint", &Buffer::low_latency_size_hint, py::arg("num_max_dispatch_tokens_per_rank"),
-          py::arg("hidden"), py::arg("num_ranks"), py::arg("num_experts"));
+    m.def("get_low_latency_rdma_size_hint", &runtime::LowLatency::size_hint,
+          py::arg("num_max_dispatch_tokens_per_rank"), py::arg("hidden"), py::arg("num_ranks"), py::arg("num_experts"));
     m.def("make_tensor", &make_tensor);
     m.def("cuda_versions", [] {
         const CudaVersions versions = cuda_versions();

@@ -190,32 +190,38 @@ std::vector<LowLatencyTensors> make_low_latency_inputs(const LowLatencyProblem& 
 }
 
 int64_t low_latency_bytes(const LowLatencyProblem& problem) {
-    return runtime::Buffer::low_latency_size_hint(problem.num_max_tokens, problem.hidden, problem.num_ranks(),
-                                                  problem.num_experts);
+    return runtime::LowLatency::size_hint(problem.num_max_tokens, problem.hidden, problem.num_ranks(),
+                                          problem.num_experts);
 }
 
 void send_dispatch(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank) {
     const auto args = dispatch_args(problem, tensors, rank);
-    tensors.dispatch_ticket = world.buffer(rank).send_low_latency_dispatch(args, world.stream(rank));
+    tensors.dispatch_ticket = world.buffer(rank).low_latency().dispatch(args, runtime::kSendPhase, world.stream(rank));
 }
 
 void receive_dispatch(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank) {
     const auto args = dispatch_args(problem, tensors, rank);
-    world.buffer(rank).receive_low_latency_dispatch(args, tensors.dispatch_ticket, world.stream(rank));
+    world.buffer(rank).low_latency().dispatch(args, tensors.dispatch_ticket, world.stream(rank));
 }
 
 void launch_dispatch(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank,
                      Launches launches) {
-    if (launches == Launches::kOne)
-        return world.buffer(rank).low_latency_dispatch(dispatch_args(problem, tensors, rank), world.stream(rank));
+    if (launches == Launches::kOne) {
+        world.buffer(rank).low_latency().dispatch(dispatch_args(problem, tensors, rank), runtime::kBothPhases,
+                                                  world.stream(rank));
+        return;
+    }
     send_dispatch(world, problem, tensors, rank);
     receive_dispatch(world, problem, tensors, rank);
 }
 
 void launch_combine(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank,
                     Launches launches) {
-    if (launches == Launches::kOne)
-        return world.buffer(rank).low_latency_combine(combine_args(problem, tensors, rank), world.stream(rank));
+    if (launches == Launches::kOne) {
+        world.buffer(rank).low_latency().combine(combine_args(problem, tensors, rank), runtime::kBothPhases,
+                                                 world.stream(rank));
+        return;
+    }
     send_combine(world, problem, tensors, rank);
     receive_combine(world, problem, tensors, rank);
 }
@@ -229,12 +235,12 @@ void fill_expert_rows(const LowLatencyProblem& problem, std::vector<LowLatencyTe
 
 void send_combine(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank) {
     const auto args = combine_args(problem, tensors, rank);
-    tensors.combine_ticket = world.buffer(rank).send_low_latency_combine(args, world.stream(rank));
+    tensors.combine_ticket = world.buffer(rank).low_latency().combine(args, runtime::kSendPhase, world.stream(rank));
 }
 
 void receive_combine(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank) {
     const auto args = combine_args(problem, tensors, rank);
-    world.buffer(rank).receive_low_latency_combine(args, tensors.combine_ticket, world.stream(rank));
+    world.buffer(rank).low_latency().combine(args, tensors.combine_ticket, world.stream(rank));
 }
 
 uint64_t& low_latency_token_flag(World& world, int owner, int bank, int source, int token) {
