@@ -8,7 +8,7 @@ except ImportError as _error:
     raise ImportError(f"deep_ep: the native extension deep_ep_cpp does not load ({_error}). To see what is wrong, run: "
                       f"python {_Path(__file__).with_name('doctor.py')}") from _error
 
-from deep_ep._errors import CudaError, Error, InvalidArgument, TimeoutError, TransportError  # noqa: A004
+from deep_ep._errors import CudaError, Error, InternalError, InvalidArgument, TimeoutError, TransportError  # noqa: A004
 from deep_ep._features import features, supports
 from deep_ep.buffer import Buffer
 from deep_ep.utils import EventHandle, EventOverlap
@@ -16,6 +16,6 @@ from deep_ep.version import __version__
 from deep_ep_cpp import Config, topk_idx_t
 
 __all__ = [
-    "Buffer", "Config", "CudaError", "Error", "EventHandle", "EventOverlap", "InvalidArgument", "TimeoutError",
-    "TransportError", "__version__", "features", "supports", "topk_idx_t"
+    "Buffer", "Config", "CudaError", "Error", "EventHandle", "EventOverlap", "InternalError", "InvalidArgument",
+    "TimeoutError", "TransportError", "__version__", "features", "supports", "topk_idx_t"
 ]

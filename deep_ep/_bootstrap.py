@@ -355,8 +355,15 @@ def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
         lent = deep_ep_cpp.Buffer.LEND_PART_OF_DATA if request.num_lend_bytes is None else request.num_lend_bytes
         try:
             created.append(
-                deep_ep_cpp.Buffer(opened[0].native, peers.rank, peers.size, request.num_nvl_bytes, request.patience_s,
-                                   warn_s, request.num_rdma_bytes, request.enable_shrink, lent))
+                deep_ep_cpp.Buffer(opened[0].native,
+                                   peers.rank,
+                                   peers.size,
+                                   num_data_bytes=request.num_nvl_bytes,
+                                   timeout_s=request.patience_s,
+                                   warn_s=warn_s,
+                                   num_low_latency_bytes=request.num_rdma_bytes,
+                                   is_shrinkable=request.enable_shrink,
+                                   num_lend_bytes=lent))
         except Error as error:
             raise type(error)(f"Buffer: {error}; asked for num_nvl_bytes={request.num_nvl_bytes}, num_rdma_bytes="
                               f"{request.num_rdma_bytes}, num_lend_bytes={request.num_lend_bytes}") from error

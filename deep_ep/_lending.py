@@ -6,7 +6,7 @@ has been called, and for the one that is current where the tensor is dropped, on
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Optional
 
 import torch
@@ -32,30 +32,33 @@ class Spec(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+Specs = Sequence[Optional[Spec]]  # None: no such tensor
+
 deep_ep_cpp.set_current_stream_function(current_stream_handle)
 
 
 class Reserved:
     """Lent memory for the rows that a guess has room for, before anybody knows how many come."""
 
-    __slots__ = ("_lender", "_pieces", "_specs", "addresses", "num_rows")
+    __slots__ = ("_lender", "_pieces", "_row", "addresses", "num_rows")
 
-    def __init__(self, lender: "Lender", pieces: Sequence[deep_ep_cpp.LentMemory], specs: Sequence[Spec]) -> None:
+    def __init__(self, lender: "Lender", pieces: Iterable[deep_ep_cpp.LentMemory], row: Specs, num_rows: int) -> None:
+        rest = iter(pieces)
         self._lender = lender
-        self._pieces = pieces
-        self._specs = specs  # for all rows that there is room for
-        self.addresses = [piece.address for piece in pieces]
-        self.num_rows = specs[0].shape[0]
+        self._row = row
+        self._pieces = [spec and next(rest) for spec in row]
+        self.addresses = [piece.address if piece else 0 for piece in self._pieces]
+        self.num_rows = num_rows  # that there is room for
 
-    def tensors(self, num_rows: int) -> list[torch.Tensor]:
+    def tensors(self, num_rows: int) -> list[Optional[torch.Tensor]]:
         """The first rows; the memory of the others is free at once, since nobody has used it."""
-        found = []
-        for piece, (shape, dtype) in zip(self._pieces, self._specs):
-            spec = Spec((num_rows, *shape[1:]), dtype)
-            if num_rows:
-                piece.shrink(spec.num_bytes)
-            found.append(self._lender._make(piece if num_rows else None, spec))
-        return found
+        return [spec and self._first_rows(piece, spec, num_rows) for piece, spec in zip(self._pieces, self._row)]
+
+    def _first_rows(self, piece: Optional[deep_ep_cpp.LentMemory], row: Spec, num_rows: int) -> torch.Tensor:
+        spec = Spec((num_rows, *row.shape[1:]), row.dtype)
+        if num_rows and piece is not None:
+            piece.shrink(spec.num_bytes)
+        return self._lender._make(piece if num_rows else None, spec)
 
 
 class Lender:
@@ -69,27 +72,26 @@ class Lender:
         self._noted: dict[int, bool] = {}  # streams of calls; whether what is lent can be used there
         self._last: Optional[tuple[int, int]] = None  # tokens and received rows of the last fresh dispatch
 
-    def tensors(self, specs: Sequence[Spec], operation: Operation) -> Optional[list[torch.Tensor]]:
+    def tensors(self, specs: Specs, operation: Operation) -> Optional[list[Optional[torch.Tensor]]]:
         """Uninitialised tensors for the kernels of a call, or None: there is no room now for all of them.
 
         Within a capture the memory is the graph's as long as that lives.
         """
-        sizes = [spec.num_bytes for spec in specs if spec.num_bytes]
+        sizes = [spec.num_bytes for spec in specs if spec and spec.num_bytes]
         lent = self._take(sizes, operation) if sizes else []
         if not lent:
             return None
         pieces = iter(lent)
-        return [self._make(next(pieces) if spec.num_bytes else None, spec) for spec in specs]
+        return [spec and self._make(next(pieces) if spec.num_bytes else None, spec) for spec in specs]
 
-    def reserve(self, row: Sequence[Spec], likely_rows: int, operation: Operation) -> Optional[Reserved]:
+    def reserve(self, row: Specs, likely_rows: int, operation: Operation) -> Optional[Reserved]:
         """The same for a number of rows that is not known; `row` has one of each. What is not needed goes back."""
         for spare_share in SPARE_SHARES:
             num_rows = likely_rows + likely_rows // spare_share + LEAST_SPARE_ROWS
-            specs = [Spec((num_rows, *shape[1:]), dtype) for shape, dtype in row]
-            sizes = [spec.num_bytes for spec in specs]
+            sizes = [num_rows * spec.num_bytes for spec in row if spec]
             lent = [] if 0 in sizes or sum(sizes) > self.num_bytes else self._take(sizes, operation)
             if lent:
-                return Reserved(self, lent, specs)
+                return Reserved(self, lent, row, num_rows)
         return None
 
     def guess_rows(self, num_tokens: int, num_ranks: int) -> int:

@@ -23,7 +23,12 @@ from deep_ep._opaque import opaque
 from deep_ep._streams import Operation, RecordedEvent, Tensors
 from deep_ep.utils import EventHandle, EventOverlap
 from deep_ep_cpp import Buffer as NativeBuffer
-from deep_ep_cpp import InvalidArgument, get_low_latency_rdma_size_hint
+from deep_ep_cpp import (
+    InvalidArgument,
+    LowLatencyCombineArgs,
+    LowLatencyDispatchArgs,
+    get_low_latency_rdma_size_hint,
+)
 
 Payload = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 DispatchResult = tuple[Payload, torch.Tensor, tuple[Any, ...], EventOverlap, Optional[Callable[[], None]]]
@@ -150,12 +155,21 @@ class LowLatency:
             x, topk_idx = operation.snapshot(x, topk_idx)
         recv_x, scales, src_info, layout_range, recv_count = plan.make_outputs()
         src_info_ptr = src_info.data_ptr()
-        arguments = (*plan.dispatch_args, x.data_ptr(), topk_idx.data_ptr(), topk_idx.element_size(), num_tokens,
-                     recv_x.data_ptr(), _ptr(scales), recv_count.data_ptr(),
-                     src_info_ptr, layout_range.data_ptr(), src_info_ptr + plan.entries_at, _ptr(cumulative_stats),
-                     _ptr(wait_stats), src_info_ptr + plan.number_at, operation.stream)
+        args = plan.dispatch_args.replace(wait_stats=_ptr(wait_stats),
+                                          number=src_info_ptr + plan.number_at,
+                                          x=x.data_ptr(),
+                                          topk_idx=topk_idx.data_ptr(),
+                                          idx_bytes=topk_idx.element_size(),
+                                          num_tokens=num_tokens,
+                                          recv_x=recv_x.data_ptr(),
+                                          recv_scales=_ptr(scales),
+                                          recv_count=recv_count.data_ptr(),
+                                          src_info=src_info_ptr,
+                                          layout_range=layout_range.data_ptr(),
+                                          row_of_entry=src_info_ptr + plan.entries_at,
+                                          cumulative_stats=_ptr(cumulative_stats))
         tensors = (x, topk_idx, recv_x, scales, src_info, layout_range, cumulative_stats, wait_stats)
-        event, hook = _run(self._session, "low_latency_dispatch", operation, arguments, tensors, return_recv_hook)
+        event, hook = _run(self._session, "low_latency_dispatch", operation, args, tensors, return_recv_hook)
         self._known_handles.add(plan, src_info)
         payload = recv_x if scales is None else (recv_x, scales)
         return payload, recv_count, (src_info, layout_range, *plan.handle_tail), event, hook
@@ -212,11 +226,18 @@ class LowLatency:
         combined = self._session.empty[torch.bfloat16](num_tokens, hidden) if out is None else out
         # Several combines may be open with one handle, so that theirs cannot lie behind src_info.
         number = self._session.empty[torch.int64](1) if return_recv_hook else None
-        arguments = (*plan.combine_args, use_logfmt, sent.data_ptr(), topk_idx.data_ptr(), topk_idx.element_size(),
-                     topk_weights.data_ptr(), num_tokens, src_info.data_ptr() + plan.entries_at, combined.data_ptr(),
-                     _ptr(wait_stats), _ptr(number), operation.stream)
+        args = plan.combine_args.replace(wait_stats=_ptr(wait_stats),
+                                         number=_ptr(number),
+                                         uses_logfmt=use_logfmt,
+                                         x=sent.data_ptr(),
+                                         topk_idx=topk_idx.data_ptr(),
+                                         idx_bytes=topk_idx.element_size(),
+                                         topk_weights=topk_weights.data_ptr(),
+                                         num_tokens=num_tokens,
+                                         row_of_entry=src_info.data_ptr() + plan.entries_at,
+                                         combined_x=combined.data_ptr())
         tensors = (sent, topk_idx, topk_weights, src_info, combined, wait_stats, number)
-        event, hook = _run(self._session, "low_latency_combine", operation, arguments, tensors, return_recv_hook)
+        event, hook = _run(self._session, "low_latency_combine", operation, args, tensors, return_recv_hook)
         if zero_copy:
             self._combine_buffers[plan.expert_rows].pass_on()
         return combined, event, hook
@@ -299,22 +320,23 @@ def _compare_calls(check: CallCheck, operation: str, plan: Plan, options: dict[s
     check.compare(operation, {**shape, **options})
 
 
-def _run(session: Session, name: str, operation: Operation, arguments: tuple[Any, ...], tensors: Tensors,
-         wants_hook: bool) -> tuple[EventOverlap, Optional[Hook]]:
+def _run(session: Session, name: str, operation: Operation, args: Union[LowLatencyDispatchArgs, LowLatencyCombineArgs],
+         tensors: Tensors, wants_hook: bool) -> tuple[EventOverlap, Optional[Hook]]:
     """Both phases in one launch, or the send phase and a hook for the other. They use `tensors`."""
     launch: Callable[..., int] = getattr(session.runtime, name)
     operation.start(tensors, ())
     try:
-        ticket = launch(NativeBuffer.SEND_PHASE if wants_hook else NativeBuffer.BOTH_PHASES, *arguments)
+        ticket = launch(args, NativeBuffer.SEND_PHASE if wants_hook else NativeBuffer.BOTH_PHASES, operation.stream)
         if not wants_hook:
             return _finished(operation.finish(), tensors), None
         operation.pause()
     except BaseException:
         operation.abandon()
         raise
+
     def receive() -> None:
         operation.resume()
-        launch(ticket, *arguments)
+        launch(args, ticket, operation.stream)
         operation.finish()
 
     # What is captured into a graph is no call yet that peers could wait for.

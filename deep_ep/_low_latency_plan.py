@@ -6,6 +6,7 @@ import torch
 
 from deep_ep import _checks
 from deep_ep._memory import EmptyTensors
+from deep_ep_cpp import LowLatencyCombineArgs, LowLatencyDispatchArgs
 
 MAX_TOKENS = 4096  # of one rank in one call; csrc/layout/low_latency.h
 MAX_EXPERTS = 16384  # csrc/kernels/params_low_latency.h
@@ -57,7 +58,7 @@ DispatchOutputs = tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torc
 
 
 class Plan:
-    """Sizes of the tensors of a call, and the arguments that are the same in every native call of its kind.
+    """Sizes of the tensors of a call, and records with the arguments that are the same in every call of its kind.
 
     R ranks, El experts on each, T tokens of a rank at most, K experts of a token. One allocation holds four things,
     because each allocation costs the host more than a view: src_info, int32 [El, R * T], the index of the row's token
@@ -76,8 +77,11 @@ class Plan:
         num_rows = num_ranks * shape.num_max_tokens
         self.expert_rows = (num_local, num_rows, shape.hidden)
         self.handle_tail = (shape.num_max_tokens, shape.hidden, num_experts)
-        self.dispatch_args = (*shape, *form)
-        self.combine_args = tuple(shape)
+        self.dispatch_args = LowLatencyDispatchArgs(**shape._asdict(),
+                                                    is_fp8=form.use_fp8,
+                                                    rounds_scales=form.round_scale,
+                                                    packs_scales=form.use_ue8m0)
+        self.combine_args = LowLatencyCombineArgs(**shape._asdict())
         self._empty = empty
         self._recv_dtype = torch.float8_e4m3fn if form.use_fp8 else torch.bfloat16
         self._has_scales = form.use_fp8

@@ -46,9 +46,9 @@ def make_tensor(address: int, shape: tuple[int, ...], dtype: torch.dtype, device
         return torch.empty(shape, dtype=dtype, device=device)
     index = device.index if device.type == "cuda" else -1
     if dtype in _DLPACK_TYPES:
-        return from_capsule(deep_ep_cpp.make_tensor(address, list(shape), *_DLPACK_TYPES[dtype], index, owner))
+        return from_capsule(deep_ep_cpp.make_tensor(address, list(shape), _DLPACK_TYPES[dtype], index, owner))
     byte_shape = [*shape[:-1], shape[-1] * dtype.itemsize]
-    data = from_capsule(deep_ep_cpp.make_tensor(address, byte_shape, 1, 8, index, owner))
+    data = from_capsule(deep_ep_cpp.make_tensor(address, byte_shape, (1, 8), index, owner))
     return data.view(dtype)
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Callable
 
 # From the bottom up: a layer may include itself and those before it.
-LAYERS = ('core', 'layout', 'device', 'algo', 'comm', 'kernels', 'runtime', 'bindings')
-# Which of the two devices these are is decided by the include path.
-SEAM_INCLUDES = {'csrc/device/prim.h': 'prim_impl.h', 'csrc/device/launch.h': 'launch_impl.h'}
+LAYERS = ('core', 'layout', 'device', 'algo', 'comm', 'rail', 'kernels', 'runtime', 'bindings')
+# Which of the two devices, and which engine, these are of is decided by the include path.
+SEAM_INCLUDES = {'csrc/device/prim.h': 'prim_impl.h', 'csrc/device/launch.h': 'launch_impl.h',
+                 'csrc/rail/rail.h': 'rail_impl.h'}
 WARN_LINES, MAX_LINES = 500, 700
 
 NATIVE_SUFFIXES = ('.h', '.cc', '.cpp', '.cu', '.cuh')
@@ -124,13 +125,13 @@ def check_include_order(source: Source) -> Iterator[Finding]:
 
 
 def check_backend_names(source: Source) -> Iterator[Finding]:
-    """Everything but the bindings, which create the device, sees the seam and not one of its halves."""
+    """Everything but the bindings, which create the device, sees a seam and not what is behind it."""
     if not source.is_native or layer_of(source.path.removeprefix('csrc/')) == 'bindings':
         return
     for number, line in enumerate(source.code, 1):
-        found = re.match(r'\s*#\s*include\s*"device/(cuda|simt)/', line)
-        if found and not source.path.startswith(f'csrc/device/{found.group(1)}/'):
-            yield Finding(source.path, number, 'seam', f'device/{found.group(1)} is included from outside it')
+        found = re.match(r'\s*#\s*include\s*"(device/cuda|device/simt|rail/host)/', line)
+        if found and not source.path.startswith(f'csrc/{found.group(1)}/'):
+            yield Finding(source.path, number, 'seam', f'{found.group(1)} is included from outside it')
 
 
 def forbid(rule: str, pattern: str, why: str, allowed: PathTest, applies: Callable[[Source], bool]) -> Rule:

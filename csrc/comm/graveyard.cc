@@ -37,11 +37,7 @@ void bury(BuriedRegion region) {
 size_t sweep_graveyard() {
     const std::lock_guard lock(graveyard().mutex);
     auto& regions = graveyard().regions;
-    std::erase_if(regions, [](const BuriedRegion& region) {
-        if (has_leases(region) || !have_peers_left(region)) return false;
-        region.device->free_shareable(region.memory);
-        return true;
-    });
+    std::erase_if(regions, [](const BuriedRegion& region) { return !has_leases(region) && have_peers_left(region); });
     return regions.size();
 }
 

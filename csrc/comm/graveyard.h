@@ -7,13 +7,12 @@
 #include <vector>
 
 #include "comm/mailbox.h"
-#include "device/runtime.h"
+#include "device/owned.h"
 
 namespace deep_ep::comm {
 
 struct BuriedRegion {
-    std::shared_ptr<dev::Device> device;
-    dev::ShareableMemory memory;
+    dev::OwnedShareable memory;
     std::shared_ptr<const Mailbox> mailbox;  // null: no peer maps the region
     int num_ranks;
     std::shared_ptr<const void> leases;  // see SymmetricHeap::lease

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "comm/mailbox.h"
-#include "device/runtime.h"
+#include "device/owned.h"
 
 namespace deep_ep::comm {
 
@@ -23,7 +23,7 @@ public:
     SymmetricHeap& operator=(const SymmetricHeap&) = delete;
 
     // What peers need to map this region.
-    const std::string& handle() const { return memory_.handle; }
+    const std::string& handle() const { return memory_.get().handle; }
     // Maps every peer's region; `handles[rank]` is this rank's own. Once.
     void connect(const std::vector<std::string>& handles);
     bool is_connected() const { return is_connected_; }
@@ -31,9 +31,11 @@ public:
     // Whoever holds the result keeps the local region allocated, also beyond release().
     std::shared_ptr<const void> lease() const { return leases_; }
 
-    uint8_t* local() const { return static_cast<uint8_t*>(memory_.address); }
+    uint8_t* local() const { return static_cast<uint8_t*>(memory_.get().address); }
     // Where a rank's region is mapped in this process.
-    uint8_t* base(int rank) const { return static_cast<uint8_t*>(bases_[static_cast<size_t>(rank)]); }
+    uint8_t* base(int rank) const {
+        return rank == rank_ ? local() : static_cast<uint8_t*>(mappings_[static_cast<size_t>(rank)].get());
+    }
 
     // Ranks whose regions lie on this device; this one is one of them.
     int num_ranks_here() const { return num_ranks_here_; }
@@ -43,14 +45,12 @@ public:
     void release(double timeout_s) noexcept;
 
 private:
-    void unmap_peers();
-
     std::shared_ptr<dev::Device> device_;
     std::shared_ptr<Mailbox> mailbox_;
     int rank_, num_ranks_;
-    dev::ShareableMemory memory_;
+    dev::OwnedShareable memory_;
     std::shared_ptr<const void> leases_ = std::make_shared<int>(0);
-    std::vector<void*> bases_;
+    std::vector<dev::Mapping> mappings_;  // of the peers' regions
     bool is_connected_ = false;
     int num_ranks_here_ = 1;
 };

@@ -23,6 +23,12 @@ class TimeoutError : public Error {
     using Error::Error;
 };
 
+// Something that only a mistake in this library can bring about, whatever its caller and the machine do.
+class InternalError : public Error {
+public:
+    explicit InternalError(const std::string& what) : Error("a bug of deep_ep, please report it: " + what) {}
+};
+
 template <class... Parts> std::string concat(const Parts&... parts) {
     std::ostringstream out;
     (out << ... << parts);
@@ -31,14 +37,16 @@ template <class... Parts> std::string concat(const Parts&... parts) {
 
 }  // namespace deep_ep
 
+// Of what the user passed, or of the machine that it is used on.
 // EP_CHECK(cond, "hidden_bytes must be a multiple of 16, got ", n): throws InvalidArgument.
 #define EP_CHECK(cond, ...)                                                            \
     do {                                                                               \
         if (!(cond)) throw ::deep_ep::InvalidArgument(::deep_ep::concat(__VA_ARGS__)); \
     } while (false)
 
-// EP_ENSURE(is_connected, "the heap is not connected"): throws Error, for what no argument of a caller can bring about.
-#define EP_ENSURE(cond, ...)                                                                                         \
-    do {                                                                                                             \
-        if (!(cond)) throw ::deep_ep::Error(::deep_ep::concat("a bug of deep_ep, please report it: ", __VA_ARGS__)); \
+// An assertion, of our own code.
+// EP_ENSURE(is_connected, "the heap is not connected"): throws InternalError. Not in a destructor: it would end the process.
+#define EP_ENSURE(cond, ...)                                                         \
+    do {                                                                             \
+        if (!(cond)) throw ::deep_ep::InternalError(::deep_ep::concat(__VA_ARGS__)); \
     } while (false)

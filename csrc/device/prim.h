@@ -163,6 +163,17 @@ EP_DEVICE void fence_async_global();
 // acquire and release at cta scope.                                                   CUDA: barrier.cta.sync
 EP_DEVICE void barrier_sync(int id, int num_threads);
 
+// __syncwarp and __syncthreads. `file`, `line`: of whoever wants the barrier, for reports.
+EP_DEVICE void sync_warp(const char* file, int line);
+EP_DEVICE void sync_block(const char* file, int line);
+
+// Every thread of the warp, the block, or a span of warps that use one named barrier, calls this, and makes all such calls in
+// the same order. Waits for nobody and orders nothing. `what` names what the group is about to do.
+//                                                                  CUDA: nothing; SIMT: reports who stays away
+EP_DEVICE void expect_warp(const char* what);
+EP_DEVICE void expect_block(const char* what);
+EP_DEVICE void expect_warps(int first_warp, int num_warps, int barrier, const char* what);
+
 // Nanoseconds of a clock that runs on while the thread waits; comparable within one device only.
 //                                                                                     CUDA: %globaltimer
 EP_DEVICE uint64_t clock_ns();
@@ -173,6 +184,18 @@ EP_DEVICE void pause();
 // A wait looks at rarer things (the abort word) at each so many of its polls, a power of two. Many threads wait at once: a
 // word that all of them read at each poll is a slow one, for them and for what lies beside it.  CUDA: 8; SIMT: 1
 EP_DEVICE constexpr uint32_t polls_per_check();
+
+// ---------------------------------------------------------------------------------------------------------------
+// Threads of the host that work beside kernels. What a kernel releases at system scope they acquire with an atomic.
+// ---------------------------------------------------------------------------------------------------------------
+
+// A word of host-mapped memory, with what a host thread has released there by an atomic store or update; otherwise as an
+// acquire at system scope.                                                            CUDA: ld.acquire.sys
+template <class T> EP_DEVICE T load_from_host(const T* ptr);
+
+// Wakes the host thread that has set *is_asleep to 1 by an atomic exchange, then looked once more at what this thread has
+// released before, and now waits for the eventfd `event`. CUDA: nothing, so that thread must not sleep for long.
+EP_DEVICE void wake_host(uint32_t* is_asleep, int event);
 
 // The dynamic shared memory of this launch, 128-byte aligned.
 EP_DEVICE void* dynamic_shared();

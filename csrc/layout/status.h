@@ -32,7 +32,8 @@ enum class Stage : uint32_t {
     kStated,  // kBadInput: a number in a routing table
     kClean,
     kEntry,  // kBadInput: a top-k entry that is not that of the dispatch
-    kOpen    // kBadInput: a call that this rank has not received holds the bank
+    kOpen,   // kBadInput: a call that this rank has not received holds the bank
+    kRows    // kBadInput: rows of a rank at another that cannot be
 };
 enum class FailureKind : uint32_t { kNone, kTimeout, kAborted, kBadInput };
 
@@ -47,7 +48,7 @@ struct WaitRecord {
     uint64_t expected;
     uint64_t seen;  // kAborted: the abort code
     uint64_t waited_ns;
-    int32_t token;  // kBadInput in kPosition
+    int32_t token;  // kBadInput in kPosition; in kRows: where the rows of `peer` are
 };
 
 struct HostStatus {
@@ -93,6 +94,13 @@ struct LocalState {
     uint32_t low_latency_done_blocks;  // counted only for statistics
     uint32_t low_latency_read_blocks;  // of a receive phase that tells the peers of its end itself
 };
+
+// What a record of kRows has seen: the first row, and one beyond the last.
+constexpr uint64_t make_row_span(int first, int end) {
+    return static_cast<uint64_t>(static_cast<uint32_t>(first)) << 32 | static_cast<uint32_t>(end);
+}
+constexpr int first_of_span(uint64_t span) { return static_cast<int>(span >> 32); }
+constexpr int end_of_span(uint64_t span) { return static_cast<int>(span & 0xffffffffu); }
 
 // Never zero. Which rank gave up, and the peer that it waited for.
 constexpr uint64_t make_abort_code(int origin, int missing) {

@@ -21,7 +21,7 @@ uint64_t LendPool::cut(Gaps::iterator gap, uint64_t num_bytes, bool from_top) {
 
 // First fit from either end.
 std::optional<uint64_t> LendPool::take(uint64_t num_bytes) {
-    EP_CHECK(num_bytes > 0, "num_bytes must be positive, got 0");
+    EP_ENSURE(num_bytes > 0, "num_bytes must be positive, got 0");
     const uint64_t size = layout::align_up(num_bytes, kAlignment);
     const bool from_top = size <= kSmallBytes;
     auto found = gaps_.end();
@@ -38,15 +38,15 @@ std::optional<uint64_t> LendPool::take(uint64_t num_bytes) {
 
 std::map<uint64_t, uint64_t>::iterator LendPool::piece_at(uint64_t offset) {
     const auto piece = taken_.find(offset);
-    EP_CHECK(piece != taken_.end(), "nothing was taken at offset ", offset);
+    EP_ENSURE(piece != taken_.end(), "nothing was taken at offset ", offset);
     return piece;
 }
 
 void LendPool::shrink(uint64_t offset, uint64_t num_bytes) {
     const auto piece = piece_at(offset);
     const uint64_t kept = layout::align_up(num_bytes, kAlignment);
-    EP_CHECK(num_bytes > 0 && kept <= piece->second, "a piece of ", piece->second, " bytes cannot shrink to ",
-             num_bytes);
+    EP_ENSURE(num_bytes > 0 && kept <= piece->second, "a piece of ", piece->second, " bytes cannot shrink to ",
+              num_bytes);
     const uint64_t rest = piece->second - kept;
     piece->second = kept;
     if (rest > 0) free(offset + kept, rest);

@@ -10,18 +10,6 @@ namespace deep_ep::runtime {
 Lender::Lender(std::shared_ptr<dev::Device> device, uint64_t num_bytes)
     : device_(std::move(device)), pool_(num_bytes) {}
 
-Lender::~Lender() {
-    for (Returned& returned : returned_)
-        for (Use& use : returned.uses) forget(use);
-    for (dev::Event event : free_events_) {
-        try {
-            device_->destroy_event(event);
-        } catch (...) {
-            return;  // the driver is unloading
-        }
-    }
-}
-
 void Lender::note_stream(dev::Stream stream, bool is_ours) {
     const std::lock_guard lock(mutex_);
     for (const Noted& noted : noted_)
@@ -29,20 +17,20 @@ void Lender::note_stream(dev::Stream stream, bool is_ours) {
     noted_.push_back({stream, is_ours});
 }
 
-dev::Event Lender::record(dev::Stream stream) {
-    dev::Event event = nullptr;
+dev::OwnedEvent Lender::record(dev::Stream stream) {
+    dev::OwnedEvent event;
     if (free_events_.empty()) {
-        event = device_->create_event();
+        event = dev::make_event(device_);
     } else {
-        event = free_events_.back();
+        event = std::move(free_events_.back());
         free_events_.pop_back();
     }
-    device_->record_event(event, stream);
+    device_->record_event(event.get(), stream);
     return event;
 }
 
 void Lender::forget(Use& use) {
-    if (use.event != nullptr) free_events_.push_back(std::exchange(use.event, nullptr));
+    if (use.event) free_events_.push_back(std::move(use.event));
 }
 
 // Where a piece that comes back now may be in use. With one stream in all, the next use is there too, most likely, and in
@@ -55,7 +43,7 @@ std::vector<Lender::Use> Lender::uses_now(std::optional<dev::Stream> stream) {
     const bool is_only_one = is_noted && noted_.size() == 1;
     for (const Noted& noted : noted_) {
         const bool records = stream.has_value() && !noted.is_ours && !is_only_one && !is_captured(noted.stream);
-        uses.push_back({noted.stream, records ? record(noted.stream) : nullptr});
+        uses.push_back({noted.stream, records ? record(noted.stream) : dev::OwnedEvent()});
     }
     if (!is_noted && !is_captured(*stream)) uses.push_back({*stream, record(*stream)});
     return uses;
@@ -85,7 +73,7 @@ void Lender::shrink(uint64_t offset, uint64_t num_bytes) {
 }
 
 bool Lender::has_ended(const Use& use, dev::Stream stream) {
-    return use.stream == stream || (use.event != nullptr && device_->query_event(use.event));
+    return use.stream == stream || (use.event && device_->query_event(use.event.get()));
 }
 
 // The uses of the piece that came back first, one by one; false where `settle` could not do it.
@@ -120,14 +108,14 @@ void Lender::collect_graphs() {
 
 // Waits by `wait(event)`; false where there is nothing to wait for yet, as a capture has the stream.
 template <class Wait> bool Lender::wait_for(const Use& use, const Wait& wait) {
-    if (use.event != nullptr) {
-        wait(use.event);
+    if (use.event) {
+        wait(use.event.get());
         return true;
     }
     if (is_captured(use.stream)) return false;
-    const dev::Event event = record(use.stream);
-    wait(event);
-    free_events_.push_back(event);  // a wait is for what the event stood for then
+    dev::OwnedEvent event = record(use.stream);
+    wait(event.get());
+    free_events_.push_back(std::move(event));  // a wait is for what the event stood for then
     return true;
 }
 

@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "device/runtime.h"
+#include "device/owned.h"
 #include "runtime/lend_pool.h"
 
 namespace deep_ep::runtime {
@@ -24,7 +24,6 @@ namespace deep_ep::runtime {
 class Lender {
 public:
     Lender(std::shared_ptr<dev::Device> device, uint64_t num_bytes);
-    ~Lender();
     Lender(const Lender&) = delete;
     Lender& operator=(const Lender&) = delete;
 
@@ -51,7 +50,7 @@ public:
 private:
     struct Use {
         dev::Stream stream;
-        dev::Event event;  // null: what the stream has when the piece is needed
+        dev::OwnedEvent event;  // none: what the stream has when the piece is needed
     };
     struct Returned {
         uint64_t offset;
@@ -69,7 +68,7 @@ private:
     };
 
     bool is_captured(dev::Stream stream) const { return device_->stream_kind(stream) == dev::StreamKind::kCaptured; }
-    dev::Event record(dev::Stream stream);
+    dev::OwnedEvent record(dev::Stream stream);
     std::vector<Use> uses_now(std::optional<dev::Stream> stream);
     bool has_ended(const Use& use, dev::Stream stream);
     template <class Settle> bool settle_oldest(const Settle& settle);
@@ -85,7 +84,7 @@ private:
     std::vector<Noted> noted_;
     std::deque<Returned> returned_;  // oldest first
     std::vector<Captured> captured_;
-    std::vector<dev::Event> free_events_;
+    std::vector<dev::OwnedEvent> free_events_;
 };
 
 // A piece of a rank's heap that peers can reach, in use as a tensor. It keeps the heap allocated.

@@ -38,6 +38,7 @@ const char* awaited_at(layout::Stage stage) {
         case layout::Stage::kOpen:
         case layout::Stage::kInput:
         case layout::Stage::kPosition:
+        case layout::Stage::kRows:
         case layout::Stage::kCapacity: return "(input)";
     }
     return "(unknown stage)";
@@ -75,6 +76,17 @@ std::string describe_wait(const layout::WaitRecord& record, int rank, const std:
                   culprits(record, rank, started, peers), ".");
 }
 
+std::string describe_rows(const layout::WaitRecord& record, int rank) {
+    const int first = layout::first_of_span(record.seen), end = layout::end_of_span(record.seen);
+    const bool goes_beyond = first >= 0 && end >= first;
+    return concat(
+        "DeepEP error: ", name_of(record.operation), ", call ", record.call, ", rank ", rank, ": rows from rank ",
+        record.peer, " to rank ", record.token, " begin at ", first, " and end at ", end,
+        goes_beyond ? concat(", of ", record.expected, " in all") : "",
+        ". num_tokens_per_rank must not be negative; the tensors of a handle (rank_prefix_matrix) must belong "
+        "together, and stay as they are.");
+}
+
 std::string describe_bad_input(const layout::WaitRecord& record, int rank) {
     if (record.stage == layout::Stage::kCapacity)
         return concat("DeepEP error: ", name_of(record.operation), ", call ", record.call, ", rank ", rank,
@@ -86,6 +98,7 @@ std::string describe_bad_input(const layout::WaitRecord& record, int rank) {
                       record.expected,
                       " are stated. num_tokens_per_rank must count the tokens of is_token_in_rank; the tensors of a "
                       "handle must belong together.");
+    if (record.stage == layout::Stage::kRows) return describe_rows(record, rank);
     if (record.stage == layout::Stage::kStated)
         return concat(
             "DeepEP error: ", name_of(record.operation), ", call ", record.call, ", rank ", rank,

@@ -103,7 +103,9 @@ def test_names_that_callers_take_for_features() -> None:
 
 
 def test_errors_are_runtime_errors() -> None:
-    for error in (deep_ep.TimeoutError, deep_ep.CudaError, deep_ep.TransportError, deep_ep.InvalidArgument):
+    for error in (deep_ep.TimeoutError, deep_ep.CudaError, deep_ep.TransportError, deep_ep.InvalidArgument,
+                  deep_ep.InternalError):
         assert issubclass(error, deep_ep.Error)
     assert issubclass(deep_ep.Error, RuntimeError)
     assert issubclass(deep_ep.InvalidArgument, ValueError)
+    assert not issubclass(deep_ep.InternalError, ValueError)

@@ -90,7 +90,7 @@ EP_DEVICE_COLD void wait_for_quiet(Watch watch) {
         if (peer == heap.rank()) continue;
         while (prim::load<Order::kAcquire, Scope::kSys>(heap.returned(heap.rank(), peer)) < watch.call &&
                prim::load<Order::kRelaxed, Scope::kSys>(heap.started(heap.rank(), peer)) >= watch.call &&
-               prim::clock_ns() - start_ns < kPatienceNs)
+               ns_since(start_ns) < kPatienceNs)
             prim::pause();
     }
 }

@@ -12,7 +12,11 @@
 namespace deep_ep::algo {
 inline namespace EP_BACKEND {
 
-// Every lane that reads the stage, and the lane that stores from it. A bulk load needs nobody else to complete.
+// Every lane that reads the stage, and the lane that stores from it.
+//
+// The one wait without a deadline: it waits for no peer, only for loads that this warp has issued, which land or break the
+// context, and then every wait of the host ends. A block may not leave earlier, because what lands after its end would
+// land in the shared memory of the next one. A wait for what nobody has loaded is a bug; the executor reports it.
 EP_DEVICE void wait_mbarrier(prim::MBarrier* bar, uint32_t phase_parity) {
     while (!prim::mbarrier_try_wait(bar, phase_parity)) {
     }

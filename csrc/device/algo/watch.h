@@ -89,10 +89,16 @@ EP_DEVICE_COLD bool may_still_go_on(Watch watch, WaitSite site, uint64_t waited_
     return true;
 }
 
+// How long ago that was. The clock may step back a little, which is no time and not all time.
+EP_DEVICE uint64_t ns_since(uint64_t start_ns) {
+    const uint64_t now_ns = prim::clock_ns();
+    return now_ns > start_ns ? now_ns - start_ns : 0;
+}
+
 // One look at the clock; false: stop waiting. `code`: the abort word.
 EP_DEVICE bool is_in_time(const Watch& watch, WaitSite site, uint64_t start_ns, uint64_t code, uint64_t expected,
                           uint64_t seen, OnTimeout on_timeout) {
-    const uint64_t waited_ns = prim::clock_ns() - start_ns;
+    const uint64_t waited_ns = ns_since(start_ns);
     if (code == 0 && waited_ns < watch.words.warn_ns && waited_ns < watch.words.timeout_ns) return true;
     return may_still_go_on(watch, site, waited_ns, code, expected, seen, on_timeout);
 }

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <iterator>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <thread>
 
@@ -31,6 +32,16 @@ void check_release(cudaError_t error, const char* what, int line) {
     check(error, what, __FILE__, line);
 }
 #define EP_CUDA_RELEASE(call) check_release((call), #call, __LINE__)
+
+// What the runtime gives, until it has an owner outside or for as long as the device lives. The device must be current.
+template <class T, auto kRelease> struct Release {
+    void operator()(T* object) const noexcept { ignore(kRelease(object)); }
+};
+cudaError_t free_block(void* block) { return cudaFree(block); }
+using OwnedBlock = std::unique_ptr<void, Release<void, free_block>>;
+using OwnedHostBlock = std::unique_ptr<void, Release<void, cudaFreeHost>>;
+using OwnedMapping = std::unique_ptr<void, Release<void, cudaIpcCloseMemHandle>>;
+using ServiceStream = std::unique_ptr<CUstream_st, Release<CUstream_st, cudaStreamDestroy>>;
 
 int find_device(const std::array<unsigned char, 16>& uuid) {
     for (int i = 0; i < count_cuda_devices(); ++i) {
@@ -90,14 +101,14 @@ public:
 private:
     // A peer's memory in this process: mapped through IPC, or the owner's own pointer when the owner lives here.
     struct Opened {
-        void* mapping = nullptr;  // what cudaIpcOpenMemHandle gave; null for the owner's own pointer
+        OwnedMapping mapping;  // what cudaIpcOpenMemHandle gave; null for the owner's own pointer
         int count = 0;
     };
 
     int attribute(cudaDeviceAttr name) const;
     void fill_zero(void* ptr, size_t bytes);
     void enable_peer_access(const SharedHandle& handle);
-    void* open_mapping(const SharedHandle& handle);
+    OwnedMapping open_mapping(const SharedHandle& handle);
     std::string explain_open_failure(const SharedHandle& handle, cudaError_t error) const;
 
     int index_ = 0;
@@ -105,7 +116,7 @@ private:
     int max_shared_bytes_ = 0;
     bool has_bulk_copy_ = false;
     std::array<unsigned char, 16> uuid_{};
-    cudaStream_t service_stream_ = nullptr;  // for lifecycle work, so that it waits for nobody's kernels
+    ServiceStream service_stream_;  // for lifecycle work, so that it waits for nobody's kernels
 
     std::mutex opened_mutex_;
     std::map<std::string, void*> address_by_handle_;
@@ -126,17 +137,17 @@ CudaDevice::CudaDevice(int index) : index_(index) {
                                minor, "): build it again with that architecture"));
     }
     has_bulk_copy_ = code.has_bulk_copy;
-    EP_CUDA(cudaStreamCreateWithFlags(&service_stream_, cudaStreamNonBlocking));
+    cudaStream_t stream = nullptr;
+    EP_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    service_stream_.reset(stream);
 }
 
 CudaDevice::~CudaDevice() {
     try {
         const DeviceGuard guard(index_);
         const RelaxedCaptureGuard relaxed;
-        for (const auto& [address, opened] : opened_) {
-            if (opened.mapping != nullptr) ignore(cudaIpcCloseMemHandle(opened.mapping));
-        }
-        ignore(cudaStreamDestroy(service_stream_));
+        opened_.clear();
+        service_stream_.reset();
     } catch (const Error&) {
         // The driver has gone first; it has released everything.
     }
@@ -153,8 +164,8 @@ int CudaDevice::attribute(cudaDeviceAttr name) const {
 // ---------------------------------------------------------------------------------------------------------------
 
 void CudaDevice::fill_zero(void* ptr, size_t bytes) {
-    EP_CUDA(cudaMemsetAsync(ptr, 0, bytes, service_stream_));
-    EP_CUDA(cudaStreamSynchronize(service_stream_));
+    EP_CUDA(cudaMemsetAsync(ptr, 0, bytes, service_stream_.get()));
+    EP_CUDA(cudaStreamSynchronize(service_stream_.get()));
 }
 
 void* CudaDevice::allocate(size_t bytes) {
@@ -166,13 +177,9 @@ void* CudaDevice::allocate(size_t bytes) {
     if (error != cudaSuccess) {
         throw_cuda_error(error, concat("allocating ", num_bytes, " bytes on CUDA device ", index_), __FILE__, __LINE__);
     }
-    try {
-        fill_zero(ptr, num_bytes);
-    } catch (...) {
-        ignore(cudaFree(ptr));
-        throw;
-    }
-    return ptr;
+    OwnedBlock block(ptr);
+    fill_zero(ptr, num_bytes);
+    return block.release();
 }
 
 void CudaDevice::free(void* ptr) {
@@ -188,12 +195,10 @@ HostMapped CudaDevice::allocate_host_mapped(size_t bytes) {
     HostMapped memory;
     const size_t num_bytes = std::max<size_t>(bytes, 1);
     EP_CUDA(cudaHostAlloc(&memory.host, num_bytes, cudaHostAllocMapped | cudaHostAllocPortable));
+    OwnedHostBlock block(memory.host);
     std::memset(memory.host, 0, num_bytes);
-    const cudaError_t error = cudaHostGetDevicePointer(&memory.device, memory.host, 0);
-    if (error != cudaSuccess) {
-        ignore(cudaFreeHost(memory.host));
-        throw_cuda_error(error, "cudaHostGetDevicePointer", __FILE__, __LINE__);
-    }
+    EP_CUDA(cudaHostGetDevicePointer(&memory.device, memory.host, 0));
+    block.release();
     return memory;
 }
 
@@ -212,20 +217,21 @@ ShareableMemory CudaDevice::allocate_shareable(size_t bytes) {
     ShareableMemory memory;
     SharedHandle handle;
     handle.num_bytes = round_up(std::max<size_t>(bytes, 1), kShareableGranularity);
-    memory.address = allocate(handle.num_bytes);
+    const DeviceGuard guard(index_);
+    const RelaxedCaptureGuard relaxed;
+    OwnedBlock block(allocate(handle.num_bytes));
+    memory.address = block.get();
     handle.owner = ProcessId::of_this_process();
     handle.device_uuid = uuid_;
     handle.address = reinterpret_cast<uint64_t>(memory.address);
-    const DeviceGuard guard(index_);
-    const RelaxedCaptureGuard relaxed;
     const cudaError_t error = cudaIpcGetMemHandle(&handle.ipc, memory.address);
     if (error != cudaSuccess) {
-        ignore(cudaFree(memory.address));
-        static_cast<void>(cudaGetLastError());
+        ignore(error);
         throw TransportError(concat("cannot share memory of CUDA device ", index_, " with other processes: ",
                                     describe(error), ". CUDA IPC needs Linux and a GPU that is not virtualised"));
     }
     memory.handle = handle.pack();
+    block.release();
     return memory;
 }
 
@@ -244,9 +250,9 @@ void* CudaDevice::open_shared(const std::string& bytes) {
         enable_peer_access(handle);
     } else {
         opened.mapping = open_mapping(handle);
-        address = static_cast<char*>(opened.mapping) + handle.base_offset;
+        address = static_cast<char*>(opened.mapping.get()) + handle.base_offset;
     }
-    opened_[address] = opened;
+    opened_[address] = std::move(opened);
     address_by_handle_[bytes] = address;
     return address;
 }
@@ -256,15 +262,12 @@ void CudaDevice::close_shared(void* address) {
     const auto found = opened_.find(address);
     EP_ENSURE(found != opened_.end(), "close_shared of an address that open_shared did not give");
     if (--found->second.count > 0) return;
-    void* const mapping = found->second.mapping;
+    const DeviceGuard guard(index_);
+    const RelaxedCaptureGuard relaxed;
     opened_.erase(found);
     for (auto entry = address_by_handle_.begin(); entry != address_by_handle_.end();) {
         entry = entry->second == address ? address_by_handle_.erase(entry) : std::next(entry);
     }
-    if (mapping == nullptr) return;
-    const DeviceGuard guard(index_);
-    const RelaxedCaptureGuard relaxed;
-    EP_CUDA_RELEASE(cudaIpcCloseMemHandle(mapping));
 }
 
 // Memory of another device in this very process: readable once the driver knows that the two devices talk.
@@ -276,11 +279,11 @@ void CudaDevice::enable_peer_access(const SharedHandle& handle) {
     if (error != cudaSuccess) throw TransportError(explain_open_failure(handle, error));
 }
 
-void* CudaDevice::open_mapping(const SharedHandle& handle) {
+OwnedMapping CudaDevice::open_mapping(const SharedHandle& handle) {
     void* mapping = nullptr;
     const cudaError_t error = cudaIpcOpenMemHandle(&mapping, handle.ipc, cudaIpcMemLazyEnablePeerAccess);
     if (error != cudaSuccess) throw TransportError(explain_open_failure(handle, error));
-    return mapping;
+    return OwnedMapping(mapping);
 }
 
 std::string CudaDevice::explain_open_failure(const SharedHandle& handle, cudaError_t error) const {
@@ -353,7 +356,7 @@ std::shared_ptr<const std::atomic<bool>> CudaDevice::watch_graph(Stream stream) 
 #else
     EP_CUDA(cudaStreamGetCaptureInfo_v2(static_cast<cudaStream_t>(stream), &status, &id, &graph, nullptr, nullptr));
 #endif
-    EP_CHECK(status == cudaStreamCaptureStatusActive && graph != nullptr, "the stream is not being captured");
+    EP_ENSURE(status == cudaStreamCaptureStatusActive && graph != nullptr, "the stream is not being captured");
     const Flag is_gone = std::make_shared<std::atomic<bool>>(false);
     auto held = std::make_unique<Flag>(is_gone);
     const auto on_destroy = [](void* data) {  // on a thread of the driver, where CUDA must not be called
@@ -421,8 +424,8 @@ void CudaDevice::memcpy_async(void* dst, const void* src, size_t bytes, Stream s
 void CudaDevice::copy_now(void* dst, const void* src, size_t bytes) {
     const DeviceGuard guard(index_);
     const RelaxedCaptureGuard relaxed;
-    EP_CUDA(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDefault, service_stream_));
-    EP_CUDA(cudaStreamSynchronize(service_stream_));
+    EP_CUDA(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDefault, service_stream_.get()));
+    EP_CUDA(cudaStreamSynchronize(service_stream_.get()));
 }
 
 // Spins while an answer is due within the time of one call, then sleeps in short steps, to leave the core to others.

@@ -412,6 +412,12 @@ EP_DEVICE void barrier_sync(int id, int num_threads) {
     asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
 }
 
+EP_DEVICE void sync_warp(const char*, int) { __syncwarp(); }
+EP_DEVICE void sync_block(const char*, int) { __syncthreads(); }
+EP_DEVICE void expect_warp(const char*) {}
+EP_DEVICE void expect_block(const char*) {}
+EP_DEVICE void expect_warps(int, int, int, const char*) {}
+
 EP_DEVICE uint64_t clock_ns() {
     uint64_t now;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)::"memory");
@@ -422,6 +428,10 @@ EP_DEVICE uint64_t clock_ns() {
 EP_DEVICE void pause() { asm volatile("nanosleep.u32 20;" ::: "memory"); }
 
 EP_DEVICE constexpr uint32_t polls_per_check() { return 8; }
+
+template <class T> EP_DEVICE T load_from_host(const T* ptr) { return load<Order::kAcquire, Scope::kSys>(ptr); }
+
+EP_DEVICE void wake_host(uint32_t*, int) {}
 
 EP_DEVICE void* dynamic_shared() {
     extern __shared__ __align__(128) unsigned char ep_dynamic_shared[];

@@ -84,7 +84,11 @@ void bulk_commit();
 void bulk_wait(int max_unfinished, BulkPart part);
 bool has_bulk_copy();
 uint64_t clock_ns();
+void expect_warp(const char* what);
+void expect_block(const char* what);
+void expect_warps(int first_warp, int num_warps, int barrier, const char* what);
 void pause();
+void wake_host(uint32_t* is_asleep, int event);
 void* dynamic_shared();
 
 // Says in words what the running fiber waits for, for deadlock reports; cleared by its next pause-free stretch. `what`

@@ -40,7 +40,9 @@ void fiber_main() {
 
 }  // namespace
 
-void report_outside_kernel(const char* primitive) { throw Error(concat(primitive, " was called outside a kernel")); }
+void report_outside_kernel(const char* primitive) {
+    throw InternalError(concat(primitive, " was called outside a kernel"));
+}
 
 Block::Block(Core& core, int num_threads)
     : core_(core),
@@ -83,6 +85,8 @@ void Block::start(Launch& launch, int block_idx, std::unique_ptr<StackSlab> stac
     shared_.prepare(launch.code.shared_bytes, static_cast<size_t>(launch.config.dynamic_shared_bytes));
     for (Warp& warp : warps_) warp.exited = 0, warp.num_open = 0;
     for (NamedBarrier& barrier : barriers_) barrier = NamedBarrier{};
+    for (WarpSpan& span : spans_) span = WarpSpan{};
+    first_exited_ = nullptr;
     bulk_.clear();
     polling_.clear();
     ready_head_ = num_ready_ = 0;
@@ -159,7 +163,7 @@ void Block::poll(Fiber& self) {
 
 void Block::wait_barrier(Fiber& self, int num_threads) {
     const int id = self.barrier_id;
-    if (id < 0 || id > 15) fail(self, concat("barrier id ", id, " is outside 0..15"));
+    if (id < 0 || id >= kNumBarriers) fail(self, concat("barrier id ", id, " is outside 0..15"));
     if (num_threads <= 0 || num_threads % 32 != 0 || num_threads > this->num_threads()) {
         fail(self, concat("barrier ", id, ": ", num_threads, " threads is no multiple of 32 within the block's ",
                           this->num_threads()));
@@ -174,7 +178,13 @@ void Block::wait_barrier(Fiber& self, int num_threads) {
         fail(self, concat("__syncthreads, but ", this->num_threads() - num_live_, " threads have returned"));
     }
     drive_.note_progress();
-    if (barrier.arrived == 0) barrier.meeting = hb::make_key();
+    if (barrier.arrived == 0) {
+        barrier.meeting = hb::make_key();
+    } else if (id == 0) {
+        check_same(self, *barrier.waiting, self.block_calls, barrier.waiting->block_calls, "block");
+    } else {
+        check_same(self, *barrier.waiting, self.span_calls[id], barrier.waiting->span_calls[id], "span of warps");
+    }
     hb::release(barrier.meeting);
     if (++barrier.arrived < barrier.expected) {
         self.state = FiberState::kBarrier;
@@ -218,10 +228,12 @@ void Block::check_exit(Fiber& self) {
         }
     }
     if (barriers_[0].expected != 0) fail(self, "returns while other threads wait in __syncthreads");
+    check_groups_at_exit(self);
 }
 
 void Block::finish(Fiber& self) {
     self.state = FiberState::kExited;
+    if (first_exited_ == nullptr) first_exited_ = &self;
     warps_[static_cast<size_t>(self.warp())].exited |= 1u << self.lane();
     --num_live_;
     drive_.note_progress();
@@ -261,7 +273,7 @@ void perturb() {
 
 void report_misaligned(const void* ptr, size_t alignment) {
     const std::string what = concat("misaligned address ", ptr, ": ", alignment, " bytes at once");
-    if (current_fiber == nullptr) throw Error(what);
+    if (current_fiber == nullptr) throw InternalError(what);
     current_fiber->block->fail(*current_fiber, what);
 }
 

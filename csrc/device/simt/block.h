@@ -27,6 +27,17 @@ class Block;
 class Core;
 struct Launch;
 
+constexpr int kNumBarriers = 16;  // of a block; 0 is __syncthreads
+
+// What a thread has done so far as part of a group. Threads of one group agree in it wherever they meet, or end.
+struct GroupCalls {
+    uint32_t num_calls = 0;
+    uint32_t hash = 0;
+    const char* last = "";
+
+    void add(const char* what);
+};
+
 enum class FiberState : uint8_t { kReady, kPolling, kCollective, kBarrier, kExited };
 
 struct Fiber {
@@ -47,6 +58,10 @@ struct Fiber {
     const char* file = "";
     int line = 0;
     Fiber* next_waiting = nullptr;
+
+    GroupCalls warp_calls;
+    GroupCalls block_calls;
+    GroupCalls span_calls[kNumBarriers];  // of the warps that share each barrier
 
     // Bulk groups of this thread: committed, and how many of them it has waited for.
     int num_groups = 0;
@@ -70,6 +85,7 @@ struct Rendezvous {
     int line;
     const char* file;
     hb::Key meeting;
+    int first;  // lane that has come
 };
 
 struct Warp {
@@ -83,6 +99,12 @@ struct NamedBarrier {
     int arrived = 0;
     Fiber* waiting = nullptr;
     hb::Key meeting = 0;
+};
+
+// Warps that use one named barrier.
+struct WarpSpan {
+    int first = 0;
+    int count = 0;  // 0: none so far
 };
 
 class Block {
@@ -108,6 +130,9 @@ public:
     [[noreturn, gnu::cold]] void fail(const Fiber& self, const std::string& what) const;
     [[noreturn]] void finish(Fiber& self);
     void check_exit(Fiber& self);
+    void expect_warp(Fiber& self, const char* what);
+    void expect_block(Fiber& self, const char* what);
+    void expect_warps(Fiber& self, const WarpSpan& span, int barrier, const char* what);
 
     Core& core() { return core_; }
     Drive& drive() { return drive_; }
@@ -132,6 +157,10 @@ private:
     Fiber* pick();
     void enter(Fiber& fiber);
     Rendezvous& join(Warp& warp, Fiber& self);
+    void check_same(const Fiber& self, const Fiber& other, const GroupCalls& mine, const GroupCalls& others,
+                    const char* group) const;
+    void check_groups_at_exit(const Fiber& self) const;
+    [[noreturn, gnu::cold]] void fail_group(const Fiber& self, const char* what, const std::string& why) const;
     [[noreturn, gnu::cold]] void fail_exchange(const Fiber& self, const std::string& what) const;
     void leave_meeting(Fiber& self);
     void take_agents();
@@ -144,10 +173,12 @@ private:
     Launch* launch_ = nullptr;
     int block_idx_ = 0;
     int num_live_ = 0;
+    const Fiber* first_exited_ = nullptr;
     uint64_t quantum_ = 0;
     std::vector<Fiber> fibers_;
     std::vector<Warp> warps_;
-    NamedBarrier barriers_[16];
+    NamedBarrier barriers_[kNumBarriers];
+    WarpSpan spans_[kNumBarriers];
     std::vector<Fiber*> ready_;  // ring buffer
     size_t ready_head_ = 0;
     size_t num_ready_ = 0;
@@ -170,6 +201,9 @@ inline Fiber& running_fiber(const char* primitive) {
 std::string hex(uint64_t value);
 
 const char* name_of(WarpOp op);
+
+std::string describe_difference(const Fiber& other, const GroupCalls& mine, const GroupCalls& others,
+                                const char* group);
 
 // --- what happens at every switch --------------------------------------------------------------------------------
 
@@ -206,6 +240,12 @@ inline void Block::enter(Fiber& fiber) {
     running.poll = &fiber.poll;
     threadIdx.x = static_cast<unsigned>(fiber.thread);
     drive_.note(serial * 1024 + static_cast<uint64_t>(fiber.thread));
+}
+
+inline void Block::check_same(const Fiber& self, const Fiber& other, const GroupCalls& mine, const GroupCalls& others,
+                              const char* group) const {
+    if (__builtin_expect(mine.hash == others.hash && mine.num_calls == others.num_calls, 1)) return;
+    fail_group(self, mine.last, describe_difference(other, mine, others, group));
 }
 
 inline void Block::suspend(Fiber& self) {

@@ -27,8 +27,8 @@ SchedulerOptions completed(SchedulerOptions options) {
     constexpr size_t kDefaultStackBytes = 16 << 10;
 #endif
     if (options.stack_bytes == 0) options.stack_bytes = kDefaultStackBytes;
-    EP_CHECK(options.idle != IdlePolicy::kAdvanceClock || options.clock == ClockKind::kVirtual,
-             "IdlePolicy::kAdvanceClock needs ClockKind::kVirtual");
+    EP_ENSURE(options.idle != IdlePolicy::kAdvanceClock || options.clock == ClockKind::kVirtual,
+              "IdlePolicy::kAdvanceClock needs ClockKind::kVirtual");
     return options;
 }
 
@@ -69,7 +69,7 @@ void Core::destroy_stream(StreamState* stream) {
 }
 
 void Core::submit(StreamState& stream, Operation operation) {
-    if (stream.graph != nullptr) throw Error("a graph of the executor takes nothing but kernels");
+    EP_ENSURE(stream.graph == nullptr, "a graph of the executor takes nothing but kernels");
     operation.submitted = hb::make_key();
     hb::release(operation.submitted);
     hb::Quiet quiet;
@@ -113,7 +113,8 @@ uint64_t Core::now_ns() const { return options_.clock == ClockKind::kVirtual ? v
 
 uint64_t Core::read_clock() {
     if (options_.clock == ClockKind::kWall) return wall_ns();
-    return ++virtual_now_ns_;
+    const uint64_t now_ns = ++virtual_now_ns_;
+    return now_ns % 2 == 0 ? now_ns - options_.clock_step_back_ns : now_ns;
 }
 
 // Throws what happened to this device, or a deadlock that happened since `num_deadlocks_seen`. Reported errors are
@@ -129,7 +130,7 @@ void Core::throw_error(DeviceState& device, uint64_t num_deadlocks_seen) {
 }
 
 bool Core::wait(DeviceState& device, const std::function<bool()>& done, double timeout_s) {
-    if (current_fiber != nullptr) throw Error("a kernel cannot make blocking host calls");
+    EP_ENSURE(current_fiber == nullptr, "a kernel cannot make blocking host calls");
     if (HostTask* task = HostTask::current()) return task->wait(device, done, timeout_s);
     return has_worker_ ? wait_for_worker(device, done, timeout_s) : wait_driving(device, done, timeout_s);
 }
@@ -188,8 +189,8 @@ void Core::poll_from_host() {
 }
 
 void Core::run_until_idle() {
-    if (has_worker_) throw Error("run_until_idle is for schedulers without a background thread");
-    if (current_fiber != nullptr || HostTask::current() != nullptr) throw Error("run_until_idle inside the executor");
+    EP_ENSURE(!has_worker_, "run_until_idle is for schedulers without a background thread");
+    EP_ENSURE(current_fiber == nullptr && HostTask::current() == nullptr, "run_until_idle inside the executor");
     take_the_wheel();
     hb::Quiet quiet;
     while (has_work()) step();
@@ -207,8 +208,8 @@ void Core::run_until_idle() {
 }
 
 void Core::run_hosts(const std::vector<std::function<void()>>& hosts) {
-    if (has_worker_) throw Error("run_hosts is for schedulers without a background thread");
-    if (current_fiber != nullptr || !tasks_.empty()) throw Error("run_hosts inside the executor");
+    EP_ENSURE(!has_worker_, "run_hosts is for schedulers without a background thread");
+    EP_ENSURE(current_fiber == nullptr && tasks_.empty(), "run_hosts inside the executor");
     take_the_wheel();
     const hb::Key begin = hb::make_key(), end = hb::make_key();
     hb::release(begin);
@@ -234,7 +235,7 @@ void Core::run_hosts(const std::vector<std::function<void()>>& hosts) {
 // Fibers live on the thread that started them.
 void Core::take_the_wheel() {
     if (driver_ == std::this_thread::get_id()) return;
-    if (!blocks_.empty()) throw Error("another thread runs this scheduler's kernels; use a background thread");
+    EP_ENSURE(blocks_.empty(), "another thread runs this scheduler's kernels; use a background thread");
     driver_ = std::this_thread::get_id();
     drive_.context = Context{};
     drive_.context.tsan_fiber = hb::current_context();

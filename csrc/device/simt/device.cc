@@ -158,7 +158,7 @@ void SimtDevice::synchronize_stream(dev::Stream handle) {
 }
 
 std::shared_ptr<const std::atomic<bool>> SimtDevice::watch_graph(dev::Stream) {
-    throw Error("the CPU device captures no graphs");
+    throw InternalError("the CPU device captures no graphs");
 }
 
 dev::Event SimtDevice::create_event() {

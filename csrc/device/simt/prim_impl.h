@@ -108,7 +108,7 @@ constexpr uint32_t kNoData = 0xa5a5a5a5u;
 }  // namespace detail
 
 template <Scope S> EP_DEVICE void store_packet(Packet* ptr, uint32_t epoch, uint32_t data) {
-    if (epoch == 0) throw Error("store_packet: epoch 0 is that of memory which nobody has written");
+    EP_ENSURE(epoch != 0, "store_packet: epoch 0 is that of memory which nobody has written");
     simt::before_access(ptr, sizeof(Packet));
     const uint64_t bits = static_cast<uint64_t>(epoch) << 32 | data;
     const uint64_t old = __atomic_load_n(&ptr->bits, __ATOMIC_RELAXED);
@@ -188,10 +188,29 @@ EP_DEVICE void fence_async_shared() { simt::hb::on_proxy_fence(); }
 EP_DEVICE void fence_async_global() { simt::hb::on_proxy_fence(); }
 
 EP_DEVICE void barrier_sync(int id, int num_threads) { simt::block_barrier(id, num_threads, "prim::barrier_sync", 0); }
+EP_DEVICE void sync_warp(const char* file, int line) { __syncwarp(kFullMask, file, line); }
+EP_DEVICE void sync_block(const char* file, int line) { __syncthreads(file, line); }
+EP_DEVICE void expect_warp(const char* what) { simt::expect_warp(what); }
+EP_DEVICE void expect_block(const char* what) { simt::expect_block(what); }
+EP_DEVICE void expect_warps(int first_warp, int num_warps, int barrier, const char* what) {
+    simt::expect_warps(first_warp, num_warps, barrier, what);
+}
 EP_DEVICE uint64_t clock_ns() { return simt::clock_ns(); }
 EP_DEVICE void pause() { simt::pause(); }
 // A deadlock is proven by two equal polls of everybody: all that a wait looks at must be in each.
 EP_DEVICE constexpr uint32_t polls_per_check() { return 1; }
+
+// The compiler's own acquire too: ThreadSanitizer knows what a host thread has released from nowhere else.
+template <class T> EP_DEVICE T load_from_host(const T* ptr) {
+    detail::check_word<T>();
+    simt::before_access(ptr, sizeof(T));
+    const T value = __atomic_load_n(ptr, __ATOMIC_ACQUIRE);
+    simt::hb::on_load(ptr, true, static_cast<int>(Scope::kSys));
+    simt::note_load(ptr, static_cast<uint64_t>(value));
+    return value;
+}
+
+EP_DEVICE void wake_host(uint32_t* is_asleep, int event) { simt::wake_host(is_asleep, event); }
 
 EP_DEVICE void* dynamic_shared() { return simt::dynamic_shared(); }
 

@@ -42,6 +42,8 @@ struct SchedulerOptions {
     BulkMode bulk = BulkMode::kEager;
     int max_resident_blocks = 0;  // per device; 0: no limit
     ClockKind clock = ClockKind::kVirtual;
+    // What the virtual clock shows kernels at every other look is so much behind: globaltimer may step back.
+    uint64_t clock_step_back_ns = 0;
     IdlePolicy idle = IdlePolicy::kDeadlockError;
     size_t stack_bytes = 0;        // per fiber; 0: 16 KiB, 64 KiB under a sanitizer
     bool check_call_sites = true;  // lanes must call a collective from the same line

@@ -22,8 +22,8 @@ constexpr uint64_t kCanary = 0x5afec0de5afec0deull;
 
 StackSlab::StackSlab(int count, size_t stack_bytes) : count_(count), stack_bytes_(stack_bytes) {
     const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    EP_CHECK(stack_bytes_ % page == 0 && stack_bytes_ >= 2 * page, "stack_bytes must be a multiple of ", page,
-             " and at least twice that, got ", stack_bytes_);
+    EP_ENSURE(stack_bytes_ % page == 0 && stack_bytes_ >= 2 * page, "stack_bytes must be a multiple of ", page,
+              " and at least twice that, got ", stack_bytes_);
     // Below stack 0: a spare stack, which an overflow may damage without harm, then a page that traps.
     mapped_bytes_ = page + stack_bytes_ * (static_cast<size_t>(count_) + 1);
     void* mapping = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE,

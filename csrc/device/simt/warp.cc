@@ -38,7 +38,8 @@ Rendezvous& Block::join(Warp& warp, Fiber& self) {
     }
     Rendezvous& group = warp.open[warp.num_open++];
     // Only __syncwarp orders memory; shuffles and votes do not.
-    group = Rendezvous{mask, 0, self.op, self.line, self.file, self.op == WarpOp::kSync ? hb::make_key() : 0};
+    group = Rendezvous{mask, 0, self.op, self.line, self.file, self.op == WarpOp::kSync ? hb::make_key() : 0,
+                       self.lane()};
     return group;
 }
 
@@ -49,6 +50,10 @@ uint64_t Block::exchange(Fiber& self) {
     const bool is_usual = warp.num_open == 1 && group->mask == self.mask && group->op == self.op &&
                           group->line == self.line && group->file == self.file && (self.mask & lane_bit) != 0;
     if (!is_usual) group = &join(warp, self);
+    if (self.mask == ~0u) {
+        const Fiber& first = fibers_[static_cast<size_t>(self.warp() * 32 + group->first)];
+        check_same(self, first, self.warp_calls, first.warp_calls, "warp");
+    }
     group->arrived |= lane_bit;
     const hb::Key meeting = group->meeting;
     if (meeting != 0) hb::release(meeting);

@@ -58,16 +58,48 @@ struct Kernel {
         return send(c, warp, num_warps);
     }
 
+    // Where the rows between this rank and a peer are.
+    struct Between {
+        RowSpan here, there;
+    };
+    static EP_DEVICE Between rows_between(const Context& c, int peer) {
+        const int self = c.watch.heap.rank();
+        return {c.rows.span(peer, self), c.rows.span(self, peer)};
+    }
+
+    // One thread. The matrix is the caller's, and what it says becomes addresses.
+    static EP_DEVICE bool can_be(const Context& c, int peer, const Between& rows) {
+        const int self = c.watch.heap.rank();
+        const auto is_sound = [&](int source, int destination, const RowSpan& span) {
+            return span.can_be() || refuse_rows(c.watch, source, destination, span.first, span.end, span.total);
+        };
+        return is_sound(peer, self, rows.here) && is_sound(self, peer, rows.there) &&
+               has_room(c.watch, c.p.num_rows, rows.here.total);
+    }
+
+    // One thread, after wait_for_loans: our rows are among those that the peer lends.
+    static EP_DEVICE bool is_among_lent(const Context& c, int peer, const RowSpan& rows) {
+        const layout::Loan& loan = algo::loan_of(c.watch, peer);
+        return loan.x == 0 || static_cast<uint64_t>(rows.end) <= loan.num_rows ||
+               refuse_rows(c.watch, c.watch.heap.rank(), peer, rows.first, rows.end, static_cast<int>(loan.num_rows));
+    }
+
     // One warp of each block.
     static EP_DEVICE bool enter(const Context& c) {
-        const Params& p = c.p;
-        const int num_rows = c.rows.total_rows(c.watch.heap.rank());  // under way while the call is entered
-        bool is_ok = enter_call(c.watch, true);
-        if (is_ok && prim::lane_idx() == 0) is_ok = has_room(c.watch, p.num_rows, num_rows);
+        const int num_ranks = c.watch.heap.num_ranks();
+        const int lane = prim::lane_idx();
+        const Between rows = rows_between(c, lane < num_ranks ? lane : 0);  // under way while the call is entered
+        if (!enter_call(c.watch, true)) return false;
+        bool is_ok = can_be(c, lane < num_ranks ? lane : 0, rows);
+        for (int peer = lane + kWarpSize; peer < num_ranks; peer += kWarpSize)
+            is_ok &= can_be(c, peer, rows_between(c, peer));
         is_ok = __all_sync(kFullMask, is_ok) != 0;
-        if (!is_ok || !p.may_lend) return is_ok;
-        if (blockIdx.x == 0) algo::state_loan(c.watch, p.loan);
-        return algo::wait_for_loans(c.watch);
+        if (!is_ok || !c.p.may_lend) return is_ok;
+        if (blockIdx.x == 0) algo::state_loan(c.watch, c.p.loan);
+        if (!algo::wait_for_loans(c.watch)) return false;
+        for (int peer = lane; peer < num_ranks; peer += kWarpSize)
+            is_ok &= is_among_lent(c, peer, c.rows.span(c.watch.heap.rank(), peer));
+        return __all_sync(kFullMask, is_ok) != 0;
     }
 
     // All threads of the block. False: do nothing but finish the call.

@@ -40,11 +40,17 @@ struct Kernel {
         const algo::Watch& watch;
         const algo::Ring& ring;
         const RowTable& rows;
+        int* bad_token;
     };
 
-    // What travels is the expert's global id: the same bytes to every destination.
-    static EP_DEVICE int global_expert(const Params& p, int token, int k) {
-        return static_cast<int>(load_expert_id(p.topk_idx, p.idx_bytes, static_cast<int64_t>(token) * p.num_topk + k));
+    // What travels is the expert's global id: the same bytes to every destination. get_dispatch_layout has refused an id
+    // that is out of range, so one that is found here has changed since.
+    static EP_DEVICE int global_expert(const Context& c, int token, int k) {
+        const Params& p = c.p;
+        const int64_t id = load_expert_id(p.topk_idx, p.idx_bytes, static_cast<int64_t>(token) * p.num_topk + k);
+        if (is_expert(p, id)) return static_cast<int>(id);
+        prim::store<prim::Order::kRelaxed, prim::Scope::kCta>(c.bad_token, token);
+        return -1;
     }
 
     // The expert as `rank` counts its own, or -1.
@@ -102,7 +108,7 @@ struct Kernel {
         const Params& p = c.p;
         deliver_metadata(
             p, metadata_outputs(c, rank), row, token,
-            [&](int k) { return local_expert(p, global_expert(p, token, k), rank); },
+            [&](int k) { return local_expert(p, global_expert(c, token, k), rank); },
             [&](int k) { return p.topk_weights[static_cast<int64_t>(token) * p.num_topk + k]; },
             [&](int i) { return input_scale(p, token, i); });
     }
@@ -111,7 +117,7 @@ struct Kernel {
         const Params& p = c.p;
         if (prim::lane_idx() == 0) *reinterpret_cast<int*>(slot + p.slot.src_idx.offset) = token;
         for (int k = prim::lane_idx(); k < p.num_topk; k += kWarpSize) {
-            *reinterpret_cast<int*>(slot + p.slot.topk_idx.at(k)) = global_expert(p, token, k);
+            *reinterpret_cast<int*>(slot + p.slot.topk_idx.at(k)) = global_expert(c, token, k);
             *reinterpret_cast<float*>(slot + p.slot.topk_weights.at(k)) =
                 p.topk_weights[static_cast<int64_t>(token) * p.num_topk + k];
         }
@@ -225,7 +231,7 @@ struct Kernel {
         const int num_ranks = c.watch.heap.num_ranks();
         const bool has_entry = lane < p.num_topk;
         return {lane < num_ranks ? p.send_head[static_cast<int64_t>(token) * num_ranks + lane] : -1,
-                has_entry ? global_expert(p, token, lane) : -1,
+                has_entry ? global_expert(c, token, lane) : -1,
                 has_entry ? p.topk_weights[static_cast<int64_t>(token) * p.num_topk + lane] : 0.0f,
                 {lane < p.num_scales ? input_scale(p, token, lane) : 0,
                  lane + kWarpSize < p.num_scales ? input_scale(p, token, lane + kWarpSize) : 0}};
@@ -246,7 +252,7 @@ struct Kernel {
         auto* scales = reinterpret_cast<uint32_t*>(stage + p.slot.scales.offset);
         for (int k = lane; k < p.num_topk; k += kWarpSize) {
             const bool is_held = k < kWarpSize;
-            ids[k] = is_held ? held.expert : global_expert(p, token, k);
+            ids[k] = is_held ? held.expert : global_expert(c, token, k);
             weights[k] = is_held ? held.weight : p.topk_weights[static_cast<int64_t>(token) * p.num_topk + k];
         }
         for (int i = lane; i < p.num_scales; i += kWarpSize)
@@ -429,10 +435,11 @@ struct Kernel {
         if (begun == Begun::kShort) return;  // the host launches the rest of the call
         if (begun == Begun::kReady) {
             const algo::Ring ring(watch, p.window);
-            const Context context{p, watch, ring, shared.rows};
+            const Context context{p, watch, ring, shared.rows, &shared.bad_token};
             if (p.is_worst_case) mark_unused_rows(context);
             work(context, shared.frame);
         }
+        if (!input_can_be(p, shared)) shared.frame.note_failure();
         finish_call(watch, begun == Begun::kReady, p.may_lend, p.loan.x != 0, shared.frame, [&] { void_outputs(p); });
     }
 };

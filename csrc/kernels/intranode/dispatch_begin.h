@@ -21,6 +21,9 @@ struct BlockState {
     FrameState frame;
     uint32_t is_unlearned;  // not zero: where some rank's rows stand is not known, or they have no room
     int is_short;           // not zero: more rows come than the host has guessed
+    // Input that cannot be, -1: none. Noted where it is found, for refuse_input: calls there would cost registers.
+    int bad_column;  // of the prefix matrix
+    int bad_token;   // with an expert id out of range
     RowTable rows;
     ScanTile tiles[2];
 };
@@ -46,12 +49,15 @@ EP_DEVICE void tell_rank_counts(const DispatchParams& p, const algo::Watch& watc
         write_rank_count(watch, rank, p.num_tokens_per_rank[rank]);
 }
 
-// One thread: where rows from and to `rank` stand, and the total that goes to it. False: a wait failed.
+constexpr int kUnsound = 0x7fffffff;  // no number of rows is as large
+
+// One thread: where rows from and to `rank` stand, and the total that goes to it; kUnsound where some source has less than
+// none, so that its rows would stand among those of others. False: a wait failed.
 EP_DEVICE bool learn_rows(const DispatchParams& p, const algo::Watch& watch, int rank, RowTable& rows, int& total) {
     const int num_ranks = watch.heap.num_ranks();
     auto take = [&](int source, int sum) {
         rows.take(watch.heap.rank(), source, rank, sum);
-        total = sum;
+        total = sum >= total ? sum : kUnsound;
     };
     if (p.num_tokens_per_rank == nullptr) {
         for (int source = 0; source < num_ranks; ++source)
@@ -62,6 +68,12 @@ EP_DEVICE bool learn_rows(const DispatchParams& p, const algo::Watch& watch, int
         take(source, sum);
         if (blockIdx.x == 0) p.rank_prefix_matrix[source * num_ranks + rank] = sum;
     });
+}
+
+EP_DEVICE bool is_sound(int rank, int total, BlockState& state) {
+    if (total != kUnsound) return true;
+    prim::store<prim::Order::kRelaxed, prim::Scope::kCta>(&state.bad_column, rank);
+    return false;
 }
 
 // One thread. A peer lends too little: it finds that out by itself, and the error that it reports ends this wait.
@@ -81,10 +93,10 @@ EP_DEVICE bool has_room_at(const DispatchParams& p, const algo::Watch& watch, in
 }
 
 // Some thread of the block for every rank.
-EP_DEVICE bool learn_of(const DispatchParams& p, const algo::Watch& watch, int rank, RowTable& rows) {
+EP_DEVICE bool learn_of(const DispatchParams& p, const algo::Watch& watch, int rank, BlockState& state) {
     int total = 0;
-    return (!p.may_lend || algo::wait_for_loan(watch, rank)) && learn_rows(p, watch, rank, rows, total) &&
-           has_room_at(p, watch, rank, total);
+    return (!p.may_lend || algo::wait_for_loan(watch, rank)) && learn_rows(p, watch, rank, state.rows, total) &&
+           is_sound(rank, total, state) && has_room_at(p, watch, rank, total);
 }
 
 // All threads, where the host has guessed how many rows come: whether they fit. Only then are the outputs lent; otherwise
@@ -115,6 +127,55 @@ EP_DEVICE algo::Watch make_watch(const DispatchParams& p, uint64_t call) {
     return make_watch(p.watch, p.heap, layout::Operation::kDispatch, call);
 }
 
+EP_DEVICE bool is_expert(const DispatchParams& p, int64_t id) {
+    return id >= -1 && id < p.num_local_experts * p.heap.num_ranks;
+}
+
+// The first source that has less than no rows for bad_column.
+EP_DEVICE void refuse_column(const DispatchParams& p, const algo::Watch& watch, int rank) {
+    const bool exchanges = p.num_tokens_per_rank != nullptr;
+    int source = 0, before = 0, sum = 0;
+    for (;; ++source) {
+        if (exchanges)
+            sum = before + layout::count_in(prim::load<prim::Order::kRelaxed, prim::Scope::kSys>(
+                               watch.heap.rank_count(p.heap.rank, algo::bank_of(watch.call), source, rank)));
+        else
+            sum = p.rank_prefix_matrix[source * p.heap.num_ranks + rank];
+        if (sum < before) break;
+        before = sum;
+    }
+    refuse_rows(watch, source, rank, before, sum, sum);
+}
+
+EP_DEVICE void refuse_expert(const DispatchParams& p, const algo::Watch& watch, int token) {
+    int64_t id = -1;
+    for (int k = 0; is_expert(p, id); ++k)
+        id = load_expert_id(p.topk_idx, p.idx_bytes, static_cast<int64_t>(token) * p.num_topk + k);
+    algo::fail(watch, layout::FailureKind::kBadInput, {Stage::kInput, token},
+               static_cast<uint64_t>(p.num_local_experts * p.heap.num_ranks), static_cast<uint64_t>(id), 0);
+}
+
+// One thread: reports what has been noted.
+EP_DEVICE_COLD void refuse_input(const DispatchParams* p, const BlockState* state) {
+    const algo::Watch watch = make_watch(*p, state->call);
+    if (state->bad_column >= 0)
+        refuse_column(*p, watch, state->bad_column);
+    else
+        refuse_expert(*p, watch, state->bad_token);
+}
+
+// A warp, after its work: whether no input was noted that cannot be.
+EP_DEVICE bool input_can_be(const DispatchParams& p, const BlockState& state) {
+    using prim::Order;
+    using prim::Scope;
+    __syncwarp();  // each lane's notes, every lane's look
+    if (prim::load<Order::kRelaxed, Scope::kCta>(&state.bad_column) < 0 &&
+        prim::load<Order::kRelaxed, Scope::kCta>(&state.bad_token) < 0)
+        return true;
+    if (prim::lane_idx() == 0) refuse_input(&p, &state);
+    return false;
+}
+
 // How a block has begun. kFailed: do nothing but finish the call. kShort: more rows come than the host has room for.
 enum class Begun { kReady, kFailed, kShort };
 
@@ -132,6 +193,8 @@ EP_DEVICE Begun begin(const DispatchParams& p, BlockState& state) {
             state.frame = {is_ok ? 1 : 0, 0, {}};
             state.is_unlearned = 0;
             state.is_short = 0;
+            state.bad_column = -1;
+            state.bad_token = -1;
         }
     }
     if (exchanges && blockIdx.x == 0 && prim::warp_idx() == (num_threads > kWarpSize ? 1 : 0))
@@ -149,7 +212,8 @@ EP_DEVICE Begun begin(const DispatchParams& p, BlockState& state) {
     for (int rank = num_threads - 1 - thread; rank < watch.heap.num_ranks(); rank += num_threads) {
         int total = 0;
         // A peer that is short as well lends only when this kernel has ended.
-        if (!(is_short ? learn_rows(p, watch, rank, state.rows, total) : learn_of(p, watch, rank, state.rows)))
+        if (!(is_short ? learn_rows(p, watch, rank, state.rows, total) && is_sound(rank, total, state)
+                       : learn_of(p, watch, rank, state)))
             prim::store<prim::Order::kRelaxed, prim::Scope::kCta>(&state.is_unlearned, 1u);
     }
     __syncthreads();

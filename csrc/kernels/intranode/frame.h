@@ -44,6 +44,13 @@ EP_DEVICE_COLD bool refuse_position(algo::Watch watch, int rank, int token, int 
     return false;
 }
 
+// One thread. False, and the call fails: the rows from `source` to `destination`, of `num_rows` in all, cannot be there.
+EP_DEVICE_COLD bool refuse_rows(algo::Watch watch, int source, int destination, int first, int end, int num_rows) {
+    algo::fail(watch, layout::FailureKind::kBadInput, {layout::Stage::kRows, source, destination},
+               static_cast<uint64_t>(num_rows), layout::make_row_span(first, end), 0);
+    return false;
+}
+
 // All threads of one block. Every byte is 0xff: not a number in each floating format, and -1 as an index.
 EP_DEVICE void void_output(void* output, int64_t num_bytes) {
     if (output == nullptr) return;

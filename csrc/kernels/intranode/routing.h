@@ -7,6 +7,13 @@
 namespace deep_ep::kernels {
 inline namespace EP_BACKEND {
 
+// Rows of one rank at another, and all rows there.
+struct RowSpan {
+    int first, end, total;
+
+    EP_DEVICE bool can_be() const { return first >= 0 && end >= first && end <= total; }
+};
+
 // rank_prefix_matrix[src][dst]: rows that the sources 0..src send to dst.
 struct RowMap {
     const int* prefix;
@@ -19,6 +26,9 @@ struct RowMap {
         return prefix[source * num_ranks + destination] - first_row(source, destination);
     }
     EP_DEVICE int total_rows(int destination) const { return prefix[(num_ranks - 1) * num_ranks + destination]; }
+    EP_DEVICE RowSpan span(int source, int destination) const {
+        return {first_row(source, destination), prefix[source * num_ranks + destination], total_rows(destination)};
+    }
 };
 
 // What one rank needs of that matrix, in shared memory: it is known before the matrix is.

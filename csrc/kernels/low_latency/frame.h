@@ -143,7 +143,7 @@ EP_DEVICE_COLD bool wait_for_late_source(const LowLatencyCall* call, algo::Watch
                                          const uint64_t* flag) {
     const uint64_t start_ns = prim::clock_ns();
     const bool is_here = wait_for_peer(call, watch, stage, source, flag, watch.call, watch.call);
-    note_wait(*call, source, prim::clock_ns() - start_ns);
+    note_wait(*call, source, algo::ns_since(start_ns));
     return is_here;
 }
 
@@ -156,7 +156,7 @@ EP_DEVICE_COLD bool wait_for_late_part(const LowLatencyCall* call, algo::Watch w
         seen_call = layout::LowLatencyEntrySlots::call_of(*seen);
         return seen_call == watch.call;
     });
-    note_wait(*call, source, prim::clock_ns() - start_ns);
+    note_wait(*call, source, algo::ns_since(start_ns));
     return is_here;
 }
 
@@ -201,7 +201,7 @@ EP_DEVICE_COLD bool wait_for_late_packet(const LowLatencyCall* call, algo::Watch
     const bool is_here = algo::wait_until(watch, {Stage::kTable, source}, watch.call, [&](uint64_t&) {
         return prim::load_packet<Scope::kSys>(packet, epoch, data);
     });
-    note_wait(*call, source, prim::clock_ns() - start_ns);
+    note_wait(*call, source, algo::ns_since(start_ns));
     *value = is_here ? static_cast<int>(data) : 0;
     return is_here;
 }

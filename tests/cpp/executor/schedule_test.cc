@@ -264,7 +264,7 @@ TEST_CASE("memory freed while a kernel uses it lives until the kernel ends") {
     device.free(words);
     device.destroy_stream(stream);
     scheduler.run_until_idle();
-    CHECK_THROWS_AS(device.free(words), Error);
+    CHECK_THROWS_AS(device.free(words), InternalError);
 }
 
 // Each rank's host code blocks on its own device, and the ranks' kernels wait for each other.

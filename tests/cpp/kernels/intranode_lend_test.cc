@@ -240,7 +240,8 @@ TEST_CASE("outputs that are lent in part are refused") {
     args.recv_x = memory->address();
     args.recv_topk_idx = ranks[0].recv_topk_idx.data();
     args.recv_topk_weights = ranks[0].recv_topk_weights.data();
-    CHECK_THROWS_WITH_AS(world.buffer(0).dispatch(args, 2, world.stream(0)), doctest::Contains("all outputs"), Error);
+    CHECK_THROWS_WITH_AS(world.buffer(0).dispatch(args, 2, world.stream(0)), doctest::Contains("all outputs"),
+                         InternalError);
 }
 
 struct Understated {

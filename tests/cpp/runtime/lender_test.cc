@@ -217,7 +217,7 @@ TEST_CASE_FIXTURE(Fixture, "the rest of a piece that shrinks is free at once") {
     const uint64_t offset = take(8 * kMiB, kMain);
     lender.shrink(offset, kMiB + 1);
     CHECK_EQ(take(6 * kMiB, kMain), kMiB + LendPool::kAlignment);
-    CHECK_THROWS_AS(lender.shrink(offset, 2 * kMiB), Error);
+    CHECK_THROWS_AS(lender.shrink(offset, 2 * kMiB), InternalError);
 }
 
 TEST_CASE("random traffic: whatever used a piece comes before its next use, and nothing is lost") {

@@ -1,0 +1,152 @@
+// The rail window of a rank: what its rail peers (the ranks with its index in other nodes) put there, and what it puts from.
+// Control words, then the data region of dispatch and combine across nodes. Equal on every rank.
+//
+// Protocol and picture: docs/protocols/internode.md.
+#pragma once
+
+#include <cstdint>
+
+#include "layout/field.h"
+#include "layout/intranode.h"
+
+namespace deep_ep::layout {
+
+constexpr int kMaxRailChunks = 512;  // of one stream in one bank: each has a flag
+
+// What a source tells its forwarder in a node before its tokens come; the forwarder passes it on to its neighbours.
+struct CountsBlock {
+    Field shapes;         // u64[1]: a hash of what must be equal everywhere (row bytes, top-k, scales, experts)
+    Field num_tokens;     // u32[1]: of the source for this node
+    Field chunk_tokens;   // u32[1]: how many the source puts into a chunk
+    Field rank_counts;    // u32[L]: tokens for each rank of the node
+    Field expert_counts;  // u32[L][El]: entries for each expert of the node
+    uint64_t bytes = 0;
+
+    static constexpr CountsBlock make(uint64_t ranks_per_node, uint64_t num_local_experts) {
+        CountsBlock block;
+        FieldCursor cursor;
+        block.shapes = cursor.take(8, 1, 8);
+        block.num_tokens = cursor.take(4, 1, 4);
+        block.chunk_tokens = cursor.take(4, 1, 4);
+        block.rank_counts = cursor.take(4, ranks_per_node, 4);
+        block.expert_counts = cursor.take(4, ranks_per_node * num_local_experts, 4);
+        block.bytes = cursor.total(16);
+        return block;
+    }
+};
+
+// Words and blocks that rail peers put into each other's windows. [x][y] is row-major; N nodes.
+struct RailControl {
+    Field entered;         // u64[N]: calls that this peer has entered; the peer adds
+    Field ended;           // u64[N]: calls in which this peer has done with what we put there; the peer adds
+    Field abort;           // u64[2][N]: not zero: this peer gave up (AbortCode); set once by its kernels, once by its host
+    Field counts_flags;    // u64[banks][N]: the call whose counts block of this source is there
+    Field arrived;         // u64[banks][N][kMaxRailChunks]: the chunk of this source that is there
+    Field taken;           // u64[banks][N][kMaxRailChunks]: the chunk of ours that this peer has taken out
+    Field counts;          // CountsBlock[banks][N]: by source
+    Field counts_staging;  // CountsBlock[banks][N]: by destination
+    uint64_t bytes = 0;
+
+    static constexpr RailControl make(uint64_t num_nodes, uint64_t ranks_per_node) {
+        RailControl control;
+        FieldCursor cursor;
+        const uint64_t block_bytes = align_up(CountsBlock::make(ranks_per_node, kMaxLocalExperts).bytes, kHeapAlignment);
+        control.entered = cursor.take(8, num_nodes, kHeapAlignment);
+        control.ended = cursor.take(8, num_nodes, kHeapAlignment);
+        control.abort = cursor.take(8, 2 * num_nodes, kHeapAlignment);
+        control.counts_flags = cursor.take(8, kNumBanks * num_nodes, kHeapAlignment);
+        control.arrived = cursor.take(8, kNumBanks * num_nodes * kMaxRailChunks, kHeapAlignment);
+        control.taken = cursor.take(8, kNumBanks * num_nodes * kMaxRailChunks, kHeapAlignment);
+        control.counts = cursor.take(block_bytes, kNumBanks * num_nodes, kHeapAlignment);
+        control.counts_staging = cursor.take(block_bytes, kNumBanks * num_nodes, kHeapAlignment);
+        control.bytes = cursor.total(4096);
+        return control;
+    }
+};
+
+// One token on the rail: its row, then 4-byte metadata words.
+struct RailSlot {
+    Field row;           // bytes
+    Field src_idx;       // i32[0..1]: index of the token at its source
+    Field topk_idx;      // i32[K]: global expert ids, -1: none
+    Field topk_weights;  // f32[K]
+    Field positions;     // i32[K]: where the token stands among those of its source at the rank of this entry; -1: elsewhere
+    Field scales;        // any 4-byte type [num_scales]
+    uint64_t bytes = 0;
+
+    static constexpr RailSlot for_dispatch(uint64_t row_bytes, uint64_t num_topk, uint64_t num_scales) {
+        return make(row_bytes, num_topk, true, num_scales);
+    }
+    // The sum of one node's rows of a token, and of their weights.
+    static constexpr RailSlot for_combine(uint64_t row_bytes, uint64_t num_topk) {
+        return make(row_bytes, num_topk, false, 0);
+    }
+
+private:
+    static constexpr RailSlot make(uint64_t row_bytes, uint64_t num_topk, bool has_routing, uint64_t num_scales) {
+        RailSlot slot;
+        FieldCursor cursor;
+        slot.row = cursor.take(1, row_bytes, 16);
+        slot.src_idx = cursor.take(4, has_routing ? 1 : 0, 4);
+        slot.topk_idx = cursor.take(4, has_routing ? num_topk : 0, 4);
+        slot.topk_weights = cursor.take(4, num_topk, 4);
+        slot.positions = cursor.take(4, has_routing ? num_topk : 0, 4);
+        slot.scales = cursor.take(4, num_scales, 4);
+        slot.bytes = cursor.total(kHeapAlignment);
+        return slot;
+    }
+};
+
+// How the data region of the window is cut for one call: banks x (staging, receive) x (N - 1) nodes x slots. Tokens cross
+// the rail in chunks of neighbouring slots.
+struct RailWindow {
+    uint64_t bank_bytes = 0;
+    uint64_t half_bytes = 0;  // of a bank: what is put from there, what is put there
+    uint64_t node_bytes = 0;
+    uint64_t slot_bytes = 0;
+    int chunk_tokens = 0;
+    int num_chunks = 0;  // that a stream has room for in a bank; 0: the region is too small
+
+    constexpr int num_slots() const { return chunk_tokens * num_chunks; }
+
+    // `chunk_bytes`: what the engine likes best. A chunk is never more than a quarter of what one stream has, so that taking
+    // out, sending and filling go on at the same time; nor so small that there are more chunks than flags.
+    static constexpr RailWindow make(uint64_t data_bytes, uint64_t num_nodes, uint64_t slot_bytes,
+                                     uint64_t chunk_bytes) {
+        RailWindow window;
+        window.slot_bytes = slot_bytes;
+        if (num_nodes < 2) return window;
+        window.bank_bytes = data_bytes / kNumBanks / kHeapAlignment * kHeapAlignment;
+        window.half_bytes = window.bank_bytes / 2 / kHeapAlignment * kHeapAlignment;
+        const uint64_t num_slots = window.half_bytes / ((num_nodes - 1) * slot_bytes);
+        if (num_slots == 0) return window;
+        uint64_t chunk = chunk_bytes / slot_bytes;
+        if (chunk > num_slots / kChunksWanted) chunk = num_slots / kChunksWanted;
+        const uint64_t least = (num_slots + kMaxRailChunks - 1) / kMaxRailChunks;
+        if (chunk < least) chunk = least;  // also when it was zero
+        window.chunk_tokens = static_cast<int>(chunk);
+        window.num_chunks = static_cast<int>(num_slots / chunk);
+        window.node_bytes = chunk * static_cast<uint64_t>(window.num_chunks) * slot_bytes;
+        return window;
+    }
+    // Where `owner` keeps what it sends to `node`, from the start of its data region.
+    constexpr uint64_t staging_offset(uint64_t bank, uint64_t owner, uint64_t node, uint64_t slot) const {
+        return bank * bank_bytes + region_of(owner, node) * node_bytes + slot * slot_bytes;
+    }
+    // Where `owner` keeps what comes from `node`.
+    constexpr uint64_t receive_offset(uint64_t bank, uint64_t owner, uint64_t node, uint64_t slot) const {
+        return half_bytes + staging_offset(bank, owner, node, slot);
+    }
+    // The smallest data region in which a stream has `num_slots` slots.
+    static constexpr uint64_t bytes_for(uint64_t num_nodes, uint64_t slot_bytes, uint64_t num_slots) {
+        return num_nodes < 2 ? 0 : kNumBanks * 2 * align_up((num_nodes - 1) * slot_bytes * num_slots, kHeapAlignment);
+    }
+
+private:
+    static constexpr uint64_t kChunksWanted = 4;
+
+    // A rank keeps nothing for its own node.
+    static constexpr uint64_t region_of(uint64_t owner, uint64_t node) { return node < owner ? node : node - 1; }
+};
+
+}  // namespace deep_ep::layout

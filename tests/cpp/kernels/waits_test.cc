@@ -1,0 +1,166 @@
+// Waits of the kernels, alone: clocks that step back, copies that do not land.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "device/algo/loan.h"
+#include "device/algo/stages.h"
+#include "device/launch.h"
+#include "device/simt/device.h"
+#include "kernels/context.h"
+#include "support/world.h"
+
+namespace deep_ep::test {
+namespace {
+
+using prim::Order;
+using prim::Scope;
+
+constexpr uint64_t kSecond = 1'000'000'000;
+
+// The memory that a kernel of rank 0 of two waits in.
+struct Node {
+    layout::ControlLayout control = layout::ControlLayout::make(2);
+    std::vector<uint64_t> heaps[2] = {std::vector<uint64_t>(control.bytes / 8),
+                                      std::vector<uint64_t>(control.bytes / 8)};
+    layout::LocalState local{};
+    layout::HostStatus status{};
+
+    kernels::HeapParams heap() {
+        return {.bases = {reinterpret_cast<uint8_t*>(heaps[0].data()), reinterpret_cast<uint8_t*>(heaps[1].data())},
+                .rank = 0,
+                .num_ranks = 2,
+                .control = control};
+    }
+    kernels::WatchParams watch(uint64_t timeout_ns) { return {&local, &status, timeout_ns, timeout_ns}; }
+};
+
+struct WaitParams {
+    kernels::HeapParams heap;
+    kernels::WatchParams watch;
+    int num_steps;      // of the peer, before it has come
+    int num_looks = 0;  // at the clock, first: every other one steps back
+    int* result = nullptr;
+    uint32_t* steps = nullptr;
+};
+
+EP_DEVICE algo::Watch watch_of(const WaitParams& params) {
+    return kernels::make_watch(params.watch, params.heap, layout::Operation::kDispatch, 1);
+}
+
+template <class Kernel> int run_waits(const simt::SchedulerOptions& options, WaitParams params) {
+    simt::Scheduler scheduler(options);
+    simt::SimtDevice device(scheduler, 0, {});
+    const dev::Stream stream = device.create_stream();
+    int result = 0;
+    uint32_t steps = 0;
+    params.result = &result;
+    params.steps = &steps;
+    dev::LaunchConfig config;
+    config.num_blocks = 2;
+    config.name = "waits";
+    dev::launch<Kernel>(config, stream, params);
+    device.synchronize_stream(stream);
+    device.destroy_stream(stream);
+    return result;
+}
+
+// The second block: the peer, which comes late.
+EP_DEVICE void come_late(const WaitParams& params, uint64_t* flag) {
+    if (prim::lane_idx() != 0) return;
+    for (int i = 0; i < params.num_steps; ++i) {
+        prim::fetch_add<Order::kRelaxed, Scope::kGpu>(params.steps, 1u);
+        prim::pause();
+    }
+    prim::store<Order::kRelease, Scope::kSys>(flag, uint64_t{1});
+}
+
+struct FlagKernel {
+    using Params = WaitParams;
+    struct Shared {};
+    static EP_DEVICE void run(const Params& params, Shared&) {
+        const algo::Watch watch = watch_of(params);
+        uint64_t* flag = watch.heap.started(0, 1);
+        if (blockIdx.x == 1) return come_late(params, flag);
+        if (prim::lane_idx() == 0) *params.result = algo::wait_at_least(watch, {layout::Stage::kStart, 1}, flag, 1);
+    }
+};
+
+// Rank 1 has entered the call, and comes to its end later.
+struct QuietKernel {
+    using Params = WaitParams;
+    struct Shared {};
+    static EP_DEVICE void run(const Params& params, Shared&) {
+        const algo::Watch watch = watch_of(params);
+        uint64_t* returned = watch.heap.returned(0, 1);
+        if (blockIdx.x == 1) return come_late(params, returned);
+        if (prim::lane_idx() < params.num_looks) prim::clock_ns();
+        __syncwarp();
+        algo::wait_for_quiet(watch);
+        __syncwarp();
+        if (prim::lane_idx() == 0) *params.result = prim::load<Order::kAcquire, Scope::kSys>(returned) == 1;
+    }
+};
+
+simt::SchedulerOptions stepping_back() {
+    simt::SchedulerOptions options;
+    options.clock_step_back_ns = 500'000;
+    return options;
+}
+
+TEST_CASE("a clock that steps back is no timeout") {
+    Node node;
+    CHECK(run_waits<FlagKernel>(stepping_back(), {node.heap(), node.watch(kSecond), 50}) == 1);
+    CHECK_EQ(node.status.failure.state, 0);
+    CHECK_EQ(node.status.warning.state, 0);
+}
+
+TEST_CASE("a clock that steps back does not end the wait for peers that still use what is lent") {
+    for (int num_looks : {0, 1}) {
+        CAPTURE(num_looks);
+        Node node;
+        node.heaps[0][node.control.started.at(1) / 8] = 1;
+        CHECK(run_waits<QuietKernel>(stepping_back(), {node.heap(), node.watch(kSecond), 50, num_looks}) == 1);
+    }
+}
+
+// The second item was never loaded.
+struct StageKernel {
+    using Params = WaitParams;
+    struct Shared {
+        alignas(128) uint8_t memory[2 * (128 + layout::Staging::kBarrierBytes)];
+    };
+    static EP_DEVICE void run(const Params& params, Shared& shared) {
+        const algo::Stages stages(shared.memory, {2, 128});
+        if (blockIdx.x == 1) return;
+        stages.init();
+        if (prim::lane_idx() == 0) stages.load(0, params.heap.bases[0], 128);
+        stages.wait(0);
+        if (prim::lane_idx() == 0) *params.result = 1;
+        stages.wait(1);
+    }
+};
+
+TEST_CASE("a wait for our own copies ends when they land, and one for a copy that nobody made is reported") {
+    for (simt::BulkMode bulk : {simt::BulkMode::kEager, simt::BulkMode::kLate}) {
+        Node node;
+        simt::SchedulerOptions options;
+        options.bulk = bulk;
+        simt::Scheduler scheduler(options);
+        simt::SimtDevice device(scheduler, 0, {});
+        const dev::Stream stream = device.create_stream();
+        int result = 0;
+        WaitParams params{node.heap(), node.watch(kSecond), 0};
+        params.result = &result;
+        dev::LaunchConfig config;
+        config.name = "stages";
+        dev::launch<StageKernel>(config, stream, params);
+        CHECK_THROWS_WITH_AS(device.synchronize_stream(stream), doctest::Contains("mbarrier"), simt::DeadlockError);
+        CHECK_EQ(result, 1);
+        device.destroy_stream(stream);
+    }
+}
+
+}  // namespace
+}  // namespace deep_ep::test

@@ -1,0 +1,11 @@
+// The conformance suite over the engine `host`, on the CPU. On a GPU: device_cuda.cmake.
+#include "rail/conformance.cu"
+
+#include "device/simt/device.h"
+#include "rail/host_world.h"
+
+namespace deep_ep::testing {
+
+std::shared_ptr<dev::Device> make_test_device(int) { return simt::make_cpu_device(); }
+
+}  // namespace deep_ep::testing

@@ -1,0 +1,45 @@
+// Ranks of different nodes in one process, each with a device and an engine: what the conformance suite runs on. Each
+// engine's test binary defines make_rail_world.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "device/runtime.h"
+#include "rail/engine.h"
+
+namespace deep_ep::testing {
+
+struct RailOptions {
+    int num_ranks = 2;
+    size_t window_bytes = 0;
+    uint64_t seed = 0;              // of the schedule and the network, where the engine has them
+    uint32_t ring_capacity = 4096;  // where the engine has a ring
+};
+
+class RailWorld {
+public:
+    using Launch = std::function<void(int rank, dev::Stream stream)>;
+
+    virtual ~RailWorld() = default;
+
+    virtual rail::Engine& engine(int rank) = 0;
+    virtual dev::Device& device(int rank) = 0;
+    // Starts a kernel of each rank, calls `beside` while they run, and returns when all have ended. Throws what the
+    // executor or an engine has found.
+    virtual void run(const Launch& launch, const std::function<void()>& beside) = 0;
+    void run(const Launch& launch) {
+        run(launch, [] {});
+    }
+    // Of each round of a test: seeds where they mean something.
+    static std::vector<uint64_t> seeds();
+    // For waits in kernels; 0: none, since the executor reports who waits in vain.
+    static uint64_t timeout_ns();
+};
+
+std::unique_ptr<RailWorld> make_rail_world(const RailOptions& options);
+
+}  // namespace deep_ep::testing

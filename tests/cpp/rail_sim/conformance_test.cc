@@ -1,0 +1,2 @@
+// The conformance suite over the engine `sim`.
+#include "rail/conformance.cu"
