@@ -34,7 +34,7 @@ def supports(feature: str) -> bool:
     """Whether this build has a feature. Names that it does not know are not there: False.
 
     So `getattr(deep_ep, "supports", lambda name: False)("lending")` works with every library of this interface. The
-    names are in docs/api.md. It says what the build has; what the machine has is for `python -m deep_ep.doctor`.
+    names are in docs/api.md. It says what the build has; what the machine has is for `python -m deep_ep doctor`.
 
     Raises TypeError when `feature` is not a str.
     """

@@ -56,7 +56,7 @@ def device_choice() -> tuple[str, str]:
     if not obstacle:
         return "cuda", "a GPU is available"
     if requested == "cuda":
-        raise Error(f"DEEP_EP_DEVICE=cuda, but {obstacle}; run `python -m deep_ep.doctor`")
+        raise Error(f"DEEP_EP_DEVICE=cuda, but {obstacle}; run `python -m deep_ep doctor`")
     return "cpu", obstacle
 
 

@@ -1,6 +1,6 @@
 """Says what is built, what this machine has, what does not fit together, and how to mend it.
 
-    python -m deep_ep.doctor [--json]
+    python -m deep_ep doctor [--json]
 
 Also runs as a plain file, for when `import deep_ep` fails. Exit status 1: something is broken.
 """
@@ -284,18 +284,23 @@ def examine() -> list[Finding]:
     return found + _guarded("round trip", check_round_trips, torch)
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m deep_ep.doctor", description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print findings as JSON")
-    args = parser.parse_args(arguments)
+def report(is_json: bool) -> int:
+    """Prints what was found; the exit status."""
     found = examine()
     num_broken = sum(finding.level == "broken" for finding in found)
-    if args.json:
+    if is_json:
         print(json.dumps([asdict(finding) for finding in found], indent=2))
     else:
         print("\n".join(map(str, found)))
         print(f"{num_broken} problem(s)" if num_broken else "No problems found.")
     return 1 if num_broken else 0
+
+
+def main(arguments: list[str]) -> int:
+    """As a file of its own, where deep_ep may not import; `python -m deep_ep doctor` has the same option."""
+    parser = argparse.ArgumentParser(prog="python -m deep_ep doctor", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print findings as JSON")
+    return report(parser.parse_args(arguments).json)
 
 
 if __name__ == "__main__":
