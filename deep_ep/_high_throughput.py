@@ -12,7 +12,7 @@ from deep_ep import _checks
 from deep_ep._bootstrap import Session
 from deep_ep._call_check import handle_fact
 from deep_ep._errors import Error
-from deep_ep._lending import Lender, Spec
+from deep_ep._lending import Lender, Spec, num_bytes_of
 from deep_ep._streams import Operation, is_capturing
 from deep_ep.utils import EventHandle, EventOverlap
 from deep_ep_cpp import CombineArgs, DispatchArgs, LayoutArgs, NotifyArgs
@@ -49,13 +49,13 @@ class Routing(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """The tensors that a dispatch fills: in the order of _output_specs."""
+    """The tensors that a dispatch fills: in this order."""
 
     x: torch.Tensor
     scales: Optional[torch.Tensor]
     topk_idx: Optional[torch.Tensor]
     topk_weights: Optional[torch.Tensor]
-    src_idx: torch.Tensor
+    src_idx: torch.Tensor  # absent where the call has a handle, which has it
 
     def payload(self) -> Payload:
         return self.x if self.scales is None else (self.x, self.scales)
@@ -235,16 +235,17 @@ def _find_layout_fault(routing: Routing) -> Optional[str]:
 
 def lend(session: Session, shape: Any, dtype: torch.dtype) -> torch.Tensor:
     lender = session.lender
-    spec = Spec(_checks.check_sizes("shape", shape), _checks.check_dtype("dtype", dtype))
+    spec: Spec = _checks.check_sizes("shape", shape), _checks.check_dtype("dtype", dtype)
+    num_bytes = num_bytes_of(spec)
     if lender is None and session.num_ranks > 1:
         raise Error("lend: this Buffer lends nothing; build it with a larger num_nvl_bytes, or with num_lend_bytes")
-    if lender is None or spec.num_bytes == 0:  # one rank reads its own input in place, wherever it is
-        return torch.empty(spec.shape, dtype=dtype, device=session.streams.device)
+    if lender is None or num_bytes == 0:  # one rank reads its own input in place, wherever it is
+        return torch.empty(spec[0], dtype=dtype, device=session.streams.device)
     if is_capturing():
         raise Error("lend: not while a CUDA graph is captured; take the tensor before the capture begins")
     made = lender.tensor(spec)
     if made is None:
-        raise Error(f"lend: no room for {spec.num_bytes} bytes; num_lend_bytes is {lender.num_bytes}, and the tensors "
+        raise Error(f"lend: no room for {num_bytes} bytes; num_lend_bytes is {lender.num_bytes}, and the tensors "
                     "of earlier calls hold a part of it until they are dropped")
     return made
 
@@ -324,19 +325,6 @@ def _notify_outputs(session: Session, num_tokens: int) -> tuple[torch.Tensor, to
     return make(num_ranks, num_ranks), make(num_tokens, num_ranks)
 
 
-def _output_specs(rows: torch.Tensor, scales: Optional[torch.Tensor], routing: Optional[Routing],
-                  num_rows: int) -> list[Optional[Spec]]:
-    """Of each of the Outputs; None where the call has no such output."""
-    topk_idx = None if routing is None else routing.topk_idx
-    return [
-        Spec((num_rows, rows.shape[1]), rows.dtype),
-        None if scales is None else Spec((num_rows, scales.shape[1]), scales.dtype),
-        None if topk_idx is None else Spec((num_rows, topk_idx.shape[1]), topk_idx.dtype),
-        None if topk_idx is None else Spec((num_rows, topk_idx.shape[1]), torch.float32),
-        Spec((num_rows, ), torch.int32),
-    ]
-
-
 NO_COUNTS = 0, 0  # they have been exchanged
 
 
@@ -352,6 +340,10 @@ class _Dispatch:
         self.routing = routing
         self.matrix = rank_prefix_matrix
         self.send_head = send_head
+        self.num_tokens, self.hidden = rows.shape
+        self.num_scales = 0 if scales is None else scales.shape[1]
+        self.topk_idx = None if routing is None else routing.topk_idx
+        self.num_topk = 0 if self.topk_idx is None else self.topk_idx.shape[1]
         self.num_experts = num_experts
         self.counts = NO_COUNTS
         if routing is not None:
@@ -362,18 +354,16 @@ class _Dispatch:
     def cached(self, num_rows: int) -> Outputs:
         with self.operation.allocation():
             outputs = self._outputs(num_rows)
-        self.operation.start((self.rows, self.scales, self.matrix, self.send_head), outputs[:-1])
-        # The handle, which has the source indices, may come from a worst-case dispatch: fewer rows than it has room for
-        # are no error.
-        addresses = [*map(_ptr, outputs[:-1]), 0]
-        self._send(addresses, num_rows, NO_COUNTS, is_worst_case=True)
+        self.operation.start((self.rows, self.scales, self.matrix, self.send_head), outputs)
+        # The handle may come from a worst-case dispatch: fewer rows than it has room for are no error.
+        self._send(map(_ptr, outputs), num_rows, NO_COUNTS, True)
         return outputs
 
     def worst_case(self, num_rows: int) -> Outputs:
         with self.operation.allocation():
             outputs = self._outputs(num_rows)
         self._start(outputs)
-        self._send(map(_ptr, outputs), num_rows, self.counts, is_worst_case=True)
+        self._send(map(_ptr, outputs), num_rows, self.counts, True)
         return outputs
 
     def counted(self, expert_alignment: int) -> tuple[int, list[int], Outputs]:
@@ -383,14 +373,13 @@ class _Dispatch:
         if found is None:
             found = self._counted_first(expert_alignment)
         if lender is not None:
-            lender.remember_rows(self.rows.shape[0], found[0])
+            lender.remember_rows(self.num_tokens, found[0])
         return found
 
     def _guessed(self, lender: Lender, expert_alignment: int) -> Optional[tuple[int, list[int], Outputs]]:
         """The rows move while the host learns how many they are. None: there is no room for what may come."""
-        likely_rows = lender.guess_rows(self.rows.shape[0], self.session.num_ranks)
-        row = _output_specs(self.rows, self.scales, self.routing, 1)
-        reserved = lender.reserve(row, likely_rows, self.operation)
+        likely_rows = lender.guess_rows(self.num_tokens, self.session.num_ranks)
+        reserved = lender.reserve(self._output_specs(1), likely_rows, self.operation)
         if reserved is None:
             return None
         self._start(())
@@ -405,17 +394,15 @@ class _Dispatch:
 
     def _counted_first(self, expert_alignment: int) -> tuple[int, list[int], Outputs]:
         self._start(())
-        num_topk, num_scales = self._widths()
-        num_tokens, row_bytes = self._row_sizes()
         args = NotifyArgs(num_tokens_per_rank=self.counts[0],
                           num_tokens_per_expert=self.counts[1],
                           num_experts=self.num_experts,
                           expert_alignment=expert_alignment,
                           rank_prefix_matrix=self.matrix.data_ptr(),
-                          num_tokens=num_tokens,
-                          row_bytes=row_bytes,
-                          num_topk=num_topk,
-                          num_scales=num_scales)
+                          num_tokens=self.num_tokens,
+                          row_bytes=self.hidden * self.rows.element_size(),
+                          num_topk=self.num_topk,
+                          num_scales=self.num_scales)
         self.session.runtime.notify_dispatch(args, self.operation.stream)
         num_rows, per_expert = self.session.runtime.wait_counts()
         return num_rows, per_expert, self._sent(num_rows)
@@ -434,21 +421,22 @@ class _Dispatch:
     def _outputs(self, num_rows: int) -> Outputs:
         """Lent to the peers where there is room for all."""
         lender, empty = self.session.lender, self.session.empty
-        specs = _output_specs(self.rows, self.scales, self.routing, num_rows)
+        specs = self._output_specs(num_rows)
         made = None if lender is None else lender.tensors(specs, self.operation)
         if made is None:
-            made = [None if spec is None else empty[spec.dtype](*spec.shape) for spec in specs]
-        return Outputs(*made)  # type: ignore[arg-type]  # x and src_idx are always there
+            made = [spec and empty[spec[1]](*spec[0]) for spec in specs]
+        return Outputs(*made)  # type: ignore[arg-type]
 
-    def _row_sizes(self) -> tuple[int, int]:
-        """N, and the bytes of a row."""
-        num_tokens, hidden = self.rows.shape
-        return num_tokens, hidden * self.rows.element_size()
-
-    def _widths(self) -> tuple[int, int]:
-        """K, and the scales of a token."""
-        topk_idx = None if self.routing is None else self.routing.topk_idx
-        return 0 if topk_idx is None else topk_idx.shape[1], 0 if self.scales is None else self.scales.shape[1]
+    def _output_specs(self, num_rows: int) -> list[Optional[Spec]]:
+        """Of each of the Outputs; None where the call has no such output."""
+        scales, topk_idx, topk_shape = self.scales, self.topk_idx, (num_rows, self.num_topk)
+        return [
+            ((num_rows, self.hidden), self.rows.dtype),
+            None if scales is None else ((num_rows, self.num_scales), scales.dtype),
+            None if topk_idx is None else (topk_shape, topk_idx.dtype),
+            None if topk_idx is None else (topk_shape, torch.float32),
+            None if self.routing is None else ((num_rows, ), torch.int32),
+        ]
 
     def _send(self,
               addresses: Iterable[int],
@@ -457,22 +445,19 @@ class _Dispatch:
               is_worst_case: bool = False,
               expert_alignment: int = 0) -> None:
         """`addresses`: of the Outputs. `expert_alignment` > 0: the host waits for the counts."""
-        routing, scales = self.routing, self.scales
-        topk_idx = None if routing is None else routing.topk_idx
-        num_topk, num_scales = self._widths()
+        routing, scales, topk_idx = self.routing, self.scales, self.topk_idx
         stride_token, stride_scale = (0, 0) if scales is None else scales.stride()
-        num_tokens, row_bytes = self._row_sizes()
         recv_x, recv_scales, recv_topk_idx, recv_topk_weights, recv_src_idx = addresses
         args = DispatchArgs(x=self.rows.data_ptr(),
-                            num_tokens=num_tokens,
-                            row_bytes=row_bytes,
+                            num_tokens=self.num_tokens,
+                            row_bytes=self.hidden * self.rows.element_size(),
                             scales=_ptr(scales),
-                            num_scales=num_scales,
+                            num_scales=self.num_scales,
                             scale_stride_token=stride_token,
                             scale_stride_scale=stride_scale,
                             topk_idx=_ptr(topk_idx),
                             topk_weights=0 if routing is None else _ptr(routing.topk_weights),
-                            num_topk=num_topk,
+                            num_topk=self.num_topk,
                             idx_bytes=8 if topk_idx is None else topk_idx.element_size(),
                             num_experts=self.num_experts,
                             is_cached=routing is None,

@@ -7,7 +7,7 @@ has been called, and for the one that is current where the tensor is dropped, on
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import torch
 
@@ -20,21 +20,15 @@ from deep_ep._streams import CudaStreams, Operation, Streams
 SPARE_SHARES = 4, 16
 LEAST_SPARE_ROWS = 64
 
-
-class Spec(NamedTuple):
-    """A tensor to be made."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
+Spec = tuple[tuple[int, ...], torch.dtype]  # of a tensor to be made; bare, because a dispatch makes five of them
 Specs = Sequence[Optional[Spec]]  # None: no such tensor
 
 deep_ep_cpp.set_current_stream_function(current_stream_handle)
+
+
+def num_bytes_of(spec: Spec) -> int:
+    shape, dtype = spec
+    return math.prod(shape) * dtype.itemsize
 
 
 class Reserved:
@@ -55,9 +49,10 @@ class Reserved:
         return [spec and self._first_rows(piece, spec, num_rows) for piece, spec in zip(self._pieces, self._row)]
 
     def _first_rows(self, piece: Optional[deep_ep_cpp.LentMemory], row: Spec, num_rows: int) -> torch.Tensor:
-        spec = Spec((num_rows, *row.shape[1:]), row.dtype)
+        shape, dtype = row
+        spec = (num_rows, *shape[1:]), dtype
         if num_rows and piece is not None:
-            piece.shrink(spec.num_bytes)
+            piece.shrink(num_bytes_of(spec))
         return self._lender._make(piece if num_rows else None, spec)
 
 
@@ -77,18 +72,18 @@ class Lender:
 
         Within a capture the memory is the graph's as long as that lives.
         """
-        sizes = [spec.num_bytes for spec in specs if spec and spec.num_bytes]
+        sizes = [size for size in (num_bytes_of(spec) for spec in specs if spec) if size]
         lent = self._take(sizes, operation) if sizes else []
         if not lent:
             return None
         pieces = iter(lent)
-        return [spec and self._make(next(pieces) if spec.num_bytes else None, spec) for spec in specs]
+        return [spec and self._make(next(pieces) if num_bytes_of(spec) else None, spec) for spec in specs]
 
     def reserve(self, row: Specs, likely_rows: int, operation: Operation) -> Optional[Reserved]:
         """The same for a number of rows that is not known; `row` has one of each. What is not needed goes back."""
         for spare_share in SPARE_SHARES:
             num_rows = likely_rows + likely_rows // spare_share + LEAST_SPARE_ROWS
-            sizes = [num_rows * spec.num_bytes for spec in row if spec]
+            sizes = [num_rows * num_bytes_of(spec) for spec in row if spec]
             lent = [] if 0 in sizes or sum(sizes) > self.num_bytes else self._take(sizes, operation)
             if lent:
                 return Reserved(self, lent, row, num_rows)
@@ -121,7 +116,7 @@ class Lender:
             current = current_stream_handle(streams.index)
             self._note(current, False)
             streams.follow_last(current)
-        lent = self._runtime.lend([spec.num_bytes], current, False)
+        lent = self._runtime.lend([num_bytes_of(spec)], current, False)
         if isinstance(streams, CudaStreams):
             streams.set_last(current)  # calls come after whatever the current stream has waited for
         return self._make(lent[0], spec) if lent else None
@@ -131,10 +126,10 @@ class Lender:
         self._note(operation.current, False)
 
     def _make(self, memory: Optional[deep_ep_cpp.LentMemory], spec: Spec) -> torch.Tensor:
-        device = self._streams.device
+        (shape, dtype), device = spec, self._streams.device
         if memory is None:
-            return torch.empty(spec.shape, dtype=spec.dtype, device=device)
-        return make_lent_tensor(memory, spec.shape, spec.dtype, self._index)
+            return torch.empty(shape, dtype=dtype, device=device)
+        return make_lent_tensor(memory, shape, dtype, self._index)
 
     def _note(self, stream: int, is_ours: bool) -> bool:
         """False: the stream is not torch's. It may be gone when the memory comes back, and then nobody can ask it."""
