@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from deep_ep import _env
-from deep_ep._errors import InvalidArgument
+from deep_ep_cpp import InvalidArgument
 
 FORMAT_VERSION = 1
 # A budget is enough when the largest one would be faster by no more than this.

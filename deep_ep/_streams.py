@@ -11,28 +11,19 @@ blocking, and all kernels run on the comm stream, which belongs to the native ex
 """
 
 import contextlib
-import functools
-import os
 import time
 from collections import deque
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any, Callable, ClassVar, Optional, Union
+from typing import Any, Callable, Optional, Union
 
 import torch
 from typing_extensions import Self
 
 import deep_ep_cpp
-from deep_ep._errors import Error
-from deep_ep._raw_cuda import (
-    CurrentStream,
-    EventPool,
-    PooledEvent,
-    StreamId,
-    current_stream_handle,
-    current_stream_id,
-    is_of_torch,
-)
+from deep_ep._env import device_choice, native_device
+from deep_ep._torch import CurrentStream, StreamId, current_stream_handle, current_stream_id, is_of_torch
+from deep_ep.utils import EventPool, HostEvent, PooledEvent, RecordedEvent, event_pool
 
 CPU_DEVICE_INDEX = -1
 # torch: lower is more urgent. Communication must not queue behind the compute that it overlaps with.
@@ -40,110 +31,6 @@ COMM_STREAM_PRIORITY = -1
 _NO_CONTEXT = contextlib.nullcontext()
 
 Tensors = tuple[Optional[torch.Tensor], ...]
-
-
-@functools.cache
-def device_choice() -> tuple[str, str]:
-    """('cuda' or 'cpu', why), decided once per process."""
-    requested = deep_ep_cpp.get_environment()["device"]
-    if requested == "cpu":
-        return "cpu", "DEEP_EP_DEVICE=cpu"
-    obstacle = ""
-    if not torch.cuda.is_available():
-        obstacle = "torch.cuda.is_available() is False"
-    elif not deep_ep_cpp.is_cuda_built():
-        obstacle = "deep_ep_cpp was built without CUDA"
-    if not obstacle:
-        return "cuda", "a GPU is available"
-    if requested == "cuda":
-        raise Error(f"DEEP_EP_DEVICE=cuda, but {obstacle}; run `python -m deep_ep doctor`")
-    return "cpu", obstacle
-
-
-@functools.cache
-def native_device(index: int) -> deep_ep_cpp.Device:
-    return deep_ep_cpp.Device(index)
-
-
-def is_capturing() -> bool:
-    """Whether the caller's stream records a CUDA graph."""
-    return device_choice()[0] == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-class HostEvent:
-    """A point on the comm stream of a CPU Buffer; keeps the tensors that the work before it uses alive.
-
-    The native event is used again when it is known to be complete, which its stream finds out if nobody else does. Not
-    when this object goes: the garbage collector calls the finalizers of a cycle in any order, and that of a Buffer in
-    it asks its events.
-    """
-
-    _free: ClassVar[list[int]] = []
-
-    def __init__(self, device: deep_ep_cpp.Device, stream: int, tensors: tuple[torch.Tensor, ...],
-                 check: Callable[[], None]) -> None:
-        self._device = device
-        self._tensors = tensors
-        self._check = check
-        self._event: Optional[int] = self._free.pop() if self._free else device.create_event()
-        device.record_event(self._event, stream)
-
-    def is_complete(self) -> bool:
-        if self._event is not None and not self._device.query_event(self._event):
-            return False
-        self._forget()
-        return True
-
-    def wait(self) -> None:
-        """Blocks the host, then raises what the kernels before this event reported."""
-        if self._event is not None:
-            self._device.synchronize_event(self._event)
-            self._forget()
-        self._check()
-
-    def hold_back(self, stream: int) -> None:
-        """Later work on `stream` waits for this event."""
-        if self._event is not None:
-            self._device.stream_wait_event(stream, self._event)
-
-    def _forget(self) -> None:
-        event, self._event, self._tensors = self._event, None, ()
-        if event is not None:
-            self._free.append(event)
-
-
-@functools.cache
-def event_pool(index: int) -> EventPool:
-    return EventPool(native_device(index))
-
-
-def _start_afresh_in_child() -> None:
-    """The CPU's device ends with the process: its thread does not exist in a forked child, which makes its own."""
-    if device_choice.cache_info().currsize and device_choice()[0] == "cpu":
-        native_device.cache_clear()
-        HostEvent._free.clear()
-
-
-os.register_at_fork(after_in_child=_start_afresh_in_child)
-
-# What an EventHandle stands for. None: a point on the host's own timeline, passed by the time anybody can ask.
-RecordedEvent = Union[PooledEvent, HostEvent, None]
-
-
-def record_on_current_stream() -> RecordedEvent:
-    if device_choice()[0] == "cpu":
-        return None
-    index = torch.cuda.current_device()
-    return event_pool(index).record(current_stream_handle(index))
-
-
-def wait_on_current_stream(event: RecordedEvent) -> None:
-    if isinstance(event, HostEvent):
-        event.wait()
-    elif event is not None:
-        # The event may be another GPU's, but the handle of a default stream means that of the current one.
-        index = torch.cuda.current_device()
-        native_device(index).stream_wait_event(current_stream_handle(index), event.cuda_event)
 
 
 class Operation:

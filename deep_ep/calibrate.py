@@ -14,7 +14,7 @@ from typing import Any, Optional
 
 from deep_ep import _cost_model
 from deep_ep._cost_model import CostModel
-from deep_ep._errors import InvalidArgument
+from deep_ep_cpp import InvalidArgument
 
 
 def calibrate(report: dict[str, Any], to: Optional[Path]) -> tuple[Path, str, CostModel]:

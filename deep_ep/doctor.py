@@ -245,8 +245,8 @@ def check_limits() -> list[Finding]:
 
 def check_round_trips(torch: Any) -> list[Finding]:
     """Ranks in processes of their own send tokens to each other and back, on every path that this machine has."""
-    trip = importlib.import_module("deep_ep._round_trip")
-    kind, reason = importlib.import_module("deep_ep._streams").device_choice()
+    trip = importlib.import_module("deep_ep.bench.round_trip")
+    kind, reason = importlib.import_module("deep_ep._env").device_choice()
     paths = [("CPU device, two processes", "cpu", [0, 0])]
     num_gpus = torch.cuda.device_count() if kind == "cuda" else 0
     if num_gpus == 1:

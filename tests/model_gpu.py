@@ -9,8 +9,8 @@ import torch
 
 import deep_ep
 from deep_ep import _streams
-from deep_ep._raw_cuda import EventPool
 from deep_ep._streams import CudaStreams
+from deep_ep.utils import EventPool
 
 COMM, MAIN, SIDE = 1, 2, 3
 TORCH_ID = 100  # what torch calls a stream, less its handle
