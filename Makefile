@@ -35,7 +35,7 @@ help:  ## Show this list.
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
 
 build: $(STAMPS)/installed  ## Build the extension and make deep_ep importable in .venv.
-	@cmake --build build/dev --target deep_ep_cpp --parallel $(JOBS)
+	@cmake --build build/dev --target deep_ep_cpp deep_ep_bench_cpp --parallel $(JOBS)
 
 lint: $(STAMPS)/venv system-lint  ## Check format, style, types and the boundaries between the layers.
 	@tools/lint.sh
@@ -63,7 +63,7 @@ mutants: system-build system-test  ## Weaken each ordering of the kernels in tur
 	@tools/run_tests.sh mutants
 
 clean:  ## Remove everything built; keep .venv.
-	rm -rf build dist ./*.egg-info deep_ep_cpp.*.so .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build dist ./*.egg-info deep_ep_cpp.*.so deep_ep_bench_cpp.*.so .mypy_cache .ruff_cache .pytest_cache
 
 distclean: clean  ## Remove .venv too.
 	rm -rf .venv

@@ -2,8 +2,9 @@
 
 Callers use `deep_ep.Buffer`; this is the seam below it. Python has validated every argument before a call arrives here;
 the native code repeats the checks that guard memory only. Methods that wait for a device or for peers release the GIL
-(connect, destroy, wait_counts, synchronize_*). A launch takes microseconds and does not; where a GPU's launch queue is
-full it holds the GIL until there is room.
+(connect, destroy, wait_counts, synchronize_*; lend for a graph). A launch takes microseconds and does not; where a GPU's
+launch queue is full it holds the GIL until there is room. So does check(), which is in every call: it takes less than a
+microsecond, and up to 0.3 s once, where it finds a failure whose reason another rank has yet to tell.
 """
 from typing import Any, Callable, List, Tuple, TypedDict
 
@@ -308,9 +309,6 @@ class Buffer:
 
     @property
     def num_lend_bytes(self) -> int: ...
-
-    def bench_push(self, bytes_per_peer: int, num_sms: int, stream: int) -> None:
-        """Benchmarks only: writes that much to every peer at once, over whatever the data regions hold."""
 
     # Low latency. ticket=BOTH_PHASES: the whole call in one launch, for which `number` may be 0. ticket=SEND_PHASE: the
     # send phase, which returns the call's ticket; with that and the same arguments the receive phase. At most two

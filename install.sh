@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 python=${PYTHON:-python3}
 
 # build/ also holds the Makefile's folders: only what setuptools leaves there goes.
-rm -rf dist build/lib.* build/temp.* build/bdist.* ./*.egg-info deep_ep_cpp.*.so
+rm -rf dist build/lib.* build/temp.* build/bdist.* ./*.egg-info deep_ep_cpp.*.so deep_ep_bench_cpp.*.so
 
 # With the build requirements at hand nothing is downloaded, so this works on a machine without a network.
 isolation=()

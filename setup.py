@@ -20,6 +20,7 @@ from setuptools.command.install import install
 
 ROOT = Path(__file__).resolve().parent
 STUB = 'deep_ep_cpp.pyi'
+BENCH = 'deep_ep_bench_cpp'  # of deep_ep.bench; for those who work in a checkout
 LICENCES = ['LICENSE', 'licenses/*.txt', 'build/wheel/licenses/*.txt']  # the last is of tools/make_wheel.sh
 
 
@@ -86,7 +87,8 @@ class CMakeBuild(build_ext):
         configure += shlex.split(os.environ.get('CMAKE_ARGS', ''))
         jobs = os.environ.get('MAX_JOBS') or str(len(os.sched_getaffinity(0)))
         self.spawn(configure)
-        self.spawn([cmake, '--build', str(build_dir), '--target', ext.name, '--parallel', jobs])
+        targets = [ext.name, BENCH] if self.is_in_source else [ext.name]
+        self.spawn([cmake, '--build', str(build_dir), '--target', *targets, '--parallel', jobs])
         if not self.is_in_source:
             shutil.copy2(ROOT / STUB, output_dir)
 

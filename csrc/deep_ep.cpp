@@ -223,6 +223,8 @@ using runtime::LentMemory;
 
 std::vector<std::shared_ptr<LentMemory>> lend(Buffer& buffer, const std::vector<int64_t>& sizes, uintptr_t stream,
                                               bool is_captured) {
+    // For a graph it waits for earlier uses.
+    const auto released = is_captured ? std::make_unique<py::gil_scoped_release>() : nullptr;
     auto lent = buffer.lend(sizes, pointer<void>(stream), is_captured);
     return {std::make_move_iterator(lent.begin()), std::make_move_iterator(lent.end())};
 }
@@ -285,10 +287,7 @@ void bind_buffer(py::module_& m) {
         .def("clean_low_latency",
              [](Buffer& buffer, uintptr_t stream) { buffer.low_latency().clean(pointer<void>(stream)); })
         .def_property_readonly("low_latency_data_ptr", [](Buffer& b) { return number(b.low_latency().data()); })
-        .def_property_readonly("masked_ranks_ptr", [](Buffer& b) { return number(b.low_latency().masked_ranks()); })
-        .def("bench_push", [](Buffer& b, int64_t bytes_per_peer, int num_sms, uintptr_t stream) {
-            b.bench_push(bytes_per_peer, num_sms, pointer<void>(stream));
-        });
+        .def_property_readonly("masked_ranks_ptr", [](Buffer& b) { return number(b.low_latency().masked_ranks()); });
 }
 
 }  // namespace

@@ -21,7 +21,7 @@ from deep_ep._cost_model import CostModel
 from deep_ep._env import is_capturing
 from deep_ep._memory import EmptyTensors, Lender
 from deep_ep._peers import CallCheck, Peers, describe_differences
-from deep_ep._topology import Place, Topology, find_topology, this_place
+from deep_ep._topology import Place, Topology, find_topology, this_place, unreachable_gpus
 from deep_ep.version import __version__
 from deep_ep_cpp import Error
 
@@ -252,6 +252,13 @@ def _require_one_node(topology: Topology) -> None:
                     f"spans {topology.num_nodes}:\n{topology}")
 
 
+def find_place(streams: _streams.Streams) -> Place:
+    device_id = streams.native.unique_id
+    if streams.kind != "cuda":
+        return this_place(device_id)
+    return this_place(device_id, unreachable_gpus(streams.device.index, device_id))
+
+
 def find_cost_model(peers: Peers, request: Request, streams: _streams.Streams) -> Optional[CostModel]:
     """Of rank 0, which speaks for all: other ranks' files may differ."""
     if peers.rank > 0:
@@ -279,7 +286,7 @@ def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
         facts = Agreed(request.num_nvl_bytes, request.num_rdma_bytes, request.num_lend_bytes, request.low_latency_mode,
                        request.enable_shrink, opened[0].kind, int(environment["ranks_per_node"]),
                        deep_ep_cpp.topk_idx_bits(), bool(environment["check_calls"]))
-        return facts, this_place(opened[0].native.unique_id), find_cost_model(peers, request, opened[0])
+        return facts, find_place(opened[0]), find_cost_model(peers, request, opened[0])
 
     def allocate() -> bytes:
         request = requests[0]
@@ -311,7 +318,7 @@ def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
     try:
         described = peers.all_gather_results("checking arguments and device", describe)
         _raise_differences([facts for facts, _, _ in described])
-        topology = find_topology([place for _, place, _ in described], described[0][0].ranks_per_node)
+        topology = find_topology(peers.rank, [place for _, place, _ in described], described[0][0].ranks_per_node)
         _require_one_node(topology)
         handles = peers.all_gather_results("allocating the heap", allocate)
         peers.all_gather_results("mapping the heaps of the peers", lambda: connect(handles, topology, described[0][2]))

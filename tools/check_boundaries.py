@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Callable
 
 # From the bottom up: a layer may include itself and those before it.
-LAYERS = ('core', 'layout', 'device', 'algo', 'comm', 'rail', 'kernels', 'runtime', 'bindings')
+LAYERS = ('core', 'layout', 'device', 'algo', 'comm', 'bench', 'rail', 'kernels', 'runtime', 'bindings')
 # Which of the two devices, and which engine, these are of is decided by the include path.
 SEAM_INCLUDES = {'csrc/device/prim.h': 'prim_impl.h', 'csrc/device/launch.h': 'launch_impl.h',
                  'csrc/rail/rail.h': 'rail_impl.h'}

@@ -109,7 +109,7 @@ step_build() {
     cmake -S "$root" -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DEP_CUDA=ON -DEP_TESTS=ON \
         -DCMAKE_CUDA_ARCHITECTURES="${arch:-90}-real" -DPython_EXECUTABLE="$(command -v "$python")" \
         -DEP_MODULE_DIR="$root" &&
-        cmake --build "$build" --parallel "$(nproc)" --target deep_ep_cpp device_conformance_cuda &&
+        cmake --build "$build" --parallel "$(nproc)" --target deep_ep_cpp deep_ep_bench_cpp device_conformance_cuda &&
         "$python" -c 'import deep_ep_cpp; assert deep_ep_cpp.is_cuda_built()'
 }
 

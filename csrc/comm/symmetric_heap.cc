@@ -1,5 +1,7 @@
 #include "comm/symmetric_heap.h"
 
+#include <algorithm>
+
 #include "comm/graveyard.h"
 #include "core/error.h"
 
@@ -43,6 +45,19 @@ void SymmetricHeap::release(double timeout_s) noexcept {
     } catch (...) {
         // The driver is unloading or the context is broken: the system reclaims what is left.
     }
+}
+
+std::string join_handles(const Mailbox& mailbox, const SymmetricHeap& heap) { return mailbox.handle() + heap.handle(); }
+
+void connect(const std::vector<std::string>& handles, Mailbox& mailbox, SymmetricHeap& heap) {
+    const size_t border = mailbox.handle().size();
+    std::vector<std::string> of_mailboxes, of_heaps;
+    for (const std::string& handle : handles) {
+        of_mailboxes.push_back(handle.substr(0, border));
+        of_heaps.push_back(handle.substr(std::min(border, handle.size())));
+    }
+    mailbox.connect(of_mailboxes);
+    heap.connect(of_heaps);
 }
 
 }  // namespace deep_ep::comm

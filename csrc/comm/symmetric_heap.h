@@ -55,4 +55,9 @@ private:
     int num_ranks_here_ = 1;
 };
 
+// One handle of both: the mailbox's, which has the same size everywhere, then the heap's.
+std::string join_handles(const Mailbox& mailbox, const SymmetricHeap& heap);
+// Connects both, in their order, to those of all ranks.
+void connect(const std::vector<std::string>& handles, Mailbox& mailbox, SymmetricHeap& heap);
+
 }  // namespace deep_ep::comm

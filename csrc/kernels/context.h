@@ -11,9 +11,13 @@ EP_DEVICE algo::Heap make_heap(const HeapParams& heap) {
     return algo::Heap(heap.bases, heap.rank, heap.num_ranks, heap.control);
 }
 
+EP_DEVICE algo::WatchWords make_watch_words(const WatchParams& watch) {
+    return {watch.local, watch.status, watch.timeout_ns, watch.warn_ns};
+}
+
 EP_DEVICE algo::Watch make_watch(const WatchParams& watch, const HeapParams& heap, layout::Operation operation,
                                  uint64_t call) {
-    return {{watch.local, watch.status, watch.timeout_ns, watch.warn_ns}, make_heap(heap), operation, call};
+    return {make_watch_words(watch), make_heap(heap), operation, call};
 }
 
 // Routing tables come with 32- or 64-bit ids.

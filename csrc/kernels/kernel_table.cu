@@ -19,7 +19,6 @@ const KernelTable& simt_kernel_table() {
         .low_latency_dispatch = low_latency::dispatch::launch,
         .low_latency_combine = low_latency::combine::launch,
         .low_latency_clean = low_latency::clean::launch,
-        .push_all = push_all::launch,
     };
     return table;
 }

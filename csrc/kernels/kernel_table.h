@@ -2,7 +2,6 @@
 #pragma once
 
 #include "device/runtime.h"
-#include "kernels/bench/push_all.h"
 #include "kernels/params.h"
 #include "kernels/params_low_latency.h"
 
@@ -16,7 +15,6 @@ struct KernelTable {
     void (*low_latency_dispatch)(const LowLatencyDispatchParams& params, dev::Stream stream);
     void (*low_latency_combine)(const LowLatencyCombineParams& params, dev::Stream stream);
     void (*low_latency_clean)(const LowLatencyCall& call, dev::Stream stream);
-    void (*push_all)(const PushAllParams& params, int num_blocks, dev::Stream stream);
 };
 
 const KernelTable& simt_kernel_table();

@@ -1,5 +1,5 @@
 // What the host hands to the kernels: trivially copyable, no device code, shared by both back ends. The parameters of an
-// operation are the caller's arguments and the runtime's plan, as bases: neither is copied field by field.
+// operation are the runtime's plan and the caller's arguments, as bases: neither is copied field by field.
 #pragma once
 
 #include <cstdint>
@@ -55,7 +55,7 @@ struct LayoutPlan {
     int num_threads;  // of a block
     WatchParams watch;
 };
-struct LayoutParams : LayoutArgs, LayoutPlan {};
+struct LayoutParams : LayoutPlan, LayoutArgs {};
 
 struct NotifyDispatchPlan {
     HeapParams heap;
@@ -65,7 +65,7 @@ struct NotifyDispatchPlan {
     uint64_t ticket;
     int num_threads;
 };
-struct NotifyDispatchParams : NotifyArgs, NotifyDispatchPlan {};
+struct NotifyDispatchParams : NotifyDispatchPlan, NotifyArgs {};
 
 struct DispatchPlan {
     HeapParams heap;
@@ -82,7 +82,7 @@ struct DispatchPlan {
     layout::HostCounts* counts;
     uint64_t ticket;
 };
-struct DispatchParams : DispatchArgs, DispatchPlan {};
+struct DispatchParams : DispatchPlan, DispatchArgs {};
 
 struct CombinePlan {
     HeapParams heap;
@@ -95,6 +95,6 @@ struct CombinePlan {
     float* lent_weights;  // [num_rows, num_topk] in the heap: a copy of topk_weights that peers can read
     uint32_t row_bytes;
 };
-struct CombineParams : CombineArgs, CombinePlan {};
+struct CombineParams : CombinePlan, CombineArgs {};
 
 }  // namespace deep_ep::kernels

@@ -18,8 +18,7 @@ constexpr int kPlaceBits = 12;
 constexpr int kMaxLowLatencyExperts = 1 << 14;
 static_assert(layout::kMaxLowLatencyTokens <= 1 << kPlaceBits);
 
-// What all kernels of the mode need.
-struct LowLatencyCall : LowLatencyArgs {
+struct LowLatencyPlan {
     HeapParams heap;
     WatchParams watch;
     layout::LowLatencyMessage message;
@@ -35,6 +34,8 @@ struct LowLatencyCall : LowLatencyArgs {
     uint64_t* wait_ns;    // [num_ranks] of this call, device-local, zero between calls
     int num_local_experts;
 };
+// What all kernels of the mode need.
+struct LowLatencyCall : LowLatencyPlan, LowLatencyArgs {};
 
 enum class Payload : int { kBf16, kFp8 };
 
@@ -43,10 +44,11 @@ struct LowLatencyDispatchPlan {
     Payload payload;
     int num_set_words;  // of each set that the routing table is made from; see routing_table.h
 };
-struct LowLatencyDispatchParams : LowLatencyDispatchFields, LowLatencyDispatchPlan {};
+struct LowLatencyDispatchParams : LowLatencyDispatchPlan, LowLatencyDispatchFields {};
 
-struct LowLatencyCombineParams : LowLatencyCombineFields {
+struct LowLatencyCombinePlan {
     LowLatencyCall call;
 };
+struct LowLatencyCombineParams : LowLatencyCombinePlan, LowLatencyCombineFields {};
 
 }  // namespace deep_ep::kernels

@@ -20,10 +20,13 @@ constexpr int kMaxRanks = 128;  // whose heaps are mapped here: their addresses 
 
 // A flag says which row of which call it speaks of, so that it never needs clearing: flags only grow.
 constexpr uint64_t make_tag(uint64_t call, uint64_t position) { return call << 24 | (position + 1); }
+constexpr uint64_t call_of_tag(uint64_t tag) { return tag >> 24; }
+constexpr int64_t position_of_tag(uint64_t tag) { return static_cast<int64_t>(tag & ((1u << 24) - 1)) - 1; }
 
 // A count on its way to a peer. The call that it belongs to stands in the same word, so that it needs no flag and no order.
 constexpr uint64_t make_count(uint64_t call, int count) { return call << 32 | static_cast<uint32_t>(count); }
 constexpr bool is_count_of(uint64_t word, uint64_t call) { return word >> 32 == (call & 0xffffffffu); }
+constexpr uint64_t call_of_count(uint64_t word) { return word >> 32; }
 constexpr int count_in(uint64_t word) { return static_cast<int>(static_cast<uint32_t>(word)); }
 
 // What a rank lends to its peers for one call, as offsets into its heap (0: not lent). A dispatch lends its outputs, and

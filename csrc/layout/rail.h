@@ -37,9 +37,9 @@ struct CountsBlock {
 
 // Words and blocks that rail peers put into each other's windows. [x][y] is row-major; N nodes.
 struct RailControl {
-    Field entered;         // u64[N]: calls that this peer has entered; the peer adds
-    Field ended;           // u64[N]: calls in which this peer has done with what we put there; the peer adds
-    Field abort;           // u64[2][N]: not zero: this peer gave up (AbortCode); set once by its kernels, once by its host
+    Field entered;  // u64[N]: calls that this peer has entered; the peer adds
+    Field ended;    // u64[N]: calls in which this peer has done with what we put there; the peer adds
+    Field abort;    // u64[2][N]: not zero: this peer gave up (AbortCode); set once by its kernels, once by its host
     Field counts_flags;    // u64[banks][N]: the call whose counts block of this source is there
     Field arrived;         // u64[banks][N][kMaxRailChunks]: the chunk of this source that is there
     Field taken;           // u64[banks][N][kMaxRailChunks]: the chunk of ours that this peer has taken out
@@ -50,7 +50,8 @@ struct RailControl {
     static constexpr RailControl make(uint64_t num_nodes, uint64_t ranks_per_node) {
         RailControl control;
         FieldCursor cursor;
-        const uint64_t block_bytes = align_up(CountsBlock::make(ranks_per_node, kMaxLocalExperts).bytes, kHeapAlignment);
+        const uint64_t block_bytes =
+            align_up(CountsBlock::make(ranks_per_node, kMaxLocalExperts).bytes, kHeapAlignment);
         control.entered = cursor.take(8, num_nodes, kHeapAlignment);
         control.ended = cursor.take(8, num_nodes, kHeapAlignment);
         control.abort = cursor.take(8, 2 * num_nodes, kHeapAlignment);
@@ -70,8 +71,9 @@ struct RailSlot {
     Field src_idx;       // i32[0..1]: index of the token at its source
     Field topk_idx;      // i32[K]: global expert ids, -1: none
     Field topk_weights;  // f32[K]
-    Field positions;     // i32[K]: where the token stands among those of its source at the rank of this entry; -1: elsewhere
-    Field scales;        // any 4-byte type [num_scales]
+    Field
+        positions;  // i32[K]: where the token stands among those of its source at the rank of this entry; -1: elsewhere
+    Field scales;   // any 4-byte type [num_scales]
     uint64_t bytes = 0;
 
     static constexpr RailSlot for_dispatch(uint64_t row_bytes, uint64_t num_topk, uint64_t num_scales) {

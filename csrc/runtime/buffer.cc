@@ -1,7 +1,5 @@
 #include "runtime/buffer.h"
 
-#include <algorithm>
-
 #include "core/error.h"
 
 namespace deep_ep::runtime {
@@ -32,17 +30,6 @@ uint8_t* Buffer::data() const {
 std::unique_ptr<LentMemory> Buffer::lend(int64_t num_bytes) {
     std::vector<std::unique_ptr<LentMemory>> lent = intranode_.lend({num_bytes}, nullptr, false);
     return lent.empty() ? nullptr : std::move(lent.front());
-}
-
-void Buffer::bench_push(int64_t bytes_per_peer, int num_sms, dev::Stream stream) {
-    connection_.check();
-    const BufferOptions& options = connection_.options();
-    EP_CHECK(bytes_per_peer >= 0 && bytes_per_peer % 16 == 0, "bytes_per_peer must be a multiple of 16, got ",
-             bytes_per_peer);
-    EP_CHECK(bytes_per_peer <= options.num_data_bytes / options.num_ranks, "bytes_per_peer must be at most ",
-             options.num_data_bytes / options.num_ranks, ", got ", bytes_per_peer);
-    kernels_.push_all({.heap = connection_.heap_params(), .bytes_per_peer = static_cast<uint64_t>(bytes_per_peer)},
-                      std::clamp(num_sms, 1, connection_.machine().num_sms), stream);
 }
 
 void Buffer::destroy(double timeout_s) noexcept {

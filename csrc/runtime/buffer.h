@@ -52,10 +52,6 @@ public:
 
     LowLatency& low_latency() { return low_latency_; }
 
-    // Measures the links: `num_sms` SMs write `bytes_per_peer` to every peer at once. For benchmarks only; it overwrites
-    // the data regions and takes part in no protocol.
-    void bench_push(int64_t bytes_per_peer, int num_sms, dev::Stream stream);
-
     // Throws what a kernel has reported, or a peer noted; a Buffer that failed once throws the same at every later
     // operation.
     void check() { connection_.check(); }

@@ -1,6 +1,5 @@
 #include "runtime/connection.h"
 
-#include <algorithm>
 #include <atomic>
 #include <utility>
 
@@ -56,19 +55,11 @@ Connection::Connection(std::shared_ptr<dev::Device> device, const BufferOptions&
       desk_(
           std::make_shared<FailureDesk>(device_, mailbox_, *heap_, plan_.control, status_.host(), options.num_ranks)) {}
 
-// The handle of the mailbox, which has the same size everywhere, then that of the heap.
-std::string Connection::export_handle() const { return mailbox_->handle() + heap_->handle(); }
+std::string Connection::export_handle() const { return comm::join_handles(*mailbox_, *heap_); }
 
 void Connection::connect(const std::vector<std::string>& handles) {
     require_usable();
-    const size_t border = mailbox_->handle().size();
-    std::vector<std::string> of_mailboxes, of_heaps;
-    for (const std::string& handle : handles) {
-        of_mailboxes.push_back(handle.substr(0, border));
-        of_heaps.push_back(handle.substr(std::min(border, handle.size())));
-    }
-    mailbox_->connect(of_mailboxes);
-    heap_->connect(of_heaps);
+    comm::connect(handles, *mailbox_, *heap_);
 }
 
 kernels::HeapParams Connection::heap_params() const {

@@ -97,11 +97,11 @@ void Intranode::get_dispatch_layout(const LayoutArgs& args, dev::Stream stream) 
     EP_CHECK(num_counts <= max_layout_counts(machine), "num_experts must be at most ",
              max_layout_counts(machine) - num_ranks_, ", got ", args.num_experts);
     const LayoutGrid grid = plan_layout(machine, args.num_tokens);
-    kernels_.layout({args,
-                     {.num_ranks = num_ranks_,
+    kernels_.layout({{.num_ranks = num_ranks_,
                       .partials = layout_partials_.get(),
                       .num_threads = grid.num_threads,
-                      .watch = connection_.watch_params()}},
+                      .watch = connection_.watch_params()},
+                     args},
                     grid.num_blocks, stream);
 }
 
@@ -123,13 +123,13 @@ void Intranode::notify_dispatch(const NotifyArgs& args, dev::Stream stream) {
     connection_.announce(stream, false);
     num_local_experts_ = args.num_experts / num_ranks_;
     kernels_.notify_dispatch(
-        {args,
-         {.heap = connection_.heap_params(),
+        {{.heap = connection_.heap_params(),
           .watch = connection_.watch_params(),
           .num_local_experts = num_local_experts_,
           .counts = counts_.device(),
           .ticket = ticket_,
-          .num_threads = std::min(kernels::kMaxNotifyThreads, connection_.machine().useful_block_threads)}},
+          .num_threads = std::min(kernels::kMaxNotifyThreads, connection_.machine().useful_block_threads)},
+         args},
         stream);
 }
 
@@ -175,8 +175,7 @@ void Intranode::dispatch(const DispatchArgs& args, int num_sms, dev::Stream stre
         num_local_experts_ = args.num_experts / num_ranks_;
     }
     connection_.announce(stream, false);
-    kernels_.dispatch({args,
-                       {.heap = connection_.heap_params(),
+    kernels_.dispatch({{.heap = connection_.heap_params(),
                         .watch = connection_.watch_params(),
                         .geometry = plan_dispatch(connection_.machine(), num_sms, slot, loan.x != 0),
                         .slot = slot,
@@ -186,7 +185,8 @@ void Intranode::dispatch(const DispatchArgs& args, int num_sms, dev::Stream stre
                         .loan = loan,
                         .num_local_experts = args.num_experts / num_ranks_,
                         .counts = tells_host ? counts_.device() : nullptr,
-                        .ticket = ticket_}},
+                        .ticket = ticket_},
+                       args},
                       stream);
 }
 
@@ -200,8 +200,7 @@ void Intranode::combine(const CombineArgs& args, int num_sms, dev::Stream stream
     const layout::WindowLayout window = plan_window(connection_.plan(), num_ranks_, slot, "combine");
     const layout::Loan loan = loan_for(args);
     connection_.announce(stream, false);
-    kernels_.combine({args,
-                      {.heap = connection_.heap_params(),
+    kernels_.combine({{.heap = connection_.heap_params(),
                        .watch = connection_.watch_params(),
                        .geometry = plan_combine(connection_.machine(), num_sms, slot, loan.x != 0),
                        .slot = slot,
@@ -209,7 +208,8 @@ void Intranode::combine(const CombineArgs& args, int num_sms, dev::Stream stream
                        .may_lend = may_lend(),
                        .loan = loan,
                        .lent_weights = reinterpret_cast<float*>(connection_.local(connection_.plan().weights_offset)),
-                       .row_bytes = static_cast<uint32_t>(row_bytes)}},
+                       .row_bytes = static_cast<uint32_t>(row_bytes)},
+                      args},
                      stream);
 }
 

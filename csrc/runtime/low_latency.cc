@@ -89,22 +89,23 @@ kernels::LowLatencyCall LowLatency::make_call(const LowLatencyArgs& args,
              connection_.options().num_low_latency_bytes, " (see Buffer.get_low_latency_rdma_size_hint)");
     const LowLatencyGrid grid =
         plan_low_latency(connection_.machine(), connection_.heap().num_ranks_here(), args.hidden);
-    kernels::LowLatencyCall call{};
-    static_cast<LowLatencyArgs&>(call) = args;
-    call.heap = connection_.heap_params();
-    call.watch = connection_.watch_params();
-    call.message = message;
-    call.data_offset = connection_.plan().low_latency_offset;
-    call.region = layout::LowLatencyRegion::make(static_cast<uint64_t>(connection_.options().num_low_latency_bytes),
-                                                 static_cast<uint64_t>(num_ranks_));
-    call.num_blocks = grid.num_blocks;
-    call.num_warps = grid.num_warps;
-    call.masked = masked_.get();
-    call.is_shrinkable = connection_.options().is_shrinkable;
-    call.decisions = wait_ns_.get() + num_ranks_;
-    call.wait_ns = wait_ns_.get();
-    call.num_local_experts = args.num_experts / num_ranks_;
-    return call;
+    const auto num_ranks = static_cast<uint64_t>(num_ranks_);
+    return {{.heap = connection_.heap_params(),
+             .watch = connection_.watch_params(),
+             .message = message,
+             .uses_packets = false,
+             .entry_slot_bytes = 0,
+             .data_offset = connection_.plan().low_latency_offset,
+             .region = layout::LowLatencyRegion::make(connection_.plan().num_low_latency_bytes, num_ranks),
+             .phase = kernels::Phase::kSend,
+             .num_blocks = grid.num_blocks,
+             .num_warps = grid.num_warps,
+             .masked = masked_.get(),
+             .is_shrinkable = connection_.options().is_shrinkable,
+             .decisions = wait_ns_.get() + num_ranks_,
+             .wait_ns = wait_ns_.get(),
+             .num_local_experts = args.num_experts / num_ranks_},
+            args};
 }
 
 kernels::LowLatencyDispatchParams LowLatency::make_params(const LowLatencyDispatchArgs& args) const {
@@ -114,10 +115,10 @@ kernels::LowLatencyDispatchParams LowLatency::make_params(const LowLatencyDispat
     EP_CHECK(!args.packs_scales || (args.rounds_scales && args.hidden % (4 * layout::kFp8GroupSize) == 0),
              "use_ue8m0 needs round_scale, and hidden must be a multiple of ", 4 * layout::kFp8GroupSize, ", got ",
              args.hidden);
-    return {args,
-            {.call = make_call(args, dispatch_message(args, num_ranks_, args.is_fp8)),
+    return {{.call = make_call(args, dispatch_message(args, num_ranks_, args.is_fp8)),
              .payload = args.is_fp8 ? kernels::Payload::kFp8 : kernels::Payload::kBf16,
-             .num_set_words = plan_set_words(args, args.num_tokens)}};
+             .num_set_words = plan_set_words(args, args.num_tokens)},
+            args};
 }
 
 kernels::LowLatencyCombineParams LowLatency::make_params(const LowLatencyCombineArgs& args) const {
@@ -132,7 +133,7 @@ kernels::LowLatencyCombineParams LowLatency::make_params(const LowLatencyCombine
     call.uses_packets = !connection_.options().is_shrinkable && args.num_topk <= Slots::kMaxTopk &&
                         2 * args.num_max_tokens * args.num_topk <= layout::kMaxLowLatencyPackets &&
                         entry_bytes <= call.region.bank_bytes;
-    return {args, call};
+    return {{call}, args};
 }
 
 void LowLatency::clean(dev::Stream stream) {

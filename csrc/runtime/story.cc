@@ -32,14 +32,14 @@ const char* awaited_at(layout::Stage stage) {
         case layout::Stage::kLoan: return "to enter the call";
         case layout::Stage::kWeights: return "to copy its top-k weights";
         case layout::Stage::kReturn: return "to finish its part";
+        case layout::Stage::kCapacity: return "to refuse a call for which a peer has no room";
         case layout::Stage::kClean: return "to call it too";
         case layout::Stage::kEntry:
         case layout::Stage::kStated:
         case layout::Stage::kOpen:
         case layout::Stage::kInput:
         case layout::Stage::kPosition:
-        case layout::Stage::kRows:
-        case layout::Stage::kCapacity: return "(input)";
+        case layout::Stage::kRows: return "(input)";
     }
     return "(unknown stage)";
 }
@@ -48,6 +48,33 @@ std::string seconds(uint64_t ns) {
     std::ostringstream out;
     out << std::fixed << std::setprecision(1) << static_cast<double>(ns) * 1e-9 << " s";
     return out.str();
+}
+
+bool is_low_latency(layout::Operation operation) {
+    return operation == layout::Operation::kLowLatencyDispatch || operation == layout::Operation::kLowLatencyCombine ||
+           operation == layout::Operation::kLowLatencyClean;
+}
+
+// What a word says that the peer writes, or will. Flags of rows and counts are packed.
+std::string meaning_of(const layout::WaitRecord& record, uint64_t word) {
+    const bool is_of_row = record.stage == layout::Stage::kRow || record.stage == layout::Stage::kSlot;
+    if (word == 0) return "nothing";
+    if (record.stage == layout::Stage::kCapacity) return concat(word, " rows");
+    if (record.stage == layout::Stage::kCounts) return concat("call ", layout::call_of_count(word));
+    if (!is_of_row) return concat("call ", word);
+    if (is_low_latency(record.operation)) return concat("call ", layout::LowLatencyEntrySlots::call_of(word));
+    return concat("row ", layout::position_of_tag(word), " of call ", layout::call_of_tag(word));
+}
+
+// An aborted wait has seen the abort word.
+std::string progress_of(const layout::WaitRecord& record) {
+    const std::string expected = concat("expected ", meaning_of(record, record.expected));
+    if (record.kind == layout::FailureKind::kAborted) return expected;
+    return concat(expected, ", seen ", meaning_of(record, record.seen));
+}
+
+std::string where(const layout::WaitRecord& record, int rank) {
+    return concat("DeepEP error: ", name_of(record.operation), ", call ", record.call, ", rank ", rank);
 }
 
 // A peer that waits for a third rank stalls as well: those that never entered the call are the ones to look at.
@@ -64,8 +91,8 @@ std::string culprits(const layout::WaitRecord& record, int rank, const std::vect
                           remark(static_cast<int>(peer)), ")");
     }
     if (missing.empty())
-        return concat("rank ", record.peer, " entered the call and stalled (expected ", record.expected, ", seen ",
-                      record.seen, remark(record.peer), ")");
+        return concat("rank ", record.peer, " entered the call and stalled (", progress_of(record), remark(record.peer),
+                      ")");
     return concat("never entered this call: ", missing);
 }
 
@@ -80,40 +107,34 @@ std::string describe_rows(const layout::WaitRecord& record, int rank) {
     const int first = layout::first_of_span(record.seen), end = layout::end_of_span(record.seen);
     const bool goes_beyond = first >= 0 && end >= first;
     return concat(
-        "DeepEP error: ", name_of(record.operation), ", call ", record.call, ", rank ", rank, ": rows from rank ",
-        record.peer, " to rank ", record.token, " begin at ", first, " and end at ", end,
-        goes_beyond ? concat(", of ", record.expected, " in all") : "",
+        where(record, rank), ": rows from rank ", record.peer, " to rank ", record.token, " begin at ", first,
+        " and end at ", end, goes_beyond ? concat(", of ", record.expected, " in all") : "",
         ". num_tokens_per_rank must not be negative; the tensors of a handle (rank_prefix_matrix) must belong "
         "together, and stay as they are.");
 }
 
 std::string describe_bad_input(const layout::WaitRecord& record, int rank) {
     if (record.stage == layout::Stage::kCapacity)
-        return concat("DeepEP error: ", name_of(record.operation), ", call ", record.call, ", rank ", rank,
-                      ": the tensors hold ", record.expected, " rows, but ", record.seen,
+        return concat(where(record, rank), ": the tensors hold ", record.expected, " rows, but ", record.seen,
                       " rows belong to this rank. Raise num_worst_tokens, or pass the tensors that fit the handle.");
     if (record.stage == layout::Stage::kPosition)
-        return concat("DeepEP error: ", name_of(record.operation), ", call ", record.call, ", rank ", rank, ": token ",
-                      record.token, " is row ", record.seen, " of those for rank ", record.peer, ", but ",
-                      record.expected,
+        return concat(where(record, rank), ": token ", record.token, " is row ", record.seen, " of those for rank ",
+                      record.peer, ", but ", record.expected,
                       " are stated. num_tokens_per_rank must count the tokens of is_token_in_rank; the tensors of a "
                       "handle must belong together.");
     if (record.stage == layout::Stage::kRows) return describe_rows(record, rank);
     if (record.stage == layout::Stage::kStated)
         return concat(
-            "DeepEP error: ", name_of(record.operation), ", call ", record.call, ", rank ", rank,
-            ": the routing table of rank ", record.peer, " states ", static_cast<int64_t>(record.seen),
-            " where at most ", static_cast<int64_t>(record.expected),
+            where(record, rank), ": the routing table of rank ", record.peer, " states ",
+            static_cast<int64_t>(record.seen), " where at most ", static_cast<int64_t>(record.expected),
             " can be. Shapes and formats must be the same on every rank; DEEP_EP_CHECK_CALLS=1 compares them.");
     if (record.stage == layout::Stage::kEntry)
-        return concat("DeepEP error: ", name_of(record.operation), ", call ", record.call, ", rank ", rank,
-                      ": topk_idx of token ", record.expected, " of rank ", record.peer,
+        return concat(where(record, rank), ": topk_idx of token ", record.expected, " of rank ", record.peer,
                       " names an expert for which the dispatch of the handle has no row. combine needs the "
                       "topk_idx of the dispatch (an entry may become -1) and the handle that this dispatch returned.");
     if (record.stage == layout::Stage::kOpen)
         return concat(
-            "DeepEP error: ", name_of(record.operation), ", call ", record.call, ", rank ", rank, ": call ",
-            record.expected,
+            where(record, rank), ": call ", record.expected,
             " is still open, and this one needs its memory. Call its hook before a graph that is replayed makes "
             "the second call after it.");
     return concat("DeepEP error: ", name_of(record.operation), ", rank ", rank, ": topk_idx of token ", record.peer,
@@ -124,8 +145,7 @@ std::string describe_abort(const layout::WaitRecord& record, int rank, const std
                            const Peers& peers) {
     const int origin = layout::abort_origin(record.seen);
     const int missing = layout::abort_missing(record.seen);
-    const std::string call =
-        concat("DeepEP error: ", name_of(record.operation), ", call ", record.call, ", rank ", rank);
+    const std::string call = where(record, rank);
     if (origin == missing) {
         const std::string reason = peers.reason(origin);
         return concat(call, ": aborted, rank ", origin, " reported an error of its own",

@@ -2,62 +2,69 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
-import deep_ep_cpp
 from deep_ep.bench.ranks import Ranks
 from deep_ep.bench.timing import Timer, median
+
+if TYPE_CHECKING:
+    from deep_ep_bench_cpp import Links
 
 CUDA_BYTES_PER_PEER = 64 << 20
 CPU_BYTES_PER_PEER = 1 << 20
 NUM_WARMUPS = 3
 NUM_REPEATS = 20
+RELEASE_TIMEOUT_S = 10.0
+NO_CEILINGS = ("the wire ceiling is not measured: deep_ep_bench_cpp is not there. It is part of a build from source "
+               "(make build), not of the wheel")
 
 
-class PushStream:
-    """Where the push kernel is launched: torch's current stream, or on the CPU a stream of its own."""
-
-    def __init__(self, is_cuda: bool) -> None:
-        self._cpu_device = None if is_cuda else deep_ep_cpp.Device(-1)
-        self.address: int = (self._cpu_device.create_stream()
-                             if self._cpu_device else torch.cuda.current_stream().cuda_stream)
-
-    def finish_call(self) -> None:
-        """Makes the call complete for the host clock. CUDA events need no such thing."""
-        if self._cpu_device:
-            self._cpu_device.synchronize_stream(self.address)
-
-    def close(self) -> None:
-        if self._cpu_device:
-            self._cpu_device.destroy_stream(self.address)
+def is_measurable() -> bool:
+    """Whether the extension that pushes is there."""
+    try:
+        import deep_ep_bench_cpp  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
-def measure_ceilings(ranks: Ranks, timer: Timer, sms: list[int], is_cuda: bool) -> dict[int, float]:
-    """GB/s that leave the slowest rank, by number of SMs. Collective. 0 with one rank: nothing crosses a link."""
-    num_ranks = ranks.size
-    if num_ranks == 1:
+def measure_ceilings(ranks: Ranks, timer: Timer, sms: list[int], device: torch.device) -> dict[int, float]:
+    """GB/s that leave the slowest rank, by number of SMs. Collective. 0 with one rank, where nothing crosses a link,
+    and where some rank cannot measure it."""
+    if ranks.size == 1 or not all(ranks.allgather(is_measurable())):
         return dict.fromkeys(sms, 0.0)
-    bytes_per_peer = CUDA_BYTES_PER_PEER if is_cuda else CPU_BYTES_PER_PEER
-    # A Buffer of its own: a larger one for the operations would change what is measured there.
-    with ranks.buffer(num_ranks * bytes_per_peer) as buffer:
-        runtime: Any = buffer.runtime
-        if is_cuda:
-            # Zeros move faster than data on some machines.
-            buffer.get_local_buffer_tensor(torch.uint8).random_(0, 256)
-        stream = PushStream(is_cuda)
+    bytes_per_peer = CUDA_BYTES_PER_PEER if device.type == "cuda" else CPU_BYTES_PER_PEER
+    links = _connect(ranks, device, bytes_per_peer)
+    stream = torch.cuda.current_stream().cuda_stream if device.type == "cuda" else 0
 
-        def push(num_sms: int, _: int) -> None:
-            runtime.bench_push(bytes_per_peer, num_sms, stream.address)
-            stream.finish_call()
+    def push(num_sms: int, _: int) -> None:
+        links.push(num_sms, stream)
+        if not stream:
+            links.synchronize()  # complete for the host clock; CUDA events need no such thing
 
-        ceilings = {}
-        for num_sms in sms:
-            samples = timer.chained(partial(push, num_sms), NUM_WARMUPS, NUM_REPEATS)
-            ceilings[num_sms] = (num_ranks - 1) * bytes_per_peer / median(samples) / 1e3
-        if is_cuda:
-            torch.cuda.synchronize()
-        ranks.barrier()  # nobody unmaps what a peer still writes to
-        stream.close()
+    ceilings = {}
+    for num_sms in sms:
+        samples = timer.chained(partial(push, num_sms), NUM_WARMUPS, NUM_REPEATS)
+        ceilings[num_sms] = (ranks.size - 1) * bytes_per_peer / median(samples) / 1e3
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    ranks.barrier()  # nobody unmaps what a peer still writes to
+    links.release(RELEASE_TIMEOUT_S)
     return ceilings
+
+
+def _connect(ranks: Ranks, device: torch.device, bytes_per_peer: int) -> Links:
+    from deep_ep_bench_cpp import Links
+
+    index = torch.cuda.current_device() if device.type == "cuda" else -1
+    links = Links(index, ranks.rank, ranks.size, bytes_per_peer)
+    links.connect(ranks.allgather(links.export_handle()))
+    # Zeros move faster than data on some machines.
+    data = torch.randint(0, 256, (bytes_per_peer, ), dtype=torch.uint8, device=device)
+    if device.type == "cuda":
+        torch.cuda.synchronize()  # it is copied off every stream
+    links.load(data.data_ptr())
+    ranks.barrier()
+    return links

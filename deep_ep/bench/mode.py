@@ -8,7 +8,7 @@ from typing import Callable
 import torch
 
 from deep_ep import Buffer
-from deep_ep.bench.ceiling import measure_ceilings
+from deep_ep.bench.ceiling import NO_CEILINGS, is_measurable, measure_ceilings
 from deep_ep.bench.graphs import NO_GRAPHS
 from deep_ep.bench.host import HostTimer, timed_waits
 from deep_ep.bench.kernels import Profiler
@@ -61,7 +61,9 @@ class ModeBenchmark:
         self._profiler = Profiler(ranks, self._timer, options)
         # By SM budget. Threads share a GPU: there is no link.
         self._ceilings = (dict.fromkeys(options.num_sms, 0.0) if options.is_threaded else measure_ceilings(
-            ranks, self._timer, options.num_sms, options.is_cuda))
+            ranks, self._timer, options.num_sms, device))
+        if not options.is_threaded and not is_measurable():
+            findings.notice(NO_CEILINGS)
         if options.with_graphs and options.is_threaded:
             findings.notice(NO_GRAPHS)
 

@@ -23,6 +23,9 @@ class Ranks(Protocol):
     def barrier(self) -> None:
         """Nobody leaves before everybody has come."""
 
+    def allgather(self, mine: Any) -> list[Any]:
+        """What every rank gives, in their order."""
+
     def largest(self, values: list[float]) -> list[float]:
         """Element by element, the largest of any rank."""
 
@@ -43,6 +46,11 @@ class ProcessRanks:
 
     def barrier(self) -> None:
         dist.barrier(self._group)
+
+    def allgather(self, mine: Any) -> list[Any]:
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, mine, group=self._group)
+        return gathered
 
     def largest(self, values: list[float]) -> list[float]:
         found = torch.tensor(values, dtype=torch.float64)

@@ -55,22 +55,23 @@ def dropped(kind: str) -> Variant:
 
 
 def orderings(code: str) -> Iterator[Site]:
-    """prim::anything<Order, Scope>(...): without its acquire, without its release, with a smaller scope."""
-    pattern = r'prim::(\w+)<\s*(?:prim::)?Order::k(\w+),\s*(?:prim::)?Scope::k(\w+)\s*>\('
+    """prim:: or algo::anything<Order, Scope>(...): without its acquire, without its release, with a smaller scope."""
+    pattern = r'(?<!\w)((?:prim|algo)::\w+)<\s*(?:prim::)?Order::k(\w+),\s*(?:prim::)?Scope::k(\w+)\s*>\('
     for match in re.finditer(pattern, code):
         name, order, scope = match.groups()
         if order == 'Relaxed':
             continue
 
         def call(order: str, scope: str, name: str = name) -> Callable[[str], str]:
-            return lambda rest: f'prim::{name}<prim::Order::k{order}, prim::Scope::k{scope}>({rest}'
+            return lambda rest: f'{name}<prim::Order::k{order}, prim::Scope::k{scope}>({rest}'
 
-        if name == 'fence':
+        if name == 'prim::fence':
             variants = [dropped('fence')]
         else:
-            variants = [Variant(f'{lost} of {name}', call(left, scope)) for lost, left in WITHOUT[order].items()]
+            short = name.split('::')[1]
+            variants = [Variant(f'{lost} of {short}', call(left, scope)) for lost, left in WITHOUT[order].items()]
         if scope in NARROWER:
-            variants.append(Variant(f'scope of {name}', call(order, NARROWER[scope])))
+            variants.append(Variant(f'scope of {name.split("::")[1]}', call(order, NARROWER[scope])))
         yield Site(match.start(), closing(code, match.end()), match.end(), False, variants)
 
 
@@ -93,6 +94,7 @@ def statements(code: str) -> Iterator[Site]:
     kinds = {
         r'(?<!\w)__syncwarp\(': 'warp barrier',
         r'(?<!\w)__syncthreads\(': 'block barrier',
+        rf'(?<![\w.>:])(?<!void ){PREFIX}sync\(': 'group barrier',
         r'prim::barrier_sync\(': 'named barrier',
         r'prim::(?:fence_async_\w+|mbarrier_init_fence)\(': 'proxy fence',
         r'prim::bulk_wait(?:_read)?<\w+>\(': 'bulk wait',

@@ -14,7 +14,9 @@ import torch
 from bench_cases import same_as_collectives
 from utils import Pool
 
+import deep_ep_cpp
 from deep_ep.__main__ import build_parser, int_list, with_default_benchmark
+from deep_ep.bench.ceiling import measure_ceilings
 from deep_ep.bench.collectives import pack_topk, unpack_topk
 from deep_ep.bench.command import command_of, make_options
 from deep_ep.bench.graphs import capture_together
@@ -422,3 +424,22 @@ def test_the_legend_hides_no_curve(tmp_path: Path) -> None:
 def test_a_missing_matplotlib_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "matplotlib is not installed" in plot_file(tmp_path / "any.json")
+
+
+class _OtherRankHasNone:
+    """Of two ranks, the other one has no deep_ep_bench_cpp."""
+    rank, size = 0, 2
+
+    def allgather(self, mine: Any) -> list[Any]:
+        assert mine is True
+        return [mine, False]
+
+
+def test_ceilings_are_measured_where_every_rank_can() -> None:
+    timer: Any = None  # not to be used
+    ranks: Any = _OtherRankHasNone()
+    assert measure_ceilings(ranks, timer, [4, 8], torch.device("cpu")) == {4: 0.0, 8: 0.0}
+
+
+def test_benchmarks_are_no_part_of_the_product() -> None:
+    assert not [name for name in dir(deep_ep_cpp.Buffer) if "bench" in name or "push" in name]

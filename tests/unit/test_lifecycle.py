@@ -32,6 +32,14 @@ def test_attributes() -> None:
     assert buffer.runtime is None
 
 
+def test_printed_form_has_the_topology() -> None:
+    buffer = solo_buffer()
+    assert "rank 0 of 1 on " in repr(buffer)
+    assert "node 0 of 1 with 1 rank(s), num_nvl_bytes=" in repr(buffer)
+    buffer.destroy()
+    assert repr(buffer) == "<Buffer of rank 0 of 1, destroyed>"
+
+
 def test_destroy_is_idempotent() -> None:
     buffer = solo_buffer(explicitly_destroy=True)
     buffer.destroy()

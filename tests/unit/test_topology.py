@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from deep_ep import Error
-from deep_ep._topology import Place, find_topology, this_place
+from deep_ep._topology import Place, find_topology, this_place, unreachable_gpus
 from deep_ep.utils import check_nvlink_connections
 
 
@@ -17,31 +17,109 @@ def places(*hosts: str) -> list[Place]:
     ("a", ((0, ), )),
     ("aaaa", ((0, 1, 2, 3), )),
     ("aabb", ((0, 1), (2, 3))),
-    ("abab", ((0, 2), (1, 3))),
-    ("baa", ((0, ), (1, 2))),
+    ("bbaa", ((0, 1), (2, 3))),
+    ("abc", ((0, ), (1, ), (2, ))),
+    ("aaabbbcccddd", ((0, 1, 2), (3, 4, 5), (6, 7, 8), (9, 10, 11))),
+    ("a" * 72 + "b" * 72, (tuple(range(72)), tuple(range(72, 144)))),
 ])
 def test_hosts_make_nodes(hosts: str, nodes: tuple[tuple[int, ...], ...]) -> None:
-    assert find_topology(places(*hosts)).nodes == nodes
+    assert find_topology(0, places(*hosts)).nodes == nodes
 
 
 @pytest.mark.parametrize(("ranks_per_node", "nodes"), [
     (1, ((0, ), (1, ), (2, ), (3, ))),
     (2, ((0, 1), (2, 3))),
-    (3, ((0, 1, 2), (3, ))),
+    (4, ((0, 1, 2, 3), )),
     (8, ((0, 1, 2, 3), )),
 ])
 def test_override_makes_virtual_nodes(ranks_per_node: int, nodes: tuple[tuple[int, ...], ...]) -> None:
-    assert find_topology(places(*"aaaa"), ranks_per_node).nodes == nodes
+    assert find_topology(0, places(*"aaaa"), ranks_per_node).nodes == nodes
+
+
+def test_override_must_divide_the_ranks() -> None:
+    with pytest.raises(ValueError, match="DEEP_EP_RANKS_PER_NODE must divide the 4 ranks of the group, got 3"):
+        find_topology(0, places(*"aaaa"), 3)
+
+
+@pytest.mark.parametrize("rank", range(12))
+def test_a_rank_knows_its_neighbours_and_its_rail(rank: int) -> None:
+    topology = find_topology(rank, places(*"aaaabbbbcccc"))
+    assert (topology.num_ranks, topology.num_nodes, topology.ranks_per_node) == (12, 3, 4)
+    assert topology.node * topology.ranks_per_node + topology.index == rank
+    assert sorted((*topology.neighbours, rank)) == [r for r in range(12) if r // 4 == rank // 4]
+    assert sorted((*topology.rail_peers, rank)) == [r for r in range(12) if r % 4 == rank % 4]
+
+
+@pytest.mark.parametrize(("hosts", "sentence"), [
+    ("aaab", "every node must have equally many ranks, got ranks 0 to 2 on name-of-a; rank 3 on name-of-b"),
+    ("abb", "every node must have equally many ranks, got rank 0 on name-of-a; ranks 1, 2 on name-of-b"),
+    ("abab", r"follow each other \(start those of one machine one after another\), got ranks 0, 2 on name-of-a; "
+     "ranks 1, 3 on name-of-b"),
+    ("abcabc", "ranks 0, 3 on name-of-a; ranks 1, 4 on name-of-b; ranks 2, 5 on name-of-c"),
+])
+def test_nodes_that_do_not_fit_are_named(hosts: str, sentence: str) -> None:
+    with pytest.raises(Error, match=sentence):
+        find_topology(0, places(*hosts))
+
+
+def with_islands(*islands: str) -> list[Place]:
+    """Ranks on one host; a GPU reaches those of its own island alone, and each rank tells so."""
+    everybody = [(rank, island) for rank, island in enumerate("".join(islands))]
+    return [
+        Place("host", "box", f"gpu-{rank}", unreachable=frozenset(f"gpu-{r}" for r, other in everybody if other != island))
+        for rank, island in everybody
+    ]
+
+
+def test_gpus_that_do_not_reach_each_other_are_no_node() -> None:
+    topology = find_topology(0, with_islands("aa", "bb"))
+    assert topology.nodes == ((0, 1), (2, 3))
+    assert "and from which GPUs reach each other's memory" in str(topology)
+    assert find_topology(0, with_islands("abcd")).nodes == ((0, ), (1, ), (2, ), (3, ))
+
+
+def test_what_one_side_cannot_reach_is_not_reached() -> None:
+    """A rank that sees its own GPU alone (CUDA_VISIBLE_DEVICES) knows nothing; its peer may."""
+    blind, seeing = Place("host", "box", "gpu-0"), Place("host", "box", "gpu-1", unreachable=frozenset({"gpu-0"}))
+    for pair in ((blind, seeing), (seeing, blind)):
+        assert find_topology(0, pair).num_nodes == 2
+
+
+def test_reach_that_makes_unequal_nodes_names_the_ranks() -> None:
+    with pytest.raises(Error, match="got ranks 0 to 2 on box; rank 3 on box"):
+        find_topology(0, with_islands("aaa", "b"))
+
+
+def test_equal_gpu_names_of_two_hosts_are_two_gpus() -> None:
+    """Identities are unique, but a peer's view of its own host says nothing about another."""
+    first = Place("a", "a", "gpu-0", unreachable=frozenset({"gpu-1"}))
+    assert find_topology(0, [first, Place("b", "b", "gpu-1")]).num_nodes == 2
+
+
+def test_gpus_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Properties:
+        """As torch's, of GPU 0 to 3."""
+
+        def __init__(self, index: int) -> None:
+            self.uuid = f"0000-{index}"
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("torch.cuda.get_device_properties", Properties)
+    monkeypatch.setattr("torch.cuda.can_device_access_peer", lambda one, other: one // 2 == other // 2)
+    assert unreachable_gpus(1, "GPU-0000-1") == {"GPU-0000-2", "GPU-0000-3"}
+    assert unreachable_gpus(1, "GPU-of another kind of name") == frozenset()
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: object())  # an older torch
+    assert unreachable_gpus(1, "GPU-0000-1") == frozenset()
 
 
 def test_equal_host_names_are_not_one_host() -> None:
     """Containers and clones share names; the identity decides."""
     same_name = [Place(host, "worker", "gpu") for host in ("boot-1", "boot-2")]
-    assert find_topology(same_name).num_nodes == 2
+    assert find_topology(0, same_name).num_nodes == 2
 
 
 def test_printed_form_names_hosts_and_devices() -> None:
-    text = str(find_topology(places(*"ab")))
+    text = str(find_topology(0, places(*"ab")))
     assert "2 ranks on 2 node(s)" in text
     assert "name-of-b: ranks 1 (gpu-1)" in text
 
@@ -75,12 +153,12 @@ def test_nvlink_check_knows_what_a_bridge_can_join(monkeypatch: pytest.MonkeyPat
 
 
 def test_containers_of_one_machine_are_all_named() -> None:
-    text = str(find_topology([Place("boot", "box-1", "gpu-0"), Place("boot", "box-2", "gpu-1")]))
+    text = str(find_topology(0, [Place("boot", "box-1", "gpu-0"), Place("boot", "box-2", "gpu-1")]))
     assert "1 node(s)" in text
     assert "box-1, box-2: ranks 0 (gpu-0), 1 (gpu-1)" in text
 
 
 def test_nodes_that_are_a_guess_are_called_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deep_ep._topology.BOOT_ID", Path("/nowhere"))
-    text = str(find_topology([this_place("gpu-0"), Place("other", "box", "gpu-1")]))
+    text = str(find_topology(0, [this_place("gpu-0"), Place("other", "box", "gpu-1")]))
     assert "2 node(s), told apart by host name, because /nowhere cannot be read on every rank" in text

@@ -25,39 +25,56 @@ struct WaitSite {
     int token = 0;  // of bad input, where it is about one
 };
 
-EP_DEVICE void write_record(layout::WaitRecord* record, const Watch& watch, layout::FailureKind kind, WaitSite site,
-                            uint64_t expected, uint64_t seen, uint64_t waited_ns) {
+// What a record says, besides its state.
+struct Report {
+    layout::FailureKind kind;
+    layout::Operation operation;
+    WaitSite site;
+    uint64_t call;
+    uint64_t expected;
+    uint64_t seen;
+    uint64_t waited_ns;
+};
+
+EP_DEVICE void write_record(layout::WaitRecord* record, const Report& report) {
     using prim::Order;
     using prim::Scope;
-    prim::store<Order::kRelaxed, Scope::kSys>(reinterpret_cast<uint32_t*>(&record->kind), static_cast<uint32_t>(kind));
+    prim::store<Order::kRelaxed, Scope::kSys>(reinterpret_cast<uint32_t*>(&record->kind),
+                                              static_cast<uint32_t>(report.kind));
     prim::store<Order::kRelaxed, Scope::kSys>(reinterpret_cast<uint32_t*>(&record->operation),
-                                              static_cast<uint32_t>(watch.operation));
+                                              static_cast<uint32_t>(report.operation));
     prim::store<Order::kRelaxed, Scope::kSys>(reinterpret_cast<uint32_t*>(&record->stage),
-                                              static_cast<uint32_t>(site.stage));
-    prim::store<Order::kRelaxed, Scope::kSys>(&record->peer, site.peer);
-    prim::store<Order::kRelaxed, Scope::kSys>(&record->call, watch.call);
-    prim::store<Order::kRelaxed, Scope::kSys>(&record->expected, expected);
-    prim::store<Order::kRelaxed, Scope::kSys>(&record->seen, seen);
-    prim::store<Order::kRelaxed, Scope::kSys>(&record->waited_ns, waited_ns);
-    prim::store<Order::kRelaxed, Scope::kSys>(&record->token, site.token);
+                                              static_cast<uint32_t>(report.site.stage));
+    prim::store<Order::kRelaxed, Scope::kSys>(&record->peer, report.site.peer);
+    prim::store<Order::kRelaxed, Scope::kSys>(&record->call, report.call);
+    prim::store<Order::kRelaxed, Scope::kSys>(&record->expected, report.expected);
+    prim::store<Order::kRelaxed, Scope::kSys>(&record->seen, report.seen);
+    prim::store<Order::kRelaxed, Scope::kSys>(&record->waited_ns, report.waited_ns);
+    prim::store<Order::kRelaxed, Scope::kSys>(&record->token, report.site.token);
     // Pairs with: Buffer::check on the host, which reads the record only when state is 1.
     prim::store<Order::kRelease, Scope::kSys>(&record->state, uint64_t{1});
+}
+
+// Tells the host, if this is the first failure of this rank. False: another one was.
+EP_DEVICE bool record_failure(const WatchWords& words, const Report& report) {
+    using prim::Order;
+    using prim::Scope;
+    if (prim::compare_swap<Order::kRelaxed, Scope::kGpu>(&words.local->failure_claimed, 0u, 1u) != 0u) return false;
+    write_record(&words.status->failure, report);
+    return true;
 }
 
 // The first failure of this rank is recorded and spread; later ones only return.
 EP_DEVICE void fail(const Watch& watch, layout::FailureKind kind, WaitSite site, uint64_t expected, uint64_t seen,
                     uint64_t waited_ns) {
-    using prim::Order;
-    using prim::Scope;
-    if (prim::compare_swap<Order::kRelaxed, Scope::kGpu>(&watch.words.local->failure_claimed, 0u, 1u) != 0u) return;
-    write_record(&watch.words.status->failure, watch, kind, site, expected, seen, waited_ns);
+    if (!record_failure(watch.words, {kind, watch.operation, site, watch.call, expected, seen, waited_ns})) return;
     const uint64_t code =
         kind == layout::FailureKind::kAborted
             ? seen
             : layout::make_abort_code(watch.heap.rank(),
                                       kind == layout::FailureKind::kTimeout ? site.peer : watch.heap.rank());
     for (int peer = 0; peer < watch.heap.num_ranks(); ++peer)
-        prim::store<Order::kRelaxed, Scope::kSys>(watch.heap.abort(peer), code);
+        prim::store<prim::Order::kRelaxed, prim::Scope::kSys>(watch.heap.abort(peer), code);
 }
 
 EP_DEVICE uint64_t abort_code(const Watch& watch) {
@@ -84,8 +101,8 @@ EP_DEVICE_COLD bool may_still_go_on(Watch watch, WaitSite site, uint64_t waited_
     const uint64_t warned = prim::load<Order::kRelaxed, Scope::kGpu>(&watch.words.local->warned_call);
     if (warned < watch.call &&
         prim::compare_swap<Order::kRelaxed, Scope::kGpu>(&watch.words.local->warned_call, warned, watch.call) == warned)
-        write_record(&watch.words.status->warning, watch, layout::FailureKind::kTimeout, site, expected, seen,
-                     waited_ns);
+        write_record(&watch.words.status->warning,
+                     {layout::FailureKind::kTimeout, watch.operation, site, watch.call, expected, seen, waited_ns});
     return true;
 }
 

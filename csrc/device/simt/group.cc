@@ -29,8 +29,8 @@ std::string describe(const GroupCalls& calls) {
 
 std::string describe_difference(const Fiber& other, const GroupCalls& mine, const GroupCalls& others,
                                 const char* group) {
-    return concat("the threads of a ", group, " do not make the same calls: this one has made ", describe(mine), "; warp ",
-                  other.warp(), " lane ", other.lane(), " has made ", describe(others));
+    return concat("the threads of a ", group, " do not make the same calls: this one has made ", describe(mine),
+                  "; warp ", other.warp(), " lane ", other.lane(), " has made ", describe(others));
 }
 
 void Block::fail_group(const Fiber& self, const char* what, const std::string& why) const {
@@ -53,7 +53,8 @@ void Block::expect_warps(Fiber& self, const WarpSpan& span, int barrier, const c
     WarpSpan& known = spans_[barrier];
     if (known.count == 0) known = span;
     if (known.first != span.first || known.count != span.count)
-        fail_span(concat("but barrier ", barrier, " is that of warps ", known.first, "..", known.first + known.count - 1));
+        fail_span(
+            concat("but barrier ", barrier, " is that of warps ", known.first, "..", known.first + known.count - 1));
     self.span_calls[barrier].add(what);
 }
 

@@ -38,8 +38,8 @@ Rendezvous& Block::join(Warp& warp, Fiber& self) {
     }
     Rendezvous& group = warp.open[warp.num_open++];
     // Only __syncwarp orders memory; shuffles and votes do not.
-    group = Rendezvous{mask, 0, self.op, self.line, self.file, self.op == WarpOp::kSync ? hb::make_key() : 0,
-                       self.lane()};
+    group =
+        Rendezvous{mask, 0, self.op, self.line, self.file, self.op == WarpOp::kSync ? hb::make_key() : 0, self.lane()};
     return group;
 }
 

@@ -68,8 +68,9 @@ SocketAddress address_of_interface(const std::string& interface) {
         if (name == interface || without_port(address) == interface ||
             without_port(address) == concat("[", interface, "]"))
             return address;
-    throw InvalidArgument(concat("DEEP_EP_RAIL_INTERFACE: expected the name or the address of an interface that is up, got '",
-                                 interface, "'; there are: ", list_names(interfaces)));
+    throw InvalidArgument(
+        concat("DEEP_EP_RAIL_INTERFACE: expected the name or the address of an interface that is up, got '", interface,
+               "'; there are: ", list_names(interfaces)));
 }
 
 // Asks the routing table: a datagram socket that is connected sends nothing.
@@ -125,7 +126,8 @@ SocketAddress SocketAddress::parse(const std::string& text) {
     sockaddr_in6 v6{};
     v4.sin_family = AF_INET;
     v6.sin6_family = AF_INET6;
-    if (inet_pton(AF_INET, text.c_str(), &v4.sin_addr) == 1) return {reinterpret_cast<const sockaddr*>(&v4), sizeof(v4)};
+    if (inet_pton(AF_INET, text.c_str(), &v4.sin_addr) == 1)
+        return {reinterpret_cast<const sockaddr*>(&v4), sizeof(v4)};
     if (inet_pton(AF_INET6, text.c_str(), &v6.sin6_addr) == 1)
         return {reinterpret_cast<const sockaddr*>(&v6), sizeof(v6)};
     throw InvalidArgument(concat("expected an IPv4 or IPv6 address, got '", text, "'"));

@@ -11,7 +11,9 @@ namespace {
 // Words of their own lines, before the commands.
 constexpr size_t kTakenAt = 0, kAsleepAt = 128, kCommandsAt = 256;
 
-template <class T> T* at(void* memory, size_t offset) { return reinterpret_cast<T*>(static_cast<char*>(memory) + offset); }
+template <class T> T* at(void* memory, size_t offset) {
+    return reinterpret_cast<T*>(static_cast<char*>(memory) + offset);
+}
 
 }  // namespace
 

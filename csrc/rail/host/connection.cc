@@ -14,8 +14,8 @@ namespace deep_ep::rail::host {
 
 namespace {
 
-constexpr size_t kScratchBytes = 8192;        // a message that is no longer is copied, a longer one in part
-constexpr size_t kTurnBytes = 4 << 20;        // then other peers have their turn
+constexpr size_t kScratchBytes = 8192;  // a message that is no longer is copied, a longer one in part
+constexpr size_t kTurnBytes = 4 << 20;  // then other peers have their turn
 constexpr size_t kMessagesAtOnce = 32;
 
 }  // namespace
@@ -155,8 +155,9 @@ void Connection::begin_message(const Header& header) {
     const bool is_known = header.kind == MessageKind::kPut || header.kind == MessageKind::kAdd;
     if (!is_known || !is_inside(header.flag, sizeof(uint64_t), sizeof(uint64_t)) ||
         (header.num_bytes > 0 && !is_inside(header.dst, header.num_bytes, 1))) {
-        complaint_ = concat("it sent a message of kind ", static_cast<uint32_t>(header.kind), " for ", header.num_bytes,
-                            " bytes at ", header.dst, " and the word at ", header.flag, " of a window of ", window_bytes_);
+        complaint_ =
+            concat("it sent a message of kind ", static_cast<uint32_t>(header.kind), " for ", header.num_bytes,
+                   " bytes at ", header.dst, " and the word at ", header.flag, " of a window of ", window_bytes_);
         return;
     }
     header_ = header;
@@ -195,7 +196,8 @@ std::string Connection::failure() const {
     const int send_error = send_error_.load(std::memory_order_relaxed);
     const int error = receive_error_ != 0 ? receive_error_ : send_error;
     if (error == 0)
-        return concat("rail: the connection to ", name(), " was closed by the peer without a farewell: its process has ended");
+        return concat("rail: the connection to ", name(),
+                      " was closed by the peer without a farewell: its process has ended");
     return concat("rail: the connection to ", name(), " broke: ", std::strerror(error), " (errno ", error, ")");
 }
 

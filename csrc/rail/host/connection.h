@@ -77,9 +77,9 @@ private:
     std::atomic<int> send_error_{0};
     std::atomic<uint64_t> num_messages_{0}, num_bytes_{0};
 
-    Header header_{};          // of the message that is arriving
+    Header header_{};  // of the message that is arriving
     bool is_arriving_ = false;
-    size_t num_missing_ = 0;   // of its bytes
+    size_t num_missing_ = 0;     // of its bytes
     std::vector<char> scratch_;  // what came behind them
     size_t scratch_end_ = 0;
     bool has_farewell_ = false;

@@ -34,8 +34,8 @@ void close_in_child() {
 }
 
 OpenDescriptors& watched_descriptors() {
-    static const int hooks [[maybe_unused]] = pthread_atfork(
-        [] { open_descriptors().mutex.lock(); }, [] { open_descriptors().mutex.unlock(); }, close_in_child);
+    static const int hooks [[maybe_unused]] = pthread_atfork([] { open_descriptors().mutex.lock(); },
+                                                             [] { open_descriptors().mutex.unlock(); }, close_in_child);
     return open_descriptors();
 }
 

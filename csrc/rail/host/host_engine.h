@@ -21,10 +21,10 @@ namespace deep_ep::rail::host {
 
 struct HostOptions {
     int rank = 0;
-    size_t window_bytes = 0;    // the same on every rank
-    std::string interface = {};  // to listen on: a name or an address; empty: see `reach`
-    std::string reach = {};      // a host that the interface must reach; empty: the first interface
-    double timeout_s = 100;      // for connecting, and for a peer's machine to answer
+    size_t window_bytes = 0;        // the same on every rank
+    std::string interface = {};     // to listen on: a name or an address; empty: see `reach`
+    std::string reach = {};         // a host that the interface must reach; empty: the first interface
+    double timeout_s = 100;         // for connecting, and for a peer's machine to answer
     uint32_t ring_capacity = 4096;  // a power of two
     size_t max_queued = 65536;      // commands for one peer; then kernels wait until it takes some
 };

@@ -20,7 +20,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using Token = std::array<unsigned char, 32>;
 
-constexpr uint64_t kMagic = 0x3130'6c69'6172'5045;  // "EPrail01"; also tells a machine of the other byte order
+constexpr uint64_t kMagic = 0x3130'6c69'6172'5045;        // "EPrail01"; also tells a machine of the other byte order
 constexpr auto kStrayPatience = std::chrono::seconds(5);  // for somebody who connects and says nothing
 constexpr size_t kMaxVisitors = 256;                      // who have not said who they are
 
@@ -56,8 +56,8 @@ std::string pack(const Blob& blob) { return {reinterpret_cast<const char*>(&blob
 
 Blob unpack(const std::string& bytes, int rank) {
     Blob blob{};
-    EP_CHECK(bytes.size() == sizeof(blob), "rail: the address of rank ", rank, " has ", bytes.size(), " bytes, expected ",
-             sizeof(blob), ": is its deep_ep of another version?");
+    EP_CHECK(bytes.size() == sizeof(blob), "rail: the address of rank ", rank, " has ", bytes.size(),
+             " bytes, expected ", sizeof(blob), ": is its deep_ep of another version?");
     std::memcpy(&blob, bytes.data(), sizeof(blob));
     EP_CHECK(blob.magic == kMagic && blob.rank == rank, "rail: what rank ", rank,
              " gave as its address is none, or that of another rank or version");
@@ -223,7 +223,8 @@ private:
     }
 
     [[noreturn]] void fail_call(int peer, const std::string& why) const {
-        throw TransportError(concat("rail: cannot connect to rank ", peer, " at ", text_of(peer), ": ", why, ". ", kHint));
+        throw TransportError(
+            concat("rail: cannot connect to rank ", peer, " at ", text_of(peer), ": ", why, ". ", kHint));
     }
 
     std::string text_of(int peer) const { return address_in(blobs_[static_cast<size_t>(peer)]).text(); }
@@ -232,7 +233,8 @@ private:
         std::string missing;
         for (const int peer : wanted_)
             if (met_.count(peer) == 0)
-                missing += concat(missing.empty() ? "" : ", ", "rank ", peer, peer < rank_ ? " at " : " (it calls this rank at ",
+                missing += concat(missing.empty() ? "" : ", ", "rank ", peer,
+                                  peer < rank_ ? " at " : " (it calls this rank at ",
                                   text_of(peer < rank_ ? peer : rank_), peer < rank_ ? "" : ")");
         const std::string strays =
             num_turned_away_ == 0 ? "" : concat(" (", num_turned_away_, " connections of strangers were turned away)");
@@ -240,7 +242,8 @@ private:
     }
 
     static constexpr const char* kHint =
-        "Every rank must reach the others there (firewall, interface); DEEP_EP_RAIL_INTERFACE names the interface to use";
+        "Every rank must reach the others there (firewall, interface); DEEP_EP_RAIL_INTERFACE names the interface to "
+        "use";
 
     const int rank_;
     const std::vector<Blob>& blobs_;
@@ -254,7 +257,11 @@ private:
 }  // namespace
 
 Rendezvous::Rendezvous(int rank, uint64_t window_bytes, const SocketAddress& own)
-    : rank_(rank), window_bytes_(window_bytes), own_(own), listener_(listen_on(own)), address_(bound_address(listener_)) {
+    : rank_(rank),
+      window_bytes_(window_bytes),
+      own_(own),
+      listener_(listen_on(own)),
+      address_(bound_address(listener_)) {
     Blob blob{};
     blob.magic = kMagic;
     blob.window_bytes = window_bytes;

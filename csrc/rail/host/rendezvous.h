@@ -12,7 +12,7 @@
 namespace deep_ep::rail::host {
 
 struct Peer {
-    Descriptor socket;  // connected, does not block
+    Descriptor socket;      // connected, does not block
     SocketAddress address;  // where it listens
 };
 

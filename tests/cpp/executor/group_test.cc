@@ -26,7 +26,7 @@ enum class Fault {
     kWarpAway,         // one warp stays away from a call of its block
     kWarpAwayTillEnd,
     kWarpReturned,
-    kSpanWarpAway,      // one warp stays away from a call of the span
+    kSpanWarpAway,  // one warp stays away from a call of the span
     kSpanWarpAwayTillEnd,
     kSpanStranger,      // a warp that is not in the span calls for it
     kSpanOtherBarrier,  // two spans with one barrier

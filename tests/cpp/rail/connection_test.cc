@@ -117,12 +117,12 @@ TEST_CASE("connection: a flag is not there before the last byte of its put") {
 TEST_CASE("connection: messages that would write elsewhere end it, and say so") {
     const uint64_t window_bytes = (1 << 16) * sizeof(uint64_t);
     for (const Header& header : {
-             Header{MessageKind::kPut, 1, window_bytes, 8, 1},             // behind the window
-             Header{MessageKind::kPut, 2, window_bytes - 1, 8, 1},         // over its end
-             Header{MessageKind::kPut, 8, ~uint64_t{0} - 3, 8, 1},         // an offset that wraps
-             Header{MessageKind::kPut, 0, 0, window_bytes, 1},             // a flag behind the window
-             Header{MessageKind::kAdd, 0, 0, 4, 1},                        // a word between words
-             Header{static_cast<MessageKind>(9), 0, 0, 0, 1},              // of no kind
+             Header{MessageKind::kPut, 1, window_bytes, 8, 1},      // behind the window
+             Header{MessageKind::kPut, 2, window_bytes - 1, 8, 1},  // over its end
+             Header{MessageKind::kPut, 8, ~uint64_t{0} - 3, 8, 1},  // an offset that wraps
+             Header{MessageKind::kPut, 0, 0, window_bytes, 1},      // a flag behind the window
+             Header{MessageKind::kAdd, 0, 0, 4, 1},                 // a word between words
+             Header{static_cast<MessageKind>(9), 0, 0, 0, 1},       // of no kind
          }) {
         Ends ends;
         ends.tell(header);
@@ -137,9 +137,10 @@ TEST_CASE("connection: an end without a farewell is a failure, also in the middl
         if (is_in_message) ends.tell({MessageKind::kPut, 100, 0, 8, 1});
         ends.hang_up();
         CHECK_EQ(ends.connection().receive(), Flow::kEnded);
-        CHECK_EQ(ends.connection().failure(),
-                 "rail: the connection to rank 3 at 10.0.0.2:0 was closed by the peer without a farewell: its process has "
-                 "ended");
+        CHECK_EQ(
+            ends.connection().failure(),
+            "rail: the connection to rank 3 at 10.0.0.2:0 was closed by the peer without a farewell: its process has "
+            "ended");
         CHECK_EQ(ends.word(8), 0);
     }
 }

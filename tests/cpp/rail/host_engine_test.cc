@@ -160,7 +160,8 @@ TEST_CASE("host: a message for nobody and one from outside the window are failur
         Poster poster;
         poster.post(*engines[0], 5, 1);
         CHECK(wait_until([&] { return !error_of([&] { engines[0]->check(); }).empty(); }));
-        CHECK_EQ(error_of([&] { engines[0]->check(); }), "rail: a kernel posts to rank 5, which is no peer of this rank");
+        CHECK_EQ(error_of([&] { engines[0]->check(); }),
+                 "rail: a kernel posts to rank 5, which is no peer of this rank");
     }
     auto engines = make_pair();
     engines[1]->set(0, 1 << 16, 1);
@@ -189,21 +190,35 @@ TEST_CASE("host: a rank that does not come is named, and so are bad addresses") 
     auto engine = make_engine(options);
     options.rank = 1;
     auto absent = make_engine(options);
-    CHECK(contains(error_of([&] { engine->connect({engine->address(), absent->address()}, {1}); }),
+    CHECK(contains(error_of([&] {
+                       engine->connect({engine->address(), absent->address()}, {1});
+                   }),
                    "no connection after 0.2 s to rank 1 (it calls this rank at 127.0.0.1:"));
     auto other = make_engine(options);  // rank 1 too
     const std::string address = engine->address();
     engine.reset();
-    CHECK(contains(error_of([&] { other->connect({address, other->address()}, {0}); }),
+    CHECK(contains(error_of([&] {
+                       other->connect({address, other->address()}, {0});
+                   }),
                    "cannot connect to rank 0 at 127.0.0.1:"));
-    CHECK(contains(error_of([&] { absent->connect({"abc", absent->address()}, {0}); }), "the address of rank 0 has 3 bytes"));
-    CHECK(contains(error_of([&] { absent->connect({absent->address(), absent->address()}, {0}); }),
+    CHECK(contains(error_of([&] {
+                       absent->connect({"abc", absent->address()}, {0});
+                   }),
+                   "the address of rank 0 has 3 bytes"));
+    CHECK(contains(error_of([&] {
+                       absent->connect({absent->address(), absent->address()}, {0});
+                   }),
                    "what rank 0 gave as its address is none"));
     CHECK(contains(error_of([&] { absent->connect({address, address}, {0}); }), "do not hold that of this rank (1)"));
-    CHECK(contains(error_of([&] { absent->connect({address, absent->address()}, {7}); }), "cannot have rank 7 as a peer"));
+    CHECK(contains(error_of([&] {
+                       absent->connect({address, absent->address()}, {7});
+                   }),
+                   "cannot have rank 7 as a peer"));
     options.window_bytes = 1 << 10;
     options.rank = 0;
-    CHECK(contains(error_of([&] { absent->connect({make_engine(options)->address(), absent->address()}, {0}); }),
+    CHECK(contains(error_of([&] {
+                       absent->connect({make_engine(options)->address(), absent->address()}, {0});
+                   }),
                    "windows must have the same size on every rank, got 65536 bytes on rank 1 and 1024 on rank 0"));
 }
 
@@ -264,9 +279,10 @@ TEST_CASE("host: interfaces by name, by address, by what they reach") {
     CHECK(contains(name_with("", "127.0.0.1"), "host (TCP, 127.0.0.1:"));
     CHECK(contains(name_with("", "localhost"), "host (TCP, "));
     CHECK(contains(name_with("", ""), "host (TCP, "));
-    CHECK(contains(error_of([&] { name_with("ib9", ""); }),
-                   "DEEP_EP_RAIL_INTERFACE: expected the name or the address of an interface that is up, got 'ib9'; there "
-                   "are: lo (127.0.0.1)"));
+    CHECK(contains(
+        error_of([&] { name_with("ib9", ""); }),
+        "DEEP_EP_RAIL_INTERFACE: expected the name or the address of an interface that is up, got 'ib9'; there "
+        "are: lo (127.0.0.1)"));
     CHECK(contains(error_of([&] { name_with("", "nobody.invalid"); }), "cannot find the address of 'nobody.invalid'"));
 }
 

@@ -23,10 +23,10 @@ constexpr double kForeverS = 1e8;
 struct SimNetwork::Message {
     int from;
     Request request;
-    std::vector<char> snapshot;                      // of the source, at the post
+    std::vector<char> snapshot;                       // of the source, at the post
     std::vector<std::pair<uint32_t, uint32_t>> left;  // pieces: begin, end
-    uint64_t posted = 0;                             // 1: released by the poster
-    void* context = nullptr;                         // of its own, so that a flag tells ThreadSanitizer of its own put only
+    uint64_t posted = 0;                              // 1: released by the poster
+    void* context = nullptr;  // of its own, so that a flag tells ThreadSanitizer of its own put only
 
     ~Message() { hb::destroy_context(context); }
 };
@@ -38,7 +38,12 @@ SimNetwork::SimNetwork(const std::vector<simt::SimtDevice*>& devices, const SimO
             std::make_unique<SimEngine>(*this, *devices[rank], static_cast<int>(rank), options.window_bytes));
 }
 
-SimNetwork::~SimNetwork() = default;
+SimNetwork::~SimNetwork() {
+    const hb::Quiet quiet;
+    under_way_.clear();
+    open_.clear();
+    engines_.clear();
+}
 
 char* SimNetwork::place(int rank, uint64_t offset) const {
     return static_cast<char*>(engines_[static_cast<size_t>(rank)]->window().host) + offset;
@@ -62,8 +67,8 @@ void SimNetwork::check_places(int rank, const Request& request) const {
     if (request.peer < 0 || request.peer >= options_.num_ranks || request.peer == rank)
         break_rule(concat("sim: rank ", rank, " posts to rank ", request.peer, ", which is no peer"));
     if (!is_inside(request.flag, 8) || !is_inside(request.dst, request.bytes) || !is_inside(request.src, request.bytes))
-        break_rule(concat("sim: rank ", rank, " posts ", request.bytes, " bytes from ", request.src, " to ", request.dst,
-                           " with the word at ", request.flag, ", of a window of ", options_.window_bytes));
+        break_rule(concat("sim: rank ", rank, " posts ", request.bytes, " bytes from ", request.src, " to ",
+                          request.dst, " with the word at ", request.flag, ", of a window of ", options_.window_bytes));
 }
 
 void SimNetwork::post(int rank, const Request& request) {
@@ -74,7 +79,7 @@ void SimNetwork::post(int rank, const Request& request) {
         const std::pair key{request.peer, request.flag};
         if (request.kind != Kind::kAdd && open_.count(key) != 0)
             break_rule(concat("sim: rank ", rank, " writes the flag at ", request.flag, " of rank ", request.peer,
-                               " again, which has not confirmed the value before"));
+                              " again, which has not confirmed the value before"));
         auto made = std::make_unique<Message>();
         made->from = rank;
         made->request = request;
@@ -98,8 +103,8 @@ void SimNetwork::post(int rank, const Request& request) {
 void SimNetwork::check_source(const Message& message) const {
     if (message.snapshot.empty()) return;
     if (std::memcmp(place(message.from, message.request.src), message.snapshot.data(), message.snapshot.size()) != 0)
-        break_rule(concat("sim: rank ", message.from, " has changed what it put from ", message.request.src, " to rank ",
-                           message.request.peer, ", which has not yet said that it has read it"));
+        break_rule(concat("sim: rank ", message.from, " has changed what it put from ", message.request.src,
+                          " to rank ", message.request.peer, ", which has not yet said that it has read it"));
 }
 
 void SimNetwork::confirm(int rank, uint64_t flag, uint64_t value) {
@@ -108,7 +113,7 @@ void SimNetwork::confirm(int rank, uint64_t flag, uint64_t value) {
     if (found == open_.end()) return;  // a counter, or a second look
     if (found->second == nullptr)
         break_rule(concat("sim: rank ", rank, " confirms the value ", value, " of the flag at ", flag,
-                           " while another is under way"));
+                          " while another is under way"));
     check_source(*found->second);
     open_.erase(found);
 }
@@ -235,8 +240,6 @@ Traffic SimEngine::sent_to(int peer) const {
     return found == traffic_.end() ? Traffic{} : found->second;
 }
 
-void SimEngine::wait(const std::function<bool()>& done) {
-    static_cast<void>(device_.host_wait(done, kForeverS));
-}
+void SimEngine::wait(const std::function<bool()>& done) { static_cast<void>(device_.host_wait(done, kForeverS)); }
 
 }  // namespace deep_ep::rail::sim

@@ -1,5 +1,9 @@
 #include "rail_sim/sim_world.h"
 
+#include <exception>
+
+#include "core/error.h"
+
 namespace deep_ep::testing {
 
 SimWorld::SimWorld(const RailOptions& options)
@@ -10,10 +14,11 @@ SimWorld::SimWorld(const RailOptions& options)
         streams_.push_back(devices_.back()->create_stream());
         devices.push_back(devices_.back().get());
     }
-    network_ = std::make_unique<rail::sim::SimNetwork>(devices, rail::sim::SimOptions{.num_ranks = options.num_ranks,
-                                                                                     .window_bytes = options.window_bytes,
-                                                                                     .seed = options.seed,
-                                                                                     .max_posted = options.ring_capacity});
+    network_ =
+        std::make_unique<rail::sim::SimNetwork>(devices, rail::sim::SimOptions{.num_ranks = options.num_ranks,
+                                                                               .window_bytes = options.window_bytes,
+                                                                               .seed = options.seed,
+                                                                               .max_posted = options.ring_capacity});
 }
 
 SimWorld::~SimWorld() {
@@ -24,7 +29,14 @@ void SimWorld::run(const Launch& launch, const std::function<void()>& beside) {
     network_->run(*scheduler_, [&] {
         for (size_t rank = 0; rank < streams_.size(); ++rank) launch(static_cast<int>(rank), streams_[rank]);
         beside();
-        for (size_t rank = 0; rank < streams_.size(); ++rank) devices_[rank]->synchronize_stream(streams_[rank]);
+        // All must have ended, also those that wait for one that has failed.
+        std::exception_ptr first;
+        for (size_t rank = 0; rank < streams_.size(); ++rank) try {
+                devices_[rank]->synchronize_stream(streams_[rank]);
+            } catch (const Error&) {
+                if (first == nullptr) first = std::current_exception();
+            }
+        if (first != nullptr) std::rethrow_exception(first);
     });
 }
 

@@ -3,19 +3,19 @@
 //   item i = chunk i / (R - 1) for the peer i % (R - 1); block b takes items b, b + gridDim, ...
 //
 // so all links carry the same load at any time, whatever the number of blocks.
-#include "kernels/bench/push_all.h"
+#include "bench/push_all.h"
 
 #include "device/launch.h"
 #include "device/prim.h"
 
-namespace deep_ep::kernels::push_all {
+namespace deep_ep::bench {
 inline namespace EP_BACKEND {
 
 constexpr int kNumThreads = 1024;
 constexpr int kUnroll = 4;  // 16-byte loads in flight per thread: 64 KiB per SM hide the latency of device memory
 constexpr int64_t kChunkVecs = kNumThreads * kUnroll;
 
-struct Kernel {
+struct PushAll {
     using Params = PushAllParams;
     struct Shared {};
     static constexpr int kMaxThreads = kNumThreads;
@@ -38,18 +38,17 @@ struct Kernel {
     }
 
     static EP_DEVICE prim::Vec16* part_of(const Params& p, int owner) {
-        const uint64_t offset = p.heap.control.bytes + static_cast<uint64_t>(p.heap.rank) * p.bytes_per_peer;
-        return reinterpret_cast<prim::Vec16*>(p.heap.bases[owner] + offset);
+        return reinterpret_cast<prim::Vec16*>(p.bases[owner] + static_cast<uint64_t>(p.rank) * p.bytes_per_peer);
     }
 
     static EP_DEVICE void run(const Params& p, Shared&) {
-        const int num_peers = p.heap.num_ranks - 1;
+        const int num_peers = p.num_ranks - 1;
         const auto num_vecs = static_cast<int64_t>(p.bytes_per_peer / sizeof(prim::Vec16));
         const int64_t num_items = (num_vecs + kChunkVecs - 1) / kChunkVecs * num_peers;
-        const prim::Vec16* source = part_of(p, p.heap.rank);
+        const prim::Vec16* source = part_of(p, p.rank);
         for (int64_t item = blockIdx.x; item < num_items; item += gridDim.x) {
             const int peer_idx = static_cast<int>(item % num_peers);
-            const int peer = (p.heap.rank + 1 + peer_idx) % p.heap.num_ranks;
+            const int peer = (p.rank + 1 + peer_idx) % p.num_ranks;
             const int64_t first = item / num_peers * kChunkVecs;
             prim::Vec16* destination = part_of(p, peer) + first;
             if (num_vecs - first >= kChunkVecs) {
@@ -61,13 +60,18 @@ struct Kernel {
     }
 };
 
-void launch(const PushAllParams& params, int num_blocks, dev::Stream stream) {
+}  // namespace EP_BACKEND
+
+#if defined(EP_IS_CUDA_BACKEND)
+void push_all_on_cuda(const PushAllParams& params, int num_blocks, dev::Stream stream) {
+#else
+void push_all_on_cpu(const PushAllParams& params, int num_blocks, dev::Stream stream) {
+#endif
     dev::LaunchConfig config;
     config.num_blocks = num_blocks;
     config.num_threads = kNumThreads;
     config.name = "deep_ep::push_all";
-    dev::launch<Kernel>(config, stream, params);
+    dev::launch<PushAll>(config, stream, params);
 }
 
-}  // namespace EP_BACKEND
-}  // namespace deep_ep::kernels::push_all
+}  // namespace deep_ep::bench

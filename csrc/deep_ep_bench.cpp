@@ -1,0 +1,50 @@
+// deep_ep_bench_cpp: what the benchmarks run beside the library. `make build` makes it; the wheel leaves it out.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "bench/links.h"
+#include "core/error.h"
+#include "device/simt/device.h"
+#if EP_WITH_CUDA
+#include "device/cuda/device.h"
+#endif
+
+namespace py = pybind11;
+
+namespace deep_ep::bench {
+namespace {
+
+using release_gil = py::call_guard<py::gil_scoped_release>;
+
+std::shared_ptr<dev::Device> make_device(int index) {
+    if (index < 0) return simt::make_cpu_device();
+#if EP_WITH_CUDA
+    return dev::make_cuda_device(index);
+#else
+    throw Error("this build of deep_ep_bench_cpp has no CUDA device");
+#endif
+}
+
+template <class T> T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+}  // namespace
+
+PYBIND11_MODULE(deep_ep_bench_cpp, m) {
+    py::class_<Links>(m, "Links", "The links between the ranks of a node.")
+        .def(py::init([](int device, int rank, int num_ranks, int64_t bytes_per_peer) {
+                 return std::make_unique<Links>(make_device(device), rank, num_ranks, bytes_per_peer);
+             }),
+             py::arg("device"), py::arg("rank"), py::arg("num_ranks"), py::arg("bytes_per_peer"), release_gil())
+        .def("export_handle", [](const Links& links) { return py::bytes(links.export_handle()); })
+        .def("connect", &Links::connect, py::arg("handles"), release_gil())
+        .def(
+            "load", [](Links& links, uintptr_t source) { links.load(pointer<const void>(source)); }, py::arg("source"),
+            release_gil())
+        .def(
+            "push", [](Links& links, int num_sms, uintptr_t stream) { links.push(num_sms, pointer<void>(stream)); },
+            py::arg("num_sms"), py::arg("stream"), release_gil())
+        .def("synchronize", &Links::synchronize, release_gil())
+        .def("release", &Links::release, py::arg("timeout_s"), release_gil());
+}
+
+}  // namespace deep_ep::bench

@@ -1,0 +1,24 @@
+"""What the benchmarks run beside the library; part of a build from source, not of the wheel."""
+from typing import List
+
+class Links:
+    """One rank's end of the links between the ranks of a node. `device`: a CUDA device, -1: the CPU."""
+
+    def __init__(self, device: int, rank: int, num_ranks: int, bytes_per_peer: int) -> None: ...
+
+    def export_handle(self) -> bytes: ...
+
+    def connect(self, handles: List[bytes]) -> None:
+        """The handles of all ranks, in their order."""
+
+    def load(self, source: int) -> None:
+        """The address of bytes_per_peer bytes on the host or the device, to be pushed from now on."""
+
+    def push(self, num_sms: int, stream: int) -> None:
+        """So many SMs write bytes_per_peer to every peer at once. Stream 0: one of its own."""
+
+    def synchronize(self) -> None:
+        """Waits for the stream of its own."""
+
+    def release(self, timeout_s: float) -> None:
+        """When no rank pushes any more. Waits at most so many seconds for the peers to unmap what they map."""

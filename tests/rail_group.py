@@ -1,0 +1,173 @@
+"""Processes that are joined by the engine `host` alone (tests/cpp/rail/process), perhaps in network namespaces."""
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Optional
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "build" / "rail"
+PATIENCE_S = 120
+
+
+def build_process() -> Path:
+    """The program for the CPU: built on first use, in a folder of its own, from what this checkout has."""
+    configure = [
+        "cmake", "-S",
+        str(ROOT), "-B",
+        str(FOLDER), "-DEP_TESTS=ON", "-DEP_PYTHON=OFF", "-DEP_CUDA=OFF", "-DCMAKE_BUILD_TYPE=Release"
+    ]
+    for command in (configure, ["cmake", "--build", str(FOLDER), "--target", "rail_process", "--parallel", "2"]):
+        done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603 - cmake, of the PATH
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return FOLDER / "tests" / "cpp" / "rail_process"
+
+
+class Namespaces:
+    """Network namespaces that one bridge joins: a host each, as far as TCP can tell. Needs root and `ip`."""
+
+    _numbers = itertools.count()
+
+    def __init__(self, num_hosts: int) -> None:
+        # Names of interfaces have 15 letters at most.
+        self._name = f"ep{os.getpid() % 1_000_000}{chr(97 + next(Namespaces._numbers) % 26)}"
+        self._num_hosts = num_hosts
+        self.failure: Optional[str] = None
+        try:
+            self._make()
+        except (OSError, subprocess.CalledProcessError) as error:
+            output = getattr(error, "stderr", None) or str(error)
+            self.failure = str(output).strip().splitlines()[-1]
+            self.close()
+
+    def _make(self) -> None:
+        bridge = self._name
+        self._ip("netns", "add", bridge)
+        inside = ("-n", bridge)
+        self._ip(*inside, "link", "add", "bridge", "type", "bridge")
+        self._ip(*inside, "link", "set", "bridge", "up")
+        for host in range(self._num_hosts):
+            self._ip("netns", "add", self.name(host))
+            self._ip(*inside, "link", "add", f"port{host}", "type", "veth", "peer", "name", "rail0", "netns",
+                     self.name(host))
+            self._ip(*inside, "link", "set", f"port{host}", "master", "bridge", "up")
+            for command in (("address", "add", f"{self.address(host)}/24", "dev", "rail0"), ("link", "set", "lo", "up"),
+                            ("link", "set", "rail0", "up")):
+                self._ip("-n", self.name(host), *command)
+
+    def name(self, host: int) -> str:
+        return f"{self._name}{host}"
+
+    @staticmethod
+    def address(host: int) -> str:
+        return f"10.231.7.{host + 1}"
+
+    def cut(self, host: int) -> None:
+        """The link goes down, on the side that the host does not see: nothing is told, nothing arrives any more."""
+        self._ip("-n", self._name, "link", "set", f"port{host}", "nomaster")
+
+    def enter(self, host: int) -> list[str]:
+        return ["ip", "netns", "exec", self.name(host)]
+
+    @staticmethod
+    def _ip(*arguments: str) -> None:
+        if shutil.which("ip") is None:
+            raise OSError("there is no `ip` command")
+        subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)  # noqa: S603, S607
+
+    def close(self) -> None:
+        for name in [self._name, *map(self.name, range(self._num_hosts))]:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)  # noqa: S603, S607
+
+    def __enter__(self) -> Namespaces:
+        return self
+
+    def __exit__(self, kind: Optional[type[BaseException]], error: Optional[BaseException],
+                 trace: Optional[TracebackType]) -> None:
+        self.close()
+
+
+class RailGroup:
+    """One process for each rank; `prefixes` are what each is started with, `options` those of the program."""
+
+    def __init__(self, program: Path, num_ranks: int, options: Sequence[str],
+                 prefixes: Optional[Sequence[Sequence[str]]] = None) -> None:
+        self.processes = []
+        for rank in range(num_ranks):
+            prefix = [] if prefixes is None else list(prefixes[rank])
+            command = [*prefix, str(program), "--rank", str(rank), "--num-ranks", str(num_ranks), *options]
+            self.processes.append(
+                subprocess.Popen(  # noqa: S603
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True))
+
+    def connect(self) -> None:
+        """Passes the addresses on, as the group's exchange does elsewhere."""
+        addresses = [self.hear(rank) for rank in range(len(self.processes))]
+        for rank in range(len(self.processes)):
+            for address in addresses:
+                self.tell(rank, address)
+        for rank in range(len(self.processes)):
+            line = self.hear(rank)
+            if line != "connected":
+                raise RuntimeError(f"rank {rank}: {line}")
+
+    def tell(self, rank: int, line: str) -> None:
+        stdin = self.processes[rank].stdin
+        assert stdin is not None  # noqa: S101 - for mypy
+        stdin.write(line + "\n")
+        stdin.flush()
+
+    def hear(self, rank: int) -> str:
+        stdout = self.processes[rank].stdout
+        assert stdout is not None  # noqa: S101 - for mypy
+        line = stdout.readline().rstrip("\n")
+        if line.startswith("error "):
+            raise RuntimeError(f"rank {rank}: {line.removeprefix('error ')}")
+        return line
+
+    def ask(self, rank: int) -> dict[str, Any]:
+        """What a rank says about what it was told to do."""
+        found: dict[str, Any] = json.loads(self.hear(rank))
+        return found
+
+    def run(self, command: str) -> list[dict[str, Any]]:
+        for rank in range(len(self.processes)):
+            self.tell(rank, command)
+        if command.startswith("plain "):
+            self.tell(0, self.hear(1))  # where rank 1 listens
+        return [self.ask(rank) for rank in range(len(self.processes))]
+
+    def quit(self) -> list[int]:
+        """Exit statuses."""
+        for rank, process in enumerate(self.processes):
+            if process.poll() is None:
+                self.tell(rank, "quit")
+        return [process.wait(PATIENCE_S) for process in self.processes]
+
+    def __enter__(self) -> RailGroup:
+        return self
+
+    def __exit__(self, kind: Optional[type[BaseException]], error: Optional[BaseException],
+                 trace: Optional[TracebackType]) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    stream.close()
+
+
+def has_root() -> bool:
+    return sys.platform == "linux" and os.geteuid() == 0
