@@ -9,6 +9,7 @@
 // one's own, after the count of the tiles before.
 #pragma once
 
+#include "device/algo/group.h"
 #include "kernels/low_latency/launch_session.h"
 
 namespace deep_ep::kernels::low_latency {
@@ -136,7 +137,7 @@ EP_DEVICE void make_tile(const algo::Warps& warps, const Context& c, const Choic
 }
 
 // A tile, to every rank.
-EP_DEVICE void send_tile(Block block, const Context& c, const SendPhase& phase, const Choice& choice,
+EP_DEVICE void send_tile(Block block, const Context& c, const SendPhase<Tells::kAtEnd>& phase, const Choice& choice,
                          const TokenSets& sets, int first) {
     const int num_entries = entries_of_tile(c, choice, sets, first);
     for (int peer = 0; peer < c.num_ranks(); ++peer) {
@@ -147,8 +148,8 @@ EP_DEVICE void send_tile(Block block, const Context& c, const SendPhase& phase, 
 }
 
 // The block whose table_warps have made the first tile: the table, to every rank.
-EP_DEVICE void send_routing_table(Block block, const Context& c, const SendPhase& phase, const Choice& choice,
-                                  const TokenSets& sets) {
+EP_DEVICE void send_routing_table(Block block, const Context& c, const SendPhase<Tells::kAtEnd>& phase,
+                                  const Choice& choice, const TokenSets& sets) {
     const algo::Warps makers = table_warps(block);
     send_tile(block, c, phase, choice, sets, 0);
 #pragma unroll 1
@@ -170,39 +171,32 @@ EP_DEVICE void send_routing_table(Block block, const Context& c, const SendPhase
 // What a block learns from the tables of all sources, once; in dynamic shared memory, where TokenSets has been.
 struct Counts {
     int* is_here;  // [num_ranks]: the source's table counts in this call
-    int* has_lie;  // [1]: not zero: some number cannot be true
     int* rows;     // [num_ranks + 1][num_local_experts]: rows of the expert from the sources before
     int num_local_experts;
 
     static EP_DEVICE Counts make(const Context& c) {
         auto* is_here = static_cast<int*>(prim::dynamic_shared());
-        int* has_lie = is_here + c.num_ranks();
-        return {is_here, has_lie, has_lie + 1, c.num_local_experts()};
+        return {is_here, is_here + c.num_ranks(), c.num_local_experts()};
     }
     static int bytes(const LowLatencyCall& call) {
-        return (call.heap.num_ranks + 1 + (call.heap.num_ranks + 1) * call.num_local_experts) *
+        return (call.heap.num_ranks + (call.heap.num_ranks + 1) * call.num_local_experts) *
                static_cast<int>(sizeof(int));
     }
     EP_DEVICE int* before(int source) const { return rows + source * num_local_experts; }
-    EP_DEVICE void note_lie() const { prim::store<Order::kRelaxed, Scope::kCta>(has_lie, 1); }
 };
-
-constexpr int kLost = -1;  // in place of whether a table counts: the call has failed
 
 // Acquire: which tables count in this call. One thread waits for a table: if every warp did for itself, they would crowd the
 // flag. False: the call has failed.
 EP_DEVICE bool wait_for_tables(Block block, const Context& c, const Counts& counts) {
     block.expect();
-#pragma unroll 1
-    for (int source = block.thread_rank(); source < c.num_ranks(); source += block.size())
-        counts.is_here[source] = wait_for_table(c, source) ? 1 : has_failed(c.watch) ? kLost : 0;
-    if (block.thread_rank() == 0) *counts.has_lie = 0;
-    block.sync();  // one thread's acquire, the block's reads
     bool is_lost = false;
 #pragma unroll 1
-    for (int source = prim::lane_idx(); source < c.num_ranks(); source += kWarpSize)
-        is_lost |= counts.is_here[source] == kLost;
-    return __any_sync(kFullMask, is_lost) == 0;
+    for (int source = block.thread_rank(); source < c.num_ranks(); source += block.size()) {
+        const bool is_here = wait_for_table(c, source);
+        is_lost |= !is_here && has_failed(c.watch);
+        counts.is_here[source] = is_here ? 1 : 0;
+    }
+    return !any(block, is_lost);  // one thread's acquire, the block's reads
 }
 
 // After wait_for_tables. False: some table states a number that cannot be true, and the call has failed: in every block,
@@ -211,10 +205,11 @@ EP_DEVICE bool find_counts(Block block, const Context& c, const Counts& counts) 
     block.expect();
     constexpr int kAtOnce = 8;  // loads under way
     const int most = c.call.num_max_tokens;
+    bool is_lie = false;  // some number cannot be true
     // By the threads with the fewest experts: this trip to memory comes beside that for the counts, not before it.
 #pragma unroll 1
     for (int source = block.size() - 1 - block.thread_rank(); source < c.num_ranks(); source += block.size())
-        if (counts.is_here[source] != 0 && !may_be(c.num_tokens_of(source), most)) counts.note_lie();
+        is_lie |= counts.is_here[source] != 0 && !may_be(c.num_tokens_of(source), most);
 #pragma unroll 1
     for (int expert = block.thread_rank(); expert < c.num_local_experts(); expert += block.size()) {
         int num_rows = 0;
@@ -228,14 +223,13 @@ EP_DEVICE bool find_counts(Block block, const Context& c, const Counts& counts) 
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
                 if (first + i < c.num_ranks()) counts.before(first + i)[expert] = num_rows;
-                if (!may_be(held[i], most)) counts.note_lie();
+                is_lie |= !may_be(held[i], most);
                 num_rows += held[i];
             }
         }
         counts.before(c.num_ranks())[expert] = num_rows;
     }
-    block.sync();
-    return *counts.has_lie == 0;
+    return !any(block, is_lie);
 }
 
 // Fails the call with the first number in the table of `source` that cannot be true. True: there is one.
@@ -259,7 +253,7 @@ EP_DEVICE bool refuse_table(const Context& c, const Counts& counts, int source) 
 // launch ends.
 EP_DEVICE_COLD void refuse_tables(Context c, Counts counts) {
     for (int source = 0; source < c.num_ranks(); ++source)
-        if (counts.is_here[source] == 1 && refuse_table(c, counts, source)) return;
+        if (counts.is_here[source] != 0 && refuse_table(c, counts, source)) return;
 }
 
 }  // namespace EP_BACKEND

@@ -186,8 +186,7 @@ TEST_CASE("low latency: an open call holds its bank: the call after the next is 
         receive_dispatch(world, passing, b[idx], rank);
         CHECK_THROWS_WITH_AS(send_dispatch(world, passing, b[idx], rank), doctest::Contains("at most 2"), Error);
         receive_dispatch(world, held, a[idx], rank);
-        CHECK_THROWS_WITH_AS(receive_dispatch(world, held, a[idx], rank), doctest::Contains("is over"),
-                             InternalError);
+        CHECK_THROWS_WITH_AS(receive_dispatch(world, held, a[idx], rank), doctest::Contains("is over"), InternalError);
     }
     world.run();
     CHECK_EQ(check_low_latency_dispatch(held, a), "");
