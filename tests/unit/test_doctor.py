@@ -14,7 +14,9 @@ import pytest
 
 import deep_ep
 import deep_ep_cpp
-from deep_ep import _round_trip, doctor
+from deep_ep import doctor
+from deep_ep._topology import Place
+from deep_ep.bench import round_trip as trip
 
 
 def test_this_machine_is_well(capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,6 +212,26 @@ def test_limits_of_a_narrow_container(monkeypatch: pytest.MonkeyPatch, tmp_path:
         assert part in told, part
 
 
+def test_topology_of_islands_and_of_virtual_nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def places(*islands: str) -> list[Place]:
+        gpus = list(enumerate("".join(islands)))
+        beyond = {here: frozenset(f"gpu-{rank}" for rank, there in gpus if there != here) for _, here in gpus}
+        return [Place("boot", "box", f"gpu-{rank}", unreachable=beyond[island]) for rank, island in gpus]
+
+    monkeypatch.setattr("deep_ep._topology.places_of_this_machine", lambda: places("aabb"))
+    monkeypatch.setattr(doctor.probes, "IMEX_CHANNELS", tmp_path)
+    (tmp_path / "channel0").touch()
+    told = text_of(doctor.check_topology(SimpleNamespace(get_environment=lambda: {"ranks_per_node": "0"})))
+    assert "4 ranks on 2 node(s)" in told
+    assert "multi-node NVLink: 1 IMEX channel(s); this version does not use it" in told
+    told = text_of(doctor.check_topology(SimpleNamespace(get_environment=lambda: {"ranks_per_node": "1"})))
+    assert "4 ranks on 4 node(s), DEEP_EP_RANKS_PER_NODE" in told
+    monkeypatch.setattr("deep_ep._topology.places_of_this_machine", lambda: places("aaab"))
+    monkeypatch.setattr(doctor.probes, "IMEX_CHANNELS", tmp_path / "nothing")
+    told = text_of(doctor.check_topology(SimpleNamespace(get_environment=lambda: {"ranks_per_node": "0"})))
+    assert "would be refused: Buffer: every node must have equally many ranks, got ranks 0 to 2 on box" in told
+
+
 def test_limits_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("STATUS_FILE", "NAMESPACES", "PTRACE_SCOPE", "SHM_MOUNT"):
         monkeypatch.setattr(probes, name, tmp_path / "none")
@@ -230,7 +252,7 @@ def test_no_failing_probe_ends_the_report(monkeypatch: pytest.MonkeyPatch, capsy
     for name in ("container", "namespace", "shm_bytes", "driver_version", "Nvml", "memory_limit", "ptrace_scope"):
         monkeypatch.setattr(probes, name, fail)
     monkeypatch.setattr(doctor, "check_gpus", fail)
-    monkeypatch.setattr(_round_trip, "round_trip", fail)
+    monkeypatch.setattr(trip, "round_trip", fail)
     assert doctor.main([]) == 0
     printed = capsys.readouterr().out
     assert printed.count("cannot tell: RuntimeError: the probe broke") == 6
@@ -253,8 +275,8 @@ def test_a_round_trip_on_each_path(monkeypatch: pytest.MonkeyPatch, num_gpus: in
         made.append((device, gpus))
         return ["rank 1: no way"] if device == "cuda" else []
 
-    monkeypatch.setattr(_round_trip, "round_trip", round_trip)
-    monkeypatch.setattr("deep_ep._streams.device_choice", lambda: ("cuda" if num_gpus else "cpu", "as told"))
+    monkeypatch.setattr(trip, "round_trip", round_trip)
+    monkeypatch.setattr("deep_ep._env.device_choice", lambda: ("cuda" if num_gpus else "cpu", "as told"))
     torch = SimpleNamespace(cuda=SimpleNamespace(device_count=lambda: num_gpus))
     found = doctor.check_round_trips(torch)
     assert made == expected
@@ -262,7 +284,7 @@ def test_a_round_trip_on_each_path(monkeypatch: pytest.MonkeyPatch, num_gpus: in
 
 
 def test_a_rank_that_fails_is_named_and_its_peer_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
-    failures = _round_trip.round_trip("no such device", [0, 0])
+    failures = trip.round_trip("no such device", [0, 0])
     assert len(failures) == 2
     assert "no such device" in failures[0]
 
