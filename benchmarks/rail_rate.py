@@ -11,12 +11,11 @@ thread on each side, a header and a flag for each chunk, and a kernel on each si
 from __future__ import annotations
 
 import argparse
-import datetime
+import datetime as dt
 import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from rail_group import RailGroup, build_process  # noqa: E402 - needs the path above
+
+from deep_ep.bench.results import find_commit  # noqa: E402
 
 WINDOW_BYTES = 4 << 20  # of a stream, as a Buffer has it at least
 FEWEST_SLOTS = 16
@@ -59,16 +60,12 @@ def measure(group: RailGroup, chunk_bytes: int, stream_bytes: int, repeats: int)
     }
 
 
-def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)  # noqa: S603, S607
-    return done.stdout.strip() or "unknown"
-
-
 def show(rows: list[dict[str, Any]]) -> None:
     print(f"{'chunk':>10} {'engine':>12} {'plain socket':>14} {'ratio':>7} {'of best':>8}")
     for row in rows:
-        print(f"{row['chunk_bytes'] / 1024:>6.0f} KiB {row['engine_median']:>7.2f} GB/s {row['plain_median']:>9.2f} GB/s "
-              f"{row['ratio_of_medians']:>7.2f} {row['ratio_of_best']:>8.2f}")
+        print(
+            f"{row['chunk_bytes'] / 1024:>6.0f} KiB {row['engine_median']:>7.2f} GB/s {row['plain_median']:>9.2f} GB/s "
+            f"{row['ratio_of_medians']:>7.2f} {row['ratio_of_best']:>8.2f}")
 
 
 def main() -> None:
@@ -89,11 +86,11 @@ def main() -> None:
         group.quit()
     show(rows)
     if options.save:
-        now = datetime.datetime.now(tz=datetime.timezone.utc)
+        now = dt.datetime.now(tz=dt.timezone.utc)
         record = {
             "benchmark": "rail_rate",
             "date": now.isoformat(timespec="seconds"),
-            "commit": options.commit or commit(),
+            "commit": options.commit or find_commit(),
             "command": " ".join(sys.argv),
             "program": program.name,
             "machine": platform.platform(),

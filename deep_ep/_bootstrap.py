@@ -392,8 +392,7 @@ def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
     try:
         described = peers.all_gather_results("checking arguments and device", describe)
         _raise_differences([facts for facts, _, _ in described])
-        topology = find_topology(peers.rank, [place for _, place, _ in described],
-                                 described[0][0].ranks_per_node)
+        topology = find_topology(peers.rank, [place for _, place, _ in described], described[0][0].ranks_per_node)
         _require_one_node(topology)
         handles = peers.all_gather_results("allocating the heap", allocate)
         peers.all_gather_results("mapping the heaps of the peers", lambda: connect(handles, topology, described[0][2]))

@@ -18,6 +18,7 @@ DRIVER_FILE = Path("/proc/driver/nvidia/version")
 STATUS_FILE = Path("/proc/self/status")
 NAMESPACES = Path("/proc/self/ns")
 PTRACE_SCOPE = Path("/proc/sys/kernel/yama/ptrace_scope")
+IMEX_CHANNELS = Path("/dev/nvidia-caps-imex-channels")
 SHM_MOUNT = Path("/dev/shm")  # noqa: S108 - asked for its size only
 CONTAINER_MARKS = (Path("/.dockerenv"), Path("/run/.containerenv"), Path("/run/systemd/container"),
                    Path("/var/run/secrets/kubernetes.io"))
@@ -148,6 +149,14 @@ def memory_limit() -> Optional[int]:
         if text is not None and text.isdigit() and int(text) < NO_LIMIT:
             return int(text)
     return None
+
+
+def num_imex_channels() -> int:
+    """Channels over which processes of several hosts may share GPU memory (multi-node NVLink)."""
+    try:
+        return sum(1 for _ in IMEX_CHANNELS.iterdir())
+    except OSError:
+        return 0
 
 
 def shm_bytes() -> Optional[int]:

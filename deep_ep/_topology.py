@@ -102,6 +102,13 @@ def unreachable_gpus(index: int, device_id: str) -> frozenset[str]:
                      if other != index and not torch.cuda.can_device_access_peer(index, other))
 
 
+def places_of_this_machine() -> list[Place]:
+    """Of a group with one rank on each GPU that this process sees; without any, of one rank."""
+    identities = [_identity(index) for index in range(torch.cuda.device_count())]
+    places = [this_place(identity, unreachable_gpus(index, identity)) for index, identity in enumerate(identities)]
+    return places or [this_place("CPU")]
+
+
 def _identity(index: int) -> str:
     # Where torch does not tell it, no device has this name.
     return f"GPU-{getattr(torch.cuda.get_device_properties(index), 'uuid', 'unknown')}"
@@ -110,8 +117,8 @@ def _identity(index: int) -> str:
 def find_topology(rank: int, places: Sequence[Place], ranks_per_node: int = 0) -> Topology:
     """Groups ranks by host and reachable memory, or in runs of `ranks_per_node` when that is positive (virtual nodes).
 
-    Raises ValueError when that does not divide the ranks, and Error, naming ranks, when nodes are unequal or their ranks
-    do not follow each other.
+    Raises ValueError when that does not divide the ranks, and Error, naming ranks, when nodes are unequal or have ranks
+    that do not follow each other.
     """
     if ranks_per_node > 0:
         size = min(ranks_per_node, len(places))
@@ -142,8 +149,9 @@ def _check_nodes(nodes: Sequence[Sequence[int]], places: Sequence[Place]) -> Non
     if len({len(node) for node in nodes}) > 1:
         raise Error(f"Buffer: every node must have equally many ranks, got {named}")
     if any(node[-1] - node[0] != len(node) - 1 for node in nodes):
-        raise Error("Buffer: the ranks of a node must follow each other (start those of one machine one after another), "
-                    f"got {named}")
+        raise Error(
+            "Buffer: the ranks of a node must follow each other (start those of one machine one after another), "
+            f"got {named}")
 
 
 def _describe_origin(places: Sequence[Place]) -> str:
@@ -158,7 +166,7 @@ def _describe_ranks(ranks: Sequence[int]) -> str:
     """rank 3; ranks 0 to 2; ranks 0, 2"""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
-    if len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1:  # noqa: PLR2004
+    if len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1:
         return f"ranks {ranks[0]} to {ranks[-1]}"
     return "ranks " + ", ".join(map(str, ranks))
 

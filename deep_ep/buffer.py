@@ -186,10 +186,11 @@ class Buffer:
         if session is None:
             return f"<Buffer of rank {self.rank} of {self.group_size}, destroyed>"
         topology = session.topology
-        return (f"<Buffer of rank {self.rank} of {self.group_size} on {session.streams.device}, node {topology.node} of "
-                f"{topology.num_nodes} with {topology.ranks_per_node} rank(s), num_nvl_bytes={self.num_nvl_bytes}, "
-                f"num_rdma_bytes={self.num_rdma_bytes}, num_lend_bytes={self.num_lend_bytes}, "
-                f"low_latency_mode={self.low_latency_mode}>")
+        return (
+            f"<Buffer of rank {self.rank} of {self.group_size} on {session.streams.device}, node {topology.node} of "
+            f"{topology.num_nodes} with {topology.ranks_per_node} rank(s), num_nvl_bytes={self.num_nvl_bytes}, "
+            f"num_rdma_bytes={self.num_rdma_bytes}, num_lend_bytes={self.num_lend_bytes}, "
+            f"low_latency_mode={self.low_latency_mode}>")
 
     def __enter__(self) -> Self:
         return self

@@ -243,6 +243,22 @@ def check_limits() -> list[Finding]:
     return found
 
 
+def check_topology(native: Any) -> list[Finding]:
+    """The nodes of a group with a rank on each GPU of this machine, and what could join it to others."""
+    module = importlib.import_module("deep_ep._topology")
+    ranks_per_node = int(native.get_environment()["ranks_per_node"])
+    try:
+        topology = module.find_topology(0, module.places_of_this_machine(), ranks_per_node)
+    except (ValueError, RuntimeError) as error:
+        return [Finding("note", "topology", f"a rank on each GPU of this machine would be refused: {error}")]
+    channels = probes.num_imex_channels()
+    fabric = f"{channels} IMEX channel(s)" if channels else "no IMEX channel"
+    return [
+        Finding("ok", "topology", f"a rank on each GPU of this machine: {topology}"),
+        Finding("ok", "multi-node NVLink", f"{fabric}; this version does not use it")
+    ]
+
+
 def check_round_trips(torch: Any) -> list[Finding]:
     """Ranks in processes of their own send tokens to each other and back, on every path that this machine has."""
     trip = importlib.import_module("deep_ep._round_trip")
@@ -281,6 +297,7 @@ def examine() -> list[Finding]:
     found += check_package() + _guarded("GPUs", check_gpus, torch, native)
     if any(finding.level == "broken" for finding in found if finding.subject in ("deep_ep", "environment")):
         return found
+    found += _guarded("topology", check_topology, native)
     return found + _guarded("round trip", check_round_trips, torch)
 
 

@@ -6,11 +6,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Optional
+from typing import Any
+
+from typing_extensions import Self
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "rail"
@@ -25,7 +26,7 @@ def build_process() -> Path:
         str(FOLDER), "-DEP_TESTS=ON", "-DEP_PYTHON=OFF", "-DEP_CUDA=OFF", "-DCMAKE_BUILD_TYPE=Release"
     ]
     for command in (configure, ["cmake", "--build", str(FOLDER), "--target", "rail_process", "--parallel", "2"]):
-        done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603 - cmake, of the PATH
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"{' '.join(command)}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return FOLDER / "tests" / "cpp" / "rail_process"
@@ -40,7 +41,7 @@ class Namespaces:
         # Names of interfaces have 15 letters at most.
         self._name = f"ep{os.getpid() % 1_000_000}{chr(97 + next(Namespaces._numbers) % 26)}"
         self._num_hosts = num_hosts
-        self.failure: Optional[str] = None
+        self.failure: str | None = None
         try:
             self._make()
         except (OSError, subprocess.CalledProcessError) as error:
@@ -81,35 +82,33 @@ class Namespaces:
     def _ip(*arguments: str) -> None:
         if shutil.which("ip") is None:
             raise OSError("there is no `ip` command")
-        subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)  # noqa: S603, S607
+        subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
 
     def close(self) -> None:
         for name in [self._name, *map(self.name, range(self._num_hosts))]:
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True)  # noqa: S603, S607
+            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
 
-    def __enter__(self) -> Namespaces:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: Optional[type[BaseException]], error: Optional[BaseException],
-                 trace: Optional[TracebackType]) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
         self.close()
 
 
 class RailGroup:
     """One process for each rank; `prefixes` are what each is started with, `options` those of the program."""
 
-    def __init__(self, program: Path, num_ranks: int, options: Sequence[str],
-                 prefixes: Optional[Sequence[Sequence[str]]] = None) -> None:
+    def __init__(self,
+                 program: Path,
+                 num_ranks: int,
+                 options: Sequence[str],
+                 prefixes: Sequence[Sequence[str]] | None = None) -> None:
         self.processes = []
         for rank in range(num_ranks):
             prefix = [] if prefixes is None else list(prefixes[rank])
             command = [*prefix, str(program), "--rank", str(rank), "--num-ranks", str(num_ranks), *options]
-            self.processes.append(
-                subprocess.Popen(  # noqa: S603
-                    command,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True))
+            self.processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
 
     def connect(self) -> None:
         """Passes the addresses on, as the group's exchange does elsewhere."""
@@ -124,13 +123,13 @@ class RailGroup:
 
     def tell(self, rank: int, line: str) -> None:
         stdin = self.processes[rank].stdin
-        assert stdin is not None  # noqa: S101 - for mypy
+        assert stdin is not None
         stdin.write(line + "\n")
         stdin.flush()
 
     def hear(self, rank: int) -> str:
         stdout = self.processes[rank].stdout
-        assert stdout is not None  # noqa: S101 - for mypy
+        assert stdout is not None
         line = stdout.readline().rstrip("\n")
         if line.startswith("error "):
             raise RuntimeError(f"rank {rank}: {line.removeprefix('error ')}")
@@ -155,11 +154,11 @@ class RailGroup:
                 self.tell(rank, "quit")
         return [process.wait(PATIENCE_S) for process in self.processes]
 
-    def __enter__(self) -> RailGroup:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: Optional[type[BaseException]], error: Optional[BaseException],
-                 trace: Optional[TracebackType]) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
         for process in self.processes:
             if process.poll() is None:
                 process.kill()
@@ -167,7 +166,3 @@ class RailGroup:
             for stream in (process.stdin, process.stdout):
                 if stream is not None:
                     stream.close()
-
-
-def has_root() -> bool:
-    return sys.platform == "linux" and os.geteuid() == 0

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from rail_group import Namespaces, RailGroup, build_process
 
 pytestmark = pytest.mark.slow
@@ -64,9 +63,9 @@ def test_interface_is_chosen_by_name(program: Path, hosts: Namespaces) -> None:
 def test_interface_that_the_others_cannot_reach(program: Path, hosts: Namespaces) -> None:
     """Each host listens on its own loopback: the error names the address, and what to set."""
     options = ["--interface", "lo", "--timeout-s", "3"]
-    with RailGroup(program, 2, options, [hosts.enter(0), hosts.enter(1)]) as group:
-        with pytest.raises(RuntimeError, match="rank [01]: rail: .*127.0.0.1:.*DEEP_EP_RAIL_INTERFACE"):
-            group.connect()
+    named = pytest.raises(RuntimeError, match=r"rank [01]: rail: .*127\.0\.0\.1:.*DEEP_EP_RAIL_INTERFACE")
+    with RailGroup(program, 2, options, [hosts.enter(0), hosts.enter(1)]) as group, named:
+        group.connect()
 
 
 def kill_and_watch(group: RailGroup) -> None:

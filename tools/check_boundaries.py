@@ -17,8 +17,11 @@ from typing import Callable
 # From the bottom up: a layer may include itself and those before it.
 LAYERS = ('core', 'layout', 'device', 'algo', 'comm', 'bench', 'rail', 'kernels', 'runtime', 'bindings')
 # Which of the two devices, and which engine, these are of is decided by the include path.
-SEAM_INCLUDES = {'csrc/device/prim.h': 'prim_impl.h', 'csrc/device/launch.h': 'launch_impl.h',
-                 'csrc/rail/rail.h': 'rail_impl.h'}
+SEAM_INCLUDES = {
+    'csrc/device/prim.h': 'prim_impl.h',
+    'csrc/device/launch.h': 'launch_impl.h',
+    'csrc/rail/rail.h': 'rail_impl.h'
+}
 WARN_LINES, MAX_LINES = 500, 700
 
 NATIVE_SUFFIXES = ('.h', '.cc', '.cpp', '.cu', '.cuh')

@@ -15,6 +15,7 @@ import pytest
 import deep_ep
 import deep_ep_cpp
 from deep_ep import _round_trip, doctor
+from deep_ep._topology import Place
 
 
 def test_this_machine_is_well(capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,6 +209,26 @@ def test_limits_of_a_narrow_container(monkeypatch: pytest.MonkeyPatch, tmp_path:
     for part in (f"yes ({mark})", "memory limit: 2.0 GiB", "[note] shared memory mount: 64 MiB", "memlock: 0.1 MiB",
                  "filtering system calls; ptrace scope 1", "ipc:["):
         assert part in told, part
+
+
+def test_topology_of_islands_and_of_virtual_nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def places(*islands: str) -> list[Place]:
+        gpus = list(enumerate("".join(islands)))
+        beyond = {here: frozenset(f"gpu-{rank}" for rank, there in gpus if there != here) for _, here in gpus}
+        return [Place("boot", "box", f"gpu-{rank}", unreachable=beyond[island]) for rank, island in gpus]
+
+    monkeypatch.setattr("deep_ep._topology.places_of_this_machine", lambda: places("aabb"))
+    monkeypatch.setattr(doctor.probes, "IMEX_CHANNELS", tmp_path)
+    (tmp_path / "channel0").touch()
+    told = text_of(doctor.check_topology(SimpleNamespace(get_environment=lambda: {"ranks_per_node": "0"})))
+    assert "4 ranks on 2 node(s)" in told
+    assert "multi-node NVLink: 1 IMEX channel(s); this version does not use it" in told
+    told = text_of(doctor.check_topology(SimpleNamespace(get_environment=lambda: {"ranks_per_node": "1"})))
+    assert "4 ranks on 4 node(s), DEEP_EP_RANKS_PER_NODE" in told
+    monkeypatch.setattr("deep_ep._topology.places_of_this_machine", lambda: places("aaab"))
+    monkeypatch.setattr(doctor.probes, "IMEX_CHANNELS", tmp_path / "nothing")
+    told = text_of(doctor.check_topology(SimpleNamespace(get_environment=lambda: {"ranks_per_node": "0"})))
+    assert "would be refused: Buffer: every node must have equally many ranks, got ranks 0 to 2 on box" in told
 
 
 def test_limits_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

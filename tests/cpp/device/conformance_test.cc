@@ -1,4 +1,5 @@
 // The conformance tests on the CPU. On a GPU: device_cuda.cmake.
+#include "device/conformance_host.cu"
 #include "device/conformance_prim.cu"
 #include "device/conformance_warp.cu"
 

@@ -38,12 +38,7 @@ SimNetwork::SimNetwork(const std::vector<simt::SimtDevice*>& devices, const SimO
             std::make_unique<SimEngine>(*this, *devices[rank], static_cast<int>(rank), options.window_bytes));
 }
 
-SimNetwork::~SimNetwork() {
-    const hb::Quiet quiet;
-    under_way_.clear();
-    open_.clear();
-    engines_.clear();
-}
+SimNetwork::~SimNetwork() = default;
 
 char* SimNetwork::place(int rank, uint64_t offset) const {
     return static_cast<char*>(engines_[static_cast<size_t>(rank)]->window().host) + offset;

@@ -3,6 +3,7 @@
 #include <exception>
 
 #include "core/error.h"
+#include "device/simt/happens_before.h"
 
 namespace deep_ep::testing {
 
@@ -22,6 +23,10 @@ SimWorld::SimWorld(const RailOptions& options)
 }
 
 SimWorld::~SimWorld() {
+    {
+        const simt::hb::Quiet quiet;  // its messages have contexts of their own, which nothing orders before this
+        network_.reset();
+    }
     for (size_t rank = 0; rank < streams_.size(); ++rank) devices_[rank]->destroy_stream(streams_[rank]);
 }
 

@@ -209,6 +209,14 @@ void World::launch_dispatch(const Problem& problem, RankTensors& tensors, int ra
                           problem.num_sms, stream(rank));
 }
 
+void World::combine_on(const Problem& problem, std::vector<RankTensors>& ranks, std::initializer_list<int> callers) {
+    for (int rank : callers) {
+        prepare_combine(problem, ranks[static_cast<size_t>(rank)], rank);
+        launch_combine(problem, ranks[static_cast<size_t>(rank)], rank);
+    }
+    run();
+}
+
 void World::launch_combine(const Problem& problem, RankTensors& tensors, int rank) {
     auto bias = [&](int i) -> const uint8_t* {
         return i < problem.num_biases ? reinterpret_cast<const uint8_t*>(tensors.bias[i].data()) : nullptr;
