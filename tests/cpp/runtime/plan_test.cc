@@ -117,8 +117,14 @@ TEST_CASE("rows go through registers where stages cannot be") {
     CHECK_FALSE(staged(old, 7168));
     // A warp has one peer at most.
     CHECK(staged(cpu(3), 256, 1));
+    CHECK_FALSE(staged(cpu(4), 256, 1));
     CHECK_FALSE(staged(cpu(8), 256, 1));
     CHECK(staged(cpu(8), 256, 4));
+}
+
+TEST_CASE("send warps of a dispatch have two stages each, or none") {
+    CHECK_GE(plan_dispatch(gpu(8), 20, dispatch_slot(7168), false).send.num_stages, 2);
+    CHECK_EQ(plan_dispatch(gpu(8), 20, dispatch_slot(14336), false).send.num_stages, 0);  // there is room for one
 }
 
 TEST_CASE("a window needs room for a slot of each peer") {
