@@ -9,13 +9,13 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 
 from deep_ep import _checks
-from deep_ep._bootstrap import Session
-from deep_ep._call_check import handle_fact
-from deep_ep._errors import Error
-from deep_ep._lending import Lender, Spec, num_bytes_of
-from deep_ep._streams import Operation, is_capturing
+from deep_ep._env import is_capturing
+from deep_ep._memory import Lender, Spec, num_bytes_of
+from deep_ep._peers import handle_fact
+from deep_ep._session import Session
+from deep_ep._streams import Operation
 from deep_ep.utils import EventHandle, EventOverlap
-from deep_ep_cpp import CombineArgs, DispatchArgs, LayoutArgs, NotifyArgs
+from deep_ep_cpp import CombineArgs, DispatchArgs, Error, LayoutArgs, NotifyArgs
 
 Payload = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 DispatchResult = tuple[Payload, Optional[torch.Tensor], Optional[torch.Tensor], Optional[list[int]],

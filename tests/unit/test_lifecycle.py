@@ -18,8 +18,8 @@ from utils import device
 
 import deep_ep
 import deep_ep_cpp
-from deep_ep import Buffer, _bootstrap
-from deep_ep._streams import HostEvent
+from deep_ep import Buffer, _session
+from deep_ep.utils import HostEvent
 
 
 def test_attributes() -> None:
@@ -77,15 +77,15 @@ def test_what_a_destructor_could_not_release_the_next_constructor_does(monkeypat
         asked.append(self)
         return is_known
 
-    _bootstrap.release_lingering(5)  # of other tests
+    _session.release_lingering(5)  # of other tests
     monkeypatch.setattr(HostEvent, "is_complete", is_complete)
     for _ in range(3):
         buffer = solo_buffer()
         del buffer
         gc.collect()
-        assert len(_bootstrap._LINGERING) == 1
-    _bootstrap.release_lingering()
-    assert not _bootstrap._LINGERING
+        assert len(_session._LINGERING) == 1
+    _session.release_lingering()
+    assert not _session._LINGERING
 
 
 @pytest.mark.parametrize("explicitly", [False, True])
@@ -124,7 +124,7 @@ def test_destructor_of_an_object_that_was_never_initialised() -> None:
 
 
 def test_building_inside_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deep_ep._streams.is_capturing", lambda: True)
+    monkeypatch.setattr("deep_ep._session.is_capturing", lambda: True)
     with pytest.raises(deep_ep.Error, match="before the CUDA graph capture"):
         solo_buffer()
 
