@@ -166,6 +166,8 @@ EP_DEVICE void barrier_sync(int id, int num_threads);
 // __syncwarp and __syncthreads. `file`, `line`: of whoever wants the barrier, for reports.
 EP_DEVICE void sync_warp(const char* file, int line);
 EP_DEVICE void sync_block(const char* file, int line);
+// The same barrier; true on every thread where `answer` is true on one. One trip less than a word of shared memory.
+EP_DEVICE bool sync_block_any(bool answer, const char* file, int line);
 
 // Every thread of the warp, the block, or a span of warps that use one named barrier, calls this, and makes all such calls in
 // the same order. Waits for nobody and orders nothing. `what` names what the group is about to do.

@@ -85,5 +85,10 @@ EP_DEVICE bool all(Warp warp, bool answer) {
     return is_agreed;
 }
 
+// A barrier of the block. Has one of its threads said yes?
+EP_DEVICE bool any(Block, bool answer, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return prim::sync_block_any(answer, file, line);
+}
+
 }  // namespace EP_BACKEND
 }  // namespace deep_ep::algo

@@ -22,9 +22,10 @@ template <prim::Order O, prim::Scope S, class Group, class IsMeant, class FlagOf
 EP_DEVICE void publish(const Group& group, int num_ranks, const IsMeant& is_meant, const FlagOf& flag_of,
                        uint64_t value) {
     group.expect();
-    for_each(group, num_ranks, [&](int rank) {
+    // Mostly once, so not worth instructions.
+#pragma unroll 1
+    for (int rank = static_cast<int>(group.thread_rank()); rank < num_ranks; rank += static_cast<int>(group.size()))
         if (is_meant(rank)) prim::store<O, S>(flag_of(rank), value);
-    });
 }
 
 // True on all lanes once `*flag_of(rank) >= expected` for each rank that is meant: what those have released may be touched by

@@ -186,6 +186,7 @@ void Block::wait_barrier(Fiber& self, int num_threads) {
         check_same(self, *barrier.waiting, self.span_calls[id], barrier.waiting->span_calls[id], "span of warps");
     }
     hb::release(barrier.meeting);
+    barrier.vote |= self.barrier_vote;
     if (++barrier.arrived < barrier.expected) {
         self.state = FiberState::kBarrier;
         self.next_waiting = barrier.waiting;
@@ -204,8 +205,12 @@ void Block::wait_barrier(Fiber& self, int num_threads) {
         Fiber* next = std::exchange(fiber->next_waiting, in_order);
         in_order = std::exchange(fiber, next);
     }
+    self.barrier_vote = barrier.vote;
+    for (Fiber* fiber = in_order; fiber != nullptr; fiber = fiber->next_waiting) {
+        fiber->barrier_vote = barrier.vote;
+        make_ready(*fiber);
+    }
     barrier = NamedBarrier{};
-    for (Fiber* fiber = in_order; fiber != nullptr; fiber = fiber->next_waiting) make_ready(*fiber);
 }
 
 void Block::leave_meeting(Fiber& self) {
@@ -256,13 +261,15 @@ void Block::fail(const Fiber& self, const std::string& what) const {
     throw KernelError(concat(where(self), ": ", what));
 }
 
-void block_barrier(int id, int num_threads, const char* file, int line) {
+bool block_barrier(int id, int num_threads, const char* file, int line, bool predicate) {
     Fiber& self = running_fiber("a barrier");
     if (running.is_seeded) perturb();
     self.barrier_id = id;
     self.file = file;
     self.line = line;
+    self.barrier_vote = predicate;
     self.block->wait_barrier(self, num_threads);
+    return self.barrier_vote;
 }
 
 void perturb() {

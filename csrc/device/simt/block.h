@@ -55,6 +55,7 @@ struct Fiber {
     uint32_t mask = 0;
     uint64_t exchange = 0;  // in: the value given; out: the result
     int barrier_id = 0;
+    bool barrier_vote = false;  // its own, and afterwards that of all
     const char* file = "";
     int line = 0;
     Fiber* next_waiting = nullptr;
@@ -97,6 +98,7 @@ struct Warp {
 struct NamedBarrier {
     int expected = 0;  // 0: nobody waits
     int arrived = 0;
+    bool vote = false;  // of a thread that has arrived
     Fiber* waiting = nullptr;
     hb::Key meeting = 0;
 };

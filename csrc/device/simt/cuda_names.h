@@ -26,10 +26,15 @@ enum class WarpOp : uint8_t { kSync, kBallot, kAny, kAll, kShuffle, kShuffleXor,
 
 // Waits for the lanes of `mask`. Shuffles return the value of `source_lane`, votes the ballot of value != 0.
 uint64_t warp_exchange(WarpOp op, uint32_t mask, uint64_t value, unsigned source_lane, const char* file, int line);
-void block_barrier(int id, int num_threads, const char* file, int line);
+// True where `predicate` is true for one of the threads.
+bool block_barrier(int id, int num_threads, const char* file, int line, bool predicate = false);
 
 inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     block_barrier(0, static_cast<int>(blockDim.x * blockDim.y * blockDim.z), file, line);
+}
+
+inline int __syncthreads_or(int predicate, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return block_barrier(0, static_cast<int>(blockDim.x * blockDim.y * blockDim.z), file, line, predicate != 0) ? 1 : 0;
 }
 
 inline void __syncwarp(uint32_t mask = 0xffffffffu, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
@@ -157,6 +162,7 @@ using deep_ep::simt::__shfl_sync;
 using deep_ep::simt::__shfl_up_sync;
 using deep_ep::simt::__shfl_xor_sync;
 using deep_ep::simt::__syncthreads;
+using deep_ep::simt::__syncthreads_or;
 using deep_ep::simt::__syncwarp;
 using deep_ep::simt::__uint_as_float;
 using deep_ep::simt::blockDim;

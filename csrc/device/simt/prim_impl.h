@@ -190,6 +190,9 @@ EP_DEVICE void fence_async_global() { simt::hb::on_proxy_fence(); }
 EP_DEVICE void barrier_sync(int id, int num_threads) { simt::block_barrier(id, num_threads, "prim::barrier_sync", 0); }
 EP_DEVICE void sync_warp(const char* file, int line) { __syncwarp(kFullMask, file, line); }
 EP_DEVICE void sync_block(const char* file, int line) { __syncthreads(file, line); }
+EP_DEVICE bool sync_block_any(bool answer, const char* file, int line) {
+    return __syncthreads_or(answer ? 1 : 0, file, line) != 0;
+}
 EP_DEVICE void expect_warp(const char* what) { simt::expect_warp(what); }
 EP_DEVICE void expect_block(const char* what) { simt::expect_block(what); }
 EP_DEVICE void expect_warps(int first_warp, int num_warps, int barrier, const char* what) {

@@ -1,5 +1,6 @@
 // clean_low_latency_buffer: a barrier of the group. No flag or slot needs cleaning, but callers count on it that every rank
 // has ended its earlier calls, and that with enable_shrink whoever does not come is masked.
+#include "device/algo/peers.h"
 #include "device/launch.h"
 #include "kernels/low_latency/frame.h"
 #include "kernels/low_latency/launchers.h"
@@ -7,7 +8,7 @@
 namespace deep_ep::kernels::low_latency::clean {
 inline namespace EP_BACKEND {
 
-// One warp, a lane for each peer. Not a call: it takes no number of theirs, and no bank.
+// A warp is the whole launch, a lane for each peer. Not a call: it takes no number of theirs, and no bank.
 struct Kernel {
     using Params = LowLatencyCall;
     static constexpr int kMaxThreads = kWarpSize;
@@ -15,20 +16,22 @@ struct Kernel {
     struct Shared {};
 
     static EP_DEVICE void run(const Params& call, Shared&) {
+        const Warp warp;
         uint64_t* num_cleans = &call.watch.local->num_low_latency_cleans;
         uint64_t number = 0;
-        if (prim::lane_idx() == 0) number = prim::load<Order::kRelaxed, Scope::kGpu>(num_cleans) + 1;
+        if (warp.thread_rank() == 0) number = prim::load<Order::kRelaxed, Scope::kGpu>(num_cleans) + 1;
         number = __shfl_sync(kFullMask, number, 0);
         const auto watch = make_watch(call.watch, call.heap, layout::Operation::kLowLatencyClean, number);
         const int rank = watch.heap.rank(), num_ranks = watch.heap.num_ranks();
-        for (int peer = prim::lane_idx(); peer < num_ranks; peer += kWarpSize)
-            // Release: all that this rank's earlier launches did. Pairs with: wait_for_peer below, at the peer.
-            if (!is_masked(call, peer))
-                prim::store<Order::kRelease, Scope::kSys>(watch.heap.cleaned(peer, rank), number);
+        // Release: all that this rank's earlier launches did. Pairs with: wait_for_peer below, at the peer.
+        algo::publish<Order::kRelease, Scope::kSys>(
+            warp, num_ranks, [&](int peer) { return !is_masked(call, peer); },
+            [&](int peer) { return watch.heap.cleaned(peer, rank); }, number);
         // A peer may be in its next clean already.
-        for (int peer = prim::lane_idx(); peer < num_ranks; peer += kWarpSize)
+        algo::for_each(warp, num_ranks, [&](int peer) {
             wait_for_peer(&call, watch, Stage::kClean, peer, watch.heap.cleaned(rank, peer), number, ~uint64_t{0});
-        if (prim::lane_idx() == 0) prim::store<Order::kRelaxed, Scope::kGpu>(num_cleans, number);
+        });
+        if (warp.thread_rank() == 0) prim::store<Order::kRelaxed, Scope::kGpu>(num_cleans, number);
     }
 };
 

@@ -2,8 +2,9 @@
 // FP32, in rank order.
 #pragma once
 
+#include "device/algo/void_output.h"
 #include "kernels/low_latency/combine_sums.h"
-#include "kernels/low_latency/spoil.h"
+#include "kernels/low_latency/shares.h"
 
 namespace deep_ep::kernels::low_latency::combine {
 inline namespace EP_BACKEND {
@@ -34,29 +35,32 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
         float weight;  // the same; in packets only
     };
 
-    static EP_DEVICE Token load_token(const Params& p, const Context& c, int idx) {
-        Token token = {idx, Ids{p.topk_idx, p.idx_bytes}.load(c, idx, 0), 0.0f};
+    static EP_DEVICE Token load_token(Warp warp, const Params& p, const Context& c, int idx) {
+        Token token = {idx, Ids{p.topk_idx, p.idx_bytes}.load(warp, c, idx, 0), 0.0f};
         const int64_t first = static_cast<int64_t>(idx) * c.call.num_topk;
-        if (kUsesPackets && prim::lane_idx() < c.call.num_topk) token.weight = p.topk_weights[first + prim::lane_idx()];
+        if (const int k = warp.thread_rank(); kUsesPackets && k < c.call.num_topk)
+            token.weight = p.topk_weights[first + k];
         return token;
     }
 
-    // One thread, one look; acquire.
+    // One look; acquire.
     static EP_DEVICE bool look_at_part(const Context& c, const uint64_t* flag, uint64_t& seen) {
         seen = prim::load<Order::kAcquire, Scope::kSys>(flag);
         return (kUsesPackets ? EntrySlots::call_of(seen) : seen) == c.watch.call;
     }
 
-    // One warp. A lane looks before it is known who has a part: the ids may still be under way.
-    static EP_DEVICE Parts wait_for_parts(const Params& p, const Context& c, const Token& token, int first_rank) {
-        const int rank = first_rank + prim::lane_idx();
+    // A lane looks before it is known who has a part: the ids may still be under way.
+    static EP_DEVICE Parts wait_for_parts(Warp warp, const Params& p, const Context& c, const Token& token,
+                                          int first_rank) {
+        warp.expect();
+        const int rank = first_rank + warp.thread_rank();
         const uint64_t* flag = c.watch.heap.token_full(c.rank(), c.bank, rank < c.num_ranks() ? rank : 0, token.idx);
         uint64_t seen = 0;
         bool is_here = rank < c.num_ranks() && look_at_part(c, flag, seen);
         Parts parts = {first_rank, 0, 0, 0, false};
         bool is_expected;
         if constexpr (kUsesPackets) {
-            parts.entries = entries_of_rank(c, token.id, first_rank);
+            parts.entries = entries_of_rank(warp, c, token.id, first_rank);
             is_expected = parts.entries != 0;
             if (is_expected && !is_here) is_here = wait_for_late_part(&c.call, c.watch, rank, flag, &seen);
             const bool has_rows = EntrySlots::has_rows(seen);
@@ -66,37 +70,39 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
                 parts.entries &= EntrySlots::rows_of(seen);
             }
         } else {
-            is_expected = is_destination(c, {p.topk_idx, p.idx_bytes}, token.id, token.idx, first_rank);
+            is_expected = is_destination(warp, c, {p.topk_idx, p.idx_bytes}, token.id, token.idx, first_rank);
             if (is_expected && !is_here) is_here = wait_for_source(c.call, c.watch, Stage::kRow, rank, flag);
         }
         if (__any_sync(kFullMask, is_expected && !is_here)) parts.is_lost = has_failed(c.watch);
         parts.lanes = __ballot_sync(kFullMask, is_expected && is_here);
-        __syncwarp();  // each lane's acquire, every lane's reads
+        warp.sync();  // each lane's acquire, every lane's reads
         return parts;
     }
 
-    // One warp: the slot of the part that this lane of `parts` has.
-    static EP_DEVICE const uint8_t* slot_of(const Context& c, const Token& token, const Parts& parts, int lane) {
+    // The slot of the part that `lane` of `parts` has.
+    static EP_DEVICE const uint8_t* slot_of(Warp warp, const Context& c, const Token& token, const Parts& parts,
+                                            int lane) {
+        warp.expect();
         if constexpr (!kUsesPackets) return c.slot(c.rank(), parts.first_rank + lane, token.idx);
         const uint32_t entries = __shfl_sync(kFullMask, parts.entries, lane);
         return c.entry_slot(c.rank(), token.idx, __ffs(static_cast<int>(entries)) - 1);
     }
 
-    static EP_DEVICE Piece load_sent(const Context& c, const uint8_t* slot, int chunk) {
-        return load_chunk<kIsLogfmt>(c.call, chunk, [&](int vec) {
+    static EP_DEVICE Piece load_sent(Warp warp, const Context& c, const uint8_t* slot, int chunk) {
+        return load_chunk(warp, kPieces<kIsLogfmt>, c.call, chunk, [&](int vec) {
             return prim::load_shared_with_peers(reinterpret_cast<const Vec16*>(slot) + vec);
         });
     }
 
-    // One warp: sums that have been sent as such, of the ranks in `lanes`.
-    static EP_DEVICE void add_sums(const Context& c, const Token& token, const Parts& parts, uint32_t lanes, int chunk,
-                                   Sums (&sums)[kVecsOfPiece]) {
+    // Sums that have been sent as such, of the ranks in `lanes`.
+    static EP_DEVICE void add_sums(Warp warp, const Context& c, const Token& token, const Parts& parts, uint32_t lanes,
+                                   int chunk, Sums (&sums)[kVecsOfPiece]) {
         if constexpr (kIsLogfmt) {
             const auto row = layout::LogfmtRow::make(static_cast<uint64_t>(c.call.hidden));
-            const int unit = chunk * kWarpSize + prim::lane_idx();
+            const int unit = chunk * kWarpSize + warp.thread_rank();
 #pragma unroll 1
             for (; lanes != 0; lanes &= lanes - 1) {
-                const uint8_t* slot = slot_of(c, token, parts, __ffs(static_cast<int>(lanes)) - 1);
+                const uint8_t* slot = slot_of(warp, c, token, parts, __ffs(static_cast<int>(lanes)) - 1);
                 if (unit >= static_cast<int>(row.high.count)) continue;
                 float values[kLogUnit];
                 decode_logfmt(values, load_logfmt(slot, row, unit));
@@ -110,37 +116,39 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
 #pragma unroll
                 for (int i = 0; i < kPartsAhead; ++i) {
                     if (rest == 0) break;
-                    held[i] = load_sent(c, slot_of(c, token, parts, __ffs(static_cast<int>(rest)) - 1), chunk);
+                    held[i] =
+                        load_sent(warp, c, slot_of(warp, c, token, parts, __ffs(static_cast<int>(rest)) - 1), chunk);
                     rest &= rest - 1;
                 }
 #pragma unroll
                 for (int i = 0; i < kPartsAhead; ++i) {
                     if (lanes == 0) break;
 #pragma unroll
-                    for (int j = 0; j < kVecsOfPiece; ++j) add(sums[j], held[i].vec[j], 1.0f);
+                    for (int j = 0; j < kVecsOfPiece; ++j) sums[j].add(held[i].vec[j]);
                     lanes &= lanes - 1;
                 }
             }
         }
     }
 
-    // One warp: what a part of these sums would have become on its way.
-    static EP_DEVICE void add_as_sent(Sums (&sums)[kVecsOfPiece], const Sums (&part)[kVecsOfPiece]) {
+    // What a part of these sums would have become on its way.
+    static EP_DEVICE void add_as_sent(Warp warp, Sums (&sums)[kVecsOfPiece], const Sums (&part)[kVecsOfPiece]) {
         if constexpr (kIsLogfmt) {
             float values[kLogUnit];
             copy_values(part, values);
-            const LogUnit codes = encode_logfmt(values);
+            const LogUnit codes = encode_logfmt(warp, values);
             decode_logfmt(values, codes);
             add_values(sums, values);
         } else {
 #pragma unroll
-            for (int j = 0; j < kVecsOfPiece; ++j) add(sums[j], rounded(part[j]), 1.0f);
+            for (int j = 0; j < kVecsOfPiece; ++j) sums[j].add(part[j].rounded());
         }
     }
 
-    // One warp: the part of the rank in `lane`, which has sent its rows: summed in order of k.
-    static EP_DEVICE void add_rows(const Context& c, const Token& token, const Parts& parts, int lane, int chunk,
-                                   Sums (&sums)[kVecsOfPiece]) {
+    // The part of the rank in `lane`, which has sent its rows: summed in order of k.
+    static EP_DEVICE void add_rows(Warp warp, const Context& c, const Token& token, const Parts& parts, int lane,
+                                   int chunk, Sums (&sums)[kVecsOfPiece]) {
+        warp.expect();
         Sums part[kVecsOfPiece] = {};
         uint32_t entries = __shfl_sync(kFullMask, parts.entries, lane);
 #pragma unroll 1
@@ -150,7 +158,8 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
 #pragma unroll
             for (int i = 0; i < kRowsAhead; ++i) {
                 if (rest == 0) break;
-                held[i] = load_sent(c, c.entry_slot(c.rank(), token.idx, __ffs(static_cast<int>(rest)) - 1), chunk);
+                held[i] =
+                    load_sent(warp, c, c.entry_slot(c.rank(), token.idx, __ffs(static_cast<int>(rest)) - 1), chunk);
                 rest &= rest - 1;
             }
 #pragma unroll
@@ -158,54 +167,55 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
                 if (entries == 0) break;
                 const float weight = __shfl_sync(kFullMask, token.weight, __ffs(static_cast<int>(entries)) - 1);
 #pragma unroll
-                for (int j = 0; j < kVecsOfPiece; ++j) add(part[j], held[i].vec[j], weight);
+                for (int j = 0; j < kVecsOfPiece; ++j) part[j].add(held[i].vec[j], weight);
                 entries &= entries - 1;
             }
         }
-        add_as_sent(sums, part);
+        add_as_sent(warp, sums, part);
     }
 
-    // One warp: are the rows of the experts that this rank names? Where a part is a sum its sender has asked that.
-    static EP_DEVICE void check_rows(const Context& c, const Token& token, const Parts& parts) {
+    // Are the rows of the experts that this rank names? Where a part is a sum its sender has asked that.
+    static EP_DEVICE void check_rows(Warp warp, const Context& c, const Token& token, const Parts& parts) {
+        warp.expect();
         uint32_t entries = 0;
 #pragma unroll 1
         for (uint32_t rest = parts.as_rows; rest != 0; rest &= rest - 1)
             entries |= __shfl_sync(kFullMask, parts.entries, __ffs(static_cast<int>(rest)) - 1);
-        const int k = prim::lane_idx();
+        const int k = warp.thread_rank();
         if ((entries >> k & 1u) != 0 && *c.entry_expert(c.rank(), token.idx, k) != token.id)
             refuse_entries(c.watch, c.rank(), token.idx);
     }
 
-    static EP_DEVICE void add_parts(const Context& c, const Token& token, const Parts& parts, int chunk,
+    static EP_DEVICE void add_parts(Warp warp, const Context& c, const Token& token, const Parts& parts, int chunk,
                                     Sums (&sums)[kVecsOfPiece]) {
-        if (!kUsesPackets || parts.as_rows == 0) return add_sums(c, token, parts, parts.lanes, chunk, sums);
-        if (chunk == 0) check_rows(c, token, parts);
+        if (!kUsesPackets || parts.as_rows == 0) return add_sums(warp, c, token, parts, parts.lanes, chunk, sums);
+        if (chunk == 0) check_rows(warp, c, token, parts);
 #pragma unroll 1
         for (uint32_t rest = parts.lanes; rest != 0; rest &= rest - 1) {
             const int lane = __ffs(static_cast<int>(rest)) - 1;
             if ((parts.as_rows >> lane & 1u) != 0)
-                add_rows(c, token, parts, lane, chunk, sums);
+                add_rows(warp, c, token, parts, lane, chunk, sums);
             else
-                add_sums(c, token, parts, 1u << lane, chunk, sums);
+                add_sums(warp, c, token, parts, 1u << lane, chunk, sums);
         }
     }
 
-    static EP_DEVICE void store_row(const Params& p, int token, int chunk, const Sums (&sums)[kVecsOfPiece],
+    static EP_DEVICE void store_row(Warp warp, const Params& p, int token, int chunk, const Sums (&sums)[kVecsOfPiece],
                                     bool is_lost) {
         auto* row = reinterpret_cast<Vec16*>(p.combined_x + static_cast<int64_t>(token) * p.call.hidden * 2);
 #pragma unroll
         for (int i = 0; i < kVecsOfPiece; ++i)
-            if (const int vec = lane_vec<kIsLogfmt>(chunk, i); vec < num_row_vecs(p.call))
-                prim::store_streaming(row + vec, is_lost ? spoiled_vec() : rounded(sums[i]));
+            if (const int vec = lane_vec<kIsLogfmt>(warp, chunk, i); vec < num_row_vecs(p.call))
+                prim::store_streaming(row + vec, is_lost ? algo::void_vec() : sums[i].rounded());
     }
 
-    // One warp: its share of one token.
+    // A share of one token.
     template <class Draw>
-    static EP_DEVICE void receive_token(const Params& p, const Context& c, int idx, int part, int num_parts,
+    static EP_DEVICE void receive_token(Warp warp, const Params& p, const Context& c, int idx, int part, int num_parts,
                                         const Draw& draw) {
         const int share = (num_chunks(p.call) + num_parts - 1) / num_parts;
         const int end = (part + 1) * share < num_chunks(p.call) ? (part + 1) * share : num_chunks(p.call);
-        const Token token = load_token(p, c, idx);
+        const Token token = load_token(warp, p, c, idx);
         Parts parts = {-1, 0, 0, 0, false};
         bool is_lost = false;
 #pragma unroll 1
@@ -213,21 +223,22 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
             Sums sums[kVecsOfPiece] = {};
 #pragma unroll 1
             for (int first = 0; first < c.num_ranks(); first += kWarpSize) {
-                if (first != parts.first_rank) parts = wait_for_parts(p, c, token, first);
+                if (first != parts.first_rank) parts = wait_for_parts(warp, p, c, token, first);
                 is_lost |= parts.is_lost;
-                add_parts(c, token, parts, chunk, sums);
+                add_parts(warp, c, token, parts, chunk, sums);
             }
             draw();
-            store_row(p, idx, chunk, sums, is_lost);
+            store_row(warp, p, idx, chunk, sums, is_lost);
         }
     }
 
-    static EP_DEVICE void receive(const Params& p, const Context& c, Block* block) {
+    static EP_DEVICE void receive(Block block, const Params& p, const LaunchSession& launch) {
         const int most = num_chunks(p.call) < kMaxWarpsForItem ? num_chunks(p.call) : kMaxWarpsForItem;
         const int num_parts = warps_for_item(p.num_tokens, most);
         const int num_shares = p.num_tokens * num_parts;
-        for_each_unit(c, block, num_shares, [&](int unit, bool, const auto& draw) {
-            if (unit < num_shares) receive_token(p, c, unit / num_parts, unit % num_parts, num_parts, draw);
+        for_each_unit(block, launch, num_shares, [&](int unit, bool, const auto& draw) {
+            if (unit < num_shares)
+                receive_token(Warp{}, p, launch.context, unit / num_parts, unit % num_parts, num_parts, draw);
         });
     }
 };

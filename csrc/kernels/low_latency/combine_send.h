@@ -22,7 +22,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     };
 
     struct Shared {
-        Block block;
+        BlockRole role;
         Written written[kTokensPerRelease];
         int are_weights_here[2];  // of the current token; each second one uses the other
         int has_failed;           // some warp has given up waiting: nothing more may be published
@@ -45,7 +45,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         uint32_t wanted = 0;      // lanes whose entry the caller has kept in this call
         bool is_weighed = false;  // a look has shown this lane's packets
 
-        EP_DEVICE int k() const { return first_k + prim::lane_idx(); }
+        EP_DEVICE int k() const { return first_k + Warp::thread_rank(); }
     };
 
     // The rows are those of the dispatch, so they are known before the weights.
@@ -56,7 +56,8 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         return work;
     }
 
-    static EP_DEVICE void find_rows(const Context& c, Work& work) {
+    static EP_DEVICE void find_rows(Warp warp, const Context& c, Work& work) {
+        warp.expect();
         // With another handle than that of the dispatch the row is garbage, and must not be an address as well.
         if (work.row >= c.num_local_experts() * c.num_rows_of_expert()) work.row = -1;
         work.rows = __ballot_sync(kFullMask, work.row >= 0);
@@ -80,7 +81,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         work.is_weighed = has_expert && has_weight;
     }
 
-    // One warp, after look_at_weights.
+    // After look_at_weights.
     static EP_DEVICE void take_weights(const Context& c, Work& work, Shared& shared) {
         if (work.is_weighed) return;
         const prim::Packet* packets = packets_of(c, work);
@@ -103,7 +104,8 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     }
 
     // After that. Returns whether any of the entries has its expert here.
-    static EP_DEVICE bool find_wanted(const Context& c, Work& work) {
+    static EP_DEVICE bool find_wanted(Warp warp, const Context& c, Work& work) {
+        warp.expect();
         work.wanted = __ballot_sync(kFullMask, local_expert(c, work.expert) >= 0);
         return work.wanted != 0;
     }
@@ -113,47 +115,50 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         Piece piece[kRowsAhead];
     };
 
-    static EP_DEVICE void load_ahead(const Params& p, const Work& work, uint32_t lanes, int chunk, Ahead& ahead) {
+    static EP_DEVICE void load_ahead(Warp warp, const Params& p, const Work& work, uint32_t lanes, int chunk,
+                                     Ahead& ahead) {
+        warp.expect();
 #pragma unroll
         for (int i = 0; i < kRowsAhead; ++i) {
             if (lanes == 0) break;
             const int row = __shfl_sync(kFullMask, work.row, __ffs(static_cast<int>(lanes)) - 1);
             const auto* source = reinterpret_cast<const Vec16*>(p.x + static_cast<int64_t>(row) * p.call.hidden * 2);
-            ahead.piece[i] =
-                load_chunk<kIsLogfmt>(p.call, chunk, [&](int vec) { return prim::load_input(source + vec); });
+            ahead.piece[i] = load_chunk(warp, kPieces<kIsLogfmt>, p.call, chunk,
+                                        [&](int vec) { return prim::load_input(source + vec); });
             lanes &= lanes - 1;
         }
     }
 
     // Sends what is ahead, each row to the slot of its entry; returns the lanes that are left.
-    static EP_DEVICE uint32_t send_ahead(const Context& c, const Work& work, uint32_t lanes, int chunk,
+    static EP_DEVICE uint32_t send_ahead(Warp warp, const Context& c, const Work& work, uint32_t lanes, int chunk,
                                          const Ahead& ahead) {
 #pragma unroll
         for (int i = 0; i < kRowsAhead; ++i) {
             if (lanes == 0) break;
             uint8_t* slot = c.entry_slot(work.source, work.token, __ffs(static_cast<int>(lanes)) - 1);
-            store_piece(kIsLogfmt ? Pieces::kNeighbours : Pieces::kHalves, num_chunk_vecs(c.call, chunk),
-                        ahead.piece[i], reinterpret_cast<Vec16*>(slot) + chunk * kChunkVecs);
+            store_chunk(warp, kPieces<kIsLogfmt>, c.call, chunk, ahead.piece[i], slot);
             lanes &= lanes - 1;
         }
         return lanes;
     }
 
-    // One warp: a chunk of all rows of a token whose owner's weights are not here. `ahead`: the first rows, under way.
-    static EP_DEVICE void send_rows(const Params& p, const Context& c, const Work& work, Ahead& ahead, int chunk) {
+    // A chunk of all rows of a token whose owner's weights are not here. `ahead`: the first rows, under way.
+    static EP_DEVICE void send_rows(Warp warp, const Params& p, const Context& c, const Work& work, Ahead& ahead,
+                                    int chunk) {
         if (chunk == 0 && work.row >= 0)
             *c.entry_expert(work.source, work.token, work.k()) = c.first_expert() + work.row / c.num_rows_of_expert();
-        uint32_t rest = send_ahead(c, work, work.rows, chunk, ahead);
+        uint32_t rest = send_ahead(warp, c, work, work.rows, chunk, ahead);
 #pragma unroll 1
         while (rest != 0) {
-            load_ahead(p, work, rest, chunk, ahead);
-            rest = send_ahead(c, work, rest, chunk, ahead);
+            load_ahead(warp, p, work, rest, chunk, ahead);
+            rest = send_ahead(warp, c, work, rest, chunk, ahead);
         }
     }
 
     // Adds what is ahead, in order of k; returns the lanes that are left.
-    static EP_DEVICE uint32_t add_ahead(const Work& work, uint32_t lanes, const Ahead& ahead,
+    static EP_DEVICE uint32_t add_ahead(Warp warp, const Work& work, uint32_t lanes, const Ahead& ahead,
                                         Sums (&sums)[kVecsOfPiece]) {
+        warp.expect();
 #pragma unroll
         for (int i = 0; i < kRowsAhead; ++i) {
             if (lanes == 0) break;
@@ -161,51 +166,53 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
             const float weight = __shfl_sync(kFullMask, work.weight, lane);
             if ((work.wanted >> lane & 1u) != 0)
 #pragma unroll
-                for (int j = 0; j < kVecsOfPiece; ++j) add(sums[j], ahead.piece[i].vec[j], weight);
+                for (int j = 0; j < kVecsOfPiece; ++j) sums[j].add(ahead.piece[i].vec[j], weight);
             lanes &= lanes - 1;
         }
         return lanes;
     }
 
-    static EP_DEVICE void store_sums(const Params& p, const Sums (&sums)[kVecsOfPiece], int chunk, uint8_t* slot) {
+    static EP_DEVICE void store_sums(Warp warp, const Params& p, const Sums (&sums)[kVecsOfPiece], int chunk,
+                                     uint8_t* slot) {
         if constexpr (kIsLogfmt) {
             const auto row = layout::LogfmtRow::make(static_cast<uint64_t>(p.call.hidden));
-            const int unit = chunk * kWarpSize + prim::lane_idx();
+            const int unit = chunk * kWarpSize + warp.thread_rank();
             float values[kLogUnit];
             copy_values(sums, values);
-            store_logfmt(values, slot, row, unit, unit < static_cast<int>(row.high.count));
+            store_logfmt(warp, values, slot, row, unit, unit < static_cast<int>(row.high.count));
         } else {
 #pragma unroll
             for (int j = 0; j < kVecsOfPiece; ++j)
-                if (const int vec = lane_vec<kIsLogfmt>(chunk, j); vec < num_row_vecs(p.call))
-                    prim::store_streaming(reinterpret_cast<Vec16*>(slot) + vec, rounded(sums[j]));
+                if (const int vec = lane_vec<kIsLogfmt>(warp, chunk, j); vec < num_row_vecs(p.call))
+                    prim::store_streaming(reinterpret_cast<Vec16*>(slot) + vec, sums[j].rounded());
         }
     }
 
-    // One warp: a chunk of a token's row. `work` and `ahead`: the first rows, which are under way.
-    static EP_DEVICE void sum_chunk(const Params& p, const Context& c, Work work, Ahead& ahead, int chunk,
+    // A chunk of a token's row. `work` and `ahead`: the first rows, which are under way.
+    static EP_DEVICE void sum_chunk(Warp warp, const Params& p, const Context& c, Work work, Ahead& ahead, int chunk,
                                     Sums (&sums)[kVecsOfPiece]) {
-        uint32_t rest = add_ahead(work, work.rows, ahead, sums);
+        uint32_t rest = add_ahead(warp, work, work.rows, ahead, sums);
 #pragma unroll 1
         for (;;) {
 #pragma unroll 1
             while (rest != 0) {
-                load_ahead(p, work, rest, chunk, ahead);
-                rest = add_ahead(work, rest, ahead, sums);
+                load_ahead(warp, p, work, rest, chunk, ahead);
+                rest = add_ahead(warp, work, rest, ahead, sums);
             }
             if (c.uses_packets || p.call.num_topk <= work.first_k + kWarpSize) return;
             work = load_rows(p, work.source, work.token, work.first_k + kWarpSize);
             load_weights_of(c, work);
-            find_rows(c, work);
-            find_wanted(c, work);
+            find_rows(warp, c, work);
+            find_wanted(warp, c, work);
             rest = work.rows;
         }
     }
 
-    // One warp: does an entry name an expert here whose rows its own row is none of? Then topk_idx or the handle are not those
+    // Does an entry name an expert here whose rows its own row is none of? Then topk_idx or the handle are not those
     // of one dispatch. An entry that combine leaves out (-1) may have a row all the same, and one of a source that was masked
     // in the dispatch has none.
-    static EP_DEVICE bool is_foreign(const Context& c, const Work& work) {
+    static EP_DEVICE bool is_foreign(Warp warp, const Context& c, const Work& work) {
+        warp.expect();
         const int expert = local_expert(c, work.expert);
         const int place = work.row - expert * c.num_rows_of_expert();
         const bool is_its_own = place >= 0 && place < c.num_rows_of_expert();
@@ -213,17 +220,17 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         return __any_sync(kFullMask, expert >= 0 && !is_its_own && !may_lack) != 0;
     }
 
-    // Every warp: has the token experts here? `work`: the first of its entries. False as well where the call fails, which all
+    // Has the token experts here? `work`: the first of its entries. False as well where the call fails, which all
     // warps of the block find out.
-    static EP_DEVICE bool has_work(const Params& p, const Context& c, Work& work) {
-        bool is_found = find_wanted(c, work), is_wrong = is_foreign(c, work);
+    static EP_DEVICE bool has_work(Warp warp, const Params& p, const Context& c, Work& work) {
+        bool is_found = find_wanted(warp, c, work), is_wrong = is_foreign(warp, c, work);
         if (!c.uses_packets)
 #pragma unroll 1
             for (int first = kWarpSize; first < c.call.num_topk; first += kWarpSize) {
                 Work more = load_rows(p, work.source, work.token, first);
                 load_weights_of(c, more);
-                is_found |= find_wanted(c, more);
-                is_wrong |= is_foreign(c, more);
+                is_found |= find_wanted(warp, c, more);
+                is_wrong |= is_foreign(warp, c, more);
             }
         if (is_wrong) refuse_entries(c.watch, work.source, work.token);
         return is_found && !is_wrong;
@@ -239,30 +246,33 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         return source < kWarpSize && (sources.known >> source & 1u) != 0;
     }
 
-    static EP_DEVICE int known_tokens(const Sources& sources, int source) {
+    static EP_DEVICE int known_tokens(Warp warp, const Sources& sources, int source) {
+        warp.expect();
         return __shfl_sync(kFullMask, sources.num_tokens, source % kWarpSize);
     }
 
-    static EP_DEVICE bool is_beyond(const Sources& sources, int source, int token) {
-        return is_known(sources, source) && token >= known_tokens(sources, source);
+    static EP_DEVICE bool is_beyond(Warp warp, const Sources& sources, int source, int token) {
+        return is_known(sources, source) && token >= known_tokens(warp, sources, source);
     }
 
-    // One warp; acquire.
-    static EP_DEVICE bool wait_for_weights(const Context& c, int source) {
-        return as_lane_0_says(prim::lane_idx() == 0 && wait_for_table(c, source));
+    // Acquire.
+    static EP_DEVICE bool wait_for_weights(Warp warp, const Context& c, int source) {
+        warp.expect();
+        return algo::broadcast(warp, warp.thread_rank() == 0 && wait_for_table(c, source));
     }
 
-    // One warp: does the token exist, and has it experts here? Finds its weights too.
-    static EP_DEVICE bool is_wanted(const Params& p, const Context& c, Sources& sources, Work& work, Shared& shared) {
+    // Does the token exist, and has it experts here? Finds its weights too.
+    static EP_DEVICE bool is_wanted(Warp warp, const Params& p, const Context& c, Sources& sources, Work& work,
+                                    Shared& shared) {
         if (c.uses_packets) {
             take_weights(c, work, shared);
-            return has_work(p, c, work);
+            return has_work(warp, p, c, work);
         }
         int num_tokens = 0;
         if (is_known(sources, work.source)) {
-            num_tokens = known_tokens(sources, work.source);
+            num_tokens = known_tokens(warp, sources, work.source);
         } else {
-            const bool is_here = wait_for_weights(c, work.source);
+            const bool is_here = wait_for_weights(warp, c, work.source);
             if (is_here) {
                 num_tokens = c.num_tokens_of(work.source);
                 load_weights_of(c, work);
@@ -272,10 +282,10 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
             }
             // In an aborted call warps may disagree, and must still meet at the same barriers: they learn nothing.
             const bool is_settled = is_here || c.call.is_shrinkable;
-            if (is_settled && prim::lane_idx() == work.source) sources.num_tokens = num_tokens;
+            if (is_settled && warp.thread_rank() == work.source) sources.num_tokens = num_tokens;
             if (is_settled && work.source < kWarpSize) sources.known |= 1u << work.source;
         }
-        return work.token < num_tokens && has_work(p, c, work);
+        return work.token < num_tokens && has_work(warp, p, c, work);
     }
 
     // Tokens of all sources in turn, so that no link is the last; every rank begins with another source.
@@ -297,7 +307,8 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     }
 
     // To the next item, and begins the one after it.
-    static EP_DEVICE void advance(const Params& p, const Context& c, const Sources& sources, Stream& stream) {
+    static EP_DEVICE void advance(Warp warp, const Params& p, const Context& c, const Sources& sources,
+                                  Stream& stream) {
         const int num_blocks = static_cast<int>(gridDim.x);
         stream.item += num_blocks;
         stream.work = stream.next;
@@ -306,26 +317,28 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
             look_at_weights(c, stream.work);
         else if (is_known(sources, stream.work.source))
             load_weights_of(c, stream.work);
-        find_rows(c, stream.work);
+        find_rows(warp, c, stream.work);
     }
 
-    // The whole block.
-    static EP_DEVICE void publish_written(int num_written, Shared& shared) {
-        __syncthreads();  // every warp's part of the rows, one warp's releases
-        const int idx = static_cast<int>(threadIdx.x);
+    static EP_DEVICE void publish_written(Block block, int num_written, Shared& shared) {
+        block.expect();
+        block.sync();  // every warp's part of the rows, one warp's releases
+        const int idx = block.thread_rank();
         // Pairs with: wait_for_parts at the owner.
         if (idx < num_written && shared.written[idx].flag != nullptr &&
             prim::load<Order::kRelaxed, Scope::kCta>(&shared.has_failed) == 0)
             prim::store<Order::kRelease, Scope::kSys>(shared.written[idx].flag, shared.written[idx].value);
-        __syncwarp();  // the list is read before thread 0 begins the next one
+        Warp::sync();  // the list is read before thread 0 begins the next one
     }
 
     // What the block sends of a token: nothing, the sum of its rows, or the rows themselves.
     enum class Sent { kNothing, kSum, kRows };
 
-    // The whole block, with a hook: nobody may wait for the owner of the token here, which may be late by any time. A few looks,
+    // With a hook: nobody may wait for the owner of the token here, which may be late by any time. A few looks,
     // for the whole of the launch, are less than what rows cost. Warp 0 decides; what it has seen the others see too.
-    static EP_DEVICE bool are_weights_here(const Context& c, Work& work, Progress& progress, Shared& shared) {
+    static EP_DEVICE bool are_weights_here(Block block, const Context& c, Work& work, Progress& progress,
+                                           Shared& shared) {
+        block.expect();
         int* answer = &shared.are_weights_here[progress.num_items % 2];
         if (prim::warp_idx() == 0) {
             bool is_here = __all_sync(kFullMask, work.is_weighed) != 0;
@@ -335,20 +348,20 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
                 look_at_weights(c, work);
                 is_here = __all_sync(kFullMask, work.is_weighed) != 0;
             }
-            if (prim::lane_idx() == 0) *answer = is_here ? 1 : 0;
+            if (Warp::thread_rank() == 0) *answer = is_here ? 1 : 0;
         }
-        __syncthreads();
+        block.sync();
         return *answer != 0;
     }
 
-    static EP_DEVICE Sent what_to_send(const Params& p, const Context& c, Sources& sources, Work& work,
+    static EP_DEVICE Sent what_to_send(Block block, const Params& p, const Context& c, Sources& sources, Work& work,
                                        Progress& progress, Shared& shared) {
-        if (c.uses_packets && c.phase == Phase::kSend && !are_weights_here(c, work, progress, shared))
+        if (c.uses_packets && c.phase == Phase::kSend && !are_weights_here(block, c, work, progress, shared))
             return Sent::kRows;
-        return is_wanted(p, c, sources, work, shared) ? Sent::kSum : Sent::kNothing;
+        return is_wanted(Warp{}, p, c, sources, work, shared) ? Sent::kSum : Sent::kNothing;
     }
 
-    // One warp, where the part is a sum.
+    // Where the part is a sum.
     static EP_DEVICE uint8_t* sum_slot(const Context& c, const Work& work) {
         if constexpr (kUsesPackets)
             return c.entry_slot(work.source, work.token, __ffs(static_cast<int>(work.wanted)) - 1);
@@ -356,41 +369,44 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
             return c.slot(work.source, c.rank(), work.token);
     }
 
-    // One thread.
     static EP_DEVICE Written written_of(const Context& c, const Work& work, Sent sent) {
         if (sent == Sent::kNothing) return {nullptr, 0};
         uint64_t* flag = c.watch.heap.token_full(work.source, c.bank, c.rank(), work.token);
         return {flag, sent == Sent::kRows ? EntrySlots::rows_flag(c.watch.call, work.rows) : c.watch.call};
     }
 
-    // The whole block: the current token, and what comes after it is begun.
-    static EP_DEVICE void send_token(const Params& p, const Context& c, Sources& sources, Stream& stream,
+    // The current token, and what comes after it is begun.
+    static EP_DEVICE void send_token(Block block, const Params& p, const Context& c, Sources& sources, Stream& stream,
                                      Progress& progress, Shared& shared) {
-        const int num_warps = static_cast<int>(blockDim.x) / kWarpSize;
-        const bool is_one = stream.item >= 0 && !is_beyond(sources, stream.work.source, stream.work.token);
-        const Sent sent = is_one ? what_to_send(p, c, sources, stream.work, progress, shared) : Sent::kNothing;
+        block.expect();
+        const Warp warp;
+        const int num_warps = block.num_warps();
+        const bool is_one = stream.item >= 0 && !is_beyond(warp, sources, stream.work.source, stream.work.token);
+        const Sent sent = is_one ? what_to_send(block, p, c, sources, stream.work, progress, shared) : Sent::kNothing;
         uint8_t* slot = sent == Sent::kSum ? sum_slot(c, stream.work) : nullptr;
-        if (threadIdx.x == 0) shared.written[progress.num_written] = written_of(c, stream.work, sent);
+        if (block.thread_rank() == 0) shared.written[progress.num_written] = written_of(c, stream.work, sent);
         bool is_last = false;
 #pragma unroll 1
         for (int chunk = prim::warp_idx(); !is_last; chunk += num_warps) {
             const bool is_inside = chunk * kChunkVecs < num_row_vecs(p.call);
             Sums sums[kVecsOfPiece] = {};
-            if (is_inside && sent == Sent::kSum) sum_chunk(p, c, stream.work, stream.ahead, chunk, sums);
-            if (is_inside && sent == Sent::kRows) send_rows(p, c, stream.work, stream.ahead, chunk);
+            if (is_inside && sent == Sent::kSum) sum_chunk(warp, p, c, stream.work, stream.ahead, chunk, sums);
+            if (is_inside && sent == Sent::kRows) send_rows(warp, p, c, stream.work, stream.ahead, chunk);
             is_last = (chunk + num_warps) * kChunkVecs >= num_row_vecs(p.call);
-            if (is_last) advance(p, c, sources, stream);
-            load_ahead(p, stream.work, stream.work.rows, is_last ? prim::warp_idx() : chunk + num_warps, stream.ahead);
-            if (is_inside && sent == Sent::kSum) store_sums(p, sums, chunk, slot);
+            if (is_last) advance(warp, p, c, sources, stream);
+            load_ahead(warp, p, stream.work, stream.work.rows, is_last ? prim::warp_idx() : chunk + num_warps,
+                       stream.ahead);
+            if (is_inside && sent == Sent::kSum) store_sums(warp, p, sums, chunk, slot);
         }
         ++progress.num_items;
         if (++progress.num_written < kTokensPerRelease) return;
-        publish_written(progress.num_written, shared);
+        publish_written(block, progress.num_written, shared);
         progress.num_written = 0;
     }
 
-    static EP_DEVICE void send(const Params& p, const Context& c, Shared& shared) {
-        Block* block = &shared.block;
+    static EP_DEVICE void send(Block block, const Params& p, const LaunchSession& launch, Shared& shared) {
+        const Context& c = launch.context;
+        const Warp warp;
         const int first = static_cast<int>(blockIdx.x);
         // Most likely the block that begins first; it begins with these instead of a token.
         const bool has_weights = first == 0;
@@ -400,21 +416,19 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         stream.item = first - static_cast<int>(gridDim.x);
         stream.next = load_item(p, c, first);
         if (has_weights) {
-            weights = load_weights(p, c, 0);
+            weights = load_weights(block, p, c, 0);
         } else {
-            advance(p, c, sources, stream);
-            load_ahead(p, stream.work, stream.work.rows, prim::warp_idx(), stream.ahead);
+            advance(warp, p, c, sources, stream);
+            load_ahead(warp, p, stream.work, stream.work.rows, prim::warp_idx(), stream.ahead);
         }
-        if (threadIdx.x == 0) shared.has_failed = 0;
-        begin_send(c, block);
-        // Another warp may find out already that it is not.
-        const bool is_ready = prim::load<Order::kRelaxed, Scope::kCta>(&block->is_ready) != 0;
-        if (is_ready && block->is_first != 0) send_weights(p, c, block, weights, has_weights);
+        if (block.thread_rank() == 0) shared.has_failed = 0;
+        const SendPhase<Tells::kInside> phase(block, launch);
+        const bool is_ready = phase.is_ready();
+        if (is_ready && phase.is_first()) send_weights(block, p, c, phase, weights, has_weights);
         Progress progress = {};
 #pragma unroll 1
-        while (is_ready && stream.item < num_items(p, c)) send_token(p, c, sources, stream, progress, shared);
-        if (progress.num_written > 0) publish_written(progress.num_written, shared);
-        end_send(c, block);
+        while (is_ready && stream.item < num_items(p, c)) send_token(block, p, c, sources, stream, progress, shared);
+        if (progress.num_written > 0) publish_written(block, progress.num_written, shared);
     }
 
     // A thread's part of our own table, from entry `base` on.
@@ -423,11 +437,11 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         float weight[kWeightsAhead];
     };
 
-    static EP_DEVICE Weights load_weights(const Params& p, const Context& c, int base) {
+    static EP_DEVICE Weights load_weights(Block block, const Params& p, const Context& c, int base) {
         Weights held = {};
 #pragma unroll
         for (int i = 0; i < kWeightsAhead; ++i) {
-            const int entry = base + i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+            const int entry = base + i * block.size() + block.thread_rank();
             held.expert[i] = -1;
             if (entry >= p.num_tokens * c.call.num_topk) continue;
             // An id out of range reaches no rank; the table must agree.
@@ -437,31 +451,31 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         return held;
     }
 
-    // One thread.
-    static EP_DEVICE void send_weight_packets(const Context& c, int peer, const Weights& held, int base,
+    static EP_DEVICE void send_weight_packets(Block block, const Context& c, int peer, const Weights& held, int base,
                                               int num_entries) {
         prim::Packet* packets = c.packets(peer, c.rank());
 #pragma unroll
         for (int i = 0; i < kWeightsAhead; ++i) {
-            const int entry = base + i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+            const int entry = base + i * block.size() + block.thread_rank();
             if (entry >= num_entries) continue;
             send_packet(c, packets + 2 * entry, held.expert[i]);
             send_packet(c, packets + 2 * entry + 1, __float_as_int(held.weight[i]));
         }
     }
 
-    // All threads of the block that began first: our top-k ids and weights to every rank. Peers wait for them in their
+    // The block that began first: our top-k ids and weights to every rank. Peers wait for them in their
     // send phases, so they must not depend on a block that may not be resident yet.
     // In packets those of tokens that do not exist as well, so that nobody has to know how many do.
-    static EP_DEVICE void send_weights(const Params& p, const Context& c, const Block* block, Weights held,
-                                       bool is_loaded) {
+    static EP_DEVICE void send_weights(Block block, const Params& p, const Context& c,
+                                       const SendPhase<Tells::kInside>& phase, Weights held, bool is_loaded) {
+        block.expect();
         const int num_entries = (c.uses_packets ? c.call.num_max_tokens : p.num_tokens) * c.call.num_topk;
-        for (int base = 0; base < num_entries; base += kWeightsAhead * static_cast<int>(blockDim.x)) {
-            if (base > 0 || !is_loaded) held = load_weights(p, c, base);
+        for (int base = 0; base < num_entries; base += kWeightsAhead * block.size()) {
+            if (base > 0 || !is_loaded) held = load_weights(block, p, c, base);
             for (int peer = 0; peer < c.num_ranks(); ++peer) {
-                if (block->leaves_out(c.call, peer)) continue;
+                if (phase.leaves_out(peer)) continue;
                 if (c.uses_packets) {
-                    send_weight_packets(c, peer, held, base, num_entries);
+                    send_weight_packets(block, c, peer, held, base, num_entries);
                     continue;
                 }
                 uint8_t* message = c.message(peer, c.rank());
@@ -469,14 +483,14 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
                 auto* weights = reinterpret_cast<float*>(message + c.call.message.topk_weights.offset);
 #pragma unroll
                 for (int i = 0; i < kWeightsAhead; ++i) {
-                    const int entry = base + i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+                    const int entry = base + i * block.size() + block.thread_rank();
                     if (entry < num_entries) ids[entry] = held.expert[i];
                     if (entry < num_entries) weights[entry] = held.weight[i];
                 }
             }
         }
-        if (!c.uses_packets) publish_table(c, block, p.num_tokens);
-        if (is_last_warp()) publish_ended(c);
+        if (!c.uses_packets) phase.publish_table(block, p.num_tokens);
+        phase.tell_ended(block);
     }
 };
 

@@ -19,14 +19,14 @@ template <Launches kLaunches> struct Kernel {
     static constexpr int kMaxThreads = kMaxLowLatencyThreads;
     static constexpr int kMinBlocks = 1;
     struct Shared {
-        Block block;
+        BlockRole role;
     };
 
     static EP_DEVICE void run(const Params& p, Shared& shared) {
         run_launch<kLaunches>(
-            p.call, layout::Operation::kLowLatencyDispatch, &shared.block,
-            [&](const Context& context, Block* block) { send(p, context, block); },
-            [&](const Context& context, Block* block) { receive(p, context, block); });
+            p.call, layout::Operation::kLowLatencyDispatch, shared.role,
+            [&](const LaunchSession& launch) { send(Block{}, p, launch); },
+            [&](const LaunchSession& launch) { receive(Block{}, p, launch); });
     }
 };
 

@@ -4,9 +4,8 @@
 
 #include "device/algo/fp8.h"
 #include "device/algo/warp.h"
+#include "kernels/low_latency/bf16_row.h"
 #include "kernels/low_latency/routing_table.h"
-#include "kernels/low_latency/row.h"
-#include "kernels/low_latency/turn.h"
 
 namespace deep_ep::kernels::low_latency::dispatch {
 inline namespace EP_BACKEND {
@@ -23,13 +22,12 @@ struct Targets {
 };
 
 EP_DEVICE Pieces pieces_of(const Params& p) {
-    return p.payload == Payload::kFp8 ? Pieces::kNeighbours : Pieces::kHalves;
+    return p.payload == Payload::kFp8 ? Pieces::kNeighbours : Pieces::kInterleaved;
 }
 
-EP_DEVICE Piece load_input_piece(const Params& p, int token, int chunk) {
+EP_DEVICE Piece load_input_piece(Warp warp, const Params& p, int token, int chunk) {
     const auto* row = reinterpret_cast<const Vec16*>(p.x) + static_cast<int64_t>(token) * num_row_vecs(p.call);
-    return load_piece(pieces_of(p), num_chunk_vecs(p.call, chunk),
-                      [&](int vec) { return prim::load_input(row + chunk * kChunkVecs + vec); });
+    return load_chunk(warp, pieces_of(p), p.call, chunk, [&](int vec) { return prim::load_input(row + vec); });
 }
 
 EP_DEVICE float largest_of(const Piece& piece) {
@@ -53,15 +51,16 @@ EP_DEVICE Vec16 cast(const Piece& piece, float inverse) {
     return packed;
 }
 
-// One warp: a chunk, cast and written to every target.
-EP_DEVICE void send_fp8(const Params& p, const Piece& piece, int chunk, const Targets& targets) {
+// A chunk, cast and written to every target.
+EP_DEVICE void send_fp8(Warp warp, const Params& p, const Piece& piece, int chunk, const Targets& targets) {
+    warp.expect();
     float largest = largest_of(piece);
 #pragma unroll
     for (int distance = 1; distance < kLanesPerGroup; distance *= 2)
         largest = fmaxf(largest, __shfl_xor_sync(kFullMask, largest, distance));
     const algo::Fp8Scale scale = algo::fp8_scale(largest, p.rounds_scales);
     const Vec16 packed = cast(piece, scale.inverse);
-    const int vec = chunk * kWarpSize + prim::lane_idx();  // of the row in FP8
+    const int vec = chunk * kWarpSize + warp.thread_rank();  // of the row in FP8
     for (uint32_t rest = targets.lanes; rest != 0; rest &= rest - 1) {
         uint8_t* slot = algo::broadcast_pointer(targets.slot, __ffs(static_cast<int>(rest)) - 1);
         if (vec * kVecsOfPiece >= num_row_vecs(p.call)) continue;
@@ -71,11 +70,11 @@ EP_DEVICE void send_fp8(const Params& p, const Piece& piece, int chunk, const Ta
     }
 }
 
-EP_DEVICE void send_bf16(const Params& p, const Piece& piece, int chunk, const Targets& targets) {
+EP_DEVICE void send_bf16(Warp warp, const Params& p, const Piece& piece, int chunk, const Targets& targets) {
+    warp.expect();
     for (uint32_t rest = targets.lanes; rest != 0; rest &= rest - 1) {
         uint8_t* slot = algo::broadcast_pointer(targets.slot, __ffs(static_cast<int>(rest)) - 1);
-        store_piece(Pieces::kHalves, num_chunk_vecs(p.call, chunk), piece,
-                    reinterpret_cast<Vec16*>(slot) + chunk * kChunkVecs);
+        store_chunk(warp, Pieces::kInterleaved, p.call, chunk, piece, slot);
     }
 }
 
@@ -87,27 +86,29 @@ struct Head {
 
 EP_DEVICE Ids ids_of(const Params& p) { return {p.topk_idx, p.idx_bytes}; }
 
-EP_DEVICE Head load_head(const Params& p, const Context& c, int token) {
+EP_DEVICE Head load_head(Warp warp, const Params& p, const Context& c, int token) {
     if (token >= p.num_tokens) return {};
-    return {load_input_piece(p, token, prim::warp_idx()), ids_of(p).load(c, token, 0)};
+    return {load_input_piece(warp, p, token, prim::warp_idx()), ids_of(p).load(warp, c, token, 0)};
 }
 
-// The whole block: one token to all ranks that need it.
-EP_DEVICE void send_token(const Params& p, const Context& c, int token, const Head& head) {
+// One token to all ranks that need it.
+EP_DEVICE void send_token(Block block, const Params& p, const Context& c, int token, const Head& head) {
+    block.expect();
+    const Warp warp;
 #pragma unroll 1
     for (int first = 0; first < c.num_ranks(); first += kWarpSize) {
-        const bool is_sent = is_destination(c, ids_of(p), head.id, token, first);
-        const int rank = first + prim::lane_idx();
+        const bool is_sent = is_destination(warp, c, ids_of(p), head.id, token, first);
+        const int rank = first + warp.thread_rank();
         const Targets targets{__ballot_sync(kFullMask, is_sent), is_sent ? c.slot(rank, c.rank(), token) : nullptr};
 #pragma unroll 1
-        for (int chunk = prim::warp_idx(); chunk < num_chunks(p.call); chunk += num_warps()) {
-            const Piece piece = chunk == prim::warp_idx() ? head.piece : load_input_piece(p, token, chunk);
+        for (int chunk = prim::warp_idx(); chunk < num_chunks(p.call); chunk += block.num_warps()) {
+            const Piece piece = chunk == prim::warp_idx() ? head.piece : load_input_piece(warp, p, token, chunk);
             if (p.payload == Payload::kFp8)
-                send_fp8(p, piece, chunk, targets);
+                send_fp8(warp, p, piece, chunk, targets);
             else
-                send_bf16(p, piece, chunk, targets);
+                send_bf16(warp, p, piece, chunk, targets);
         }
-        __syncthreads();  // every warp's part of the row, warp 0's releases
+        block.sync();  // every warp's part of the row, warp 0's releases
         // Pairs with: wait_for_slot at the destination.
         if (prim::warp_idx() == 0 && is_sent)
             prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.token_full(rank, c.bank, c.rank(), token),
@@ -116,26 +117,26 @@ EP_DEVICE void send_token(const Params& p, const Context& c, int token, const He
 }
 
 // The last block makes the routing table, and sends tokens only where it is alone.
-EP_DEVICE void send(const Params& p, const Context& c, Block* block) {
+EP_DEVICE void send(Block block, const Params& p, const LaunchSession& launch) {
+    const Context& c = launch.context;
+    const Warp warp;
     const bool has_table = blockIdx.x == gridDim.x - 1;
     const int num_senders = gridDim.x > 1 ? static_cast<int>(gridDim.x) - 1 : 1;
     const int first = static_cast<int>(blockIdx.x) < num_senders ? static_cast<int>(blockIdx.x) : p.num_tokens;
     const Choice choice{ids_of(p), p.num_tokens};
     const auto sets = TokenSets::make(p.call.num_experts, p.num_set_words);
-    const TableCrew crew;
-    Head head = load_head(p, c, first);
-    if (has_table && crew.is_mine()) make_stretch(c, choice, sets, crew, 0);
-    begin_send(c, block);
-    const bool is_ready = block->is_ready != 0;
-    if (is_ready && has_table) send_routing_table(c, block, choice, sets, crew);
+    const algo::Warps makers = table_warps(block);
+    Head head = load_head(warp, p, c, first);
+    if (has_table && makers.has_this_thread()) make_tile(makers, c, choice, sets, 0);
+    const SendPhase<Tells::kAtEnd> phase(block, launch);
+    const bool is_ready = phase.is_ready();
+    if (is_ready && has_table) send_routing_table(block, c, phase, choice, sets);
 #pragma unroll 1
     for (int token = first; is_ready && token < p.num_tokens; token += num_senders) {
-        const Head next = load_head(p, c, token + num_senders);
-        send_token(p, c, token, head);
+        const Head next = load_head(warp, p, c, token + num_senders);
+        send_token(block, p, c, token, head);
         head = next;
     }
-    if (block->is_first != 0 && is_last_warp()) publish_ended(c);
-    end_send(c, block);
 }
 
 }  // namespace EP_BACKEND

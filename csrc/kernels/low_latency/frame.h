@@ -2,6 +2,7 @@
 // left out, and the ids of experts.
 #pragma once
 
+#include "device/algo/group.h"
 #include "device/algo/watch.h"
 #include "kernels/context.h"
 #include "kernels/params_low_latency.h"
@@ -9,17 +10,15 @@
 namespace deep_ep::kernels::low_latency {
 inline namespace EP_BACKEND {
 
+using algo::Block;
+using algo::Thread;
+using algo::Warp;
 using layout::Stage;
 using prim::kFullMask;
 using prim::kWarpSize;
 using prim::Order;
 using prim::Scope;
 using prim::Vec16;
-
-// What all threads of a block do together, thread by thread or warp by warp.
-EP_DEVICE int first_of_block() { return static_cast<int>(threadIdx.x); }
-EP_DEVICE int step_of_block() { return static_cast<int>(blockDim.x); }
-EP_DEVICE int num_warps() { return static_cast<int>(blockDim.x) / kWarpSize; }
 
 struct Context {
     const LowLatencyCall& call;
@@ -106,7 +105,7 @@ EP_DEVICE_COLD bool has_failed(algo::Watch watch) {
 
 // Waits that do not end at the first look are calls: their code, many times inlined, would fill the instruction cache.
 
-// One thread; acquire: waits until the flag is one from `expected` to `last`. False: do without the peer, because it is
+// Acquire: waits until the flag is one from `expected` to `last`. False: do without the peer, because it is
 // masked, or has just been, or the call is aborted.
 EP_DEVICE_COLD bool wait_for_peer(const LowLatencyCall* call, algo::Watch watch, Stage stage, int peer,
                                   const uint64_t* flag, uint64_t expected, uint64_t last) {
@@ -133,7 +132,7 @@ EP_DEVICE void note_wait(const LowLatencyCall& call, int source, uint64_t waited
     }
 }
 
-// One thread, one look; acquire. A flag of another call, earlier or later, says nothing of this one.
+// One look; acquire. A flag of another call, earlier or later, says nothing of this one.
 EP_DEVICE bool is_set(const algo::Watch& watch, const uint64_t* flag) {
     return prim::load<Order::kAcquire, Scope::kSys>(flag) == watch.call;
 }
@@ -168,7 +167,7 @@ EP_DEVICE bool wait_for_source(const LowLatencyCall& call, const algo::Watch& wa
     return is_set(watch, flag) || wait_for_late_source(&call, watch, stage, source, flag);
 }
 
-// One thread; acquire: does the routing table of `source` count in this call? The same answer for every thread that asks.
+// Acquire: does the routing table of `source` count in this call? The same answer for every thread that asks.
 // Where the source may be left out, it could come just as the deadline passes, or be masked already and come all the same:
 // some warps would then count its rows and others not, and no row of any source would be where both expect it.
 EP_DEVICE_COLD bool decide_on_table(const LowLatencyCall* call, algo::Watch watch, int source, const uint64_t* flag) {
@@ -185,7 +184,7 @@ EP_DEVICE_COLD bool decide_on_table(const LowLatencyCall* call, algo::Watch watc
     return seen % 2 == 1 && wait_for_source(*call, watch, Stage::kTable, source, flag);
 }
 
-// One thread, one look: is the packet of this call there?
+// One look: is the packet of this call there?
 EP_DEVICE bool look_at_packet(const Context& c, const prim::Packet* packet, int& value) {
     uint32_t data = 0;
     const bool is_here = prim::load_packet<Scope::kSys>(packet, c.epoch(), data);
@@ -193,7 +192,7 @@ EP_DEVICE bool look_at_packet(const Context& c, const prim::Packet* packet, int&
     return is_here;
 }
 
-// One thread; notes how long it took. False: the call is aborted, and the value is 0.
+// Notes how long it took. False: the call is aborted, and the value is 0.
 EP_DEVICE_COLD bool wait_for_late_packet(const LowLatencyCall* call, algo::Watch watch, uint32_t epoch, int source,
                                          const prim::Packet* packet, int* value) {
     const uint64_t start_ns = prim::clock_ns();
@@ -212,13 +211,6 @@ EP_DEVICE bool wait_for_packet(const Context& c, int source, const prim::Packet*
 
 EP_DEVICE void send_packet(const Context& c, prim::Packet* packet, int value) {
     prim::store_packet<Scope::kSys>(packet, c.epoch(), static_cast<uint32_t>(value));
-}
-
-// One warp: what lane 0 has found out by a look or a wait, with acquire, holds for every lane.
-EP_DEVICE bool as_lane_0_says(bool answer) {
-    const int known = __shfl_sync(kFullMask, answer ? 1 : 0, 0);
-    __syncwarp();  // one lane's acquire, every lane's reads
-    return known != 0;
 }
 
 EP_DEVICE bool wait_for_table(const Context& c, int source) {
@@ -257,16 +249,17 @@ struct Ids {
     int bytes;
 
     // This lane's entry of the token, from `first_k` on; -1: there is none.
-    EP_DEVICE int64_t load(const Context& c, int token, int first_k) const {
-        const int k = first_k + prim::lane_idx();
+    EP_DEVICE int64_t load(Warp warp, const Context& c, int token, int first_k) const {
+        const int k = first_k + warp.thread_rank();
         const bool is_one = k < c.call.num_topk;
         return is_one ? load_expert_id(ids, bytes, static_cast<int64_t>(token) * c.call.num_topk + k) : -1;
     }
 };
 
-// One warp: which of the first 32 entries have experts of this lane's rank, among 32 from `first_rank`? `id`: this lane's.
-EP_DEVICE uint32_t entries_of_rank(const Context& c, int64_t id, int first_rank) {
-    const int rank = first_rank + prim::lane_idx();
+// Which of the first 32 entries have experts of this lane's rank, among 32 from `first_rank`? `id`: this lane's.
+EP_DEVICE uint32_t entries_of_rank(Warp warp, const Context& c, int64_t id, int first_rank) {
+    warp.expect();
+    const int rank = first_rank + warp.thread_rank();
     const int expert = checked_expert(c, id);
     const int owner = expert >= 0 ? expert / c.num_local_experts() : -1;
     const int count = c.call.num_topk < kWarpSize ? c.call.num_topk : kWarpSize;
@@ -276,14 +269,15 @@ EP_DEVICE uint32_t entries_of_rank(const Context& c, int64_t id, int first_rank)
     return rank < c.num_ranks() ? entries : 0;
 }
 
-// One warp: does this lane's rank, among 32 from `first_rank`, own one of the token's experts? `id`: this lane's of the
-// first 32 entries.
-EP_DEVICE bool is_destination(const Context& c, const Ids& ids, int64_t id, int token, int first_rank) {
-    const int rank = first_rank + prim::lane_idx();
+// Does this lane's rank, among 32 from `first_rank`, own one of the token's experts? `id`: this lane's of the first 32
+// entries.
+EP_DEVICE bool is_destination(Warp warp, const Context& c, const Ids& ids, int64_t id, int token, int first_rank) {
+    warp.expect();
+    const int rank = first_rank + warp.thread_rank();
     bool is_found = false;
 #pragma unroll 1
     for (int first = 0; first < c.call.num_topk; first += kWarpSize) {
-        if (first > 0) id = ids.load(c, token, first);
+        if (first > 0) id = ids.load(warp, c, token, first);
         const int expert = checked_expert(c, id);
         const int owner = expert >= 0 ? expert / c.num_local_experts() : -1;
         const int count = c.call.num_topk - first < kWarpSize ? c.call.num_topk - first : kWarpSize;

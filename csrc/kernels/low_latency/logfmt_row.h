@@ -1,6 +1,7 @@
 // Rows of combine in the logarithmic format: a thread holds sixteen channels, eight threads share a scale.
 #pragma once
 
+#include "device/algo/group.h"
 #include "device/algo/logfmt.h"
 #include "device/prim.h"
 #include "layout/low_latency.h"
@@ -18,8 +19,9 @@ struct LogUnit {
     algo::LogScale scale;  // of its group
 };
 
-// The whole warp: its lanes hold neighbouring units. Lanes behind the end of the row hold zeros.
-EP_DEVICE LogUnit encode_logfmt(const float (&values)[kLogUnit]) {
+// The lanes hold neighbouring units; those behind the end of the row hold zeros.
+EP_DEVICE LogUnit encode_logfmt(algo::Warp warp, const float (&values)[kLogUnit]) {
+    warp.expect();
     algo::LogRange range;
 #pragma unroll
     for (float value : values) range.add(value);
@@ -48,10 +50,10 @@ EP_DEVICE void decode_logfmt(float (&values)[kLogUnit], const LogUnit& codes) {
             (codes.low.word[i / 4] >> (8 * (i % 4)) & 0xffu) | (codes.high >> (2 * i) & 3u) << 8, codes.scale);
 }
 
-// The whole warp, as encode_logfmt. Lanes behind the end of the row have `is_inside` = false.
-EP_DEVICE void store_logfmt(const float (&values)[kLogUnit], uint8_t* slot, const layout::LogfmtRow& row, int unit,
-                            bool is_inside) {
-    const LogUnit codes = encode_logfmt(values);
+// As encode_logfmt. Lanes behind the end of the row have `is_inside` = false.
+EP_DEVICE void store_logfmt(algo::Warp warp, const float (&values)[kLogUnit], uint8_t* slot,
+                            const layout::LogfmtRow& row, int unit, bool is_inside) {
+    const LogUnit codes = encode_logfmt(warp, values);
     if (!is_inside) return;
     const auto idx = static_cast<uint64_t>(unit);
     prim::store_streaming(reinterpret_cast<prim::Vec16*>(slot + row.low.at(idx * kLogUnit)), codes.low);

@@ -329,6 +329,34 @@ TEST_CASE("named barriers hold their own threads and no others") {
     CHECK_EQ(results.read()[1], 1000u);
 }
 
+// In round i thread i alone says yes, and in the round after it nobody.
+struct BlockVoteKernel {
+    struct Params {
+        uint32_t* num_wrong;
+    };
+    struct Shared {
+        uint32_t word;
+    };
+
+    static EP_DEVICE void run(const Params& p, Shared& shared) {
+        const int thread = static_cast<int>(threadIdx.x);
+        const int num_threads = static_cast<int>(blockDim.x);
+        for (int round = 0; round < num_threads; ++round) {
+            if (thread == round) shared.word = static_cast<uint32_t>(round);
+            bool is_right = prim::sync_block_any(thread == round, __FILE__, __LINE__);
+            is_right &= shared.word == static_cast<uint32_t>(round);  // it is a barrier too
+            is_right &= !prim::sync_block_any(false, __FILE__, __LINE__);
+            if (!is_right) prim::fetch_add<Order::kRelaxed, Scope::kGpu>(p.num_wrong, 1u);
+        }
+    }
+};
+
+TEST_CASE("one thread's answer in a barrier of the block is known to all, and forgotten by the next") {
+    Words<uint32_t> num_wrong(1);
+    run<BlockVoteKernel>(1, 96, {num_wrong.data()});
+    CHECK_EQ(num_wrong.read()[0], 0u);
+}
+
 struct ClockKernel {
     struct Params {
         uint64_t* times;  // [2]

@@ -323,9 +323,7 @@ TEST_CASE("a handle whose positions go beyond the rows of a rank is refused by c
             world.dispatch(problem, ranks);
             const int num_rows = ranks[0].num_tokens_per_rank[1];
             ranks[0].send_head[5 * 2 + 1] = num_rows + 3;
-            for (int rank = 0; rank < 2; ++rank) prepare_combine(problem, ranks[static_cast<size_t>(rank)], rank);
-            for (int rank = 0; rank < 2; ++rank) world.launch_combine(problem, ranks[static_cast<size_t>(rank)], rank);
-            world.run();
+            world.combine_on(problem, ranks, {0, 1});
             CHECK_EQ(check_void_combine(ranks[0]), "");
             const std::string told = "token 5 is row " + std::to_string(num_rows + 4) + " of those for rank 1, but " +
                                      std::to_string(num_rows) + " are stated";
@@ -377,11 +375,7 @@ TEST_CASE("a peer that never enters is named by those that lend to it") {
     auto ranks = make_inputs(problem);
     world.layout(problem, ranks);
     world.dispatch(problem, ranks);
-    for (int rank : {0, 2}) {
-        prepare_combine(problem, ranks[static_cast<size_t>(rank)], rank);
-        world.launch_combine(problem, ranks[static_cast<size_t>(rank)], rank);
-    }
-    world.run();
+    world.combine_on(problem, ranks, {0, 2});
     for (int rank : {0, 2})
         CHECK_THROWS_WITH_AS(world.buffer(rank).check(), doctest::Contains("never entered this call: rank 1"),
                              TimeoutError);

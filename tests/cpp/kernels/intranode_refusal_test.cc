@@ -71,8 +71,7 @@ template <class Launch> void check_lies(const Way& way, const Launch& launch) {
 TEST_CASE("a prefix matrix that goes down, or beyond the rows of a rank, is refused by combine") {
     check_every_way([](const Way& way) {
         check_lies(way, [](World& world, const Problem& problem, std::vector<RankTensors>& ranks) {
-            for (int rank = 0; rank < 2; ++rank) prepare_combine(problem, ranks[static_cast<size_t>(rank)], rank);
-            for (int rank = 0; rank < 2; ++rank) world.launch_combine(problem, ranks[static_cast<size_t>(rank)], rank);
+            world.combine_on(problem, ranks, {0, 1});
         });
     });
 }
@@ -96,9 +95,7 @@ TEST_CASE("a prefix matrix that goes beyond what a peer lends is refused by comb
         world.layout(problem, ranks);
         world.dispatch(problem, ranks);
         for (size_t source : {0, 1}) ranks[0].rank_prefix_matrix[source * 2 + 1] += 100;
-        for (int rank = 0; rank < 2; ++rank) prepare_combine(problem, ranks[static_cast<size_t>(rank)], rank);
-        for (int rank = 0; rank < 2; ++rank) world.launch_combine(problem, ranks[static_cast<size_t>(rank)], rank);
-        world.run();
+        world.combine_on(problem, ranks, {0, 1});
         check_refusal(world, "rows from rank 0 to rank 1 begin at 0");
     }
 }

@@ -327,11 +327,7 @@ TEST_CASE("a rank that skips combine is named; the others end in time and write 
     auto ranks = make_inputs(problem);
     world.layout(problem, ranks);
     world.dispatch(problem, ranks);
-    for (int rank : {1, 2}) {
-        prepare_combine(problem, ranks[static_cast<size_t>(rank)], rank);
-        world.launch_combine(problem, ranks[static_cast<size_t>(rank)], rank);
-    }
-    world.run();
+    world.combine_on(problem, ranks, {1, 2});
     for (int rank : {1, 2})
         CHECK_THROWS_WITH_AS(world.buffer(rank).check(), doctest::Contains("never entered this call: rank 0"),
                              TimeoutError);

@@ -76,30 +76,34 @@ EP_DEVICE void come_late(const WaitParams& params, uint64_t* flag) {
     prim::store<Order::kRelease, Scope::kSys>(flag, uint64_t{1});
 }
 
-struct FlagKernel {
+// The first block waits as `Wait` says; what it waits for comes late.
+template <class Wait> struct WaitKernel {
     using Params = WaitParams;
     struct Shared {};
     static EP_DEVICE void run(const Params& params, Shared&) {
         const algo::Watch watch = watch_of(params);
-        uint64_t* flag = watch.heap.started(0, 1);
-        if (blockIdx.x == 1) return come_late(params, flag);
-        if (prim::lane_idx() == 0) *params.result = algo::wait_at_least(watch, {layout::Stage::kStart, 1}, flag, 1);
+        if (blockIdx.x == 1) return come_late(params, Wait::flag(watch));
+        if (prim::lane_idx() < params.num_looks) prim::clock_ns();
+        __syncwarp();
+        const bool is_here = Wait::run(watch);
+        if (prim::lane_idx() == 0) *params.result = is_here;
+    }
+};
+
+struct ForFlag {
+    static EP_DEVICE uint64_t* flag(const algo::Watch& watch) { return watch.heap.started(0, 1); }
+    static EP_DEVICE bool run(const algo::Watch& watch) {
+        return algo::wait_at_least(watch, {layout::Stage::kStart, 1}, flag(watch), 1);
     }
 };
 
 // Rank 1 has entered the call, and comes to its end later.
-struct QuietKernel {
-    using Params = WaitParams;
-    struct Shared {};
-    static EP_DEVICE void run(const Params& params, Shared&) {
-        const algo::Watch watch = watch_of(params);
-        uint64_t* returned = watch.heap.returned(0, 1);
-        if (blockIdx.x == 1) return come_late(params, returned);
-        if (prim::lane_idx() < params.num_looks) prim::clock_ns();
+struct ForQuiet {
+    static EP_DEVICE uint64_t* flag(const algo::Watch& watch) { return watch.heap.returned(0, 1); }
+    static EP_DEVICE bool run(const algo::Watch& watch) {
+        algo::wait_for_quiet(algo::Warp{}, watch);
         __syncwarp();
-        algo::wait_for_quiet(watch);
-        __syncwarp();
-        if (prim::lane_idx() == 0) *params.result = prim::load<Order::kAcquire, Scope::kSys>(returned) == 1;
+        return prim::load<Order::kAcquire, Scope::kSys>(flag(watch)) == 1;
     }
 };
 
@@ -111,7 +115,7 @@ simt::SchedulerOptions stepping_back() {
 
 TEST_CASE("a clock that steps back is no timeout") {
     Node node;
-    CHECK(run_waits<FlagKernel>(stepping_back(), {node.heap(), node.watch(kSecond), 50}) == 1);
+    CHECK(run_waits<WaitKernel<ForFlag>>(stepping_back(), {node.heap(), node.watch(kSecond), 50}) == 1);
     CHECK_EQ(node.status.failure.state, 0);
     CHECK_EQ(node.status.warning.state, 0);
 }
@@ -121,7 +125,7 @@ TEST_CASE("a clock that steps back does not end the wait for peers that still us
         CAPTURE(num_looks);
         Node node;
         node.heaps[0][node.control.started.at(1) / 8] = 1;
-        CHECK(run_waits<QuietKernel>(stepping_back(), {node.heap(), node.watch(kSecond), 50, num_looks}) == 1);
+        CHECK(run_waits<WaitKernel<ForQuiet>>(stepping_back(), {node.heap(), node.watch(kSecond), 50, num_looks}) == 1);
     }
 }
 
@@ -134,7 +138,7 @@ struct StageKernel {
     static EP_DEVICE void run(const Params& params, Shared& shared) {
         const algo::Stages stages(shared.memory, {2, 128});
         if (blockIdx.x == 1) return;
-        stages.init();
+        stages.init(algo::Warp{});
         if (prim::lane_idx() == 0) stages.load(0, params.heap.bases[0], 128);
         stages.wait(0);
         if (prim::lane_idx() == 0) *params.result = 1;

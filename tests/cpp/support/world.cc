@@ -149,7 +149,7 @@ void World::launch_notify(const Problem& problem, RankTensors& tensors, int rank
                                   .expert_alignment = problem.expert_alignment,
                                   .rank_prefix_matrix = tensors.rank_prefix_matrix.data(),
                                   .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
-                                  .row_bytes = 2 * problem.hidden,
+                                  .row_bytes = 2 * static_cast<uint32_t>(problem.hidden),
                                   .num_topk = problem.num_topk,
                                   .num_scales = problem.num_scales},
                                  stream(rank));
@@ -182,7 +182,7 @@ void World::launch_dispatch(const Problem& problem, RankTensors& tensors, int ra
     const int num_topk = is_cached ? 0 : problem.num_topk;
     buffer(rank).dispatch({.x = reinterpret_cast<const uint8_t*>(tensors.x.data()),
                            .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
-                           .row_bytes = int64_t{problem.hidden} * 2,
+                           .row_bytes = 2 * static_cast<uint32_t>(problem.hidden),
                            .scales = tensors.scales.data(),
                            .num_scales = problem.num_scales,
                            .scale_stride_token = problem.num_scales,
@@ -207,6 +207,14 @@ void World::launch_dispatch(const Problem& problem, RankTensors& tensors, int ra
                            .is_worst_case = counts != Counts::kGuessed && problem.num_extra_rows > 0,
                            .expert_alignment = counts == Counts::kGuessed ? problem.expert_alignment : 0},
                           problem.num_sms, stream(rank));
+}
+
+void World::combine_on(const Problem& problem, std::vector<RankTensors>& ranks, std::initializer_list<int> callers) {
+    for (int rank : callers) {
+        prepare_combine(problem, ranks[static_cast<size_t>(rank)], rank);
+        launch_combine(problem, ranks[static_cast<size_t>(rank)], rank);
+    }
+    run();
 }
 
 void World::launch_combine(const Problem& problem, RankTensors& tensors, int rank) {

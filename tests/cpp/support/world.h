@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <string>
 #include <vector>
@@ -100,6 +101,8 @@ public:
     void launch_notify(const Problem& problem, RankTensors& tensors, int rank);
     void launch_dispatch(const Problem& problem, RankTensors& tensors, int rank, Counts counts);
     void launch_combine(const Problem& problem, RankTensors& tensors, int rank);
+    // A combine of these ranks alone, run to the end.
+    void combine_on(const Problem& problem, std::vector<RankTensors>& ranks, std::initializer_list<int> callers);
     // On every rank: outputs with so many rows more (or fewer) than come, and a dispatch whose host waits for the counts;
     // where they are too few, the second half of the call. `lends_again`: of ranks that lend, whose guess was too small.
     void dispatch_guessed(const Problem& problem, std::vector<RankTensors>& ranks,

@@ -1,0 +1,55 @@
+// The bank of a call: whether its flags and slots may be written again, and what tells the peers that theirs may.
+#pragma once
+
+#include "device/algo/peers.h"
+#include "kernels/low_latency/frame.h"
+
+namespace deep_ep::kernels::low_latency {
+inline namespace EP_BACKEND {
+
+// Tells the peers which calls this rank has received in earlier launches, so that the banks may be written again. Never after
+// a wait for what a peer does once it has begun: the peer may wait for this.
+EP_DEVICE void publish_ended(Warp warp, const Context& c) {
+    warp.expect();
+    constexpr int kNumBanks = layout::kNumLowLatencyBanks;
+#pragma unroll 1
+    for (int i = warp.thread_rank(); i < c.num_ranks() * kNumBanks; i += warp.size()) {
+        const int bank = i % kNumBanks;
+        if (is_masked(c.call, i / kNumBanks)) continue;
+        const uint64_t ended = prim::load<Order::kRelaxed, Scope::kGpu>(&c.watch.words.local->low_latency_ended[bank]);
+        // Release: the reads of an earlier launch. Pairs with: is_bank_free at the peer.
+        prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.received(i / kNumBanks, bank, c.rank()), ended);
+    }
+}
+
+// Acquire. `peer` has read what this rank sent it in the bank's last use, two calls ago.
+EP_DEVICE bool is_bank_free(const Context& c, int peer) {
+    if (c.watch.call <= layout::kNumLowLatencyBanks) return true;
+    const uint64_t received = prim::load<Order::kAcquire, Scope::kSys>(c.watch.heap.received(c.rank(), c.bank, peer));
+    return received + layout::kNumLowLatencyBanks >= c.watch.call;
+}
+
+// The host refuses to open a call while this rank still has another one open in the bank. It does not see calls of a graph
+// that is replayed: those fail here, and do not wait for themselves.
+EP_DEVICE_COLD void refuse_open_bank(algo::Watch watch, uint64_t needed) {
+    const uint64_t ended =
+        prim::load<Order::kRelaxed, Scope::kGpu>(&watch.words.local->low_latency_ended[bank_of(needed)]);
+    if (ended < needed)
+        algo::fail(watch, layout::FailureKind::kBadInput, {Stage::kOpen, watch.heap.rank()}, needed, ended, 0);
+}
+
+// False: some rank has given up.
+EP_DEVICE bool wait_for_bank(Warp warp, const Context& c) {
+    warp.expect();
+    if (warp.thread_rank() == 0 && c.watch.call > layout::kNumLowLatencyBanks)
+        refuse_open_bank(c.watch, c.watch.call - layout::kNumLowLatencyBanks);
+#pragma unroll 1
+    for (int peer = warp.thread_rank(); peer < c.num_ranks(); peer += warp.size())
+        if (c.watch.call > layout::kNumLowLatencyBanks)
+            wait_for_peer(&c.call, c.watch, Stage::kStart, peer, c.watch.heap.received(c.rank(), c.bank, peer),
+                          c.watch.call - layout::kNumLowLatencyBanks, ~uint64_t{0});
+    return __all_sync(kFullMask, algo::may_go_on(c.watch, {Stage::kStart, c.rank()}, prim::clock_ns(), 0, 0)) != 0;
+}
+
+}  // namespace EP_BACKEND
+}  // namespace deep_ep::kernels::low_latency

@@ -1,0 +1,271 @@
+// A launch of a low-latency kernel, as one block takes part in it: LaunchSession from its begin to its end, and in that
+// SendPhase, ReceivePhase or one after the other. What each owes to the other blocks, to the peers and to the next launch it
+// does when it ends.
+#pragma once
+
+#include "device/algo/last_block.h"
+#include "kernels/low_latency/bank.h"
+
+namespace deep_ep::kernels::low_latency {
+inline namespace EP_BACKEND {
+
+// What the block knows of its part in the launch; shared memory.
+struct BlockRole {
+    int is_ready;  // zero: some rank has given up, do nothing
+    int is_first;  // this block began before all others of its grid
+    int receives;  // it takes part in the receive phase
+    int share;     // its current part of that
+    // Of this launch, after a barrier. Context::turn is right only in a warp that has begun before the launch was counted:
+    // in a receive phase of its own another warp than the last may be later.
+    layout::LowLatencyTurn* turn;
+    // A bit for each rank: masked when this block had waited for the bank. Nothing is sent to it: it may still read.
+    uint32_t left_out[(layout::kMaxRanks + 31) / 32];
+};
+
+EP_DEVICE bool is_last_warp(Block block) { return prim::warp_idx() == block.num_warps() - 1; }
+
+class LaunchSession {
+public:
+    EP_DEVICE LaunchSession(const LowLatencyCall& call, layout::Operation operation, Phase phase, bool uses_packets,
+                            BlockRole& block_role)
+        : context(make_context(call, operation, phase, uses_packets)), role(block_role) {}
+    EP_DEVICE ~LaunchSession() { add_statistics(Block{}); }
+    LaunchSession(const LaunchSession&) = delete;
+    LaunchSession& operator=(const LaunchSession&) = delete;
+
+    // The place of this block among those of the grid, in the order in which they begin.
+    EP_DEVICE uint32_t begin_block() const {
+        return prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&context.turn->begun_blocks, 1u);
+    }
+
+    EP_DEVICE uint32_t draw_share() const {
+        return prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&context.turn->next_share, 1u);
+    }
+
+    // Have all blocks of this launch begun? A block with little to send asks early, so it asks a few times: whoever leaves
+    // makes another block do two shares, one after the other.
+    EP_DEVICE bool have_all_begun() const {
+        constexpr int kMostLooks = 8;
+#pragma unroll 1
+        for (int looks = 0; looks < kMostLooks; ++looks)
+            if (prim::load<Order::kRelaxed, Scope::kGpu>(&context.turn->begun_blocks) == gridDim.x) return true;
+        return false;
+    }
+
+    // The block, by its last warp, will not look at the counters that count_launch changes again. Nothing of this launch
+    // looks at what the last block to settle changes, and the end of the launch publishes it, so no order is needed.
+    EP_DEVICE void settle(Warp warp) const {
+        warp.expect();
+        warp.sync();  // every lane has looked at them
+        if (warp.thread_rank() == 0 &&
+            algo::arrive<Order::kRelaxed, Scope::kGpu>(&context.turn->settled_blocks).is_last)
+            count_launch();
+    }
+
+    const Context context;
+    BlockRole& role;
+
+private:
+    // For the next launch.
+    EP_DEVICE void count_launch() const {
+        const Context& c = context;
+        layout::LocalState* local = c.watch.words.local;
+        layout::LowLatencyTurn* next = &local->low_latency_turns[c.turn == &local->low_latency_turns[0] ? 1 : 0];
+        prim::store<Order::kRelaxed, Scope::kGpu>(&next->begun_blocks, 0u);
+        prim::store<Order::kRelaxed, Scope::kGpu>(&next->next_share, 0u);
+        prim::store<Order::kRelaxed, Scope::kGpu>(&next->spoiled_pieces, 0u);
+        prim::store<Order::kRelaxed, Scope::kGpu>(&next->lists, 0u);
+        if (c.sends()) prim::store<Order::kRelaxed, Scope::kGpu>(&local->num_low_latency_sends, c.watch.call);
+        if (c.phase == Phase::kSend) prim::store<Order::kRelaxed, Scope::kGpu>(c.call.number, c.watch.call);
+        if (c.receives()) prim::store<Order::kRelaxed, Scope::kGpu>(&local->low_latency_ended[c.bank], c.watch.call);
+        const uint64_t launches = prim::load<Order::kRelaxed, Scope::kGpu>(&local->num_low_latency_launches);
+        prim::store<Order::kRelaxed, Scope::kGpu>(&local->num_low_latency_launches, launches + 1);
+    }
+
+    // The block that ends last adds the longest waits to the caller's statistics. Every block's atomics have returned when it
+    // counts itself, so no order is needed.
+    EP_DEVICE void add_statistics(Block block) const {
+        const Context& c = context;
+        if (!c.receives() || c.call.wait_stats == nullptr) return;
+        uint32_t* counter = &c.watch.words.local->low_latency_done_blocks;
+        if (!algo::is_last_block<Order::kRelaxed, Scope::kGpu>(block, counter, role.share)) return;
+        algo::for_each(block, c.num_ranks(), [&](int peer) {
+            c.call.wait_stats[peer] +=
+                static_cast<int64_t>(prim::load<Order::kRelaxed, Scope::kGpu>(&c.call.wait_ns[peer]));
+            prim::store<Order::kRelaxed, Scope::kGpu>(&c.call.wait_ns[peer], uint64_t{0});
+        });
+    }
+};
+
+// When the block that began first tells the peers what this rank has received: when the phase ends; or within the phase, before
+// the block waits for a peer there.
+enum class Tells { kAtEnd, kInside };
+
+// All blocks of a launch that sends. It begins when no peer reads the bank any more: what was loaded by then is under way all
+// the while. It ends with the choice of the blocks that receive, where the launch does.
+template <Tells kTells> class SendPhase {
+public:
+    EP_DEVICE SendPhase(Block block, const LaunchSession& launch) : launch_(launch) {
+        block.expect();
+        if (prim::warp_idx() == 0) begin(Warp{});
+        block.sync();  // each lane's acquire, the block's stores
+    }
+
+    // In a launch of both phases a block may wait for rows of its own rank only when all blocks have begun: one that has not
+    // may never get an SM otherwise. Blocks that come too early leave, and whoever is there later does their part. In a call
+    // that has failed no wait lasts, and what does not come is spoiled.
+    EP_DEVICE ~SendPhase() {
+        const Block block;
+        block.expect();
+        if (is_last_warp(block)) {
+            if (kTells == Tells::kAtEnd && is_first()) publish_ended(Warp{}, launch_.context);
+            launch_.settle(Warp{});
+        }
+        // Another warp than that, and than warp 0, which is busy with releases; a block may have but one.
+        if (block.thread_rank() == (block.num_warps() > 1 ? kWarpSize : 0)) {
+            const bool receives = launch_.context.receives() && (!is_ready() || launch_.have_all_begun());
+            role().receives = receives ? 1 : 0;
+            if (receives) role().share = static_cast<int>(launch_.draw_share());
+        }
+        block.sync();
+    }
+    SendPhase(const SendPhase&) = delete;
+    SendPhase& operator=(const SendPhase&) = delete;
+
+    // False: some rank has given up, and nothing is to be sent.
+    EP_DEVICE bool is_ready() const { return role().is_ready != 0; }
+    // This block began before all others of its grid.
+    EP_DEVICE bool is_first() const { return role().is_first != 0; }
+    // Nothing is sent to the rank.
+    EP_DEVICE bool leaves_out(int rank) const {
+        return launch_.context.call.is_shrinkable && (role().left_out[rank / 32] >> rank % 32 & 1u) != 0;
+    }
+
+    // The block that began first: tells the peers what this rank has received.
+    EP_DEVICE void tell_ended(Block block) const {
+        static_assert(kTells == Tells::kInside);
+        if (is_last_warp(block)) publish_ended(Warp{}, launch_.context);
+    }
+
+    // The block that has written our table into the messages to all ranks: they may read it.
+    EP_DEVICE void publish_table(Block block, int num_tokens) const {
+        const Context& c = launch_.context;
+        const auto is_meant = [&](int peer) { return !leaves_out(peer); };
+        algo::for_each(block, c.num_ranks(), [&](int peer) {
+            if (is_meant(peer))
+                *reinterpret_cast<int*>(c.message(peer, c.rank()) + c.call.message.num_tokens.offset) = num_tokens;
+        });
+        block.sync();
+        // Release: the tables. Pairs with: wait_for_table at the peer.
+        algo::publish<Order::kRelease, Scope::kSys>(
+            block, c.num_ranks(), is_meant, [&](int peer) { return c.watch.heap.table_full(peer, c.bank, c.rank()); },
+            c.watch.call);
+    }
+
+private:
+    EP_DEVICE BlockRole& role() const { return launch_.role; }
+
+    EP_DEVICE void begin(Warp warp) const {
+        const Context& c = launch_.context;
+        uint32_t order = 0;
+        if (warp.thread_rank() == 0) order = launch_.begin_block();
+        bool may_go_on = algo::abort_code(c.watch) == 0;
+#pragma unroll 1
+        for (int peer = warp.thread_rank(); peer < c.num_ranks(); peer += warp.size())
+            may_go_on &= is_bank_free(c, peer);
+        bool is_ready = __all_sync(kFullMask, may_go_on) != 0;
+        const bool is_first = __shfl_sync(kFullMask, order, 0) == 0;
+        if (is_first)
+            algo::publish<Order::kRelaxed, Scope::kSys>(
+                warp, c.num_ranks(), [&](int peer) { return !is_masked(c.call, peer); },
+                [&](int peer) { return c.watch.heap.low_latency_started(peer, c.rank()); }, c.watch.call);
+        if (!is_ready) {
+            if (is_first) publish_ended(warp, c);
+            is_ready = wait_for_bank(warp, c);
+        }
+        if (c.call.is_shrinkable) note_masks(warp);
+        if (warp.thread_rank() == 0) {
+            role().is_ready = is_ready ? 1 : 0;
+            role().is_first = is_first ? 1 : 0;
+            role().turn = c.turn;
+        }
+    }
+
+    EP_DEVICE void note_masks(Warp warp) const {
+        const Context& c = launch_.context;
+#pragma unroll 1
+        for (int first = 0; first < c.num_ranks(); first += kWarpSize) {
+            const int peer = first + warp.thread_rank();
+            const uint32_t masks = __ballot_sync(kFullMask, peer < c.num_ranks() && is_masked(c.call, peer));
+            if (warp.thread_rank() == 0) role().left_out[first / kWarpSize] = masks;
+        }
+    }
+
+    const LaunchSession& launch_;
+};
+
+// All blocks of a launch that only receives.
+class ReceivePhase {
+public:
+    // The last warp is the least likely to have a unit, and no other one depends on a counter that this changes.
+    EP_DEVICE ReceivePhase(Block block, const LaunchSession& launch) : launch_(launch) {
+        block.expect();
+        // Only send phases count calls, and they come before or after the whole launch.
+        has_later_call_ = prim::load<Order::kRelaxed, Scope::kGpu>(
+                              &launch.context.watch.words.local->num_low_latency_sends) != launch.context.watch.call;
+        if (is_last_warp(block)) begin(Warp{});
+    }
+
+    // Where a later call has begun already, the next one takes this bank: its send phase would wait until the peers have begun
+    // it too, were they told of this one's end only then. So the block that ends last tells them now.
+    EP_DEVICE ~ReceivePhase() {
+        const Block block;
+        const Context& c = launch_.context;
+        if (!has_later_call_) return;
+        // Every block's reads, the last one's release.
+        uint32_t* counter = &c.watch.words.local->low_latency_read_blocks;
+        if (!algo::is_last_block<Order::kAcqRel, Scope::kGpu>(block, counter, launch_.role.share)) return;
+        // Pairs with: is_bank_free at the peer.
+        algo::publish<Order::kRelease, Scope::kSys>(
+            block, c.num_ranks(), [&](int peer) { return !is_masked(c.call, peer); },
+            [&](int peer) { return c.watch.heap.received(peer, c.bank, c.rank()); }, c.watch.call);
+    }
+    ReceivePhase(const ReceivePhase&) = delete;
+    ReceivePhase& operator=(const ReceivePhase&) = delete;
+
+private:
+    EP_DEVICE void begin(Warp warp) const {
+        uint32_t order = 0;
+        if (warp.thread_rank() == 0) order = launch_.begin_block();
+        if (warp.thread_rank() == 0) launch_.role.turn = launch_.context.turn;
+        if (__shfl_sync(kFullMask, order, 0) == 0) publish_ended(warp, launch_.context);
+        launch_.settle(warp);
+    }
+
+    const LaunchSession& launch_;
+    bool has_later_call_;
+};
+
+// The kernels of an operation. With a hook its two launches are of the same one, so that a profiler has one name for the
+// call; registers and instructions of a phase are its own all the same.
+enum class Launches { kPhases, kWhole };
+
+// What a launch does, by `send(launch)`, which has a SendPhase, and `receive(launch)`.
+template <Launches kLaunches, bool kUsesPackets = false, class Send, class Receive>
+EP_DEVICE void run_launch(const LowLatencyCall& call, layout::Operation operation, BlockRole& role, const Send& send,
+                          const Receive& receive) {
+    if (kLaunches == Launches::kWhole) {
+        const LaunchSession launch(call, operation, Phase::kBoth, kUsesPackets, role);
+        send(launch);
+        if (role.receives != 0) receive(launch);
+    } else if (call.phase == Phase::kSend) {
+        send(LaunchSession(call, operation, Phase::kSend, kUsesPackets, role));
+    } else {
+        const LaunchSession launch(call, operation, Phase::kReceive, kUsesPackets, role);
+        const ReceivePhase phase(Block{}, launch);
+        receive(launch);
+    }
+}
+
+}  // namespace EP_BACKEND
+}  // namespace deep_ep::kernels::low_latency

@@ -1,0 +1,51 @@
+// Who does which part of a receive phase: units of work, one for a warp at a time.
+#pragma once
+
+#include "kernels/low_latency/launch_session.h"
+
+namespace deep_ep::kernels::low_latency {
+inline namespace EP_BACKEND {
+
+// All blocks that receive: `work(unit, is_first, draw)` for every unit below `num_units`, a warp for each, and at least once
+// for every warp, so that it may have barriers the first time: then `unit` may be beyond. Work may call draw() when what it
+// waited for has come: the next share is drawn then, while this one is still worked on. Not before: blocks that are still
+// sending would find no share left, and this one would do two.
+template <class Work>
+EP_DEVICE void for_each_unit(Block block, const LaunchSession& launch, int num_units, const Work& work) {
+    block.expect();
+    const Context& c = launch.context;
+    bool is_first = true;
+    if (c.phase == Phase::kReceive) {
+        const int num_blocks = static_cast<int>(gridDim.x);
+#pragma unroll 1
+        for (int unit = prim::warp_idx() * num_blocks + static_cast<int>(blockIdx.x); is_first || unit < num_units;
+             unit += num_blocks * block.num_warps(), is_first = false)
+            work(unit, is_first, [] {});
+        return;
+    }
+    int& current = launch.role.share;
+#pragma unroll 1
+    for (int share = current; share * block.num_warps() < num_units; share = current, is_first = false) {
+        uint32_t next = 0;
+        bool is_drawn = false;
+        const auto draw = [&] {
+            if (block.thread_rank() == 0 && !is_drawn) next = launch.draw_share();
+            is_drawn = true;
+        };
+        const int unit = share * block.num_warps() + prim::warp_idx();
+        if (is_first || unit < num_units) work(unit, is_first, draw);
+        draw();
+        block.sync();  // everybody knows the share before
+        if (block.thread_rank() == 0) current = static_cast<int>(next);
+        block.sync();
+    }
+}
+
+// How many warps share one of `num_items`, so that all warps of the grid have work; at most `most`.
+EP_DEVICE int warps_for_item(int num_items, int most) {
+    const int wanted = num_items > 0 ? static_cast<int>(gridDim.x) * Block::num_warps() / num_items : 1;
+    return wanted < 1 ? 1 : wanted > most ? most : wanted;
+}
+
+}  // namespace EP_BACKEND
+}  // namespace deep_ep::kernels::low_latency
