@@ -233,6 +233,11 @@ def _find_layout_fault(routing: Routing) -> Optional[str]:
     return f"num_tokens_per_rank must count the tokens in is_token_in_rank, which are {counted}, got {given}"
 
 
+def copies_per_token(num_ranks: int, num_topk: int) -> float:
+    """Ranks that a token goes to, on average, when its experts are drawn evenly."""
+    return num_ranks * (1 - (1 - 1 / num_ranks)**num_topk)
+
+
 def lend(session: Session, shape: Any, dtype: torch.dtype) -> torch.Tensor:
     lender = session.lender
     spec: Spec = _checks.check_sizes("shape", shape), _checks.check_dtype("dtype", dtype)

@@ -18,7 +18,6 @@ from typing_extensions import Self
 
 import deep_ep_cpp
 from deep_ep import _checks, _env, _high_throughput, _low_latency
-from deep_ep._cost_model import copies_per_token
 from deep_ep._memory import view_memory
 from deep_ep._peers import Peers
 from deep_ep._session import Request, Session, build_session
@@ -431,7 +430,7 @@ class Buffer:
         if operation == "combine":  # one row for each copy
             return num_bytes
         has_topk = isinstance(topk_idx, torch.Tensor) and topk_idx.dim() == 2
-        copies = copies_per_token(self.group_size, topk_idx.shape[1]) if has_topk else self.group_size
+        copies = _high_throughput.copies_per_token(self.group_size, topk_idx.shape[1]) if has_topk else self.group_size
         return round(num_bytes * copies)
 
     def internode_dispatch(self,
