@@ -16,7 +16,7 @@ import torch
 
 import deep_ep_cpp
 from deep_ep import _streams
-from deep_ep._checks import BUFFER_ALIGNMENT_BYTES, MAX_INT64, KnownTensors, check_int, check_positive
+from deep_ep._checks import BUFFER_ALIGNMENT_BYTES, MAX_INT64, check_int, check_positive
 from deep_ep._env import __version__, is_capturing
 from deep_ep._memory import EmptyTensors, Lender
 from deep_ep._peers import CallCheck, Peers, describe_differences
@@ -101,10 +101,6 @@ class Session:
         self.topology = topology
         self.rank = rank
         self.num_ranks = num_ranks
-        self.known_handles = KnownTensors[tuple[int, int]]()  # send_head, rank_prefix_matrix, recv_src_idx: N, M
-        self.known_layouts = KnownTensors[bool]()  # is_token_in_rank, num_tokens_per_rank, num_tokens_per_expert
-        # In the place of the two matrices of a handle that this version has no use for; no data, so all can share it.
-        self.unused_matrix = torch.empty(num_ranks, 0, dtype=torch.int32, device=streams.device)
         self.cost_model = cost_model
         self.num_sms_override = int(deep_ep_cpp.get_environment()["num_sms"])
         self.call_check: Optional[CallCheck] = None

@@ -82,7 +82,7 @@ def unfinished_dispatch(worker: Worker, error: BaseException, failing: int) -> s
     buffer = worker.new_buffer()
     flight = Flight(worker, buffer, small_work(worker.num_ranks)).layout()
     if worker.rank == failing:
-        with replaced(_high_throughput, "_receive_outputs", raising(error)):
+        with replaced(_high_throughput._Dispatch, "_outputs", raising(error)):
             failure_of(flight.start_dispatch, type(error))
         message = failure_of(flight.start_dispatch)
     else:
