@@ -422,7 +422,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
             load_ahead(warp, p, stream.work, stream.work.rows, prim::warp_idx(), stream.ahead);
         }
         if (block.thread_rank() == 0) shared.has_failed = 0;
-        SendPhase phase(block, launch);
+        const SendPhase<Tells::kInside> phase(block, launch);
         const bool is_ready = phase.is_ready();
         if (is_ready && phase.is_first()) send_weights(block, p, c, phase, weights, has_weights);
         Progress progress = {};
@@ -466,8 +466,8 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     // The block that began first: our top-k ids and weights to every rank. Peers wait for them in their
     // send phases, so they must not depend on a block that may not be resident yet.
     // In packets those of tokens that do not exist as well, so that nobody has to know how many do.
-    static EP_DEVICE void send_weights(Block block, const Params& p, const Context& c, SendPhase& phase, Weights held,
-                                       bool is_loaded) {
+    static EP_DEVICE void send_weights(Block block, const Params& p, const Context& c,
+                                       const SendPhase<Tells::kInside>& phase, Weights held, bool is_loaded) {
         block.expect();
         const int num_entries = (c.uses_packets ? c.call.num_max_tokens : p.num_tokens) * c.call.num_topk;
         for (int base = 0; base < num_entries; base += kWeightsAhead * block.size()) {

@@ -128,7 +128,7 @@ EP_DEVICE void send(Block block, const Params& p, const LaunchSession& launch) {
     const algo::Warps makers = table_warps(block);
     Head head = load_head(warp, p, c, first);
     if (has_table && makers.has_this_thread()) make_tile(makers, c, choice, sets, 0);
-    const SendPhase phase(block, launch);
+    const SendPhase<Tells::kAtEnd> phase(block, launch);
     const bool is_ready = phase.is_ready();
     if (is_ready && has_table) send_routing_table(block, c, phase, choice, sets);
 #pragma unroll 1

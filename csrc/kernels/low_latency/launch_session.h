@@ -97,9 +97,13 @@ private:
     }
 };
 
+// When the block that began first tells the peers what this rank has received: when the phase ends; or within the phase, before
+// the block waits for a peer there.
+enum class Tells { kAtEnd, kInside };
+
 // All blocks of a launch that sends. It begins when no peer reads the bank any more: what was loaded by then is under way all
 // the while. It ends with the choice of the blocks that receive, where the launch does.
-class SendPhase {
+template <Tells kTells> class SendPhase {
 public:
     EP_DEVICE SendPhase(Block block, const LaunchSession& launch) : launch_(launch) {
         block.expect();
@@ -114,7 +118,7 @@ public:
         const Block block;
         block.expect();
         if (is_last_warp(block)) {
-            if (is_first() && !has_told_) publish_ended(Warp{}, launch_.context);
+            if (kTells == Tells::kAtEnd && is_first()) publish_ended(Warp{}, launch_.context);
             launch_.settle(Warp{});
         }
         // Another warp than that, and than warp 0, which is busy with releases; a block may have but one.
@@ -137,11 +141,10 @@ public:
         return launch_.context.call.is_shrinkable && (role().left_out[rank / 32] >> rank % 32 & 1u) != 0;
     }
 
-    // The block that began first, before it waits for a peer in this phase: tells the peers what this rank has received. One
-    // that waits for none leaves it to the end of the phase.
-    EP_DEVICE void tell_ended(Block block) {
+    // The block that began first: tells the peers what this rank has received.
+    EP_DEVICE void tell_ended(Block block) const {
+        static_assert(kTells == Tells::kInside);
         if (is_last_warp(block)) publish_ended(Warp{}, launch_.context);
-        has_told_ = true;
     }
 
     // The block that has written our table into the messages to all ranks: they may read it.
@@ -199,7 +202,6 @@ private:
     }
 
     const LaunchSession& launch_;
-    bool has_told_ = false;
 };
 
 // All blocks of a launch that only receives.
@@ -208,8 +210,9 @@ public:
     // The last warp is the least likely to have a unit, and no other one depends on a counter that this changes.
     EP_DEVICE ReceivePhase(Block block, const LaunchSession& launch) : launch_(launch) {
         block.expect();
-        // Only send phases change it, and they come before or after the whole launch.
-        last_call_ = prim::load<Order::kRelaxed, Scope::kGpu>(&launch.context.watch.words.local->num_low_latency_sends);
+        // Only send phases count calls, and they come before or after the whole launch.
+        has_later_call_ = prim::load<Order::kRelaxed, Scope::kGpu>(
+                              &launch.context.watch.words.local->num_low_latency_sends) != launch.context.watch.call;
         if (is_last_warp(block)) begin(Warp{});
     }
 
@@ -218,7 +221,7 @@ public:
     EP_DEVICE ~ReceivePhase() {
         const Block block;
         const Context& c = launch_.context;
-        if (last_call_ == c.watch.call) return;
+        if (!has_later_call_) return;
         // Every block's reads, the last one's release.
         uint32_t* counter = &c.watch.words.local->low_latency_read_blocks;
         if (!algo::is_last_block<Order::kAcqRel, Scope::kGpu>(block, counter, launch_.role.share)) return;
@@ -240,7 +243,7 @@ private:
     }
 
     const LaunchSession& launch_;
-    uint64_t last_call_;
+    bool has_later_call_;
 };
 
 // The kernels of an operation. With a hook its two launches are of the same one, so that a profiler has one name for the

@@ -137,7 +137,7 @@ EP_DEVICE void make_tile(const algo::Warps& warps, const Context& c, const Choic
 }
 
 // A tile, to every rank.
-EP_DEVICE void send_tile(Block block, const Context& c, const SendPhase& phase, const Choice& choice,
+EP_DEVICE void send_tile(Block block, const Context& c, const SendPhase<Tells::kAtEnd>& phase, const Choice& choice,
                          const TokenSets& sets, int first) {
     const int num_entries = entries_of_tile(c, choice, sets, first);
     for (int peer = 0; peer < c.num_ranks(); ++peer) {
@@ -148,8 +148,8 @@ EP_DEVICE void send_tile(Block block, const Context& c, const SendPhase& phase, 
 }
 
 // The block whose table_warps have made the first tile: the table, to every rank.
-EP_DEVICE void send_routing_table(Block block, const Context& c, const SendPhase& phase, const Choice& choice,
-                                  const TokenSets& sets) {
+EP_DEVICE void send_routing_table(Block block, const Context& c, const SendPhase<Tells::kAtEnd>& phase,
+                                  const Choice& choice, const TokenSets& sets) {
     const algo::Warps makers = table_warps(block);
     send_tile(block, c, phase, choice, sets, 0);
 #pragma unroll 1
