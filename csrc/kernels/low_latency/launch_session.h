@@ -11,10 +11,11 @@ inline namespace EP_BACKEND {
 
 // What the block knows of its part in the launch; shared memory.
 struct BlockRole {
-    int is_ready;  // zero: some rank has given up, do nothing
-    int is_first;  // this block began before all others of its grid
-    int receives;  // it takes part in the receive phase
-    int share;     // its current part of that
+    int is_ready;      // zero: some rank has given up, do nothing
+    int is_first;      // this block began before all others of its grid
+    int receives;      // it takes part in the receive phase
+    int share;         // its current part of that
+    int knows_tables;  // of a dispatch in a launch that has sent: warp 0 waits for no table any more
     // Of this launch, after a barrier. Context::turn is right only in a warp that has begun before the launch was counted:
     // in a receive phase of its own another warp than the last may be later.
     layout::LowLatencyTurn* turn;
@@ -207,6 +208,7 @@ private:
         if (warp.thread_rank() == 0) {
             role().is_ready = is_ready ? 1 : 0;
             role().turn = c.turn;
+            role().knows_tables = 0;
         }
     }
 
