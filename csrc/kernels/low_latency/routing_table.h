@@ -196,10 +196,9 @@ EP_DEVICE bool wait_for_tables(Block block, const Context& c, const Counts& coun
         is_lost |= !is_here && has_failed(c.watch);
         counts.is_here[source] = is_here ? 1 : 0;
     }
-    if (prim::warp_idx() == 0) {
-        Warp::sync();  // every lane has its tables
-        if (Warp::thread_rank() == 0) prim::store<Order::kRelaxed, Scope::kCta>(&role.knows_tables, 1);
-    }
+    // A hint for watch_slot, when every lane has its tables.
+    if (prim::warp_idx() == 0 && (__any_sync(kFullMask, is_lost) != 0 || Warp::thread_rank() == 0))
+        prim::store<Order::kRelaxed, Scope::kCta>(&role.knows_tables, 1);
     return is_lost;
 }
 
