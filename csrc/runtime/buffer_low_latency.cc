@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kChunk = 512;  // channels that a warp sends at once
 constexpr int kMinWarps = 4;
-constexpr int kSetBytes = 32 * 1024;  // of shared memory, for a stretch of the routing table
+constexpr int kSetBytes = 32 * 1024;  // of shared memory, for a tile of the routing table
 // A size hint is not told the top-k: it allows for so many entries of a token.
 constexpr int kHintTopk = 32;
 
@@ -28,7 +28,7 @@ void check_shape(const LowLatencyShape& shape, int num_tokens, int num_ranks) {
     EP_CHECK(shape.hidden > 0 && shape.hidden % 8 == 0, "hidden must be a positive multiple of 8, got ", shape.hidden);
 }
 
-// For each expert a bit for every token, where that is not too much: else the table is made stretch by stretch.
+// For each expert a bit for every token, where that is not too much: else the table is made tile by tile.
 int set_words(const LowLatencyShape& shape, int num_tokens) {
     const int fitting = kSetBytes / static_cast<int>(sizeof(uint32_t)) / (shape.num_experts + 32 * shape.num_topk);
     return std::clamp(std::min((num_tokens + 31) / 32, fitting), 1, layout::kMaxLowLatencyTokens / 32);
