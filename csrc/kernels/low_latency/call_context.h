@@ -11,7 +11,6 @@ namespace deep_ep::kernels::low_latency {
 inline namespace EP_BACKEND {
 
 using algo::Block;
-using algo::Thread;
 using algo::Warp;
 using layout::Stage;
 using prim::kFullMask;
