@@ -51,7 +51,7 @@ test: build system-test  ## Run every test: C++, C++ under both sanitizers, Pyth
 	@tools/run_tests.sh cpp wheel address thread cuda11 aarch64 python
 
 bench: build  ## Measure the operations; prints a table and writes JSON.
-	@$(PY) -m deep_ep.bench intranode --save out $(ARGS)
+	@$(PY) -m deep_ep bench intranode --save out $(ARGS)
 
 wheel: $(STAMPS)/venv system-build  ## Build the wheel to give away, in dist: manylinux, CUDA 12.4, nothing needed where it is installed.
 	@tools/make_wheel.sh

@@ -6,7 +6,9 @@ the native code repeats the checks that guard memory only. Methods that wait for
 launch queue is full it holds the GIL until there is room. So does check(), which is in every call: it takes less than a
 microsecond, and up to 0.3 s once, where it finds a failure whose reason another rank has yet to tell.
 """
-from typing import Any, Callable, List, Tuple
+from typing import Any, Callable, List, Tuple, TypedDict
+
+from typing_extensions import Unpack
 
 class Error(RuntimeError):
     """Base of everything the native code raises."""
@@ -35,10 +37,9 @@ topk_idx_t: Any  # torch.int64 or torch.int32, lazily resolved
 
 def get_low_latency_rdma_size_hint(num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int,
                                    num_experts: int) -> int: ...
-def make_tensor(address: int, shape: List[int], dtype_code: int, dtype_bits: int, cuda_index: int,
-                owner: object) -> Any:
-    """A DLPack capsule over row-major memory (cuda_index < 0: of the host), for torch.from_dlpack. `owner` lives as
-    long as any tensor made of it."""
+def make_tensor(address: int, shape: List[int], dtype: Tuple[int, int], cuda_index: int, owner: object) -> Any:
+    """A DLPack capsule over row-major memory (cuda_index < 0: of the host), for torch.from_dlpack. `dtype`: DLPack's
+    code, and bits. `owner` lives as long as any tensor made of it."""
 
 def get_build() -> dict[str, Any]:
     """What the build variables have set: {'cuda': bool, 'architectures': '90-real 100', 'sm90_features': bool,
@@ -100,10 +101,148 @@ class LentMemory:
         """As make_tensor, over this memory, which is given back when the last tensor over it goes."""
 
 
+# A record of arguments is made of keywords, and never changed: `replace` makes another. What has no value is 0, and an
+# operation takes a record only when every field has been given. Addresses are of row-major memory on the device. Fields
+# may be read as attributes.
+#
+# -- Records of arguments: written by tools/render_stub.py from csrc/kernels/args.h
+
+class _LayoutArgs(TypedDict, total=False):
+    topk_idx: int  # address; [num_tokens, num_topk], -1: none
+    idx_bytes: int  # int32; 4 or 8
+    num_tokens: int  # int32
+    num_topk: int  # int32
+    num_experts: int  # int32; of all ranks
+    num_tokens_per_rank: int  # address; output, [num_ranks]
+    num_tokens_per_expert: int  # address; output, [num_experts]
+    is_token_in_rank: int  # address; output, bool [num_tokens, num_ranks]
+
+class LayoutArgs:
+    FIELDS: Tuple[Tuple[str, str, str], ...]
+    def __init__(self, **fields: Unpack[_LayoutArgs]) -> None: ...
+    def replace(self, **fields: Unpack[_LayoutArgs]) -> LayoutArgs: ...
+
+class _NotifyArgs(TypedDict, total=False):
+    num_tokens_per_rank: int  # address; [num_ranks]
+    num_tokens_per_expert: int  # address; [num_experts]
+    num_experts: int  # int32; of all ranks
+    expert_alignment: int  # int32; of the counts that the host learns
+    rank_prefix_matrix: int  # address; output, [num_ranks, num_ranks], [src][dst], inclusive over src
+    num_tokens: int  # int32; of the dispatch that follows, which must not be refused once its counts are out
+    row_bytes: int  # uint32; likewise
+    num_topk: int  # int32; likewise
+    num_scales: int  # int32; likewise
+
+class NotifyArgs:
+    FIELDS: Tuple[Tuple[str, str, str], ...]
+    def __init__(self, **fields: Unpack[_NotifyArgs]) -> None: ...
+    def replace(self, **fields: Unpack[_NotifyArgs]) -> NotifyArgs: ...
+
+class _DispatchArgs(TypedDict, total=False):
+    x: int  # address; [num_tokens, row_bytes]
+    num_tokens: int  # int32
+    row_bytes: int  # uint32; a multiple of 16, below 2 GiB
+    scales: int  # address; any 4-byte type
+    num_scales: int  # int32; of a token; 0: none
+    scale_stride_token: int  # int64; in elements
+    scale_stride_scale: int  # int64; in elements
+    topk_idx: int  # address; [num_tokens, num_topk]
+    topk_weights: int  # address; [num_tokens, num_topk]
+    num_topk: int  # int32; 0: none
+    idx_bytes: int  # int32; 4 or 8
+    num_experts: int  # int32; of all ranks
+    is_cached: bool  # bool; the routing is that of an earlier call: the next three are none
+    num_tokens_per_rank: int  # address; none: notify_dispatch has exchanged the counts; else this call does
+    num_tokens_per_expert: int  # address; likewise
+    is_token_in_rank: int  # address; bool [num_tokens, num_ranks]
+    rank_prefix_matrix: int  # address; [num_ranks, num_ranks]; output where this call exchanges the counts
+    send_head: int  # address; [num_tokens, num_ranks]: place among those sent there, -1: not sent; output unless cached
+    recv_x: int  # address; output, [num_recv_rows, row_bytes]
+    recv_scales: int  # address; output, [num_recv_rows, num_scales]
+    recv_topk_idx: int  # address; output, [num_recv_rows, num_topk]
+    recv_topk_weights: int  # address; output, [num_recv_rows, num_topk]
+    recv_src_idx: int  # address; output, [num_recv_rows]; none: the caller has it already
+    num_recv_rows: int  # int32; that the outputs hold
+    is_worst_case: bool  # bool; fewer rows may arrive: the rest of recv_topk_idx is -1, of recv_topk_weights 0
+    expert_alignment: int  # int32; > 0: this call exchanges counts, num_recv_rows is a guess, wait_counts follows
+
+class DispatchArgs:
+    FIELDS: Tuple[Tuple[str, str, str], ...]
+    def __init__(self, **fields: Unpack[_DispatchArgs]) -> None: ...
+    def replace(self, **fields: Unpack[_DispatchArgs]) -> DispatchArgs: ...
+
+class _CombineArgs(TypedDict, total=False):
+    x: int  # address; bfloat16 [num_rows, hidden]
+    num_rows: int  # int32
+    hidden: int  # int32
+    topk_weights: int  # address; [num_rows, num_topk]
+    num_topk: int  # int32; 0: no weights
+    bias: tuple[int, int]  # two addresses; bfloat16 [num_tokens, hidden] each, or none
+    rank_prefix_matrix: int  # address; of the dispatch
+    send_head: int  # address; of the dispatch
+    num_tokens: int  # int32
+    combined_x: int  # address; output, bfloat16 [num_tokens, hidden]
+    combined_topk_weights: int  # address; output, [num_tokens, num_topk]
+
+class CombineArgs:
+    FIELDS: Tuple[Tuple[str, str, str], ...]
+    def __init__(self, **fields: Unpack[_CombineArgs]) -> None: ...
+    def replace(self, **fields: Unpack[_CombineArgs]) -> CombineArgs: ...
+
+class _LowLatencyDispatchArgs(TypedDict, total=False):
+    num_max_tokens: int  # int32; T, of any rank
+    num_topk: int  # int32; K
+    num_experts: int  # int32; of all ranks
+    hidden: int  # int32
+    wait_stats: int  # address; [R], the longest wait for each source is added, in ns; or none
+    number: int  # address; on the device: what a send phase of its own leaves for the receive phase
+    is_fp8: bool  # bool; rows travel as FP8
+    rounds_scales: bool  # bool; to powers of two
+    packs_scales: bool  # bool; four exponents (UE8M0) in a word
+    x: int  # address; bfloat16 [num_tokens, hidden]
+    topk_idx: int  # address; [num_tokens, K]
+    idx_bytes: int  # int32; 4 or 8
+    num_tokens: int  # int32
+    recv_x: int  # address; output, [El, R * T, hidden] bfloat16 or FP8
+    recv_scales: int  # address; output, memory order [El, hidden/128 (/512 packed), R * T]
+    recv_count: int  # address; output, [El]
+    src_info: int  # address; output, [El, R * T]: index of the token at its source
+    layout_range: int  # address; output, [El, R]: first row << 32 | number of rows, of local expert e from source s
+    row_of_entry: int  # address; output, [R, T, K]: row of (source, token, k), -1: not here; for combine
+    cumulative_stats: int  # address; [El], counts are added; or none
+
+class LowLatencyDispatchArgs:
+    FIELDS: Tuple[Tuple[str, str, str], ...]
+    def __init__(self, **fields: Unpack[_LowLatencyDispatchArgs]) -> None: ...
+    def replace(self, **fields: Unpack[_LowLatencyDispatchArgs]) -> LowLatencyDispatchArgs: ...
+
+class _LowLatencyCombineArgs(TypedDict, total=False):
+    num_max_tokens: int  # int32; T, of any rank
+    num_topk: int  # int32; K
+    num_experts: int  # int32; of all ranks
+    hidden: int  # int32
+    wait_stats: int  # address; [R], the longest wait for each source is added, in ns; or none
+    number: int  # address; on the device: what a send phase of its own leaves for the receive phase
+    uses_logfmt: bool  # bool; on the wire; see device/algo/logfmt.h
+    x: int  # address; bfloat16 [El, R * T, hidden]
+    topk_idx: int  # address; [num_tokens, K]
+    idx_bytes: int  # int32; 4 or 8
+    topk_weights: int  # address; [num_tokens, K]
+    num_tokens: int  # int32
+    row_of_entry: int  # address; of the dispatch
+    combined_x: int  # address; output, bfloat16 [num_tokens, hidden]
+
+class LowLatencyCombineArgs:
+    FIELDS: Tuple[Tuple[str, str, str], ...]
+    def __init__(self, **fields: Unpack[_LowLatencyCombineArgs]) -> None: ...
+    def replace(self, **fields: Unpack[_LowLatencyCombineArgs]) -> LowLatencyCombineArgs: ...
+
+# -- End of the records
+
 class Buffer:
     LEND_PART_OF_DATA: int
 
-    def __init__(self, device: Device, rank: int, num_ranks: int, num_data_bytes: int, timeout_s: float,
+    def __init__(self, device: Device, rank: int, num_ranks: int, *, num_data_bytes: int, timeout_s: float,
                  warn_s: float, num_low_latency_bytes: int = 0, is_shrinkable: bool = False,
                  num_lend_bytes: int = 0) -> None:
         """Allocates the local part of the symmetric heap: control words, `num_data_bytes` of data for the
@@ -146,43 +285,20 @@ class Buffer:
     def set_warning_handler(self, handler: Callable[[str], None]) -> None:
         """Called with a sentence, from within the call that notices, when a wait has passed the warning threshold."""
 
-    def get_dispatch_layout(self, topk_idx: int, idx_bytes: int, num_tokens: int, num_topk: int, num_experts: int,
-                            num_tokens_per_rank: int, num_tokens_per_expert: int, is_token_in_rank: int,
-                            stream: int) -> None:
-        """int32[R], int32[E], bool[N,R] outputs."""
-
-    def notify_dispatch(self, num_tokens_per_rank: int, num_tokens_per_expert: int, num_experts: int,
-                        expert_alignment: int, rank_prefix_matrix: int, num_tokens: int, row_bytes: int, num_topk: int,
-                        num_scales: int, stream: int) -> None:
-        """Exchanges counts. Writes rank_prefix_matrix int32[R,R] (inclusive over sources, [src][dst]).
-
-        The four sizes are those of the dispatch that follows: what it would refuse is refused before it is known."""
+    def get_dispatch_layout(self, args: LayoutArgs, stream: int) -> None: ...
+    def notify_dispatch(self, args: NotifyArgs, stream: int) -> None:
+        """Exchanges counts."""
 
     def wait_counts(self) -> Tuple[int, List[int]]:
         """After notify_dispatch: (received rows, aligned counts of the local experts)."""
 
-    def dispatch(self, x: int, num_tokens: int, row_bytes: int, scales: int, num_scales: int,
-                 scale_stride_token: int, scale_stride_scale: int, topk_idx: int, topk_weights: int, num_topk: int,
-                 idx_bytes: int, num_experts: int, is_cached: bool, num_tokens_per_rank: int,
-                 num_tokens_per_expert: int, is_token_in_rank: int, rank_prefix_matrix: int, send_head: int,
-                 recv_x: int, recv_scales: int, recv_topk_idx: int, recv_topk_weights: int, recv_src_idx: int,
-                 num_recv_rows: int, is_worst_case: bool, expert_alignment: int, num_sms: int, stream: int) -> None:
-        """Moves the tokens to their rows. Scales are 4-byte elements, strides in elements. `num_recv_rows` is the
-        number of rows the recv_* tensors hold; with `is_worst_case` fewer may arrive and the tail of recv_topk_idx is
-        filled with -1, of recv_topk_weights with 0.
+    def dispatch(self, args: DispatchArgs, num_sms: int, stream: int) -> None:
+        """Moves the tokens to their rows.
 
-        `is_cached`: rank_prefix_matrix and send_head are those of an earlier call. Otherwise send_head int32[N,R] is
-        written (position of the token among those this rank sends to that rank, -1: not sent). Counts that are not 0:
-        no notify_dispatch came before; the call exchanges them itself and writes rank_prefix_matrix.
+        With an `expert_alignment`, where wait_counts returns more rows than `num_recv_rows`, nothing has moved: the
+        same call again, as after notify_dispatch."""
 
-        `expert_alignment` > 0, where the call exchanges the counts: `num_recv_rows` is a guess, and wait_counts
-        follows. Where it returns more rows, nothing has moved: the same call again, as after notify_dispatch."""
-
-    def combine(self, x: int, num_rows: int, hidden: int, topk_weights: int, num_topk: int, bias_0: int, bias_1: int,
-                rank_prefix_matrix: int, send_head: int, num_tokens: int, combined_x: int,
-                combined_topk_weights: int, num_sms: int, stream: int) -> None:
-        """bfloat16 rows; float32 weights [M,K] -> [N,K]."""
-
+    def combine(self, args: CombineArgs, num_sms: int, stream: int) -> None: ...
     def lend(self, sizes: List[int], stream: int, is_captured: bool) -> List[LentMemory]:
         """Memory for outputs of dispatch or inputs of combine that peers write or read in place, for later work on that
         stream: a piece of each size, or none where there is no room for all. The address tells the operations; all
@@ -194,28 +310,14 @@ class Buffer:
     @property
     def num_lend_bytes(self) -> int: ...
 
-    # Low latency (R ranks, El local experts, T = num_max_tokens, K = num_topk). ticket=BOTH_PHASES: the whole call
-    # in one launch. ticket=SEND_PHASE: the send phase, which returns the call's ticket; with that ticket and the same
-    # arguments the receive phase. At most two calls may be open. Counters live on the device, so a CUDA graph may hold
-    # any of them.
+    # Low latency. ticket=BOTH_PHASES: the whole call in one launch, for which `number` may be 0. ticket=SEND_PHASE: the
+    # send phase, which returns the call's ticket; with that and the same arguments the receive phase. At most two
+    # calls may be open. Counters live on the device, so a CUDA graph may hold any of them.
     SEND_PHASE: int
     BOTH_PHASES: int
 
-    def low_latency_dispatch(self, ticket: int, num_max_tokens: int, num_topk: int, num_experts: int, hidden: int,
-                             is_fp8: bool, rounds_scales: bool, packs_scales: bool, x: int, topk_idx: int,
-                             idx_bytes: int, num_tokens: int, recv_x: int, recv_scales: int, recv_count: int,
-                             src_info: int, layout_range: int, row_of_entry: int, cumulative_stats: int,
-                             wait_stats: int, number: int, stream: int) -> int:
-        """recv_x [El, R*T, hidden] bfloat16 or FP8; recv_scales memory order [El, hidden/128 (or /512 packed), R*T];
-        recv_count int32 [El]; src_info int32 [El, R*T]; layout_range int64 [El, R]; row_of_entry int32 [R, T, K]
-        (flat row of each entry that has its expert here, -1 of the others), kept for combine;
-        cumulative_stats int32 [El] or 0; wait_stats int64 [R] or 0, nanoseconds are added; number int64 [1] or, with
-        BOTH_PHASES, 0: where the send phase leaves the call's number for the receive phase."""
-
-    def low_latency_combine(self, ticket: int, num_max_tokens: int, num_topk: int, num_experts: int, hidden: int,
-                            uses_logfmt: bool, x: int, topk_idx: int, idx_bytes: int, topk_weights: int,
-                            num_tokens: int, row_of_entry: int, combined_x: int, wait_stats: int, number: int,
-                            stream: int) -> int: ...
+    def low_latency_dispatch(self, args: LowLatencyDispatchArgs, ticket: int, stream: int) -> int: ...
+    def low_latency_combine(self, args: LowLatencyCombineArgs, ticket: int, stream: int) -> int: ...
     def clean_low_latency(self, stream: int) -> None:
         """A barrier of the group, on the device; no call may be open."""
 

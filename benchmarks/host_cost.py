@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from deep_ep import Buffer, _phases, _streams
-from deep_ep._raw_cuda import EventPool
+from deep_ep import Buffer, _streams, utils
 from deep_ep.bench.host import Clock, timed_waits, waits
+from deep_ep.utils import EventPool
 
 HIDDEN, NUM_EXPERTS, NUM_TOPK, NUM_TOKENS = 7168, 64, 8, 64
 NUM_LL_EXPERTS = 16  # outputs grow with them, and large ones cost the CPU's allocator a system call
@@ -230,14 +230,9 @@ def pretend_cuda(buffer: Buffer, counts: Counter[str]) -> None:
     def wait(event: Any) -> None:
         native.stream_wait_event(CURRENT_STREAM, event.cuda_event)
 
-    replacements = {
-        "current_stream_handle": lambda _: CURRENT_STREAM,
-        "record_on_current_stream": lambda: pool.record(CURRENT_STREAM),
-        "wait_on_current_stream": wait,
-    }
-    for name, replacement in replacements.items():
-        setattr(_streams, name, replacement)
-    _phases.current_stream_handle = replacements["current_stream_handle"]
+    _streams.current_stream_handle = lambda _: CURRENT_STREAM
+    utils.record_on_current_stream = lambda: pool.record(CURRENT_STREAM)
+    utils.wait_on_current_stream = wait
 
 
 def main() -> None:

@@ -6,8 +6,10 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "bindings/record.h"
 #include "core/dlpack.h"
 #include "core/driver_floor.h"
 #include "core/env.h"
@@ -134,33 +136,27 @@ void bind_device(py::module_& m) {
         .def("query_event", [](Device& d, uintptr_t e) { return d.query_event(pointer<void>(e)); });
 }
 
-void get_dispatch_layout(Buffer& buffer, uintptr_t topk_idx, int idx_bytes, int num_tokens, int num_topk,
-                         int num_experts, uintptr_t num_tokens_per_rank, uintptr_t num_tokens_per_expert,
-                         uintptr_t is_token_in_rank, uintptr_t stream) {
-    buffer.get_dispatch_layout({.topk_idx = pointer<void>(topk_idx),
-                                .idx_bytes = idx_bytes,
-                                .num_tokens = num_tokens,
-                                .num_topk = num_topk,
-                                .num_experts = num_experts,
-                                .num_tokens_per_rank = pointer<int>(num_tokens_per_rank),
-                                .num_tokens_per_expert = pointer<int>(num_tokens_per_expert),
-                                .is_token_in_rank = pointer<uint8_t>(is_token_in_rank)},
-                               pointer<void>(stream));
+// The arguments of a call, which Python has put into a record.
+template <class Args> const Args& read(py::handle record) {
+    const Args* args = bindings::read<Args>(record.ptr());
+    if (args == nullptr) throw py::error_already_set();
+    return *args;
 }
 
-void notify_dispatch(Buffer& buffer, uintptr_t num_tokens_per_rank, uintptr_t num_tokens_per_expert, int num_experts,
-                     int expert_alignment, uintptr_t rank_prefix_matrix, int num_tokens, int64_t row_bytes,
-                     int num_topk, int num_scales, uintptr_t stream) {
-    buffer.notify_dispatch({.num_tokens_per_rank = pointer<int>(num_tokens_per_rank),
-                            .num_tokens_per_expert = pointer<int>(num_tokens_per_expert),
-                            .num_experts = num_experts,
-                            .expert_alignment = expert_alignment,
-                            .rank_prefix_matrix = pointer<int>(rank_prefix_matrix),
-                            .num_tokens = num_tokens,
-                            .row_bytes = row_bytes,
-                            .num_topk = num_topk,
-                            .num_scales = num_scales},
-                           pointer<void>(stream));
+void get_dispatch_layout(Buffer& buffer, py::handle args, uintptr_t stream) {
+    buffer.get_dispatch_layout(read<runtime::LayoutArgs>(args), pointer<void>(stream));
+}
+
+void notify_dispatch(Buffer& buffer, py::handle args, uintptr_t stream) {
+    buffer.notify_dispatch(read<runtime::NotifyArgs>(args), pointer<void>(stream));
+}
+
+void dispatch(Buffer& buffer, py::handle args, int num_sms, uintptr_t stream) {
+    buffer.dispatch(read<runtime::DispatchArgs>(args), num_sms, pointer<void>(stream));
+}
+
+void combine(Buffer& buffer, py::handle args, int num_sms, uintptr_t stream) {
+    buffer.combine(read<runtime::CombineArgs>(args), num_sms, pointer<void>(stream));
 }
 
 // For waits, which have released the GIL: lets a signal handler run, Ctrl-C's too, whose exception ends the wait.
@@ -178,116 +174,12 @@ py::tuple wait_counts(Buffer& buffer) {
     return py::make_tuple(counts.num_tokens, std::move(counts.num_tokens_per_expert));
 }
 
-void dispatch(Buffer& buffer, uintptr_t x, int num_tokens, int64_t row_bytes, uintptr_t scales, int num_scales,
-              int64_t scale_stride_token, int64_t scale_stride_scale, uintptr_t topk_idx, uintptr_t topk_weights,
-              int num_topk, int idx_bytes, int num_experts, bool is_cached, uintptr_t num_tokens_per_rank,
-              uintptr_t num_tokens_per_expert, uintptr_t is_token_in_rank, uintptr_t rank_prefix_matrix,
-              uintptr_t send_head, uintptr_t recv_x, uintptr_t recv_scales, uintptr_t recv_topk_idx,
-              uintptr_t recv_topk_weights, uintptr_t recv_src_idx, int num_recv_rows, bool is_worst_case,
-              int expert_alignment, int num_sms, uintptr_t stream) {
-    buffer.dispatch({.x = pointer<uint8_t>(x),
-                     .num_tokens = num_tokens,
-                     .row_bytes = row_bytes,
-                     .scales = pointer<uint32_t>(scales),
-                     .num_scales = num_scales,
-                     .scale_stride_token = scale_stride_token,
-                     .scale_stride_scale = scale_stride_scale,
-                     .topk_idx = pointer<void>(topk_idx),
-                     .topk_weights = pointer<float>(topk_weights),
-                     .num_topk = num_topk,
-                     .idx_bytes = idx_bytes,
-                     .num_experts = num_experts,
-                     .is_cached = is_cached,
-                     .num_tokens_per_rank = pointer<int>(num_tokens_per_rank),
-                     .num_tokens_per_expert = pointer<int>(num_tokens_per_expert),
-                     .is_token_in_rank = pointer<uint8_t>(is_token_in_rank),
-                     .rank_prefix_matrix = pointer<int>(rank_prefix_matrix),
-                     .send_head = pointer<int>(send_head),
-                     .recv_x = pointer<uint8_t>(recv_x),
-                     .recv_scales = pointer<uint32_t>(recv_scales),
-                     .recv_topk_idx = pointer<void>(recv_topk_idx),
-                     .recv_topk_weights = pointer<float>(recv_topk_weights),
-                     .recv_src_idx = pointer<int>(recv_src_idx),
-                     .num_recv_rows = num_recv_rows,
-                     .is_worst_case = is_worst_case,
-                     .expert_alignment = expert_alignment},
-                    num_sms, pointer<void>(stream));
+uint64_t low_latency_dispatch(Buffer& buffer, py::handle args, uint64_t ticket, uintptr_t stream) {
+    return buffer.low_latency().dispatch(read<runtime::LowLatencyDispatchArgs>(args), ticket, pointer<void>(stream));
 }
 
-void combine(Buffer& buffer, uintptr_t x, int num_rows, int hidden, uintptr_t topk_weights, int num_topk,
-             uintptr_t bias_0, uintptr_t bias_1, uintptr_t rank_prefix_matrix, uintptr_t send_head, int num_tokens,
-             uintptr_t combined_x, uintptr_t combined_topk_weights, int num_sms, uintptr_t stream) {
-    buffer.combine({.x = pointer<uint8_t>(x),
-                    .num_rows = num_rows,
-                    .hidden = hidden,
-                    .topk_weights = pointer<float>(topk_weights),
-                    .num_topk = num_topk,
-                    .bias = {pointer<uint8_t>(bias_0), pointer<uint8_t>(bias_1)},
-                    .rank_prefix_matrix = pointer<int>(rank_prefix_matrix),
-                    .send_head = pointer<int>(send_head),
-                    .num_tokens = num_tokens,
-                    .combined_x = pointer<uint8_t>(combined_x),
-                    .combined_topk_weights = pointer<float>(combined_topk_weights)},
-                   num_sms, pointer<void>(stream));
-}
-
-// What to launch: both phases at once; the send phase, which returns a ticket; or else the receive phase of the call with
-// that ticket.
-constexpr uint64_t kSendPhase = 0;
-constexpr uint64_t kBothPhases = ~uint64_t{0};
-
-uint64_t low_latency_dispatch(Buffer& buffer, uint64_t ticket, int num_max_tokens, int num_topk, int num_experts,
-                              int hidden, bool is_fp8, bool rounds_scales, bool packs_scales, uintptr_t x,
-                              uintptr_t topk_idx, int idx_bytes, int num_tokens, uintptr_t recv_x,
-                              uintptr_t recv_scales, uintptr_t recv_count, uintptr_t src_info, uintptr_t layout_range,
-                              uintptr_t row_of_entry, uintptr_t cumulative_stats, uintptr_t wait_stats,
-                              uintptr_t number, uintptr_t stream) {
-    const runtime::LowLatencyDispatchArgs args{.shape = {num_max_tokens, num_topk, num_experts, hidden},
-                                               .is_fp8 = is_fp8,
-                                               .rounds_scales = rounds_scales,
-                                               .packs_scales = packs_scales,
-                                               .x = pointer<uint8_t>(x),
-                                               .topk_idx = pointer<void>(topk_idx),
-                                               .idx_bytes = idx_bytes,
-                                               .num_tokens = num_tokens,
-                                               .recv_x = pointer<uint8_t>(recv_x),
-                                               .recv_scales = pointer<uint32_t>(recv_scales),
-                                               .recv_count = pointer<int>(recv_count),
-                                               .src_info = pointer<int>(src_info),
-                                               .layout_range = pointer<int64_t>(layout_range),
-                                               .row_of_entry = pointer<int>(row_of_entry),
-                                               .cumulative_stats = pointer<int>(cumulative_stats),
-                                               .wait_stats = pointer<int64_t>(wait_stats),
-                                               .number = pointer<uint64_t>(number)};
-    if (ticket == kSendPhase) return buffer.send_low_latency_dispatch(args, pointer<void>(stream));
-    if (ticket == kBothPhases)
-        buffer.low_latency_dispatch(args, pointer<void>(stream));
-    else
-        buffer.receive_low_latency_dispatch(args, ticket, pointer<void>(stream));
-    return ticket;
-}
-
-uint64_t low_latency_combine(Buffer& buffer, uint64_t ticket, int num_max_tokens, int num_topk, int num_experts,
-                             int hidden, bool uses_logfmt, uintptr_t x, uintptr_t topk_idx, int idx_bytes,
-                             uintptr_t topk_weights, int num_tokens, uintptr_t row_of_entry, uintptr_t combined_x,
-                             uintptr_t wait_stats, uintptr_t number, uintptr_t stream) {
-    const runtime::LowLatencyCombineArgs args{.shape = {num_max_tokens, num_topk, num_experts, hidden},
-                                              .uses_logfmt = uses_logfmt,
-                                              .x = pointer<uint8_t>(x),
-                                              .topk_idx = pointer<void>(topk_idx),
-                                              .idx_bytes = idx_bytes,
-                                              .topk_weights = pointer<float>(topk_weights),
-                                              .num_tokens = num_tokens,
-                                              .row_of_entry = pointer<int>(row_of_entry),
-                                              .combined_x = pointer<uint8_t>(combined_x),
-                                              .wait_stats = pointer<int64_t>(wait_stats),
-                                              .number = pointer<uint64_t>(number)};
-    if (ticket == kSendPhase) return buffer.send_low_latency_combine(args, pointer<void>(stream));
-    if (ticket == kBothPhases)
-        buffer.low_latency_combine(args, pointer<void>(stream));
-    else
-        buffer.receive_low_latency_combine(args, ticket, pointer<void>(stream));
-    return ticket;
+uint64_t low_latency_combine(Buffer& buffer, py::handle args, uint64_t ticket, uintptr_t stream) {
+    return buffer.low_latency().combine(read<runtime::LowLatencyCombineArgs>(args), ticket, pointer<void>(stream));
 }
 
 // A capsule for torch.from_dlpack: row-major memory at `address`. `on_drop` runs when no tensor is over it any more.
@@ -307,10 +199,10 @@ py::capsule make_capsule(void* address, std::vector<int64_t> shape, int dtype_co
 }
 
 // With `owner` alive as long as any tensor over the memory.
-py::capsule make_tensor(uintptr_t address, std::vector<int64_t> shape, int dtype_code, int dtype_bits, int cuda_index,
+py::capsule make_tensor(uintptr_t address, std::vector<int64_t> shape, std::pair<int, int> dtype, int cuda_index,
                         py::object owner) {
     PyObject* held = owner.release().ptr();
-    return make_capsule(pointer<void>(address), std::move(shape), dtype_code, dtype_bits, cuda_index, [held] {
+    return make_capsule(pointer<void>(address), std::move(shape), dtype.first, dtype.second, cuda_index, [held] {
         if (Py_IsInitialized() == 0) return;  // the interpreter has gone, and the owner with it
         const py::gil_scoped_acquire acquired;
         Py_DECREF(held);
@@ -360,9 +252,9 @@ void bind_buffer(py::module_& m) {
                      std::move(device), runtime::BufferOptions{rank, num_ranks, num_data_bytes, num_low_latency_bytes,
                                                                timeout_s, warn_s, is_shrinkable, num_lend_bytes});
              }),
-             py::arg("device"), py::arg("rank"), py::arg("num_ranks"), py::arg("num_data_bytes"), py::arg("timeout_s"),
-             py::arg("warn_s"), py::arg("num_low_latency_bytes") = 0, py::arg("is_shrinkable") = false,
-             py::arg("num_lend_bytes") = 0)
+             py::arg("device"), py::arg("rank"), py::arg("num_ranks"), py::kw_only(), py::arg("num_data_bytes"),
+             py::arg("timeout_s"), py::arg("warn_s"), py::arg("num_low_latency_bytes") = 0,
+             py::arg("is_shrinkable") = false, py::arg("num_lend_bytes") = 0)
         .def("export_handle", [](Buffer& b) { return py::bytes(b.export_handle()); })
         .def("connect", &Buffer::connect, py::arg("handles"), release_gil())
         .def_property_readonly("data_ptr", [](Buffer& b) { return number(b.data()); })
@@ -372,27 +264,30 @@ void bind_buffer(py::module_& m) {
         .def_property_readonly("failure", &Buffer::failure)
         .def("begin_call", &Buffer::begin_call)
         .def("abandon_call", &Buffer::abandon_call, py::arg("text"))
-        .def("abandon_hook", &Buffer::abandon_hook, py::arg("ticket"), py::arg("text"))
+        .def(
+            "abandon_hook",
+            [](Buffer& b, uint64_t ticket, const std::string& text) { b.low_latency().abandon_hook(ticket, text); },
+            py::arg("ticket"), py::arg("text"))
         .def("start_watching", &Buffer::start_watching)
         .def("set_warning_handler", &Buffer::set_warning_handler, py::arg("handler"))
-        .def("get_dispatch_layout", &get_dispatch_layout)
-        .def("notify_dispatch", &notify_dispatch)
+        .def("get_dispatch_layout", &get_dispatch_layout, py::arg("args"), py::arg("stream"))
+        .def("notify_dispatch", &notify_dispatch, py::arg("args"), py::arg("stream"))
         .def("wait_counts", &wait_counts)
-        .def("dispatch", &dispatch)
-        .def("combine", &combine)
+        .def("dispatch", &dispatch, py::arg("args"), py::arg("num_sms"), py::arg("stream"))
+        .def("combine", &combine, py::arg("args"), py::arg("num_sms"), py::arg("stream"))
         .def("lend", &lend)
         .def("note_stream",
              [](Buffer& b, uintptr_t stream, bool is_ours) { b.note_stream(pointer<void>(stream), is_ours); })
         .def_property_readonly("num_lend_bytes", &Buffer::num_lend_bytes)
         .def_readonly_static("LEND_PART_OF_DATA", &runtime::kLendPartOfData)
-        .def_readonly_static("SEND_PHASE", &kSendPhase)
-        .def_readonly_static("BOTH_PHASES", &kBothPhases)
-        .def("low_latency_dispatch", &low_latency_dispatch)
-        .def("low_latency_combine", &low_latency_combine)
+        .def_readonly_static("SEND_PHASE", &runtime::kSendPhase)
+        .def_readonly_static("BOTH_PHASES", &runtime::kBothPhases)
+        .def("low_latency_dispatch", &low_latency_dispatch, py::arg("args"), py::arg("ticket"), py::arg("stream"))
+        .def("low_latency_combine", &low_latency_combine, py::arg("args"), py::arg("ticket"), py::arg("stream"))
         .def("clean_low_latency",
-             [](Buffer& buffer, uintptr_t stream) { buffer.clean_low_latency(pointer<void>(stream)); })
-        .def_property_readonly("low_latency_data_ptr", [](Buffer& b) { return number(b.low_latency_data()); })
-        .def_property_readonly("masked_ranks_ptr", [](Buffer& b) { return number(b.masked_ranks()); });
+             [](Buffer& buffer, uintptr_t stream) { buffer.low_latency().clean(pointer<void>(stream)); })
+        .def_property_readonly("low_latency_data_ptr", [](Buffer& b) { return number(b.low_latency().data()); })
+        .def_property_readonly("masked_ranks_ptr", [](Buffer& b) { return number(b.low_latency().masked_ranks()); });
 }
 
 }  // namespace
@@ -405,8 +300,9 @@ PYBIND11_MODULE(deep_ep_cpp, m) {
     bind_config(m);
     bind_device(m);
     bind_buffer(m);
-    m.def("get_low_latency_rdma_size_hint", &Buffer::low_latency_size_hint, py::arg("num_max_dispatch_tokens_per_rank"),
-          py::arg("hidden"), py::arg("num_ranks"), py::arg("num_experts"));
+    if (!bindings::add_record_types(m.ptr())) throw py::error_already_set();
+    m.def("get_low_latency_rdma_size_hint", &runtime::LowLatency::size_hint,
+          py::arg("num_max_dispatch_tokens_per_rank"), py::arg("hidden"), py::arg("num_ranks"), py::arg("num_experts"));
     m.def("make_tensor", &make_tensor);
     m.def("cuda_versions", [] {
         const CudaVersions versions = cuda_versions();

@@ -1,4 +1,4 @@
-"""Argument checks. Each error names the argument, what was expected and what was got.
+"""Argument checks, and which tensors need no more. Each error names the argument, what was expected and what was got.
 
 TypeError: not the kind of object, or not the dtype, that is expected. ValueError: a wrong shape, device, layout, range
 or combination.
@@ -9,10 +9,14 @@ well, and looks for what is wrong only when it is not.
 """
 
 import numbers
+import weakref
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any, Generic, Optional, TypeVar
 
 import torch
+
+T = TypeVar("T")
+Reference = weakref.ref[Any]
 
 _TENSOR = torch.Tensor  # two look-ups less in every check
 ROW_ALIGNMENT_BYTES = 16
@@ -224,3 +228,36 @@ def check_num_experts(name: str, num_experts: int, num_ranks: int) -> int:
     if num_experts <= 0 or num_experts % num_ranks:
         raise ValueError(f"{name} must be a positive multiple of the number of ranks ({num_ranks}), got {num_experts}")
     return num_experts
+
+
+class _NoneGiven:
+    """Stands for a tensor where there are fewer than three."""
+
+
+NONE_GIVEN = _NoneGiven()
+
+
+class KnownTensors(Generic[T]):
+    """Tensors that were checked together or made here, known again by their identity; this does not keep them alive.
+
+    A layout is used once for each dispatch and a handle at least once, and the checks of either take 2 us. With the
+    tensors goes what was found out about them.
+    """
+
+    MOST = 256
+
+    def __init__(self) -> None:
+        self._entries: dict[int, tuple[T, Reference, Reference, Reference]] = {}  # by id of the first tensor
+
+    def add(self, finding: T, first: object, second: object = NONE_GIVEN, third: object = NONE_GIVEN) -> None:
+        if len(self._entries) >= self.MOST:  # most of them are dead; those that are not are checked once more
+            self._entries.clear()
+        self._entries[id(first)] = finding, weakref.ref(first), weakref.ref(second), weakref.ref(third)
+
+    def find(self, first: object, second: object = NONE_GIVEN, third: object = NONE_GIVEN) -> Optional[T]:
+        """What is known of exactly these tensors, if anything is."""
+        entry = self._entries.get(id(first))
+        if entry is None:
+            return None
+        finding, first_ref, second_ref, third_ref = entry
+        return finding if first_ref() is first and second_ref() is second and third_ref() is third else None

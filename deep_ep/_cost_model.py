@@ -5,7 +5,7 @@ A call that moves B bytes, R of them over links, takes
     latency + max(R / link, B / (SMs * rate of one SM))
 
 so beyond some number of SMs more of them bring nothing, and a small call is not helped by any. `python -m
-deep_ep.calibrate` fits latency, link and rate to a benchmark's figures and stores them; a Buffer takes them from there.
+deep_ep calibrate` fits latency, link and rate to a benchmark's figures and stores them; a Buffer takes them from there.
 """
 
 import functools
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from deep_ep import _env
-from deep_ep._errors import InvalidArgument
+from deep_ep_cpp import InvalidArgument
 
 FORMAT_VERSION = 1
 # A budget is enough when the largest one would be faster by no more than this.
@@ -150,7 +150,7 @@ def load(path: Path, way: str) -> Optional[CostModel]:
 
 
 def _no_model(path: Path, error: Exception) -> InvalidArgument:
-    return InvalidArgument(f"cost model {path}: expected a file of deep_ep.calibrate, got {error!r}")
+    return InvalidArgument(f"cost model {path}: expected a file of deep_ep calibrate, got {error!r}")
 
 
 def _read_models(path: Path) -> dict[str, Any]:

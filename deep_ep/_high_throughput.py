@@ -3,17 +3,19 @@
 The native code tells "no top-k" and "no scales" by a count of zero, never by an address: an empty tensor's is zero.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Optional, Union
 
 import torch
 
 from deep_ep import _checks
-from deep_ep._bootstrap import Session
-from deep_ep._call_check import handle_fact
-from deep_ep._errors import Error
-from deep_ep._lending import Lender, Spec
-from deep_ep._streams import Operation, is_capturing
+from deep_ep._env import is_capturing
+from deep_ep._memory import Lender, Spec, num_bytes_of
+from deep_ep._peers import handle_fact
+from deep_ep._session import Session
+from deep_ep._streams import Operation
 from deep_ep.utils import EventHandle, EventOverlap
+from deep_ep_cpp import CombineArgs, DispatchArgs, Error, LayoutArgs, NotifyArgs
 
 Payload = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 DispatchResult = tuple[Payload, Optional[torch.Tensor], Optional[torch.Tensor], Optional[list[int]],
@@ -47,12 +49,13 @@ class Routing(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """The tensors that a dispatch fills."""
+    """The tensors that a dispatch fills: in this order."""
 
     x: torch.Tensor
     scales: Optional[torch.Tensor]
     topk_idx: Optional[torch.Tensor]
     topk_weights: Optional[torch.Tensor]
+    src_idx: torch.Tensor  # absent where the call has a handle, which has it
 
     def payload(self) -> Payload:
         return self.x if self.scales is None else (self.x, self.scales)
@@ -97,8 +100,15 @@ def get_dispatch_layout(
             per_expert = session.empty[torch.int32](num_experts)
             in_rank = session.empty[torch.bool](num_tokens, num_ranks)
         operation.start((topk_idx, ), (per_rank, per_expert, in_rank))
-        session.runtime.get_dispatch_layout(_ptr(topk_idx), topk_idx.element_size(), num_tokens, num_topk, num_experts,
-                                            _ptr(per_rank), _ptr(per_expert), _ptr(in_rank), operation.stream)
+        args = LayoutArgs(topk_idx=topk_idx.data_ptr(),
+                          idx_bytes=topk_idx.element_size(),
+                          num_tokens=num_tokens,
+                          num_topk=num_topk,
+                          num_experts=num_experts,
+                          num_tokens_per_rank=per_rank.data_ptr(),
+                          num_tokens_per_expert=per_expert.data_ptr(),
+                          is_token_in_rank=in_rank.data_ptr())
+        session.runtime.get_dispatch_layout(args, operation.stream)
         event = close_operation(operation)
     session.known_layouts.add(True, in_rank, per_rank, per_expert)
     return per_rank, None, per_expert, in_rank, event
@@ -124,15 +134,14 @@ def dispatch_fresh(session: Session, x: Payload, routing: Routing, expert_alignm
             rank_prefix_matrix, send_head = _notify_outputs(session, num_tokens)
         call = _Dispatch(session, rows, scales, routing, rank_prefix_matrix, send_head, num_experts, num_sms, operation)
         if num_worst_tokens:
-            num_rows, received = num_worst_tokens, call.worst_case(num_worst_tokens)
+            num_rows, outputs = num_worst_tokens, call.worst_case(num_worst_tokens)
             per_expert: list[int] = []
         else:
-            num_rows, per_expert, received = call.counted(expert_alignment)
+            num_rows, per_expert, outputs = call.counted(expert_alignment)
         event = close_operation(operation)
-    outputs, recv_src_idx = received
     unused = session.unused_matrix
-    handle = (rank_prefix_matrix, unused, unused, recv_src_idx, routing.is_token_in_rank, send_head)
-    session.known_handles.add((num_tokens, num_rows), send_head, rank_prefix_matrix, recv_src_idx)
+    handle = (rank_prefix_matrix, unused, unused, outputs.src_idx, routing.is_token_in_rank, send_head)
+    session.known_handles.add((num_tokens, num_rows), send_head, rank_prefix_matrix, outputs.src_idx)
     return outputs.payload(), outputs.topk_idx, outputs.topk_weights, per_expert, handle, event
 
 
@@ -176,9 +185,18 @@ def combine(session: Session, x: torch.Tensor, handle: Any, topk_weights: Option
             combined = session.empty[torch.bfloat16](num_tokens, hidden)
             weights = None if topk_weights is None else session.empty[torch.float32](num_tokens, num_topk)
         operation.start((x, topk_weights, *biases, rank_prefix_matrix, send_head), (combined, weights))
-        session.runtime.combine(x.data_ptr(), num_rows, hidden, _ptr(topk_weights), num_topk, _ptr(biases[0]),
-                                _ptr(biases[1]), rank_prefix_matrix.data_ptr(), send_head.data_ptr(), num_tokens,
-                                combined.data_ptr(), _ptr(weights), num_sms, operation.stream)
+        args = CombineArgs(x=x.data_ptr(),
+                           num_rows=num_rows,
+                           hidden=hidden,
+                           topk_weights=_ptr(topk_weights),
+                           num_topk=num_topk,
+                           bias=(_ptr(biases[0]), _ptr(biases[1])),
+                           rank_prefix_matrix=rank_prefix_matrix.data_ptr(),
+                           send_head=send_head.data_ptr(),
+                           num_tokens=num_tokens,
+                           combined_x=combined.data_ptr(),
+                           combined_topk_weights=_ptr(weights))
+        session.runtime.combine(args, num_sms, operation.stream)
         event = close_operation(operation)
     return combined, weights, event
 
@@ -217,16 +235,17 @@ def _find_layout_fault(routing: Routing) -> Optional[str]:
 
 def lend(session: Session, shape: Any, dtype: torch.dtype) -> torch.Tensor:
     lender = session.lender
-    spec = Spec(_checks.check_sizes("shape", shape), _checks.check_dtype("dtype", dtype))
+    spec: Spec = _checks.check_sizes("shape", shape), _checks.check_dtype("dtype", dtype)
+    num_bytes = num_bytes_of(spec)
     if lender is None and session.num_ranks > 1:
         raise Error("lend: this Buffer lends nothing; build it with a larger num_nvl_bytes, or with num_lend_bytes")
-    if lender is None or spec.num_bytes == 0:  # one rank reads its own input in place, wherever it is
-        return torch.empty(spec.shape, dtype=dtype, device=session.streams.device)
+    if lender is None or num_bytes == 0:  # one rank reads its own input in place, wherever it is
+        return torch.empty(spec[0], dtype=dtype, device=session.streams.device)
     if is_capturing():
         raise Error("lend: not while a CUDA graph is captured; take the tensor before the capture begins")
     made = lender.tensor(spec)
     if made is None:
-        raise Error(f"lend: no room for {spec.num_bytes} bytes; num_lend_bytes is {lender.num_bytes}, and the tensors "
+        raise Error(f"lend: no room for {num_bytes} bytes; num_lend_bytes is {lender.num_bytes}, and the tensors "
                     "of earlier calls hold a part of it until they are dropped")
     return made
 
@@ -306,62 +325,6 @@ def _notify_outputs(session: Session, num_tokens: int) -> tuple[torch.Tensor, to
     return make(num_ranks, num_ranks), make(num_tokens, num_ranks)
 
 
-def _receive_outputs(session: Session, rows: torch.Tensor, scales: Optional[torch.Tensor], routing: Optional[Routing],
-                     num_rows: int, operation: Operation) -> tuple[Outputs, torch.Tensor]:
-    """The receive tensors for `num_rows` rows, and recv_src_idx: lent to the peers where there is room."""
-    if session.lender is not None:
-        lent = _lent_outputs(session.lender, rows, scales, routing, num_rows, operation)
-        if lent is not None:
-            return lent
-    empty = session.empty
-    topk_idx = topk_weights = None
-    if routing is not None and routing.topk_idx is not None:
-        num_topk = routing.topk_idx.shape[1]
-        topk_idx = empty[routing.topk_idx.dtype](num_rows, num_topk)
-        topk_weights = empty[torch.float32](num_rows, num_topk)
-    outputs = Outputs(x=empty[rows.dtype](num_rows, rows.shape[1]),
-                      scales=None if scales is None else empty[scales.dtype](num_rows, scales.shape[1]),
-                      topk_idx=topk_idx,
-                      topk_weights=topk_weights)
-    return outputs, empty[torch.int32](num_rows)
-
-
-def _output_specs(rows: torch.Tensor, scales: Optional[torch.Tensor], routing: Optional[Routing],
-                  num_rows: int) -> list[Spec]:
-    """x, scales, topk_idx, topk_weights, as far as the call has them, and recv_src_idx."""
-    specs = [Spec((num_rows, rows.shape[1]), rows.dtype)]
-    if scales is not None:
-        specs.append(Spec((num_rows, scales.shape[1]), scales.dtype))
-    topk_idx = None if routing is None else routing.topk_idx
-    if topk_idx is not None:
-        specs.append(Spec((num_rows, topk_idx.shape[1]), topk_idx.dtype))
-        specs.append(Spec((num_rows, topk_idx.shape[1]), torch.float32))
-    specs.append(Spec((num_rows, ), torch.int32))
-    return specs
-
-
-def _in_places(found: list[Any], scales: Optional[torch.Tensor], routing: Optional[Routing], absent: Any) -> list[Any]:
-    """What _output_specs has, in five places; `absent` where the call has no such output."""
-    if scales is None:
-        found.insert(1, absent)
-    if routing is None or routing.topk_idx is None:
-        found[2:2] = absent, absent
-    return found
-
-
-def _name_outputs(made: list[torch.Tensor], scales: Optional[torch.Tensor],
-                  routing: Optional[Routing]) -> tuple[Outputs, torch.Tensor]:
-    *outputs, recv_src_idx = _in_places(made, scales, routing, None)
-    return Outputs(*outputs), recv_src_idx
-
-
-def _lent_outputs(lender: Lender, rows: torch.Tensor, scales: Optional[torch.Tensor], routing: Optional[Routing],
-                  num_rows: int, operation: Operation) -> Optional[tuple[Outputs, torch.Tensor]]:
-    """The receive tensors in memory that peers reach; None: there is no room for all of it."""
-    made = lender.tensors(_output_specs(rows, scales, routing, num_rows), operation)
-    return None if made is None else _name_outputs(made, scales, routing)
-
-
 NO_COUNTS = 0, 0  # they have been exchanged
 
 
@@ -377,6 +340,10 @@ class _Dispatch:
         self.routing = routing
         self.matrix = rank_prefix_matrix
         self.send_head = send_head
+        self.num_tokens, self.hidden = rows.shape
+        self.num_scales = 0 if scales is None else scales.shape[1]
+        self.topk_idx = None if routing is None else routing.topk_idx
+        self.num_topk = 0 if self.topk_idx is None else self.topk_idx.shape[1]
         self.num_experts = num_experts
         self.counts = NO_COUNTS
         if routing is not None:
@@ -386,103 +353,125 @@ class _Dispatch:
 
     def cached(self, num_rows: int) -> Outputs:
         with self.operation.allocation():
-            outputs, _ = self._outputs(num_rows)
+            outputs = self._outputs(num_rows)
         self.operation.start((self.rows, self.scales, self.matrix, self.send_head), outputs)
         # The handle may come from a worst-case dispatch: fewer rows than it has room for are no error.
-        self._send(outputs, None, num_rows, NO_COUNTS, True)
+        self._send(map(_ptr, outputs), num_rows, NO_COUNTS, True)
         return outputs
 
-    def worst_case(self, num_rows: int) -> tuple[Outputs, torch.Tensor]:
+    def worst_case(self, num_rows: int) -> Outputs:
         with self.operation.allocation():
-            outputs, recv_src_idx = self._outputs(num_rows)
-        self._start((*outputs, recv_src_idx))
-        self._send(outputs, recv_src_idx, num_rows, self.counts, True)
-        return outputs, recv_src_idx
+            outputs = self._outputs(num_rows)
+        self._start(outputs)
+        self._send(map(_ptr, outputs), num_rows, self.counts, True)
+        return outputs
 
-    def counted(self, expert_alignment: int) -> tuple[int, list[int], tuple[Outputs, torch.Tensor]]:
+    def counted(self, expert_alignment: int) -> tuple[int, list[int], Outputs]:
         """Rows that came, those of each expert, and the outputs."""
         lender = self.session.lender
         found = None if lender is None else self._guessed(lender, expert_alignment)
         if found is None:
             found = self._counted_first(expert_alignment)
         if lender is not None:
-            lender.remember_rows(self.rows.shape[0], found[0])
+            lender.remember_rows(self.num_tokens, found[0])
         return found
 
-    def _guessed(self, lender: Lender,
-                 expert_alignment: int) -> Optional[tuple[int, list[int], tuple[Outputs, torch.Tensor]]]:
+    def _guessed(self, lender: Lender, expert_alignment: int) -> Optional[tuple[int, list[int], Outputs]]:
         """The rows move while the host learns how many they are. None: there is no room for what may come."""
-        likely_rows = lender.guess_rows(self.rows.shape[0], self.session.num_ranks)
-        row = _output_specs(self.rows, self.scales, self.routing, 1)
-        reserved = lender.reserve(row, likely_rows, self.operation)
+        likely_rows = lender.guess_rows(self.num_tokens, self.session.num_ranks)
+        reserved = lender.reserve(self._output_specs(1), likely_rows, self.operation)
         if reserved is None:
             return None
         self._start(())
-        self._send_to(_in_places(reserved.addresses, self.scales, self.routing, 0), reserved.num_rows, self.counts,
-                      False, expert_alignment)
+        self._send(reserved.addresses, reserved.num_rows, self.counts, expert_alignment=expert_alignment)
         num_rows, per_expert = self.session.runtime.wait_counts()
         if num_rows > reserved.num_rows:
             del reserved  # its memory may serve now
             return num_rows, per_expert, self._sent(num_rows)
-        outputs, recv_src_idx = _name_outputs(reserved.tensors(num_rows), self.scales, self.routing)
-        self.operation.add_lent((*outputs, recv_src_idx))
-        return num_rows, per_expert, (outputs, recv_src_idx)
+        outputs = Outputs(*reserved.tensors(num_rows))  # type: ignore[arg-type]
+        self.operation.add_lent(outputs)
+        return num_rows, per_expert, outputs
 
-    def _counted_first(self, expert_alignment: int) -> tuple[int, list[int], tuple[Outputs, torch.Tensor]]:
+    def _counted_first(self, expert_alignment: int) -> tuple[int, list[int], Outputs]:
         self._start(())
-        num_topk, num_scales = self._widths()
-        self.session.runtime.notify_dispatch(*self.counts, self.num_experts, expert_alignment, self.matrix.data_ptr(),
-                                             *self._row_sizes(), num_topk, num_scales, self.operation.stream)
+        args = NotifyArgs(num_tokens_per_rank=self.counts[0],
+                          num_tokens_per_expert=self.counts[1],
+                          num_experts=self.num_experts,
+                          expert_alignment=expert_alignment,
+                          rank_prefix_matrix=self.matrix.data_ptr(),
+                          num_tokens=self.num_tokens,
+                          row_bytes=self.hidden * self.rows.element_size(),
+                          num_topk=self.num_topk,
+                          num_scales=self.num_scales)
+        self.session.runtime.notify_dispatch(args, self.operation.stream)
         num_rows, per_expert = self.session.runtime.wait_counts()
         return num_rows, per_expert, self._sent(num_rows)
 
-    def _sent(self, num_rows: int) -> tuple[Outputs, torch.Tensor]:
+    def _sent(self, num_rows: int) -> Outputs:
         """The second half of a call, whose counts have been exchanged."""
         with self.operation.allocation():
-            outputs, recv_src_idx = self._outputs(num_rows)
-        self.operation.add((*outputs, recv_src_idx))
-        self._send(outputs, recv_src_idx, num_rows, NO_COUNTS, False)
-        return outputs, recv_src_idx
+            outputs = self._outputs(num_rows)
+        self.operation.add(outputs)
+        self._send(map(_ptr, outputs), num_rows, NO_COUNTS)
+        return outputs
 
     def _start(self, outputs: tuple[Optional[torch.Tensor], ...]) -> None:
         self.operation.start((self.rows, self.scales, *(self.routing or ())), (self.matrix, self.send_head, *outputs))
 
-    def _outputs(self, num_rows: int) -> tuple[Outputs, torch.Tensor]:
-        return _receive_outputs(self.session, self.rows, self.scales, self.routing, num_rows, self.operation)
+    def _outputs(self, num_rows: int) -> Outputs:
+        """Lent to the peers where there is room for all."""
+        lender, empty = self.session.lender, self.session.empty
+        specs = self._output_specs(num_rows)
+        made = None if lender is None else lender.tensors(specs, self.operation)
+        if made is None:
+            made = [spec and empty[spec[1]](*spec[0]) for spec in specs]
+        return Outputs(*made)  # type: ignore[arg-type]
 
-    def _row_sizes(self) -> tuple[int, int]:
-        """N, and the bytes of a row."""
-        num_tokens, hidden = self.rows.shape
-        return num_tokens, hidden * self.rows.element_size()
+    def _output_specs(self, num_rows: int) -> list[Optional[Spec]]:
+        """Of each of the Outputs; None where the call has no such output."""
+        scales, topk_idx, topk_shape = self.scales, self.topk_idx, (num_rows, self.num_topk)
+        return [
+            ((num_rows, self.hidden), self.rows.dtype),
+            None if scales is None else ((num_rows, self.num_scales), scales.dtype),
+            None if topk_idx is None else (topk_shape, topk_idx.dtype),
+            None if topk_idx is None else (topk_shape, torch.float32),
+            None if self.routing is None else ((num_rows, ), torch.int32),
+        ]
 
-    def _widths(self) -> tuple[int, int]:
-        """K, and the scales of a token."""
-        topk_idx = None if self.routing is None else self.routing.topk_idx
-        return 0 if topk_idx is None else topk_idx.shape[1], 0 if self.scales is None else self.scales.shape[1]
-
-    def _send(self, outputs: Outputs, recv_src_idx: Optional[torch.Tensor], num_rows: int, counts: tuple[int, int],
-              is_worst_case: bool) -> None:
-        self._send_to((outputs.x.data_ptr(), _ptr(outputs.scales), _ptr(outputs.topk_idx), _ptr(outputs.topk_weights),
-                       _ptr(recv_src_idx)), num_rows, counts, is_worst_case, 0)  # yapf: disable
-
-    def _send_to(self, addresses: Any, num_rows: int, counts: tuple[int, int], is_worst_case: bool,
-                 expert_alignment: int) -> None:
-        """`addresses`: of x, scales, topk_idx, topk_weights and src_idx. `expert_alignment` > 0: the host waits."""
-        routing, scales = self.routing, self.scales
-        topk_idx = topk_weights = None
-        in_rank = 0
-        if routing is not None:
-            topk_idx, topk_weights, in_rank = routing.topk_idx, routing.topk_weights, routing.is_token_in_rank.data_ptr(
-            )
-        idx_bytes = 8 if topk_idx is None else topk_idx.element_size()
-        num_topk, num_scales = self._widths()
+    def _send(self,
+              addresses: Iterable[int],
+              num_rows: int,
+              counts: tuple[int, int],
+              is_worst_case: bool = False,
+              expert_alignment: int = 0) -> None:
+        """`addresses`: of the Outputs. `expert_alignment` > 0: the host waits for the counts."""
+        routing, scales, topk_idx = self.routing, self.scales, self.topk_idx
         stride_token, stride_scale = (0, 0) if scales is None else scales.stride()
-        num_tokens, row_bytes = self._row_sizes()
         recv_x, recv_scales, recv_topk_idx, recv_topk_weights, recv_src_idx = addresses
-        self.session.runtime.dispatch(self.rows.data_ptr(), num_tokens, row_bytes,
-                                      _ptr(scales), num_scales, stride_token, stride_scale, _ptr(topk_idx),
-                                      _ptr(topk_weights), num_topk, idx_bytes, self.num_experts,
-                                      routing is None, *counts, in_rank, self.matrix.data_ptr(),
-                                      self.send_head.data_ptr(), recv_x, recv_scales, recv_topk_idx, recv_topk_weights,
-                                      recv_src_idx, num_rows, is_worst_case, expert_alignment, self.num_sms,
-                                      self.operation.stream)
+        args = DispatchArgs(x=self.rows.data_ptr(),
+                            num_tokens=self.num_tokens,
+                            row_bytes=self.hidden * self.rows.element_size(),
+                            scales=_ptr(scales),
+                            num_scales=self.num_scales,
+                            scale_stride_token=stride_token,
+                            scale_stride_scale=stride_scale,
+                            topk_idx=_ptr(topk_idx),
+                            topk_weights=0 if routing is None else _ptr(routing.topk_weights),
+                            num_topk=self.num_topk,
+                            idx_bytes=8 if topk_idx is None else topk_idx.element_size(),
+                            num_experts=self.num_experts,
+                            is_cached=routing is None,
+                            num_tokens_per_rank=counts[0],
+                            num_tokens_per_expert=counts[1],
+                            is_token_in_rank=0 if routing is None else routing.is_token_in_rank.data_ptr(),
+                            rank_prefix_matrix=self.matrix.data_ptr(),
+                            send_head=self.send_head.data_ptr(),
+                            recv_x=recv_x,
+                            recv_scales=recv_scales,
+                            recv_topk_idx=recv_topk_idx,
+                            recv_topk_weights=recv_topk_weights,
+                            recv_src_idx=recv_src_idx,
+                            num_recv_rows=num_rows,
+                            is_worst_case=is_worst_case,
+                            expert_alignment=expert_alignment)
+        self.session.runtime.dispatch(args, self.num_sms, self.operation.stream)

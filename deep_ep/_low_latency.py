@@ -1,30 +1,24 @@
 """The low-latency calls: checks, allocation, and the native launches, one for each phase or one for both."""
 
-import functools
-from typing import Any, Callable, Optional, Union
+from typing import Any, Callable, NamedTuple, Optional, Union
 
 import torch
 
 from deep_ep import _checks
-from deep_ep._bootstrap import Session
-from deep_ep._call_check import CallCheck
-from deep_ep._handles import KnownTensors
-from deep_ep._low_latency_plan import (
-    BF16_ALIGNMENT,
-    INT32_BYTES,
-    PLAIN,
-    Format,
-    Plan,
-    Shape,
-    check_max_tokens,
-    check_num_experts,
-)
-from deep_ep._memory import outside_of_modes, view_memory
-from deep_ep._opaque import opaque
-from deep_ep._phases import PhaseOrder, Phases, Tensors, open_phases
-from deep_ep.utils import EventHandle, EventOverlap
+from deep_ep._checks import KnownTensors
+from deep_ep._memory import EmptyTensors, view_memory
+from deep_ep._peers import CallCheck
+from deep_ep._session import Session
+from deep_ep._streams import Operation, Tensors
+from deep_ep._torch import opaque, outside_of_modes
+from deep_ep.utils import EventHandle, EventOverlap, RecordedEvent
 from deep_ep_cpp import Buffer as NativeBuffer
-from deep_ep_cpp import InvalidArgument, get_low_latency_rdma_size_hint
+from deep_ep_cpp import (
+    InvalidArgument,
+    LowLatencyCombineArgs,
+    LowLatencyDispatchArgs,
+    get_low_latency_rdma_size_hint,
+)
 
 Payload = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 DispatchResult = tuple[Payload, torch.Tensor, tuple[Any, ...], EventOverlap, Optional[Callable[[], None]]]
@@ -36,6 +30,106 @@ FLOAT32 = (torch.float32, )
 INT32 = (torch.int32, )
 INT64 = (torch.int64, )
 NUM_HANDLE_FIELDS = 5  # (src_info, layout_range, T, hidden, E): callers count on it
+
+MAX_TOKENS = 4096  # of one rank in one call; csrc/layout/low_latency.h
+MAX_EXPERTS = 16384  # csrc/kernels/params_low_latency.h
+BF16_ALIGNMENT = 8  # channels in 16 bytes
+SCALE_GROUP = 128  # channels with one FP8 scale
+PACKED_GROUP = 4 * SCALE_GROUP  # channels with one word of UE8M0 scales
+INT32_BYTES = 4
+
+
+class Shape(NamedTuple):
+    """What every native call begins with."""
+
+    num_max_tokens: int
+    num_topk: int
+    num_experts: int
+    hidden: int
+
+
+class Format(NamedTuple):
+    """How rows travel in a dispatch."""
+
+    use_fp8: bool
+    round_scale: bool
+    use_ue8m0: bool
+
+    def check(self, hidden: int) -> None:
+        if self.use_ue8m0 and not (self.round_scale and self.use_fp8):
+            raise ValueError("use_ue8m0 needs use_fp8=True and round_scale=True: it packs exponents, and only then are "
+                             f"the scales powers of two; got use_fp8={self.use_fp8}, round_scale={self.round_scale}")
+        unit = PACKED_GROUP if self.use_ue8m0 else SCALE_GROUP if self.use_fp8 else BF16_ALIGNMENT
+        if hidden <= 0 or hidden % unit:
+            kind = "use_ue8m0" if self.use_ue8m0 else "use_fp8" if self.use_fp8 else "bfloat16 rows"
+            raise ValueError(f"x must have a hidden size of a positive multiple of {unit} with {kind}, got {hidden}")
+
+
+PLAIN = Format(use_fp8=False, round_scale=False, use_ue8m0=False)
+
+
+def check_max_tokens(value: Any) -> int:
+    return _checks.check_int("num_max_dispatch_tokens_per_rank", value, 1, maximum=MAX_TOKENS)
+
+
+def check_num_experts(name: str, value: Any, num_ranks: int) -> int:
+    return _checks.check_num_experts(name, _checks.check_int(name, value, 1, maximum=MAX_EXPERTS), num_ranks)
+
+
+# recv_x; scales, if there are any; src_info; layout_range; recv_count
+DispatchOutputs = tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Plan:
+    """Sizes of the tensors of a call, and records with the arguments that are the same in every call of its kind.
+
+    R ranks, El experts on each, T tokens of a rank at most, K experts of a token. One allocation holds four things,
+    because each allocation costs the host more than a view: src_info, int32 [El, R * T], the index of the row's token
+    at its source; row_of_entry, int32 [R, T, K], the row of each top-k entry that has its expert here, which only
+    combine needs; recv_count, int32 [El]; the number of the call, int64, which its receive phase needs.
+    """
+
+    __slots__ = ("_count_at", "_empty", "_has_scales", "_index_shapes", "_num_words", "_recv_dtype", "_scale_dtype",
+                 "_scale_shape", "combine_args", "dispatch_args", "entries_at", "expert_rows", "handle_tail", "hidden",
+                 "num_bytes_behind_src_info", "num_local", "num_max_tokens", "num_topk", "number_at")
+
+    def __init__(self, shape: Shape, form: Format, num_ranks: int, empty: EmptyTensors) -> None:
+        form.check(shape.hidden)
+        self.num_max_tokens, self.num_topk, num_experts, self.hidden = shape
+        self.num_local = num_local = num_experts // num_ranks
+        num_rows = num_ranks * shape.num_max_tokens
+        self.expert_rows = (num_local, num_rows, shape.hidden)
+        self.handle_tail = (shape.num_max_tokens, shape.hidden, num_experts)
+        self.dispatch_args = LowLatencyDispatchArgs(**shape._asdict(),
+                                                    is_fp8=form.use_fp8,
+                                                    rounds_scales=form.round_scale,
+                                                    packs_scales=form.use_ue8m0)
+        self.combine_args = LowLatencyCombineArgs(**shape._asdict())
+        self._empty = empty
+        self._recv_dtype = torch.float8_e4m3fn if form.use_fp8 else torch.bfloat16
+        self._has_scales = form.use_fp8
+        num_scales = shape.hidden // (PACKED_GROUP if form.use_ue8m0 else SCALE_GROUP)
+        self._scale_shape = (num_local, num_rows, num_scales), (num_scales * num_rows, 1, num_rows)  # with strides
+        self._scale_dtype = torch.int32 if form.use_ue8m0 else torch.float32
+        self._index_shapes = (num_local, num_rows), (num_rows, 1), (num_local, num_ranks)
+        num_indices, num_entries = num_local * num_rows, num_rows * shape.num_topk
+        self._count_at = num_indices + num_entries
+        end = self._count_at + num_local
+        self._num_words = end + 3  # the number's two, one of which may have to be skipped to align them
+        self.entries_at = num_indices * INT32_BYTES
+        self.number_at = (end + 1) // 2 * 2 * INT32_BYTES
+        self.num_bytes_behind_src_info = (self._num_words - num_indices) * INT32_BYTES
+
+    def make_outputs(self) -> DispatchOutputs:
+        empty, (num_local, num_rows, hidden) = self._empty, self.expert_rows
+        recv_x, scales = empty[self._recv_dtype](num_local, num_rows, hidden), None
+        if self._has_scales:
+            scales = torch.empty_strided(*self._scale_shape, dtype=self._scale_dtype, device=empty.device)
+        words = empty[torch.int32](self._num_words)
+        shape, strides, (_, num_ranks) = self._index_shapes
+        layout_range = empty[torch.int64](num_local, num_ranks)
+        return recv_x, scales, words.as_strided(shape,
+                                                strides), layout_range, words[self._count_at:self._count_at + num_local]
 
 
 @opaque
@@ -105,8 +199,6 @@ class LowLatency:
         self._device = session.streams.device
         self._is_enabled = is_enabled
         self._is_shrinkable = is_shrinkable
-        self._order = PhaseOrder()
-        session.before_close = functools.partial(self._order.join, session.streams)
         self.abandon_call = session.abandon_call
         self._plans: dict[tuple[Any, ...], Plan] = {}
         self._known_handles = KnownTensors[Plan]()  # src_info
@@ -125,10 +217,10 @@ class LowLatency:
         size_hint(num_max_tokens, hidden, self._session.num_ranks, num_experts)
         if self._session.call_check is not None:
             self._session.call_check.compare("clean_low_latency_buffer", {})
-        phases = open_phases(self._session.streams, self._order, is_async=False)
-        phases.begin()
-        self._session.runtime.clean_low_latency(phases.stream)
-        phases.finish(())
+        with self._session.streams.low_latency_operation(is_async=False) as operation:
+            operation.start((), ())
+            self._session.runtime.clean_low_latency(operation.stream)
+            operation.finish()
 
     # Dispatch
 
@@ -148,17 +240,26 @@ class LowLatency:
         self._check_stats("dispatch_wait_recv_cost_stats", wait_stats, self._session.num_ranks, INT64)
         if self._session.call_check is not None:
             _compare_calls(self._session.call_check, "low_latency_dispatch", plan, Format(*map(bool, form))._asdict())
-        phases = self._open_phases("low_latency_dispatch", async_finish, return_recv_hook)
+        operation = self._open_operation("low_latency_dispatch", async_finish, return_recv_hook)
         if return_recv_hook:
-            x, topk_idx = phases.keep(x, topk_idx)
+            x, topk_idx = operation.snapshot(x, topk_idx)
         recv_x, scales, src_info, layout_range, recv_count = plan.make_outputs()
         src_info_ptr = src_info.data_ptr()
-        arguments = (*plan.dispatch_args, x.data_ptr(), topk_idx.data_ptr(), topk_idx.element_size(), num_tokens,
-                     recv_x.data_ptr(), _ptr(scales), recv_count.data_ptr(),
-                     src_info_ptr, layout_range.data_ptr(), src_info_ptr + plan.entries_at, _ptr(cumulative_stats),
-                     _ptr(wait_stats), src_info_ptr + plan.number_at, phases.stream)
+        args = plan.dispatch_args.replace(wait_stats=_ptr(wait_stats),
+                                          number=src_info_ptr + plan.number_at,
+                                          x=x.data_ptr(),
+                                          topk_idx=topk_idx.data_ptr(),
+                                          idx_bytes=topk_idx.element_size(),
+                                          num_tokens=num_tokens,
+                                          recv_x=recv_x.data_ptr(),
+                                          recv_scales=_ptr(scales),
+                                          recv_count=recv_count.data_ptr(),
+                                          src_info=src_info_ptr,
+                                          layout_range=layout_range.data_ptr(),
+                                          row_of_entry=src_info_ptr + plan.entries_at,
+                                          cumulative_stats=_ptr(cumulative_stats))
         tensors = (x, topk_idx, recv_x, scales, src_info, layout_range, cumulative_stats, wait_stats)
-        event, hook = _run(self._session, "low_latency_dispatch", phases, arguments, tensors, return_recv_hook)
+        event, hook = _run(self._session, "low_latency_dispatch", operation, args, tensors, return_recv_hook)
         self._known_handles.add(plan, src_info)
         payload = recv_x if scales is None else (recv_x, scales)
         return payload, recv_count, (src_info, layout_range, *plan.handle_tail), event, hook
@@ -179,11 +280,11 @@ class LowLatency:
         if stats is not None:
             _checks.check_tensor(name, stats, self._device, (size, ), dtypes)
 
-    def _open_phases(self, name: str, async_finish: bool, return_recv_hook: bool) -> Phases:
+    def _open_operation(self, name: str, async_finish: bool, return_recv_hook: bool) -> Operation:
         if async_finish and return_recv_hook:
             raise InvalidArgument(f"{name}: async_finish and return_recv_hook exclude each other; the hook says when "
                                   "to receive")
-        return open_phases(self._session.streams, self._order, async_finish)
+        return self._session.streams.low_latency_operation(async_finish)
 
     # Combine
 
@@ -209,17 +310,24 @@ class LowLatency:
             _checks.check_apart("out", out, "x", sent)
         if self._session.call_check is not None:
             _compare_calls(self._session.call_check, "low_latency_combine", plan, {"use_logfmt": bool(use_logfmt)})
-        phases = self._open_phases("low_latency_combine", async_finish, return_recv_hook)
+        operation = self._open_operation("low_latency_combine", async_finish, return_recv_hook)
         if return_recv_hook:
-            sent, topk_idx, topk_weights = phases.keep(sent, topk_idx, topk_weights)
+            sent, topk_idx, topk_weights = operation.snapshot(sent, topk_idx, topk_weights)
         combined = self._session.empty[torch.bfloat16](num_tokens, hidden) if out is None else out
         # Several combines may be open with one handle, so that theirs cannot lie behind src_info.
         number = self._session.empty[torch.int64](1) if return_recv_hook else None
-        arguments = (*plan.combine_args, use_logfmt, sent.data_ptr(), topk_idx.data_ptr(), topk_idx.element_size(),
-                     topk_weights.data_ptr(), num_tokens, src_info.data_ptr() + plan.entries_at, combined.data_ptr(),
-                     _ptr(wait_stats), _ptr(number), phases.stream)
+        args = plan.combine_args.replace(wait_stats=_ptr(wait_stats),
+                                         number=_ptr(number),
+                                         uses_logfmt=use_logfmt,
+                                         x=sent.data_ptr(),
+                                         topk_idx=topk_idx.data_ptr(),
+                                         idx_bytes=topk_idx.element_size(),
+                                         topk_weights=topk_weights.data_ptr(),
+                                         num_tokens=num_tokens,
+                                         row_of_entry=src_info.data_ptr() + plan.entries_at,
+                                         combined_x=combined.data_ptr())
         tensors = (sent, topk_idx, topk_weights, src_info, combined, wait_stats, number)
-        event, hook = _run(self._session, "low_latency_combine", phases, arguments, tensors, return_recv_hook)
+        event, hook = _run(self._session, "low_latency_combine", operation, args, tensors, return_recv_hook)
         if zero_copy:
             self._combine_buffers[plan.expert_rows].pass_on()
         return combined, event, hook
@@ -278,14 +386,14 @@ class LowLatency:
     # Masks
 
     def masked_ranks(self, name: str) -> torch.Tensor:
-        """int32 [R], the native words themselves; work on them comes after all phases so far."""
+        """int32 [R], the native words themselves; work on them comes after all calls so far."""
         self.require(name)
         if not self._is_shrinkable:
             raise InvalidArgument(f"{name}: build the Buffer with enable_shrink=True, got enable_shrink=False")
         session = self._session
-        phases = open_phases(session.streams, self._order, is_async=False)
-        phases.begin()
-        phases.finish(())
+        with session.streams.low_latency_operation(is_async=False) as operation:
+            operation.start((), ())
+            operation.finish()
         num_bytes = session.num_ranks * INT32_BYTES
         return view_memory(session.runtime.masked_ranks_ptr, num_bytes, session.streams.device).view(torch.int32)
 
@@ -302,31 +410,27 @@ def _compare_calls(check: CallCheck, operation: str, plan: Plan, options: dict[s
     check.compare(operation, {**shape, **options})
 
 
-def _run(session: Session, name: str, phases: Phases, arguments: tuple[Any, ...], tensors: Tensors,
-         wants_hook: bool) -> tuple[EventOverlap, Optional[Hook]]:
+def _run(session: Session, name: str, operation: Operation, args: Union[LowLatencyDispatchArgs, LowLatencyCombineArgs],
+         tensors: Tensors, wants_hook: bool) -> tuple[EventOverlap, Optional[Hook]]:
     """Both phases in one launch, or the send phase and a hook for the other. They use `tensors`."""
     launch: Callable[..., int] = getattr(session.runtime, name)
-    phases.begin()
+    operation.start(tensors, ())
     try:
-        ticket = launch(NativeBuffer.SEND_PHASE if wants_hook else NativeBuffer.BOTH_PHASES, *arguments)
+        ticket = launch(args, NativeBuffer.SEND_PHASE if wants_hook else NativeBuffer.BOTH_PHASES, operation.stream)
+        if not wants_hook:
+            return _finished(operation.finish(), tensors), None
+        operation.pause()
     except BaseException:
-        phases.pause(tensors)  # the send phase may still run
+        operation.abandon()
         raise
-    if not wants_hook:
-        recorded = phases.finish(tensors)
-        if recorded is None:
-            return EventOverlap(None), None
-        kept = tuple(tensor for tensor in tensors if tensor is not None)
-        return EventOverlap(EventHandle._wrap(recorded), kept), None
-    phases.pause(tensors)
 
     def receive() -> None:
-        phases.resume()
-        launch(ticket, *arguments)
-        phases.finish(tensors)
+        operation.resume()
+        launch(args, ticket, operation.stream)
+        operation.finish()
 
     # What is captured into a graph is no call yet that peers could wait for.
-    is_captured = session.streams.kind == "cuda" and session.streams.native.stream_kind(phases.stream) == "captured"
+    is_captured = session.streams.kind == "cuda" and session.streams.native.stream_kind(operation.stream) == "captured"
 
     def abandon(error: Optional[BaseException]) -> None:
         if error is not None:
@@ -335,3 +439,9 @@ def _run(session: Session, name: str, phases: Phases, arguments: tuple[Any, ...]
             session.abandon_hook(name, ticket)
 
     return EventOverlap(None), Hook(receive, abandon)
+
+
+def _finished(recorded: RecordedEvent, tensors: Tensors) -> EventOverlap:
+    if recorded is None:
+        return EventOverlap(None)
+    return EventOverlap(EventHandle._wrap(recorded), tuple(tensor for tensor in tensors if tensor is not None))

@@ -1,13 +1,20 @@
-"""Tensors over memory that torch did not allocate, a quicker torch.empty, and tensors made outside of all modes."""
+"""Tensors over memory that torch did not allocate, lent memory above all, and a quicker torch.empty.
 
-import functools
-from typing import Any, Callable, TypeVar
+Lent tensors are in the memory that peers reach: outputs of dispatch that they write, inputs of combine that they read.
+Such a tensor is an ordinary one; when its last view is gone, its memory may be lent again. torch's allocator knows
+nothing of it, so `Tensor.record_stream` has no effect. Instead the memory waits for every stream on which the Buffer
+has been called, and for the one that is current where the tensor is dropped, on whichever thread that is.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Callable, Optional
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 import deep_ep_cpp
-from deep_ep._raw_cuda import from_capsule
+from deep_ep._streams import CudaStreams, Operation, Streams
+from deep_ep._torch import current_stream_handle, from_capsule, is_of_torch, outside_of_modes
 
 # What DLPack calls a type: (code, bits). Other types travel as bytes.
 _DLPACK_TYPES = {
@@ -22,21 +29,14 @@ _DLPACK_TYPES = {
     torch.bfloat16: (4, 16),
 }
 
-T = TypeVar("T")
+# More rows than a guess has, to be tried in turn: one in so many of them, and some.
+SPARE_SHARES = 4, 16
+LEAST_SPARE_ROWS = 64
 
+Spec = tuple[tuple[int, ...], torch.dtype]  # of a tensor to be made; bare, because a dispatch makes five of them
+Specs = Sequence[Optional[Spec]]  # None: no such tensor
 
-def outside_of_modes(function: Callable[..., T]) -> Callable[..., T]:
-    """Runs `function` as if the caller had entered no mode of torch: inference, FakeTensorMode, a default device.
-
-    What is made there and kept is an ordinary tensor, whenever it is used.
-    """
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> T:
-        with torch.inference_mode(False), _disable_current_modes(), torch._C.DisableTorchFunction():
-            return function(*args, **kwargs)
-
-    return run
+deep_ep_cpp.set_current_stream_function(current_stream_handle)
 
 
 def make_tensor(address: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,
@@ -46,9 +46,9 @@ def make_tensor(address: int, shape: tuple[int, ...], dtype: torch.dtype, device
         return torch.empty(shape, dtype=dtype, device=device)
     index = device.index if device.type == "cuda" else -1
     if dtype in _DLPACK_TYPES:
-        return from_capsule(deep_ep_cpp.make_tensor(address, list(shape), *_DLPACK_TYPES[dtype], index, owner))
+        return from_capsule(deep_ep_cpp.make_tensor(address, list(shape), _DLPACK_TYPES[dtype], index, owner))
     byte_shape = [*shape[:-1], shape[-1] * dtype.itemsize]
-    data = from_capsule(deep_ep_cpp.make_tensor(address, byte_shape, 1, 8, index, owner))
+    data = from_capsule(deep_ep_cpp.make_tensor(address, byte_shape, (1, 8), index, owner))
     return data.view(dtype)
 
 
@@ -81,3 +81,124 @@ class EmptyTensors(dict[torch.dtype, Callable[..., torch.Tensor]]):
         make: Callable[..., torch.Tensor] = torch.empty(0, dtype=dtype, device=self.device).new_empty
         self[dtype] = make
         return make
+
+
+def num_bytes_of(spec: Spec) -> int:
+    shape, dtype = spec
+    return math.prod(shape) * dtype.itemsize
+
+
+class Reserved:
+    """Lent memory for the rows that a guess has room for, before anybody knows how many come."""
+
+    __slots__ = ("_lender", "_pieces", "_row", "addresses", "num_rows")
+
+    def __init__(self, lender: "Lender", pieces: Iterable[deep_ep_cpp.LentMemory], row: Specs, num_rows: int) -> None:
+        rest = iter(pieces)
+        self._lender = lender
+        self._row = row
+        self._pieces = [spec and next(rest) for spec in row]
+        self.addresses = [piece.address if piece else 0 for piece in self._pieces]
+        self.num_rows = num_rows  # that there is room for
+
+    def tensors(self, num_rows: int) -> list[Optional[torch.Tensor]]:
+        """The first rows; the memory of the others is free at once, since nobody has used it."""
+        return [spec and self._first_rows(piece, spec, num_rows) for piece, spec in zip(self._pieces, self._row)]
+
+    def _first_rows(self, piece: Optional[deep_ep_cpp.LentMemory], row: Spec, num_rows: int) -> torch.Tensor:
+        shape, dtype = row
+        spec = (num_rows, *shape[1:]), dtype
+        if num_rows and piece is not None:
+            piece.shrink(num_bytes_of(spec))
+        return self._lender._make(piece if num_rows else None, spec)
+
+
+class Lender:
+    """The lent memory of one Buffer."""
+
+    def __init__(self, runtime: deep_ep_cpp.Buffer, streams: Streams) -> None:
+        self._runtime = runtime
+        self._streams = streams
+        self._index = streams.index if isinstance(streams, CudaStreams) else -1
+        self.num_bytes = runtime.num_lend_bytes
+        self._noted: dict[int, bool] = {}  # streams of calls; whether what is lent can be used there
+        self._last: Optional[tuple[int, int]] = None  # tokens and received rows of the last fresh dispatch
+
+    def tensors(self, specs: Specs, operation: Operation) -> Optional[list[Optional[torch.Tensor]]]:
+        """Uninitialised tensors for the kernels of a call, or None: there is no room now for all of them.
+
+        Within a capture the memory is the graph's as long as that lives.
+        """
+        sizes = [size for size in (num_bytes_of(spec) for spec in specs if spec) if size]
+        lent = self._take(sizes, operation) if sizes else []
+        if not lent:
+            return None
+        pieces = iter(lent)
+        return [spec and self._make(next(pieces) if num_bytes_of(spec) else None, spec) for spec in specs]
+
+    def reserve(self, row: Specs, likely_rows: int, operation: Operation) -> Optional[Reserved]:
+        """The same for a number of rows that is not known; `row` has one of each. What is not needed goes back."""
+        for spare_share in SPARE_SHARES:
+            num_rows = likely_rows + likely_rows // spare_share + LEAST_SPARE_ROWS
+            sizes = [num_rows * num_bytes_of(spec) for spec in row if spec]
+            lent = [] if 0 in sizes or sum(sizes) > self.num_bytes else self._take(sizes, operation)
+            if lent:
+                return Reserved(self, lent, row, num_rows)
+        return None
+
+    def guess_rows(self, num_tokens: int, num_ranks: int) -> int:
+        """About as many rows as a fresh dispatch will receive: as the one before it, or all tokens of equal ranks."""
+        if self._last is None:
+            return num_tokens * num_ranks
+        last_tokens, last_rows = self._last
+        return last_rows * num_tokens // last_tokens if num_tokens > last_tokens > 0 else last_rows
+
+    def remember_rows(self, num_tokens: int, num_rows: int) -> None:
+        self._last = num_tokens, num_rows
+
+    def _take(self, sizes: list[int], operation: Operation) -> list[deep_ep_cpp.LentMemory]:
+        self._note(operation.stream, True)
+        if not self._note(operation.current, False):
+            return []
+        if operation.is_captured:
+            self._streams.wait_for_last()
+        # The stream of a captured call's kernels joins the capture later than this.
+        stream = operation.current if operation.is_captured else operation.stream
+        return self._runtime.lend(sizes, stream, operation.is_captured)
+
+    def tensor(self, spec: Spec) -> Optional[torch.Tensor]:
+        """The same for the caller, who is not capturing: one tensor, which may be used on the current stream."""
+        streams, current = self._streams, 0
+        if isinstance(streams, CudaStreams):
+            current = current_stream_handle(streams.index)
+            self._note(current, False)
+            streams.follow_last(current)
+        lent = self._runtime.lend([num_bytes_of(spec)], current, False)
+        if isinstance(streams, CudaStreams):
+            streams.set_last(current)  # calls come after whatever the current stream has waited for
+        return self._make(lent[0], spec) if lent else None
+
+    def used_on(self, operation: Operation) -> None:
+        """A call is made that may use lent tensors."""
+        self._note(operation.current, False)
+
+    def _make(self, memory: Optional[deep_ep_cpp.LentMemory], spec: Spec) -> torch.Tensor:
+        (shape, dtype), device = spec, self._streams.device
+        if memory is None:
+            return torch.empty(shape, dtype=dtype, device=device)
+        return make_lent_tensor(memory, shape, dtype, self._index)
+
+    def _note(self, stream: int, is_ours: bool) -> bool:
+        """False: the stream is not torch's. It may be gone when the memory comes back, and then nobody can ask it."""
+        known = self._noted.get(stream)
+        if known is not None:
+            return known
+        streams = self._streams
+        can_be_used = True
+        if isinstance(streams, CudaStreams):
+            is_comm = is_ours and stream == streams.comm
+            can_be_used = is_comm or is_of_torch(stream, streams.index)
+            if can_be_used:
+                self._runtime.note_stream(stream, is_comm)
+        self._noted[stream] = can_be_used
+        return can_be_used

@@ -1,29 +1,29 @@
 """Stream policy: which stream waits for which, where outputs are allocated, and how long tensors stay alive.
 
 On CUDA the caller's stream is torch's current stream. Synchronous calls run on it, so that nothing has to wait for
-another stream; asynchronous ones run on the *comm stream* of the Buffer. Every operation counts on the one before it to
-be complete, so a Buffer remembers which stream the last one ran on. Streams are plain numbers here, and events come
-from a pool: torch's objects for them would be a good part of the microseconds that a call costs the host.
+another stream; asynchronous ones run on the *comm stream* of the Buffer. Every operation, and every phase of one that
+has a hook, counts on the one before it to be complete, of whichever mode. So a Buffer remembers the stream of the last
+one, and the event behind it, for which the next one waits on another stream. Streams are plain numbers here, and events
+come from a pool: torch's objects for them would be a good part of the microseconds that a call costs the host.
 
 On the CPU the host itself is the caller's stream: everything that it did before a call is complete, waiting means
 blocking, and all kernels run on the comm stream, which belongs to the native executor.
 """
 
 import contextlib
-import functools
-import os
 import time
 from collections import deque
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any, Callable, ClassVar, Optional, Union
+from typing import Any, Callable, Optional, Union
 
 import torch
 from typing_extensions import Self
 
 import deep_ep_cpp
-from deep_ep._errors import Error
-from deep_ep._raw_cuda import CurrentStream, EventPool, PooledEvent, StreamId, current_stream_handle, current_stream_id
+from deep_ep._env import device_choice, native_device
+from deep_ep._torch import CurrentStream, StreamId, current_stream_handle, current_stream_id, is_of_torch
+from deep_ep.utils import EventPool, HostEvent, PooledEvent, RecordedEvent, event_pool
 
 CPU_DEVICE_INDEX = -1
 # torch: lower is more urgent. Communication must not queue behind the compute that it overlaps with.
@@ -31,110 +31,6 @@ COMM_STREAM_PRIORITY = -1
 _NO_CONTEXT = contextlib.nullcontext()
 
 Tensors = tuple[Optional[torch.Tensor], ...]
-
-
-@functools.cache
-def device_choice() -> tuple[str, str]:
-    """('cuda' or 'cpu', why), decided once per process."""
-    requested = deep_ep_cpp.get_environment()["device"]
-    if requested == "cpu":
-        return "cpu", "DEEP_EP_DEVICE=cpu"
-    obstacle = ""
-    if not torch.cuda.is_available():
-        obstacle = "torch.cuda.is_available() is False"
-    elif not deep_ep_cpp.is_cuda_built():
-        obstacle = "deep_ep_cpp was built without CUDA"
-    if not obstacle:
-        return "cuda", "a GPU is available"
-    if requested == "cuda":
-        raise Error(f"DEEP_EP_DEVICE=cuda, but {obstacle}; run `python -m deep_ep.doctor`")
-    return "cpu", obstacle
-
-
-@functools.cache
-def native_device(index: int) -> deep_ep_cpp.Device:
-    return deep_ep_cpp.Device(index)
-
-
-def is_capturing() -> bool:
-    """Whether the caller's stream records a CUDA graph."""
-    return device_choice()[0] == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-class HostEvent:
-    """A point on the comm stream of a CPU Buffer; keeps the tensors that the work before it uses alive.
-
-    The native event is used again when it is known to be complete, which its stream finds out if nobody else does. Not
-    when this object goes: the garbage collector calls the finalizers of a cycle in any order, and that of a Buffer in
-    it asks its events.
-    """
-
-    _free: ClassVar[list[int]] = []
-
-    def __init__(self, device: deep_ep_cpp.Device, stream: int, tensors: tuple[torch.Tensor, ...],
-                 check: Callable[[], None]) -> None:
-        self._device = device
-        self._tensors = tensors
-        self._check = check
-        self._event: Optional[int] = self._free.pop() if self._free else device.create_event()
-        device.record_event(self._event, stream)
-
-    def is_complete(self) -> bool:
-        if self._event is not None and not self._device.query_event(self._event):
-            return False
-        self._forget()
-        return True
-
-    def wait(self) -> None:
-        """Blocks the host, then raises what the kernels before this event reported."""
-        if self._event is not None:
-            self._device.synchronize_event(self._event)
-            self._forget()
-        self._check()
-
-    def hold_back(self, stream: int) -> None:
-        """Later work on `stream` waits for this event."""
-        if self._event is not None:
-            self._device.stream_wait_event(stream, self._event)
-
-    def _forget(self) -> None:
-        event, self._event, self._tensors = self._event, None, ()
-        if event is not None:
-            self._free.append(event)
-
-
-@functools.cache
-def event_pool(index: int) -> EventPool:
-    return EventPool(native_device(index))
-
-
-def _start_afresh_in_child() -> None:
-    """The CPU's device ends with the process: its thread does not exist in a forked child, which makes its own."""
-    if device_choice.cache_info().currsize and device_choice()[0] == "cpu":
-        native_device.cache_clear()
-        HostEvent._free.clear()
-
-
-os.register_at_fork(after_in_child=_start_afresh_in_child)
-
-# What an EventHandle stands for. None: a point on the host's own timeline, passed by the time anybody can ask.
-RecordedEvent = Union[PooledEvent, HostEvent, None]
-
-
-def record_on_current_stream() -> RecordedEvent:
-    if device_choice()[0] == "cpu":
-        return None
-    index = torch.cuda.current_device()
-    return event_pool(index).record(current_stream_handle(index))
-
-
-def wait_on_current_stream(event: RecordedEvent) -> None:
-    if isinstance(event, HostEvent):
-        event.wait()
-    elif event is not None:
-        # The event may be another GPU's, but the handle of a default stream means that of the current one.
-        index = torch.cuda.current_device()
-        native_device(index).stream_wait_event(current_stream_handle(index), event.cuda_event)
 
 
 class Operation:
@@ -145,6 +41,9 @@ class Operation:
     block of that pool may have been freed a moment ago with work on it still queued there, and torch may fill fresh
     blocks from that stream. When the call fails half-way, kernels that were launched may still run: their tensors are
     kept as those of an asynchronous call are.
+
+    A call with a hook: both phases read what `snapshot()` returns; `start()`, launch the send phase, `pause()`; in the
+    hook `resume()`, launch the receive phase, `finish()`.
     """
 
     __slots__ = ("_inputs", "_outputs", "current", "is_async", "is_captured", "stream")
@@ -164,7 +63,7 @@ class Operation:
     def __exit__(self, exc_type: Optional[type[BaseException]], exc: Optional[BaseException],
                  traceback: Optional[TracebackType]) -> None:
         if exc_type is not None:
-            self._abandon()
+            self.abandon()
 
     def allocation(self) -> contextlib.AbstractContextManager[Any]:
         return _NO_CONTEXT
@@ -181,6 +80,17 @@ class Operation:
     def add_lent(self, outputs: Tensors) -> None:
         """The same for tensors in lent memory, which the next calls wait for by themselves."""
 
+    def snapshot(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`inputs` as they are now for the kernels of both phases, whatever the caller does to them from now on."""
+        return inputs
+
+    def pause(self) -> None:
+        """The call goes on later, and its tensors may be dropped before it does."""
+        raise NotImplementedError
+
+    def resume(self) -> None:
+        raise NotImplementedError
+
     def finish(self) -> RecordedEvent:
         """The event that an asynchronous call returns; a synchronous one has made the caller wait instead."""
         raise NotImplementedError
@@ -191,7 +101,7 @@ class Operation:
     def _wait_for_pool(self) -> None:
         raise NotImplementedError
 
-    def _abandon(self) -> None:
+    def abandon(self) -> None:
         """The call has failed, and nobody will call `finish()`."""
         raise NotImplementedError
 
@@ -205,6 +115,11 @@ class Streams:
     comm_stream: Any
 
     def operation(self, previous: RecordedEvent, is_async: bool, on_comm_stream: bool) -> Operation:
+        raise NotImplementedError
+
+    def low_latency_operation(self, is_async: bool) -> Operation:
+        """One that can pause, that a capture does not move to another stream, and that asks the device for as little
+        as can be."""
         raise NotImplementedError
 
     def wait_for_last(self) -> None:
@@ -234,9 +149,12 @@ class CudaStreams(Streams):
         # Made here and kept: calls may come while a CUDA graph is captured, and making an event takes longer than
         # recording it.
         self._scratch = native.create_event()
-        self._end_of_last = native.create_event()
-        self._last_stream = self.comm
-        self._last_event: Optional[PooledEvent] = None  # None: _end_of_last
+        self._own_event = PooledEvent(native.create_event(), [])
+        # The operation before: its stream, the event behind it or behind one before it, and which of the two.
+        self._last_stream: Optional[int] = None
+        self._last_event = self._own_event
+        self._is_marked = False
+        self._is_shared = False  # among several streams, so that phases leave events behind them
 
     def operation(self, previous: RecordedEvent, is_async: bool, on_comm_stream: bool) -> Operation:
         current = current_stream_handle(self.index)
@@ -244,6 +162,13 @@ class CudaStreams(Streams):
         if kind == "plain" and not is_async:
             return _DirectOperation(self, previous, current)
         return _CommOperation(self, previous, current, kind == "captured", is_async, on_comm_stream)
+
+    def low_latency_operation(self, is_async: bool) -> Operation:
+        current = current_stream_handle(self.index)
+        # A capture would have to be forked to the comm stream, and where the event is dropped nobody would join it.
+        if is_async and self.native.stream_kind(current) != "captured":
+            return _CommOperation(self, None, current, False, True, False)
+        return _PhasedOperation(self, current, is_async)
 
     def follow(self, stream: int, event: Union[PooledEvent, HostEvent]) -> None:
         """Later work on `stream` comes after `event`."""
@@ -271,31 +196,58 @@ class CudaStreams(Streams):
             self.native.join_streams(waiting, waited_for, self._scratch)
 
     def follow_last(self, stream: int) -> None:
-        """Later work on `stream` comes after the last operation."""
-        if stream != self._last_stream:
-            event = self._end_of_last if self._last_event is None else self._last_event.cuda_event
-            self.native.stream_wait_event(stream, event)
-
-    def wait_for_last(self) -> None:
-        self.native.synchronize_event(self._end_of_last if self._last_event is None else self._last_event.cuda_event)
+        """Later work on `stream` comes after the operation before."""
+        last = self._last_stream
+        if stream == last or last is None:
+            return
+        self._is_shared = True
+        if self._is_marked:
+            self.native.stream_wait_event(stream, self._last_event.cuda_event)
+        else:
+            self.join(stream, last)
 
     def set_last(self, stream: int, event: Optional[PooledEvent] = None) -> None:
-        """What `stream` has so far, or what came before `event` on it, is the last operation.
+        """What `stream` has so far, or what came before `event` on it, is the operation before.
 
         The event is there when the stream is not the same next time. Recording it then instead would make the next
         operation wait for what the caller has queued in between, and the stream may be gone.
         """
         if event is None:
-            self.native.record_event(self._end_of_last, stream)
-        self._last_stream, self._last_event = stream, event
+            event = self._own_event
+            self.native.record_event(event.cuda_event, stream)
+        self._last_stream, self._last_event, self._is_marked = stream, event, True
+
+    def enter_phase(self, stream: int) -> bool:
+        """A phase is launched on `stream` next. Whether it has to be marked with `set_last` then.
+
+        An event for each phase would make a call that costs the host few microseconds one dearer, and is of no use
+        until a second stream comes. So phases leave none while one stream of torch, which is never destroyed, has them
+        all; the first that comes on another stream waits for all that the first one has by then. Streams are not joined
+        where one of them is captured: an event does not cross the border of a graph, and whoever captures on several
+        streams orders them.
+        """
+        if stream != self._last_stream or self._is_shared:
+            if self.native.stream_kind(stream) == "captured":
+                return False
+            self.follow_last(stream)
+            self._is_shared = self._is_shared or not is_of_torch(stream, self.index)
+            self._last_stream = stream
+        self._is_marked = False
+        return self._is_shared
+
+    def wait_for_last(self) -> None:
+        """A phase that left no event is not waited for: it uses no lent memory."""
+        self.native.synchronize_event(self._last_event.cuda_event)
 
     def drain(self, timeout_s: float) -> bool:
+        # Once: where a phase left no event, another attempt would wait for what the caller has queued by then.
         self.follow_last(self.comm)
+        self._last_stream = self.comm
         return _poll(self.comm_stream.query, timeout_s)
 
     def close(self) -> None:
         self.native.destroy_event(self._scratch)
-        self.native.destroy_event(self._end_of_last)
+        self.native.destroy_event(self._own_event.cuda_event)
 
 
 class _DirectOperation(Operation):
@@ -321,9 +273,44 @@ class _DirectOperation(Operation):
     def _wait_for_pool(self) -> None:
         """Nothing to do: the outputs come from the pool of this stream."""
 
-    def _abandon(self) -> None:
+    def abandon(self) -> None:
         with contextlib.suppress(deep_ep_cpp.Error):  # it would hide the failure that brought us here
             self._streams.set_last(self.stream)
+
+
+class _PhasedOperation(Operation):
+    """A low-latency call on the current stream, in one launch or two.
+
+    torch reuses memory in stream order, so its tensors may be dropped at any time, and what the caller does to the
+    inputs after the send phase comes later on the stream.
+    """
+
+    __slots__ = ("_is_to_mark", "_streams")
+
+    def __init__(self, streams: CudaStreams, current: int, is_async: bool) -> None:
+        # Not by way of the base class, which takes as long as all of this.
+        self.is_async, self.is_captured = is_async, False
+        self.stream = self.current = current
+        self._streams = streams
+
+    def start(self, inputs: Tensors, outputs: Tensors) -> None:  # noqa: ARG002
+        self._is_to_mark = self._streams.enter_phase(self.stream)
+
+    def pause(self) -> None:
+        if self._is_to_mark:
+            self._streams.set_last(self.stream)
+
+    def resume(self) -> None:
+        self._is_to_mark = self._streams.enter_phase(self.stream)
+
+    def finish(self) -> RecordedEvent:
+        if self._is_to_mark:
+            self._streams.set_last(self.stream)
+        return self._streams.events.record(self.stream) if self.is_async else None
+
+    def abandon(self) -> None:
+        with contextlib.suppress(deep_ep_cpp.Error):
+            self.pause()
 
 
 class _CommOperation(Operation):
@@ -374,7 +361,7 @@ class _CommOperation(Operation):
         if not self.is_captured:  # an event does not cross the border of a graph
             self._streams.set_last(self.stream, event)
 
-    def _abandon(self) -> None:
+    def abandon(self) -> None:
         self._keep_tensors()
         with contextlib.suppress(deep_ep_cpp.Error):
             self._set_last(None)
@@ -405,14 +392,18 @@ class HostStreams(Streams):
     def operation(self, previous: RecordedEvent, is_async: bool, on_comm_stream: bool) -> Operation:  # noqa: ARG002
         return _HostOperation(self, previous, is_async)
 
+    def low_latency_operation(self, is_async: bool) -> Operation:
+        return _HostOperation(self, None, is_async)
+
     def record(self, tensors: Iterable[torch.Tensor]) -> HostEvent:
         """An event after all work so far. The tensors live until it is complete, whether anybody waits or not."""
         self._let_go()
-        event = HostEvent(self.native, self.comm_stream, tuple(tensors), self._end_wait)
+        event = HostEvent(self.native, self.comm_stream, tuple(tensors), self.end_wait)
         self._in_flight.append(event)
         return event
 
-    def _end_wait(self) -> None:
+    def end_wait(self) -> None:
+        """The host has waited: work is complete, and may have failed."""
         self._let_go()
         self.check()
 
@@ -449,11 +440,21 @@ class _HostOperation(Operation):
     def add_lent(self, outputs: Tensors) -> None:
         self._outputs += outputs
 
+    def snapshot(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        # The host is the caller's stream and does not wait for the send phase: peers that it waits for may come later.
+        return tuple(tensor.detach().clone() for tensor in inputs)
+
+    def pause(self) -> None:
+        self._keep_tensors()
+
+    def resume(self) -> None:
+        """Nothing to do: all work of this device is in order."""
+
     def finish(self) -> RecordedEvent:
         if self.is_async:
             return self._keep_tensors()
         self._streams.native.synchronize_stream(self.stream)
-        self._streams.check()
+        self._streams.end_wait()
         return None
 
     def _wait_before_kernels(self) -> None:
@@ -463,7 +464,7 @@ class _HostOperation(Operation):
     def _wait_for_pool(self) -> None:
         """Nothing to do: what the host did is done."""
 
-    def _abandon(self) -> None:
+    def abandon(self) -> None:
         self._keep_tensors()
 
     def _keep_tensors(self) -> HostEvent:

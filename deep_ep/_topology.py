@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from deep_ep._errors import Error
+from deep_ep_cpp import Error
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 

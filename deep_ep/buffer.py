@@ -18,14 +18,14 @@ from typing_extensions import Self
 
 import deep_ep_cpp
 from deep_ep import _checks, _env, _high_throughput, _low_latency
-from deep_ep._bootstrap import Peers, Request, Session, build_session
 from deep_ep._cost_model import copies_per_token
-from deep_ep._errors import Error
-from deep_ep._memory import outside_of_modes, view_memory
-from deep_ep._opaque import opaque
+from deep_ep._memory import view_memory
+from deep_ep._peers import Peers
+from deep_ep._session import Request, Session, build_session
 from deep_ep._streams import CudaStreams
+from deep_ep._torch import opaque, outside_of_modes
 from deep_ep.utils import EventHandle, EventOverlap
-from deep_ep_cpp import Config
+from deep_ep_cpp import Config, Error
 
 __all__ = ["Buffer", "Config", "EventHandle", "EventOverlap"]
 

@@ -1,13 +1,12 @@
 """Stores what a benchmark has measured as the cost model of this kind of machine.
 
-    python -m deep_ep.bench intranode --tokens 128,512,2048,8192 --num-sms 4,8,16,24 --save out
-    python -m deep_ep.calibrate out/*_intranode_*.json
+    python -m deep_ep bench intranode --tokens 128,512,2048,8192 --num-sms 4,8,16,24 --save out
+    python -m deep_ep calibrate out/*_intranode_*.json
 
 From then on, calls without a `config` use no more SMs than they need, up to `Buffer.num_sms`. Calibrate again with
 DEEP_EP_LEND_BYTES=0 for Buffers that lend nothing. DEEP_EP_COST_MODEL names another file, or "off".
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, Optional
 
 from deep_ep import _cost_model
 from deep_ep._cost_model import CostModel
-from deep_ep._errors import InvalidArgument
+from deep_ep_cpp import InvalidArgument
 
 
 def calibrate(report: dict[str, Any], to: Optional[Path]) -> tuple[Path, str, CostModel]:
@@ -38,18 +37,14 @@ def calibrate(report: dict[str, Any], to: Optional[Path]) -> tuple[Path, str, Co
     return path, way, model
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m deep_ep.calibrate",
-                                     description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("reports", nargs="+", type=Path, help="JSON of `python -m deep_ep.bench intranode --save`")
-    parser.add_argument("--to", type=Path, help="the file to store it in (default: where Buffers look)")
-    args = parser.parse_args(arguments)
-    for report in args.reports:
+def run(reports: list[Path], to: Optional[Path]) -> int:
+    """The exit status."""
+    for report in reports:
         try:
-            path, way, model = calibrate(json.loads(report.read_text(encoding="utf-8")), args.to)
+            path, way, model = calibrate(json.loads(report.read_text(encoding="utf-8")), to)
         except (InvalidArgument, KeyError, json.JSONDecodeError) as error:
-            parser.exit(1, f"{report}: {error}\n")
+            print(f"{report}: {error}", file=sys.stderr)
+            return 1
         print(f"{report} -> {path} ({way})")
         for operation, cost in model.costs.items():
             print(f"  {operation}: {cost.latency_us:.1f} us + max(remote bytes / {cost.link_gb_per_s:.0f} GB/s, "
@@ -58,4 +53,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from deep_ep.__main__ import main
+    sys.exit(main(["calibrate", *sys.argv[1:]]))

@@ -1,6 +1,6 @@
 """Says what is built, what this machine has, what does not fit together, and how to mend it.
 
-    python -m deep_ep.doctor [--json]
+    python -m deep_ep doctor [--json]
 
 Also runs as a plain file, for when `import deep_ep` fails. Exit status 1: something is broken.
 """
@@ -261,8 +261,8 @@ def check_topology(native: Any) -> list[Finding]:
 
 def check_round_trips(torch: Any) -> list[Finding]:
     """Ranks in processes of their own send tokens to each other and back, on every path that this machine has."""
-    trip = importlib.import_module("deep_ep._round_trip")
-    kind, reason = importlib.import_module("deep_ep._streams").device_choice()
+    trip = importlib.import_module("deep_ep.bench.round_trip")
+    kind, reason = importlib.import_module("deep_ep._env").device_choice()
     paths = [("CPU device, two processes", "cpu", [0, 0])]
     num_gpus = torch.cuda.device_count() if kind == "cuda" else 0
     if num_gpus == 1:
@@ -301,18 +301,23 @@ def examine() -> list[Finding]:
     return found + _guarded("round trip", check_round_trips, torch)
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m deep_ep.doctor", description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print findings as JSON")
-    args = parser.parse_args(arguments)
+def report(is_json: bool) -> int:
+    """Prints what was found; the exit status."""
     found = examine()
     num_broken = sum(finding.level == "broken" for finding in found)
-    if args.json:
+    if is_json:
         print(json.dumps([asdict(finding) for finding in found], indent=2))
     else:
         print("\n".join(map(str, found)))
         print(f"{num_broken} problem(s)" if num_broken else "No problems found.")
     return 1 if num_broken else 0
+
+
+def main(arguments: list[str]) -> int:
+    """As a file of its own, where deep_ep may not import; `python -m deep_ep doctor` has the same option."""
+    parser = argparse.ArgumentParser(prog="python -m deep_ep doctor", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print findings as JSON")
+    return report(parser.parse_args(arguments).json)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,130 @@
 """Events, and a check of the machine that callers may run before building a Buffer."""
 
+import functools
+import os
 from types import TracebackType
-from typing import Any, Optional
+from typing import Any, Callable, ClassVar, Optional, Union
 
 import torch
 import torch.distributed as dist
 from typing_extensions import Self
 
-from deep_ep import _env, _streams
-from deep_ep._errors import Error
-from deep_ep._opaque import opaque
+import deep_ep_cpp
+from deep_ep._env import device_choice, native_device, visible_devices
+from deep_ep._torch import current_stream_handle, opaque
+from deep_ep_cpp import Error
 
 __all__ = ["EventHandle", "EventOverlap", "check_nvlink_connections"]
+
+
+class HostEvent:
+    """A point on the comm stream of a CPU Buffer; keeps the tensors that the work before it uses alive.
+
+    The native event is used again when it is known to be complete, which its stream finds out if nobody else does. Not
+    when this object goes: the garbage collector calls the finalizers of a cycle in any order, and that of a Buffer in
+    it asks its events.
+    """
+
+    _free: ClassVar[list[int]] = []
+
+    def __init__(self, device: deep_ep_cpp.Device, stream: int, tensors: tuple[torch.Tensor, ...],
+                 check: Callable[[], None]) -> None:
+        self._device = device
+        self._tensors = tensors
+        self._check = check
+        self._event: Optional[int] = self._free.pop() if self._free else device.create_event()
+        device.record_event(self._event, stream)
+
+    def is_complete(self) -> bool:
+        if self._event is not None and not self._device.query_event(self._event):
+            return False
+        self._forget()
+        return True
+
+    def wait(self) -> None:
+        """Blocks the host, then raises what the kernels before this event reported."""
+        if self._event is not None:
+            self._device.synchronize_event(self._event)
+            self._forget()
+        self._check()
+
+    def hold_back(self, stream: int) -> None:
+        """Later work on `stream` waits for this event."""
+        if self._event is not None:
+            self._device.stream_wait_event(stream, self._event)
+
+    def _forget(self) -> None:
+        event, self._event, self._tensors = self._event, None, ()
+        if event is not None:
+            self._free.append(event)
+
+
+class PooledEvent:
+    """A point on a stream of a GPU. Its native event goes back to the pool when nobody holds this object any more.
+
+    By then streams may still have to wait for it. That is no harm: a wait is for what the event stood for when the wait
+    was queued, whatever is recorded in it later.
+    """
+
+    __slots__ = ("_free", "cuda_event")
+
+    def __init__(self, cuda_event: int, free: list[int]) -> None:
+        self.cuda_event = cuda_event
+        self._free = free
+
+    def __del__(self) -> None:
+        self._free.append(self.cuda_event)
+
+
+class EventPool:
+    """Native events of one GPU, made when first needed and then kept."""
+
+    def __init__(self, native: deep_ep_cpp.Device) -> None:
+        self._native = native
+        self._free: list[int] = []
+
+    def record(self, stream: int) -> PooledEvent:
+        try:
+            cuda_event = self._free.pop()
+        except IndexError:
+            cuda_event = self._native.create_event()
+        event = PooledEvent(cuda_event, self._free)
+        self._native.record_event(cuda_event, stream)
+        return event
+
+
+@functools.cache
+def event_pool(index: int) -> EventPool:
+    return EventPool(native_device(index))
+
+
+def _start_afresh_in_child() -> None:
+    """The CPU's device ends with the process: its thread does not exist in a forked child, which makes its own."""
+    if device_choice.cache_info().currsize and device_choice()[0] == "cpu":
+        native_device.cache_clear()
+        HostEvent._free.clear()
+
+
+os.register_at_fork(after_in_child=_start_afresh_in_child)
+
+# What an EventHandle stands for. None: a point on the host's own timeline, passed by the time anybody can ask.
+RecordedEvent = Union[PooledEvent, HostEvent, None]
+
+
+def record_on_current_stream() -> RecordedEvent:
+    if device_choice()[0] == "cpu":
+        return None
+    index = torch.cuda.current_device()
+    return event_pool(index).record(current_stream_handle(index))
+
+
+def wait_on_current_stream(event: RecordedEvent) -> None:
+    if isinstance(event, HostEvent):
+        event.wait()
+    elif event is not None:
+        # The event may be another GPU's, but the handle of a default stream means that of the current one.
+        index = torch.cuda.current_device()
+        native_device(index).stream_wait_event(current_stream_handle(index), event.cuda_event)
 
 
 @opaque
@@ -25,10 +138,10 @@ class EventHandle:
     __slots__ = ("__weakref__", "_recorded")
 
     def __init__(self) -> None:
-        self._recorded: _streams.RecordedEvent = _streams.record_on_current_stream()
+        self._recorded: RecordedEvent = record_on_current_stream()
 
     @classmethod
-    def _wrap(cls, recorded: _streams.RecordedEvent) -> "EventHandle":
+    def _wrap(cls, recorded: RecordedEvent) -> "EventHandle":
         handle = cls.__new__(cls)
         handle._recorded = recorded
         return handle
@@ -38,7 +151,7 @@ class EventHandle:
 
         Raises deep_ep.TimeoutError on the CPU when the kernels before this point gave up on a peer.
         """
-        _streams.wait_on_current_stream(self._recorded)
+        wait_on_current_stream(self._recorded)
 
 
 @opaque
@@ -82,7 +195,7 @@ def check_nvlink_connections(group: dist.ProcessGroup) -> None:
 
     Does nothing on the CPU and on GPUs whose name does not contain 'PCIE'. Collective. Needs `pynvml` on PCIe cards.
     """
-    if _streams.device_choice()[0] == "cpu" or "PCIE" not in torch.cuda.get_device_name().upper():
+    if device_choice()[0] == "cpu" or "PCIE" not in torch.cuda.get_device_name().upper():
         return
     if group.size() > 2:
         raise Error(f"check_nvlink_connections: a bridge joins two PCIe GPUs, but the group has {group.size()} ranks")
@@ -106,7 +219,7 @@ def check_nvlink_connections(group: dist.ProcessGroup) -> None:
 
 
 def _physical_gpu(index: int) -> str:
-    visible = _env.visible_devices()
+    visible = visible_devices()
     return visible[index] if visible else str(index)
 
 

@@ -21,7 +21,7 @@ from workload import Workload
 
 import deep_ep
 import deep_ep_cpp
-from deep_ep import _bootstrap, _env, _high_throughput, _streams
+from deep_ep import _env, _high_throughput, _session, _streams
 
 FAR_AWAY_S = 20.0  # an error that comes by itself comes long before
 WORK_SEED = 3
@@ -290,10 +290,10 @@ def failing_alone(worker: Worker, failing: int, where: str) -> str:
         "environment": (deep_ep_cpp, "get_environment"),
         "lend_bytes": (_env, "lend_bytes"),
         "qp_depth": (_env, "nvshmem_qp_depth"),
-        "capture": (_streams, "is_capturing"),
+        "capture": (_session, "is_capturing"),
         "streams": (_streams, "open_streams"),
-        "cost_model": (_bootstrap, "find_cost_model"),
-        "session": (_bootstrap, "Session"),
+        "cost_model": (_session, "find_cost_model"),
+        "session": (_session, "Session"),
     }
     is_failing = worker.rank == failing
     context = replaced(*places[where], raising(trouble)) if is_failing else contextlib.nullcontext()

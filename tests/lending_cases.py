@@ -183,13 +183,13 @@ class NativeCalls:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runtime, name)
 
-    def notify_dispatch(self, *args: Any) -> None:
+    def notify_dispatch(self, args: Any, stream: int) -> None:
         self.made.append("counts")
-        self._runtime.notify_dispatch(*args)
+        self._runtime.notify_dispatch(args, stream)
 
-    def dispatch(self, *args: Any) -> None:
-        self.made.append("guess" if args[-3] > 0 else "rows")
-        self._runtime.dispatch(*args)
+    def dispatch(self, args: Any, num_sms: int, stream: int) -> None:
+        self.made.append("guess" if args.expert_alignment > 0 else "rows")
+        self._runtime.dispatch(args, num_sms, stream)
 
 
 def guesses(worker: Worker, num_tokens: list[tuple[int, int]], how: How, leaves_room: bool = True) -> list[str]:

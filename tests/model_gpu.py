@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import deep_ep
-from deep_ep import _phases, _streams
-from deep_ep._raw_cuda import EventPool
+from deep_ep import _streams
 from deep_ep._streams import CudaStreams
+from deep_ep.utils import EventPool
 
 COMM, MAIN, SIDE = 1, 2, 3
+TORCH_ID = 100  # what torch calls a stream, less its handle
 
 
 class ModelGpu:
@@ -28,6 +29,7 @@ class ModelGpu:
         self.known: dict[int, set[str]] = {COMM: set(), MAIN: set(), SIDE: set()}
         self.captured: set[int] = set()
         self.ambiguous: set[int] = set()
+        self.external: set[int] = set()  # known to torch by their handles
         self.calls: Counter[str] = Counter()
         self._events: dict[int, tuple[frozenset[str], bool]] = {}
 
@@ -39,7 +41,10 @@ class ModelGpu:
 
     def set_stream(self, stream_id: int, device_index: int, device_type: int) -> None:
         assert (device_index, device_type) == (0, 1)
-        self.current = stream_id
+        self.current = stream_id - TORCH_ID
+
+    def get_stream(self, index: int) -> tuple[int, int, int]:
+        return self.current + (0 if self.current in self.external else TORCH_ID), index, 1
 
     # What CudaStreams asks of the native device
 
@@ -87,11 +92,10 @@ class Tensor:
 def installed(monkeypatch: pytest.MonkeyPatch) -> ModelGpu:
     """One that stands in for the GPU of this process."""
     made = ModelGpu()
-    for module in (_phases, _streams):
-        monkeypatch.setattr(module, "current_stream_handle", lambda _: made.current)
+    monkeypatch.setattr(_streams, "current_stream_handle", lambda _: made.current)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: made.current)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: made.device)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentStream", lambda index: (made.current, index, 1), raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentStream", made.get_stream, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_setStream", made.set_stream, raising=False)
     return made
 
@@ -100,7 +104,7 @@ def cuda_streams(gpu: ModelGpu) -> CudaStreams:
     """The stream side of a Buffer on `gpu`."""
     native: Any = gpu
     comm_stream: Any = SimpleNamespace(cuda_stream=COMM,
-                                       stream_id=COMM,
+                                       stream_id=COMM + TORCH_ID,
                                        device_index=0,
                                        device_type=1,
                                        query=lambda: True)

@@ -8,7 +8,7 @@ from low_latency_flight import FP8, Manner
 from utils import Pool
 from workload import Workload
 
-from deep_ep._streams import device_choice
+from deep_ep._env import device_choice
 
 pytestmark = pytest.mark.skipif(device_choice()[0] != "cuda" or not torch.distributed.is_nccl_available(),
                                 reason="NCCL needs a GPU")

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from deep_ep import Buffer
-from deep_ep._streams import device_choice
+from deep_ep._env import device_choice
 
 DEFAULT_DEADLINE_S = 90.0
 # How long the other ranks may take to report after one has failed: they usually wait for it.

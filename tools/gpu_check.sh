@@ -247,10 +247,10 @@ sanitize() {
     else
         sanitized 'the conformance tests' "$conformance"
     fi
-    sanitized 'dispatch and combine through slots' "$python" -m deep_ep.bench intranode "${small_case[@]}" "${small_ht[@]}"
-    DEEP_EP_LEND_BYTES=$((16 << 20)) sanitized 'the same with lent rows' "$python" -m deep_ep.bench intranode \
+    sanitized 'dispatch and combine through slots' "$python" -m deep_ep bench intranode "${small_case[@]}" "${small_ht[@]}"
+    DEEP_EP_LEND_BYTES=$((16 << 20)) sanitized 'the same with lent rows' "$python" -m deep_ep bench intranode \
         "${small_case[@]}" "${small_ht[@]}"
-    sanitized 'low latency' "$python" -m deep_ep.bench low-latency "${small_case[@]}" --tokens 8
+    sanitized 'low latency' "$python" -m deep_ep bench low-latency "${small_case[@]}" --tokens 8
     printf '%s\n' "${verdicts[@]}"
     return "$status"
 }
@@ -283,7 +283,7 @@ measure() {
     sizes=("${on_gpu[@]}")
     [[ $device == cuda ]] || sizes=("${on_cpu[@]}")
     read -ra further <<<"${GPU_CHECK_BENCH:-}"
-    "$python" -m deep_ep.bench "$name" --device "$device" --num-processes "$ranks" "${sizes[@]}" "${further[@]}" \
+    "$python" -m deep_ep bench "$name" --device "$device" --num-processes "$ranks" "${sizes[@]}" "${further[@]}" \
         --save "$folder" --commit "$commit"
     status=$?
     cp "$folder"/*.json "$out" && rm -r "$folder"

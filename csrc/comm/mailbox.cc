@@ -19,6 +19,7 @@
 #include <mutex>
 
 #include "core/error.h"
+#include "core/mapped_file.h"
 
 namespace deep_ep::comm {
 
@@ -166,21 +167,17 @@ bool is_page_locked(int fd) {
     return fcntl(fd, F_GETLK, &lock) != 0 || lock.l_type != F_UNLCK;
 }
 
-PageContent* map_page(int fd) {
-    void* address = mmap(nullptr, kPageBytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    return address == MAP_FAILED ? nullptr : static_cast<PageContent*>(address);
-}
+PageContent* content_of(const MappedFile& memory) { return static_cast<PageContent*>(memory.address()); }
 
 }  // namespace
 
 // One rank's page as this process maps it. The descriptor stays open for the lock.
 class MailboxPage {
 public:
-    MailboxPage(PageContent* content, int fd, bool is_own) : content_(content), fd_(fd), is_own_(is_own) {}
+    MailboxPage(FileDescriptor file, MappedFile memory, bool is_own)
+        : file_(std::move(file)), memory_(std::move(memory)), content_(content_of(memory_)), is_own_(is_own) {}
     ~MailboxPage() {
         if (is_own_ && content_->owner.pid == getpid()) unlink(path_of(content_->nonce).c_str());
-        munmap(content_, kPageBytes);
-        ::close(fd_);
     }
     MailboxPage(const MailboxPage&) = delete;
     MailboxPage& operator=(const MailboxPage&) = delete;
@@ -200,13 +197,14 @@ public:
         const ProcessName& owner = content_->owner;
         const bool can_see = owner.pid_namespace[0] != 0 && owner.pid_namespace == this_pid_namespace();
         if (content_->is_locked == 0 && !can_see) return false;  // nothing can be told
-        if (content_->is_locked != 0 && is_page_locked(fd_)) return false;
+        if (content_->is_locked != 0 && is_page_locked(file_.get())) return false;
         return !can_see || start_time_of(owner.pid) != owner.start_time;
     }
 
 private:
+    FileDescriptor file_;
+    MappedFile memory_;
     PageContent* content_;
-    int fd_;
     bool is_own_;
 };
 
@@ -237,31 +235,34 @@ Registry& registry() {
     return *instance;
 }
 
-int create_file(const Nonce& nonce) {
+FileDescriptor create_file(const Nonce& nonce) {
     const std::string path = path_of(nonce);
-    int fd = ::open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    FileDescriptor file(::open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
     // Peers that see this process reach it through /proc as well.
-    if (fd < 0) fd = memfd_create(("deep_ep-" + std::string(nonce.data(), nonce.size())).c_str(), MFD_CLOEXEC);
-    if (fd < 0) throw TransportError(concat("cannot make the mailbox ", path, ": ", std::strerror(errno)));
-    return fd;
+    const std::string name = "deep_ep-" + std::string(nonce.data(), nonce.size());
+    if (!file) file = FileDescriptor(memfd_create(name.c_str(), MFD_CLOEXEC));
+    if (!file) throw TransportError(concat("cannot make the mailbox ", path, ": ", std::strerror(errno)));
+    return file;
 }
 
 std::shared_ptr<MailboxPage> make_page(int num_ranks, std::string& handle_bytes) {
     const Nonce nonce = random_nonce();
-    const int fd = create_file(nonce);
-    PageContent* content = ftruncate(fd, kPageBytes) == 0 ? map_page(fd) : nullptr;
-    if (content == nullptr) {
+    FileDescriptor file = create_file(nonce);
+    MappedFile memory;
+    if (ftruncate(file.get(), kPageBytes) == 0) memory = MappedFile(file, kPageBytes);
+    if (!memory) {
         const int error = errno;
         unlink(path_of(nonce).c_str());
-        ::close(fd);
         throw TransportError(concat("cannot allocate the mailbox ", path_of(nonce), ": ", std::strerror(error)));
     }
+    PageContent* const content = content_of(memory);
+    const int fd = file.get();
     content->nonce = nonce;
     content->owner = this_process();
     content->num_ranks = num_ranks;
     content->is_locked = lock_page(fd) ? 1 : 0;
     content->magic = kMagic;
-    auto page = std::make_shared<MailboxPage>(content, fd, true);
+    auto page = std::make_shared<MailboxPage>(std::move(file), std::move(memory), true);
     registry().add(nonce, page);
     if (num_ranks == 1) unlink(path_of(nonce).c_str());
     const PageHandle handle{kMagic, content->owner.pid, fd, nonce};
@@ -278,15 +279,13 @@ std::shared_ptr<MailboxPage> open_page(const std::string& handle_bytes, int peer
                                     handle_bytes.size(), ". Do all ranks run the same version?"));
     if (auto page = registry().find(handle.nonce)) return page;
     for (const std::string& path : {path_of(handle.nonce), concat("/proc/", handle.pid, "/fd/", handle.fd)}) {
-        const int fd = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
-        if (fd < 0) continue;
+        FileDescriptor file(::open(path.c_str(), O_RDWR | O_CLOEXEC));
         struct stat status {};
-        const bool has_size = fstat(fd, &status) == 0 && status.st_size == static_cast<off_t>(kPageBytes);
-        PageContent* content = has_size ? map_page(fd) : nullptr;
+        if (!file || fstat(file.get(), &status) != 0 || status.st_size != static_cast<off_t>(kPageBytes)) continue;
+        MappedFile memory(file, kPageBytes);
+        const PageContent* content = content_of(memory);
         if (content != nullptr && content->magic == kMagic && content->nonce == handle.nonce)
-            return std::make_shared<MailboxPage>(content, fd, false);
-        if (content != nullptr) munmap(content, kPageBytes);
-        ::close(fd);
+            return std::make_shared<MailboxPage>(std::move(file), std::move(memory), false);
     }
     throw TransportError(concat("cannot reach the mailbox of rank ", peer, " (process ", handle.pid,
                                 "): ranks of a node must share /dev/shm (containers: --ipc=host) or see each other's "

@@ -1,6 +1,6 @@
 #include "kernels/kernel_table.h"
 
-#include "kernels/intranode/launchers.h"
+#include "kernels/intranode/intranode_launchers.h"
 #include "kernels/layout/dispatch_layout.h"
 #include "kernels/low_latency/low_latency_launchers.h"
 

@@ -1,8 +1,10 @@
-// What the host hands to the kernels: trivially copyable, no device code, shared by both back ends.
+// What the host hands to the kernels: trivially copyable, no device code, shared by both back ends. The parameters of an
+// operation are the runtime's plan and the caller's arguments, as bases: neither is copied field by field.
 #pragma once
 
 #include <cstdint>
 
+#include "kernels/args.h"
 #include "layout/intranode.h"
 #include "layout/staging.h"
 #include "layout/status.h"
@@ -26,8 +28,6 @@ struct WatchParams {
     uint64_t warn_ns;
 };
 
-constexpr int kMaxBiases = 2;  // that combine adds
-
 // Of a block. Fewer threads have more registers: a lane of combine keeps 56 sums.
 constexpr int kMaxDispatchThreads = 768;
 constexpr int kMaxCombineThreads = 384;
@@ -49,31 +49,25 @@ struct Geometry {
 
 constexpr int kMaxLayoutBlocks = 16;
 
-struct LayoutParams {
-    const void* topk_idx;  // [num_tokens, num_topk], -1: none
-    int idx_bytes;         // 4 or 8
-    int num_tokens, num_topk, num_experts, num_ranks;
-    int* num_tokens_per_rank;    // [num_ranks]
-    int* num_tokens_per_expert;  // [num_experts]
-    uint8_t* is_token_in_rank;   // [num_tokens, num_ranks]
-    int* partials;               // [num_ranks + num_experts, kMaxLayoutBlocks]
-    int num_threads;             // of a block
+struct LayoutPlan {
+    int num_ranks;
+    int* partials;    // [num_ranks + num_experts, kMaxLayoutBlocks]
+    int num_threads;  // of a block
     WatchParams watch;
 };
+struct LayoutParams : LayoutPlan, LayoutArgs {};
 
-struct NotifyDispatchParams {
+struct NotifyDispatchPlan {
     HeapParams heap;
     WatchParams watch;
-    const int* num_tokens_per_rank;
-    const int* num_tokens_per_expert;
-    int num_local_experts, expert_alignment;
-    int* rank_prefix_matrix;  // [num_ranks, num_ranks], [src][dst], inclusive over src
+    int num_local_experts;
     layout::HostCounts* counts;
     uint64_t ticket;
     int num_threads;
 };
+struct NotifyDispatchParams : NotifyDispatchPlan, NotifyArgs {};
 
-struct DispatchParams {
+struct DispatchPlan {
     HeapParams heap;
     WatchParams watch;
     Geometry geometry;
@@ -81,39 +75,16 @@ struct DispatchParams {
     layout::WindowLayout window;
     bool is_first_kernel;  // of this call (no notify_dispatch before it): announce it to the peers
     bool may_lend;         // some rank may: loans are stated in this call
-    layout::Loan loan;     // of the outputs below
-
-    const uint8_t* x;  // [num_tokens, row_bytes]
-    int num_tokens;
-    uint32_t row_bytes;
-    const uint32_t* scales;  // any 4-byte type, strides in elements
-    int num_scales;
-    int64_t scale_stride_token, scale_stride_scale;
-    const void* topk_idx;
-    const float* topk_weights;
-    int num_topk, idx_bytes, num_local_experts;
-    // Null: the counts have been exchanged before, and rank_prefix_matrix is known.
-    const int* num_tokens_per_rank;
-    const int* num_tokens_per_expert;
-    const uint8_t* is_token_in_rank;  // null: nothing to scan, send_head is known
-    int* rank_prefix_matrix;
-    int* send_head;
-
-    uint8_t* recv_x;
-    uint32_t* recv_scales;  // [rows, num_scales]
-    void* recv_topk_idx;
-    float* recv_topk_weights;
-    int* recv_src_idx;   // null: the caller has it already
-    int num_recv_rows;   // that the outputs hold
-    bool is_worst_case;  // fewer may arrive: mark the rest
+    layout::Loan loan;     // of the outputs
+    int num_local_experts;
     // Not null: the host has guessed the number of rows, and waits for what is exchanged here. Where more come than it has
     // room for, the kernel ends without the rows, and with the call unfinished: the host launches the rest.
     layout::HostCounts* counts;
     uint64_t ticket;
-    int expert_alignment;
 };
+struct DispatchParams : DispatchPlan, DispatchArgs {};
 
-struct CombineParams {
+struct CombinePlan {
     HeapParams heap;
     WatchParams watch;
     Geometry geometry;
@@ -122,18 +93,8 @@ struct CombineParams {
     bool may_lend;        // some rank may: loans are stated in this call
     layout::Loan loan;    // of x, and of lent_weights where there are weights
     float* lent_weights;  // [num_rows, num_topk] in the heap: a copy of topk_weights that peers can read
-
-    const uint8_t* x;  // bfloat16 [num_rows, hidden]
     uint32_t row_bytes;
-    const float* topk_weights;  // [num_rows, num_topk]
-    int num_topk;
-    const uint8_t* bias[kMaxBiases];  // bfloat16 [num_tokens, hidden]
-    const int* rank_prefix_matrix;
-    const int* send_head;
-    int num_tokens;
-    int num_rows;
-    uint8_t* combined_x;
-    float* combined_topk_weights;
 };
+struct CombineParams : CombinePlan, CombineArgs {};
 
 }  // namespace deep_ep::kernels

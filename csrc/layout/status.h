@@ -79,7 +79,7 @@ struct LowLatencyLaunchState {
 // Device-local, private to the rank; survives between calls.
 struct LocalState {
     uint64_t num_calls;        // completed calls of the high-throughput mode; the same on all ranks
-    uint32_t num_done_blocks;  // of the running kernel; see algo::count_block
+    uint32_t num_done_blocks;  // of the running kernel; see algo::arrive
     uint32_t failure_claimed;
     uint64_t warned_call;
     uint32_t num_weight_blocks;  // of the running combine: that have copied their part of the weights

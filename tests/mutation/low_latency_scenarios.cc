@@ -195,14 +195,14 @@ std::string clean(uint64_t seed) {
     constexpr uint64_t kNumRounds = 3;
     World world = make_world(small_problem(seed), seed);
     uint64_t seen[kNumRounds] = {};
-    auto* word = reinterpret_cast<uint64_t*>(world.buffer(1).low_latency_data());
+    auto* word = reinterpret_cast<uint64_t*>(world.buffer(1).low_latency().data());
     dev::LaunchConfig config;
     config.name = "word";
     for (uint64_t round = 0; round < kNumRounds; ++round) {
         dev::launch<WordKernel>(config, world.stream(0), {word, round + 1, nullptr});
-        for (int rank = 0; rank < 2; ++rank) world.buffer(rank).clean_low_latency(world.stream(rank));
+        for (int rank = 0; rank < 2; ++rank) world.buffer(rank).low_latency().clean(world.stream(rank));
         dev::launch<WordKernel>(config, world.stream(1), {word, 0, &seen[round]});
-        for (int rank = 0; rank < 2; ++rank) world.buffer(rank).clean_low_latency(world.stream(rank));
+        for (int rank = 0; rank < 2; ++rank) world.buffer(rank).low_latency().clean(world.stream(rank));
     }
     world.run();
     for (uint64_t round = 0; round < kNumRounds; ++round)

@@ -15,9 +15,10 @@ from bench_cases import same_as_collectives
 from utils import Pool
 
 import deep_ep_cpp
-from deep_ep.bench.__main__ import build_parser, command_of, int_list, make_options
+from deep_ep.__main__ import build_parser, int_list, with_default_benchmark
 from deep_ep.bench.ceiling import measure_ceilings
 from deep_ep.bench.collectives import pack_topk, unpack_topk
+from deep_ep.bench.command import command_of, make_options
 from deep_ep.bench.graphs import capture_together
 from deep_ep.bench.kernels import NUM_CALLS, make_profiler, read_trace, short_name
 from deep_ep.bench.low_latency import row_bytes
@@ -99,8 +100,10 @@ def test_rates_follow_from_the_device_s_own_time_where_there_is_one() -> None:
 
 
 def test_the_recorded_command_does_not_say_where_the_figures_went() -> None:
-    arguments = ["intranode", "--tokens", "8,16", "--save", "/somewhere", "--commit", "abc", "--graphs", "--save"]
-    assert command_of(arguments) == "python -m deep_ep.bench intranode --tokens 8,16 --graphs"
+    arguments = [
+        "bench", "intranode", "--tokens", "8,16", "--save", "/somewhere", "--commit", "abc", "--graphs", "--save"
+    ]
+    assert command_of(arguments) == "python -m deep_ep bench intranode --tokens 8,16 --graphs"
 
 
 @pytest.mark.parametrize("text", ["", "a", "1,", "-1", "1.5"])
@@ -152,7 +155,7 @@ def test_a_run_that_ended_early_says_so(tmp_path: Path) -> None:
 
 
 def parse(*arguments: str) -> Any:
-    return make_options(build_parser().parse_args(arguments), is_cuda=False)
+    return make_options(build_parser().parse_args(with_default_benchmark(["bench", *arguments])), is_cuda=False)
 
 
 def test_a_sweep_has_many_sizes_and_the_default_has_one() -> None:
@@ -235,7 +238,7 @@ def test_packed_topk_is_unpacked_for_each_rank() -> None:
 def run_benchmark(name: str, folder: Path, *options: str) -> tuple[dict[str, Any], str]:
     """A small one on the CPU: what it saved, what it printed."""
     sizes = ["--hidden", "128", "--experts", "4", "--topk", "2", "--repeats", "1", "--input-sets", "1"]
-    command = [sys.executable, "-m", "deep_ep.bench", name, "--device", "cpu", "--num-processes", "2", *sizes]
+    command = [sys.executable, "-m", "deep_ep", "bench", name, "--device", "cpu", "--num-processes", "2", *sizes]
     finished = subprocess.run([*command, *options, "--save", str(folder)], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     return json.loads(next(folder.glob("*.json")).read_text(encoding="utf-8")), finished.stdout

@@ -17,6 +17,7 @@ from workload import Workload
 
 import deep_ep
 from deep_ep import Buffer, Config, _env, calibrate
+from deep_ep.__main__ import main
 from deep_ep._cost_model import Cost, CostModel, Sample, copies_per_token, default_path, find, fit, load, store
 
 HIDDEN = 7168
@@ -125,7 +126,7 @@ def report(cost: Cost, environment: dict[str, str]) -> dict[str, Any]:
 def test_calibrate_stores_what_a_report_says(tmp_path: Path, environment: dict[str, str], way: str) -> None:
     (tmp_path / "report.json").write_text(json.dumps(report(Cost(12.0, LINK, 45.0), environment)))
     to = tmp_path / "model.json"
-    assert calibrate.main([str(tmp_path / "report.json"), "--to", str(to)]) == 0
+    assert main(["calibrate", str(tmp_path / "report.json"), "--to", str(to)]) == 0
     model = load(to, way)
     assert model is not None
     for operation in ("dispatch", "combine"):
@@ -137,8 +138,7 @@ def test_calibrate_stores_what_a_report_says(tmp_path: Path, environment: dict[s
 def test_calibrate_names_a_report_that_will_not_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "report.json"
     path.write_text(json.dumps({"benchmark": "low-latency"}))
-    with pytest.raises(SystemExit):
-        calibrate.main([str(path)])
+    assert main(["calibrate", str(path)]) == 1
     assert f"{path}: expected figures of the intranode benchmark, got 'low-latency'" in capsys.readouterr().err
 
 

@@ -14,8 +14,9 @@ import pytest
 
 import deep_ep
 import deep_ep_cpp
-from deep_ep import _round_trip, doctor
+from deep_ep import doctor
 from deep_ep._topology import Place
+from deep_ep.bench import round_trip as trip
 
 
 def test_this_machine_is_well(capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,7 +252,7 @@ def test_no_failing_probe_ends_the_report(monkeypatch: pytest.MonkeyPatch, capsy
     for name in ("container", "namespace", "shm_bytes", "driver_version", "Nvml", "memory_limit", "ptrace_scope"):
         monkeypatch.setattr(probes, name, fail)
     monkeypatch.setattr(doctor, "check_gpus", fail)
-    monkeypatch.setattr(_round_trip, "round_trip", fail)
+    monkeypatch.setattr(trip, "round_trip", fail)
     assert doctor.main([]) == 0
     printed = capsys.readouterr().out
     assert printed.count("cannot tell: RuntimeError: the probe broke") == 6
@@ -274,8 +275,8 @@ def test_a_round_trip_on_each_path(monkeypatch: pytest.MonkeyPatch, num_gpus: in
         made.append((device, gpus))
         return ["rank 1: no way"] if device == "cuda" else []
 
-    monkeypatch.setattr(_round_trip, "round_trip", round_trip)
-    monkeypatch.setattr("deep_ep._streams.device_choice", lambda: ("cuda" if num_gpus else "cpu", "as told"))
+    monkeypatch.setattr(trip, "round_trip", round_trip)
+    monkeypatch.setattr("deep_ep._env.device_choice", lambda: ("cuda" if num_gpus else "cpu", "as told"))
     torch = SimpleNamespace(cuda=SimpleNamespace(device_count=lambda: num_gpus))
     found = doctor.check_round_trips(torch)
     assert made == expected
@@ -283,7 +284,7 @@ def test_a_round_trip_on_each_path(monkeypatch: pytest.MonkeyPatch, num_gpus: in
 
 
 def test_a_rank_that_fails_is_named_and_its_peer_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
-    failures = _round_trip.round_trip("no such device", [0, 0])
+    failures = trip.round_trip("no such device", [0, 0])
     assert len(failures) == 2
     assert "no such device" in failures[0]
 

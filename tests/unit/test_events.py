@@ -115,3 +115,29 @@ def test_comm_stream() -> None:
         else:
             with pytest.raises(deep_ep.Error, match="CPU"):
                 buffer.get_comm_stream()
+
+
+@pytest.mark.skipif(device().type != "cuda", reason="the CPU has one stream")
+def test_a_hook_does_not_wait_for_other_work_of_the_stream_of_the_phase_before() -> None:
+    """Two micro-batches, each with a stream: the experts of one overlap with the receive phase of the other."""
+    x = torch.ones((8, 1024), dtype=torch.bfloat16, device=device())
+    topk_idx = torch.zeros((8, 1), dtype=torch.int64, device=device())
+    with solo_buffer(0, num_rdma_bytes=1 << 20, low_latency_mode=True) as buffer:
+        streams = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        for is_warm in (False, True):  # kernels are loaded in the first round
+            torch.cuda.synchronize()
+            hooks = []
+            for stream in streams:
+                with torch.cuda.stream(stream):
+                    hooks.append(buffer.low_latency_dispatch(x, topk_idx, 8, 1, use_fp8=False, return_recv_hook=True))
+            hooks[0][4]()  # type: ignore[misc]
+            with torch.cuda.stream(streams[0]):
+                torch.cuda._sleep(1_000_000_000 if is_warm else 1)  # type: ignore[no-untyped-call]
+                experts = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                experts.record(streams[0])
+            hooks[1][4]()  # type: ignore[misc]
+            streams[1].synchronize()
+            is_done = experts.query()
+        assert not is_done, "the receive phase waited for the experts of the other micro-batch"
+        torch.cuda.synchronize()
+        assert torch.equal(hooks[1][0][0, :8], x)

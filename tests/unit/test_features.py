@@ -7,7 +7,7 @@ import pytest
 
 import deep_ep
 import deep_ep_cpp
-from deep_ep import _features
+from deep_ep import _env
 
 API_PAGE = Path(__file__).resolve().parents[2] / "docs/api.md"
 
@@ -45,4 +45,4 @@ def test_internode_is_refused_where_it_is_not_supported() -> None:
 
 def test_the_api_page_lists_every_name() -> None:
     section = API_PAGE.read_text().split("## Features")[1].split("\n## ")[0]
-    assert set(re.findall(r"^\| `(\w+)` \|", section, re.M)) == set(_features.FEATURES)
+    assert set(re.findall(r"^\| `(\w+)` \|", section, re.M)) == set(_env.FEATURES)

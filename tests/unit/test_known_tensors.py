@@ -8,7 +8,7 @@ from solo import solo_buffer, solo_dispatch
 from utils import device
 
 from deep_ep import Buffer
-from deep_ep._handles import KnownTensors
+from deep_ep._checks import KnownTensors
 
 
 def tensors() -> list[torch.Tensor]:

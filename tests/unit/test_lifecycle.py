@@ -18,8 +18,8 @@ from utils import device
 
 import deep_ep
 import deep_ep_cpp
-from deep_ep import Buffer, _bootstrap
-from deep_ep._streams import HostEvent
+from deep_ep import Buffer, _session
+from deep_ep.utils import HostEvent
 
 
 def test_attributes() -> None:
@@ -77,15 +77,15 @@ def test_what_a_destructor_could_not_release_the_next_constructor_does(monkeypat
         asked.append(self)
         return is_known
 
-    _bootstrap.release_lingering(5)  # of other tests
+    _session.release_lingering(5)  # of other tests
     monkeypatch.setattr(HostEvent, "is_complete", is_complete)
     for _ in range(3):
         buffer = solo_buffer()
         del buffer
         gc.collect()
-        assert len(_bootstrap._LINGERING) == 1
-    _bootstrap.release_lingering()
-    assert not _bootstrap._LINGERING
+        assert len(_session._LINGERING) == 1
+    _session.release_lingering()
+    assert not _session._LINGERING
 
 
 @pytest.mark.parametrize("explicitly", [False, True])
@@ -124,7 +124,7 @@ def test_destructor_of_an_object_that_was_never_initialised() -> None:
 
 
 def test_building_inside_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deep_ep._streams.is_capturing", lambda: True)
+    monkeypatch.setattr("deep_ep._session.is_capturing", lambda: True)
     with pytest.raises(deep_ep.Error, match="before the CUDA graph capture"):
         solo_buffer()
 
@@ -294,7 +294,9 @@ def test_a_fake_group_is_refused() -> None:
 @pytest.mark.skipif(device().type != "cpu", reason="the CPU's memory is reached through process ids")
 def test_containers_with_process_ids_of_their_own_are_told() -> None:
     """Each rank may be process 1 of its namespace, and would find a descriptor of its own."""
-    natives = [deep_ep_cpp.Buffer(deep_ep_cpp.Device(-1), rank, 2, 1 << 20, 1.0, 1.0) for rank in range(2)]
+    sizes = {"num_data_bytes": 1 << 20, "timeout_s": 1.0, "warn_s": 1.0}
+    natives = [deep_ep_cpp.Buffer(deep_ep_cpp.Device(-1), rank, 2, **sizes)
+               for rank in range(2)]  # type: ignore[arg-type]
     handles = [native.export_handle() for native in natives]
     before, name, after = handles[1].rpartition(b"pid:[")
     handles[1] = before + name + b"1" + after[1:] if not after.startswith(b"1") else before + name + b"2" + after[1:]

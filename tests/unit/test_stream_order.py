@@ -2,7 +2,7 @@
 
 import gc
 import random
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import pytest
 import torch
@@ -17,6 +17,8 @@ class Caller:
         self.streams = cuda_streams(gpu)
         self.pool, self.comm_stream = self.streams.events, self.streams.comm_stream
         self.inputs, self.outputs = (Tensor(), ), (Tensor(), )
+        self.tensors: Any = (Tensor(), None, Tensor())  # of low-latency calls
+        self.before: dict[str, frozenset[str]] = {}  # what comes before each of their phases
 
     def call(self,
              name: str,
@@ -32,6 +34,37 @@ class Caller:
             if fails:
                 raise KeyError(before)
             return before, operation.finish()
+
+    def low_latency(self, name: str, is_async: bool = False) -> Any:
+        """Both phases; returns the event."""
+        operation: Any = self.streams.low_latency_operation(is_async)
+        with operation:
+            operation.start(self.tensors, ())
+            for phase in ("send", "receive"):
+                self._launch(operation.stream, f"{name} {phase}")
+            return operation.finish()
+
+    def send(self, name: str) -> Callable[[], None]:
+        """The send phase; returns the hook."""
+        operation: Any = self.streams.low_latency_operation(False)
+        with operation:
+            operation.start(self.tensors, ())
+            self._launch(operation.stream, f"{name} send")
+            operation.pause()
+
+        def receive() -> None:
+            operation.resume()
+            self._launch(operation.stream, f"{name} receive")
+            assert operation.finish() is None
+
+        return receive
+
+    def recorded(self) -> list[Any]:
+        """Streams on which tensors of low-latency calls were."""
+        return self.tensors[0].recorded + self.tensors[2].recorded
+
+    def _launch(self, stream: int, name: str) -> None:
+        self.before[name] = self.gpu.work(stream, name)
 
 
 @pytest.fixture
@@ -211,3 +244,149 @@ def test_from_another_gpu_torch_changes_the_stream(gpu: ModelGpu, caller: Caller
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: ("torch", stream))
     operation = caller.streams.operation(caller.pool.record(MAIN), True, True)
     assert operation.allocation() == ("torch", caller.comm_stream)  # type: ignore[comparison-overlap]
+
+
+# Low-latency calls: in phases, on the current stream also where it is captured
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_phase_comes_after_the_one_before_it(gpu: ModelGpu, caller: Caller, seed: int) -> None:
+    """Whatever the streams and modes, hooks called on another stream than the call; and after the caller's work."""
+    chance = random.Random(seed)  # noqa: S311 - reproducible
+    hook: Optional[Callable[[], None]] = None
+    for i in range(30):
+        gpu.current = chance.choice((MAIN, MAIN, SIDE, COMM))
+        gpu.work(gpu.current, f"caller {i}")
+        if hook is not None and chance.random() < 0.5:
+            hook, _ = None, hook()
+        elif hook is None and chance.random() < 0.4:
+            hook = caller.send(f"call {i}")
+            assert f"caller {i}" in caller.before[f"call {i} send"]
+        elif chance.random() < 0.3:  # the other mode, on the same Buffer
+            caller.before[f"call {i}"], _ = caller.call(f"call {i}", is_async=chance.random() < 0.5)
+            assert f"caller {i}" in caller.before[f"call {i}"]
+        else:
+            is_async = chance.random() < 0.5
+            event = caller.low_latency(f"call {i}", is_async)
+            assert f"caller {i}" in caller.before[f"call {i} send"]
+            if is_async:
+                gpu.stream_wait_event(SIDE, event.cuda_event)
+                assert f"call {i} receive" in gpu.known[SIDE]
+            else:
+                assert event is None and f"call {i} receive" in gpu.known[gpu.current]
+    names = list(caller.before)
+    for earlier, later in zip(names, names[1:]):
+        assert earlier in caller.before[later]
+
+
+def test_low_latency_calls_on_one_stream_ask_the_device_for_nothing(gpu: ModelGpu, caller: Caller) -> None:
+    caller.low_latency("first")
+    gpu.calls.clear()
+    caller.low_latency("second")
+    caller.send("third")()
+    assert not gpu.calls and not caller.recorded()
+
+
+def test_hooks_on_two_streams_wait_for_no_other_work(gpu: ModelGpu, caller: Caller) -> None:
+    """Two micro-batches, each with a stream: a phase of one waits for that of the other, not for its experts."""
+    hooks = {}
+    for i in range(3):
+        for stream in (MAIN, SIDE):
+            gpu.current = stream
+            hooks[stream] = caller.send(f"call {i} on {stream}")
+        for stream, other in ((MAIN, SIDE), (SIDE, MAIN)):
+            gpu.current = stream
+            hooks[stream]()
+            gpu.work(stream, f"experts {i} on {stream}")
+            before = caller.before[f"call {i} on {stream} receive"]
+            assert f"call {i} on {other} send" in before
+            assert f"experts {i} on {other}" not in before
+
+
+@pytest.mark.parametrize("is_phased", [False, True])
+def test_a_call_of_one_mode_does_not_wait_for_work_behind_one_of_the_other(gpu: ModelGpu, caller: Caller,
+                                                                           is_phased: bool) -> None:
+    for stream in (MAIN, SIDE):  # a second stream has come
+        gpu.current = stream
+        caller.low_latency(f"first on {stream}")
+    if is_phased:
+        caller.call("other mode")
+    else:
+        caller.low_latency("other mode")
+    gpu.work(SIDE, "long")
+    gpu.current = MAIN
+    if is_phased:
+        caller.low_latency("call")
+        before = caller.before["call send"]
+    else:
+        before, _ = caller.call("call")
+    assert ("other mode" if is_phased else "other mode receive") in before and "long" not in before
+
+
+def test_phases_leave_events_on_a_stream_that_may_go(gpu: ModelGpu, caller: Caller) -> None:
+    """Nobody can record one there later."""
+    gpu.current, gpu.external = SIDE, {SIDE}
+    caller.low_latency("call")
+    del gpu.known[SIDE]
+    gpu.current = MAIN
+    caller.low_latency("next")
+    assert "call receive" in caller.before["next send"]
+
+
+def test_asynchronous_low_latency_calls_come_after_the_operation_before(gpu: ModelGpu, caller: Caller) -> None:
+    """One of the other mode, on another stream; and the next of that mode comes after this call."""
+    caller.call("high throughput")
+    gpu.current = SIDE
+    caller.low_latency("call", is_async=True)
+    assert "high throughput" in caller.before["call send"]
+    before, _ = caller.call("next")
+    assert "call receive" in before
+
+
+def test_memory_of_asynchronous_low_latency_calls_is_kept_for_the_comm_stream(caller: Caller) -> None:
+    caller.low_latency("call", is_async=True)
+    assert caller.recorded() == [caller.comm_stream] * 2
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_captured_low_latency_calls_stay_on_their_stream_and_leave_nothing_behind(gpu: ModelGpu, caller: Caller,
+                                                                                  is_async: bool,
+                                                                                  is_shared: bool) -> None:
+    for stream in (SIDE, MAIN) if is_shared else (MAIN, ):
+        gpu.current = stream
+        caller.low_latency("eager before")
+    gpu.known[SIDE].clear()
+    gpu.current, gpu.captured = SIDE, {SIDE}
+    event = caller.low_latency("captured", is_async)
+    assert caller.before["captured send"] == frozenset() and not caller.recorded()
+    assert "captured receive" in gpu.known[SIDE] and COMM not in gpu.captured and (event is not None) == is_async
+    gpu.captured = set()
+    gpu.known[SIDE].clear()  # what was captured has not run
+    caller.low_latency("eager after")
+    assert "eager before receive" in caller.before["eager after send"]
+    assert "captured send" not in caller.before["eager after send"]
+
+
+def test_a_capture_on_the_stream_of_the_call_before_leaves_nothing_behind(gpu: ModelGpu, caller: Caller) -> None:
+    for stream in (SIDE, MAIN):
+        gpu.current = stream
+        caller.low_latency(f"eager on {stream}")
+    gpu.captured = {MAIN}
+    caller.send("captured")()
+    gpu.captured = set()
+    gpu.current = SIDE
+    caller.low_latency("eager after")
+    assert f"eager on {MAIN} receive" in caller.before["eager after send"]
+    assert "captured receive" not in caller.before["eager after send"]
+
+
+def test_draining_waits_for_the_last_phase(gpu: ModelGpu, caller: Caller) -> None:
+    """And for the caller's work behind it once at most: a Buffer that was dropped is looked at again and again."""
+    caller.low_latency("call")
+    assert "call receive" not in gpu.known[COMM]
+    assert caller.streams.drain(0)
+    assert "call receive" in gpu.known[COMM]
+    gpu.work(MAIN, "later")
+    assert caller.streams.drain(0)
+    assert "later" not in gpu.known[COMM]

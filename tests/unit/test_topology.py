@@ -138,13 +138,13 @@ class Group:
 
 @pytest.mark.parametrize(("kind", "name"), [("cpu", "none"), ("cuda", "NVIDIA H200")])
 def test_nvlink_check_passes_without_pcie_cards(monkeypatch: pytest.MonkeyPatch, kind: str, name: str) -> None:
-    monkeypatch.setattr("deep_ep._streams.device_choice", lambda: (kind, ""))
+    monkeypatch.setattr("deep_ep.utils.device_choice", lambda: (kind, ""))
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: name)
     check_nvlink_connections(Group(8))  # type: ignore[arg-type]
 
 
 def test_nvlink_check_knows_what_a_bridge_can_join(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deep_ep._streams.device_choice", lambda: ("cuda", ""))
+    monkeypatch.setattr("deep_ep.utils.device_choice", lambda: ("cuda", ""))
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA A100-PCIE-40GB")
     with pytest.raises(Error, match="the group has 4 ranks"):
         check_nvlink_connections(Group(4))  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ public:
         if (position < window_->window) return {nullptr, 0};
         return {empty_ + position % window_->window, tag(position - window_->window)};
     }
-    // Sender, one thread, after the whole warp has written the slot and met in a __syncwarp.
+    // Sender, after the whole warp has written the slot and met in a sync().
     EP_DEVICE void publish(int position) const {
         // Pairs with: row_is_here at the receiver.
         prim::store<prim::Order::kRelease, prim::Scope::kSys>(full_ + position % window_->window, tag(position));
@@ -41,8 +41,7 @@ public:
 
     // Receiver: has the row come?
     EP_DEVICE FlagTest row_is_here(int position) const { return {full_ + position % window_->window, tag(position)}; }
-    // Receiver, one thread, after the whole warp has read the slot and met in a __syncwarp. `num_rows`: of this sender, in
-    // all.
+    // Receiver, after the whole warp has read the slot and met in a sync(). `num_rows`: of this sender, in all.
     EP_DEVICE void give_back(int position, int num_rows) const {
         if (position + window_->window >= num_rows) return;  // nobody needs the slot again in this call
         // Pairs with: slot_is_free at the sender.
@@ -72,7 +71,7 @@ public:
         return test.flag == nullptr || prim::load<prim::Order::kAcquire, prim::Scope::kSys>(test.flag) >= test.expected;
     }
 
-    // One thread; acquire. Other lanes may touch what the flag guards after a __syncwarp.
+    // Acquire. Other lanes may touch what the flag guards after a sync().
     EP_DEVICE bool wait(layout::Stage stage, int peer, FlagTest test) const {
         return test.flag == nullptr || wait_at_least(watch_, {stage, peer}, test.flag, test.expected);
     }

@@ -6,7 +6,7 @@
 // fence_async_shared before the __syncwarp that leads to a bulk store from it.
 #pragma once
 
-#include "device/prim.h"
+#include "device/algo/group.h"
 #include "layout/staging.h"
 
 namespace deep_ep::algo {
@@ -43,13 +43,14 @@ public:
     // `memory`: staging.bytes() of dynamic shared memory, this warp's alone, 16-byte aligned.
     EP_DEVICE Stages(uint8_t* memory, const layout::Staging& staging) : memory_(memory), staging_(staging) {}
 
-    // The whole warp, once, before anything else.
-    EP_DEVICE void init() const {
-        if (prim::lane_idx() == 0) {
+    // Once, before anything else.
+    EP_DEVICE void init(Warp warp) const {
+        warp.expect();
+        if (warp.thread_rank() == 0) {
             for (int stage = 0; stage < staging_.num_stages; ++stage) prim::mbarrier_init(barrier(stage), 1);
             prim::mbarrier_init_fence();
         }
-        __syncwarp();
+        warp.sync();
     }
 
     // For warps that store from their stages: before item n is stored, item n + num_ahead() may be loaded, once every

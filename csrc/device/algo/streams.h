@@ -2,6 +2,7 @@
 // that stands still must not hold up another, or ranks could wait for each other in a circle.
 #pragma once
 
+#include "device/algo/group.h"
 #include "device/algo/ring.h"
 
 namespace deep_ep::algo {
@@ -15,27 +16,31 @@ struct RowStream {
     int step = 1;   // more than 1 where several warps share the stream
 };
 
-// Deals the num_ranks - 1 peers to `num_warps` warps: several warps to a peer, or several peers to a warp.
+// Deals the num_ranks - 1 peers to `num_warps` warps, of which this is number `warp_idx`: several warps to a peer, or several
+// peers to a warp.
 template <class Count>
-EP_DEVICE RowStream deal_stream(int warp, int num_warps, int rank, int num_ranks, const Count& count_of) {
+EP_DEVICE RowStream deal_stream(Warp warp, int warp_idx, int num_warps, int rank, int num_ranks,
+                                const Count& count_of) {
+    warp.expect();
     const int num_peers = num_ranks - 1;
     RowStream stream;
     if (num_peers == 0) return stream;
     const int warps_per_peer = num_warps / num_peers;
     const bool is_shared = warps_per_peer > 0;
-    const int peer_idx = is_shared ? warp % num_peers : warp + prim::lane_idx() * num_warps;
+    const int peer_idx = is_shared ? warp_idx % num_peers : warp_idx + warp.thread_rank() * num_warps;
     const bool has_stream =
-        is_shared ? prim::lane_idx() == 0 && warp < warps_per_peer * num_peers : peer_idx < num_peers;
+        is_shared ? warp.thread_rank() == 0 && warp_idx < warps_per_peer * num_peers : peer_idx < num_peers;
     if (!has_stream) return stream;
     stream.peer = (rank + 1 + peer_idx) % num_ranks;  // every rank begins with another peer
-    stream.next = is_shared ? warp / num_peers : 0;
+    stream.next = is_shared ? warp_idx / num_peers : 0;
     stream.step = is_shared ? warps_per_peer : 1;
     stream.count = count_of(stream.peer);
     return stream;
 }
 
 // Where every warp has one stream at most (warps >= peers): that stream, on every lane.
-EP_DEVICE RowStream only_stream(const RowStream& stream) {
+EP_DEVICE RowStream only_stream(Warp warp, const RowStream& stream) {
+    warp.expect();
     return {__shfl_sync(prim::kFullMask, stream.peer, 0), __shfl_sync(prim::kFullMask, stream.next, 0),
             __shfl_sync(prim::kFullMask, stream.count, 0), __shfl_sync(prim::kFullMask, stream.step, 0)};
 }
@@ -46,10 +51,11 @@ EP_DEVICE int num_rows_left(const RowStream& stream) {
 }
 
 // The warp serves its streams to the end: `test(peer, position)` says which flag the next row waits for,
-// `serve(peer, position, count)` is called by the whole warp once it is set. False: a wait failed.
+// the whole warp calls `serve(peer, position, count)` once it is set. False: a wait failed.
 template <class Test, class Serve>
-EP_DEVICE bool serve_streams(const Watch& watch, layout::Stage stage, RowStream stream, const Test& test,
+EP_DEVICE bool serve_streams(Warp warp, const Watch& watch, layout::Stage stage, RowStream stream, const Test& test,
                              const Serve& serve) {
+    warp.expect();
     constexpr int kPollsBetweenChecks = 16;
     uint64_t start_ns = 0;
     for (int polls = 0;;) {
@@ -77,7 +83,7 @@ EP_DEVICE bool serve_streams(const Watch& watch, layout::Stage stage, RowStream 
         }
         polls = 0;
         start_ns = 0;
-        __syncwarp();  // one lane's acquire, every lane's accesses
+        warp.sync();  // one lane's acquire, every lane's accesses
         for (uint32_t rest = ready; rest != 0; rest &= rest - 1) {
             const int lane = __ffs(static_cast<int>(rest)) - 1;
             serve(__shfl_sync(prim::kFullMask, stream.peer, lane), __shfl_sync(prim::kFullMask, stream.next, lane),

@@ -55,11 +55,6 @@ const std::string& pid_namespace() {
     return name;
 }
 
-void* map_file(int fd, size_t bytes) {
-    void* address = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
-    return address == MAP_FAILED ? nullptr : address;
-}
-
 // Makes bytes past the end of the buffer, up to the end of its last page, an error to touch.
 void poison_tail([[maybe_unused]] void* address, [[maybe_unused]] size_t bytes, [[maybe_unused]] bool is_poisoned) {
 #if defined(EP_SIMT_ASAN)
@@ -92,7 +87,7 @@ Handle parse(const std::string& bytes) {
 }
 
 // The peer's file, verified to be the one that the handle means.
-int open_peer_file(const Handle& handle) {
+FileDescriptor open_peer_file(const Handle& handle) {
     const std::string path = concat("/proc/", handle.pid, "/fd/", handle.fd);
     const std::string peer = concat("process ", handle.pid);
     char target[256] = {};
@@ -106,9 +101,9 @@ int open_peer_file(const Handle& handle) {
         throw TransportError(
             concat("the shared memory of ", peer, " is gone: its descriptor ", handle.fd, " now is ", target));
     }
-    const int fd = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
-    if (fd < 0) throw TransportError(concat("cannot open the shared memory of ", peer, ": ", std::strerror(errno)));
-    return fd;
+    FileDescriptor file(::open(path.c_str(), O_RDWR | O_CLOEXEC));
+    if (!file) throw TransportError(concat("cannot open the shared memory of ", peer, ": ", std::strerror(errno)));
+    return file;
 }
 
 }  // namespace
@@ -133,37 +128,33 @@ ShareableHeap& ShareableHeap::instance() {
 void* ShareableHeap::allocate(size_t bytes, std::string& handle_bytes) {
     EP_ENSURE(bytes > 0, "shareable memory of 0 bytes");
     const std::string nonce = random_nonce();
-    const int fd = memfd_create(("deep_ep-" + nonce).c_str(), MFD_CLOEXEC);
-    if (fd < 0) throw TransportError(concat("memfd_create: ", std::strerror(errno)));
-    void* address = ftruncate(fd, static_cast<off_t>(bytes)) == 0 ? map_file(fd, bytes) : nullptr;
-    if (address == nullptr) {
-        const int error = errno;
-        ::close(fd);
-        throw TransportError(concat("cannot allocate ", bytes, " bytes of shared memory: ", std::strerror(error)));
-    }
+    FileDescriptor file(memfd_create(("deep_ep-" + nonce).c_str(), MFD_CLOEXEC));
+    if (!file) throw TransportError(concat("memfd_create: ", std::strerror(errno)));
+    MappedFile memory;
+    if (ftruncate(file.get(), static_cast<off_t>(bytes)) == 0) memory = MappedFile(file, bytes);
+    if (!memory)
+        throw TransportError(concat("cannot allocate ", bytes, " bytes of shared memory: ", std::strerror(errno)));
+    void* const address = memory.address();
     poison_tail(address, bytes, true);
     Handle handle{};
     std::memcpy(handle.magic, kMagic, sizeof(kMagic));
     handle.pid = getpid();
-    handle.fd = fd;
+    handle.fd = file.get();
     handle.bytes = bytes;
     std::memcpy(handle.nonce, nonce.data(), sizeof(handle.nonce));
     std::strncpy(handle.host, host_identity().c_str(), sizeof(handle.host) - 1);
     std::strncpy(handle.pid_namespace, pid_namespace().c_str(), sizeof(handle.pid_namespace) - 1);
     handle_bytes.assign(reinterpret_cast<const char*>(&handle), sizeof(handle));
     std::lock_guard lock(mutex_);
-    mappings_[address] = Mapping{bytes, fd, nonce, 0};
+    mappings_[address] = Mapping{std::move(memory), std::move(file), nonce, 0};
     return address;
 }
 
 void ShareableHeap::free(void* address) {
     std::lock_guard lock(mutex_);
     const auto found = mappings_.find(address);
-    EP_ENSURE(found != mappings_.end() && found->second.fd >= 0, "free_shareable: ", address,
-              " was not allocated here");
-    poison_tail(address, found->second.bytes, false);
-    munmap(address, found->second.bytes);
-    ::close(found->second.fd);
+    EP_ENSURE(found != mappings_.end() && found->second.file, "free_shareable: ", address, " was not allocated here");
+    poison_tail(address, found->second.memory.num_bytes(), false);
     mappings_.erase(found);
 }
 
@@ -177,19 +168,18 @@ void* ShareableHeap::open(const std::string& handle_bytes) {
         return address;
     }
     if (handle.pid == getpid()) throw TransportError("the shared memory has been freed by this process");
-    const int fd = open_peer_file(handle);
+    const FileDescriptor file = open_peer_file(handle);
     struct stat status {};
-    const bool has_size = fstat(fd, &status) == 0 && static_cast<uint64_t>(status.st_size) == handle.bytes;
-    void* address = has_size ? map_file(fd, handle.bytes) : nullptr;
-    const int error = errno;
-    ::close(fd);
+    const bool has_size = fstat(file.get(), &status) == 0 && static_cast<uint64_t>(status.st_size) == handle.bytes;
     if (!has_size) throw TransportError(concat("the shared memory of process ", handle.pid, " has changed its size"));
-    if (address == nullptr) {
+    MappedFile memory(file, handle.bytes);
+    if (!memory) {
         throw TransportError(
-            concat("cannot map ", handle.bytes, " bytes of process ", handle.pid, ": ", std::strerror(error)));
+            concat("cannot map ", handle.bytes, " bytes of process ", handle.pid, ": ", std::strerror(errno)));
     }
+    void* const address = memory.address();
     poison_tail(address, handle.bytes, true);
-    mappings_[address] = Mapping{handle.bytes, -1, nonce, 1};
+    mappings_[address] = Mapping{std::move(memory), FileDescriptor(), nonce, 1};
     return address;
 }
 
@@ -198,16 +188,15 @@ void ShareableHeap::close(void* address) {
     const auto found = mappings_.find(address);
     if (found == mappings_.end()) return;  // the owner, in this process, has freed it already
     Mapping& mapping = found->second;
-    if (--mapping.num_opened > 0 || mapping.fd >= 0) return;
-    poison_tail(address, mapping.bytes, false);
-    munmap(address, mapping.bytes);
+    if (--mapping.num_opened > 0 || mapping.file) return;
+    poison_tail(address, mapping.memory.num_bytes(), false);
     mappings_.erase(found);
 }
 
 size_t ShareableHeap::bytes_at(const void* address) const {
     std::lock_guard lock(mutex_);
     const auto found = mappings_.find(const_cast<void*>(address));
-    return found == mappings_.end() ? 0 : found->second.bytes;
+    return found == mappings_.end() ? 0 : found->second.memory.num_bytes();
 }
 
 }  // namespace deep_ep::simt

@@ -6,6 +6,7 @@
 #include <map>
 #include <string>
 
+#include "core/mapped_file.h"
 #include "device/simt/quiet_mutex.h"
 
 namespace deep_ep::simt {
@@ -25,8 +26,8 @@ public:
 
 private:
     struct Mapping {
-        size_t bytes;
-        int fd;  // of the owner; -1: opened from a peer
+        MappedFile memory;
+        FileDescriptor file;  // of the owner; none: opened from a peer
         std::string nonce;
         int num_opened;
     };

@@ -8,128 +8,133 @@
 // With bulk copies, both keep several rows, or pieces of rows, on their way through shared memory.
 //
 // Messages, buffer map and orderings: docs/protocols/intranode.md.
+#include "device/algo/void_output.h"
 #include "device/launch.h"
-#include "kernels/context.h"
+#include "kernels/intranode/call_session.h"
 #include "kernels/intranode/combine_reduce.h"
-#include "kernels/intranode/combine_send.h"
-#include "kernels/intranode/frame.h"
-#include "kernels/intranode/launchers.h"
-#include "kernels/intranode/staging.h"
+#include "kernels/intranode/intranode_launchers.h"
+#include "kernels/intranode/row_return.h"
+#include "kernels/intranode/warp_memory.h"
 
 namespace deep_ep::kernels::combine {
 inline namespace EP_BACKEND {
 
 struct Kernel {
     using Params = CombineParams;
+    struct Shared {
+        CallState call;
+    };
     static constexpr int kMaxThreads = kMaxCombineThreads;
-    using Shared = FrameState;
+    static constexpr auto kOperation = layout::Operation::kCombine;
     static_assert(sizeof(Shared) <= kMaxCombineState);
 
-    // All threads of all blocks: the weights go to where peers can read them; the block that comes last says so.
-    static EP_DEVICE void lend_weights(const Context& c) {
+    // -- The operation of a CallSession ----------------------------------------------------------------------------------
+
+    static EP_DEVICE bool is_first_launch(const Params&) { return true; }
+
+    // Where the rows between this rank and a peer are.
+    struct Look {
+        RowSpan here, there;
+    };
+    static EP_DEVICE Look rows_between(const algo::Watch& watch, const RowMap& rows, int peer) {
+        const int self = watch.heap.rank();
+        return {rows.span(peer, self), rows.span(self, peer)};
+    }
+
+    static EP_DEVICE Look look(algo::Warp warp, const Params& p, const algo::Watch& watch) {
+        const int num_ranks = watch.heap.num_ranks();
+        return rows_between(watch, {p.rank_prefix_matrix, num_ranks},
+                            warp.thread_rank() < num_ranks ? warp.thread_rank() : 0);
+    }
+
+    static EP_DEVICE bool open(algo::Warp warp, const Params& p, const algo::Watch& watch, const Look& look) {
+        const int num_ranks = watch.heap.num_ranks();
+        const int lane = warp.thread_rank();
+        const RowMap rows{p.rank_prefix_matrix, num_ranks};
+        bool is_ok = can_be(p, watch, lane < num_ranks ? lane : 0, look);
+        for (int peer = lane + warp.size(); peer < num_ranks; peer += warp.size())
+            is_ok &= can_be(p, watch, peer, rows_between(watch, rows, peer));
+        if (!algo::all(warp, is_ok)) return false;
+        if (!p.may_lend) return true;
+        if (blockIdx.x == 0) algo::state_loan(warp, watch, p.loan);
+        if (!algo::wait_for_loans(warp, watch)) return false;
+        algo::for_each(warp, num_ranks,
+                       [&](int peer) { is_ok &= is_among_lent(watch, peer, rows.span(watch.heap.rank(), peer)); });
+        return algo::all(warp, is_ok);
+    }
+
+    static EP_DEVICE void prepare(algo::Block, const Params&, const algo::Watch&, Shared&) {}
+    static EP_DEVICE Begun learn(algo::Block, const Params&, const algo::Watch&, Shared&) { return Begun::kReady; }
+
+    static EP_DEVICE bool work(algo::Block block, const Params& p, const algo::Watch& watch, Shared&) {
+        const algo::Ring ring(watch, p.window);
+        const CombineContext c{p, watch, ring, RowMap{p.rank_prefix_matrix, p.heap.num_ranks}};
+        if (p.loan.topk_weights != 0) lend_weights(block, c);
+        const algo::Warp warp;
+        const int send_warp = prim::warp_idx() - p.geometry.num_recv_warps;
+        return send_warp < 0 ? reduce_any(warp, c, prim::warp_idx()) : send_any(warp, c, send_warp);
+    }
+
+    static EP_DEVICE bool check(algo::Warp, const Params&, const Shared&) { return true; }
+
+    static EP_DEVICE void void_outputs(algo::Block block, const Params& p) {
+        algo::void_output(block, p.combined_x, static_cast<int64_t>(p.num_tokens) * p.row_bytes);
+        algo::void_output(block, p.combined_topk_weights, static_cast<int64_t>(p.num_tokens) * p.num_topk * 4);
+    }
+
+    static EP_DEVICE void run(const Params& p, Shared& shared) { CallSession<Kernel>::run(p, shared); }
+
+private:
+    // The weights go to where peers can read them; the block that comes last says so.
+    static EP_DEVICE void lend_weights(algo::Block block, const CombineContext& c) {
         const Params& p = c.p;
         const algo::Heap& heap = c.watch.heap;
         const int64_t num_weights = static_cast<int64_t>(c.rows.total_rows(heap.rank())) * p.num_topk;
-        const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-        for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < num_weights; i += step)
-            p.lent_weights[i] = p.topk_weights[i];
-        __syncthreads();
-        if (prim::warp_idx() != 0 || !algo::is_last_block(&c.watch.words.local->num_weight_blocks)) return;
-        for (int peer = prim::lane_idx(); peer < heap.num_ranks(); peer += kWarpSize)
-            // Release: the weights. Pairs with: wait_for_weights at the peer.
-            prim::store<prim::Order::kRelease, prim::Scope::kSys>(heap.weight_flag(peer, heap.rank()), c.watch.call);
+        algo::for_each(algo::Grid{}, num_weights, [&](int64_t i) { p.lent_weights[i] = p.topk_weights[i]; });
+        block.sync();
+        const algo::Warp warp;
+        if (prim::warp_idx() != 0 || !algo::is_last_block<prim::Order::kAcqRel, prim::Scope::kGpu>(
+                                         warp, &c.watch.words.local->num_weight_blocks))
+            return;
+        // Release: the weights. Pairs with: wait_for_weights at the peer.
+        algo::publish<prim::Order::kRelease, prim::Scope::kSys>(
+            warp, heap.num_ranks(), algo::AllRanks{}, [&](int peer) { return heap.weight_flag(peer, heap.rank()); },
+            c.watch.call);
     }
 
-    static EP_DEVICE bool reduce_any(const Context& c, int reduce_warp) {
+    static EP_DEVICE bool reduce_any(algo::Warp warp, const CombineContext& c, int reduce_warp) {
         const Geometry& geometry = c.p.geometry;
-        const int warp = reduce_warp * geometry.num_blocks + static_cast<int>(blockIdx.x);
+        const int warp_idx = reduce_warp * geometry.num_blocks + static_cast<int>(blockIdx.x);
         const int num_warps = geometry.num_recv_warps * geometry.num_blocks;
         if (prim::has_bulk_copy() && geometry.recv.num_stages > 0)
-            return reduce_staged(c, warp, num_warps, recv_memory(geometry, reduce_warp));
-        return reduce(c, warp, num_warps);
+            return reduce_staged(warp, c, warp_idx, num_warps, recv_memory(geometry, reduce_warp));
+        return reduce(warp, c, warp_idx, num_warps);
     }
 
-    static EP_DEVICE bool send_any(const Context& c, int send_warp) {
+    static EP_DEVICE bool send_any(algo::Warp warp, const CombineContext& c, int send_warp) {
         const Geometry& geometry = c.p.geometry;
-        const int warp = send_warp * geometry.num_blocks + static_cast<int>(blockIdx.x);
+        const int warp_idx = send_warp * geometry.num_blocks + static_cast<int>(blockIdx.x);
         const int num_warps = geometry.num_send_warps * geometry.num_blocks;
         if (prim::has_bulk_copy() && geometry.send.num_stages > 0)
-            return send_staged(c, warp, num_warps, send_memory(geometry, send_warp));
-        return send(c, warp, num_warps);
+            return send_staged(warp, c, warp_idx, num_warps, send_memory(geometry, send_warp));
+        return send(warp, c, warp_idx, num_warps);
     }
 
-    // Where the rows between this rank and a peer are.
-    struct Between {
-        RowSpan here, there;
-    };
-    static EP_DEVICE Between rows_between(const Context& c, int peer) {
-        const int self = c.watch.heap.rank();
-        return {c.rows.span(peer, self), c.rows.span(self, peer)};
-    }
-
-    // One thread. The matrix is the caller's, and what it says becomes addresses.
-    static EP_DEVICE bool can_be(const Context& c, int peer, const Between& rows) {
-        const int self = c.watch.heap.rank();
+    // The matrix is the caller's, and what it says becomes addresses.
+    static EP_DEVICE bool can_be(const Params& p, const algo::Watch& watch, int peer, const Look& rows) {
+        const int self = watch.heap.rank();
         const auto is_sound = [&](int source, int destination, const RowSpan& span) {
-            return span.can_be() || refuse_rows(c.watch, source, destination, span.first, span.end, span.total);
+            return span.can_be() || refuse_rows(watch, source, destination, span.first, span.end, span.total);
         };
         return is_sound(peer, self, rows.here) && is_sound(self, peer, rows.there) &&
-               has_room(c.watch, c.p.num_rows, rows.here.total);
+               has_room(watch, p.num_rows, rows.here.total);
     }
 
-    // One thread, after wait_for_loans: our rows are among those that the peer lends.
-    static EP_DEVICE bool is_among_lent(const Context& c, int peer, const RowSpan& rows) {
-        const layout::Loan& loan = algo::loan_of(c.watch, peer);
+    // After wait_for_loans: our rows are among those that the peer lends.
+    static EP_DEVICE bool is_among_lent(const algo::Watch& watch, int peer, const RowSpan& rows) {
+        const layout::Loan& loan = algo::loan_of(watch, peer);
         return loan.x == 0 || static_cast<uint64_t>(rows.end) <= loan.num_rows ||
-               refuse_rows(c.watch, c.watch.heap.rank(), peer, rows.first, rows.end, static_cast<int>(loan.num_rows));
-    }
-
-    // One warp of each block.
-    static EP_DEVICE bool enter(const Context& c) {
-        const int num_ranks = c.watch.heap.num_ranks();
-        const int lane = prim::lane_idx();
-        const Between rows = rows_between(c, lane < num_ranks ? lane : 0);  // under way while the call is entered
-        if (!enter_call(c.watch, true)) return false;
-        bool is_ok = can_be(c, lane < num_ranks ? lane : 0, rows);
-        for (int peer = lane + kWarpSize; peer < num_ranks; peer += kWarpSize)
-            is_ok &= can_be(c, peer, rows_between(c, peer));
-        is_ok = __all_sync(kFullMask, is_ok) != 0;
-        if (!is_ok || !c.p.may_lend) return is_ok;
-        if (blockIdx.x == 0) algo::state_loan(c.watch, c.p.loan);
-        if (!algo::wait_for_loans(c.watch)) return false;
-        for (int peer = lane; peer < num_ranks; peer += kWarpSize)
-            is_ok &= is_among_lent(c, peer, c.rows.span(c.watch.heap.rank(), peer));
-        return __all_sync(kFullMask, is_ok) != 0;
-    }
-
-    // All threads of the block. False: do nothing but finish the call.
-    static EP_DEVICE bool begin(const Context& c, FrameState& state) {
-        if (prim::warp_idx() == 0) {
-            const bool is_ok = enter(c);
-            if (prim::lane_idx() == 0) state = {is_ok ? 1 : 0, 0, {}};
-        }
-        __syncthreads();
-        return state.is_ready != 0;
-    }
-
-    static EP_DEVICE void work(const Context& c, FrameState& state) {
-        if (c.p.loan.topk_weights != 0) lend_weights(c);
-        const int send_warp = prim::warp_idx() - c.p.geometry.num_recv_warps;
-        const bool is_ok = send_warp < 0 ? reduce_any(c, prim::warp_idx()) : send_any(c, send_warp);
-        if (!is_ok) state.note_failure();
-    }
-
-    static EP_DEVICE void run(const Params& p, Shared& shared) {
-        const algo::Watch watch =
-            make_watch(p.watch, p.heap, layout::Operation::kCombine, algo::current_call(p.watch.local));
-        const algo::Ring ring(watch, p.window);
-        const Context context{p, watch, ring, RowMap{p.rank_prefix_matrix, p.heap.num_ranks}};
-        const bool has_begun = begin(context, shared);
-        if (has_begun) work(context, shared);
-        finish_call(watch, has_begun, p.may_lend, p.loan.x != 0, shared, [&] {
-            void_output(p.combined_x, static_cast<int64_t>(p.num_tokens) * p.row_bytes);
-            void_output(p.combined_topk_weights, static_cast<int64_t>(p.num_tokens) * p.num_topk * 4);
-        });
+               refuse_rows(watch, watch.heap.rank(), peer, rows.first, rows.end, static_cast<int>(loan.num_rows));
     }
 };
 

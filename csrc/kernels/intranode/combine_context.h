@@ -1,9 +1,10 @@
 // What both halves of combine work with.
 #pragma once
 
+#include "device/algo/group.h"
 #include "device/algo/loan.h"
 #include "device/algo/ring.h"
-#include "kernels/intranode/frame.h"
+#include "kernels/intranode/refusals.h"
 #include "kernels/intranode/routing.h"
 #include "kernels/params.h"
 
@@ -15,7 +16,7 @@ using prim::kFullMask;
 using prim::kWarpSize;
 using prim::Vec16;
 
-struct Context {
+struct CombineContext {
     const CombineParams& p;
     const algo::Watch& watch;
     const algo::Ring& ring;
@@ -24,7 +25,7 @@ struct Context {
 
 // Where `rank` has its rows for us to read, our first one foremost: in our own input, or in the one that it lends. Null:
 // it sends them into slots.
-EP_DEVICE const uint8_t* direct_rows(const Context& c, int rank) {
+EP_DEVICE const uint8_t* direct_rows(const CombineContext& c, int rank) {
     const CombineParams& p = c.p;
     const int self = c.watch.heap.rank();
     const int64_t offset = static_cast<int64_t>(c.rows.first_row(self, rank)) * p.row_bytes;
@@ -34,7 +35,7 @@ EP_DEVICE const uint8_t* direct_rows(const Context& c, int rank) {
 }
 
 // The same for the weights of a rank with direct rows.
-EP_DEVICE const float* direct_weights(const Context& c, int rank) {
+EP_DEVICE const float* direct_weights(const CombineContext& c, int rank) {
     const CombineParams& p = c.p;
     const int self = c.watch.heap.rank();
     const int64_t offset = static_cast<int64_t>(c.rows.first_row(self, rank)) * p.num_topk;
@@ -42,8 +43,8 @@ EP_DEVICE const float* direct_weights(const Context& c, int rank) {
     return reinterpret_cast<const float*>(c.watch.heap.at(rank, algo::loan_of(c.watch, rank).topk_weights)) + offset;
 }
 
-// One thread. The token has a row at `rank`: then it is one of those that stand there for us.
-EP_DEVICE bool is_stated(const Context& c, int rank, int token, int position) {
+// The token has a row at `rank`: then it is one of those that stand there for us.
+EP_DEVICE bool is_stated(const CombineContext& c, int rank, int token, int position) {
     if (position < 0) return true;
     const int num_rows = c.rows.num_rows(c.watch.heap.rank(), rank);
     return position < num_rows || refuse_position(c.watch, rank, token, position, num_rows);

@@ -1,10 +1,11 @@
-// The reducing half of combine: the sum of a token's rows, in FP32 and in rank order, straight from where they stand.
+// The reducing role of combine: the sum of a token's rows, in FP32 and in rank order, straight from where they stand.
 //
 // A row stands in our own input, in a slot that its rank has filled, or in the input that its rank lends. With bulk copies
 // a warp loads pieces of rows ahead through shared memory.
 #pragma once
 
-#include "device/algo/bf16.h"
+#include "device/algo/bf16_sums.h"
+#include "device/algo/peers.h"
 #include "device/algo/stages.h"
 #include "device/algo/warp.h"
 #include "kernels/intranode/combine_context.h"
@@ -16,78 +17,64 @@ constexpr int kReduceUnroll = 4;
 constexpr int kStagedUnroll = 7;
 constexpr int kChunkVecs = kStagedUnroll * kWarpSize;  // of a row: what a warp has in a stage, and sums at a time
 static_assert(kChunkVecs * sizeof(Vec16) == layout::kReduceStageBytes);
-constexpr int kPairs = 4;  // of bfloat16 in 16 bytes
 
-// FP32 sums of kUnroll x 8 elements of one lane.
-template <int kUnroll> struct Sums {
-    float low[kUnroll][kPairs];
-    float high[kUnroll][kPairs];
-};
+// Of kUnroll vectors of one lane.
+template <int kUnroll> struct PieceSums { algo::Bf16Sums of[kUnroll]; };
 
 // This lane's rank among 32 from `first_rank`: the position of its row of the token, or -1.
-EP_DEVICE int position_at(const Context& c, int token, int first_rank) {
+EP_DEVICE int position_at(algo::Warp warp, const CombineContext& c, int token, int first_rank) {
     const int num_ranks = c.watch.heap.num_ranks();
-    const int rank = first_rank + prim::lane_idx();
+    const int rank = first_rank + warp.thread_rank();
     return rank < num_ranks ? c.p.send_head[static_cast<int64_t>(token) * num_ranks + rank] : -1;
 }
 
-EP_DEVICE bool wait_for_rows(const Context& c, int token) {
+EP_DEVICE bool wait_for_rows(algo::Warp warp, const CombineContext& c, int token) {
     bool is_here = true;
     for (int first = 0; first < c.watch.heap.num_ranks(); first += kWarpSize) {
-        const int position = position_at(c, token, first);
-        const int rank = first + prim::lane_idx();
+        const int position = position_at(warp, c, token, first);
+        const int rank = first + warp.thread_rank();
         if (position < 0) continue;
         is_here &= is_stated(c, rank, token, position) &&
                    (direct_rows(c, rank) != nullptr ||
                     c.ring.wait(Stage::kRow, rank, c.ring.from(rank).row_is_here(position)));
     }
     is_here = __all_sync(kFullMask, is_here);
-    __syncwarp();  // each lane's acquire, every lane's reads
+    warp.sync();  // each lane's acquire, every lane's reads
     return is_here;
 }
 
 // Where this lane's rank has its row of the token.
-EP_DEVICE const uint8_t* row_pointer(const Context& c, int first_rank, int position) {
-    const int rank = first_rank + prim::lane_idx();
+EP_DEVICE const uint8_t* row_pointer(algo::Warp warp, const CombineContext& c, int first_rank, int position) {
+    const int rank = first_rank + warp.thread_rank();
     if (position < 0) return nullptr;
     const uint8_t* rows = direct_rows(c, rank);
     return rows != nullptr ? rows + static_cast<int64_t>(position) * c.p.row_bytes : c.ring.from(rank).slot(position);
 }
 
-template <int kUnroll> EP_DEVICE void add(Sums<kUnroll>& sums, int i, const Vec16& value) {
-#pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {
-        sums.low[i][pair] += algo::bf16_low(value.word[pair]);
-        sums.high[i][pair] += algo::bf16_high(value.word[pair]);
-    }
-}
-
-template <int kUnroll> EP_DEVICE void add_vectors(Sums<kUnroll>& sums, const Vec16* source, int base, int num_vecs) {
+template <int kUnroll>
+EP_DEVICE void add_vectors(algo::Warp warp, PieceSums<kUnroll>& sums, const Vec16* source, int base, int num_vecs) {
     Vec16 held[kUnroll];
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
-        const int idx = base + i * kWarpSize + prim::lane_idx();
+        const int idx = base + i * kWarpSize + warp.thread_rank();
         if (idx < num_vecs) held[i] = prim::load_shared_with_peers(source + idx);
     }
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i)
-        if (base + i * kWarpSize + prim::lane_idx() < num_vecs) add(sums, i, held[i]);
+        if (base + i * kWarpSize + warp.thread_rank() < num_vecs) sums.of[i].add(held[i]);
 }
 
-template <int kUnroll> EP_DEVICE void write_sums(const Sums<kUnroll>& sums, Vec16* target, int base, int num_vecs) {
+template <int kUnroll>
+EP_DEVICE void write_sums(algo::Warp warp, const PieceSums<kUnroll>& sums, Vec16* target, int base, int num_vecs) {
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
-        const int idx = base + i * kWarpSize + prim::lane_idx();
-        Vec16 value;
-#pragma unroll
-        for (int pair = 0; pair < kPairs; ++pair)
-            value.word[pair] = prim::round_to_bf16x2(sums.low[i][pair], sums.high[i][pair]);
-        if (idx < num_vecs) prim::store_streaming(target + idx, value);
+        const int idx = base + i * kWarpSize + warp.thread_rank();
+        if (idx < num_vecs) prim::store_streaming(target + idx, sums.of[i].rounded());
     }
 }
 
 // Ranks in ascending order, then the biases: the order is part of the contract, it fixes the rounding.
-EP_DEVICE void reduce_token(const Context& c, int token) {
+EP_DEVICE void reduce_token(algo::Warp warp, const CombineContext& c, int token) {
     const CombineParams& p = c.p;
     const int num_vecs = static_cast<int>(p.row_bytes / sizeof(Vec16));
     const int64_t token_offset = static_cast<int64_t>(token) * p.row_bytes;
@@ -95,25 +82,26 @@ EP_DEVICE void reduce_token(const Context& c, int token) {
     const uint8_t* pointer = nullptr;
     uint32_t lanes = 0;
     for (int base = 0; base < num_vecs; base += kReduceUnroll * kWarpSize) {
-        Sums<kReduceUnroll> sums = {};
+        PieceSums<kReduceUnroll> sums = {};
         for (int first = 0; first < c.watch.heap.num_ranks(); first += kWarpSize) {
             if (first != held_group) {
-                pointer = row_pointer(c, first, position_at(c, token, first));
+                pointer = row_pointer(warp, c, first, position_at(warp, c, token, first));
                 lanes = __ballot_sync(kFullMask, pointer != nullptr);
                 held_group = first;
             }
             for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
-                const uint8_t* row = algo::broadcast_pointer(pointer, __ffs(static_cast<int>(rest)) - 1);
-                add_vectors(sums, reinterpret_cast<const Vec16*>(row), base, num_vecs);
+                const uint8_t* row = algo::broadcast_pointer(warp, pointer, __ffs(static_cast<int>(rest)) - 1);
+                add_vectors(warp, sums, reinterpret_cast<const Vec16*>(row), base, num_vecs);
             }
         }
         for (const uint8_t* bias : p.bias)
-            if (bias != nullptr) add_vectors(sums, reinterpret_cast<const Vec16*>(bias + token_offset), base, num_vecs);
-        write_sums(sums, reinterpret_cast<Vec16*>(p.combined_x + token_offset), base, num_vecs);
+            if (bias != nullptr)
+                add_vectors(warp, sums, reinterpret_cast<const Vec16*>(bias + token_offset), base, num_vecs);
+        write_sums(warp, sums, reinterpret_cast<Vec16*>(p.combined_x + token_offset), base, num_vecs);
     }
 }
 
-EP_DEVICE float weight_from(const Context& c, int token, int rank, int k) {
+EP_DEVICE float weight_from(const CombineContext& c, int token, int rank, int k) {
     const CombineParams& p = c.p;
     const int position = p.send_head[static_cast<int64_t>(token) * c.watch.heap.num_ranks() + rank];
     if (position < 0) return 0.0f;
@@ -122,49 +110,45 @@ EP_DEVICE float weight_from(const Context& c, int token, int rank, int k) {
     return *reinterpret_cast<const float*>(c.ring.from(rank).slot(position) + p.slot.topk_weights.at(k));
 }
 
-// One warp, before it reads weights: those of all lenders can be read.
-EP_DEVICE bool wait_for_weights(const Context& c) {
+// Before weights are read: those of all lenders can be.
+EP_DEVICE bool wait_for_weights(algo::Warp warp, const CombineContext& c) {
+    if (c.p.num_topk == 0 || !c.p.may_lend) return true;
     const algo::Heap& heap = c.watch.heap;
-    bool is_here = true;
-    if (c.p.num_topk > 0 && c.p.may_lend)
-        for (int rank = prim::lane_idx(); rank < heap.num_ranks(); rank += kWarpSize)
-            if (rank != heap.rank() && algo::loan_of(c.watch, rank).x != 0)
-                is_here &= algo::wait_at_least(c.watch, {Stage::kWeights, rank}, heap.weight_flag(heap.rank(), rank),
-                                               c.watch.call);
-    is_here = __all_sync(kFullMask, is_here);
-    __syncwarp();  // each lane's acquire, every lane's reads
-    return is_here;
+    return algo::wait_for_ranks(
+        warp, c.watch, Stage::kWeights,
+        [&](int rank) { return rank != heap.rank() && algo::loan_of(c.watch, rank).x != 0; },
+        [&](int rank) { return heap.weight_flag(heap.rank(), rank); }, c.watch.call);
 }
 
-EP_DEVICE void reduce_weights(const Context& c, int token) {
+EP_DEVICE void reduce_weights(algo::Warp warp, const CombineContext& c, int token) {
     const CombineParams& p = c.p;
-    for (int k = prim::lane_idx(); k < p.num_topk; k += kWarpSize) {
+    for (int k = warp.thread_rank(); k < p.num_topk; k += kWarpSize) {
         float sum = 0.0f;
         for (int rank = 0; rank < c.watch.heap.num_ranks(); ++rank) sum += weight_from(c, token, rank, k);
         p.combined_topk_weights[static_cast<int64_t>(token) * p.num_topk + k] = sum;
     }
 }
 
-EP_DEVICE void give_slots_back(const Context& c, int token) {
+EP_DEVICE void give_slots_back(algo::Warp warp, const CombineContext& c, int token) {
     const int self = c.watch.heap.rank();
     for (int first = 0; first < c.watch.heap.num_ranks(); first += kWarpSize) {
-        const int position = position_at(c, token, first);
-        const int rank = first + prim::lane_idx();
+        const int position = position_at(warp, c, token, first);
+        const int rank = first + warp.thread_rank();
         if (position >= 0 && direct_rows(c, rank) == nullptr)
             c.ring.from(rank).give_back(position, c.rows.num_rows(self, rank));
     }
 }
 
-EP_DEVICE bool reduce(const Context& c, int warp, int num_warps) {
+EP_DEVICE bool reduce(algo::Warp warp, const CombineContext& c, int warp_idx, int num_warps) {
     bool has_weights = false;
-    for (int token = warp; token < c.p.num_tokens; token += num_warps) {
-        if (!wait_for_rows(c, token)) return false;
-        reduce_token(c, token);
-        if (!has_weights && !wait_for_weights(c)) return false;
+    for (int token = warp_idx; token < c.p.num_tokens; token += num_warps) {
+        if (!wait_for_rows(warp, c, token)) return false;
+        reduce_token(warp, c, token);
+        if (!has_weights && !wait_for_weights(warp, c)) return false;
         has_weights = true;
-        reduce_weights(c, token);
-        __syncwarp();  // every lane's reads, each lane's release
-        give_slots_back(c, token);
+        reduce_weights(warp, c, token);
+        warp.sync();  // every lane's reads, each lane's release
+        give_slots_back(warp, c, token);
     }
     return true;
 }
@@ -173,7 +157,7 @@ EP_DEVICE bool reduce(const Context& c, int warp, int num_warps) {
 
 // What a reduce warp knows about a token. Lane i speaks for rank i, the lanes after the last rank's for the biases: a
 // bias is one more source, whose row of a token stands at the token's own position.
-struct Token {
+struct TokenRows {
     int token;
     int position;            // of the source's row, -1: none
     const uint8_t* pointer;  // of the source's row
@@ -182,46 +166,48 @@ struct Token {
 };
 
 // Lane i's source, worked out once.
-struct Source {
+struct RowSource {
     algo::Port port;
     const uint8_t* rows;   // for us to read where they stand; null: they come into slots
     const float* weights;  // of those
     int num_rows;          // that it has for us
 };
 
-EP_DEVICE Source make_source(const Context& c) {
+EP_DEVICE RowSource make_source(algo::Warp warp, const CombineContext& c) {
     const int self = c.watch.heap.rank();
     const int num_ranks = c.watch.heap.num_ranks();
-    if (prim::lane_idx() >= num_ranks) {
-        const int bias = prim::lane_idx() - num_ranks;
+    if (warp.thread_rank() >= num_ranks) {
+        const int bias = warp.thread_rank() - num_ranks;
         return {c.ring.from(self), bias < kMaxBiases ? c.p.bias[bias] : nullptr, nullptr, c.p.num_tokens};
     }
-    const int rank = prim::lane_idx();
+    const int rank = warp.thread_rank();
     const uint8_t* rows = direct_rows(c, rank);
     const bool has_weights = rows != nullptr && c.p.num_topk > 0;
     return {c.ring.from(rank), rows, has_weights ? direct_weights(c, rank) : nullptr, c.rows.num_rows(self, rank)};
 }
 
-EP_DEVICE Token open_token(const Context& c, const Source& source, int token, int position) {
+EP_DEVICE TokenRows open_token(algo::Warp, const CombineContext& c, const RowSource& source, int token,
+                               int position) {
     const uint8_t* pointer = position < 0             ? nullptr
                              : source.rows != nullptr ? source.rows + static_cast<int64_t>(position) * c.p.row_bytes
                                                       : source.port.slot(position);
     return {token, position, pointer, __ballot_sync(kFullMask, pointer != nullptr), false};
 }
 
-EP_DEVICE int position_of(const Context& c, const Source& source, int token) {
+EP_DEVICE int position_of(algo::Warp warp, const CombineContext& c, const RowSource& source, int token) {
     if (token >= c.p.num_tokens) return -1;
-    if (prim::lane_idx() < c.watch.heap.num_ranks()) return position_at(c, token, 0);
+    if (warp.thread_rank() < c.watch.heap.num_ranks()) return position_at(warp, c, token, 0);
     return source.rows != nullptr ? token : -1;
 }
 
-EP_DEVICE bool rows_are_here(const Context& c, const Source& source, const Token& token) {
+EP_DEVICE bool rows_are_here(algo::Warp warp, const CombineContext& c, const RowSource& source,
+                             const TokenRows& token) {
     if (!__all_sync(kFullMask, token.position < source.num_rows)) return false;  // wait_for_rows says what is wrong
     const bool is_in_slot = token.position >= 0 && source.rows == nullptr;
     if (!__any_sync(kFullMask, is_in_slot)) return true;
     bool is_here = !is_in_slot || c.ring.is_set(source.port.row_is_here(token.position));
     is_here = __all_sync(kFullMask, is_here);
-    __syncwarp();  // each lane's acquire, the leader's bulk loads
+    warp.sync();  // each lane's acquire, the leader's bulk loads
     prim::fence_async_global();
     return is_here;
 }
@@ -234,7 +220,7 @@ struct Fetch {
     uint32_t rest;             // ranks whose piece of this chunk is still to be loaded
     bool is_on_next = false;
 
-    EP_DEVICE void start(const Token& token, bool is_next) {
+    EP_DEVICE void start(const TokenRows& token, bool is_next) {
         base = 0;
         rest = token.lanes;
         is_on_next = is_next;
@@ -242,17 +228,17 @@ struct Fetch {
 };
 
 // Loads pieces until every stage is taken or no more rows are there. Waits for nothing.
-EP_DEVICE void fetch_more(const Context& c, const Source& source, const algo::Stages& stages, Fetch& fetch,
-                          const Token& now, Token& next) {
+EP_DEVICE void fetch_more(algo::Warp warp, const CombineContext& c, const RowSource& source, const algo::Stages& stages,
+                          Fetch& fetch, const TokenRows& now, TokenRows& next) {
     const int num_stages = c.p.geometry.recv.num_stages;
     const int num_vecs = static_cast<int>(c.p.row_bytes / sizeof(Vec16));
     while (fetch.num_under_way < num_stages) {
         if (fetch.rest != 0) {
             const int rank = __ffs(static_cast<int>(fetch.rest)) - 1;
-            const uint8_t* row = algo::broadcast_pointer(fetch.is_on_next ? next.pointer : now.pointer, rank);
+            const uint8_t* row = algo::broadcast_pointer(warp, fetch.is_on_next ? next.pointer : now.pointer, rank);
             const int num_left = num_vecs - fetch.base;
             const int num_here = num_left < kChunkVecs ? num_left : kChunkVecs;
-            if (prim::lane_idx() == 0)
+            if (warp.thread_rank() == 0)
                 stages.load(fetch.cursor, reinterpret_cast<const Vec16*>(row) + fetch.base,
                             static_cast<uint32_t>(num_here) * sizeof(Vec16));
             fetch.cursor.advance(num_stages);
@@ -263,7 +249,7 @@ EP_DEVICE void fetch_more(const Context& c, const Source& source, const algo::St
             fetch.rest = fetch.is_on_next ? next.lanes : now.lanes;
         } else {
             if (fetch.is_on_next) return;
-            if (!next.is_here) next.is_here = rows_are_here(c, source, next);
+            if (!next.is_here) next.is_here = rows_are_here(warp, c, source, next);
             if (!next.is_here) return;
             fetch.start(next, true);
         }
@@ -271,17 +257,17 @@ EP_DEVICE void fetch_more(const Context& c, const Source& source, const algo::St
 }
 
 // Some vectors of a stage beyond the end of the row may be old: their sums are not written.
-EP_DEVICE void add_stage(Sums<kStagedUnroll>& sums, const uint8_t* stage) {
-    const Vec16* vectors = reinterpret_cast<const Vec16*>(stage) + prim::lane_idx();
+EP_DEVICE void add_stage(algo::Warp warp, PieceSums<kStagedUnroll>& sums, const uint8_t* stage) {
+    const Vec16* vectors = reinterpret_cast<const Vec16*>(stage) + warp.thread_rank();
     Vec16 held[kStagedUnroll];
 #pragma unroll
     for (int i = 0; i < kStagedUnroll; ++i) held[i] = prim::load_shared(vectors + i * kWarpSize);
 #pragma unroll
-    for (int i = 0; i < kStagedUnroll; ++i) add(sums, i, held[i]);
+    for (int i = 0; i < kStagedUnroll; ++i) sums.of[i].add(held[i]);
 }
 
 // Sums of the weights that belong to the rows, in rank order like everything.
-EP_DEVICE void sum_weights(const Context& c, const Source& source, const Token& token) {
+EP_DEVICE void sum_weights(algo::Warp warp, const CombineContext& c, const RowSource& source, const TokenRows& token) {
     constexpr int kBatch = 4;
     const CombineParams& p = c.p;
     const uint32_t ranks = token.lanes & (kFullMask >> (kWarpSize - c.watch.heap.num_ranks()));
@@ -290,14 +276,14 @@ EP_DEVICE void sum_weights(const Context& c, const Source& source, const Token& 
         mine = source.rows != nullptr ? source.weights + static_cast<int64_t>(token.position) * p.num_topk
                                       : reinterpret_cast<const float*>(token.pointer + p.slot.topk_weights.offset);
     for (int first = 0; first < p.num_topk; first += kWarpSize) {
-        const int k = first + prim::lane_idx();
+        const int k = first + warp.thread_rank();
         float sum = 0.0f;
         for (uint32_t rest = ranks; rest != 0;) {
             float held[kBatch];
 #pragma unroll
             for (int i = 0; i < kBatch; ++i) {
                 const int rank = rest != 0 ? __ffs(static_cast<int>(rest)) - 1 : 0;
-                const float* weights = algo::broadcast_pointer(mine, rank);
+                const float* weights = algo::broadcast_pointer(warp, mine, rank);
                 held[i] = rest != 0 && k < p.num_topk ? weights[k] : 0.0f;
                 rest &= rest - 1;
             }
@@ -309,47 +295,48 @@ EP_DEVICE void sum_weights(const Context& c, const Source& source, const Token& 
 }
 
 // The sum of one chunk of the token, while pieces of later ones are loaded.
-EP_DEVICE Sums<kStagedUnroll> sum_chunk(const Context& c, const Source& source, const algo::Stages& stages,
-                                        Fetch& fetch, algo::StageCursor& taken, const Token& now, Token& next) {
-    Sums<kStagedUnroll> sums = {};
+EP_DEVICE PieceSums<kStagedUnroll> sum_chunk(algo::Warp warp, const CombineContext& c, const RowSource& source,
+                                             const algo::Stages& stages, Fetch& fetch, algo::StageCursor& taken,
+                                             const TokenRows& now, TokenRows& next) {
+    PieceSums<kStagedUnroll> sums = {};
     for (uint32_t rest = now.lanes; rest != 0; rest &= rest - 1) {
-        fetch_more(c, source, stages, fetch, now, next);
+        fetch_more(warp, c, source, stages, fetch, now, next);
         stages.wait(taken);
-        add_stage(sums, stages.at(taken));
+        add_stage(warp, sums, stages.at(taken));
         taken.advance(c.p.geometry.recv.num_stages);
         --fetch.num_under_way;
         prim::fence_async_shared();
-        __syncwarp();  // every lane's reads of the stage, the leader's next load into it
+        warp.sync();  // every lane's reads of the stage, the leader's next load into it
     }
     return sums;
 }
 
-EP_DEVICE bool reduce_staged(const Context& c, int warp, int num_warps, uint8_t* memory) {
+EP_DEVICE bool reduce_staged(algo::Warp warp, const CombineContext& c, int warp_idx, int num_warps, uint8_t* memory) {
     const CombineParams& p = c.p;
     const int num_vecs = static_cast<int>(p.row_bytes / sizeof(Vec16));
-    const Source source = make_source(c);
+    const RowSource source = make_source(warp, c);
     const algo::Stages stages(memory, p.geometry.recv);
     prim::fence_async_global();  // the loans that this block has seen, this lane's bulk loads
-    stages.init();
+    stages.init(warp);
     bool has_weights = false;
     Fetch fetch;
     algo::StageCursor taken;
-    Token now = open_token(c, source, warp, position_of(c, source, warp));
-    int position_after = position_of(c, source, warp + num_warps);
+    TokenRows now = open_token(warp, c, source, warp_idx, position_of(warp, c, source, warp_idx));
+    int position_after = position_of(warp, c, source, warp_idx + num_warps);
     while (now.token < p.num_tokens) {
         if (!now.is_here) {  // then nothing is under way
-            if (!wait_for_rows(c, now.token)) return false;
+            if (!wait_for_rows(warp, c, now.token)) return false;
             prim::fence_async_global();
             fetch.start(now, false);
         }
-        Token next = open_token(c, source, now.token + num_warps, position_after);
-        position_after = position_of(c, source, next.token + num_warps);
+        TokenRows next = open_token(warp, c, source, now.token + num_warps, position_after);
+        position_after = position_of(warp, c, source, next.token + num_warps);
         const int64_t token_offset = static_cast<int64_t>(now.token) * p.row_bytes;
         for (int base = 0; base < num_vecs; base += kChunkVecs) {
-            const Sums<kStagedUnroll> sums = sum_chunk(c, source, stages, fetch, taken, now, next);
-            write_sums(sums, reinterpret_cast<Vec16*>(p.combined_x + token_offset), base, num_vecs);
+            const PieceSums<kStagedUnroll> sums = sum_chunk(warp, c, source, stages, fetch, taken, now, next);
+            write_sums(warp, sums, reinterpret_cast<Vec16*>(p.combined_x + token_offset), base, num_vecs);
         }
-        if (!has_weights && !wait_for_weights(c)) {
+        if (!has_weights && !wait_for_weights(warp, c)) {
             for (; fetch.num_under_way > 0; --fetch.num_under_way) {
                 stages.wait(taken);  // given up: nothing may land after the end
                 taken.advance(p.geometry.recv.num_stages);
@@ -357,8 +344,8 @@ EP_DEVICE bool reduce_staged(const Context& c, int warp, int num_warps, uint8_t*
             return false;
         }
         has_weights = true;
-        sum_weights(c, source, now);
-        __syncwarp();  // every lane's reads, each lane's release
+        sum_weights(warp, c, source, now);
+        warp.sync();  // every lane's reads, each lane's release
         if (now.position >= 0 && source.rows == nullptr) source.port.give_back(now.position, source.num_rows);
         fetch.is_on_next = false;
         now = next;

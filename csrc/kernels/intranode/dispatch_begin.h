@@ -4,8 +4,9 @@
 
 #include "device/algo/loan.h"
 #include "kernels/context.h"
+#include "kernels/intranode/call_session.h"
 #include "kernels/intranode/exchange.h"
-#include "kernels/intranode/frame.h"
+#include "kernels/intranode/refusals.h"
 #include "kernels/intranode/routing.h"
 #include "kernels/intranode/token_scan.h"
 
@@ -16,9 +17,8 @@ using layout::Stage;
 using prim::kWarpSize;
 
 // Shared memory of a block.
-struct BlockState {
-    uint64_t call;
-    FrameState frame;
+struct DispatchState {
+    CallState call;
     uint32_t is_unlearned;  // not zero: where some rank's rows stand is not known, or they have no room
     int is_short;           // not zero: more rows come than the host has guessed
     // Input that cannot be, -1: none. Noted where it is found, for refuse_input: calls there would cost registers.
@@ -27,23 +27,22 @@ struct BlockState {
     RowTable rows;
     ScanTile tiles[2];
 };
-static_assert(sizeof(BlockState) <= kMaxDispatchState);
+static_assert(sizeof(DispatchState) <= kMaxDispatchState);
 
-// One warp of each block.
-EP_DEVICE bool enter(const DispatchParams& p, const algo::Watch& watch) {
-    if (!enter_call(watch, p.is_first_kernel)) return false;
-    if (p.counts != nullptr && blockIdx.x == 0 && prim::lane_idx() == 0)
+// One warp of each block, when the call is entered.
+EP_DEVICE bool open_call(algo::Warp warp, const DispatchParams& p, const algo::Watch& watch) {
+    if (p.counts != nullptr && blockIdx.x == 0 && warp.thread_rank() == 0)
         prim::store<prim::Order::kRelaxed, prim::Scope::kSys>(&p.counts->entered, p.ticket);
-    if (p.may_lend && p.counts == nullptr && blockIdx.x == 0) algo::state_loan(watch, p.loan);
+    if (p.may_lend && p.counts == nullptr && blockIdx.x == 0) algo::state_loan(warp, watch, p.loan);
     return true;
 }
 
-// One warp of one block, another than that of enter() where there are two, since its releases take long. The load of the
+// One warp of one block, another than that of open_call() where there are two, since its releases take long. The load of the
 // counts is under way while it looks at the banks.
-EP_DEVICE void tell_rank_counts(const DispatchParams& p, const algo::Watch& watch) {
-    const int lane = prim::lane_idx();
+EP_DEVICE void tell_rank_counts(algo::Warp warp, const DispatchParams& p, const algo::Watch& watch) {
+    const int lane = warp.thread_rank();
     const int count = lane < watch.heap.num_ranks() ? p.num_tokens_per_rank[lane] : 0;
-    if (!algo::wait_for_banks(watch)) return;
+    if (!algo::wait_for_banks(warp, watch)) return;
     if (lane < watch.heap.num_ranks()) write_rank_count(watch, lane, count);
     for (int rank = lane + kWarpSize; rank < watch.heap.num_ranks(); rank += kWarpSize)
         write_rank_count(watch, rank, p.num_tokens_per_rank[rank]);
@@ -51,7 +50,7 @@ EP_DEVICE void tell_rank_counts(const DispatchParams& p, const algo::Watch& watc
 
 constexpr int kUnsound = 0x7fffffff;  // no number of rows is as large
 
-// One thread: where rows from and to `rank` stand, and the total that goes to it; kUnsound where some source has less than
+// Where rows from and to `rank` stand, and the total that goes to it; kUnsound where some source has less than
 // none, so that its rows would stand among those of others. False: a wait failed.
 EP_DEVICE bool learn_rows(const DispatchParams& p, const algo::Watch& watch, int rank, RowTable& rows, int& total) {
     const int num_ranks = watch.heap.num_ranks();
@@ -70,19 +69,19 @@ EP_DEVICE bool learn_rows(const DispatchParams& p, const algo::Watch& watch, int
     });
 }
 
-EP_DEVICE bool is_sound(int rank, int total, BlockState& state) {
+EP_DEVICE bool is_sound(int rank, int total, DispatchState& state) {
     if (total != kUnsound) return true;
     prim::store<prim::Order::kRelaxed, prim::Scope::kCta>(&state.bad_column, rank);
     return false;
 }
 
-// One thread. A peer lends too little: it finds that out by itself, and the error that it reports ends this wait.
+// A peer lends too little: it finds that out by itself, and the error that it reports ends this wait.
 EP_DEVICE_COLD bool wait_for_refusal(algo::Watch watch, uint64_t num_rows_held) {
     return algo::wait_until(watch, {Stage::kCapacity, watch.heap.rank()}, num_rows_held,
                             [](uint64_t&) { return false; });
 }
 
-// One thread: `rank` has room for its rows. Where peers write into its tensors they have to know before they begin.
+// `rank` has room for its rows. Where peers write into its tensors they have to know before they begin.
 EP_DEVICE bool has_room_at(const DispatchParams& p, const algo::Watch& watch, int rank, int num_rows) {
     const int self = watch.heap.rank();
     if (rank == self) return has_room(watch, p.num_recv_rows, num_rows);
@@ -93,34 +92,35 @@ EP_DEVICE bool has_room_at(const DispatchParams& p, const algo::Watch& watch, in
 }
 
 // Some thread of the block for every rank.
-EP_DEVICE bool learn_of(const DispatchParams& p, const algo::Watch& watch, int rank, BlockState& state) {
+EP_DEVICE bool learn_of(const DispatchParams& p, const algo::Watch& watch, int rank, DispatchState& state) {
     int total = 0;
     return (!p.may_lend || algo::wait_for_loan(watch, rank)) && learn_rows(p, watch, rank, state.rows, total) &&
            is_sound(rank, total, state) && has_room_at(p, watch, rank, total);
 }
 
-// All threads, where the host has guessed how many rows come: whether they fit. Only then are the outputs lent; otherwise
-// the host lends others in the same call. False: a wait failed.
-EP_DEVICE bool check_guess(const DispatchParams& p, const algo::Watch& watch, BlockState& state) {
-    if (threadIdx.x == 0) {
+// Where the host has guessed how many rows come: whether they fit. Only then are the outputs lent; otherwise the host lends
+// others in the same call. False: a wait failed.
+EP_DEVICE bool check_guess(algo::Block block, const DispatchParams& p, const algo::Watch& watch, DispatchState& state) {
+    block.expect();
+    if (block.thread_rank() == 0) {
         int num_rows = 0;
         const bool is_known = accumulate_rank_counts(watch, watch.heap.rank(), [&](int, int sum) { num_rows = sum; });
         state.is_short = is_known && num_rows > p.num_recv_rows ? 1 : 0;
         if (!is_known) prim::store<prim::Order::kRelaxed, prim::Scope::kCta>(&state.is_unlearned, 1u);
     }
-    __syncthreads();
+    block.sync();
     if (state.is_unlearned != 0) return false;
-    if (state.is_short == 0 && p.may_lend && blockIdx.x == 0 && prim::warp_idx() == 0) algo::state_loan(watch, p.loan);
+    if (state.is_short == 0 && p.may_lend && blockIdx.x == 0 && prim::warp_idx() == 0)
+        algo::state_loan(algo::Warp{}, watch, p.loan);
     return true;
 }
 
 // One warp of one block, where the host waits.
-EP_DEVICE void tell_host(const DispatchParams& p, const algo::Watch& watch, const RowTable& rows) {
-    const bool is_told =
-        tell_expert_counts(watch, p.counts, p.num_local_experts, p.expert_alignment, prim::lane_idx(), kWarpSize);
-    if (!__all_sync(prim::kFullMask, is_told)) return;
-    __syncwarp();  // every lane's counts, one lane's release
-    if (prim::lane_idx() == 0) tell_num_rows(p.counts, rows.num_rows(watch.heap.num_ranks()), p.ticket);
+EP_DEVICE void tell_host(algo::Warp warp, const DispatchParams& p, const algo::Watch& watch, const RowTable& rows) {
+    const bool is_told = tell_expert_counts(warp, watch, p.counts, p.num_local_experts, p.expert_alignment);
+    // All lanes' counts, one lane's release.
+    if (algo::all(warp, is_told) && warp.thread_rank() == 0)
+        tell_num_rows(p.counts, rows.num_rows(watch.heap.num_ranks()), p.ticket);
 }
 
 EP_DEVICE algo::Watch make_watch(const DispatchParams& p, uint64_t call) {
@@ -155,69 +155,60 @@ EP_DEVICE void refuse_expert(const DispatchParams& p, const algo::Watch& watch, 
                static_cast<uint64_t>(p.num_local_experts * p.heap.num_ranks), static_cast<uint64_t>(id), 0);
 }
 
-// One thread: reports what has been noted.
-EP_DEVICE_COLD void refuse_input(const DispatchParams* p, const BlockState* state) {
-    const algo::Watch watch = make_watch(*p, state->call);
+// Reports what has been noted.
+EP_DEVICE_COLD void refuse_input(const DispatchParams* p, const DispatchState* state) {
+    const algo::Watch watch = make_watch(*p, state->call.number);
     if (state->bad_column >= 0)
         refuse_column(*p, watch, state->bad_column);
     else
         refuse_expert(*p, watch, state->bad_token);
 }
 
-// A warp, after its work: whether no input was noted that cannot be.
-EP_DEVICE bool input_can_be(const DispatchParams& p, const BlockState& state) {
+// After the warp's work: whether no input was noted that cannot be.
+EP_DEVICE bool input_can_be(algo::Warp warp, const DispatchParams& p, const DispatchState& state) {
     using prim::Order;
     using prim::Scope;
-    __syncwarp();  // each lane's notes, every lane's look
+    warp.sync();  // each lane's notes, every lane's look
     if (prim::load<Order::kRelaxed, Scope::kCta>(&state.bad_column) < 0 &&
         prim::load<Order::kRelaxed, Scope::kCta>(&state.bad_token) < 0)
         return true;
-    if (prim::lane_idx() == 0) refuse_input(&p, &state);
+    if (warp.thread_rank() == 0) refuse_input(&p, &state);
     return false;
 }
 
-// How a block has begun. kFailed: do nothing but finish the call. kShort: more rows come than the host has room for.
-enum class Begun { kReady, kFailed, kShort };
-
-// All threads of the block. The call's number goes on through shared memory: kept in registers through all this, it would
-// be spilled.
-EP_DEVICE Begun begin(const DispatchParams& p, BlockState& state) {
-    const algo::Watch watch = make_watch(p, algo::current_call(p.watch.local));
-    const auto thread = static_cast<int>(threadIdx.x);
-    const auto num_threads = static_cast<int>(blockDim.x);
-    const bool exchanges = p.num_tokens_per_rank != nullptr;
-    if (prim::warp_idx() == 0) {
-        const bool is_ok = enter(p, watch);
-        if (prim::lane_idx() == 0) {
-            state.call = watch.call;
-            state.frame = {is_ok ? 1 : 0, 0, {}};
-            state.is_unlearned = 0;
-            state.is_short = 0;
-            state.bad_column = -1;
-            state.bad_token = -1;
-        }
+// What needs no answer of a peer, beside the warp that enters the call.
+EP_DEVICE void prepare(algo::Block block, const DispatchParams& p, const algo::Watch& watch, DispatchState& state) {
+    if (block.thread_rank() == 0) {
+        state.is_unlearned = 0;
+        state.is_short = 0;
+        state.bad_column = -1;
+        state.bad_token = -1;
     }
-    if (exchanges && blockIdx.x == 0 && prim::warp_idx() == (num_threads > kWarpSize ? 1 : 0))
-        tell_rank_counts(p, watch);
+    if (p.num_tokens_per_rank != nullptr && blockIdx.x == 0 && prim::warp_idx() == (block.num_warps() > 1 ? 1 : 0))
+        tell_rank_counts(algo::Warp{}, p, watch);
     if (p.is_token_in_rank != nullptr)
-        scan_columns({p.is_token_in_rank, p.send_head, p.num_tokens, watch.heap.num_ranks()}, state.tiles);
-    __syncthreads();
-    if (state.frame.is_ready == 0) return Begun::kFailed;
+        scan_columns(block, {p.is_token_in_rank, p.send_head, p.num_tokens, watch.heap.num_ranks()}, state.tiles);
+}
+
+EP_DEVICE Begun learn(algo::Block block, const DispatchParams& p, const algo::Watch& watch, DispatchState& state) {
     // Nobody waits for these here, but the host of a peer may.
-    if (exchanges && blockIdx.x == 0)
-        write_expert_counts(watch, p.num_tokens_per_expert, p.num_local_experts, thread, num_threads);
-    if (p.counts != nullptr && !check_guess(p, watch, state)) return Begun::kFailed;
+    if (p.num_tokens_per_rank != nullptr && blockIdx.x == 0)
+        write_expert_counts(block, watch, p.num_tokens_per_expert, p.num_local_experts);
+    if (p.counts != nullptr && !check_guess(block, p, watch, state)) return Begun::kFailed;
     const bool is_short = state.is_short != 0;
     // The last threads: the first ones are still busy with that.
-    for (int rank = num_threads - 1 - thread; rank < watch.heap.num_ranks(); rank += num_threads) {
+    for (int rank = block.size() - 1 - block.thread_rank(); rank < watch.heap.num_ranks(); rank += block.size()) {
         int total = 0;
         // A peer that is short as well lends only when this kernel has ended.
         if (!(is_short ? learn_rows(p, watch, rank, state.rows, total) && is_sound(rank, total, state)
                        : learn_of(p, watch, rank, state)))
             prim::store<prim::Order::kRelaxed, prim::Scope::kCta>(&state.is_unlearned, 1u);
     }
-    __syncthreads();
-    return state.is_unlearned != 0 ? Begun::kFailed : is_short ? Begun::kShort : Begun::kReady;
+    block.sync();
+    if (state.is_unlearned != 0) return Begun::kFailed;
+    if (p.counts != nullptr && blockIdx.x == 0 && prim::warp_idx() == block.num_warps() - 1)
+        tell_host(algo::Warp{}, p, make_watch(p, state.call.number), state.rows);
+    return is_short ? Begun::kUnfinished : Begun::kReady;
 }
 
 }  // namespace EP_BACKEND

@@ -7,7 +7,7 @@
 namespace deep_ep::kernels {
 inline namespace EP_BACKEND {
 
-// One thread, after wait_for_banks: to every peer, how many tokens we send to `destination`.
+// After wait_for_banks: to every peer, how many tokens we send to `destination`.
 EP_DEVICE void write_rank_count(const algo::Watch& watch, int destination, int count) {
     const algo::Heap& heap = watch.heap;
     const int bank = algo::bank_of(watch.call);
@@ -16,20 +16,22 @@ EP_DEVICE void write_rank_count(const algo::Watch& watch, int destination, int c
                                                               layout::make_count(watch.call, count));
 }
 
-// Threads `first`, `first + step`, ...: to every peer the entries for its experts.
-EP_DEVICE void write_expert_counts(const algo::Watch& watch, const int* num_tokens_per_expert, int num_local_experts,
-                                   int first, int step) {
+// To every peer the entries for its experts.
+template <class Group>
+EP_DEVICE void write_expert_counts(const Group& group, const algo::Watch& watch, const int* num_tokens_per_expert,
+                                   int num_local_experts) {
     using prim::Order;
     using prim::Scope;
     const algo::Heap& heap = watch.heap;
     const int bank = algo::bank_of(watch.call);
-    for (int i = first; i < num_local_experts * heap.num_ranks(); i += step)
+    algo::for_each(group, num_local_experts * heap.num_ranks(), [&](int i) {
         prim::store<Order::kRelaxed, Scope::kSys>(
             heap.expert_count(i / num_local_experts, bank, heap.rank(), i % num_local_experts),
             layout::make_count(watch.call, num_tokens_per_expert[i]));
+    });
 }
 
-// One thread. A call, not inlined: it is only for counts that were not there at the first look.
+// A call, not inlined: it is only for counts that were not there at the first look.
 EP_DEVICE_COLD bool wait_for_count(algo::Watch watch, int source, const uint64_t* word) {
     return algo::wait_until(watch, {layout::Stage::kCounts, source}, layout::make_count(watch.call, 0),
                             [&](uint64_t& seen) {
@@ -38,7 +40,7 @@ EP_DEVICE_COLD bool wait_for_count(algo::Watch watch, int source, const uint64_t
                             });
 }
 
-// One thread: adds up what the sources have counted, in their order; `word_of(source)` is where. `store(source, sum)` gets
+// Adds up what the sources have counted, in their order; `word_of(source)` is where. `store(source, sum)` gets
 // the sum up to each. False: a wait failed.
 template <class WordOf, class Store>
 EP_DEVICE bool accumulate_sources(const algo::Watch& watch, const WordOf& word_of, const Store& store) {
@@ -92,20 +94,21 @@ EP_DEVICE bool accumulate_expert_counts(const algo::Watch& watch, int local_expe
         watch, [&](int source) { return heap.expert_count(heap.rank(), bank, source, local_expert); }, store);
 }
 
-// Threads `first`, `first + step`, ...: to the host, the entries for our experts.
-EP_DEVICE bool tell_expert_counts(const algo::Watch& watch, layout::HostCounts* counts, int num_local_experts,
-                                  int expert_alignment, int first, int step) {
+// To the host, the entries for our experts. Each thread has an answer of its own.
+template <class Group>
+EP_DEVICE bool tell_expert_counts(const Group& group, const algo::Watch& watch, layout::HostCounts* counts,
+                                  int num_local_experts, int expert_alignment) {
     bool is_ok = true;
-    for (int e = first; e < num_local_experts; e += step) {
+    algo::for_each(group, num_local_experts, [&](int e) {
         int total = 0;
         is_ok &= accumulate_expert_counts(watch, e, [&](int, int sum) { total = sum; });
         const int aligned = (total + expert_alignment - 1) / expert_alignment * expert_alignment;
         prim::store<prim::Order::kRelaxed, prim::Scope::kSys>(&counts->num_recv_per_expert[e], aligned);
-    }
+    });
     return is_ok;
 }
 
-// One thread, last, after a barrier of those that have told the host the rest.
+// Last, after a barrier of those that have told the host the rest.
 EP_DEVICE void tell_num_rows(layout::HostCounts* counts, int64_t num_rows, uint64_t ticket) {
     using prim::Order;
     using prim::Scope;

@@ -4,7 +4,7 @@
 #include "device/launch.h"
 #include "kernels/context.h"
 #include "kernels/intranode/exchange.h"
-#include "kernels/intranode/launchers.h"
+#include "kernels/intranode/intranode_launchers.h"
 
 namespace deep_ep::kernels::notify_dispatch {
 inline namespace EP_BACKEND {
@@ -22,48 +22,48 @@ struct Kernel {
         int is_ok[kMaxWarps];
     };
 
-    static EP_DEVICE int num_threads() { return static_cast<int>(blockDim.x); }
-
-    // All threads: did every one succeed?
-    static EP_DEVICE bool all_threads(bool is_ok, Shared& shared) {
+    // Did every thread succeed?
+    static EP_DEVICE bool all_threads(algo::Block block, bool is_ok, Shared& shared) {
+        block.expect();
+        const algo::Warp warp;
         is_ok = __all_sync(prim::kFullMask, is_ok) != 0;
-        if (prim::lane_idx() == 0) shared.is_ok[prim::warp_idx()] = is_ok;
-        __syncthreads();
+        if (warp.thread_rank() == 0) shared.is_ok[prim::warp_idx()] = is_ok;
+        block.sync();
         bool all = true;
-        for (int warp = 0; warp < num_threads() / kWarpSize; ++warp) all &= shared.is_ok[warp] != 0;
-        __syncthreads();
+        for (int idx = 0; idx < block.num_warps(); ++idx) all &= shared.is_ok[idx] != 0;
+        block.sync();
         return all;
     }
 
-    static EP_DEVICE bool enter(const Params& p, const algo::Watch& watch) {
-        if (prim::lane_idx() == 0) prim::store<Order::kRelaxed, Scope::kSys>(&p.counts->entered, p.ticket);
-        algo::announce_start(watch);
-        return algo::wait_for_banks(watch);
+    static EP_DEVICE bool enter(algo::Warp warp, const Params& p, const algo::Watch& watch) {
+        if (warp.thread_rank() == 0) prim::store<Order::kRelaxed, Scope::kSys>(&p.counts->entered, p.ticket);
+        algo::announce_start(warp, watch);
+        return algo::wait_for_banks(warp, watch);
     }
 
     // The matrix that the caller gets: a thread sums the column of one destination.
-    static EP_DEVICE bool fill_matrix(const Params& p, const algo::Watch& watch) {
+    static EP_DEVICE bool fill_matrix(algo::Block block, const Params& p, const algo::Watch& watch) {
         const int num_ranks = watch.heap.num_ranks();
         bool is_ok = true;
-        for (int rank = static_cast<int>(threadIdx.x); rank < num_ranks; rank += num_threads())
+        algo::for_each(block, num_ranks, [&](int rank) {
             is_ok &= accumulate_rank_counts(
                 watch, rank, [&](int source, int sum) { p.rank_prefix_matrix[source * num_ranks + rank] = sum; });
+        });
         return is_ok;
     }
 
     static EP_DEVICE void run(const Params& p, Shared& shared) {
+        const algo::Block block;
         const algo::Watch watch =
             make_watch(p.watch, p.heap, layout::Operation::kNotifyDispatch, algo::current_call(p.watch.local));
-        if (!all_threads(prim::warp_idx() != 0 || enter(p, watch), shared)) return;
-        const auto thread = static_cast<int>(threadIdx.x);
-        for (int rank = thread; rank < watch.heap.num_ranks(); rank += num_threads())
-            write_rank_count(watch, rank, p.num_tokens_per_rank[rank]);
-        write_expert_counts(watch, p.num_tokens_per_expert, p.num_local_experts, thread, num_threads());
-        const bool has_matrix = fill_matrix(p, watch);
-        const bool has_counts =
-            tell_expert_counts(watch, p.counts, p.num_local_experts, p.expert_alignment, thread, num_threads());
+        if (!all_threads(block, prim::warp_idx() != 0 || enter(algo::Warp{}, p, watch), shared)) return;
+        algo::for_each(block, watch.heap.num_ranks(),
+                       [&](int rank) { write_rank_count(watch, rank, p.num_tokens_per_rank[rank]); });
+        write_expert_counts(block, watch, p.num_tokens_per_expert, p.num_local_experts);
+        const bool has_matrix = fill_matrix(block, p, watch);
+        const bool has_counts = tell_expert_counts(block, watch, p.counts, p.num_local_experts, p.expert_alignment);
         // Everybody's counts and sums, one thread's release.
-        if (!all_threads(has_matrix && has_counts, shared) || threadIdx.x != 0) return;
+        if (!all_threads(block, has_matrix && has_counts, shared) || block.thread_rank() != 0) return;
         const int last_row = (watch.heap.num_ranks() - 1) * watch.heap.num_ranks();
         tell_num_rows(p.counts, p.rank_prefix_matrix[last_row + watch.heap.rank()], p.ticket);
     }

@@ -4,7 +4,7 @@
 // of the tokens that it sends itself: block b sends those with token % gridDim.x == b.
 #pragma once
 
-#include "device/prim.h"
+#include "device/algo/group.h"
 
 namespace deep_ep::kernels {
 inline namespace EP_BACKEND {
@@ -28,10 +28,10 @@ EP_DEVICE int num_groups_of(const TokenScan& scan, int first_token) {
     return num_groups < kScanGroups ? num_groups : kScanGroups;
 }
 
-// All warps, a group each at a time.
-EP_DEVICE void gather_bits(const TokenScan& scan, int rank, int first_token, ScanTile& tile) {
+// A warp takes a group at a time.
+EP_DEVICE void gather_bits(algo::Block block, const TokenScan& scan, int rank, int first_token, ScanTile& tile) {
     constexpr int kBatch = 6;  // loads under way at once
-    const int num_warps = static_cast<int>(blockDim.x) / prim::kWarpSize;
+    const int num_warps = block.num_warps();
     const int num_groups = num_groups_of(scan, first_token);
     for (int first = prim::warp_idx(); first < num_groups; first += kBatch * num_warps) {
         bool is_sent[kBatch];
@@ -50,10 +50,10 @@ EP_DEVICE void gather_bits(const TokenScan& scan, int rank, int first_token, Sca
     }
 }
 
-// One warp: each lane adds up neighbouring groups. `num_before` the tile.
-EP_DEVICE void add_up_groups(int num_groups, int num_before, ScanTile& tile) {
+// Each lane adds up neighbouring groups. `num_before` the tile.
+EP_DEVICE void add_up_groups(algo::Warp warp, int num_groups, int num_before, ScanTile& tile) {
     constexpr int kGroupsOfLane = kScanGroups / prim::kWarpSize;
-    const int first = prim::lane_idx() * kGroupsOfLane;
+    const int first = warp.thread_rank() * kGroupsOfLane;
     int counts[kGroupsOfLane];
     int sum = 0;
 #pragma unroll
@@ -65,7 +65,7 @@ EP_DEVICE void add_up_groups(int num_groups, int num_before, ScanTile& tile) {
 #pragma unroll
     for (int distance = 1; distance < prim::kWarpSize; distance *= 2) {
         const int other = __shfl_up_sync(prim::kFullMask, before, distance);
-        if (prim::lane_idx() >= distance) before += other;
+        if (warp.thread_rank() >= distance) before += other;
     }
     before += num_before - sum;
 #pragma unroll
@@ -73,16 +73,17 @@ EP_DEVICE void add_up_groups(int num_groups, int num_before, ScanTile& tile) {
         tile.num_before[first + i] = before;
         before += counts[i];
     }
-    if (prim::lane_idx() == prim::kWarpSize - 1) tile.num_before[kScanGroups] = before;
+    if (warp.thread_rank() == prim::kWarpSize - 1) tile.num_before[kScanGroups] = before;
 }
 
-// All threads: the positions of this block's tokens.
-EP_DEVICE void keep_positions(const TokenScan& scan, int rank, int first_token, const ScanTile& tile) {
+// The positions of this block's tokens.
+EP_DEVICE void keep_positions(algo::Block block, const TokenScan& scan, int rank, int first_token,
+                              const ScanTile& tile) {
     const auto num_blocks = static_cast<int>(gridDim.x);
     const int skipped = (static_cast<int>(blockIdx.x) - first_token % num_blocks + num_blocks) % num_blocks;
     const int end = first_token + num_groups_of(scan, first_token) * prim::kWarpSize;
-    for (int token = first_token + skipped + static_cast<int>(threadIdx.x) * num_blocks;
-         token < end && token < scan.num_tokens; token += static_cast<int>(blockDim.x) * num_blocks) {
+    for (int token = first_token + skipped + block.thread_rank() * num_blocks; token < end && token < scan.num_tokens;
+         token += block.size() * num_blocks) {
         const int group = (token - first_token) / prim::kWarpSize;
         const uint32_t bits = tile.is_sent[group];
         const int bit = token % prim::kWarpSize;
@@ -91,19 +92,20 @@ EP_DEVICE void keep_positions(const TokenScan& scan, int rank, int first_token, 
     }
 }
 
-// All threads of the block. A barrier must follow before positions are used.
-EP_DEVICE void scan_columns(const TokenScan& scan, ScanTile* two_tiles) {
-    int turn = 0;  // in a tile while the one before it is still read
+// A barrier must follow before positions are used.
+EP_DEVICE void scan_columns(algo::Block block, const TokenScan& scan, ScanTile* two_tiles) {
+    block.expect();
+    int num_tiles = 0;  // in a tile while the one before it is still read
     for (int rank = 0; rank < scan.num_ranks; ++rank) {
         int num_before = 0;
         for (int first_token = 0; first_token < scan.num_tokens; first_token += kScanGroups * prim::kWarpSize) {
-            ScanTile& tile = two_tiles[turn++ % 2];
-            gather_bits(scan, rank, first_token, tile);
-            __syncthreads();
-            if (prim::warp_idx() == 0) add_up_groups(num_groups_of(scan, first_token), num_before, tile);
-            __syncthreads();
+            ScanTile& tile = two_tiles[num_tiles++ % 2];
+            gather_bits(block, scan, rank, first_token, tile);
+            block.sync();
+            if (prim::warp_idx() == 0) add_up_groups(algo::Warp{}, num_groups_of(scan, first_token), num_before, tile);
+            block.sync();
             num_before = tile.num_before[kScanGroups];
-            keep_positions(scan, rank, first_token, tile);
+            keep_positions(block, scan, rank, first_token, tile);
         }
     }
 }

@@ -9,7 +9,10 @@ namespace deep_ep::kernels::low_latency::dispatch {
 inline namespace EP_BACKEND {
 
 constexpr int kMaxWarpsForItem = 16;
-constexpr int kReceiveUnroll = 8;
+// Vectors of a row that a lane has on their way: of its first part, which is in registers while the tables are awaited, and
+// of a further one. With 128 tokens there is no further one, and more registers would be spilled.
+constexpr int kFirstVecs = 4;
+constexpr int kFurtherVecs = 8;
 
 // A warp's part in the receive phase: a share of a token, or some of the lists of counts.
 struct Unit {
@@ -49,14 +52,12 @@ struct Entries {
 
 // A token's slot as far as a lane has loaded it, from some vector, or word, of the warp's share on. Of a source that is
 // left out: zeros; in a call that has failed: NaN, in every word.
-struct Held {
-    Vec16 vec[kReceiveUnroll];
-};
+template <int kVecs> struct Held { Vec16 vec[kVecs]; };
 
 // What a warp knows of its token before it knows the rows.
 struct ReceivedToken {
     const uint8_t* slot;  // null: not here yet, or it will not come
-    Held held;
+    Held<kFirstVecs> held;
     uint32_t scale;
     int num_tokens;  // of the source
     int entry;       // this lane's of the first 32
@@ -90,10 +91,11 @@ EP_DEVICE Entries choose_entries(Warp warp, const CallContext& c, const Unit& un
     return {entry, expert, is_placed, __ballot_sync(kFullMask, is_placed)};
 }
 
-EP_DEVICE Held load_row(Warp warp, const uint8_t* slot, uint32_t filler, int base, int end) {
-    Held held;
+template <int kVecs>
+EP_DEVICE Held<kVecs> load_row(Warp warp, const uint8_t* slot, uint32_t filler, int base, int end) {
+    Held<kVecs> held;
 #pragma unroll
-    for (int i = 0; i < kReceiveUnroll; ++i) {
+    for (int i = 0; i < kVecs; ++i) {
         const int idx = base + i * kWarpSize + warp.thread_rank();
         held.vec[i] = {{filler, filler, filler, filler}};
         if (idx < end && slot != nullptr)
@@ -118,7 +120,7 @@ EP_DEVICE uint32_t load_scale(Warp warp, const Params& p, const Unit& unit, cons
 
 EP_DEVICE void load_slot(Warp warp, const Params& p, const CallContext& c, const Unit& unit, ReceivedToken& token) {
     token.slot = c.slot(c.rank(), unit.source, unit.token);
-    token.held = load_row(warp, token.slot, 0, unit.first_of(num_vecs(p)), unit.end_of(num_vecs(p)));
+    token.held = load_row<kFirstVecs>(warp, token.slot, 0, unit.first_of(num_vecs(p)), unit.end_of(num_vecs(p)));
     token.scale = load_scale(warp, p, unit, token.slot, 0, unit.first_of(num_scale_words(p)));
 }
 
@@ -155,14 +157,16 @@ EP_DEVICE ReceivedToken begin_token(Warp warp, const Params& p, const CallContex
 }
 
 // This share of the row, to the rows of all `lanes`. `row`: this lane's, of all experts' rows.
-EP_DEVICE void store_row(Warp warp, const Params& p, uint32_t lanes, int row, int base, int end, const Held& held) {
+template <int kVecs>
+EP_DEVICE void store_row(Warp warp, const Params& p, uint32_t lanes, int row, int base, int end,
+                         const Held<kVecs>& held) {
     warp.expect();
 #pragma unroll 1
     for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
         const int64_t target_row = __shfl_sync(kFullMask, row, __ffs(static_cast<int>(rest)) - 1);
         auto* target = reinterpret_cast<Vec16*>(p.recv_x + target_row * row_bytes(p));
 #pragma unroll
-        for (int i = 0; i < kReceiveUnroll; ++i) {
+        for (int i = 0; i < kVecs; ++i) {
             const int idx = base + i * kWarpSize + warp.thread_rank();
             if (idx < end) prim::store_streaming(target + idx, held.vec[i]);
         }
@@ -171,12 +175,12 @@ EP_DEVICE void store_row(Warp warp, const Params& p, uint32_t lanes, int row, in
 
 EP_DEVICE void place_row(Warp warp, const Params& p, const Unit& unit, const ReceivedToken& token, uint32_t lanes,
                          int row) {
-    constexpr int kStep = kReceiveUnroll * kWarpSize;
     const int begin = unit.first_of(num_vecs(p)), end = unit.end_of(num_vecs(p));
     store_row(warp, p, lanes, row, begin, end, token.held);
 #pragma unroll 1
-    for (int base = begin + kStep; base < end; base += kStep)
-        store_row(warp, p, lanes, row, base, end, load_row(warp, token.slot, token.held.vec[0].word[0], base, end));
+    for (int base = begin + kFirstVecs * kWarpSize; base < end; base += kFurtherVecs * kWarpSize)
+        store_row(warp, p, lanes, row, base, end,
+                  load_row<kFurtherVecs>(warp, token.slot, token.held.vec[0].word[0], base, end));
 }
 
 // Scales stand word by word, each with those of all rows of its expert side by side.

@@ -17,48 +17,33 @@ template <class T> T* at(void* memory, size_t offset) {
 
 }  // namespace
 
-CommandRing::CommandRing(std::shared_ptr<dev::Device> device, uint32_t capacity)
-    : device_(std::move(device)), capacity_(capacity) {
+CommandRing::CommandRing(const std::shared_ptr<dev::Device>& device, uint32_t capacity)
+    : capacity_(capacity),
+      memory_(device, device->allocate_host_mapped(kCommandsAt + capacity * sizeof(Command))),
+      device_words_(device, 2) {
     EP_ENSURE(capacity > 0 && (capacity & (capacity - 1)) == 0, "a ring of ", capacity, " commands");
-    memory_ = device_->allocate_host_mapped(kCommandsAt + capacity * sizeof(Command));
-    try {
-        device_words_ = device_->allocate(2 * sizeof(uint64_t));
-    } catch (...) {
-        device_->free_host_mapped(memory_);
-        throw;
-    }
-}
-
-CommandRing::~CommandRing() {
-    if (is_abandoned_) return;
-    try {
-        device_->free(device_words_);
-        device_->free_host_mapped(memory_);
-    } catch (const Error&) {
-        // The device is out of order, and its memory gone.
-    }
 }
 
 RingView CommandRing::view() const {
     RingView view{};
-    view.commands = at<Command>(memory_.device, kCommandsAt);
-    view.taken = at<uint64_t>(memory_.device, kTakenAt);
-    view.is_asleep = at<uint32_t>(memory_.device, kAsleepAt);
-    view.claimed = at<uint64_t>(device_words_, 0);
-    view.known_taken = at<uint64_t>(device_words_, sizeof(uint64_t));
+    view.commands = at<Command>(memory_.get().device, kCommandsAt);
+    view.taken = at<uint64_t>(memory_.get().device, kTakenAt);
+    view.is_asleep = at<uint32_t>(memory_.get().device, kAsleepAt);
+    view.claimed = device_words_.get();
+    view.known_taken = device_words_.get() + 1;
     view.capacity = capacity_;
     return view;
 }
 
 bool CommandRing::has_command() const {
-    Command& next = at<Command>(memory_.host, kCommandsAt)[num_taken_ & (capacity_ - 1)];
+    Command& next = at<Command>(memory_.get().host, kCommandsAt)[num_taken_ & (capacity_ - 1)];
     // Pairs with: detail::post in a kernel.
     return std::atomic_ref<uint64_t>(next.sequence).load(std::memory_order_acquire) == num_taken_ + 1;
 }
 
 bool CommandRing::take(Command& command) {
     if (!has_command()) return false;
-    const Command& next = at<Command>(memory_.host, kCommandsAt)[num_taken_ & (capacity_ - 1)];
+    const Command& next = at<Command>(memory_.get().host, kCommandsAt)[num_taken_ & (capacity_ - 1)];
     command.dst = next.dst;
     command.src = next.src;
     command.flag = next.flag;
@@ -72,15 +57,15 @@ bool CommandRing::take(Command& command) {
 
 void CommandRing::tell_taken() {
     // Pairs with: detail::has_room in a kernel.
-    std::atomic_ref<uint64_t>(*at<uint64_t>(memory_.host, kTakenAt)).store(num_taken_, std::memory_order_release);
+    std::atomic_ref<uint64_t>(*at<uint64_t>(memory_.get().host, kTakenAt)).store(num_taken_, std::memory_order_release);
 }
 
 void CommandRing::fall_asleep() {
-    std::atomic_ref<uint32_t>(*at<uint32_t>(memory_.host, kAsleepAt)).exchange(1, std::memory_order_acq_rel);
+    std::atomic_ref<uint32_t>(*at<uint32_t>(memory_.get().host, kAsleepAt)).exchange(1, std::memory_order_acq_rel);
 }
 
 void CommandRing::wake_up() {
-    std::atomic_ref<uint32_t>(*at<uint32_t>(memory_.host, kAsleepAt)).store(0, std::memory_order_relaxed);
+    std::atomic_ref<uint32_t>(*at<uint32_t>(memory_.get().host, kAsleepAt)).store(0, std::memory_order_relaxed);
 }
 
 }  // namespace deep_ep::rail::host

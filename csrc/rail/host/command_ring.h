@@ -3,18 +3,17 @@
 
 #include <memory>
 
-#include "device/runtime.h"
+#include "device/owned.h"
 #include "rail/host/ring.h"
 
 namespace deep_ep::rail::host {
 
+using OwnedHostMapped = dev::Owned<dev::HostMapped, &dev::Device::free_host_mapped>;
+
 class CommandRing {
 public:
     // `capacity`: a power of two.
-    CommandRing(std::shared_ptr<dev::Device> device, uint32_t capacity);
-    ~CommandRing();
-    CommandRing(const CommandRing&) = delete;
-    CommandRing& operator=(const CommandRing&) = delete;
+    CommandRing(const std::shared_ptr<dev::Device>& device, uint32_t capacity);
 
     // With `window` and `event` still to be filled in.
     RingView view() const;
@@ -28,16 +27,11 @@ public:
     void fall_asleep();
     void wake_up();
 
-    // In a forked child: the memory is the parent's.
-    void abandon() { is_abandoned_ = true; }
-
 private:
-    const std::shared_ptr<dev::Device> device_;
-    const uint32_t capacity_;
-    dev::HostMapped memory_;        // words, then commands
-    void* device_words_ = nullptr;  // claimed, known_taken
+    uint32_t capacity_;
+    OwnedHostMapped memory_;                   // words, then commands
+    dev::DeviceArray<uint64_t> device_words_;  // claimed, known_taken
     uint64_t num_taken_ = 0;
-    bool is_abandoned_ = false;
 };
 
 }  // namespace deep_ep::rail::host

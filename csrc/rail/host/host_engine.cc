@@ -38,11 +38,10 @@ HostEngine::HostEngine(std::shared_ptr<dev::Device> device, const HostOptions& o
       options_(options),
       process_(getpid()),
       is_woken_by_kernels_(device_->kind() == dev::DeviceKind::kCpu),
-      rendezvous_(options.rank, options.window_bytes, find_own_address(options.interface, options.reach)) {
-    ring_.emplace(device_, options.ring_capacity);
-    const dev::HostMapped memory = device_->allocate_host_mapped(options.window_bytes);
-    window_ = {memory.host, memory.device, options.window_bytes};
-}
+      window_memory_(device_, device_->allocate_host_mapped(options.window_bytes)),
+      window_{window_memory_.get().host, window_memory_.get().device, options.window_bytes},
+      ring_(device_, options.ring_capacity),
+      rendezvous_(options.rank, options.window_bytes, find_own_address(options.interface, options.reach)) {}
 
 HostEngine::~HostEngine() {
     if (process_ == getpid()) {
@@ -52,7 +51,8 @@ HostEngine::~HostEngine() {
     // The threads are the parent's, and so is the memory: a lock of the device may be held by a thread that is not here.
     static_cast<void>(sender_.release());
     static_cast<void>(receiver_.release());
-    ring_->abandon();
+    static_cast<void>(new auto(std::move(ring_)));
+    static_cast<void>(new auto(std::move(window_memory_)));
 }
 
 std::string HostEngine::name() const { return "host (TCP, " + rendezvous_.address().text() + ")"; }
@@ -85,7 +85,7 @@ std::unique_ptr<std::thread> HostEngine::start_thread(const char* name, void (Ho
 }
 
 Params HostEngine::params() const {
-    RingView view = ring_->view();
+    RingView view = ring_.view();
     view.window = static_cast<char*>(window_.device);
     view.event = sender_event_.fd();
     return pack(view);
@@ -129,17 +129,8 @@ void HostEngine::release(double timeout_s) {
     receiver_event_.signal();
     if (receiver_ != nullptr) receiver_->join();
     connections_.clear();
-    free_memory();
-}
-
-void HostEngine::free_memory() {
-    try {
-        device_->free_host_mapped({window_.host, window_.device});
-    } catch (const Error&) {
-        // The device is out of order, and its memory gone.
-    }
     window_ = {};
-    ring_.reset();
+    window_memory_.reset();
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -172,11 +163,11 @@ bool HostEngine::take_commands() {
     if (held_ && !queue_held()) return false;
     int num_taken = 0;
     Command command;
-    while (num_taken < kCommandsATurn && !held_ && ring_->take(command)) {
+    while (num_taken < kCommandsATurn && !held_ && ring_.take(command)) {
         queue_command(command);
         ++num_taken;
     }
-    if (num_taken > 0) ring_->tell_taken();
+    if (num_taken > 0) ring_.tell_taken();
     return num_taken > 0;
 }
 
@@ -231,9 +222,9 @@ bool HostEngine::is_all_sent() const {
 void HostEngine::sleep_until_work() {
     if (held_) return wait_for_sockets(-1);  // the ring does not matter until a peer takes something
     if (is_woken_by_kernels_) {
-        ring_->fall_asleep();
-        if (!ring_->has_command()) wait_for_sockets(-1);
-        ring_->wake_up();
+        ring_.fall_asleep();
+        if (!ring_.has_command()) wait_for_sockets(-1);
+        ring_.wake_up();
         return;
     }
     if (now_ns() >= busy_until_ns_) nap_us_ = std::clamp(2 * nap_us_, kFirstNapUs, kLongestNapUs);

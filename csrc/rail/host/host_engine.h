@@ -66,14 +66,14 @@ private:
     void run_receiver();
     void note_failure(const std::string& text);
     std::unique_ptr<std::thread> start_thread(const char* name, void (HostEngine::*body)());
-    void free_memory();
 
     const std::shared_ptr<dev::Device> device_;
     const HostOptions options_;
     const int process_;
     const bool is_woken_by_kernels_;
+    OwnedHostMapped window_memory_;
     Window window_;
-    std::optional<CommandRing> ring_;
+    CommandRing ring_;
     Rendezvous rendezvous_;
     Connections connections_;  // fixed while the threads run
 

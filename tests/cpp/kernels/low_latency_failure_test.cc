@@ -227,14 +227,14 @@ TEST_CASE("low latency: cleaning is a barrier of the group, takes no bank, and i
         World world(3, 0, seeded(seed), 100, low_latency_bytes(problem));
         for (int repeat = 0; repeat < 3; ++repeat) {
             CHECK_EQ(low_latency_round_trip(world, problem, Launches::kTwo), "");
-            for (int rank = 0; rank < 3; ++rank) world.buffer(rank).clean_low_latency(world.stream(rank));
+            for (int rank = 0; rank < 3; ++rank) world.buffer(rank).low_latency().clean(world.stream(rank));
             if (repeat == 1)  // twice in a row, and no run in between
-                for (int rank = 0; rank < 3; ++rank) world.buffer(rank).clean_low_latency(world.stream(rank));
+                for (int rank = 0; rank < 3; ++rank) world.buffer(rank).low_latency().clean(world.stream(rank));
         }
         auto ranks = make_low_latency_inputs(problem);
         for (int rank = 0; rank < 3; ++rank) {
             send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
-            CHECK_THROWS_WITH_AS(world.buffer(rank).clean_low_latency(world.stream(rank)),
+            CHECK_THROWS_WITH_AS(world.buffer(rank).low_latency().clean(world.stream(rank)),
                                  doctest::Contains("no low-latency call may be open, and 1 is"), Error);
             receive_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
         }
@@ -245,7 +245,7 @@ TEST_CASE("low latency: cleaning is a barrier of the group, takes no bank, and i
 
 TEST_CASE("low latency: cleaning waits for every rank") {
     World world(2, 0, {}, 100, 1 << 16);
-    world.buffer(0).clean_low_latency(world.stream(0));
+    world.buffer(0).low_latency().clean(world.stream(0));
     CHECK_THROWS_WITH_AS(world.run(), doctest::Contains("deadlock"), Error);  // rank 1 has not come
 }
 
@@ -253,13 +253,13 @@ TEST_CASE("low latency: cleaning masks whoever does not come, or without enable_
     for (const bool is_shrinkable : {true, false}) {
         World world(3, 0, impatient(), 2.0, 1 << 16, is_shrinkable);
         for (int repeat = 0; repeat < (is_shrinkable ? 2 : 1); ++repeat)
-            for (int rank : {0, 2}) world.buffer(rank).clean_low_latency(world.stream(rank));
+            for (int rank : {0, 2}) world.buffer(rank).low_latency().clean(world.stream(rank));
         world.run();
         for (int rank : {0, 2}) {
             if (is_shrinkable) {
                 world.buffer(rank).check();
                 for (int peer = 0; peer < 3; ++peer)
-                    CHECK_EQ(world.buffer(rank).masked_ranks()[peer], peer == 1 ? 1 : 0);
+                    CHECK_EQ(world.buffer(rank).low_latency().masked_ranks()[peer], peer == 1 ? 1 : 0);
             } else {
                 CHECK_THROWS_WITH_AS(world.buffer(rank).check(), doctest::Contains("clean_low_latency_buffer, call 1"),
                                      TimeoutError);
@@ -291,8 +291,8 @@ TEST_CASE("low latency: with enable_shrink the missing rank is masked, and the o
     ranks[1].topk_idx.clear();
     for (int rank : {0, 2}) {
         world.buffer(rank).check();
-        CHECK_EQ(world.buffer(rank).masked_ranks()[1], 1);
-        CHECK_EQ(world.buffer(rank).masked_ranks()[2 - rank], 0);
+        CHECK_EQ(world.buffer(rank).low_latency().masked_ranks()[1], 1);
+        CHECK_EQ(world.buffer(rank).low_latency().masked_ranks()[2 - rank], 0);
         // Entries of the dead rank's experts count as dropped.
         for (auto& idx : ranks[static_cast<size_t>(rank)].topk_idx) idx = idx == 1 ? -1 : idx;
     }
@@ -311,7 +311,7 @@ TEST_CASE("low latency: a masked rank that comes all the same is left out by eve
         World world(3, 0, seeded(seed), 100, low_latency_bytes(problem), true);
         for (int rank = 0; rank < 3; ++rank)
             for (int peer = 0; peer < 3; ++peer)
-                world.buffer(rank).masked_ranks()[peer] = is_apart[rank] != is_apart[peer] ? 1 : 0;
+                world.buffer(rank).low_latency().masked_ranks()[peer] = is_apart[rank] != is_apart[peer] ? 1 : 0;
         auto ranks = make_low_latency_inputs(problem);
         for (int rank = 0; rank < 3; ++rank) {
             send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
@@ -330,7 +330,7 @@ TEST_CASE("low latency: a masked rank that comes all the same is left out by eve
 
 void clear_masks(World& world) {
     for (int rank = 0; rank < world.num_ranks(); ++rank)
-        std::fill_n(world.buffer(rank).masked_ranks(), world.num_ranks(), 0);
+        std::fill_n(world.buffer(rank).low_latency().masked_ranks(), world.num_ranks(), 0);
 }
 
 TEST_CASE("low latency: a rank that was masked while late goes on, whatever shapes the others use meanwhile") {
@@ -365,7 +365,7 @@ TEST_CASE("low latency: a rank that was masked while late goes on, whatever shap
     CHECK_EQ(low_latency_round_trip(world, small, Launches::kTwo), "");
     CHECK_EQ(low_latency_round_trip(world, large, Launches::kOne), "");
     for (int rank = 0; rank < 3; ++rank)
-        for (int peer = 0; peer < 3; ++peer) CHECK_EQ(world.buffer(rank).masked_ranks()[peer], 0);
+        for (int peer = 0; peer < 3; ++peer) CHECK_EQ(world.buffer(rank).low_latency().masked_ranks()[peer], 0);
 }
 
 TEST_CASE("low latency: a masked rank that is behind and taken back too early is masked again, and nothing is wrong") {
@@ -379,7 +379,7 @@ TEST_CASE("low latency: a masked rank that is behind and taken back too early is
     heard[1].topk_idx.clear();
     for (int rank : {0, 2}) {
         world.buffer(rank).check();
-        CHECK_EQ(world.buffer(rank).masked_ranks()[1], 1);
+        CHECK_EQ(world.buffer(rank).low_latency().masked_ranks()[1], 1);
         CHECK_EQ(check_low_latency_dispatch_of(problem, heard, rank), "");
     }
     CHECK_EQ(check_low_latency_dispatch_of(problem, ranks, 1), "");  // the same inputs in every call
@@ -407,7 +407,7 @@ TEST_CASE("low latency: nothing is written into the memory of a masked rank") {
     const LowLatencyProblem problem{.num_tokens = {9, 4, 7}, .num_experts = 3};
     const int64_t bytes = low_latency_bytes(problem);
     World world(3, 0, {}, 2.0, bytes, true);
-    for (int rank : {0, 2}) world.buffer(rank).masked_ranks()[1] = 1;
+    for (int rank : {0, 2}) world.buffer(rank).low_latency().masked_ranks()[1] = 1;
     auto ranks = make_low_latency_inputs(problem);
     for (Launches launches : {Launches::kOne, Launches::kTwo, Launches::kOne}) {
         for (int rank : {0, 2}) launch_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank, launches);
@@ -416,7 +416,7 @@ TEST_CASE("low latency: nothing is written into the memory of a masked rank") {
     }
     const auto control = layout::ControlLayout::make(3);
     const uint8_t* heap = world.buffer(1).data() - control.bytes;
-    const uint8_t* end = world.buffer(1).low_latency_data() + bytes;
+    const uint8_t* end = world.buffer(1).low_latency().data() + bytes;
     CHECK(std::all_of(heap, end, [](uint8_t byte) { return byte == 0; }));
 }
 
@@ -442,7 +442,7 @@ TEST_CASE("low latency: numbers in a peer's table that cannot be true fail the c
         world.run();
         const auto region = layout::LowLatencyRegion::make(static_cast<uint64_t>(bytes), 2);
         // What rank 1 has told rank 0, in the bank of call 1.
-        std::memcpy(world.buffer(0).low_latency_data() + region.offset(1, 1) + lie.field.offset, &lie.stated, 4);
+        std::memcpy(world.buffer(0).low_latency().data() + region.offset(1, 1) + lie.field.offset, &lie.stated, 4);
         receive_dispatch(world, problem, ranks[0], 0);
         world.run();
         CHECK_THROWS_WITH_AS(world.buffer(0).check(), doctest::Contains("the routing table of rank 1"),

@@ -136,7 +136,7 @@ TEST_CASE("low latency: the caller may zero the region between calls") {
     for (int round = 0; round < 4; ++round) {
         CHECK_EQ(low_latency_round_trip(world, problem, round % 2 == 0 ? Launches::kOne : Launches::kTwo), "");
         for (int rank = 0; rank < 2; ++rank)
-            std::fill_n(world.buffer(rank).low_latency_data(), static_cast<size_t>(bytes), uint8_t{0});
+            std::fill_n(world.buffer(rank).low_latency().data(), static_cast<size_t>(bytes), uint8_t{0});
     }
 }
 
@@ -398,9 +398,9 @@ TEST_CASE("low latency: what does not fit is refused before anything is launched
 }
 
 TEST_CASE("low latency: size hints are at most half of what the original asked for") {
-    CHECK_LE(runtime::Buffer::low_latency_size_hint(128, 7168, 8, 288), 2146961792 / 2);
-    CHECK_LE(runtime::Buffer::low_latency_size_hint(64, 2560, 2, 32), 42598784 / 2);
-    CHECK_EQ(runtime::Buffer::low_latency_size_hint(128, 7168, 8, 288) % 128, 0);
+    CHECK_LE(runtime::LowLatency::size_hint(128, 7168, 8, 288), 2146961792 / 2);
+    CHECK_LE(runtime::LowLatency::size_hint(64, 2560, 2, 32), 42598784 / 2);
+    CHECK_EQ(runtime::LowLatency::size_hint(128, 7168, 8, 288) % 128, 0);
 }
 
 TEST_CASE("FP8 cast: exact at the corners of E4M3") {

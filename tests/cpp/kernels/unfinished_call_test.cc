@@ -128,7 +128,7 @@ TEST_CASE("an open low-latency call whose hook will not come aborts the peers; o
         for (int rank = is_received ? 0 : 1; rank < 2; ++rank)
             receive_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
         world.run();
-        world.buffer(0).abandon_hook(ranks[0].dispatch_ticket, "dropped");
+        world.buffer(0).low_latency().abandon_hook(ranks[0].dispatch_ticket, "dropped");
         CHECK_EQ(world.buffer(0).failure().empty(), is_received);
         CHECK_EQ(world.buffer(1).look_for_failures().find("dropped") == std::string::npos, is_received);
     }

@@ -101,7 +101,7 @@ struct ForFlag {
 struct ForQuiet {
     static EP_DEVICE uint64_t* flag(const algo::Watch& watch) { return watch.heap.returned(0, 1); }
     static EP_DEVICE bool run(const algo::Watch& watch) {
-        algo::wait_for_quiet(watch);
+        algo::wait_for_quiet(algo::Warp{}, watch);
         __syncwarp();
         return prim::load<Order::kAcquire, Scope::kSys>(flag(watch)) == 1;
     }
@@ -138,7 +138,7 @@ struct StageKernel {
     static EP_DEVICE void run(const Params& params, Shared& shared) {
         const algo::Stages stages(shared.memory, {2, 128});
         if (blockIdx.x == 1) return;
-        stages.init();
+        stages.init(algo::Warp{});
         if (prim::lane_idx() == 0) stages.load(0, params.heap.bases[0], 128);
         stages.wait(0);
         if (prim::lane_idx() == 0) *params.result = 1;

@@ -20,37 +20,33 @@ uint16_t random_bf16(std::mt19937_64& rng) {
 float from_bf16(uint16_t bits) { return algo::float_from_bits(static_cast<uint32_t>(bits) << 16); }
 
 runtime::LowLatencyDispatchArgs dispatch_args(const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank) {
-    return {.shape = problem.shape(),
-            .is_fp8 = problem.is_fp8,
-            .rounds_scales = problem.rounds_scales,
-            .packs_scales = problem.packs_scales,
-            .x = reinterpret_cast<const uint8_t*>(tensors.x.data()),
-            .topk_idx = tensors.topk_idx.data(),
-            .idx_bytes = 8,
-            .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
-            .recv_x = tensors.recv_x.data(),
-            .recv_scales = tensors.recv_scales.data(),
-            .recv_count = tensors.recv_count.data(),
-            .src_info = tensors.src_info.data(),
-            .layout_range = tensors.layout_range.data(),
-            .row_of_entry = tensors.row_of_entry.data(),
-            .cumulative_stats = tensors.cumulative_stats.data(),
-            .wait_stats = tensors.wait_stats.data(),
-            .number = &tensors.numbers[0]};
+    return {problem.args(tensors.wait_stats.data(), &tensors.numbers[0]),
+            {.is_fp8 = problem.is_fp8,
+             .rounds_scales = problem.rounds_scales,
+             .packs_scales = problem.packs_scales,
+             .x = reinterpret_cast<const uint8_t*>(tensors.x.data()),
+             .topk_idx = tensors.topk_idx.data(),
+             .idx_bytes = 8,
+             .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
+             .recv_x = tensors.recv_x.data(),
+             .recv_scales = tensors.recv_scales.data(),
+             .recv_count = tensors.recv_count.data(),
+             .src_info = tensors.src_info.data(),
+             .layout_range = tensors.layout_range.data(),
+             .row_of_entry = tensors.row_of_entry.data(),
+             .cumulative_stats = tensors.cumulative_stats.data()}};
 }
 
 runtime::LowLatencyCombineArgs combine_args(const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank) {
-    return {.shape = problem.shape(),
-            .uses_logfmt = problem.uses_logfmt,
-            .x = reinterpret_cast<const uint8_t*>(tensors.y.data()),
-            .topk_idx = tensors.topk_idx.data(),
-            .idx_bytes = 8,
-            .topk_weights = tensors.topk_weights.data(),
-            .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
-            .row_of_entry = tensors.row_of_entry.data(),
-            .combined_x = reinterpret_cast<uint8_t*>(tensors.combined_x.data()),
-            .wait_stats = tensors.wait_stats.data(),
-            .number = &tensors.numbers[1]};
+    return {problem.args(tensors.wait_stats.data(), &tensors.numbers[1]),
+            {.uses_logfmt = problem.uses_logfmt,
+             .x = reinterpret_cast<const uint8_t*>(tensors.y.data()),
+             .topk_idx = tensors.topk_idx.data(),
+             .idx_bytes = 8,
+             .topk_weights = tensors.topk_weights.data(),
+             .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
+             .row_of_entry = tensors.row_of_entry.data(),
+             .combined_x = reinterpret_cast<uint8_t*>(tensors.combined_x.data())}};
 }
 
 // What 128 channels become, by the definition of the format.
@@ -194,32 +190,38 @@ std::vector<LowLatencyTensors> make_low_latency_inputs(const LowLatencyProblem& 
 }
 
 int64_t low_latency_bytes(const LowLatencyProblem& problem) {
-    return runtime::Buffer::low_latency_size_hint(problem.num_max_tokens, problem.hidden, problem.num_ranks(),
-                                                  problem.num_experts);
+    return runtime::LowLatency::size_hint(problem.num_max_tokens, problem.hidden, problem.num_ranks(),
+                                          problem.num_experts);
 }
 
 void send_dispatch(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank) {
     const auto args = dispatch_args(problem, tensors, rank);
-    tensors.dispatch_ticket = world.buffer(rank).send_low_latency_dispatch(args, world.stream(rank));
+    tensors.dispatch_ticket = world.buffer(rank).low_latency().dispatch(args, runtime::kSendPhase, world.stream(rank));
 }
 
 void receive_dispatch(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank) {
     const auto args = dispatch_args(problem, tensors, rank);
-    world.buffer(rank).receive_low_latency_dispatch(args, tensors.dispatch_ticket, world.stream(rank));
+    world.buffer(rank).low_latency().dispatch(args, tensors.dispatch_ticket, world.stream(rank));
 }
 
 void launch_dispatch(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank,
                      Launches launches) {
-    if (launches == Launches::kOne)
-        return world.buffer(rank).low_latency_dispatch(dispatch_args(problem, tensors, rank), world.stream(rank));
+    if (launches == Launches::kOne) {
+        world.buffer(rank).low_latency().dispatch(dispatch_args(problem, tensors, rank), runtime::kBothPhases,
+                                                  world.stream(rank));
+        return;
+    }
     send_dispatch(world, problem, tensors, rank);
     receive_dispatch(world, problem, tensors, rank);
 }
 
 void launch_combine(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank,
                     Launches launches) {
-    if (launches == Launches::kOne)
-        return world.buffer(rank).low_latency_combine(combine_args(problem, tensors, rank), world.stream(rank));
+    if (launches == Launches::kOne) {
+        world.buffer(rank).low_latency().combine(combine_args(problem, tensors, rank), runtime::kBothPhases,
+                                                 world.stream(rank));
+        return;
+    }
     send_combine(world, problem, tensors, rank);
     receive_combine(world, problem, tensors, rank);
 }
@@ -233,12 +235,12 @@ void fill_expert_rows(const LowLatencyProblem& problem, std::vector<LowLatencyTe
 
 void send_combine(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank) {
     const auto args = combine_args(problem, tensors, rank);
-    tensors.combine_ticket = world.buffer(rank).send_low_latency_combine(args, world.stream(rank));
+    tensors.combine_ticket = world.buffer(rank).low_latency().combine(args, runtime::kSendPhase, world.stream(rank));
 }
 
 void receive_combine(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank) {
     const auto args = combine_args(problem, tensors, rank);
-    world.buffer(rank).receive_low_latency_combine(args, tensors.combine_ticket, world.stream(rank));
+    world.buffer(rank).low_latency().combine(args, tensors.combine_ticket, world.stream(rank));
 }
 
 uint64_t& low_latency_token_flag(World& world, int owner, int bank, int source, int token) {

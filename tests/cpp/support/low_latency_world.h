@@ -26,7 +26,10 @@ struct LowLatencyProblem {
     int num_rows() const { return num_ranks() * num_max_tokens; }  // of one expert
     int row_bytes() const { return is_fp8 ? hidden : 2 * hidden; }
     int num_scale_words() const { return !is_fp8 ? 0 : packs_scales ? hidden / 512 : hidden / 128; }
-    runtime::LowLatencyShape shape() const { return {num_max_tokens, num_topk, num_experts, hidden}; }
+    // What both calls begin with; `number` is on the device.
+    runtime::LowLatencyArgs args(int64_t* wait_stats, uint64_t* number) const {
+        return {num_max_tokens, num_topk, num_experts, hidden, wait_stats, number};
+    }
 };
 
 struct LowLatencyTensors {

@@ -149,7 +149,7 @@ void World::launch_notify(const Problem& problem, RankTensors& tensors, int rank
                                   .expert_alignment = problem.expert_alignment,
                                   .rank_prefix_matrix = tensors.rank_prefix_matrix.data(),
                                   .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
-                                  .row_bytes = 2 * problem.hidden,
+                                  .row_bytes = 2 * static_cast<uint32_t>(problem.hidden),
                                   .num_topk = problem.num_topk,
                                   .num_scales = problem.num_scales},
                                  stream(rank));
@@ -182,7 +182,7 @@ void World::launch_dispatch(const Problem& problem, RankTensors& tensors, int ra
     const int num_topk = is_cached ? 0 : problem.num_topk;
     buffer(rank).dispatch({.x = reinterpret_cast<const uint8_t*>(tensors.x.data()),
                            .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
-                           .row_bytes = int64_t{problem.hidden} * 2,
+                           .row_bytes = 2 * static_cast<uint32_t>(problem.hidden),
                            .scales = tensors.scales.data(),
                            .num_scales = problem.num_scales,
                            .scale_stride_token = problem.num_scales,

@@ -1,7 +1,8 @@
-"""DEEP_EP_CHECK_CALLS: before every collective call the ranks compare what they are about to call, and with what.
+"""What ranks tell each other past the heap: while a Buffer is built, and before each call with DEEP_EP_CHECK_CALLS.
 
-Ranks whose arguments differ read each other's messages at wrong places: that ends in wrong numbers or in a timeout, and
-neither says why. The comparison takes the slow way of the constructor, so it is for looking for a mistake.
+With that variable the ranks compare what they are about to call, and with what. Ranks whose arguments differ read each
+other's messages at wrong places: that ends in wrong numbers or in a timeout, and neither says why. The comparison takes
+the slow way of the constructor, so it is for looking for a mistake.
 """
 
 import logging
@@ -11,13 +12,15 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Optional
+from typing import Any, Optional, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from deep_ep._streams import is_capturing
+from deep_ep._env import is_capturing
+from deep_ep_cpp import Error
 
+T = TypeVar("T")
 POLL_S = 0.001
 logger = logging.getLogger("deep_ep")
 
@@ -155,3 +158,69 @@ class CallCheck:
 def handle_fact(rank_prefix_matrix: torch.Tensor) -> dict[str, Any]:
     """What tells a handle from others, and is the same on every rank. Waits for the device."""
     return {"the rank_prefix_matrix of the handle": rank_prefix_matrix.tolist()}
+
+
+def _has_methods(value: Any, names: Sequence[str]) -> bool:
+    return all(callable(getattr(value, name, None)) for name in names)
+
+
+def _is_fake(group: dist.ProcessGroup) -> bool:
+    """Whether this is the group of torch's tests, whose collectives return at once and gather nothing."""
+    try:
+        return str(dist.get_backend(group)) == "fake"
+    except (ValueError, RuntimeError, AssertionError):  # made by hand: torch does not know it
+        return type(group).__name__ == "FakeProcessGroup"
+
+
+class Peers:
+    """The processes that build a Buffer together: a torch ProcessGroup or an mpi4py-like communicator."""
+
+    def __init__(self, group: Optional[dist.ProcessGroup], comm: Any) -> None:
+        if group is None and comm is None:
+            raise ValueError("Either 'group' or 'comm' must be provided.")
+        if isinstance(group, int):  # GroupMember.NON_GROUP_MEMBER: what new_group returns to who is not in it
+            raise ValueError("group: this process is not a member of it (dist.new_group returned NON_GROUP_MEMBER)")
+        if group is not None and not _has_methods(group, ("rank", "size")):
+            raise TypeError(f"group must be a torch.distributed ProcessGroup or None, got {type(group).__name__}")
+        if group is None and not _has_methods(comm, ("Get_rank", "Get_size", "allgather")):
+            raise TypeError("comm must be an mpi4py communicator, or have its Get_rank, Get_size and allgather, got "
+                            f"{type(comm).__name__}")
+        if group is not None and _is_fake(group):
+            raise ValueError('group: torch\'s "fake" process group reaches no other process; a Buffer needs a real one')
+        self._group = group
+        self._comm = comm
+        self.rank: int = comm.Get_rank() if group is None else group.rank()
+        self.size: int = comm.Get_size() if group is None else group.size()
+        if not 0 <= self.rank < self.size:
+            raise ValueError(f"group: this process is not a member (rank {self.rank} of {self.size})")
+
+    def all_gather(self, mine: Any) -> list[Any]:
+        if self._group is None:
+            return list(self._comm.allgather(mine))
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, mine, group=self._group)
+        return gathered
+
+    def open_exchange(self) -> Exchange:
+        group = self._comm if self._group is None else self._group
+        return open_exchange(group, self.rank, self.size, self.all_gather)
+
+    def all_gather_results(self, step: str, work: Callable[[], T]) -> list[T]:
+        """Runs `work` on every rank and gathers what it returns, or raises on every rank when it failed on one.
+
+        A rank whose own work failed raises that exception; the others raise an Error that names the ranks.
+        """
+        value: Optional[T] = None
+        failure: Optional[Exception] = None
+        try:
+            value = work()
+        except Exception as error:  # noqa: BLE001 - it is raised below, once the peers know
+            failure = error
+        sentence = f"{type(failure).__name__}: {failure}" if failure else None
+        outcomes = self.all_gather((sentence, value))
+        if failure is not None:
+            raise failure
+        failed = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(outcomes) if text is not None]
+        if failed:
+            raise Error(f"Buffer: {step} failed on {len(failed)} of {self.size} ranks; " + "; ".join(failed))
+        return [result for _, result in outcomes]

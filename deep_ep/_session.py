@@ -13,91 +13,23 @@ from dataclasses import dataclass
 from typing import Any, Callable, Optional, TypeVar
 
 import torch
-import torch.distributed as dist
 
 import deep_ep_cpp
 from deep_ep import _cost_model, _streams
-from deep_ep._call_check import CallCheck, Exchange, describe_differences, open_exchange
-from deep_ep._checks import BUFFER_ALIGNMENT_BYTES, MAX_INT64, check_int, check_positive
+from deep_ep._checks import BUFFER_ALIGNMENT_BYTES, MAX_INT64, KnownTensors, check_int, check_positive
 from deep_ep._cost_model import CostModel
-from deep_ep._errors import Error
-from deep_ep._handles import KnownTensors
-from deep_ep._lending import Lender
-from deep_ep._memory import EmptyTensors
+from deep_ep._env import is_capturing
+from deep_ep._memory import EmptyTensors, Lender
+from deep_ep._peers import CallCheck, Peers, describe_differences
 from deep_ep._topology import Place, Topology, find_topology, this_place, unreachable_gpus
 from deep_ep.version import __version__
+from deep_ep_cpp import Error
 
 T = TypeVar("T")
 EXIT_TIMEOUT_S = 2.0
 MAX_HEAP_BYTES = 1 << 60  # leaves room in 64 bits for what is added to the caller's sizes
 FOREVER_S = 1e9  # in nanoseconds it fits an int64 with room for sums
 logger = logging.getLogger("deep_ep")
-
-
-def _has_methods(value: Any, names: Sequence[str]) -> bool:
-    return all(callable(getattr(value, name, None)) for name in names)
-
-
-def _is_fake(group: dist.ProcessGroup) -> bool:
-    """Whether this is the group of torch's tests, whose collectives return at once and gather nothing."""
-    try:
-        return str(dist.get_backend(group)) == "fake"
-    except (ValueError, RuntimeError, AssertionError):  # made by hand: torch does not know it
-        return type(group).__name__ == "FakeProcessGroup"
-
-
-class Peers:
-    """The processes that build a Buffer together: a torch ProcessGroup or an mpi4py-like communicator."""
-
-    def __init__(self, group: Optional[dist.ProcessGroup], comm: Any) -> None:
-        if group is None and comm is None:
-            raise ValueError("Either 'group' or 'comm' must be provided.")
-        if isinstance(group, int):  # GroupMember.NON_GROUP_MEMBER: what new_group returns to who is not in it
-            raise ValueError("group: this process is not a member of it (dist.new_group returned NON_GROUP_MEMBER)")
-        if group is not None and not _has_methods(group, ("rank", "size")):
-            raise TypeError(f"group must be a torch.distributed ProcessGroup or None, got {type(group).__name__}")
-        if group is None and not _has_methods(comm, ("Get_rank", "Get_size", "allgather")):
-            raise TypeError("comm must be an mpi4py communicator, or have its Get_rank, Get_size and allgather, got "
-                            f"{type(comm).__name__}")
-        if group is not None and _is_fake(group):
-            raise ValueError('group: torch\'s "fake" process group reaches no other process; a Buffer needs a real one')
-        self._group = group
-        self._comm = comm
-        self.rank: int = comm.Get_rank() if group is None else group.rank()
-        self.size: int = comm.Get_size() if group is None else group.size()
-        if not 0 <= self.rank < self.size:
-            raise ValueError(f"group: this process is not a member (rank {self.rank} of {self.size})")
-
-    def all_gather(self, mine: Any) -> list[Any]:
-        if self._group is None:
-            return list(self._comm.allgather(mine))
-        gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, mine, group=self._group)
-        return gathered
-
-    def open_exchange(self) -> Exchange:
-        group = self._comm if self._group is None else self._group
-        return open_exchange(group, self.rank, self.size, self.all_gather)
-
-    def all_gather_results(self, step: str, work: Callable[[], T]) -> list[T]:
-        """Runs `work` on every rank and gathers what it returns, or raises on every rank when it failed on one.
-
-        A rank whose own work failed raises that exception; the others raise an Error that names the ranks.
-        """
-        value: Optional[T] = None
-        failure: Optional[Exception] = None
-        try:
-            value = work()
-        except Exception as error:  # noqa: BLE001 - it is raised below, once the peers know
-            failure = error
-        sentence = f"{type(failure).__name__}: {failure}" if failure else None
-        outcomes = self.all_gather((sentence, value))
-        if failure is not None:
-            raise failure
-        failed = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(outcomes) if text is not None]
-        if failed:
-            raise Error(f"Buffer: {step} failed on {len(failed)} of {self.size} ranks; " + "; ".join(failed))
-        return [result for _, result in outcomes]
 
 
 @dataclass(frozen=True)
@@ -176,7 +108,6 @@ class Session:
         self.num_sms_override = int(deep_ep_cpp.get_environment()["num_sms"])
         self.call_check: Optional[CallCheck] = None
         self._is_closed = False
-        self.before_close: Callable[[], None] = _nothing  # called once, before the comm stream is drained
         if isinstance(streams, _streams.HostStreams):
             streams.check = self._raise_reported
         _LIVE.add(self)
@@ -237,7 +168,6 @@ class Session:
             return
         self._is_closed = True
         deadline = time.monotonic() + timeout_s
-        _attempt(self.before_close)
         is_released = False
         try:
             is_released = self._release(timeout_s, deadline)
@@ -287,10 +217,6 @@ def _leave_to_parent() -> None:
 
 
 os.register_at_fork(after_in_child=_leave_to_parent)
-
-
-def _nothing() -> None:
-    pass
 
 
 def _error_of(step: Callable[[], Any]) -> Optional[Error]:
@@ -349,7 +275,7 @@ def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
     sessions: list[Session] = []
 
     def describe() -> tuple[Agreed, Place, Optional[CostModel]]:
-        if _streams.is_capturing():
+        if is_capturing():
             raise Error("Buffer: it allocates and talks to its peers, so build it before the CUDA graph capture begins")
         environment = deep_ep_cpp.get_environment()
         request = prepare()
@@ -368,8 +294,15 @@ def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
         lent = deep_ep_cpp.Buffer.LEND_PART_OF_DATA if request.num_lend_bytes is None else request.num_lend_bytes
         try:
             created.append(
-                deep_ep_cpp.Buffer(opened[0].native, peers.rank, peers.size, request.num_nvl_bytes, request.patience_s,
-                                   warn_s, request.num_rdma_bytes, request.enable_shrink, lent))
+                deep_ep_cpp.Buffer(opened[0].native,
+                                   peers.rank,
+                                   peers.size,
+                                   num_data_bytes=request.num_nvl_bytes,
+                                   timeout_s=request.patience_s,
+                                   warn_s=warn_s,
+                                   num_low_latency_bytes=request.num_rdma_bytes,
+                                   is_shrinkable=request.enable_shrink,
+                                   num_lend_bytes=lent))
         except Error as error:
             raise type(error)(f"Buffer: {error}; asked for num_nvl_bytes={request.num_nvl_bytes}, num_rdma_bytes="
                               f"{request.num_rdma_bytes}, num_lend_bytes={request.num_lend_bytes}") from error

@@ -1,0 +1,79 @@
+// What one rank has of its group: its symmetric heap, its mailbox, what it knows of failures, and what the peers know of the
+// call that runs. Every mode launches through one.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "comm/mailbox.h"
+#include "comm/symmetric_heap.h"
+#include "device/owned.h"
+#include "kernels/params.h"
+#include "runtime/failure.h"
+#include "runtime/plan.h"
+
+namespace deep_ep::runtime {
+
+// Not thread-safe but for fail_unfinished() and look().
+class Connection {
+public:
+    Connection(std::shared_ptr<dev::Device> device, const BufferOptions& options);
+
+    std::string export_handle() const;
+    void connect(const std::vector<std::string>& handles);
+    // Idempotent and bounded: memory that peers still map after `timeout_s` is kept until they let go.
+    void destroy(double timeout_s) noexcept;
+    bool is_open() const { return heap_ != nullptr; }
+
+    const std::shared_ptr<dev::Device>& device() const { return device_; }
+    const BufferOptions& options() const { return options_; }
+    const HeapPlan& plan() const { return plan_; }
+    const Machine& machine() const { return machine_; }
+    const comm::SymmetricHeap& heap() const { return *heap_; }
+    uint8_t* local(uint64_t offset) const { return heap_->local() + offset; }
+    kernels::HeapParams heap_params() const;
+    kernels::WatchParams watch_params() const;
+
+    // Throws a failure that is known, or says that this was destroyed.
+    void require_usable() const;
+    // The same, and passes a warning on.
+    void check();
+    // Before each call, which may be more than one of the operations: check(), and what abandon_call() refers to.
+    void begin_call();
+    // From here on peers know, or will know, of the call that runs. (One that is captured into a graph is none yet.)
+    void announce(dev::Stream stream, bool is_low_latency);
+    void abandon_call(const std::string& text);
+    void fail_unfinished(const std::string& text, bool is_low_latency);
+    void fail(FailureClass kind, const std::string& text, Spread spread) { desk_->fail(kind, text, spread); }
+    std::string failure() const { return desk_->failure(); }
+    std::string look() { return desk_->look(); }
+    void start_watching();
+    void set_warning_handler(std::function<void(const std::string&)> handler) { on_warning_ = std::move(handler); }
+
+    // The host waits until `is_done`; throws a failure. False: `limit_s` is over.
+    bool wait_until(const std::function<bool()>& is_done, double limit_s);
+
+private:
+    void collect_warning();
+
+    std::shared_ptr<dev::Device> device_;
+    const BufferOptions options_;
+    const HeapPlan plan_;
+    const Machine machine_;
+    std::shared_ptr<comm::Mailbox> mailbox_;
+    std::unique_ptr<comm::SymmetricHeap> heap_;
+    dev::HostMappedObject<layout::HostStatus> status_;
+    dev::DeviceArray<layout::LocalState> local_;
+    std::shared_ptr<FailureDesk> desk_;
+    struct Announced {
+        bool is_set = false;
+        bool is_low_latency = false;
+        dev::Stream stream = nullptr;
+    } announced_;                   // what peers know of the call that began last
+    bool is_refusal_told_ = false;  // in our mailbox
+    std::function<void(const std::string&)> on_warning_;
+};
+
+}  // namespace deep_ep::runtime

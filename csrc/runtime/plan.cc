@@ -1,0 +1,160 @@
+#include "runtime/plan.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "core/error.h"
+
+namespace deep_ep::runtime {
+
+namespace {
+
+// A lane stands for each rank and each bias.
+constexpr int kMaxStagedRanks = 32 - kernels::kMaxBiases;
+constexpr int kMaxStages = 4;
+constexpr int kReduceWarps = 8;
+
+constexpr int kLowLatencyChunk = 512;  // channels that a warp sends at once
+constexpr int kMinLowLatencyWarps = 4;
+constexpr int kSetBytes = 32 * 1024;  // of shared memory, for a tile of the routing table
+
+// Rows through registers: enough warps to have many loads under way.
+kernels::Geometry plan_plain(const Machine& machine, int num_sms, int max_threads) {
+    const int warps = std::min(max_threads, machine.useful_block_threads) / 32 / 2;
+    return {.num_blocks = std::clamp(num_sms, 1, machine.num_sms),
+            .num_send_warps = warps,
+            .num_recv_warps = warps,
+            .send = {},
+            .recv = {}};
+}
+
+// Whether staged kernels can run this geometry: lanes stand for ranks, and a warp has one peer at most.
+bool can_stage(const Machine& machine, const kernels::Geometry& geometry) {
+    const auto has_enough = [&](int num_warps) {
+        return num_warps == 0 || geometry.num_blocks * num_warps >= machine.num_ranks - 1;
+    };
+    return machine.has_bulk_copy && machine.num_ranks <= kMaxStagedRanks && has_enough(geometry.num_send_warps) &&
+           has_enough(geometry.num_recv_warps);
+}
+
+// The smallest data region with which calls of such slots work.
+uint64_t data_bytes_for(const HeapPlan& heap, uint64_t num_ranks, const layout::SlotLayout& slot) {
+    const uint64_t slots = layout::WindowLayout::bytes_for(num_ranks, slot.bytes, 1);
+    return heap.lends_part_of_data() ? layout::DataSplit::bytes_for(slots, 0, num_ranks) : slots;
+}
+
+}  // namespace
+
+Machine Machine::of(const dev::Device& device, int num_ranks) {
+    return {.is_gpu = device.kind() == dev::DeviceKind::kCuda,
+            .num_sms = device.num_sms(),
+            .useful_block_threads = device.useful_block_threads(),
+            .max_shared_bytes = device.max_shared_bytes(),
+            .has_bulk_copy = device.has_bulk_copy(),
+            .num_ranks = num_ranks};
+}
+
+HeapPlan plan_heap(const BufferOptions& options) {
+    const auto num_ranks = static_cast<uint64_t>(options.num_ranks);
+    HeapPlan heap{};
+    heap.control = layout::ControlLayout::make(num_ranks);
+    heap.num_data_bytes = static_cast<uint64_t>(options.num_data_bytes);
+    heap.num_low_latency_bytes = static_cast<uint64_t>(options.num_low_latency_bytes);
+    heap.low_latency_offset = heap.control.bytes + heap.num_data_bytes;
+    const uint64_t end = heap.low_latency_offset + heap.num_low_latency_bytes;
+    layout::DataSplit split{heap.num_data_bytes, 0, 0};
+    heap.weights_offset = heap.num_bytes = end;
+    if (options.num_lend_bytes == kLendPartOfData) {
+        split = layout::DataSplit::make(heap.num_data_bytes, num_ranks);
+        heap.weights_offset = heap.control.bytes + split.slot_bytes;
+    } else if (options.num_lend_bytes > 0) {
+        split.lend_bytes = static_cast<uint64_t>(options.num_lend_bytes);
+        split.weight_bytes =
+            layout::align_up(split.lend_bytes / layout::DataSplit::kWeightShare, layout::DataSplit::kAlignment);
+        heap.weights_offset = layout::align_up(end, layout::DataSplit::kAlignment);
+        heap.num_bytes = heap.weights_offset + split.weight_bytes + split.lend_bytes;
+    }
+    heap.num_slot_bytes = split.slot_bytes;
+    heap.num_weight_bytes = split.weight_bytes;
+    heap.lend_offset = heap.weights_offset + split.weight_bytes;
+    heap.num_lend_bytes = split.lend_bytes;
+    return heap;
+}
+
+void check_num_experts(int num_experts, int num_ranks) {
+    EP_CHECK(num_experts > 0 && num_experts % num_ranks == 0,
+             "num_experts must be a positive multiple of the number of ranks (", num_ranks, "), got ", num_experts);
+}
+
+int max_layout_counts(const Machine& machine) {
+    const int fitting = machine.max_shared_bytes / static_cast<int>(sizeof(int));
+    return std::min(fitting, machine.num_ranks * (1 + layout::kMaxLocalExperts));
+}
+
+LayoutGrid plan_layout(const Machine& machine, int num_tokens) {
+    const int max_blocks = std::min(kernels::kMaxLayoutBlocks, machine.num_sms);
+    const int num_threads = std::min(kernels::kMaxLayoutThreads, machine.useful_block_threads);
+    return {std::clamp((num_tokens + num_threads - 1) / num_threads, 1, max_blocks), num_threads};
+}
+
+// Send warps have stages where each of them gets two; fewer warps would move less than registers do. A rank that lends
+// its outputs receives nothing by itself: all warps send, through registers (docs/performance/intranode.md, step 9).
+kernels::Geometry plan_dispatch(const Machine& machine, int num_sms, const layout::SlotLayout& slot, bool is_lent) {
+    kernels::Geometry plain = plan_plain(machine, num_sms, kernels::kMaxDispatchThreads);
+    if (is_lent) {
+        plain.num_send_warps += std::exchange(plain.num_recv_warps, 0);
+        return plain;
+    }
+    const layout::Staging stage{1, static_cast<int>(layout::bulk_bytes(slot.scales.end())) + layout::kPositionBytes};
+    kernels::Geometry staged = plain;
+    const int room = machine.max_shared_bytes - kernels::kMaxDispatchState;
+    staged.send = {std::min(room / (plain.num_send_warps * stage.bytes()), kMaxStages), stage.stage_bytes};
+    return staged.send.num_stages >= 2 && can_stage(machine, staged) ? staged : plain;
+}
+
+// Reduce warps have stages of a fixed size; send warps get the rest. A rank that lends its input sends nothing.
+kernels::Geometry plan_combine(const Machine& machine, int num_sms, const layout::SlotLayout& slot, bool is_lent) {
+    kernels::Geometry plain = plan_plain(machine, num_sms, kernels::kMaxCombineThreads);
+    if (is_lent) plain.num_recv_warps += std::exchange(plain.num_send_warps, 0);
+    const int room = machine.max_shared_bytes - kernels::kMaxCombineState;
+    const layout::Staging recv{layout::kReduceStages, layout::kReduceStageBytes};
+    if (is_lent) {
+        const kernels::Geometry lent{plain.num_blocks, 0, plain.num_recv_warps, {}, recv};
+        return lent.num_recv_warps * recv.bytes() <= room && can_stage(machine, lent) ? lent : plain;
+    }
+    const int reduce_warps = machine.is_gpu ? kReduceWarps : plain.num_recv_warps;
+    const layout::Staging send{1, static_cast<int>(layout::bulk_bytes(slot.topk_weights.end()))};
+    const int fitting = (room - reduce_warps * recv.bytes()) / send.bytes();
+    const int max_warps = std::min(kernels::kMaxCombineThreads, machine.useful_block_threads) / 32;
+    const int send_warps = std::min(max_warps - reduce_warps, fitting / 2);
+    if (send_warps <= 0) return plain;
+    const int num_stages = std::min(fitting / send_warps, kMaxStages);
+    const kernels::Geometry staged{plain.num_blocks, send_warps, reduce_warps, {num_stages, send.stage_bytes}, recv};
+    return can_stage(machine, staged) ? staged : plain;
+}
+
+layout::WindowLayout plan_window(const HeapPlan& heap, int num_ranks, const layout::SlotLayout& slot,
+                                 const char* operation) {
+    const auto window = layout::WindowLayout::make(heap.num_slot_bytes, static_cast<uint64_t>(num_ranks), slot.bytes);
+    EP_CHECK(num_ranks == 1 || window.window > 0, "num_nvl_bytes is too small for this ", operation,
+             ": expected at least ", data_bytes_for(heap, static_cast<uint64_t>(num_ranks), slot), ", got ",
+             heap.num_data_bytes, " (see Config.get_nvl_buffer_size_hint)");
+    return window;
+}
+
+// A warp for every chunk of a row, and one block on an SM. Kernels of ranks that share a GPU wait for each other, so all of
+// them have to fit.
+LowLatencyGrid plan_low_latency(const Machine& machine, int num_ranks_here, int hidden) {
+    const int most = std::min(kernels::kMaxLowLatencyThreads / 32, machine.useful_block_threads / 64);
+    const int num_warps =
+        std::clamp((hidden + kLowLatencyChunk - 1) / kLowLatencyChunk, std::min(kMinLowLatencyWarps, most), most);
+    return {std::max(1, machine.num_sms / num_ranks_here), num_warps};
+}
+
+// For each expert a bit for every token, where that is not too much: else the table is made tile by tile.
+int plan_set_words(const kernels::LowLatencyArgs& args, int num_tokens) {
+    const int fitting = kSetBytes / static_cast<int>(sizeof(uint32_t)) / (args.num_experts + 32 * args.num_topk);
+    return std::clamp(std::min((num_tokens + 31) / 32, fitting), 1, layout::kMaxLowLatencyTokens / 32);
+}
+
+}  // namespace deep_ep::runtime

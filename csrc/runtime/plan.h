@@ -1,0 +1,68 @@
+// Decisions that follow from sizes alone: how the heap is divided, and how many threads work on a call through what. Free
+// functions of plain values; nothing here launches, allocates or remembers.
+#pragma once
+
+#include <cstdint>
+
+#include "device/runtime.h"
+#include "kernels/params.h"
+#include "kernels/params_low_latency.h"
+#include "runtime/options.h"
+
+namespace deep_ep::runtime {
+
+// What plans depend on beside the call.
+struct Machine {
+    bool is_gpu;
+    int num_sms;
+    int useful_block_threads;
+    int max_shared_bytes;  // dynamic, of a block
+    bool has_bulk_copy;
+    int num_ranks;
+
+    static Machine of(const dev::Device& device, int num_ranks);
+};
+
+// Where things are in the heap of a rank: control words, data of the high-throughput mode, data of the low-latency mode;
+// and either at the end of the first data or behind everything: a copy of combine's weights, then what is lent.
+struct HeapPlan {
+    layout::ControlLayout control;
+    uint64_t num_bytes;
+    uint64_t num_data_bytes;
+    uint64_t num_slot_bytes;  // of the data, from its start
+    uint64_t low_latency_offset, num_low_latency_bytes;
+    uint64_t weights_offset, num_weight_bytes;
+    uint64_t lend_offset, num_lend_bytes;
+
+    bool lends_part_of_data() const { return num_slot_bytes < num_data_bytes; }
+};
+HeapPlan plan_heap(const BufferOptions& options);
+
+// Throws unless every rank can have the same number of experts.
+void check_num_experts(int num_experts, int num_ranks);
+
+// Ranks and experts that one layout kernel can count: a block keeps all counts in shared memory.
+int max_layout_counts(const Machine& machine);
+
+struct LayoutGrid {
+    int num_blocks, num_threads;
+};
+LayoutGrid plan_layout(const Machine& machine, int num_tokens);
+
+// `is_lent`: this rank lends what peers would send to it (dispatch), or fetch from it (combine).
+kernels::Geometry plan_dispatch(const Machine& machine, int num_sms, const layout::SlotLayout& slot, bool is_lent);
+kernels::Geometry plan_combine(const Machine& machine, int num_sms, const layout::SlotLayout& slot, bool is_lent);
+
+// Throws where not even one slot of each peer has room.
+layout::WindowLayout plan_window(const HeapPlan& heap, int num_ranks, const layout::SlotLayout& slot,
+                                 const char* operation);
+
+struct LowLatencyGrid {
+    int num_blocks, num_warps;
+};
+LowLatencyGrid plan_low_latency(const Machine& machine, int num_ranks_here, int hidden);
+
+// Words of each set that a low-latency dispatch makes its routing table from.
+int plan_set_words(const kernels::LowLatencyArgs& args, int num_tokens);
+
+}  // namespace deep_ep::runtime

@@ -1,0 +1,118 @@
+"""`python -m deep_ep doctor|bench|calibrate`: one command, and all its options."""
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from deep_ep.bench.routing import ROUTINGS
+
+BENCHMARKS = {
+    "intranode": "high-throughput dispatch and combine inside one node",
+    "low-latency": "low-latency dispatch and combine inside one node"
+}
+
+
+def int_list(text: str) -> list[int]:
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected integers with commas between, got {text!r}") from None
+    if min(values) < 0:
+        raise argparse.ArgumentTypeError(f"expected numbers that are not negative, got {text!r}")
+    return values
+
+
+def routing_list(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in ROUTINGS:
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(ROUTINGS)}, got {name!r}")
+    return names
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Of everything but where its figures go. A command's `run` takes the parsed arguments and returns the exit status.
+    """
+    parser = argparse.ArgumentParser(prog="python -m deep_ep", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    doctor = commands.add_parser("doctor", help="what is built, what this machine has, and how to mend what is amiss")
+    add_doctor_options(doctor)
+    bench = commands.add_parser("bench", help="times of the operations on this machine (intranode where none is named)")
+    benchmarks = bench.add_subparsers(dest="benchmark", required=True)
+    for name, text in BENCHMARKS.items():
+        add_bench_options(benchmarks.add_parser(name, help=text), name)
+    calibrate = commands.add_parser("calibrate", help="stores what the intranode benchmark has measured, for Buffers")
+    add_calibrate_options(calibrate)
+    return parser
+
+
+def add_doctor_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print findings as JSON")
+
+
+def add_bench_options(parser: argparse.ArgumentParser, benchmark: str) -> None:
+    if benchmark == "intranode":
+        parser.add_argument("--num-sms", type=int_list, help="SM budgets, even numbers; several: a sweep")
+        parser.add_argument("--no-comparison", action="store_true", help="leave torch.distributed out")
+    else:
+        parser.set_defaults(num_sms=None, no_comparison=True)
+    parser.add_argument("--num-processes", type=int, default=0, help="ranks (default: one per GPU; 2 on the CPU)")
+    parser.add_argument("--ranks-as-threads",
+                        action="store_true",
+                        help="all ranks in this process, at the same time on one GPU: protocol and SM throughput "
+                        "without links")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--tokens", type=int_list, help="tokens per rank; several, with commas: a sweep")
+    parser.add_argument("--hidden", type=int)
+    parser.add_argument("--topk", type=int, default=8)
+    parser.add_argument("--experts", type=int, help="of all ranks together")
+    parser.add_argument("--routing", type=routing_list, help=", ".join(ROUTINGS))
+    parser.add_argument("--sweep", action="store_true", help="many sizes, SM budgets and routings: minutes")
+    parser.add_argument("--warmups", type=int, default=5)
+    parser.add_argument("--repeats", type=int)
+    parser.add_argument("--input-sets", type=int, default=3, help="inputs used in turn, against cached data")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--graphs", action="store_true", help="also time replays of CUDA graphs of the calls")
+    parser.add_argument("--profile",
+                        action="store_true",
+                        help="also each kernel's own time and SMs, by torch's profiler, at one size")
+    parser.add_argument("--save",
+                        nargs="?",
+                        const=Path("benchmarks/results"),
+                        type=Path,
+                        metavar="FOLDER",
+                        help="write the figures as JSON (default folder: %(const)s)")
+    parser.add_argument("--commit", default="", help="for the JSON, where the package is not in a checkout")
+
+
+def add_calibrate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("reports", nargs="+", type=Path, help="JSON of `python -m deep_ep bench intranode --save`")
+    parser.add_argument("--to", type=Path, help="the file to store it in (default: where Buffers look)")
+
+
+def with_default_benchmark(arguments: list[str]) -> list[str]:
+    """`bench` alone, or with options only, is the intranode benchmark."""
+    if arguments[:1] != ["bench"]:
+        return arguments
+    rest = arguments[1:]
+    names_one = rest and (not rest[0].startswith("-") or rest[0] in ("-h", "--help"))
+    return arguments if names_one else ["bench", "intranode", *rest]
+
+
+def main(arguments: list[str]) -> int:
+    """The exit status. A command is imported when it is asked for: one that fails does not stand in another's way."""
+    arguments = with_default_benchmark(arguments)
+    args = build_parser().parse_args(arguments)
+    if args.command == "doctor":
+        from deep_ep import doctor
+        return doctor.report(args.json)
+    if args.command == "bench":
+        from deep_ep.bench import command
+        return command.run(args, arguments)
+    from deep_ep import calibrate
+    return calibrate.run(args.reports, args.to)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,197 @@
+// How the heap is divided, and who works on a call through what: decisions of sizes alone.
+#include "runtime/plan.h"
+
+#include <doctest/doctest.h>
+
+#include "core/error.h"
+
+namespace deep_ep::runtime {
+namespace {
+
+Machine gpu(int num_ranks) {
+    return {.is_gpu = true,
+            .num_sms = 132,
+            .useful_block_threads = 1024,
+            .max_shared_bytes = 227 * 1024,
+            .has_bulk_copy = true,
+            .num_ranks = num_ranks};
+}
+
+Machine cpu(int num_ranks) {
+    Machine machine = gpu(num_ranks);
+    machine.is_gpu = false;
+    machine.num_sms = 4;
+    machine.useful_block_threads = 128;
+    return machine;
+}
+
+layout::SlotLayout dispatch_slot(uint64_t row_bytes) { return layout::SlotLayout::for_dispatch(row_bytes, 8, 56); }
+layout::SlotLayout combine_slot(uint64_t row_bytes) { return layout::SlotLayout::for_combine(row_bytes, 8); }
+
+BufferOptions options(int64_t num_lend_bytes) {
+    return {.rank = 0,
+            .num_ranks = 4,
+            .num_data_bytes = 1 << 26,
+            .num_low_latency_bytes = 1 << 16,
+            .timeout_s = 1,
+            .warn_s = 1,
+            .is_shrinkable = false,
+            .num_lend_bytes = num_lend_bytes};
+}
+
+int shared_bytes(const kernels::Geometry& geometry) {
+    return geometry.num_send_warps * geometry.send.bytes() + geometry.num_recv_warps * geometry.recv.bytes();
+}
+
+bool is_staged(const kernels::Geometry& geometry) {
+    return geometry.send.num_stages > 0 || geometry.recv.num_stages > 0;
+}
+
+TEST_CASE("the regions of the heap follow one another without overlap") {
+    for (int64_t num_lend_bytes : {int64_t{0}, int64_t{1} << 18, kLendPartOfData}) {
+        CAPTURE(num_lend_bytes);
+        const HeapPlan heap = plan_heap(options(num_lend_bytes));
+        CHECK_EQ(heap.low_latency_offset, heap.control.bytes + heap.num_data_bytes);
+        const uint64_t end = heap.low_latency_offset + heap.num_low_latency_bytes;
+        CHECK_EQ(heap.lend_offset, heap.weights_offset + heap.num_weight_bytes);
+        CHECK_GE(heap.num_bytes, end);
+        if (num_lend_bytes == kLendPartOfData) {
+            CHECK(heap.lends_part_of_data());
+            CHECK_GE(heap.weights_offset, heap.control.bytes + heap.num_slot_bytes);
+            CHECK_LE(heap.lend_offset + heap.num_lend_bytes, heap.low_latency_offset);
+            CHECK_EQ(heap.num_bytes, end);
+        } else {
+            CHECK_FALSE(heap.lends_part_of_data());
+            CHECK_EQ(heap.num_slot_bytes, heap.num_data_bytes);
+            CHECK_EQ(heap.num_lend_bytes, static_cast<uint64_t>(num_lend_bytes));
+            CHECK_GE(heap.weights_offset, end);
+            CHECK_EQ(heap.num_bytes, heap.lend_offset + heap.num_lend_bytes);
+        }
+    }
+}
+
+TEST_CASE("the SM budget is at least one and at most what the device has") {
+    for (const auto& [asked, given] : {std::pair{-3, 1}, {0, 1}, {20, 20}, {132, 132}, {500, 132}}) {
+        CHECK_EQ(plan_dispatch(gpu(8), asked, dispatch_slot(7168), false).num_blocks, given);
+        CHECK_EQ(plan_combine(gpu(8), asked, combine_slot(14336), false).num_blocks, given);
+    }
+}
+
+TEST_CASE("no geometry takes more threads or shared memory than a block has") {
+    for (const Machine& machine : {gpu(2), gpu(8), gpu(30), cpu(2), cpu(8)}) {
+        for (uint64_t row_bytes : {16, 256, 7168, 14336, 65536, 1 << 20}) {
+            for (bool is_lent : {false, true}) {
+                CAPTURE(row_bytes);
+                CAPTURE(is_lent);
+                const auto dispatch = plan_dispatch(machine, 20, dispatch_slot(row_bytes), is_lent);
+                CHECK_LE(shared_bytes(dispatch) + kernels::kMaxDispatchState, machine.max_shared_bytes);
+                CHECK_LE(32 * (dispatch.num_send_warps + dispatch.num_recv_warps), kernels::kMaxDispatchThreads);
+                CHECK_GT(dispatch.num_send_warps, 0);
+                const auto combine = plan_combine(machine, 20, combine_slot(row_bytes), is_lent);
+                CHECK_LE(shared_bytes(combine) + kernels::kMaxCombineState, machine.max_shared_bytes);
+                CHECK_LE(32 * (combine.num_send_warps + combine.num_recv_warps), kernels::kMaxCombineThreads);
+                CHECK_GT(combine.num_recv_warps, 0);
+            }
+        }
+    }
+}
+
+TEST_CASE("who lends has no warps for what peers do themselves") {
+    CHECK_EQ(plan_dispatch(gpu(8), 20, dispatch_slot(7168), true).num_recv_warps, 0);
+    CHECK_EQ(plan_combine(gpu(8), 20, combine_slot(14336), true).num_send_warps, 0);
+    CHECK_GT(plan_dispatch(gpu(8), 20, dispatch_slot(7168), false).num_recv_warps, 0);
+    CHECK_GT(plan_combine(gpu(8), 20, combine_slot(14336), false).num_send_warps, 0);
+}
+
+TEST_CASE("rows go through registers where stages cannot be") {
+    const auto staged = [](const Machine& machine, uint64_t row_bytes, int num_sms = 20) {
+        const bool is_dispatch_staged = is_staged(plan_dispatch(machine, num_sms, dispatch_slot(row_bytes), false));
+        CHECK_EQ(is_staged(plan_combine(machine, num_sms, combine_slot(row_bytes), false)), is_dispatch_staged);
+        return is_dispatch_staged;
+    };
+    CHECK(staged(gpu(8), 7168));
+    CHECK_FALSE(staged(gpu(8), 1 << 20));  // two of them are more than a block's memory
+    CHECK_FALSE(staged(gpu(31), 7168));    // a lane stands for each rank and each bias
+    Machine old = gpu(8);
+    old.has_bulk_copy = false;
+    CHECK_FALSE(staged(old, 7168));
+    // A warp has one peer at most.
+    CHECK(staged(cpu(3), 256, 1));
+    CHECK_FALSE(staged(cpu(8), 256, 1));
+    CHECK(staged(cpu(8), 256, 4));
+}
+
+TEST_CASE("a window needs room for a slot of each peer") {
+    const auto slot = dispatch_slot(7168);
+    BufferOptions small = options(0);
+    small.num_data_bytes = static_cast<int64_t>(layout::WindowLayout::bytes_for(4, slot.bytes, 1));
+    CHECK_GT(plan_window(plan_heap(small), 4, slot, "dispatch").window, 0);
+    const int64_t enough = small.num_data_bytes;
+    small.num_data_bytes -= 128;
+    CHECK_THROWS_WITH_AS(plan_window(plan_heap(small), 4, slot, "dispatch"),
+                         doctest::Contains(concat("num_nvl_bytes is too small for this dispatch: expected at least ",
+                                                  enough, ", got ", small.num_data_bytes)
+                                               .c_str()),
+                         InvalidArgument);
+    CHECK_NOTHROW(plan_window(plan_heap(small), 1, slot, "dispatch"));  // one rank sends nothing
+}
+
+TEST_CASE("what the message of a window asks for is enough, lent part or not") {
+    const auto slot = combine_slot(14336);
+    for (int64_t num_lend_bytes : {int64_t{0}, kLendPartOfData}) {
+        BufferOptions wanted = options(num_lend_bytes);
+        wanted.num_data_bytes = 128;
+        std::string message;
+        try {
+            plan_window(plan_heap(wanted), 4, slot, "combine");
+        } catch (const InvalidArgument& error) {
+            message = error.what();
+        }
+        const std::string before = "expected at least ";
+        REQUIRE_NE(message.find(before), std::string::npos);
+        wanted.num_data_bytes = std::stoll(message.substr(message.find(before) + before.size()));
+        CHECK_GT(plan_window(plan_heap(wanted), 4, slot, "combine").window, 0);
+    }
+}
+
+TEST_CASE("a layout kernel has threads for its tokens, up to its limits") {
+    CHECK_EQ(plan_layout(gpu(8), 0).num_blocks, 1);
+    CHECK_EQ(plan_layout(gpu(8), 1).num_blocks, 1);
+    CHECK_EQ(plan_layout(gpu(8), kernels::kMaxLayoutThreads + 1).num_blocks, 2);
+    CHECK_EQ(plan_layout(gpu(8), 1 << 20).num_blocks, kernels::kMaxLayoutBlocks);
+    CHECK_EQ(plan_layout(cpu(8), 1 << 20).num_blocks, 4);
+    CHECK_EQ(plan_layout(cpu(8), 1).num_threads, 128);
+    CHECK_EQ(max_layout_counts(gpu(8)), 8 * (1 + layout::kMaxLocalExperts));
+    Machine narrow = gpu(8);
+    narrow.max_shared_bytes = 400;
+    CHECK_EQ(max_layout_counts(narrow), 100);
+}
+
+TEST_CASE("the low-latency kernels of ranks that share a GPU fit on it together") {
+    CHECK_EQ(plan_low_latency(gpu(8), 1, 7168).num_blocks, 132);
+    CHECK_EQ(plan_low_latency(gpu(8), 8, 7168).num_blocks, 16);
+    CHECK_EQ(plan_low_latency(cpu(8), 8, 7168).num_blocks, 1);
+    CHECK_EQ(plan_low_latency(gpu(8), 1, 7168).num_warps, 14);
+    CHECK_EQ(plan_low_latency(gpu(8), 1, 16384).num_warps, kernels::kMaxLowLatencyThreads / 32);
+    CHECK_EQ(plan_low_latency(gpu(8), 1, 8).num_warps, 4);
+    CHECK_EQ(plan_low_latency(cpu(8), 1, 16384).num_warps, 2);
+}
+
+TEST_CASE("the sets of a routing table have a bit for each token, where that is not too much") {
+    kernels::LowLatencyArgs args{};
+    args.num_experts = 64;
+    args.num_topk = 8;
+    CHECK_EQ(plan_set_words(args, 0), 1);
+    CHECK_EQ(plan_set_words(args, 33), 2);
+    CHECK_EQ(plan_set_words(args, 4096), 32 * 1024 / 4 / (64 + 32 * 8));
+    args.num_experts = kernels::kMaxLowLatencyExperts;
+    CHECK_EQ(plan_set_words(args, 4096), 1);
+}
+
+TEST_CASE("experts are the same number on every rank") {
+    CHECK_NOTHROW(check_num_experts(8, 4));
+    for (int wrong : {-4, 0, 6}) CHECK_THROWS_AS(check_num_experts(wrong, 4), InvalidArgument);
+}
+
+}  // namespace
+}  // namespace deep_ep::runtime
