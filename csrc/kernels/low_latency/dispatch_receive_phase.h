@@ -182,7 +182,8 @@ EP_DEVICE void store_row(Warp warp, const Params& p, uint32_t lanes, int row, in
     }
 }
 
-EP_DEVICE void place_row(Warp warp, const Params& p, const Unit& unit, const ReceivedToken& token, uint32_t lanes, int row) {
+EP_DEVICE void place_row(Warp warp, const Params& p, const Unit& unit, const ReceivedToken& token, uint32_t lanes,
+                         int row) {
     const int begin = unit.first_of(num_vecs(p)), end = unit.end_of(num_vecs(p));
     store_row(warp, p, lanes, row, begin, end, token.held);
 #pragma unroll 1
