@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
-from solo import solo_buffer
+from single_rank import single_rank_buffer
 from torch._C._dynamo import eval_frame
 from torch._dynamo.testing import CompileCounterWithBackend
 from utils import device
@@ -37,7 +37,7 @@ Layer = Callable[[Buffer, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tenso
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Buffer]:
     num_bytes = Buffer.get_low_latency_rdma_size_hint(MAX_TOKENS, HIDDEN, 1, NUM_EXPERTS)
-    with solo_buffer(num_rdma_bytes=num_bytes, low_latency_mode=True) as made:
+    with single_rank_buffer(num_rdma_bytes=num_bytes, low_latency_mode=True) as made:
         yield made
 
 

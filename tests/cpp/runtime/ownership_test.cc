@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "comm/graveyard.h"
+#include "comm/deferred_free.h"
 #include "core/error.h"
 #include "device/simt/device.h"
 #include "device/simt/scheduler.h"
@@ -145,7 +145,7 @@ TEST_CASE("a connection that fails at a peer leaves nothing behind") {
         node.devices[0]->fails_at = node.devices[0]->num_created + num_opened;
         CHECK_THROWS_AS(node.buffers[0]->connect(handles), Error);
         node.buffers.clear();
-        CHECK_EQ(comm::sweep_graveyard(), 0);
+        CHECK_EQ(comm::free_deferred(), 0);
         CHECK_EQ(node.devices[0]->live.size(), 0);
     }
     CHECK_EQ(num_open_files(), num_files);
@@ -161,7 +161,7 @@ TEST_CASE("what a device does not take back keeps nothing else from going back, 
         const auto handles = node.build();
         for (const auto& buffer : node.buffers) buffer->connect(handles);
         node.buffers.clear();
-        CHECK_EQ(comm::sweep_graveyard(), 0);
+        CHECK_EQ(comm::free_deferred(), 0);
         CHECK_EQ(node.devices[0]->live.size(), 1);
         CHECK_EQ(node.devices[1]->live.size(), 0);
         num_steps = node.devices[0]->num_created;
