@@ -22,11 +22,10 @@ EP_DEVICE void publish_ended(Warp warp, const Context& c) {
     }
 }
 
-// Acquire. `peer` has read what this rank sent it in the bank's last use, two calls ago.
-EP_DEVICE bool is_bank_free(const Context& c, int peer) {
-    if (c.watch.call <= layout::kNumLowLatencyBanks) return true;
-    const uint64_t received = prim::load<Order::kAcquire, Scope::kSys>(c.watch.heap.received(c.rank(), c.bank, peer));
-    return received + layout::kNumLowLatencyBanks >= c.watch.call;
+// Acquire. `peer` has read what this rank sent it in the last use of this call's bank, two calls ago. True of the other bank.
+EP_DEVICE bool is_bank_free(const Context& c, int bank, int peer) {
+    const uint64_t received = prim::load<Order::kAcquire, Scope::kSys>(c.watch.heap.received(c.rank(), bank, peer));
+    return bank != c.bank || received + layout::kNumLowLatencyBanks >= c.watch.call;
 }
 
 // The host refuses to open a call while this rank still has another one open in the bank. It does not see calls of a graph

@@ -288,8 +288,18 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         return work.token < num_tokens && has_work(warp, p, c, work);
     }
 
-    // Tokens of all sources in turn, so that no link is the last; every rank begins with another source.
-    static EP_DEVICE int source_of(const Context& c, int item) { return (c.rank() + 1 + item) % c.num_ranks(); }
+    // Tokens of all sources in turn, so that no link is the last; every rank begins with another source. With a hook a rank
+    // begins with its own tokens: the weights of the others come meanwhile, and sums are fewer bytes than rows.
+    static EP_DEVICE Work load_item(const Params& p, const Context& c, int item) {
+        if (item >= num_items(p, c)) return {.source = 0, .token = 0, .first_k = 0};
+        const int num_own = has_own_first(c) ? p.call.num_max_tokens : 0;
+        if (item < num_own) return load_rows(p, c.rank(), item, 0);
+        const int num_sources = c.num_ranks() - (num_own > 0 ? 1 : 0);
+        return load_rows(p, (c.rank() + 1 + (item - num_own) % num_sources) % c.num_ranks(),
+                         (item - num_own) / num_sources, 0);
+    }
+
+    static EP_DEVICE bool has_own_first(const Context& c) { return c.uses_packets && c.phase == Phase::kSend; }
 
     // The items of a block, as one of its warps goes through them: the numbers of the rows of the item after the current one
     // are under way, and its rows too once those of the current one have been added up.
@@ -300,11 +310,6 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     };
 
     static EP_DEVICE int num_items(const Params& p, const Context& c) { return c.num_ranks() * p.call.num_max_tokens; }
-
-    static EP_DEVICE Work load_item(const Params& p, const Context& c, int item) {
-        if (item >= num_items(p, c)) return {.source = 0, .token = 0, .first_k = 0};
-        return load_rows(p, source_of(c, item), item / c.num_ranks(), 0);
-    }
 
     // To the next item, and begins the one after it.
     static EP_DEVICE void advance(Warp warp, const Params& p, const Context& c, const Sources& sources,
@@ -334,8 +339,8 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     // What the block sends of a token: nothing, the sum of its rows, or the rows themselves.
     enum class Sent { kNothing, kSum, kRows };
 
-    // With a hook: nobody may wait for the owner of the token here, which may be late by any time. A few looks,
-    // for the whole of the launch, are less than what rows cost. Warp 0 decides; what it has seen the others see too.
+    // With a hook: nobody may wait for another rank here, which may be late by any time. A few looks, for the whole of the
+    // launch, are less than what rows cost. Warp 0 decides; what it has seen the others see too.
     static EP_DEVICE bool are_weights_here(Block block, const Context& c, Work& work, Progress& progress,
                                            Shared& shared) {
         block.expect();
@@ -356,7 +361,8 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
 
     static EP_DEVICE Sent what_to_send(Block block, const Params& p, const Context& c, Sources& sources, Work& work,
                                        Progress& progress, Shared& shared) {
-        if (c.uses_packets && c.phase == Phase::kSend && !are_weights_here(block, c, work, progress, shared))
+        if (c.uses_packets && c.phase == Phase::kSend && work.source != c.rank() &&
+            !are_weights_here(block, c, work, progress, shared))
             return Sent::kRows;
         return is_wanted(Warp{}, p, c, sources, work, shared) ? Sent::kSum : Sent::kNothing;
     }

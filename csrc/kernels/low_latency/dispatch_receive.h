@@ -147,13 +147,22 @@ EP_DEVICE bool wait_for_slot(Warp warp, const Context& c, const Unit& unit) {
                                      wait_for_source(c.call, c.watch, Stage::kRow, unit.source, slot_flag(c, unit)));
 }
 
-// After the source's table. A slot that is full is one of ours, so that it may be read before the entries say so.
-EP_DEVICE Token begin_token(Warp warp, const Params& p, const Context& c, const Unit& unit, bool is_full) {
-    Token token = {};
+// Looks at the slot until it is full, or its block knows the tables, which others of its threads wait for. Acquire.
+EP_DEVICE bool watch_slot(Warp warp, const Context& c, const BlockRole& role, const Unit& unit) {
+    for (;;) {
+        if (look_at_slot(warp, c, unit)) return true;
+        const bool is_leader = warp.thread_rank() == 0;
+        if (algo::broadcast(warp, is_leader && prim::load<Order::kRelaxed, Scope::kCta>(&role.knows_tables) != 0))
+            return false;
+        prim::pause();
+    }
+}
+
+// After the source's table.
+EP_DEVICE void begin_token(Warp warp, const Params& p, const Context& c, const Unit& unit, Token& token) {
     token.num_tokens = c.num_tokens_of(unit.source);
     token.entry = load_entry(warp, c, unit, 0);
-    if (is_full || look_at_slot(warp, c, unit)) load_slot(warp, p, c, unit, token);
-    return token;
+    if (token.slot == nullptr && look_at_slot(warp, c, unit)) load_slot(warp, p, c, unit, token);
 }
 
 // This share of the row, to the rows of all `lanes`. `row`: this lane's, of all experts' rows.
@@ -265,12 +274,19 @@ EP_DEVICE void receive(Block block, const Params& p, const LaunchSession& launch
     bool is_right = true;    // this thread has met nothing that makes the call fail
     for_each_unit(block, launch, num_tokens * num_parts + num_lists(c), [&](int idx, bool is_first, const auto& draw) {
         const Unit unit = unit_of(c, idx, num_parts);
-        // Before the wait for the tables, which come last: one trip less after it.
-        const bool is_full = unit.is_token && look_at_slot(warp, c, unit);
-        if (is_first) knows_rows = wait_for_tables(block, c, counts);
+        // A slot that is full is one of ours, so that it may be read before the tables say so: trips less after them.
+        bool is_full = unit.is_token && look_at_slot(warp, c, unit);
+        bool is_lost = false;
+        if (is_first) {
+            is_lost = wait_for_tables(block, c, counts, launch.role);
+            // Where the launch has not sent, all is here most likely.
+            if (unit.is_token && !is_full && c.sends() && prim::warp_idx() != 0)
+                is_full = watch_slot(warp, c, launch.role, unit);
+        }
         Token token = {};
-        if (knows_rows && unit.is_token && counts.is_here[unit.source] != 0)
-            token = begin_token(warp, p, c, unit, is_full);
+        if (is_full) load_slot(warp, p, c, unit, token);
+        if (is_first) knows_rows = !any(block, is_lost);  // one thread's acquire, the block's reads
+        if (knows_rows && unit.is_token && counts.is_here[unit.source] != 0) begin_token(warp, p, c, unit, token);
         if (is_first && knows_rows) knows_rows = find_counts(block, c, counts);
         if (knows_rows && unit.is_token) is_right &= finish_token(warp, p, c, unit, counts, token, draw);
         if (knows_rows && unit.is_list) write_list(warp, p, c, launch.role, counts, unit.list);

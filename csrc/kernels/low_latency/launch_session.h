@@ -11,10 +11,11 @@ inline namespace EP_BACKEND {
 
 // What the block knows of its part in the launch; shared memory.
 struct BlockRole {
-    int is_ready;  // zero: some rank has given up, do nothing
-    int is_first;  // this block began before all others of its grid
-    int receives;  // it takes part in the receive phase
-    int share;     // its current part of that
+    int is_ready;      // zero: some rank has given up, do nothing
+    int is_first;      // this block began before all others of its grid
+    int receives;      // it takes part in the receive phase
+    int share;         // its current part of that
+    int knows_tables;  // of a dispatch in a launch that has sent: warp 0 waits for no table any more
     // Of this launch, after a barrier. Context::turn is right only in a warp that has begun before the launch was counted:
     // in a receive phase of its own another warp than the last may be later.
     layout::LowLatencyTurn* turn;
@@ -98,7 +99,8 @@ private:
 };
 
 // When the block that began first tells the peers what this rank has received: when the phase ends; or within the phase, before
-// the block waits for a peer there.
+// the block waits for a peer there. Which block that is takes a trip to memory to learn, which a phase that tells at its end does
+// not wait for.
 enum class Tells { kAtEnd, kInside };
 
 // All blocks of a launch that sends. It begins when no peer reads the bank any more: what was loaded by then is under way all
@@ -107,8 +109,10 @@ template <Tells kTells> class SendPhase {
 public:
     EP_DEVICE SendPhase(Block block, const LaunchSession& launch) : launch_(launch) {
         block.expect();
-        if (prim::warp_idx() == 0) begin(Warp{});
+        if (is_last_warp(block)) begin(Warp{});
+        if (prim::warp_idx() == 0) look(Warp{});
         block.sync();  // each lane's acquire, the block's stores
+        if (!is_ready()) wait(block);
     }
 
     // In a launch of both phases a block may wait for rows of its own rank only when all blocks have begun: one that has not
@@ -118,7 +122,7 @@ public:
         const Block block;
         block.expect();
         if (is_last_warp(block)) {
-            if (kTells == Tells::kAtEnd && is_first()) publish_ended(Warp{}, launch_.context);
+            if (kTells == Tells::kAtEnd && began_first(Warp{})) tell_peers(Warp{});
             launch_.settle(Warp{});
         }
         // Another warp than that, and than warp 0, which is busy with releases; a block may have but one.
@@ -135,7 +139,10 @@ public:
     // False: some rank has given up, and nothing is to be sent.
     EP_DEVICE bool is_ready() const { return role().is_ready != 0; }
     // This block began before all others of its grid.
-    EP_DEVICE bool is_first() const { return role().is_first != 0; }
+    EP_DEVICE bool is_first() const {
+        static_assert(kTells == Tells::kInside);
+        return role().is_first != 0;
+    }
     // Nothing is sent to the rank.
     EP_DEVICE bool leaves_out(int rank) const {
         return launch_.context.call.is_shrinkable && (role().left_out[rank / 32] >> rank % 32 & 1u) != 0;
@@ -144,7 +151,7 @@ public:
     // The block that began first: tells the peers what this rank has received.
     EP_DEVICE void tell_ended(Block block) const {
         static_assert(kTells == Tells::kInside);
-        if (is_last_warp(block)) publish_ended(Warp{}, launch_.context);
+        if (is_last_warp(block)) tell_peers(Warp{});
     }
 
     // The block that has written our table into the messages to all ranks: they may read it.
@@ -165,30 +172,57 @@ public:
 private:
     EP_DEVICE BlockRole& role() const { return launch_.role; }
 
-    EP_DEVICE void begin(Warp warp) const {
+    // The last warp's part.
+    EP_DEVICE void begin(Warp warp) {
+        if (warp.thread_rank() == 0) order_ = launch_.begin_block();
+        if (kTells == Tells::kAtEnd) return;
+        const bool is_first = began_first(warp);
+        if (warp.thread_rank() == 0) role().is_first = is_first ? 1 : 0;
+    }
+
+    // What the last warp knows.
+    EP_DEVICE bool began_first(Warp warp) const {
+        warp.expect();
+        return __shfl_sync(kFullMask, order_, 0) == 0;
+    }
+
+    // Says nothing new when it is done again.
+    EP_DEVICE void tell_peers(Warp warp) const {
         const Context& c = launch_.context;
-        uint32_t order = 0;
-        if (warp.thread_rank() == 0) order = launch_.begin_block();
+        algo::publish<Order::kRelaxed, Scope::kSys>(
+            warp, c.num_ranks(), [&](int peer) { return !is_masked(c.call, peer); },
+            [&](int peer) { return c.watch.heap.low_latency_started(peer, c.rank()); }, c.watch.call);
+        publish_ended(warp, c);
+    }
+
+    // One look at the flags of both banks, so that it need not come after the number of the call: that is under way too.
+    EP_DEVICE void look(Warp warp) const {
+        warp.expect();
+        const Context& c = launch_.context;
         bool may_go_on = algo::abort_code(c.watch) == 0;
 #pragma unroll 1
-        for (int peer = warp.thread_rank(); peer < c.num_ranks(); peer += warp.size())
-            may_go_on &= is_bank_free(c, peer);
-        bool is_ready = __all_sync(kFullMask, may_go_on) != 0;
-        const bool is_first = __shfl_sync(kFullMask, order, 0) == 0;
-        if (is_first)
-            algo::publish<Order::kRelaxed, Scope::kSys>(
-                warp, c.num_ranks(), [&](int peer) { return !is_masked(c.call, peer); },
-                [&](int peer) { return c.watch.heap.low_latency_started(peer, c.rank()); }, c.watch.call);
-        if (!is_ready) {
-            if (is_first) publish_ended(warp, c);
-            is_ready = wait_for_bank(warp, c);
-        }
-        if (c.call.is_shrinkable) note_masks(warp);
+        for (int i = warp.thread_rank(); i < c.num_ranks() * layout::kNumLowLatencyBanks; i += warp.size())
+            may_go_on &= is_bank_free(c, i / c.num_ranks(), i % c.num_ranks());
+        const bool is_ready = __all_sync(kFullMask, may_go_on) != 0;
+        if (is_ready && c.call.is_shrinkable) note_masks(warp);
         if (warp.thread_rank() == 0) {
             role().is_ready = is_ready ? 1 : 0;
-            role().is_first = is_first ? 1 : 0;
             role().turn = c.turn;
+            role().knows_tables = 0;
         }
+    }
+
+    // The bank is not free yet, or the call has failed. The peers are told what this rank has received before anybody waits.
+    EP_DEVICE void wait(Block block) const {
+        block.sync();  // every warp has come to know it
+        if (is_last_warp(block) && began_first(Warp{})) tell_peers(Warp{});
+        if (prim::warp_idx() == 0) {
+            const Warp warp;
+            const bool is_ready = wait_for_bank(warp, launch_.context);
+            if (launch_.context.call.is_shrinkable) note_masks(warp);
+            if (warp.thread_rank() == 0) role().is_ready = is_ready ? 1 : 0;
+        }
+        block.sync();
     }
 
     EP_DEVICE void note_masks(Warp warp) const {
@@ -202,6 +236,7 @@ private:
     }
 
     const LaunchSession& launch_;
+    uint32_t order_ = 0;  // of the block, in lane 0 of its last warp
 };
 
 // All blocks of a launch that only receives.

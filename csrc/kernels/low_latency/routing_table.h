@@ -186,8 +186,8 @@ struct Counts {
 };
 
 // Acquire: which tables count in this call. One thread waits for a table: if every warp did for itself, they would crowd the
-// flag. False: the call has failed.
-EP_DEVICE bool wait_for_tables(Block block, const Context& c, const Counts& counts) {
+// flag. A barrier must follow. True: this thread has found that the call has failed.
+EP_DEVICE bool wait_for_tables(Block block, const Context& c, const Counts& counts, BlockRole& role) {
     block.expect();
     bool is_lost = false;
 #pragma unroll 1
@@ -196,7 +196,10 @@ EP_DEVICE bool wait_for_tables(Block block, const Context& c, const Counts& coun
         is_lost |= !is_here && has_failed(c.watch);
         counts.is_here[source] = is_here ? 1 : 0;
     }
-    return !any(block, is_lost);  // one thread's acquire, the block's reads
+    // A hint for watch_slot, when every lane has its tables.
+    if (prim::warp_idx() == 0 && (__any_sync(kFullMask, is_lost) != 0 || Warp::thread_rank() == 0))
+        prim::store<Order::kRelaxed, Scope::kCta>(&role.knows_tables, 1);
+    return is_lost;
 }
 
 // After wait_for_tables. False: some table states a number that cannot be true, and the call has failed: in every block,
