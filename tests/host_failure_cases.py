@@ -14,7 +14,7 @@ from typing import Any, Optional
 import torch
 from failure_cases import SHORT_TIMEOUT_S, failing_construction, failure_of, impatient_buffer, settle
 from low_latency_pending_call import LowLatencyPendingCall, Manner
-from pending_call import How, PendingCall
+from pending_call import How, PendingCall, dispatch_arguments
 from single_rank import single_rank_buffer
 from utils import Worker
 from workload import Workload
@@ -325,13 +325,9 @@ def replayed_graph(worker: Worker, absent: int, operation: str) -> dict[str, Any
             if operation == "low_latency_dispatch":
                 return buffer.low_latency_dispatch(x, topk_idx, 4, worker.num_ranks, use_fp8=False)
             return buffer.dispatch(x,
-                                   None,
-                                   layout[0],
-                                   None,
-                                   layout[3],
-                                   layout[2],
-                                   topk_idx,
-                                   weights,
+                                   **dispatch_arguments(layout),
+                                   topk_idx=topk_idx,
+                                   topk_weights=weights,
                                    num_worst_tokens=num_rows)
 
         call()

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from compare import bits, equal, poisoned, same_bits
 from failure_cases import failure_of
-from pending_call import How, PendingCall, expected
+from pending_call import How, PendingCall, dispatch_arguments, expected
 from utils import Worker
 from workload import Workload
 
@@ -125,25 +125,18 @@ def chained_events(worker: Worker, work: Workload) -> None:
     assert weights is not None
     weights = weights.to(worker.device)
     options: dict[str, Any] = {"async_finish": True, "allocate_on_comm_stream": True}
-    per_rank, _, per_expert, in_rank, event = buffer.get_dispatch_layout(topk_idx,
-                                                                         work.num_experts,
-                                                                         previous_event=buffer.capture(),
-                                                                         **options)
+    counted = buffer.get_dispatch_layout(topk_idx, work.num_experts, previous_event=buffer.capture(), **options)
     recv_x, _, recv_weights, _, handle, event = buffer.dispatch(x,
-                                                                None,
-                                                                per_rank,
-                                                                None,
-                                                                in_rank,
-                                                                per_expert,
-                                                                topk_idx,
-                                                                weights,
-                                                                previous_event=event,
+                                                                **dispatch_arguments(counted),
+                                                                topk_idx=topk_idx,
+                                                                topk_weights=weights,
+                                                                previous_event=counted[4],
                                                                 **options)
     combined, combined_weights, event = buffer.combine(recv_x, handle, recv_weights, previous_event=event, **options)
     with event:
         pass
     same_bits("recv_x", recv_x, pending.arrival.x)
-    copies = pending.arrivals[0].rank_prefix_matrix.new_tensor(in_rank.sum(1).tolist())
+    copies = pending.arrivals[0].rank_prefix_matrix.new_tensor(counted[3].sum(1).tolist())
     want = (x.float().cpu() * copies[:, None]).bfloat16()
     same_bits("combined_x", combined + 0.0, want + 0.0)
     # A weight comes back from each rank that owns the expert: exactly one.
@@ -314,15 +307,10 @@ def graph_replays(worker: Worker, work: Workload) -> None:
     weights = torch.zeros(topk_idx.shape, device=worker.device)
 
     def step() -> Any:
-        per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, work.num_experts)
         received = buffer.dispatch(x,
-                                   None,
-                                   per_rank,
-                                   None,
-                                   in_rank,
-                                   per_expert,
-                                   topk_idx,
-                                   weights,
+                                   **dispatch_arguments(buffer.get_dispatch_layout(topk_idx, work.num_experts)),
+                                   topk_idx=topk_idx,
+                                   topk_weights=weights,
                                    num_worst_tokens=sum(work.num_tokens))
         return received, buffer.combine(received[0], received[4])[0]
 

@@ -11,9 +11,8 @@ from compare import bits, equal, same_bits
 from failure_cases import SHORT_TIMEOUT_S, failure_of, settle
 from low_latency_pending_call import (
     BF16,
+    CASTS,
     FP8,
-    FP8_ROUNDED,
-    UE8M0,
     LowLatencyPendingCall,
     Manner,
     answers_of,
@@ -44,7 +43,7 @@ def trips(worker: Worker,
 
 
 def every_manner(worker: Worker, work: Workload) -> None:
-    for cast in (BF16, FP8, FP8_ROUNDED, UE8M0):
+    for cast in CASTS:
         for mode in MODES:
             whole_trip(worker, work, Manner(cast, mode, has_stats=True, has_out=mode == "hook"))
 
@@ -121,7 +120,7 @@ def many_shapes(worker: Worker, rounds: int, seed: int) -> None:
         return options[int(torch.randint(len(options), (1, ), generator=random))]
 
     for i in range(rounds):
-        cast, max_tokens = choose(BF16, FP8, FP8_ROUNDED, UE8M0), choose(1, 3, 16, 24)
+        cast, max_tokens = choose(*CASTS), choose(1, 3, 16, 24)
         work = Workload(tuple(choose(0, 1, max_tokens // 2, max_tokens) for _ in range(worker.num_ranks)),
                         hidden=choose(8, 264, 520) if cast == BF16 else choose(512, 1536),
                         num_topk=choose(1, 2, 5, 8),

@@ -28,6 +28,12 @@ class How:
     settles: bool = False  # raise what the kernels reported before looking at results: for calls that are to fail
 
 
+def dispatch_arguments(counted: Any) -> dict[str, Any]:
+    """What `get_dispatch_layout` returned, as arguments of `dispatch`."""
+    names = ("num_tokens_per_rank", "num_tokens_per_rdma_rank", "num_tokens_per_expert", "is_token_in_rank")
+    return dict(zip(names, counted))
+
+
 @functools.lru_cache(maxsize=8)
 def expected(work: Workload, expert_alignment: int) -> tuple[list[Sent], list[Arrival]]:
     sent = work.sent()
@@ -96,12 +102,7 @@ class PendingCall:
         assert got[1] is None
         same_bits("num_tokens_per_expert", got[2], want.num_tokens_per_expert)
         same_bits("is_token_in_rank", got[3], want.is_token_in_rank)
-        self.layout_tensors = {
-            "num_tokens_per_rank": got[0],
-            "num_tokens_per_rdma_rank": None,
-            "num_tokens_per_expert": got[2],
-            "is_token_in_rank": got[3]
-        }
+        self.layout_tensors = dispatch_arguments(got)
         return self
 
     def start_dispatch(self) -> "PendingCall":

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from pending_call import dispatch_arguments
 from single_rank import single_rank_buffer
 from torch._C._dynamo import eval_frame
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -43,13 +44,11 @@ def shared() -> Iterator[Buffer]:
 
 def synchronous(buffer: Buffer, x: torch.Tensor, logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     topk_weights, topk_idx = logits.softmax(-1).topk(NUM_TOPK)
-    per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, NUM_EXPERTS)
+    counted = buffer.get_dispatch_layout(topk_idx, NUM_EXPERTS)
     rows, _, row_weights, counts, handle, _ = buffer.dispatch(x,
-                                                              num_tokens_per_rank=per_rank,
-                                                              num_tokens_per_expert=per_expert,
-                                                              is_token_in_rank=in_rank,
                                                               topk_idx=topk_idx,
-                                                              topk_weights=topk_weights)
+                                                              topk_weights=topk_weights,
+                                                              **dispatch_arguments(counted))
     assert isinstance(rows, torch.Tensor)
     assert handle is not None
     assert row_weights is not None
@@ -62,18 +61,13 @@ def synchronous(buffer: Buffer, x: torch.Tensor, logits: torch.Tensor, weight: t
 def overlapped(buffer: Buffer, x: torch.Tensor, logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     topk_weights, topk_idx = logits.softmax(-1).topk(NUM_TOPK)
     begin = Buffer.capture()
-    per_rank, _, per_expert, in_rank, event = buffer.get_dispatch_layout(topk_idx,
-                                                                         NUM_EXPERTS,
-                                                                         previous_event=begin,
-                                                                         async_finish=True)
+    counted = buffer.get_dispatch_layout(topk_idx, NUM_EXPERTS, previous_event=begin, async_finish=True)
     rows, _, _, _, handle, event = buffer.dispatch(x,
-                                                   num_tokens_per_rank=per_rank,
-                                                   num_tokens_per_expert=per_expert,
-                                                   is_token_in_rank=in_rank,
                                                    topk_idx=topk_idx,
                                                    topk_weights=topk_weights,
-                                                   previous_event=event,
-                                                   async_finish=True)
+                                                   previous_event=counted[4],
+                                                   async_finish=True,
+                                                   **dispatch_arguments(counted))
     event.current_stream_wait()
     assert isinstance(rows, torch.Tensor)
     assert handle is not None
