@@ -16,11 +16,7 @@ TEST_CASE("low latency: without enable_shrink a missing rank is a timeout that n
     const LowLatencyProblem problem{.num_tokens = {9, 4, 3}, .num_experts = 3};
     World world(3, 0, impatient(), 2.0, low_latency_bytes(problem));
     auto ranks = make_low_latency_inputs(problem);
-    for (int rank : {0, 2}) {
-        send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
-        receive_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
-    }
-    world.run();
+    dispatch_on(world, problem, ranks, {0, 2});
     check_absent_is_named(world, {0, 2}, 1);
 }
 
@@ -157,14 +153,10 @@ template <class Change>
 std::string combine_after(const LowLatencyProblem& problem, Launches launches, const Change& change) {
     World world(problem.num_ranks(), 0, impatient(), 2.0, low_latency_bytes(problem) + (1 << 20));
     auto ranks = make_low_latency_inputs(problem);
-    for (int rank = 0; rank < problem.num_ranks(); ++rank)
-        launch_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank, launches);
-    world.run();
+    dispatch_on(world, problem, ranks, all_ranks(problem), launches);
     fill_expert_rows(problem, ranks);
     change(ranks);
-    for (int rank = 0; rank < problem.num_ranks(); ++rank)
-        launch_combine(world, problem, ranks[static_cast<size_t>(rank)], rank, launches);
-    world.run();
+    combine_on(world, problem, ranks, all_ranks(problem), launches);
     std::string found;
     for (int rank = 0; rank < problem.num_ranks(); ++rank) {
         try {
@@ -273,17 +265,9 @@ TEST_CASE("low latency: with enable_shrink the missing rank is masked, and the o
     World world(3, 0, impatient(), 2.0, low_latency_bytes(problem), true);
     auto ranks = make_low_latency_inputs(problem);
     for (int round = 0; round < 3; ++round) {
-        for (int rank : {0, 2}) {
-            send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
-            receive_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
-        }
-        world.run();
+        dispatch_on(world, problem, ranks, {0, 2});
         fill_expert_rows(problem, ranks);
-        for (int rank : {0, 2}) {
-            send_combine(world, problem, ranks[static_cast<size_t>(rank)], rank);
-            receive_combine(world, problem, ranks[static_cast<size_t>(rank)], rank);
-        }
-        world.run();
+        combine_on(world, problem, ranks, {0, 2});
     }
     auto survivors = problem;
     survivors.num_tokens[1] = 0;
@@ -312,11 +296,7 @@ TEST_CASE("low latency: a masked rank that comes all the same is left out by eve
             for (int peer = 0; peer < 3; ++peer)
                 world.buffer(rank).low_latency().masked_ranks()[peer] = is_apart[rank] != is_apart[peer] ? 1 : 0;
         auto ranks = make_low_latency_inputs(problem);
-        for (int rank = 0; rank < 3; ++rank) {
-            send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
-            receive_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
-        }
-        world.run();
+        dispatch_on(world, problem, ranks, {0, 1, 2});
         for (int rank = 0; rank < 3; ++rank) {
             auto heard = ranks;
             for (int peer = 0; peer < 3; ++peer)
@@ -412,8 +392,7 @@ TEST_CASE("low latency: nothing is written into the memory of a masked rank") {
     auto ranks = make_low_latency_inputs(problem);
     for (Launches launches : {Launches::kOne, Launches::kTwo, Launches::kOne}) {
         for (int rank : {0, 2}) launch_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank, launches);
-        for (int rank : {0, 2}) launch_combine(world, problem, ranks[static_cast<size_t>(rank)], rank, launches);
-        world.run();
+        combine_on(world, problem, ranks, {0, 2}, launches);
     }
     const auto control = layout::ControlLayout::make(3);
     const uint8_t* heap = world.buffer(1).data() - control.bytes;
