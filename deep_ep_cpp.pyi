@@ -2,9 +2,9 @@
 
 Callers use `deep_ep.Buffer`; this is the seam below it. Python has validated every argument before a call arrives here;
 the native code repeats the checks that guard memory only. Methods that wait for a device or for peers release the GIL
-(connect, destroy, wait_counts, synchronize_*; lend for a graph). A launch takes microseconds and does not; where a GPU's
-launch queue is full it holds the GIL until there is room. So does check(), which is in every call: it takes less than a
-microsecond, and up to 0.3 s once, where it finds a failure whose reason another rank has yet to tell.
+(connect, destroy, wait_counts, synchronize_*; lend for a graph). A launch takes microseconds and does not; where a
+GPU's launch queue is full it holds the GIL until there is room. So does check(), which is in every call: it takes less
+than a microsecond, and up to 0.3 s once, where it finds a failure whose reason another rank has yet to tell.
 """
 from typing import Any, Callable, List, Tuple, TypedDict
 

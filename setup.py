@@ -26,7 +26,7 @@ LICENCES = ['LICENSE', 'licenses/*.txt', 'build/wheel/licenses/*.txt']  # the la
 
 def find_version() -> str:
     """`1.3.0.dev0+abc1234` in a checkout; what the archive says in an unpacked source archive."""
-    base = re.search(r'__version__ = "(.+)"', (ROOT / 'deep_ep' / 'version.py').read_text()).group(1)
+    base = re.search(r'__version__ = "(.+)"', (ROOT / 'deep_ep' / '_env.py').read_text()).group(1)
     if (ROOT / '.git').exists():
         command = ['git', 'rev-parse', '--short=7', 'HEAD']
         found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -23,6 +23,7 @@ import torch
 from deep_ep import Buffer, _streams, utils
 from deep_ep.bench.host import Clock, timed_waits, waits
 from deep_ep.utils import EventPool
+from deep_ep_cpp import CombineArgs, LayoutArgs
 
 HIDDEN, NUM_EXPERTS, NUM_TOPK, NUM_TOKENS = 7168, 64, 8, 64
 NUM_LL_EXPERTS = 16  # outputs grow with them, and large ones cost the CPU's allocator a system call
@@ -172,12 +173,34 @@ def time_primitives(buffer: Buffer, device: torch.device) -> None:
     counts = [
         tensor.data_ptr() for tensor in buffer.get_dispatch_layout(topk_idx, NUM_EXPERTS)[:4] if tensor is not None
     ]
+    combine_args = CombineArgs(x=addresses[0],
+                               num_rows=NUM_TOKENS,
+                               hidden=HIDDEN,
+                               rank_prefix_matrix=addresses[1],
+                               send_head=addresses[2],
+                               num_tokens=NUM_TOKENS,
+                               combined_x=addresses[3])
+    layout_args = LayoutArgs(topk_idx=topk_idx.data_ptr(),
+                             idx_bytes=topk_idx.element_size(),
+                             num_tokens=NUM_TOKENS,
+                             num_topk=NUM_TOPK,
+                             num_experts=NUM_EXPERTS,
+                             num_tokens_per_rank=counts[0],
+                             num_tokens_per_expert=counts[1],
+                             is_token_in_rank=counts[2])
     primitives: dict[str, Callable[[], Any]] = {
         "launch of combine":  # a cooperative one
-        lambda: runtime.combine(addresses[0], NUM_TOKENS, HIDDEN, 0, 0, 0, 0, addresses[1], addresses[2], NUM_TOKENS,
-                                addresses[3], 0, 20, handle),
+        lambda: runtime.combine(combine_args, 20, handle),
         "launch of layout":  # an ordinary one
-        lambda: runtime.get_dispatch_layout(topk_idx.data_ptr(), 8, NUM_TOKENS, NUM_TOPK, NUM_EXPERTS, *counts, handle),
+        lambda: runtime.get_dispatch_layout(layout_args, handle),
+        "combine's record":
+        lambda: CombineArgs(x=addresses[0],
+                            num_rows=NUM_TOKENS,
+                            hidden=HIDDEN,
+                            rank_prefix_matrix=addresses[1],
+                            send_head=addresses[2],
+                            num_tokens=NUM_TOKENS,
+                            combined_x=addresses[3]),
         "native check":
         runtime.check,
         "torch.empty 2-D":
@@ -188,6 +211,8 @@ def time_primitives(buffer: Buffer, device: torch.device) -> None:
         lambda: torch.empty((NUM_TOKENS, HIDDEN), dtype=torch.bfloat16, device=device),
         "record_event":
         lambda: native.record_event(event, handle),
+        "stream_kind":
+        lambda: native.stream_kind(handle),
         "stream_wait_event":
         lambda: native.stream_wait_event(handle, event),
         "torch wait_stream":
@@ -203,8 +228,6 @@ def time_primitives(buffer: Buffer, device: torch.device) -> None:
         "torch current_stream":
         lambda: torch.cuda.current_stream(device),
     }
-    if hasattr(native, "stream_kind"):
-        primitives["stream_kind"] = lambda: native.stream_kind(handle)
     for name, primitive in primitives.items():
         measure(primitive, torch.cuda.synchronize, 5)
         cpu, wall = measure(primitive, torch.cuda.synchronize, 30)

@@ -9,19 +9,16 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/device.h"
 #include "bindings/record.h"
 #include "core/dlpack.h"
 #include "core/driver_floor.h"
 #include "core/env.h"
 #include "core/error.h"
 #include "core/interruption.h"
-#include "device/simt/device.h"
 #include "layout/intranode.h"
 #include "runtime/buffer.h"
 #include "runtime/config.h"
-#if EP_WITH_CUDA
-#include "device/cuda/device.h"
-#endif
 
 namespace py = pybind11;
 
@@ -34,18 +31,7 @@ namespace {
 using runtime::Buffer;
 using release_gil = py::call_guard<py::gil_scoped_release>;
 
-template <class T> T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
-
 uintptr_t number(void* handle) { return reinterpret_cast<uintptr_t>(handle); }
-
-std::shared_ptr<dev::Device> make_device(int index) {
-    if (index < 0) return simt::make_cpu_device();
-#if EP_WITH_CUDA
-    return dev::make_cuda_device(index);
-#else
-    throw Error("this build of deep_ep has no CUDA device: it was built without a CUDA toolkit");
-#endif
-}
 
 CudaVersions cuda_versions() {
 #if EP_WITH_CUDA

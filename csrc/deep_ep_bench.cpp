@@ -3,11 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "bench/links.h"
-#include "core/error.h"
-#include "device/simt/device.h"
-#if EP_WITH_CUDA
-#include "device/cuda/device.h"
-#endif
+#include "bindings/device.h"
 
 namespace py = pybind11;
 
@@ -15,17 +11,6 @@ namespace deep_ep::bench {
 namespace {
 
 using release_gil = py::call_guard<py::gil_scoped_release>;
-
-std::shared_ptr<dev::Device> make_device(int index) {
-    if (index < 0) return simt::make_cpu_device();
-#if EP_WITH_CUDA
-    return dev::make_cuda_device(index);
-#else
-    throw Error("this build of deep_ep_bench_cpp has no CUDA device");
-#endif
-}
-
-template <class T> T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
 }  // namespace
 

@@ -8,10 +8,9 @@ except ImportError as _error:
     raise ImportError(f"deep_ep: the native extension deep_ep_cpp does not load ({_error}). To see what is wrong, run: "
                       f"python {_Path(__file__).with_name('doctor.py')}") from _error
 
-from deep_ep._env import features, supports
+from deep_ep._env import __version__, features, supports
 from deep_ep.buffer import Buffer
 from deep_ep.utils import EventHandle, EventOverlap
-from deep_ep.version import __version__
 from deep_ep_cpp import (
     Config,
     CudaError,

@@ -97,6 +97,8 @@ def is_capturing() -> bool:
     return device_choice()[0] == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+__version__ = "1.3.0.dev0"  # the build reads it from here
+
 FEATURES = {
     "high_throughput": "dispatch and combine inside a node",
     "low_latency": "low_latency_dispatch and low_latency_combine inside a node",

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 
 from deep_ep import _checks
+from deep_ep._checks import KnownTensors
 from deep_ep._env import is_capturing
 from deep_ep._memory import Lender, Spec, num_bytes_of
 from deep_ep._peers import handle_fact
@@ -85,144 +86,205 @@ def _ptr(tensor: Optional[torch.Tensor]) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def get_dispatch_layout(
-    session: Session, topk_idx: torch.Tensor, num_experts: int, previous_event: Optional[EventOverlap],
-    async_finish: bool, allocate_on_comm_stream: bool
-) -> tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torch.Tensor, EventOverlap]:
-    device, num_ranks = session.streams.device, session.num_ranks
-    num_tokens, num_topk = _checks.check_topk_idx(topk_idx, device)
-    num_experts = _checks.check_int("num_experts", num_experts, 1, maximum=_checks.MAX_LOCAL_EXPERTS * num_ranks)
-    _checks.check_num_experts("num_experts", num_experts, num_ranks)
-    with open_operation(session, "get_dispatch_layout", previous_event, async_finish,
-                        allocate_on_comm_stream) as operation:
-        with operation.allocation():
-            per_rank = session.empty[torch.int32](num_ranks)
-            per_expert = session.empty[torch.int32](num_experts)
-            in_rank = session.empty[torch.bool](num_tokens, num_ranks)
-        operation.start((topk_idx, ), (per_rank, per_expert, in_rank))
-        args = LayoutArgs(topk_idx=topk_idx.data_ptr(),
-                          idx_bytes=topk_idx.element_size(),
-                          num_tokens=num_tokens,
-                          num_topk=num_topk,
-                          num_experts=num_experts,
-                          num_tokens_per_rank=per_rank.data_ptr(),
-                          num_tokens_per_expert=per_expert.data_ptr(),
-                          is_token_in_rank=in_rank.data_ptr())
-        session.runtime.get_dispatch_layout(args, operation.stream)
-        event = close_operation(operation)
-    session.known_layouts.add(True, in_rank, per_rank, per_expert)
-    return per_rank, None, per_expert, in_rank, event
+class HighThroughput:
+    """The high-throughput side of one Buffer."""
 
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._known_handles = KnownTensors[tuple[int, int]]()  # send_head, rank_prefix_matrix, recv_src_idx: N, M
+        self._known_layouts = KnownTensors[bool]()  # is_token_in_rank, num_tokens_per_rank, num_tokens_per_expert
+        # In the place of the two matrices of a handle that this version has no use for; no data, so all can share it.
+        self._unused_matrix = torch.empty(session.num_ranks, 0, dtype=torch.int32, device=session.streams.device)
 
-def dispatch_fresh(session: Session, x: Payload, routing: Routing, expert_alignment: int, num_worst_tokens: int,
-                   num_sms: int, previous_event: Optional[EventOverlap], async_finish: bool,
-                   allocate_on_comm_stream: bool) -> DispatchResult:
-    rows, scales = _checks.check_payload(x, session.streams.device)
-    num_tokens = rows.shape[0]
-    _check_routing(session, routing, num_tokens)
-    expert_alignment = _checks.check_int("expert_alignment", expert_alignment, 1, maximum=MAX_ALIGNMENT)
-    num_worst_tokens = _checks.check_int("num_worst_tokens", num_worst_tokens, 0)
-    if num_worst_tokens and routing.topk_idx is None:
-        raise ValueError("num_worst_tokens needs topk_idx and topk_weights: -1 in recv_topk_idx marks the unused rows")
-    num_experts = routing.num_tokens_per_expert.shape[0]
-    _compare_calls(session, "dispatch", rows, scales, routing)
-    with open_operation(session, "dispatch", previous_event, async_finish, allocate_on_comm_stream) as operation:
-        if operation.is_captured and not num_worst_tokens:
-            raise Error("dispatch: inside a CUDA graph the host cannot learn the receive count; pass num_worst_tokens, "
-                        "or the handle of an earlier dispatch")
-        with operation.allocation():
-            rank_prefix_matrix, send_head = _notify_outputs(session, num_tokens)
-        call = _Dispatch(session, rows, scales, routing, rank_prefix_matrix, send_head, num_experts, num_sms, operation)
-        if num_worst_tokens:
-            num_rows, outputs = num_worst_tokens, call.worst_case(num_worst_tokens)
-            per_expert: list[int] = []
-        else:
-            num_rows, per_expert, outputs = call.counted(expert_alignment)
-        event = close_operation(operation)
-    unused = session.unused_matrix
-    handle = (rank_prefix_matrix, unused, unused, outputs.src_idx, routing.is_token_in_rank, send_head)
-    session.known_handles.add((num_tokens, num_rows), send_head, rank_prefix_matrix, outputs.src_idx)
-    return outputs.payload(), outputs.topk_idx, outputs.topk_weights, per_expert, handle, event
+    def get_dispatch_layout(
+        self, topk_idx: torch.Tensor, num_experts: int, previous_event: Optional[EventOverlap], async_finish: bool,
+        allocate_on_comm_stream: bool
+    ) -> tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torch.Tensor, EventOverlap]:
+        session = self._session
+        device, num_ranks = session.streams.device, session.num_ranks
+        num_tokens, num_topk = _checks.check_topk_idx(topk_idx, device)
+        num_experts = _checks.check_int("num_experts", num_experts, 1, maximum=_checks.MAX_LOCAL_EXPERTS * num_ranks)
+        _checks.check_num_experts("num_experts", num_experts, num_ranks)
+        with open_operation(session, "get_dispatch_layout", previous_event, async_finish,
+                            allocate_on_comm_stream) as operation:
+            with operation.allocation():
+                per_rank = session.empty[torch.int32](num_ranks)
+                per_expert = session.empty[torch.int32](num_experts)
+                in_rank = session.empty[torch.bool](num_tokens, num_ranks)
+            operation.start((topk_idx, ), (per_rank, per_expert, in_rank))
+            args = LayoutArgs(topk_idx=topk_idx.data_ptr(),
+                              idx_bytes=topk_idx.element_size(),
+                              num_tokens=num_tokens,
+                              num_topk=num_topk,
+                              num_experts=num_experts,
+                              num_tokens_per_rank=per_rank.data_ptr(),
+                              num_tokens_per_expert=per_expert.data_ptr(),
+                              is_token_in_rank=in_rank.data_ptr())
+            session.runtime.get_dispatch_layout(args, operation.stream)
+            event = close_operation(operation)
+        self._known_layouts.add(True, in_rank, per_rank, per_expert)
+        return per_rank, None, per_expert, in_rank, event
 
+    def dispatch_fresh(self, x: Payload, routing: Routing, expert_alignment: int, num_worst_tokens: int, num_sms: int,
+                       previous_event: Optional[EventOverlap], async_finish: bool,
+                       allocate_on_comm_stream: bool) -> DispatchResult:
+        session = self._session
+        rows, scales = _checks.check_payload(x, session.streams.device)
+        num_tokens = rows.shape[0]
+        self._check_routing(routing, num_tokens)
+        expert_alignment = _checks.check_int("expert_alignment", expert_alignment, 1, maximum=MAX_ALIGNMENT)
+        num_worst_tokens = _checks.check_int("num_worst_tokens", num_worst_tokens, 0)
+        if num_worst_tokens and routing.topk_idx is None:
+            raise ValueError(
+                "num_worst_tokens needs topk_idx and topk_weights: -1 in recv_topk_idx marks the unused rows")
+        num_experts = routing.num_tokens_per_expert.shape[0]
+        self._compare_calls("dispatch", rows, scales, routing)
+        with open_operation(session, "dispatch", previous_event, async_finish, allocate_on_comm_stream) as operation:
+            if operation.is_captured and not num_worst_tokens:
+                raise Error(
+                    "dispatch: inside a CUDA graph the host cannot learn the receive count; pass num_worst_tokens, "
+                    "or the handle of an earlier dispatch")
+            with operation.allocation():
+                rank_prefix_matrix, send_head = _notify_outputs(session, num_tokens)
+            call = _Dispatch(session, rows, scales, routing, rank_prefix_matrix, send_head, num_experts, num_sms,
+                             operation)
+            if num_worst_tokens:
+                num_rows, outputs = num_worst_tokens, call.worst_case(num_worst_tokens)
+                per_expert: list[int] = []
+            else:
+                num_rows, per_expert, outputs = call.counted(expert_alignment)
+            event = close_operation(operation)
+        unused = self._unused_matrix
+        handle = (rank_prefix_matrix, unused, unused, outputs.src_idx, routing.is_token_in_rank, send_head)
+        self._known_handles.add((num_tokens, num_rows), send_head, rank_prefix_matrix, outputs.src_idx)
+        return outputs.payload(), outputs.topk_idx, outputs.topk_weights, per_expert, handle, event
 
-def dispatch_cached(session: Session, x: Payload, handle: Any, num_sms: int, previous_event: Optional[EventOverlap],
-                    async_finish: bool, allocate_on_comm_stream: bool) -> DispatchResult:
-    device = session.streams.device
-    rank_prefix_matrix, send_head, num_tokens, num_rows = read_handle(session, handle)
-    rows, scales = _checks.check_payload(x, device)
-    if rows.shape[0] != num_tokens:
-        raise ValueError(f"x must have {num_tokens} rows, the tokens of the dispatch that made the handle, got "
-                         f"{rows.shape[0]}")
-    _compare_calls(session, "dispatch with a handle", rows, scales, rank_prefix_matrix=rank_prefix_matrix)
-    with open_operation(session, "dispatch", previous_event, async_finish, allocate_on_comm_stream) as operation:
-        call = _Dispatch(session, rows, scales, None, rank_prefix_matrix, send_head, 0, num_sms, operation)
-        outputs = call.cached(num_rows)
-        event = close_operation(operation)
-    return outputs.payload(), None, None, None, None, event
+    def dispatch_cached(self, x: Payload, handle: Any, num_sms: int, previous_event: Optional[EventOverlap],
+                        async_finish: bool, allocate_on_comm_stream: bool) -> DispatchResult:
+        session = self._session
+        device = session.streams.device
+        rank_prefix_matrix, send_head, num_tokens, num_rows = self._read_handle(handle)
+        rows, scales = _checks.check_payload(x, device)
+        if rows.shape[0] != num_tokens:
+            raise ValueError(f"x must have {num_tokens} rows, the tokens of the dispatch that made the handle, got "
+                             f"{rows.shape[0]}")
+        self._compare_calls("dispatch with a handle", rows, scales, rank_prefix_matrix=rank_prefix_matrix)
+        with open_operation(session, "dispatch", previous_event, async_finish, allocate_on_comm_stream) as operation:
+            call = _Dispatch(session, rows, scales, None, rank_prefix_matrix, send_head, 0, num_sms, operation)
+            outputs = call.cached(num_rows)
+            event = close_operation(operation)
+        return outputs.payload(), None, None, None, None, event
 
+    def combine(self, x: torch.Tensor, handle: Any, topk_weights: Optional[torch.Tensor], bias: Any, num_sms: int,
+                previous_event: Optional[EventOverlap], async_finish: bool,
+                allocate_on_comm_stream: bool) -> tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]:
+        session = self._session
+        device = session.streams.device
+        rank_prefix_matrix, send_head, num_tokens, num_rows = self._read_handle(handle)
+        given_rows, hidden = _checks.check_rows("x", x, device, BFLOAT16)
+        if given_rows != num_rows:
+            raise ValueError(f"x must have {num_rows} rows, those that the dispatch of this handle received, got "
+                             f"{given_rows}")
+        num_topk = 0
+        if topk_weights is not None:
+            _, num_topk = _checks.check_matrix("topk_weights", topk_weights, device, FLOAT32, num_rows)
+        biases = NO_BIASES if bias is None else _check_bias(bias, device, num_tokens, hidden)
+        if session.call_check is not None:
+            session.call_check.compare("combine", {
+                "the row size of x": hidden,
+                "the columns of topk_weights": num_topk,
+                **handle_fact(rank_prefix_matrix)
+            })
+        with open_operation(session, "combine", previous_event, async_finish, allocate_on_comm_stream) as operation:
+            with operation.allocation():
+                combined = session.empty[torch.bfloat16](num_tokens, hidden)
+                weights = None if topk_weights is None else session.empty[torch.float32](num_tokens, num_topk)
+            operation.start((x, topk_weights, *biases, rank_prefix_matrix, send_head), (combined, weights))
+            args = CombineArgs(x=x.data_ptr(),
+                               num_rows=num_rows,
+                               hidden=hidden,
+                               topk_weights=_ptr(topk_weights),
+                               num_topk=num_topk,
+                               bias=(_ptr(biases[0]), _ptr(biases[1])),
+                               rank_prefix_matrix=rank_prefix_matrix.data_ptr(),
+                               send_head=send_head.data_ptr(),
+                               num_tokens=num_tokens,
+                               combined_x=combined.data_ptr(),
+                               combined_topk_weights=_ptr(weights))
+            session.runtime.combine(args, num_sms, operation.stream)
+            event = close_operation(operation)
+        return combined, weights, event
 
-def combine(session: Session, x: torch.Tensor, handle: Any, topk_weights: Optional[torch.Tensor], bias: Any,
-            num_sms: int, previous_event: Optional[EventOverlap], async_finish: bool,
-            allocate_on_comm_stream: bool) -> tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]:
-    device = session.streams.device
-    rank_prefix_matrix, send_head, num_tokens, num_rows = read_handle(session, handle)
-    given_rows, hidden = _checks.check_rows("x", x, device, BFLOAT16)
-    if given_rows != num_rows:
-        raise ValueError(f"x must have {num_rows} rows, those that the dispatch of this handle received, got "
-                         f"{given_rows}")
-    num_topk = 0
-    if topk_weights is not None:
-        _, num_topk = _checks.check_matrix("topk_weights", topk_weights, device, FLOAT32, num_rows)
-    biases = NO_BIASES if bias is None else _check_bias(bias, device, num_tokens, hidden)
-    if session.call_check is not None:
-        session.call_check.compare("combine", {
-            "the row size of x": hidden,
-            "the columns of topk_weights": num_topk,
-            **handle_fact(rank_prefix_matrix)
-        })
-    with open_operation(session, "combine", previous_event, async_finish, allocate_on_comm_stream) as operation:
-        with operation.allocation():
-            combined = session.empty[torch.bfloat16](num_tokens, hidden)
-            weights = None if topk_weights is None else session.empty[torch.float32](num_tokens, num_topk)
-        operation.start((x, topk_weights, *biases, rank_prefix_matrix, send_head), (combined, weights))
-        args = CombineArgs(x=x.data_ptr(),
-                           num_rows=num_rows,
-                           hidden=hidden,
-                           topk_weights=_ptr(topk_weights),
-                           num_topk=num_topk,
-                           bias=(_ptr(biases[0]), _ptr(biases[1])),
-                           rank_prefix_matrix=rank_prefix_matrix.data_ptr(),
-                           send_head=send_head.data_ptr(),
-                           num_tokens=num_tokens,
-                           combined_x=combined.data_ptr(),
-                           combined_topk_weights=_ptr(weights))
-        session.runtime.combine(args, num_sms, operation.stream)
-        event = close_operation(operation)
-    return combined, weights, event
+    def lend(self, shape: Any, dtype: torch.dtype) -> torch.Tensor:
+        session = self._session
+        lender = session.lender
+        spec: Spec = _checks.check_sizes("shape", shape), _checks.check_dtype("dtype", dtype)
+        num_bytes = num_bytes_of(spec)
+        if lender is None and session.num_ranks > 1:
+            raise Error("lend: this Buffer lends nothing; build it with a larger num_nvl_bytes, or with num_lend_bytes")
+        if lender is None or num_bytes == 0:  # one rank reads its own input in place, wherever it is
+            return torch.empty(spec[0], dtype=dtype, device=session.streams.device)
+        if is_capturing():
+            raise Error("lend: not while a CUDA graph is captured; take the tensor before the capture begins")
+        made = lender.tensor(spec)
+        if made is None:
+            raise Error(f"lend: no room for {num_bytes} bytes; num_lend_bytes is {lender.num_bytes}, and the tensors "
+                        "of earlier calls hold a part of it until they are dropped")
+        return made
 
+    def _read_handle(self, handle: Any) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        """(rank_prefix_matrix, send_head, N, M) of a dispatch's handle, also after a trip through save_for_backward."""
+        session = self._session
+        if not isinstance(handle, (tuple, list)):
+            raise TypeError(f"handle must be the tuple that dispatch returned, got {type(handle).__name__}")
+        if len(handle) != NUM_HANDLE_FIELDS:
+            raise ValueError(f"handle must have {NUM_HANDLE_FIELDS} tensors, got {len(handle)}")
+        rank_prefix_matrix, _, _, recv_src_idx, _, send_head = handle
+        known = self._known_handles.find(send_head, rank_prefix_matrix, recv_src_idx)
+        if known is None:
+            device, num_ranks = session.streams.device, session.num_ranks
+            _checks.check_tensor("handle[0] (rank_prefix_matrix)", rank_prefix_matrix, device, (num_ranks, num_ranks),
+                                 INT32)
+            _checks.check_tensor("handle[3] (recv_src_idx)", recv_src_idx, device, (None, ), INT32)
+            _checks.check_tensor("handle[5] (send_head)", send_head, device, (None, num_ranks), INT32)
+            known = send_head.shape[0], recv_src_idx.shape[0]
+            self._known_handles.add(known, send_head, rank_prefix_matrix, recv_src_idx)
+        return rank_prefix_matrix, send_head, *known
 
-def _compare_calls(session: Session,
-                   operation: str,
-                   rows: torch.Tensor,
-                   scales: Optional[torch.Tensor],
-                   routing: Optional[Routing] = None,
-                   rank_prefix_matrix: Optional[torch.Tensor] = None) -> None:
-    """With the other ranks, where that was asked for."""
-    if session.call_check is None:
-        return
-    facts: dict[str, Any] = {
-        "the row size of x": rows.shape[1],
-        "the dtype of x": str(rows.dtype),
-        "the columns of the scales": 0 if scales is None else scales.shape[1]
-    }
-    fault = None
-    if rank_prefix_matrix is not None:
-        facts.update(handle_fact(rank_prefix_matrix))
-    if routing is not None:
-        fault = _find_layout_fault(routing)
-        facts["the length of num_tokens_per_expert"] = routing.num_tokens_per_expert.shape[0]
-        facts["the columns of topk_idx"] = 0 if routing.topk_idx is None else routing.topk_idx.shape[1]
-    session.call_check.compare(operation, facts, fault)
+    def _check_routing(self, routing: Routing, num_tokens: int) -> None:
+        session = self._session
+        device = session.streams.device
+        per_rank, per_expert, in_rank = routing[:3]
+        if not self._known_layouts.find(in_rank, per_rank, per_expert) or in_rank.shape[0] != num_tokens:
+            _check_layout(per_rank, per_expert, in_rank, device, (num_tokens, session.num_ranks))
+            self._known_layouts.add(True, in_rank, per_rank, per_expert)
+        if routing.topk_idx is not None:
+            shape = _checks.check_topk_idx(routing.topk_idx, device, num_tokens)
+            _checks.check_tensor("topk_weights", routing.topk_weights, device, shape, FLOAT32)
+
+    def _compare_calls(self,
+                       operation: str,
+                       rows: torch.Tensor,
+                       scales: Optional[torch.Tensor],
+                       routing: Optional[Routing] = None,
+                       rank_prefix_matrix: Optional[torch.Tensor] = None) -> None:
+        """With the other ranks, where that was asked for."""
+        session = self._session
+        if session.call_check is None:
+            return
+        facts: dict[str, Any] = {
+            "the row size of x": rows.shape[1],
+            "the dtype of x": str(rows.dtype),
+            "the columns of the scales": 0 if scales is None else scales.shape[1]
+        }
+        fault = None
+        if rank_prefix_matrix is not None:
+            facts.update(handle_fact(rank_prefix_matrix))
+        if routing is not None:
+            fault = _find_layout_fault(routing)
+            facts["the length of num_tokens_per_expert"] = routing.num_tokens_per_expert.shape[0]
+            facts["the columns of topk_idx"] = 0 if routing.topk_idx is None else routing.topk_idx.shape[1]
+        session.call_check.compare(operation, facts, fault)
 
 
 def _find_layout_fault(routing: Routing) -> Optional[str]:
@@ -233,40 +295,9 @@ def _find_layout_fault(routing: Routing) -> Optional[str]:
     return f"num_tokens_per_rank must count the tokens in is_token_in_rank, which are {counted}, got {given}"
 
 
-def lend(session: Session, shape: Any, dtype: torch.dtype) -> torch.Tensor:
-    lender = session.lender
-    spec: Spec = _checks.check_sizes("shape", shape), _checks.check_dtype("dtype", dtype)
-    num_bytes = num_bytes_of(spec)
-    if lender is None and session.num_ranks > 1:
-        raise Error("lend: this Buffer lends nothing; build it with a larger num_nvl_bytes, or with num_lend_bytes")
-    if lender is None or num_bytes == 0:  # one rank reads its own input in place, wherever it is
-        return torch.empty(spec[0], dtype=dtype, device=session.streams.device)
-    if is_capturing():
-        raise Error("lend: not while a CUDA graph is captured; take the tensor before the capture begins")
-    made = lender.tensor(spec)
-    if made is None:
-        raise Error(f"lend: no room for {num_bytes} bytes; num_lend_bytes is {lender.num_bytes}, and the tensors "
-                    "of earlier calls hold a part of it until they are dropped")
-    return made
-
-
-def read_handle(session: Session, handle: Any) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-    """(rank_prefix_matrix, send_head, N, M) of a dispatch's handle, also after a trip through save_for_backward."""
-    if not isinstance(handle, (tuple, list)):
-        raise TypeError(f"handle must be the tuple that dispatch returned, got {type(handle).__name__}")
-    if len(handle) != NUM_HANDLE_FIELDS:
-        raise ValueError(f"handle must have {NUM_HANDLE_FIELDS} tensors, got {len(handle)}")
-    rank_prefix_matrix, _, _, recv_src_idx, _, send_head = handle
-    known = session.known_handles.find(send_head, rank_prefix_matrix, recv_src_idx)
-    if known is None:
-        device, num_ranks = session.streams.device, session.num_ranks
-        _checks.check_tensor("handle[0] (rank_prefix_matrix)", rank_prefix_matrix, device, (num_ranks, num_ranks),
-                             INT32)
-        _checks.check_tensor("handle[3] (recv_src_idx)", recv_src_idx, device, (None, ), INT32)
-        _checks.check_tensor("handle[5] (send_head)", send_head, device, (None, num_ranks), INT32)
-        known = send_head.shape[0], recv_src_idx.shape[0]
-        session.known_handles.add(known, send_head, rank_prefix_matrix, recv_src_idx)
-    return rank_prefix_matrix, send_head, *known
+def copies_per_token(num_ranks: int, num_topk: int) -> float:
+    """Ranks that a token goes to, on average, when its experts are drawn evenly."""
+    return num_ranks * (1 - (1 - 1 / num_ranks)**num_topk)
 
 
 def make_routing(num_tokens_per_rank: Optional[torch.Tensor], num_tokens_per_expert: Optional[torch.Tensor],
@@ -285,17 +316,6 @@ def make_routing(num_tokens_per_rank: Optional[torch.Tensor], num_tokens_per_exp
         given, missing = ("topk_idx", "topk_weights") if topk_weights is None else ("topk_weights", "topk_idx")
         raise ValueError(f"topk_idx and topk_weights must be given together, got {given} without {missing}")
     return Routing(num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank, topk_idx, topk_weights)
-
-
-def _check_routing(session: Session, routing: Routing, num_tokens: int) -> None:
-    device = session.streams.device
-    per_rank, per_expert, in_rank = routing[:3]
-    if not session.known_layouts.find(in_rank, per_rank, per_expert) or in_rank.shape[0] != num_tokens:
-        _check_layout(per_rank, per_expert, in_rank, device, (num_tokens, session.num_ranks))
-        session.known_layouts.add(True, in_rank, per_rank, per_expert)
-    if routing.topk_idx is not None:
-        shape = _checks.check_topk_idx(routing.topk_idx, device, num_tokens)
-        _checks.check_tensor("topk_weights", routing.topk_weights, device, shape, FLOAT32)
 
 
 def _check_layout(per_rank: torch.Tensor, per_expert: torch.Tensor, in_rank: torch.Tensor, device: torch.device,

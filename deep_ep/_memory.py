@@ -8,7 +8,7 @@ has been called, and for the one that is current where the tensor is dropped, on
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Callable, Optional
+from typing import Callable, Optional
 
 import torch
 
@@ -28,6 +28,7 @@ _DLPACK_TYPES = {
     torch.float64: (2, 64),
     torch.bfloat16: (4, 16),
 }
+_BYTES = _DLPACK_TYPES[torch.uint8]
 
 # More rows than a guess has, to be tried in turn: one in so many of them, and some.
 SPARE_SHARES = 4, 16
@@ -39,31 +40,21 @@ Specs = Sequence[Optional[Spec]]  # None: no such tensor
 deep_ep_cpp.set_current_stream_function(current_stream_handle)
 
 
-def make_tensor(address: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,
-                owner: Any) -> torch.Tensor:
-    """A row-major tensor at `address`; `owner` lives as long as any view of it."""
-    if 0 in shape:
-        return torch.empty(shape, dtype=dtype, device=device)
-    index = device.index if device.type == "cuda" else -1
-    if dtype in _DLPACK_TYPES:
-        return from_capsule(deep_ep_cpp.make_tensor(address, list(shape), _DLPACK_TYPES[dtype], index, owner))
-    byte_shape = [*shape[:-1], shape[-1] * dtype.itemsize]
-    data = from_capsule(deep_ep_cpp.make_tensor(address, byte_shape, (1, 8), index, owner))
-    return data.view(dtype)
-
-
 def make_lent_tensor(memory: deep_ep_cpp.LentMemory, shape: tuple[int, ...], dtype: torch.dtype,
                      cuda_index: int) -> torch.Tensor:
     """A row-major tensor, not an empty one, over the start of lent memory."""
     kind = _DLPACK_TYPES.get(dtype)
     if kind is not None:
         return from_capsule(memory.tensor(list(shape), *kind, cuda_index))
-    return from_capsule(memory.tensor([*shape[:-1], shape[-1] * dtype.itemsize], 1, 8, cuda_index)).view(dtype)
+    return from_capsule(memory.tensor([*shape[:-1], shape[-1] * dtype.itemsize], *_BYTES, cuda_index)).view(dtype)
 
 
 def view_memory(address: int, num_bytes: int, device: torch.device) -> torch.Tensor:
     """`num_bytes` from `address` on as uint8; whoever owns the memory must outlive the tensor."""
-    return make_tensor(address, (num_bytes, ), torch.uint8, device, None)
+    if num_bytes == 0:
+        return torch.empty(0, dtype=torch.uint8, device=device)
+    index = device.index if device.type == "cuda" else -1
+    return from_capsule(deep_ep_cpp.make_tensor(address, [num_bytes], _BYTES, index, None))
 
 
 class EmptyTensors(dict[torch.dtype, Callable[..., torch.Tensor]]):

@@ -10,20 +10,21 @@ import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, Optional, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, Optional, TypeVar
 
 import torch
 
 import deep_ep_cpp
-from deep_ep import _cost_model, _streams
-from deep_ep._checks import BUFFER_ALIGNMENT_BYTES, MAX_INT64, KnownTensors, check_int, check_positive
-from deep_ep._cost_model import CostModel
-from deep_ep._env import is_capturing
+from deep_ep import _streams
+from deep_ep._checks import BUFFER_ALIGNMENT_BYTES, MAX_INT64, check_int, check_positive
+from deep_ep._env import __version__, is_capturing
 from deep_ep._memory import EmptyTensors, Lender
 from deep_ep._peers import CallCheck, Peers, describe_differences
 from deep_ep._topology import Place, Topology, find_topology, this_place, unreachable_gpus
-from deep_ep.version import __version__
 from deep_ep_cpp import Error
+
+if TYPE_CHECKING:
+    from deep_ep.calibrate import CostModel
 
 T = TypeVar("T")
 EXIT_TIMEOUT_S = 2.0
@@ -90,7 +91,7 @@ class Session:
     """What a constructed Buffer stands on."""
 
     def __init__(self, runtime: deep_ep_cpp.Buffer, streams: _streams.Streams, topology: Topology, rank: int,
-                 num_ranks: int, cost_model: Optional[CostModel], on_failure: Optional[Callable[[str], Any]]) -> None:
+                 num_ranks: int, cost_model: Optional["CostModel"], on_failure: Optional[Callable[[str], Any]]) -> None:
         self.runtime = runtime
         self._on_failure = on_failure
         self.streams = streams
@@ -100,10 +101,6 @@ class Session:
         self.topology = topology
         self.rank = rank
         self.num_ranks = num_ranks
-        self.known_handles = KnownTensors[tuple[int, int]]()  # send_head, rank_prefix_matrix, recv_src_idx: N, M
-        self.known_layouts = KnownTensors[bool]()  # is_token_in_rank, num_tokens_per_rank, num_tokens_per_expert
-        # In the place of the two matrices of a handle that this version has no use for; no data, so all can share it.
-        self.unused_matrix = torch.empty(num_ranks, 0, dtype=torch.int32, device=streams.device)
         self.cost_model = cost_model
         self.num_sms_override = int(deep_ep_cpp.get_environment()["num_sms"])
         self.call_check: Optional[CallCheck] = None
@@ -259,12 +256,13 @@ def find_place(streams: _streams.Streams) -> Place:
     return this_place(device_id, unreachable_gpus(streams.device.index, device_id))
 
 
-def find_cost_model(peers: Peers, request: Request, streams: _streams.Streams) -> Optional[CostModel]:
+def find_cost_model(peers: Peers, request: Request, streams: _streams.Streams) -> Optional["CostModel"]:
     """Of rank 0, which speaks for all: other ranks' files may differ."""
     if peers.rank > 0:
         return None
+    from deep_ep import calibrate  # here, so that `python -m deep_ep.calibrate` is not loaded twice
     gpu = torch.cuda.get_device_name(streams.device) if streams.kind == "cuda" else ""
-    return _cost_model.find(gpu, peers.size, "lent" if request.lends(peers.size) else "slots")
+    return calibrate.find(gpu, peers.size, "lent" if request.lends(peers.size) else "slots")
 
 
 def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
@@ -274,7 +272,7 @@ def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
     created: list[deep_ep_cpp.Buffer] = []
     sessions: list[Session] = []
 
-    def describe() -> tuple[Agreed, Place, Optional[CostModel]]:
+    def describe() -> tuple[Agreed, Place, Optional["CostModel"]]:
         if is_capturing():
             raise Error("Buffer: it allocates and talks to its peers, so build it before the CUDA graph capture begins")
         environment = deep_ep_cpp.get_environment()
@@ -309,7 +307,7 @@ def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
         created[0].set_warning_handler(logger.warning)
         return created[0].export_handle()
 
-    def connect(handles: list[bytes], topology: Topology, cost_model: Optional[CostModel]) -> None:
+    def connect(handles: list[bytes], topology: Topology, cost_model: Optional["CostModel"]) -> None:
         created[0].connect(handles)
         session = Session(created[0], opened[0], topology, peers.rank, peers.size, cost_model, requests[0].on_failure)
         created[0].start_watching()

@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Callable, Optional, Union
+from typing import Any, Callable, Optional, TypeVar, Union, cast
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,6 @@ from typing_extensions import Self
 
 import deep_ep_cpp
 from deep_ep import _checks, _env, _high_throughput, _low_latency
-from deep_ep._cost_model import copies_per_token
 from deep_ep._memory import view_memory
 from deep_ep._peers import Peers
 from deep_ep._session import Request, Session, build_session
@@ -76,6 +75,22 @@ def _log_unused_permissions(**permissions: bool) -> None:
 @functools.cache
 def _log_once(sentence: str) -> None:
     logger.info(sentence)
+
+
+C = TypeVar("C", bound=Callable[..., Any])
+
+
+def _across_nodes(call: C) -> C:
+    """The same call over several nodes, with the same arguments. Not in this version."""
+    name = call.__name__
+
+    @functools.wraps(call)
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise Error(f"internode_{name}: this version works within one node; call {name}")
+
+    refuse.__name__, refuse.__doc__ = f"internode_{name}", f"`{name}` over several nodes. Not in this version."
+    refuse.__qualname__ = f"Buffer.{refuse.__name__}"
+    return cast(C, refuse)
 
 
 @opaque
@@ -151,6 +166,7 @@ class Buffer:
         self._session: Optional[Session] = build_session(peers, prepare)
         self.runtime: Optional[deep_ep_cpp.Buffer] = self._session.runtime
         self.num_lend_bytes: int = self.runtime.num_lend_bytes
+        self._high_throughput = _high_throughput.HighThroughput(self._session)
         self._low_latency = _low_latency.LowLatency(self._session, low_latency_mode, enable_shrink)
         _log_unused_permissions(allow_mnnvl=allow_mnnvl, use_fabric=use_fabric)
 
@@ -311,7 +327,8 @@ class Buffer:
 
         Raises deep_ep.Error when there is no room, or the Buffer lends nothing.
         """
-        return _high_throughput.lend(self._require_session(), shape, dtype)
+        self._require_session()
+        return self._high_throughput.lend(shape, dtype)
 
     def get_dispatch_layout(
         self,
@@ -329,8 +346,9 @@ class Buffer:
         Returns (num_tokens_per_rank int32 [R], num_tokens_per_rdma_rank None within a node, num_tokens_per_expert
         int32 [E], is_token_in_rank bool [N, R], event).
         """
-        return _high_throughput.get_dispatch_layout(self._begin_call(), topk_idx, num_experts, previous_event,
-                                                    async_finish, allocate_on_comm_stream)
+        self._begin_call()
+        return self._high_throughput.get_dispatch_layout(topk_idx, num_experts, previous_event, async_finish,
+                                                         allocate_on_comm_stream)
 
     def dispatch(self,
                  x: _high_throughput.Payload,
@@ -369,12 +387,12 @@ class Buffer:
             if handle is not None:
                 if topk_idx is not None or topk_weights is not None:
                     raise ValueError("topk_idx and topk_weights must be None when a handle is given")
-                return _high_throughput.dispatch_cached(session, x, handle, num_sms, previous_event, async_finish,
-                                                        allocate_on_comm_stream)
+                return self._high_throughput.dispatch_cached(x, handle, num_sms, previous_event, async_finish,
+                                                             allocate_on_comm_stream)
             routing = _high_throughput.make_routing(num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank,
                                                     topk_idx, topk_weights)
-            return _high_throughput.dispatch_fresh(session, x, routing, expert_alignment, num_worst_tokens, num_sms,
-                                                   previous_event, async_finish, allocate_on_comm_stream)
+            return self._high_throughput.dispatch_fresh(x, routing, expert_alignment, num_worst_tokens, num_sms,
+                                                        previous_event, async_finish, allocate_on_comm_stream)
         except BaseException as error:
             session.abandon_call("dispatch", error)
             raise
@@ -398,9 +416,9 @@ class Buffer:
         """
         session = self._begin_call()
         try:
-            return _high_throughput.combine(session, x, handle, topk_weights, bias,
-                                            self._num_sms(session, config, "combine", x), previous_event, async_finish,
-                                            allocate_on_comm_stream)
+            return self._high_throughput.combine(x, handle, topk_weights, bias,
+                                                 self._num_sms(session, config, "combine", x), previous_event,
+                                                 async_finish, allocate_on_comm_stream)
         except BaseException as error:
             session.abandon_call("combine", error)
             raise
@@ -431,39 +449,11 @@ class Buffer:
         if operation == "combine":  # one row for each copy
             return num_bytes
         has_topk = isinstance(topk_idx, torch.Tensor) and topk_idx.dim() == 2
-        copies = copies_per_token(self.group_size, topk_idx.shape[1]) if has_topk else self.group_size
+        copies = _high_throughput.copies_per_token(self.group_size, topk_idx.shape[1]) if has_topk else self.group_size
         return round(num_bytes * copies)
 
-    def internode_dispatch(self,
-                           x: _high_throughput.Payload,
-                           handle: Optional[tuple[torch.Tensor, ...]] = None,
-                           num_tokens_per_rank: Optional[torch.Tensor] = None,
-                           num_tokens_per_rdma_rank: Optional[torch.Tensor] = None,
-                           is_token_in_rank: Optional[torch.Tensor] = None,
-                           num_tokens_per_expert: Optional[torch.Tensor] = None,
-                           topk_idx: Optional[torch.Tensor] = None,
-                           topk_weights: Optional[torch.Tensor] = None,
-                           expert_alignment: int = 1,
-                           num_worst_tokens: int = 0,
-                           config: Optional[Config] = None,
-                           previous_event: Optional[EventOverlap] = None,
-                           async_finish: bool = False,
-                           allocate_on_comm_stream: bool = False) -> _high_throughput.DispatchResult:
-        """`dispatch` over several nodes. Not in this version."""
-        raise Error("internode_dispatch: this version works within one node; call dispatch")
-
-    def internode_combine(
-            self,
-            x: torch.Tensor,
-            handle: tuple[torch.Tensor, ...],
-            topk_weights: Optional[torch.Tensor] = None,
-            bias: Optional[Bias] = None,
-            config: Optional[Config] = None,
-            previous_event: Optional[EventOverlap] = None,
-            async_finish: bool = False,
-            allocate_on_comm_stream: bool = False) -> tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]:
-        """`combine` over several nodes. Not in this version."""
-        raise Error("internode_combine: this version works within one node; call combine")
+    internode_dispatch = _across_nodes(dispatch)
+    internode_combine = _across_nodes(combine)
 
     # Low latency
 

@@ -226,10 +226,8 @@ def run_rank(context: launcher.Context, sizes: Sizes, num_steps: int) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Runs the example; returns the exit code."""
     options = launcher.parse_options(__doc__, argv, default_steps=4)
-    sizes, num_ranks = Sizes(), options.num_processes
-    if sizes.num_experts % num_ranks:
-        raise SystemExit(f"--num-processes must divide the number of experts, {sizes.num_experts}, got {num_ranks}")
-    device = launcher.resolve_device(options.device)
+    sizes = Sizes()
+    num_ranks, device = launcher.choose_ranks(options, sizes.num_experts)
     launcher.print_header("Decoding with two micro-batches that overlap")
     print(
         f"{num_ranks} ranks on {device}, {sizes.num_tokens} sequences each, {sizes.num_layers} layers, hidden "

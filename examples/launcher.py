@@ -90,6 +90,14 @@ def parse_options(description: str | None, argv: list[str] | None, default_steps
     return parser.parse_args(argv)
 
 
+def choose_ranks(options: argparse.Namespace, num_experts: int) -> tuple[int, str]:
+    """The number of ranks, which must divide the experts, and the device."""
+    num_ranks: int = options.num_processes
+    if num_experts % num_ranks:
+        raise SystemExit(f"--num-processes must divide the number of experts, {num_experts}, got {num_ranks}")
+    return num_ranks, resolve_device(options.device)
+
+
 def exit_with(main: Callable[[], int]) -> NoReturn:
     """Ends this process with the exit code of `main`; a failed worker's traceback is shown without the parent's."""
     try:

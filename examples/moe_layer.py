@@ -175,10 +175,8 @@ def _difference(actual: list[Tensor], expected: list[Tensor]) -> tuple[float, fl
 def main(argv: list[str] | None = None) -> int:
     """Runs the example; returns the exit code."""
     options = launcher.parse_options(__doc__, argv, default_steps=2)
-    sizes, num_ranks = Sizes(), options.num_processes
-    if sizes.num_experts % num_ranks:
-        raise SystemExit(f"--num-processes must divide the number of experts, {sizes.num_experts}, got {num_ranks}")
-    device = launcher.resolve_device(options.device)
+    sizes = Sizes()
+    num_ranks, device = launcher.choose_ranks(options, sizes.num_experts)
     launcher.print_header("A MoE layer spread over ranks, against the same layer on one rank")
     print(
         f"{num_ranks} ranks on {device}, {sizes.num_tokens} tokens each, hidden {sizes.hidden}, {sizes.num_experts} "

@@ -77,20 +77,25 @@ def raising(error: BaseException) -> Callable[..., Any]:
 # Calls that are announced and not finished
 
 
+def parted(worker: Worker, buffer: deep_ep.Buffer, message: str) -> str:
+    """`message`, when every rank has its own and nobody uses the Buffer any more."""
+    worker.barrier()
+    buffer.destroy()
+    return message
+
+
 def unfinished_dispatch(worker: Worker, error: BaseException, failing: int) -> str:
     """The allocation of the rows fails on one rank, which goes on with its next batch: nobody gets rows of another."""
     buffer = worker.new_buffer()
     flight = Flight(worker, buffer, small_work(worker.num_ranks)).layout()
     if worker.rank == failing:
-        with replaced(_high_throughput, "_receive_outputs", raising(error)):
+        with replaced(_high_throughput._Dispatch, "_outputs", raising(error)):
             failure_of(flight.start_dispatch, type(error))
         message = failure_of(flight.start_dispatch)
     else:
         message = failure_of(lambda: (flight.dispatch(), settle(worker, buffer)))
     assert failure_of(buffer.check) == message
-    worker.barrier()
-    buffer.destroy()
-    return message
+    return parted(worker, buffer, message)
 
 
 def interrupted_after_launch(worker: Worker, failing: int) -> str:
@@ -107,9 +112,7 @@ def interrupted_after_launch(worker: Worker, failing: int) -> str:
     if worker.rank != failing:
         until(lambda: buffer.runtime.failure != "", "the reason of the other rank")
         message = failure_of(flight.layout)
-    worker.barrier()
-    buffer.destroy()
-    return message
+    return parted(worker, buffer, message)
 
 
 def dropped_hook(worker: Worker, dropping: int) -> str:
@@ -125,9 +128,7 @@ def dropped_hook(worker: Worker, dropping: int) -> str:
         worker.barrier()
         until(lambda: buffer.runtime.failure != "", "the reason of the other rank")
     message = failure_of(buffer.check)
-    worker.barrier()
-    buffer.destroy()
-    return message
+    return parted(worker, buffer, message)
 
 
 # Refusals and bad input
@@ -144,9 +145,7 @@ def bad_expert_stops_peers(worker: Worker, failing: int) -> str:
                              ValueError)
     else:
         message = failure_of(lambda: (flight.dispatch(), settle(worker, buffer)))
-    worker.barrier()
-    buffer.destroy()
-    return message
+    return parted(worker, buffer, message)
 
 
 def refused_call(worker: Worker, refusing: int, is_made_good: bool) -> Optional[str]:
@@ -162,9 +161,7 @@ def refused_call(worker: Worker, refusing: int, is_made_good: bool) -> Optional[
         buffer.check()
     elif worker.rank != refusing:
         message = failure_of(flight.dispatch, deep_ep.TimeoutError)
-    worker.barrier()
-    buffer.destroy()
-    return message
+    return parted(worker, buffer, message)
 
 
 # Ctrl-C
@@ -205,9 +202,7 @@ def interrupted_wait(worker: Worker, waiting: int, where: str) -> str:
     worker.barrier()
     if worker.rank != waiting:
         message = failure_of(lambda: (getattr(flight, where)(), settle(worker, buffer)))
-    worker.barrier()
-    buffer.destroy()
-    return message
+    return parted(worker, buffer, message)
 
 
 # Peers that go

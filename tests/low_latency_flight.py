@@ -14,6 +14,7 @@ BF16 = Cast()
 FP8 = Cast(use_fp8=True)
 FP8_ROUNDED = Cast(use_fp8=True, round_scale=True)
 UE8M0 = Cast(use_fp8=True, round_scale=True, use_ue8m0=True)
+CASTS = BF16, FP8, FP8_ROUNDED, UE8M0
 STATS_START = 100
 
 

@@ -8,10 +8,7 @@ from typing import Any
 
 import torch
 from low_latency_flight import (
-    BF16,
-    FP8,
-    FP8_ROUNDED,
-    UE8M0,
+    CASTS,
     LowLatencyFlight,
     Manner,
     finish_together,
@@ -54,7 +51,7 @@ def play_round(worker: Worker, sizes: Sizes, choice: Choice, seed: int) -> Diges
 
 
 def choose_manner(sizes: Sizes, choice: Choice) -> Manner:
-    cast = choice.of(*(cast for cast in (BF16, FP8, FP8_ROUNDED, UE8M0) if least_hidden(cast) <= sizes.hidden))
+    cast = choice.of(*(cast for cast in CASTS if least_hidden(cast) <= sizes.hidden))
     combine = choice.of("bfloat16", "bfloat16", "logfmt", "zero copy")
     return Manner(cast,
                   mode=choice.of("sync", "async", "hook", "hook"),

@@ -58,15 +58,14 @@ void destroy(PyObject* self) {
 }
 
 // The place of the field with that name, or -1. Callers give fields in their order, and their names are interned: mostly it
-// is the one at `likely`, which is told by its address.
+// is the one at `likely`, or one soon after it, which is told by its address.
 int find_field(const RecordType& type, PyObject* name, int likely) {
     const auto num_fields = static_cast<int>(type.names.size());
-    for (int i = 0; i < num_fields; ++i) {
-        const int at = (likely + i) % num_fields;
-        if (type.names[static_cast<size_t>(at)] == name) return at;
-    }
+    PyObject* const* names = type.names.data();
+    for (int at = likely; at < num_fields; ++at)
+        if (names[at] == name) return at;
     for (int at = 0; at < num_fields; ++at)
-        if (PyUnicode_Compare(type.names[static_cast<size_t>(at)], name) == 0) return at;
+        if (names[at] == name || PyUnicode_Compare(names[at], name) == 0) return at;
     return -1;
 }
 
@@ -77,6 +76,7 @@ void refuse_value(const RecordType& type, const Field& field, PyObject* value) {
 
 bool fill(const RecordType& type, Record* record, PyObject* const* values, PyObject* names) {
     const Py_ssize_t num_given = names == nullptr ? 0 : PyTuple_GET_SIZE(names);
+    const Field* fields = type.fields.data();
     int at = 0;
     for (Py_ssize_t i = 0; i < num_given; ++i) {
         PyObject* name = PyTuple_GET_ITEM(names, i);
@@ -85,7 +85,7 @@ bool fill(const RecordType& type, Record* record, PyObject* const* values, PyObj
             PyErr_Format(PyExc_TypeError, "%s has no field '%U'", type.name, name);
             return false;
         }
-        const Field& field = type.fields[static_cast<size_t>(at)];
+        const Field& field = fields[at];
         if (!field.store(record->args, values[i])) {
             refuse_value(type, field, values[i]);
             return false;

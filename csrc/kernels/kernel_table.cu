@@ -2,7 +2,7 @@
 
 #include "kernels/intranode/intranode_launchers.h"
 #include "kernels/layout/dispatch_layout.h"
-#include "kernels/low_latency/launchers.h"
+#include "kernels/low_latency/low_latency_launchers.h"
 
 namespace deep_ep::kernels {
 

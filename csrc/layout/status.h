@@ -65,14 +65,14 @@ struct HostCounts {
 };
 
 // How far the blocks of one low-latency launch are. Launches use two of these in turn; each clears the other one.
-struct LowLatencyTurn {
+struct LowLatencyLaunchState {
     uint32_t begun_blocks;
-    uint32_t settled_blocks;  // will not look at the counters of LocalState again
+    uint32_t settled_blocks;  // will not look at the counters of LocalState again; see algo::arrive
     uint32_t next_share;      // of the receive phase
-    uint32_t spoiled_pieces;  // of a call that fails: pieces of the outputs that warps have taken to fill them with NaN
-    uint32_t lists;  // of a dispatch: a bit for each list of counts that is written; kSpoiledLists: they are void
+    uint32_t void_pieces;     // of a call that fails: pieces of the outputs that warps have taken to fill them with NaN
+    uint32_t lists;           // of a dispatch: a bit for each list of counts that is written; kVoidLists: they are void
 
-    static constexpr uint32_t kSpoiledLists = 1u << 31;
+    static constexpr uint32_t kVoidLists = 1u << 31;
     static constexpr int kMaxLists = 31;
 };
 
@@ -90,7 +90,7 @@ struct LocalState {
     uint64_t num_low_latency_launches;  // of either phase, or both
     // The last call of each bank whose receive phase has been run. The next launch tells the peers.
     uint64_t low_latency_ended[kNumLowLatencyBanks];
-    LowLatencyTurn low_latency_turns[2];
+    LowLatencyLaunchState low_latency_launch_states[2];
     uint32_t low_latency_done_blocks;  // counted only for statistics
     uint32_t low_latency_read_blocks;  // of a receive phase that tells the peers of its end itself
 };

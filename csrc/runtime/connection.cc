@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "core/error.h"
+#include "core/host_word.h"
 #include "core/interruption.h"
 #include "runtime/story.h"
 #include "runtime/watcher.h"
@@ -11,9 +12,6 @@
 namespace deep_ep::runtime {
 
 namespace {
-
-// Host-mapped words are written by kernels; the host reads them as the other side of a release.
-uint32_t load_acquire(const uint32_t& word) { return std::atomic_ref(const_cast<uint32_t&>(word)).load(); }
 
 uint64_t to_ns(double s) { return static_cast<uint64_t>(s * 1e9); }
 

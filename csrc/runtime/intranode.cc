@@ -4,15 +4,13 @@
 #include <atomic>
 
 #include "core/error.h"
+#include "core/host_word.h"
 
 namespace deep_ep::runtime {
 
 namespace {
 
 constexpr double kStartGraceSeconds = 30.0;  // for kernels queued before ours, on top of the kernel's own deadline
-
-// The host reads what kernels have written, as the other side of a release.
-uint64_t load_acquire(const uint64_t& word) { return std::atomic_ref(const_cast<uint64_t&>(word)).load(); }
 
 void check_tokens(int num_tokens) {
     EP_CHECK(num_tokens >= 0 && num_tokens < layout::kMaxTokens - 1, "number of tokens must be below ",

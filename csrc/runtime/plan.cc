@@ -16,7 +16,7 @@ constexpr int kReduceWarps = 8;
 
 constexpr int kLowLatencyChunk = 512;  // channels that a warp sends at once
 constexpr int kMinLowLatencyWarps = 4;
-constexpr int kSetBytes = 32 * 1024;  // of shared memory, for a stretch of the routing table
+constexpr int kSetBytes = 32 * 1024;  // of shared memory, for a tile of the routing table
 
 // Rows through registers: enough warps to have many loads under way.
 kernels::Geometry plan_plain(const Machine& machine, int num_sms, int max_threads) {
@@ -151,7 +151,7 @@ LowLatencyGrid plan_low_latency(const Machine& machine, int num_ranks_here, int 
     return {std::max(1, machine.num_sms / num_ranks_here), num_warps};
 }
 
-// For each expert a bit for every token, where that is not too much: else the table is made stretch by stretch.
+// For each expert a bit for every token, where that is not too much: else the table is made tile by tile.
 int plan_set_words(const kernels::LowLatencyArgs& args, int num_tokens) {
     const int fitting = kSetBytes / static_cast<int>(sizeof(uint32_t)) / (args.num_experts + 32 * args.num_topk);
     return std::clamp(std::min((num_tokens + 31) / 32, fitting), 1, layout::kMaxLowLatencyTokens / 32);

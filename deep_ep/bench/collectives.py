@@ -46,14 +46,18 @@ def as_parts(x: Any) -> list[torch.Tensor]:
     return [tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor for tensor in tensors]
 
 
-class Exchange:
-    """All-to-all."""
+class _Routed:
+    """What either way knows of a batch."""
 
     def __init__(self, group: dist.ProcessGroup, shape: Shape, topk_idx: torch.Tensor, weights: torch.Tensor) -> None:
         self._group = group
         self._shape = shape
         self._topk_idx = topk_idx
         self._weights = weights
+
+
+class Exchange(_Routed):
+    """All-to-all."""
 
     def plan(self) -> Plan:
         shape, idx = self._shape, self._topk_idx
@@ -91,14 +95,8 @@ class Exchange:
         return total.index_add_(0, plan.token_idx, back.float()).to(rows.dtype)
 
 
-class Gather:
+class Gather(_Routed):
     """All-gather and reduce-scatter. What a rank does not need is not taken out, which is in this one's favour."""
-
-    def __init__(self, group: dist.ProcessGroup, shape: Shape, topk_idx: torch.Tensor, weights: torch.Tensor) -> None:
-        self._group = group
-        self._shape = shape
-        self._topk_idx = topk_idx
-        self._weights = weights
 
     def dispatch(self, x: Any) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
         """Every token of every rank; experts, weights."""

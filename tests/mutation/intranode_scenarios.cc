@@ -301,7 +301,7 @@ struct StagesKernel {
     };
     static EP_DEVICE void run(const Params& params, Shared& shared) {
         const algo::Stages stages(shared.memory, {2, 128});
-        stages.init();
+        stages.init(algo::Warp{});
         if (prim::lane_idx() == 0) stages.load(0, params.input, 128);
         stages.wait(0);
         params.output[prim::lane_idx()] = reinterpret_cast<const uint32_t*>(stages.at(0))[prim::lane_idx()];

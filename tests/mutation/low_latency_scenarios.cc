@@ -39,8 +39,8 @@ std::string round_trips(uint64_t seed) {
     return three_round_trips(world, small_problem(seed));
 }
 
-// So many experts that a routing table is made in stretches, of two words for each expert; all tokens go to one.
-std::string stretches(uint64_t seed) {
+// So many experts that a routing table is made in tiles, of two words for each expert; all tokens go to one.
+std::string tiles(uint64_t seed) {
     LowLatencyProblem problem{
         .num_tokens = {66, 2}, .num_max_tokens = 66, .num_experts = 4000, .num_topk = 1, .hidden = 8};
     problem.only_expert = 5;
@@ -212,7 +212,7 @@ std::string clean(uint64_t seed) {
 
 constexpr Scenario kScenarios[] = {
     {"low_latency", round_trips},
-    {"low_latency_stretches", stretches},
+    {"low_latency_tiles", tiles},
     {"low_latency_shrinkable", shrinkable},
     {"low_latency_one_way", one_way},
     {"low_latency_one_way_again", one_way_again},

@@ -18,7 +18,8 @@ from workload import Workload
 import deep_ep
 from deep_ep import Buffer, Config, _env, calibrate
 from deep_ep.__main__ import main
-from deep_ep._cost_model import Cost, CostModel, Sample, copies_per_token, default_path, find, fit, load, store
+from deep_ep._high_throughput import copies_per_token
+from deep_ep.calibrate import Cost, CostModel, Sample, default_path, find, fit, load, store
 
 HIDDEN = 7168
 LINK = 340.0

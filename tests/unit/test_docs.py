@@ -150,3 +150,23 @@ def test_links_lead_to_files(page: Path) -> None:
     text = re.sub(r'```.*?```', '', page.read_text(), flags=re.DOTALL)
     targets = [target.split('#')[0] for target in re.findall(r'\]\(([^)\s]+)\)', text) if '://' not in target]
     assert [target for target in targets if target and not (page.parent / target).exists()] == []
+
+
+def test_the_walk_of_a_dispatch_names_files_that_are_on_it() -> None:
+    """In words in docs/architecture.md, as a list of tools/dispatch_walk.py, which fails where a file is gone."""
+    listed = subprocess.run([sys.executable, ROOT / 'tools' / 'dispatch_walk.py'],
+                            capture_output=True,
+                            text=True,
+                            check=True)
+    names = {Path(line.split()[1]).name for line in listed.stdout.splitlines() if len(line.split()) == 2}
+    section = (ROOT / 'docs' / 'architecture.md').read_text().split('## The walk of a dispatch')[1].split('\n## ')[0]
+    quoted = re.findall(r'`([\w./]*?)(?:\{([\w,]+)\})?([\w.*]*)`', section.split('\n| ')[0].split('\n\n', 2)[2])
+    wanted = {
+        f'{before}{middle}{after}'.split('/')[-1]
+        for before, choices, after in quoted
+        for middle in choices.split(',')
+    }
+    wanted = {name for name in wanted if re.search(r'\.(py|pyi|cc|cpp|cu|h|\*)$', name)}
+    assert len(wanted) > 20
+    missing = {name for name in wanted if not any(re.fullmatch(name.replace('.*', r'\..*'), there) for there in names)}
+    assert missing == set()

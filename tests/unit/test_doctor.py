@@ -213,6 +213,7 @@ def test_limits_of_a_narrow_container(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 def test_topology_of_islands_and_of_virtual_nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+
     def places(*islands: str) -> list[Place]:
         gpus = list(enumerate("".join(islands)))
         beyond = {here: frozenset(f"gpu-{rank}" for rank, there in gpus if there != here) for _, here in gpus}

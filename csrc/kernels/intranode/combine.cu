@@ -58,8 +58,9 @@ struct Kernel {
         if (!p.may_lend) return true;
         if (blockIdx.x == 0) algo::state_loan(warp, watch, p.loan);
         if (!algo::wait_for_loans(warp, watch)) return false;
-        algo::for_each(warp, num_ranks,
-                       [&](int peer) { is_ok &= is_among_lent(watch, peer, rows.span(watch.heap.rank(), peer)); });
+        if (lane < num_ranks) is_ok &= is_among_lent(watch, lane, look.there);
+        for (int peer = lane + warp.size(); peer < num_ranks; peer += warp.size())
+            is_ok &= is_among_lent(watch, peer, rows.span(watch.heap.rank(), peer));
         return algo::all(warp, is_ok);
     }
 

@@ -186,8 +186,7 @@ EP_DEVICE RowSource make_source(algo::Warp warp, const CombineContext& c) {
     return {c.ring.from(rank), rows, has_weights ? direct_weights(c, rank) : nullptr, c.rows.num_rows(self, rank)};
 }
 
-EP_DEVICE TokenRows open_token(algo::Warp, const CombineContext& c, const RowSource& source, int token,
-                               int position) {
+EP_DEVICE TokenRows open_token(algo::Warp, const CombineContext& c, const RowSource& source, int token, int position) {
     const uint8_t* pointer = position < 0             ? nullptr
                              : source.rows != nullptr ? source.rows + static_cast<int64_t>(position) * c.p.row_bytes
                                                       : source.port.slot(position);

@@ -164,11 +164,10 @@ EP_DEVICE_COLD void refuse_input(const DispatchParams* p, const DispatchState* s
         refuse_expert(*p, watch, state->bad_token);
 }
 
-// After the warp's work: whether no input was noted that cannot be.
+// After the warp's work, which ends with a barrier of the warp: whether no input was noted that cannot be.
 EP_DEVICE bool input_can_be(algo::Warp warp, const DispatchParams& p, const DispatchState& state) {
     using prim::Order;
     using prim::Scope;
-    warp.sync();  // each lane's notes, every lane's look
     if (prim::load<Order::kRelaxed, Scope::kCta>(&state.bad_column) < 0 &&
         prim::load<Order::kRelaxed, Scope::kCta>(&state.bad_token) < 0)
         return true;

@@ -2,14 +2,14 @@
 #pragma once
 
 #include "device/algo/peers.h"
-#include "kernels/low_latency/frame.h"
+#include "kernels/low_latency/call_context.h"
 
 namespace deep_ep::kernels::low_latency {
 inline namespace EP_BACKEND {
 
 // Tells the peers which calls this rank has received in earlier launches, so that the banks may be written again. Never after
 // a wait for what a peer does once it has begun: the peer may wait for this.
-EP_DEVICE void publish_ended(Warp warp, const Context& c) {
+EP_DEVICE void publish_ended(Warp warp, const CallContext& c) {
     warp.expect();
     constexpr int kNumBanks = layout::kNumLowLatencyBanks;
 #pragma unroll 1
@@ -23,7 +23,7 @@ EP_DEVICE void publish_ended(Warp warp, const Context& c) {
 }
 
 // Acquire. `peer` has read what this rank sent it in the last use of this call's bank, two calls ago. True of the other bank.
-EP_DEVICE bool is_bank_free(const Context& c, int bank, int peer) {
+EP_DEVICE bool is_bank_free(const CallContext& c, int bank, int peer) {
     const uint64_t received = prim::load<Order::kAcquire, Scope::kSys>(c.watch.heap.received(c.rank(), bank, peer));
     return bank != c.bank || received + layout::kNumLowLatencyBanks >= c.watch.call;
 }
@@ -38,7 +38,7 @@ EP_DEVICE_COLD void refuse_open_bank(algo::Watch watch, uint64_t needed) {
 }
 
 // False: some rank has given up.
-EP_DEVICE bool wait_for_bank(Warp warp, const Context& c) {
+EP_DEVICE bool wait_for_bank(Warp warp, const CallContext& c) {
     warp.expect();
     if (warp.thread_rank() == 0 && c.watch.call > layout::kNumLowLatencyBanks)
         refuse_open_bank(c.watch, c.watch.call - layout::kNumLowLatencyBanks);

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "device/algo/row.h"
-#include "kernels/low_latency/frame.h"
+#include "kernels/low_latency/call_context.h"
 
 namespace deep_ep::kernels::low_latency {
 inline namespace EP_BACKEND {

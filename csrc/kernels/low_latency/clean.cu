@@ -2,8 +2,8 @@
 // has ended its earlier calls, and that with enable_shrink whoever does not come is masked.
 #include "device/algo/peers.h"
 #include "device/launch.h"
-#include "kernels/low_latency/frame.h"
-#include "kernels/low_latency/launchers.h"
+#include "kernels/low_latency/call_context.h"
+#include "kernels/low_latency/low_latency_launchers.h"
 
 namespace deep_ep::kernels::low_latency::clean {
 inline namespace EP_BACKEND {

@@ -7,9 +7,9 @@
 //
 // Messages, buffer map and orderings: docs/protocols/low_latency.md.
 #include "device/launch.h"
-#include "kernels/low_latency/dispatch_receive.h"
-#include "kernels/low_latency/dispatch_send.h"
-#include "kernels/low_latency/launchers.h"
+#include "kernels/low_latency/dispatch_receive_phase.h"
+#include "kernels/low_latency/dispatch_send_phase.h"
+#include "kernels/low_latency/low_latency_launchers.h"
 
 namespace deep_ep::kernels::low_latency::dispatch {
 inline namespace EP_BACKEND {

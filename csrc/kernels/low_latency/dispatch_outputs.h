@@ -20,13 +20,13 @@ EP_DEVICE int num_scale_words(const Params& p) {
 }
 
 // Lists of counts, each written by one warp: 32 experts, or with very many experts several times 32.
-EP_DEVICE int num_lists(const Context& c) {
+EP_DEVICE int num_lists(const CallContext& c) {
     const int wanted = (c.num_local_experts() + kWarpSize - 1) / kWarpSize;
-    return wanted < layout::LowLatencyTurn::kMaxLists ? wanted : layout::LowLatencyTurn::kMaxLists;
+    return wanted < layout::LowLatencyLaunchState::kMaxLists ? wanted : layout::LowLatencyLaunchState::kMaxLists;
 }
 
 // This lane: how many rows the expert gets, and from whom.
-EP_DEVICE void write_count(const Params& p, const Context& c, const Counts& counts, int expert) {
+EP_DEVICE void write_count(const Params& p, const CallContext& c, const Counts& counts, int expert) {
 #pragma unroll 1
     for (int source = 0; source < c.num_ranks(); ++source) {
         const int64_t first = counts.before(source)[expert];
@@ -38,7 +38,7 @@ EP_DEVICE void write_count(const Params& p, const Context& c, const Counts& coun
     if (p.cumulative_stats != nullptr) p.cumulative_stats[expert] += num_rows;
 }
 
-template <class Work> EP_DEVICE void for_experts_of_list(Warp warp, const Context& c, int list, const Work& work) {
+template <class Work> EP_DEVICE void for_experts_of_list(Warp warp, const CallContext& c, int list, const Work& work) {
     warp.expect();
 #pragma unroll 1
     for (int expert = list * kWarpSize + warp.thread_rank(); expert < c.num_local_experts();
@@ -47,7 +47,7 @@ template <class Work> EP_DEVICE void for_experts_of_list(Warp warp, const Contex
 }
 
 // The experts of the list have no rows.
-EP_DEVICE void void_list(Warp warp, const Params& p, const Context& c, int list) {
+EP_DEVICE void void_list(Warp warp, const Params& p, const CallContext& c, int list) {
     for_experts_of_list(warp, c, list, [&](int expert) {
         p.recv_count[expert] = 0;
         for (int source = 0; source < c.num_ranks(); ++source)
@@ -56,25 +56,28 @@ EP_DEVICE void void_list(Warp warp, const Params& p, const Context& c, int list)
 }
 
 // The call may fail meanwhile: whoever comes last of this one and void_lists makes the list void.
-EP_DEVICE void write_list(Warp warp, const Params& p, const Context& c, const BlockRole& role, const Counts& counts,
+EP_DEVICE void write_list(Warp warp, const Params& p, const CallContext& c, const BlockRole& role, const Counts& counts,
                           int list) {
     for_experts_of_list(warp, c, list, [&](int expert) { write_count(p, c, counts, expert); });
     warp.sync();  // every lane's counts, lane 0's release
     uint32_t lists = 0;
     // Pairs with: void_lists, whichever is first.
-    if (warp.thread_rank() == 0) lists = prim::fetch_or<Order::kRelease, Scope::kGpu>(&role.turn->lists, 1u << list);
-    if ((__shfl_sync(kFullMask, lists, 0) & layout::LowLatencyTurn::kSpoiledLists) != 0) void_list(warp, p, c, list);
+    if (warp.thread_rank() == 0)
+        lists = prim::fetch_or<Order::kRelease, Scope::kGpu>(&role.launch_state->lists, 1u << list);
+    if ((__shfl_sync(kFullMask, lists, 0) & layout::LowLatencyLaunchState::kVoidLists) != 0)
+        void_list(warp, p, c, list);
 }
 
 // In a call that has failed.
-EP_DEVICE void void_lists(Warp warp, const Params& p, const Context& c, layout::LowLatencyTurn* turn) {
+EP_DEVICE void void_lists(Warp warp, const Params& p, const CallContext& c,
+                          layout::LowLatencyLaunchState* launch_state) {
     warp.expect();
-    constexpr uint32_t kSpoiledLists = layout::LowLatencyTurn::kSpoiledLists;
+    constexpr uint32_t kVoidLists = layout::LowLatencyLaunchState::kVoidLists;
     uint32_t lists = 0;
-    if (warp.thread_rank() == 0) lists = prim::fetch_or<Order::kAcquire, Scope::kGpu>(&turn->lists, kSpoiledLists);
+    if (warp.thread_rank() == 0) lists = prim::fetch_or<Order::kAcquire, Scope::kGpu>(&launch_state->lists, kVoidLists);
     lists = __shfl_sync(kFullMask, lists, 0);
     warp.sync();  // lane 0's acquire, every lane's stores
-    if ((lists & kSpoiledLists) != 0) return;
+    if ((lists & kVoidLists) != 0) return;
     for (; lists != 0; lists &= lists - 1) void_list(warp, p, c, __ffs(static_cast<int>(lists)) - 1);
 }
 
@@ -92,11 +95,12 @@ struct VoidMemory {
 };
 
 // A warp of a launch in which no row has a place, as a table has not come: with the other warps like it, it fills both.
-EP_DEVICE void void_rows(Warp warp, layout::LowLatencyTurn* turn, VoidMemory rows, VoidMemory scales) {
+EP_DEVICE void void_rows(Warp warp, layout::LowLatencyLaunchState* launch_state, VoidMemory rows, VoidMemory scales) {
     const int64_t num_pieces = rows.num_pieces() + scales.num_pieces();
     for (;;) {
         uint32_t next = 0;
-        if (warp.thread_rank() == 0) next = prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&turn->spoiled_pieces, 1u);
+        if (warp.thread_rank() == 0)
+            next = prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&launch_state->void_pieces, 1u);
         const int64_t piece = __shfl_sync(kFullMask, next, 0);
         if (piece >= num_pieces) return;
         if (piece < rows.num_pieces())
@@ -108,11 +112,13 @@ EP_DEVICE void void_rows(Warp warp, layout::LowLatencyTurn* turn, VoidMemory row
 
 // A warp that has met what makes the call fail. `knows_rows`: from tables that are right, so that each row is void by the warp
 // that waits for it. If not, all are. (Other blocks may just have seen all tables: a row is right or NaN.)
-EP_DEVICE_COLD void void_outputs(Warp warp, const Params* p, Context c, layout::LowLatencyTurn* turn, bool knows_rows) {
+EP_DEVICE_COLD void void_outputs(Warp warp, const Params* p, CallContext c, layout::LowLatencyLaunchState* launch_state,
+                                 bool knows_rows) {
     const int64_t num_rows = static_cast<int64_t>(c.num_local_experts()) * c.num_rows_of_expert();
-    void_lists(warp, *p, c, turn);
+    void_lists(warp, *p, c, launch_state);
     if (knows_rows) return;
-    void_rows(warp, turn, {p->recv_x, num_rows * row_bytes(*p)}, {p->recv_scales, num_rows * num_scale_words(*p) * 4});
+    void_rows(warp, launch_state, {p->recv_x, num_rows * row_bytes(*p)},
+              {p->recv_scales, num_rows * num_scale_words(*p) * 4});
 }
 
 }  // namespace EP_BACKEND

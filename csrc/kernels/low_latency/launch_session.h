@@ -16,9 +16,9 @@ struct BlockRole {
     int receives;      // it takes part in the receive phase
     int share;         // its current part of that
     int knows_tables;  // of a dispatch in a launch that has sent: warp 0 waits for no table any more
-    // Of this launch, after a barrier. Context::turn is right only in a warp that has begun before the launch was counted:
+    // Of this launch, after a barrier. CallContext::launch_state is right only in a warp that has begun before the launch was counted:
     // in a receive phase of its own another warp than the last may be later.
-    layout::LowLatencyTurn* turn;
+    layout::LowLatencyLaunchState* launch_state;
     // A bit for each rank: masked when this block had waited for the bank. Nothing is sent to it: it may still read.
     uint32_t left_out[(layout::kMaxRanks + 31) / 32];
 };
@@ -36,11 +36,11 @@ public:
 
     // The place of this block among those of the grid, in the order in which they begin.
     EP_DEVICE uint32_t begin_block() const {
-        return prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&context.turn->begun_blocks, 1u);
+        return prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&context.launch_state->begun_blocks, 1u);
     }
 
-    EP_DEVICE uint32_t draw_share() const {
-        return prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&context.turn->next_share, 1u);
+    EP_DEVICE uint32_t claim_share() const {
+        return prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&context.launch_state->next_share, 1u);
     }
 
     // Have all blocks of this launch begun? A block with little to send asks early, so it asks a few times: whoever leaves
@@ -49,7 +49,7 @@ public:
         constexpr int kMostLooks = 8;
 #pragma unroll 1
         for (int looks = 0; looks < kMostLooks; ++looks)
-            if (prim::load<Order::kRelaxed, Scope::kGpu>(&context.turn->begun_blocks) == gridDim.x) return true;
+            if (prim::load<Order::kRelaxed, Scope::kGpu>(&context.launch_state->begun_blocks) == gridDim.x) return true;
         return false;
     }
 
@@ -59,22 +59,23 @@ public:
         warp.expect();
         warp.sync();  // every lane has looked at them
         if (warp.thread_rank() == 0 &&
-            algo::arrive<Order::kRelaxed, Scope::kGpu>(&context.turn->settled_blocks).is_last)
+            algo::arrive<Order::kRelaxed, Scope::kGpu>(&context.launch_state->settled_blocks).is_last)
             count_launch();
     }
 
-    const Context context;
+    const CallContext context;
     BlockRole& role;
 
 private:
     // For the next launch.
     EP_DEVICE void count_launch() const {
-        const Context& c = context;
+        const CallContext& c = context;
         layout::LocalState* local = c.watch.words.local;
-        layout::LowLatencyTurn* next = &local->low_latency_turns[c.turn == &local->low_latency_turns[0] ? 1 : 0];
+        layout::LowLatencyLaunchState* next =
+            &local->low_latency_launch_states[c.launch_state == &local->low_latency_launch_states[0] ? 1 : 0];
         prim::store<Order::kRelaxed, Scope::kGpu>(&next->begun_blocks, 0u);
         prim::store<Order::kRelaxed, Scope::kGpu>(&next->next_share, 0u);
-        prim::store<Order::kRelaxed, Scope::kGpu>(&next->spoiled_pieces, 0u);
+        prim::store<Order::kRelaxed, Scope::kGpu>(&next->void_pieces, 0u);
         prim::store<Order::kRelaxed, Scope::kGpu>(&next->lists, 0u);
         if (c.sends()) prim::store<Order::kRelaxed, Scope::kGpu>(&local->num_low_latency_sends, c.watch.call);
         if (c.phase == Phase::kSend) prim::store<Order::kRelaxed, Scope::kGpu>(c.call.number, c.watch.call);
@@ -86,7 +87,7 @@ private:
     // The block that ends last adds the longest waits to the caller's statistics. Every block's atomics have returned when it
     // counts itself, so no order is needed.
     EP_DEVICE void add_statistics(Block block) const {
-        const Context& c = context;
+        const CallContext& c = context;
         if (!c.receives() || c.call.wait_stats == nullptr) return;
         uint32_t* counter = &c.watch.words.local->low_latency_done_blocks;
         if (!algo::is_last_block<Order::kRelaxed, Scope::kGpu>(block, counter, role.share)) return;
@@ -117,7 +118,7 @@ public:
 
     // In a launch of both phases a block may wait for rows of its own rank only when all blocks have begun: one that has not
     // may never get an SM otherwise. Blocks that come too early leave, and whoever is there later does their part. In a call
-    // that has failed no wait lasts, and what does not come is spoiled.
+    // that has failed no wait lasts, and what does not come is void.
     EP_DEVICE ~SendPhase() {
         const Block block;
         block.expect();
@@ -129,7 +130,7 @@ public:
         if (block.thread_rank() == (block.num_warps() > 1 ? kWarpSize : 0)) {
             const bool receives = launch_.context.receives() && (!is_ready() || launch_.have_all_begun());
             role().receives = receives ? 1 : 0;
-            if (receives) role().share = static_cast<int>(launch_.draw_share());
+            if (receives) role().share = static_cast<int>(launch_.claim_share());
         }
         block.sync();
     }
@@ -156,7 +157,7 @@ public:
 
     // The block that has written our table into the messages to all ranks: they may read it.
     EP_DEVICE void publish_table(Block block, int num_tokens) const {
-        const Context& c = launch_.context;
+        const CallContext& c = launch_.context;
         const auto is_meant = [&](int peer) { return !leaves_out(peer); };
         algo::for_each(block, c.num_ranks(), [&](int peer) {
             if (is_meant(peer))
@@ -188,7 +189,7 @@ private:
 
     // Says nothing new when it is done again.
     EP_DEVICE void tell_peers(Warp warp) const {
-        const Context& c = launch_.context;
+        const CallContext& c = launch_.context;
         algo::publish<Order::kRelaxed, Scope::kSys>(
             warp, c.num_ranks(), [&](int peer) { return !is_masked(c.call, peer); },
             [&](int peer) { return c.watch.heap.low_latency_started(peer, c.rank()); }, c.watch.call);
@@ -198,7 +199,7 @@ private:
     // One look at the flags of both banks, so that it need not come after the number of the call: that is under way too.
     EP_DEVICE void look(Warp warp) const {
         warp.expect();
-        const Context& c = launch_.context;
+        const CallContext& c = launch_.context;
         bool may_go_on = algo::abort_code(c.watch) == 0;
 #pragma unroll 1
         for (int i = warp.thread_rank(); i < c.num_ranks() * layout::kNumLowLatencyBanks; i += warp.size())
@@ -207,7 +208,7 @@ private:
         if (is_ready && c.call.is_shrinkable) note_masks(warp);
         if (warp.thread_rank() == 0) {
             role().is_ready = is_ready ? 1 : 0;
-            role().turn = c.turn;
+            role().launch_state = c.launch_state;
             role().knows_tables = 0;
         }
     }
@@ -226,7 +227,7 @@ private:
     }
 
     EP_DEVICE void note_masks(Warp warp) const {
-        const Context& c = launch_.context;
+        const CallContext& c = launch_.context;
 #pragma unroll 1
         for (int first = 0; first < c.num_ranks(); first += kWarpSize) {
             const int peer = first + warp.thread_rank();
@@ -255,7 +256,7 @@ public:
     // it too, were they told of this one's end only then. So the block that ends last tells them now.
     EP_DEVICE ~ReceivePhase() {
         const Block block;
-        const Context& c = launch_.context;
+        const CallContext& c = launch_.context;
         if (!has_later_call_) return;
         // Every block's reads, the last one's release.
         uint32_t* counter = &c.watch.words.local->low_latency_read_blocks;
@@ -272,7 +273,7 @@ private:
     EP_DEVICE void begin(Warp warp) const {
         uint32_t order = 0;
         if (warp.thread_rank() == 0) order = launch_.begin_block();
-        if (warp.thread_rank() == 0) launch_.role.turn = launch_.context.turn;
+        if (warp.thread_rank() == 0) launch_.role.launch_state = launch_.context.launch_state;
         if (__shfl_sync(kFullMask, order, 0) == 0) publish_ended(warp, launch_.context);
         launch_.settle(warp);
     }

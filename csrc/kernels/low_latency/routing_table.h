@@ -57,7 +57,7 @@ struct Choice {
 };
 
 // Entries of the tile that begins with token `first`.
-EP_DEVICE int entries_of_tile(const Context& c, const Choice& choice, const TokenSets& sets, int first) {
+EP_DEVICE int entries_of_tile(const CallContext& c, const Choice& choice, const TokenSets& sets, int first) {
     const int rest = choice.num_tokens - first;
     return (rest < sets.num_tokens() ? rest : sets.num_tokens()) * c.call.num_topk;
 }
@@ -72,7 +72,7 @@ template <class Work> EP_DEVICE void for_entries(const algo::Warps& warps, int n
 }
 
 // A bit in the expert's set for each token; in sets.entries the expert and the token's number in the tile.
-EP_DEVICE void fill_sets(const algo::Warps& warps, const Context& c, const Choice& choice, const TokenSets& sets,
+EP_DEVICE void fill_sets(const algo::Warps& warps, const CallContext& c, const Choice& choice, const TokenSets& sets,
                          int first) {
     const int num_entries = entries_of_tile(c, choice, sets, first);
     for_entries(warps, num_entries, [&](int base) {
@@ -98,7 +98,7 @@ EP_DEVICE void fill_sets(const algo::Warps& warps, const Context& c, const Choic
 }
 
 // After fill_sets: the token's number becomes its place. Each thread has its own entries, as in fill_sets.
-EP_DEVICE void find_places(const algo::Warps& warps, const Context& c, const Choice& choice, const TokenSets& sets,
+EP_DEVICE void find_places(const algo::Warps& warps, const CallContext& c, const Choice& choice, const TokenSets& sets,
                            int first) {
     const int num_entries = entries_of_tile(c, choice, sets, first);
     for_entries(warps, num_entries, [&](int base) {
@@ -121,7 +121,7 @@ EP_DEVICE void find_places(const algo::Warps& warps, const Context& c, const Cho
 }
 
 // The part of the table that the tile is, in shared memory.
-EP_DEVICE void make_tile(const algo::Warps& warps, const Context& c, const Choice& choice, const TokenSets& sets,
+EP_DEVICE void make_tile(const algo::Warps& warps, const CallContext& c, const Choice& choice, const TokenSets& sets,
                          int first) {
     algo::for_each(warps, c.call.num_experts * sets.num_words, [&](int i) { sets.words[i] = 0; });
     if (first == 0) algo::for_each(warps, c.call.num_experts, [&](int expert) { sets.counts[expert] = 0; });
@@ -137,7 +137,7 @@ EP_DEVICE void make_tile(const algo::Warps& warps, const Context& c, const Choic
 }
 
 // A tile, to every rank.
-EP_DEVICE void send_tile(Block block, const Context& c, const SendPhase<Tells::kAtEnd>& phase, const Choice& choice,
+EP_DEVICE void send_tile(Block block, const CallContext& c, const SendPhase<Tells::kAtEnd>& phase, const Choice& choice,
                          const TokenSets& sets, int first) {
     const int num_entries = entries_of_tile(c, choice, sets, first);
     for (int peer = 0; peer < c.num_ranks(); ++peer) {
@@ -148,7 +148,7 @@ EP_DEVICE void send_tile(Block block, const Context& c, const SendPhase<Tells::k
 }
 
 // The block whose table_warps have made the first tile: the table, to every rank.
-EP_DEVICE void send_routing_table(Block block, const Context& c, const SendPhase<Tells::kAtEnd>& phase,
+EP_DEVICE void send_routing_table(Block block, const CallContext& c, const SendPhase<Tells::kAtEnd>& phase,
                                   const Choice& choice, const TokenSets& sets) {
     const algo::Warps makers = table_warps(block);
     send_tile(block, c, phase, choice, sets, 0);
@@ -174,7 +174,7 @@ struct Counts {
     int* rows;     // [num_ranks + 1][num_local_experts]: rows of the expert from the sources before
     int num_local_experts;
 
-    static EP_DEVICE Counts make(const Context& c) {
+    static EP_DEVICE Counts make(const CallContext& c) {
         auto* is_here = static_cast<int*>(prim::dynamic_shared());
         return {is_here, is_here + c.num_ranks(), c.num_local_experts()};
     }
@@ -187,7 +187,7 @@ struct Counts {
 
 // Acquire: which tables count in this call. One thread waits for a table: if every warp did for itself, they would crowd the
 // flag. A barrier must follow. True: this thread has found that the call has failed.
-EP_DEVICE bool wait_for_tables(Block block, const Context& c, const Counts& counts, BlockRole& role) {
+EP_DEVICE bool wait_for_tables(Block block, const CallContext& c, const Counts& counts, BlockRole& role) {
     block.expect();
     bool is_lost = false;
 #pragma unroll 1
@@ -204,7 +204,7 @@ EP_DEVICE bool wait_for_tables(Block block, const Context& c, const Counts& coun
 
 // After wait_for_tables. False: some table states a number that cannot be true, and the call has failed: in every block,
 // since all read the same.
-EP_DEVICE bool find_counts(Block block, const Context& c, const Counts& counts) {
+EP_DEVICE bool find_counts(Block block, const CallContext& c, const Counts& counts) {
     block.expect();
     constexpr int kAtOnce = 8;  // loads under way
     const int most = c.call.num_max_tokens;
@@ -236,7 +236,7 @@ EP_DEVICE bool find_counts(Block block, const Context& c, const Counts& counts) 
 }
 
 // Fails the call with the first number in the table of `source` that cannot be true. True: there is one.
-EP_DEVICE bool refuse_table(const Context& c, const Counts& counts, int source) {
+EP_DEVICE bool refuse_table(const CallContext& c, const Counts& counts, int source) {
     const int num_tokens = c.num_tokens_of(source), most = c.call.num_max_tokens;
     int stated = num_tokens, limit = most;
     for (int i = 0; i < c.num_local_experts() && may_be(stated, limit); ++i) stated = c.row_counts(source)[i];
@@ -254,7 +254,7 @@ EP_DEVICE bool refuse_table(const Context& c, const Counts& counts, int source) 
 
 // In a call that has failed, perhaps by such a number: says so, if there is one. The tables are those of this call until the
 // launch ends.
-EP_DEVICE_COLD void refuse_tables(Context c, Counts counts) {
+EP_DEVICE_COLD void refuse_tables(CallContext c, Counts counts) {
     for (int source = 0; source < c.num_ranks(); ++source)
         if (counts.is_here[source] != 0 && refuse_table(c, counts, source)) return;
 }

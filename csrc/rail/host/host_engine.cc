@@ -150,10 +150,10 @@ void HostEngine::run_sender() {
         const int64_t deadline_ns = release_deadline_ns_.load(std::memory_order_acquire);
         if (deadline_ns == kNever) {
             sleep_until_work();
-        } else if (is_all_sent() || now_ns() >= deadline_ns) {
-            break;
-        } else {
+        } else if (held_ && now_ns() < deadline_ns) {
             wait_for_sockets(kFlushSliceUs);
+        } else {
+            break;
         }
     }
     say_farewell();
@@ -214,11 +214,6 @@ bool HostEngine::send_all() {
     return goes_on;
 }
 
-bool HostEngine::is_all_sent() const {
-    return !held_ && std::all_of(connections_.begin(), connections_.end(),
-                                 [](const auto& entry) { return entry.second.num_queued() == 0; });
-}
-
 void HostEngine::sleep_until_work() {
     if (held_) return wait_for_sockets(-1);  // the ring does not matter until a peer takes something
     if (is_woken_by_kernels_) {
@@ -241,6 +236,7 @@ void HostEngine::wait_for_sockets(int64_t timeout_us) {
     if (num_ready > 0 && polled[0].revents != 0) sender_event_.clear();
 }
 
+// Behind whatever is queued.
 void HostEngine::say_farewell() {
     for (auto& [peer, connection] : connections_) {
         connection.queue({MessageKind::kFarewell, 0, 0, 0, 0}, nullptr);

@@ -61,7 +61,6 @@ private:
     void queue_command(const Command& command);
     void sleep_until_work();
     void wait_for_sockets(int64_t timeout_us);
-    bool is_all_sent() const;
     void say_farewell();
     void run_receiver();
     void note_failure(const std::string& text);

@@ -11,6 +11,7 @@
 #include "device/prim.h"
 #include "device/simt/context.h"
 #include "device/simt/device.h"
+#include "executor/complaints.h"
 
 using namespace deep_ep;
 using prim::Order;
@@ -182,12 +183,6 @@ template <Mistake kMistake> std::string complaint(const simt::SchedulerOptions& 
     device.synchronize_stream(stream);  // reported once, and the device works again
     device.free(words);
     return text;
-}
-
-bool contains(const std::string& text, const std::string& part) {
-    const bool is_there = text.find(part) != std::string::npos;
-    if (!is_there) MESSAGE("got: " << text);
-    return is_there;
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 
 #include "device/launch.h"
 #include "device/simt/device.h"
+#include "executor/complaints.h"
 
 using namespace deep_ep;
 
@@ -95,12 +96,6 @@ template <Fault kFault> std::string complaint(uint64_t seed = 0) {
         return error.what();
     }
     return "";
-}
-
-bool contains(const std::string& text, const std::string& part) {
-    const bool is_there = text.find(part) != std::string::npos;
-    if (!is_there) MESSAGE("got: " << text);
-    return is_there;
 }
 
 // Which thread finds out, and whether others have ended by then, depends on the schedule; that there is a report does not.

@@ -11,6 +11,7 @@
 #include "device/prim.h"
 #include "device/simt/device.h"
 #include "device/simt/happens_before.h"
+#include "executor/complaints.h"
 #include "executor/faults.h"
 
 using namespace deep_ep;
@@ -118,12 +119,6 @@ std::string failure_of(simt::Scheduler& scheduler) {
         return error.what();
     }
     return "";
-}
-
-bool contains(const std::string& text, const std::string& part) {
-    const bool is_there = text.find(part) != std::string::npos;
-    if (!is_there) MESSAGE("got: " << text);
-    return is_there;
 }
 
 }  // namespace

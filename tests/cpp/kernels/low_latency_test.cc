@@ -93,7 +93,7 @@ TEST_CASE("low latency: combine in the logarithmic format, hidden not a multiple
     }
 }
 
-TEST_CASE("low latency: so many experts that a routing table is made in stretches of 32 tokens") {
+TEST_CASE("low latency: so many experts that a routing table is made in tiles of 32 tokens") {
     LowLatencyProblem problem{.num_tokens = {70, 33}, .num_max_tokens = 70, .num_experts = 8194, .hidden = 8};
     check_round_trip(problem);
     problem.only_expert = 8193;

@@ -152,8 +152,10 @@ TEST_CASE("rail: a ring that is full makes posters wait") {
         CAPTURE(seed);
         RailOptions options;
         options.seed = seed;
-        options.ring_capacity = 1;
-        check_streams(options, {3, 4, 128}, 12, 2);
+        for (const uint32_t capacity : {1u, 8u}) {
+            options.ring_capacity = capacity;
+            check_streams(options, {3, 4, 128}, 12, 2);
+        }
     }
 }
 

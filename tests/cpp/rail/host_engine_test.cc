@@ -91,6 +91,30 @@ struct PostKernel {
     }
 };
 
+// One warp puts its window's first megabytes to the peer's, chunk by chunk, each with a flag.
+struct PutKernel {
+    struct Params {
+        rail::Params rail;
+        int peer;
+        int num_chunks;
+        uint32_t chunk_bytes;
+    };
+    struct Shared {};
+
+    static EP_DEVICE uint64_t flag_at(int chunk) { return 8 * static_cast<uint64_t>(chunk); }
+
+    static void run(const Params& p, Shared&) {
+        const rail::Rail rail(p.rail);
+        const auto wait = [](uint64_t, const auto& look) {
+            uint64_t seen = 0;
+            while (!look(seen)) prim::pause();
+            return true;
+        };
+        for (int chunk = 0; chunk < p.num_chunks; ++chunk)
+            rail::put(rail, p.peer, {4096, 4096, p.chunk_bytes}, {flag_at(chunk), 1}, wait);
+    }
+};
+
 // A device of its own, for kernels that post through any engine of this process.
 class Poster {
 public:
@@ -111,6 +135,12 @@ public:
                                 {engine.params(), peer, num_adds, 8, static_cast<uint64_t>(patience_s * 1e9), count_});
         device_->synchronize_stream(stream_);
         return *count_ - before;
+    }
+
+    void put(const HostEngine& engine, int peer, int num_chunks, uint32_t chunk_bytes) {
+        dev::launch<PutKernel>({.num_threads = 32, .name = "put"}, stream_,
+                               {engine.params(), peer, num_chunks, chunk_bytes});
+        device_->synchronize_stream(stream_);
     }
 
 private:
@@ -152,6 +182,21 @@ TEST_CASE("host: what was posted before a release arrives, and the peer sees no 
     std::this_thread::sleep_for(std::chrono::milliseconds(50));
     CHECK_NOTHROW(engines[1]->check());
     engines[0]->release(30);
+}
+
+TEST_CASE("host: a release sends what no socket has room for at once, and gives up when its time is over") {
+    HostOptions options = options_for(0);
+    options.window_bytes = 2 << 20;
+    constexpr int kChunks = 100;
+    for (const double timeout_s : {60.0, 0.0}) {
+        auto engines = make_pair(options);
+        Poster poster;
+        poster.put(*engines[0], 1, kChunks, 1 << 20);
+        engines[0]->release(timeout_s);
+        if (timeout_s > 0)
+            for (int chunk = 0; chunk < kChunks; ++chunk)
+                CHECK(wait_until([&] { return word_of(*engines[1], PutKernel::flag_at(chunk)) == 1; }));
+    }
 }
 
 TEST_CASE("host: a message for nobody and one from outside the window are failures") {

@@ -1,5 +1,6 @@
 #include "rail/host_world.h"
 
+#include <algorithm>
 #include <thread>
 
 #include "core/error.h"
@@ -55,7 +56,7 @@ public:
         host.window_bytes = options.window_bytes;
         host.interface = "127.0.0.1";
         host.ring_capacity = options.ring_capacity;
-        host.max_queued = options.ring_capacity;
+        host.max_queued = std::max<size_t>(options.ring_capacity / 8, 1);
         engines_ = make_engines(devices_, host);
     }
     ~HostWorld() override {

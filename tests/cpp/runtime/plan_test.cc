@@ -117,8 +117,14 @@ TEST_CASE("rows go through registers where stages cannot be") {
     CHECK_FALSE(staged(old, 7168));
     // A warp has one peer at most.
     CHECK(staged(cpu(3), 256, 1));
+    CHECK_FALSE(staged(cpu(4), 256, 1));
     CHECK_FALSE(staged(cpu(8), 256, 1));
     CHECK(staged(cpu(8), 256, 4));
+}
+
+TEST_CASE("send warps of a dispatch have two stages each, or none") {
+    CHECK_GE(plan_dispatch(gpu(8), 20, dispatch_slot(7168), false).send.num_stages, 2);
+    CHECK_EQ(plan_dispatch(gpu(8), 20, dispatch_slot(14336), false).send.num_stages, 0);  // there is room for one
 }
 
 TEST_CASE("a window needs room for a slot of each peer") {
@@ -137,10 +143,10 @@ TEST_CASE("a window needs room for a slot of each peer") {
 }
 
 TEST_CASE("what the message of a window asks for is enough, lent part or not") {
-    const auto slot = combine_slot(14336);
+    const auto slot = combine_slot(1 << 25);  // more than the data, which is divided where a part is lent
     for (int64_t num_lend_bytes : {int64_t{0}, kLendPartOfData}) {
         BufferOptions wanted = options(num_lend_bytes);
-        wanted.num_data_bytes = 128;
+        CHECK_EQ(plan_heap(wanted).lends_part_of_data(), num_lend_bytes == kLendPartOfData);
         std::string message;
         try {
             plan_window(plan_heap(wanted), 4, slot, "combine");

@@ -30,7 +30,7 @@ struct Unit {
 };
 
 // Tokens of all sources in turn, so that no link is the last; every rank begins with another source.
-EP_DEVICE Unit unit_of(const Context& c, int idx, int num_parts) {
+EP_DEVICE Unit unit_of(const CallContext& c, int idx, int num_parts) {
     const int num_shares = c.num_ranks() * c.call.num_max_tokens * num_parts;
     const int item = idx / num_parts;
     return {(c.rank() + item) % c.num_ranks(),
@@ -55,7 +55,7 @@ struct Entries {
 template <int kVecs> struct Held { Vec16 vec[kVecs]; };
 
 // What a warp knows of its token before it knows the rows.
-struct Token {
+struct ReceivedToken {
     const uint8_t* slot;  // null: not here yet, or it will not come
     Held<kFirstVecs> held;
     uint32_t scale;
@@ -63,17 +63,17 @@ struct Token {
     int entry;       // this lane's of the first 32
 };
 
-EP_DEVICE const int* entries_of(const Context& c, const Unit& unit) {
+EP_DEVICE const int* entries_of(const CallContext& c, const Unit& unit) {
     return c.table(unit.source) + static_cast<int64_t>(unit.token) * c.call.num_topk;
 }
 
-EP_DEVICE int load_entry(Warp warp, const Context& c, const Unit& unit, int first) {
+EP_DEVICE int load_entry(Warp warp, const CallContext& c, const Unit& unit, int first) {
     const int k = first + warp.thread_rank();
     return k < c.call.num_topk ? entries_of(c, unit)[k] : -1;
 }
 
 // Does an earlier entry of the token name the same expert? `first`: of the lanes' entries.
-EP_DEVICE bool is_repeated(Warp warp, const Context& c, const Unit& unit, int first, int entry) {
+EP_DEVICE bool is_repeated(Warp warp, const CallContext& c, const Unit& unit, int first, int entry) {
     warp.expect();
     const int rest = c.call.num_topk - first;
     bool is_found = false;
@@ -85,7 +85,7 @@ EP_DEVICE bool is_repeated(Warp warp, const Context& c, const Unit& unit, int fi
     return is_found;
 }
 
-EP_DEVICE Entries choose_entries(Warp warp, const Context& c, const Unit& unit, int first, int entry) {
+EP_DEVICE Entries choose_entries(Warp warp, const CallContext& c, const Unit& unit, int first, int entry) {
     const int expert = local_expert(c, expert_of(entry));
     const bool is_placed = !is_repeated(warp, c, unit, first, entry) && expert >= 0;
     return {entry, expert, is_placed, __ballot_sync(kFullMask, is_placed)};
@@ -118,37 +118,37 @@ EP_DEVICE uint32_t load_scale(Warp warp, const Params& p, const Unit& unit, cons
     return p.packs_scales ? packed_exponents(scales, word) : scales[word];
 }
 
-EP_DEVICE void load_slot(Warp warp, const Params& p, const Context& c, const Unit& unit, Token& token) {
+EP_DEVICE void load_slot(Warp warp, const Params& p, const CallContext& c, const Unit& unit, ReceivedToken& token) {
     token.slot = c.slot(c.rank(), unit.source, unit.token);
     token.held = load_row<kFirstVecs>(warp, token.slot, 0, unit.first_of(num_vecs(p)), unit.end_of(num_vecs(p)));
     token.scale = load_scale(warp, p, unit, token.slot, 0, unit.first_of(num_scale_words(p)));
 }
 
-EP_DEVICE void void_slot(Token& token) {
+EP_DEVICE void void_slot(ReceivedToken& token) {
     token.scale = algo::kVoidWord;
 #pragma unroll
     for (Vec16& vec : token.held.vec) vec = algo::void_vec();
 }
 
-EP_DEVICE const uint64_t* slot_flag(const Context& c, const Unit& unit) {
+EP_DEVICE const uint64_t* slot_flag(const CallContext& c, const Unit& unit) {
     return c.watch.heap.token_full(c.rank(), c.bank, unit.source, unit.token);
 }
 
 // Acquire: is the slot full?
-EP_DEVICE bool look_at_slot(Warp warp, const Context& c, const Unit& unit) {
+EP_DEVICE bool look_at_slot(Warp warp, const CallContext& c, const Unit& unit) {
     warp.expect();
     return algo::broadcast(warp, warp.thread_rank() == 0 && is_set(c.watch, slot_flag(c, unit)));
 }
 
 // Acquire. False: the source is left out.
-EP_DEVICE bool wait_for_slot(Warp warp, const Context& c, const Unit& unit) {
+EP_DEVICE bool wait_for_slot(Warp warp, const CallContext& c, const Unit& unit) {
     warp.expect();
     return algo::broadcast(warp, warp.thread_rank() == 0 &&
                                      wait_for_source(c.call, c.watch, Stage::kRow, unit.source, slot_flag(c, unit)));
 }
 
 // Looks at the slot until it is full, or its block knows the tables, which others of its threads wait for. Acquire.
-EP_DEVICE bool watch_slot(Warp warp, const Context& c, const BlockRole& role, const Unit& unit) {
+EP_DEVICE bool watch_slot(Warp warp, const CallContext& c, const BlockRole& role, const Unit& unit) {
     for (;;) {
         if (look_at_slot(warp, c, unit)) return true;
         const bool is_leader = warp.thread_rank() == 0;
@@ -159,7 +159,7 @@ EP_DEVICE bool watch_slot(Warp warp, const Context& c, const BlockRole& role, co
 }
 
 // After the source's table.
-EP_DEVICE void begin_token(Warp warp, const Params& p, const Context& c, const Unit& unit, Token& token) {
+EP_DEVICE void begin_token(Warp warp, const Params& p, const CallContext& c, const Unit& unit, ReceivedToken& token) {
     token.num_tokens = c.num_tokens_of(unit.source);
     token.entry = load_entry(warp, c, unit, 0);
     if (token.slot == nullptr && look_at_slot(warp, c, unit)) load_slot(warp, p, c, unit, token);
@@ -182,7 +182,8 @@ EP_DEVICE void store_row(Warp warp, const Params& p, uint32_t lanes, int row, in
     }
 }
 
-EP_DEVICE void place_row(Warp warp, const Params& p, const Unit& unit, const Token& token, uint32_t lanes, int row) {
+EP_DEVICE void place_row(Warp warp, const Params& p, const Unit& unit, const ReceivedToken& token, uint32_t lanes,
+                         int row) {
     const int begin = unit.first_of(num_vecs(p)), end = unit.end_of(num_vecs(p));
     store_row(warp, p, lanes, row, begin, end, token.held);
 #pragma unroll 1
@@ -192,8 +193,8 @@ EP_DEVICE void place_row(Warp warp, const Params& p, const Unit& unit, const Tok
 }
 
 // Scales stand word by word, each with those of all rows of its expert side by side.
-EP_DEVICE void place_scales(Warp warp, const Params& p, const Context& c, const Unit& unit, const Token& token,
-                            const Entries& entries, int row) {
+EP_DEVICE void place_scales(Warp warp, const Params& p, const CallContext& c, const Unit& unit,
+                            const ReceivedToken& token, const Entries& entries, int row) {
     warp.expect();
     const int num_words = num_scale_words(p), num_rows = c.num_rows_of_expert();
     const int begin = unit.first_of(num_words), end = unit.end_of(num_words);
@@ -214,8 +215,8 @@ EP_DEVICE void place_scales(Warp warp, const Params& p, const Context& c, const 
 
 // After find_counts: what these entries want of the token. `first`: which of its entries they are. False: a place
 // is beyond the rows that its source has stated, and nothing is written.
-EP_DEVICE bool place_entries(Warp warp, const Params& p, const Context& c, const Unit& unit, const Counts& counts,
-                             int first, const Entries& entries, const Token& token) {
+EP_DEVICE bool place_entries(Warp warp, const Params& p, const CallContext& c, const Unit& unit, const Counts& counts,
+                             int first, const Entries& entries, const ReceivedToken& token) {
     warp.expect();
     int row = -1;
     bool is_stated = true;
@@ -239,9 +240,9 @@ EP_DEVICE bool place_entries(Warp warp, const Params& p, const Context& c, const
 
 // The rest of the token, once the counts are known. Of a token that does not exist combine learns that it has no
 // rows. False: the call has failed, or does now, since a place in the table of the source cannot be true.
-template <class Draw>
-EP_DEVICE bool finish_token(Warp warp, const Params& p, const Context& c, const Unit& unit, const Counts& counts,
-                            Token& token, const Draw& draw) {
+template <class Claim>
+EP_DEVICE bool finish_token(Warp warp, const Params& p, const CallContext& c, const Unit& unit, const Counts& counts,
+                            ReceivedToken& token, const Claim& claim) {
     const bool exists = unit.token < token.num_tokens;
     bool is_right = true;
 #pragma unroll 1
@@ -256,7 +257,7 @@ EP_DEVICE bool finish_token(Warp warp, const Params& p, const Context& c, const 
                 is_right = false;
             }
         }
-        draw();
+        claim();
         is_right &= place_entries(warp, p, c, unit, counts, first, entries, token);
     }
     return is_right;
@@ -265,14 +266,14 @@ EP_DEVICE bool finish_token(Warp warp, const Params& p, const Context& c, const 
 // A trip to memory is as long as a barrier is short: the block learns the counts together, while the entries and slots of
 // its first tokens are under way.
 EP_DEVICE void receive(Block block, const Params& p, const LaunchSession& launch) {
-    const Context& c = launch.context;
+    const CallContext& c = launch.context;
     const Warp warp;
     const int num_tokens = c.num_ranks() * p.call.num_max_tokens;
     const int num_parts = warps_for_item(num_tokens, kMaxWarpsForItem);
     const auto counts = Counts::make(c);
     bool knows_rows = true;  // the block
     bool is_right = true;    // this thread has met nothing that makes the call fail
-    for_each_unit(block, launch, num_tokens * num_parts + num_lists(c), [&](int idx, bool is_first, const auto& draw) {
+    for_each_unit(block, launch, num_tokens * num_parts + num_lists(c), [&](int idx, bool is_first, const auto& claim) {
         const Unit unit = unit_of(c, idx, num_parts);
         // A slot that is full is one of ours, so that it may be read before the tables say so: trips less after them.
         bool is_full = unit.is_token && look_at_slot(warp, c, unit);
@@ -283,18 +284,18 @@ EP_DEVICE void receive(Block block, const Params& p, const LaunchSession& launch
             if (unit.is_token && !is_full && c.sends() && prim::warp_idx() != 0)
                 is_full = watch_slot(warp, c, launch.role, unit);
         }
-        Token token = {};
+        ReceivedToken token = {};
         if (is_full) load_slot(warp, p, c, unit, token);
         if (is_first) knows_rows = !any(block, is_lost);  // one thread's acquire, the block's reads
         if (knows_rows && unit.is_token && counts.is_here[unit.source] != 0) begin_token(warp, p, c, unit, token);
         if (is_first && knows_rows) knows_rows = find_counts(block, c, counts);
-        if (knows_rows && unit.is_token) is_right &= finish_token(warp, p, c, unit, counts, token, draw);
+        if (knows_rows && unit.is_token) is_right &= finish_token(warp, p, c, unit, counts, token, claim);
         if (knows_rows && unit.is_list) write_list(warp, p, c, launch.role, counts, unit.list);
         if (!knows_rows && unit.is_list) void_list(warp, p, c, unit.list);
     });
     if (__all_sync(kFullMask, knows_rows && is_right)) return;
     if (warp.thread_rank() == 0) refuse_tables(c, counts);
-    void_outputs(warp, &p, c, launch.role.turn, knows_rows);
+    void_outputs(warp, &p, c, launch.role.launch_state, knows_rows);
 }
 
 }  // namespace EP_BACKEND

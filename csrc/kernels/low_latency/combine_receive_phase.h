@@ -29,14 +29,14 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
     };
 
     // One warp's token.
-    struct Token {
+    struct OwnToken {
         int idx;
         int64_t id;    // this lane's entry of the first 32
         float weight;  // the same; in packets only
     };
 
-    static EP_DEVICE Token load_token(Warp warp, const Params& p, const Context& c, int idx) {
-        Token token = {idx, Ids{p.topk_idx, p.idx_bytes}.load(warp, c, idx, 0), 0.0f};
+    static EP_DEVICE OwnToken load_token(Warp warp, const Params& p, const CallContext& c, int idx) {
+        OwnToken token = {idx, Ids{p.topk_idx, p.idx_bytes}.load(warp, c, idx, 0), 0.0f};
         const int64_t first = static_cast<int64_t>(idx) * c.call.num_topk;
         if (const int k = warp.thread_rank(); kUsesPackets && k < c.call.num_topk)
             token.weight = p.topk_weights[first + k];
@@ -44,13 +44,13 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
     }
 
     // One look; acquire.
-    static EP_DEVICE bool look_at_part(const Context& c, const uint64_t* flag, uint64_t& seen) {
+    static EP_DEVICE bool look_at_part(const CallContext& c, const uint64_t* flag, uint64_t& seen) {
         seen = prim::load<Order::kAcquire, Scope::kSys>(flag);
         return (kUsesPackets ? EntrySlots::call_of(seen) : seen) == c.watch.call;
     }
 
     // A lane looks before it is known who has a part: the ids may still be under way.
-    static EP_DEVICE Parts wait_for_parts(Warp warp, const Params& p, const Context& c, const Token& token,
+    static EP_DEVICE Parts wait_for_parts(Warp warp, const Params& p, const CallContext& c, const OwnToken& token,
                                           int first_rank) {
         warp.expect();
         const int rank = first_rank + warp.thread_rank();
@@ -80,7 +80,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
     }
 
     // The slot of the part that `lane` of `parts` has.
-    static EP_DEVICE const uint8_t* slot_of(Warp warp, const Context& c, const Token& token, const Parts& parts,
+    static EP_DEVICE const uint8_t* slot_of(Warp warp, const CallContext& c, const OwnToken& token, const Parts& parts,
                                             int lane) {
         warp.expect();
         if constexpr (!kUsesPackets) return c.slot(c.rank(), parts.first_rank + lane, token.idx);
@@ -88,15 +88,15 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
         return c.entry_slot(c.rank(), token.idx, __ffs(static_cast<int>(entries)) - 1);
     }
 
-    static EP_DEVICE Piece load_sent(Warp warp, const Context& c, const uint8_t* slot, int chunk) {
+    static EP_DEVICE Piece load_sent(Warp warp, const CallContext& c, const uint8_t* slot, int chunk) {
         return load_chunk(warp, kPieces<kIsLogfmt>, c.call, chunk, [&](int vec) {
             return prim::load_shared_with_peers(reinterpret_cast<const Vec16*>(slot) + vec);
         });
     }
 
     // Sums that have been sent as such, of the ranks in `lanes`.
-    static EP_DEVICE void add_sums(Warp warp, const Context& c, const Token& token, const Parts& parts, uint32_t lanes,
-                                   int chunk, Sums (&sums)[kVecsOfPiece]) {
+    static EP_DEVICE void add_sums(Warp warp, const CallContext& c, const OwnToken& token, const Parts& parts,
+                                   uint32_t lanes, int chunk, Sums (&sums)[kVecsOfPiece]) {
         if constexpr (kIsLogfmt) {
             const auto row = layout::LogfmtRow::make(static_cast<uint64_t>(c.call.hidden));
             const int unit = chunk * kWarpSize + warp.thread_rank();
@@ -146,7 +146,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
     }
 
     // The part of the rank in `lane`, which has sent its rows: summed in order of k.
-    static EP_DEVICE void add_rows(Warp warp, const Context& c, const Token& token, const Parts& parts, int lane,
+    static EP_DEVICE void add_rows(Warp warp, const CallContext& c, const OwnToken& token, const Parts& parts, int lane,
                                    int chunk, Sums (&sums)[kVecsOfPiece]) {
         warp.expect();
         Sums part[kVecsOfPiece] = {};
@@ -175,7 +175,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
     }
 
     // Are the rows of the experts that this rank names? Where a part is a sum its sender has asked that.
-    static EP_DEVICE void check_rows(Warp warp, const Context& c, const Token& token, const Parts& parts) {
+    static EP_DEVICE void check_rows(Warp warp, const CallContext& c, const OwnToken& token, const Parts& parts) {
         warp.expect();
         uint32_t entries = 0;
 #pragma unroll 1
@@ -186,8 +186,8 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
             refuse_entries(c.watch, c.rank(), token.idx);
     }
 
-    static EP_DEVICE void add_parts(Warp warp, const Context& c, const Token& token, const Parts& parts, int chunk,
-                                    Sums (&sums)[kVecsOfPiece]) {
+    static EP_DEVICE void add_parts(Warp warp, const CallContext& c, const OwnToken& token, const Parts& parts,
+                                    int chunk, Sums (&sums)[kVecsOfPiece]) {
         if (!kUsesPackets || parts.as_rows == 0) return add_sums(warp, c, token, parts, parts.lanes, chunk, sums);
         if (chunk == 0) check_rows(warp, c, token, parts);
 #pragma unroll 1
@@ -210,12 +210,12 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
     }
 
     // A share of one token.
-    template <class Draw>
-    static EP_DEVICE void receive_token(Warp warp, const Params& p, const Context& c, int idx, int part, int num_parts,
-                                        const Draw& draw) {
+    template <class Claim>
+    static EP_DEVICE void receive_token(Warp warp, const Params& p, const CallContext& c, int idx, int part,
+                                        int num_parts, const Claim& claim) {
         const int share = (num_chunks(p.call) + num_parts - 1) / num_parts;
         const int end = (part + 1) * share < num_chunks(p.call) ? (part + 1) * share : num_chunks(p.call);
-        const Token token = load_token(warp, p, c, idx);
+        const OwnToken token = load_token(warp, p, c, idx);
         Parts parts = {-1, 0, 0, 0, false};
         bool is_lost = false;
 #pragma unroll 1
@@ -227,7 +227,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
                 is_lost |= parts.is_lost;
                 add_parts(warp, c, token, parts, chunk, sums);
             }
-            draw();
+            claim();
             store_row(warp, p, idx, chunk, sums, is_lost);
         }
     }
@@ -236,9 +236,9 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
         const int most = num_chunks(p.call) < kMaxWarpsForItem ? num_chunks(p.call) : kMaxWarpsForItem;
         const int num_parts = warps_for_item(p.num_tokens, most);
         const int num_shares = p.num_tokens * num_parts;
-        for_each_unit(block, launch, num_shares, [&](int unit, bool, const auto& draw) {
+        for_each_unit(block, launch, num_shares, [&](int unit, bool, const auto& claim) {
             if (unit < num_shares)
-                receive_token(Warp{}, p, launch.context, unit / num_parts, unit % num_parts, num_parts, draw);
+                receive_token(Warp{}, p, launch.context, unit / num_parts, unit % num_parts, num_parts, claim);
         });
     }
 };

@@ -11,7 +11,6 @@ namespace deep_ep::kernels::low_latency {
 inline namespace EP_BACKEND {
 
 using algo::Block;
-using algo::Thread;
 using algo::Warp;
 using layout::Stage;
 using prim::kFullMask;
@@ -20,13 +19,13 @@ using prim::Order;
 using prim::Scope;
 using prim::Vec16;
 
-struct Context {
+struct CallContext {
     const LowLatencyCall& call;
     algo::Watch watch;
     // Constants where they are made, so that code for the other phases, and for weights with flags, is left out.
     Phase phase;
-    bool uses_packets;             // for the weights of combine, as call.uses_packets
-    layout::LowLatencyTurn* turn;  // of this launch
+    bool uses_packets;                            // for the weights of combine, as call.uses_packets
+    layout::LowLatencyLaunchState* launch_state;  // of this launch
     int bank;
 
     EP_DEVICE int rank() const { return watch.heap.rank(); }
@@ -88,9 +87,9 @@ EP_DEVICE uint64_t call_number(const LowLatencyCall& call, Phase phase) {
     return prim::load<Order::kRelaxed, Scope::kGpu>(&call.watch.local->num_low_latency_sends) + 1;
 }
 
-EP_DEVICE layout::LowLatencyTurn* current_turn(const LowLatencyCall& call) {
+EP_DEVICE layout::LowLatencyLaunchState* current_launch_state(const LowLatencyCall& call) {
     const uint64_t launch = prim::load<Order::kRelaxed, Scope::kGpu>(&call.watch.local->num_low_latency_launches);
-    return &call.watch.local->low_latency_turns[launch % 2];
+    return &call.watch.local->low_latency_launch_states[launch % 2];
 }
 
 EP_DEVICE bool is_masked(const LowLatencyCall& call, int peer) {
@@ -185,7 +184,7 @@ EP_DEVICE_COLD bool decide_on_table(const LowLatencyCall* call, algo::Watch watc
 }
 
 // One look: is the packet of this call there?
-EP_DEVICE bool look_at_packet(const Context& c, const prim::Packet* packet, int& value) {
+EP_DEVICE bool look_at_packet(const CallContext& c, const prim::Packet* packet, int& value) {
     uint32_t data = 0;
     const bool is_here = prim::load_packet<Scope::kSys>(packet, c.epoch(), data);
     value = static_cast<int>(data);
@@ -205,35 +204,38 @@ EP_DEVICE_COLD bool wait_for_late_packet(const LowLatencyCall* call, algo::Watch
     return is_here;
 }
 
-EP_DEVICE bool wait_for_packet(const Context& c, int source, const prim::Packet* packet, int& value) {
+EP_DEVICE bool wait_for_packet(const CallContext& c, int source, const prim::Packet* packet, int& value) {
     return wait_for_late_packet(&c.call, c.watch, c.epoch(), source, packet, &value);
 }
 
-EP_DEVICE void send_packet(const Context& c, prim::Packet* packet, int value) {
+EP_DEVICE void send_packet(const CallContext& c, prim::Packet* packet, int value) {
     prim::store_packet<Scope::kSys>(packet, c.epoch(), static_cast<uint32_t>(value));
 }
 
-EP_DEVICE bool wait_for_table(const Context& c, int source) {
+EP_DEVICE bool wait_for_table(const CallContext& c, int source) {
     const uint64_t* flag = c.watch.heap.table_full(c.rank(), c.bank, source);
     if (c.call.is_shrinkable) return decide_on_table(&c.call, c.watch, source, flag);
     return wait_for_source(c.call, c.watch, Stage::kTable, source, flag);
 }
 
-EP_DEVICE Context make_context(const LowLatencyCall& call, layout::Operation operation, Phase phase,
-                               bool uses_packets) {
+EP_DEVICE CallContext make_context(const LowLatencyCall& call, layout::Operation operation, Phase phase,
+                                   bool uses_packets) {
     const uint64_t number = call_number(call, phase);
-    return {
-        call,           make_watch(call.watch, call.heap, operation, number), phase, uses_packets, current_turn(call),
-        bank_of(number)};
+    return {call,
+            make_watch(call.watch, call.heap, operation, number),
+            phase,
+            uses_packets,
+            current_launch_state(call),
+            bank_of(number)};
 }
 
 // -1 where the id is none of an expert, whatever the low half of a 64-bit id says.
-EP_DEVICE int checked_expert(const Context& c, int64_t id) {
+EP_DEVICE int checked_expert(const CallContext& c, int64_t id) {
     return id >= 0 && id < c.call.num_experts ? static_cast<int>(id) : -1;
 }
 
 // The expert as this rank counts its own; -1: it is none of them, or none at all.
-EP_DEVICE int local_expert(const Context& c, int expert) {
+EP_DEVICE int local_expert(const CallContext& c, int expert) {
     const int local = expert - c.first_expert();
     return local >= 0 && local < c.num_local_experts() ? local : -1;
 }
@@ -249,7 +251,7 @@ struct Ids {
     int bytes;
 
     // This lane's entry of the token, from `first_k` on; -1: there is none.
-    EP_DEVICE int64_t load(Warp warp, const Context& c, int token, int first_k) const {
+    EP_DEVICE int64_t load(Warp warp, const CallContext& c, int token, int first_k) const {
         const int k = first_k + warp.thread_rank();
         const bool is_one = k < c.call.num_topk;
         return is_one ? load_expert_id(ids, bytes, static_cast<int64_t>(token) * c.call.num_topk + k) : -1;
@@ -257,7 +259,7 @@ struct Ids {
 };
 
 // Which of the first 32 entries have experts of this lane's rank, among 32 from `first_rank`? `id`: this lane's.
-EP_DEVICE uint32_t entries_of_rank(Warp warp, const Context& c, int64_t id, int first_rank) {
+EP_DEVICE uint32_t entries_of_rank(Warp warp, const CallContext& c, int64_t id, int first_rank) {
     warp.expect();
     const int rank = first_rank + warp.thread_rank();
     const int expert = checked_expert(c, id);
@@ -271,7 +273,7 @@ EP_DEVICE uint32_t entries_of_rank(Warp warp, const Context& c, int64_t id, int 
 
 // Does this lane's rank, among 32 from `first_rank`, own one of the token's experts? `id`: this lane's of the first 32
 // entries.
-EP_DEVICE bool is_destination(Warp warp, const Context& c, const Ids& ids, int64_t id, int token, int first_rank) {
+EP_DEVICE bool is_destination(Warp warp, const CallContext& c, const Ids& ids, int64_t id, int token, int first_rank) {
     warp.expect();
     const int rank = first_rank + warp.thread_rank();
     bool is_found = false;

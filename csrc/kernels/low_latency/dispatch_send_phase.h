@@ -86,13 +86,13 @@ struct Head {
 
 EP_DEVICE Ids ids_of(const Params& p) { return {p.topk_idx, p.idx_bytes}; }
 
-EP_DEVICE Head load_head(Warp warp, const Params& p, const Context& c, int token) {
+EP_DEVICE Head load_head(Warp warp, const Params& p, const CallContext& c, int token) {
     if (token >= p.num_tokens) return {};
     return {load_input_piece(warp, p, token, prim::warp_idx()), ids_of(p).load(warp, c, token, 0)};
 }
 
 // One token to all ranks that need it.
-EP_DEVICE void send_token(Block block, const Params& p, const Context& c, int token, const Head& head) {
+EP_DEVICE void send_token(Block block, const Params& p, const CallContext& c, int token, const Head& head) {
     block.expect();
     const Warp warp;
 #pragma unroll 1
@@ -118,7 +118,7 @@ EP_DEVICE void send_token(Block block, const Params& p, const Context& c, int to
 
 // The last block makes the routing table, and sends tokens only where it is alone.
 EP_DEVICE void send(Block block, const Params& p, const LaunchSession& launch) {
-    const Context& c = launch.context;
+    const CallContext& c = launch.context;
     const Warp warp;
     const bool has_table = blockIdx.x == gridDim.x - 1;
     const int num_senders = gridDim.x > 1 ? static_cast<int>(gridDim.x) - 1 : 1;

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "device/algo/warp.h"
-#include "kernels/low_latency/combine_receive.h"
+#include "kernels/low_latency/combine_receive_phase.h"
 
 namespace deep_ep::kernels::low_latency::combine {
 inline namespace EP_BACKEND {
@@ -56,7 +56,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         return work;
     }
 
-    static EP_DEVICE void find_rows(Warp warp, const Context& c, Work& work) {
+    static EP_DEVICE void find_rows(Warp warp, const CallContext& c, Work& work) {
         warp.expect();
         // With another handle than that of the dispatch the row is garbage, and must not be an address as well.
         if (work.row >= c.num_local_experts() * c.num_rows_of_expert()) work.row = -1;
@@ -64,12 +64,12 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     }
 
     // This lane's entry, in two packets.
-    static EP_DEVICE const prim::Packet* packets_of(const Context& c, const Work& work) {
+    static EP_DEVICE const prim::Packet* packets_of(const CallContext& c, const Work& work) {
         return c.entry_packets(work.source, work.token, work.k());
     }
 
     // Packets may be looked at whenever it is convenient; what is not there yet is waited for in take_weights.
-    static EP_DEVICE void look_at_weights(const Context& c, Work& work) {
+    static EP_DEVICE void look_at_weights(const CallContext& c, Work& work) {
         work.is_weighed = true;
         if (work.k() >= c.call.num_topk) return;
         const prim::Packet* packets = packets_of(c, work);
@@ -82,7 +82,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     }
 
     // After look_at_weights.
-    static EP_DEVICE void take_weights(const Context& c, Work& work, Shared& shared) {
+    static EP_DEVICE void take_weights(const CallContext& c, Work& work, Shared& shared) {
         if (work.is_weighed) return;
         const prim::Packet* packets = packets_of(c, work);
         int expert = -1, bits = 0;  // no part of `work`, which would have to lie in memory
@@ -96,7 +96,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     }
 
     // After the source's table.
-    static EP_DEVICE void load_weights_of(const Context& c, Work& work) {
+    static EP_DEVICE void load_weights_of(const CallContext& c, Work& work) {
         if (work.k() >= c.call.num_topk) return;
         const int64_t entry = static_cast<int64_t>(work.token) * c.call.num_topk + work.k();
         work.weight = c.weight_table(work.source)[entry];
@@ -104,7 +104,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     }
 
     // After that. Returns whether any of the entries has its expert here.
-    static EP_DEVICE bool find_wanted(Warp warp, const Context& c, Work& work) {
+    static EP_DEVICE bool find_wanted(Warp warp, const CallContext& c, Work& work) {
         warp.expect();
         work.wanted = __ballot_sync(kFullMask, local_expert(c, work.expert) >= 0);
         return work.wanted != 0;
@@ -130,7 +130,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     }
 
     // Sends what is ahead, each row to the slot of its entry; returns the lanes that are left.
-    static EP_DEVICE uint32_t send_ahead(Warp warp, const Context& c, const Work& work, uint32_t lanes, int chunk,
+    static EP_DEVICE uint32_t send_ahead(Warp warp, const CallContext& c, const Work& work, uint32_t lanes, int chunk,
                                          const Ahead& ahead) {
 #pragma unroll
         for (int i = 0; i < kRowsAhead; ++i) {
@@ -143,7 +143,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     }
 
     // A chunk of all rows of a token whose owner's weights are not here. `ahead`: the first rows, under way.
-    static EP_DEVICE void send_rows(Warp warp, const Params& p, const Context& c, const Work& work, Ahead& ahead,
+    static EP_DEVICE void send_rows(Warp warp, const Params& p, const CallContext& c, const Work& work, Ahead& ahead,
                                     int chunk) {
         if (chunk == 0 && work.row >= 0)
             *c.entry_expert(work.source, work.token, work.k()) = c.first_expert() + work.row / c.num_rows_of_expert();
@@ -189,8 +189,8 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     }
 
     // A chunk of a token's row. `work` and `ahead`: the first rows, which are under way.
-    static EP_DEVICE void sum_chunk(Warp warp, const Params& p, const Context& c, Work work, Ahead& ahead, int chunk,
-                                    Sums (&sums)[kVecsOfPiece]) {
+    static EP_DEVICE void sum_chunk(Warp warp, const Params& p, const CallContext& c, Work work, Ahead& ahead,
+                                    int chunk, Sums (&sums)[kVecsOfPiece]) {
         uint32_t rest = add_ahead(warp, work, work.rows, ahead, sums);
 #pragma unroll 1
         for (;;) {
@@ -211,7 +211,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     // Does an entry name an expert here whose rows its own row is none of? Then topk_idx or the handle are not those
     // of one dispatch. An entry that combine leaves out (-1) may have a row all the same, and one of a source that was masked
     // in the dispatch has none.
-    static EP_DEVICE bool is_foreign(Warp warp, const Context& c, const Work& work) {
+    static EP_DEVICE bool is_foreign(Warp warp, const CallContext& c, const Work& work) {
         warp.expect();
         const int expert = local_expert(c, work.expert);
         const int place = work.row - expert * c.num_rows_of_expert();
@@ -222,7 +222,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
 
     // Has the token experts here? `work`: the first of its entries. False as well where the call fails, which all
     // warps of the block find out.
-    static EP_DEVICE bool has_work(Warp warp, const Params& p, const Context& c, Work& work) {
+    static EP_DEVICE bool has_work(Warp warp, const Params& p, const CallContext& c, Work& work) {
         bool is_found = find_wanted(warp, c, work), is_wrong = is_foreign(warp, c, work);
         if (!c.uses_packets)
 #pragma unroll 1
@@ -256,13 +256,13 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     }
 
     // Acquire.
-    static EP_DEVICE bool wait_for_weights(Warp warp, const Context& c, int source) {
+    static EP_DEVICE bool wait_for_weights(Warp warp, const CallContext& c, int source) {
         warp.expect();
         return algo::broadcast(warp, warp.thread_rank() == 0 && wait_for_table(c, source));
     }
 
     // Does the token exist, and has it experts here? Finds its weights too.
-    static EP_DEVICE bool is_wanted(Warp warp, const Params& p, const Context& c, Sources& sources, Work& work,
+    static EP_DEVICE bool is_wanted(Warp warp, const Params& p, const CallContext& c, Sources& sources, Work& work,
                                     Shared& shared) {
         if (c.uses_packets) {
             take_weights(c, work, shared);
@@ -290,7 +290,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
 
     // Tokens of all sources in turn, so that no link is the last; every rank begins with another source. With a hook a rank
     // begins with its own tokens: the weights of the others come meanwhile, and sums are fewer bytes than rows.
-    static EP_DEVICE Work load_item(const Params& p, const Context& c, int item) {
+    static EP_DEVICE Work load_item(const Params& p, const CallContext& c, int item) {
         if (item >= num_items(p, c)) return {.source = 0, .token = 0, .first_k = 0};
         const int num_own = has_own_first(c) ? p.call.num_max_tokens : 0;
         if (item < num_own) return load_rows(p, c.rank(), item, 0);
@@ -299,30 +299,32 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
                          (item - num_own) / num_sources, 0);
     }
 
-    static EP_DEVICE bool has_own_first(const Context& c) { return c.uses_packets && c.phase == Phase::kSend; }
+    static EP_DEVICE bool has_own_first(const CallContext& c) { return c.uses_packets && c.phase == Phase::kSend; }
 
     // The items of a block, as one of its warps goes through them: the numbers of the rows of the item after the current one
     // are under way, and its rows too once those of the current one have been added up.
-    struct Stream {
+    struct ItemCursor {
         int item;  // the current one; below zero: none yet
         Work work, next;
         Ahead ahead;
     };
 
-    static EP_DEVICE int num_items(const Params& p, const Context& c) { return c.num_ranks() * p.call.num_max_tokens; }
+    static EP_DEVICE int num_items(const Params& p, const CallContext& c) {
+        return c.num_ranks() * p.call.num_max_tokens;
+    }
 
     // To the next item, and begins the one after it.
-    static EP_DEVICE void advance(Warp warp, const Params& p, const Context& c, const Sources& sources,
-                                  Stream& stream) {
+    static EP_DEVICE void advance(Warp warp, const Params& p, const CallContext& c, const Sources& sources,
+                                  ItemCursor& cursor) {
         const int num_blocks = static_cast<int>(gridDim.x);
-        stream.item += num_blocks;
-        stream.work = stream.next;
-        stream.next = load_item(p, c, stream.item + num_blocks);
+        cursor.item += num_blocks;
+        cursor.work = cursor.next;
+        cursor.next = load_item(p, c, cursor.item + num_blocks);
         if (c.uses_packets)
-            look_at_weights(c, stream.work);
-        else if (is_known(sources, stream.work.source))
-            load_weights_of(c, stream.work);
-        find_rows(warp, c, stream.work);
+            look_at_weights(c, cursor.work);
+        else if (is_known(sources, cursor.work.source))
+            load_weights_of(c, cursor.work);
+        find_rows(warp, c, cursor.work);
     }
 
     static EP_DEVICE void publish_written(Block block, int num_written, Shared& shared) {
@@ -341,7 +343,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
 
     // With a hook: nobody may wait for another rank here, which may be late by any time. A few looks, for the whole of the
     // launch, are less than what rows cost. Warp 0 decides; what it has seen the others see too.
-    static EP_DEVICE bool are_weights_here(Block block, const Context& c, Work& work, Progress& progress,
+    static EP_DEVICE bool are_weights_here(Block block, const CallContext& c, Work& work, Progress& progress,
                                            Shared& shared) {
         block.expect();
         int* answer = &shared.are_weights_here[progress.num_items % 2];
@@ -359,7 +361,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         return *answer != 0;
     }
 
-    static EP_DEVICE Sent what_to_send(Block block, const Params& p, const Context& c, Sources& sources, Work& work,
+    static EP_DEVICE Sent what_to_send(Block block, const Params& p, const CallContext& c, Sources& sources, Work& work,
                                        Progress& progress, Shared& shared) {
         if (c.uses_packets && c.phase == Phase::kSend && work.source != c.rank() &&
             !are_weights_here(block, c, work, progress, shared))
@@ -368,40 +370,40 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     }
 
     // Where the part is a sum.
-    static EP_DEVICE uint8_t* sum_slot(const Context& c, const Work& work) {
+    static EP_DEVICE uint8_t* sum_slot(const CallContext& c, const Work& work) {
         if constexpr (kUsesPackets)
             return c.entry_slot(work.source, work.token, __ffs(static_cast<int>(work.wanted)) - 1);
         else
             return c.slot(work.source, c.rank(), work.token);
     }
 
-    static EP_DEVICE Written written_of(const Context& c, const Work& work, Sent sent) {
+    static EP_DEVICE Written written_of(const CallContext& c, const Work& work, Sent sent) {
         if (sent == Sent::kNothing) return {nullptr, 0};
         uint64_t* flag = c.watch.heap.token_full(work.source, c.bank, c.rank(), work.token);
         return {flag, sent == Sent::kRows ? EntrySlots::rows_flag(c.watch.call, work.rows) : c.watch.call};
     }
 
     // The current token, and what comes after it is begun.
-    static EP_DEVICE void send_token(Block block, const Params& p, const Context& c, Sources& sources, Stream& stream,
-                                     Progress& progress, Shared& shared) {
+    static EP_DEVICE void send_token(Block block, const Params& p, const CallContext& c, Sources& sources,
+                                     ItemCursor& cursor, Progress& progress, Shared& shared) {
         block.expect();
         const Warp warp;
         const int num_warps = block.num_warps();
-        const bool is_one = stream.item >= 0 && !is_beyond(warp, sources, stream.work.source, stream.work.token);
-        const Sent sent = is_one ? what_to_send(block, p, c, sources, stream.work, progress, shared) : Sent::kNothing;
-        uint8_t* slot = sent == Sent::kSum ? sum_slot(c, stream.work) : nullptr;
-        if (block.thread_rank() == 0) shared.written[progress.num_written] = written_of(c, stream.work, sent);
+        const bool is_one = cursor.item >= 0 && !is_beyond(warp, sources, cursor.work.source, cursor.work.token);
+        const Sent sent = is_one ? what_to_send(block, p, c, sources, cursor.work, progress, shared) : Sent::kNothing;
+        uint8_t* slot = sent == Sent::kSum ? sum_slot(c, cursor.work) : nullptr;
+        if (block.thread_rank() == 0) shared.written[progress.num_written] = written_of(c, cursor.work, sent);
         bool is_last = false;
 #pragma unroll 1
         for (int chunk = prim::warp_idx(); !is_last; chunk += num_warps) {
             const bool is_inside = chunk * kChunkVecs < num_row_vecs(p.call);
             Sums sums[kVecsOfPiece] = {};
-            if (is_inside && sent == Sent::kSum) sum_chunk(warp, p, c, stream.work, stream.ahead, chunk, sums);
-            if (is_inside && sent == Sent::kRows) send_rows(warp, p, c, stream.work, stream.ahead, chunk);
+            if (is_inside && sent == Sent::kSum) sum_chunk(warp, p, c, cursor.work, cursor.ahead, chunk, sums);
+            if (is_inside && sent == Sent::kRows) send_rows(warp, p, c, cursor.work, cursor.ahead, chunk);
             is_last = (chunk + num_warps) * kChunkVecs >= num_row_vecs(p.call);
-            if (is_last) advance(warp, p, c, sources, stream);
-            load_ahead(warp, p, stream.work, stream.work.rows, is_last ? prim::warp_idx() : chunk + num_warps,
-                       stream.ahead);
+            if (is_last) advance(warp, p, c, sources, cursor);
+            load_ahead(warp, p, cursor.work, cursor.work.rows, is_last ? prim::warp_idx() : chunk + num_warps,
+                       cursor.ahead);
             if (is_inside && sent == Sent::kSum) store_sums(warp, p, sums, chunk, slot);
         }
         ++progress.num_items;
@@ -411,21 +413,21 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     }
 
     static EP_DEVICE void send(Block block, const Params& p, const LaunchSession& launch, Shared& shared) {
-        const Context& c = launch.context;
+        const CallContext& c = launch.context;
         const Warp warp;
         const int first = static_cast<int>(blockIdx.x);
         // Most likely the block that begins first; it begins with these instead of a token.
         const bool has_weights = first == 0;
         Sources sources = {};
-        Stream stream = {};
+        ItemCursor cursor = {};
         Weights weights = {};
-        stream.item = first - static_cast<int>(gridDim.x);
-        stream.next = load_item(p, c, first);
+        cursor.item = first - static_cast<int>(gridDim.x);
+        cursor.next = load_item(p, c, first);
         if (has_weights) {
             weights = load_weights(block, p, c, 0);
         } else {
-            advance(warp, p, c, sources, stream);
-            load_ahead(warp, p, stream.work, stream.work.rows, prim::warp_idx(), stream.ahead);
+            advance(warp, p, c, sources, cursor);
+            load_ahead(warp, p, cursor.work, cursor.work.rows, prim::warp_idx(), cursor.ahead);
         }
         if (block.thread_rank() == 0) shared.has_failed = 0;
         const SendPhase<Tells::kInside> phase(block, launch);
@@ -433,7 +435,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         if (is_ready && phase.is_first()) send_weights(block, p, c, phase, weights, has_weights);
         Progress progress = {};
 #pragma unroll 1
-        while (is_ready && stream.item < num_items(p, c)) send_token(block, p, c, sources, stream, progress, shared);
+        while (is_ready && cursor.item < num_items(p, c)) send_token(block, p, c, sources, cursor, progress, shared);
         if (progress.num_written > 0) publish_written(block, progress.num_written, shared);
     }
 
@@ -443,7 +445,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         float weight[kWeightsAhead];
     };
 
-    static EP_DEVICE Weights load_weights(Block block, const Params& p, const Context& c, int base) {
+    static EP_DEVICE Weights load_weights(Block block, const Params& p, const CallContext& c, int base) {
         Weights held = {};
 #pragma unroll
         for (int i = 0; i < kWeightsAhead; ++i) {
@@ -457,8 +459,8 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         return held;
     }
 
-    static EP_DEVICE void send_weight_packets(Block block, const Context& c, int peer, const Weights& held, int base,
-                                              int num_entries) {
+    static EP_DEVICE void send_weight_packets(Block block, const CallContext& c, int peer, const Weights& held,
+                                              int base, int num_entries) {
         prim::Packet* packets = c.packets(peer, c.rank());
 #pragma unroll
         for (int i = 0; i < kWeightsAhead; ++i) {
@@ -472,7 +474,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     // The block that began first: our top-k ids and weights to every rank. Peers wait for them in their
     // send phases, so they must not depend on a block that may not be resident yet.
     // In packets those of tokens that do not exist as well, so that nobody has to know how many do.
-    static EP_DEVICE void send_weights(Block block, const Params& p, const Context& c,
+    static EP_DEVICE void send_weights(Block block, const Params& p, const CallContext& c,
                                        const SendPhase<Tells::kInside>& phase, Weights held, bool is_loaded) {
         block.expect();
         const int num_entries = (c.uses_packets ? c.call.num_max_tokens : p.num_tokens) * c.call.num_topk;
