@@ -91,7 +91,7 @@ std::string counts_alone(uint64_t seed) { return exchange_alone(seed, Counts::kE
 
 // Rank 0 must be two calls ahead of rank 1, between its counts told and read: a few seeds of many.
 std::string counts_alone_in_dispatch(uint64_t seed) {
-    for (uint64_t i = 0; i < 3; ++i)
+    for (uint64_t i = 0; i < 6; ++i)
         if (std::string found = exchange_alone(seed + 16 * i, Counts::kUnknown); !found.empty()) return found;
     return "";
 }

@@ -69,7 +69,8 @@ EP_DEVICE void write_sums(algo::Warp warp, const PieceSums<kUnroll>& sums, Vec16
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
         const int idx = base + i * kWarpSize + warp.thread_rank();
-        if (idx < num_vecs) prim::store_streaming(target + idx, sums.of[i].rounded());
+        const Vec16 value = sums.of[i].rounded();  // outside the branch, which would take the vectors one by one
+        if (idx < num_vecs) prim::store_streaming(target + idx, value);
     }
 }
 
