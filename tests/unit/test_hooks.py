@@ -34,7 +34,7 @@ def test_a_hook_keeps_the_tensors_of_its_receive_phase(monkeypatch: pytest.Monke
     number = torch.zeros(1, dtype=torch.int64)
     alive = weakref.ref(number)
 
-    def launch(args: Any, ticket: int, stream: int) -> int:  # noqa: ARG001
+    def launch(args: Any, ticket: int, stream: int) -> int:
         seen.append(alive() is not None)
         return 1
 
