@@ -31,7 +31,7 @@ CALLS_IN_A_ROW = 20  # then the device is let catch up, so that no queue fills
 CURRENT_STREAM = 1000
 
 
-class SoloComm:
+class SingleRankComm:
     """A group of one rank."""
 
     def Get_rank(self) -> int:  # noqa: N802 - mpi4py's name
@@ -266,7 +266,7 @@ def main() -> None:
     is_real = not options.python_only
     device = torch.device("cuda", torch.cuda.current_device()) if is_real else torch.device("cpu")
     num_bytes = Buffer.get_low_latency_rdma_size_hint(NUM_TOKENS, HIDDEN, 1, NUM_LL_EXPERTS)
-    with Buffer(None, 64 << 20, num_bytes, low_latency_mode=True, comm=SoloComm()) as buffer, timed_waits():
+    with Buffer(None, 64 << 20, num_bytes, low_latency_mode=True, comm=SingleRankComm()) as buffer, timed_waits():
         session = buffer._session
         assert session is not None
         real = session.streams, session.runtime

@@ -136,15 +136,19 @@ class Plan:
 class Hook:
     """Launches the receive phase of a call, once: a second call does nothing.
 
-    `abandon` is told when that fails (why), and when the last reference goes before it was called (None).
+    `abandon` is told when that fails (why), and when the last reference goes before it was called (None). `tensors` are
+    what the receive phase uses: until it is launched nobody else may get their memory, whatever the caller has dropped.
     """
 
-    def __init__(self, receive: Callable[[], None], abandon: Callable[[Optional[BaseException]], None]) -> None:
+    def __init__(self, receive: Callable[[], None], abandon: Callable[[Optional[BaseException]], None],
+                 tensors: Tensors) -> None:
         self._receive: Optional[Callable[[], None]] = receive
         self._abandon = abandon
+        self._tensors = tensors
 
     def __call__(self) -> None:
         receive, self._receive = self._receive, None
+        _held, self._tensors = self._tensors, ()
         if receive is None:
             return
         try:
@@ -438,7 +442,7 @@ def _run(session: Session, name: str, operation: Operation, args: Union[LowLaten
         elif not is_captured:
             session.abandon_hook(name, ticket)
 
-    return EventOverlap(None), Hook(receive, abandon)
+    return EventOverlap(None), Hook(receive, abandon, tensors)
 
 
 def _finished(recorded: RecordedEvent, tensors: Tensors) -> EventOverlap:

@@ -6,8 +6,8 @@ from typing import Any, Optional
 
 import torch
 from failure_cases import SHORT_TIMEOUT_S, failure_of
-from flight import Flight
-from low_latency_flight import LowLatencyFlight, Manner
+from low_latency_pending_call import LowLatencyPendingCall, Manner
+from pending_call import PendingCall
 from utils import Worker
 from workload import Workload
 
@@ -23,11 +23,11 @@ def checked_buffer(worker: Worker, **options: Any) -> Any:
 
 def whole_trips(worker: Worker, buffer: Any) -> None:
     """Calls that agree, in every way, with arguments that may differ: numbers of tokens, and what is done with time."""
-    flight = Flight(worker, buffer, WORK)
-    flight.whole_trip()
-    flight.cached_dispatch(WORK.next())
+    pending = PendingCall(worker, buffer, WORK)
+    pending.whole_trip()
+    pending.cached_dispatch(WORK.next())
     for mode in ("sync", "async", "hook"):
-        LowLatencyFlight(worker, buffer, WORK, Manner(mode=mode)).whole_trip()
+        LowLatencyPendingCall(worker, buffer, WORK, Manner(mode=mode)).whole_trip()
 
 
 def different_calls(worker: Worker) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any, Optional
 
 import torch
 from compare import equal
-from flight import Flight, How
+from pending_call import How, PendingCall
 from utils import BUFFER_TIMEOUT_S, Worker, device
 from workload import Workload
 
@@ -40,7 +40,7 @@ def settle(worker: Worker, buffer: Any) -> None:
 
 def impatient_buffer(worker: Worker) -> Any:
     """A Buffer with a short timeout, once every rank is warm: first calls on a device may take seconds."""
-    Flight(worker, worker.buffer(), Workload((2, ) * worker.num_ranks)).whole_trip()
+    PendingCall(worker, worker.buffer(), Workload((2, ) * worker.num_ranks)).whole_trip()
     buffer = worker.new_buffer(timeout_s=SHORT_TIMEOUT_S)
     worker.barrier()
     return buffer
@@ -51,37 +51,37 @@ def endless_patience(worker: Worker, work: Workload) -> None:
     with worker.new_buffer(timeout_s=math.inf) as buffer:
         worker.barrier()
         time.sleep(0.05 * worker.rank)
-        Flight(worker, buffer, work).whole_trip()
+        PendingCall(worker, buffer, work).whole_trip()
         worker.barrier()
 
 
 def absent_rank(worker: Worker, work: Workload, absent: int, step: str) -> Optional[str]:
     """One rank leaves out a call: the others get a TimeoutError that names it, again and again; a new Buffer works."""
     buffer = impatient_buffer(worker)
-    flight = Flight(worker, buffer, work, How(settles=True)).layout()
+    pending = PendingCall(worker, buffer, work, How(settles=True)).layout()
     if step == "combine":
-        flight.dispatch()
+        pending.dispatch()
     message = None
     if worker.rank != absent:
         started = time.monotonic()
-        message = failure_of(getattr(flight, step), deep_ep.TimeoutError)
+        message = failure_of(getattr(pending, step), deep_ep.TimeoutError)
         assert time.monotonic() - started < 10 * SHORT_TIMEOUT_S
-        for later in (flight.layout, flight.combine if step == "combine" else flight.dispatch, buffer.check):
+        for later in (pending.layout, pending.combine if step == "combine" else pending.dispatch, buffer.check):
             equal("the sentence of a later failure", failure_of(later, deep_ep.TimeoutError), message)
         assert f"rank {absent}" in message, message
     worker.barrier()
     buffer.destroy()
     with worker.new_buffer() as fresh:
-        Flight(worker, fresh, work).whole_trip()
+        PendingCall(worker, fresh, work).whole_trip()
     return message
 
 
 def absent_in_async(worker: Worker, work: Workload) -> None:
     """The failure of an asynchronous call is raised by the next call, and on the CPU by the wait."""
     buffer = impatient_buffer(worker)
-    flight = Flight(worker, buffer, work, How(is_async=True)).layout().dispatch()
+    pending = PendingCall(worker, buffer, work, How(is_async=True)).layout().dispatch()
     if worker.rank:
-        _, _, event = buffer.combine(flight.result[0], flight.handle, async_finish=True)
+        _, _, event = buffer.combine(pending.result[0], pending.handle, async_finish=True)
         if worker.device.type == "cpu":
             failure_of(event.current_stream_wait, deep_ep.TimeoutError)
         failure_of(lambda: settle(worker, buffer), deep_ep.TimeoutError)
@@ -92,10 +92,10 @@ def absent_in_async(worker: Worker, work: Workload) -> None:
 def killed_rank(worker: Worker, work: Workload, victim: int) -> str:
     """A rank dies; the others fail in time, destroy, and exit (pitfall 40)."""
     buffer = impatient_buffer(worker)
-    Flight(worker, buffer, work).whole_trip()
+    PendingCall(worker, buffer, work).whole_trip()
     if worker.rank == victim:
         os._exit(7)
-    message = failure_of(Flight(worker, buffer, work, How(settles=True)).whole_trip)
+    message = failure_of(PendingCall(worker, buffer, work, How(settles=True)).whole_trip)
     started = time.monotonic()
     buffer.destroy()
     buffer.destroy()
@@ -116,7 +116,7 @@ def failing_construction(worker: Worker, kinds: Any, trouble: Any, **options: An
         else:
             raise AssertionError("a Buffer was built")
     with worker.new_buffer(1 << 16) as buffer:
-        Flight(worker, buffer, Workload((2, ) * worker.num_ranks, hidden=16)).whole_trip()
+        PendingCall(worker, buffer, Workload((2, ) * worker.num_ranks, hidden=16)).whole_trip()
     return message
 
 
@@ -141,10 +141,10 @@ def too_few_worst_rows(worker: Worker) -> str:
     """num_worst_tokens below what arrives: an error that names it, and no write past the end."""
     work = Workload((9, ) * worker.num_ranks, hidden=64, routing="spread", num_topk=worker.num_ranks)
     buffer = impatient_buffer(worker)
-    flight = Flight(worker, buffer, work).layout()
-    topk = {"topk_idx": flight.topk_idx, "topk_weights": torch.ones(flight.topk_idx.shape, device=worker.device)}
-    message = failure_of(lambda: (buffer.dispatch(flight.payload(), **flight.layout_tensors, **topk, num_worst_tokens=4
-                                                  ), settle(worker, buffer)))
+    pending = PendingCall(worker, buffer, work).layout()
+    topk = {"topk_idx": pending.topk_idx, "topk_weights": torch.ones(pending.topk_idx.shape, device=worker.device)}
+    message = failure_of(lambda: (buffer.dispatch(
+        pending.payload(), **pending.layout_tensors, **topk, num_worst_tokens=4), settle(worker, buffer)))
     worker.barrier()
     buffer.destroy()
     return message
@@ -153,7 +153,7 @@ def too_few_worst_rows(worker: Worker) -> str:
 def leave_without_destroy(worker: Worker, explicitly: bool) -> str:
     """The destructor: never blocks; warns only when destroy() was promised."""
     buffer = worker.new_buffer(explicitly_destroy=explicitly)
-    Flight(worker, buffer, Workload((3, ) * worker.num_ranks)).whole_trip()
+    PendingCall(worker, buffer, Workload((3, ) * worker.num_ranks)).whole_trip()
     caught = io.StringIO()
     with contextlib.redirect_stderr(caught):
         started = time.monotonic()
@@ -167,10 +167,10 @@ def too_small_buffer(worker: Worker) -> None:
     """An error that says what is needed, on every rank; the Buffer goes on with what fits."""
     big, small = Workload((3, ) * worker.num_ranks, hidden=4096), Workload((3, ) * worker.num_ranks, hidden=16)
     with worker.new_buffer(2 * 512 * worker.num_ranks) as buffer:
-        flight = Flight(worker, buffer, big).layout()
-        message = failure_of(flight.start_dispatch, ValueError)
+        pending = PendingCall(worker, buffer, big).layout()
+        message = failure_of(pending.start_dispatch, ValueError)
         assert "num_nvl_bytes" in message, message
-        Flight(worker, buffer, small).whole_trip()
+        PendingCall(worker, buffer, small).whole_trip()
 
 
 def late_rank_is_logged(worker: Worker, work: Workload, late: int, signal: Path) -> list[str]:
@@ -185,12 +185,12 @@ def late_rank_is_logged(worker: Worker, work: Workload, late: int, signal: Path)
     handler.emit = keep  # type: ignore[method-assign]
     logger = logging.getLogger("deep_ep")
     logger.addHandler(handler)
-    flight = Flight(worker, worker.buffer(), work)
-    flight.layout()
+    pending = PendingCall(worker, worker.buffer(), work)
+    pending.layout()
     deadline = time.monotonic() + BUFFER_TIMEOUT_S / 2
     while worker.rank == late and not signal.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    flight.dispatch()
-    flight.combine()
+    pending.dispatch()
+    pending.combine()
     logger.removeHandler(handler)
     return [record.getMessage() for record in records if record.levelno == logging.WARNING]

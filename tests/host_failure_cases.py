@@ -13,9 +13,9 @@ from typing import Any, Optional
 
 import torch
 from failure_cases import SHORT_TIMEOUT_S, failing_construction, failure_of, impatient_buffer, settle
-from flight import Flight, How
-from low_latency_flight import LowLatencyFlight, Manner
-from solo import solo_buffer
+from low_latency_pending_call import LowLatencyPendingCall, Manner
+from pending_call import How, PendingCall, dispatch_arguments
+from single_rank import single_rank_buffer
 from utils import Worker
 from workload import Workload
 
@@ -87,13 +87,13 @@ def parted(worker: Worker, buffer: deep_ep.Buffer, message: str) -> str:
 def unfinished_dispatch(worker: Worker, error: BaseException, failing: int) -> str:
     """The allocation of the rows fails on one rank, which goes on with its next batch: nobody gets rows of another."""
     buffer = worker.new_buffer()
-    flight = Flight(worker, buffer, small_work(worker.num_ranks)).layout()
+    pending = PendingCall(worker, buffer, small_work(worker.num_ranks)).layout()
     if worker.rank == failing:
         with replaced(_high_throughput._Dispatch, "_outputs", raising(error)):
-            failure_of(flight.start_dispatch, type(error))
-        message = failure_of(flight.start_dispatch)
+            failure_of(pending.start_dispatch, type(error))
+        message = failure_of(pending.start_dispatch)
     else:
-        message = failure_of(lambda: (flight.dispatch(), settle(worker, buffer)))
+        message = failure_of(lambda: (pending.dispatch(), settle(worker, buffer)))
     assert failure_of(buffer.check) == message
     return parted(worker, buffer, message)
 
@@ -101,30 +101,30 @@ def unfinished_dispatch(worker: Worker, error: BaseException, failing: int) -> s
 def interrupted_after_launch(worker: Worker, failing: int) -> str:
     """An exception as the call returns: its rows are lost, so it is no finished call either."""
     buffer = worker.new_buffer()
-    flight = Flight(worker, buffer, small_work(worker.num_ranks)).layout().dispatch()
+    pending = PendingCall(worker, buffer, small_work(worker.num_ranks)).layout().dispatch()
     worker.barrier()
     message = ""
     if worker.rank == failing:
         with replaced(_high_throughput, "close_operation", raising(KeyboardInterrupt())):
-            failure_of(flight.combine, KeyboardInterrupt)
+            failure_of(pending.combine, KeyboardInterrupt)
         message = failure_of(buffer.check)
     worker.barrier()
     if worker.rank != failing:
         until(lambda: buffer.runtime.failure != "", "the reason of the other rank")
-        message = failure_of(flight.layout)
+        message = failure_of(pending.layout)
     return parted(worker, buffer, message)
 
 
 def dropped_hook(worker: Worker, dropping: int) -> str:
     """A hook that nobody can call any more is an unfinished call."""
     buffer = worker.new_buffer(num_rdma_bytes=1 << 20, low_latency_mode=True)
-    flight = LowLatencyFlight(worker, buffer, small_work(worker.num_ranks), Manner(mode="hook")).start_dispatch()
+    pending = LowLatencyPendingCall(worker, buffer, small_work(worker.num_ranks), Manner(mode="hook")).start_dispatch()
     if worker.rank == dropping:
         worker.barrier()
-        flight.received = None
+        pending.received = None
         gc.collect()
     else:
-        flight.finish_dispatch()
+        pending.finish_dispatch()
         worker.barrier()
         until(lambda: buffer.runtime.failure != "", "the reason of the other rank")
     message = failure_of(buffer.check)
@@ -137,30 +137,30 @@ def dropped_hook(worker: Worker, dropping: int) -> str:
 def bad_expert_stops_peers(worker: Worker, failing: int) -> str:
     """The peers wait for counts when one rank finds the bad id, and stop at once."""
     buffer = worker.new_buffer()
-    flight = Flight(worker, buffer, small_work(worker.num_ranks)).layout()
+    pending = PendingCall(worker, buffer, small_work(worker.num_ranks)).layout()
     worker.barrier()
     if worker.rank == failing:
         topk_idx = torch.full((4, 2), 1000, dtype=torch.int64).to(worker.device)
         message = failure_of(lambda: (buffer.get_dispatch_layout(topk_idx, worker.num_ranks), settle(worker, buffer)),
                              ValueError)
     else:
-        message = failure_of(lambda: (flight.dispatch(), settle(worker, buffer)))
+        message = failure_of(lambda: (pending.dispatch(), settle(worker, buffer)))
     return parted(worker, buffer, message)
 
 
 def refused_call(worker: Worker, refusing: int, is_made_good: bool) -> Optional[str]:
     """A bad argument is the business of its rank alone, until a peer has waited in vain."""
     buffer = impatient_buffer(worker)
-    flight = Flight(worker, buffer, small_work(worker.num_ranks), How(settles=True)).layout()
+    pending = PendingCall(worker, buffer, small_work(worker.num_ranks), How(settles=True)).layout()
     message = None
     if worker.rank == refusing:
-        failure_of(lambda: buffer.dispatch("no tensor", **flight.layout_tensors), TypeError)
+        failure_of(lambda: buffer.dispatch("no tensor", **pending.layout_tensors), TypeError)
         buffer.check()
     if is_made_good:
-        flight.dispatch().combine()
+        pending.dispatch().combine()
         buffer.check()
     elif worker.rank != refusing:
-        message = failure_of(flight.dispatch, deep_ep.TimeoutError)
+        message = failure_of(pending.dispatch, deep_ep.TimeoutError)
     return parted(worker, buffer, message)
 
 
@@ -184,15 +184,15 @@ def interrupt_soon(delay_s: float = 0.3) -> list[float]:
 def interrupted_wait(worker: Worker, waiting: int, where: str) -> str:
     """Ctrl-C while a call of one rank waits for the others, which come later and hear of it."""
     buffer = worker.new_buffer()
-    flight = Flight(worker, buffer, small_work(worker.num_ranks)).layout()
+    pending = PendingCall(worker, buffer, small_work(worker.num_ranks)).layout()
     if where != "dispatch":
-        flight.dispatch()
+        pending.dispatch()
     worker.barrier()
     message = ""
     if worker.rank == waiting:
         sent = interrupt_soon()
         try:
-            getattr(flight, where)()
+            getattr(pending, where)()
         except KeyboardInterrupt:
             took_s = time.monotonic() - sent[0]
         else:
@@ -201,7 +201,7 @@ def interrupted_wait(worker: Worker, waiting: int, where: str) -> str:
         message = failure_of(buffer.check)
     worker.barrier()
     if worker.rank != waiting:
-        message = failure_of(lambda: (getattr(flight, where)(), settle(worker, buffer)))
+        message = failure_of(lambda: (getattr(pending, where)(), settle(worker, buffer)))
     return parted(worker, buffer, message)
 
 
@@ -212,7 +212,7 @@ def gone_peer(worker: Worker, victim: int) -> tuple[int, float]:
     """How many regions remain mapped after destroy() and three more Buffers, and how long destroy() took."""
     before = len(mapped_regions())
     buffer = worker.new_buffer()
-    Flight(worker, buffer, small_work(worker.num_ranks)).whole_trip()
+    PendingCall(worker, buffer, small_work(worker.num_ranks)).whole_trip()
     worker.barrier()
     if worker.rank == victim:
         os._exit(0)
@@ -220,16 +220,16 @@ def gone_peer(worker: Worker, victim: int) -> tuple[int, float]:
     buffer.destroy()
     took_s = time.monotonic() - started
     for _ in range(3):
-        solo_buffer().destroy()
+        single_rank_buffer().destroy()
     return len(mapped_regions()) - before, took_s
 
 
 def gone_peer_is_named(worker: Worker, victim: int) -> str:
     buffer = impatient_buffer(worker)
-    flight = Flight(worker, buffer, small_work(worker.num_ranks), How(settles=True)).layout()
+    pending = PendingCall(worker, buffer, small_work(worker.num_ranks), How(settles=True)).layout()
     if worker.rank == victim:
         os._exit(0)
-    message = failure_of(flight.dispatch, deep_ep.TimeoutError)
+    message = failure_of(pending.dispatch, deep_ep.TimeoutError)
     buffer.destroy()
     return message
 
@@ -242,11 +242,11 @@ def watched_without_calls(worker: Worker, failing: int) -> tuple[str, str, list[
     reported: list[str] = []
     with captured_stderr() as written:
         buffer = worker.new_buffer(on_failure=reported.append)
-        flight = Flight(worker, buffer, small_work(worker.num_ranks)).layout().dispatch()
+        pending = PendingCall(worker, buffer, small_work(worker.num_ranks)).layout().dispatch()
         worker.barrier()
         if worker.rank == failing:
             with replaced(_high_throughput, "close_operation", raising(MemoryError("simulated"))):
-                failure_of(flight.combine, MemoryError)
+                failure_of(pending.combine, MemoryError)
         else:
             until(lambda: "DeepEP" in written.read_text(), "a word on stderr")
             assert not reported, "on_failure was not called from a call of ours"
@@ -262,11 +262,11 @@ def watched_kernel(worker: Worker, absent: int) -> tuple[str, str]:
     """A kernel that nobody waits for gives up: stderr says so before any call, and check() raises it."""
     with captured_stderr() as written:
         buffer = impatient_buffer(worker)
-        flight = Flight(worker, buffer, small_work(worker.num_ranks), How(is_async=True)).layout().dispatch()
+        pending = PendingCall(worker, buffer, small_work(worker.num_ranks), How(is_async=True)).layout().dispatch()
         worker.barrier()
         message = ""
         if worker.rank != absent:
-            event = buffer.combine(flight.result[0], flight.handle, async_finish=True)[2]
+            event = buffer.combine(pending.result[0], pending.handle, async_finish=True)[2]
             until(lambda: "DeepEP" in written.read_text(), "a word on stderr")
             message = failure_of(buffer.check)
             del event
@@ -325,13 +325,9 @@ def replayed_graph(worker: Worker, absent: int, operation: str) -> dict[str, Any
             if operation == "low_latency_dispatch":
                 return buffer.low_latency_dispatch(x, topk_idx, 4, worker.num_ranks, use_fp8=False)
             return buffer.dispatch(x,
-                                   None,
-                                   layout[0],
-                                   None,
-                                   layout[3],
-                                   layout[2],
-                                   topk_idx,
-                                   weights,
+                                   **dispatch_arguments(layout),
+                                   topk_idx=topk_idx,
+                                   topk_weights=weights,
                                    num_worst_tokens=num_rows)
 
         call()

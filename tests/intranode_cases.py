@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from compare import bits, equal, poisoned, same_bits
 from failure_cases import failure_of
-from flight import Flight, How, expected
+from pending_call import How, PendingCall, dispatch_arguments, expected
 from utils import Worker
 from workload import Workload
 
@@ -21,18 +21,18 @@ def whole_trip(worker: Worker,
                how: Optional[How] = None,
                num_biases: int = 0,
                num_nvl_bytes: int = 1 << 22) -> None:
-    Flight(worker, worker.buffer(num_nvl_bytes), work, how).whole_trip(num_biases)
+    PendingCall(worker, worker.buffer(num_nvl_bytes), work, how).whole_trip(num_biases)
 
 
 def trips(worker: Worker, works: list[Workload], how: Optional[How] = None) -> None:
     for work in works:
-        Flight(worker, worker.buffer(), work, how).whole_trip()
+        PendingCall(worker, worker.buffer(), work, how).whole_trip()
 
 
 def scaled_trip(worker: Worker, work: Workload, how: Optional[How] = None) -> None:
     """Payload with scales, fresh and cached."""
-    flight = Flight(worker, worker.buffer(), work, how).layout().dispatch()
-    flight.cached_dispatch(work.next())
+    pending = PendingCall(worker, worker.buffer(), work, how).layout().dispatch()
+    pending.cached_dispatch(work.next())
 
 
 def one_byte_trip(worker: Worker, works: list[Workload]) -> None:
@@ -42,36 +42,36 @@ def one_byte_trip(worker: Worker, works: list[Workload]) -> None:
 
 def reused_handle(worker: Worker, work: Workload) -> None:
     """A handle serves combine, cached dispatch and a second combine, also after other dispatches."""
-    flight = Flight(worker, worker.buffer(), work).layout().dispatch()
-    flight.combine()
-    Flight(worker, worker.buffer(), work.next()).whole_trip()
-    flight.cached_dispatch(work.next()).combine(2)
-    flight.cached_dispatch()
+    pending = PendingCall(worker, worker.buffer(), work).layout().dispatch()
+    pending.combine()
+    PendingCall(worker, worker.buffer(), work.next()).whole_trip()
+    pending.cached_dispatch(work.next()).combine(2)
+    pending.cached_dispatch()
 
 
 def cached_after_worst_case(worker: Worker, work: Workload) -> None:
-    flight = Flight(worker, worker.buffer(), work, How(worst_factor=2)).layout().dispatch()
-    flight.cached_dispatch(work.next()).combine()
+    pending = PendingCall(worker, worker.buffer(), work, How(worst_factor=2)).layout().dispatch()
+    pending.cached_dispatch(work.next()).combine()
 
 
 def two_in_flight(worker: Worker, work: Workload, is_async: bool) -> None:
     """dispatch, dispatch, then both combines, in either order (pitfalls 10, 12)."""
     for flip in (False, True):
         how = How(is_async=is_async)
-        pair = [Flight(worker, worker.buffer(), work, how).layout()]
-        pair.append(Flight(worker, worker.buffer(), work.next().next(), how).layout())
-        for flight in pair:
-            flight.start_dispatch()
-        for flight in pair:
-            flight.finish_dispatch()
-        for flight in reversed(pair) if flip else pair:
-            flight.combine()
+        pair = [PendingCall(worker, worker.buffer(), work, how).layout()]
+        pair.append(PendingCall(worker, worker.buffer(), work.next().next(), how).layout())
+        for pending in pair:
+            pending.start_dispatch()
+        for pending in pair:
+            pending.finish_dispatch()
+        for pending in reversed(pair) if flip else pair:
+            pending.combine()
 
 
 def two_buffers(worker: Worker, work: Workload) -> None:
     """Interleaved calls on two Buffers of the same group, and one destroyed while the other goes on."""
     first, second = worker.new_buffer(), worker.new_buffer(1 << 21)
-    one, two = Flight(worker, first, work).layout(), Flight(worker, second, work.next()).layout()
+    one, two = PendingCall(worker, first, work).layout(), PendingCall(worker, second, work.next()).layout()
     one.dispatch()
     two.dispatch()
     one.combine()
@@ -86,9 +86,9 @@ def bitwise_repeats(worker: Worker, work: Workload, rounds: int) -> None:
     for i in range(rounds):
         if worker.rank == i % worker.num_ranks:
             time.sleep(0.01)
-        flight = Flight(worker, buffer, work, How(num_sms=2 + 2 * (i % 3))).layout().dispatch()
-        combined, _, _ = buffer.combine(flight.result[0], flight.handle)
-        results.append([bits(flight.result[0].cpu()), bits(combined.cpu())])
+        pending = PendingCall(worker, buffer, work, How(num_sms=2 + 2 * (i % 3))).layout().dispatch()
+        combined, _, _ = buffer.combine(pending.result[0], pending.handle)
+        results.append([bits(pending.result[0].cpu()), bits(combined.cpu())])
     for result in results[1:]:
         for got, want in zip(result, results[0]):
             same_bits("a repeated call", got, want)
@@ -99,51 +99,44 @@ def freed_inputs(worker: Worker, work: Workload) -> None:
     buffer = worker.buffer()
     for on_comm_stream in (False, True):
         how = How(is_async=True, on_comm_stream=on_comm_stream)
-        flight = Flight(worker, buffer, work, how).layout().start_dispatch()
-        del flight.layout_tensors, flight.topk_idx
+        pending = PendingCall(worker, buffer, work, how).layout().start_dispatch()
+        del pending.layout_tensors, pending.topk_idx
         garbage = [
-            torch.full(flight.mine.x.shape, float("nan"), dtype=torch.bfloat16, device=worker.device) for _ in range(8)
+            torch.full(pending.mine.x.shape, float("nan"), dtype=torch.bfloat16, device=worker.device) for _ in range(8)
         ]
-        flight.finish_dispatch().combine()
+        pending.finish_dispatch().combine()
         del garbage
 
 
 def dropped_event(worker: Worker, work: Workload) -> None:
     """Results of an asynchronous call that are dropped at once, event included."""
     for _ in range(3):
-        flight = Flight(worker, worker.buffer(), work, How(is_async=True)).layout().start_dispatch()
-        del flight
-    Flight(worker, worker.buffer(), work).whole_trip()
+        pending = PendingCall(worker, worker.buffer(), work, How(is_async=True)).layout().start_dispatch()
+        del pending
+    PendingCall(worker, worker.buffer(), work).whole_trip()
 
 
 def chained_events(worker: Worker, work: Workload) -> None:
     """Layout, dispatch and combine all asynchronous, each ordered behind the one before by its event alone."""
     buffer = worker.buffer()
-    flight = Flight(worker, buffer, work)
-    topk_idx, x = flight.mine.topk_idx.to(worker.device), flight.mine.x.to(worker.device)
-    weights = flight.mine.topk_weights
+    pending = PendingCall(worker, buffer, work)
+    topk_idx, x = pending.mine.topk_idx.to(worker.device), pending.mine.x.to(worker.device)
+    weights = pending.mine.topk_weights
     assert weights is not None
     weights = weights.to(worker.device)
     options: dict[str, Any] = {"async_finish": True, "allocate_on_comm_stream": True}
-    per_rank, _, per_expert, in_rank, event = buffer.get_dispatch_layout(topk_idx,
-                                                                         work.num_experts,
-                                                                         previous_event=buffer.capture(),
-                                                                         **options)
+    counted = buffer.get_dispatch_layout(topk_idx, work.num_experts, previous_event=buffer.capture(), **options)
     recv_x, _, recv_weights, _, handle, event = buffer.dispatch(x,
-                                                                None,
-                                                                per_rank,
-                                                                None,
-                                                                in_rank,
-                                                                per_expert,
-                                                                topk_idx,
-                                                                weights,
-                                                                previous_event=event,
+                                                                **dispatch_arguments(counted),
+                                                                topk_idx=topk_idx,
+                                                                topk_weights=weights,
+                                                                previous_event=counted[4],
                                                                 **options)
     combined, combined_weights, event = buffer.combine(recv_x, handle, recv_weights, previous_event=event, **options)
     with event:
         pass
-    same_bits("recv_x", recv_x, flight.arrival.x)
-    copies = flight.arrivals[0].rank_prefix_matrix.new_tensor(in_rank.sum(1).tolist())
+    same_bits("recv_x", recv_x, pending.arrival.x)
+    copies = pending.arrivals[0].rank_prefix_matrix.new_tensor(counted[3].sum(1).tolist())
     want = (x.float().cpu() * copies[:, None]).bfloat16()
     same_bits("combined_x", combined + 0.0, want + 0.0)
     # A weight comes back from each rank that owns the expert: exactly one.
@@ -152,8 +145,8 @@ def chained_events(worker: Worker, work: Workload) -> None:
 
 def late_rank(worker: Worker, work: Workload, late: int) -> None:
     """Everybody waits for a late rank, at each step (pitfall 34)."""
-    flight = Flight(worker, worker.buffer(), work)
-    for step in (flight.layout, flight.dispatch, flight.combine, flight.cached_dispatch):
+    pending = PendingCall(worker, worker.buffer(), work)
+    for step in (pending.layout, pending.dispatch, pending.combine, pending.cached_dispatch):
         if worker.rank == late:
             time.sleep(0.15)
         step()
@@ -163,7 +156,7 @@ def empty_subsets(worker: Worker, work: Workload) -> None:
     """Every subset of the ranks without tokens (pitfall 23)."""
     for subset in itertools.product((False, True), repeat=worker.num_ranks):
         tokens = tuple(0 if is_empty else count for is_empty, count in zip(subset, work.num_tokens))
-        Flight(worker, worker.buffer(), Workload(tokens, hidden=work.hidden, seed=work.seed)).whole_trip(1)
+        PendingCall(worker, worker.buffer(), Workload(tokens, hidden=work.hidden, seed=work.seed)).whole_trip(1)
 
 
 def many_shapes(worker: Worker, rounds: int, seed: int, num_nvl_bytes: int) -> None:
@@ -183,9 +176,10 @@ def many_shapes(worker: Worker, rounds: int, seed: int, num_nvl_bytes: int) -> N
                         idx_dtype=choose(torch.int64, torch.int32),
                         seed=seed * 1000 + i)
         how = How(is_async=choose(False, True), worst_factor=choose(0, 0, 1), num_sms=choose(1, 2, 4))
-        flight = Flight(worker, worker.buffer(num_nvl_bytes), work, how).layout().dispatch().combine(choose(0, 1, 2))
+        pending = PendingCall(worker, worker.buffer(num_nvl_bytes), work,
+                              how).layout().dispatch().combine(choose(0, 1, 2))
         if choose(False, True):
-            flight.cached_dispatch(work.next())
+            pending.cached_dispatch(work.next())
 
 
 def tiny_window(worker: Worker, work: Workload, num_slots: int) -> None:
@@ -196,28 +190,28 @@ def tiny_window(worker: Worker, work: Workload, num_slots: int) -> None:
     needed = 2 * (worker.num_ranks - 1) * slot * num_slots
     assert needed < Config().get_nvl_buffer_size_hint(row_bytes, worker.num_ranks), "not a tiny window"
     with worker.new_buffer(max(needed, 128)) as buffer:
-        flight = Flight(worker, buffer, work).layout().dispatch().combine(1)
-        flight.cached_dispatch(work.next()).combine()
+        pending = PendingCall(worker, buffer, work).layout().dispatch().combine(1)
+        pending.cached_dispatch(work.next()).combine()
 
 
 def worst_case_tail(worker: Worker, work: Workload) -> None:
     """Unused rows are marked, in tensors that start with garbage, and the host never waits (pitfall 14)."""
     for factor in (1, 3):
-        Flight(worker, worker.buffer(), work, How(worst_factor=factor)).whole_trip()
+        PendingCall(worker, worker.buffer(), work, How(worst_factor=factor)).whole_trip()
     # Less rows in the next call: nothing of the earlier one may show.
-    Flight(worker, worker.buffer(), Workload((1, ) * worker.num_ranks, hidden=work.hidden, routing="holes", seed=3),
-           How(worst_factor=9)).whole_trip()
+    PendingCall(worker, worker.buffer(), Workload((1, ) * worker.num_ranks, hidden=work.hidden, routing="holes",
+                                                  seed=3), How(worst_factor=9)).whole_trip()
 
 
 def sub_groups(worker: Worker, work: Workload) -> None:
-    Flight(worker, worker.new_buffer(), work).whole_trip()
+    PendingCall(worker, worker.new_buffer(), work).whole_trip()
 
 
 def raw_rows(worker: Worker, hidden: int, dtype_name: str) -> None:
     """Any dtype: dispatch moves bytes."""
     dtype = getattr(torch, dtype_name)
     work = Workload((5, ) * worker.num_ranks, hidden=hidden, dtype=dtype, is_bit_noise=True)
-    Flight(worker, worker.buffer(), work, How(has_topk=False)).layout().dispatch()
+    PendingCall(worker, worker.buffer(), work, How(has_topk=False)).layout().dispatch()
 
 
 def local_buffer_views(worker: Worker) -> None:
@@ -237,19 +231,19 @@ def local_buffer_views(worker: Worker) -> None:
         equal("seen through the other view", data.view(torch.int32)[16:31].tolist(), [7] * 15)
         for bad in ({"offset": 2}, {"offset": 1 << 17}, {"size": torch.Size((1 << 15, ))}):
             failure_of(functools.partial(buffer.get_local_buffer_tensor, torch.int32, **bad), ValueError)
-        Flight(worker, buffer, Workload((4, ) * worker.num_ranks)).whole_trip()
+        PendingCall(worker, buffer, Workload((4, ) * worker.num_ranks)).whole_trip()
 
 
 def autograd_round_trip(worker: Worker, work: Workload) -> None:
     """dispatch and combine as a pair of autograd functions, the handle saved as six tensors."""
     buffer = worker.buffer()
-    flight = Flight(worker, buffer, work).layout()
+    pending = PendingCall(worker, buffer, work).layout()
 
     class Dispatch(torch.autograd.Function):
 
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor) -> Any:
-            recv_x, _, _, _, handle, event = buffer.dispatch(x, **flight.layout_tensors, async_finish=True)
+            recv_x, _, _, _, handle, event = buffer.dispatch(x, **pending.layout_tensors, async_finish=True)
             overlap = EventOverlap(None)
             overlap.event = event.event
             overlap.current_stream_wait()
@@ -271,13 +265,13 @@ def autograd_round_trip(worker: Worker, work: Workload) -> None:
         def backward(ctx: Any, grad: torch.Tensor) -> Any:
             return (buffer.dispatch(grad.contiguous(), handle=ctx.saved_tensors)[0], *[None] * 6)
 
-    x = flight.mine.x.to(worker.device).requires_grad_()
+    x = pending.mine.x.to(worker.device).requires_grad_()
     recv_x, *handle = Dispatch.apply(x)
     combined = Combine.apply(recv_x * 2, *handle)
     combined.backward(torch.ones_like(combined))
     # x -> copies -> doubled -> summed: each is multiplied by twice the number of ranks that the token went to.
-    factor = 2 * flight.layout_tensors["is_token_in_rank"].sum(1, keepdim=True).cpu()
-    same_bits("combined", combined + 0.0, (flight.mine.x.float() * factor).bfloat16() + 0.0)
+    factor = 2 * pending.layout_tensors["is_token_in_rank"].sum(1, keepdim=True).cpu()
+    same_bits("combined", combined + 0.0, (pending.mine.x.float() * factor).bfloat16() + 0.0)
     assert x.grad is not None
     same_bits("gradient", x.grad, factor.expand(x.shape).bfloat16())
 
@@ -301,27 +295,22 @@ def other_communicator(worker: Worker, work: Workload) -> None:
     buffer = Buffer(None, 1 << 20, comm=Comm())
     assert buffer.group is None
     equal("group_size", buffer.group_size, worker.num_ranks)
-    Flight(worker, buffer, work).whole_trip()
+    PendingCall(worker, buffer, work).whole_trip()
     del buffer
 
 
 def graph_replays(worker: Worker, work: Workload) -> None:
     """layout, worst-case dispatch and combine captured once, replayed with other numbers."""
     buffer = worker.buffer()
-    flight = Flight(worker, buffer, work, How(worst_factor=1)).layout()
-    x, topk_idx = flight.payload(), flight.topk_idx
+    pending = PendingCall(worker, buffer, work, How(worst_factor=1)).layout()
+    x, topk_idx = pending.payload(), pending.topk_idx
     weights = torch.zeros(topk_idx.shape, device=worker.device)
 
     def step() -> Any:
-        per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, work.num_experts)
         received = buffer.dispatch(x,
-                                   None,
-                                   per_rank,
-                                   None,
-                                   in_rank,
-                                   per_expert,
-                                   topk_idx,
-                                   weights,
+                                   **dispatch_arguments(buffer.get_dispatch_layout(topk_idx, work.num_experts)),
+                                   topk_idx=topk_idx,
+                                   topk_weights=weights,
                                    num_worst_tokens=sum(work.num_tokens))
         return received, buffer.combine(received[0], received[4])[0]
 
@@ -329,7 +318,7 @@ def graph_replays(worker: Worker, work: Workload) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         received, combined = step()
-        for refused in (worker.new_buffer, lambda: buffer.dispatch(x, **flight.layout_tensors)):
+        for refused in (worker.new_buffer, lambda: buffer.dispatch(x, **pending.layout_tensors)):
             message = failure_of(refused)
             assert "graph" in message, message
     for seed in range(3):
@@ -357,4 +346,4 @@ def poisoned_alloc_order(worker: Worker, work: Workload) -> None:
                 busy = torch.empty(1 << 20, device=worker.device)
                 busy.add_(1)
             how = How(is_async=is_async, on_comm_stream=on_comm_stream, has_previous=True)
-            Flight(worker, buffer, work, how).whole_trip(2)
+            PendingCall(worker, buffer, work, how).whole_trip(2)

@@ -10,7 +10,7 @@ from typing import Any, Optional
 import torch
 from compare import same_bits
 from failure_cases import failure_of
-from flight import Flight, How
+from pending_call import How, PendingCall
 from utils import Worker
 from workload import Workload
 
@@ -31,11 +31,11 @@ def outputs_are_lent(worker: Worker, work: Workload, how: How) -> list[bool]:
     """Of a fresh dispatch that is right: which outputs lie in lent memory, the handle's indices included."""
     with worker.new_buffer(num_lend_bytes=LEND_BYTES) as buffer:
         region = lent_region(buffer)
-        flight = Flight(worker, buffer, work, how).layout().dispatch()
-        x, topk_idx, topk_weights = flight.result[:3]
+        pending = PendingCall(worker, buffer, work, how).layout().dispatch()
+        x, topk_idx, topk_weights = pending.result[:3]
         rows = list(x) if isinstance(x, tuple) else [x]
-        found = [tensor.data_ptr() in region for tensor in (*rows, topk_idx, topk_weights, flight.handle[3])]
-        flight.combine()
+        found = [tensor.data_ptr() in region for tensor in (*rows, topk_idx, topk_weights, pending.handle[3])]
+        pending.combine()
         return found
 
 
@@ -44,10 +44,10 @@ def freed_rows_are_lent_again(worker: Worker, work: Workload) -> None:
     with worker.new_buffer(num_lend_bytes=LEND_BYTES) as buffer:
         region = lent_region(buffer)
         for _ in range(20):
-            flight = Flight(worker, buffer, work, How(lends=True)).layout().dispatch()
-            assert flight.result[0].data_ptr() in region
-            flight.combine()
-            del flight
+            pending = PendingCall(worker, buffer, work, How(lends=True)).layout().dispatch()
+            assert pending.result[0].data_ptr() in region
+            pending.combine()
+            del pending
             gc.collect()
 
 
@@ -55,49 +55,49 @@ def no_room_is_no_error(worker: Worker, work: Workload) -> list[bool]:
     """Dispatches whose rows are all kept: the first are lent, the others are not, and every one is right."""
     with worker.new_buffer(num_lend_bytes=MIB) as buffer:
         region = lent_region(buffer, MIB)
-        flights = [Flight(worker, buffer, work).layout().dispatch() for _ in range(6)]
-        found = [flight.result[0].data_ptr() in region for flight in flights]
-        for flight in reversed(flights):
-            flight.check_payload(flight.result[0])
-            flight.combine()
+        pending_calls = [PendingCall(worker, buffer, work).layout().dispatch() for _ in range(6)]
+        found = [pending.result[0].data_ptr() in region for pending in pending_calls]
+        for pending in reversed(pending_calls):
+            pending.check_payload(pending.result[0])
+            pending.combine()
         return found
 
 
 def rows_outlive_the_buffer(worker: Worker, work: Workload) -> None:
     buffer = worker.new_buffer(num_lend_bytes=LEND_BYTES)
     region = lent_region(buffer)
-    flight = Flight(worker, buffer, work).layout().dispatch()
-    assert flight.result[0].data_ptr() in region
+    pending = PendingCall(worker, buffer, work).layout().dispatch()
+    assert pending.result[0].data_ptr() in region
     worker.barrier()
     buffer.destroy()
-    flight.check_payload(flight.result[0])
-    flight.result[0].zero_()
-    del flight
+    pending.check_payload(pending.result[0])
+    pending.result[0].zero_()
+    del pending
     gc.collect()
 
 
 def views_hold_the_memory(worker: Worker, work: Workload) -> None:
     """A view of one row keeps the bytes from being lent again."""
     with worker.new_buffer(num_lend_bytes=LEND_BYTES) as buffer:
-        flight = Flight(worker, buffer, work).layout().dispatch()
-        row = flight.result[0][3:4]
+        pending = PendingCall(worker, buffer, work).layout().dispatch()
+        row = pending.result[0][3:4]
         want = row.cpu()
-        flight.result = None
+        pending.result = None
         gc.collect()
         for _ in range(8):
-            Flight(worker, buffer, work.next(), How(lends=True)).whole_trip()
+            PendingCall(worker, buffer, work.next(), How(lends=True)).whole_trip()
         same_bits("a row that somebody holds", row.cpu(), want)
 
 
 def part_of_a_lent_tensor(worker: Worker, work: Workload) -> None:
     """combine reads a slice of what was lent."""
     with worker.new_buffer(num_lend_bytes=LEND_BYTES) as buffer:
-        flight = Flight(worker, buffer, work).layout().dispatch()
-        rows = flight.handle[3].shape[0]
+        pending = PendingCall(worker, buffer, work).layout().dispatch()
+        rows = pending.handle[3].shape[0]
         lent = buffer.lend((rows + 7, work.hidden))
         lent.fill_(float("nan"))
-        flight.combine_input = lambda given: lent[5:5 + rows].copy_(given)  # type: ignore[method-assign]
-        flight.combine(1)
+        pending.combine_input = lambda given: lent[5:5 + rows].copy_(given)  # type: ignore[method-assign]
+        pending.combine(1)
 
 
 def is_lent(buffer: Any, tensor: torch.Tensor) -> bool:
@@ -165,10 +165,10 @@ def builds_lend(worker: Worker, work: Workload) -> dict[str, bool]:
     found = {}
     for name, (num_bytes, config) in default_builds(worker.num_ranks).items():
         with Buffer(worker.group, num_bytes, 0) as buffer:
-            flight = Flight(worker, buffer, work).layout()
-            flight.config = config
-            flight.dispatch().combine()
-            found[name] = is_lent(buffer, flight.result[0])
+            pending = PendingCall(worker, buffer, work).layout()
+            pending.config = config
+            pending.dispatch().combine()
+            found[name] = is_lent(buffer, pending.result[0])
             worker.barrier()
     return found
 
@@ -199,10 +199,10 @@ def guesses(worker: Worker, num_tokens: list[tuple[int, int]], how: How, leaves_
         calls = buffer._session.runtime = NativeCalls(native)
         held = None if leaves_room else buffer.lend((buffer.num_lend_bytes - 4096, ), torch.uint8)
         for i, tokens in enumerate(num_tokens):
-            flight = Flight(worker, buffer, Workload(tokens, seed=i), how).layout().dispatch()
+            pending = PendingCall(worker, buffer, Workload(tokens, seed=i), how).layout().dispatch()
             calls.made.append("|")
-            flight.combine()
-            del flight
+            pending.combine()
+            del pending
         del held
         worker.barrier()
         buffer._session.runtime = native
@@ -213,12 +213,12 @@ def rows_kept(worker: Worker, work: Workload) -> None:
     """A received tensor keeps its own rows alive, and not those that there was room for."""
     with worker.new_buffer(1 << 24) as buffer:
         for _ in range(2):
-            flight = Flight(worker, buffer, work).layout().dispatch()
-            rows, row_bytes = flight.result[0].shape[0], flight.result[0].shape[1] * 2
+            pending = PendingCall(worker, buffer, work).layout().dispatch()
+            rows, row_bytes = pending.result[0].shape[0], pending.result[0].shape[1] * 2
             num_bytes = rows * (row_bytes + 12 * work.num_topk + 4)
             free = buffer.num_lend_bytes - num_bytes * 5 // 4
             assert buffer.lend((free, ), torch.uint8).shape[0] == free
-            del flight
+            del pending
             gc.collect()
         worker.barrier()
 
@@ -226,11 +226,11 @@ def rows_kept(worker: Worker, work: Workload) -> None:
 def outputs_are_kept_one_by_one(worker: Worker, work: Workload) -> None:
     """Weights that somebody keeps do not keep the rows."""
     with worker.new_buffer(1 << 24) as buffer:
-        flight = Flight(worker, buffer, work).layout().dispatch()
-        rows, _, weights, _, handle, _ = flight.result
+        pending = PendingCall(worker, buffer, work).layout().dispatch()
+        rows, _, weights, _, handle, _ = pending.result
         row_bytes = rows.numel() * rows.element_size()
         del rows
-        flight.result = None
+        pending.result = None
         gc.collect()
         free = buffer.num_lend_bytes - 2 * MIB
         assert row_bytes > 4 * MIB
@@ -244,9 +244,9 @@ def lending_can_be_turned_off(worker: Worker, work: Workload) -> list[bool]:
     with worker.new_buffer(1 << 26, num_lend_bytes=0) as silent, worker.new_buffer(1 << 26) as lending:
         found = []
         for buffer in (silent, lending):
-            flight = Flight(worker, buffer, work).layout().dispatch()
-            flight.combine()
-            found += [is_lent(buffer, flight.result[0]), buffer.num_lend_bytes > 0]
+            pending = PendingCall(worker, buffer, work).layout().dispatch()
+            pending.combine()
+            found += [is_lent(buffer, pending.result[0]), buffer.num_lend_bytes > 0]
         worker.barrier()
         return found
 
@@ -254,17 +254,17 @@ def lending_can_be_turned_off(worker: Worker, work: Workload) -> list[bool]:
 def several_buffers(worker: Worker, work: Workload) -> None:
     """Rows of one Buffer stay what they are whatever another does; each is right after the other is gone."""
     first, second = worker.new_buffer(1 << 25), worker.new_buffer(1 << 26)
-    flight = Flight(worker, first, work).layout().dispatch()
+    pending = PendingCall(worker, first, work).layout().dispatch()
     for _ in range(3):
-        Flight(worker, second, work.next()).whole_trip()
-    flight.check_payload(flight.result[0])
+        PendingCall(worker, second, work.next()).whole_trip()
+    pending.check_payload(pending.result[0])
     worker.barrier()
     second.destroy()
-    flight.combine()
-    other = Flight(worker, first, work.next()).layout().dispatch()
+    pending.combine()
+    other = PendingCall(worker, first, work.next()).layout().dispatch()
     worker.barrier()
     first.destroy()
-    for kept in (flight, other):
+    for kept in (pending, other):
         kept.check_payload(kept.result[0])
 
 
@@ -284,11 +284,11 @@ def dropped_by_another_thread(worker: Worker, work: Workload) -> None:
         thread.start()
         try:
             for i in range(30):
-                flight = Flight(worker, buffer, work.next() if i % 2 else work).layout().dispatch()
-                assert is_lent(buffer, flight.result[0])
-                flight.combine()
-                dropped.append(flight.result)
-                flight.result = None
+                pending = PendingCall(worker, buffer, work.next() if i % 2 else work).layout().dispatch()
+                assert is_lent(buffer, pending.result[0])
+                pending.combine()
+                dropped.append(pending.result)
+                pending.result = None
                 has_more.set()
         finally:
             is_over.set()
@@ -304,12 +304,12 @@ def dropped_by_another_thread(worker: Worker, work: Workload) -> None:
 def captured_calls_lend(worker: Worker, work: Workload) -> None:
     """A graph has memory of its own: calls between its replays leave it alone, and it comes back with the graph."""
     with worker.new_buffer(1 << 26) as buffer:
-        flight = Flight(worker, buffer, work, How(worst_factor=1)).layout()
-        x, weights = flight.payload(), torch.rand(flight.topk_idx.shape, device=worker.device)
+        pending = PendingCall(worker, buffer, work, How(worst_factor=1)).layout()
+        x, weights = pending.payload(), torch.rand(pending.topk_idx.shape, device=worker.device)
         num_rows = sum(work.num_tokens)
 
         def step() -> Any:
-            received = buffer.dispatch(x, **flight.layout_tensors, topk_idx=flight.topk_idx, topk_weights=weights,
+            received = buffer.dispatch(x, **pending.layout_tensors, topk_idx=pending.topk_idx, topk_weights=weights,
                                        num_worst_tokens=num_rows)  # yapf: disable
             return received, buffer.combine(received[0], received[4])[0]
 
@@ -319,16 +319,16 @@ def captured_calls_lend(worker: Worker, work: Workload) -> None:
             received, combined = step()
         assert is_lent(buffer, eager[0])
         assert is_lent(buffer, received[0])
-        rows = flight.arrival.x.shape[0]
+        rows = pending.arrival.x.shape[0]
         held = []
         for seed in range(4):
-            between = Flight(worker, buffer, Workload(work.num_tokens, work.hidden, seed=seed)).layout().dispatch()
+            between = PendingCall(worker, buffer, Workload(work.num_tokens, work.hidden, seed=seed)).layout().dispatch()
             held.append(between)
             received[0].fill_(7)
             combined.zero_()
             graph.replay()
             torch.cuda.synchronize()
-            same_bits("recv_x", received[0][:rows], flight.arrival.x)
+            same_bits("recv_x", received[0][:rows], pending.arrival.x)
             same_bits("combined", combined, eager_combined.cpu())
             for kept in held:
                 kept.check_payload(kept.result[0])
@@ -339,7 +339,7 @@ def captured_calls_lend(worker: Worker, work: Workload) -> None:
         assert all((tensor == 9).all() for tensor in lent)
         worker.barrier()
         del lent, held, between, kept, eager, received, combined, graph
-        flight.result = None
+        pending.result = None
         gc.collect()
         torch.cuda.synchronize()
         for _ in range(200):  # the driver gives the graph up on a thread of its own

@@ -9,18 +9,17 @@ import torch
 import torch.distributed as dist
 from compare import bits, equal, same_bits
 from failure_cases import SHORT_TIMEOUT_S, failure_of, settle
-from flight import Flight
-from low_latency_flight import (
+from low_latency_pending_call import (
     BF16,
+    CASTS,
     FP8,
-    FP8_ROUNDED,
-    UE8M0,
-    LowLatencyFlight,
+    LowLatencyPendingCall,
     Manner,
     answers_of,
     finish_together,
     low_latency_buffer,
 )
+from pending_call import PendingCall
 from reference import Cast, low_latency_parts
 from utils import Worker
 from workload import Workload
@@ -32,7 +31,7 @@ MODES = ("sync", "async", "hook")
 
 
 def whole_trip(worker: Worker, work: Workload, manner: Optional[Manner] = None, num_rdma_bytes: int = 1 << 22) -> None:
-    LowLatencyFlight(worker, low_latency_buffer(worker, num_rdma_bytes), work, manner).whole_trip()
+    LowLatencyPendingCall(worker, low_latency_buffer(worker, num_rdma_bytes), work, manner).whole_trip()
 
 
 def trips(worker: Worker,
@@ -44,7 +43,7 @@ def trips(worker: Worker,
 
 
 def every_manner(worker: Worker, work: Workload) -> None:
-    for cast in (BF16, FP8, FP8_ROUNDED, UE8M0):
+    for cast in CASTS:
         for mode in MODES:
             whole_trip(worker, work, Manner(cast, mode, has_stats=True, has_out=mode == "hook"))
 
@@ -54,10 +53,10 @@ def two_micro_batches(worker: Worker, work: Workload, cast: Cast) -> None:
     manner = Manner(cast, "hook")
     buffer = low_latency_buffer(worker)
     for flip in (False, True, False):
-        pair = [LowLatencyFlight(worker, buffer, w, manner) for w in (work, work.next().next())]
+        pair = [LowLatencyPendingCall(worker, buffer, w, manner) for w in (work, work.next().next())]
         order = list(reversed(pair)) if flip else pair
-        for flight in pair:
-            flight.start_dispatch()
+        for pending in pair:
+            pending.start_dispatch()
         message = failure_of(pair[0].start_dispatch)
         assert "at most 2" in message, message
         finish_together(pair, order)
@@ -66,7 +65,7 @@ def two_micro_batches(worker: Worker, work: Workload, cast: Cast) -> None:
 def overlapped_layers(worker: Worker, work: Workload) -> None:
     """As engines do it: while one micro-batch computes, the other one's rows are on their way."""
     buffer, manner = low_latency_buffer(worker), Manner(FP8, "hook")
-    one, two = (LowLatencyFlight(worker, buffer, w, manner) for w in (work, work.next()))
+    one, two = (LowLatencyPendingCall(worker, buffer, w, manner) for w in (work, work.next()))
     one.start_dispatch().finish_dispatch()
     for _ in range(3):
         two.start_dispatch()
@@ -83,8 +82,8 @@ def overlapped_layers(worker: Worker, work: Workload) -> None:
 def held_back_hook(worker: Worker, work: Workload) -> None:
     """A hook that is never called in time blocks its bank: the call after the next is refused, nothing hangs."""
     buffer = low_latency_buffer(worker)
-    held = LowLatencyFlight(worker, buffer, work, Manner(mode="hook")).start_dispatch()
-    passing = LowLatencyFlight(worker, buffer, work.next()).dispatch()
+    held = LowLatencyPendingCall(worker, buffer, work, Manner(mode="hook")).start_dispatch()
+    passing = LowLatencyPendingCall(worker, buffer, work.next()).dispatch()
     message = failure_of(passing.start_combine)
     assert "call the hook" in message, message
     held.finish_dispatch()
@@ -96,21 +95,21 @@ def held_back_hook(worker: Worker, work: Workload) -> None:
 def side_by_side(worker: Worker, work: Workload) -> None:
     """Several Buffers with different shapes, calls interleaved, one destroyed while the others go on."""
     shapes = ((work, 1 << 22), (Workload(work.num_tokens, 128, 2, 1, seed=5), 1 << 19), (work.next(), 1 << 21))
-    flights = []
+    pending_calls = []
     for w, num_bytes in shapes:
         buffer = worker.new_buffer(1 << 12, num_rdma_bytes=num_bytes, low_latency_mode=True)
-        flights.append(LowLatencyFlight(worker, buffer, w, Manner(mode="hook")))
-    for flight in flights:
-        flight.start_dispatch()
-    for flight in reversed(flights):
-        flight.finish_dispatch()
+        pending_calls.append(LowLatencyPendingCall(worker, buffer, w, Manner(mode="hook")))
+    for pending in pending_calls:
+        pending.start_dispatch()
+    for pending in reversed(pending_calls):
+        pending.finish_dispatch()
     worker.barrier()
-    flights[1].buffer.destroy()
-    for flight in (flights[0], flights[2]):
-        flight.combine()
+    pending_calls[1].buffer.destroy()
+    for pending in (pending_calls[0], pending_calls[2]):
+        pending.combine()
     worker.barrier()
-    for flight in flights:
-        flight.buffer.destroy()
+    for pending in pending_calls:
+        pending.buffer.destroy()
 
 
 def many_shapes(worker: Worker, rounds: int, seed: int) -> None:
@@ -121,7 +120,7 @@ def many_shapes(worker: Worker, rounds: int, seed: int) -> None:
         return options[int(torch.randint(len(options), (1, ), generator=random))]
 
     for i in range(rounds):
-        cast, max_tokens = choose(BF16, FP8, FP8_ROUNDED, UE8M0), choose(1, 3, 16, 24)
+        cast, max_tokens = choose(*CASTS), choose(1, 3, 16, 24)
         work = Workload(tuple(choose(0, 1, max_tokens // 2, max_tokens) for _ in range(worker.num_ranks)),
                         hidden=choose(8, 264, 520) if cast == BF16 else choose(512, 1536),
                         num_topk=choose(1, 2, 5, 8),
@@ -131,21 +130,21 @@ def many_shapes(worker: Worker, rounds: int, seed: int) -> None:
                         seed=seed * 1000 + i)
         manner = Manner(cast, choose(*MODES), max_tokens, zero_copy=choose(False, False, True))
         manner = replace(manner, use_logfmt=not manner.zero_copy and choose(False, True))
-        flight = LowLatencyFlight(worker, low_latency_buffer(worker), work, manner).dispatch()
+        pending = LowLatencyPendingCall(worker, low_latency_buffer(worker), work, manner).dispatch()
         if choose(False, True):
             low_latency_buffer(worker).clean_low_latency_buffer(max_tokens, 128, work.num_experts)
-        flight.combine()
+        pending.combine()
 
 
 def modes_in_turn(worker: Worker, work: Workload) -> None:
     """One Buffer for high throughput and low latency (contract 7, 2 and 12)."""
     buffer = low_latency_buffer(worker)
     for i in range(3):
-        Flight(worker, buffer, work).whole_trip()
+        PendingCall(worker, buffer, work).whole_trip()
         buffer.clean_low_latency_buffer(max(work.num_tokens), work.hidden, work.num_experts)
-        LowLatencyFlight(worker, buffer, work, Manner(mode=MODES[i])).whole_trip()
-    pending = LowLatencyFlight(worker, buffer, work, Manner(mode="hook")).start_dispatch()
-    Flight(worker, buffer, work.next()).whole_trip()
+        LowLatencyPendingCall(worker, buffer, work, Manner(mode=MODES[i])).whole_trip()
+    pending = LowLatencyPendingCall(worker, buffer, work, Manner(mode="hook")).start_dispatch()
+    PendingCall(worker, buffer, work.next()).whole_trip()
     pending.finish_dispatch().combine()
 
 
@@ -155,7 +154,7 @@ def zeroed_by_caller(worker: Worker, work: Workload) -> None:
     region = buffer.get_local_buffer_tensor(torch.int8, use_rdma_buffer=True)
     equal("bytes of the region", region.numel(), 1 << 20)
     for _ in range(4):
-        LowLatencyFlight(worker, buffer, work).whole_trip()
+        LowLatencyPendingCall(worker, buffer, work).whole_trip()
         if worker.device.type == "cuda":
             torch.cuda.synchronize()
         worker.barrier()
@@ -171,15 +170,15 @@ def bitwise_repeats(worker: Worker, work: Workload, cast: Cast, rounds: int) -> 
     for done in range(rounds):
         if worker.rank == done % worker.num_ranks and done % 8 == 0:
             time.sleep(0.01)
-        flight = LowLatencyFlight(worker, buffer, work, Manner(cast, MODES[done % 3])).start_dispatch()
-        flight = flight.finish_dispatch() if done == 0 else flight
+        pending = LowLatencyPendingCall(worker, buffer, work, Manner(cast, MODES[done % 3])).start_dispatch()
+        pending = pending.finish_dispatch() if done == 0 else pending
         if done:
-            flight.landed(*flight.received[3:])
-        flight.start_combine()
-        flight.landed(*flight.combined[1:])
-        counts = [len(expert.rows) for expert in flight.arrivals[worker.rank]]
-        recv_x = flight.received[0][0] if cast.use_fp8 else flight.received[0]
-        got = [bits(recv_x[i, :count].cpu()) for i, count in enumerate(counts)] + [bits(flight.combined[0].cpu())]
+            pending.landed(*pending.received[3:])
+        pending.start_combine()
+        pending.landed(*pending.combined[1:])
+        counts = [len(expert.rows) for expert in pending.arrivals[worker.rank]]
+        recv_x = pending.received[0][0] if cast.use_fp8 else pending.received[0]
+        got = [bits(recv_x[i, :count].cpu()) for i, count in enumerate(counts)] + [bits(pending.combined[0].cpu())]
         want = want or got
         for one, other in zip(got, want):
             same_bits("a repeated call", one, other)
@@ -193,16 +192,16 @@ def _bytes_for(work: Workload) -> int:
 def freed_inputs(worker: Worker, work: Workload) -> None:
     """Inputs and results that nobody holds, their memory wanted by others (pitfall 28)."""
     for mode in ("async", "hook"):
-        flight = LowLatencyFlight(worker, low_latency_buffer(worker), work, Manner(FP8, mode)).start_dispatch()
-        topk_idx = flight.topk_idx
-        del flight.x, flight.topk_idx
-        garbage = [torch.full(flight.mine.x.shape, float("nan"), device=worker.device).bfloat16() for _ in range(8)]
-        flight.finish_dispatch()
-        flight.topk_idx, flight.x = topk_idx, flight.mine.x.to(worker.device)
-        flight.combine()
+        pending = LowLatencyPendingCall(worker, low_latency_buffer(worker), work, Manner(FP8, mode)).start_dispatch()
+        topk_idx = pending.topk_idx
+        del pending.x, pending.topk_idx
+        garbage = [torch.full(pending.mine.x.shape, float("nan"), device=worker.device).bfloat16() for _ in range(8)]
+        pending.finish_dispatch()
+        pending.topk_idx, pending.x = topk_idx, pending.mine.x.to(worker.device)
+        pending.combine()
         del garbage
     for _ in range(2):
-        received = LowLatencyFlight(worker, low_latency_buffer(worker), work, Manner(mode="hook")).start_dispatch()
+        received = LowLatencyPendingCall(worker, low_latency_buffer(worker), work, Manner(mode="hook")).start_dispatch()
         hook = received.received[4]
         del received
         hook()
@@ -215,42 +214,41 @@ def overwritten_inputs(worker: Worker, work: Workload) -> None:
     But for combine's topk_idx and topk_weights on a GPU, which the hook reads again."""
     for cast in (BF16, FP8):
         for zero_copy in (False, True):
-            flight = LowLatencyFlight(worker, low_latency_buffer(worker), work, Manner(cast,
-                                                                                       "hook",
-                                                                                       zero_copy=zero_copy))
-            topk_idx = flight.topk_idx
-            flight.x, flight.topk_idx, flight.topk_weights = (  # the flight compares with its own
-                tensor.clone() for tensor in (flight.x, topk_idx, flight.topk_weights))
-            flight.start_dispatch()
-            flight.x.fill_(float("nan"))
-            flight.topk_idx.fill_(-1)
-            flight.finish_dispatch()
-            flight.topk_idx.copy_(topk_idx)
-            rows = flight.expert_rows()
-            lent = flight.buffer.get_next_low_latency_combine_buffer(flight.handle) if zero_copy else rows
-            flight.start_combine(rows)
+            pending = LowLatencyPendingCall(worker, low_latency_buffer(worker), work,
+                                            Manner(cast, "hook", zero_copy=zero_copy))
+            topk_idx = pending.topk_idx
+            pending.x, pending.topk_idx, pending.topk_weights = (  # the pending compares with its own
+                tensor.clone() for tensor in (pending.x, topk_idx, pending.topk_weights))
+            pending.start_dispatch()
+            pending.x.fill_(float("nan"))
+            pending.topk_idx.fill_(-1)
+            pending.finish_dispatch()
+            pending.topk_idx.copy_(topk_idx)
+            rows = pending.expert_rows()
+            lent = pending.buffer.get_next_low_latency_combine_buffer(pending.handle) if zero_copy else rows
+            pending.start_combine(rows)
             lent.fill_(float("nan"))
             if worker.device.type == "cpu":
-                flight.topk_weights.fill_(float("nan"))
-                flight.topk_idx.fill_(-1)
-            flight.finish_combine()
+                pending.topk_weights.fill_(float("nan"))
+                pending.topk_idx.fill_(-1)
+            pending.finish_combine()
 
 
 def late_rank(worker: Worker, work: Workload, late: int) -> None:
     """Everybody waits for a late rank, and the statistics say for which."""
     buffer = low_latency_buffer(worker)
-    flight = LowLatencyFlight(worker, buffer, work, Manner(has_stats=True))
+    pending = LowLatencyPendingCall(worker, buffer, work, Manner(has_stats=True))
     if worker.rank == late:
         time.sleep(0.3)
-    flight.dispatch()
+    pending.dispatch()
     if worker.rank != late and worker.device.type == "cpu":
-        assert flight.waits is not None
-        waits = flight.waits.tolist()
+        assert pending.waits is not None
+        waits = pending.waits.tolist()
         equal("the rank that was waited for longest", waits.index(max(waits)), late)
         assert waits[late] > 100_000_000, waits  # nanoseconds; other ranks cannot be that late
     if worker.rank == late:
         time.sleep(0.1)
-    flight.combine()
+    pending.combine()
 
 
 def weighted_sum_error(worker: Worker, work: Workload, use_logfmt: bool) -> float:
@@ -261,17 +259,17 @@ def weighted_sum_error(worker: Worker, work: Workload, use_logfmt: bool) -> floa
     Returns the root mean square of the error, relative to that of the result.
     """
     manner = Manner(use_logfmt=use_logfmt)
-    flight = LowLatencyFlight(worker, low_latency_buffer(worker), work, manner).dispatch().start_combine()
-    flight.landed(*flight.combined[1:])
-    parts = low_latency_parts(answers_of(work, flight.arrivals), flight.arrivals, flight.mine, worker.rank)
+    pending = LowLatencyPendingCall(worker, low_latency_buffer(worker), work, manner).dispatch().start_combine()
+    pending.landed(*pending.combined[1:])
+    parts = low_latency_parts(answers_of(work, pending.arrivals), pending.arrivals, pending.mine, worker.rank)
     unit, errors, results = 2.0**-8, 0.0, 0.0
     for token, of_ranks in enumerate(parts):
         if not of_ranks:
-            assert not flight.combined[0][token].any()
+            assert not pending.combined[0][token].any()
             continue
         stacked = torch.stack(of_ranks).double()
         exact, size = stacked.sum(0), stacked.abs().sum(0)
-        error = (flight.combined[0][token].cpu().double() - exact).abs()
+        error = (pending.combined[0][token].cpu().double() - exact).abs()
         wire = unit * size
         if use_logfmt:
             largest = stacked.abs().reshape(len(of_ranks), -1, 128).amax(2).repeat_interleave(128, 1)
@@ -296,7 +294,7 @@ def empty_subsets(worker: Worker, work: Workload) -> None:
 
 
 def any_bits(worker: Worker, work: Workload) -> None:
-    LowLatencyFlight(worker, low_latency_buffer(worker), work).dispatch()
+    LowLatencyPendingCall(worker, low_latency_buffer(worker), work).dispatch()
 
 
 # Failures
@@ -313,10 +311,11 @@ def impatient(worker: Worker, **options: Any) -> Any:
 def killed_rank(worker: Worker, work: Workload, victim: int) -> str:
     """Without enable_shrink: the others get a TimeoutError that names the rank, and can destroy and exit."""
     buffer = impatient(worker)
-    LowLatencyFlight(worker, buffer, work).whole_trip()
+    LowLatencyPendingCall(worker, buffer, work).whole_trip()
     if worker.rank == victim:
         os._exit(7)
-    message = failure_of(LowLatencyFlight(worker, buffer, work, Manner(settles=True)).whole_trip, deep_ep.TimeoutError)
+    message = failure_of(
+        LowLatencyPendingCall(worker, buffer, work, Manner(settles=True)).whole_trip, deep_ep.TimeoutError)
     equal("a later failure", failure_of(lambda: buffer.low_latency_dispatch(None, None, 1, 1)), message)
     started = time.monotonic()
     buffer.destroy()
@@ -332,7 +331,7 @@ def survivors_of(work: Workload, victim: int) -> Workload:
 def shrunk_group(worker: Worker, work: Workload, victim: int, dies: bool) -> Optional[list[int]]:
     """With enable_shrink: the first call after the death takes a timeout, then the others go on without the rank."""
     buffer = impatient(worker, enable_shrink=True)
-    LowLatencyFlight(worker, buffer, work).whole_trip()
+    LowLatencyPendingCall(worker, buffer, work).whole_trip()
     if worker.rank == victim:
         if dies:
             os._exit(7)
@@ -341,12 +340,12 @@ def shrunk_group(worker: Worker, work: Workload, victim: int, dies: bool) -> Opt
     manner = Manner(max_tokens=max(work.num_tokens))
     status = torch.full((worker.num_ranks, ), 7, dtype=torch.int32, device=worker.device)
     for _ in range(3):
-        flight = LowLatencyFlight(worker, buffer, without, manner)
+        pending = LowLatencyPendingCall(worker, buffer, without, manner)
         # What the victim's experts would have done is missing.
         first = victim * work.experts_per_rank
-        dead = (flight.mine.topk_idx >= first) & (flight.mine.topk_idx < first + work.experts_per_rank)
-        flight.mine.topk_idx = torch.where(dead, -1, flight.mine.topk_idx)
-        flight.whole_trip()
+        dead = (pending.mine.topk_idx >= first) & (pending.mine.topk_idx < first + work.experts_per_rank)
+        pending.mine.topk_idx = torch.where(dead, -1, pending.mine.topk_idx)
+        pending.whole_trip()
         buffer.low_latency_query_mask_buffer(status)
         equal("masked ranks", status.tolist(), [int(rank == victim) for rank in range(worker.num_ranks)])
     buffer.check()
@@ -355,7 +354,7 @@ def shrunk_group(worker: Worker, work: Workload, victim: int, dies: bool) -> Opt
     masked = status.tolist()
     buffer.low_latency_update_mask_buffer(victim, True)
     started = time.monotonic()
-    LowLatencyFlight(worker, buffer, survivors_of(work, victim), manner).dispatch()
+    LowLatencyPendingCall(worker, buffer, survivors_of(work, victim), manner).dispatch()
     assert time.monotonic() - started < 30
     buffer.destroy()
     return masked
@@ -366,7 +365,7 @@ def clean_is_a_barrier(worker: Worker, work: Workload) -> None:
     buffer = low_latency_buffer(worker)
     arguments = max(work.num_tokens), work.hidden, work.num_experts
     for _ in range(3):
-        LowLatencyFlight(worker, buffer, work).whole_trip()
+        LowLatencyPendingCall(worker, buffer, work).whole_trip()
         buffer.clean_low_latency_buffer(*arguments)
     worker.barrier()
     entered = time.time()
@@ -380,7 +379,7 @@ def clean_is_a_barrier(worker: Worker, work: Workload) -> None:
     times: list[Any] = [None] * worker.num_ranks
     dist.all_gather_object(times, entered, group=worker.group)
     assert left >= max(times), "a rank left before the last had come"
-    pending = LowLatencyFlight(worker, buffer, work, Manner(mode="hook")).start_dispatch()
+    pending = LowLatencyPendingCall(worker, buffer, work, Manner(mode="hook")).start_dispatch()
     message = failure_of(lambda: buffer.clean_low_latency_buffer(*arguments))
     assert "no low-latency call may be open" in message, message
     pending.finish_dispatch().combine()
@@ -414,15 +413,15 @@ def clean_without_a_rank(worker: Worker, absent: int, enable_shrink: bool) -> An
 def entries_of_another_dispatch(worker: Worker, work: Workload) -> str:
     """A combine with another topk_idx than its dispatch fails on every rank; -1 is legal."""
     buffer = worker.new_buffer(num_rdma_bytes=1 << 22, low_latency_mode=True)
-    flight = LowLatencyFlight(worker, buffer, work).dispatch()
-    rows = flight.expert_rows()
-    dropped = torch.where(torch.arange(work.num_topk, device=worker.device) == 1, -1, flight.topk_idx)
-    buffer.low_latency_combine(rows, dropped, flight.topk_weights, flight.handle)
+    pending = LowLatencyPendingCall(worker, buffer, work).dispatch()
+    rows = pending.expert_rows()
+    dropped = torch.where(torch.arange(work.num_topk, device=worker.device) == 1, -1, pending.topk_idx)
+    buffer.low_latency_combine(rows, dropped, pending.topk_weights, pending.handle)
     settle(worker, buffer)
-    other = (flight.topk_idx + 1) % work.num_experts
+    other = (pending.topk_idx + 1) % work.num_experts
 
     def combine() -> None:
-        buffer.low_latency_combine(rows, other, flight.topk_weights, flight.handle)
+        buffer.low_latency_combine(rows, other, pending.topk_weights, pending.handle)
         settle(worker, buffer)
 
     message = failure_of(combine)
@@ -439,8 +438,8 @@ class GraphedTrip:
 
     def __init__(self, worker: Worker, buffer: Any, work: Workload, manner: Manner, has_combine: bool = True) -> None:
         self.worker, self.work, self.manner, self.has_combine = worker, work, manner, has_combine
-        self.flight = LowLatencyFlight(worker, buffer, work, manner)
-        self.rows = self.flight.expert_rows()
+        self.pending = LowLatencyPendingCall(worker, buffer, work, manner)
+        self.rows = self.pending.expert_rows()
         self.step()
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
@@ -448,7 +447,7 @@ class GraphedTrip:
             self.received, self.combined = self.step()
 
     def step(self) -> Any:
-        f, cast = self.flight, self.manner.cast
+        f, cast = self.pending, self.manner.cast
         shape = (f.max_tokens, f.work.num_experts)
         received = f.buffer.low_latency_dispatch(f.x, f.topk_idx, *shape, use_fp8=cast.use_fp8, **f.mode_options())
         self._wait(*received[3:])
@@ -475,9 +474,9 @@ class GraphedTrip:
                        self.work.num_topk,
                        self.work.experts_per_rank,
                        seed=seed)
-        fresh = LowLatencyFlight(self.worker, self.flight.buffer, now, self.manner)
+        fresh = LowLatencyPendingCall(self.worker, self.pending.buffer, now, self.manner)
         for name in ("x", "topk_idx", "topk_weights"):
-            getattr(self.flight, name).copy_(getattr(fresh, name))
+            getattr(self.pending, name).copy_(getattr(fresh, name))
         self.rows.copy_(fresh.expert_rows())
         self.fresh = fresh
         self.graph.replay()
@@ -508,15 +507,15 @@ def replay_before_a_hook(worker: Worker, held: Workload, replayed: Workload, mod
     buffer = low_latency_buffer(worker)
     graph = GraphedTrip(worker, buffer, replayed, Manner(FP8, mode), has_combine=False)
     for seed in range(3):
-        flight = LowLatencyFlight(worker, buffer, held, Manner(mode="hook"))
-        flight.start_dispatch()
+        pending = LowLatencyPendingCall(worker, buffer, held, Manner(mode="hook"))
+        pending.start_dispatch()
         graph.start(300 + seed)
-        flight.finish_dispatch()
+        pending.finish_dispatch()
         graph.finish()
-        rows = flight.expert_rows()
-        flight.start_combine(rows)
+        rows = pending.expert_rows()
+        pending.start_combine(rows)
         graph.start(400 + seed)
-        flight.finish_combine()
+        pending.finish_combine()
         graph.finish()
 
 
@@ -525,7 +524,7 @@ def replay_of_two_calls_before_a_hook(worker: Worker, work: Workload) -> str:
     buffer = worker.new_buffer(num_rdma_bytes=1 << 22, low_latency_mode=True, timeout_s=100)
     graph = GraphedTrip(worker, buffer, work, Manner())
     worker.barrier()
-    held = LowLatencyFlight(worker, buffer, work, Manner(mode="hook")).start_dispatch()
+    held = LowLatencyPendingCall(worker, buffer, work, Manner(mode="hook")).start_dispatch()
     started = time.monotonic()
     graph.start(500)
     torch.cuda.synchronize()

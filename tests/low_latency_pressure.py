@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from low_latency_flight import (
+from low_latency_pending_call import (
     CASTS,
-    LowLatencyFlight,
+    LowLatencyPendingCall,
     Manner,
     finish_together,
     low_latency_buffer,
@@ -39,14 +39,14 @@ def play_round(worker: Worker, sizes: Sizes, choice: Choice, seed: int) -> Diges
     work = choose_work(worker.num_ranks, sizes, choice, manner.cast, seed)
     other = replace(work, num_tokens=work.num_tokens[::-1], num_topk=1, seed=work.seed + 50_000)
     works = [work, other][:choice.of(1, 2)]
-    flights = [LowLatencyFlight(worker, buffer, each, manner) for each in works]
+    pending_calls = [LowLatencyPendingCall(worker, buffer, each, manner) for each in works]
     digests = Digests(f"seed {seed}, {works}, {manner}")
-    landings = flights if choice.of(False, True) else flights[::-1]
-    for flight in flights:
-        flight.start_dispatch()
-    finish_together(flights, landings)
-    digests.add(*(output for flight in flights for output in outputs_of(flight)))
-    repeat(worker, flights, landings, digests)
+    landings = pending_calls if choice.of(False, True) else pending_calls[::-1]
+    for pending in pending_calls:
+        pending.start_dispatch()
+    finish_together(pending_calls, landings)
+    digests.add(*(output for pending in pending_calls for output in outputs_of(pending)))
+    repeat(worker, pending_calls, landings, digests)
     return digests
 
 
@@ -80,26 +80,27 @@ def choose_work(num_ranks: int, sizes: Sizes, choice: Choice, cast: Cast, seed: 
         seed=seed)
 
 
-def outputs_of(flight: LowLatencyFlight) -> list[torch.Tensor]:
+def outputs_of(pending: LowLatencyPendingCall) -> list[torch.Tensor]:
     """Everything that a dispatch and its combine state, without the rows that belong to nobody."""
-    received, counts, handle = flight.received[:3]
+    received, counts, handle = pending.received[:3]
     rows = torch.arange(handle[0].shape[1], device=counts.device) < counts[:, None]
     x, *scales = received if isinstance(received, tuple) else (received, )
     return [counts, handle[1], x.view(torch.uint8)[rows], handle[0][rows], *(each[rows] for each in scales),
-            flight.combined[0]]  # yapf: disable
+            pending.combined[0]]  # yapf: disable
 
 
-def repeat(worker: Worker, flights: list[LowLatencyFlight], landings: list[LowLatencyFlight], digests: Digests) -> None:
+def repeat(worker: Worker, pending_calls: list[LowLatencyPendingCall], landings: list[LowLatencyPendingCall],
+           digests: Digests) -> None:
     """The calls again, at different moments; what the experts answer lies ready, so that they follow closely."""
-    answers: dict[Any, torch.Tensor] = {flight: flight.expert_rows() for flight in flights}
+    answers: dict[Any, torch.Tensor] = {pending: pending.expert_rows() for pending in pending_calls}
     for i in range(NUM_REPEATS):
         be_late(worker, i)
-        for flight in flights:
-            flight.start_dispatch()
-        for flight in landings:
-            flight.landed(*flight.received[3:])
-        for flight in flights:
-            flight.start_combine(answers[flight])
-        for flight in landings:
-            flight.landed(*flight.combined[1:])
-        digests.add(*(output for flight in flights for output in outputs_of(flight)))
+        for pending in pending_calls:
+            pending.start_dispatch()
+        for pending in landings:
+            pending.landed(*pending.received[3:])
+        for pending in pending_calls:
+            pending.start_combine(answers[pending])
+        for pending in landings:
+            pending.landed(*pending.combined[1:])
+        digests.add(*(output for pending in pending_calls for output in outputs_of(pending)))

@@ -13,7 +13,7 @@ from typing import Any, Optional
 import torch
 import torch.distributed as dist
 from compare import same_bits, same_numbers
-from flight import Flight, How
+from pending_call import How, PendingCall
 from utils import Worker
 from workload import Workload
 
@@ -131,31 +131,31 @@ def small_round(worker: Worker, sizes: Sizes, choice: Choice, seed: int) -> Dige
               worst_factor=choice.of(0, 0, 1),
               num_sms=choice.of(2, sizes.num_sms))
     num_biases = choice.of(0, 1, 2)
-    flight = Flight(worker, worker.buffer(choice.of(*NUM_NVL_BYTES)), work, how)
-    flight.layout().dispatch().combine(num_biases)
+    pending = PendingCall(worker, worker.buffer(choice.of(*NUM_NVL_BYTES)), work, how)
+    pending.layout().dispatch().combine(num_biases)
     if choice.of(False, True):
-        flight.cached_dispatch(work.next())
-    return repeated(worker, flight, f"seed {seed}, {work}, {how}, {num_biases} biases", num_biases)
+        pending.cached_dispatch(work.next())
+    return repeated(worker, pending, f"seed {seed}, {work}, {how}, {num_biases} biases", num_biases)
 
 
-def repeated(worker: Worker, flight: Flight, what: str, num_biases: int) -> Digests:
-    """The calls of a flight again and again, at different moments and on different numbers of SMs."""
-    digests, most_sms, rank = Digests(what), flight.how.num_sms, worker.rank
-    num_rows = [arrival.x.shape[0] for arrival in flight.arrivals]
-    answers = flight.work.returned(num_rows)[rank]
-    bias: Any = tuple(tensor.to(worker.device) for tensor in flight.work.biases(rank, num_biases)) or None
+def repeated(worker: Worker, pending: PendingCall, what: str, num_biases: int) -> Digests:
+    """The calls of a pending again and again, at different moments and on different numbers of SMs."""
+    digests, most_sms, rank = Digests(what), pending.how.num_sms, worker.rank
+    num_rows = [arrival.x.shape[0] for arrival in pending.arrivals]
+    answers = pending.work.returned(num_rows)[rank]
+    bias: Any = tuple(tensor.to(worker.device) for tensor in pending.work.biases(rank, num_biases)) or None
     bias = bias[0] if num_biases == 1 else bias
     for i in range(NUM_REPEATS):
         be_late(worker, i)
-        flight.config = Config(max(2, most_sms // (1 + i % 2) // 2 * 2), 4, 8)
-        flight.start_dispatch()
-        recv_x, topk_idx, weights, _, handle, event = flight.result
-        flight.landed(event)
+        pending.config = Config(max(2, most_sms // (1 + i % 2) // 2 * 2), 4, 8)
+        pending.start_dispatch()
+        recv_x, topk_idx, weights, _, handle, event = pending.result
+        pending.landed(event)
         rows = recv_x if isinstance(recv_x, tuple) else (recv_x, )
-        combined, combined_weights, event = flight.buffer.combine(flight.padded(answers, handle[3].shape[0]),
-                                                                  handle, weights, bias, flight.config,
-                                                                  **flight.stream_options())
-        flight.landed(event)
+        combined, combined_weights, event = pending.buffer.combine(pending.padded(answers, handle[3].shape[0]), handle,
+                                                                   weights, bias, pending.config,
+                                                                   **pending.stream_options())
+        pending.landed(event)
         received = (*rows, topk_idx, weights, handle[3])
         digests.add(*(tensor[:num_rows[rank]] for tensor in received), combined, combined_weights)
     return digests

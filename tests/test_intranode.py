@@ -14,7 +14,7 @@ import intranode_cases as cases
 import pressure
 import pytest
 import torch
-from flight import How
+from pending_call import How
 from utils import Pool, device
 from workload import ROUTINGS, SCALE_LAYOUTS, Workload
 

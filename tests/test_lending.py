@@ -8,7 +8,7 @@ import intranode_cases as cases
 import lending_cases as lending
 import pytest
 import torch
-from flight import How
+from pending_call import How
 from utils import Pool
 from workload import ROUTINGS, Workload
 

@@ -13,7 +13,7 @@ import low_latency_pressure
 import pressure
 import pytest
 import torch
-from low_latency_flight import BF16, FP8, FP8_ROUNDED, UE8M0, Manner
+from low_latency_pending_call import BF16, FP8, FP8_ROUNDED, UE8M0, Manner
 from utils import Pool, device
 from workload import ROUTINGS, Workload
 

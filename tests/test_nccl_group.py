@@ -4,7 +4,7 @@ import intranode_cases as high_throughput
 import low_latency_cases as low_latency
 import pytest
 import torch
-from low_latency_flight import FP8, Manner
+from low_latency_pending_call import FP8, Manner
 from utils import Pool
 from workload import Workload
 

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "comm/graveyard.h"
+#include "comm/deferred_free.h"
 #include "core/error.h"
 
 namespace deep_ep::comm {
@@ -10,7 +10,7 @@ namespace deep_ep::comm {
 SymmetricHeap::SymmetricHeap(std::shared_ptr<dev::Device> device, std::shared_ptr<Mailbox> mailbox, int num_ranks,
                              size_t bytes)
     : device_(std::move(device)), mailbox_(std::move(mailbox)), rank_(mailbox_->rank()), num_ranks_(num_ranks) {
-    sweep_graveyard();
+    free_deferred();
     memory_ = dev::make_shareable(device_, bytes);
 }
 
@@ -35,13 +35,13 @@ void SymmetricHeap::release(double timeout_s) noexcept {
     const bool was_shared = !mappings_.empty() && num_ranks_ > 1;
     mappings_.clear();
     is_connected_ = false;
-    BuriedRegion region{std::move(memory_), was_shared ? mailbox_ : nullptr, num_ranks_, std::move(leases_)};
+    DeferredRegion region{std::move(memory_), was_shared ? mailbox_ : nullptr, num_ranks_, std::move(leases_)};
     try {
         // Not before: a peer frees its memory when it hears this. (The CPU unmaps only when its kernels have ended, but
         // there the memory lives as long as any mapping of it.)
         mailbox_->tell_left();
         const bool is_unmapped = device_->host_wait([&] { return have_peers_left(region); }, timeout_s);
-        if (!is_unmapped || has_leases(region)) bury(std::move(region));
+        if (!is_unmapped || has_leases(region)) defer_free(std::move(region));
     } catch (...) {
         // The driver is unloading or the context is broken: the system reclaims what is left.
     }

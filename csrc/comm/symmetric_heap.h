@@ -13,7 +13,7 @@ namespace deep_ep::comm {
 // Owns the local region and the mappings of the peers' regions. Not thread-safe.
 //
 // Lifetime: a region may be freed only when no peer maps it any more. Peers say so in their mailboxes; release() waits for
-// them for a bounded time, and what is still mapped then is kept for later (see Graveyard).
+// them for a bounded time, and what is still mapped then is kept for later (see DeferredRegions).
 class SymmetricHeap {
 public:
     // Allocates `bytes`, zero-filled, for the rank of the mailbox, which is connected before the heap.
@@ -41,7 +41,7 @@ public:
     int num_ranks_here() const { return num_ranks_here_; }
 
     // Unmaps the peers' regions, tells them, and frees the local region once they have done the same or have ended; after
-    // `timeout_s` it goes to the graveyard instead. Idempotent, never throws.
+    // `timeout_s` it goes to the list of deferred frees instead. Idempotent, never throws.
     void release(double timeout_s) noexcept;
 
 private:

@@ -20,7 +20,7 @@ struct HeapParams {
     layout::ControlLayout control;  // the data region follows at control.bytes
 };
 
-// Deadlines, and where a failing wait tells its story.
+// Deadlines, and where a failing wait leaves its record.
 struct WatchParams {
     layout::LocalState* local;
     layout::HostStatus* status;

@@ -37,7 +37,7 @@ enum class Stage : uint32_t {
 };
 enum class FailureKind : uint32_t { kNone, kTimeout, kAborted, kBadInput };
 
-// The story of one wait: who waited for whom, where, for what, and how long.
+// The record of one wait that failed: who waited for whom, where, for what, and how long.
 struct WaitRecord {
     uint64_t state;  // 0: unused; 1: complete (written last)
     FailureKind kind;

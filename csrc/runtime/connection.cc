@@ -6,7 +6,7 @@
 #include "core/error.h"
 #include "core/host_word.h"
 #include "core/interruption.h"
-#include "runtime/story.h"
+#include "runtime/failure_report.h"
 #include "runtime/watcher.h"
 
 namespace deep_ep::runtime {

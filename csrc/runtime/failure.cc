@@ -6,7 +6,7 @@
 #include <thread>
 
 #include "core/error.h"
-#include "runtime/story.h"
+#include "runtime/failure_report.h"
 
 namespace deep_ep::runtime {
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from solo import SoloComm, solo_buffer, solo_dispatch
+from single_rank import SingleRankComm, single_rank_buffer, single_rank_dispatch
 from utils import device
 
 import deep_ep
@@ -22,7 +22,7 @@ def zeros(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def buffer() -> Iterator[Buffer]:
-    with solo_buffer() as made:
+    with single_rank_buffer() as made:
         yield made
 
 
@@ -49,7 +49,7 @@ BAD_CONSTRUCTOR = [
 @pytest.mark.parametrize(("name", "make", "error", "parts"), BAD_CONSTRUCTOR)
 def test_constructor(name: str, make: Any, error: type[Exception], parts: tuple[str, ...]) -> None:
     with pytest.raises(error) as caught:
-        solo_buffer(**{name: make()})
+        single_rank_buffer(**{name: make()})
     assert all(part in str(caught.value) for part in (name, *parts)), caught.value
 
 
@@ -71,12 +71,12 @@ def test_constructor_wants_one(options: dict[str, Any], error: type[Exception], 
 def test_constructor_refuses_unknown_arguments() -> None:
     """Callers drop what a version does not know when they see a TypeError."""
     with pytest.raises(TypeError):
-        Buffer(None, comm=SoloComm(), no_such_option=True)  # type: ignore[call-arg]
+        Buffer(None, comm=SingleRankComm(), no_such_option=True)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("number", [2.5, np.float32(2.5), np.int64(2)])
 def test_queue_pairs_may_be_any_number(number: Any) -> None:
-    solo_buffer(num_qps_per_rank=number, timeout_s=number).destroy()
+    single_rank_buffer(num_qps_per_rank=number, timeout_s=number).destroy()
 
 
 BAD_LAYOUT = [
@@ -143,23 +143,23 @@ BAD_DISPATCH = [
 @pytest.mark.parametrize(("name", "make", "error", "parts"), BAD_DISPATCH)
 def test_dispatch(buffer: Buffer, name: str, make: Any, error: type[Exception], parts: tuple[str, ...]) -> None:
     with pytest.raises(error) as caught:
-        solo_dispatch(buffer, **{name.partition("[")[0]: make()})
+        single_rank_dispatch(buffer, **{name.partition("[")[0]: make()})
     assert all(part in str(caught.value) for part in (name, *parts)), caught.value
 
 
 def test_dispatch_worst_case_needs_topk(buffer: Buffer) -> None:
     with pytest.raises(ValueError, match="num_worst_tokens needs topk_idx"):
-        solo_dispatch(buffer, topk_idx=None, topk_weights=None, num_worst_tokens=8)
+        single_rank_dispatch(buffer, topk_idx=None, topk_weights=None, num_worst_tokens=8)
 
 
 def test_cached_dispatch_refuses_topk(buffer: Buffer) -> None:
-    handle = solo_dispatch(buffer)[4]
+    handle = single_rank_dispatch(buffer)[4]
     with pytest.raises(ValueError, match="must be None when a handle is given"):
         buffer.dispatch(zeros(5, 16, dtype=BF16), handle, topk_idx=zeros(5, 2, dtype=I32), topk_weights=zeros(5, 2))
 
 
 def test_cached_dispatch_refuses_other_token_counts(buffer: Buffer) -> None:
-    handle = solo_dispatch(buffer)[4]
+    handle = single_rank_dispatch(buffer)[4]
     with pytest.raises(ValueError, match="x must have 5 rows"):
         buffer.dispatch(zeros(6, 16, dtype=BF16), handle)
 
@@ -183,7 +183,7 @@ BAD_COMBINE = [
 
 @pytest.mark.parametrize(("name", "make", "error", "parts"), BAD_COMBINE)
 def test_combine(buffer: Buffer, name: str, make: Any, error: type[Exception], parts: tuple[str, ...]) -> None:
-    arguments = {"x": zeros(5, 16, dtype=BF16), "handle": solo_dispatch(buffer)[4]}
+    arguments = {"x": zeros(5, 16, dtype=BF16), "handle": single_rank_dispatch(buffer)[4]}
     with pytest.raises(error) as caught:
         buffer.combine(**{**arguments, name.partition("[")[0]: make()})
     assert all(part in str(caught.value) for part in (name, *parts)), caught.value
@@ -220,7 +220,7 @@ def test_lend(buffer: Buffer) -> None:
 ], ids=["no event", "empty event", "synchronous"])  # yapf: disable
 def test_comm_stream_allocation_needs_event_and_async(buffer: Buffer, options: dict[str, Any]) -> None:
     with pytest.raises(RuntimeError, match="allocate_on_comm_stream needs"):
-        solo_dispatch(buffer, allocate_on_comm_stream=True, **options)
+        single_rank_dispatch(buffer, allocate_on_comm_stream=True, **options)
 
 
 @pytest.mark.parametrize("new_num_sms", [3, 0, -2, 1 << 40])
@@ -231,8 +231,8 @@ def test_set_num_sms_wants_even(new_num_sms: int) -> None:
 
 def test_a_refused_call_leaves_the_buffer_usable(buffer: Buffer) -> None:
     with pytest.raises(TypeError):
-        solo_dispatch(buffer, x=None)
-    assert torch.equal(solo_dispatch(buffer)[0], torch.ones((5, 16), dtype=BF16, device=device()))
+        single_rank_dispatch(buffer, x=None)
+    assert torch.equal(single_rank_dispatch(buffer)[0], torch.ones((5, 16), dtype=BF16, device=device()))
 
 
 @pytest.mark.parametrize("call", [

@@ -99,7 +99,7 @@ def test_what_breaks_a_rule_is_found(rule: str, path: str, text: str) -> None:
     ('csrc/kernels/layout/count.cu', '/* kernel<<<>>> is\n   launched elsewhere */ int x;'),
     ('csrc/kernels/layout/count.cu', 'const char* name = "printf(%d)";'),
     ('csrc/kernels/layout/count.cu', 'const auto now = prim::clock_ns();'),
-    ('csrc/runtime/story.cc', 'std::snprintf(text, sizeof(text), "%d", 1);'),
+    ('csrc/runtime/failure_report.cc', 'std::snprintf(text, sizeof(text), "%d", 1);'),
     ('deep_ep/_env.py', "os.environ.get('DEEP_EP_DEVICE')"),
     ('deep_ep/buffer.py', '# os.environ is read elsewhere'),
     ('examples/launcher.py', "os.environ.setdefault('MASTER_PORT', '0')"),

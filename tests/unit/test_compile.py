@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
-from solo import solo_buffer
+from pending_call import dispatch_arguments
+from single_rank import single_rank_buffer
 from torch._C._dynamo import eval_frame
 from torch._dynamo.testing import CompileCounterWithBackend
 from utils import device
@@ -37,19 +38,17 @@ Layer = Callable[[Buffer, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tenso
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Buffer]:
     num_bytes = Buffer.get_low_latency_rdma_size_hint(MAX_TOKENS, HIDDEN, 1, NUM_EXPERTS)
-    with solo_buffer(num_rdma_bytes=num_bytes, low_latency_mode=True) as made:
+    with single_rank_buffer(num_rdma_bytes=num_bytes, low_latency_mode=True) as made:
         yield made
 
 
 def synchronous(buffer: Buffer, x: torch.Tensor, logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     topk_weights, topk_idx = logits.softmax(-1).topk(NUM_TOPK)
-    per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, NUM_EXPERTS)
+    counted = buffer.get_dispatch_layout(topk_idx, NUM_EXPERTS)
     rows, _, row_weights, counts, handle, _ = buffer.dispatch(x,
-                                                              num_tokens_per_rank=per_rank,
-                                                              num_tokens_per_expert=per_expert,
-                                                              is_token_in_rank=in_rank,
                                                               topk_idx=topk_idx,
-                                                              topk_weights=topk_weights)
+                                                              topk_weights=topk_weights,
+                                                              **dispatch_arguments(counted))
     assert isinstance(rows, torch.Tensor)
     assert handle is not None
     assert row_weights is not None
@@ -62,18 +61,13 @@ def synchronous(buffer: Buffer, x: torch.Tensor, logits: torch.Tensor, weight: t
 def overlapped(buffer: Buffer, x: torch.Tensor, logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     topk_weights, topk_idx = logits.softmax(-1).topk(NUM_TOPK)
     begin = Buffer.capture()
-    per_rank, _, per_expert, in_rank, event = buffer.get_dispatch_layout(topk_idx,
-                                                                         NUM_EXPERTS,
-                                                                         previous_event=begin,
-                                                                         async_finish=True)
+    counted = buffer.get_dispatch_layout(topk_idx, NUM_EXPERTS, previous_event=begin, async_finish=True)
     rows, _, _, _, handle, event = buffer.dispatch(x,
-                                                   num_tokens_per_rank=per_rank,
-                                                   num_tokens_per_expert=per_expert,
-                                                   is_token_in_rank=in_rank,
                                                    topk_idx=topk_idx,
                                                    topk_weights=topk_weights,
-                                                   previous_event=event,
-                                                   async_finish=True)
+                                                   previous_event=counted[4],
+                                                   async_finish=True,
+                                                   **dispatch_arguments(counted))
     event.current_stream_wait()
     assert isinstance(rows, torch.Tensor)
     assert handle is not None

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from flight import Flight
-from solo import solo_buffer, solo_dispatch
+from pending_call import PendingCall
+from single_rank import single_rank_buffer, single_rank_dispatch
 from utils import Pool, Worker, device
 from workload import Workload
 
@@ -168,9 +168,12 @@ def budgets(worker: Worker) -> list[int]:
         buffer._session.runtime = Spy()
         for num_tokens, config in ((1, None), (64, None), (1024, None), (64, Config(6, 4, 8))):
             # Every token goes to all four experts, and so to both ranks.
-            flight = Flight(worker, buffer, Workload((num_tokens, ) * 2, hidden=64, num_topk=4, experts_per_rank=2))
-            flight.config = config
-            flight.whole_trip()
+            pending = PendingCall(worker, buffer, Workload((num_tokens, ) * 2,
+                                                           hidden=64,
+                                                           num_topk=4,
+                                                           experts_per_rank=2))
+            pending.config = config
+            pending.whole_trip()
         buffer._session.runtime = native
     return seen
 
@@ -231,7 +234,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_damaged_cache_costs_one_warning(cache: Path, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
     cache.write_bytes(content)
     for _ in range(2):
-        solo_dispatch(solo_buffer())
+        single_rank_dispatch(single_rank_buffer())
     assert [str(cache) in record.getMessage() for record in caplog.records] == [True]
 
 
@@ -239,7 +242,7 @@ def test_a_damaged_file_that_the_caller_names_is_an_error(cache: Path, monkeypat
     cache.write_text("{")
     monkeypatch.setattr(_env, "cost_model", lambda: str(cache))
     with pytest.raises(deep_ep.InvalidArgument, match=str(cache)):
-        solo_buffer()
+        single_rank_buffer()
 
 
 def test_a_cache_that_may_not_be_read_costs_one_warning(cache: Path, monkeypatch: pytest.MonkeyPatch,
@@ -258,13 +261,13 @@ def test_a_cache_that_may_not_be_read_costs_one_warning(cache: Path, monkeypatch
 HOMELESS = """
 import os, sys
 sys.path[:0] = sys.argv[1:]
-import solo
+import single_rank
 os.setgroups([])
 os.setuid(54321)
 for home in ({}, {"HOME": "/root"}):
     os.environ.pop("HOME", None)
     os.environ.update(home)
-    solo.solo_dispatch(solo.solo_buffer())
+    single_rank.single_rank_dispatch(single_rank.single_rank_buffer())
 """
 
 

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from solo import solo_buffer, solo_dispatch
+from single_rank import single_rank_buffer, single_rank_dispatch
 from utils import device
 
 from deep_ep import Buffer
@@ -44,24 +44,24 @@ def make_layout(buffer: Buffer) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", ["num_tokens_per_rank", "num_tokens_per_expert", "is_token_in_rank"])
 def test_a_layout_that_was_good_does_not_vouch_for_its_parts(name: str) -> None:
-    with solo_buffer() as buffer:
+    with single_rank_buffer() as buffer:
         layout = make_layout(buffer)
-        solo_dispatch(buffer, **layout)
+        single_rank_dispatch(buffer, **layout)
         layout[name] = layout[name].to(torch.int64)
         with pytest.raises(TypeError, match=name):
-            solo_dispatch(buffer, **layout)
+            single_rank_dispatch(buffer, **layout)
 
 
 def test_a_known_layout_must_still_fit_the_tokens() -> None:
-    with solo_buffer() as buffer:
+    with single_rank_buffer() as buffer:
         layout = make_layout(buffer)
         with pytest.raises(ValueError, match=r"is_token_in_rank must have shape \[6, 1\]"):
-            solo_dispatch(buffer, 6, **layout)
+            single_rank_dispatch(buffer, 6, **layout)
 
 
 def test_a_bad_handle_is_refused_every_time() -> None:
-    with solo_buffer() as buffer:
-        recv_x, _, _, _, handle, _ = solo_dispatch(buffer)
+    with single_rank_buffer() as buffer:
+        recv_x, _, _, _, handle, _ = single_rank_dispatch(buffer)
         bad = (*handle[:5], handle[5].to(torch.int64))
         gc.collect()
         for _ in range(2):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from solo import SoloComm, solo_buffer, solo_dispatch
+from single_rank import SingleRankComm, single_rank_buffer, single_rank_dispatch
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from utils import device
 
@@ -23,7 +23,7 @@ from deep_ep.utils import HostEvent
 
 
 def test_attributes() -> None:
-    comm = SoloComm()
+    comm = SingleRankComm()
     with Buffer(None, 1 << 12, 256, True, 10, comm=comm, enable_shrink=True) as buffer:
         assert (buffer.rank, buffer.group, buffer.group_size) == (0, None, 1)
         assert (buffer.num_nvl_bytes, buffer.num_rdma_bytes, buffer.low_latency_mode) == (1 << 12, 256, True)
@@ -33,7 +33,7 @@ def test_attributes() -> None:
 
 
 def test_printed_form_has_the_topology() -> None:
-    buffer = solo_buffer()
+    buffer = single_rank_buffer()
     assert "rank 0 of 1 on " in repr(buffer)
     assert "node 0 of 1 with 1 rank(s), num_nvl_bytes=" in repr(buffer)
     buffer.destroy()
@@ -41,28 +41,28 @@ def test_printed_form_has_the_topology() -> None:
 
 
 def test_destroy_is_idempotent() -> None:
-    buffer = solo_buffer(explicitly_destroy=True)
+    buffer = single_rank_buffer(explicitly_destroy=True)
     buffer.destroy()
     buffer.destroy()
 
 
-@pytest.mark.parametrize("call", [solo_dispatch, Buffer.check, Buffer.get_comm_stream])
+@pytest.mark.parametrize("call", [single_rank_dispatch, Buffer.check, Buffer.get_comm_stream])
 def test_a_destroyed_buffer_says_so(call: Any) -> None:
-    buffer = solo_buffer()
+    buffer = single_rank_buffer()
     buffer.destroy()
     with pytest.raises(deep_ep.Error, match="this Buffer was destroyed"):
         call(buffer)
 
 
 def test_destroy_with_work_in_flight() -> None:
-    buffer = solo_buffer()
-    received = solo_dispatch(buffer, 200, 1024, async_finish=True)[0]
+    buffer = single_rank_buffer()
+    received = single_rank_dispatch(buffer, 200, 1024, async_finish=True)[0]
     buffer.destroy()
     assert torch.equal(received.cpu(), torch.ones((200, 1024), dtype=torch.bfloat16))
 
 
 def test_weak_references_see_the_last_reference_go() -> None:
-    buffers = weakref.WeakValueDictionary({"a": solo_buffer()})
+    buffers = weakref.WeakValueDictionary({"a": single_rank_buffer()})
     gc.collect()
     assert not buffers
 
@@ -80,7 +80,7 @@ def test_what_a_destructor_could_not_release_the_next_constructor_does(monkeypat
     _session.release_lingering(5)  # of other tests
     monkeypatch.setattr(HostEvent, "is_complete", is_complete)
     for _ in range(3):
-        buffer = solo_buffer()
+        buffer = single_rank_buffer()
         del buffer
         gc.collect()
         assert len(_session._LINGERING) == 1
@@ -90,7 +90,7 @@ def test_what_a_destructor_could_not_release_the_next_constructor_does(monkeypat
 
 @pytest.mark.parametrize("explicitly", [False, True])
 def test_destructor_warns_when_destroy_was_promised(explicitly: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    buffer = solo_buffer(explicitly_destroy=explicitly)
+    buffer = single_rank_buffer(explicitly_destroy=explicitly)
     del buffer
     gc.collect()
     printed = capsys.readouterr()
@@ -107,13 +107,13 @@ def test_init_can_be_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
         original(self, *args, **kwargs)
 
     monkeypatch.setattr(Buffer, "__init__", wrapped)
-    solo_buffer().destroy()
+    single_rank_buffer().destroy()
     assert len(seen) == 1
 
 
 def test_a_failed_constructor_leaves_nothing_to_release() -> None:
     with pytest.raises(ValueError, match="num_nvl_bytes"):
-        solo_buffer(1)
+        single_rank_buffer(1)
     gc.collect()
 
 
@@ -126,12 +126,12 @@ def test_destructor_of_an_object_that_was_never_initialised() -> None:
 def test_building_inside_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deep_ep._session.is_capturing", lambda: True)
     with pytest.raises(deep_ep.Error, match="before the CUDA graph capture"):
-        solo_buffer()
+        single_rank_buffer()
 
 
 def test_fresh_dispatch_inside_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with solo_buffer() as buffer:
-        handle = solo_dispatch(buffer)[4]
+    with single_rank_buffer() as buffer:
+        handle = single_rank_dispatch(buffer)[4]
         assert buffer._session is not None
         streams = buffer._session.streams
         make_operation = streams.operation
@@ -143,33 +143,33 @@ def test_fresh_dispatch_inside_a_capture_is_refused(monkeypatch: pytest.MonkeyPa
 
         monkeypatch.setattr(streams, "operation", captured)
         with pytest.raises(deep_ep.Error, match="num_worst_tokens"):
-            solo_dispatch(buffer)
-        solo_dispatch(buffer, num_worst_tokens=5)
+            single_rank_dispatch(buffer)
+        single_rank_dispatch(buffer, num_worst_tokens=5)
         buffer.dispatch(torch.ones((5, 16), dtype=torch.bfloat16, device=device()), handle)
 
 
 EXIT_SCRIPT = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from solo import solo_buffer, solo_dispatch
-buffer = solo_buffer(explicitly_destroy=sys.argv[2] == "promised")
-event = solo_dispatch(buffer, async_finish=True)
+from single_rank import single_rank_buffer, single_rank_dispatch
+buffer = single_rank_buffer(explicitly_destroy=sys.argv[2] == "promised")
+event = single_rank_dispatch(buffer, async_finish=True)
 """
 
 # Finalizers of a cycle are called from the oldest object on, and what was frozen counts as the youngest: the Buffer.
 CYCLE_SCRIPT = """
 import gc, sys
 sys.path.insert(0, sys.argv[1])
-from solo import solo_buffer, solo_dispatch
-buffer = solo_buffer()
+from single_rank import single_rank_buffer, single_rank_dispatch
+buffer = single_rank_buffer()
 gc.freeze()
-event = solo_dispatch(buffer, 200, 1024, async_finish=True)
+event = single_rank_dispatch(buffer, 200, 1024, async_finish=True)
 gc.collect()
 gc.unfreeze()
 buffer.cycle = [buffer, event]
 del buffer, event
 gc.collect()
-solo_buffer().destroy()
+single_rank_buffer().destroy()
 """
 
 
@@ -222,27 +222,27 @@ def test_a_forked_child_builds_its_own(tmp_path: Path) -> None:
 
 
 def test_a_copy_is_the_buffer_itself() -> None:
-    with solo_buffer() as buffer:
+    with single_rank_buffer() as buffer:
         other = copy.copy(buffer)
         del other
         gc.collect()
-        solo_dispatch(buffer)
+        single_rank_dispatch(buffer)
 
 
 @pytest.mark.parametrize(("make", "sentence"), [(copy.deepcopy, "cannot be copied"),
                                                 (pickle.dumps, "cannot be pickled")])
 def test_what_cannot_be_copied_says_so(make: Any, sentence: str) -> None:
-    with solo_buffer() as buffer:
+    with single_rank_buffer() as buffer:
         with pytest.raises(TypeError, match=f"a Buffer {sentence}: it is memory of this process"):
             make({"layer": [buffer]})
-        solo_dispatch(buffer)
+        single_rank_dispatch(buffer)
 
 
 def test_the_event_of_a_dropped_buffer_is_that_of_its_call() -> None:
     """The results are there, and nothing went wrong."""
 
     def layer() -> Any:
-        return solo_dispatch(solo_buffer(1 << 22), 4000, 512, async_finish=True)
+        return single_rank_dispatch(single_rank_buffer(1 << 22), 4000, 512, async_finish=True)
 
     received = layer()
     gc.collect()
@@ -252,7 +252,7 @@ def test_the_event_of_a_dropped_buffer_is_that_of_its_call() -> None:
 
 @pytest.mark.skipif(device().type != "cpu", reason="events of a GPU report nothing")
 def test_the_event_of_a_dropped_buffer_tells_what_failed() -> None:
-    event = solo_buffer().get_dispatch_layout(torch.full((4, 1), 9), 4, async_finish=True)[4]
+    event = single_rank_buffer().get_dispatch_layout(torch.full((4, 1), 9), 4, async_finish=True)[4]
     gc.collect()
     with pytest.raises(deep_ep.Error, match="topk_idx of token 0"):
         event.current_stream_wait()
@@ -266,18 +266,18 @@ BIG = (1 << 63) - 128
                                    {"num_nvl_bytes": 1 << 60, "num_lend_bytes": 128}])  # yapf: disable
 def test_sizes_do_not_wrap(sizes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"num_nvl_bytes \+ num_rdma_bytes \+ num_lend_bytes must be at most"):
-        solo_buffer(**{"num_nvl_bytes": 0, **sizes})
+        single_rank_buffer(**{"num_nvl_bytes": 0, **sizes})
 
 
 def test_an_allocation_that_fails_says_what_was_asked_for() -> None:
     with pytest.raises(deep_ep.Error, match=f"asked for num_nvl_bytes={1 << 58}, num_rdma_bytes=256, num_lend_bytes=0"):
-        solo_buffer(1 << 58, num_rdma_bytes=256, num_lend_bytes=0)
+        single_rank_buffer(1 << 58, num_rdma_bytes=256, num_lend_bytes=0)
 
 
 def test_permissions_are_taken_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="deep_ep"):
         for _ in range(2):
-            solo_buffer(allow_mnnvl=True, use_fabric=True).destroy()
+            single_rank_buffer(allow_mnnvl=True, use_fabric=True).destroy()
     sentences = [record.getMessage() for record in caplog.records if "changes nothing" in record.getMessage()]
     assert [sentence.partition("=")[0] for sentence in sentences] == ["allow_mnnvl", "use_fabric"]
 
@@ -307,7 +307,7 @@ def test_containers_with_process_ids_of_their_own_are_told() -> None:
 
 
 def test_a_bug_of_ours_is_not_the_callers_argument() -> None:
-    with solo_buffer() as buffer:
+    with single_rank_buffer() as buffer:
         assert buffer.runtime is not None
         with pytest.raises(deep_ep.InternalError, match="a bug of deep_ep, please report it"):
             buffer.runtime.connect([])

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from solo import solo_buffer
+from single_rank import single_rank_buffer
 from utils import device
 
 import deep_ep
@@ -23,13 +23,13 @@ def ones(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
     return torch.ones(shape, dtype=dtype, device=device())
 
 
-def solo_low_latency(**options: Any) -> Buffer:
-    return solo_buffer(0, **{"num_rdma_bytes": NUM_BYTES, "low_latency_mode": True, **options})
+def single_rank_low_latency(**options: Any) -> Buffer:
+    return single_rank_buffer(0, **{"num_rdma_bytes": NUM_BYTES, "low_latency_mode": True, **options})
 
 
 @pytest.fixture(scope="module")
 def buffer() -> Iterator[Buffer]:
-    with solo_low_latency() as made:
+    with single_rank_low_latency() as made:
         yield made
 
 
@@ -118,7 +118,7 @@ def test_too_small_buffer_says_what_is_needed(buffer: Buffer) -> None:
 def test_hint_is_enough(buffer: Buffer) -> None:
     hint = Buffer.get_low_latency_rdma_size_hint(8, 512, 1, 4)
     assert hint % 128 == 0
-    with solo_low_latency(num_rdma_bytes=hint) as small:
+    with single_rank_low_latency(num_rdma_bytes=hint) as small:
         combine(small, dispatch(small)[2])
 
 
@@ -229,7 +229,8 @@ CALLS = [
 
 @pytest.mark.parametrize("call", CALLS)
 def test_needs_low_latency_mode(call: Any) -> None:
-    with solo_buffer(1 << 12, num_rdma_bytes=NUM_BYTES) as other, pytest.raises(RuntimeError, match="low_latency_mode"):
+    with single_rank_buffer(1 << 12, num_rdma_bytes=NUM_BYTES) as other, pytest.raises(RuntimeError,
+                                                                                       match="low_latency_mode"):
         call(other)
 
 
@@ -240,7 +241,7 @@ def test_masks_need_enable_shrink(buffer: Buffer, call: Any) -> None:
 
 
 def test_masks() -> None:
-    with solo_low_latency(enable_shrink=True) as shrinkable:
+    with single_rank_low_latency(enable_shrink=True) as shrinkable:
         status = zeros(1, dtype=I32)
         shrinkable.low_latency_update_mask_buffer(0, True)
         shrinkable.low_latency_query_mask_buffer(status)
@@ -278,7 +279,7 @@ def test_out_must_not_overlap_x(buffer: Buffer) -> None:
 
 
 def test_destroyed_buffer() -> None:
-    gone = solo_low_latency()
+    gone = single_rank_low_latency()
     hook = dispatch(gone, return_recv_hook=True)[4]
     gone.destroy()
     for call in (*CALLS[:4], lambda _: hook()):

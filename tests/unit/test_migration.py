@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from solo import solo_buffer, solo_dispatch
+from single_rank import single_rank_buffer, single_rank_dispatch
 from utils import device
 
 import deep_ep
@@ -22,7 +22,7 @@ HIDDEN = 128
 @pytest.fixture(scope="module")
 def buffer() -> Iterator[Buffer]:
     """Both modes; no masks."""
-    with solo_buffer(**LOW_LATENCY) as made:
+    with single_rank_buffer(**LOW_LATENCY) as made:
         yield made
 
 
@@ -39,7 +39,7 @@ def send(buffer: Buffer, x: torch.Tensor, num_max_tokens: int = 4, num_experts: 
 
 
 def destroyed_call() -> None:
-    made = solo_buffer()
+    made = single_rank_buffer()
     made.destroy()
     made.get_dispatch_layout(ids(1), 2)
 
@@ -53,21 +53,22 @@ def sentence_of(error: BaseException) -> str:
 # Each takes a Buffer and must raise a sentence of the page.
 MISTAKES: dict[str, Callable[[Buffer], Any]] = {
     "neither group nor comm": lambda _: Buffer(None, 128),
-    "bytes": lambda _: solo_buffer(num_nvl_bytes=100),
-    "queue pairs": lambda _: solo_buffer(num_qps_per_rank=0),
+    "bytes": lambda _: single_rank_buffer(num_nvl_bytes=100),
+    "queue pairs": lambda _: single_rank_buffer(num_qps_per_rank=0),
     "odd SMs": lambda _: Buffer.set_num_sms(7),
     "chunk sizes": lambda _: Config(20, 256, 256, 6, 128),
-    "row of 24 bytes": lambda b: solo_dispatch(b, 3, 12),
-    "no layout": lambda b: solo_dispatch(b, 3, num_tokens_per_rank=None, is_token_in_rank=None),
-    "half a top-k": lambda b: solo_dispatch(b, 3, topk_weights=None),
-    "handle and top-k": lambda b: solo_dispatch(b, 3, handle=solo_dispatch(b, 3)[4]),
+    "row of 24 bytes": lambda b: single_rank_dispatch(b, 3, 12),
+    "no layout": lambda b: single_rank_dispatch(b, 3, num_tokens_per_rank=None, is_token_in_rank=None),
+    "half a top-k": lambda b: single_rank_dispatch(b, 3, topk_weights=None),
+    "handle and top-k": lambda b: single_rank_dispatch(b, 3, handle=single_rank_dispatch(b, 3)[4]),
     "dtype of the ids": lambda b: b.get_dispatch_layout(ids(3, torch.int16), 2),
-    "worst case without top-k": lambda b: solo_dispatch(b, 3, num_worst_tokens=4, topk_idx=None, topk_weights=None),
-    "format of combine": lambda b: b.combine(rows(3, 16, torch.float16), solo_dispatch(b, 3, 16)[4]),
+    "worst case without top-k":
+        lambda b: single_rank_dispatch(b, 3, num_worst_tokens=4, topk_idx=None, topk_weights=None),
+    "format of combine": lambda b: b.combine(rows(3, 16, torch.float16), single_rank_dispatch(b, 3, 16)[4]),
     "comm stream": lambda b: b.get_dispatch_layout(ids(3), 2, allocate_on_comm_stream=True),
     "no event": lambda _: EventOverlap(None).current_stream_wait(),
     "destroyed": lambda _: destroyed_call(),
-    "low latency is off": lambda _: send(solo_buffer(), rows(3)),
+    "low latency is off": lambda _: send(single_rank_buffer(), rows(3)),
     "hidden size": lambda b: send(b, rows(3, 136), use_fp8=True),
     "packed scales": lambda b: send(b, rows(3, 512), use_fp8=True, use_ue8m0=True),
     "too many tokens": lambda b: send(b, rows(5)),

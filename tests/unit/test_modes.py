@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from solo import SoloComm, solo_dispatch
+from single_rank import SingleRankComm, single_rank_dispatch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from utils import device
 
@@ -64,7 +64,7 @@ class Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, buffer: Buffer) -> Any:
-        received, _, _, _, handle, _ = solo_dispatch(buffer, x=x)
+        received, _, _, _, handle, _ = single_rank_dispatch(buffer, x=x)
         ctx.buffer = buffer
         ctx.save_for_backward(*handle)
         return received
@@ -104,15 +104,15 @@ def test_built_under_a_mode(group: Any, mode: str, with_group: bool) -> None:
                         1 << 20,
                         1 << 20,
                         low_latency_mode=True,
-                        comm=None if with_group else SoloComm())
+                        comm=None if with_group else SingleRankComm())
     with buffer:
         use(buffer)
 
 
 @pytest.mark.parametrize("mode", ["inference", "deterministic", "no grad"])
 def test_first_used_under_a_mode(mode: str) -> None:
-    with Buffer(None, 1 << 20, 1 << 20, low_latency_mode=True, comm=SoloComm()) as buffer:
+    with Buffer(None, 1 << 20, 1 << 20, low_latency_mode=True, comm=SingleRankComm()) as buffer:
         with MODES[mode]():
-            solo_dispatch(buffer)
+            single_rank_dispatch(buffer)
             low_latency(buffer)
         use(buffer)

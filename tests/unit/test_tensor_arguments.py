@@ -11,7 +11,7 @@ from typing import Any, Optional
 import pytest
 import torch
 import torch.distributed as dist
-from solo import solo_buffer
+from single_rank import single_rank_buffer
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
@@ -32,7 +32,7 @@ def ones(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def buffer() -> Iterator[Buffer]:
-    with solo_buffer(num_rdma_bytes=1 << 20, low_latency_mode=True, enable_shrink=True) as made:
+    with single_rank_buffer(num_rdma_bytes=1 << 20, low_latency_mode=True, enable_shrink=True) as made:
         yield made
 
 

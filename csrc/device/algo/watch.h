@@ -1,4 +1,4 @@
-// Waiting with a deadline and a story. Every wait between blocks or ranks goes through here.
+// Waiting with a deadline and a failure record. Every wait between blocks or ranks goes through here.
 //
 // A wait that fails writes one record for the host, tells every peer to give up, and returns false; the kernel then
 // runs to its end without touching data. Nothing traps: the context stays usable, the Buffer does not.

@@ -97,15 +97,8 @@ void bulk_load(void* shared_dst, const void* global_src, uint32_t bytes, uint64_
     if (running.is_seeded) perturb();
     check_operands(self, shared_dst, global_src, bytes);
     note_change();
-    self.block->bulk().add(BulkCopy{.issuer = &self,
-                                    .group = 0,
-                                    .stage = BulkCopy::Stage::kIssued,
-                                    .dst = shared_dst,
-                                    .src = global_src,
-                                    .bytes = bytes,
-                                    .mbarrier = mbarrier_state,
-                                    .staged = {},
-                                    .edges = {}});
+    self.block->bulk().add(
+        BulkCopy{.issuer = &self, .dst = shared_dst, .src = global_src, .bytes = bytes, .mbarrier = mbarrier_state});
 }
 
 void bulk_store(void* global_dst, const void* shared_src, uint32_t bytes) {
@@ -114,15 +107,8 @@ void bulk_store(void* global_dst, const void* shared_src, uint32_t bytes) {
     check_operands(self, shared_src, global_dst, bytes);
     note_change();
     ++self.num_open_copies;
-    self.block->bulk().add(BulkCopy{.issuer = &self,
-                                    .group = self.num_groups,
-                                    .stage = BulkCopy::Stage::kIssued,
-                                    .dst = global_dst,
-                                    .src = shared_src,
-                                    .bytes = bytes,
-                                    .mbarrier = nullptr,
-                                    .staged = {},
-                                    .edges = {}});
+    self.block->bulk().add(
+        BulkCopy{.issuer = &self, .group = self.num_groups, .dst = global_dst, .src = shared_src, .bytes = bytes});
 }
 
 void bulk_commit() {

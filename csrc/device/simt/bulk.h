@@ -16,14 +16,14 @@ struct Fiber;
 struct BulkCopy {
     enum class Stage : uint8_t { kIssued, kRead };
     Fiber* issuer;
-    int group;  // of the issuer; loads have none
-    Stage stage;
+    int group = 0;  // of the issuer; loads have none
+    Stage stage = Stage::kIssued;
     void* dst;
     const void* src;
     uint32_t bytes;
-    uint64_t* mbarrier;                 // null: a store
-    std::vector<unsigned char> staged;  // of a store, between its two moments
-    hb::BulkEdges edges;
+    uint64_t* mbarrier = nullptr;            // null: a store
+    std::vector<unsigned char> staged = {};  // of a store, between its two moments
+    hb::BulkEdges edges = {};
 };
 
 class BulkEngine {

@@ -61,9 +61,9 @@ struct EventState {
 struct Operation {
     enum class Kind { kLaunch, kCall, kRecord, kWait };
     Kind kind;
-    std::unique_ptr<Launch> launch;
-    std::function<void()> call;
-    std::shared_ptr<EventState> event;
+    std::unique_ptr<Launch> launch = nullptr;
+    std::function<void()> call = nullptr;
+    std::shared_ptr<EventState> event = nullptr;
     uint64_t version = 0;
     hb::Key submitted = 0;
 };

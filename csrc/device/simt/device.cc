@@ -174,21 +174,15 @@ void SimtDevice::destroy_event(dev::Event event) {
 void SimtDevice::record_event(dev::Event handle, dev::Stream stream) {
     check_process();
     const EventHandle& event = event_of(handle);
-    core_->submit(stream_of(stream), Operation{.kind = Operation::Kind::kRecord,
-                                               .launch = nullptr,
-                                               .call = {},
-                                               .event = event,
-                                               .version = ++event->num_recorded});
+    core_->submit(stream_of(stream),
+                  Operation{.kind = Operation::Kind::kRecord, .event = event, .version = ++event->num_recorded});
 }
 
 void SimtDevice::stream_wait_event(dev::Stream stream, dev::Event handle) {
     check_process();
     const EventHandle& event = event_of(handle);
-    core_->submit(stream_of(stream), Operation{.kind = Operation::Kind::kWait,
-                                               .launch = nullptr,
-                                               .call = {},
-                                               .event = event,
-                                               .version = event->num_recorded});
+    core_->submit(stream_of(stream),
+                  Operation{.kind = Operation::Kind::kWait, .event = event, .version = event->num_recorded});
 }
 
 void SimtDevice::synchronize_event(dev::Event handle) {
@@ -211,20 +205,14 @@ bool SimtDevice::query_event(dev::Event handle) {
 
 void SimtDevice::memset_async(void* ptr, int value, size_t bytes, dev::Stream stream) {
     check_process();
-    core_->submit(stream_of(stream), Operation{.kind = Operation::Kind::kCall,
-                                               .launch = nullptr,
-                                               .call = [=] { std::memset(ptr, value, bytes); },
-                                               .event = nullptr,
-                                               .version = 0});
+    core_->submit(stream_of(stream),
+                  Operation{.kind = Operation::Kind::kCall, .call = [=] { std::memset(ptr, value, bytes); }});
 }
 
 void SimtDevice::memcpy_async(void* dst, const void* src, size_t bytes, dev::Stream stream) {
     check_process();
-    core_->submit(stream_of(stream), Operation{.kind = Operation::Kind::kCall,
-                                               .launch = nullptr,
-                                               .call = [=] { std::memmove(dst, src, bytes); },
-                                               .event = nullptr,
-                                               .version = 0});
+    core_->submit(stream_of(stream),
+                  Operation{.kind = Operation::Kind::kCall, .call = [=] { std::memmove(dst, src, bytes); }});
 }
 
 void SimtDevice::copy_now(void* dst, const void* src, size_t bytes) {

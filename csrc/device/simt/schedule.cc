@@ -34,10 +34,7 @@ void launch_kernel(const dev::LaunchConfig& config, dev::Stream handle, const Ke
     launch->stream = &stream;
     launch->device = stream.device;
     stream.device->core->check_launch(*launch);
-    stream.device->core->submit(
-        stream,
-        Operation{
-            .kind = Operation::Kind::kLaunch, .launch = std::move(launch), .call = {}, .event = nullptr, .version = 0});
+    stream.device->core->submit(stream, Operation{.kind = Operation::Kind::kLaunch, .launch = std::move(launch)});
 }
 
 void Core::check_launch(const Launch& launch) const {

@@ -5,7 +5,7 @@
 #include <memory>
 #include <vector>
 
-#include "comm/graveyard.h"
+#include "comm/deferred_free.h"
 #include "device/simt/device.h"
 #include "device/simt/scheduler.h"
 
@@ -58,15 +58,15 @@ TEST_CASE("a rank says that it has left only when it has unmapped its peers' mem
         CHECK_FALSE(device->was_told_early);
         CHECK_EQ(device->mailbox->presence(device->mailbox->rank()), Presence::kLeft);
     }
-    CHECK_EQ(sweep_graveyard(), 0);
+    CHECK_EQ(free_deferred(), 0);
 }
 
 TEST_CASE("memory that a peer may still map is kept until it lets go") {
     Node node(2);
     node.heaps[0]->release(0.0);
-    CHECK_EQ(sweep_graveyard(), 1);
+    CHECK_EQ(free_deferred(), 1);
     node.heaps[1]->release(0.0);
-    CHECK_EQ(sweep_graveyard(), 0);
+    CHECK_EQ(free_deferred(), 0);
 }
 
 }  // namespace

@@ -11,9 +11,10 @@
 #include "device/prim.h"
 #include "device/simt/context.h"
 #include "device/simt/device.h"
-#include "executor/complaints.h"
+#include "support/complaints.h"
 
 using namespace deep_ep;
+using namespace deep_ep::testing;
 using prim::Order;
 using prim::Scope;
 
@@ -172,14 +173,9 @@ template <Mistake kMistake> std::string complaint(const simt::SchedulerOptions& 
     simt::SimtDevice device(scheduler, 5);
     const auto stream = device.create_stream();
     auto* words = static_cast<uint32_t*>(device.allocate(4096));
-    std::string text;
     dev::launch<WrongKernel<kMistake>>({.num_threads = 64, .dynamic_shared_bytes = 100, .name = "wrong"}, stream,
                                        {words, &device, stream});
-    try {
-        device.synchronize_stream(stream);
-    } catch (const Error& error) {
-        text = error.what();
-    }
+    const std::string text = error_of([&] { device.synchronize_stream(stream); });
     device.synchronize_stream(stream);  // reported once, and the device works again
     device.free(words);
     return text;

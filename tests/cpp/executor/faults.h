@@ -243,13 +243,16 @@ template <bool kHasProxyFence> struct ReloadKernel {
 // ---------------------------------------------------------------------------------------------------------------
 // The message again, sent by bulk store.
 // ---------------------------------------------------------------------------------------------------------------
-enum class Publish { kRight, kAfterReadOnly };
-
-template <Publish kHow> struct BulkSendKernel {
+struct StagedMessage {
     using Params = MessageParams;
     struct Shared {
         alignas(16) uint32_t words[32];
     };
+};
+
+enum class Publish { kRight, kAfterReadOnly };
+
+template <Publish kHow> struct BulkSendKernel : StagedMessage {
     static EP_DEVICE void run(const Params& params, Shared& shared) {
         stage_message(shared.words);
         if (threadIdx.x != 0) return;
@@ -275,11 +278,7 @@ struct ReadAndGiveBackKernel {
     }
 };
 
-template <bool kHasProxyFence> struct OverwriteKernel {
-    using Params = MessageParams;
-    struct Shared {
-        alignas(16) uint32_t words[32];
-    };
+template <bool kHasProxyFence> struct OverwriteKernel : StagedMessage {
     static EP_DEVICE void run(const Params& params, Shared& shared) {
         stage_message(shared.words);
         if (threadIdx.x != 0) return;

@@ -9,9 +9,10 @@
 
 #include "device/launch.h"
 #include "device/simt/device.h"
-#include "executor/complaints.h"
+#include "support/complaints.h"
 
 using namespace deep_ep;
+using namespace deep_ep::testing;
 
 namespace {
 
@@ -90,12 +91,7 @@ template <Fault kFault> std::string complaint(uint64_t seed = 0) {
     simt::SimtDevice device(scheduler, 0);
     const auto stream = device.create_stream();
     dev::launch<FaultKernel<kFault>>({.num_threads = kNumThreads, .name = "groups"}, stream, {nullptr});
-    try {
-        device.synchronize_stream(stream);
-    } catch (const Error& error) {
-        return error.what();
-    }
-    return "";
+    return error_of([&] { device.synchronize_stream(stream); });
 }
 
 // Which thread finds out, and whether others have ended by then, depends on the schedule; that there is a report does not.

@@ -11,10 +11,11 @@
 #include "device/prim.h"
 #include "device/simt/device.h"
 #include "device/simt/happens_before.h"
-#include "executor/complaints.h"
 #include "executor/faults.h"
+#include "support/complaints.h"
 
 using namespace deep_ep;
+using namespace deep_ep::testing;
 using prim::Order;
 using prim::Scope;
 
@@ -113,12 +114,7 @@ struct SleepKernel {
 };
 
 std::string failure_of(simt::Scheduler& scheduler) {
-    try {
-        scheduler.run_until_idle();
-    } catch (const simt::DeadlockError& error) {
-        return error.what();
-    }
-    return "";
+    return error_of([&] { scheduler.run_until_idle(); });
 }
 
 }  // namespace

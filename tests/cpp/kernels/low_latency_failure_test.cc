@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "core/error.h"
+#include "kernels/absent_rank.h"
 #include "support/low_latency_world.h"
 
 namespace deep_ep::test {
@@ -15,14 +16,8 @@ TEST_CASE("low latency: without enable_shrink a missing rank is a timeout that n
     const LowLatencyProblem problem{.num_tokens = {9, 4, 3}, .num_experts = 3};
     World world(3, 0, impatient(), 2.0, low_latency_bytes(problem));
     auto ranks = make_low_latency_inputs(problem);
-    for (int rank : {0, 2}) {
-        send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
-        receive_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
-    }
-    world.run();
-    for (int rank : {0, 2})
-        CHECK_THROWS_WITH_AS(world.buffer(rank).check(), doctest::Contains("never entered this call: rank 1"),
-                             TimeoutError);
+    dispatch_on(world, problem, ranks, {0, 2});
+    check_absent_is_named(world, {0, 2}, 1);
 }
 
 template <class T> bool all_ones(const std::vector<T>& words) {
@@ -158,14 +153,10 @@ template <class Change>
 std::string combine_after(const LowLatencyProblem& problem, Launches launches, const Change& change) {
     World world(problem.num_ranks(), 0, impatient(), 2.0, low_latency_bytes(problem) + (1 << 20));
     auto ranks = make_low_latency_inputs(problem);
-    for (int rank = 0; rank < problem.num_ranks(); ++rank)
-        launch_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank, launches);
-    world.run();
+    dispatch_on(world, problem, ranks, all_ranks(problem), launches);
     fill_expert_rows(problem, ranks);
     change(ranks);
-    for (int rank = 0; rank < problem.num_ranks(); ++rank)
-        launch_combine(world, problem, ranks[static_cast<size_t>(rank)], rank, launches);
-    world.run();
+    combine_on(world, problem, ranks, all_ranks(problem), launches);
     std::string found;
     for (int rank = 0; rank < problem.num_ranks(); ++rank) {
         try {
@@ -274,17 +265,9 @@ TEST_CASE("low latency: with enable_shrink the missing rank is masked, and the o
     World world(3, 0, impatient(), 2.0, low_latency_bytes(problem), true);
     auto ranks = make_low_latency_inputs(problem);
     for (int round = 0; round < 3; ++round) {
-        for (int rank : {0, 2}) {
-            send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
-            receive_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
-        }
-        world.run();
+        dispatch_on(world, problem, ranks, {0, 2});
         fill_expert_rows(problem, ranks);
-        for (int rank : {0, 2}) {
-            send_combine(world, problem, ranks[static_cast<size_t>(rank)], rank);
-            receive_combine(world, problem, ranks[static_cast<size_t>(rank)], rank);
-        }
-        world.run();
+        combine_on(world, problem, ranks, {0, 2});
     }
     auto survivors = problem;
     survivors.num_tokens[1] = 0;
@@ -313,11 +296,7 @@ TEST_CASE("low latency: a masked rank that comes all the same is left out by eve
             for (int peer = 0; peer < 3; ++peer)
                 world.buffer(rank).low_latency().masked_ranks()[peer] = is_apart[rank] != is_apart[peer] ? 1 : 0;
         auto ranks = make_low_latency_inputs(problem);
-        for (int rank = 0; rank < 3; ++rank) {
-            send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
-            receive_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
-        }
-        world.run();
+        dispatch_on(world, problem, ranks, {0, 1, 2});
         for (int rank = 0; rank < 3; ++rank) {
             auto heard = ranks;
             for (int peer = 0; peer < 3; ++peer)
@@ -333,12 +312,17 @@ void clear_masks(World& world) {
         std::fill_n(world.buffer(rank).low_latency().masked_ranks(), world.num_ranks(), 0);
 }
 
+// Of another shape and seed, for the same experts.
+LowLatencyProblem larger(LowLatencyProblem problem, std::vector<int> num_tokens) {
+    problem.num_tokens = std::move(num_tokens);
+    problem.num_max_tokens = 64;
+    problem.seed = 2;
+    return problem;
+}
+
 TEST_CASE("low latency: a rank that was masked while late goes on, whatever shapes the others use meanwhile") {
-    LowLatencyProblem small{.num_tokens = {9, 4, 7}, .num_experts = 3};
-    LowLatencyProblem large = small;
-    large.num_tokens = {64, 0, 64};
-    large.num_max_tokens = 64;
-    large.seed = 2;
+    const LowLatencyProblem small{.num_tokens = {9, 4, 7}, .num_experts = 3};
+    const LowLatencyProblem large = larger(small, {64, 0, 64});
     World world(3, 0, impatient(), 2.0, low_latency_bytes(large), true);
     auto first = make_low_latency_inputs(small), second = make_low_latency_inputs(small);
     auto third = make_low_latency_inputs(large);
@@ -386,11 +370,8 @@ TEST_CASE("low latency: a masked rank that is behind and taken back too early is
 }
 
 TEST_CASE("low latency: what a late rank writes spoils no message of another rank, whatever their shapes") {
-    LowLatencyProblem small{.num_tokens = {9, 16, 7}, .num_experts = 3};
-    LowLatencyProblem large = small;
-    large.num_tokens = {60, 0, 64};
-    large.num_max_tokens = 64;
-    large.seed = 2;
+    const LowLatencyProblem small{.num_tokens = {9, 16, 7}, .num_experts = 3};
+    const LowLatencyProblem large = larger(small, {60, 0, 64});
     World world(3, 0, impatient(), 2.0, low_latency_bytes(large), true);
     auto first = make_low_latency_inputs(small);
     auto third = make_low_latency_inputs(large);
@@ -411,8 +392,7 @@ TEST_CASE("low latency: nothing is written into the memory of a masked rank") {
     auto ranks = make_low_latency_inputs(problem);
     for (Launches launches : {Launches::kOne, Launches::kTwo, Launches::kOne}) {
         for (int rank : {0, 2}) launch_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank, launches);
-        for (int rank : {0, 2}) launch_combine(world, problem, ranks[static_cast<size_t>(rank)], rank, launches);
-        world.run();
+        combine_on(world, problem, ranks, {0, 2}, launches);
     }
     const auto control = layout::ControlLayout::make(3);
     const uint8_t* heap = world.buffer(1).data() - control.bytes;

@@ -28,11 +28,7 @@ TEST_CASE("low latency: rows of zeros have a scale, and stay zeros (pitfall 24)"
     World world(2, 0, {}, 100, low_latency_bytes(problem));
     auto ranks = make_low_latency_inputs(problem);
     for (auto& tensors : ranks) std::fill(tensors.x.begin(), tensors.x.end(), uint16_t{0});
-    for (int rank = 0; rank < 2; ++rank) {
-        send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
-        receive_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
-    }
-    world.run();
+    dispatch_on(world, problem, ranks, {0, 1});
     const auto num_rows = static_cast<size_t>(problem.num_rows());
     const auto row_bytes = static_cast<size_t>(problem.row_bytes());
     for (const LowLatencyTensors& tensors : ranks) {
@@ -268,19 +264,11 @@ TEST_CASE("low latency: expert ids out of range are as good as none, whatever th
         tensors.topk_idx[4] = -(int64_t{1} << 32) + 2;
         tensors.topk_idx[7] = problem.num_experts;
     }
-    for (int rank = 0; rank < 2; ++rank) {
-        send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
-        receive_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
-    }
-    world.run();
+    dispatch_on(world, problem, ranks, {0, 1});
     for (int rank = 0; rank < 2; ++rank) world.buffer(rank).check();
     CHECK_EQ(check_low_latency_dispatch(problem, ranks), "");
     fill_expert_rows(problem, ranks);
-    for (int rank = 0; rank < 2; ++rank) {
-        send_combine(world, problem, ranks[static_cast<size_t>(rank)], rank);
-        receive_combine(world, problem, ranks[static_cast<size_t>(rank)], rank);
-    }
-    world.run();
+    combine_on(world, problem, ranks, {0, 1});
     for (auto& tensors : ranks)  // for the reference, which looks every entry up
         for (auto& idx : tensors.topk_idx) idx = idx >= problem.num_experts ? -1 : idx;
     CHECK_EQ(check_low_latency_combine(problem, ranks), "");
@@ -314,8 +302,7 @@ std::vector<std::vector<uint16_t>> combine_in_order(const LowLatencyProblem& pro
     std::vector<std::vector<uint16_t>> combined;
     for (int repeat = 0; repeat < 2; ++repeat) {
         auto ranks = make_low_latency_inputs(problem);
-        for (int rank : order) launch_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank, Launches::kOne);
-        world.run();
+        dispatch_on(world, problem, ranks, order, Launches::kOne);
         fill_expert_rows(problem, ranks);
         for (int rank : order) {
             send_combine(world, problem, ranks[static_cast<size_t>(rank)], rank);
@@ -374,9 +361,7 @@ TEST_CASE("low latency: a combine whose top-k does not fit slots by entry still 
     check_round_trip(problem);
     World world(2, 0, impatient(), 2.0, low_latency_bytes(problem) + (1 << 20));
     auto ranks = make_low_latency_inputs(problem);
-    for (int rank = 0; rank < 2; ++rank)
-        launch_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank, Launches::kOne);
-    world.run();
+    dispatch_on(world, problem, ranks, {0, 1}, Launches::kOne);
     fill_expert_rows(problem, ranks);
     send_combine(world, problem, ranks[0], 0);
     world.run();

@@ -1,19 +1,13 @@
 // Layouts are declared once; these tests look at the declarations: no overlap, alignment, 64-bit offsets.
 #include <doctest/doctest.h>
 
-#include <algorithm>
 #include <vector>
 
+#include "layout/disjoint.h"
 #include "layout/intranode.h"
 
 namespace deep_ep::layout {
 namespace {
-
-void check_disjoint(std::vector<Field> fields, uint64_t total) {
-    std::sort(fields.begin(), fields.end(), [](const Field& a, const Field& b) { return a.offset < b.offset; });
-    for (size_t i = 1; i < fields.size(); ++i) CHECK_LE(fields[i - 1].end(), fields[i].offset);
-    CHECK_LE(fields.back().end(), total);
-}
 
 TEST_CASE("control fields do not overlap, for any number of ranks") {
     for (uint64_t num_ranks : {1, 2, 7, 8, 72, 1024}) {

@@ -1,20 +1,14 @@
 // The rail window: fields and slots do not overlap, what V1's callers pass suffices, and little memory works.
 #include <doctest/doctest.h>
 
-#include <algorithm>
 #include <vector>
 
+#include "layout/disjoint.h"
 #include "layout/rail.h"
 #include "layout/topology.h"
 
 namespace deep_ep::layout {
 namespace {
-
-void check_disjoint(std::vector<Field> fields, uint64_t total) {
-    std::sort(fields.begin(), fields.end(), [](const Field& a, const Field& b) { return a.offset < b.offset; });
-    for (size_t i = 1; i < fields.size(); ++i) CHECK_LE(fields[i - 1].end(), fields[i].offset);
-    CHECK_LE(fields.back().end(), total);
-}
 
 TEST_CASE("rail control fields do not overlap, for any topology") {
     for (uint64_t num_nodes : {1, 2, 3, 16, 1024})

@@ -1,5 +1,6 @@
 // What every engine must do, in kernels that know none: run over `host` on the CPU and on GPUs, and over `sim`.
 #include <cstring>
+#include <functional>
 #include <vector>
 
 #include "rail/rail_world.h"
@@ -10,13 +11,8 @@ namespace deep_ep::testing {
 namespace {
 
 // Every thread of every rank adds to the counter of every peer, then waits for the sum of all.
-struct AddsKernel {
-    using Params = Traffic;
-    struct Shared {};
-
-    static EP_DEVICE void run(const Params& p, Shared&) {
-        const rail::Rail rail(p.rail);
-        const Patience patience{rail, p.places.abort(), p.timeout_ns};
+struct AddsKernel : TrafficKernel<AddsKernel> {
+    static EP_DEVICE void take_part(const Traffic& p, const rail::Rail& rail, const Patience& patience) {
         bool is_whole = true;
         for (int i = 0; i < p.num_messages; ++i)
             for (int peer = 0; peer < p.places.num_ranks && is_whole; ++peer)
@@ -30,13 +26,8 @@ struct AddsKernel {
 };
 
 // A put of which the peer's kernel reads nothing: waits until it is told to stop.
-struct WaitKernel {
-    using Params = Traffic;
-    struct Shared {};
-
-    static EP_DEVICE void run(const Params& p, Shared&) {
-        const rail::Rail rail(p.rail);
-        const Patience patience{rail, p.places.abort(), p.timeout_ns};
+struct WaitKernel : TrafficKernel<WaitKernel> {
+    static EP_DEVICE void take_part(const Traffic& p, const rail::Rail& rail, const Patience& patience) {
         if (threadIdx.x != 0) return;
         const bool is_here = wait_for_word(rail, patience, p.places.arrived(p.rank, 0), ~uint64_t{0});
         const uint64_t told = prim::load<Order::kRelaxed, Scope::kSys>(rail::at<uint64_t>(rail, p.places.abort()));
@@ -118,65 +109,55 @@ void check_streams(const RailOptions& options, const Places& places, int num_mes
     CHECK_EQ(test.world().engine(0).sent_to(1).num_bytes, expected.num_bytes);
 }
 
-TEST_CASE("rail: puts come with their flags, through slots that are used again") {
+// A round of a test for each seed.
+void for_each_seed(const std::function<void(RailOptions&)>& round) {
     for (const uint64_t seed : RailWorld::seeds()) {
         CAPTURE(seed);
         RailOptions options;
         options.seed = seed;
-        check_streams(options, {2, 3, 512}, 20, 2);
+        round(options);
     }
+}
+
+TEST_CASE("rail: puts come with their flags, through slots that are used again") {
+    for_each_seed([](const RailOptions& options) { check_streams(options, {2, 3, 512}, 20, 2); });
 }
 
 TEST_CASE("rail: one slot, and more than are ever used") {
-    for (const uint64_t seed : RailWorld::seeds()) {
-        CAPTURE(seed);
-        RailOptions options;
-        options.seed = seed;
+    for_each_seed([](const RailOptions& options) {
         check_streams(options, {2, 1, 64}, 9, 1);
         check_streams(options, {2, 16, 64}, 5, 1);
-    }
+    });
 }
 
 TEST_CASE("rail: many peers, and messages larger than anything on the way") {
-    for (const uint64_t seed : RailWorld::seeds()) {
-        CAPTURE(seed);
-        RailOptions options;
-        options.seed = seed;
+    for_each_seed([](const RailOptions& options) {
         check_streams(options, {5, 2, 1024}, 8, 1);
         check_streams(options, {2, 2, 1 << 16}, 6, 1);
-    }
+    });
 }
 
 TEST_CASE("rail: a ring that is full makes posters wait") {
-    for (const uint64_t seed : RailWorld::seeds()) {
-        CAPTURE(seed);
-        RailOptions options;
-        options.seed = seed;
+    for_each_seed([](RailOptions& options) {
         for (const uint32_t capacity : {1u, 8u}) {
             options.ring_capacity = capacity;
             check_streams(options, {3, 4, 128}, 12, 2);
         }
-    }
+    });
 }
 
 TEST_CASE("rail: adds of all threads add up") {
-    for (const uint64_t seed : RailWorld::seeds()) {
-        CAPTURE(seed);
-        RailOptions options;
-        options.seed = seed;
+    for_each_seed([](RailOptions& options) {
         options.ring_capacity = 16;
         Case test(options, {3, 1, 64}, 3);
         for (uint64_t call = 1; call <= 2; ++call) test.run<AddsKernel>(2, call);
         test.check_clean();
         CHECK_EQ(test.world().engine(0).sent_to(1).num_messages, uint64_t{2 * 3 * 64});
-    }
+    });
 }
 
 TEST_CASE("rail: a host that gives up ends the waits of its peers' kernels") {
-    for (const uint64_t seed : RailWorld::seeds()) {
-        CAPTURE(seed);
-        RailOptions options;
-        options.seed = seed;
+    for_each_seed([](const RailOptions& options) {
         const Places places{3, 1, 64};
         Case test(options, places, 1);
         test.run<WaitKernel>(1, 1, [&] {
@@ -187,7 +168,7 @@ TEST_CASE("rail: a host that gives up ends the waits of its peers' kernels") {
             CHECK_EQ(test.counts(rank)[0], uint64_t(rank == 2 ? 78 : 77));
             CHECK_EQ(test.counts(rank)[1], uint64_t{1});
         }
-    }
+    });
 }
 
 }  // namespace

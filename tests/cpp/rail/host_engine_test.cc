@@ -16,6 +16,7 @@
 #include "device/simt/device.h"
 #include "rail/host_world.h"
 #include "rail/rail.h"
+#include "support/complaints.h"
 
 namespace deep_ep::testing {
 namespace {
@@ -23,17 +24,6 @@ namespace {
 using rail::host::HostEngine;
 using rail::host::HostOptions;
 using rail::host::SocketAddress;
-
-std::string error_of(const std::function<void()>& work) {
-    try {
-        work();
-    } catch (const Error& error) {
-        return error.what();
-    }
-    return "";
-}
-
-bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 
 bool wait_until(const std::function<bool()>& done) {
     const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);

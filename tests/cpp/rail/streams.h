@@ -104,16 +104,23 @@ EP_DEVICE bool wait_for_flag(const rail::Rail& rail, const Patience& patience, u
     return __any_sync(prim::kFullMask, is_here);
 }
 
-// Every rank sends a stream of messages to every other, through slots that are used again; each has a warp that sends to
-// each peer and one that receives from each.
-struct StreamsKernel {
+// What the kernels have in common: all threads of `Kernel` call take_part().
+template <class Kernel> struct TrafficKernel {
     using Params = Traffic;
     struct Shared {};
-    static constexpr int kMaxThreads = 256;
 
     static EP_DEVICE void run(const Params& p, Shared&) {
         const rail::Rail rail(p.rail);
-        const Patience patience{rail, p.places.abort(), p.timeout_ns};
+        Kernel::take_part(p, rail, {rail, p.places.abort(), p.timeout_ns});
+    }
+};
+
+// Every rank sends a stream of messages to every other, through slots that are used again; each has a warp that sends to
+// each peer and one that receives from each.
+struct StreamsKernel : TrafficKernel<StreamsKernel> {
+    static constexpr int kMaxThreads = 256;
+
+    static EP_DEVICE void take_part(const Traffic& p, const rail::Rail& rail, const Patience& patience) {
         const int num_peers = p.places.num_ranks - 1;
         const int index = prim::warp_idx() % num_peers;
         const int peer = index < p.rank ? index : index + 1;
@@ -122,7 +129,7 @@ struct StreamsKernel {
         if (!is_whole && prim::lane_idx() == 0) count(p.num_lost, 1);
     }
 
-    static EP_DEVICE bool send(const Params& p, const rail::Rail& rail, const Patience& patience, int peer) {
+    static EP_DEVICE bool send(const Traffic& p, const rail::Rail& rail, const Patience& patience, int peer) {
         const int num_slots = p.places.num_slots;
         for (int i = 0; i < p.num_messages; ++i) {
             const int slot = i % num_slots;
@@ -138,7 +145,7 @@ struct StreamsKernel {
         return true;
     }
 
-    static EP_DEVICE bool receive(const Params& p, const rail::Rail& rail, const Patience& patience, int peer) {
+    static EP_DEVICE bool receive(const Traffic& p, const rail::Rail& rail, const Patience& patience, int peer) {
         const int num_slots = p.places.num_slots;
         for (int i = 0; i < p.num_messages; ++i) {
             const int slot = i % num_slots;

@@ -6,6 +6,7 @@
 #include "device/launch.h"
 #include "rail/rail.h"
 #include "rail_sim/sim_world.h"
+#include "support/complaints.h"
 #include "support/races.h"
 
 namespace deep_ep::testing {
@@ -90,16 +91,14 @@ template <Fault kFault> Outcome run(uint64_t seed) {
     SimWorld world({.num_ranks = 2, .window_bytes = kWindowBytes, .seed = seed});
     auto* num_wrong = static_cast<uint32_t*>(world.device(1).allocate(sizeof(uint32_t)));
     Outcome outcome;
-    try {
+    outcome.error = error_of([&] {
         world.run(
             [&](int rank, dev::Stream stream) {
                 dev::launch<FaultKernel<kFault>>({.num_threads = 32, .name = "fault"}, stream,
                                                  {world.engine(rank).params(), rank, num_wrong});
             },
             [] {});
-    } catch (const Error& error) {
-        outcome.error = error.what();
-    }
+    });
     uint32_t count = 0;
     world.device(1).copy_now(&count, num_wrong, sizeof(count));
     outcome.is_wrong = count != 0;

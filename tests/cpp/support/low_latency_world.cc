@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <random>
 
 #include "core/error.h"
@@ -283,22 +284,30 @@ std::string check_low_latency_combine(const LowLatencyProblem& problem, const st
 
 std::string low_latency_round_trip(World& world, const LowLatencyProblem& problem, Launches launches) {
     auto ranks = make_low_latency_inputs(problem);
-    for (int rank = 0; rank < problem.num_ranks(); ++rank)
-        launch_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank, launches);
-    world.run();
+    dispatch_on(world, problem, ranks, all_ranks(problem), launches);
     for (int rank = 0; rank < problem.num_ranks(); ++rank) world.buffer(rank).check();
     if (auto difference = check_low_latency_dispatch(problem, ranks); !difference.empty()) return difference;
     fill_expert_rows(problem, ranks);
-    for (int rank = 0; rank < problem.num_ranks(); ++rank)
-        launch_combine(world, problem, ranks[static_cast<size_t>(rank)], rank, launches);
-    world.run();
+    combine_on(world, problem, ranks, all_ranks(problem), launches);
     for (int rank = 0; rank < problem.num_ranks(); ++rank) world.buffer(rank).check();
     return check_low_latency_combine(problem, ranks);
 }
 
+std::vector<int> all_ranks(const LowLatencyProblem& problem) {
+    std::vector<int> all(problem.num_tokens.size());
+    std::iota(all.begin(), all.end(), 0);
+    return all;
+}
+
 void dispatch_on(World& world, const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks,
-                 std::initializer_list<int> callers) {
-    for (int rank : callers) launch_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank, Launches::kTwo);
+                 const std::vector<int>& callers, Launches launches) {
+    for (int rank : callers) launch_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank, launches);
+    world.run();
+}
+
+void combine_on(World& world, const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks,
+                const std::vector<int>& callers, Launches launches) {
+    for (int rank : callers) launch_combine(world, problem, ranks[static_cast<size_t>(rank)], rank, launches);
     world.run();
 }
 

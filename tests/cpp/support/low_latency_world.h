@@ -73,9 +73,12 @@ std::string check_low_latency_combine(const LowLatencyProblem& problem, const st
 // Dispatch, check, combine, check; the whole of each launched at once on every rank.
 std::string low_latency_round_trip(World& world, const LowLatencyProblem& problem, Launches launches);
 
-// A dispatch of these ranks, run to the end.
+// A dispatch or a combine of these ranks, run to the end.
 void dispatch_on(World& world, const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks,
-                 std::initializer_list<int> callers);
+                 const std::vector<int>& callers, Launches launches = Launches::kTwo);
+void combine_on(World& world, const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks,
+                const std::vector<int>& callers, Launches launches = Launches::kTwo);
+std::vector<int> all_ranks(const LowLatencyProblem& problem);
 
 // What `launch` launches for a rank, recorded.
 template <class Launch> simt::Graph captured(World& world, int rank, const Launch& launch) {

@@ -13,6 +13,7 @@
 #include "device/launch.h"
 #include "device/prim.h"
 #include "device/test_device.h"
+#include "support/complaints.h"
 #include "support/testing.h"
 
 namespace deep_ep::testing {
@@ -52,17 +53,6 @@ int read_int(dev::Device& device, const void* address) {
     return value;
 }
 
-std::string message_of(const std::function<void()>& action) {
-    try {
-        action();
-    } catch (const Error& error) {
-        return error.what();
-    }
-    return "";
-}
-
-bool contains(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
-
 TEST_CASE("a launch may use all the dynamic shared memory that the device gives") {
     const auto device = test_device();
     const auto stream = device->create_stream();
@@ -83,7 +73,7 @@ TEST_CASE("a refused launch says what was asked for, and the next one works") {
     auto* sum = static_cast<int*>(device->allocate(sizeof(int)));
     auto config = add_config(1 << 20, 16);
     config.is_cooperative = true;
-    const std::string message = message_of([&] { dev::launch<AddKernel>(config, stream, {sum, 16}); });
+    const std::string message = error_of([&] { dev::launch<AddKernel>(config, stream, {sum, 16}); });
     CHECK(contains(message, "kernel 'add' with 1048576 blocks of 64 threads"));
     CHECK(contains(message, "cudaErrorCooperativeLaunchTooLarge"));
     config.num_blocks = device->num_sms();
@@ -91,7 +81,7 @@ TEST_CASE("a refused launch says what was asked for, and the next one works") {
     device->synchronize_stream(stream);
     CHECK_EQ(read_int(*device, sum), device->num_sms() * (device->num_sms() + 1) / 2);
     config.num_threads = 128;  // more than AddKernel::kMaxThreads
-    CHECK(contains(message_of([&] { dev::launch<AddKernel>(config, stream, {sum, 16}); }), "at most 64"));
+    CHECK(contains(error_of([&] { dev::launch<AddKernel>(config, stream, {sum, 16}); }), "at most 64"));
     device->free(sum);
     device->destroy_stream(stream);
 }
@@ -149,7 +139,7 @@ TEST_CASE("bytes that are no handle, or one whose owner is gone, raise Transport
     std::string other_process = memory.handle;
     other_process[8] = static_cast<char>(other_process[8] + 1);  // the process nonce
     // CUDA refuses to open a handle in the process that made it, which stands in for any failure.
-    const std::string message = message_of([&] { device->open_shared(other_process); });
+    const std::string message = error_of([&] { device->open_shared(other_process); });
     CHECK(contains(message, "cannot map the memory of process"));
     CHECK(contains(message, "cudaError"));
     CHECK(cudaGetLastError() == cudaSuccess);

@@ -41,27 +41,22 @@ constexpr uint64_t kTimeoutNs = 100'000'000'000;
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
 // A stream of chunks from rank 0 to rank 1, whose bytes nobody looks at: what the engine costs. One warp each.
-struct RateKernel {
-    using Params = Traffic;
-    struct Shared {};
-
-    static EP_DEVICE void run(const Params& p, Shared&) {
-        const rail::Rail rail(p.rail);
-        const Patience patience{rail, p.places.abort(), p.timeout_ns};
+struct RateKernel : TrafficKernel<RateKernel> {
+    static EP_DEVICE void take_part(const Traffic& p, const rail::Rail& rail, const Patience& patience) {
         bool is_whole = true;
         for (int i = 0; i < p.num_messages && is_whole; ++i)
             is_whole = p.rank == 0 ? send(p, rail, patience, i) : receive(p, rail, patience, i);
         if (!is_whole && prim::lane_idx() == 0) count(p.num_lost, 1);
     }
 
-    static EP_DEVICE bool send(const Params& p, const rail::Rail& rail, const Patience& patience, int i) {
+    static EP_DEVICE bool send(const Traffic& p, const rail::Rail& rail, const Patience& patience, int i) {
         const int slot = i % p.places.num_slots, previous = i - p.places.num_slots;
         if (previous >= 0 && !wait_for_flag(rail, patience, p.places.taken(1, slot), p.tag(previous))) return false;
         const rail::Copy copy{p.places.received(0, slot), p.places.staging(1, slot), p.places.slot_bytes};
         return rail::put(rail, 1, copy, {p.places.arrived(0, slot), p.tag(i)}, patience);
     }
 
-    static EP_DEVICE bool receive(const Params& p, const rail::Rail& rail, const Patience& patience, int i) {
+    static EP_DEVICE bool receive(const Traffic& p, const rail::Rail& rail, const Patience& patience, int i) {
         const int slot = i % p.places.num_slots;
         if (!wait_for_flag(rail, patience, p.places.arrived(0, slot), p.tag(i))) return false;
         bool is_posted = true;

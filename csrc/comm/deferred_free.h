@@ -11,7 +11,7 @@
 
 namespace deep_ep::comm {
 
-struct BuriedRegion {
+struct DeferredRegion {
     dev::OwnedShareable memory;
     std::shared_ptr<const Mailbox> mailbox;  // null: no peer maps the region
     int num_ranks;
@@ -19,13 +19,13 @@ struct BuriedRegion {
 };
 
 // True when every other rank has said that it maps the region no more, or has ended: the system has unmapped it then.
-bool have_peers_left(const BuriedRegion& region);
+bool have_peers_left(const DeferredRegion& region);
 // True while somebody holds a copy of `leases`.
-bool has_leases(const BuriedRegion& region);
+bool has_leases(const DeferredRegion& region);
 
-void bury(BuriedRegion region);
+void defer_free(DeferredRegion region);
 
 // Frees what nobody maps any more; returns how many regions remain.
-size_t sweep_graveyard();
+size_t free_deferred();
 
 }  // namespace deep_ep::comm

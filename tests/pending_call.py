@@ -28,13 +28,19 @@ class How:
     settles: bool = False  # raise what the kernels reported before looking at results: for calls that are to fail
 
 
+def dispatch_arguments(counted: Any) -> dict[str, Any]:
+    """What `get_dispatch_layout` returned, as arguments of `dispatch`."""
+    names = ("num_tokens_per_rank", "num_tokens_per_rdma_rank", "num_tokens_per_expert", "is_token_in_rank")
+    return dict(zip(names, counted))
+
+
 @functools.lru_cache(maxsize=8)
 def expected(work: Workload, expert_alignment: int) -> tuple[list[Sent], list[Arrival]]:
     sent = work.sent()
     return sent, [dispatch(sent, rank, work.num_experts, expert_alignment) for rank in range(work.num_ranks)]
 
 
-class Flight:
+class PendingCall:
     """Call the steps in the order of the methods; every rank of the group must make the same ones."""
 
     def __init__(self, worker: Worker, buffer: Any, work: Workload, how: Optional[How] = None) -> None:
@@ -86,7 +92,7 @@ class Flight:
         moved = flat.to(self.device).as_strided(scales.shape, scales.stride(), scales.storage_offset())
         return x, moved
 
-    def layout(self) -> "Flight":
+    def layout(self) -> "PendingCall":
         self.topk_idx = self.mine.topk_idx.to(self.device)
         with poisoned():
             got = self.buffer.get_dispatch_layout(self.topk_idx, self.work.num_experts, **self.stream_options())
@@ -96,15 +102,10 @@ class Flight:
         assert got[1] is None
         same_bits("num_tokens_per_expert", got[2], want.num_tokens_per_expert)
         same_bits("is_token_in_rank", got[3], want.is_token_in_rank)
-        self.layout_tensors = {
-            "num_tokens_per_rank": got[0],
-            "num_tokens_per_rdma_rank": None,
-            "num_tokens_per_expert": got[2],
-            "is_token_in_rank": got[3]
-        }
+        self.layout_tensors = dispatch_arguments(got)
         return self
 
-    def start_dispatch(self) -> "Flight":
+    def start_dispatch(self) -> "PendingCall":
         how, topk = self.how, {}
         if how.has_topk:
             assert self.mine.topk_weights is not None
@@ -120,7 +121,7 @@ class Flight:
         self.handle = self.result[4]
         return self
 
-    def finish_dispatch(self) -> "Flight":
+    def finish_dispatch(self) -> "PendingCall":
         recv_x, topk_idx, topk_weights, counts, handle, event = self.result
         self.landed(event)
         want, rows = self.arrival, self.arrival.x.shape[0]
@@ -156,12 +157,12 @@ class Flight:
         equal("handle: is_token_in_rank", list(handle[4].shape), [self.mine.x.shape[0], self.work.num_ranks])
         equal("handle: send_head", list(handle[5].shape), [self.mine.x.shape[0], self.work.num_ranks])
 
-    def dispatch(self) -> "Flight":
+    def dispatch(self) -> "PendingCall":
         return self.start_dispatch().finish_dispatch()
 
-    def cached_dispatch(self, other: Optional[Workload] = None) -> "Flight":
-        """Other tokens with the routing of this flight."""
-        numbers = Flight.__new__(Flight)
+    def cached_dispatch(self, other: Optional[Workload] = None) -> "PendingCall":
+        """Other tokens with the routing of this pending."""
+        numbers = PendingCall.__new__(PendingCall)
         numbers.__dict__.update(self.__dict__)
         if other is not None:
             x = [other.x(rank) for rank in range(other.num_ranks)]
@@ -177,7 +178,7 @@ class Flight:
         equal("cached results", got[1:5], (None, None, None, None))
         return self
 
-    def combine(self, num_biases: int = 0, has_weights: bool = True) -> "Flight":
+    def combine(self, num_biases: int = 0, has_weights: bool = True) -> "PendingCall":
         num_rows = [arrival.x.shape[0] for arrival in self.arrivals]
         returned, weights = self.work.returned(num_rows), self.work.returned_weights(num_rows)
         biases = self.work.biases(self.rank, num_biases)

@@ -8,7 +8,7 @@ from utils import device
 from deep_ep import Buffer
 
 
-class SoloComm:
+class SingleRankComm:
     """mpi4py's interface for a single rank."""
 
     def Get_rank(self) -> int:
@@ -21,11 +21,11 @@ class SoloComm:
         return [item]
 
 
-def solo_buffer(num_nvl_bytes: int = 1 << 20, **options: Any) -> Buffer:
-    return Buffer(None, num_nvl_bytes, comm=SoloComm(), **options)
+def single_rank_buffer(num_nvl_bytes: int = 1 << 20, **options: Any) -> Buffer:
+    return Buffer(None, num_nvl_bytes, comm=SingleRankComm(), **options)
 
 
-def solo_dispatch(buffer: Buffer, num_tokens: int = 5, hidden: int = 16, **options: Any) -> Any:
+def single_rank_dispatch(buffer: Buffer, num_tokens: int = 5, hidden: int = 16, **options: Any) -> Any:
     """dispatch of `num_tokens` ones among 4 experts, top-2, with options changed or added."""
     topk_idx = torch.arange(num_tokens * 2, device=device()).reshape(-1, 2) % 4
     per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, 4)

@@ -1,5 +1,5 @@
 // The sentences that records become: every word that is packed in memory is unpacked before it is shown.
-#include "runtime/story.h"
+#include "runtime/failure_report.h"
 
 #include <doctest/doctest.h>
 

@@ -56,7 +56,7 @@ def low_latency_buffer(worker: Worker, num_rdma_bytes: int = 1 << 22, **options:
     return worker.buffers[key]
 
 
-class LowLatencyFlight:
+class LowLatencyPendingCall:
     """Call the steps in the order of the methods; every rank of the group must make the same ones."""
 
     def __init__(self, worker: Worker, buffer: Any, work: Workload, manner: Optional[Manner] = None) -> None:
@@ -88,7 +88,7 @@ class LowLatencyFlight:
     def stats(self, size: int, dtype: torch.dtype) -> Optional[torch.Tensor]:
         return torch.full((size, ), STATS_START, dtype=dtype, device=self.device) if self.manner.has_stats else None
 
-    def start_dispatch(self) -> "LowLatencyFlight":
+    def start_dispatch(self) -> "LowLatencyPendingCall":
         cast, num_local = self.manner.cast, self.work.experts_per_rank
         self.counts, self.waits = self.stats(num_local, torch.int32), self.stats(self.work.num_ranks, torch.int64)
         with poisoned():
@@ -105,7 +105,7 @@ class LowLatencyFlight:
         self.handle = self.received[2]
         return self
 
-    def finish_dispatch(self) -> "LowLatencyFlight":
+    def finish_dispatch(self) -> "LowLatencyPendingCall":
         recv_x, recv_count, handle, event, hook = self.received
         self.landed(event, hook)
         recv_x, scales = recv_x if isinstance(recv_x, tuple) else (recv_x, None)
@@ -129,7 +129,7 @@ class LowLatencyFlight:
             assert (self.waits >= STATS_START).all()
         return self
 
-    def dispatch(self) -> "LowLatencyFlight":
+    def dispatch(self) -> "LowLatencyPendingCall":
         return self.start_dispatch().finish_dispatch()
 
     def expert_rows(self) -> torch.Tensor:
@@ -140,7 +140,7 @@ class LowLatencyFlight:
             rows[i, :answer.shape[0]] = answer
         return rows.to(self.device)
 
-    def start_combine(self, rows: Optional[torch.Tensor] = None) -> "LowLatencyFlight":
+    def start_combine(self, rows: Optional[torch.Tensor] = None) -> "LowLatencyPendingCall":
         """`rows`: what expert_rows() returned before, for callers that are in a hurry."""
         rows = self.expert_rows() if rows is None else rows
         if self.manner.zero_copy:
@@ -161,7 +161,7 @@ class LowLatencyFlight:
         assert out is None or self.combined[0] is out
         return self
 
-    def finish_combine(self) -> "LowLatencyFlight":
+    def finish_combine(self) -> "LowLatencyPendingCall":
         combined, event, hook = self.combined
         self.landed(event, hook)
         want = low_latency_combine(answers_of(self.work, self.arrivals),
@@ -174,18 +174,18 @@ class LowLatencyFlight:
         assert self.waits is None or (self.waits >= STATS_START).all()
         return self
 
-    def combine(self) -> "LowLatencyFlight":
+    def combine(self) -> "LowLatencyPendingCall":
         return self.start_combine().finish_combine()
 
     def whole_trip(self) -> None:
         self.dispatch().combine()
 
 
-def finish_together(flights: list[LowLatencyFlight], landings: list[LowLatencyFlight]) -> None:
-    """The rest of flights whose dispatches have begun; rows are received in the order of `landings`."""
-    for flight in landings:
-        flight.finish_dispatch()
-    for flight in flights:
-        flight.start_combine()
-    for flight in landings:
-        flight.finish_combine()
+def finish_together(pending_calls: list[LowLatencyPendingCall], landings: list[LowLatencyPendingCall]) -> None:
+    """The rest of pending_calls whose dispatches have begun; rows are received in the order of `landings`."""
+    for pending in landings:
+        pending.finish_dispatch()
+    for pending in pending_calls:
+        pending.start_combine()
+    for pending in landings:
+        pending.finish_combine()

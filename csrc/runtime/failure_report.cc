@@ -1,4 +1,4 @@
-#include "runtime/story.h"
+#include "runtime/failure_report.h"
 
 #include <iomanip>
 #include <sstream>
