@@ -159,10 +159,11 @@ EP_DEVICE bool watch_slot(Warp warp, const CallContext& c, const BlockRole& role
 }
 
 // After the source's table.
-EP_DEVICE void begin_token(Warp warp, const Params& p, const CallContext& c, const Unit& unit, ReceivedToken& token) {
+EP_DEVICE void begin_token(Warp warp, const Params& p, const CallContext& c, const Unit& unit, bool is_full,
+                           ReceivedToken& token) {
     token.num_tokens = c.num_tokens_of(unit.source);
     token.entry = load_entry(warp, c, unit, 0);
-    if (token.slot == nullptr && look_at_slot(warp, c, unit)) load_slot(warp, p, c, unit, token);
+    if (is_full || look_at_slot(warp, c, unit)) load_slot(warp, p, c, unit, token);
 }
 
 // This share of the row, to the rows of all `lanes`. `row`: this lane's, of all experts' rows.
@@ -275,19 +276,19 @@ EP_DEVICE void receive(Block block, const Params& p, const LaunchSession& launch
     bool is_right = true;    // this thread has met nothing that makes the call fail
     for_each_unit(block, launch, num_tokens * num_parts + num_lists(c), [&](int idx, bool is_first, const auto& claim) {
         const Unit unit = unit_of(c, idx, num_parts);
-        // A slot that is full is one of ours, so that it may be read before the tables say so: trips less after them.
+        // Before the tables, which come last, only whether the slot is full: a peer that has another shape has its table
+        // where this rank sees a slot, and may be writing there.
         bool is_full = unit.is_token && look_at_slot(warp, c, unit);
-        bool is_lost = false;
         if (is_first) {
-            is_lost = wait_for_tables(block, c, counts, launch.role);
+            const bool is_lost = wait_for_tables(block, c, counts, launch.role);
             // Where the launch has not sent, all is here most likely.
             if (unit.is_token && !is_full && c.sends() && prim::warp_idx() != 0)
                 is_full = watch_slot(warp, c, launch.role, unit);
+            knows_rows = !any(block, is_lost);  // one thread's acquire, the block's reads
         }
         ReceivedToken token = {};
-        if (is_full) load_slot(warp, p, c, unit, token);
-        if (is_first) knows_rows = !any(block, is_lost);  // one thread's acquire, the block's reads
-        if (knows_rows && unit.is_token && counts.is_here[unit.source] != 0) begin_token(warp, p, c, unit, token);
+        if (knows_rows && unit.is_token && counts.is_here[unit.source] != 0)
+            begin_token(warp, p, c, unit, is_full, token);
         if (is_first && knows_rows) knows_rows = find_counts(block, c, counts);
         if (knows_rows && unit.is_token) is_right &= finish_token(warp, p, c, unit, counts, token, claim);
         if (knows_rows && unit.is_list) write_list(warp, p, c, launch.role, counts, unit.list);

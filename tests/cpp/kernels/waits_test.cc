@@ -157,6 +157,9 @@ TEST_CASE("a wait for our own copies ends when they land, and one for a copy tha
         int result = 0;
         WaitParams params{node.heap(), node.watch(kSecond), 0};
         params.result = &result;
+        // Nothing that the test deletes: a launch that is given up orders its copies before nobody.
+        static uint64_t source[16];
+        params.heap.bases[0] = reinterpret_cast<uint8_t*>(source);
         dev::LaunchConfig config;
         config.name = "stages";
         dev::launch<StageKernel>(config, stream, params);
