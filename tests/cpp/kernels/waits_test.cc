@@ -155,7 +155,8 @@ TEST_CASE("a wait for our own copies ends when they land, and one for a copy tha
         simt::Scheduler scheduler(options);
         simt::SimtDevice device(scheduler, 0, {});
         const dev::Stream stream = device.create_stream();
-        int result = 0;
+        static int result;
+        std::atomic_ref(result).store(0, std::memory_order_relaxed);
         WaitParams params{node.heap(), node.watch(kSecond), 0};
         params.result = &result;
         // Nothing that the test deletes, and no plain read: a launch that is given up is ordered before nothing.
