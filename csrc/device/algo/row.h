@@ -22,20 +22,11 @@ template <int kVecs> EP_DEVICE int piece_vec(Warp warp, Pieces pieces, int i) {
     return pieces == Pieces::kNeighbours ? warp.thread_rank() * kVecs + i : i * prim::kWarpSize + warp.thread_rank();
 }
 
-template <int kVecs, Pieces kPieces = Pieces::kInterleaved> EP_DEVICE int piece_vec(Warp warp, int i) {
-    return piece_vec<kVecs>(warp, kPieces, i);
-}
-
 // Calls `work(i, vec)` for each vector of this lane's piece that lies before `end`, both counted from the chunk's begin.
 template <int kVecs, class Work> EP_DEVICE void for_piece(Warp warp, Pieces pieces, int end, const Work& work) {
 #pragma unroll
     for (int i = 0; i < kVecs; ++i)
         if (const int vec = piece_vec<kVecs>(warp, pieces, i); vec < end) work(i, vec);
-}
-
-template <int kVecs, Pieces kPieces = Pieces::kInterleaved, class Work>
-EP_DEVICE void for_piece(Warp warp, int end, const Work& work) {
-    for_piece<kVecs>(warp, kPieces, end, work);
 }
 
 // By `load(vec)`. Behind `end` the piece is what it was.
@@ -44,20 +35,10 @@ EP_DEVICE void load_piece(Warp warp, Pieces pieces, Piece<kVecs>& piece, int end
     for_piece<kVecs>(warp, pieces, end, [&](int i, int vec) { piece.vec[i] = load(vec); });
 }
 
-template <Pieces kPieces = Pieces::kInterleaved, int kVecs, class Load>
-EP_DEVICE void load_piece(Warp warp, Piece<kVecs>& piece, int end, const Load& load) {
-    load_piece(warp, kPieces, piece, end, load);
-}
-
 // To a chunk at `target`.
 template <int kVecs>
 EP_DEVICE void store_piece(Warp warp, Pieces pieces, const Piece<kVecs>& piece, int end, prim::Vec16* target) {
     for_piece<kVecs>(warp, pieces, end, [&](int i, int vec) { prim::store_streaming(target + vec, piece.vec[i]); });
-}
-
-template <Pieces kPieces = Pieces::kInterleaved, int kVecs>
-EP_DEVICE void store_piece(Warp warp, const Piece<kVecs>& piece, int end, prim::Vec16* target) {
-    store_piece(warp, kPieces, piece, end, target);
 }
 
 }  // namespace EP_BACKEND

@@ -12,9 +12,6 @@ template <class T> EP_DEVICE T* broadcast_pointer(Warp, T* pointer, int source) 
     const auto bits = static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(pointer));
     return reinterpret_cast<T*>(static_cast<uintptr_t>(__shfl_sync(prim::kFullMask, bits, source)));
 }
-template <class T> EP_DEVICE T* broadcast_pointer(T* pointer, int source) {
-    return broadcast_pointer(Warp{}, pointer, source);
-}
 
 // One read, one write for each destination: `pointers` of the lanes in `lanes` (uniform) receive `num_vecs` x 16 bytes.
 template <int kUnroll>

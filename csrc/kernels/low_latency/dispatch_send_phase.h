@@ -62,7 +62,7 @@ EP_DEVICE void send_fp8(Warp warp, const Params& p, const Piece& piece, int chun
     const Vec16 packed = cast(piece, scale.inverse);
     const int vec = chunk * kWarpSize + warp.thread_rank();  // of the row in FP8
     for (uint32_t rest = targets.lanes; rest != 0; rest &= rest - 1) {
-        uint8_t* slot = algo::broadcast_pointer(targets.slot, __ffs(static_cast<int>(rest)) - 1);
+        uint8_t* slot = algo::broadcast_pointer(warp, targets.slot, __ffs(static_cast<int>(rest)) - 1);
         if (vec * kVecsOfPiece >= num_row_vecs(p.call)) continue;
         prim::store_streaming(reinterpret_cast<Vec16*>(slot) + vec, packed);
         if (vec % kLanesPerGroup == 0)
@@ -73,7 +73,7 @@ EP_DEVICE void send_fp8(Warp warp, const Params& p, const Piece& piece, int chun
 EP_DEVICE void send_bf16(Warp warp, const Params& p, const Piece& piece, int chunk, const Targets& targets) {
     warp.expect();
     for (uint32_t rest = targets.lanes; rest != 0; rest &= rest - 1) {
-        uint8_t* slot = algo::broadcast_pointer(targets.slot, __ffs(static_cast<int>(rest)) - 1);
+        uint8_t* slot = algo::broadcast_pointer(warp, targets.slot, __ffs(static_cast<int>(rest)) - 1);
         store_chunk(warp, Pieces::kInterleaved, p.call, chunk, piece, slot);
     }
 }

@@ -3,6 +3,7 @@
 #include <atomic>
 
 #include "core/error.h"
+#include "core/host_word.h"
 
 namespace deep_ep::rail::host {
 
@@ -19,14 +20,14 @@ template <class T> T* at(void* memory, size_t offset) {
 
 CommandRing::CommandRing(const std::shared_ptr<dev::Device>& device, uint32_t capacity)
     : capacity_(capacity),
-      memory_(device, device->allocate_host_mapped(kCommandsAt + capacity * sizeof(Command))),
+      memory_(device, device->allocate_host_mapped(kCommandsAt + capacity * sizeof(CommandSlot))),
       device_words_(device, 2) {
     EP_ENSURE(capacity > 0 && (capacity & (capacity - 1)) == 0, "a ring of ", capacity, " commands");
 }
 
 RingView CommandRing::view() const {
     RingView view{};
-    view.commands = at<Command>(memory_.get().device, kCommandsAt);
+    view.commands = at<CommandSlot>(memory_.get().device, kCommandsAt);
     view.taken = at<uint64_t>(memory_.get().device, kTakenAt);
     view.is_asleep = at<uint32_t>(memory_.get().device, kAsleepAt);
     view.claimed = device_words_.get();
@@ -35,22 +36,18 @@ RingView CommandRing::view() const {
     return view;
 }
 
+const CommandSlot& CommandRing::next_slot() const {
+    return at<CommandSlot>(memory_.get().host, kCommandsAt)[num_taken_ & (capacity_ - 1)];
+}
+
 bool CommandRing::has_command() const {
-    Command& next = at<Command>(memory_.get().host, kCommandsAt)[num_taken_ & (capacity_ - 1)];
     // Pairs with: detail::post in a kernel.
-    return std::atomic_ref<uint64_t>(next.sequence).load(std::memory_order_acquire) == num_taken_ + 1;
+    return load_acquire(next_slot().sequence) == num_taken_ + 1;
 }
 
 bool CommandRing::take(Command& command) {
     if (!has_command()) return false;
-    const Command& next = at<Command>(memory_.get().host, kCommandsAt)[num_taken_ & (capacity_ - 1)];
-    command.dst = next.dst;
-    command.src = next.src;
-    command.flag = next.flag;
-    command.value = next.value;
-    command.bytes = next.bytes;
-    command.peer = next.peer;
-    command.kind = next.kind;
+    command = next_slot().command;
     ++num_taken_;
     return true;
 }

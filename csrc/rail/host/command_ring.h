@@ -28,6 +28,8 @@ public:
     void wake_up();
 
 private:
+    const CommandSlot& next_slot() const;
+
     uint32_t capacity_;
     OwnedHostMapped memory_;                   // words, then commands
     dev::DeviceArray<uint64_t> device_words_;  // claimed, known_taken

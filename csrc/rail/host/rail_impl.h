@@ -52,14 +52,8 @@ template <class Wait> EP_DEVICE bool claim(const host::RingView& ring, uint64_t&
 template <class Wait> EP_DEVICE bool post(const host::RingView& ring, const host::Command& command, const Wait& wait) {
     uint64_t place = 0;
     if (!claim(ring, place, wait)) return false;
-    host::Command& slot = ring.commands[place & (ring.capacity - 1)];
-    slot.dst = command.dst;
-    slot.src = command.src;
-    slot.flag = command.flag;
-    slot.value = command.value;
-    slot.bytes = command.bytes;
-    slot.peer = command.peer;
-    slot.kind = command.kind;
+    host::CommandSlot& slot = ring.commands[place & (ring.capacity - 1)];
+    slot.command = command;
     // Pairs with: CommandRing::take on the host.
     prim::store<prim::Order::kRelease, prim::Scope::kSys>(&slot.sequence, place + 1);
     prim::wake_host(ring.is_asleep, ring.event);

@@ -10,7 +10,7 @@ namespace deep_ep::rail::host {
 
 enum class Kind : uint32_t { kPut = 1, kSet = 2, kAdd = 3 };
 
-struct alignas(64) Command {
+struct Command {
     uint64_t dst;
     uint64_t src;
     uint64_t flag;
@@ -19,15 +19,19 @@ struct alignas(64) Command {
     int32_t peer;
     Kind kind;
     uint32_t unused;
-    uint64_t unused_too;
+};
+
+struct alignas(64) CommandSlot {
+    Command command;
+    uint64_t unused;
     uint64_t sequence;  // its place, counted from 1; written last
 };
-static_assert(sizeof(Command) == 64);
+static_assert(sizeof(CommandSlot) == 64);
 
 // What the device half needs. Pointers are the device's.
 struct RingView {
     char* window;
-    Command* commands;
+    CommandSlot* commands;
     const uint64_t* taken;  // commands that the host has taken out; the host writes it
     uint32_t* is_asleep;    // the sender is
     uint64_t* claimed;      // places that are given away; in device memory

@@ -103,10 +103,10 @@ template <algo::Pieces kPieces> struct RowKernel {
         auto* row = reinterpret_cast<prim::Vec16*>(p.words);
         for (int base = 0; base < p.num; base += algo::kChunkVecs<kVecs>) {
             algo::Piece<kVecs> piece = {};
-            algo::load_piece<kPieces>(warp, piece, p.num - base, [&](int vec) { return row[base + vec]; });
+            algo::load_piece(warp, kPieces, piece, p.num - base, [&](int vec) { return row[base + vec]; });
             for (prim::Vec16& vec : piece.vec)
                 for (uint32_t& word : vec.word) ++word;
-            algo::store_piece<kPieces>(warp, piece, p.num - base, row + base);
+            algo::store_piece(warp, kPieces, piece, p.num - base, row + base);
         }
     }
 };
