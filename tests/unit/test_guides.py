@@ -1,4 +1,4 @@
-"""Every Python block of the guides runs, on two ranks, and prints what the page says."""
+"""Every Python block of the guides and of the API page runs, on two ranks, and prints what the page says."""
 from __future__ import annotations
 
 import os
@@ -23,10 +23,9 @@ def run(pages: list[Path], tmp_path: Path) -> subprocess.CompletedProcess[str]:
 
 def test_the_blocks_of_the_guides_run(tmp_path: Path) -> None:
     """In one group of two ranks, one page after the other."""
-    pages = [
-        page for page in sorted(GUIDES.glob('*.md')) if page.name != 'README.md' and '```python' in page.read_text()
-    ]
-    assert len(pages) >= 3
+    guides = [page for page in sorted(GUIDES.glob('*.md')) if '```python' in page.read_text()]
+    pages = [page for page in guides if page.name != 'README.md'] + [ROOT / 'docs' / 'api.md']
+    assert len(pages) >= 4
     done = run(pages, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f'{page}: ok' for page in pages]
