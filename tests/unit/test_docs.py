@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from reference import layout
 
 import deep_ep
+from deep_ep.__main__ import build_parser, with_default_benchmark
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = sorted(ROOT.glob('docs/pictures/*.svg'))
@@ -71,6 +73,32 @@ def test_the_checks_of_the_framework_pages_run(tmp_path: Path) -> None:
                              text=True, timeout=120, check=False)  # yapf: disable
         assert run.returncode == 0, run.stderr
         assert deep_ep.__version__ in run.stdout
+
+
+def commands_of(page: Path) -> list[str]:
+    """The commands of this package that a page shows, in blocks or in the text."""
+    found = re.findall(r'(?:^|`)python3? -m deep_ep (?!\.)([^`\n#]+)', page.read_text(), re.MULTILINE)
+    return [command.strip() for command in found if '...' not in command]
+
+
+@pytest.mark.parametrize('page', [page for page in PAGES if page.name != 'CHANGELOG.md' and commands_of(page)],
+                         ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_commands_of_a_page_have_the_options_that_it_names(page: Path) -> None:
+    for command in commands_of(page):
+        arguments = with_default_benchmark(shlex.split(command))
+        if arguments == ['calibrate']:  # its name alone: reports must be given
+            continue
+        try:
+            build_parser().parse_args(arguments)
+        except SystemExit:
+            pytest.fail(f'{page}: {command}')
+
+
+def test_the_errors_page_says_everything_once() -> None:
+    table = (ROOT / 'docs' / 'errors.md').read_text().split('| sentence | usual cause | remedy |')[1].split('\n\n')[0]
+    sentences = re.findall(r'^\| (`.+?) \|', table, re.MULTILINE)
+    assert len(sentences) > 40
+    assert sorted(sentences) == sorted(set(sentences))
 
 
 def test_the_index_has_every_page() -> None:
