@@ -180,6 +180,24 @@ def test_links_lead_to_files(page: Path) -> None:
     assert [target for target in targets if target and not (page.parent / target).exists()] == []
 
 
+def anchors_of(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    text = re.sub(r'```.*?```', '', page.read_text(), flags=re.DOTALL)
+    headings = re.findall(r'^#+ (.*)$', text, re.MULTILINE)
+    return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_headings(page: Path) -> None:
+    text = re.sub(r'```.*?```', '', page.read_text(), flags=re.DOTALL)
+    targets = [target.split('#') for target in re.findall(r'\]\(([^)\s:]*#[^)\s]+)\)', text)]
+    missing = [
+        '#'.join(target) for target in targets
+        if target[1] not in anchors_of((page.parent / target[0]).resolve() if target[0] else page)
+    ]
+    assert missing == []
+
+
 def test_the_walk_of_a_dispatch_names_files_that_are_on_it() -> None:
     """In words in docs/architecture.md, as a list of tools/dispatch_walk.py, which fails where a file is gone."""
     listed = subprocess.run([sys.executable, ROOT / 'tools' / 'dispatch_walk.py'],
