@@ -95,11 +95,12 @@ void Connection::connect_rail(const std::vector<std::string>& addresses) {
 
 kernels::HeapParams Connection::heap_params() const {
     EP_ENSURE(heap_->is_connected(), "this Buffer is not connected to its peers");
-    EP_ENSURE(engine_ == nullptr || is_rail_connected_, "this Buffer is not connected to other nodes");
     kernels::HeapParams params{.bases = {},
                                .rank = topology_.index(),
                                .num_ranks = topology_.ranks_per_node,
-                               .control = plan_.control};
+                               .control = plan_.control,
+                               .first_rank = topology_.neighbour(0),
+                               .num_nodes = topology_.num_nodes()};
     for (int index = 0; index < topology_.ranks_per_node; ++index) params.bases[index] = heap_->base(index);
     return params;
 }
