@@ -67,6 +67,12 @@ bool is_low_latency(layout::Operation operation) {
 std::string meaning_of(const layout::WaitRecord& record, uint64_t word) {
     const bool is_of_row = record.stage == layout::Stage::kRow || record.stage == layout::Stage::kSlot;
     if (word == 0) return "nothing";
+    if (record.stage == layout::Stage::kRailChunk || record.stage == layout::Stage::kRailTaken)
+        return concat("chunk ", layout::position_of_tag(word), " of call ", layout::call_of_tag(word));
+    if (record.stage == layout::Stage::kRailRoom) return concat(word, " commands");
+    // A forwarder leaves them as counts, a rail peer as a flag.
+    if (record.stage == layout::Stage::kRailCounts && layout::call_of_count(word) != 0)
+        return concat("call ", layout::call_of_count(word));
     if (record.stage == layout::Stage::kCapacity) return concat(word, " rows");
     if (record.stage == layout::Stage::kCounts) return concat("call ", layout::call_of_count(word));
     if (!is_of_row) return concat("call ", word);
@@ -152,6 +158,19 @@ std::string describe_bad_input(const layout::WaitRecord& record, const layout::T
                       " are stated. num_tokens_per_rank must count the tokens of is_token_in_rank; the tensors of a "
                       "handle must belong together.");
     if (record.stage == layout::Stage::kRows) return describe_rows(record, topology);
+    if (record.stage == layout::Stage::kRailShapes)
+        return concat(where(record, topology), ": ", name_of(record.peer, topology),
+                      " dispatches rows of another shape, or another number of experts. Shapes and formats must be the "
+                      "same on every rank; DEEP_EP_CHECK_CALLS=1 compares them.");
+    if (record.stage == layout::Stage::kRailCapacity)
+        return concat(where(record, topology), ": the handle has room for ", record.expected,
+                      " tokens to forward, but ", record.seen,
+                      " come from other nodes. The tensors of a handle must belong together, and stay as they are.");
+    if (record.stage == layout::Stage::kRailRows)
+        return concat(where(record, topology), ": ", static_cast<int32_t>(record.seen),
+                      " tokens between this rank and ", name_of(record.peer, topology), ", where ", record.token,
+                      " are stated. num_tokens_per_rdma_rank must count the tokens of is_token_in_rank by node; the "
+                      "tensors of a handle must belong together, and stay as they are.");
     if (record.stage == layout::Stage::kStated)
         return concat(
             where(record, topology), ": the routing table of rank ", record.peer, " states ",

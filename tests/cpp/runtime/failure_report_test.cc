@@ -110,15 +110,17 @@ void check_says(const std::string& sentence, const std::string& part) {
 TEST_CASE("across nodes every rank is named with its node, and who never entered the call") {
     const layout::WaitRecord record = make_rail_record(Stage::kRailCounts, 2, 3, 2);
     const std::string sentence = told_across(record, {{1, 3}, {2, 2}});
-    check_says(sentence, "dispatch, call 3, rank 0 of node 0: waited 0.0 s for rank 2 of node 1 to send its token counts");
+    check_says(sentence,
+               "dispatch, call 3, rank 0 of node 0: waited 0.0 s for rank 2 of node 1 to send its token counts");
     check_says(sentence, "never entered this call: rank 2 of node 1 (its last call was 2)");
 }
 
 TEST_CASE("a rail peer that entered the call and stalled says how far it is") {
-    check_says(told_across(make_rail_record(Stage::kRailChunk, 2, layout::make_tag(3, 4), layout::make_tag(3, 1)),
-                           {{1, 3}, {2, 3}}),
-               "to send tokens to this node; rank 2 of node 1 entered the call and stalled (expected chunk 4 of call 3, "
-               "seen chunk 1 of call 3)");
+    check_says(
+        told_across(make_rail_record(Stage::kRailChunk, 2, layout::make_tag(3, 4), layout::make_tag(3, 1)),
+                    {{1, 3}, {2, 3}}),
+        "to send tokens to this node; rank 2 of node 1 entered the call and stalled (expected chunk 4 of call 3, "
+        "seen chunk 1 of call 3)");
     check_says(told_across(make_rail_record(Stage::kRailTaken, 2, layout::make_tag(3, 4), 0), {{1, 3}, {2, 3}}),
                "(expected chunk 4 of call 3, seen nothing)");
     check_says(told_across(make_rail_record(Stage::kRailBank, 2, 1, 0), {{1, 3}, {2, 3}}),
@@ -128,28 +130,33 @@ TEST_CASE("a rail peer that entered the call and stalled says how far it is") {
 TEST_CASE("a rank of another node and another rail is waited for through its forwarder, who says what it saw") {
     const layout::WaitRecord record = make_rail_record(Stage::kRailCounts, 3, layout::make_count(3, 0), 0);
     const std::string sentence = told_across(record, {{1, 3}, {2, 3}}, "rank 3 of node 1 never entered");
-    check_says(sentence, "for rank 3 of node 1 to send its token counts; rank 1 of node 0, its forwarder, entered the call and has "
-                         "passed nothing on");
+    check_says(
+        sentence,
+        "for rank 3 of node 1 to send its token counts; rank 1 of node 0, its forwarder, entered the call and has "
+        "passed nothing on");
     check_says(sentence, "; it reports: rank 3 of node 1 never entered");
-    check_says(told_across(record, {{1, 2}, {2, 3}}), "never entered this call: rank 1 of node 0 (its last call was 2)");
+    check_says(told_across(record, {{1, 2}, {2, 3}}),
+               "never entered this call: rank 1 of node 0 (its last call was 2)");
 }
 
 TEST_CASE("an abort from another node names both ranks with their nodes") {
     layout::WaitRecord record = make_rail_record(Stage::kRow, 1, layout::make_tag(3, 0), layout::make_abort_code(3, 1));
     record.kind = FailureKind::kAborted;
-    check_says(told_across(record, {{1, 2}, {2, 3}}),
-               "aborted, rank 3 of node 1 gave up waiting for rank 1 of node 0; here: never entered this call: rank 1 of "
-               "node 0 (its last call was 2).");
+    check_says(
+        told_across(record, {{1, 2}, {2, 3}}),
+        "aborted, rank 3 of node 1 gave up waiting for rank 1 of node 0; here: never entered this call: rank 1 of "
+        "node 0 (its last call was 2).");
 }
 
 TEST_CASE("bad input on the rail is told by what was found") {
     layout::WaitRecord record = make_rail_record(Stage::kRailShapes, 2, 7, 9);
     record.kind = FailureKind::kBadInput;
-    check_says(told_across(record, {}), "rank 2 of node 1 calls with another shape");
+    check_says(told_across(record, {}), "rank 2 of node 1 dispatches rows of another shape");
     record.stage = Stage::kRailCapacity;
-    check_says(told_across(record, {}), "rail_head");
+    check_says(told_across(record, {}), "has room for 7 tokens to forward, but 9 come");
     record.stage = Stage::kRailRows;
-    check_says(told_across(record, {}), "handle");
+    record.token = 7;
+    check_says(told_across(record, {}), "9 tokens between this rank and rank 2 of node 1, where 7 are stated");
 }
 
 // Numbers that are not packed, but negative.
