@@ -108,6 +108,7 @@ uint64_t InternodeWorld::lend_offset() const {
 }
 
 uint64_t InternodeWorld::ended(int rank, int node) const {
+    const simt::hb::Quiet quiet;
     const auto* window = static_cast<const uint8_t*>(network_->engine(rank).window().host);
     return *reinterpret_cast<const uint64_t*>(window + rail_control_.ended.at(static_cast<uint64_t>(node)));
 }
