@@ -16,7 +16,7 @@ struct RailPlan {
     layout::RailControl control;  // at the start of the window; its data region follows at control.bytes
     layout::RailWindow window;    // of slots of this kind (dispatch or combine)
     layout::RailSlot slot;
-    uint8_t* counters;     // layout::RailCounters of device memory, zeroed when it was allocated
+    uint8_t* counters;      // layout::RailCounters of device memory, zeroed when it was allocated
     int num_forward_warps;  // in each block, beside those of Geometry; not used by the count exchange
 };
 

@@ -133,9 +133,9 @@ std::string absent_across(uint64_t seed) {
 }
 
 constexpr Scenario kScenarios[] = {
-    {"rail_credits", rail_credits},     {"rail_chunks", rail_chunks},   {"rail_and_slots", rail_and_slots},
-    {"three_nodes", three_nodes},       {"lent_across", lent_rows},     {"one_way_rail", one_way_rail},
-    {"counts_on_rail", counts_on_rail}, {"full_engine", full_engine},   {"absent_across", absent_across},
+    {"rail_credits", rail_credits},     {"rail_chunks", rail_chunks}, {"rail_and_slots", rail_and_slots},
+    {"three_nodes", three_nodes},       {"lent_across", lent_rows},   {"one_way_rail", one_way_rail},
+    {"counts_on_rail", counts_on_rail}, {"full_engine", full_engine}, {"absent_across", absent_across},
 };
 
 }  // namespace
