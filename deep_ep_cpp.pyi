@@ -113,7 +113,9 @@ class _LayoutArgs(TypedDict, total=False):
     num_tokens: int  # int32
     num_topk: int  # int32
     num_experts: int  # int32; of all ranks
+    num_nodes: int  # int32; that the ranks are divided into, evenly
     num_tokens_per_rank: int  # address; output, [num_ranks]
+    num_tokens_per_node: int  # address; output, [num_nodes]; or none
     num_tokens_per_expert: int  # address; output, [num_experts]
     is_token_in_rank: int  # address; output, bool [num_tokens, num_ranks]
 

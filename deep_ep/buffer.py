@@ -18,6 +18,7 @@ from typing_extensions import Self
 
 import deep_ep_cpp
 from deep_ep import _checks, _env, _high_throughput, _low_latency
+from deep_ep._dispatch import Payload
 from deep_ep._memory import view_memory
 from deep_ep._peers import Peers
 from deep_ep._session import Request, Session, build_session
@@ -351,7 +352,7 @@ class Buffer:
                                                          allocate_on_comm_stream)
 
     def dispatch(self,
-                 x: _high_throughput.Payload,
+                 x: Payload,
                  handle: Optional[tuple[torch.Tensor, ...]] = None,
                  num_tokens_per_rank: Optional[torch.Tensor] = None,
                  num_tokens_per_rdma_rank: Optional[torch.Tensor] = None,
@@ -389,8 +390,9 @@ class Buffer:
                     raise ValueError("topk_idx and topk_weights must be None when a handle is given")
                 return self._high_throughput.dispatch_cached(x, handle, num_sms, previous_event, async_finish,
                                                              allocate_on_comm_stream)
-            routing = _high_throughput.make_routing(num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank,
-                                                    topk_idx, topk_weights)
+            routing = _high_throughput.make_routing(num_tokens_per_rank, num_tokens_per_rdma_rank,
+                                                    num_tokens_per_expert, is_token_in_rank, topk_idx, topk_weights,
+                                                    session.topology.num_nodes)
             return self._high_throughput.dispatch_fresh(x, routing, expert_alignment, num_worst_tokens, num_sms,
                                                         previous_event, async_finish, allocate_on_comm_stream)
         except BaseException as error:

@@ -20,7 +20,9 @@ using Biases = const uint8_t* [kMaxBiases];
     FIELD(int, num_tokens, "") \
     FIELD(int, num_topk, "") \
     FIELD(int, num_experts, "of all ranks") \
+    FIELD(int, num_nodes, "that the ranks are divided into, evenly") \
     FIELD(int*, num_tokens_per_rank, "output, [num_ranks]") \
+    FIELD(int*, num_tokens_per_node, "output, [num_nodes]; or none") \
     FIELD(int*, num_tokens_per_expert, "output, [num_experts]") \
     FIELD(uint8_t*, is_token_in_rank, "output, bool [num_tokens, num_ranks]")
 

@@ -91,9 +91,10 @@ void Intranode::get_dispatch_layout(const LayoutArgs& args, dev::Stream stream) 
     connection_.check();
     check_tokens(args.num_tokens);
     check_num_experts(args.num_experts, num_ranks_);
-    const int num_counts = num_ranks_ + args.num_experts;
-    EP_CHECK(num_counts <= max_layout_counts(machine), "num_experts must be at most ",
-             max_layout_counts(machine) - num_ranks_, ", got ", args.num_experts);
+    EP_CHECK(args.num_nodes > 0 && num_ranks_ % args.num_nodes == 0, "num_nodes must divide the ", num_ranks_,
+             " ranks, got ", args.num_nodes);
+    const int max_experts = max_layout_counts(machine) - num_ranks_ - args.num_nodes;
+    EP_CHECK(args.num_experts <= max_experts, "num_experts must be at most ", max_experts, ", got ", args.num_experts);
     const LayoutGrid grid = plan_layout(machine, args.num_tokens);
     kernels_.layout({{.num_ranks = num_ranks_,
                       .partials = layout_partials_.get(),
