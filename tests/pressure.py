@@ -150,13 +150,14 @@ def repeated(worker: Worker, pending: PendingCall, what: str, num_biases: int) -
         pending.config = Config(max(2, most_sms // (1 + i % 2) // 2 * 2), 4, 8)
         pending.start_dispatch()
         recv_x, topk_idx, weights, _, handle, event = pending.result
+        src_idx = pending.recv_src_idx
         pending.landed(event)
         rows = recv_x if isinstance(recv_x, tuple) else (recv_x, )
-        combined, combined_weights, event = pending.buffer.combine(pending.padded(answers, handle[3].shape[0]), handle,
+        combined, combined_weights, event = pending.buffer.combine(pending.padded(answers, src_idx.shape[0]), handle,
                                                                    weights, bias, pending.config,
                                                                    **pending.stream_options())
         pending.landed(event)
-        received = (*rows, topk_idx, weights, handle[3])
+        received = (*rows, topk_idx, weights, src_idx)
         digests.add(*(tensor[:num_rows[rank]] for tensor in received), combined, combined_weights)
     return digests
 

@@ -14,7 +14,21 @@ END = '# -- End of the records'
 PYTHON_TYPES = {'bool': 'bool', 'two addresses': 'tuple[int, int]'}  # the others: int
 
 
-def render_record(name: str, fields: tuple[tuple[str, str, str], ...]) -> str:
+Fields = tuple[tuple[str, str, str], ...]
+
+
+def find_base(name: str, records: dict[str, Fields]) -> str | None:
+    """The record that one extends: all its fields come first in the other."""
+    fields = records[name]
+    for other, first in records.items():
+        if other != name and fields[:len(first)] == first:
+            return other
+    return None
+
+
+def render_record(name: str, records: dict[str, Fields]) -> str:
+    fields, base = records[name], find_base(name, records)
+    first = f'base: {base} = ..., /, ' if base else ''
     lines = [f'class _{name}(TypedDict, total=False):']
     for field, kind, meaning in fields:
         lines.append(f'    {field}: {PYTHON_TYPES.get(kind, "int")}  # {kind}{"; " if meaning else ""}{meaning}')
@@ -22,7 +36,7 @@ def render_record(name: str, fields: tuple[tuple[str, str, str], ...]) -> str:
         '',
         f'class {name}:',
         '    FIELDS: Tuple[Tuple[str, str, str], ...]',
-        f'    def __init__(self, **fields: Unpack[_{name}]) -> None: ...',
+        f'    def __init__(self, {first}**fields: Unpack[_{name}]) -> None: ...',
         f'    def replace(self, **fields: Unpack[_{name}]) -> {name}: ...',
     ]
     return '\n'.join(lines)
@@ -34,8 +48,9 @@ def render() -> str:
 
     before, rest = STUB.read_text().split(BEGIN)
     _, after = rest.split(END)
-    records = [(name, member.FIELDS) for name, member in vars(deep_ep_cpp).items() if hasattr(member, 'FIELDS')]
-    return f'{before}{BEGIN}\n\n' + '\n\n'.join(render_record(*record) for record in records) + f'\n\n{END}{after}'
+    records = {name: member.FIELDS for name, member in vars(deep_ep_cpp).items() if hasattr(member, 'FIELDS')}
+    return f'{before}{BEGIN}\n\n' + '\n\n'.join(render_record(name, records)
+                                                  for name in records) + f'\n\n{END}{after}'
 
 
 def main(arguments: list[str]) -> int:
