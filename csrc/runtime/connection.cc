@@ -62,8 +62,12 @@ void Connection::connect(const std::vector<std::string>& handles) {
 
 kernels::HeapParams Connection::heap_params() const {
     EP_ENSURE(heap_->is_connected(), "this Buffer is not connected to its peers");
-    kernels::HeapParams params{
-        .bases = {}, .rank = options_.rank, .num_ranks = options_.num_ranks, .control = plan_.control};
+    kernels::HeapParams params{.bases = {},
+                               .rank = options_.rank,
+                               .num_ranks = options_.num_ranks,
+                               .control = plan_.control,
+                               .first_rank = 0,
+                               .num_nodes = 1};
     for (int peer = 0; peer < options_.num_ranks; ++peer) params.bases[peer] = heap_->base(peer);
     return params;
 }

@@ -34,6 +34,14 @@ const char* awaited_at(layout::Stage stage) {
         case layout::Stage::kReturn: return "to finish its part";
         case layout::Stage::kCapacity: return "to refuse a call for which a peer has no room";
         case layout::Stage::kClean: return "to call it too";
+        case layout::Stage::kRailBank: return "to finish an earlier call";
+        case layout::Stage::kRailCounts: return "to send its token counts";
+        case layout::Stage::kRailChunk: return "to send tokens to this node";
+        case layout::Stage::kRailTaken: return "to take out tokens that were sent to its node";
+        case layout::Stage::kRailRoom: return "to take what is posted for it";
+        case layout::Stage::kRailShapes:
+        case layout::Stage::kRailCapacity:
+        case layout::Stage::kRailRows:
         case layout::Stage::kEntry:
         case layout::Stage::kStated:
         case layout::Stage::kOpen:
