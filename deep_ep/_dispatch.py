@@ -12,7 +12,7 @@ from deep_ep._handles import Places
 from deep_ep._memory import Lender, Spec
 from deep_ep._session import Session
 from deep_ep._streams import Operation
-from deep_ep_cpp import DispatchArgs, NotifyArgs
+from deep_ep_cpp import DispatchArgs, InternodeDispatchArgs, InternodeNotifyArgs, NotifyArgs
 
 Payload = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 
@@ -46,6 +46,7 @@ def address_of(tensor: Optional[torch.Tensor]) -> int:
 
 
 NO_COUNTS = 0, 0  # they have been exchanged
+HOST_DOES_NOT_WAIT = 0  # in the place of an alignment
 
 
 class Dispatch:
@@ -81,13 +82,19 @@ class Dispatch:
         with self.operation.allocation():
             outputs = self._outputs(num_rows)
         self._start(outputs)
-        self._send(map(address_of, outputs), num_rows, self.counts, True)
+        if self.places.rail is None:
+            self._send(map(address_of, outputs), num_rows, self.counts, True)
+        else:
+            self._exchange_counts(HOST_DOES_NOT_WAIT)
+            self._send(map(address_of, outputs), num_rows, NO_COUNTS, True)
         return outputs
 
     def counted(self, expert_alignment: int) -> tuple[int, list[int], Outputs]:
         """Rows that came, those of each expert, and the outputs."""
         lender = self.session.lender
-        found = None if lender is None else self._guessed(lender, expert_alignment)
+        # Nobody guesses across nodes: the kernel that exchanges counts there is always one of its own.
+        has_guess = lender is not None and self.places.rail is None
+        found = self._guessed(lender, expert_alignment) if lender is not None and has_guess else None
         if found is None:
             found = self._counted_first(expert_alignment)
         if lender is not None:
@@ -102,7 +109,7 @@ class Dispatch:
             return None
         self._start(())
         self._send(reserved.addresses, reserved.num_rows, self.counts, expert_alignment=expert_alignment)
-        num_rows, per_expert = self.session.runtime.wait_counts()
+        num_rows, per_expert, _ = self.session.runtime.wait_counts()
         if num_rows > reserved.num_rows:
             del reserved  # its memory may serve now
             return num_rows, per_expert, self._sent(num_rows)
@@ -112,6 +119,11 @@ class Dispatch:
 
     def _counted_first(self, expert_alignment: int) -> tuple[int, list[int], Outputs]:
         self._start(())
+        self._exchange_counts(expert_alignment)
+        num_rows, per_expert, num_rail_tokens = self.session.runtime.wait_counts()
+        return num_rows, per_expert, self._sent(num_rows, num_rail_tokens)
+
+    def _exchange_counts(self, expert_alignment: int) -> None:
         args = NotifyArgs(num_tokens_per_rank=self.counts[0],
                           num_tokens_per_expert=self.counts[1],
                           num_experts=self.num_experts,
@@ -121,15 +133,26 @@ class Dispatch:
                           row_bytes=self.hidden * self.rows.element_size(),
                           num_topk=self.num_topk,
                           num_scales=self.num_scales)
-        self.session.runtime.notify_dispatch(args, self.operation.stream)
-        num_rows, per_expert = self.session.runtime.wait_counts()
-        return num_rows, per_expert, self._sent(num_rows)
+        runtime, stream, rail, routing = self.session.runtime, self.operation.stream, self.places.rail, self.routing
+        if rail is None or routing is None:
+            runtime.notify_dispatch(args, stream)
+            return
+        runtime.internode_notify(
+            InternodeNotifyArgs(args,
+                                num_tokens_per_node=address_of(routing.num_tokens_per_node),
+                                recv_rank_prefix=rail.recv_rank_prefix.data_ptr(),
+                                rail_prefix=rail.prefix.data_ptr()), stream)
 
-    def _sent(self, num_rows: int) -> Outputs:
+    def _sent(self, num_rows: int, num_rail_tokens: int = 0) -> Outputs:
         """The second half of a call, whose counts have been exchanged."""
+        made: tuple[Optional[torch.Tensor], ...]
         with self.operation.allocation():
-            outputs = self._outputs(num_rows)
-        self.operation.add(outputs)
+            made = outputs = self._outputs(num_rows)
+            if self.places.rail is not None:
+                head = self.session.empty[torch.int32](num_rail_tokens, self.session.topology.ranks_per_node)
+                self.places = self.places._replace(rail=self.places.rail._replace(head=head))
+                made = (*outputs, head)
+        self.operation.add(made)
         self._send(map(address_of, outputs), num_rows, NO_COUNTS)
         return outputs
 
@@ -192,4 +215,13 @@ class Dispatch:
                             num_recv_rows=num_rows,
                             is_worst_case=is_worst_case,
                             expert_alignment=expert_alignment)
-        self.session.runtime.dispatch(args, self.num_sms, self.operation.stream)
+        runtime, stream, rail = self.session.runtime, self.operation.stream, self.places.rail
+        if rail is None:
+            runtime.dispatch(args, self.num_sms, stream)
+        else:
+            runtime.internode_dispatch(
+                InternodeDispatchArgs(args,
+                                      rail_prefix=rail.prefix.data_ptr(),
+                                      send_rail_head=rail.send_head.data_ptr(),
+                                      rail_head=rail.head.data_ptr(),
+                                      num_rail_rows=rail.head.shape[0]), self.num_sms, stream)

@@ -13,7 +13,7 @@ from deep_ep._memory import Spec, num_bytes_of
 from deep_ep._session import Session
 from deep_ep._streams import Operation
 from deep_ep.utils import EventHandle, EventOverlap
-from deep_ep_cpp import CombineArgs, Error, LayoutArgs
+from deep_ep_cpp import CombineArgs, Error, InternodeCombineArgs, LayoutArgs
 
 DispatchResult = tuple[Payload, Optional[torch.Tensor], Optional[torch.Tensor], Optional[list[int]], Optional[Handle],
                        EventOverlap]
@@ -166,7 +166,16 @@ class HighThroughput:
                                num_tokens=num_tokens,
                                combined_x=combined.data_ptr(),
                                combined_topk_weights=address_of(weights))
-            session.runtime.combine(args, num_sms, operation.stream)
+            rail = places.rail
+            if rail is None:
+                session.runtime.combine(args, num_sms, operation.stream)
+            else:
+                session.runtime.internode_combine(
+                    InternodeCombineArgs(args,
+                                         rail_prefix=rail.prefix.data_ptr(),
+                                         send_rail_head=rail.send_head.data_ptr(),
+                                         rail_head=rail.head.data_ptr(),
+                                         num_rail_tokens=rail.head.shape[0]), num_sms, operation.stream)
             event = close_operation(operation)
         return combined, weights, event
 

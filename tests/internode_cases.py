@@ -1,5 +1,6 @@
-"""What the worker processes do in tests/test_internode.py beside the cases of one node. All ranks of a group run them."""
+"""What the worker processes do in tests/test_internode.py beside the cases of one node, on all ranks of a group."""
 
+import os
 import time
 from typing import Any, Optional
 
@@ -11,7 +12,7 @@ from utils import Worker
 from workload import Workload
 
 import deep_ep
-from deep_ep import Buffer, Config
+from deep_ep import Config
 
 NUM_BANKS = 2
 
@@ -56,9 +57,14 @@ def lent_inputs(worker: Worker, work: Workload) -> None:
 def other_names(worker: Worker, work: Workload) -> None:
     """internode_dispatch and internode_combine are what dispatch and combine come to."""
     buffer, pending = worker.buffer(), PendingCall(worker, worker.buffer(), work).layout().dispatch()
-    topk = {"topk_idx": pending.topk_idx, "topk_weights": pending.mine.topk_weights.to(worker.device)}  # type: ignore[union-attr]
+    topk = {
+        "topk_idx": pending.topk_idx,
+        "topk_weights": pending.mine.topk_weights.to(worker.device)
+    }  # type: ignore[union-attr]
     x, config = pending.payload(), Config(4, 4, 8, 2, 8)
-    recv_x, idx, weights, counts, handle, _ = buffer.internode_dispatch(x, **pending.layout_tensors, **topk,
+    recv_x, idx, weights, counts, handle, _ = buffer.internode_dispatch(x,
+                                                                        **pending.layout_tensors,
+                                                                        **topk,
                                                                         config=config)
     for name, got, want in zip(("recv_x", "recv_topk_idx", "recv_topk_weights"), (recv_x, idx, weights),
                                pending.result):
@@ -102,7 +108,10 @@ def as_v1_is_tested(worker: Worker, num_tokens: int, hidden: int, num_experts: i
     again, *nothing, _ = buffer.dispatch(x=x, handle=handle, config=config)
     equal("cached results", nothing, [None] * 4)
     same_bits("cached recv_x", again, recv_x)
-    combined, combined_weights, _ = buffer.combine(x=recv_x, bias=None, handle=handle, topk_weights=recv_weights,
+    combined, combined_weights, _ = buffer.combine(x=recv_x,
+                                                   bias=None,
+                                                   handle=handle,
+                                                   topk_weights=recv_weights,
                                                    config=config)
     copies = in_rank.sum(1, keepdim=True)
     error = (combined.float() / copies - x.float()).abs().max().item()
@@ -137,7 +146,6 @@ def killed_in_another_node(worker: Worker, work: Workload, victim: int) -> tuple
         PendingCall(worker, buffer, work).whole_trip()
         worker.barrier()
         if worker.rank == victim:
-            import os
             os._exit(7)
         started = time.monotonic()
         message = failure_of(lambda: (PendingCall(worker, buffer, work).whole_trip(), settle(worker, buffer)))
@@ -205,7 +213,3 @@ def different_calls(worker: Worker) -> list[str]:
         other.cached_dispatch().combine()
         worker.barrier()
     return sentences
-
-
-def spans_nodes(buffer: Buffer) -> bool:
-    return buffer._session is not None and buffer._session.topology.num_nodes > 1
