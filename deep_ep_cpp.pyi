@@ -324,15 +324,31 @@ class Buffer:
 
     def __init__(self, device: Device, rank: int, num_ranks: int, *, num_data_bytes: int, timeout_s: float,
                  warn_s: float, num_low_latency_bytes: int = 0, is_shrinkable: bool = False,
-                 num_lend_bytes: int = 0) -> None:
+                 num_lend_bytes: int = 0, ranks_per_node: int = 0, num_rail_bytes: int = 0,
+                 rail_reach: str = "") -> None:
         """Allocates the local part of the symmetric heap: control words, `num_data_bytes` of data for the
         high-throughput mode, `num_low_latency_bytes` for the low-latency mode, and `num_lend_bytes` for tensors that
         peers reach in place (with a 64th more for copies of weights). LEND_PART_OF_DATA: these are a part
-        of the data."""
+        of the data.
+
+        With several nodes of `ranks_per_node` (0: there is one node) also the rail window, with `num_rail_bytes` of
+        data (0: as many as num_data_bytes, and 16 MiB for each other node at least). DEEP_EP_RAIL carries them; it
+        listens on DEEP_EP_RAIL_INTERFACE, or else on the interface that reaches the host `rail_reach`."""
 
     def export_handle(self) -> bytes: ...
     def connect(self, handles: List[bytes]) -> None:
-        """Maps every peer's heap; `handles[rank]` is this rank's own."""
+        """Maps the heap of every peer of this node; `handles` are those of all ranks."""
+
+    def rail_address(self) -> bytes:
+        """Where the rail peers of this rank find it; empty within a node."""
+    def connect_rail(self, addresses: List[bytes]) -> None:
+        """Together with the rail peers, after `connect`; `addresses` are those of all ranks. Nothing within a node."""
+    @property
+    def num_rail_bytes(self) -> int:
+        """Of data in the rail window; 0 within a node."""
+    @property
+    def rail_name(self) -> str:
+        """The engine and where it listens; empty within a node."""
 
     @property
     def data_ptr(self) -> int: ...
