@@ -124,7 +124,7 @@ FEATURES = {
     "cuda": "the CUDA device is compiled in (there may be no GPU)",
     "sm90": "code that uses the features of SM90 and newer GPUs is compiled in",
 }
-_TO_COME = ("internode", "low_latency_internode")
+_TO_COME = ("low_latency_internode", )
 
 
 def features() -> dict[str, bool]:

@@ -185,12 +185,6 @@ def bad_arguments(worker: Worker, work: Workload) -> None:
     pending.cached_dispatch().combine()
 
 
-def low_latency_is_refused(worker: Worker) -> str:
-    message = failure_of(lambda: worker.new_buffer(1 << 16, num_rdma_bytes=1 << 20, low_latency_mode=True))
-    PendingCall(worker, worker.buffer(), Workload((3, ) * worker.num_ranks)).whole_trip()
-    return message
-
-
 def described(worker: Worker) -> str:
     return repr(worker.buffer())
 

@@ -7,8 +7,13 @@
 Nodes are virtual ones here (DEEP_EP_RANKS_PER_NODE), joined over loopback. Under torchrun they are the machines.
 """
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import failure_cases as failures
 import internode_cases as cases
@@ -18,6 +23,7 @@ import pressure
 import pytest
 import torch
 from pending_call import How
+from rail_group import Namespaces
 from test_intranode import even, uneven
 from utils import Pool, device
 from workload import ROUTINGS, SCALE_LAYOUTS, Workload
@@ -240,16 +246,11 @@ def test_bad_arguments(two: Pool) -> None:
     two.run(cases.bad_arguments, 4, Workload((5, 9, 2, 7)))
 
 
-def test_low_latency_is_refused(two: Pool) -> None:
-    for message in two.run(cases.low_latency_is_refused, 4):
-        assert "low_latency_mode works within one node" in message
-
-
 def test_repr_names_nodes_and_engine(two: Pool) -> None:
     for rank, text in enumerate(two.run(cases.described, 4)):
         assert f"rank {rank} of 4" in text
         assert f"node {rank // 2} of 2 with 2 rank(s)" in text
-        assert "rail host" in text
+        assert "rail: host (TCP, 127.0.0.1:" in text
 
 
 def test_different_calls_are_named() -> None:
@@ -280,6 +281,84 @@ def test_killed_rank_is_named(two: Pool) -> None:
             message, took = result
             assert f"rank {victim}" in message, found
             assert took < 15, found
+
+
+# Two hosts, as far as TCP can tell
+
+
+@pytest.fixture
+def hosts() -> Iterator[Namespaces]:
+    with Namespaces(2) as namespaces:
+        if namespaces.failure is not None:
+            pytest.skip(f"no network namespaces here ({namespaces.failure}): tested over loopback alone")
+        yield namespaces
+
+
+def start_members(hosts: Namespaces, ranks_per_host: int, *command: str) -> list[subprocess.Popen[str]]:
+    """A process for each rank, as torchrun would start them on two machines."""
+    found = []
+    for rank in range(2 * ranks_per_host):
+        host, local_rank = divmod(rank, ranks_per_host)
+        environment = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(local_rank),
+            "WORLD_SIZE": str(2 * ranks_per_host),
+            "MASTER_ADDR": hosts.address(0),
+            "MASTER_PORT": "29517",
+            "GLOO_SOCKET_IFNAME": "rail0",
+            # Both run on one kernel, by which nodes are found.
+            "DEEP_EP_RANKS_PER_NODE": str(ranks_per_host)
+        }
+        found.append(
+            subprocess.Popen([*hosts.enter(host), sys.executable, *command],
+                             env={
+                                 **os.environ,
+                                 **environment
+                             },
+                             stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE,
+                             text=True))
+    return found
+
+
+def stop(processes: list[subprocess.Popen[str]]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def test_between_hosts(hosts: Namespaces) -> None:
+    """The script, as on two machines: its ranks find each other by the address of the first."""
+    processes = start_members(hosts, 2, __file__, "--num-tokens", "24", "--hidden", "512", "--num-experts", "16")
+    try:
+        outputs = [process.communicate(timeout=90)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0] * 4
+        assert outputs[0].count(": passed") == 6
+        assert outputs[1:] == ["", "", ""]
+    finally:
+        stop(processes)
+
+
+def test_link_that_goes_down(hosts: Namespaces) -> None:
+    """Half open: neither side is told. Every rank ends by itself, and names a rank of the other node."""
+    member = str(Path(__file__).with_name("internode_member.py"))
+    processes = start_members(hosts, 2, member)
+    try:
+        for rank, process in enumerate(processes):
+            assert process.stdout is not None
+            ready = json.loads(process.stdout.readline())["ready"]
+            assert f"{hosts.address(rank // 2)}:" in ready  # the engine listens where the other host reaches it
+        hosts.cut(1)
+        outputs = [process.communicate("go\n", timeout=60)[0] for process in processes]
+        for rank, output in enumerate(outputs):
+            found = json.loads(output)
+            others = (2, 3) if rank < 2 else (0, 1)
+            assert any(f"rank {other}" in found["failure"] for other in others), outputs
+            assert found["took"] < 20, outputs
+            assert found["released"] < 10, outputs
+    finally:
+        stop(processes)
 
 
 def main() -> None:

@@ -51,9 +51,11 @@ class Workload:
         self._fp8 = [(x.to(torch.float8_e4m3fn), scales) for x in self._bf16]
 
     def _make_routing(self, device: torch.device) -> dict[str, Any]:
-        per_rank, _, per_expert, is_in_rank, _ = self._buffer.get_dispatch_layout(self.topk_idx, self.shape.num_experts)
+        per_rank, per_node, per_expert, is_in_rank, _ = self._buffer.get_dispatch_layout(
+            self.topk_idx, self.shape.num_experts)
         return {
             "num_tokens_per_rank": per_rank,
+            "num_tokens_per_rdma_rank": per_node,
             "is_token_in_rank": is_in_rank,
             "num_tokens_per_expert": per_expert,
             "topk_idx": self.topk_idx,

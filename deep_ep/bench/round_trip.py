@@ -115,9 +115,9 @@ def _exchange(hub: _Hub, device: str) -> None:
 
 def _check_high_throughput(buffer: Buffer, x: torch.Tensor, topk_idx: torch.Tensor, num_experts: int) -> None:
     """Every rank gives back what it received, so a token comes home once for each rank that it went to."""
-    per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, num_experts)
+    per_rank, per_node, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, num_experts)
     weights = torch.ones(topk_idx.shape, device=x.device)
-    received, _, _, _, handle, _ = buffer.dispatch(x, None, per_rank, None, in_rank, per_expert, topk_idx, weights)
+    received, _, _, _, handle, _ = buffer.dispatch(x, None, per_rank, per_node, in_rank, per_expert, topk_idx, weights)
     assert isinstance(received, torch.Tensor) and handle is not None  # noqa: S101, PT018 - for mypy: x is no tuple
     combined = buffer.combine(received, handle)[0]
     expected = (x.float() * in_rank.sum(1, keepdim=True)).to(torch.bfloat16)
