@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+import deep_ep_cpp
 from deep_ep import _env
 from deep_ep.buffer import Buffer
 
@@ -98,30 +99,46 @@ def _serve(rank: int, size: int, device: str, gpu: int, connection: Connection) 
         connection.send(("end", None))
 
 
+def num_nodes(num_ranks: int) -> int:
+    """That so many ranks of this machine are: more than one where DEEP_EP_RANKS_PER_NODE says so."""
+    ranks_per_node = int(deep_ep_cpp.get_environment()["ranks_per_node"])
+    return num_ranks // ranks_per_node if 0 < ranks_per_node < num_ranks else 1
+
+
 def _exchange(hub: _Hub, device: str) -> None:
     num_experts = 4 * hub.Get_size()
     generator = torch.Generator().manual_seed(hub.Get_rank())
     x = torch.randn(NUM_TOKENS, HIDDEN, generator=generator).to(torch.bfloat16).to(device)
     choice = torch.rand(NUM_TOKENS, num_experts, generator=generator).topk(NUM_TOPK)
     topk_idx = choice.indices.to(device)
+    has_low_latency = num_nodes(hub.Get_size()) == 1
     rdma_bytes = Buffer.get_low_latency_rdma_size_hint(NUM_TOKENS, HIDDEN, hub.Get_size(), num_experts)
     for lend_bytes in (0, BUFFER_BYTES):
-        with Buffer(None, BUFFER_BYTES, rdma_bytes, low_latency_mode=True, comm=hub, timeout_s=WAIT_S,
-                    num_lend_bytes=lend_bytes) as buffer:  # yapf: disable
+        with Buffer(None, BUFFER_BYTES, rdma_bytes if has_low_latency else 0, low_latency_mode=has_low_latency,
+                    comm=hub, timeout_s=WAIT_S, num_lend_bytes=lend_bytes) as buffer:  # yapf: disable
             _check_high_throughput(buffer, x, topk_idx, num_experts)
-            if lend_bytes == 0:
+            if lend_bytes == 0 and has_low_latency:
                 _check_low_latency(buffer, x, topk_idx, num_experts)
 
 
 def _check_high_throughput(buffer: Buffer, x: torch.Tensor, topk_idx: torch.Tensor, num_experts: int) -> None:
-    """Every rank gives back what it received, so a token comes home once for each rank that it went to."""
+    """Every rank gives back what it received, so a token comes home once for each rank that it went to.
+
+    Other nodes sum their copies, and round, before they send them.
+    """
     per_rank, per_node, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, num_experts)
     weights = torch.ones(topk_idx.shape, device=x.device)
     received, _, _, _, handle, _ = buffer.dispatch(x, None, per_rank, per_node, in_rank, per_expert, topk_idx, weights)
     assert isinstance(received, torch.Tensor) and handle is not None  # noqa: S101, PT018 - for mypy: x is no tuple
     combined = buffer.combine(received, handle)[0]
-    expected = (x.float() * in_rank.sum(1, keepdim=True)).to(torch.bfloat16)
-    _compare("high throughput", combined, expected)
+    nodes = num_nodes(buffer.group_size)
+    copies = in_rank.view(len(x), nodes, -1).sum(2).float()
+    own_node = buffer.rank * nodes // buffer.group_size
+    expected = x.float() * copies[:, own_node:own_node + 1]
+    for node in range(nodes):
+        if node != own_node:
+            expected += (x.float() * copies[:, node:node + 1]).to(torch.bfloat16).float()
+    _compare("high throughput", combined, expected.to(torch.bfloat16))
 
 
 def _check_low_latency(buffer: Buffer, x: torch.Tensor, topk_idx: torch.Tensor, num_experts: int) -> None:
