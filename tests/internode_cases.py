@@ -7,6 +7,7 @@ from typing import Any, Optional
 import torch
 from compare import equal, same_bits
 from failure_cases import SHORT_TIMEOUT_S, failure_of, impatient_buffer, settle
+from lending_cases import LEND_BYTES
 from pending_call import How, PendingCall, dispatch_arguments
 from utils import Worker
 from workload import Workload
@@ -45,13 +46,12 @@ def too_small_window(worker: Worker) -> str:
         return message
 
 
-def without_lending(worker: Worker, work: Workload) -> None:
-    with worker.new_buffer(num_lend_bytes=0) as buffer:
-        PendingCall(worker, buffer, work).whole_trip(1)
-
-
-def lent_inputs(worker: Worker, work: Workload) -> None:
-    PendingCall(worker, worker.buffer(), work, How(lends=True)).whole_trip(2)
+def some_lend(worker: Worker, work: Workload) -> None:
+    """Every other rank has kept what it could lend: its rows come through slots, as do those that it gives back."""
+    with worker.new_buffer(num_lend_bytes=LEND_BYTES) as buffer:
+        kept = [buffer.lend((LEND_BYTES, ), torch.uint8)] if worker.rank % 2 else []
+        pending = PendingCall(worker, buffer, work, How(lends=not kept)).layout().dispatch().combine(2)
+        pending.cached_dispatch(work.next()).combine()
 
 
 def other_names(worker: Worker, work: Workload) -> None:

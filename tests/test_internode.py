@@ -18,6 +18,7 @@ from pathlib import Path
 import failure_cases as failures
 import internode_cases as cases
 import intranode_cases as same_cases
+import lending_cases as lending
 import modes
 import pressure
 import pytest
@@ -44,9 +45,13 @@ class Nodes:
         return self.of_one if ranks_per_node == 1 else self.of_two, num_nodes * ranks_per_node
 
 
+def virtual_nodes(ranks_per_node: int, **environment: str) -> dict[str, str]:
+    return {"DEEP_EP_RANKS_PER_NODE": str(ranks_per_node), "DEEP_EP_RAIL_INTERFACE": "lo", **environment}
+
+
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
-    made = Nodes(Pool(3, {"DEEP_EP_RANKS_PER_NODE": "1"}), Pool(8, {"DEEP_EP_RANKS_PER_NODE": "2"}))
+    made = Nodes(Pool(3, virtual_nodes(1)), Pool(8, virtual_nodes(2)))
     yield made
     made.of_one.close()
     made.of_two.close()
@@ -174,9 +179,18 @@ def test_what_v1_is_tested_for(nodes: Nodes, topology: str) -> None:
     pool.run(cases.as_v1_is_tested, num_ranks, 37, 256, 4 * num_ranks)
 
 
-def test_lent_and_not_lent(two: Pool) -> None:
-    two.run(cases.without_lending, 4, Workload((9, 3, 0, 14)))
-    two.run(cases.lent_inputs, 4, Workload((9, 3, 0, 14)))
+@pytest.mark.parametrize("how", [How(lends=True), How(worst_factor=2), How(is_async=True, lends=True)])
+def test_outputs_are_lent(two: Pool, how: How) -> None:
+    for found in two.run(lending.outputs_are_lent, 4, Workload((9, 3, 5, 14)), how):
+        assert all(found)
+
+
+def test_some_ranks_lend_and_others_do_not(two: Pool) -> None:
+    two.run(cases.some_lend, 4, Workload((9, 3, 0, 14)))
+
+
+def test_lent_memory_is_lent_again(two: Pool) -> None:
+    two.run(lending.freed_rows_are_lent_again, 4, Workload((9, 3, 5, 14), hidden=256))
 
 
 # Events
@@ -254,7 +268,7 @@ def test_repr_names_nodes_and_engine(two: Pool) -> None:
 
 
 def test_different_calls_are_named() -> None:
-    pool = Pool(4, {"DEEP_EP_RANKS_PER_NODE": "2", "DEEP_EP_CHECK_CALLS": "1"})
+    pool = Pool(4, virtual_nodes(2, DEEP_EP_CHECK_CALLS="1"))
     for layout, handle in pool.run(cases.different_calls, 4):
         assert "rank 0: num_tokens_per_rdma_rank must count the tokens in is_token_in_rank, which are" in layout
         assert "the dispatch of the handle must be the same on every rank, got one by which other rows come" in handle
@@ -365,7 +379,7 @@ def main() -> None:
     parser = modes.make_parser("Dispatch and combine across nodes, checked against the reference")
     parser.add_argument("--ranks-per-node", type=int, default=2, help="of virtual nodes; not under torchrun")
     args = parser.parse_args()
-    modes.run(args, parser, {"DEEP_EP_RANKS_PER_NODE": str(args.ranks_per_node)}, has_members=True)
+    modes.run(args, parser, virtual_nodes(args.ranks_per_node), has_members=True)
 
 
 if __name__ == "__main__":
