@@ -73,7 +73,7 @@ class Dispatch:
     def cached(self, num_rows: int) -> Outputs:
         with self.operation.allocation():
             outputs = self._outputs(num_rows)
-        self.operation.start((self.rows, self.scales, *self.places.tensors()), outputs)
+        self.operation.start((self.rows, self.scales, *self.places.read_later()), outputs)
         # The handle may come from a worst-case dispatch: fewer rows than it has room for are no error.
         self._send(map(address_of, outputs), num_rows, NO_COUNTS, True)
         return outputs
@@ -157,7 +157,7 @@ class Dispatch:
         return outputs
 
     def _start(self, outputs: tuple[Optional[torch.Tensor], ...]) -> None:
-        self.operation.start((self.rows, self.scales, *(self.routing or ())), (*self.places.tensors(), *outputs))
+        self.operation.start((self.rows, self.scales, *(self.routing or ())), (*self.places.written(), *outputs))
 
     def _outputs(self, num_rows: int) -> Outputs:
         """Lent to the peers where there is room for all."""

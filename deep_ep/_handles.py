@@ -40,9 +40,9 @@ class Rail(NamedTuple):
     """Where tokens stand that go to other nodes, or come from there."""
 
     prefix: torch.Tensor
-    recv_rank_prefix: torch.Tensor
     send_head: torch.Tensor
     head: torch.Tensor
+    recv_rank_prefix: torch.Tensor  # for callers: no later call reads it
 
 
 class Places(NamedTuple):
@@ -52,16 +52,11 @@ class Places(NamedTuple):
     send_head: torch.Tensor
     rail: Optional[Rail]  # None: within a node
 
-    def tensors(self) -> tuple[Optional[torch.Tensor], ...]:
+    def read_later(self) -> tuple[torch.Tensor, ...]:
+        return self[:2] if self.rail is None else (*self[:2], *self.rail[:3])
+
+    def written(self) -> tuple[torch.Tensor, ...]:
         return self[:2] if self.rail is None else (*self[:2], *self.rail)
-
-
-class Known(NamedTuple):
-    """A handle that was read."""
-
-    places: Places
-    num_tokens: int
-    num_rows: int
 
 
 class Handles:
@@ -83,8 +78,8 @@ class Handles:
         make, num_ranks, num_nodes = self._session.empty[torch.int32], self._num_ranks, self._num_nodes
         rail = None
         if num_nodes > 1:
-            rail = Rail(make(num_nodes), make(num_ranks), make(num_tokens, num_nodes),
-                        make(num_rail_rows, self._ranks_per_node))
+            rail = Rail(make(num_nodes), make(num_tokens, num_nodes), make(num_rail_rows, self._ranks_per_node),
+                        make(num_ranks))
         return Places(make(num_ranks, self._ranks_per_node), make(num_tokens, num_ranks), rail)
 
     def make(self, places: Places, is_token_in_rank: torch.Tensor, recv_src_idx: torch.Tensor, num_tokens: int,
@@ -98,8 +93,8 @@ class Handles:
         return (is_token_in_rank, unused, send_head, unused, rail.prefix, matrix, rail.recv_rank_prefix, recv_src_idx,
                 rail.send_head, rail.head)
 
-    def read(self, handle: Any) -> Known:
-        """The handle of a dispatch, also after a trip through save_for_backward."""
+    def read(self, handle: Any) -> tuple[Places, int, int]:
+        """What is in the handle of a dispatch, also after a trip through save_for_backward; T and M."""
         if not isinstance(handle, (tuple, list)):
             raise TypeError(f"handle must be the tuple that dispatch returned, got {type(handle).__name__}")
         if len(handle) != self._num_fields:
@@ -109,13 +104,13 @@ class Handles:
             matrix, _, _, recv_src_idx, _, send_head = handle
         else:
             _, _, send_head, _, prefix, matrix, recv_rank_prefix, recv_src_idx, send_rail_head, rail_head = handle
-            rail = Rail(prefix, recv_rank_prefix, send_rail_head, rail_head)
+            rail = Rail(prefix, send_rail_head, rail_head, recv_rank_prefix)
         known = self._known.find(send_head, matrix, recv_src_idx)
         if known is None:
             known = self._check(handle, matrix, send_head, recv_src_idx)
         if rail is not None and self._known_rails.find(rail.send_head, rail.prefix, rail.head) != known[0]:
             self._check_rail(rail, known[0])
-        return Known(Places(matrix, send_head, rail), *known)
+        return Places(matrix, send_head, rail), known[0], known[1]
 
     def fact(self, places: Places) -> dict[str, Any]:
         """What tells a handle from others, for the comparison of calls. Waits for the device."""
@@ -139,7 +134,6 @@ class Handles:
         return known
 
     def _check_rail(self, rail: Rail, num_tokens: int) -> None:
-        """What is read from memory: nobody here reads recv_rank_prefix, which is for callers."""
         device, num_nodes = self._session.streams.device, self._num_nodes
         _checks.check_tensor("handle[4] (rail_prefix)", rail.prefix, device, (num_nodes, ), INT32)
         _checks.check_tensor("handle[8] (send_rail_head)", rail.send_head, device, (num_tokens, num_nodes), INT32)

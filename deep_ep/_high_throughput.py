@@ -154,7 +154,7 @@ class HighThroughput:
             with operation.allocation():
                 combined = session.empty[torch.bfloat16](num_tokens, hidden)
                 weights = None if topk_weights is None else session.empty[torch.float32](num_tokens, num_topk)
-            operation.start((x, topk_weights, *biases, *places.tensors()), (combined, weights))
+            operation.start((x, topk_weights, *biases, *places.read_later()), (combined, weights))
             args = CombineArgs(x=x.data_ptr(),
                                num_rows=num_rows,
                                hidden=hidden,
