@@ -9,7 +9,7 @@ Loans::Loans(Connection& connection)
       lender_(std::make_shared<Lender>(connection.device(), connection.plan().num_lend_bytes)) {}
 
 std::vector<std::unique_ptr<LentMemory>> Loans::lend(const std::vector<int64_t>& sizes, dev::Stream stream,
-                                                         bool is_captured) {
+                                                     bool is_captured) {
     connection_.require_usable();
     for (int64_t size : sizes) EP_ENSURE(size > 0, "every size must be positive, got ", size);
     const std::vector<uint64_t> wanted(sizes.begin(), sizes.end());
@@ -55,8 +55,6 @@ layout::Loan Loans::loan_for(const kernels::CombineArgs& args) const {
     return loan;
 }
 
-float* Loans::weights() const {
-    return reinterpret_cast<float*>(connection_.local(connection_.plan().weights_offset));
-}
+float* Loans::weights() const { return reinterpret_cast<float*>(connection_.local(connection_.plan().weights_offset)); }
 
 }  // namespace deep_ep::runtime
