@@ -48,7 +48,8 @@ uint64_t num_lending_ranks(const layout::Topology& topology) {
 // The smallest data region with which calls of such slots work.
 uint64_t data_bytes_for(const HeapPlan& heap, const layout::SlotLayout& slot) {
     const uint64_t slots =
-        layout::WindowLayout::bytes_for(static_cast<uint64_t>(heap.topology.ranks_per_node), slot.bytes, 1);
+        layout::WindowLayout::bytes_for(static_cast<uint64_t>(heap.topology.ranks_per_node), slot.bytes, 1,
+                                        static_cast<uint64_t>(heap.topology.num_nodes()));
     return heap.lends_part_of_data() ? layout::DataSplit::bytes_for(slots, 0, num_lending_ranks(heap.topology)) : slots;
 }
 
@@ -85,7 +86,8 @@ Machine Machine::of(const dev::Device& device, int num_ranks) {
 HeapPlan plan_heap(const BufferOptions& options) {
     HeapPlan heap{};
     heap.topology = options.topology();
-    heap.control = layout::ControlLayout::make(static_cast<uint64_t>(heap.topology.ranks_per_node));
+    heap.control = layout::ControlLayout::make(static_cast<uint64_t>(heap.topology.ranks_per_node),
+                                               static_cast<uint64_t>(heap.topology.num_nodes()));
     heap.num_data_bytes = static_cast<uint64_t>(options.num_data_bytes);
     heap.num_low_latency_bytes = static_cast<uint64_t>(options.num_low_latency_bytes);
     heap.low_latency_offset = heap.control.bytes + heap.num_data_bytes;
@@ -218,7 +220,8 @@ int plan_notify_threads(const Machine& machine) {
 
 layout::WindowLayout plan_window(const HeapPlan& heap, const layout::SlotLayout& slot, const char* operation) {
     const auto num_ranks = static_cast<uint64_t>(heap.topology.ranks_per_node);
-    const auto window = layout::WindowLayout::make(heap.num_slot_bytes, num_ranks, slot.bytes);
+    const auto num_nodes = static_cast<uint64_t>(heap.topology.num_nodes());
+    const auto window = layout::WindowLayout::make(heap.num_slot_bytes, num_ranks, slot.bytes, num_nodes);
     EP_CHECK(num_ranks == 1 || window.window > 0, "num_nvl_bytes is too small for this ", operation,
              ": expected at least ", data_bytes_for(heap, slot), ", got ", heap.num_data_bytes,
              " (see Config.get_nvl_buffer_size_hint)");
