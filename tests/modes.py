@@ -43,7 +43,9 @@ def run(args: argparse.Namespace,
         worker.close()
         return
     check(args, parser)
-    pool = Pool(args.num_processes, environment)
+    # Not by the Pool: its processes import this script, and with it the library, before they hear of an environment.
+    os.environ.update(environment or {})
+    pool = Pool(args.num_processes)
     _run(args, lambda case, *rest, **options: pool.run(case, args.num_processes, *rest, **options), True)
     pool.close()
 
@@ -59,7 +61,14 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error(f"--num-experts must be a multiple of the {args.num_processes} processes")
 
 
+def describe_nodes(worker: Worker) -> str:
+    return str(worker.buffer()._session.topology)
+
+
 def _run(args: argparse.Namespace, runner: Runner, is_speaker: bool) -> None:
+    nodes = runner(describe_nodes, deadline_s=120)
+    if is_speaker:
+        print(nodes[0], flush=True)
     if args.pressure_test is None:
         _run_modes(args, runner, is_speaker)
         return

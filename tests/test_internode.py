@@ -283,7 +283,7 @@ def test_absent_rank_is_named(two: Pool, absent: int, step: str) -> None:
     messages = two.run(cases.absent_in_another_node, 4, Workload((4, 6, 5, 3)), absent, step)
     assert messages[absent] is None
     for rank, message in enumerate(messages):
-        assert rank == absent or f"rank {absent}" in message, messages
+        assert rank == absent or f"rank {absent} of node {absent // 2}" in message, messages
 
 
 def test_killed_rank_is_named(two: Pool) -> None:
@@ -295,6 +295,19 @@ def test_killed_rank_is_named(two: Pool) -> None:
             message, took = result
             assert f"rank {victim}" in message, found
             assert took < 15, found
+
+
+# As a script
+
+
+def test_script_makes_virtual_nodes() -> None:
+    command = [
+        sys.executable, __file__, "--num-processes", "4", "--ranks-per-node", "2", "--num-tokens", "8", "--hidden"
+    ]
+    done = subprocess.run([*command, "64"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "4 ranks on 2 node(s), DEEP_EP_RANKS_PER_NODE" in done.stdout
+    assert done.stdout.count(": passed") == 6
 
 
 # Two hosts, as far as TCP can tell
@@ -348,6 +361,7 @@ def test_between_hosts(hosts: Namespaces) -> None:
     try:
         outputs = [process.communicate(timeout=90)[0] for process in processes]
         assert [process.returncode for process in processes] == [0] * 4
+        assert "4 ranks on 2 node(s)" in outputs[0]
         assert outputs[0].count(": passed") == 6
         assert outputs[1:] == ["", "", ""]
     finally:
@@ -364,11 +378,16 @@ def test_link_that_goes_down(hosts: Namespaces) -> None:
             ready = json.loads(process.stdout.readline())["ready"]
             assert f"{hosts.address(rank // 2)}:" in ready  # the engine listens where the other host reaches it
         hosts.cut(1)
-        outputs = [process.communicate("go\n", timeout=60)[0] for process in processes]
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        outputs = [process.communicate(timeout=60)[0] for process in processes]
         for rank, output in enumerate(outputs):
             found = json.loads(output)
             others = (2, 3) if rank < 2 else (0, 1)
-            assert any(f"rank {other}" in found["failure"] for other in others), outputs
+            assert any(f"rank {other} " in found["failure"] for other in others), outputs
+            assert f"rank {rank} of node {rank // 2}: " in found["failure"], outputs
             assert found["took"] < 20, outputs
             assert found["released"] < 10, outputs
     finally:
