@@ -92,9 +92,9 @@ class Dispatch:
     def counted(self, expert_alignment: int) -> tuple[int, list[int], Outputs]:
         """Rows that came, those of each expert, and the outputs."""
         lender = self.session.lender
-        # Nobody guesses across nodes: the kernel that exchanges counts there is always one of its own.
-        has_guess = lender is not None and self.places.rail is None
-        found = self._guessed(lender, expert_alignment) if lender is not None and has_guess else None
+        found = None
+        if lender is not None and self.places.rail is None:  # across nodes a kernel of its own exchanges the counts
+            found = self._guessed(lender, expert_alignment)
         if found is None:
             found = self._counted_first(expert_alignment)
         if lender is not None:

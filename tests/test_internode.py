@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import failure_cases as failures
+import host_failure_cases as host_failures
 import internode_cases as cases
 import intranode_cases as same_cases
 import lending_cases as lending
@@ -295,6 +296,15 @@ def test_killed_rank_is_named(two: Pool) -> None:
             message, took = result
             assert f"rank {victim}" in message, found
             assert took < 15, found
+
+
+@pytest.mark.parametrize("failing", [0, 3])
+def test_dispatch_that_one_rank_cannot_finish(two: Pool, failing: int) -> None:
+    """Its counts are out and its memory is not there: every rank of every node is told by whom, its own node also why."""
+    messages = two.run(host_failures.unfinished_dispatch, 4, MemoryError("simulated"), failing)
+    for rank, message in enumerate(messages):
+        assert f"rank {failing}" in message, messages
+        assert rank // 2 != failing // 2 or "MemoryError: simulated" in message, messages
 
 
 # As a script
