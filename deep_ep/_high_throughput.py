@@ -240,7 +240,8 @@ def _find_layout_fault(routing: Routing) -> Optional[str]:
     counts = {"num_tokens_per_rank": (routing.num_tokens_per_rank, in_rank)}
     if per_node is not None:
         (num_tokens, num_ranks), num_nodes = in_rank.shape, per_node.shape[0]
-        counts["num_tokens_per_rdma_rank"] = per_node, in_rank.view(num_tokens, num_nodes, num_ranks // num_nodes).any(2)
+        in_node = in_rank.view(num_tokens, num_nodes, num_ranks // num_nodes).any(2)
+        counts["num_tokens_per_rdma_rank"] = per_node, in_node
     for name, (tensor, is_sent) in counts.items():
         given, counted = tensor.tolist(), is_sent.sum(0).tolist()
         if given != counted:
