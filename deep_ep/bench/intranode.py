@@ -143,9 +143,12 @@ class IntranodeBenchmark(ModeBenchmark):
         configs = Buffer.get_dispatch_config(num_ranks), Buffer.get_combine_config(num_ranks)
         return self._ranks.buffer(max(config.get_nvl_buffer_size_hint(row_bytes, num_ranks) for config in configs))
 
+    def _remote_copies(self, shape: Shape) -> int:
+        return busiest_remote_copies(count_copies(shape, self._options.seed))
+
     def _measure_shape(self, shape: Shape, num_sms: int) -> None:
         options = self._options
-        remote_copies = busiest_remote_copies(count_copies(shape, options.seed))
+        remote_copies = self._remote_copies(shape)
         is_profiled = self._is_profiled(shape)
         with self._buffer(num_sms) as buffer:
             workload = Workload(buffer, shape, options, self._device)
