@@ -74,8 +74,8 @@ using Biases = const uint8_t* [kMaxBiases];
 
 #define EP_INTERNODE_DISPATCH_ARGS(FIELD) \
     FIELD(const int*, rail_prefix, "[N], of the count exchange") \
-    FIELD(int*, send_rail_head, "[num_tokens, N]: place among those sent there, -1: not sent, or own node; output unless cached") \
-    FIELD(int*, rail_head, "[num_rail_tokens, L]: place of a forwarded token at each rank here, -1; output unless cached") \
+    FIELD(int*, send_rail_head, "[num_tokens, N]: place in that stream, -1: none or own node; output unless cached") \
+    FIELD(int*, rail_head, "[num_rail_rows, L]: place of a forwarded token at each rank, or -1; output unless cached") \
     FIELD(int, num_rail_rows, "that rail_head holds")
 
 #define EP_INTERNODE_COMBINE_ARGS(FIELD) \

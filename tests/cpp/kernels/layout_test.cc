@@ -73,8 +73,9 @@ Found counted(World& world, const Sizes& sizes, const std::vector<int64_t>& ids,
 }
 
 TEST_CASE("a token counts once for each rank and once for each node that has one of its experts") {
-    for (const Sizes& sizes : {Sizes{2, 2, 9, 3, 2}, Sizes{4, 2, 33, 5, 1}, Sizes{8, 4, 300, 8, 4}, Sizes{6, 2, 0, 4, 1},
-                               Sizes{6, 3, 1, 1, 2}, Sizes{96, 12, 40, 9, 1}, Sizes{5, 1, 20, 2, 3}}) {
+    for (const Sizes& sizes :
+         {Sizes{2, 2, 9, 3, 2}, Sizes{4, 2, 33, 5, 1}, Sizes{8, 4, 300, 8, 4}, Sizes{6, 2, 0, 4, 1},
+          Sizes{6, 3, 1, 1, 2}, Sizes{96, 12, 40, 9, 1}, Sizes{5, 1, 20, 2, 3}}) {
         CAPTURE(sizes.num_ranks);
         CAPTURE(sizes.num_nodes);
         World world(sizes.num_ranks, 1 << 14, {});
