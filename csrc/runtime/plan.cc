@@ -155,7 +155,7 @@ void check_num_experts(int num_experts, int num_ranks) {
 
 int max_layout_counts(const Machine& machine) {
     const int fitting = machine.max_shared_bytes / static_cast<int>(sizeof(int));
-    return std::min(fitting, machine.num_ranks * (1 + layout::kMaxLocalExperts));
+    return std::min(fitting, machine.num_ranks * (2 + layout::kMaxLocalExperts));
 }
 
 LayoutGrid plan_layout(const Machine& machine, int num_tokens) {

@@ -71,7 +71,7 @@ template <class Args> layout::SlotLayout combine_slot(const Args& args) {
 // Throws unless every rank can have the same number of experts.
 void check_num_experts(int num_experts, int num_ranks);
 
-// Ranks and experts that one layout kernel can count: a block keeps all counts in shared memory.
+// Ranks, experts and nodes that one layout kernel can count: a block keeps all counts in shared memory.
 int max_layout_counts(const Machine& machine);
 
 struct LayoutGrid {

@@ -239,7 +239,7 @@ TEST_CASE("a layout kernel has threads for its tokens, up to its limits") {
     CHECK_EQ(plan_layout(gpu(8), 1 << 20).num_blocks, kernels::kMaxLayoutBlocks);
     CHECK_EQ(plan_layout(cpu(8), 1 << 20).num_blocks, 4);
     CHECK_EQ(plan_layout(cpu(8), 1).num_threads, 128);
-    CHECK_EQ(max_layout_counts(gpu(8)), 8 * (1 + layout::kMaxLocalExperts));
+    CHECK_EQ(max_layout_counts(gpu(8)), 8 * (2 + layout::kMaxLocalExperts));
     Machine narrow = gpu(8);
     narrow.max_shared_bytes = 400;
     CHECK_EQ(max_layout_counts(narrow), 100);
