@@ -111,13 +111,11 @@ std::string remark_on(int peer, const Peers& peers) {
 
 std::string stalled(const layout::WaitRecord& record, const Peers& peers) {
     const int forwarder = forwarder_of(record.peer, peers.topology);
-    if (forwarder < 0)
-        return concat(name_of(record.peer, peers.topology), " entered the call and stalled (", progress_of(record),
-                      remark_on(record.peer, peers), ")");
-    const std::string name = name_of(forwarder, peers.topology);
-    const std::string reason = record.kind == layout::FailureKind::kTimeout ? peers.reason(forwarder) : "";
-    return concat(name, ", its forwarder, entered the call and has passed nothing on (", progress_of(record),
-                  remark_on(forwarder, peers), ")", reason.empty() ? "" : concat("; it reports: ", reason));
+    const int peer = forwarder < 0 ? record.peer : forwarder;
+    const std::string told = record.kind == layout::FailureKind::kTimeout ? peers.stall(peer) : "";
+    return concat(name_of(peer, peers.topology), forwarder < 0 ? "" : ", its forwarder,", " entered the call and ",
+                  forwarder < 0 ? "stalled (" : "has passed nothing on (", progress_of(record), remark_on(peer, peers),
+                  ")", told.empty() ? "" : "; it reports: ", told);
 }
 
 // A peer that waits for a third rank stalls as well: those that never entered the call are the ones to look at.
@@ -190,13 +188,11 @@ std::string describe_bad_input(const layout::WaitRecord& record, const layout::T
                   static_cast<int64_t>(record.seen), ".");
 }
 
-// What an abort code says, without the rank that reports it.
 std::string who_gave_up(uint64_t code, const Peers& peers) {
-    const int origin = layout::abort_origin(code), missing = layout::abort_missing(code);
-    const std::string name = name_of(origin, peers.topology);
-    if (origin != missing) return concat(name, " gave up waiting for ", name_of(missing, peers.topology));
-    const std::string reason = peers.reason(origin);
-    return concat(name, " reported an error of its own", reason.empty() ? "" : ": " + reason);
+    const std::string text = describe_abort_code(code, peers.topology);
+    const int origin = layout::abort_origin(code);
+    const std::string reason = origin == layout::abort_missing(code) ? peers.reason(origin) : "";
+    return reason.empty() ? text : text + ": " + reason;
 }
 
 std::string describe_abort(const layout::WaitRecord& record, const Peers& peers) {
@@ -209,6 +205,13 @@ std::string describe_abort(const layout::WaitRecord& record, const Peers& peers)
 }
 
 }  // namespace
+
+std::string describe_abort_code(uint64_t code, const layout::Topology& topology) {
+    const int origin = layout::abort_origin(code), missing = layout::abort_missing(code);
+    const std::string name = name_of(origin, topology);
+    if (origin == missing) return name + " reported an error of its own";
+    return concat(name, " gave up waiting for ", name_of(missing, topology));
+}
 
 std::string describe_failure(const layout::WaitRecord& record, const Peers& peers) {
     switch (record.kind) {

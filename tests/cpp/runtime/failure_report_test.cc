@@ -29,7 +29,7 @@ layout::WaitRecord make_record(Operation operation, Stage stage, uint64_t expect
 
 // At rank 0 of three, all of which have entered the call.
 std::string told(const layout::WaitRecord& record) {
-    return describe_failure(record, {{3, 3, 0}, {{1, 3}, {2, 3}}, nothing, nothing});
+    return describe_failure(record, {{3, 3, 0}, {{1, 3}, {2, 3}}, nothing, nothing, nothing});
 }
 
 void check_progress(Operation operation, Stage stage, uint64_t expected, uint64_t seen, const std::string& progress) {
@@ -93,8 +93,8 @@ TEST_CASE("rows that cannot be are told by where they begin and end") {
 
 // At rank 0 of two nodes of two: rank 1 is its neighbour, rank 2 its rail peer, and rank 3 speaks to it through rank 1.
 std::string told_across(const layout::WaitRecord& record, std::vector<Progress> progress,
-                        const std::string& reason = "") {
-    return describe_failure(record, {{4, 2, 0}, std::move(progress), nothing, [&](int) { return reason; }});
+                        const std::string& told = "") {
+    return describe_failure(record, {{4, 2, 0}, std::move(progress), nothing, nothing, [&](int) { return told; }});
 }
 
 layout::WaitRecord make_rail_record(Stage stage, int peer, uint64_t expected, uint64_t seen) {
@@ -125,6 +125,13 @@ TEST_CASE("a rail peer that entered the call and stalled says how far it is") {
                "(expected chunk 4 of call 3, seen nothing)");
     check_says(told_across(make_rail_record(Stage::kRailBank, 2, 1, 0), {{1, 3}, {2, 3}}),
                "(expected call 1, seen nothing)");
+}
+
+TEST_CASE("a rail peer that stalled because of a third rank says whom it waited for") {
+    check_says(told_across(make_rail_record(Stage::kRailChunk, 2, layout::make_tag(3, 0), 0), {{1, 3}, {2, 3}},
+                           describe_abort_code(layout::make_abort_code(2, 3), {4, 2, 0})),
+               "rank 2 of node 1 entered the call and stalled (expected chunk 0 of call 3, seen nothing); it reports: "
+               "rank 2 of node 1 gave up waiting for rank 3 of node 1.");
 }
 
 TEST_CASE("a rank of another node and another rail is waited for through its forwarder, who says what it saw") {
