@@ -113,7 +113,9 @@ class _LayoutArgs(TypedDict, total=False):
     num_tokens: int  # int32
     num_topk: int  # int32
     num_experts: int  # int32; of all ranks
+    num_nodes: int  # int32; that the ranks are divided into, evenly
     num_tokens_per_rank: int  # address; output, [num_ranks]
+    num_tokens_per_node: int  # address; output, [num_nodes]; or none
     num_tokens_per_expert: int  # address; output, [num_experts]
     is_token_in_rank: int  # address; output, bool [num_tokens, num_ranks]
 
@@ -126,7 +128,7 @@ class _NotifyArgs(TypedDict, total=False):
     num_tokens_per_rank: int  # address; [num_ranks]
     num_tokens_per_expert: int  # address; [num_experts]
     num_experts: int  # int32; of all ranks
-    expert_alignment: int  # int32; of the counts that the host learns
+    expert_alignment: int  # int32; of the counts that the host learns; 0 (across nodes only): it waits for none
     rank_prefix_matrix: int  # address; output, [num_ranks, num_ranks], [src][dst], inclusive over src
     num_tokens: int  # int32; of the dispatch that follows, which must not be refused once its counts are out
     row_bytes: int  # uint32; likewise
@@ -189,6 +191,38 @@ class CombineArgs:
     def __init__(self, **fields: Unpack[_CombineArgs]) -> None: ...
     def replace(self, **fields: Unpack[_CombineArgs]) -> CombineArgs: ...
 
+class _InternodeNotifyArgs(_NotifyArgs, total=False):
+    num_tokens_per_node: int  # address; [N], the own node's is not used
+    recv_rank_prefix: int  # address; output, [R]: rows that come here, inclusive over the sources
+    rail_prefix: int  # address; output, [N]: tokens to forward for the rail peers, inclusive; the own node adds 0
+
+class InternodeNotifyArgs:
+    FIELDS: Tuple[Tuple[str, str, str], ...]
+    def __init__(self, base: NotifyArgs = ..., /, **fields: Unpack[_InternodeNotifyArgs]) -> None: ...
+    def replace(self, **fields: Unpack[_InternodeNotifyArgs]) -> InternodeNotifyArgs: ...
+
+class _InternodeDispatchArgs(_DispatchArgs, total=False):
+    rail_prefix: int  # address; [N], of the count exchange
+    send_rail_head: int  # address; [num_tokens, N]: place in that stream, -1: none or own node; output unless cached
+    rail_head: int  # address; [num_rail_rows, L]: place of a forwarded token at each rank, or -1; output unless cached
+    num_rail_rows: int  # int32; that rail_head holds
+
+class InternodeDispatchArgs:
+    FIELDS: Tuple[Tuple[str, str, str], ...]
+    def __init__(self, base: DispatchArgs = ..., /, **fields: Unpack[_InternodeDispatchArgs]) -> None: ...
+    def replace(self, **fields: Unpack[_InternodeDispatchArgs]) -> InternodeDispatchArgs: ...
+
+class _InternodeCombineArgs(_CombineArgs, total=False):
+    rail_prefix: int  # address; [N], of the count exchange
+    send_rail_head: int  # address; [num_tokens, N], of the dispatch
+    rail_head: int  # address; [num_rail_tokens, L], of the dispatch
+    num_rail_tokens: int  # int32; that rail_head holds
+
+class InternodeCombineArgs:
+    FIELDS: Tuple[Tuple[str, str, str], ...]
+    def __init__(self, base: CombineArgs = ..., /, **fields: Unpack[_InternodeCombineArgs]) -> None: ...
+    def replace(self, **fields: Unpack[_InternodeCombineArgs]) -> InternodeCombineArgs: ...
+
 class _LowLatencyDispatchArgs(TypedDict, total=False):
     num_max_tokens: int  # int32; T, of any rank
     num_topk: int  # int32; K
@@ -244,15 +278,31 @@ class Buffer:
 
     def __init__(self, device: Device, rank: int, num_ranks: int, *, num_data_bytes: int, timeout_s: float,
                  warn_s: float, num_low_latency_bytes: int = 0, is_shrinkable: bool = False,
-                 num_lend_bytes: int = 0) -> None:
+                 num_lend_bytes: int = 0, ranks_per_node: int = 0, num_rail_bytes: int = 0,
+                 rail_reach: str = "") -> None:
         """Allocates the local part of the symmetric heap: control words, `num_data_bytes` of data for the
         high-throughput mode, `num_low_latency_bytes` for the low-latency mode, and `num_lend_bytes` for tensors that
         peers reach in place (with a 64th more for copies of weights). LEND_PART_OF_DATA: these are a part
-        of the data."""
+        of the data.
+
+        With several nodes of `ranks_per_node` (0: there is one node) also the rail window, with `num_rail_bytes` of
+        data (0: as many as num_data_bytes, and 16 MiB for each other node at least). DEEP_EP_RAIL carries them; it
+        listens on DEEP_EP_RAIL_INTERFACE, or else on the interface that reaches the host `rail_reach`."""
 
     def export_handle(self) -> bytes: ...
     def connect(self, handles: List[bytes]) -> None:
-        """Maps every peer's heap; `handles[rank]` is this rank's own."""
+        """Maps the heap of every peer of this node; `handles` are those of all ranks."""
+
+    def rail_address(self) -> bytes:
+        """Where the rail peers of this rank find it; empty within a node."""
+    def connect_rail(self, addresses: List[bytes]) -> None:
+        """Together with the rail peers, after `connect`; `addresses` are those of all ranks. Nothing within a node."""
+    @property
+    def num_rail_bytes(self) -> int:
+        """Of data in the rail window; 0 within a node."""
+    @property
+    def rail_name(self) -> str:
+        """The engine and where it listens; empty within a node."""
 
     @property
     def data_ptr(self) -> int: ...
@@ -289,8 +339,9 @@ class Buffer:
     def notify_dispatch(self, args: NotifyArgs, stream: int) -> None:
         """Exchanges counts."""
 
-    def wait_counts(self) -> Tuple[int, List[int]]:
-        """After notify_dispatch: (received rows, aligned counts of the local experts)."""
+    def wait_counts(self) -> Tuple[int, List[int], int]:
+        """After a count exchange: (received rows, aligned counts of the local experts, tokens that this rank forwards
+        for its rail peers)."""
 
     def dispatch(self, args: DispatchArgs, num_sms: int, stream: int) -> None:
         """Moves the tokens to their rows.
@@ -299,6 +350,12 @@ class Buffer:
         same call again, as after notify_dispatch."""
 
     def combine(self, args: CombineArgs, num_sms: int, stream: int) -> None: ...
+
+    # Of a group that spans nodes, in the place of the three above. Every dispatch that is not cached begins with
+    # internode_notify; wait_counts follows it where an expert_alignment is given.
+    def internode_notify(self, args: InternodeNotifyArgs, stream: int) -> None: ...
+    def internode_dispatch(self, args: InternodeDispatchArgs, num_sms: int, stream: int) -> None: ...
+    def internode_combine(self, args: InternodeCombineArgs, num_sms: int, stream: int) -> None: ...
     def lend(self, sizes: List[int], stream: int, is_captured: bool) -> List[LentMemory]:
         """Memory for outputs of dispatch or inputs of combine that peers write or read in place, for later work on that
         stream: a piece of each size, or none where there is no room for all. The address tells the operations; all

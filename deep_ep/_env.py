@@ -24,6 +24,14 @@ def visible_devices() -> list[str]:
     return [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
 
 
+def master_address() -> str:
+    """MASTER_ADDR: a host that every rank of torch.distributed reaches; empty where nobody has set it.
+
+    Read when it is needed, as programs set it after they have imported this package.
+    """
+    return os.environ.get("MASTER_ADDR", "").strip()
+
+
 def lend_bytes() -> Optional[int]:
     """DEEP_EP_LEND_BYTES: what a Buffer lends when its caller does not say; None: a part of num_nvl_bytes."""
     num_bytes = int(deep_ep_cpp.get_environment()["lend_bytes"])
@@ -47,6 +55,11 @@ def cache_folder() -> Optional[Path]:
 def set_device(device: str) -> None:
     """Chooses the device, 'cpu' or 'cuda', of processes that this one starts (its own too, before it has looked)."""
     os.environ["DEEP_EP_DEVICE"] = device
+
+
+def set_ranks_per_node(ranks_per_node: int) -> None:
+    """Makes virtual nodes of the ranks, in processes that this one starts."""
+    os.environ["DEEP_EP_RANKS_PER_NODE"] = str(ranks_per_node)
 
 
 def prepare_threaded_ranks() -> None:
@@ -116,7 +129,7 @@ FEATURES = {
     "cuda": "the CUDA device is compiled in (there may be no GPU)",
     "sm90": "code that uses the features of SM90 and newer GPUs is compiled in",
 }
-_TO_COME = ("internode", "low_latency_internode")
+_TO_COME = ("low_latency_internode", )
 
 
 def features() -> dict[str, bool]:

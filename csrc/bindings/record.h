@@ -45,6 +45,7 @@ struct RecordType {
 
 // Makes each type, and an attribute of `module` of it; false: with an exception set.
 bool add_record_types(PyObject* module);
+// Of keywords; of a record too, whose fields are the first ones of this type.
 PyObject* make_record(const RecordType& type, PyObject* const* args, Py_ssize_t num_args, PyObject* names);
 // A copy of `self` with other values in the fields that are given.
 PyObject* replace_in_record(const RecordType& type, PyObject* self, PyObject* const* args, Py_ssize_t num_args,
@@ -101,11 +102,17 @@ template <class T> PyObject* load_value(const T& from) {
 
 #define EP_WHOLE_LOW_LATENCY_DISPATCH_ARGS(FIELD) EP_LOW_LATENCY_ARGS(FIELD) EP_LOW_LATENCY_DISPATCH_ARGS(FIELD)
 #define EP_WHOLE_LOW_LATENCY_COMBINE_ARGS(FIELD) EP_LOW_LATENCY_ARGS(FIELD) EP_LOW_LATENCY_COMBINE_ARGS(FIELD)
+#define EP_WHOLE_INTERNODE_NOTIFY_ARGS(FIELD) EP_NOTIFY_ARGS(FIELD) EP_INTERNODE_NOTIFY_ARGS(FIELD)
+#define EP_WHOLE_INTERNODE_DISPATCH_ARGS(FIELD) EP_DISPATCH_ARGS(FIELD) EP_INTERNODE_DISPATCH_ARGS(FIELD)
+#define EP_WHOLE_INTERNODE_COMBINE_ARGS(FIELD) EP_COMBINE_ARGS(FIELD) EP_INTERNODE_COMBINE_ARGS(FIELD)
 #define EP_RECORDS(RECORD)                                             \
     RECORD(LayoutArgs, EP_LAYOUT_ARGS)                                 \
     RECORD(NotifyArgs, EP_NOTIFY_ARGS)                                 \
     RECORD(DispatchArgs, EP_DISPATCH_ARGS)                             \
     RECORD(CombineArgs, EP_COMBINE_ARGS)                               \
+    RECORD(InternodeNotifyArgs, EP_WHOLE_INTERNODE_NOTIFY_ARGS)        \
+    RECORD(InternodeDispatchArgs, EP_WHOLE_INTERNODE_DISPATCH_ARGS)    \
+    RECORD(InternodeCombineArgs, EP_WHOLE_INTERNODE_COMBINE_ARGS)      \
     RECORD(LowLatencyDispatchArgs, EP_WHOLE_LOW_LATENCY_DISPATCH_ARGS) \
     RECORD(LowLatencyCombineArgs, EP_WHOLE_LOW_LATENCY_COMBINE_ARGS)
 

@@ -15,9 +15,11 @@ namespace deep_ep::kernels {
 // because the address of every flag and slot begins with one, and a trip to memory for it would come before each of them.
 struct HeapParams {
     uint8_t* bases[layout::kMaxRanks];
-    int rank;
-    int num_ranks;
+    int rank;                       // index in the node
+    int num_ranks;                  // of the node
     layout::ControlLayout control;  // the data region follows at control.bytes
+    int first_rank = 0;             // of the node, among all
+    int num_nodes = 1;
 };
 
 // Deadlines, and where a failing wait leaves its record.
@@ -51,7 +53,7 @@ constexpr int kMaxLayoutBlocks = 16;
 
 struct LayoutPlan {
     int num_ranks;
-    int* partials;    // [num_ranks + num_experts, kMaxLayoutBlocks]
+    int* partials;    // [num_ranks + num_experts + num_nodes, kMaxLayoutBlocks]
     int num_threads;  // of a block
     WatchParams watch;
 };
