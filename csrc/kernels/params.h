@@ -30,7 +30,8 @@ struct WatchParams {
 
 // Of a block. Fewer threads have more registers: a lane of combine keeps 56 sums.
 constexpr int kMaxDispatchThreads = 768;
-constexpr int kMaxCombineThreads = 384;
+constexpr int kMaxCombineThreads = 512;
+constexpr int kMaxStagedCombineThreads = 384;
 constexpr int kMaxLayoutThreads = 256;
 constexpr int kMaxNotifyThreads = 256;
 

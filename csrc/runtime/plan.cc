@@ -112,24 +112,27 @@ kernels::Geometry plan_dispatch(const Machine& machine, int num_sms, const layou
     return staged.send.num_stages >= 2 && can_stage(machine, staged) ? staged : plain;
 }
 
-// Reduce warps have stages of a fixed size; send warps get the rest. A rank that lends its input sends nothing.
-kernels::Geometry plan_combine(const Machine& machine, int num_sms, const layout::SlotLayout& slot, bool is_lent) {
+// Reduce warps have stages of a fixed size; send warps get the rest. A rank that lends its input sends nothing, and reduces by
+// ordinary loads where no bias is one more row of each token (docs/performance/intranode.md, step 28).
+kernels::Geometry plan_combine(const Machine& machine, int num_sms, const layout::SlotLayout& slot, bool is_lent,
+                               bool has_bias) {
     kernels::Geometry plain = plan_plain(machine, num_sms, kernels::kMaxCombineThreads);
-    if (is_lent) plain.num_recv_warps += std::exchange(plain.num_send_warps, 0);
+    kernels::Geometry staged = plan_plain(machine, num_sms, kernels::kMaxStagedCombineThreads);
     const int room = machine.max_shared_bytes - kernels::kMaxCombineState;
-    const layout::Staging recv{layout::kReduceStages, layout::kReduceStageBytes};
+    staged.recv = {layout::kReduceStages, layout::kReduceStageBytes};
     if (is_lent) {
-        const kernels::Geometry lent{plain.num_blocks, 0, plain.num_recv_warps, {}, recv};
-        return lent.num_recv_warps * recv.bytes() <= room && can_stage(machine, lent) ? lent : plain;
+        plain.num_recv_warps += std::exchange(plain.num_send_warps, 0);
+        staged.num_recv_warps += std::exchange(staged.num_send_warps, 0);
+        const bool fits = staged.num_recv_warps * staged.recv.bytes() <= room;
+        return has_bias && fits && can_stage(machine, staged) ? staged : plain;
     }
-    const int reduce_warps = machine.is_gpu ? kReduceWarps : plain.num_recv_warps;
+    if (machine.is_gpu) staged.num_recv_warps = kReduceWarps;
     const layout::Staging send{1, static_cast<int>(layout::bulk_bytes(slot.topk_weights.end()))};
-    const int fitting = (room - reduce_warps * recv.bytes()) / send.bytes();
-    const int max_warps = std::min(kernels::kMaxCombineThreads, machine.useful_block_threads) / 32;
-    const int send_warps = std::min(max_warps - reduce_warps, fitting / 2);
-    if (send_warps <= 0) return plain;
-    const int num_stages = std::min(fitting / send_warps, kMaxStages);
-    const kernels::Geometry staged{plain.num_blocks, send_warps, reduce_warps, {num_stages, send.stage_bytes}, recv};
+    const int fitting = (room - staged.num_recv_warps * staged.recv.bytes()) / send.bytes();
+    const int max_warps = std::min(kernels::kMaxStagedCombineThreads, machine.useful_block_threads) / 32;
+    staged.num_send_warps = std::min(max_warps - staged.num_recv_warps, fitting / 2);
+    if (staged.num_send_warps <= 0) return plain;
+    staged.send = {std::min(fitting / staged.num_send_warps, kMaxStages), send.stage_bytes};
     return can_stage(machine, staged) ? staged : plain;
 }
 

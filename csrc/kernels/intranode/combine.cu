@@ -11,7 +11,7 @@
 #include "device/algo/void_output.h"
 #include "device/launch.h"
 #include "kernels/intranode/call_session.h"
-#include "kernels/intranode/combine_reduce.h"
+#include "kernels/intranode/combine_reduce_staged.h"
 #include "kernels/intranode/intranode_launchers.h"
 #include "kernels/intranode/row_return.h"
 #include "kernels/intranode/warp_memory.h"
@@ -19,12 +19,13 @@
 namespace deep_ep::kernels::combine {
 inline namespace EP_BACKEND {
 
-struct Kernel {
+// Rows are moved through stages of shared memory, or through registers: they want blocks of different shape.
+template <bool kIsStaged> struct Kernel {
     using Params = CombineParams;
     struct Shared {
         CallState call;
     };
-    static constexpr int kMaxThreads = kMaxCombineThreads;
+    static constexpr int kMaxThreads = kIsStaged ? kMaxStagedCombineThreads : kMaxCombineThreads;
     static constexpr auto kOperation = layout::Operation::kCombine;
     static_assert(sizeof(Shared) <= kMaxCombineState);
 
@@ -107,18 +108,20 @@ private:
         const Geometry& geometry = c.p.geometry;
         const int warp_idx = reduce_warp * geometry.num_blocks + static_cast<int>(blockIdx.x);
         const int num_warps = geometry.num_recv_warps * geometry.num_blocks;
-        if (prim::has_bulk_copy() && geometry.recv.num_stages > 0)
+        if constexpr (kIsStaged)
             return reduce_staged(warp, c, warp_idx, num_warps, recv_memory(geometry, reduce_warp));
-        return reduce(warp, c, warp_idx, num_warps);
+        else
+            return reduce(warp, c, warp_idx, num_warps);
     }
 
     static EP_DEVICE bool send_any(algo::Warp warp, const CombineContext& c, int send_warp) {
         const Geometry& geometry = c.p.geometry;
         const int warp_idx = send_warp * geometry.num_blocks + static_cast<int>(blockIdx.x);
         const int num_warps = geometry.num_send_warps * geometry.num_blocks;
-        if (prim::has_bulk_copy() && geometry.send.num_stages > 0)
+        if constexpr (kIsStaged)
             return send_staged(warp, c, warp_idx, num_warps, send_memory(geometry, send_warp));
-        return send(warp, c, warp_idx, num_warps);
+        else
+            return send(warp, c, warp_idx, num_warps);
     }
 
     // The matrix is the caller's, and what it says becomes addresses.
@@ -146,7 +149,10 @@ void launch(const CombineParams& params, dev::Stream stream) {
     config.dynamic_shared_bytes = staging_bytes(params.geometry);
     config.is_cooperative = true;
     config.name = "deep_ep::combine";
-    dev::launch<Kernel>(config, stream, params);
+    if (params.geometry.recv.num_stages > 0)
+        dev::launch<Kernel<true>>(config, stream, params);
+    else
+        dev::launch<Kernel<false>>(config, stream, params);
 }
 
 }  // namespace EP_BACKEND

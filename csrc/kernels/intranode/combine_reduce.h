@@ -1,114 +1,207 @@
 // The reducing role of combine: the sum of a token's rows, in FP32 and in rank order, straight from where they stand.
 //
-// A row stands in our own input, in a slot that its rank has filled, or in the input that its rank lends. With bulk copies
-// a warp loads pieces of rows ahead through shared memory.
+// A row stands in our own input, in a slot that its rank has filled, or in the input that its rank lends. A bias is one more
+// source of a token, behind the ranks. Here rows come by ordinary loads, two at a time, and no sums are kept while a piece
+// of two rows is on its way, so that more of it can be; combine_reduce_staged.h loads ahead through shared memory.
 #pragma once
 
 #include "device/algo/bf16_sums.h"
 #include "device/algo/peers.h"
-#include "device/algo/stages.h"
+#include "device/algo/row.h"
 #include "device/algo/warp.h"
+#include "kernels/context.h"
 #include "kernels/intranode/combine_context.h"
 
 namespace deep_ep::kernels::combine {
 inline namespace EP_BACKEND {
 
-constexpr int kReduceUnroll = 4;
-constexpr int kStagedUnroll = 7;
-constexpr int kChunkVecs = kStagedUnroll * kWarpSize;  // of a row: what a warp has in a stage, and sums at a time
-static_assert(kChunkVecs * sizeof(Vec16) == layout::kReduceStageBytes);
+constexpr int kPairVecs = 7;  // that a lane holds of each of two rows
+constexpr int kSumVecs = 4;   // the same beside sums of so many
+constexpr auto kPieces = algo::Pieces::kInterleaved;
 
-// Of kUnroll vectors of one lane.
-template <int kUnroll> struct PieceSums { algo::Bf16Sums of[kUnroll]; };
+// Where the source's rows for us stand.
+struct RowSource {
+    int index;             // ranks in ascending order, then the biases
+    const uint8_t* rows;   // for us to read where they stand; null: they come into slots, or there are none
+    const float* weights;  // of those
+    int num_rows;          // that it has for us
 
-// This lane's rank among 32 from `first_rank`: the position of its row of the token, or -1.
-EP_DEVICE int position_at(algo::Warp warp, const CombineContext& c, int token, int first_rank) {
+    EP_DEVICE bool is_rank(const CombineContext& c) const { return index < c.watch.heap.num_ranks(); }
+    EP_DEVICE bool uses_slots(const CombineContext& c) const { return rows == nullptr && is_rank(c); }
+};
+
+EP_DEVICE int num_sources(const CombineContext& c) { return c.watch.heap.num_ranks() + kMaxBiases; }
+
+EP_DEVICE RowSource source_at(const CombineContext& c, int index) {
     const int num_ranks = c.watch.heap.num_ranks();
-    const int rank = first_rank + warp.thread_rank();
-    return rank < num_ranks ? c.p.send_head[static_cast<int64_t>(token) * num_ranks + rank] : -1;
-}
-
-EP_DEVICE bool wait_for_rows(algo::Warp warp, const CombineContext& c, int token) {
-    bool is_here = true;
-    for (int first = 0; first < c.watch.heap.num_ranks(); first += kWarpSize) {
-        const int position = position_at(warp, c, token, first);
-        const int rank = first + warp.thread_rank();
-        if (position < 0) continue;
-        is_here &= is_stated(c, rank, token, position) &&
-                   (direct_rows(c, rank) != nullptr ||
-                    c.ring.wait(Stage::kRow, rank, c.ring.from(rank).row_is_here(position)));
+    if (index >= num_ranks) {
+        const int bias = index - num_ranks;
+        return {index, bias < kMaxBiases ? c.p.bias[bias] : nullptr, nullptr, c.p.num_tokens};
     }
-    is_here = __all_sync(kFullMask, is_here);
-    warp.sync();  // each lane's acquire, every lane's reads
-    return is_here;
+    const uint8_t* rows = direct_rows(c, index);
+    const bool has_weights = rows != nullptr && c.p.num_topk > 0;
+    return {index, rows, has_weights ? direct_weights(c, index) : nullptr, c.rows.num_rows(c.watch.heap.rank(), index)};
 }
 
-// Where this lane's rank has its row of the token.
-EP_DEVICE const uint8_t* row_pointer(algo::Warp warp, const CombineContext& c, int first_rank, int position) {
-    const int rank = first_rank + warp.thread_rank();
+// Of the source's row of the token, -1: it has none. A bias's row stands at the token's own position.
+EP_DEVICE int position_of(const CombineContext& c, const RowSource& source, int token) {
+    if (token >= c.p.num_tokens) return -1;
+    if (source.is_rank(c)) return c.p.send_head[static_cast<int64_t>(token) * c.watch.heap.num_ranks() + source.index];
+    return source.rows != nullptr ? token : -1;
+}
+
+EP_DEVICE const uint8_t* row_at(const CombineContext& c, const RowSource& source, int position) {
     if (position < 0) return nullptr;
-    const uint8_t* rows = direct_rows(c, rank);
-    return rows != nullptr ? rows + static_cast<int64_t>(position) * c.p.row_bytes : c.ring.from(rank).slot(position);
+    return source.rows != nullptr ? source.rows + static_cast<int64_t>(position) * c.p.row_bytes
+                                  : c.ring.from(source.index).slot(position);
 }
 
-template <int kUnroll>
-EP_DEVICE void add_vectors(algo::Warp warp, PieceSums<kUnroll>& sums, const Vec16* source, int base, int num_vecs) {
-    Vec16 held[kUnroll];
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-        const int idx = base + i * kWarpSize + warp.thread_rank();
-        if (idx < num_vecs) held[i] = prim::load_shared_with_peers(source + idx);
-    }
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i)
-        if (base + i * kWarpSize + warp.thread_rank() < num_vecs) sums.of[i].add(held[i]);
+EP_DEVICE bool wait_for_row(const CombineContext& c, const RowSource& source, int token, int position) {
+    if (position < 0) return true;
+    if (position >= source.num_rows) return refuse_position(c.watch, source.index, token, position, source.num_rows);
+    return !source.uses_slots(c) ||
+           c.ring.wait(Stage::kRow, source.index, c.ring.from(source.index).row_is_here(position));
 }
 
-template <int kUnroll>
-EP_DEVICE void write_sums(algo::Warp warp, const PieceSums<kUnroll>& sums, Vec16* target, int base, int num_vecs) {
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-        const int idx = base + i * kWarpSize + warp.thread_rank();
-        const Vec16 value = sums.of[i].rounded();  // outside the branch, which would take the vectors one by one
-        if (idx < num_vecs) prim::store_streaming(target + idx, value);
+// A token, and what a lane knows of one of the first 32 sources, which mostly are all.
+struct TokenRow {
+    int token;
+    int position;        // of the source's row, -1: none
+    const uint8_t* row;  // null: none
+};
+
+EP_DEVICE TokenRow token_row(const CombineContext& c, const RowSource& source, int token, int position) {
+    return {token, position, row_at(c, source, position)};
+}
+
+// Calls use(source, row) for this lane's sources beyond the first 32. By all lanes alike.
+template <class Use>
+EP_DEVICE void for_further_sources(algo::Warp warp, const CombineContext& c, int token, const Use& use) {
+    for (int first = kWarpSize; first < num_sources(c); first += kWarpSize) {
+        const RowSource source = source_at(c, first + warp.thread_rank());
+        use(source, token_row(c, source, token, position_of(c, source, token)));
     }
+}
+
+EP_DEVICE bool wait_for_rows(algo::Warp warp, const CombineContext& c, const RowSource& source, int token,
+                             int position) {
+    bool is_here = wait_for_row(c, source, token, position);
+    for_further_sources(warp, c, token, [&](const RowSource& further, const TokenRow& row) {
+        is_here &= wait_for_row(c, further, token, row.position);
+    });
+    return algo::all(warp, is_here);
+}
+
+// Calls use(first, second) with the lanes' pointers that are not null, two at a time in the order of lanes; second: null where
+// there is none.
+template <class T, class Use> EP_DEVICE void for_each_pair(algo::Warp warp, const T* pointer, const Use& use) {
+    for (uint32_t rest = __ballot_sync(kFullMask, pointer != nullptr); rest != 0;) {
+        const T* first = algo::broadcast_pointer(warp, pointer, __ffs(static_cast<int>(rest)) - 1);
+        rest &= rest - 1;
+        const bool has_second = rest != 0;
+        const T* second = algo::broadcast_pointer(warp, pointer, has_second ? __ffs(static_cast<int>(rest)) - 1 : 0);
+        rest &= rest - 1;
+        use(first, has_second ? second : nullptr);
+    }
+}
+
+template <int kVecs>
+EP_DEVICE algo::Piece<kVecs> load_row(algo::Warp warp, const uint8_t* row, int base, int end) {
+    algo::Piece<kVecs> piece;
+    const auto* vecs = reinterpret_cast<const Vec16*>(row) + base;
+    algo::load_piece(warp, kPieces, piece, end, [&](int i) { return prim::load_shared_with_peers(vecs + i); });
+    return piece;
+}
+
+// One chunk of the sum of up to two rows; `end`: of the row, from the chunk's begin.
+template <int kRows, int kVecs>
+EP_DEVICE void sum_chunk(algo::Warp warp, const uint8_t* const (&rows)[2], Vec16* target, int base, int end) {
+    algo::Piece<kVecs> pieces[2];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) pieces[i] = load_row<kVecs>(warp, rows[i], base, end);
+    algo::for_piece<kVecs>(warp, kPieces, end, [&](int i, int vec) {
+        algo::Bf16Sums sums = {};
+#pragma unroll
+        for (int row = 0; row < kRows; ++row) sums.add(pieces[row].vec[i]);
+        prim::store_streaming(target + base + vec, sums.rounded());
+    });
+}
+
+// Whole chunks need no look at the row's end, which costs registers.
+template <int kRows>
+EP_DEVICE void reduce_few(algo::Warp warp, const uint8_t* const (&rows)[2], Vec16* target, int num_vecs) {
+    constexpr int kWhole = algo::kChunkVecs<kPairVecs>;
+    int base = 0;
+#pragma unroll 1
+    for (; base + kWhole <= num_vecs; base += kWhole) sum_chunk<kRows, kPairVecs>(warp, rows, target, base, kWhole);
+#pragma unroll 1
+    for (; base < num_vecs; base += kWarpSize) sum_chunk<kRows, 1>(warp, rows, target, base, num_vecs - base);
+}
+
+// Of more rows: `for_each` calls its argument with two of them at a time.
+template <class ForEach> EP_DEVICE void reduce_many(algo::Warp warp, Vec16* target, int num_vecs, const ForEach& for_each) {
+    for (int base = 0; base < num_vecs; base += algo::kChunkVecs<kSumVecs>) {
+        const int end = num_vecs - base;
+        algo::Bf16Sums sums[kSumVecs] = {};
+        for_each([&](const uint8_t* first, const uint8_t* second) {
+            const auto of_first = load_row<kSumVecs>(warp, first, base, end);
+            algo::Piece<kSumVecs> of_second = {};
+            if (second != nullptr) of_second = load_row<kSumVecs>(warp, second, base, end);
+            algo::for_piece<kSumVecs>(warp, kPieces, end, [&](int i, int) {
+                sums[i].add(of_first.vec[i]);
+                sums[i].add(of_second.vec[i]);  // a sum that began at zero does not change by a zero
+            });
+        });
+        algo::for_piece<kSumVecs>(warp, kPieces, end, [&](int i, int vec) {
+            prim::store_streaming(target + base + vec, sums[i].rounded());
+        });
+    }
+}
+
+// More sources than lanes. Made anew here, the context is not kept in memory for this call.
+EP_DEVICE_COLD void reduce_row_of_many(const CombineParams* p, uint64_t call, int token, Vec16* target, int num_vecs) {
+    const algo::Warp warp;
+    const algo::Watch watch = make_watch(p->watch, p->heap, layout::Operation::kCombine, call);
+    const algo::Ring ring(watch, p->window);
+    const CombineContext c{*p, watch, ring, RowMap{p->rank_prefix_matrix, p->heap.num_ranks}};
+    reduce_many(warp, target, num_vecs, [&](const auto& use) {
+        for (int group = 0; group < num_sources(c); group += kWarpSize) {
+            const RowSource source = source_at(c, group + warp.thread_rank());
+            for_each_pair(warp, row_at(c, source, position_of(c, source, token)), use);
+        }
+    });
+}
+
+// Which lanes have a row of the token: what most tokens have between two ranks is worked on in a way of its own.
+struct RowLanes {
+    uint32_t lanes;
+    bool are_few;
+
+    EP_DEVICE int num_rows() const { return __popc(lanes); }
+    EP_DEVICE int first() const { return lanes == 0 ? 0 : __ffs(static_cast<int>(lanes)) - 1; }
+    EP_DEVICE int last() const { return kWarpSize - 1 - __clz(static_cast<int>(lanes | 1)); }
+};
+
+EP_DEVICE RowLanes row_lanes(algo::Warp, const CombineContext& c, const TokenRow& now) {
+    const uint32_t lanes = __ballot_sync(kFullMask, now.row != nullptr);
+    return {lanes, num_sources(c) <= kWarpSize && __popc(lanes) <= 2};
 }
 
 // Ranks in ascending order, then the biases: the order is part of the contract, it fixes the rounding.
-EP_DEVICE void reduce_token(algo::Warp warp, const CombineContext& c, int token) {
-    const CombineParams& p = c.p;
-    const int num_vecs = static_cast<int>(p.row_bytes / sizeof(Vec16));
-    const int64_t token_offset = static_cast<int64_t>(token) * p.row_bytes;
-    int held_group = -1;  // of 32 ranks: the one whose pointers the lanes hold
-    const uint8_t* pointer = nullptr;
-    uint32_t lanes = 0;
-    for (int base = 0; base < num_vecs; base += kReduceUnroll * kWarpSize) {
-        PieceSums<kReduceUnroll> sums = {};
-        for (int first = 0; first < c.watch.heap.num_ranks(); first += kWarpSize) {
-            if (first != held_group) {
-                pointer = row_pointer(warp, c, first, position_at(warp, c, token, first));
-                lanes = __ballot_sync(kFullMask, pointer != nullptr);
-                held_group = first;
-            }
-            for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
-                const uint8_t* row = algo::broadcast_pointer(warp, pointer, __ffs(static_cast<int>(rest)) - 1);
-                add_vectors(warp, sums, reinterpret_cast<const Vec16*>(row), base, num_vecs);
-            }
-        }
-        for (const uint8_t* bias : p.bias)
-            if (bias != nullptr)
-                add_vectors(warp, sums, reinterpret_cast<const Vec16*>(bias + token_offset), base, num_vecs);
-        write_sums(warp, sums, reinterpret_cast<Vec16*>(p.combined_x + token_offset), base, num_vecs);
-    }
-}
-
-EP_DEVICE float weight_from(const CombineContext& c, int token, int rank, int k) {
-    const CombineParams& p = c.p;
-    const int position = p.send_head[static_cast<int64_t>(token) * c.watch.heap.num_ranks() + rank];
-    if (position < 0) return 0.0f;
-    if (direct_rows(c, rank) != nullptr)
-        return direct_weights(c, rank)[static_cast<int64_t>(position) * p.num_topk + k];
-    return *reinterpret_cast<const float*>(c.ring.from(rank).slot(position) + p.slot.topk_weights.at(k));
+EP_DEVICE void reduce_row(algo::Warp warp, const CombineContext& c, const TokenRow& now, const RowLanes& has_row) {
+    const int num_vecs = static_cast<int>(c.p.row_bytes / sizeof(Vec16));
+    auto* target = reinterpret_cast<Vec16*>(c.p.combined_x + static_cast<int64_t>(now.token) * c.p.row_bytes);
+    if (num_sources(c) > kWarpSize) return reduce_row_of_many(&c.p, c.watch.call, now.token, target, num_vecs);
+    if (!has_row.are_few)
+        return reduce_many(warp, target, num_vecs, [&](const auto& use) { for_each_pair(warp, now.row, use); });
+    const uint8_t* const rows[2] = {algo::broadcast_pointer(warp, now.row, has_row.first()),
+                                    algo::broadcast_pointer(warp, now.row, has_row.last())};
+    if (has_row.num_rows() == 2)
+        reduce_few<2>(warp, rows, target, num_vecs);
+    else if (has_row.num_rows() == 1)
+        reduce_few<1>(warp, rows, target, num_vecs);
+    else
+        reduce_few<0>(warp, rows, target, num_vecs);
 }
 
 // Before weights are read: those of all lenders can be.
@@ -121,234 +214,84 @@ EP_DEVICE bool wait_for_weights(algo::Warp warp, const CombineContext& c) {
         [&](int rank) { return heap.weight_flag(heap.rank(), rank); }, c.watch.call);
 }
 
-EP_DEVICE void reduce_weights(algo::Warp warp, const CombineContext& c, int token) {
-    const CombineParams& p = c.p;
-    for (int k = warp.thread_rank(); k < p.num_topk; k += kWarpSize) {
-        float sum = 0.0f;
-        for (int rank = 0; rank < c.watch.heap.num_ranks(); ++rank) sum += weight_from(c, token, rank, k);
-        p.combined_topk_weights[static_cast<int64_t>(token) * p.num_topk + k] = sum;
-    }
-}
-
-EP_DEVICE void give_slots_back(algo::Warp warp, const CombineContext& c, int token) {
-    const int self = c.watch.heap.rank();
-    for (int first = 0; first < c.watch.heap.num_ranks(); first += kWarpSize) {
-        const int position = position_at(warp, c, token, first);
-        const int rank = first + warp.thread_rank();
-        if (position >= 0 && direct_rows(c, rank) == nullptr)
-            c.ring.from(rank).give_back(position, c.rows.num_rows(self, rank));
-    }
-}
-
-EP_DEVICE bool reduce(algo::Warp warp, const CombineContext& c, int warp_idx, int num_warps) {
-    bool has_weights = false;
-    for (int token = warp_idx; token < c.p.num_tokens; token += num_warps) {
-        if (!wait_for_rows(warp, c, token)) return false;
-        reduce_token(warp, c, token);
-        if (!has_weights && !wait_for_weights(warp, c)) return false;
-        has_weights = true;
-        reduce_weights(warp, c, token);
-        warp.sync();  // every lane's reads, each lane's release
-        give_slots_back(warp, c, token);
-    }
-    return true;
-}
-
-// -- With bulk copies ----------------------------------------------------------------------------------------------------
-
-// What a reduce warp knows about a token. Lane i speaks for rank i, the lanes after the last rank's for the biases: a
-// bias is one more source, whose row of a token stands at the token's own position.
-struct TokenRows {
-    int token;
-    int position;            // of the source's row, -1: none
-    const uint8_t* pointer;  // of the source's row
-    uint32_t lanes;          // that have a row
-    bool is_here;            // all rows have come
-};
-
-// Lane i's source, worked out once.
-struct RowSource {
-    algo::Port port;
-    const uint8_t* rows;   // for us to read where they stand; null: they come into slots
-    const float* weights;  // of those
-    int num_rows;          // that it has for us
-};
-
-EP_DEVICE RowSource make_source(algo::Warp warp, const CombineContext& c) {
-    const int self = c.watch.heap.rank();
-    const int num_ranks = c.watch.heap.num_ranks();
-    if (warp.thread_rank() >= num_ranks) {
-        const int bias = warp.thread_rank() - num_ranks;
-        return {c.ring.from(self), bias < kMaxBiases ? c.p.bias[bias] : nullptr, nullptr, c.p.num_tokens};
-    }
-    const int rank = warp.thread_rank();
-    const uint8_t* rows = direct_rows(c, rank);
-    const bool has_weights = rows != nullptr && c.p.num_topk > 0;
-    return {c.ring.from(rank), rows, has_weights ? direct_weights(c, rank) : nullptr, c.rows.num_rows(self, rank)};
-}
-
-EP_DEVICE TokenRows open_token(algo::Warp, const CombineContext& c, const RowSource& source, int token, int position) {
-    const uint8_t* pointer = position < 0             ? nullptr
-                             : source.rows != nullptr ? source.rows + static_cast<int64_t>(position) * c.p.row_bytes
-                                                      : source.port.slot(position);
-    return {token, position, pointer, __ballot_sync(kFullMask, pointer != nullptr), false};
-}
-
-EP_DEVICE int position_of(algo::Warp warp, const CombineContext& c, const RowSource& source, int token) {
-    if (token >= c.p.num_tokens) return -1;
-    if (warp.thread_rank() < c.watch.heap.num_ranks()) return position_at(warp, c, token, 0);
-    return source.rows != nullptr ? token : -1;
-}
-
-EP_DEVICE bool rows_are_here(algo::Warp warp, const CombineContext& c, const RowSource& source,
-                             const TokenRows& token) {
-    if (!__all_sync(kFullMask, token.position < source.num_rows)) return false;  // wait_for_rows says what is wrong
-    const bool is_in_slot = token.position >= 0 && source.rows == nullptr;
-    if (!__any_sync(kFullMask, is_in_slot)) return true;
-    bool is_here = !is_in_slot || c.ring.is_set(source.port.row_is_here(token.position));
-    is_here = __all_sync(kFullMask, is_here);
-    warp.sync();  // each lane's acquire, the leader's bulk loads
-    prim::fence_async_global();
-    return is_here;
-}
-
-// How far the loads have come: chunk by chunk, of each chunk one piece for each rank, in this token or the next.
-struct Fetch {
-    algo::StageCursor cursor;  // of the next piece to be loaded
-    int num_under_way = 0;     // pieces loaded and not yet taken
-    int base;                  // of the chunk, in vectors
-    uint32_t rest;             // ranks whose piece of this chunk is still to be loaded
-    bool is_on_next = false;
-
-    EP_DEVICE void start(const TokenRows& token, bool is_next) {
-        base = 0;
-        rest = token.lanes;
-        is_on_next = is_next;
-    }
-};
-
-// Loads pieces until every stage is taken or no more rows are there. Waits for nothing.
-EP_DEVICE void fetch_more(algo::Warp warp, const CombineContext& c, const RowSource& source, const algo::Stages& stages,
-                          Fetch& fetch, const TokenRows& now, TokenRows& next) {
-    const int num_stages = c.p.geometry.recv.num_stages;
-    const int num_vecs = static_cast<int>(c.p.row_bytes / sizeof(Vec16));
-    while (fetch.num_under_way < num_stages) {
-        if (fetch.rest != 0) {
-            const int rank = __ffs(static_cast<int>(fetch.rest)) - 1;
-            const uint8_t* row = algo::broadcast_pointer(warp, fetch.is_on_next ? next.pointer : now.pointer, rank);
-            const int num_left = num_vecs - fetch.base;
-            const int num_here = num_left < kChunkVecs ? num_left : kChunkVecs;
-            if (warp.thread_rank() == 0)
-                stages.load(fetch.cursor, reinterpret_cast<const Vec16*>(row) + fetch.base,
-                            static_cast<uint32_t>(num_here) * sizeof(Vec16));
-            fetch.cursor.advance(num_stages);
-            ++fetch.num_under_way;
-            fetch.rest &= fetch.rest - 1;
-        } else if (fetch.base + kChunkVecs < num_vecs) {
-            fetch.base += kChunkVecs;
-            fetch.rest = fetch.is_on_next ? next.lanes : now.lanes;
-        } else {
-            if (fetch.is_on_next) return;
-            if (!next.is_here) next.is_here = rows_are_here(warp, c, source, next);
-            if (!next.is_here) return;
-            fetch.start(next, true);
-        }
-    }
-}
-
-// Some vectors of a stage beyond the end of the row may be old: their sums are not written.
-EP_DEVICE void add_stage(algo::Warp warp, PieceSums<kStagedUnroll>& sums, const uint8_t* stage) {
-    const Vec16* vectors = reinterpret_cast<const Vec16*>(stage) + warp.thread_rank();
-    Vec16 held[kStagedUnroll];
-#pragma unroll
-    for (int i = 0; i < kStagedUnroll; ++i) held[i] = prim::load_shared(vectors + i * kWarpSize);
-#pragma unroll
-    for (int i = 0; i < kStagedUnroll; ++i) sums.of[i].add(held[i]);
+// Of the source's row; null: it is no rank, or has no row.
+EP_DEVICE const float* weights_at(const CombineContext& c, const RowSource& source, const TokenRow& now) {
+    if (now.row == nullptr || !source.is_rank(c)) return nullptr;
+    return source.rows != nullptr ? source.weights + static_cast<int64_t>(now.position) * c.p.num_topk
+                                  : reinterpret_cast<const float*>(now.row + c.p.slot.topk_weights.offset);
 }
 
 // Sums of the weights that belong to the rows, in rank order like everything.
-EP_DEVICE void sum_weights(algo::Warp warp, const CombineContext& c, const RowSource& source, const TokenRows& token) {
-    constexpr int kBatch = 4;
+EP_DEVICE void reduce_weights(algo::Warp warp, const CombineContext& c, const RowSource& source, const TokenRow& now) {
     const CombineParams& p = c.p;
-    const uint32_t ranks = token.lanes & (kFullMask >> (kWarpSize - c.watch.heap.num_ranks()));
-    const float* mine = nullptr;
-    if (token.position >= 0 && p.num_topk > 0)
-        mine = source.rows != nullptr ? source.weights + static_cast<int64_t>(token.position) * p.num_topk
-                                      : reinterpret_cast<const float*>(token.pointer + p.slot.topk_weights.offset);
-    for (int first = 0; first < p.num_topk; first += kWarpSize) {
-        const int k = first + warp.thread_rank();
+    for (int first_k = 0; first_k < p.num_topk; first_k += kWarpSize) {
+        const int k = first_k + warp.thread_rank();
+        const bool has_entry = k < p.num_topk;
         float sum = 0.0f;
-        for (uint32_t rest = ranks; rest != 0;) {
-            float held[kBatch];
-#pragma unroll
-            for (int i = 0; i < kBatch; ++i) {
-                const int rank = rest != 0 ? __ffs(static_cast<int>(rest)) - 1 : 0;
-                const float* weights = algo::broadcast_pointer(warp, mine, rank);
-                held[i] = rest != 0 && k < p.num_topk ? weights[k] : 0.0f;
-                rest &= rest - 1;
-            }
-#pragma unroll
-            for (int i = 0; i < kBatch; ++i) sum += held[i];
-        }
-        if (k < p.num_topk) p.combined_topk_weights[static_cast<int64_t>(token.token) * p.num_topk + k] = sum;
+        const auto add_pair = [&](const float* first, const float* second) {
+            const float of_first = has_entry ? first[k] : 0.0f;
+            const float of_second = has_entry && second != nullptr ? second[k] : 0.0f;
+            sum += of_first;
+            sum += of_second;
+        };
+        for_each_pair(warp, weights_at(c, source, now), add_pair);
+        for_further_sources(warp, c, now.token, [&](const RowSource& further, const TokenRow& row) {
+            for_each_pair(warp, weights_at(c, further, row), add_pair);
+        });
+        if (has_entry) p.combined_topk_weights[static_cast<int64_t>(now.token) * p.num_topk + k] = sum;
     }
 }
 
-// The sum of one chunk of the token, while pieces of later ones are loaded.
-EP_DEVICE PieceSums<kStagedUnroll> sum_chunk(algo::Warp warp, const CombineContext& c, const RowSource& source,
-                                             const algo::Stages& stages, Fetch& fetch, algo::StageCursor& taken,
-                                             const TokenRows& now, TokenRows& next) {
-    PieceSums<kStagedUnroll> sums = {};
-    for (uint32_t rest = now.lanes; rest != 0; rest &= rest - 1) {
-        fetch_more(warp, c, source, stages, fetch, now, next);
-        stages.wait(taken);
-        add_stage(warp, sums, stages.at(taken));
-        taken.advance(c.p.geometry.recv.num_stages);
-        --fetch.num_under_way;
-        prim::fence_async_shared();
-        warp.sync();  // every lane's reads of the stage, the leader's next load into it
-    }
-    return sums;
+// This lane's weights of few rows, which are loaded while the rows are on their way: alone, they would take as long as those.
+struct HeldWeights {
+    float of_first, of_last;
+};
+
+EP_DEVICE HeldWeights hold_weights(algo::Warp warp, const CombineContext& c, const RowSource& source,
+                                   const TokenRow& now, const RowLanes& has_row) {
+    const float* mine = weights_at(c, source, now);
+    const auto load = [&](int lane) {
+        const float* weights = algo::broadcast_pointer(warp, mine, lane);
+        return weights != nullptr && warp.thread_rank() < c.p.num_topk ? weights[warp.thread_rank()] : 0.0f;
+    };
+    const float of_first = load(has_row.first());
+    return {of_first, has_row.num_rows() == 2 ? load(has_row.last()) : 0.0f};
 }
 
-EP_DEVICE bool reduce_staged(algo::Warp warp, const CombineContext& c, int warp_idx, int num_warps, uint8_t* memory) {
-    const CombineParams& p = c.p;
-    const int num_vecs = static_cast<int>(p.row_bytes / sizeof(Vec16));
-    const RowSource source = make_source(warp, c);
-    const algo::Stages stages(memory, p.geometry.recv);
-    prim::fence_async_global();  // the loans that this block has seen, this lane's bulk loads
-    stages.init(warp);
+EP_DEVICE void write_weights(algo::Warp warp, const CombineContext& c, int token, const HeldWeights& held) {
+    if (warp.thread_rank() < c.p.num_topk)
+        c.p.combined_topk_weights[static_cast<int64_t>(token) * c.p.num_topk + warp.thread_rank()] =
+            0.0f + held.of_first + held.of_last;
+}
+
+EP_DEVICE void give_slot_back(const CombineContext& c, const RowSource& source, int position) {
+    if (position >= 0 && source.uses_slots(c)) c.ring.from(source.index).give_back(position, source.num_rows);
+}
+
+EP_DEVICE bool reduce(algo::Warp warp, const CombineContext& c, int warp_idx, int num_warps) {
+    const RowSource source = source_at(c, warp.thread_rank());
     bool has_weights = false;
-    Fetch fetch;
-    algo::StageCursor taken;
-    TokenRows now = open_token(warp, c, source, warp_idx, position_of(warp, c, source, warp_idx));
-    int position_after = position_of(warp, c, source, warp_idx + num_warps);
-    while (now.token < p.num_tokens) {
-        if (!now.is_here) {  // then nothing is under way
-            if (!wait_for_rows(warp, c, now.token)) return false;
-            prim::fence_async_global();
-            fetch.start(now, false);
-        }
-        TokenRows next = open_token(warp, c, source, now.token + num_warps, position_after);
-        position_after = position_of(warp, c, source, next.token + num_warps);
-        const int64_t token_offset = static_cast<int64_t>(now.token) * p.row_bytes;
-        for (int base = 0; base < num_vecs; base += kChunkVecs) {
-            const PieceSums<kStagedUnroll> sums = sum_chunk(warp, c, source, stages, fetch, taken, now, next);
-            write_sums(warp, sums, reinterpret_cast<Vec16*>(p.combined_x + token_offset), base, num_vecs);
-        }
-        if (!has_weights && !wait_for_weights(warp, c)) {
-            for (; fetch.num_under_way > 0; --fetch.num_under_way) {
-                stages.wait(taken);  // given up: nothing may land after the end
-                taken.advance(p.geometry.recv.num_stages);
-            }
-            return false;
-        }
+    int position = position_of(c, source, warp_idx);
+    for (int token = warp_idx; token < c.p.num_tokens; token += num_warps) {
+        const TokenRow now = token_row(c, source, token, position);
+        position = position_of(c, source, token + num_warps);  // under way with this token's rows
+        if (!wait_for_rows(warp, c, source, token, now.position)) return false;
+        const RowLanes has_row = row_lanes(warp, c, now);
+        const bool holds_weights = has_weights && has_row.are_few && c.p.num_topk <= kWarpSize;
+        HeldWeights held = {};
+        if (holds_weights) held = hold_weights(warp, c, source, now, has_row);
+        reduce_row(warp, c, now, has_row);
+        if (!has_weights && !wait_for_weights(warp, c)) return false;
         has_weights = true;
-        sum_weights(warp, c, source, now);
+        if (holds_weights)
+            write_weights(warp, c, token, held);
+        else
+            reduce_weights(warp, c, source, now);
         warp.sync();  // every lane's reads, each lane's release
-        if (now.position >= 0 && source.rows == nullptr) source.port.give_back(now.position, source.num_rows);
-        fetch.is_on_next = false;
-        now = next;
+        give_slot_back(c, source, now.position);
+        for_further_sources(warp, c, token, [&](const RowSource& further, const TokenRow& row) {
+            give_slot_back(c, further, row.position);
+        });
     }
     return true;
 }
