@@ -13,26 +13,45 @@ template <class T> EP_DEVICE T* broadcast_pointer(Warp, T* pointer, int source) 
     return reinterpret_cast<T*>(static_cast<uintptr_t>(__shfl_sync(prim::kFullMask, bits, source)));
 }
 
+// One chunk of a row for multicast_row: kVecs vectors of each lane, all inside the row.
+template <int kVecs>
+EP_DEVICE void multicast_chunk(Warp warp, const prim::Vec16* source, int base, uint32_t lanes, prim::Vec16* pointer) {
+    const int first = base + warp.thread_rank();
+    source += first;
+    prim::Vec16 held[kVecs];
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) held[i] = prim::load_input(source + i * prim::kWarpSize);
+#pragma unroll 1
+    for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
+        prim::Vec16* destination = broadcast_pointer(warp, pointer, __ffs(static_cast<int>(rest)) - 1) + first;
+#pragma unroll
+        for (int i = 0; i < kVecs; ++i) prim::store_streaming(destination + i * prim::kWarpSize, held[i]);
+    }
+}
+
+// What is left of a row behind its last whole chunk: a vector of each lane at a time.
+EP_DEVICE void multicast_rest(Warp warp, const prim::Vec16* source, int base, int num_vecs, uint32_t lanes,
+                              prim::Vec16* pointer) {
+    for (; base < num_vecs; base += prim::kWarpSize) {
+        const int idx = base + warp.thread_rank();
+        prim::Vec16 held = {};
+        if (idx < num_vecs) held = prim::load_input(source + idx);
+        for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
+            prim::Vec16* destination = broadcast_pointer(warp, pointer, __ffs(static_cast<int>(rest)) - 1);
+            if (idx < num_vecs) prim::store_streaming(destination + idx, held);
+        }
+    }
+}
+
 // One read, one write for each destination: `pointers` of the lanes in `lanes` (uniform) receive `num_vecs` x 16 bytes.
 template <int kUnroll>
 EP_DEVICE void multicast_row(Warp warp, const prim::Vec16* source, int num_vecs, uint32_t lanes, prim::Vec16* pointer) {
     warp.expect();
-    for (int base = 0; base < num_vecs; base += kChunkVecs<kUnroll>) {
-        prim::Vec16 held[kUnroll];
-#pragma unroll
-        for (int i = 0; i < kUnroll; ++i) {
-            const int idx = base + i * prim::kWarpSize + warp.thread_rank();
-            if (idx < num_vecs) held[i] = prim::load_input(source + idx);
-        }
-        for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
-            prim::Vec16* destination = broadcast_pointer(warp, pointer, __ffs(static_cast<int>(rest)) - 1);
-#pragma unroll
-            for (int i = 0; i < kUnroll; ++i) {
-                const int idx = base + i * prim::kWarpSize + warp.thread_rank();
-                if (idx < num_vecs) prim::store_streaming(destination + idx, held[i]);
-            }
-        }
-    }
+    int base = 0;
+#pragma unroll 1
+    for (; base + kChunkVecs<kUnroll> <= num_vecs; base += kChunkVecs<kUnroll>)
+        multicast_chunk<kUnroll>(warp, source, base, lanes, pointer);
+    multicast_rest(warp, source, base, num_vecs, lanes, pointer);
 }
 
 enum class SourceKind { kInput, kFromPeer };

@@ -5,6 +5,8 @@
 // of two rows is on its way, so that more of it can be; combine_reduce_staged.h loads ahead through shared memory.
 #pragma once
 
+#include <type_traits>
+
 #include "device/algo/bf16_sums.h"
 #include "device/algo/peers.h"
 #include "device/algo/row.h"
@@ -17,7 +19,6 @@ inline namespace EP_BACKEND {
 
 constexpr int kPairVecs = 7;  // that a lane holds of each of two rows
 constexpr int kSumVecs = 4;   // the same beside sums of so many
-constexpr auto kPieces = algo::Pieces::kInterleaved;
 
 // Where the source's rows for us stand.
 struct RowSource {
@@ -50,28 +51,42 @@ EP_DEVICE int position_of(const CombineContext& c, const RowSource& source, int 
     return source.rows != nullptr ? token : -1;
 }
 
-EP_DEVICE const uint8_t* row_at(const CombineContext& c, const RowSource& source, int position) {
-    if (position < 0) return nullptr;
-    return source.rows != nullptr ? source.rows + static_cast<int64_t>(position) * c.p.row_bytes
-                                  : c.ring.from(source.index).slot(position);
+EP_DEVICE algo::Watch make_watch(const CombineParams& p, uint64_t call) {
+    return make_watch(p.watch, p.heap, layout::Operation::kCombine, call);
 }
 
-EP_DEVICE bool wait_for_row(const CombineContext& c, const RowSource& source, int token, int position) {
-    if (position < 0) return true;
-    if (position >= source.num_rows) return refuse_position(c.watch, source.index, token, position, source.num_rows);
-    return !source.uses_slots(c) ||
-           c.ring.wait(Stage::kRow, source.index, c.ring.from(source.index).row_is_here(position));
+// Rows that come into slots, out of line: what the two take would be kept in registers beside rows that are read in place.
+// Where the row is, once it has come; null: the wait failed.
+EP_DEVICE_COLD const uint8_t* wait_for_slot(const CombineParams* p, uint64_t call, int rank, int position) {
+    const algo::Watch watch = make_watch(*p, call);
+    const algo::Ring ring(watch, p->window);
+    const algo::Port port = ring.from(rank);
+    return ring.wait(Stage::kRow, rank, port.row_is_here(position)) ? port.slot(position) : nullptr;
 }
 
-// A token, and what a lane knows of one of the first 32 sources, which mostly are all.
+EP_DEVICE_COLD void give_slot_back(const CombineParams* p, uint64_t call, int rank, int position, int num_rows) {
+    const algo::Watch watch = make_watch(*p, call);
+    algo::Ring(watch, p->window).from(rank).give_back(position, num_rows);
+}
+
+// A token, and what a lane knows of its row at one source.
 struct TokenRow {
     int token;
     int position;        // of the source's row, -1: none
     const uint8_t* row;  // null: none
+
+    EP_DEVICE bool is_lost() const { return position >= 0 && row == nullptr; }  // the wait for it failed
 };
 
-EP_DEVICE TokenRow token_row(const CombineContext& c, const RowSource& source, int token, int position) {
-    return {token, position, row_at(c, source, position)};
+// Waits for the row. Other lanes may read it after a sync().
+EP_DEVICE TokenRow find_row(const CombineContext& c, const RowSource& source, int token, int position) {
+    if (position < 0) return {token, position, nullptr};
+    if (position >= source.num_rows) {
+        refuse_position(c.watch, source.index, token, position, source.num_rows);
+        return {token, position, nullptr};
+    }
+    if (source.rows != nullptr) return {token, position, source.rows + static_cast<int64_t>(position) * c.p.row_bytes};
+    return {token, position, wait_for_slot(&c.p, c.watch.call, source.index, position)};
 }
 
 // Calls use(source, row) for this lane's sources beyond the first 32. By all lanes alike.
@@ -79,16 +94,15 @@ template <class Use>
 EP_DEVICE void for_further_sources(algo::Warp warp, const CombineContext& c, int token, const Use& use) {
     for (int first = kWarpSize; first < num_sources(c); first += kWarpSize) {
         const RowSource source = source_at(c, first + warp.thread_rank());
-        use(source, token_row(c, source, token, position_of(c, source, token)));
+        use(source, find_row(c, source, token, position_of(c, source, token)));
     }
 }
 
-EP_DEVICE bool wait_for_rows(algo::Warp warp, const CombineContext& c, const RowSource& source, int token,
-                             int position) {
-    bool is_here = wait_for_row(c, source, token, position);
-    for_further_sources(warp, c, token, [&](const RowSource& further, const TokenRow& row) {
-        is_here &= wait_for_row(c, further, token, row.position);
-    });
+// `row`: of this lane's source among the first 32.
+EP_DEVICE bool have_rows_come(algo::Warp warp, const CombineContext& c, const TokenRow& row) {
+    bool is_here = !row.is_lost();
+    for_further_sources(warp, c, row.token,
+                        [&](const RowSource&, const TokenRow& further) { is_here &= !further.is_lost(); });
     return algo::all(warp, is_here);
 }
 
@@ -113,62 +127,95 @@ EP_DEVICE algo::Piece<kVecs> load_row(algo::Warp warp, const uint8_t* row, int b
     return piece;
 }
 
-// One chunk of the sum of up to two rows; `end`: of the row, from the chunk's begin.
-template <int kRows, int kVecs>
-EP_DEVICE void sum_chunk(algo::Warp warp, const uint8_t* const (&rows)[2], Vec16* target, int base, int end) {
-    algo::Piece<kVecs> pieces[2];
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) pieces[i] = load_row<kVecs>(warp, rows[i], base, end);
-    algo::for_piece<kVecs>(warp, kPieces, end, [&](int i, int vec) {
-        algo::Bf16Sums sums = {};
-#pragma unroll
-        for (int row = 0; row < kRows; ++row) sums.add(pieces[row].vec[i]);
-        prim::store_streaming(target + base + vec, sums.rounded());
-    });
-}
+// Part of a row: kVecs vectors of each lane, every 32nd from `first` on.
+template <int kVecs> struct Chunk {
+    static constexpr int kNumVecs = kVecs;
 
-// Whole chunks need no look at the row's end, which costs registers.
-template <int kRows>
-EP_DEVICE void reduce_few(algo::Warp warp, const uint8_t* const (&rows)[2], Vec16* target, int num_vecs) {
-    constexpr int kWhole = algo::kChunkVecs<kPairVecs>;
+    int first;
+    bool is_inside;  // of the row; where lanes have more than one vector, all of them are
+};
+
+template <int kVecs> struct Held { Vec16 vec[kVecs]; };
+
+// Calls work(chunk) for whole chunks, then for what is left, a vector of each lane at a time. Whole ones need no look at the
+// row's end, and one address for all their vectors.
+template <int kVecs, class Work> EP_DEVICE void for_chunks(algo::Warp warp, int num_vecs, const Work& work) {
     int base = 0;
 #pragma unroll 1
-    for (; base + kWhole <= num_vecs; base += kWhole) sum_chunk<kRows, kPairVecs>(warp, rows, target, base, kWhole);
+    for (; base + algo::kChunkVecs<kVecs> <= num_vecs; base += algo::kChunkVecs<kVecs>)
+        work(Chunk<kVecs>{base + warp.thread_rank(), true});
 #pragma unroll 1
-    for (; base < num_vecs; base += kWarpSize) sum_chunk<kRows, 1>(warp, rows, target, base, num_vecs - base);
+    for (; base < num_vecs; base += kWarpSize)
+        work(Chunk<1>{base + warp.thread_rank(), base + warp.thread_rank() < num_vecs});
+}
+
+template <int kVecs> EP_DEVICE Held<kVecs> load_chunk(const uint8_t* row, const Chunk<kVecs>& chunk) {
+    const Vec16* source = reinterpret_cast<const Vec16*>(row) + chunk.first;
+    Held<kVecs> held;
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i)
+        held.vec[i] = kVecs > 1 || chunk.is_inside ? prim::load_shared_with_peers(source + i * kWarpSize) : Vec16{};
+    return held;
+}
+
+template <int kVecs>
+EP_DEVICE void store_sums(const algo::Bf16Sums (&sums)[kVecs], Vec16* target, const Chunk<kVecs>& chunk) {
+    target += chunk.first;
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i)
+        if (kVecs > 1 || chunk.is_inside) prim::store_streaming(target + i * kWarpSize, sums[i].rounded());
+}
+
+// Of up to two rows.
+template <int kRows, int kVecs>
+EP_DEVICE void sum_few(algo::Warp warp, const uint8_t* const (&rows)[2], Vec16* target, const Chunk<kVecs>& chunk) {
+    Held<kVecs> held[2];
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) held[row] = load_chunk(rows[row], chunk);
+    warp.sync();  // all loads are under way before the first sum: the compiler would keep some back
+    algo::Bf16Sums sums[kVecs] = {};
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i)
+#pragma unroll
+        for (int row = 0; row < kRows; ++row) sums[i].add(held[row].vec[i]);
+    store_sums(sums, target, chunk);
+}
+
+template <int kRows>
+EP_DEVICE void reduce_few(algo::Warp warp, const uint8_t* const (&rows)[2], Vec16* target, int num_vecs) {
+    for_chunks<kPairVecs>(warp, num_vecs, [&](const auto& chunk) { sum_few<kRows>(warp, rows, target, chunk); });
 }
 
 // Of more rows: `for_each` calls its argument with two of them at a time.
-template <class ForEach> EP_DEVICE void reduce_many(algo::Warp warp, Vec16* target, int num_vecs, const ForEach& for_each) {
-    for (int base = 0; base < num_vecs; base += algo::kChunkVecs<kSumVecs>) {
-        const int end = num_vecs - base;
-        algo::Bf16Sums sums[kSumVecs] = {};
+template <class ForEach>
+EP_DEVICE void reduce_many(algo::Warp warp, Vec16* target, int num_vecs, const ForEach& for_each) {
+    for_chunks<kSumVecs>(warp, num_vecs, [&](const auto& chunk) {
+        constexpr int kVecs = std::decay_t<decltype(chunk)>::kNumVecs;
+        algo::Bf16Sums sums[kVecs] = {};
         for_each([&](const uint8_t* first, const uint8_t* second) {
-            const auto of_first = load_row<kSumVecs>(warp, first, base, end);
-            algo::Piece<kSumVecs> of_second = {};
-            if (second != nullptr) of_second = load_row<kSumVecs>(warp, second, base, end);
-            algo::for_piece<kSumVecs>(warp, kPieces, end, [&](int i, int) {
-                sums[i].add(of_first.vec[i]);
-                sums[i].add(of_second.vec[i]);  // a sum that began at zero does not change by a zero
-            });
+            const Held<kVecs> of_first = load_chunk(first, chunk);
+            const Held<kVecs> of_second = load_chunk(second != nullptr ? second : first, chunk);
+#pragma unroll
+            for (int i = 0; i < kVecs; ++i) sums[i].add(of_first.vec[i]);
+            if (second == nullptr) return;
+#pragma unroll
+            for (int i = 0; i < kVecs; ++i) sums[i].add(of_second.vec[i]);
         });
-        algo::for_piece<kSumVecs>(warp, kPieces, end, [&](int i, int vec) {
-            prim::store_streaming(target + base + vec, sums[i].rounded());
-        });
-    }
+        store_sums(sums, target, chunk);
+    });
 }
 
 // More sources than lanes. Made anew here, the context is not kept in memory for this call.
 EP_DEVICE_COLD void reduce_row_of_many(const CombineParams* p, uint64_t call, int token, Vec16* target, int num_vecs) {
     const algo::Warp warp;
-    const algo::Watch watch = make_watch(p->watch, p->heap, layout::Operation::kCombine, call);
+    const algo::Watch watch = make_watch(*p, call);
     const algo::Ring ring(watch, p->window);
     const CombineContext c{*p, watch, ring, RowMap{p->rank_prefix_matrix, p->heap.num_ranks}};
     reduce_many(warp, target, num_vecs, [&](const auto& use) {
-        for (int group = 0; group < num_sources(c); group += kWarpSize) {
-            const RowSource source = source_at(c, group + warp.thread_rank());
-            for_each_pair(warp, row_at(c, source, position_of(c, source, token)), use);
-        }
+        const RowSource source = source_at(c, warp.thread_rank());
+        for_each_pair(warp, find_row(c, source, token, position_of(c, source, token)).row, use);
+        for_further_sources(warp, c, token,
+                            [&](const RowSource&, const TokenRow& further) { for_each_pair(warp, further.row, use); });
     });
 }
 
@@ -264,34 +311,41 @@ EP_DEVICE void write_weights(algo::Warp warp, const CombineContext& c, int token
             0.0f + held.of_first + held.of_last;
 }
 
-EP_DEVICE void give_slot_back(const CombineContext& c, const RowSource& source, int position) {
-    if (position >= 0 && source.uses_slots(c)) c.ring.from(source.index).give_back(position, source.num_rows);
+// What a lane knows of its source and of its row of the token is looked up anew behind the sums: kept, it would take registers
+// from the rows that are on their way.
+EP_DEVICE void finish_token(algo::Warp warp, const CombineContext& c, int token, bool has_weights, bool has_slots) {
+    const RowSource source = source_at(c, warp.thread_rank());
+    const TokenRow now = find_row(c, source, token, position_of(c, source, token));
+    if (!has_weights) reduce_weights(warp, c, source, now);
+    warp.sync();  // every lane's reads, each lane's release
+    if (!has_slots) return;
+    const auto give_back = [&](const RowSource& from, const TokenRow& row) {
+        if (row.position >= 0 && from.uses_slots(c))
+            give_slot_back(&c.p, c.watch.call, from.index, row.position, from.num_rows);
+    };
+    give_back(source, now);
+    for_further_sources(warp, c, token, give_back);
 }
 
 EP_DEVICE bool reduce(algo::Warp warp, const CombineContext& c, int warp_idx, int num_warps) {
-    const RowSource source = source_at(c, warp.thread_rank());
-    bool has_weights = false;
-    int position = position_of(c, source, warp_idx);
+    const RowSource first = source_at(c, warp.thread_rank());
+    const bool has_slots = num_sources(c) > kWarpSize || __any_sync(kFullMask, first.uses_slots(c));
+    bool can_read_weights = c.p.num_topk == 0;
+    int position = position_of(c, first, warp_idx);
     for (int token = warp_idx; token < c.p.num_tokens; token += num_warps) {
-        const TokenRow now = token_row(c, source, token, position);
+        const RowSource source = source_at(c, warp.thread_rank());
+        const TokenRow now = find_row(c, source, token, position);
         position = position_of(c, source, token + num_warps);  // under way with this token's rows
-        if (!wait_for_rows(warp, c, source, token, now.position)) return false;
+        if (!have_rows_come(warp, c, now)) return false;
         const RowLanes has_row = row_lanes(warp, c, now);
-        const bool holds_weights = has_weights && has_row.are_few && c.p.num_topk <= kWarpSize;
+        const bool holds_weights = can_read_weights && has_row.are_few && c.p.num_topk <= kWarpSize;
         HeldWeights held = {};
-        if (holds_weights) held = hold_weights(warp, c, source, now, has_row);
+        if (holds_weights && c.p.num_topk > 0) held = hold_weights(warp, c, source, now, has_row);
         reduce_row(warp, c, now, has_row);
-        if (!has_weights && !wait_for_weights(warp, c)) return false;
-        has_weights = true;
-        if (holds_weights)
-            write_weights(warp, c, token, held);
-        else
-            reduce_weights(warp, c, source, now);
-        warp.sync();  // every lane's reads, each lane's release
-        give_slot_back(c, source, now.position);
-        for_further_sources(warp, c, token, [&](const RowSource& further, const TokenRow& row) {
-            give_slot_back(c, further, row.position);
-        });
+        if (!can_read_weights && !wait_for_weights(warp, c)) return false;
+        can_read_weights = true;
+        if (holds_weights) write_weights(warp, c, token, held);
+        if (!holds_weights || has_slots) finish_token(warp, c, token, holds_weights, has_slots);
     }
     return true;
 }

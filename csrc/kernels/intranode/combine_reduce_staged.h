@@ -176,7 +176,7 @@ EP_DEVICE bool reduce_staged(algo::Warp warp, const CombineContext& c, int warp_
     int position_after = position_of(c, source, warp_idx + num_warps);
     while (now.token < p.num_tokens) {
         if (!now.is_here) {  // then nothing is under way
-            if (!wait_for_rows(warp, c, source, now.token, now.position)) return false;
+            if (!have_rows_come(warp, c, find_row(c, source, now.token, now.position))) return false;
             prim::fence_async_global();
             fetch.start(now, false);
         }
