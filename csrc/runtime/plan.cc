@@ -116,8 +116,9 @@ kernels::Geometry plan_dispatch(const Machine& machine, int num_sms, const layou
 // ordinary loads where no bias is one more row of each token (docs/performance/intranode.md, step 28).
 kernels::Geometry plan_combine(const Machine& machine, int num_sms, const layout::SlotLayout& slot, bool is_lent,
                                bool has_bias) {
-    kernels::Geometry plain = plan_plain(machine, num_sms, kernels::kMaxCombineThreads);
-    kernels::Geometry staged = plan_plain(machine, num_sms, kernels::kMaxStagedCombineThreads);
+    kernels::Geometry plain = plan_plain(machine, num_sms, 32 * kernels::kMaxCombineWarps);
+    plain.num_recv_warps = std::min(kernels::kMaxCombineWarps, machine.useful_block_threads / 32) - plain.num_send_warps;
+    kernels::Geometry staged = plan_plain(machine, num_sms, 32 * kernels::kMaxStagedCombineWarps);
     const int room = machine.max_shared_bytes - kernels::kMaxCombineState;
     staged.recv = {layout::kReduceStages, layout::kReduceStageBytes};
     if (is_lent) {
@@ -129,7 +130,7 @@ kernels::Geometry plan_combine(const Machine& machine, int num_sms, const layout
     if (machine.is_gpu) staged.num_recv_warps = kReduceWarps;
     const layout::Staging send{1, static_cast<int>(layout::bulk_bytes(slot.topk_weights.end()))};
     const int fitting = (room - staged.num_recv_warps * staged.recv.bytes()) / send.bytes();
-    const int max_warps = std::min(kernels::kMaxStagedCombineThreads, machine.useful_block_threads) / 32;
+    const int max_warps = std::min(kernels::kMaxStagedCombineWarps, machine.useful_block_threads / 32);
     staged.num_send_warps = std::min(max_warps - staged.num_recv_warps, fitting / 2);
     if (staged.num_send_warps <= 0) return plain;
     staged.send = {std::min(fitting / staged.num_send_warps, kMaxStages), send.stage_bytes};

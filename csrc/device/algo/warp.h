@@ -56,25 +56,28 @@ EP_DEVICE void multicast_row(Warp warp, const prim::Vec16* source, int num_vecs,
 
 enum class SourceKind { kInput, kFromPeer };
 
+template <SourceKind kKind> EP_DEVICE prim::Vec16 load_vec(const prim::Vec16* source) {
+    return kKind == SourceKind::kInput ? prim::load_input(source) : prim::load_shared_with_peers(source);
+}
+
 // One read, one write. kFromPeer: an acquire has ordered the peer's writes before this.
 template <SourceKind kKind, int kUnroll>
 EP_DEVICE void copy_row(Warp warp, prim::Vec16* destination, const prim::Vec16* source, int num_vecs) {
     warp.expect();
-    for (int base = warp.thread_rank(); base < num_vecs; base += kChunkVecs<kUnroll>) {
+    const int lane = warp.thread_rank();
+    int base = 0;
+#pragma unroll 1
+    for (; base + kChunkVecs<kUnroll> <= num_vecs; base += kChunkVecs<kUnroll>) {
         prim::Vec16 held[kUnroll];
 #pragma unroll
-        for (int i = 0; i < kUnroll; ++i) {
-            const int idx = base + i * prim::kWarpSize;
-            if (idx < num_vecs)
-                held[i] = kKind == SourceKind::kInput ? prim::load_input(source + idx)
-                                                      : prim::load_shared_with_peers(source + idx);
-        }
+        for (int i = 0; i < kUnroll; ++i) held[i] = load_vec<kKind>(source + (base + lane) + i * prim::kWarpSize);
+        warp.sync();  // all loads are under way before the first store: the compiler would keep some back
 #pragma unroll
-        for (int i = 0; i < kUnroll; ++i) {
-            const int idx = base + i * prim::kWarpSize;
-            if (idx < num_vecs) prim::store_streaming(destination + idx, held[i]);
-        }
+        for (int i = 0; i < kUnroll; ++i)
+            prim::store_streaming(destination + (base + lane) + i * prim::kWarpSize, held[i]);
     }
+    for (int idx = base + lane; idx < num_vecs; idx += prim::kWarpSize)
+        prim::store_streaming(destination + idx, load_vec<kKind>(source + idx));
 }
 
 }  // namespace EP_BACKEND

@@ -24,8 +24,9 @@ template <bool kIsStaged> struct Kernel {
     using Params = CombineParams;
     struct Shared {
         CallState call;
+        FlagRequests requests;
     };
-    static constexpr int kMaxThreads = kIsStaged ? kMaxStagedCombineThreads : kMaxCombineThreads;
+    static constexpr int kMaxThreads = kWarpSize * (1 + (kIsStaged ? kMaxStagedCombineWarps : kMaxCombineWarps));
     static constexpr auto kOperation = layout::Operation::kCombine;
     static_assert(sizeof(Shared) <= kMaxCombineState);
 
@@ -65,16 +66,28 @@ template <bool kIsStaged> struct Kernel {
         return algo::all(warp, is_ok);
     }
 
-    static EP_DEVICE void prepare(algo::Block, const Params&, const algo::Watch&, Shared&) {}
+    static EP_DEVICE void prepare(algo::Block block, const Params&, const algo::Watch&, Shared& shared) {
+        algo::for_each(block, kMaxCombineWarps * kRequests,
+                       [&](int i) { shared.requests.of_warp[i / kRequests][i % kRequests] = 0; });
+    }
     static EP_DEVICE Begun learn(algo::Block, const Params&, const algo::Watch&, Shared&) { return Begun::kReady; }
 
-    static EP_DEVICE bool work(algo::Block block, const Params& p, const algo::Watch& watch, Shared&) {
+    static EP_DEVICE bool work(algo::Block block, const Params& p, const algo::Watch& watch, Shared& shared) {
         const algo::Ring ring(watch, p.window);
         const CombineContext c{p, watch, ring, RowMap{p.rank_prefix_matrix, p.heap.num_ranks}};
         if (p.loan.topk_weights != 0) lend_weights(block, c);
         const algo::Warp warp;
+        const int num_warps = p.geometry.num_recv_warps + p.geometry.num_send_warps;
+        if (prim::warp_idx() == num_warps) {
+            serve_flags(warp, ring, shared.requests, num_warps);
+            return true;
+        }
+        FlagRequester flags(shared.requests, prim::warp_idx());
         const int send_warp = prim::warp_idx() - p.geometry.num_recv_warps;
-        return send_warp < 0 ? reduce_any(warp, c, prim::warp_idx()) : send_any(warp, c, send_warp);
+        const bool is_ok =
+            send_warp < 0 ? reduce_any(warp, c, flags, prim::warp_idx()) : send_any(warp, c, flags, send_warp);
+        flags.no_more(warp);
+        return is_ok;
     }
 
     static EP_DEVICE bool check(algo::Warp, const Params&, const Shared&) { return true; }
@@ -104,24 +117,24 @@ private:
             c.watch.call);
     }
 
-    static EP_DEVICE bool reduce_any(algo::Warp warp, const CombineContext& c, int reduce_warp) {
+    static EP_DEVICE bool reduce_any(algo::Warp warp, const CombineContext& c, FlagRequester& flags, int reduce_warp) {
         const Geometry& geometry = c.p.geometry;
         const int warp_idx = reduce_warp * geometry.num_blocks + static_cast<int>(blockIdx.x);
         const int num_warps = geometry.num_recv_warps * geometry.num_blocks;
         if constexpr (kIsStaged)
-            return reduce_staged(warp, c, warp_idx, num_warps, recv_memory(geometry, reduce_warp));
+            return reduce_staged(warp, c, flags, warp_idx, num_warps, recv_memory(geometry, reduce_warp));
         else
-            return reduce(warp, c, warp_idx, num_warps);
+            return reduce(warp, c, flags, warp_idx, num_warps);
     }
 
-    static EP_DEVICE bool send_any(algo::Warp warp, const CombineContext& c, int send_warp) {
+    static EP_DEVICE bool send_any(algo::Warp warp, const CombineContext& c, FlagRequester& flags, int send_warp) {
         const Geometry& geometry = c.p.geometry;
         const int warp_idx = send_warp * geometry.num_blocks + static_cast<int>(blockIdx.x);
         const int num_warps = geometry.num_send_warps * geometry.num_blocks;
         if constexpr (kIsStaged)
             return send_staged(warp, c, warp_idx, num_warps, send_memory(geometry, send_warp));
         else
-            return send(warp, c, warp_idx, num_warps);
+            return send(warp, c, flags, warp_idx, num_warps);
     }
 
     // The matrix is the caller's, and what it says becomes addresses.
@@ -145,7 +158,7 @@ private:
 void launch(const CombineParams& params, dev::Stream stream) {
     dev::LaunchConfig config;
     config.num_blocks = params.geometry.num_blocks;
-    config.num_threads = kWarpSize * (params.geometry.num_send_warps + params.geometry.num_recv_warps);
+    config.num_threads = kWarpSize * (params.geometry.num_send_warps + params.geometry.num_recv_warps + 1);
     config.dynamic_shared_bytes = staging_bytes(params.geometry);
     config.is_cooperative = true;
     config.name = "deep_ep::combine";

@@ -64,11 +64,6 @@ EP_DEVICE_COLD const uint8_t* wait_for_slot(const CombineParams* p, uint64_t cal
     return ring.wait(Stage::kRow, rank, port.row_is_here(position)) ? port.slot(position) : nullptr;
 }
 
-EP_DEVICE_COLD void give_slot_back(const CombineParams* p, uint64_t call, int rank, int position, int num_rows) {
-    const algo::Watch watch = make_watch(*p, call);
-    algo::Ring(watch, p->window).from(rank).give_back(position, num_rows);
-}
-
 // A token, and what a lane knows of its row at one source.
 struct TokenRow {
     int token;
@@ -311,23 +306,33 @@ EP_DEVICE void write_weights(algo::Warp warp, const CombineContext& c, int token
             0.0f + held.of_first + held.of_last;
 }
 
+// `position`: of the row in a slot that this lane's source has filled; -1: none.
+EP_DEVICE void give_slots_back(algo::Warp warp, const CombineContext& c, FlagRequester& flags, const RowSource& source,
+                               int position) {
+    const bool is_due = position >= 0 && position + c.p.window.window < source.num_rows;  // else nobody needs it again
+    for (uint32_t rest = __ballot_sync(kFullMask, is_due); rest != 0; rest &= rest - 1) {
+        const int lane = __ffs(static_cast<int>(rest)) - 1;
+        flags.slot_is_free(warp, __shfl_sync(kFullMask, source.index, lane), __shfl_sync(kFullMask, position, lane));
+    }
+}
+
 // What a lane knows of its source and of its row of the token is looked up anew behind the sums: kept, it would take registers
 // from the rows that are on their way.
-EP_DEVICE void finish_token(algo::Warp warp, const CombineContext& c, int token, bool has_weights, bool has_slots) {
+EP_DEVICE void finish_token(algo::Warp warp, const CombineContext& c, FlagRequester& flags, int token, bool has_weights,
+                            bool has_slots) {
     const RowSource source = source_at(c, warp.thread_rank());
     const TokenRow now = find_row(c, source, token, position_of(c, source, token));
     if (!has_weights) reduce_weights(warp, c, source, now);
-    warp.sync();  // every lane's reads, each lane's release
+    warp.sync();  // every lane's reads, one lane's request
     if (!has_slots) return;
     const auto give_back = [&](const RowSource& from, const TokenRow& row) {
-        if (row.position >= 0 && from.uses_slots(c))
-            give_slot_back(&c.p, c.watch.call, from.index, row.position, from.num_rows);
+        give_slots_back(warp, c, flags, from, from.uses_slots(c) ? row.position : -1);
     };
     give_back(source, now);
     for_further_sources(warp, c, token, give_back);
 }
 
-EP_DEVICE bool reduce(algo::Warp warp, const CombineContext& c, int warp_idx, int num_warps) {
+EP_DEVICE bool reduce(algo::Warp warp, const CombineContext& c, FlagRequester& flags, int warp_idx, int num_warps) {
     const RowSource first = source_at(c, warp.thread_rank());
     const bool has_slots = num_sources(c) > kWarpSize || __any_sync(kFullMask, first.uses_slots(c));
     bool can_read_weights = c.p.num_topk == 0;
@@ -345,7 +350,7 @@ EP_DEVICE bool reduce(algo::Warp warp, const CombineContext& c, int warp_idx, in
         if (!can_read_weights && !wait_for_weights(warp, c)) return false;
         can_read_weights = true;
         if (holds_weights) write_weights(warp, c, token, held);
-        if (!holds_weights || has_slots) finish_token(warp, c, token, holds_weights, has_slots);
+        if (!holds_weights || has_slots) finish_token(warp, c, flags, token, holds_weights, has_slots);
     }
     return true;
 }

@@ -162,7 +162,8 @@ EP_DEVICE PieceSums<kStagedUnroll> sum_chunk(algo::Warp warp, const CombineConte
     return sums;
 }
 
-EP_DEVICE bool reduce_staged(algo::Warp warp, const CombineContext& c, int warp_idx, int num_warps, uint8_t* memory) {
+EP_DEVICE bool reduce_staged(algo::Warp warp, const CombineContext& c, FlagRequester& flags, int warp_idx, int num_warps,
+                             uint8_t* memory) {
     const CombineParams& p = c.p;
     const int num_vecs = static_cast<int>(p.row_bytes / sizeof(Vec16));
     const StagedSource source = staged_source(warp, c);
@@ -196,8 +197,8 @@ EP_DEVICE bool reduce_staged(algo::Warp warp, const CombineContext& c, int warp_
         }
         has_weights = true;
         sum_weights(warp, c, source, now);
-        warp.sync();  // every lane's reads, each lane's release
-        if (now.position >= 0 && source.rows == nullptr) source.port.give_back(now.position, source.num_rows);
+        warp.sync();  // every lane's reads, one lane's request
+        give_slots_back(warp, c, flags, source, source.rows == nullptr ? now.position : -1);
         fetch.is_on_next = false;
         now = next;
     }

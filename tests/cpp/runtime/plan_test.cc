@@ -90,8 +90,8 @@ TEST_CASE("no geometry takes more threads or shared memory than a block has") {
                 for (bool has_bias : {false, true}) {
                     const auto combine = plan_combine(machine, 20, combine_slot(row_bytes), is_lent, has_bias);
                     CHECK_LE(shared_bytes(combine) + kernels::kMaxCombineState, machine.max_shared_bytes);
-                    CHECK_LE(32 * (combine.num_send_warps + combine.num_recv_warps),
-                             is_staged(combine) ? kernels::kMaxStagedCombineThreads : kernels::kMaxCombineThreads);
+                    CHECK_LE(combine.num_send_warps + combine.num_recv_warps,
+                             is_staged(combine) ? kernels::kMaxStagedCombineWarps : kernels::kMaxCombineWarps);
                     CHECK_GT(combine.num_recv_warps, 0);
                 }
             }
