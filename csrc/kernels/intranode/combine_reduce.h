@@ -114,14 +114,6 @@ template <class T, class Use> EP_DEVICE void for_each_pair(algo::Warp warp, cons
     }
 }
 
-template <int kVecs>
-EP_DEVICE algo::Piece<kVecs> load_row(algo::Warp warp, const uint8_t* row, int base, int end) {
-    algo::Piece<kVecs> piece;
-    const auto* vecs = reinterpret_cast<const Vec16*>(row) + base;
-    algo::load_piece(warp, kPieces, piece, end, [&](int i) { return prim::load_shared_with_peers(vecs + i); });
-    return piece;
-}
-
 // Part of a row: kVecs vectors of each lane, every 32nd from `first` on.
 template <int kVecs> struct Chunk {
     static constexpr int kNumVecs = kVecs;
