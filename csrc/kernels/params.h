@@ -29,8 +29,8 @@ struct WatchParams {
 };
 
 // Of a block. Fewer threads have more registers: a lane of combine keeps 56 sums.
-constexpr int kMaxDispatchThreads = 768;
-constexpr int kMaxCombineWarps = 23;        // that move rows; one more sets their flags
+constexpr int kMaxDispatchWarps = 24;
+constexpr int kMaxCombineWarps = 19;        // that move rows; one more sets their flags
 constexpr int kMaxStagedCombineWarps = 12;  // the same
 constexpr int kMaxLayoutThreads = 256;
 constexpr int kMaxNotifyThreads = 256;

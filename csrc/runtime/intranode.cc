@@ -201,7 +201,7 @@ void Intranode::combine(const CombineArgs& args, int num_sms, dev::Stream stream
     kernels_.combine({{.heap = connection_.heap_params(),
                        .watch = connection_.watch_params(),
                        .geometry = plan_combine(connection_.machine(), num_sms, slot, loan.x != 0,
-                                                args.bias[0] != nullptr || args.bias[1] != nullptr),
+                                                args.bias[0] != nullptr || args.bias[1] != nullptr, args.num_tokens),
                        .slot = slot,
                        .window = window,
                        .may_lend = may_lend(),

@@ -14,6 +14,12 @@ constexpr int kMaxStagedRanks = 32 - kernels::kMaxBiases;
 constexpr int kMaxStages = 4;
 constexpr int kReduceWarps = 8;
 
+// Of a dispatch to lenders. More blocks are slower, from here on to twice as many: own stores queue behind remote ones.
+constexpr int kLentSendWarps = 20;
+constexpr uint64_t kLongRowBytes = 8192;
+constexpr int kBlocksOfLongRows = 14;
+constexpr int kBlocksOfRows = 15;
+
 constexpr int kLowLatencyChunk = 512;  // channels that a warp sends at once
 constexpr int kMinLowLatencyWarps = 4;
 constexpr int kSetBytes = 32 * 1024;  // of shared memory, for a tile of the routing table
@@ -98,11 +104,14 @@ LayoutGrid plan_layout(const Machine& machine, int num_tokens) {
 }
 
 // Send warps have stages where each of them gets two; fewer warps would move less than registers do. A rank that lends
-// its outputs receives nothing by itself: all warps send, through registers (docs/performance/intranode.md, step 9).
+// its outputs receives nothing by itself: all warps send, through registers, in no more blocks than are of use
+// (docs/performance/intranode.md, steps 9 and 28).
 kernels::Geometry plan_dispatch(const Machine& machine, int num_sms, const layout::SlotLayout& slot, bool is_lent) {
-    kernels::Geometry plain = plan_plain(machine, num_sms, kernels::kMaxDispatchThreads);
+    kernels::Geometry plain = plan_plain(machine, num_sms, 32 * kernels::kMaxDispatchWarps);
     if (is_lent) {
-        plain.num_send_warps += std::exchange(plain.num_recv_warps, 0);
+        plain.num_send_warps = std::min(kLentSendWarps, machine.useful_block_threads / 32);
+        plain.num_recv_warps = 0;
+        plain.num_blocks = std::min(plain.num_blocks, slot.row.bytes() > kLongRowBytes ? kBlocksOfLongRows : kBlocksOfRows);
         return plain;
     }
     const layout::Staging stage{1, static_cast<int>(layout::bulk_bytes(slot.scales.end())) + layout::kPositionBytes};
@@ -113,9 +122,10 @@ kernels::Geometry plan_dispatch(const Machine& machine, int num_sms, const layou
 }
 
 // Reduce warps have stages of a fixed size; send warps get the rest. A rank that lends its input sends nothing, and reduces by
-// ordinary loads where no bias is one more row of each token (docs/performance/intranode.md, step 28).
+// ordinary loads, unless each warp has one token only, or biases are further rows of each token
+// (docs/performance/intranode.md, step 29).
 kernels::Geometry plan_combine(const Machine& machine, int num_sms, const layout::SlotLayout& slot, bool is_lent,
-                               bool has_bias) {
+                               bool has_bias, int num_tokens) {
     kernels::Geometry plain = plan_plain(machine, num_sms, 32 * kernels::kMaxCombineWarps);
     plain.num_recv_warps = std::min(kernels::kMaxCombineWarps, machine.useful_block_threads / 32) - plain.num_send_warps;
     kernels::Geometry staged = plan_plain(machine, num_sms, 32 * kernels::kMaxStagedCombineWarps);
@@ -124,8 +134,9 @@ kernels::Geometry plan_combine(const Machine& machine, int num_sms, const layout
     if (is_lent) {
         plain.num_recv_warps += std::exchange(plain.num_send_warps, 0);
         staged.num_recv_warps += std::exchange(staged.num_send_warps, 0);
-        const bool fits = staged.num_recv_warps * staged.recv.bytes() <= room;
-        return has_bias && fits && can_stage(machine, staged) ? staged : plain;
+        const bool fits = staged.num_recv_warps * staged.recv.bytes() <= room && can_stage(machine, staged);
+        const bool is_small = num_tokens <= staged.num_recv_warps * staged.num_blocks;
+        return fits && (has_bias || is_small) ? staged : plain;
     }
     if (machine.is_gpu) staged.num_recv_warps = kReduceWarps;
     const layout::Staging send{1, static_cast<int>(layout::bulk_bytes(slot.topk_weights.end()))};

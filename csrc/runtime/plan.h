@@ -52,7 +52,7 @@ LayoutGrid plan_layout(const Machine& machine, int num_tokens);
 // `is_lent`: this rank lends what peers would send to it (dispatch), or fetch from it (combine).
 kernels::Geometry plan_dispatch(const Machine& machine, int num_sms, const layout::SlotLayout& slot, bool is_lent);
 kernels::Geometry plan_combine(const Machine& machine, int num_sms, const layout::SlotLayout& slot, bool is_lent,
-                               bool has_bias);
+                               bool has_bias, int num_tokens);
 
 // Throws where not even one slot of each peer has room.
 layout::WindowLayout plan_window(const HeapPlan& heap, int num_ranks, const layout::SlotLayout& slot,

@@ -54,6 +54,10 @@ EP_DEVICE void multicast_row(Warp warp, const prim::Vec16* source, int num_vecs,
     multicast_rest(warp, source, base, num_vecs, lanes, pointer);
 }
 
+// What has been loaded before is all under way before anything behind this begins: the compiler would keep loads back, to use
+// their registers twice. Orders nothing.
+EP_DEVICE void issue_loads(Warp warp) { warp.sync(); }
+
 enum class SourceKind { kInput, kFromPeer };
 
 template <SourceKind kKind> EP_DEVICE prim::Vec16 load_vec(const prim::Vec16* source) {
@@ -71,7 +75,7 @@ EP_DEVICE void copy_row(Warp warp, prim::Vec16* destination, const prim::Vec16* 
         prim::Vec16 held[kUnroll];
 #pragma unroll
         for (int i = 0; i < kUnroll; ++i) held[i] = load_vec<kKind>(source + (base + lane) + i * prim::kWarpSize);
-        warp.sync();  // all loads are under way before the first store: the compiler would keep some back
+        issue_loads(warp);
 #pragma unroll
         for (int i = 0; i < kUnroll; ++i)
             prim::store_streaming(destination + (base + lane) + i * prim::kWarpSize, held[i]);

@@ -79,7 +79,7 @@ template <bool kIsStaged> struct Kernel {
         const algo::Warp warp;
         const int num_warps = p.geometry.num_recv_warps + p.geometry.num_send_warps;
         if (prim::warp_idx() == num_warps) {
-            serve_flags(warp, ring, shared.requests, num_warps);
+            if (has_flags(warp, c)) serve_flags(warp, ring, shared.requests, num_warps);
             return true;
         }
         FlagRequester flags(shared.requests, prim::warp_idx());
@@ -115,6 +115,11 @@ private:
         algo::publish<prim::Order::kRelease, prim::Scope::kSys>(
             warp, heap.num_ranks(), algo::AllRanks{}, [&](int peer) { return heap.weight_flag(peer, heap.rank()); },
             c.watch.call);
+    }
+
+    // Staged send warps set flags themselves, after their bulk stores.
+    static EP_DEVICE bool has_flags(algo::Warp warp, const CombineContext& c) {
+        return gives_slots_back(warp, c) || (!kIsStaged && c.p.geometry.num_send_warps > 0);
     }
 
     static EP_DEVICE bool reduce_any(algo::Warp warp, const CombineContext& c, FlagRequester& flags, int reduce_warp) {

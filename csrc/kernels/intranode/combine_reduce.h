@@ -57,7 +57,7 @@ EP_DEVICE algo::Watch make_watch(const CombineParams& p, uint64_t call) {
 
 // Rows that come into slots, out of line: what the two take would be kept in registers beside rows that are read in place.
 // Where the row is, once it has come; null: the wait failed.
-EP_DEVICE_COLD const uint8_t* wait_for_slot(const CombineParams* p, uint64_t call, int rank, int position) {
+EP_DEVICE_COLD const uint8_t* filled_slot(const CombineParams* p, uint64_t call, int rank, int position) {
     const algo::Watch watch = make_watch(*p, call);
     const algo::Ring ring(watch, p->window);
     const algo::Port port = ring.from(rank);
@@ -81,7 +81,7 @@ EP_DEVICE TokenRow find_row(const CombineContext& c, const RowSource& source, in
         return {token, position, nullptr};
     }
     if (source.rows != nullptr) return {token, position, source.rows + static_cast<int64_t>(position) * c.p.row_bytes};
-    return {token, position, wait_for_slot(&c.p, c.watch.call, source.index, position)};
+    return {token, position, filled_slot(&c.p, c.watch.call, source.index, position)};
 }
 
 // Calls use(source, row) for this lane's sources beyond the first 32. By all lanes alike.
@@ -159,7 +159,7 @@ EP_DEVICE void sum_few(algo::Warp warp, const uint8_t* const (&rows)[2], Vec16* 
     Held<kVecs> held[2];
 #pragma unroll
     for (int row = 0; row < kRows; ++row) held[row] = load_chunk(rows[row], chunk);
-    warp.sync();  // all loads are under way before the first sum: the compiler would keep some back
+    algo::issue_loads(warp);
     algo::Bf16Sums sums[kVecs] = {};
 #pragma unroll
     for (int i = 0; i < kVecs; ++i)
@@ -298,6 +298,13 @@ EP_DEVICE void write_weights(algo::Warp warp, const CombineContext& c, int token
             0.0f + held.of_first + held.of_last;
 }
 
+// A later row needs the slot of an earlier one. More sources than lanes: perhaps.
+EP_DEVICE bool gives_slots_back(algo::Warp warp, const CombineContext& c) {
+    const RowSource source = source_at(c, warp.thread_rank());
+    const bool wraps = source.uses_slots(c) && source.num_rows > c.p.window.window;
+    return num_sources(c) > kWarpSize || __any_sync(kFullMask, wraps);
+}
+
 // `position`: of the row in a slot that this lane's source has filled; -1: none.
 EP_DEVICE void give_slots_back(algo::Warp warp, const CombineContext& c, FlagRequester& flags, const RowSource& source,
                                int position) {
@@ -326,7 +333,7 @@ EP_DEVICE void finish_token(algo::Warp warp, const CombineContext& c, FlagReques
 
 EP_DEVICE bool reduce(algo::Warp warp, const CombineContext& c, FlagRequester& flags, int warp_idx, int num_warps) {
     const RowSource first = source_at(c, warp.thread_rank());
-    const bool has_slots = num_sources(c) > kWarpSize || __any_sync(kFullMask, first.uses_slots(c));
+    const bool has_slots = gives_slots_back(warp, c);
     bool can_read_weights = c.p.num_topk == 0;
     int position = position_of(c, first, warp_idx);
     for (int token = warp_idx; token < c.p.num_tokens; token += num_warps) {

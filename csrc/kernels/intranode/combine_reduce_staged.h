@@ -51,6 +51,16 @@ EP_DEVICE TokenRows open_token(const CombineContext& c, const StagedSource& sour
     return {token, position, pointer, __ballot_sync(kFullMask, pointer != nullptr), false};
 }
 
+EP_DEVICE bool wait_for_rows(algo::Warp warp, const CombineContext& c, const StagedSource& source,
+                             const TokenRows& token) {
+    bool is_here = true;
+    if (token.position >= source.num_rows)
+        is_here = refuse_position(c.watch, source.index, token.token, token.position, source.num_rows);
+    else if (token.position >= 0 && source.rows == nullptr)
+        is_here = c.ring.wait(Stage::kRow, source.index, source.port.row_is_here(token.position));
+    return algo::all(warp, is_here);
+}
+
 EP_DEVICE bool rows_are_here(algo::Warp warp, const CombineContext& c, const StagedSource& source,
                              const TokenRows& token) {
     if (!__all_sync(kFullMask, token.position < source.num_rows)) return false;  // wait_for_rows says what is wrong
@@ -177,7 +187,7 @@ EP_DEVICE bool reduce_staged(algo::Warp warp, const CombineContext& c, FlagReque
     int position_after = position_of(c, source, warp_idx + num_warps);
     while (now.token < p.num_tokens) {
         if (!now.is_here) {  // then nothing is under way
-            if (!have_rows_come(warp, c, find_row(c, source, now.token, now.position))) return false;
+            if (!wait_for_rows(warp, c, source, now)) return false;
             prim::fence_async_global();
             fetch.start(now, false);
         }

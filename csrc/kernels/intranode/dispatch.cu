@@ -24,7 +24,7 @@ inline namespace EP_BACKEND {
 template <bool kIsStaged> struct Kernel {
     using Params = DispatchParams;
     using Shared = DispatchState;
-    static constexpr int kMaxThreads = kMaxDispatchThreads;
+    static constexpr int kMaxThreads = kWarpSize * kMaxDispatchWarps;
     static constexpr auto kOperation = layout::Operation::kDispatch;
 
     // -- The operation of a CallSession ----------------------------------------------------------------------------------

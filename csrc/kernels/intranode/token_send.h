@@ -76,6 +76,16 @@ EP_DEVICE int position_at(const DispatchContext& c, int token, int rank) {
     return rank < num_ranks ? c.p.send_head[static_cast<int64_t>(token) * num_ranks + rank] : -1;
 }
 
+// What lanes load for a token while the one before it is on its way. Lane i's position is that at rank i.
+struct TokenNotes {
+    int position;
+    Metadata metadata;
+};
+
+EP_DEVICE TokenNotes load_notes(algo::Warp warp, const DispatchContext& c, int token) {
+    return {position_at(c, token, warp.thread_rank()), load_metadata(warp, c, token)};
+}
+
 // One token to those of 32 ranks, from `first_rank`, that need it. Lane i speaks for rank first_rank + i.
 EP_DEVICE bool send_token(algo::Warp warp, const DispatchContext& c, int token, const Metadata& held, int first_rank,
                           int position) {
@@ -117,10 +127,15 @@ EP_DEVICE bool send_token(algo::Warp warp, const DispatchContext& c, int token, 
 
 // Tokens are dealt one by one, so that all warps move through the windows together.
 EP_DEVICE bool send(algo::Warp warp, const DispatchContext& c, int warp_idx, int num_warps) {
+    const auto notes_of = [&](int token) { return token < c.p.num_tokens ? load_notes(warp, c, token) : TokenNotes{}; };
+    TokenNotes next = notes_of(warp_idx);
     for (int token = warp_idx; token < c.p.num_tokens; token += num_warps) {
-        const Metadata held = load_metadata(warp, c, token);
-        for (int first = 0; first < c.watch.heap.num_ranks(); first += kWarpSize)
-            if (!send_token(warp, c, token, held, first, position_at(c, token, first + warp.thread_rank()))) return false;
+        const TokenNotes now = next;
+        next = notes_of(token + num_warps);
+        if (!send_token(warp, c, token, now.metadata, 0, now.position)) return false;
+        for (int first = kWarpSize; first < c.watch.heap.num_ranks(); first += kWarpSize)
+            if (!send_token(warp, c, token, now.metadata, first, position_at(c, token, first + warp.thread_rank())))
+                return false;
     }
     return true;
 }
@@ -133,17 +148,7 @@ EP_DEVICE int* position_in(algo::Warp warp, const DispatchParams& p, uint8_t* st
     return reinterpret_cast<int*>(stage + p.geometry.send.stage_bytes - layout::kPositionBytes) + warp.thread_rank();
 }
 
-// What lanes load for an item while its row is on the way. Lane i's position is that at rank i.
-struct ItemNotes {
-    int position;
-    Metadata metadata;
-};
-
-EP_DEVICE ItemNotes load_notes(algo::Warp warp, const DispatchContext& c, int token) {
-    return {position_at(c, token, warp.thread_rank()), load_metadata(warp, c, token)};
-}
-
-EP_DEVICE void stage_notes(algo::Warp warp, const DispatchContext& c, int token, const ItemNotes& notes,
+EP_DEVICE void stage_notes(algo::Warp warp, const DispatchContext& c, int token, const TokenNotes& notes,
                            uint8_t* stage) {
     *position_in(warp, c.p, stage) = notes.position;
     put_metadata(warp, c, token, notes.metadata, stage);
@@ -247,7 +252,7 @@ EP_DEVICE bool send_staged(algo::Warp warp, const DispatchContext& c, int warp_i
     for (; item < send.count; ++item) {
         const int ahead_item = loaded;
         const bool loads_more = ahead_item < send.count;
-        ItemNotes notes = {};
+        TokenNotes notes = {};
         if (loads_more) {
             stages.wait_reusable();
             warp.sync();  // each lane's wait, the next load
