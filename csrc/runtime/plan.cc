@@ -105,13 +105,14 @@ LayoutGrid plan_layout(const Machine& machine, int num_tokens) {
 
 // Send warps have stages where each of them gets two; fewer warps would move less than registers do. A rank that lends
 // its outputs receives nothing by itself: all warps send, through registers, in no more blocks than are of use
-// (docs/performance/intranode.md, steps 9 and 28).
+// (docs/performance/intranode.md, steps 9 and 27).
 kernels::Geometry plan_dispatch(const Machine& machine, int num_sms, const layout::SlotLayout& slot, bool is_lent) {
     kernels::Geometry plain = plan_plain(machine, num_sms, 32 * kernels::kMaxDispatchWarps);
     if (is_lent) {
         plain.num_send_warps = std::min(kLentSendWarps, machine.useful_block_threads / 32);
         plain.num_recv_warps = 0;
-        plain.num_blocks = std::min(plain.num_blocks, slot.row.bytes() > kLongRowBytes ? kBlocksOfLongRows : kBlocksOfRows);
+        plain.num_blocks =
+            std::min(plain.num_blocks, slot.row.bytes() > kLongRowBytes ? kBlocksOfLongRows : kBlocksOfRows);
         return plain;
     }
     const layout::Staging stage{1, static_cast<int>(layout::bulk_bytes(slot.scales.end())) + layout::kPositionBytes};
@@ -123,11 +124,12 @@ kernels::Geometry plan_dispatch(const Machine& machine, int num_sms, const layou
 
 // Reduce warps have stages of a fixed size; send warps get the rest. A rank that lends its input sends nothing, and reduces by
 // ordinary loads, unless each warp has one token only, or biases are further rows of each token
-// (docs/performance/intranode.md, step 29).
+// (docs/performance/intranode.md, step 28).
 kernels::Geometry plan_combine(const Machine& machine, int num_sms, const layout::SlotLayout& slot, bool is_lent,
                                bool has_bias, int num_tokens) {
     kernels::Geometry plain = plan_plain(machine, num_sms, 32 * kernels::kMaxCombineWarps);
-    plain.num_recv_warps = std::min(kernels::kMaxCombineWarps, machine.useful_block_threads / 32) - plain.num_send_warps;
+    plain.num_recv_warps =
+        std::min(kernels::kMaxCombineWarps, machine.useful_block_threads / 32) - plain.num_send_warps;
     kernels::Geometry staged = plan_plain(machine, num_sms, 32 * kernels::kMaxStagedCombineWarps);
     const int room = machine.max_shared_bytes - kernels::kMaxCombineState;
     staged.recv = {layout::kReduceStages, layout::kReduceStageBytes};

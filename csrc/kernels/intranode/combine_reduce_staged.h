@@ -89,8 +89,8 @@ struct Fetch {
 };
 
 // Loads pieces until every stage is taken or no more rows are there. Waits for nothing.
-EP_DEVICE void fetch_more(algo::Warp warp, const CombineContext& c, const StagedSource& source, const algo::Stages& stages,
-                          Fetch& fetch, const TokenRows& now, TokenRows& next) {
+EP_DEVICE void fetch_more(algo::Warp warp, const CombineContext& c, const StagedSource& source,
+                          const algo::Stages& stages, Fetch& fetch, const TokenRows& now, TokenRows& next) {
     const int num_stages = c.p.geometry.recv.num_stages;
     const int num_vecs = static_cast<int>(c.p.row_bytes / sizeof(Vec16));
     while (fetch.num_under_way < num_stages) {
@@ -128,7 +128,8 @@ EP_DEVICE void add_stage(algo::Warp warp, PieceSums<kStagedUnroll>& sums, const 
 }
 
 // Sums of the weights that belong to the rows, in rank order like everything.
-EP_DEVICE void sum_weights(algo::Warp warp, const CombineContext& c, const StagedSource& source, const TokenRows& token) {
+EP_DEVICE void sum_weights(algo::Warp warp, const CombineContext& c, const StagedSource& source,
+                           const TokenRows& token) {
     constexpr int kBatch = 4;
     const CombineParams& p = c.p;
     const uint32_t ranks = token.lanes & (kFullMask >> (kWarpSize - c.watch.heap.num_ranks()));
@@ -172,8 +173,8 @@ EP_DEVICE PieceSums<kStagedUnroll> sum_chunk(algo::Warp warp, const CombineConte
     return sums;
 }
 
-EP_DEVICE bool reduce_staged(algo::Warp warp, const CombineContext& c, FlagRequester& flags, int warp_idx, int num_warps,
-                             uint8_t* memory) {
+EP_DEVICE bool reduce_staged(algo::Warp warp, const CombineContext& c, FlagRequester& flags, int warp_idx,
+                             int num_warps, uint8_t* memory) {
     const CombineParams& p = c.p;
     const int num_vecs = static_cast<int>(p.row_bytes / sizeof(Vec16));
     const StagedSource source = staged_source(warp, c);

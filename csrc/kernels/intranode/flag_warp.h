@@ -20,8 +20,7 @@ constexpr FlagKind kind_of_request(uint64_t request) { return static_cast<FlagKi
 constexpr int rank_of_request(uint64_t request) { return static_cast<int>(request >> 32 & 0xfffffffu); }
 constexpr int position_of_request(uint64_t request) { return static_cast<int>(static_cast<uint32_t>(request)); }
 
-constexpr int kRequests = 2;    // of a warp, at once
-constexpr int kIdlePauses = 4;  // between two looks: they take issue slots from the other warps
+constexpr int kRequests = 2;  // of a warp, at once
 
 // Of one block; shared memory. A request is zero until its warp writes it, and again when the flag warp has taken it.
 struct FlagRequests {
@@ -80,14 +79,14 @@ EP_DEVICE void serve_flags(algo::Warp warp, const algo::Ring& ring, FlagRequests
         if (kind == FlagKind::kNoMore) has_more = false;
         const bool is_due = request != 0 && kind != FlagKind::kNoMore;
         if (!__any_sync(prim::kFullMask, is_due)) {
-            for (int i = 0; i < kIdlePauses; ++i) prim::pause();
+            prim::pause();
             continue;
         }
         if (!is_due) continue;
         const int rank = rank_of_request(request);
         const int position = position_of_request(request);
-        const algo::FlagMark mark = kind == FlagKind::kRowIsHere ? ring.to(rank).mark_here(position)
-                                                                 : ring.from(rank).mark_free(position);
+        const algo::FlagMark mark =
+            kind == FlagKind::kRowIsHere ? ring.to(rank).mark_here(position) : ring.from(rank).mark_free(position);
         // Release: what the warp has asked for this after. Pairs with: row_is_here, slot_is_free at the peer. All lanes at once.
         prim::store<Order::kRelease, Scope::kSys>(mark.flag, mark.value);
     }

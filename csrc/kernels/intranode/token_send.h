@@ -50,9 +50,8 @@ EP_DEVICE void put_metadata(algo::Warp warp, const DispatchContext& c, int token
         *reinterpret_cast<int*>(slot + at.topk_idx.at(k)) = held.expert_at(c, token, k);
         *reinterpret_cast<float*>(slot + at.topk_weights.at(k)) = held.weight_at(c, token, k);
     });
-    algo::for_each(warp, p.num_scales, [&](int i) {
-        *reinterpret_cast<uint32_t*>(slot + at.scales.at(i)) = held.scale_at(c, token, i);
-    });
+    algo::for_each(warp, p.num_scales,
+                   [&](int i) { *reinterpret_cast<uint32_t*>(slot + at.scales.at(i)) = held.scale_at(c, token, i); });
 }
 
 // To the final row at `rank`.

@@ -125,7 +125,8 @@ TEST_CASE("a dispatch to lenders takes no more blocks than are of use") {
 TEST_CASE("rows go through registers where stages cannot be") {
     const auto staged = [](const Machine& machine, uint64_t row_bytes, int num_sms = 20) {
         const bool is_dispatch_staged = is_staged(plan_dispatch(machine, num_sms, dispatch_slot(row_bytes), false));
-        CHECK_EQ(is_staged(plan_combine(machine, num_sms, combine_slot(row_bytes), false, false, 4096)), is_dispatch_staged);
+        CHECK_EQ(is_staged(plan_combine(machine, num_sms, combine_slot(row_bytes), false, false, 4096)),
+                 is_dispatch_staged);
         return is_dispatch_staged;
     };
     CHECK(staged(gpu(8), 7168));
