@@ -4,8 +4,9 @@
 //                  stand (our own input, slots, or the input that a peer lends), add the bias, write once, give slots back
 //   send warps     (of a rank that does not lend its input) one stream per owner: wait for a free slot, copy the row and
 //                  its weights into it, set its flag
+//   flag warp      sets flags for the others, which would wait for their stores
 //
-// With bulk copies, both keep several rows, or pieces of rows, on their way through shared memory.
+// With bulk copies, both keep several rows, or pieces of rows, on their way through shared memory, in a kernel of its own.
 //
 // Messages, buffer map and orderings: docs/protocols/intranode.md.
 #include "device/algo/void_output.h"
