@@ -31,14 +31,15 @@ struct WatchParams {
 };
 
 // Of a block. Fewer threads have more registers: a lane of combine keeps 56 sums.
-constexpr int kMaxDispatchThreads = 768;
-constexpr int kMaxCombineThreads = 384;
+constexpr int kMaxDispatchWarps = 24;
+constexpr int kMaxCombineWarps = 19;        // that move rows; one more sets their flags
+constexpr int kMaxStagedCombineWarps = 12;  // the same
 constexpr int kMaxLayoutThreads = 256;
 constexpr int kMaxNotifyThreads = 256;
 
 // Bytes of static shared memory of the main kernels, besides their stages.
 constexpr int kMaxDispatchState = 3712;
-constexpr int kMaxCombineState = 256;
+constexpr int kMaxCombineState = 640;
 
 // How many threads work, and through what. Chosen by the runtime from the SM budget and the shape.
 struct Geometry {

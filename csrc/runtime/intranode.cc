@@ -63,7 +63,8 @@ void Intranode::combine(const CombineArgs& args, int num_sms, dev::Stream stream
     connection_.announce(stream, false);
     kernels_.combine({{.heap = connection_.heap_params(),
                        .watch = connection_.watch_params(),
-                       .geometry = plan_combine(connection_.machine(), num_sms, slot, loan.x != 0),
+                       .geometry = plan_combine(connection_.machine(), num_sms, slot, loan.x != 0,
+                                                args.bias[0] != nullptr || args.bias[1] != nullptr, args.num_tokens),
                        .slot = slot,
                        .window = window,
                        .may_lend = loans_.may_lend(),

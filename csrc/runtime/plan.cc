@@ -14,6 +14,12 @@ constexpr int kMaxStagedRanks = 32 - kernels::kMaxBiases;
 constexpr int kMaxStages = 4;
 constexpr int kReduceWarps = 8;
 
+// Of a dispatch to lenders. More blocks are slower, from here on to twice as many: own stores queue behind remote ones.
+constexpr int kLentSendWarps = 20;
+constexpr uint64_t kLongRowBytes = 8192;
+constexpr int kBlocksOfLongRows = 14;
+constexpr int kBlocksOfRows = 15;
+
 constexpr int kLowLatencyChunk = 512;  // channels that a warp sends at once
 constexpr int kMinLowLatencyWarps = 4;
 constexpr int kSetBytes = 32 * 1024;  // of shared memory, for a tile of the routing table
@@ -165,11 +171,15 @@ LayoutGrid plan_layout(const Machine& machine, int num_tokens) {
 }
 
 // Send warps have stages where each of them gets two; fewer warps would move less than registers do. A rank that lends
-// its outputs receives nothing by itself: all warps send, through registers (docs/performance/intranode.md, step 9).
+// its outputs receives nothing by itself: all warps send, through registers, in no more blocks than are of use
+// (docs/performance/intranode.md, steps 9 and 27).
 kernels::Geometry plan_dispatch(const Machine& machine, int num_sms, const layout::SlotLayout& slot, bool is_lent) {
-    kernels::Geometry plain = plan_plain(machine, num_sms, kernels::kMaxDispatchThreads);
+    kernels::Geometry plain = plan_plain(machine, num_sms, 32 * kernels::kMaxDispatchWarps);
     if (is_lent) {
-        plain.num_send_warps += std::exchange(plain.num_recv_warps, 0);
+        plain.num_send_warps = std::min(kLentSendWarps, machine.useful_block_threads / 32);
+        plain.num_recv_warps = 0;
+        plain.num_blocks =
+            std::min(plain.num_blocks, slot.row.bytes() > kLongRowBytes ? kBlocksOfLongRows : kBlocksOfRows);
         return plain;
     }
     const layout::Staging stage{1, static_cast<int>(layout::bulk_bytes(slot.scales.end())) + layout::kPositionBytes};
@@ -179,36 +189,43 @@ kernels::Geometry plan_dispatch(const Machine& machine, int num_sms, const layou
     return staged.send.num_stages >= 2 && can_stage(machine, staged) ? staged : plain;
 }
 
-// Reduce warps have stages of a fixed size; send warps get the rest. A rank that lends its input sends nothing.
-kernels::Geometry plan_combine(const Machine& machine, int num_sms, const layout::SlotLayout& slot, bool is_lent) {
-    kernels::Geometry plain = plan_plain(machine, num_sms, kernels::kMaxCombineThreads);
-    if (is_lent) plain.num_recv_warps += std::exchange(plain.num_send_warps, 0);
+// Reduce warps have stages of a fixed size; send warps get the rest. A rank that lends its input sends nothing, and reduces by
+// ordinary loads, unless each warp has one token only, or biases are further rows of each token
+// (docs/performance/intranode.md, step 28).
+kernels::Geometry plan_combine(const Machine& machine, int num_sms, const layout::SlotLayout& slot, bool is_lent,
+                               bool has_bias, int num_tokens) {
+    kernels::Geometry plain = plan_plain(machine, num_sms, 32 * kernels::kMaxCombineWarps);
+    plain.num_recv_warps =
+        std::min(kernels::kMaxCombineWarps, machine.useful_block_threads / 32) - plain.num_send_warps;
+    kernels::Geometry staged = plan_plain(machine, num_sms, 32 * kernels::kMaxStagedCombineWarps);
     const int room = machine.max_shared_bytes - kernels::kMaxCombineState;
-    const layout::Staging recv{layout::kReduceStages, layout::kReduceStageBytes};
+    staged.recv = {layout::kReduceStages, layout::kReduceStageBytes};
     if (is_lent) {
-        const kernels::Geometry lent{plain.num_blocks, 0, plain.num_recv_warps, {}, recv};
-        return lent.num_recv_warps * recv.bytes() <= room && can_stage(machine, lent) ? lent : plain;
+        plain.num_recv_warps += std::exchange(plain.num_send_warps, 0);
+        staged.num_recv_warps += std::exchange(staged.num_send_warps, 0);
+        const bool fits = staged.num_recv_warps * staged.recv.bytes() <= room && can_stage(machine, staged);
+        const bool is_small = num_tokens <= staged.num_recv_warps * staged.num_blocks;
+        return fits && (has_bias || is_small) ? staged : plain;
     }
-    const int reduce_warps = machine.is_gpu ? kReduceWarps : plain.num_recv_warps;
+    if (machine.is_gpu) staged.num_recv_warps = kReduceWarps;
     const layout::Staging send{1, static_cast<int>(layout::bulk_bytes(slot.topk_weights.end()))};
-    const int fitting = (room - reduce_warps * recv.bytes()) / send.bytes();
-    const int max_warps = std::min(kernels::kMaxCombineThreads, machine.useful_block_threads) / 32;
-    const int send_warps = std::min(max_warps - reduce_warps, fitting / 2);
-    if (send_warps <= 0) return plain;
-    const int num_stages = std::min(fitting / send_warps, kMaxStages);
-    const kernels::Geometry staged{plain.num_blocks, send_warps, reduce_warps, {num_stages, send.stage_bytes}, recv};
+    const int fitting = (room - staged.num_recv_warps * staged.recv.bytes()) / send.bytes();
+    const int max_warps = std::min(kernels::kMaxStagedCombineWarps, machine.useful_block_threads / 32);
+    staged.num_send_warps = std::min(max_warps - staged.num_recv_warps, fitting / 2);
+    if (staged.num_send_warps <= 0) return plain;
+    staged.send = {std::min(fitting / staged.num_send_warps, kMaxStages), send.stage_bytes};
     return can_stage(machine, staged) ? staged : plain;
 }
 
 InternodeGeometry plan_internode_dispatch(const Machine& machine, int num_sms, bool receives_nothing) {
-    InternodeGeometry geometry = plan_roles(machine, num_sms, kernels::kMaxDispatchThreads);
+    InternodeGeometry geometry = plan_roles(machine, num_sms, 32 * kernels::kMaxDispatchWarps);
     kernels::Geometry& node = geometry.node;
     if (receives_nothing) give_to_others(node.num_recv_warps, node.num_send_warps, geometry.num_forward_warps);
     return geometry;
 }
 
 InternodeGeometry plan_internode_combine(const Machine& machine, int num_sms, bool sends_nothing) {
-    InternodeGeometry geometry = plan_roles(machine, num_sms, kernels::kMaxCombineThreads);
+    InternodeGeometry geometry = plan_roles(machine, num_sms, 32 * kernels::kMaxInternodeCombineWarps);
     kernels::Geometry& node = geometry.node;
     if (sends_nothing) give_to_others(node.num_send_warps, geometry.num_forward_warps, node.num_recv_warps);
     return geometry;

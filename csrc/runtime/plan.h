@@ -81,7 +81,8 @@ LayoutGrid plan_layout(const Machine& machine, int num_tokens);
 
 // `is_lent`: this rank lends what peers would send to it (dispatch), or fetch from it (combine).
 kernels::Geometry plan_dispatch(const Machine& machine, int num_sms, const layout::SlotLayout& slot, bool is_lent);
-kernels::Geometry plan_combine(const Machine& machine, int num_sms, const layout::SlotLayout& slot, bool is_lent);
+kernels::Geometry plan_combine(const Machine& machine, int num_sms, const layout::SlotLayout& slot, bool is_lent,
+                               bool has_bias, int num_tokens);
 
 // Across nodes no warp has stages; others forward between the rail and the neighbours. Ranks that lend, and those without
 // neighbours, leave out the role that has nothing to do.

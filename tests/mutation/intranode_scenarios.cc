@@ -79,8 +79,12 @@ std::string exchange_alone(uint64_t seed, Counts counts) {
         for (int repeat = 0; repeat < 4; ++repeat) {
             if (counts == Counts::kExchanged) world.launch_notify(problem, tensors, rank);
             world.launch_dispatch(problem, tensors, rank, counts);
-            world.launch_combine(problem, tensors, rank);
+            if (counts == Counts::kUnknown)  // the shortest call there is
+                world.launch_dispatch(problem, tensors, rank, Counts::kKnown);
+            else
+                world.launch_combine(problem, tensors, rank);
         }
+        world.launch_combine(problem, tensors, rank);
     }
     world.run();
     for (int rank = 0; rank < 2; ++rank) world.buffer(rank).check();
@@ -92,7 +96,7 @@ std::string counts_alone(uint64_t seed) { return exchange_alone(seed, Counts::kE
 // Rank 0 must be two calls ahead of rank 1, between its counts told and read: one seed of a hundred. `kSeedOfOne` is one, found
 // by a search; a change of the kernels may ask for another one.
 std::string counts_alone_in_dispatch(uint64_t seed) {
-    constexpr uint64_t kSeedOfOne = 25;
+    constexpr uint64_t kSeedOfOne = 95;
     for (const uint64_t each : {seed, kSeedOfOne})
         if (std::string found = exchange_alone(each, Counts::kUnknown); !found.empty()) return found;
     return "";

@@ -17,6 +17,12 @@ struct FlagTest {
     uint64_t expected;
 };
 
+// What says that a row is there, or taken out: stored with a release at system scope.
+struct FlagMark {
+    uint64_t* flag;
+    uint64_t value;
+};
+
 // One pair of ranks, seen from one of them: addresses are worked out once, for all rows of the call.
 class Port {
 public:
@@ -35,18 +41,24 @@ public:
     }
     // Sender, after the whole warp has written the slot and met in a sync().
     EP_DEVICE void publish(int position) const {
+        const FlagMark mark = mark_here(position);
         // Pairs with: row_is_here at the receiver.
-        prim::store<prim::Order::kRelease, prim::Scope::kSys>(full_ + position % window_->window, tag(position));
+        prim::store<prim::Order::kRelease, prim::Scope::kSys>(mark.flag, mark.value);
     }
+    EP_DEVICE FlagMark mark_here(int position) const { return {full_ + position % window_->window, tag(position)}; }
 
     // Receiver: has the row come?
     EP_DEVICE FlagTest row_is_here(int position) const { return {full_ + position % window_->window, tag(position)}; }
     // Receiver, after the whole warp has read the slot and met in a sync(). `num_rows`: of this sender, in all.
     EP_DEVICE void give_back(int position, int num_rows) const {
-        if (position + window_->window >= num_rows) return;  // nobody needs the slot again in this call
+        if (!is_needed_again(position, num_rows)) return;
+        const FlagMark mark = mark_free(position);
         // Pairs with: slot_is_free at the sender.
-        prim::store<prim::Order::kRelease, prim::Scope::kSys>(empty_ + position % window_->window, tag(position));
+        prim::store<prim::Order::kRelease, prim::Scope::kSys>(mark.flag, mark.value);
     }
+    EP_DEVICE FlagMark mark_free(int position) const { return {empty_ + position % window_->window, tag(position)}; }
+    // Whether a later row of this call comes into the slot.
+    EP_DEVICE bool is_needed_again(int position, int num_rows) const { return position + window_->window < num_rows; }
 
 private:
     EP_DEVICE uint64_t tag(int position) const { return layout::make_tag(call_, static_cast<uint64_t>(position)); }

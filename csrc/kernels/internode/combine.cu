@@ -21,7 +21,7 @@ inline namespace EP_BACKEND {
 struct Kernel {
     using Params = InternodeCombineParams;
     using Shared = State;
-    static constexpr int kMaxThreads = kMaxCombineThreads;
+    static constexpr int kMaxThreads = kWarpSize * kMaxInternodeCombineWarps;
     static constexpr auto kOperation = layout::Operation::kCombine;
 
     // -- The operation of a CallSession ----------------------------------------------------------------------------------
@@ -119,8 +119,9 @@ private:
             },
             stream, [&](int owner, int position) { return port(owner).slot_is_free(position); },
             [&](int owner, int position, int) {
-                kernels::combine::send_row(warp, c.local, port(owner), position,
-                                           static_cast<int64_t>(c.local.rows.first_row(owner, heap.rank())) + position);
+                const int64_t row = static_cast<int64_t>(c.local.rows.first_row(owner, heap.rank())) + position;
+                kernels::combine::put_row(warp, c.local, row, port(owner).slot(position));
+                if (warp.thread_rank() == 0) port(owner).publish(position);
             });
     }
 };

@@ -4,14 +4,15 @@
 //                  stand (our own input, slots, or the input that a peer lends), add the bias, write once, give slots back
 //   send warps     (of a rank that does not lend its input) one stream per owner: wait for a free slot, copy the row and
 //                  its weights into it, set its flag
+//   flag warp      sets flags for the others, which would wait for their stores
 //
-// With bulk copies, both keep several rows, or pieces of rows, on their way through shared memory.
+// With bulk copies, both keep several rows, or pieces of rows, on their way through shared memory, in a kernel of its own.
 //
 // Messages, buffer map and orderings: docs/protocols/intranode.md.
 #include "device/algo/void_output.h"
 #include "device/launch.h"
 #include "kernels/intranode/call_session.h"
-#include "kernels/intranode/combine_reduce.h"
+#include "kernels/intranode/combine_reduce_staged.h"
 #include "kernels/intranode/intranode_launchers.h"
 #include "kernels/intranode/row_return.h"
 #include "kernels/intranode/warp_memory.h"
@@ -20,12 +21,14 @@
 namespace deep_ep::kernels::combine {
 inline namespace EP_BACKEND {
 
-struct Kernel {
+// Rows are moved through stages of shared memory, or through registers: they want blocks of different shape.
+template <bool kIsStaged> struct Kernel {
     using Params = CombineParams;
     struct Shared {
         CallState call;
+        FlagRequests requests;
     };
-    static constexpr int kMaxThreads = kMaxCombineThreads;
+    static constexpr int kMaxThreads = kWarpSize * (1 + (kIsStaged ? kMaxStagedCombineWarps : kMaxCombineWarps));
     static constexpr auto kOperation = layout::Operation::kCombine;
     static_assert(sizeof(Shared) <= kMaxCombineState);
 
@@ -65,16 +68,28 @@ struct Kernel {
         return algo::all(warp, is_ok);
     }
 
-    static EP_DEVICE void prepare(algo::Block, const Params&, const algo::Watch&, Shared&) {}
+    static EP_DEVICE void prepare(algo::Block block, const Params&, const algo::Watch&, Shared& shared) {
+        algo::for_each(block, kMaxCombineWarps * kRequests,
+                       [&](int i) { shared.requests.of_warp[i / kRequests][i % kRequests] = 0; });
+    }
     static EP_DEVICE Begun learn(algo::Block, const Params&, const algo::Watch&, Shared&) { return Begun::kReady; }
 
-    static EP_DEVICE bool work(algo::Block block, const Params& p, const algo::Watch& watch, Shared&) {
+    static EP_DEVICE bool work(algo::Block block, const Params& p, const algo::Watch& watch, Shared& shared) {
         const algo::Ring ring(watch, p.window);
         const CombineContext c{p, watch, ring, RowMap{p.rank_prefix_matrix, p.heap.num_ranks}};
         if (p.loan.topk_weights != 0) lend_weights(block, c);
         const algo::Warp warp;
+        const int num_warps = p.geometry.num_recv_warps + p.geometry.num_send_warps;
+        if (prim::warp_idx() == num_warps) {
+            if (has_flags(warp, c)) serve_flags(warp, ring, shared.requests, num_warps);
+            return true;
+        }
+        FlagRequester flags(shared.requests, prim::warp_idx());
         const int send_warp = prim::warp_idx() - p.geometry.num_recv_warps;
-        return send_warp < 0 ? reduce_any(warp, c, prim::warp_idx()) : send_any(warp, c, send_warp);
+        const bool is_ok =
+            send_warp < 0 ? reduce_any(warp, c, flags, prim::warp_idx()) : send_any(warp, c, flags, send_warp);
+        flags.no_more(warp);
+        return is_ok;
     }
 
     static EP_DEVICE bool check(algo::Warp, const Params&, const Shared&) { return true; }
@@ -87,22 +102,29 @@ struct Kernel {
     static EP_DEVICE void run(const Params& p, Shared& shared) { CallSession<Kernel>::run(p, shared); }
 
 private:
-    static EP_DEVICE bool reduce_any(algo::Warp warp, const CombineContext& c, int reduce_warp) {
+    // Staged send warps set flags themselves, after their bulk stores.
+    static EP_DEVICE bool has_flags(algo::Warp warp, const CombineContext& c) {
+        return gives_slots_back(warp, c) || (!kIsStaged && c.p.geometry.num_send_warps > 0);
+    }
+
+    static EP_DEVICE bool reduce_any(algo::Warp warp, const CombineContext& c, FlagRequester& flags, int reduce_warp) {
         const Geometry& geometry = c.p.geometry;
         const int warp_idx = reduce_warp * geometry.num_blocks + static_cast<int>(blockIdx.x);
         const int num_warps = geometry.num_recv_warps * geometry.num_blocks;
-        if (prim::has_bulk_copy() && geometry.recv.num_stages > 0)
-            return reduce_staged(warp, c, warp_idx, num_warps, recv_memory(geometry, reduce_warp));
-        return reduce(warp, c, warp_idx, num_warps);
+        if constexpr (kIsStaged)
+            return reduce_staged(warp, c, flags, warp_idx, num_warps, recv_memory(geometry, reduce_warp));
+        else
+            return reduce(warp, c, flags, warp_idx, num_warps);
     }
 
-    static EP_DEVICE bool send_any(algo::Warp warp, const CombineContext& c, int send_warp) {
+    static EP_DEVICE bool send_any(algo::Warp warp, const CombineContext& c, FlagRequester& flags, int send_warp) {
         const Geometry& geometry = c.p.geometry;
         const int warp_idx = send_warp * geometry.num_blocks + static_cast<int>(blockIdx.x);
         const int num_warps = geometry.num_send_warps * geometry.num_blocks;
-        if (prim::has_bulk_copy() && geometry.send.num_stages > 0)
+        if constexpr (kIsStaged)
             return send_staged(warp, c, warp_idx, num_warps, send_memory(geometry, send_warp));
-        return send(warp, c, warp_idx, num_warps);
+        else
+            return send(warp, c, flags, warp_idx, num_warps);
     }
 
     // The matrix is the caller's, and what it says becomes addresses.
@@ -126,11 +148,14 @@ private:
 void launch(const CombineParams& params, dev::Stream stream) {
     dev::LaunchConfig config;
     config.num_blocks = params.geometry.num_blocks;
-    config.num_threads = kWarpSize * (params.geometry.num_send_warps + params.geometry.num_recv_warps);
+    config.num_threads = kWarpSize * (params.geometry.num_send_warps + params.geometry.num_recv_warps + 1);
     config.dynamic_shared_bytes = staging_bytes(params.geometry);
     config.is_cooperative = true;
     config.name = "deep_ep::combine";
-    dev::launch<Kernel>(config, stream, params);
+    if (params.geometry.recv.num_stages > 0)
+        dev::launch<Kernel<true>>(config, stream, params);
+    else
+        dev::launch<Kernel<false>>(config, stream, params);
 }
 
 }  // namespace EP_BACKEND

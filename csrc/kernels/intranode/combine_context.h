@@ -4,6 +4,7 @@
 #include "device/algo/group.h"
 #include "device/algo/loan.h"
 #include "device/algo/ring.h"
+#include "kernels/intranode/flag_warp.h"
 #include "kernels/intranode/refusals.h"
 #include "kernels/intranode/routing.h"
 #include "kernels/params.h"

@@ -20,10 +20,11 @@
 namespace deep_ep::kernels::dispatch {
 inline namespace EP_BACKEND {
 
-struct Kernel {
+// Rows are sent through stages of shared memory, or through registers: a kernel for both would have registers for neither.
+template <bool kIsStaged> struct Kernel {
     using Params = DispatchParams;
     using Shared = DispatchState;
-    static constexpr int kMaxThreads = kMaxDispatchThreads;
+    static constexpr int kMaxThreads = kWarpSize * kMaxDispatchWarps;
     static constexpr auto kOperation = layout::Operation::kDispatch;
 
     // -- The operation of a CallSession ----------------------------------------------------------------------------------
@@ -52,7 +53,7 @@ struct Kernel {
         const algo::Warp warp;
         const int recv_warp = prim::warp_idx() - geometry.num_send_warps;
         if (p.is_worst_case) mark_unused_rows(algo::Grid{}, p, shared.rows.num_rows(watch.heap.num_ranks()));
-        if (recv_warp < 0) return send_any(warp, c, prim::warp_idx());
+        if (recv_warp < 0) return send_any<kIsStaged>(warp, c, prim::warp_idx());
         return receive(warp, c, recv_warp * geometry.num_blocks + static_cast<int>(blockIdx.x),
                        geometry.num_recv_warps * geometry.num_blocks);
     }
@@ -73,7 +74,10 @@ void launch(const DispatchParams& params, dev::Stream stream) {
     config.dynamic_shared_bytes = staging_bytes(params.geometry);
     config.is_cooperative = true;
     config.name = "deep_ep::dispatch";
-    dev::launch<Kernel>(config, stream, params);
+    if (params.geometry.send.num_stages > 0)
+        dev::launch<Kernel<true>>(config, stream, params);
+    else
+        dev::launch<Kernel<false>>(config, stream, params);
 }
 
 }  // namespace EP_BACKEND

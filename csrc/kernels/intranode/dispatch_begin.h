@@ -94,8 +94,9 @@ EP_DEVICE bool has_room_at(const DispatchParams& p, const algo::Watch& watch, in
 // Some thread of the block for every rank.
 EP_DEVICE bool learn_of(const DispatchParams& p, const algo::Watch& watch, int rank, DispatchState& state) {
     int total = 0;
-    return (!p.may_lend || algo::wait_for_loan(watch, rank)) && learn_rows(p, watch, rank, state.rows, total) &&
-           is_sound(rank, total, state) && has_room_at(p, watch, rank, total);
+    // The rows first: they are there already, or come before the loan does.
+    return learn_rows(p, watch, rank, state.rows, total) && is_sound(rank, total, state) &&
+           (!p.may_lend || algo::wait_for_loan(watch, rank)) && has_room_at(p, watch, rank, total);
 }
 
 // Where the host has guessed how many rows come: whether they fit. Only then are the outputs lent; otherwise the host lends

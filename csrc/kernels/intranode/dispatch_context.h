@@ -24,10 +24,8 @@ struct DispatchContext {
 
 // What travels is the expert's global id: the same bytes to every destination. get_dispatch_layout has refused an id
 // that is out of range, so one that is found here has changed since.
-EP_DEVICE int global_expert(const DispatchContext& c, int token, int k) {
-    const DispatchParams& p = c.p;
-    const int64_t id = load_expert_id(p.topk_idx, p.idx_bytes, static_cast<int64_t>(token) * p.num_topk + k);
-    if (is_expert(p, id)) return static_cast<int>(id);
+EP_DEVICE int checked_expert(const DispatchContext& c, int token, int64_t id) {
+    if (is_expert(c.p, id)) return static_cast<int>(id);
     prim::store<prim::Order::kRelaxed, prim::Scope::kCta>(c.bad_token, token);
     return -1;
 }
@@ -36,6 +34,14 @@ EP_DEVICE int global_expert(const DispatchContext& c, int token, int k) {
 EP_DEVICE int local_expert(const DispatchParams& p, int id, int rank) {
     const int local = id - (p.heap.first_rank + rank) * p.num_local_experts;
     return local >= 0 && local < p.num_local_experts ? local : -1;
+}
+
+EP_DEVICE int64_t input_expert(const DispatchParams& p, int token, int k) {
+    return load_expert_id(p.topk_idx, p.idx_bytes, static_cast<int64_t>(token) * p.num_topk + k);
+}
+
+EP_DEVICE float input_weight(const DispatchParams& p, int token, int k) {
+    return p.topk_weights[static_cast<int64_t>(token) * p.num_topk + k];
 }
 
 EP_DEVICE uint32_t input_scale(const DispatchParams& p, int token, int i) {
@@ -83,16 +89,6 @@ EP_DEVICE void deliver_metadata(algo::Warp warp, const DispatchParams& p, const 
     for (int i = warp.thread_rank(); i < p.num_scales; i += warp.size()) {
         out.scales[row * p.num_scales + i] = scale(i);
     }
-}
-
-// Straight from our inputs to the final row at `rank`.
-EP_DEVICE void deliver_input_metadata(algo::Warp warp, const DispatchContext& c, int token, int rank, int64_t row) {
-    const DispatchParams& p = c.p;
-    deliver_metadata(
-        warp, p, metadata_outputs(c, rank), row, token,
-        [&](int k) { return local_expert(p, global_expert(c, token, k), rank); },
-        [&](int k) { return p.topk_weights[static_cast<int64_t>(token) * p.num_topk + k]; },
-        [&](int i) { return input_scale(p, token, i); });
 }
 
 // From a slot, or from the image of one in shared memory, to the final row at `rank`.

@@ -6,12 +6,15 @@
 namespace deep_ep::kernels {
 inline namespace EP_BACKEND {
 
-// False: `num_rows` belong to this rank, and its tensors hold fewer.
-EP_DEVICE bool has_room(const algo::Watch& watch, int num_rows_held, int num_rows) {
-    if (num_rows <= num_rows_held) return true;
+EP_DEVICE_COLD bool refuse_room(algo::Watch watch, int num_rows_held, int num_rows) {
     algo::fail(watch, layout::FailureKind::kBadInput, {layout::Stage::kCapacity, 0},
                static_cast<uint64_t>(num_rows_held), static_cast<uint64_t>(num_rows), 0);
     return false;
+}
+
+// False: `num_rows` belong to this rank, and its tensors hold fewer.
+EP_DEVICE bool has_room(const algo::Watch& watch, int num_rows_held, int num_rows) {
+    return num_rows <= num_rows_held || refuse_room(watch, num_rows_held, num_rows);
 }
 
 // False: token `token` is the one at `position` (from 0) of those that go to `rank`, and fewer are stated: whoever wrote or

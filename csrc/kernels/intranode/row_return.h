@@ -15,20 +15,32 @@ inline namespace EP_BACKEND {
 constexpr int kSendUnroll = 7;
 constexpr int kPublishBatch = 2;  // rows that a send warp publishes together
 
-// Row `row` of our input, which is at `position` in its stream.
-EP_DEVICE void send_row(algo::Warp warp, const CombineContext& c, const algo::Port& port, int position, int64_t row) {
+// This lane's weight of the row; those beyond the first 32 are loaded when they are needed.
+EP_DEVICE float held_weight(algo::Warp warp, const CombineContext& c, int64_t row) {
+    const int k = warp.thread_rank();
+    return k < c.p.num_topk ? c.p.topk_weights[row * c.p.num_topk + k] : 0.0f;
+}
+
+// Into a slot, or the image of one.
+EP_DEVICE void put_weights(algo::Warp warp, const CombineContext& c, int64_t row, float held, uint8_t* slot) {
     const CombineParams& p = c.p;
-    uint8_t* slot = port.slot(position);
+    for (int k = warp.thread_rank(); k < p.num_topk; k += kWarpSize)
+        *reinterpret_cast<float*>(slot + p.slot.topk_weights.at(k)) =
+            k < kWarpSize ? held : p.topk_weights[row * p.num_topk + k];
+}
+
+// Row `row` of our input, and its weights. The whole warp's stores are done when this ends.
+EP_DEVICE void put_row(algo::Warp warp, const CombineContext& c, int64_t row, uint8_t* slot) {
+    const CombineParams& p = c.p;
+    const float weight = held_weight(warp, c, row);
     algo::copy_row<algo::SourceKind::kInput, kSendUnroll>(warp, reinterpret_cast<Vec16*>(slot),
                                                           reinterpret_cast<const Vec16*>(p.x + row * p.row_bytes),
                                                           static_cast<int>(p.row_bytes / sizeof(Vec16)));
-    for (int k = warp.thread_rank(); k < p.num_topk; k += kWarpSize)
-        *reinterpret_cast<float*>(slot + p.slot.topk_weights.at(k)) = p.topk_weights[row * p.num_topk + k];
-    warp.sync();  // every lane's stores, one lane's release
-    if (warp.thread_rank() == 0) port.publish(position);
+    put_weights(warp, c, row, weight, slot);
+    warp.sync();  // every lane's stores, one lane's release or request
 }
 
-EP_DEVICE bool send(algo::Warp warp, const CombineContext& c, int warp_idx, int num_warps) {
+EP_DEVICE bool send(algo::Warp warp, const CombineContext& c, FlagRequester& flags, int warp_idx, int num_warps) {
     const int self = c.watch.heap.rank();
     const algo::RowStream stream = algo::deal_stream(warp, warp_idx, num_warps, self, c.watch.heap.num_ranks(),
                                                      [&](int owner) { return c.rows.num_rows(owner, self); });
@@ -36,7 +48,8 @@ EP_DEVICE bool send(algo::Warp warp, const CombineContext& c, int warp_idx, int 
         warp, c.watch, Stage::kSlot, stream,
         [&](int owner, int position) { return c.ring.to(owner).slot_is_free(position); },
         [&](int owner, int position, int) {
-            send_row(warp, c, c.ring.to(owner), position, c.rows.first_row(owner, self) + position);
+            put_row(warp, c, c.rows.first_row(owner, self) + position, c.ring.to(owner).slot(position));
+            flags.row_is_here(warp, owner, position);
         });
 }
 
@@ -53,18 +66,9 @@ struct RowSend {
     EP_DEVICE int64_t row(int item) const { return first_row + position(item); }
 };
 
-// This lane's weight of the row; those beyond the first 32 are loaded when they are needed.
-EP_DEVICE float held_weight(algo::Warp warp, const CombineContext& c, const RowSend& send, int item) {
-    const int k = warp.thread_rank();
-    return k < c.p.num_topk ? c.p.topk_weights[send.row(item) * c.p.num_topk + k] : 0.0f;
-}
-
 EP_DEVICE void stage_weights(algo::Warp warp, const CombineContext& c, const RowSend& send, int item, float held,
                              uint8_t* stage) {
-    const CombineParams& p = c.p;
-    for (int k = warp.thread_rank(); k < p.num_topk; k += kWarpSize)
-        *reinterpret_cast<float*>(stage + p.slot.topk_weights.at(k)) =
-            k < kWarpSize ? held : p.topk_weights[send.row(item) * p.num_topk + k];
+    put_weights(warp, c, send.row(item), held, stage);
     prim::fence_async_shared();
 }
 
@@ -110,7 +114,7 @@ EP_DEVICE bool send_staged(algo::Warp warp, const CombineContext& c, int warp_id
     int loaded = 0;
     for (; loaded < ahead && loaded < send.count; ++loaded) {
         load(loaded);
-        stage_weights(warp, c, send, loaded, held_weight(warp, c, send, loaded), stages.at(loaded));
+        stage_weights(warp, c, send, loaded, held_weight(warp, c, send.row(loaded)), stages.at(loaded));
     }
     int num_free = 0;  // items whose slots are known to be free
     int published = 0;
@@ -123,7 +127,7 @@ EP_DEVICE bool send_staged(algo::Warp warp, const CombineContext& c, int warp_id
             if (is_leader) stages.wait_reusable();
             warp.sync();  // the leader's wait, every lane's stores to the stage
             load(loaded++);
-            weight = held_weight(warp, c, send, ahead_item);
+            weight = held_weight(warp, c, send.row(ahead_item));
         }
         if (num_free == item) {
             num_free += num_slots_free(warp, c, send, item);

@@ -12,17 +12,55 @@
 namespace deep_ep::kernels::dispatch {
 inline namespace EP_BACKEND {
 
-EP_DEVICE void send_metadata(algo::Warp warp, const DispatchContext& c, int token, uint8_t* slot) {
-    warp.expect();
-    const DispatchParams& p = c.p;
-    if (warp.thread_rank() == 0) *reinterpret_cast<int*>(slot + p.slot.src_idx.offset) = token;
-    for (int k = warp.thread_rank(); k < p.num_topk; k += warp.size()) {
-        *reinterpret_cast<int*>(slot + p.slot.topk_idx.at(k)) = global_expert(c, token, k);
-        *reinterpret_cast<float*>(slot + p.slot.topk_weights.at(k)) =
-            p.topk_weights[static_cast<int64_t>(token) * p.num_topk + k];
+// What goes along with a row. The lanes load it while the row is on its way, the entries beyond theirs when they are needed.
+struct Metadata {
+    int expert;
+    float weight;
+    uint32_t scale[2];
+
+    EP_DEVICE int expert_at(const DispatchContext& c, int token, int k) const {
+        return k < kWarpSize ? expert : checked_expert(c, token, input_expert(c.p, token, k));
     }
+    EP_DEVICE float weight_at(const DispatchContext& c, int token, int k) const {
+        return k < kWarpSize ? weight : input_weight(c.p, token, k);
+    }
+    EP_DEVICE uint32_t scale_at(const DispatchContext& c, int token, int i) const {
+        return i < kWarpSize ? scale[0] : i < 2 * kWarpSize ? scale[1] : input_scale(c.p, token, i);
+    }
+};
+
+EP_DEVICE Metadata load_metadata(algo::Warp warp, const DispatchContext& c, int token) {
+    const DispatchParams& p = c.p;
+    const int lane = warp.thread_rank();
+    const bool has_entry = lane < p.num_topk;
+    // All loads are under way before the id is looked at.
+    const int64_t id = has_entry ? input_expert(p, token, lane) : -1;
+    const float weight = has_entry ? input_weight(p, token, lane) : 0.0f;
+    const uint32_t first = lane < p.num_scales ? input_scale(p, token, lane) : 0;
+    const uint32_t second = lane + kWarpSize < p.num_scales ? input_scale(p, token, lane + kWarpSize) : 0;
+    return {checked_expert(c, token, id), weight, {first, second}};
+}
+
+// Into the slot, or the image of one.
+EP_DEVICE void put_metadata(algo::Warp warp, const DispatchContext& c, int token, const Metadata& held, uint8_t* slot) {
+    const DispatchParams& p = c.p;
+    const layout::SlotLayout& at = p.slot;
+    if (warp.thread_rank() == 0) *reinterpret_cast<int*>(slot + at.src_idx.offset) = token;
+    algo::for_each(warp, p.num_topk, [&](int k) {
+        *reinterpret_cast<int*>(slot + at.topk_idx.at(k)) = held.expert_at(c, token, k);
+        *reinterpret_cast<float*>(slot + at.topk_weights.at(k)) = held.weight_at(c, token, k);
+    });
     algo::for_each(warp, p.num_scales,
-                   [&](int i) { *reinterpret_cast<uint32_t*>(slot + p.slot.scales.at(i)) = input_scale(p, token, i); });
+                   [&](int i) { *reinterpret_cast<uint32_t*>(slot + at.scales.at(i)) = held.scale_at(c, token, i); });
+}
+
+// To the final row at `rank`.
+EP_DEVICE void deliver_held_metadata(algo::Warp warp, const DispatchContext& c, int token, const Metadata& held,
+                                     int rank, int64_t row) {
+    deliver_metadata(
+        warp, c.p, metadata_outputs(c, rank), row, token,
+        [&](int k) { return local_expert(c.p, held.expert_at(c, token, k), rank); },
+        [&](int k) { return held.weight_at(c, token, k); }, [&](int i) { return held.scale_at(c, token, i); });
 }
 
 // The token has a row at `rank`: then it is one of those that the counts have announced there.
@@ -31,14 +69,28 @@ EP_DEVICE bool is_stated(const DispatchContext& c, int rank, int token, int posi
            refuse_position(c.watch, rank, token, position, c.rows.num_rows_at(rank));
 }
 
+// Of the token's row among ours at `rank`; -1: it has none there.
+EP_DEVICE int position_at(const DispatchContext& c, int token, int rank) {
+    const int num_ranks = c.watch.heap.num_ranks();
+    return rank < num_ranks ? c.p.send_head[static_cast<int64_t>(token) * num_ranks + rank] : -1;
+}
+
+// What lanes load for a token while the one before it is on its way. Lane i's position is that at rank i.
+struct TokenNotes {
+    int position;
+    Metadata metadata;
+};
+
+EP_DEVICE TokenNotes load_notes(algo::Warp warp, const DispatchContext& c, int token) {
+    return {position_at(c, token, warp.thread_rank()), load_metadata(warp, c, token)};
+}
+
 // One token to those of 32 ranks, from `first_rank`, that need it. Lane i speaks for rank first_rank + i.
-EP_DEVICE bool send_token(algo::Warp warp, const DispatchContext& c, int token, int first_rank) {
+EP_DEVICE bool send_token(algo::Warp warp, const DispatchContext& c, int token, const Metadata& held, int first_rank,
+                          int position) {
     warp.expect();
     const DispatchParams& p = c.p;
-    const int num_ranks = c.watch.heap.num_ranks();
     const int destination = first_rank + warp.thread_rank();
-    const int position =
-        destination < num_ranks ? p.send_head[static_cast<int64_t>(token) * num_ranks + destination] : -1;
     const bool is_sent = position >= 0;
     uint8_t* direct = is_sent ? direct_rows(c, destination) : nullptr;
     const bool uses_slot = is_sent && direct == nullptr;
@@ -63,9 +115,9 @@ EP_DEVICE bool send_token(algo::Warp warp, const DispatchContext& c, int token, 
         uint8_t* slot = algo::broadcast_pointer(warp, target, lane);
         const int64_t final_row = __shfl_sync(kFullMask, row, lane);
         if ((slot_lanes >> lane & 1u) != 0)
-            send_metadata(warp, c, token, slot);
+            put_metadata(warp, c, token, held, slot);
         else
-            deliver_input_metadata(warp, c, token, first_rank + lane, final_row);
+            deliver_held_metadata(warp, c, token, held, first_rank + lane, final_row);
     }
     warp.sync();  // every lane's stores, one lane's release
     if (uses_slot) c.ring.to(destination).publish(position);
@@ -74,56 +126,31 @@ EP_DEVICE bool send_token(algo::Warp warp, const DispatchContext& c, int token, 
 
 // Tokens are dealt one by one, so that all warps move through the windows together.
 EP_DEVICE bool send(algo::Warp warp, const DispatchContext& c, int warp_idx, int num_warps) {
-    for (int token = warp_idx; token < c.p.num_tokens; token += num_warps)
-        for (int first = 0; first < c.watch.heap.num_ranks(); first += kWarpSize)
-            if (!send_token(warp, c, token, first)) return false;
+    const auto notes_of = [&](int token) { return token < c.p.num_tokens ? load_notes(warp, c, token) : TokenNotes{}; };
+    TokenNotes next = notes_of(warp_idx);
+    for (int token = warp_idx; token < c.p.num_tokens; token += num_warps) {
+        const TokenNotes now = next;
+        next = notes_of(token + num_warps);
+        if (!send_token(warp, c, token, now.metadata, 0, now.position)) return false;
+        for (int first = kWarpSize; first < c.watch.heap.num_ranks(); first += kWarpSize)
+            if (!send_token(warp, c, token, now.metadata, first, position_at(c, token, first + warp.thread_rank())))
+                return false;
+    }
     return true;
 }
 
 // -- Sending with bulk copies: the same work, with stages of shared memory between loads and stores -----------------
 // A stage is the image of a slot: the row, brought by a bulk load, and its metadata, written by the lanes.
 
-// What lanes load for an item while its row is on the way; entries beyond these are loaded when they are needed.
-struct Metadata {
-    int position;  // lane i: at rank i
-    int expert;
-    float weight;
-    uint32_t scale[2];
-};
-
-EP_DEVICE Metadata load_metadata(algo::Warp warp, const DispatchContext& c, int token) {
-    const DispatchParams& p = c.p;
-    const int lane = warp.thread_rank();
-    const int num_ranks = c.watch.heap.num_ranks();
-    const bool has_entry = lane < p.num_topk;
-    return {lane < num_ranks ? p.send_head[static_cast<int64_t>(token) * num_ranks + lane] : -1,
-            has_entry ? global_expert(c, token, lane) : -1,
-            has_entry ? p.topk_weights[static_cast<int64_t>(token) * p.num_topk + lane] : 0.0f,
-            {lane < p.num_scales ? input_scale(p, token, lane) : 0,
-             lane + kWarpSize < p.num_scales ? input_scale(p, token, lane + kWarpSize) : 0}};
-}
-
 // The lanes' own notes, behind the image: where the token goes.
 EP_DEVICE int* position_in(algo::Warp warp, const DispatchParams& p, uint8_t* stage) {
     return reinterpret_cast<int*>(stage + p.geometry.send.stage_bytes - layout::kPositionBytes) + warp.thread_rank();
 }
 
-EP_DEVICE void stage_metadata(algo::Warp warp, const DispatchContext& c, int token, const Metadata& held,
-                              uint8_t* stage) {
-    const DispatchParams& p = c.p;
-    const int lane = warp.thread_rank();
-    *position_in(warp, p, stage) = held.position;
-    if (lane == 0) *reinterpret_cast<int*>(stage + p.slot.src_idx.offset) = token;
-    auto* ids = reinterpret_cast<int*>(stage + p.slot.topk_idx.offset);
-    auto* weights = reinterpret_cast<float*>(stage + p.slot.topk_weights.offset);
-    auto* scales = reinterpret_cast<uint32_t*>(stage + p.slot.scales.offset);
-    for (int k = lane; k < p.num_topk; k += kWarpSize) {
-        const bool is_held = k < kWarpSize;
-        ids[k] = is_held ? held.expert : global_expert(c, token, k);
-        weights[k] = is_held ? held.weight : p.topk_weights[static_cast<int64_t>(token) * p.num_topk + k];
-    }
-    for (int i = lane; i < p.num_scales; i += kWarpSize)
-        scales[i] = i < kWarpSize ? held.scale[0] : i < 2 * kWarpSize ? held.scale[1] : input_scale(p, token, i);
+EP_DEVICE void stage_notes(algo::Warp warp, const DispatchContext& c, int token, const TokenNotes& notes,
+                           uint8_t* stage) {
+    *position_in(warp, c.p, stage) = notes.position;
+    put_metadata(warp, c, token, notes.metadata, stage);
     prim::fence_async_shared();
 }
 
@@ -216,7 +243,7 @@ EP_DEVICE bool send_staged(algo::Warp warp, const DispatchContext& c, int warp_i
     int loaded = 0;
     for (; loaded < ahead && loaded < send.count; ++loaded) {
         load(loaded);
-        stage_metadata(warp, c, send.token(loaded), load_metadata(warp, c, send.token(loaded)), stages.at(loaded));
+        stage_notes(warp, c, send.token(loaded), load_notes(warp, c, send.token(loaded)), stages.at(loaded));
     }
     warp.sync();  // every lane's metadata, each lane's bulk store
     int published = 0;
@@ -224,12 +251,12 @@ EP_DEVICE bool send_staged(algo::Warp warp, const DispatchContext& c, int warp_i
     for (; item < send.count; ++item) {
         const int ahead_item = loaded;
         const bool loads_more = ahead_item < send.count;
-        Metadata metadata = {};
+        TokenNotes notes = {};
         if (loads_more) {
             stages.wait_reusable();
             warp.sync();  // each lane's wait, the next load
             load(loaded++);
-            metadata = load_metadata(warp, c, send.token(ahead_item));
+            notes = load_notes(warp, c, send.token(ahead_item));
         }
         const int position = *position_in(warp, p, stages.at(item));
         if (!__all_sync(kFullMask, is_stated(c, warp.thread_rank(), send.token(item), position))) break;
@@ -242,7 +269,7 @@ EP_DEVICE bool send_staged(algo::Warp warp, const DispatchContext& c, int warp_i
         }
         // After the release, which would wait for these stores.
         deliver_staged_metadata(warp, c, send, position, stages.at(item));
-        if (loads_more) stage_metadata(warp, c, send.token(ahead_item), metadata, stages.at(ahead_item));
+        if (loads_more) stage_notes(warp, c, send.token(ahead_item), notes, stages.at(ahead_item));
         warp.sync();  // every lane's metadata, each lane's bulk store; every lane's reads, the next load
     }
     prim::bulk_wait<0>();
@@ -251,13 +278,14 @@ EP_DEVICE bool send_staged(algo::Warp warp, const DispatchContext& c, int warp_i
     return item == send.count;
 }
 
-EP_DEVICE bool send_any(algo::Warp warp, const DispatchContext& c, int send_warp) {
+template <bool kIsStaged> EP_DEVICE bool send_any(algo::Warp warp, const DispatchContext& c, int send_warp) {
     const Geometry& geometry = c.p.geometry;
     const int warp_idx = send_warp * geometry.num_blocks + static_cast<int>(blockIdx.x);
     const int num_warps = geometry.num_send_warps * geometry.num_blocks;
-    if (prim::has_bulk_copy() && geometry.send.num_stages > 0)
+    if constexpr (kIsStaged)
         return send_staged(warp, c, warp_idx, num_warps, send_memory(geometry, send_warp));
-    return send(warp, c, warp_idx, num_warps);
+    else
+        return send(warp, c, warp_idx, num_warps);
 }
 
 }  // namespace EP_BACKEND

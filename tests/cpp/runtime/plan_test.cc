@@ -75,7 +75,7 @@ TEST_CASE("the regions of the heap follow one another without overlap") {
 TEST_CASE("the SM budget is at least one and at most what the device has") {
     for (const auto& [asked, given] : {std::pair{-3, 1}, {0, 1}, {20, 20}, {132, 132}, {500, 132}}) {
         CHECK_EQ(plan_dispatch(gpu(8), asked, dispatch_slot(7168), false).num_blocks, given);
-        CHECK_EQ(plan_combine(gpu(8), asked, combine_slot(14336), false).num_blocks, given);
+        CHECK_EQ(plan_combine(gpu(8), asked, combine_slot(14336), false, false, 4096).num_blocks, given);
     }
 }
 
@@ -87,12 +87,15 @@ TEST_CASE("no geometry takes more threads or shared memory than a block has") {
                 CAPTURE(is_lent);
                 const auto dispatch = plan_dispatch(machine, 20, dispatch_slot(row_bytes), is_lent);
                 CHECK_LE(shared_bytes(dispatch) + kernels::kMaxDispatchState, machine.max_shared_bytes);
-                CHECK_LE(32 * (dispatch.num_send_warps + dispatch.num_recv_warps), kernels::kMaxDispatchThreads);
+                CHECK_LE(dispatch.num_send_warps + dispatch.num_recv_warps, kernels::kMaxDispatchWarps);
                 CHECK_GT(dispatch.num_send_warps, 0);
-                const auto combine = plan_combine(machine, 20, combine_slot(row_bytes), is_lent);
-                CHECK_LE(shared_bytes(combine) + kernels::kMaxCombineState, machine.max_shared_bytes);
-                CHECK_LE(32 * (combine.num_send_warps + combine.num_recv_warps), kernels::kMaxCombineThreads);
-                CHECK_GT(combine.num_recv_warps, 0);
+                for (bool has_bias : {false, true}) {
+                    const auto combine = plan_combine(machine, 20, combine_slot(row_bytes), is_lent, has_bias, 4096);
+                    CHECK_LE(shared_bytes(combine) + kernels::kMaxCombineState, machine.max_shared_bytes);
+                    CHECK_LE(combine.num_send_warps + combine.num_recv_warps,
+                             is_staged(combine) ? kernels::kMaxStagedCombineWarps : kernels::kMaxCombineWarps);
+                    CHECK_GT(combine.num_recv_warps, 0);
+                }
             }
         }
     }
@@ -100,15 +103,32 @@ TEST_CASE("no geometry takes more threads or shared memory than a block has") {
 
 TEST_CASE("who lends has no warps for what peers do themselves") {
     CHECK_EQ(plan_dispatch(gpu(8), 20, dispatch_slot(7168), true).num_recv_warps, 0);
-    CHECK_EQ(plan_combine(gpu(8), 20, combine_slot(14336), true).num_send_warps, 0);
+    CHECK_EQ(plan_combine(gpu(8), 20, combine_slot(14336), true, false, 4096).num_send_warps, 0);
     CHECK_GT(plan_dispatch(gpu(8), 20, dispatch_slot(7168), false).num_recv_warps, 0);
-    CHECK_GT(plan_combine(gpu(8), 20, combine_slot(14336), false).num_send_warps, 0);
+    CHECK_GT(plan_combine(gpu(8), 20, combine_slot(14336), false, false, 4096).num_send_warps, 0);
+}
+
+TEST_CASE("lent rows are summed by ordinary loads, but for few tokens or biases") {
+    const auto is_combine_staged = [](bool has_bias, int num_tokens) {
+        return is_staged(plan_combine(gpu(2), 16, combine_slot(14336), true, has_bias, num_tokens));
+    };
+    CHECK_FALSE(is_combine_staged(false, 4096));
+    CHECK(is_combine_staged(true, 4096));
+    CHECK(is_combine_staged(false, 64));
+}
+
+TEST_CASE("a dispatch to lenders takes no more blocks than are of use") {
+    CHECK_EQ(plan_dispatch(gpu(2), 24, dispatch_slot(14336), true).num_blocks, 14);
+    CHECK_EQ(plan_dispatch(gpu(2), 24, dispatch_slot(7168), true).num_blocks, 15);
+    CHECK_EQ(plan_dispatch(gpu(2), 8, dispatch_slot(14336), true).num_blocks, 8);
+    CHECK_EQ(plan_dispatch(gpu(2), 24, dispatch_slot(14336), false).num_blocks, 24);
 }
 
 TEST_CASE("rows go through registers where stages cannot be") {
     const auto staged = [](const Machine& machine, uint64_t row_bytes, int num_sms = 20) {
         const bool is_dispatch_staged = is_staged(plan_dispatch(machine, num_sms, dispatch_slot(row_bytes), false));
-        CHECK_EQ(is_staged(plan_combine(machine, num_sms, combine_slot(row_bytes), false)), is_dispatch_staged);
+        CHECK_EQ(is_staged(plan_combine(machine, num_sms, combine_slot(row_bytes), false, false, 4096)),
+                 is_dispatch_staged);
         return is_dispatch_staged;
     };
     CHECK(staged(gpu(8), 7168));
