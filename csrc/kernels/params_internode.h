@@ -9,8 +9,6 @@
 
 namespace deep_ep::kernels {
 
-constexpr int kMaxInternodeCombineWarps = 12;  // of a block: a lane keeps the sums of many vectors
-
 // The rail window and how a call uses it. All of it but the parameters, the rank and the counters is equal on every rank.
 struct RailPlan {
     rail::Params params;  // Engine::params()
