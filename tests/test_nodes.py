@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import node_failure_cases as cases
 import pytest
 from utils import Pool, Worker
 
@@ -72,3 +73,20 @@ def test_the_interface_is_the_one_that_reaches_the_master() -> None:
     for _, name, _ in pool.run(rail_of, 2):
         assert name.startswith("host (TCP, 127.0.0.1:")
     pool.close()
+
+
+@pytest.mark.parametrize("has_child", [False, True])
+def test_idle_ranks_are_told_of_one_that_died(pool: Pool, has_child: bool) -> None:
+    """Its rail peer sees the connection end, whatever children it has; the others hear it from there."""
+    victim = 3
+    found = pool.run(cases.killed_while_idle, 4, victim, has_child, dying=(victim, ))
+    kind, sentence, _ = found[1]
+    assert kind == "TransportError", found
+    assert "DeepEP error: rank 1 of node 0: rail: the connection to rank 3 at " in sentence
+    assert "DeepEP error: rank 0 of node 0: aborted, because rank 1 of node 0 failed: " in found[0][1]
+    assert "rank 1 of node 0 reported an error of its own; rank 3 of node 1: its process has ended." in found[2][1]
+    assert all(is_in_time for _, _, is_in_time in found[:victim]), found
+
+
+def test_a_rank_that_leaves_is_no_failure(pool: Pool) -> None:
+    assert pool.run(cases.destroyed_while_others_idle, 4, 3) == [("", "")] * 4

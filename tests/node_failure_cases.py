@@ -1,0 +1,52 @@
+"""Failures between nodes while nobody makes a call: what idle ranks are told, and by whom."""
+from __future__ import annotations
+
+import os
+import time
+from typing import Any, Optional
+
+from utils import Worker
+
+import deep_ep
+
+PATIENCE_S = 20.0
+CHILD_LIVES_S = 6.0
+
+
+def wait_for_failure(buffer: Any, patience_s: float = PATIENCE_S) -> tuple[str, str]:
+    """Kind and sentence of what check() raises, or two empty strings."""
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        try:
+            buffer.check()
+        except deep_ep.Error as error:
+            return type(error).__name__, str(error)
+        time.sleep(0.005)
+    return "", ""
+
+
+def killed_while_idle(worker: Worker, victim: int, has_child: bool) -> Optional[tuple[str, str, bool]]:
+    """The victim dies between calls; its forked child, which has its descriptors, lives on for a while."""
+    buffer = worker.new_buffer()
+    worker.barrier()
+    if worker.rank == victim:
+        if has_child and os.fork() == 0:
+            time.sleep(CHILD_LIVES_S)
+            os._exit(0)
+        os._exit(7)
+    started = time.monotonic()
+    found = wait_for_failure(buffer)
+    is_in_time = time.monotonic() - started < CHILD_LIVES_S
+    buffer.destroy()
+    return (*found, is_in_time)
+
+
+def destroyed_while_others_idle(worker: Worker, leaver: int) -> tuple[str, str]:
+    buffer = worker.new_buffer()
+    worker.barrier()
+    if worker.rank == leaver:
+        buffer.destroy()
+    found = wait_for_failure(buffer, 0.5) if worker.rank != leaver else ("", "")
+    worker.barrier()
+    buffer.destroy()
+    return found
