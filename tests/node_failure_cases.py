@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any, Optional
+from typing import Any
 
 from utils import Worker
 
@@ -25,7 +25,7 @@ def wait_for_failure(buffer: Any, patience_s: float = PATIENCE_S) -> tuple[str, 
     return "", ""
 
 
-def killed_while_idle(worker: Worker, victim: int, has_child: bool) -> Optional[tuple[str, str, bool]]:
+def killed_while_idle(worker: Worker, victim: int, has_child: bool) -> tuple[str, str, bool] | None:
     """The victim dies between calls; its forked child, which has its descriptors, lives on for a while."""
     buffer = worker.new_buffer()
     worker.barrier()

@@ -90,3 +90,20 @@ def test_idle_ranks_are_told_of_one_that_died(pool: Pool, has_child: bool) -> No
 
 def test_a_rank_that_leaves_is_no_failure(pool: Pool) -> None:
     assert pool.run(cases.destroyed_while_others_idle, 4, 3) == [("", "")] * 4
+
+
+def low_latency_failures(worker: Worker) -> list[str]:
+    with worker.new_buffer() as buffer:
+        sentences = []
+        for call in (lambda: buffer.runtime.clean_low_latency(0), lambda: buffer.clean_low_latency_buffer(4, 128, 4)):
+            try:
+                call()
+            except Exception as error:  # noqa: BLE001 - its sentence is looked at
+                sentences.append(str(error))
+        return sentences
+
+
+def test_low_latency_calls_of_a_buffer_without_the_mode_are_refused(pool: Pool) -> None:
+    for native, public in pool.run(low_latency_failures, 4):
+        assert "a low-latency call of a Buffer whose group spans nodes" in native
+        assert "low_latency_mode=True" in public
