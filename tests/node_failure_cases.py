@@ -5,7 +5,9 @@ import os
 import time
 from typing import Any
 
+from pending_call import PendingCall
 from utils import Worker
+from workload import Workload
 
 import deep_ep
 
@@ -50,3 +52,21 @@ def destroyed_while_others_idle(worker: Worker, leaver: int) -> tuple[str, str]:
     worker.barrier()
     buffer.destroy()
     return found
+
+
+def called_after_one_left(worker: Worker, work: Workload, leaver: int) -> str:
+    """All but one, which has destroyed its Buffer, dispatch."""
+    buffer = worker.new_buffer(timeout_s=1.5)
+    pending = PendingCall(worker, buffer, work).layout()
+    worker.barrier()
+    message = ""
+    if worker.rank == leaver:
+        buffer.destroy()
+    else:
+        try:
+            pending.dispatch()
+        except deep_ep.Error as error:
+            message = str(error)
+    worker.barrier()
+    buffer.destroy()
+    return message

@@ -7,6 +7,7 @@ from typing import Any
 import node_failure_cases as cases
 import pytest
 from utils import Pool, Worker
+from workload import Workload
 
 RANKS_PER_NODE = {"DEEP_EP_RANKS_PER_NODE": "2"}
 
@@ -90,6 +91,13 @@ def test_idle_ranks_are_told_of_one_that_died(pool: Pool, has_child: bool) -> No
 
 def test_a_rank_that_leaves_is_no_failure(pool: Pool) -> None:
     assert pool.run(cases.destroyed_while_others_idle, 4, 3) == [("", "")] * 4
+
+
+def test_who_waits_for_a_rank_that_left_is_told_so(pool: Pool) -> None:
+    messages = pool.run(cases.called_after_one_left, 4, Workload((3, 5, 2, 4)), 3)
+    assert any("rank 3 of node 1 (its last call was 0; it has destroyed its Buffer)" in message
+               for message in messages[:2]), messages
+    assert all("rank 3 of node 1" in message for message in messages[:3]), messages
 
 
 def low_latency_failures(worker: Worker) -> list[str]:
