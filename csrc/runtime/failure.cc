@@ -221,12 +221,13 @@ std::string FailureDesk::stall_of(int peer) const {
     return code == 0 ? "" : describe_abort_code(code, at_.topology);
 }
 
-// What a neighbour's mailbox says.
+// What a neighbour's mailbox says, or the engine of a rail peer.
 std::string FailureDesk::remark(int peer) const {
-    if (!is_here(peer)) return "";
+    constexpr auto kLeft = "it has destroyed its Buffer";
+    if (!is_here(peer)) return at_.engine->has_left(peer) ? kLeft : "";
     const comm::Presence presence = mailbox_->presence(index_of(peer));
     if (presence == comm::Presence::kGone) return "its process has ended";
-    if (presence == comm::Presence::kLeft) return "it has destroyed its Buffer";
+    if (presence == comm::Presence::kLeft) return kLeft;
     if (const auto refusal = mailbox_->refusal(index_of(peer))) {
         std::ostringstream out;
         out << std::fixed << std::setprecision(1) << refusal->age_s << " s ago it refused a call: " << refusal->text;

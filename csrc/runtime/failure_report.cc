@@ -161,9 +161,9 @@ std::string describe_bad_input(const layout::WaitRecord& record, const layout::T
                       " dispatches rows of another shape, or another number of experts. Shapes and formats must be the "
                       "same on every rank; DEEP_EP_CHECK_CALLS=1 compares them.");
     if (record.stage == layout::Stage::kRailCapacity)
-        return concat(where(record, topology), ": the handle has room for ", record.expected,
-                      " tokens to forward, but ", record.seen,
-                      " come from other nodes. The tensors of a handle must belong together, and stay as they are.");
+        return concat(where(record, topology), ": the tensors hold ", record.expected, " tokens to forward, but ",
+                      record.seen,
+                      " come from other nodes. Raise num_worst_tokens, or pass the tensors that fit the handle.");
     if (record.stage == layout::Stage::kRailRows)
         return concat(where(record, topology), ": ", static_cast<int32_t>(record.seen),
                       " tokens between this rank and ", name_of(record.peer, topology), ", where ", record.token,

@@ -160,7 +160,8 @@ TEST_CASE("bad input on the rail is told by what was found") {
     record.kind = FailureKind::kBadInput;
     check_says(told_across(record, {}), "rank 2 of node 1 dispatches rows of another shape");
     record.stage = Stage::kRailCapacity;
-    check_says(told_across(record, {}), "has room for 7 tokens to forward, but 9 come");
+    check_says(told_across(record, {}),
+               "the tensors hold 7 tokens to forward, but 9 come from other nodes. Raise num_worst_tokens");
     record.stage = Stage::kRailRows;
     record.token = 7;
     check_says(told_across(record, {}), "9 tokens between this rank and rank 2 of node 1, where 7 are stated");

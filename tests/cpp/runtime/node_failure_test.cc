@@ -55,6 +55,7 @@ public:
     void check() const override {
         if (!failure.empty()) throw TransportError(failure);
     }
+    bool has_left(int peer) const override { return rail_.released_s.count(peer) > 0; }
     rail::Traffic sent_to(int) const override { return {}; }
     void release(double timeout_s) override { rail_.released_s[rank_] = timeout_s; }
 
