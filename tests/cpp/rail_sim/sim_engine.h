@@ -94,7 +94,6 @@ public:
     size_t chunk_bytes() const override { return 512; }
     void set(int peer, uint64_t flag, uint64_t value) override;
     void check() const override {}
-    bool has_left(int) const override { return false; }  // nobody does while the network runs
     Traffic sent_to(int peer) const override;
     void release(double) override {}
 
