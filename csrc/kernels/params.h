@@ -34,7 +34,6 @@ struct WatchParams {
 constexpr int kMaxDispatchWarps = 24;
 constexpr int kMaxCombineWarps = 19;        // that move rows; one more sets their flags
 constexpr int kMaxStagedCombineWarps = 12;  // the same
-constexpr int kMaxInternodeCombineWarps = 12;
 constexpr int kMaxLayoutThreads = 256;
 constexpr int kMaxNotifyThreads = 256;
 

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "core/error.h"
+#include "kernels/params_internode.h"
 
 namespace deep_ep::runtime {
 
@@ -218,14 +219,14 @@ kernels::Geometry plan_combine(const Machine& machine, int num_sms, const layout
 }
 
 InternodeGeometry plan_internode_dispatch(const Machine& machine, int num_sms, bool receives_nothing) {
-    InternodeGeometry geometry = plan_roles(machine, num_sms, 32 * kernels::kMaxDispatchWarps);
+    InternodeGeometry geometry = plan_roles(machine, num_sms, kernels::kMaxInternodeDispatchThreads);
     kernels::Geometry& node = geometry.node;
     if (receives_nothing) give_to_others(node.num_recv_warps, node.num_send_warps, geometry.num_forward_warps);
     return geometry;
 }
 
 InternodeGeometry plan_internode_combine(const Machine& machine, int num_sms, bool sends_nothing) {
-    InternodeGeometry geometry = plan_roles(machine, num_sms, 32 * kernels::kMaxInternodeCombineWarps);
+    InternodeGeometry geometry = plan_roles(machine, num_sms, kernels::kMaxInternodeCombineThreads);
     kernels::Geometry& node = geometry.node;
     if (sends_nothing) give_to_others(node.num_send_warps, geometry.num_forward_warps, node.num_recv_warps);
     return geometry;

@@ -84,10 +84,17 @@ std::string one_way_rail(uint64_t seed) {
         for (int repeat = 0; repeat < 4; ++repeat)
             for (int rank = 0; rank < 2; ++rank) world.launch_dispatch(call, rank, Counts::kKnown);
     });
-    return check_dispatch(problem, call.ranks, true);
+    if (std::string difference = check_dispatch(problem, call.ranks, true); !difference.empty()) return difference;
+    // Back again: now rank 0 only receives.
+    for (int rank = 0; rank < 2; ++rank) prepare_combine(call.problem, call.ranks[static_cast<size_t>(rank)], rank);
+    world.run([&] {
+        for (int repeat = 0; repeat < 4; ++repeat)
+            for (int rank = 0; rank < 2; ++rank) world.launch_combine(call, rank);
+    });
+    return check_combine(call.problem, call.ranks);
 }
 
-// Only counts are exchanged, with no host between the calls.
+// Nothing but counts is exchanged, every other call, with no host between the calls.
 std::string counts_on_rail(uint64_t seed) {
     InternodeOptions options = small_options(2, 2, seed);
     Problem problem = small_problem(options, seed);
@@ -101,6 +108,7 @@ std::string counts_on_rail(uint64_t seed) {
             for (int rank = 0; rank < 4; ++rank) {
                 world.launch_notify(call, rank);
                 world.launch_dispatch(call, rank, Counts::kExchanged);
+                world.launch_combine(call, rank);
             }
     });
     for (int rank = 0; rank < 4; ++rank)
@@ -132,10 +140,45 @@ std::string absent_across(uint64_t seed) {
     return check_void_combine(call.ranks[0]);
 }
 
+// Rank 1 does not come to the exchange.
+std::string absent_in_exchange(uint64_t seed) {
+    InternodeOptions options = small_options(2, 1, seed);
+    options.scheduler = impatient(seed);
+    options.timeout_s = 2;
+    const Problem problem = small_problem(options, seed);
+    InternodeWorld world(options, problem);
+    InternodeCall call(problem, options);
+    world.run([&] { world.launch_notify(call, 0); });
+    if (failure_of(world, 0) != layout::FailureKind::kTimeout) return "rank 0 has not given up";
+    return world.status(0).failure.peer == 1 ? "" : "rank 0 names another rank";
+}
+
+// Rank 1 refuses; rank 0 hears of it over the rail, long before its own deadline.
+std::string refused_across(uint64_t seed) {
+    InternodeOptions options = small_options(2, 1, seed);
+    options.scheduler = impatient(seed);
+    const Problem problem = small_problem(options, seed);
+    InternodeWorld world(options, problem);
+    InternodeCall call(problem, options);
+    for (int rank = 0; rank < 2; ++rank) world.prepare_dispatch(call, rank, false);
+    call.rails[1].rail_head.clear();
+    world.run([&] {
+        for (int rank = 0; rank < 2; ++rank) {
+            world.launch_notify(call, rank);
+            world.launch_dispatch(call, rank, Counts::kExchanged);
+        }
+    });
+    if (failure_of(world, 1) != layout::FailureKind::kBadInput) return "rank 1 has not refused";
+    return failure_of(world, 0) == layout::FailureKind::kAborted ? "" : "rank 0 has not heard of it";
+}
+
 constexpr Scenario kScenarios[] = {
-    {"rail_credits", rail_credits},     {"rail_chunks", rail_chunks}, {"rail_and_slots", rail_and_slots},
-    {"three_nodes", three_nodes},       {"lent_across", lent_rows},   {"one_way_rail", one_way_rail},
-    {"counts_on_rail", counts_on_rail}, {"full_engine", full_engine}, {"absent_across", absent_across},
+    {"rail_credits", rail_credits},     {"rail_chunks", rail_chunks},
+    {"rail_and_slots", rail_and_slots}, {"three_nodes", three_nodes},
+    {"lent_across", lent_rows},         {"one_way_rail", one_way_rail},
+    {"counts_on_rail", counts_on_rail}, {"full_engine", full_engine},
+    {"absent_across", absent_across},   {"absent_in_exchange", absent_in_exchange},
+    {"refused_across", refused_across},
 };
 
 }  // namespace

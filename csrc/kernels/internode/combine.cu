@@ -21,7 +21,7 @@ inline namespace EP_BACKEND {
 struct Kernel {
     using Params = InternodeCombineParams;
     using Shared = State;
-    static constexpr int kMaxThreads = kWarpSize * kMaxInternodeCombineWarps;
+    static constexpr int kMaxThreads = kMaxInternodeCombineThreads;
     static constexpr auto kOperation = layout::Operation::kCombine;
 
     // -- The operation of a CallSession ----------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ inline namespace EP_BACKEND {
 struct Kernel {
     using Params = InternodeDispatchParams;
     using Shared = State;
-    static constexpr int kMaxThreads = kWarpSize * kMaxDispatchWarps;
+    static constexpr int kMaxThreads = kMaxInternodeDispatchThreads;
     static constexpr auto kOperation = layout::Operation::kDispatch;
 
     // -- The operation of a CallSession ----------------------------------------------------------------------------------

@@ -48,10 +48,8 @@ struct Kernel {
         const Context c{p, watch, link,
                         layout::CountsBlock::make(static_cast<uint64_t>(p.heap.num_ranks),
                                                   static_cast<uint64_t>(p.num_local_experts))};
-        if (!exchange(block, c)) {
-            block.sync();  // the failure of any thread is in the abort word
-            if (prim::warp_idx() == 0) link.tell_failure(algo::Warp{});
-        }
+        // It ends with a barrier: whoever failed has written the abort word.
+        if (!exchange(block, c) && prim::warp_idx() == 0) link.tell_failure(algo::Warp{});
     }
 
 private:

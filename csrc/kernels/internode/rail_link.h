@@ -53,7 +53,8 @@ public:
     // One thread. It has come: what it guards may be read, by other lanes after a sync().
     EP_DEVICE bool is_here(const RailWord& word, uint64_t& seen) const {
         seen = prim::load<Order::kRelaxed, Scope::kSys>(rail::at<const uint64_t>(rail_, word.offset));
-        if (seen < word.expected) return false;
+        const bool has_come = seen >= word.expected;
+        if (!has_come) return false;
         rail::confirm(rail_, {word.offset, seen});
         return true;
     }
