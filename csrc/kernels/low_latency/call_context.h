@@ -80,16 +80,17 @@ struct CallContext {
 
 EP_DEVICE int bank_of(uint64_t call) { return static_cast<int>(call % layout::kNumLowLatencyBanks); }
 
-// The call that this launch works on. Send phases count calls, on the device: a CUDA graph replays its launches, and every
-// replay is a new call. A receive phase finds the number where its send phase has left it.
-EP_DEVICE uint64_t call_number(const LowLatencyCall& call, Phase phase) {
-    if (phase == Phase::kReceive) return prim::load<Order::kRelaxed, Scope::kGpu>(call.number);
-    return prim::load<Order::kRelaxed, Scope::kGpu>(&call.watch.local->num_low_latency_sends) + 1;
-}
+// What says which call this launch works on, as it is in memory. Send phases count calls, on the device: a CUDA graph replays
+// its launches, and every replay is a new call. A receive phase finds the number where its send phase has left it.
+struct LaunchWords {
+    uint64_t number;  // of a receive phase; else of the call before
+    uint64_t num_launches;
+};
 
-EP_DEVICE layout::LowLatencyLaunchState* current_launch_state(const LowLatencyCall& call) {
-    const uint64_t launch = prim::load<Order::kRelaxed, Scope::kGpu>(&call.watch.local->num_low_latency_launches);
-    return &call.watch.local->low_latency_launch_states[launch % 2];
+EP_DEVICE LaunchWords load_launch_words(const LowLatencyCall& call, Phase phase) {
+    const uint64_t* number = phase == Phase::kReceive ? call.number : &call.watch.local->num_low_latency_sends;
+    return {prim::load<Order::kRelaxed, Scope::kGpu>(number),
+            prim::load<Order::kRelaxed, Scope::kGpu>(&call.watch.local->num_low_latency_launches)};
 }
 
 EP_DEVICE bool is_masked(const LowLatencyCall& call, int peer) {
@@ -218,15 +219,16 @@ EP_DEVICE bool wait_for_table(const CallContext& c, int source) {
     return wait_for_source(c.call, c.watch, Stage::kTable, source, flag);
 }
 
+// Before the number of the call is known.
 EP_DEVICE CallContext make_context(const LowLatencyCall& call, layout::Operation operation, Phase phase,
                                    bool uses_packets) {
-    const uint64_t number = call_number(call, phase);
-    return {call,
-            make_watch(call.watch, call.heap, operation, number),
-            phase,
-            uses_packets,
-            current_launch_state(call),
-            bank_of(number)};
+    return {call, make_watch(call.watch, call.heap, operation, 0), phase, uses_packets, nullptr, 0};
+}
+
+EP_DEVICE void take_number(CallContext& c, const LaunchWords& words) {
+    c.watch.call = c.phase == Phase::kReceive ? words.number : words.number + 1;
+    c.bank = bank_of(c.watch.call);
+    c.launch_state = &c.call.watch.local->low_latency_launch_states[words.num_launches % 2];
 }
 
 // -1 where the id is none of an expert, whatever the low half of a 64-bit id says.

@@ -25,7 +25,7 @@ template <Launches kLaunches, bool kIsLogfmt, bool kUsesPackets> struct Kernel {
     static EP_DEVICE void run(const Params& p, Shared& shared) {
         run_launch<kLaunches, kUsesPackets>(
             p.call, layout::Operation::kLowLatencyCombine, shared.role,
-            [&](const LaunchSession& launch) { Send::send(Block{}, p, launch, shared); },
+            [&](LaunchSession& launch) { Send::send(Block{}, p, launch, shared); },
             [&](const LaunchSession& launch) { Receive::receive(Block{}, p, launch); });
     }
 };

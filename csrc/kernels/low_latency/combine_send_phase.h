@@ -412,7 +412,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         progress.num_written = 0;
     }
 
-    static EP_DEVICE void send(Block block, const Params& p, const LaunchSession& launch, Shared& shared) {
+    static EP_DEVICE void send(Block block, const Params& p, LaunchSession& launch, Shared& shared) {
         const CallContext& c = launch.context;
         const Warp warp;
         const int first = static_cast<int>(blockIdx.x);
@@ -423,9 +423,10 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         Weights weights = {};
         cursor.item = first - static_cast<int>(gridDim.x);
         cursor.next = load_item(p, c, first);
-        if (has_weights) {
-            weights = load_weights(block, p, c, 0);
-        } else {
+        if (has_weights) weights = load_weights(block, p, c, 0);
+        launch.ask_number();
+        launch.take_number();
+        if (!has_weights) {
             advance(warp, p, c, sources, cursor);
             load_ahead(warp, p, cursor.work, cursor.work.rows, prim::warp_idx(), cursor.ahead);
         }

@@ -25,7 +25,7 @@ template <Launches kLaunches> struct Kernel {
     static EP_DEVICE void run(const Params& p, Shared& shared) {
         run_launch<kLaunches>(
             p.call, layout::Operation::kLowLatencyDispatch, shared.role,
-            [&](const LaunchSession& launch) { send(Block{}, p, launch); },
+            [&](LaunchSession& launch) { send(Block{}, p, launch); },
             [&](const LaunchSession& launch) { receive(Block{}, p, launch); });
     }
 };

@@ -34,6 +34,11 @@ public:
     LaunchSession(const LaunchSession&) = delete;
     LaunchSession& operator=(const LaunchSession&) = delete;
 
+    // The number of the call is a trip to memory, in two steps, both to be made before anything else is asked of the session.
+    // The compiler waits for it at once, so loads that do not depend on it come before ask_number, and work before take_number.
+    EP_DEVICE void ask_number() { words_ = load_launch_words(context.call, context.phase); }
+    EP_DEVICE void take_number() { low_latency::take_number(context, words_); }
+
     // The place of this block among those of the grid, in the order in which they begin.
     EP_DEVICE uint32_t begin_block() const {
         return prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&context.launch_state->begun_blocks, 1u);
@@ -63,10 +68,12 @@ public:
             count_launch();
     }
 
-    const CallContext context;
+    CallContext context;
     BlockRole& role;
 
 private:
+    LaunchWords words_;
+
     // For the next launch.
     EP_DEVICE void count_launch() const {
         const CallContext& c = context;
@@ -286,18 +293,21 @@ private:
 // call; registers and instructions of a phase are its own all the same.
 enum class Launches { kPhases, kWhole };
 
-// What a launch does, by `send(launch)`, which has a SendPhase, and `receive(launch)`.
+// What a launch does: `send(launch)`, which takes the number of the call and has a SendPhase, and `receive(launch)`.
 template <Launches kLaunches, bool kUsesPackets = false, class Send, class Receive>
 EP_DEVICE void run_launch(const LowLatencyCall& call, layout::Operation operation, BlockRole& role, const Send& send,
                           const Receive& receive) {
     if (kLaunches == Launches::kWhole) {
-        const LaunchSession launch(call, operation, Phase::kBoth, kUsesPackets, role);
+        LaunchSession launch(call, operation, Phase::kBoth, kUsesPackets, role);
         send(launch);
         if (role.receives != 0) receive(launch);
     } else if (call.phase == Phase::kSend) {
-        send(LaunchSession(call, operation, Phase::kSend, kUsesPackets, role));
+        LaunchSession launch(call, operation, Phase::kSend, kUsesPackets, role);
+        send(launch);
     } else {
-        const LaunchSession launch(call, operation, Phase::kReceive, kUsesPackets, role);
+        LaunchSession launch(call, operation, Phase::kReceive, kUsesPackets, role);
+        launch.ask_number();
+        launch.take_number();
         const ReceivePhase phase(Block{}, launch);
         receive(launch);
     }
