@@ -26,7 +26,10 @@ template <Launches kLaunches, bool kIsLogfmt, bool kUsesPackets> struct Kernel {
         run_launch<kLaunches, kUsesPackets>(
             p.call, layout::Operation::kLowLatencyCombine, shared.role,
             [&](LaunchSession& launch) { Send::send(Block{}, p, launch, shared); },
-            [&](const LaunchSession& launch) { Receive::receive(Block{}, p, launch); });
+            [&](const CallContext& c) { return Receive::look_early(Warp{}, p, c); },
+            [&](const LaunchSession& launch, const typename Receive::EarlyLook& early) {
+                Receive::receive(Block{}, p, launch, early);
+            });
     }
 };
 

@@ -26,7 +26,8 @@ template <Launches kLaunches> struct Kernel {
         run_launch<kLaunches>(
             p.call, layout::Operation::kLowLatencyDispatch, shared.role,
             [&](LaunchSession& launch) { send(Block{}, p, launch); },
-            [&](const LaunchSession& launch) { receive(Block{}, p, launch); });
+            [&](const CallContext& c) { return look_early(Warp{}, c); },
+            [&](const LaunchSession& launch, EarlyLook early) { receive(Block{}, p, launch, early); });
     }
 };
 

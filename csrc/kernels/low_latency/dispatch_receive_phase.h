@@ -42,6 +42,11 @@ EP_DEVICE Unit unit_of(const CallContext& c, int idx, int num_parts) {
             idx >= num_shares && idx - num_shares < num_lists(c)};
 }
 
+// Into how many shares a token is divided.
+EP_DEVICE int num_parts_of_token(const CallContext& c) {
+    return warps_for_item(c.num_ranks() * c.call.num_max_tokens, kMaxWarpsForItem);
+}
+
 // Up to 32 of a token's table entries, one in each lane.
 struct Entries {
     int entry;        // -1: none
@@ -145,6 +150,24 @@ EP_DEVICE bool wait_for_slot(Warp warp, const CallContext& c, const Unit& unit) 
     warp.expect();
     return algo::broadcast(warp, warp.thread_rank() == 0 &&
                                      wait_for_source(c.call, c.watch, Stage::kRow, unit.source, slot_flag(c, unit)));
+}
+
+// Of a launch that only receives, before the number of the call is known: see kSlotLanes.
+EP_DEVICE EarlyLook look_early(Warp warp, const CallContext& c) {
+    const uint64_t* flag = nullptr;
+    if (const int bank = warp.thread_rank(); bank < kSlotLanes) {
+        const Unit unit = unit_of(c, first_unit(), num_parts_of_token(c));
+        if (unit.is_token) flag = c.watch.heap.token_full(c.rank(), bank, unit.source, unit.token);
+    } else if (const int table = early_table(warp); table < c.num_ranks() * layout::kNumLowLatencyBanks) {
+        flag = table_flag(c, table);
+    }
+    return {flag != nullptr ? prim::load<Order::kAcquire, Scope::kSys>(flag) : 0};
+}
+
+// Was it the slot that this lane has seen full? Acquire.
+EP_DEVICE bool has_seen_slot(Warp warp, const CallContext& c, EarlyLook early) {
+    const bool is_full = warp.thread_rank() < kSlotLanes && early.seen == c.watch.call;
+    return __any_sync(kFullMask, is_full) != 0;
 }
 
 // Looks at the slot until it is full, or its block knows the tables, which others of its threads wait for. Acquire.
@@ -266,21 +289,23 @@ EP_DEVICE bool finish_token(Warp warp, const Params& p, const CallContext& c, co
 
 // A trip to memory is as long as a barrier is short: the block learns the counts together, while the entries and slots of
 // its first tokens are under way.
-EP_DEVICE void receive(Block block, const Params& p, const LaunchSession& launch) {
+EP_DEVICE void receive(Block block, const Params& p, const LaunchSession& launch, EarlyLook early) {
     const CallContext& c = launch.context;
     const Warp warp;
-    const int num_tokens = c.num_ranks() * p.call.num_max_tokens;
-    const int num_parts = warps_for_item(num_tokens, kMaxWarpsForItem);
+    const int num_parts = num_parts_of_token(c);
+    const int num_shares = c.num_ranks() * p.call.num_max_tokens * num_parts;
     const auto counts = Counts::make(c);
     bool knows_rows = true;  // the block
     bool is_right = true;    // this thread has met nothing that makes the call fail
-    for_each_unit(block, launch, num_tokens * num_parts + num_lists(c), [&](int idx, bool is_first, const auto& claim) {
+    for_each_unit(block, launch, num_shares + num_lists(c), [&](int idx, bool is_first, const auto& claim) {
         const Unit unit = unit_of(c, idx, num_parts);
+        const bool has_looked = is_first && c.phase == Phase::kReceive;
         // Before the tables, which come last, only whether the slot is full: a peer that has another shape has its table
         // where this rank sees a slot, and may be writing there.
-        bool is_full = unit.is_token && look_at_slot(warp, c, unit);
+        bool is_full = has_looked ? has_seen_slot(warp, c, early) : unit.is_token && look_at_slot(warp, c, unit);
         if (is_first) {
-            const bool is_lost = wait_for_tables(block, c, counts, launch.role);
+            const bool is_lost = has_looked ? wait_for_late_tables(block, c, counts, early)
+                                            : wait_for_tables(block, c, counts, launch.role);
             // Where the launch has not sent, all is here most likely.
             if (unit.is_token && !is_full && c.sends() && prim::warp_idx() != 0)
                 is_full = watch_slot(warp, c, launch.role, unit);

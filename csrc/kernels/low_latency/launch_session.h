@@ -253,9 +253,10 @@ public:
     // The last warp is the least likely to have a unit, and no other one depends on a counter that this changes.
     EP_DEVICE ReceivePhase(Block block, const LaunchSession& launch) : launch_(launch) {
         block.expect();
-        // Only send phases count calls, and they come before or after the whole launch.
-        has_later_call_ = prim::load<Order::kRelaxed, Scope::kGpu>(
-                              &launch.context.watch.words.local->num_low_latency_sends) != launch.context.watch.call;
+        // Only send phases count calls, and they come before or after the whole launch. Compared when the phase ends: here it
+        // would be waited for.
+        num_sends_ =
+            prim::load<Order::kRelaxed, Scope::kGpu>(&launch.context.watch.words.local->num_low_latency_sends);
         if (is_last_warp(block)) begin(Warp{});
     }
 
@@ -264,7 +265,7 @@ public:
     EP_DEVICE ~ReceivePhase() {
         const Block block;
         const CallContext& c = launch_.context;
-        if (!has_later_call_) return;
+        if (num_sends_ == c.watch.call) return;
         // Every block's reads, the last one's release.
         uint32_t* counter = &c.watch.words.local->low_latency_read_blocks;
         if (!algo::is_last_block<Order::kAcqRel, Scope::kGpu>(block, counter, launch_.role.share)) return;
@@ -286,30 +287,33 @@ private:
     }
 
     const LaunchSession& launch_;
-    bool has_later_call_;
+    uint64_t num_sends_;
 };
 
 // The kernels of an operation. With a hook its two launches are of the same one, so that a profiler has one name for the
 // call; registers and instructions of a phase are its own all the same.
 enum class Launches { kPhases, kWhole };
 
-// What a launch does: `send(launch)`, which takes the number of the call and has a SendPhase, and `receive(launch)`.
-template <Launches kLaunches, bool kUsesPackets = false, class Send, class Receive>
+// What a launch does: `send(launch)`, which takes the number of the call and has a SendPhase, and `receive(launch, early)`.
+// `early`: in a launch that only receives, what `look_early(context)` has loaded beside the number of the call, and so without
+// it: flags are those of both banks.
+template <Launches kLaunches, bool kUsesPackets = false, class Send, class LookEarly, class Receive>
 EP_DEVICE void run_launch(const LowLatencyCall& call, layout::Operation operation, BlockRole& role, const Send& send,
-                          const Receive& receive) {
+                          const LookEarly& look_early, const Receive& receive) {
     if (kLaunches == Launches::kWhole) {
         LaunchSession launch(call, operation, Phase::kBoth, kUsesPackets, role);
         send(launch);
-        if (role.receives != 0) receive(launch);
+        if (role.receives != 0) receive(launch, decltype(look_early(launch.context)){});
     } else if (call.phase == Phase::kSend) {
         LaunchSession launch(call, operation, Phase::kSend, kUsesPackets, role);
         send(launch);
     } else {
         LaunchSession launch(call, operation, Phase::kReceive, kUsesPackets, role);
         launch.ask_number();
+        const auto early = look_early(launch.context);
         launch.take_number();
         const ReceivePhase phase(Block{}, launch);
-        receive(launch);
+        receive(launch, early);
     }
 }
 
