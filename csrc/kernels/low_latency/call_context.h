@@ -80,17 +80,18 @@ struct CallContext {
 
 EP_DEVICE int bank_of(uint64_t call) { return static_cast<int>(call % layout::kNumLowLatencyBanks); }
 
-// What says which call this launch works on, as it is in memory. Send phases count calls, on the device: a CUDA graph replays
-// its launches, and every replay is a new call. A receive phase finds the number where its send phase has left it.
+// This lane's of the words that say which call this launch works on. Send phases count calls, on the device: a CUDA graph replays
+// its launches, and every replay is a new call. A receive phase finds the number where its send phase has left it. Lane 1 has
+// the number of launches, the others the call's. (Were they the same in all lanes, the compiler would move them to registers
+// of the warp at once, and wait for that.)
 struct LaunchWords {
-    uint64_t number;  // of a receive phase; else of the call before
-    uint64_t num_launches;
+    uint64_t word;
 };
 
-EP_DEVICE LaunchWords load_launch_words(const LowLatencyCall& call, Phase phase) {
-    const uint64_t* number = phase == Phase::kReceive ? call.number : &call.watch.local->num_low_latency_sends;
-    return {prim::load<Order::kRelaxed, Scope::kGpu>(number),
-            prim::load<Order::kRelaxed, Scope::kGpu>(&call.watch.local->num_low_latency_launches)};
+EP_DEVICE LaunchWords load_launch_words(Warp warp, const LowLatencyCall& call, Phase phase) {
+    const layout::LocalState* local = call.watch.local;
+    const uint64_t* number = phase == Phase::kReceive ? call.number : &local->num_low_latency_sends;
+    return {prim::load<Order::kRelaxed, Scope::kGpu>(warp.thread_rank() == 1 ? &local->num_low_latency_launches : number)};
 }
 
 EP_DEVICE bool is_masked(const LowLatencyCall& call, int peer) {
@@ -225,10 +226,12 @@ EP_DEVICE CallContext make_context(const LowLatencyCall& call, layout::Operation
     return {call, make_watch(call.watch, call.heap, operation, 0), phase, uses_packets, nullptr, 0};
 }
 
-EP_DEVICE void take_number(CallContext& c, const LaunchWords& words) {
-    c.watch.call = c.phase == Phase::kReceive ? words.number : words.number + 1;
+EP_DEVICE void take_number(Warp warp, CallContext& c, const LaunchWords& words) {
+    warp.expect();
+    const uint64_t number = __shfl_sync(kFullMask, words.word, 0), num_launches = __shfl_sync(kFullMask, words.word, 1);
+    c.watch.call = c.phase == Phase::kReceive ? number : number + 1;
     c.bank = bank_of(c.watch.call);
-    c.launch_state = &c.call.watch.local->low_latency_launch_states[words.num_launches % 2];
+    c.launch_state = &c.call.watch.local->low_latency_launch_states[num_launches % 2];
 }
 
 // -1 where the id is none of an expert, whatever the low half of a 64-bit id says.

@@ -15,6 +15,8 @@ constexpr int kTokensPerRelease = 4;
 constexpr int kMostLooks = 6;
 
 template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
+    static constexpr Tells kTells = kUsesPackets ? Tells::kByLastWarp : Tells::kInside;
+
     // A token that the block has written and not yet published.
     struct Written {
         uint64_t* flag;  // null: nothing is to be published
@@ -416,7 +418,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         const CallContext& c = launch.context;
         const Warp warp;
         const int first = static_cast<int>(blockIdx.x);
-        // Most likely the block that begins first; it begins with these instead of a token.
+        // Most likely the block that begins first; it begins with the weights instead of a token.
         const bool has_weights = first == 0;
         Sources sources = {};
         ItemCursor cursor = {};
@@ -425,15 +427,16 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         cursor.next = load_item(p, c, first);
         if (has_weights) weights = load_weights(block, p, c, 0);
         launch.ask_number();
+        const BankLook look = launch.look_at_banks();
         launch.take_number();
         if (!has_weights) {
             advance(warp, p, c, sources, cursor);
             load_ahead(warp, p, cursor.work, cursor.work.rows, prim::warp_idx(), cursor.ahead);
         }
         if (block.thread_rank() == 0) shared.has_failed = 0;
-        const SendPhase<Tells::kInside> phase(block, launch);
+        const SendPhase<kTells> phase(block, launch, look);
         const bool is_ready = phase.is_ready();
-        if (is_ready && phase.is_first()) send_weights(block, p, c, phase, weights, has_weights);
+        if (is_ready) send_weights(block, p, c, phase, weights, has_weights);
         Progress progress = {};
 #pragma unroll 1
         while (is_ready && cursor.item < num_items(p, c)) send_token(block, p, c, sources, cursor, progress, shared);
@@ -446,11 +449,12 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         float weight[kWeightsAhead];
     };
 
-    static EP_DEVICE Weights load_weights(Block block, const Params& p, const CallContext& c, int base) {
+    template <class Group>
+    static EP_DEVICE Weights load_weights(Group group, const Params& p, const CallContext& c, int base) {
         Weights held = {};
 #pragma unroll
         for (int i = 0; i < kWeightsAhead; ++i) {
-            const int entry = base + i * block.size() + block.thread_rank();
+            const int entry = base + i * group.size() + group.thread_rank();
             held.expert[i] = -1;
             if (entry >= p.num_tokens * c.call.num_topk) continue;
             // An id out of range reaches no rank; the table must agree.
@@ -460,33 +464,41 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         return held;
     }
 
-    static EP_DEVICE void send_weight_packets(Block block, const CallContext& c, int peer, const Weights& held,
+    template <class Group>
+    static EP_DEVICE void send_weight_packets(Group group, const CallContext& c, int peer, const Weights& held,
                                               int base, int num_entries) {
         prim::Packet* packets = c.packets(peer, c.rank());
 #pragma unroll
         for (int i = 0; i < kWeightsAhead; ++i) {
-            const int entry = base + i * block.size() + block.thread_rank();
+            const int entry = base + i * group.size() + group.thread_rank();
             if (entry >= num_entries) continue;
             send_packet(c, packets + 2 * entry, held.expert[i]);
             send_packet(c, packets + 2 * entry + 1, __float_as_int(held.weight[i]));
         }
     }
 
-    // The block that began first: our top-k ids and weights to every rank. Peers wait for them in their
-    // send phases, so they must not depend on a block that may not be resident yet.
     // In packets those of tokens that do not exist as well, so that nobody has to know how many do.
-    static EP_DEVICE void send_weights(Block block, const Params& p, const CallContext& c,
-                                       const SendPhase<Tells::kInside>& phase, Weights held, bool is_loaded) {
+    template <class Group>
+    static EP_DEVICE void send_all_packets(Group group, const Params& p, const CallContext& c,
+                                           const SendPhase<kTells>& phase, Weights held, bool is_loaded) {
+        const int num_entries = c.call.num_max_tokens * c.call.num_topk;
+#pragma unroll 1
+        for (int base = 0; base < num_entries; base += kWeightsAhead * group.size()) {
+            if (base > 0 || !is_loaded) held = load_weights(group, p, c, base);
+            for (int peer = 0; peer < c.num_ranks(); ++peer)
+                if (!phase.leaves_out(peer)) send_weight_packets(group, c, peer, held, base, num_entries);
+        }
+    }
+
+    static EP_DEVICE void send_tables(Block block, const Params& p, const CallContext& c,
+                                      const SendPhase<kTells>& phase, Weights held, bool is_loaded) {
         block.expect();
-        const int num_entries = (c.uses_packets ? c.call.num_max_tokens : p.num_tokens) * c.call.num_topk;
+        const int num_entries = p.num_tokens * c.call.num_topk;
+#pragma unroll 1
         for (int base = 0; base < num_entries; base += kWeightsAhead * block.size()) {
             if (base > 0 || !is_loaded) held = load_weights(block, p, c, base);
             for (int peer = 0; peer < c.num_ranks(); ++peer) {
                 if (phase.leaves_out(peer)) continue;
-                if (c.uses_packets) {
-                    send_weight_packets(block, c, peer, held, base, num_entries);
-                    continue;
-                }
                 uint8_t* message = c.message(peer, c.rank());
                 auto* ids = reinterpret_cast<int*>(message + c.call.message.topk_idx.offset);
                 auto* weights = reinterpret_cast<float*>(message + c.call.message.topk_weights.offset);
@@ -498,8 +510,23 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
                 }
             }
         }
-        if (!c.uses_packets) phase.publish_table(block, p.num_tokens);
-        phase.tell_ended(block);
+        phase.publish_table(block, p.num_tokens);
+    }
+
+    // Our top-k ids and weights to every rank. Peers wait for them in their send phases, so they must not depend on a block that
+    // may not be resident yet: the block that began first sends them. In packets it is the one that has loaded them as well,
+    // since it does no harm to send a packet twice, and it takes a trip to memory to learn which block was first; where that
+    // was another one, its last warp sends them.
+    static EP_DEVICE void send_weights(Block block, const Params& p, const CallContext& c,
+                                       const SendPhase<kTells>& phase, const Weights& held, bool is_loaded) {
+        if constexpr (kUsesPackets) {
+            if (is_loaded) send_all_packets(block, p, c, phase, held, true);
+            if (is_last_warp(block) && phase.tell_if_first(Warp{}) && !is_loaded)
+                send_all_packets(Warp{}, p, c, phase, held, false);
+        } else if (phase.is_first()) {
+            send_tables(block, p, c, phase, held, is_loaded);
+            phase.tell_ended(block);
+        }
     }
 };
 

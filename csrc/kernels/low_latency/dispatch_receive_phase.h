@@ -152,11 +152,10 @@ EP_DEVICE bool wait_for_slot(Warp warp, const CallContext& c, const Unit& unit) 
                                      wait_for_source(c.call, c.watch, Stage::kRow, unit.source, slot_flag(c, unit)));
 }
 
-// Of a launch that only receives, before the number of the call is known: see kSlotLanes.
-EP_DEVICE EarlyLook look_early(Warp warp, const CallContext& c) {
+// See kSlotLanes.
+EP_DEVICE EarlyLook look_early(Warp warp, const CallContext& c, const Unit& unit) {
     const uint64_t* flag = nullptr;
     if (const int bank = warp.thread_rank(); bank < kSlotLanes) {
-        const Unit unit = unit_of(c, first_unit(), num_parts_of_token(c));
         if (unit.is_token) flag = c.watch.heap.token_full(c.rank(), bank, unit.source, unit.token);
     } else if (const int table = early_table(warp); table < c.num_ranks() * layout::kNumLowLatencyBanks) {
         flag = table_flag(c, table);
@@ -299,13 +298,12 @@ EP_DEVICE void receive(Block block, const Params& p, const LaunchSession& launch
     bool is_right = true;    // this thread has met nothing that makes the call fail
     for_each_unit(block, launch, num_shares + num_lists(c), [&](int idx, bool is_first, const auto& claim) {
         const Unit unit = unit_of(c, idx, num_parts);
-        const bool has_looked = is_first && c.phase == Phase::kReceive;
         // Before the tables, which come last, only whether the slot is full: a peer that has another shape has its table
         // where this rank sees a slot, and may be writing there.
-        bool is_full = has_looked ? has_seen_slot(warp, c, early) : unit.is_token && look_at_slot(warp, c, unit);
+        if (is_first && c.sends()) early = look_early(warp, c, unit);
+        bool is_full = is_first ? has_seen_slot(warp, c, early) : unit.is_token && look_at_slot(warp, c, unit);
         if (is_first) {
-            const bool is_lost = has_looked ? wait_for_late_tables(block, c, counts, early)
-                                            : wait_for_tables(block, c, counts, launch.role);
+            const bool is_lost = wait_for_tables(block, c, counts, launch.role, early);
             // Where the launch has not sent, all is here most likely.
             if (unit.is_token && !is_full && c.sends() && prim::warp_idx() != 0)
                 is_full = watch_slot(warp, c, launch.role, unit);

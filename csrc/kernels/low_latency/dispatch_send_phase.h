@@ -128,9 +128,10 @@ EP_DEVICE void send(Block block, const Params& p, LaunchSession& launch) {
     const algo::Warps makers = table_warps(block);
     Head head = load_head(warp, p, c, first);
     launch.ask_number();
+    const BankLook look = launch.look_at_banks();
     if (has_table && makers.has_this_thread()) make_tile(makers, c, choice, sets, 0);
     launch.take_number();
-    const SendPhase<Tells::kAtEnd> phase(block, launch);
+    const SendPhase<Tells::kAtEnd> phase(block, launch, look);
     const bool is_ready = phase.is_ready();
     if (is_ready && has_table) send_routing_table(block, c, phase, choice, sets);
 #pragma unroll 1

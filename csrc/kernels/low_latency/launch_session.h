@@ -36,8 +36,12 @@ public:
 
     // The number of the call is a trip to memory, in two steps, both to be made before anything else is asked of the session.
     // The compiler waits for it at once, so loads that do not depend on it come before ask_number, and work before take_number.
-    EP_DEVICE void ask_number() { words_ = load_launch_words(context.call, context.phase); }
-    EP_DEVICE void take_number() { low_latency::take_number(context, words_); }
+    EP_DEVICE void ask_number() { words_ = load_launch_words(Warp{}, context.call, context.phase); }
+    // By warp 0 of a block that sends, between the two.
+    EP_DEVICE BankLook look_at_banks() const {
+        return prim::warp_idx() == 0 ? low_latency::look_at_banks(Warp{}, context) : BankLook{};
+    }
+    EP_DEVICE void take_number() { low_latency::take_number(Warp{}, context, words_); }
 
     // The place of this block among those of the grid, in the order in which they begin.
     EP_DEVICE uint32_t begin_block() const {
@@ -107,18 +111,19 @@ private:
 };
 
 // When the block that began first tells the peers what this rank has received: when the phase ends; or within the phase, before
-// the block waits for a peer there. Which block that is takes a trip to memory to learn, which a phase that tells at its end does
-// not wait for.
-enum class Tells { kAtEnd, kInside };
+// the block waits for a peer there, by the whole block or by its last warp alone. Which block that is takes a trip to memory to
+// learn, for which only the last lets the whole block wait.
+enum class Tells { kAtEnd, kByLastWarp, kInside };
 
 // All blocks of a launch that sends. It begins when no peer reads the bank any more: what was loaded by then is under way all
 // the while. It ends with the choice of the blocks that receive, where the launch does.
 template <Tells kTells> class SendPhase {
 public:
-    EP_DEVICE SendPhase(Block block, const LaunchSession& launch) : launch_(launch) {
+    // `look`: of warp 0, see look_at_banks.
+    EP_DEVICE SendPhase(Block block, const LaunchSession& launch, const BankLook& look) : launch_(launch) {
         block.expect();
         if (is_last_warp(block)) begin(Warp{});
-        if (prim::warp_idx() == 0) look(Warp{});
+        if (prim::warp_idx() == 0) take_look(Warp{}, look);
         block.sync();  // each lane's acquire, the block's stores
         if (!is_ready()) wait(block);
     }
@@ -162,6 +167,14 @@ public:
         if (is_last_warp(block)) tell_peers(Warp{});
     }
 
+    // The same by the last warp of each block. True: this is that of the block that began first.
+    EP_DEVICE bool tell_if_first(Warp warp) const {
+        static_assert(kTells == Tells::kByLastWarp);
+        const bool is_first = began_first(warp);
+        if (is_first) tell_peers(warp);
+        return is_first;
+    }
+
     // The block that has written our table into the messages to all ranks: they may read it.
     EP_DEVICE void publish_table(Block block, int num_tokens) const {
         const CallContext& c = launch_.context;
@@ -183,7 +196,7 @@ private:
     // The last warp's part.
     EP_DEVICE void begin(Warp warp) {
         if (warp.thread_rank() == 0) order_ = launch_.begin_block();
-        if (kTells == Tells::kAtEnd) return;
+        if (kTells != Tells::kInside) return;
         const bool is_first = began_first(warp);
         if (warp.thread_rank() == 0) role().is_first = is_first ? 1 : 0;
     }
@@ -203,15 +216,10 @@ private:
         publish_ended(warp, c);
     }
 
-    // One look at the flags of both banks, so that it need not come after the number of the call: that is under way too.
-    EP_DEVICE void look(Warp warp) const {
+    EP_DEVICE void take_look(Warp warp, const BankLook& look) const {
         warp.expect();
         const CallContext& c = launch_.context;
-        bool may_go_on = algo::abort_code(c.watch) == 0;
-#pragma unroll 1
-        for (int i = warp.thread_rank(); i < c.num_ranks() * layout::kNumLowLatencyBanks; i += warp.size())
-            may_go_on &= is_bank_free(c, i / c.num_ranks(), i % c.num_ranks());
-        const bool is_ready = __all_sync(kFullMask, may_go_on) != 0;
+        const bool is_ready = is_bank_free(warp, c, look) && look.abort_code == 0;
         if (is_ready && c.call.is_shrinkable) note_masks(warp);
         if (warp.thread_rank() == 0) {
             role().is_ready = is_ready ? 1 : 0;

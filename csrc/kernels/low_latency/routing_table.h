@@ -192,23 +192,9 @@ EP_DEVICE bool note_table(const CallContext& c, const Counts& counts, int source
     return !is_here && has_failed(c.watch);
 }
 
-// Acquire: which tables count in this call. One thread waits for a table: if every warp did for itself, they would crowd the
-// flag. A barrier must follow. True: this thread has found that the call has failed.
-EP_DEVICE bool wait_for_tables(Block block, const CallContext& c, const Counts& counts, BlockRole& role) {
-    block.expect();
-    bool is_lost = false;
-#pragma unroll 1
-    for (int source = block.thread_rank(); source < c.num_ranks(); source += block.size())
-        is_lost |= note_table(c, counts, source, false);
-    // A hint for watch_slot, when every lane has its tables.
-    if (prim::warp_idx() == 0 && (__any_sync(kFullMask, is_lost) != 0 || Warp::thread_rank() == 0))
-        prim::store<Order::kRelaxed, Scope::kCta>(&role.knows_tables, 1);
-    return is_lost;
-}
-
-// In a launch that only receives: the flags that a warp looks at before it knows the number of the call, each lane at one, so
-// that all are one trip to memory. Two lanes have the slot of the warp's first token, in each bank; the others, of all warps
-// together, have tables.
+// The flags that a block looks at when it begins to receive, each lane at one, so that all are one trip to memory. In a launch
+// that only receives the number of the call is not known yet: they are those of both banks. Two lanes have the slot of the
+// warp's first token; the others, of all warps together, have tables.
 constexpr int kSlotLanes = layout::kNumLowLatencyBanks;
 
 struct EarlyLook {
@@ -226,20 +212,24 @@ EP_DEVICE const uint64_t* table_flag(const CallContext& c, int table) {
     return c.watch.heap.table_full(c.rank(), table % kNumBanks, table / kNumBanks);
 }
 
-// As wait_for_tables, after that look: a lane waits for its table where it has not seen it.
-EP_DEVICE bool wait_for_late_tables(Block block, const CallContext& c, const Counts& counts, EarlyLook early) {
+// After that look. Acquire: which tables count in this call. One thread waits for a table: if every warp did for itself, they
+// would crowd the flag. A barrier must follow. True: this thread has found that the call has failed.
+EP_DEVICE bool wait_for_tables(Block block, const CallContext& c, const Counts& counts, BlockRole& role,
+                               EarlyLook early) {
     block.expect();
     constexpr int kNumBanks = layout::kNumLowLatencyBanks;
-    const int first = early_table(Warp{}), stride = block.num_warps() * (kWarpSize - kSlotLanes);
+    const int first = early_table(Warp{}), num_tables = c.num_ranks() * kNumBanks;
     bool is_lost = false;
-    if (first < 0) return false;
 #pragma unroll 1
-    for (int table = first; table < c.num_ranks() * kNumBanks; table += stride) {
+    for (int table = first; table >= 0 && table < num_tables; table += block.num_warps() * (kWarpSize - kSlotLanes)) {
         if (table % kNumBanks != c.bank) continue;
         // Where a source may be left out, one thread of the device decides.
         const bool is_seen = table == first && early.seen == c.watch.call && !c.call.is_shrinkable;
         is_lost |= note_table(c, counts, table / kNumBanks, is_seen);
     }
+    // A hint for watch_slot, when every lane has its tables.
+    if (prim::warp_idx() == 0 && (__any_sync(kFullMask, is_lost) != 0 || Warp::thread_rank() == 0))
+        prim::store<Order::kRelaxed, Scope::kCta>(&role.knows_tables, 1);
     return is_lost;
 }
 
