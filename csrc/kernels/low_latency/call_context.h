@@ -239,6 +239,11 @@ EP_DEVICE int checked_expert(const CallContext& c, int64_t id) {
     return id >= 0 && id < c.call.num_experts ? static_cast<int>(id) : -1;
 }
 
+// The rank that has the expert; -1: none, as of no expert.
+EP_DEVICE int owner_of(const CallContext& c, int expert) {
+    return expert >= 0 ? c.call.by_local_experts.quotient(expert) : -1;
+}
+
 // The expert as this rank counts its own; -1: it is none of them, or none at all.
 EP_DEVICE int local_expert(const CallContext& c, int expert) {
     const int local = expert - c.first_expert();
@@ -268,7 +273,7 @@ EP_DEVICE uint32_t entries_of_rank(Warp warp, const CallContext& c, int64_t id, 
     warp.expect();
     const int rank = first_rank + warp.thread_rank();
     const int expert = checked_expert(c, id);
-    const int owner = expert >= 0 ? expert / c.num_local_experts() : -1;
+    const int owner = owner_of(c, expert);
     const int count = c.call.num_topk < kWarpSize ? c.call.num_topk : kWarpSize;
     uint32_t entries = 0;
 #pragma unroll 4
@@ -286,7 +291,7 @@ EP_DEVICE bool is_destination(Warp warp, const CallContext& c, const Ids& ids, i
     for (int first = 0; first < c.call.num_topk; first += kWarpSize) {
         if (first > 0) id = ids.load(warp, c, token, first);
         const int expert = checked_expert(c, id);
-        const int owner = expert >= 0 ? expert / c.num_local_experts() : -1;
+        const int owner = owner_of(c, expert);
         const int count = c.call.num_topk - first < kWarpSize ? c.call.num_topk - first : kWarpSize;
 #pragma unroll 4
         for (int lane = 0; lane < count; ++lane) is_found |= __shfl_sync(kFullMask, owner, lane) == rank;

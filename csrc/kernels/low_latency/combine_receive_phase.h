@@ -12,8 +12,6 @@ inline namespace EP_BACKEND {
 using Params = LowLatencyCombineParams;
 using EntrySlots = layout::LowLatencyEntrySlots;
 
-constexpr int kMaxWarpsForItem = 32;
-
 // A part is what one rank has for a token: one row, which the rank has summed; or (only in packets) the rows of its entries,
 // from a rank that did not know the weights, which are summed and rounded here exactly as there.
 template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
@@ -53,10 +51,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
         return is_of_call(c, seen);
     }
 
-    static EP_DEVICE int num_shares_of_token(const Params& p) {
-        const int most = num_chunks(p.call) < kMaxWarpsForItem ? num_chunks(p.call) : kMaxWarpsForItem;
-        return warps_for_item(p.num_tokens, most);
-    }
+    static EP_DEVICE int num_units(const Params& p) { return p.num_tokens * p.call.by_parts.value; }
 
     // Of a warp's first token in a launch that only receives, before the number of the call is known.
     struct EarlyLook {
@@ -69,9 +64,9 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
     }
 
     static EP_DEVICE EarlyLook look_early(Warp warp, const Params& p, const CallContext& c) {
-        const int unit = first_unit(), num_parts = num_shares_of_token(p);
-        if (unit >= p.num_tokens * num_parts) return {};
-        EarlyLook early = {load_token(warp, p, c, unit / num_parts), 0};
+        const int unit = first_unit();
+        if (unit >= num_units(p)) return {};
+        EarlyLook early = {load_token(warp, p, c, p.call.by_parts.quotient(unit)), 0};
         const int rank = warp.thread_rank() / layout::kNumLowLatencyBanks;
         const int bank = warp.thread_rank() % layout::kNumLowLatencyBanks;
         if (can_look_early(c) && rank < c.num_ranks())
@@ -249,14 +244,14 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
     // A share of one token.
     template <class Claim>
     static EP_DEVICE void receive_token(Warp warp, const Params& p, const CallContext& c, const EarlyLook& early,
-                                        int part, int num_parts, const Claim& claim) {
-        const int share = (num_chunks(p.call) + num_parts - 1) / num_parts;
-        const int end = (part + 1) * share < num_chunks(p.call) ? (part + 1) * share : num_chunks(p.call);
+                                        int part, const Claim& claim) {
+        const int first_chunk = part * p.part_chunks, behind = first_chunk + p.part_chunks;
+        const int end = behind < num_chunks(p.call) ? behind : num_chunks(p.call);
         const OwnToken& token = early.token;
         Parts parts = {-1, 0, 0, 0, false};
         bool is_lost = false;
 #pragma unroll 1
-        for (int chunk = part * share; chunk < end; ++chunk) {
+        for (int chunk = first_chunk; chunk < end; ++chunk) {
             Sums sums[kVecsOfPiece] = {};
 #pragma unroll 1
             for (int first = 0; first < c.num_ranks(); first += kWarpSize) {
@@ -271,14 +266,13 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
 
     static EP_DEVICE void receive(Block block, const Params& p, const LaunchSession& launch, const EarlyLook& early) {
         const CallContext& c = launch.context;
-        const int num_parts = num_shares_of_token(p);
-        const int num_shares = p.num_tokens * num_parts;
-        for_each_unit(block, launch, num_shares, [&](int unit, bool is_first, const auto& claim) {
-            if (unit >= num_shares) return;
+        for_each_unit(block, launch, num_units(p), [&](int unit, bool is_first, const auto& claim) {
+            if (unit >= num_units(p)) return;
             const bool has_looked = is_first && c.phase == Phase::kReceive;
             const Warp warp;
-            const EarlyLook look = has_looked ? early : EarlyLook{load_token(warp, p, c, unit / num_parts), 0};
-            receive_token(warp, p, c, look, unit % num_parts, num_parts, claim);
+            const int idx = p.call.by_parts.quotient(unit);
+            const EarlyLook look = has_looked ? early : EarlyLook{load_token(warp, p, c, idx), 0};
+            receive_token(warp, p, c, look, p.call.by_parts.rest(unit), claim);
         });
     }
 };

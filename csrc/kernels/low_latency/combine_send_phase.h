@@ -294,11 +294,13 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     // begins with its own tokens: the weights of the others come meanwhile, and sums are fewer bytes than rows.
     static EP_DEVICE Work load_item(const Params& p, const CallContext& c, int item) {
         if (item >= num_items(p, c)) return {.source = 0, .token = 0, .first_k = 0};
-        const int num_own = has_own_first(c) ? p.call.num_max_tokens : 0;
-        if (item < num_own) return load_rows(p, c.rank(), item, 0);
-        const int num_sources = c.num_ranks() - (num_own > 0 ? 1 : 0);
-        return load_rows(p, (c.rank() + 1 + (item - num_own) % num_sources) % c.num_ranks(),
-                         (item - num_own) / num_sources, 0);
+        const bool has_own = has_own_first(c);
+        if (has_own && item < p.call.num_max_tokens) return load_rows(p, c.rank(), item, 0);
+        const int other = has_own ? item - p.call.num_max_tokens : item;
+        const Divisor& by_sources = has_own ? p.call.by_other_ranks : p.call.by_ranks;
+        const int token = by_sources.quotient(other);
+        const int source = c.rank() + 1 + other - token * by_sources.value;
+        return load_rows(p, source < c.num_ranks() ? source : source - c.num_ranks(), token, 0);
     }
 
     static EP_DEVICE bool has_own_first(const CallContext& c) { return c.uses_packets && c.phase == Phase::kSend; }

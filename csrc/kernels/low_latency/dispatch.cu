@@ -26,7 +26,7 @@ template <Launches kLaunches> struct Kernel {
         run_launch<kLaunches>(
             p.call, layout::Operation::kLowLatencyDispatch, shared.role,
             [&](LaunchSession& launch) { send(Block{}, p, launch); },
-            [&](const CallContext& c) { return look_early(Warp{}, c, unit_of(c, first_unit(), num_parts_of_token(c))); },
+            [&](const CallContext& c) { return look_early(Warp{}, c, unit_of(c, first_unit())); },
             [&](const LaunchSession& launch, EarlyLook early) { receive(Block{}, p, launch, early); });
     }
 };

@@ -88,7 +88,7 @@ EP_DEVICE void fill_sets(const algo::Warps& warps, const CallContext& c, const C
 #pragma unroll
         for (int i = 0; i < kEntriesAtOnce; ++i) {
             const int entry = base + i * warps.size();
-            const int idx = entry / c.call.num_topk;
+            const int idx = c.call.by_topk.quotient(entry);
             if (entry < num_entries) sets.entries[entry] = experts[i] < 0 ? -1 : pack_entry(experts[i], idx);
             if (experts[i] >= 0)
                 prim::fetch_or<Order::kRelaxed, Scope::kCta>(&sets.words[experts[i] * sets.num_words + idx / 32],

@@ -46,11 +46,5 @@ EP_DEVICE void for_each_unit(Block block, const LaunchSession& launch, int num_u
     }
 }
 
-// How many warps share one of `num_items`, so that all warps of the grid have work; at most `most`.
-EP_DEVICE int warps_for_item(int num_items, int most) {
-    const int wanted = num_items > 0 ? static_cast<int>(gridDim.x) * Block::num_warps() / num_items : 1;
-    return wanted < 1 ? 1 : wanted > most ? most : wanted;
-}
-
 }  // namespace EP_BACKEND
 }  // namespace deep_ep::kernels::low_latency
