@@ -118,8 +118,10 @@ class Streams:
         raise NotImplementedError
 
     def low_latency_operation(self, is_async: bool, can_pause: bool = False) -> Operation:
-        """One that a capture does not move to another stream, and that asks the device for as little as can be. If it can
-        pause, it knows whether it is captured."""
+        """One that a capture does not move to another stream, and that asks the device for as little as can be.
+
+        If it can pause, it knows whether it is captured.
+        """
         raise NotImplementedError
 
     def is_captured(self, stream: int) -> bool:
