@@ -4,18 +4,18 @@
 
 #include "device/algo/warp.h"
 #include "kernels/low_latency/combine_receive_phase.h"
+#include "kernels/low_latency/combine_weights.h"
 
 namespace deep_ep::kernels::low_latency::combine {
 inline namespace EP_BACKEND {
 
-constexpr int kWeightsAhead = 4;  // table entries of a thread
 // A release waits until all stores of the SM have arrived, so a block makes one for several tokens.
 constexpr int kTokensPerRelease = 4;
 // At weights that are not here, by a block in all of a launch that may not wait: each is a trip to memory.
 constexpr int kMostLooks = 6;
 
 template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
-    static constexpr Tells kTells = kUsesPackets ? Tells::kByLastWarp : Tells::kInside;
+    using Weights = WeightSender<kUsesPackets>;
 
     // A token that the block has written and not yet published.
     struct Written {
@@ -424,10 +424,10 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         const bool has_weights = first == 0;
         Sources sources = {};
         ItemCursor cursor = {};
-        Weights weights = {};
+        typename Weights::Held weights = {};
         cursor.item = first - static_cast<int>(gridDim.x);
         cursor.next = load_item(p, c, first);
-        if (has_weights) weights = load_weights(block, p, c, 0);
+        if (has_weights) weights = Weights::load(block, p, c, 0);
         launch.ask_number();
         const BankLook look = launch.look_at_banks();
         launch.take_number();
@@ -436,99 +436,13 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
             load_ahead(warp, p, cursor.work, cursor.work.rows, prim::warp_idx(), cursor.ahead);
         }
         if (block.thread_rank() == 0) shared.has_failed = 0;
-        const SendPhase<kTells> phase(block, launch, look);
+        const SendPhase<Weights::kTells> phase(block, launch, look);
         const bool is_ready = phase.is_ready();
-        if (is_ready) send_weights(block, p, c, phase, weights, has_weights);
+        if (is_ready) Weights::send(block, p, c, phase, weights, has_weights);
         Progress progress = {};
 #pragma unroll 1
         while (is_ready && cursor.item < num_items(p, c)) send_token(block, p, c, sources, cursor, progress, shared);
         if (progress.num_written > 0) publish_written(block, progress.num_written, shared);
-    }
-
-    // A thread's part of our own table, from entry `base` on.
-    struct Weights {
-        int expert[kWeightsAhead];
-        float weight[kWeightsAhead];
-    };
-
-    template <class Group>
-    static EP_DEVICE Weights load_weights(Group group, const Params& p, const CallContext& c, int base) {
-        Weights held = {};
-#pragma unroll
-        for (int i = 0; i < kWeightsAhead; ++i) {
-            const int entry = base + i * group.size() + group.thread_rank();
-            held.expert[i] = -1;
-            if (entry >= p.num_tokens * c.call.num_topk) continue;
-            // An id out of range reaches no rank; the table must agree.
-            held.expert[i] = checked_expert(c, load_expert_id(p.topk_idx, p.idx_bytes, entry));
-            held.weight[i] = p.topk_weights[entry];
-        }
-        return held;
-    }
-
-    template <class Group>
-    static EP_DEVICE void send_weight_packets(Group group, const CallContext& c, int peer, const Weights& held,
-                                              int base, int num_entries) {
-        prim::Packet* packets = c.packets(peer, c.rank());
-#pragma unroll
-        for (int i = 0; i < kWeightsAhead; ++i) {
-            const int entry = base + i * group.size() + group.thread_rank();
-            if (entry >= num_entries) continue;
-            send_packet(c, packets + 2 * entry, held.expert[i]);
-            send_packet(c, packets + 2 * entry + 1, __float_as_int(held.weight[i]));
-        }
-    }
-
-    // In packets those of tokens that do not exist as well, so that nobody has to know how many do.
-    template <class Group>
-    static EP_DEVICE void send_all_packets(Group group, const Params& p, const CallContext& c,
-                                           const SendPhase<kTells>& phase, Weights held, bool is_loaded) {
-        const int num_entries = c.call.num_max_tokens * c.call.num_topk;
-#pragma unroll 1
-        for (int base = 0; base < num_entries; base += kWeightsAhead * group.size()) {
-            if (base > 0 || !is_loaded) held = load_weights(group, p, c, base);
-            for (int peer = 0; peer < c.num_ranks(); ++peer)
-                if (!phase.leaves_out(peer)) send_weight_packets(group, c, peer, held, base, num_entries);
-        }
-    }
-
-    static EP_DEVICE void send_tables(Block block, const Params& p, const CallContext& c,
-                                      const SendPhase<kTells>& phase, Weights held, bool is_loaded) {
-        block.expect();
-        const int num_entries = p.num_tokens * c.call.num_topk;
-#pragma unroll 1
-        for (int base = 0; base < num_entries; base += kWeightsAhead * block.size()) {
-            if (base > 0 || !is_loaded) held = load_weights(block, p, c, base);
-            for (int peer = 0; peer < c.num_ranks(); ++peer) {
-                if (phase.leaves_out(peer)) continue;
-                uint8_t* message = c.message(peer, c.rank());
-                auto* ids = reinterpret_cast<int*>(message + c.call.message.topk_idx.offset);
-                auto* weights = reinterpret_cast<float*>(message + c.call.message.topk_weights.offset);
-#pragma unroll
-                for (int i = 0; i < kWeightsAhead; ++i) {
-                    const int entry = base + i * block.size() + block.thread_rank();
-                    if (entry < num_entries) ids[entry] = held.expert[i];
-                    if (entry < num_entries) weights[entry] = held.weight[i];
-                }
-            }
-        }
-        phase.publish_table(block, p.num_tokens);
-    }
-
-    // Our top-k ids and weights to every rank. Peers wait for them in their send phases, so they must not depend on a block that
-    // may not be resident yet: the block that began first sends them. In packets it is the one that has loaded them as well,
-    // since it does no harm to send a packet twice, and it takes a trip to memory to learn which block was first; where that
-    // was another one, its last warp sends them.
-    static EP_DEVICE void send_weights(Block block, const Params& p, const CallContext& c,
-                                       const SendPhase<kTells>& phase, const Weights& held, bool is_loaded) {
-        if constexpr (kUsesPackets) {
-            if (is_loaded) send_all_packets(block, p, c, phase, held, true);
-            if (is_last_warp(block) && phase.tell_if_first(Warp{}) && !is_loaded)
-                send_all_packets(Warp{}, p, c, phase, held, false);
-        } else if (phase.is_first()) {
-            send_tables(block, p, c, phase, held, is_loaded);
-            phase.tell_ended(block);
-        }
     }
 };
 
