@@ -45,7 +45,7 @@ enum class Payload : int { kBf16, kFp8 };
 struct LowLatencyDispatchPlan {
     LowLatencyCall call;
     Payload payload;
-    int num_set_words;  // of each set that the routing table is made from; see routing_table.h
+    int num_set_words;                // of each set that the routing table is made from; see routing_table.h
     int num_scale_words;              // of a row, as the caller gets them
     int part_vecs, part_scale_words;  // of a part of a token
 };

@@ -71,7 +71,6 @@ struct LowLatencyLaunchState {
     uint32_t next_share;      // of the receive phase
     uint32_t void_pieces;     // of a call that fails: pieces of the outputs that warps have taken to fill them with NaN
     uint32_t lists;           // of a dispatch: a bit for each list of counts that is written; kVoidLists: they are void
-    uint32_t has_block_0;     // of a combine: that block has begun
 
     static constexpr uint32_t kVoidLists = 1u << 31;
     static constexpr int kMaxLists = 31;

@@ -91,7 +91,8 @@ struct LaunchWords {
 EP_DEVICE LaunchWords load_launch_words(Warp warp, const LowLatencyCall& call, Phase phase) {
     const layout::LocalState* local = call.watch.local;
     const uint64_t* number = phase == Phase::kReceive ? call.number : &local->num_low_latency_sends;
-    return {prim::load<Order::kRelaxed, Scope::kGpu>(warp.thread_rank() == 1 ? &local->num_low_latency_launches : number)};
+    return {
+        prim::load<Order::kRelaxed, Scope::kGpu>(warp.thread_rank() == 1 ? &local->num_low_latency_launches : number)};
 }
 
 EP_DEVICE bool is_masked(const LowLatencyCall& call, int peer) {

@@ -436,9 +436,9 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
             load_ahead(warp, p, cursor.work, cursor.work.rows, prim::warp_idx(), cursor.ahead);
         }
         if (block.thread_rank() == 0) shared.has_failed = 0;
-        const SendPhase<Weights::kTells> phase(block, launch, look);
+        const SendPhase<Tells::kInside> phase(block, launch, look);
         const bool is_ready = phase.is_ready();
-        if (is_ready) Weights::send(block, p, c, phase, weights, has_weights);
+        if (is_ready && phase.is_first()) Weights::send(block, p, c, phase, weights, has_weights);
         Progress progress = {};
 #pragma unroll 1
         while (is_ready && cursor.item < num_items(p, c)) send_token(block, p, c, sources, cursor, progress, shared);

@@ -8,7 +8,7 @@ inline namespace EP_BACKEND {
 
 template <bool kUsesPackets> struct WeightSender {
     using Params = LowLatencyCombineParams;
-    static constexpr Tells kTells = kUsesPackets ? Tells::kByLastWarp : Tells::kInside;
+    using Phase = SendPhase<Tells::kInside>;
     static constexpr int kAhead = 4;  // entries of a thread
 
     // A thread's part of our own table, from entry `base` on.
@@ -17,12 +17,11 @@ template <bool kUsesPackets> struct WeightSender {
         float weight[kAhead];
     };
 
-    template <class Group>
-    static EP_DEVICE Held load(Group group, const Params& p, const CallContext& c, int base) {
+    static EP_DEVICE Held load(Block block, const Params& p, const CallContext& c, int base) {
         Held held = {};
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
-            const int entry = base + i * group.size() + group.thread_rank();
+            const int entry = base + i * block.size() + block.thread_rank();
             held.expert[i] = -1;
             if (entry >= p.num_tokens * c.call.num_topk) continue;
             // An id out of range reaches no rank; the table must agree.
@@ -32,13 +31,12 @@ template <bool kUsesPackets> struct WeightSender {
         return held;
     }
 
-    template <class Group>
-    static EP_DEVICE void send_packets(Group group, const CallContext& c, int peer, const Held& held,
-                                              int base, int num_entries) {
+    static EP_DEVICE void send_packets(Block block, const CallContext& c, int peer, const Held& held, int base,
+                                       int num_entries) {
         prim::Packet* packets = c.packets(peer, c.rank());
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
-            const int entry = base + i * group.size() + group.thread_rank();
+            const int entry = base + i * block.size() + block.thread_rank();
             if (entry >= num_entries) continue;
             send_packet(c, packets + 2 * entry, held.expert[i]);
             send_packet(c, packets + 2 * entry + 1, __float_as_int(held.weight[i]));
@@ -46,20 +44,19 @@ template <bool kUsesPackets> struct WeightSender {
     }
 
     // In packets those of tokens that do not exist as well, so that nobody has to know how many do.
-    template <class Group>
-    static EP_DEVICE void send_all_packets(Group group, const Params& p, const CallContext& c,
-                                           const SendPhase<kTells>& phase, Held held, bool is_loaded) {
+    static EP_DEVICE void send_all_packets(Block block, const Params& p, const CallContext& c, const Phase& phase,
+                                           Held held, bool is_loaded) {
         const int num_entries = c.call.num_max_tokens * c.call.num_topk;
 #pragma unroll 1
-        for (int base = 0; base < num_entries; base += kAhead * group.size()) {
-            if (base > 0 || !is_loaded) held = load(group, p, c, base);
+        for (int base = 0; base < num_entries; base += kAhead * block.size()) {
+            if (base > 0 || !is_loaded) held = load(block, p, c, base);
             for (int peer = 0; peer < c.num_ranks(); ++peer)
-                if (!phase.leaves_out(peer)) send_packets(group, c, peer, held, base, num_entries);
+                if (!phase.leaves_out(peer)) send_packets(block, c, peer, held, base, num_entries);
         }
     }
 
-    static EP_DEVICE void send_tables(Block block, const Params& p, const CallContext& c,
-                                      const SendPhase<kTells>& phase, Held held, bool is_loaded) {
+    static EP_DEVICE void send_tables(Block block, const Params& p, const CallContext& c, const Phase& phase, Held held,
+                                      bool is_loaded) {
         block.expect();
         const int num_entries = p.num_tokens * c.call.num_topk;
 #pragma unroll 1
@@ -81,18 +78,15 @@ template <bool kUsesPackets> struct WeightSender {
         phase.publish_table(block, p.num_tokens);
     }
 
-    // Peers wait for them in their send phases, so they must not depend on a block that may not be resident yet: the block that
-    // began first sends them. It takes a trip to memory to learn which that is. So in packets, which may be sent twice, block 0
-    // sends what it has loaded (`is_loaded`) at once, and the one that began first only where that has not begun.
-    static EP_DEVICE void send(Block block, const Params& p, const CallContext& c, const SendPhase<kTells>& phase,
-                               const Held& held, bool is_loaded) {
-        if constexpr (kUsesPackets) {
-            if (is_loaded) send_all_packets(block, p, c, phase, held, true);
-            if (is_last_warp(block) && phase.tell_if_first(Warp{})) send_all_packets(Warp{}, p, c, phase, held, false);
-        } else if (phase.is_first()) {
+    // The block that began first, by all its threads. Peers wait for the weights in their send phases, so they must not depend on
+    // a block that may not be resident yet.
+    static EP_DEVICE void send(Block block, const Params& p, const CallContext& c, const Phase& phase, const Held& held,
+                               bool is_loaded) {
+        if constexpr (kUsesPackets)
+            send_all_packets(block, p, c, phase, held, is_loaded);
+        else
             send_tables(block, p, c, phase, held, is_loaded);
-            phase.tell_ended(block);
-        }
+        phase.tell_ended(block);
     }
 };
 

@@ -45,20 +45,11 @@ public:
 
     // The place of this block among those of the grid, in the order in which they begin.
     EP_DEVICE uint32_t begin_block() const {
-        return prim::fetch_increment<Order::kRelaxed, Scope::kGpu>(&context.launch_state->begun_blocks);
+        return prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&context.launch_state->begun_blocks, 1u);
     }
 
     EP_DEVICE uint32_t claim_share() const {
-        return prim::fetch_increment<Order::kRelaxed, Scope::kGpu>(&context.launch_state->next_share);
-    }
-
-    // Has block 0? Whoever asks has begun itself, so that it is not long to come, if it has an SM.
-    EP_DEVICE bool has_block_0_begun() const {
-        constexpr int kMostLooks = 64;
-#pragma unroll 1
-        for (int looks = 0; looks < kMostLooks; ++looks)
-            if (prim::load<Order::kRelaxed, Scope::kGpu>(&context.launch_state->has_block_0) != 0) return true;
-        return false;
+        return prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&context.launch_state->next_share, 1u);
     }
 
     // Have all blocks of this launch begun? A block with little to send asks early, so it asks a few times: whoever leaves
@@ -97,7 +88,6 @@ private:
         prim::store<Order::kRelaxed, Scope::kGpu>(&next->next_share, 0u);
         prim::store<Order::kRelaxed, Scope::kGpu>(&next->void_pieces, 0u);
         prim::store<Order::kRelaxed, Scope::kGpu>(&next->lists, 0u);
-        prim::store<Order::kRelaxed, Scope::kGpu>(&next->has_block_0, 0u);
         if (c.sends()) prim::store<Order::kRelaxed, Scope::kGpu>(&local->num_low_latency_sends, c.watch.call);
         if (c.phase == Phase::kSend) prim::store<Order::kRelaxed, Scope::kGpu>(c.call.number, c.watch.call);
         if (c.receives()) prim::store<Order::kRelaxed, Scope::kGpu>(&local->low_latency_ended[c.bank], c.watch.call);
@@ -121,9 +111,9 @@ private:
 };
 
 // When the block that began first tells the peers what this rank has received: when the phase ends; or within the phase, before
-// the block waits for a peer there, by the whole block or by its last warp alone. Which block that is takes a trip to memory to
-// learn, for which only the last lets the whole block wait.
-enum class Tells { kAtEnd, kByLastWarp, kInside };
+// the block waits for a peer there. Which block that is takes a trip to memory to learn, which a phase that tells at its end does
+// not wait for.
+enum class Tells { kAtEnd, kInside };
 
 // All blocks of a launch that sends. It begins when no peer reads the bank any more: what was loaded by then is under way all
 // the while. It ends with the choice of the blocks that receive, where the launch does.
@@ -177,15 +167,6 @@ public:
         if (is_last_warp(block)) tell_peers(Warp{});
     }
 
-    // The same by the last warp of each block. True: this is that of the block that began first, and block 0, which should do
-    // what must not wait for a block without an SM, has not begun.
-    EP_DEVICE bool tell_if_first(Warp warp) const {
-        static_assert(kTells == Tells::kByLastWarp);
-        if (!began_first(warp)) return false;
-        tell_peers(warp);
-        return blockIdx.x != 0 && !algo::broadcast(warp, warp.thread_rank() == 0 && launch_.has_block_0_begun());
-    }
-
     // The block that has written our table into the messages to all ranks: they may read it.
     EP_DEVICE void publish_table(Block block, int num_tokens) const {
         const CallContext& c = launch_.context;
@@ -207,9 +188,7 @@ private:
     // The last warp's part.
     EP_DEVICE void begin(Warp warp) {
         if (warp.thread_rank() == 0) order_ = launch_.begin_block();
-        if (kTells == Tells::kByLastWarp && blockIdx.x == 0 && warp.thread_rank() == 0)
-            prim::store<Order::kRelaxed, Scope::kGpu>(&launch_.context.launch_state->has_block_0, 1u);
-        if (kTells != Tells::kInside) return;
+        if (kTells == Tells::kAtEnd) return;
         const bool is_first = began_first(warp);
         if (warp.thread_rank() == 0) role().is_first = is_first ? 1 : 0;
     }
@@ -276,8 +255,7 @@ public:
         block.expect();
         // Only send phases count calls, and they come before or after the whole launch. Compared when the phase ends: here it
         // would be waited for.
-        num_sends_ =
-            prim::load<Order::kRelaxed, Scope::kGpu>(&launch.context.watch.words.local->num_low_latency_sends);
+        num_sends_ = prim::load<Order::kRelaxed, Scope::kGpu>(&launch.context.watch.words.local->num_low_latency_sends);
         if (is_last_warp(block)) begin(Warp{});
     }
 

@@ -7,9 +7,7 @@ namespace deep_ep::kernels::low_latency {
 inline namespace EP_BACKEND {
 
 // Of a warp in a launch that only receives.
-EP_DEVICE int first_unit() {
-    return prim::warp_idx() * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
-}
+EP_DEVICE int first_unit() { return prim::warp_idx() * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x); }
 
 // All blocks that receive: `work(unit, is_first, claim)` for every unit below `num_units`, a warp for each, and at least once
 // for every warp, so that it may have barriers the first time: then `unit` may be beyond. Work may call claim() when what it
