@@ -173,13 +173,15 @@ def time_primitives(buffer: Buffer, device: torch.device) -> None:
     counts = [
         tensor.data_ptr() for tensor in buffer.get_dispatch_layout(topk_idx, NUM_EXPERTS)[:4] if tensor is not None
     ]
+    without_weights: dict[str, Any] = {"topk_weights": 0, "num_topk": 0, "bias": (0, 0), "combined_topk_weights": 0}
     combine_args = CombineArgs(x=addresses[0],
                                num_rows=NUM_TOKENS,
                                hidden=HIDDEN,
                                rank_prefix_matrix=addresses[1],
                                send_head=addresses[2],
                                num_tokens=NUM_TOKENS,
-                               combined_x=addresses[3])
+                               combined_x=addresses[3],
+                               **without_weights)
     layout_args = LayoutArgs(topk_idx=topk_idx.data_ptr(),
                              idx_bytes=topk_idx.element_size(),
                              num_tokens=NUM_TOKENS,
@@ -200,7 +202,8 @@ def time_primitives(buffer: Buffer, device: torch.device) -> None:
                             rank_prefix_matrix=addresses[1],
                             send_head=addresses[2],
                             num_tokens=NUM_TOKENS,
-                            combined_x=addresses[3]),
+                            combined_x=addresses[3],
+                            **without_weights),
         "native check":
         runtime.check,
         "torch.empty 2-D":

@@ -1,164 +1,142 @@
-"""Kernel times of the low-latency mode, launch by launch, as the profiler sees them; and what a call costs the host.
+"""Kernel times of the low-latency mode as the profiler sees them, several times over, and nothing else: seconds a run.
 
-    python benchmarks/low_latency_kernels.py --num-processes 2 --tokens 128
+    python benchmarks/low_latency_kernels.py --num-processes 2 --tokens 1,8,32,128,512
+    python benchmarks/low_latency_kernels.py --num-processes 2 --ranks-as-threads      # share one GPU: no link
 
-Ranks are threads that share one GPU (each kernel on its share of the SMs): the figures show the chain of loads, flags
-and stores of the kernels, and no link. All calls of a series are queued while the device sleeps, so that nothing of the
-host is in the kernel times. Of every call the slowest rank counts; the figure is the median of the calls.
+Calls are queued while the device sleeps, so that nothing of the host is in the kernel times. Phases of a call with a
+hook have pauses between them in which all rows come. Figures are medians of the slowest rank: the median of all
+rounds, and the least and the largest of a round; of a pair in a graph the span as well, from the first kernel's start
+to the last one's end. To compare trees, start this script once for each with PYTHONPATH set to the tree and the same
+file for --turn: they take turns, a round each.
 """
 import argparse
+import contextlib
+import fcntl
 import json
 import statistics
-import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Callable
 
 import torch
 
 from deep_ep import Buffer, _env
-from deep_ep.bench.ranks import ThreadMeeting, ThreadRanks
-from deep_ep.bench.routing import Shape, choose_experts
+from deep_ep.bench.kernels import Profiler
+from deep_ep.bench.low_latency import Workload, captured_pairs, profile_kernels
+from deep_ep.bench.options import Options
+from deep_ep.bench.ranks import Ranks
+from deep_ep.bench.results import Findings
+from deep_ep.bench.routing import Shape
+from deep_ep.bench.timing import Timer
+from deep_ep.bench.workers import run_ranks
 
-SLEEP_CYCLES = 60_000_000  # some 30 ms
-POOL_BYTES = 12 << 30  # an allocation may not go to the driver while a kernel waits for this rank
-
-Series = tuple[str, Callable[[int], Any], int]  # name, call, launches of a call
+LET_OTHERS_IN_S = 0.05
 
 
-class Rank:
-    """One thread: its Buffer, inputs, and the calls to measure."""
+@dataclass(frozen=True)
+class KernelBenchmark:
+    """One rank; `num_rounds` and `turn` as the arguments say."""
 
-    def __init__(self, ranks: ThreadRanks, args: argparse.Namespace) -> None:
-        self.ranks, self.args = ranks, args
-        shape = Shape(ranks.size, args.tokens, args.hidden, args.topk, args.experts, "uniform")
-        num_bytes = Buffer.get_low_latency_rdma_size_hint(args.max_tokens, args.hidden, ranks.size, args.experts)
-        self.buffer = ranks.buffer(0, num_rdma_bytes=num_bytes, low_latency_mode=True)
-        torch.manual_seed(ranks.rank)
-        self.inputs = [torch.randn((args.tokens, args.hidden), device="cuda").bfloat16() for _ in range(3)]
-        self.topk_idx = choose_experts(shape, ranks.rank, 0).cuda()
-        self.weights = torch.rand((args.tokens, args.topk), device="cuda")
-        self.received: list[Any] = []
+    ranks: Ranks
+    options: Options
+    device: torch.device
+    findings: Findings
+    num_rounds: int
+    turn: str
 
-    def dispatch(self, use_fp8: bool, is_hooked: bool, i: int) -> Any:
-        result = self.buffer.low_latency_dispatch(self.inputs[i % 3],
-                                                  self.topk_idx,
-                                                  self.args.max_tokens,
-                                                  self.args.experts,
-                                                  use_fp8=use_fp8,
-                                                  return_recv_hook=is_hooked)
-        if is_hooked:
-            result[-1]()
-        return result
-
-    def combine(self, use_logfmt: bool, is_hooked: bool, i: int) -> Any:
-        rows, _, handle, _, _ = self.received[i % 3]
-        result = self.buffer.low_latency_combine(rows,
-                                                 self.topk_idx,
-                                                 self.weights,
-                                                 handle,
-                                                 use_logfmt=use_logfmt,
-                                                 return_recv_hook=is_hooked)
-        if is_hooked:
-            result[-1]()
-        return result
-
-    def series(self) -> list[Series]:
-        found: list[Series] = []
-        for hooked in (False, True):
-            launches, name = (2, ", hook") if hooked else (1, "")
-            found += [(f"dispatch FP8{name}", lambda i, h=hooked: self.dispatch(True, h, i), launches),
-                      (f"dispatch BF16{name}", lambda i, h=hooked: self.dispatch(False, h, i), launches),
-                      (f"combine BF16{name}", lambda i, h=hooked: self.combine(False, h, i), launches),
-                      (f"combine logfmt{name}", lambda i, h=hooked: self.combine(True, h, i), launches)]
-        return found
-
-    def run(self) -> list[tuple[str, int, float]]:
-        """Makes all calls; of each series its name, launches a call, and microseconds of the host a call."""
-        for i in range(3):
-            rows = self.dispatch(False, False, i)
-            self.received.append((rows[0].nan_to_num_(), *rows[1:]))
-        made = []
-        for name, call, launches in self.series():
-            for i in range(self.args.warmups):
-                call(i)
+    def run(self) -> None:
+        profiler = Profiler(self.ranks, Timer(self.ranks, is_cuda=True), self.options)
+        for num_tokens in self.options.num_tokens:
+            with self.my_turn():
+                options = self.options
+                shape = Shape(options.num_ranks, num_tokens, options.hidden, options.num_topk, options.num_experts,
+                              "uniform")
+                num_bytes = Buffer.get_low_latency_rdma_size_hint(num_tokens, shape.hidden, shape.num_ranks,
+                                                                  shape.num_experts)
+                buffer = self.ranks.buffer(0, num_rdma_bytes=num_bytes, low_latency_mode=True)
+                workload = Workload(buffer, shape, options, self.device)
+                pairs = captured_pairs(self.ranks, options, workload) if options.can_capture else {}
+            for _ in range(self.num_rounds):
+                with self.my_turn():
+                    profile_kernels(profiler, self.findings, workload, pairs)
             torch.cuda.synchronize()
             self.ranks.barrier()
-            torch.cuda._sleep(SLEEP_CYCLES)  # type: ignore[no-untyped-call]
-            start = time.perf_counter()
-            for i in range(self.args.repeats):
-                call(i)
-            host_us = (time.perf_counter() - start) / self.args.repeats * 1e6
+            buffer.destroy()
+
+    @contextlib.contextmanager
+    def my_turn(self) -> Iterator[None]:
+        """Alone on the machine, among those that have the same file."""
+        with contextlib.ExitStack() as stack:
+            if self.turn and self.ranks.rank == 0:
+                lock = stack.enter_context(Path(self.turn).open("a"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            self.ranks.barrier()
+            yield
             torch.cuda.synchronize()
             self.ranks.barrier()
-            made.append((name, launches, host_us))
-        torch.cuda.synchronize()
-        self.ranks.barrier()
-        self.buffer.destroy()
-        return made
+        time.sleep(LET_OTHERS_IN_S)
 
 
-def run_thread(meeting: ThreadMeeting, rank: int, args: argparse.Namespace) -> list[tuple[str, int, float]]:
-    try:
-        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
-            torch.empty(POOL_BYTES, dtype=torch.uint8, device="cuda")
-            return Rank(ThreadRanks(meeting, rank), args).run()
-    except BaseException:
-        meeting.barrier.abort()
-        raise
+@dataclass(frozen=True)
+class MakeBenchmark:
+    """A KernelBenchmark for a rank, in another process too."""
+
+    num_rounds: int
+    turn: str
+
+    def __call__(self, ranks: Ranks, options: Options, device: torch.device, findings: Findings) -> KernelBenchmark:
+        return KernelBenchmark(ranks, options, device, findings, self.num_rounds, self.turn)
 
 
-def kernels_of(trace: Path) -> list[list[dict[str, Any]]]:
-    """The library's kernels in order of time, stream by stream."""
-    streams: dict[int, list[dict[str, Any]]] = {}
-    for event in json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]:
-        if event.get("cat") == "kernel" and "low_latency" in event["name"]:
-            streams.setdefault(event["args"]["stream"], []).append(event)
-    return [sorted(events, key=lambda event: event["ts"]) for events in streams.values()]
-
-
-def report(streams: list[list[dict[str, Any]]], made: list[tuple[str, int, float]], args: argparse.Namespace) -> None:
-    position = 3  # the dispatches that fill Rank.received
-    print(f"{'':24} {'kernels, us':>24} {'p90':>8} {'period':>8} {'host':>8}")
-    for name, launches, host_us in made:
-        position += args.warmups * launches
-        times, periods = [], []
-        for call in range(args.repeats):
-            at = position + call * launches
-            times.append([max(events[at + i]["dur"] for events in streams) for i in range(launches)])
-            if call:
-                periods.append(max(events[at]["ts"] - events[at - launches]["ts"] for events in streams))
-        position += args.repeats * launches
-        medians = [statistics.median(column) for column in zip(*times)]
-        whole = sorted(sum(row) for row in times)
-        shown = " + ".join(f"{value:.1f}" for value in medians)
-        p90, period = whole[len(whole) * 9 // 10], statistics.median(periods)
-        print(f"{name:24} {shown:>24} {p90:8.1f} {period:8.1f} {host_us:8.1f}", flush=True)
+def report(findings: Findings) -> None:
+    rounds = defaultdict(list)
+    for profile in findings.profiles:
+        rounds[profile.num_tokens, profile.operation].append(profile)
+    for (num_tokens, operation), profiles in rounds.items():
+        sums = [sum(kernel.us for kernel in profile.kernels) for profile in profiles]
+        kernels = zip(*([kernel.us for kernel in profile.kernels] for profile in profiles))
+        shown = " + ".join(f"{statistics.median(times):.2f}" for times in kernels)
+        span = statistics.median(profile.span_us for profile in profiles)
+        spanned = f"  span {span:.2f}" if operation.startswith("pair") else ""
+        print(f"{num_tokens:4} {operation:32} {shown:>16}  ({min(sums):.2f} to {max(sums):.2f}){spanned}")
+    for notice in findings.notices:
+        print(notice)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    for option, default in (("num-processes", 2), ("tokens", 128), ("max-tokens", 0), ("hidden", 7168), ("topk", 8),
-                            ("experts", 288), ("warmups", 5), ("repeats", 40)):
+    for option, default in (("num-processes", 2), ("hidden", 7168), ("topk", 8), ("experts", 288), ("rounds", 3)):
         parser.add_argument(f"--{option}", type=int, default=default)
+    parser.add_argument("--tokens", default="128", help="several, with commas")
+    parser.add_argument("--ranks-as-threads", action="store_true")
+    parser.add_argument("--turn", default="", help="a file that those share who take turns")
+    parser.add_argument("--save", default="", help="a JSON file for all rounds")
     args = parser.parse_args()
-    args.max_tokens = args.max_tokens or args.tokens
     _env.set_device("cuda")
-    _env.prepare_threaded_ranks()
-    torch.cuda.init()
-    meeting = ThreadMeeting(args.num_processes)
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile, ThreadPoolExecutor(args.num_processes) as pool:
-        workers = [pool.submit(run_thread, meeting, rank, args) for rank in range(args.num_processes)]
-        made, *_ = [worker.result() for worker in workers]
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(trace))
-        streams = kernels_of(trace)
-    print(f"{args.num_processes} ranks on one GPU, {args.tokens} tokens, hidden {args.hidden}, top-{args.topk} of "
-          f"{args.experts} experts")
-    report(streams, made, args)
+    if args.ranks_as_threads:
+        _env.prepare_threaded_ranks()
+    options = Options(num_ranks=args.num_processes,
+                      is_cuda=True,
+                      num_tokens=[int(word) for word in args.tokens.split(",")],
+                      hidden=args.hidden,
+                      num_topk=args.topk,
+                      num_experts=args.experts,
+                      routings=["uniform"],
+                      num_sms=[],
+                      num_warmups=0,
+                      num_repeats=0,
+                      num_sets=3,
+                      seed=0,
+                      with_graphs=True,
+                      with_profile=True,
+                      is_threaded=args.ranks_as_threads,
+                      num_gpus=torch.cuda.device_count())
+    findings = run_ranks(options, MakeBenchmark(args.rounds, args.turn))
+    report(findings)
+    if args.save:
+        Path(args.save).write_text(json.dumps([asdict(profile) for profile in findings.profiles]), encoding="utf-8")
 
 
 if __name__ == "__main__":

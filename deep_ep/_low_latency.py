@@ -23,6 +23,7 @@ from deep_ep_cpp import (
 Payload = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 DispatchResult = tuple[Payload, torch.Tensor, tuple[Any, ...], EventOverlap, Optional[Callable[[], None]]]
 Form = tuple[bool, bool, bool]  # the three of a Format
+Args = Union[LowLatencyDispatchArgs, LowLatencyCombineArgs]
 CombineResult = tuple[torch.Tensor, EventOverlap, Optional[Callable[[], None]]]
 
 BFLOAT16 = (torch.bfloat16, )
@@ -132,34 +133,68 @@ class Plan:
                                                 strides), layout_range, words[self._count_at:self._count_at + num_local]
 
 
+class Numbers:
+    """Where the send phase of a combine with a hook leaves the number of its call for the receive phase: int64 [1].
+
+    Phases of a Buffer run one after the other, on whichever streams, so a place is free again once the receive phase is
+    launched; where one of the two is captured, its graph has it for good.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._free: list[torch.Tensor] = []
+
+    def take(self, operation: Operation) -> torch.Tensor:
+        return self._free.pop() if self._free and not operation.is_captured else self._session.empty[torch.int64](1)
+
+    def give_back(self, number: torch.Tensor, operation: Operation) -> None:
+        """The receive phase was launched."""
+        if not operation.is_captured and not self._session.streams.is_captured(operation.stream):
+            self._free.append(number)
+
+
 @opaque
 class Hook:
     """Launches the receive phase of a call, once: a second call does nothing.
 
-    `abandon` is told when that fails (why), and when the last reference goes before it was called (None). `tensors` are
-    what the receive phase uses: until it is launched nobody else may get their memory, whatever the caller has dropped.
+    The peers are told when that fails, and when the last reference goes before it was called; but not of what is
+    captured into a graph, which is no call yet that they could wait for. `tensors` are what the receive phase uses:
+    until it is launched nobody else may get their memory, whatever the caller has dropped.
     """
 
-    def __init__(self, receive: Callable[[], None], abandon: Callable[[Optional[BaseException]], None],
+    __slots__ = ("__weakref__", "_args", "_name", "_operation", "_session", "_tensors", "_ticket", "then")
+
+    def __init__(self, session: Session, name: str, operation: Operation, args: Args, ticket: int,
                  tensors: Tensors) -> None:
-        self._receive: Optional[Callable[[], None]] = receive
-        self._abandon = abandon
+        self._session = session
+        self._name = name
+        self._operation: Optional[Operation] = operation
+        self._args = args
+        self._ticket = ticket
         self._tensors = tensors
+        self.then: Optional[tuple[Numbers, torch.Tensor]] = None  # what is given back when it is launched
 
     def __call__(self) -> None:
-        receive, self._receive = self._receive, None
+        operation, self._operation = self._operation, None
         _held, self._tensors = self._tensors, ()
-        if receive is None:
+        if operation is None:
             return
+        session, name = self._session, self._name
         try:
-            receive()
+            operation.resume()
+            getattr(session.runtime, name)(self._args, self._ticket, operation.stream)
+            operation.finish()
         except BaseException as error:
-            self._abandon(error)
+            session.abandon_call(f"the hook of {name}", error, 0 if operation.is_captured else self._ticket)
             raise
+        if self.then is not None:
+            numbers, number = self.then
+            numbers.give_back(number, operation)
 
     def __del__(self) -> None:
-        if self._receive is not None:
-            self._abandon(None)
+        operation = self._operation
+        if operation is not None and not operation.is_captured:
+            self._session.abandon_hook(self._name, self._ticket)
 
 
 def size_hint(num_max_tokens: int, hidden: int, num_ranks: int, num_experts: int) -> int:
@@ -206,6 +241,7 @@ class LowLatency:
         self.abandon_call = session.abandon_call
         self._plans: dict[tuple[Any, ...], Plan] = {}
         self._known_handles = KnownTensors[Plan]()  # src_info
+        self._numbers = Numbers(session)
         self._combine_buffers: dict[tuple[int, ...], CombineBuffers] = {}  # by shape
 
     def require(self, name: str) -> None:
@@ -288,7 +324,7 @@ class LowLatency:
         if async_finish and return_recv_hook:
             raise InvalidArgument(f"{name}: async_finish and return_recv_hook exclude each other; the hook says when "
                                   "to receive")
-        return self._session.streams.low_latency_operation(async_finish)
+        return self._session.streams.low_latency_operation(async_finish, return_recv_hook)
 
     # Combine
 
@@ -319,7 +355,7 @@ class LowLatency:
             sent, topk_idx, topk_weights = operation.snapshot(sent, topk_idx, topk_weights)
         combined = self._session.empty[torch.bfloat16](num_tokens, hidden) if out is None else out
         # Several combines may be open with one handle, so that theirs cannot lie behind src_info.
-        number = self._session.empty[torch.int64](1) if return_recv_hook else None
+        number = self._numbers.take(operation) if return_recv_hook else None
         args = plan.combine_args.replace(wait_stats=_ptr(wait_stats),
                                          number=_ptr(number),
                                          uses_logfmt=use_logfmt,
@@ -332,6 +368,8 @@ class LowLatency:
                                          combined_x=combined.data_ptr())
         tensors = (sent, topk_idx, topk_weights, src_info, combined, wait_stats, number)
         event, hook = _run(self._session, "low_latency_combine", operation, args, tensors, return_recv_hook)
+        if hook is not None and number is not None:
+            hook.then = self._numbers, number
         if zero_copy:
             self._combine_buffers[plan.expert_rows].pass_on()
         return combined, event, hook
@@ -414,8 +452,8 @@ def _compare_calls(check: CallCheck, operation: str, plan: Plan, options: dict[s
     check.compare(operation, {**shape, **options})
 
 
-def _run(session: Session, name: str, operation: Operation, args: Union[LowLatencyDispatchArgs, LowLatencyCombineArgs],
-         tensors: Tensors, wants_hook: bool) -> tuple[EventOverlap, Optional[Hook]]:
+def _run(session: Session, name: str, operation: Operation, args: Args, tensors: Tensors,
+         wants_hook: bool) -> tuple[EventOverlap, Optional[Hook]]:
     """Both phases in one launch, or the send phase and a hook for the other. They use `tensors`."""
     launch: Callable[..., int] = getattr(session.runtime, name)
     operation.start(tensors, ())
@@ -427,22 +465,7 @@ def _run(session: Session, name: str, operation: Operation, args: Union[LowLaten
     except BaseException:
         operation.abandon()
         raise
-
-    def receive() -> None:
-        operation.resume()
-        launch(args, ticket, operation.stream)
-        operation.finish()
-
-    # What is captured into a graph is no call yet that peers could wait for.
-    is_captured = session.streams.kind == "cuda" and session.streams.native.stream_kind(operation.stream) == "captured"
-
-    def abandon(error: Optional[BaseException]) -> None:
-        if error is not None:
-            session.abandon_call(f"the hook of {name}", error, 0 if is_captured else ticket)
-        elif not is_captured:
-            session.abandon_hook(name, ticket)
-
-    return EventOverlap(None), Hook(receive, abandon, tensors)
+    return EventOverlap(None), Hook(session, name, operation, args, ticket, tensors)
 
 
 def _finished(recorded: RecordedEvent, tensors: Tensors) -> EventOverlap:

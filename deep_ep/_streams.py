@@ -117,9 +117,15 @@ class Streams:
     def operation(self, previous: RecordedEvent, is_async: bool, on_comm_stream: bool) -> Operation:
         raise NotImplementedError
 
-    def low_latency_operation(self, is_async: bool) -> Operation:
-        """One that can pause, that a capture does not move to another stream, and that asks the device for as little
-        as can be."""
+    def low_latency_operation(self, is_async: bool, can_pause: bool = False) -> Operation:
+        """One that a capture does not move to another stream, and that asks the device for as little as can be.
+
+        If it can pause, it knows whether it is captured.
+        """
+        raise NotImplementedError
+
+    def is_captured(self, stream: int) -> bool:
+        """Whether what is launched there becomes part of a CUDA graph."""
         raise NotImplementedError
 
     def wait_for_last(self) -> None:
@@ -163,12 +169,15 @@ class CudaStreams(Streams):
             return _DirectOperation(self, previous, current)
         return _CommOperation(self, previous, current, kind == "captured", is_async, on_comm_stream)
 
-    def low_latency_operation(self, is_async: bool) -> Operation:
+    def low_latency_operation(self, is_async: bool, can_pause: bool = False) -> Operation:
         current = current_stream_handle(self.index)
         # A capture would have to be forked to the comm stream, and where the event is dropped nobody would join it.
-        if is_async and self.native.stream_kind(current) != "captured":
+        if is_async and not self.is_captured(current):
             return _CommOperation(self, None, current, False, True, False)
-        return _PhasedOperation(self, current, is_async)
+        return _PhasedOperation(self, current, is_async, can_pause and self.is_captured(current))
+
+    def is_captured(self, stream: int) -> bool:
+        return self.native.stream_kind(stream) == "captured"
 
     def follow(self, stream: int, event: Union[PooledEvent, HostEvent]) -> None:
         """Later work on `stream` comes after `event`."""
@@ -287,9 +296,9 @@ class _PhasedOperation(Operation):
 
     __slots__ = ("_is_to_mark", "_streams")
 
-    def __init__(self, streams: CudaStreams, current: int, is_async: bool) -> None:
+    def __init__(self, streams: CudaStreams, current: int, is_async: bool, is_captured: bool) -> None:
         # Not by way of the base class, which takes as long as all of this.
-        self.is_async, self.is_captured = is_async, False
+        self.is_async, self.is_captured = is_async, is_captured
         self.stream = self.current = current
         self._streams = streams
 
@@ -392,8 +401,11 @@ class HostStreams(Streams):
     def operation(self, previous: RecordedEvent, is_async: bool, on_comm_stream: bool) -> Operation:  # noqa: ARG002
         return _HostOperation(self, previous, is_async)
 
-    def low_latency_operation(self, is_async: bool) -> Operation:
+    def low_latency_operation(self, is_async: bool, can_pause: bool = False) -> Operation:  # noqa: ARG002
         return _HostOperation(self, None, is_async)
+
+    def is_captured(self, stream: int) -> bool:  # noqa: ARG002
+        return False
 
     def record(self, tensors: Iterable[torch.Tensor]) -> HostEvent:
         """An event after all work so far. The tensors live until it is complete, whether anybody waits or not."""

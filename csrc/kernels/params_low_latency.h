@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "kernels/divisor.h"
 #include "kernels/params.h"
 #include "layout/low_latency.h"
 
@@ -33,6 +34,8 @@ struct LowLatencyPlan {
     uint64_t* decisions;  // [num_ranks], device-local: call * 2 + 1: that source counts in this call, + 0: not
     uint64_t* wait_ns;    // [num_ranks] of this call, device-local, zero between calls
     int num_local_experts;
+    Divisor by_ranks, by_other_ranks, by_local_experts, by_topk;
+    Divisor by_parts;  // of a token in the receive phase, a warp for each
 };
 // What all kernels of the mode need.
 struct LowLatencyCall : LowLatencyPlan, LowLatencyArgs {};
@@ -42,12 +45,15 @@ enum class Payload : int { kBf16, kFp8 };
 struct LowLatencyDispatchPlan {
     LowLatencyCall call;
     Payload payload;
-    int num_set_words;  // of each set that the routing table is made from; see routing_table.h
+    int num_set_words;                // of each set that the routing table is made from; see routing_table.h
+    int num_scale_words;              // of a row, as the caller gets them
+    int part_vecs, part_scale_words;  // of a part of a token
 };
 struct LowLatencyDispatchParams : LowLatencyDispatchPlan, LowLatencyDispatchFields {};
 
 struct LowLatencyCombinePlan {
     LowLatencyCall call;
+    int part_chunks;  // of a part of a token
 };
 struct LowLatencyCombineParams : LowLatencyCombinePlan, LowLatencyCombineFields {};
 

@@ -4,6 +4,7 @@
 #include <iterator>
 
 #include "core/error.h"
+#include "runtime/plan.h"
 
 namespace deep_ep::runtime {
 
@@ -11,6 +12,11 @@ namespace {
 
 // A size hint is not told the top-k: it allows for so many entries of a token.
 constexpr int kHintTopk = 32;
+// Warps that share a token in a receive phase, at most.
+constexpr int kMostDispatchParts = 16, kMostCombineParts = 32;
+constexpr int kVectorBytes = 16;
+
+int ceil_div(int count, int parts) { return (count + parts - 1) / parts; }
 
 void check_shape(const LowLatencyArgs& shape, int num_tokens, int num_ranks) {
     EP_CHECK(shape.num_max_tokens > 0 && shape.num_max_tokens <= layout::kMaxLowLatencyTokens,
@@ -104,7 +110,12 @@ kernels::LowLatencyCall LowLatency::make_call(const LowLatencyArgs& args,
              .is_shrinkable = connection_.options().is_shrinkable,
              .decisions = wait_ns_.get() + num_ranks_,
              .wait_ns = wait_ns_.get(),
-             .num_local_experts = args.num_experts / num_ranks_},
+             .num_local_experts = args.num_experts / num_ranks_,
+             .by_ranks = kernels::Divisor::make(num_ranks_),
+             .by_other_ranks = kernels::Divisor::make(std::max(1, num_ranks_ - 1)),
+             .by_local_experts = kernels::Divisor::make(args.num_experts / num_ranks_),
+             .by_topk = kernels::Divisor::make(args.num_topk),
+             .by_parts = kernels::Divisor::make(1)},
             args};
 }
 
@@ -115,9 +126,17 @@ kernels::LowLatencyDispatchParams LowLatency::make_params(const LowLatencyDispat
     EP_CHECK(!args.packs_scales || (args.rounds_scales && args.hidden % (4 * layout::kFp8GroupSize) == 0),
              "use_ue8m0 needs round_scale, and hidden must be a multiple of ", 4 * layout::kFp8GroupSize, ", got ",
              args.hidden);
-    return {{.call = make_call(args, dispatch_message(args, num_ranks_, args.is_fp8)),
+    auto call = make_call(args, dispatch_message(args, num_ranks_, args.is_fp8));
+    const int num_parts = plan_parts(call, num_ranks_ * args.num_max_tokens, kMostDispatchParts);
+    call.by_parts = kernels::Divisor::make(num_parts);
+    const int num_scales = args.is_fp8 ? args.hidden / layout::kFp8GroupSize / (args.packs_scales ? 4 : 1) : 0;
+    const int row_bytes = args.hidden * (args.is_fp8 ? 1 : 2);
+    return {{.call = call,
              .payload = args.is_fp8 ? kernels::Payload::kFp8 : kernels::Payload::kBf16,
-             .num_set_words = plan_set_words(args, args.num_tokens)},
+             .num_set_words = plan_set_words(args, args.num_tokens),
+             .num_scale_words = num_scales,
+             .part_vecs = ceil_div(row_bytes / kVectorBytes, num_parts),
+             .part_scale_words = ceil_div(num_scales, num_parts)},
             args};
 }
 
@@ -133,7 +152,10 @@ kernels::LowLatencyCombineParams LowLatency::make_params(const LowLatencyCombine
     call.uses_packets = !connection_.options().is_shrinkable && args.num_topk <= Slots::kMaxTopk &&
                         2 * args.num_max_tokens * args.num_topk <= layout::kMaxLowLatencyPackets &&
                         entry_bytes <= call.region.bank_bytes;
-    return {{call}, args};
+    const int num_chunks = ceil_div(args.hidden, kLowLatencyChunk);
+    const int num_parts = plan_parts(call, args.num_tokens, std::min(num_chunks, kMostCombineParts));
+    call.by_parts = kernels::Divisor::make(num_parts);
+    return {{.call = call, .part_chunks = ceil_div(num_chunks, num_parts)}, args};
 }
 
 // Its words and its region are those of one node.

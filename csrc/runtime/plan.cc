@@ -21,7 +21,6 @@ constexpr uint64_t kLongRowBytes = 8192;
 constexpr int kBlocksOfLongRows = 14;
 constexpr int kBlocksOfRows = 15;
 
-constexpr int kLowLatencyChunk = 512;  // channels that a warp sends at once
 constexpr int kMinLowLatencyWarps = 4;
 constexpr int kSetBytes = 32 * 1024;  // of shared memory, for a tile of the routing table
 
@@ -253,6 +252,10 @@ LowLatencyGrid plan_low_latency(const Machine& machine, int num_ranks_here, int 
     const int num_warps =
         std::clamp((hidden + kLowLatencyChunk - 1) / kLowLatencyChunk, std::min(kMinLowLatencyWarps, most), most);
     return {std::max(1, machine.num_sms / num_ranks_here), num_warps};
+}
+
+int plan_parts(const kernels::LowLatencyCall& call, int num_tokens, int most) {
+    return std::clamp(call.num_blocks * call.num_warps / std::max(1, num_tokens), 1, most);
 }
 
 // For each expert a bit for every token, where that is not too much: else the table is made tile by tile.

@@ -103,6 +103,10 @@ struct LowLatencyGrid {
     int num_blocks, num_warps;
 };
 LowLatencyGrid plan_low_latency(const Machine& machine, int num_ranks_here, int hidden);
+// Warps that share each of `num_tokens` in a receive phase, so that all warps of the grid have work; at most `most`.
+int plan_parts(const kernels::LowLatencyCall& call, int num_tokens, int most);
+// Channels that a warp works on at once.
+constexpr int kLowLatencyChunk = 512;
 
 // Words of each set that a low-latency dispatch makes its routing table from.
 int plan_set_words(const kernels::LowLatencyArgs& args, int num_tokens);

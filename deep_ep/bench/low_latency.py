@@ -12,12 +12,14 @@ import torch
 from deep_ep import Buffer
 from deep_ep.bench.graphs import EMPTY_GRAPHS, capture, capture_phases, capture_together
 from deep_ep.bench.host import NUM_TOKENS
+from deep_ep.bench.kernels import Profiler
 from deep_ep.bench.mode import ModeBenchmark, NamedCalls, Samples
 from deep_ep.bench.options import Options
 from deep_ep.bench.progress import show_progress
-from deep_ep.bench.results import Row
+from deep_ep.bench.ranks import Ranks
+from deep_ep.bench.results import Findings, Row
 from deep_ep.bench.routing import Shape, busiest_remote_copies, choose_experts, count_copies
-from deep_ep.bench.timing import Send
+from deep_ep.bench.timing import Call, Send, paused
 
 GROUP = 128  # channels with one scale
 LOGFMT_BITS = 10
@@ -82,6 +84,18 @@ class Workload:
         yield Operation("combine BF16 zero copy", partial(self._combine, received, {"zero_copy": True}),
                         row_bytes("BF16", hidden))
 
+    def pairs(self) -> dict[str, Call]:
+        """A dispatch and a combine with its handle, of rows that are there already where it casts. Collective."""
+        received = [self._dispatch(False, i, False) for i in range(len(self._inputs))]
+
+        def pair(use_fp8: bool, i: int) -> None:
+            rows, _, handle, _, _ = self._dispatch(use_fp8, i, False)
+            given, *_ = received[i % len(received)]
+            self._combine_rows(given if use_fp8 else rows, handle, False)
+
+        names = ("FP8", "BF16") if self.shape.hidden % GROUP == 0 else ("BF16", )
+        return {f"pair {name}": partial(pair, name == "FP8") for name in names}
+
     def _fill_zero_copy_rows(self, received: list[Any]) -> None:
         """What the experts would have written there: never zeros. Once for each place that calls use in turn."""
         for i in range(2 * len(received)):
@@ -101,12 +115,33 @@ class Workload:
         rows, _, handle, _, _ = received[i % len(received)]
         if how.get("zero_copy"):
             rows = self._buffer.get_next_low_latency_combine_buffer(handle)
+        return self._combine_rows(rows, handle, wants_hook, **how)
+
+    def _combine_rows(self, rows: Any, handle: Any, wants_hook: bool, **how: Any) -> Any:
         return self._buffer.low_latency_combine(rows,
                                                 self._topk_idx,
                                                 self._weights,
                                                 handle,
                                                 return_recv_hook=wants_hook,
                                                 **how)
+
+
+def captured_pairs(ranks: Ranks, options: Options, workload: Workload) -> dict[str, Call]:
+    """Graphs of pairs, by name; those that came out empty are left out. Collective."""
+    graphs = {
+        name: capture_together(ranks, partial(capture, pair, options.num_sets))
+        for name, pair in workload.pairs().items()
+    }
+    return {f"{name} graph": graph for name, graph in graphs.items() if graph is not None}
+
+
+def profile_kernels(profiler: Profiler, findings: Findings, workload: Workload, pairs: dict[str, Call]) -> None:
+    """The kernels of every call, of the phases of one with a hook, and of the graphs of pairs. Collective."""
+    for operation in workload.operations():
+        profiler.add(findings, operation.name, operation.whole, workload.shape, 0)
+        profiler.add(findings, f"{operation.name} phases", paused(operation.send), workload.shape, 0)
+    for name, pair in pairs.items():
+        profiler.add(findings, name, pair, workload.shape, 0)
 
 
 @dataclass(frozen=True)
@@ -143,12 +178,17 @@ class LowLatencyBenchmark(ModeBenchmark):
         return self._ranks.buffer(0, num_rdma_bytes=num_bytes, low_latency_mode=True)
 
     def _measure_shape(self, case: Case) -> None:
-        is_profiled = self._is_profiled(case.shape)
         with self._buffer(case.shape) as buffer:
-            for operation in Workload(buffer, case.shape, self._options, self._device).operations():
+            workload = Workload(buffer, case.shape, self._options, self._device)
+            for operation in workload.operations():
                 self._measure(operation, case)
-                if is_profiled:
-                    self._profiler.add(self._findings, operation.name, operation.whole, case.shape, 0)
+            pairs = captured_pairs(self._ranks, self._options, workload) if self._options.can_capture else {}
+            for name, pair in pairs.items():
+                num_bytes = row_bytes("FP8" if "FP8" in name else "BF16", case.shape.hidden) + row_bytes(
+                    "BF16", case.shape.hidden)
+                self._findings.rows.append(case.row(name, num_bytes, self._sample(pair, self._options.can_queue)))
+            if self._is_profiled(case.shape):
+                profile_kernels(self._profiler, self._findings, workload, pairs)
             self._settle()
 
     def _measure(self, operation: Operation, case: Case) -> None:

@@ -139,6 +139,18 @@ class Timer:
         return self._ranks.largest(samples_us)
 
 
+def paused(send: Send) -> Call:
+    """Both phases of a call on CUDA, with a pause of the device behind each: all rows come meanwhile."""
+
+    def call(i: int) -> None:
+        receive = send(i)
+        _sleep(PHASE_GAP_S)
+        receive()
+        _sleep(PHASE_GAP_S)
+
+    return call
+
+
 def _sleep(seconds: float) -> None:
     """The current stream does nothing for so long."""
     torch.cuda._sleep(int(seconds * CYCLES_PER_S))  # type: ignore[no-untyped-call]

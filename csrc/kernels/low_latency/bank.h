@@ -22,10 +22,43 @@ EP_DEVICE void publish_ended(Warp warp, const CallContext& c) {
     }
 }
 
-// Acquire. `peer` has read what this rank sent it in the last use of this call's bank, two calls ago. True of the other bank.
-EP_DEVICE bool is_bank_free(const CallContext& c, int bank, int peer) {
-    const uint64_t received = prim::load<Order::kAcquire, Scope::kSys>(c.watch.heap.received(c.rank(), bank, peer));
-    return bank != c.bank || received + layout::kNumLowLatencyBanks >= c.watch.call;
+// One look at whether a send phase may begin, by a warp that does not know the number of the call yet: that is on its way too.
+// So the flags are those of both banks. Acquire.
+struct BankLook {
+    uint64_t abort_code;
+    uint64_t received;  // of this lane: received_flag
+};
+
+// Of the flags of both banks from all peers, number `i`.
+EP_DEVICE const uint64_t* received_flag(const CallContext& c, int i) {
+    constexpr int kNumBanks = layout::kNumLowLatencyBanks;
+    return c.watch.heap.received(c.rank(), i % kNumBanks, i / kNumBanks);
+}
+
+EP_DEVICE uint64_t load_received(Warp warp, const CallContext& c, int first) {
+    const int i = first + warp.thread_rank();
+    const bool is_one = i < c.num_ranks() * layout::kNumLowLatencyBanks;
+    return is_one ? prim::load<Order::kAcquire, Scope::kSys>(received_flag(c, i)) : 0;
+}
+
+EP_DEVICE BankLook look_at_banks(Warp warp, const CallContext& c) {
+    const uint64_t code = algo::abort_code(c.watch);
+    return {code, load_received(warp, c, 0)};
+}
+
+// After that: every peer has read what this rank sent it in the last use of this call's bank, two calls ago. Acquire.
+EP_DEVICE bool is_bank_free(Warp warp, const CallContext& c, const BankLook& look) {
+    warp.expect();
+    constexpr int kNumBanks = layout::kNumLowLatencyBanks;
+    const int num_flags = c.num_ranks() * kNumBanks;
+    bool is_free = true;
+#pragma unroll 1
+    for (int first = 0; first < num_flags; first += kWarpSize) {
+        const uint64_t received = first == 0 ? look.received : load_received(warp, c, first);
+        const int i = first + warp.thread_rank();
+        is_free &= i >= num_flags || i % kNumBanks != c.bank || received + kNumBanks >= c.watch.call;
+    }
+    return __all_sync(kFullMask, is_free) != 0;
 }
 
 // The host refuses to open a call while this rank still has another one open in the bank. It does not see calls of a graph

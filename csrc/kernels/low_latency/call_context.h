@@ -80,16 +80,19 @@ struct CallContext {
 
 EP_DEVICE int bank_of(uint64_t call) { return static_cast<int>(call % layout::kNumLowLatencyBanks); }
 
-// The call that this launch works on. Send phases count calls, on the device: a CUDA graph replays its launches, and every
-// replay is a new call. A receive phase finds the number where its send phase has left it.
-EP_DEVICE uint64_t call_number(const LowLatencyCall& call, Phase phase) {
-    if (phase == Phase::kReceive) return prim::load<Order::kRelaxed, Scope::kGpu>(call.number);
-    return prim::load<Order::kRelaxed, Scope::kGpu>(&call.watch.local->num_low_latency_sends) + 1;
-}
+// This lane's of the words that say which call this launch works on. Send phases count calls, on the device: a CUDA graph replays
+// its launches, and every replay is a new call. A receive phase finds the number where its send phase has left it. Lane 1 has
+// the number of launches, the others the call's. (Were they the same in all lanes, the compiler would move them to registers
+// of the warp at once, and wait for that.)
+struct LaunchWords {
+    uint64_t word;
+};
 
-EP_DEVICE layout::LowLatencyLaunchState* current_launch_state(const LowLatencyCall& call) {
-    const uint64_t launch = prim::load<Order::kRelaxed, Scope::kGpu>(&call.watch.local->num_low_latency_launches);
-    return &call.watch.local->low_latency_launch_states[launch % 2];
+EP_DEVICE LaunchWords load_launch_words(Warp warp, const LowLatencyCall& call, Phase phase) {
+    const layout::LocalState* local = call.watch.local;
+    const uint64_t* number = phase == Phase::kReceive ? call.number : &local->num_low_latency_sends;
+    return {
+        prim::load<Order::kRelaxed, Scope::kGpu>(warp.thread_rank() == 1 ? &local->num_low_latency_launches : number)};
 }
 
 EP_DEVICE bool is_masked(const LowLatencyCall& call, int peer) {
@@ -218,20 +221,28 @@ EP_DEVICE bool wait_for_table(const CallContext& c, int source) {
     return wait_for_source(c.call, c.watch, Stage::kTable, source, flag);
 }
 
+// Before the number of the call is known.
 EP_DEVICE CallContext make_context(const LowLatencyCall& call, layout::Operation operation, Phase phase,
                                    bool uses_packets) {
-    const uint64_t number = call_number(call, phase);
-    return {call,
-            make_watch(call.watch, call.heap, operation, number),
-            phase,
-            uses_packets,
-            current_launch_state(call),
-            bank_of(number)};
+    return {call, make_watch(call.watch, call.heap, operation, 0), phase, uses_packets, nullptr, 0};
+}
+
+EP_DEVICE void take_number(Warp warp, CallContext& c, const LaunchWords& words) {
+    warp.expect();
+    const uint64_t number = __shfl_sync(kFullMask, words.word, 0), num_launches = __shfl_sync(kFullMask, words.word, 1);
+    c.watch.call = c.phase == Phase::kReceive ? number : number + 1;
+    c.bank = bank_of(c.watch.call);
+    c.launch_state = &c.call.watch.local->low_latency_launch_states[num_launches % 2];
 }
 
 // -1 where the id is none of an expert, whatever the low half of a 64-bit id says.
 EP_DEVICE int checked_expert(const CallContext& c, int64_t id) {
     return id >= 0 && id < c.call.num_experts ? static_cast<int>(id) : -1;
+}
+
+// The rank that has the expert; -1: none, as of no expert.
+EP_DEVICE int owner_of(const CallContext& c, int expert) {
+    return expert >= 0 ? c.call.by_local_experts.quotient(expert) : -1;
 }
 
 // The expert as this rank counts its own; -1: it is none of them, or none at all.
@@ -263,7 +274,7 @@ EP_DEVICE uint32_t entries_of_rank(Warp warp, const CallContext& c, int64_t id, 
     warp.expect();
     const int rank = first_rank + warp.thread_rank();
     const int expert = checked_expert(c, id);
-    const int owner = expert >= 0 ? expert / c.num_local_experts() : -1;
+    const int owner = owner_of(c, expert);
     const int count = c.call.num_topk < kWarpSize ? c.call.num_topk : kWarpSize;
     uint32_t entries = 0;
 #pragma unroll 4
@@ -281,7 +292,7 @@ EP_DEVICE bool is_destination(Warp warp, const CallContext& c, const Ids& ids, i
     for (int first = 0; first < c.call.num_topk; first += kWarpSize) {
         if (first > 0) id = ids.load(warp, c, token, first);
         const int expert = checked_expert(c, id);
-        const int owner = expert >= 0 ? expert / c.num_local_experts() : -1;
+        const int owner = owner_of(c, expert);
         const int count = c.call.num_topk - first < kWarpSize ? c.call.num_topk - first : kWarpSize;
 #pragma unroll 4
         for (int lane = 0; lane < count; ++lane) is_found |= __shfl_sync(kFullMask, owner, lane) == rank;

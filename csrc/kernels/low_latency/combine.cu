@@ -25,8 +25,11 @@ template <Launches kLaunches, bool kIsLogfmt, bool kUsesPackets> struct Kernel {
     static EP_DEVICE void run(const Params& p, Shared& shared) {
         run_launch<kLaunches, kUsesPackets>(
             p.call, layout::Operation::kLowLatencyCombine, shared.role,
-            [&](const LaunchSession& launch) { Send::send(Block{}, p, launch, shared); },
-            [&](const LaunchSession& launch) { Receive::receive(Block{}, p, launch); });
+            [&](LaunchSession& launch) { Send::send(Block{}, p, launch, shared); },
+            [&](const CallContext& c) { return Receive::look_early(Warp{}, p, c); },
+            [&](const LaunchSession& launch, const typename Receive::EarlyLook& early) {
+                Receive::receive(Block{}, p, launch, early);
+            });
     }
 };
 

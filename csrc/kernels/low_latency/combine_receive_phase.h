@@ -12,8 +12,6 @@ inline namespace EP_BACKEND {
 using Params = LowLatencyCombineParams;
 using EntrySlots = layout::LowLatencyEntrySlots;
 
-constexpr int kMaxWarpsForItem = 32;
-
 // A part is what one rank has for a token: one row, which the rank has summed; or (only in packets) the rows of its entries,
 // from a rank that did not know the weights, which are summed and rounded here exactly as there.
 template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
@@ -43,20 +41,54 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
         return token;
     }
 
+    static EP_DEVICE bool is_of_call(const CallContext& c, uint64_t seen) {
+        return (kUsesPackets ? EntrySlots::call_of(seen) : seen) == c.watch.call;
+    }
+
     // One look; acquire.
     static EP_DEVICE bool look_at_part(const CallContext& c, const uint64_t* flag, uint64_t& seen) {
         seen = prim::load<Order::kAcquire, Scope::kSys>(flag);
-        return (kUsesPackets ? EntrySlots::call_of(seen) : seen) == c.watch.call;
+        return is_of_call(c, seen);
+    }
+
+    static EP_DEVICE int num_units(const Params& p) { return p.num_tokens * p.call.by_parts.value; }
+
+    // Of a warp's first token in a launch that only receives, before the number of the call is known.
+    struct EarlyLook {
+        OwnToken token;
+        uint64_t seen;  // this lane's flag, of a rank in a bank; 0: none
+    };
+
+    static EP_DEVICE bool can_look_early(const CallContext& c) {
+        return c.phase == Phase::kReceive && c.num_ranks() <= kWarpSize / layout::kNumLowLatencyBanks;
+    }
+
+    static EP_DEVICE EarlyLook look_early(Warp warp, const Params& p, const CallContext& c) {
+        const int unit = first_unit();
+        if (unit >= num_units(p)) return {};
+        EarlyLook early = {load_token(warp, p, c, p.call.by_parts.quotient(unit)), 0};
+        const int rank = warp.thread_rank() / layout::kNumLowLatencyBanks;
+        const int bank = warp.thread_rank() % layout::kNumLowLatencyBanks;
+        if (can_look_early(c) && rank < c.num_ranks())
+            early.seen = prim::load<Order::kAcquire, Scope::kSys>(
+                c.watch.heap.token_full(c.rank(), bank, rank, early.token.idx));
+        return early;
     }
 
     // A lane looks before it is known who has a part: the ids may still be under way.
     static EP_DEVICE Parts wait_for_parts(Warp warp, const Params& p, const CallContext& c, const OwnToken& token,
-                                          int first_rank) {
+                                          int first_rank, uint64_t early) {
         warp.expect();
         const int rank = first_rank + warp.thread_rank();
         const uint64_t* flag = c.watch.heap.token_full(c.rank(), c.bank, rank < c.num_ranks() ? rank : 0, token.idx);
         uint64_t seen = 0;
-        bool is_here = rank < c.num_ranks() && look_at_part(c, flag, seen);
+        bool is_here = false;
+        if (can_look_early(c)) {
+            const int lane = rank * layout::kNumLowLatencyBanks + c.bank;
+            seen = __shfl_sync(kFullMask, early, lane % kWarpSize);
+            is_here = rank < c.num_ranks() && is_of_call(c, seen);
+        }
+        if (!is_here && rank < c.num_ranks()) is_here = look_at_part(c, flag, seen);
         Parts parts = {first_rank, 0, 0, 0, false};
         bool is_expected;
         if constexpr (kUsesPackets) {
@@ -211,34 +243,36 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
 
     // A share of one token.
     template <class Claim>
-    static EP_DEVICE void receive_token(Warp warp, const Params& p, const CallContext& c, int idx, int part,
-                                        int num_parts, const Claim& claim) {
-        const int share = (num_chunks(p.call) + num_parts - 1) / num_parts;
-        const int end = (part + 1) * share < num_chunks(p.call) ? (part + 1) * share : num_chunks(p.call);
-        const OwnToken token = load_token(warp, p, c, idx);
+    static EP_DEVICE void receive_token(Warp warp, const Params& p, const CallContext& c, const EarlyLook& early,
+                                        int part, const Claim& claim) {
+        const int first_chunk = part * p.part_chunks, behind = first_chunk + p.part_chunks;
+        const int end = behind < num_chunks(p.call) ? behind : num_chunks(p.call);
+        const OwnToken& token = early.token;
         Parts parts = {-1, 0, 0, 0, false};
         bool is_lost = false;
 #pragma unroll 1
-        for (int chunk = part * share; chunk < end; ++chunk) {
+        for (int chunk = first_chunk; chunk < end; ++chunk) {
             Sums sums[kVecsOfPiece] = {};
 #pragma unroll 1
             for (int first = 0; first < c.num_ranks(); first += kWarpSize) {
-                if (first != parts.first_rank) parts = wait_for_parts(warp, p, c, token, first);
+                if (first != parts.first_rank) parts = wait_for_parts(warp, p, c, token, first, early.seen);
                 is_lost |= parts.is_lost;
                 add_parts(warp, c, token, parts, chunk, sums);
             }
             claim();
-            store_row(warp, p, idx, chunk, sums, is_lost);
+            store_row(warp, p, token.idx, chunk, sums, is_lost);
         }
     }
 
-    static EP_DEVICE void receive(Block block, const Params& p, const LaunchSession& launch) {
-        const int most = num_chunks(p.call) < kMaxWarpsForItem ? num_chunks(p.call) : kMaxWarpsForItem;
-        const int num_parts = warps_for_item(p.num_tokens, most);
-        const int num_shares = p.num_tokens * num_parts;
-        for_each_unit(block, launch, num_shares, [&](int unit, bool, const auto& claim) {
-            if (unit < num_shares)
-                receive_token(Warp{}, p, launch.context, unit / num_parts, unit % num_parts, num_parts, claim);
+    static EP_DEVICE void receive(Block block, const Params& p, const LaunchSession& launch, const EarlyLook& early) {
+        const CallContext& c = launch.context;
+        for_each_unit(block, launch, num_units(p), [&](int unit, bool is_first, const auto& claim) {
+            if (unit >= num_units(p)) return;
+            const bool has_looked = is_first && c.phase == Phase::kReceive;
+            const Warp warp;
+            const int idx = p.call.by_parts.quotient(unit);
+            const EarlyLook look = has_looked ? early : EarlyLook{load_token(warp, p, c, idx), 0};
+            receive_token(warp, p, c, look, p.call.by_parts.rest(unit), claim);
         });
     }
 };

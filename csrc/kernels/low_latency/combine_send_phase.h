@@ -4,17 +4,19 @@
 
 #include "device/algo/warp.h"
 #include "kernels/low_latency/combine_receive_phase.h"
+#include "kernels/low_latency/combine_weights.h"
 
 namespace deep_ep::kernels::low_latency::combine {
 inline namespace EP_BACKEND {
 
-constexpr int kWeightsAhead = 4;  // table entries of a thread
 // A release waits until all stores of the SM have arrived, so a block makes one for several tokens.
 constexpr int kTokensPerRelease = 4;
 // At weights that are not here, by a block in all of a launch that may not wait: each is a trip to memory.
 constexpr int kMostLooks = 6;
 
 template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
+    using Weights = WeightSender<kUsesPackets>;
+
     // A token that the block has written and not yet published.
     struct Written {
         uint64_t* flag;  // null: nothing is to be published
@@ -292,11 +294,13 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     // begins with its own tokens: the weights of the others come meanwhile, and sums are fewer bytes than rows.
     static EP_DEVICE Work load_item(const Params& p, const CallContext& c, int item) {
         if (item >= num_items(p, c)) return {.source = 0, .token = 0, .first_k = 0};
-        const int num_own = has_own_first(c) ? p.call.num_max_tokens : 0;
-        if (item < num_own) return load_rows(p, c.rank(), item, 0);
-        const int num_sources = c.num_ranks() - (num_own > 0 ? 1 : 0);
-        return load_rows(p, (c.rank() + 1 + (item - num_own) % num_sources) % c.num_ranks(),
-                         (item - num_own) / num_sources, 0);
+        const bool has_own = has_own_first(c);
+        if (has_own && item < p.call.num_max_tokens) return load_rows(p, c.rank(), item, 0);
+        const int other = has_own ? item - p.call.num_max_tokens : item;
+        const Divisor& by_sources = has_own ? p.call.by_other_ranks : p.call.by_ranks;
+        const int token = by_sources.quotient(other);
+        const int source = c.rank() + 1 + other - token * by_sources.value;
+        return load_rows(p, source < c.num_ranks() ? source : source - c.num_ranks(), token, 0);
     }
 
     static EP_DEVICE bool has_own_first(const CallContext& c) { return c.uses_packets && c.phase == Phase::kSend; }
@@ -412,93 +416,33 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         progress.num_written = 0;
     }
 
-    static EP_DEVICE void send(Block block, const Params& p, const LaunchSession& launch, Shared& shared) {
+    static EP_DEVICE void send(Block block, const Params& p, LaunchSession& launch, Shared& shared) {
         const CallContext& c = launch.context;
         const Warp warp;
         const int first = static_cast<int>(blockIdx.x);
-        // Most likely the block that begins first; it begins with these instead of a token.
+        // Most likely the block that begins first; it begins with the weights instead of a token.
         const bool has_weights = first == 0;
         Sources sources = {};
         ItemCursor cursor = {};
-        Weights weights = {};
+        typename Weights::Held weights = {};
         cursor.item = first - static_cast<int>(gridDim.x);
         cursor.next = load_item(p, c, first);
-        if (has_weights) {
-            weights = load_weights(block, p, c, 0);
-        } else {
+        if (has_weights) weights = Weights::load(block, p, c, 0);
+        launch.ask_number();
+        const BankLook look = launch.look_at_banks();
+        launch.take_number();
+        if (!has_weights) {
             advance(warp, p, c, sources, cursor);
             load_ahead(warp, p, cursor.work, cursor.work.rows, prim::warp_idx(), cursor.ahead);
         }
         if (block.thread_rank() == 0) shared.has_failed = 0;
-        const SendPhase<Tells::kInside> phase(block, launch);
+        const SendPhase<Tells::kInside> phase(block, launch, look);
         const bool is_ready = phase.is_ready();
-        if (is_ready && phase.is_first()) send_weights(block, p, c, phase, weights, has_weights);
+        if (is_ready && phase.is_first()) Weights::send(block, p, c, phase, weights, has_weights);
         Progress progress = {};
 #pragma unroll 1
         while (is_ready && cursor.item < num_items(p, c)) send_token(block, p, c, sources, cursor, progress, shared);
         if (progress.num_written > 0) publish_written(block, progress.num_written, shared);
-    }
-
-    // A thread's part of our own table, from entry `base` on.
-    struct Weights {
-        int expert[kWeightsAhead];
-        float weight[kWeightsAhead];
-    };
-
-    static EP_DEVICE Weights load_weights(Block block, const Params& p, const CallContext& c, int base) {
-        Weights held = {};
-#pragma unroll
-        for (int i = 0; i < kWeightsAhead; ++i) {
-            const int entry = base + i * block.size() + block.thread_rank();
-            held.expert[i] = -1;
-            if (entry >= p.num_tokens * c.call.num_topk) continue;
-            // An id out of range reaches no rank; the table must agree.
-            held.expert[i] = checked_expert(c, load_expert_id(p.topk_idx, p.idx_bytes, entry));
-            held.weight[i] = p.topk_weights[entry];
-        }
-        return held;
-    }
-
-    static EP_DEVICE void send_weight_packets(Block block, const CallContext& c, int peer, const Weights& held,
-                                              int base, int num_entries) {
-        prim::Packet* packets = c.packets(peer, c.rank());
-#pragma unroll
-        for (int i = 0; i < kWeightsAhead; ++i) {
-            const int entry = base + i * block.size() + block.thread_rank();
-            if (entry >= num_entries) continue;
-            send_packet(c, packets + 2 * entry, held.expert[i]);
-            send_packet(c, packets + 2 * entry + 1, __float_as_int(held.weight[i]));
-        }
-    }
-
-    // The block that began first: our top-k ids and weights to every rank. Peers wait for them in their
-    // send phases, so they must not depend on a block that may not be resident yet.
-    // In packets those of tokens that do not exist as well, so that nobody has to know how many do.
-    static EP_DEVICE void send_weights(Block block, const Params& p, const CallContext& c,
-                                       const SendPhase<Tells::kInside>& phase, Weights held, bool is_loaded) {
-        block.expect();
-        const int num_entries = (c.uses_packets ? c.call.num_max_tokens : p.num_tokens) * c.call.num_topk;
-        for (int base = 0; base < num_entries; base += kWeightsAhead * block.size()) {
-            if (base > 0 || !is_loaded) held = load_weights(block, p, c, base);
-            for (int peer = 0; peer < c.num_ranks(); ++peer) {
-                if (phase.leaves_out(peer)) continue;
-                if (c.uses_packets) {
-                    send_weight_packets(block, c, peer, held, base, num_entries);
-                    continue;
-                }
-                uint8_t* message = c.message(peer, c.rank());
-                auto* ids = reinterpret_cast<int*>(message + c.call.message.topk_idx.offset);
-                auto* weights = reinterpret_cast<float*>(message + c.call.message.topk_weights.offset);
-#pragma unroll
-                for (int i = 0; i < kWeightsAhead; ++i) {
-                    const int entry = base + i * block.size() + block.thread_rank();
-                    if (entry < num_entries) ids[entry] = held.expert[i];
-                    if (entry < num_entries) weights[entry] = held.weight[i];
-                }
-            }
-        }
-        if (!c.uses_packets) phase.publish_table(block, p.num_tokens);
-        phase.tell_ended(block);
     }
 };
 

@@ -25,8 +25,9 @@ template <Launches kLaunches> struct Kernel {
     static EP_DEVICE void run(const Params& p, Shared& shared) {
         run_launch<kLaunches>(
             p.call, layout::Operation::kLowLatencyDispatch, shared.role,
-            [&](const LaunchSession& launch) { send(Block{}, p, launch); },
-            [&](const LaunchSession& launch) { receive(Block{}, p, launch); });
+            [&](LaunchSession& launch) { send(Block{}, p, launch); },
+            [&](const CallContext& c) { return look_early(Warp{}, c, unit_of(c, first_unit())); },
+            [&](const LaunchSession& launch, EarlyLook early) { receive(Block{}, p, launch, early); });
     }
 };
 

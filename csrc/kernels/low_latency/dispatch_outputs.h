@@ -13,12 +13,6 @@ using Params = LowLatencyDispatchParams;
 EP_DEVICE int row_bytes(const Params& p) { return p.payload == Payload::kFp8 ? p.call.hidden : p.call.hidden * 2; }
 EP_DEVICE int num_vecs(const Params& p) { return row_bytes(p) / static_cast<int>(sizeof(Vec16)); }
 
-// Words of scales that a row has, as the caller gets them.
-EP_DEVICE int num_scale_words(const Params& p) {
-    if (p.payload != Payload::kFp8) return 0;
-    return p.call.hidden / layout::kFp8GroupSize / (p.packs_scales ? 4 : 1);
-}
-
 // Lists of counts, each written by one warp: 32 experts, or with very many experts several times 32.
 EP_DEVICE int num_lists(const CallContext& c) {
     const int wanted = (c.num_local_experts() + kWarpSize - 1) / kWarpSize;
@@ -118,7 +112,7 @@ EP_DEVICE_COLD void void_outputs(Warp warp, const Params* p, CallContext c, layo
     void_lists(warp, *p, c, launch_state);
     if (knows_rows) return;
     void_rows(warp, launch_state, {p->recv_x, num_rows * row_bytes(*p)},
-              {p->recv_scales, num_rows * num_scale_words(*p) * 4});
+              {p->recv_scales, num_rows * p->num_scale_words * 4});
 }
 
 }  // namespace EP_BACKEND

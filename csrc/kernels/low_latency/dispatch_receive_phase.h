@@ -8,35 +8,47 @@
 namespace deep_ep::kernels::low_latency::dispatch {
 inline namespace EP_BACKEND {
 
-constexpr int kMaxWarpsForItem = 16;
 // Vectors of a row that a lane has on their way: of its first part, which is in registers while the tables are awaited, and
 // of a further one. With 128 tokens there is no further one, and more registers would be spilled.
 constexpr int kFirstVecs = 4;
 constexpr int kFurtherVecs = 8;
 
-// A warp's part in the receive phase: a share of a token, or some of the lists of counts.
+// A warp's part in the receive phase: a part of a token, or some of the lists of counts.
 struct Unit {
-    int source, token;
-    int part, num_parts;
+    int source, token, part;
     int list;
     bool is_token, is_list;
-
-    // The share of `count` things that falls to this warp.
-    EP_DEVICE int first_of(int count) const { return part * ((count + num_parts - 1) / num_parts); }
-    EP_DEVICE int end_of(int count) const {
-        const int end = first_of(count) + (count + num_parts - 1) / num_parts;
-        return end < count ? end : count;
-    }
 };
 
+// Of a row's vectors, or of its scales.
+struct Range {
+    int first, end;
+};
+
+EP_DEVICE Range range_of_part(int part, int size, int count) {
+    const int first = part * size, end = first + size;
+    return {first, end < count ? end : count};
+}
+
+EP_DEVICE Range vecs_of(const Params& p, const Unit& unit) {
+    return range_of_part(unit.part, p.part_vecs, num_vecs(p));
+}
+EP_DEVICE Range scales_of(const Params& p, const Unit& unit) {
+    return range_of_part(unit.part, p.part_scale_words, p.num_scale_words);
+}
+
+EP_DEVICE int num_token_units(const CallContext& c) {
+    return c.num_ranks() * c.call.num_max_tokens * c.call.by_parts.value;
+}
+
 // Tokens of all sources in turn, so that no link is the last; every rank begins with another source.
-EP_DEVICE Unit unit_of(const CallContext& c, int idx, int num_parts) {
-    const int num_shares = c.num_ranks() * c.call.num_max_tokens * num_parts;
-    const int item = idx / num_parts;
-    return {(c.rank() + item) % c.num_ranks(),
-            item / c.num_ranks(),
-            idx % num_parts,
-            num_parts,
+EP_DEVICE Unit unit_of(const CallContext& c, int idx) {
+    const int num_shares = num_token_units(c);
+    const int item = c.call.by_parts.quotient(idx), token = c.call.by_ranks.quotient(item);
+    const int source = c.rank() + item - token * c.num_ranks();
+    return {source < c.num_ranks() ? source : source - c.num_ranks(),
+            token,
+            idx - item * c.call.by_parts.value,
             idx - num_shares,
             idx < num_shares,
             idx >= num_shares && idx - num_shares < num_lists(c)};
@@ -113,15 +125,16 @@ EP_DEVICE uint32_t packed_exponents(const uint32_t* scales, int word) {
 EP_DEVICE uint32_t load_scale(Warp warp, const Params& p, const Unit& unit, const uint8_t* slot, uint32_t filler,
                               int base) {
     const int word = base + warp.thread_rank();
-    if (word >= unit.end_of(num_scale_words(p)) || slot == nullptr) return filler;
+    if (word >= scales_of(p, unit).end || slot == nullptr) return filler;
     const auto* scales = reinterpret_cast<const uint32_t*>(slot + p.call.message.scales.offset);
     return p.packs_scales ? packed_exponents(scales, word) : scales[word];
 }
 
 EP_DEVICE void load_slot(Warp warp, const Params& p, const CallContext& c, const Unit& unit, ReceivedToken& token) {
     token.slot = c.slot(c.rank(), unit.source, unit.token);
-    token.held = load_row<kFirstVecs>(warp, token.slot, 0, unit.first_of(num_vecs(p)), unit.end_of(num_vecs(p)));
-    token.scale = load_scale(warp, p, unit, token.slot, 0, unit.first_of(num_scale_words(p)));
+    const Range vecs = vecs_of(p, unit);
+    token.held = load_row<kFirstVecs>(warp, token.slot, 0, vecs.first, vecs.end);
+    token.scale = load_scale(warp, p, unit, token.slot, 0, scales_of(p, unit).first);
 }
 
 EP_DEVICE void void_slot(ReceivedToken& token) {
@@ -145,6 +158,23 @@ EP_DEVICE bool wait_for_slot(Warp warp, const CallContext& c, const Unit& unit) 
     warp.expect();
     return algo::broadcast(warp, warp.thread_rank() == 0 &&
                                      wait_for_source(c.call, c.watch, Stage::kRow, unit.source, slot_flag(c, unit)));
+}
+
+// See kSlotLanes.
+EP_DEVICE EarlyLook look_early(Warp warp, const CallContext& c, const Unit& unit) {
+    const uint64_t* flag = nullptr;
+    if (const int bank = warp.thread_rank(); bank < kSlotLanes) {
+        if (unit.is_token) flag = c.watch.heap.token_full(c.rank(), bank, unit.source, unit.token);
+    } else if (const int table = early_table(warp); table < c.num_ranks() * layout::kNumLowLatencyBanks) {
+        flag = table_flag(c, table);
+    }
+    return {flag != nullptr ? prim::load<Order::kAcquire, Scope::kSys>(flag) : 0};
+}
+
+// Was it the slot that this lane has seen full? Acquire.
+EP_DEVICE bool has_seen_slot(Warp warp, const CallContext& c, EarlyLook early) {
+    const bool is_full = warp.thread_rank() < kSlotLanes && early.seen == c.watch.call;
+    return __any_sync(kFullMask, is_full) != 0;
 }
 
 // Looks at the slot until it is full, or its block knows the tables, which others of its threads wait for. Acquire.
@@ -185,31 +215,32 @@ EP_DEVICE void store_row(Warp warp, const Params& p, uint32_t lanes, int row, in
 
 EP_DEVICE void place_row(Warp warp, const Params& p, const Unit& unit, const ReceivedToken& token, uint32_t lanes,
                          int row) {
-    const int begin = unit.first_of(num_vecs(p)), end = unit.end_of(num_vecs(p));
-    store_row(warp, p, lanes, row, begin, end, token.held);
+    const Range vecs = vecs_of(p, unit);
+    store_row(warp, p, lanes, row, vecs.first, vecs.end, token.held);
 #pragma unroll 1
-    for (int base = begin + kFirstVecs * kWarpSize; base < end; base += kFurtherVecs * kWarpSize)
-        store_row(warp, p, lanes, row, base, end,
-                  load_row<kFurtherVecs>(warp, token.slot, token.held.vec[0].word[0], base, end));
+    for (int base = vecs.first + kFirstVecs * kWarpSize; base < vecs.end; base += kFurtherVecs * kWarpSize)
+        store_row(warp, p, lanes, row, base, vecs.end,
+                  load_row<kFurtherVecs>(warp, token.slot, token.held.vec[0].word[0], base, vecs.end));
 }
 
 // Scales stand word by word, each with those of all rows of its expert side by side.
 EP_DEVICE void place_scales(Warp warp, const Params& p, const CallContext& c, const Unit& unit,
                             const ReceivedToken& token, const Entries& entries, int row) {
     warp.expect();
-    const int num_words = num_scale_words(p), num_rows = c.num_rows_of_expert();
-    const int begin = unit.first_of(num_words), end = unit.end_of(num_words);
+    const int num_words = p.num_scale_words, num_rows = c.num_rows_of_expert();
+    const Range words = scales_of(p, unit);
 #pragma unroll 1
-    for (int base = begin; base < end; base += kWarpSize) {
+    for (int base = words.first; base < words.end; base += kWarpSize) {
         const int word = base + warp.thread_rank();
-        const uint32_t scale = base == begin ? token.scale : load_scale(warp, p, unit, token.slot, token.scale, base);
+        const uint32_t scale =
+            base == words.first ? token.scale : load_scale(warp, p, unit, token.slot, token.scale, base);
 #pragma unroll 1
         for (uint32_t rest = entries.placed; rest != 0; rest &= rest - 1) {
             const int lane = __ffs(static_cast<int>(rest)) - 1;
             const int expert = __shfl_sync(kFullMask, entries.expert, lane);
             const int row_of_expert = __shfl_sync(kFullMask, row, lane) - expert * num_rows;
             const int64_t column = static_cast<int64_t>(expert) * num_words + word;
-            if (word < end) p.recv_scales[column * num_rows + row_of_expert] = scale;
+            if (word < words.end) p.recv_scales[column * num_rows + row_of_expert] = scale;
         }
     }
 }
@@ -266,21 +297,20 @@ EP_DEVICE bool finish_token(Warp warp, const Params& p, const CallContext& c, co
 
 // A trip to memory is as long as a barrier is short: the block learns the counts together, while the entries and slots of
 // its first tokens are under way.
-EP_DEVICE void receive(Block block, const Params& p, const LaunchSession& launch) {
+EP_DEVICE void receive(Block block, const Params& p, const LaunchSession& launch, EarlyLook early) {
     const CallContext& c = launch.context;
     const Warp warp;
-    const int num_tokens = c.num_ranks() * p.call.num_max_tokens;
-    const int num_parts = warps_for_item(num_tokens, kMaxWarpsForItem);
     const auto counts = Counts::make(c);
     bool knows_rows = true;  // the block
     bool is_right = true;    // this thread has met nothing that makes the call fail
-    for_each_unit(block, launch, num_tokens * num_parts + num_lists(c), [&](int idx, bool is_first, const auto& claim) {
-        const Unit unit = unit_of(c, idx, num_parts);
+    for_each_unit(block, launch, num_token_units(c) + num_lists(c), [&](int idx, bool is_first, const auto& claim) {
+        const Unit unit = unit_of(c, idx);
         // Before the tables, which come last, only whether the slot is full: a peer that has another shape has its table
         // where this rank sees a slot, and may be writing there.
-        bool is_full = unit.is_token && look_at_slot(warp, c, unit);
+        if (is_first && c.sends()) early = look_early(warp, c, unit);
+        bool is_full = is_first ? has_seen_slot(warp, c, early) : unit.is_token && look_at_slot(warp, c, unit);
         if (is_first) {
-            const bool is_lost = wait_for_tables(block, c, counts, launch.role);
+            const bool is_lost = wait_for_tables(block, c, counts, launch.role, early);
             // Where the launch has not sent, all is here most likely.
             if (unit.is_token && !is_full && c.sends() && prim::warp_idx() != 0)
                 is_full = watch_slot(warp, c, launch.role, unit);

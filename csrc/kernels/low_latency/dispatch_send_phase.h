@@ -117,7 +117,7 @@ EP_DEVICE void send_token(Block block, const Params& p, const CallContext& c, in
 }
 
 // The last block makes the routing table, and sends tokens only where it is alone.
-EP_DEVICE void send(Block block, const Params& p, const LaunchSession& launch) {
+EP_DEVICE void send(Block block, const Params& p, LaunchSession& launch) {
     const CallContext& c = launch.context;
     const Warp warp;
     const bool has_table = blockIdx.x == gridDim.x - 1;
@@ -127,8 +127,11 @@ EP_DEVICE void send(Block block, const Params& p, const LaunchSession& launch) {
     const auto sets = TokenSets::make(p.call.num_experts, p.num_set_words);
     const algo::Warps makers = table_warps(block);
     Head head = load_head(warp, p, c, first);
+    launch.ask_number();
+    const BankLook look = launch.look_at_banks();
     if (has_table && makers.has_this_thread()) make_tile(makers, c, choice, sets, 0);
-    const SendPhase<Tells::kAtEnd> phase(block, launch);
+    launch.take_number();
+    const SendPhase<Tells::kAtEnd> phase(block, launch, look);
     const bool is_ready = phase.is_ready();
     if (is_ready && has_table) send_routing_table(block, c, phase, choice, sets);
 #pragma unroll 1

@@ -34,6 +34,15 @@ public:
     LaunchSession(const LaunchSession&) = delete;
     LaunchSession& operator=(const LaunchSession&) = delete;
 
+    // The number of the call is a trip to memory, in two steps, both to be made before anything else is asked of the session.
+    // The compiler waits for it at once, so loads that do not depend on it come before ask_number, and work before take_number.
+    EP_DEVICE void ask_number() { words_ = load_launch_words(Warp{}, context.call, context.phase); }
+    // By warp 0 of a block that sends, between the two.
+    EP_DEVICE BankLook look_at_banks() const {
+        return prim::warp_idx() == 0 ? low_latency::look_at_banks(Warp{}, context) : BankLook{};
+    }
+    EP_DEVICE void take_number() { low_latency::take_number(Warp{}, context, words_); }
+
     // The place of this block among those of the grid, in the order in which they begin.
     EP_DEVICE uint32_t begin_block() const {
         return prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&context.launch_state->begun_blocks, 1u);
@@ -63,10 +72,12 @@ public:
             count_launch();
     }
 
-    const CallContext context;
+    CallContext context;
     BlockRole& role;
 
 private:
+    LaunchWords words_;
+
     // For the next launch.
     EP_DEVICE void count_launch() const {
         const CallContext& c = context;
@@ -108,10 +119,11 @@ enum class Tells { kAtEnd, kInside };
 // the while. It ends with the choice of the blocks that receive, where the launch does.
 template <Tells kTells> class SendPhase {
 public:
-    EP_DEVICE SendPhase(Block block, const LaunchSession& launch) : launch_(launch) {
+    // `look`: of warp 0, see look_at_banks.
+    EP_DEVICE SendPhase(Block block, const LaunchSession& launch, const BankLook& look) : launch_(launch) {
         block.expect();
         if (is_last_warp(block)) begin(Warp{});
-        if (prim::warp_idx() == 0) look(Warp{});
+        if (prim::warp_idx() == 0) take_look(Warp{}, look);
         block.sync();  // each lane's acquire, the block's stores
         if (!is_ready()) wait(block);
     }
@@ -196,15 +208,10 @@ private:
         publish_ended(warp, c);
     }
 
-    // One look at the flags of both banks, so that it need not come after the number of the call: that is under way too.
-    EP_DEVICE void look(Warp warp) const {
+    EP_DEVICE void take_look(Warp warp, const BankLook& look) const {
         warp.expect();
         const CallContext& c = launch_.context;
-        bool may_go_on = algo::abort_code(c.watch) == 0;
-#pragma unroll 1
-        for (int i = warp.thread_rank(); i < c.num_ranks() * layout::kNumLowLatencyBanks; i += warp.size())
-            may_go_on &= is_bank_free(c, i / c.num_ranks(), i % c.num_ranks());
-        const bool is_ready = __all_sync(kFullMask, may_go_on) != 0;
+        const bool is_ready = is_bank_free(warp, c, look) && look.abort_code == 0;
         if (is_ready && c.call.is_shrinkable) note_masks(warp);
         if (warp.thread_rank() == 0) {
             role().is_ready = is_ready ? 1 : 0;
@@ -246,9 +253,9 @@ public:
     // The last warp is the least likely to have a unit, and no other one depends on a counter that this changes.
     EP_DEVICE ReceivePhase(Block block, const LaunchSession& launch) : launch_(launch) {
         block.expect();
-        // Only send phases count calls, and they come before or after the whole launch.
-        has_later_call_ = prim::load<Order::kRelaxed, Scope::kGpu>(
-                              &launch.context.watch.words.local->num_low_latency_sends) != launch.context.watch.call;
+        // Only send phases count calls, and they come before or after the whole launch. Compared when the phase ends: here it
+        // would be waited for.
+        num_sends_ = prim::load<Order::kRelaxed, Scope::kGpu>(&launch.context.watch.words.local->num_low_latency_sends);
         if (is_last_warp(block)) begin(Warp{});
     }
 
@@ -257,7 +264,7 @@ public:
     EP_DEVICE ~ReceivePhase() {
         const Block block;
         const CallContext& c = launch_.context;
-        if (!has_later_call_) return;
+        if (num_sends_ == c.watch.call) return;
         // Every block's reads, the last one's release.
         uint32_t* counter = &c.watch.words.local->low_latency_read_blocks;
         if (!algo::is_last_block<Order::kAcqRel, Scope::kGpu>(block, counter, launch_.role.share)) return;
@@ -279,27 +286,33 @@ private:
     }
 
     const LaunchSession& launch_;
-    bool has_later_call_;
+    uint64_t num_sends_;
 };
 
 // The kernels of an operation. With a hook its two launches are of the same one, so that a profiler has one name for the
 // call; registers and instructions of a phase are its own all the same.
 enum class Launches { kPhases, kWhole };
 
-// What a launch does, by `send(launch)`, which has a SendPhase, and `receive(launch)`.
-template <Launches kLaunches, bool kUsesPackets = false, class Send, class Receive>
+// What a launch does: `send(launch)`, which takes the number of the call and has a SendPhase, and `receive(launch, early)`.
+// `early`: in a launch that only receives, what `look_early(context)` has loaded beside the number of the call, and so without
+// it: flags are those of both banks.
+template <Launches kLaunches, bool kUsesPackets = false, class Send, class LookEarly, class Receive>
 EP_DEVICE void run_launch(const LowLatencyCall& call, layout::Operation operation, BlockRole& role, const Send& send,
-                          const Receive& receive) {
+                          const LookEarly& look_early, const Receive& receive) {
     if (kLaunches == Launches::kWhole) {
-        const LaunchSession launch(call, operation, Phase::kBoth, kUsesPackets, role);
+        LaunchSession launch(call, operation, Phase::kBoth, kUsesPackets, role);
         send(launch);
-        if (role.receives != 0) receive(launch);
+        if (role.receives != 0) receive(launch, decltype(look_early(launch.context)){});
     } else if (call.phase == Phase::kSend) {
-        send(LaunchSession(call, operation, Phase::kSend, kUsesPackets, role));
+        LaunchSession launch(call, operation, Phase::kSend, kUsesPackets, role);
+        send(launch);
     } else {
-        const LaunchSession launch(call, operation, Phase::kReceive, kUsesPackets, role);
+        LaunchSession launch(call, operation, Phase::kReceive, kUsesPackets, role);
+        launch.ask_number();
+        const auto early = look_early(launch.context);
+        launch.take_number();
         const ReceivePhase phase(Block{}, launch);
-        receive(launch);
+        receive(launch, early);
     }
 }
 

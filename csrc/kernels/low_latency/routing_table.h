@@ -88,7 +88,7 @@ EP_DEVICE void fill_sets(const algo::Warps& warps, const CallContext& c, const C
 #pragma unroll
         for (int i = 0; i < kEntriesAtOnce; ++i) {
             const int entry = base + i * warps.size();
-            const int idx = entry / c.call.num_topk;
+            const int idx = c.call.by_topk.quotient(entry);
             if (entry < num_entries) sets.entries[entry] = experts[i] < 0 ? -1 : pack_entry(experts[i], idx);
             if (experts[i] >= 0)
                 prim::fetch_or<Order::kRelaxed, Scope::kCta>(&sets.words[experts[i] * sets.num_words + idx / 32],
@@ -185,16 +185,47 @@ struct Counts {
     EP_DEVICE int* before(int source) const { return rows + source * num_local_experts; }
 };
 
-// Acquire: which tables count in this call. One thread waits for a table: if every warp did for itself, they would crowd the
-// flag. A barrier must follow. True: this thread has found that the call has failed.
-EP_DEVICE bool wait_for_tables(Block block, const CallContext& c, const Counts& counts, BlockRole& role) {
+// Notes whether the table of `source` counts in this call. Acquire. True: this thread has found that the call has failed.
+EP_DEVICE bool note_table(const CallContext& c, const Counts& counts, int source, bool is_seen) {
+    const bool is_here = is_seen || wait_for_table(c, source);
+    counts.is_here[source] = is_here ? 1 : 0;
+    return !is_here && has_failed(c.watch);
+}
+
+// The flags that a block looks at when it begins to receive, each lane at one, so that all are one trip to memory. In a launch
+// that only receives the number of the call is not known yet: they are those of both banks. Two lanes have the slot of the
+// warp's first token; the others, of all warps together, have tables.
+constexpr int kSlotLanes = layout::kNumLowLatencyBanks;
+
+struct EarlyLook {
+    uint64_t seen;  // this lane's flag; 0: none
+};
+
+// Of all tables in both banks, the one that is this lane's; below zero: none.
+EP_DEVICE int early_table(Warp warp) {
+    const int lane = warp.thread_rank() - kSlotLanes;
+    return lane < 0 ? -1 : prim::warp_idx() * (kWarpSize - kSlotLanes) + lane;
+}
+
+EP_DEVICE const uint64_t* table_flag(const CallContext& c, int table) {
+    constexpr int kNumBanks = layout::kNumLowLatencyBanks;
+    return c.watch.heap.table_full(c.rank(), table % kNumBanks, table / kNumBanks);
+}
+
+// After that look. Acquire: which tables count in this call. One thread waits for a table: if every warp did for itself, they
+// would crowd the flag. A barrier must follow. True: this thread has found that the call has failed.
+EP_DEVICE bool wait_for_tables(Block block, const CallContext& c, const Counts& counts, BlockRole& role,
+                               EarlyLook early) {
     block.expect();
+    constexpr int kNumBanks = layout::kNumLowLatencyBanks;
+    const int first = early_table(Warp{}), num_tables = c.num_ranks() * kNumBanks;
     bool is_lost = false;
 #pragma unroll 1
-    for (int source = block.thread_rank(); source < c.num_ranks(); source += block.size()) {
-        const bool is_here = wait_for_table(c, source);
-        is_lost |= !is_here && has_failed(c.watch);
-        counts.is_here[source] = is_here ? 1 : 0;
+    for (int table = first; table >= 0 && table < num_tables; table += block.num_warps() * (kWarpSize - kSlotLanes)) {
+        if (table % kNumBanks != c.bank) continue;
+        // Where a source may be left out, one thread of the device decides.
+        const bool is_seen = table == first && early.seen == c.watch.call && !c.call.is_shrinkable;
+        is_lost |= note_table(c, counts, table / kNumBanks, is_seen);
     }
     // A hint for watch_slot, when every lane has its tables.
     if (prim::warp_idx() == 0 && (__any_sync(kFullMask, is_lost) != 0 || Warp::thread_rank() == 0))

@@ -6,6 +6,9 @@
 namespace deep_ep::kernels::low_latency {
 inline namespace EP_BACKEND {
 
+// Of a warp in a launch that only receives.
+EP_DEVICE int first_unit() { return prim::warp_idx() * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x); }
+
 // All blocks that receive: `work(unit, is_first, claim)` for every unit below `num_units`, a warp for each, and at least once
 // for every warp, so that it may have barriers the first time: then `unit` may be beyond. Work may call claim() when what it
 // waited for has come: the next share is claimed then, while this one is still worked on. Not before: blocks that are still
@@ -18,7 +21,7 @@ EP_DEVICE void for_each_unit(Block block, const LaunchSession& launch, int num_u
     if (c.phase == Phase::kReceive) {
         const int num_blocks = static_cast<int>(gridDim.x);
 #pragma unroll 1
-        for (int unit = prim::warp_idx() * num_blocks + static_cast<int>(blockIdx.x); is_first || unit < num_units;
+        for (int unit = first_unit(); is_first || unit < num_units;
              unit += num_blocks * block.num_warps(), is_first = false)
             work(unit, is_first, [] {});
         return;
@@ -39,12 +42,6 @@ EP_DEVICE void for_each_unit(Block block, const LaunchSession& launch, int num_u
         if (block.thread_rank() == 0) current = static_cast<int>(next);
         block.sync();
     }
-}
-
-// How many warps share one of `num_items`, so that all warps of the grid have work; at most `most`.
-EP_DEVICE int warps_for_item(int num_items, int most) {
-    const int wanted = num_items > 0 ? static_cast<int>(gridDim.x) * Block::num_warps() / num_items : 1;
-    return wanted < 1 ? 1 : wanted > most ? most : wanted;
 }
 
 }  // namespace EP_BACKEND
