@@ -11,7 +11,7 @@ def same_bits(name: str, got: Optional[torch.Tensor], want: Optional[torch.Tenso
     if got is None or want is None:
         assert got is want, f"{name}: got {got}, want {want}"
         return
-    got = got.detach().cpu()
+    got, want = got.detach().cpu(), want.detach().cpu()
     assert got.dtype == want.dtype, f"{name}: got {got.dtype}, want {want.dtype}"
     assert got.shape == want.shape, f"{name}: got shape {list(got.shape)}, want {list(want.shape)}"
     if got.numel() == 0:
