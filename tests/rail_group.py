@@ -1,4 +1,4 @@
-"""Processes that are joined by the engine `host` alone (tests/cpp/rail/process), perhaps in network namespaces."""
+"""Processes that are joined by an engine alone (tests/cpp/rail/process), perhaps in network namespaces."""
 from __future__ import annotations
 
 import itertools
@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,7 @@ from typing_extensions import Self
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "rail"
 PATIENCE_S = 120
+ANSWERS = ("address ", "connected", "port ", "error ", "{")
 
 
 def build_process() -> Path:
@@ -104,6 +106,7 @@ class RailGroup:
                  num_ranks: int,
                  options: Sequence[str],
                  prefixes: Sequence[Sequence[str]] | None = None) -> None:
+        self.has_bare_socket = "nvshmem" not in program.name
         self.processes = []
         for rank in range(num_ranks):
             prefix = [] if prefixes is None else list(prefixes[rank])
@@ -131,6 +134,9 @@ class RailGroup:
         stdout = self.processes[rank].stdout
         assert stdout is not None
         line = stdout.readline().rstrip("\n")
+        while line and not line.startswith(ANSWERS):  # NVSHMEM says something of its own
+            print(f"rank {rank}: {line}", file=sys.stderr)
+            line = stdout.readline().rstrip("\n")
         if line.startswith("error "):
             raise RuntimeError(f"rank {rank}: {line.removeprefix('error ')}")
         return line
@@ -143,7 +149,7 @@ class RailGroup:
     def run(self, command: str) -> list[dict[str, Any]]:
         for rank in range(len(self.processes)):
             self.tell(rank, command)
-        if command.startswith("plain "):
+        if command.startswith("plain ") and self.has_bare_socket:
             self.tell(0, self.hear(1))  # where rank 1 listens
         return [self.ask(rank) for rank in range(len(self.processes))]
 
