@@ -1,4 +1,4 @@
-"""What a machine says of itself: the driver, NVLink, and the limits of a container. For the doctor.
+"""What a machine says of itself: the driver, NVLink, networks, and the limits of a container. For the doctor.
 
 Imports nothing of this package, because the doctor runs where that does not import. A probe returns what it found, or
 None where there is nothing to ask; what cannot be read is left out. Paths are module constants, so that tests can fake
@@ -6,6 +6,8 @@ a machine.
 """
 
 import ctypes
+import ctypes.util
+import importlib.util
 import os
 import re
 import resource
@@ -19,7 +21,11 @@ STATUS_FILE = Path("/proc/self/status")
 NAMESPACES = Path("/proc/self/ns")
 PTRACE_SCOPE = Path("/proc/sys/kernel/yama/ptrace_scope")
 IMEX_CHANNELS = Path("/dev/nvidia-caps-imex-channels")
-SHM_MOUNT = Path("/dev/shm")  # noqa: S108 - asked for its size only
+SHM_MOUNT = Path("/dev/shm")  # noqa: S108 - asked for its size, and whether it can be written
+INTERFACES = Path("/sys/class/net")
+RDMA_DEVICES = Path("/sys/class/infiniband")
+NVSHMEM = "nvshmem_host"
+NVSHMEM_PACKAGE = "nvidia.nvshmem"
 CONTAINER_MARKS = (Path("/.dockerenv"), Path("/run/.containerenv"), Path("/run/systemd/container"),
                    Path("/var/run/secrets/kubernetes.io"))
 MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -28,6 +34,7 @@ NO_LIMIT = 1 << 60  # version 1 of cgroups writes a number near 2^63
 _MAX_LINKS = 18
 _P2P_NVLINK = 2  # NVML_P2P_CAPS_INDEX_NVLINK
 _TEXT_BYTES = 96
+_FABRIC_STATES = ("not supported", "not started", "in progress", "completed")  # NVML_GPU_FABRIC_STATE_*
 
 
 def read_text(path: Path) -> Optional[str]:
@@ -35,6 +42,13 @@ def read_text(path: Path) -> Optional[str]:
         return path.read_text().strip()
     except (OSError, UnicodeDecodeError):
         return None
+
+
+class _FabricInfo(ctypes.Structure):
+    """nvmlGpuFabricInfo_t"""
+
+    _fields_ = (("cluster_uuid", ctypes.c_ubyte * 16), ("status", ctypes.c_int), ("clique_id", ctypes.c_uint),
+                ("state", ctypes.c_ubyte))
 
 
 class NvmlError(Exception):
@@ -80,6 +94,17 @@ class Nvml:
         status = ctypes.c_int()
         self._call("nvmlDeviceGetP2PStatus", first, second, ctypes.c_int(_P2P_NVLINK), ctypes.byref(status))
         return status.value == 0
+
+    def fabric_state(self, device: ctypes.c_void_p) -> Optional[str]:
+        """Whether NVSwitch knows the GPU: one of `_FABRIC_STATES`, or None where there is nothing to ask."""
+        info = _FabricInfo()
+        try:
+            self._call("nvmlDeviceGetGpuFabricInfo", device, ctypes.byref(info))
+        except NvmlError:  # older drivers, and GPUs without NVSwitch
+            return None
+        if not 0 < info.state < len(_FABRIC_STATES):
+            return None
+        return _FABRIC_STATES[info.state] + (f" with error {info.status}" if info.status else "")
 
     def _is_link_active(self, device: ctypes.c_void_p, link: int) -> bool:
         is_active = ctypes.c_uint()
@@ -183,6 +208,96 @@ def status_field(name: str) -> Optional[str]:
 def ptrace_scope() -> Optional[int]:
     text = read_text(PTRACE_SCOPE)
     return int(text) if text is not None and text.isdigit() else None
+
+
+def is_shm_writable() -> bool:
+    return os.access(SHM_MOUNT, os.W_OK | os.X_OK)
+
+
+@dataclass(frozen=True)
+class Interface:
+    """A network interface with hardware behind it, or a bond of such."""
+
+    name: str
+    is_up: bool
+    gbps: Optional[float]  # None: the driver does not tell (virtual machines)
+
+    def __str__(self) -> str:
+        return f"{self.name} {_rate(self.gbps)}, {'up' if self.is_up else 'down'}"
+
+
+@dataclass(frozen=True)
+class RdmaPort:
+    device: str
+    port: str
+    link_layer: str  # InfiniBand, Ethernet (RoCE) or what the driver calls it (EFA: Unspecified)
+    state: str  # ACTIVE, INIT, DOWN, ...
+    gbps: Optional[float]
+
+    def __str__(self) -> str:
+        return f"{self.device} port {self.port} {_rate(self.gbps)} {self.link_layer}, {self.state}"
+
+
+def _rate(gbps: Optional[float]) -> str:
+    return "rate unknown" if gbps is None else f"{gbps:g} Gb/s"
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _bonded(interface: Path) -> list[Path]:
+    """The interfaces that a bond joins."""
+    return [INTERFACES / name for name in (read_text(interface / "bonding" / "slaves") or "").split()]
+
+
+def _interface_gbps(interface: Path) -> Optional[float]:
+    members = _bonded(interface)
+    if members:
+        known = [rate for rate in map(_interface_gbps, members) if rate is not None]
+        return sum(known) if known else None
+    mbps = read_text(interface / "speed") or ""
+    return int(mbps) / 1000 if mbps.isdigit() and int(mbps) > 0 else None  # -1, or an error: unknown
+
+
+def network_interfaces() -> list[Interface]:
+    """Those that may reach other machines: no loopback, bridge or tunnel."""
+    return [
+        Interface(path.name,
+                  read_text(path / "operstate") == "up", _interface_gbps(path)) for path in _entries(INTERFACES)
+        if (path / "device").exists() or _bonded(path)
+    ]
+
+
+def rdma_ports() -> list[RdmaPort]:
+    """Ports of the RDMA NICs. The rate of a bonded port is that of the bond: the device tells one of its links."""
+    found = []
+    for device in _entries(RDMA_DEVICES):
+        for port in _entries(device / "ports"):
+            rate = re.match(r"[\d.]+", read_text(port / "rate") or "")
+            gbps = float(rate.group()) if rate else None
+            interface = INTERFACES / (read_text(port / "gid_attrs" / "ndevs" / "0") or "none")
+            if _bonded(interface):
+                gbps = _interface_gbps(interface) or gbps
+            state = (read_text(port / "state") or "unknown").split(": ")[-1]
+            found.append(RdmaPort(device.name, port.name, read_text(port / "link_layer") or "unknown", state, gbps))
+    return found
+
+
+def nvshmem_library() -> Optional[str]:
+    """Where NVSHMEM's host library is: what the loader finds, or the PyPI package's folder."""
+    found = ctypes.util.find_library(NVSHMEM)
+    if found is not None:
+        return found
+    try:
+        package = importlib.util.find_spec(NVSHMEM_PACKAGE)
+    except (ImportError, ValueError):  # no package `nvidia`
+        return None
+    folders = package.submodule_search_locations if package is not None else None
+    return next(iter(folders), None) if folders else None
 
 
 def namespace(kind: str) -> Optional[str]:

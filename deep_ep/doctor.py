@@ -1,8 +1,9 @@
-"""Says what is built, what this machine has, what does not fit together, and how to mend it.
+"""Says what is built, what this machine has, what does not fit together, and how to mend it. Run it first.
 
     python -m deep_ep doctor [--json]
 
-Also runs as a plain file, for when `import deep_ep` fails. Exit status 1: something is broken.
+Also runs as a plain file, for when `import deep_ep` fails. Exit status: 0, nothing is broken (notes may stand); 1,
+something is; 2, the command was not understood. With --json: a list of objects with level, subject, text and fix.
 """
 
 import argparse
@@ -23,7 +24,8 @@ LITTLE_MEMORY_BYTES = GIB // 4
 MEMORY_INFO = Path("/proc/meminfo")
 OLDEST_TORCH = (2, 1)
 LITTLE_SHM_BYTES = GIB
-SHM_SUBJECT = "shared memory mount"
+SHM_SUBJECT = "/dev/shm"  # noqa: S108 - a name in the report
+START_FABRIC_MANAGER = "sudo systemctl start nvidia-fabricmanager (its version must be the driver's), then try again"
 INSTALL_FIX = "build and install the package for this Python: pip install . (README.md)"
 
 
@@ -192,6 +194,45 @@ def check_peer_access(torch: Any) -> list[Finding]:
     return [Finding("ok", "peer access", "every GPU reaches every other" if count > 1 else "one GPU, no peers")]
 
 
+def check_fabric() -> list[Finding]:
+    """Behind NVSwitch a GPU works only once the fabric manager has set it up."""
+    try:
+        library = probes.Nvml()
+    except OSError:
+        return []  # check_nvlink says so
+    with library as nvml:
+        states = [nvml.fabric_state(device) for device in nvml.devices()]
+    known = [state for state in states if state is not None]
+    if not known:
+        return [Finding("ok", "NVSwitch fabric", "none, or the driver does not tell")]
+    bad = [f"GPU {i}: {state}" for i, state in enumerate(states) if state not in (None, "completed")]
+    if bad:
+        return [Finding("note", "NVSwitch fabric", "not set up: " + "; ".join(bad), START_FABRIC_MANAGER)]
+    return [Finding("ok", "NVSwitch fabric", f"set up for {len(known)} GPU(s)")]
+
+
+def check_nvshmem() -> list[Finding]:
+    found = probes.nvshmem_library()
+    return [Finding("ok", "NVSHMEM", (found or "not found") + "; calls inside a node do not use it")]
+
+
+def check_network() -> list[Finding]:
+    """NICs and their rates, from sysfs. Calls inside a node use none."""
+    interfaces, ports = probes.network_interfaces(), probes.rdma_ports()
+    found = [
+        Finding("ok", "network", "; ".join(map(str, interfaces)) or "no interface that reaches other machines"),
+        Finding("ok", "RDMA", "; ".join(map(str, ports)) or "no RDMA device")
+    ]
+    return found + [_idle_port(port) for port in ports if port.state != "ACTIVE"]
+
+
+def _idle_port(port: Any) -> Finding:
+    fix = f"ip link set up its interface, or check the cable (ibstat {port.device})"
+    if port.state == "INIT":
+        fix = "start a subnet manager for this network (opensm, or the switch's)"
+    return Finding("note", f"RDMA {port.device}", f"port {port.port} is {port.state}", fix)
+
+
 def check_memory() -> list[Finding]:
     """Buffers on the CPU are anonymous shared memory: no mount is needed, only free memory."""
     try:
@@ -221,26 +262,33 @@ def check_container() -> list[Finding]:
 
 
 def check_limits() -> list[Finding]:
-    found = []
-    shm = probes.shm_bytes()
-    if shm is None:
-        found.append(Finding("note", SHM_SUBJECT, "not there: deep_ep needs none, but NCCL and data loaders may"))
-    elif shm < LITTLE_SHM_BYTES:
-        found.append(
-            Finding(
-                "note", SHM_SUBJECT, f"{shm / (1 << 20):.0f} MiB: deep_ep needs none, but NCCL and data loaders may "
-                "(docker: --shm-size)"))
-    else:
-        found.append(Finding("ok", SHM_SUBJECT, f"{shm / GIB:.1f} GiB (deep_ep itself needs none)"))
-    memlock = probes.memlock_bytes()
-    text = "unlimited" if memlock is None else f"{memlock / (1 << 20):.1f} MiB (RDMA will want more; nothing here does)"
-    found.append(Finding("ok", "memlock", text))
-    seccomp, scope = probes.status_field("Seccomp"), probes.ptrace_scope()
+    # Opening a peer's descriptor under /proc is a read access, which the ptrace scope does not restrict.
+    scope, seccomp = probes.ptrace_scope(), probes.status_field("Seccomp")
     filters = {"0": "off", "1": "strict", "2": "filtering system calls"}.get(seccomp or "", "unknown")
-    # Opening a peer's descriptor is a read access; the scope restricts attaching, until it is 3.
-    traced = "not there" if scope is None else str(scope)
-    found.append(Finding("ok", "seccomp", f"{filters}; ptrace scope {traced}"))
-    return found
+    memlock = probes.memlock_bytes()
+    return [
+        _check_shm(),
+        Finding(
+            "ok", "memlock", "unlimited" if memlock is None else
+            f"{memlock / (1 << 20):.1f} MiB (calls inside a node pin nothing; RDMA wants: ulimit -l unlimited)"),
+        Finding(
+            "ok", "seccomp", f"{filters}; ptrace scope {'not there' if scope is None else scope}: deep_ep needs "
+            "memfd_create and /proc/PID/fd of the same user, and no ptrace")
+    ]
+
+
+def _check_shm() -> Finding:
+    """Each rank keeps a page of 8 KiB there; without it peers must see each other's processes."""
+    size = probes.shm_bytes()
+    if size is None or not probes.is_shm_writable():
+        return Finding("note", SHM_SUBJECT, ("not there" if size is None else "cannot be written") +
+                       ": ranks find each other through /proc instead; NCCL and data loaders may fail",
+                       "mount it (docker: --shm-size=1g; Kubernetes: an emptyDir with medium: Memory at /dev/shm)")
+    if size < LITTLE_SHM_BYTES:
+        return Finding(
+            "note", SHM_SUBJECT, f"{size / (1 << 20):.0f} MiB: enough for deep_ep, which keeps 8 KiB for each rank "
+            "there; NCCL and data loaders may need more", "docker: --shm-size=1g, or --ipc=host")
+    return Finding("ok", SHM_SUBJECT, f"{size / GIB:.1f} GiB (deep_ep keeps 8 KiB for each rank there)")
 
 
 def check_topology(native: Any) -> list[Finding]:
@@ -272,30 +320,38 @@ def check_round_trips(torch: Any) -> list[Finding]:
     found = [Finding("ok", "device", f"{kind} ({reason})")]
     for name, device, gpus in paths:
         subject = f"round trip, {name}"
-        failures = trip.round_trip(device, gpus)
-        if failures:
+        outcome = trip.round_trip(device, gpus)
+        if outcome.failures:
             found.append(
                 Finding(
-                    "broken", subject, "\n       ".join(failures),
-                    "see docs/errors.md; DEEP_EP_DEVICE=cpu does without "
-                    "the GPU" if device == "cuda" else "see docs/errors.md; are memfd and /proc usable here?"))
+                    "broken", subject, "\n       ".join(outcome.failures),
+                    "what the sentence says (docs/errors.md has more); DEEP_EP_DEVICE=cpu does without the GPU"
+                    if device == "cuda" else "what the sentence says (docs/errors.md has more); this needs "
+                    "memfd_create and /proc"))
         else:
-            found.append(Finding("ok", subject, "dispatch and combine, through slots, lent and low-latency"))
+            times = ", ".join(f"{name} {time_us:.0f} us" for name, time_us in outcome.times_us.items())
+            found.append(Finding("ok", subject, f"{trip.NUM_TOKENS} tokens there and back: {times}"))
     return found
+
+
+def _has_broken(found: list[Finding], *subjects: str) -> bool:
+    return any(finding.level == "broken" and finding.subject in subjects for finding in found)
 
 
 def examine() -> list[Finding]:
     """Everything, in the order in which one thing needs another."""
     torch, native = _load("torch"), _load("deep_ep_cpp")
-    found = check_python() + check_torch(torch) + check_extension(native) + check_memory()
+    found = _guarded("python", check_python) + _guarded("torch", check_torch, torch)
+    found += _guarded("deep_ep_cpp", check_extension, native) + _guarded("memory", check_memory)
     found += _guarded("container", check_container) + _guarded("limits", check_limits)
-    found += _guarded("NVLink", check_nvlink)
+    found += _guarded("NVLink", check_nvlink) + _guarded("NVSwitch fabric", check_fabric)
+    found += _guarded("network", check_network) + _guarded("NVSHMEM", check_nvshmem)
     if not isinstance(native, Exception):
         found += _guarded("driver", check_driver, native)
-    if any(finding.level == "broken" for finding in found if finding.subject in ("torch", "deep_ep_cpp")):
+    if _has_broken(found, "torch", "deep_ep_cpp"):
         return found
-    found += check_package() + _guarded("GPUs", check_gpus, torch, native)
-    if any(finding.level == "broken" for finding in found if finding.subject in ("deep_ep", "environment")):
+    found += _guarded("deep_ep", check_package) + _guarded("GPUs", check_gpus, torch, native)
+    if _has_broken(found, "deep_ep", "environment"):
         return found
     found += _guarded("topology", check_topology, native)
     return found + _guarded("round trip", check_round_trips, torch)

@@ -1,8 +1,10 @@
 """The doctor finds the machine of the tests well, and broken parts broken."""
 
+import ast
 import ctypes
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -22,7 +24,9 @@ from deep_ep.bench import round_trip as trip
 def test_this_machine_is_well(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(["--json"]) == 0
     found = {finding["subject"]: finding for finding in json.loads(capsys.readouterr().out)}
-    assert found["round trip, CPU device, two processes"]["level"] == "ok"
+    ping = found["round trip, CPU device, two processes"]
+    assert ping["level"] == "ok"
+    assert all(re.search(rf"{path} \d+ us", ping["text"]) for path in ("through slots", "lent", "low latency"))
     assert all(finding["level"] != "broken" for finding in found.values())
     assert deep_ep.__version__ in found["deep_ep"]["text"]
 
@@ -73,8 +77,14 @@ def nowhere(_: int, __: int) -> bool:
 class FakeNvml:
     """libnvidia-ml of a machine with `joined` pairs of GPUs; every function fails with `failing`'s error."""
 
-    def __init__(self, num_gpus: int, num_links: int, joined: Callable[[int, int], bool], failing: str = "") -> None:
+    def __init__(self,
+                 num_gpus: int,
+                 num_links: int,
+                 joined: Callable[[int, int], bool],
+                 failing: str = "",
+                 fabric: tuple[int, int] = (0, 0)) -> None:
         self._num_gpus, self._num_links, self._joined, self._failing = num_gpus, num_links, joined, failing
+        self._fabric = fabric  # state and status
 
     def __getattr__(self, name: str) -> Any:
         function = type(self)._functions[name]
@@ -106,6 +116,10 @@ class FakeNvml:
         status._obj.value = 0 if self._joined(first.value - 100, second.value - 100) else 4
         return 0
 
+    def _fabric_info(self, _: ctypes.c_void_p, info: Any) -> int:
+        info._obj.state, info._obj.status = self._fabric
+        return 0
+
     _functions = {  # noqa: RUF012
         "nvmlInit_v2": _init,
         "nvmlShutdown": _init,
@@ -113,7 +127,8 @@ class FakeNvml:
         "nvmlDeviceGetCount_v2": _count,
         "nvmlDeviceGetHandleByIndex_v2": _handle,
         "nvmlDeviceGetNvLinkState": _link,
-        "nvmlDeviceGetP2PStatus": _p2p
+        "nvmlDeviceGetP2PStatus": _p2p,
+        "nvmlDeviceGetGpuFabricInfo": _fabric_info
     }
 
 
@@ -169,8 +184,24 @@ def test_a_failing_nvml_is_a_line_of_the_report(monkeypatch: pytest.MonkeyPatch,
     install_nvml(monkeypatch, FakeNvml(2, 18, everywhere, failing=failing))
     found = doctor._guarded("NVLink", doctor.check_nvlink)
     assert found[0].level in ("note", "ok")
+    assert doctor._guarded("NVSwitch fabric", doctor.check_fabric)[0].level in ("note", "ok")
     if failing in ("nvmlDeviceGetCount_v2", "nvmlDeviceGetP2PStatus"):
         assert f"{failing} returned 999" in found[0].text
+
+
+@pytest.mark.parametrize(("fabric", "level", "says"), [
+    ((0, 0), "ok", "none, or the driver does not tell"),
+    ((3, 0), "ok", "set up for 2 GPU(s)"),
+    ((2, 0), "note", "GPU 0: in progress; GPU 1: in progress"),
+    ((3, 999), "note", "GPU 1: completed with error 999"),
+    ((9, 0), "ok", "the driver does not tell"),
+])
+def test_nvswitch_fabric(monkeypatch: pytest.MonkeyPatch, fabric: tuple[int, int], level: str, says: str) -> None:
+    install_nvml(monkeypatch, FakeNvml(2, 18, everywhere, fabric=fabric))
+    found = doctor.check_fabric()
+    assert found[0].level == level
+    assert says in found[0].text
+    assert ("nvidia-fabricmanager" in found[0].fix) == (level == "note")
 
 
 def native_with(runtime: int, served: int) -> Any:
@@ -207,8 +238,8 @@ def test_limits_of_a_narrow_container(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(probes.os, "statvfs", lambda _: SimpleNamespace(f_frsize=4096, f_blocks=16384))
     monkeypatch.setattr(probes.resource, "getrlimit", lambda _: (64 << 10, 64 << 10))
     told = text_of(doctor.check_container() + doctor.check_limits())
-    for part in (f"yes ({mark})", "memory limit: 2.0 GiB", "[note] shared memory mount: 64 MiB", "memlock: 0.1 MiB",
-                 "filtering system calls; ptrace scope 1", "ipc:["):
+    for part in (f"yes ({mark})", "memory limit: 2.0 GiB", "[note] /dev/shm: 64 MiB", "fix: docker: --shm-size=1g",
+                 "memlock: 0.1 MiB", "filtering system calls; ptrace scope 1", "ipc:["):
         assert part in told, part
 
 
@@ -240,23 +271,124 @@ def test_limits_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(probes, "CONTAINER_MARKS", ())
     monkeypatch.setattr(probes.resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     told = text_of(doctor.check_container() + doctor.check_limits())
-    for part in ("container: none that shows", "[note] shared memory mount: not there", "memlock: unlimited",
+    for part in ("container: none that shows", "[note] /dev/shm: not there", "memlock: unlimited",
                  "unknown; ptrace scope not there"):
         assert part in told, part
 
 
-def test_no_failing_probe_ends_the_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_shared_memory_mount_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(probes, "SHM_MOUNT", tmp_path)
+    monkeypatch.setattr(probes.os, "access", lambda *_: False)
+    found = doctor._check_shm()
+    assert found.level == "note"
+    assert "cannot be written" in found.text
+    assert "--shm-size" in found.fix
+
+
+def torch_with(num_gpus: int, reaches: Callable[[int, int], bool] = everywhere, cuda: Optional[str] = "13.0") -> Any:
+    properties = SimpleNamespace(name="H100", major=9, minor=0, multi_processor_count=132)
+    return SimpleNamespace(version=SimpleNamespace(cuda=cuda),
+                           cuda=SimpleNamespace(is_available=lambda: num_gpus > 0,
+                                                device_count=lambda: num_gpus,
+                                                get_device_properties=lambda _: properties,
+                                                mem_get_info=lambda _: (60 << 30, 80 << 30),
+                                                can_device_access_peer=reaches))
+
+
+def test_gpus_and_their_peers() -> None:
+    native = SimpleNamespace(is_cuda_built=lambda: True)
+    found = doctor.check_gpus(torch_with(2), native)
+    assert [finding.level for finding in found] == ["ok", "ok", "ok"]
+    told = text_of(found)
+    assert "GPU 1: H100, SM90, 132 SMs, 60.0 of 80.0 GiB free" in told
+    assert "every GPU reaches every other" in told
+    found = doctor.check_gpus(torch_with(4, lambda i, j: i // 2 == j // 2), native)
+    assert found[-1].level == "broken"
+    assert "0-2, 0-3, 1-2" in found[-1].text
+    assert "nvidia-smi topo -p2p r" in found[-1].fix
+
+
+def test_gpus_that_torch_or_the_build_does_not_serve() -> None:
+    found = doctor.check_gpus(torch_with(1), SimpleNamespace(is_cuda_built=lambda: False))
+    assert found[0].level == "broken"
+    assert "DEEP_EP_DEVICE=cpu" in found[0].fix
+    assert "CUDA_VISIBLE_DEVICES" in doctor.check_gpus(torch_with(0), None)[0].fix
+    assert "CPU build" in doctor.check_gpus(torch_with(0, cuda=None), None)[0].text
+
+
+def test_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    info = tmp_path / "meminfo"
+    monkeypatch.setattr(doctor, "MEMORY_INFO", info)
+    assert "cannot tell" in doctor.check_memory()[0].text
+    info.write_text("MemTotal: 1000 kB\nMemAvailable: 1000 kB\n")
+    assert doctor.check_memory()[0].level == "note"
+    info.write_text(f"MemAvailable: {8 << 20} kB\n")
+    assert "8.0 GiB free" in doctor.check_memory()[0].text
+
+
+def test_a_malformed_variable_has_a_fix() -> None:
+
+    def get_environment() -> dict[str, Any]:
+        raise deep_ep_cpp.InvalidArgument("DEEP_EP_TIMEOUT_SECS: expected seconds, got 'soon'")
+
+    native = SimpleNamespace(is_cuda_built=lambda: False,
+                             topk_idx_bits=lambda: 64,
+                             __file__="x.so",
+                             get_environment=get_environment)
+    found = doctor.check_extension(native)[-1]
+    assert (found.level, found.fix) == ("broken", "correct or unset the variable")
+
+
+# Of the report: checks that it makes itself, and what they need.
+CHECKS = sorted(name for name in vars(doctor) if name.startswith("check_") and name != "check_peer_access")
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_failing_check_is_a_line_of_the_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                                                 check: str) -> None:
 
     def fail(*_: object) -> Any:
         raise RuntimeError("the probe broke")
 
-    for name in ("container", "namespace", "shm_bytes", "driver_version", "Nvml", "memory_limit", "ptrace_scope"):
+    monkeypatch.setattr(doctor, "check_round_trips", lambda _: [])  # takes seconds
+    monkeypatch.setattr(doctor, check, fail)
+    assert doctor.main([]) == 0
+    assert capsys.readouterr().out.count("cannot tell: RuntimeError: the probe broke") == 1
+
+
+def test_failing_probes_are_lines_of_the_report(monkeypatch: pytest.MonkeyPatch,
+                                                capsys: pytest.CaptureFixture[str]) -> None:
+
+    def fail(*_: object) -> Any:
+        raise RuntimeError("the probe broke")
+
+    for name in ("container", "shm_bytes", "driver_version", "Nvml", "network_interfaces", "nvshmem_library"):
         monkeypatch.setattr(probes, name, fail)
-    monkeypatch.setattr(doctor, "check_gpus", fail)
     monkeypatch.setattr(trip, "round_trip", fail)
     assert doctor.main([]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("cannot tell: RuntimeError: the probe broke") == 6
+    assert printed.count("cannot tell: RuntimeError: the probe broke") == 8  # NVLink and the fabric both ask NVML
+
+
+def test_whatever_is_broken_has_a_fix() -> None:
+    tree = ast.parse(Path(doctor.__file__).read_text())
+    calls = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Finding"
+    ]
+    broken = [call for call in calls if getattr(call.args[0], "value", "") == "broken"]
+    assert len(broken) > 6
+    assert [call.lineno for call in broken if len(call.args) < 4] == []
+
+
+@pytest.mark.parametrize(("levels", "status"), [(["ok", "note"], 0), (["ok", "broken"], 1)])
+def test_the_exit_status_is_the_same_in_both_forms(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                                                   levels: list[str], status: int) -> None:
+    found = [doctor.Finding(level, "subject", "text", "fix") for level in levels]
+    monkeypatch.setattr(doctor, "examine", lambda: found)
+    assert doctor.main(["--json"]) == status
+    assert [set(entry) for entry in json.loads(capsys.readouterr().out)] == [{"level", "subject", "text", "fix"}] * 2
+    assert doctor.main([]) == status
+    assert capsys.readouterr().out.rstrip().endswith("1 problem(s)" if status else "No problems found.")
 
 
 def test_an_old_torch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,9 +404,9 @@ def test_an_old_torch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_round_trip_on_each_path(monkeypatch: pytest.MonkeyPatch, num_gpus: int, expected: list[Any]) -> None:
     made: list[tuple[str, list[int]]] = []
 
-    def round_trip(device: str, gpus: list[int]) -> list[str]:
+    def round_trip(device: str, gpus: list[int]) -> trip.Outcome:
         made.append((device, gpus))
-        return ["rank 1: no way"] if device == "cuda" else []
+        return trip.Outcome(["rank 1: no way"]) if device == "cuda" else trip.Outcome([], {"lent": 123.4})
 
     monkeypatch.setattr(trip, "round_trip", round_trip)
     monkeypatch.setattr("deep_ep._env.device_choice", lambda: ("cuda" if num_gpus else "cpu", "as told"))
@@ -282,10 +414,11 @@ def test_a_round_trip_on_each_path(monkeypatch: pytest.MonkeyPatch, num_gpus: in
     found = doctor.check_round_trips(torch)
     assert made == expected
     assert [finding.level for finding in found[1:]] == ["ok", "broken"][:len(expected)]
+    assert "there and back: lent 123 us" in found[1].text
 
 
 def test_a_rank_that_fails_is_named_and_its_peer_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
-    failures = trip.round_trip("no such device", [0, 0])
+    failures = trip.round_trip("no such device", [0, 0]).failures
     assert len(failures) == 2
     assert "no such device" in failures[0]
 
