@@ -24,6 +24,14 @@ def visible_devices() -> list[str]:
     return [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
 
 
+def master_address() -> str:
+    """MASTER_ADDR: a host that every rank of torch.distributed reaches; empty where nobody has set it.
+
+    Read when it is needed, as programs set it after they have imported this package.
+    """
+    return os.environ.get("MASTER_ADDR", "").strip()
+
+
 def lend_bytes() -> Optional[int]:
     """DEEP_EP_LEND_BYTES: what a Buffer lends when its caller does not say; None: a part of num_nvl_bytes."""
     num_bytes = int(deep_ep_cpp.get_environment()["lend_bytes"])

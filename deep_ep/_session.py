@@ -17,7 +17,7 @@ import torch
 import deep_ep_cpp
 from deep_ep import _streams
 from deep_ep._checks import BUFFER_ALIGNMENT_BYTES, MAX_INT64, check_int, check_positive
-from deep_ep._env import __version__, is_capturing
+from deep_ep._env import __version__, is_capturing, master_address
 from deep_ep._memory import EmptyTensors, Lender
 from deep_ep._peers import CallCheck, Peers, describe_differences
 from deep_ep._topology import Place, Topology, find_topology, this_place, unreachable_gpus
@@ -46,6 +46,7 @@ class Agreed:
     ranks_per_node: int
     topk_idx_bits: int
     check_calls: bool
+    rail: str  # DEEP_EP_RAIL
     deep_ep_version: str = __version__
 
 
@@ -198,7 +199,8 @@ def release_lingering(timeout_s: float = 0.0) -> None:
 @atexit.register
 def _release_at_exit() -> None:
     for session in list(_LIVE):
-        session.close(0.0)
+        # Peers in other nodes may still wait for what this rank has posted.
+        session.close(EXIT_TIMEOUT_S if session.topology.num_nodes > 1 else 0.0)
     release_lingering(EXIT_TIMEOUT_S)
     for session in _LINGERING:
         # Its destructor would free memory that a kernel still uses. The system takes the memory back in a moment.
@@ -243,10 +245,11 @@ def _raise_differences(facts: Sequence[Agreed]) -> None:
             raise ValueError(f"Buffer: {field.name} must be the same on every rank, got {difference}")
 
 
-def _require_one_node(topology: Topology) -> None:
-    if topology.num_nodes > 1:
-        raise Error("Buffer: this version works within one node (ranks that share memory or NVLink), but the group "
-                    f"spans {topology.num_nodes}:\n{topology}")
+def _check_mode(request: Request, topology: Topology) -> None:
+    if topology.num_nodes > 1 and request.low_latency_mode:
+        raise Error("Buffer: low_latency_mode works within one node in this version (ranks that share memory or NVLink), "
+                    f"but the group spans {topology.num_nodes}. dispatch and combine work across nodes: build a Buffer "
+                    f"without low_latency_mode for them.\n{topology}")
 
 
 def find_place(streams: _streams.Streams) -> Place:
@@ -283,11 +286,12 @@ def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
         opened.append(_streams.open_streams())
         facts = Agreed(request.num_nvl_bytes, request.num_rdma_bytes, request.num_lend_bytes, request.low_latency_mode,
                        request.enable_shrink, opened[0].kind, int(environment["ranks_per_node"]),
-                       deep_ep_cpp.topk_idx_bits(), bool(environment["check_calls"]))
+                       deep_ep_cpp.topk_idx_bits(), bool(environment["check_calls"]), str(environment["rail"]))
         return facts, find_place(opened[0]), find_cost_model(peers, request, opened[0])
 
-    def allocate() -> bytes:
+    def allocate(topology: Topology) -> tuple[bytes, bytes]:
         request = requests[0]
+        spans_nodes = topology.num_nodes > 1
         warn_s = min(float(deep_ep_cpp.get_environment()["warn_s"]), request.patience_s)
         lent = deep_ep_cpp.Buffer.LEND_PART_OF_DATA if request.num_lend_bytes is None else request.num_lend_bytes
         try:
@@ -298,17 +302,20 @@ def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
                                    num_data_bytes=request.num_nvl_bytes,
                                    timeout_s=request.patience_s,
                                    warn_s=warn_s,
-                                   num_low_latency_bytes=request.num_rdma_bytes,
+                                   num_low_latency_bytes=0 if spans_nodes else request.num_rdma_bytes,
                                    is_shrinkable=request.enable_shrink,
-                                   num_lend_bytes=lent))
+                                   num_lend_bytes=lent,
+                                   ranks_per_node=topology.ranks_per_node,
+                                   num_rail_bytes=request.num_rdma_bytes if spans_nodes else 0,
+                                   rail_reach=master_address()))
         except Error as error:
             raise type(error)(f"Buffer: {error}; asked for num_nvl_bytes={request.num_nvl_bytes}, num_rdma_bytes="
                               f"{request.num_rdma_bytes}, num_lend_bytes={request.num_lend_bytes}") from error
         created[0].set_warning_handler(logger.warning)
-        return created[0].export_handle()
+        return created[0].export_handle(), created[0].rail_address()
 
-    def connect(handles: list[bytes], topology: Topology, cost_model: Optional["CostModel"]) -> None:
-        created[0].connect(handles)
+    def begin(connect: Callable[[], None], topology: Topology, cost_model: Optional["CostModel"]) -> None:
+        connect()
         session = Session(created[0], opened[0], topology, peers.rank, peers.size, cost_model, requests[0].on_failure)
         created[0].start_watching()
         sessions.append(session)
@@ -317,9 +324,13 @@ def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
         described = peers.all_gather_results("checking arguments and device", describe)
         _raise_differences([facts for facts, _, _ in described])
         topology = find_topology(peers.rank, [place for _, place, _ in described], described[0][0].ranks_per_node)
-        _require_one_node(topology)
-        handles = peers.all_gather_results("allocating the heap", allocate)
-        peers.all_gather_results("mapping the heaps of the peers", lambda: connect(handles, topology, described[0][2]))
+        _check_mode(requests[0], topology)
+        handles = peers.all_gather_results("allocating the heap", lambda: allocate(topology))
+        step, connect = "mapping the heaps of the peers", lambda: created[0].connect([heap for heap, _ in handles])
+        if topology.num_nodes > 1:  # in two steps: nobody is to wait for a rank that cannot map a heap
+            peers.all_gather_results(step, connect)
+            step, connect = "connecting the nodes", lambda: created[0].connect_rail([rail for _, rail in handles])
+        peers.all_gather_results(step, lambda: begin(connect, topology, described[0][2]))
     except BaseException:
         for runtime in created:
             runtime.destroy(0.0)

@@ -297,13 +297,6 @@ def test_late_rank_is_named_in_the_log_before_anything_fails(tmp_path: Path) -> 
     pool.close()
 
 
-def test_virtual_nodes_are_refused_for_now() -> None:
-    nodes = Pool(2, {"DEEP_EP_RANKS_PER_NODE": "1"})
-    with pytest.raises(AssertionError, match="within one node"):
-        nodes.run(cases.whole_trip, 2, Workload((1, 1)))
-    nodes.close()
-
-
 @pytest.mark.parametrize("explicitly", [False, True])
 def test_destructor(pool: Pool, explicitly: bool) -> None:
     for printed in pool.run(failures.leave_without_destroy, 2, explicitly):

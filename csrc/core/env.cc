@@ -49,6 +49,10 @@ public:
     }
 
     std::string text(const char* name) const { return value(name); }
+    std::string text(const char* name, const std::string& fallback) const {
+        const std::string given = value(name);
+        return given.empty() ? fallback : given;
+    }
 
     std::string device(const char* name) const {
         const std::string text = value(name);
@@ -93,6 +97,8 @@ Environment parse_environment(const std::function<std::optional<std::string>(con
     env.lend_bytes = read.bytes("DEEP_EP_LEND_BYTES", 128, env.lend_bytes);
     env.check_calls = read.flag("DEEP_EP_CHECK_CALLS");
     env.cpu_sms = read.count("DEEP_EP_CPU_SMS", 1024, "a number of simulated SMs");
+    env.rail = read.text("DEEP_EP_RAIL", env.rail);
+    env.rail_interface = read.text("DEEP_EP_RAIL_INTERFACE");
     return env;
 }
 

@@ -28,7 +28,7 @@ using Biases = const uint8_t* [kMaxBiases];
     FIELD(const int*, num_tokens_per_rank, "[num_ranks]") \
     FIELD(const int*, num_tokens_per_expert, "[num_experts]") \
     FIELD(int, num_experts, "of all ranks") \
-    FIELD(int, expert_alignment, "of the counts that the host learns") \
+    FIELD(int, expert_alignment, "of the counts that the host learns; 0 (across nodes only): it waits for none") \
     FIELD(int*, rank_prefix_matrix, "output, [num_ranks, num_ranks], [src][dst], inclusive over src") \
     FIELD(int, num_tokens, "of the dispatch that follows, which must not be refused once its counts are out") \
     FIELD(uint32_t, row_bytes, "likewise") \
@@ -62,6 +62,25 @@ using Biases = const uint8_t* [kMaxBiases];
     FIELD(int, num_recv_rows, "that the outputs hold") \
     FIELD(bool, is_worst_case, "fewer rows may arrive: the rest of recv_topk_idx is -1, of recv_topk_weights 0") \
     FIELD(int, expert_alignment, "> 0: this call exchanges counts, num_recv_rows is a guess, wait_counts follows")
+
+// Across nodes: N nodes of L ranks, R in all. What is [num_ranks, num_ranks] inside a node is [R, L] there, [src][index of
+// dst in this node]; what is by rank is by all R. These come on top.
+#define EP_INTERNODE_NOTIFY_ARGS(FIELD) \
+    FIELD(const int*, num_tokens_per_node, "[N], the own node's is not used") \
+    FIELD(int*, recv_rank_prefix, "output, [R]: rows that come here, inclusive over the sources") \
+    FIELD(int*, rail_prefix, "output, [N]: tokens to forward for the rail peers, inclusive; the own node adds 0")
+
+#define EP_INTERNODE_DISPATCH_ARGS(FIELD) \
+    FIELD(const int*, rail_prefix, "[N], of the count exchange") \
+    FIELD(int*, send_rail_head, "[num_tokens, N]: place among those sent there, -1: not sent, or own node; output unless cached") \
+    FIELD(int*, rail_head, "[num_rail_tokens, L]: place of a forwarded token at each rank here, -1; output unless cached") \
+    FIELD(int, num_rail_rows, "that rail_head holds")
+
+#define EP_INTERNODE_COMBINE_ARGS(FIELD) \
+    FIELD(const int*, rail_prefix, "[N], of the count exchange") \
+    FIELD(const int*, send_rail_head, "[num_tokens, N], of the dispatch") \
+    FIELD(const int*, rail_head, "[num_rail_tokens, L], of the dispatch") \
+    FIELD(int, num_rail_tokens, "that rail_head holds")
 
 #define EP_COMBINE_ARGS(FIELD) \
     FIELD(const uint8_t*, x, "bfloat16 [num_rows, hidden]") \
@@ -124,6 +143,19 @@ struct DispatchArgs {
 struct CombineArgs {
     EP_COMBINE_ARGS(EP_FIELD)
 };
+
+struct InternodeNotifyFields {
+    EP_INTERNODE_NOTIFY_ARGS(EP_FIELD)
+};
+struct InternodeDispatchFields {
+    EP_INTERNODE_DISPATCH_ARGS(EP_FIELD)
+};
+struct InternodeCombineFields {
+    EP_INTERNODE_COMBINE_ARGS(EP_FIELD)
+};
+struct InternodeNotifyArgs : NotifyArgs, InternodeNotifyFields {};
+struct InternodeDispatchArgs : DispatchArgs, InternodeDispatchFields {};
+struct InternodeCombineArgs : CombineArgs, InternodeCombineFields {};
 
 struct LowLatencyArgs {
     EP_LOW_LATENCY_ARGS(EP_FIELD)

@@ -3,6 +3,7 @@
 
 #include "device/runtime.h"
 #include "kernels/params.h"
+#include "kernels/params_internode.h"
 #include "kernels/params_low_latency.h"
 
 namespace deep_ep::kernels {
@@ -12,6 +13,10 @@ struct KernelTable {
     void (*notify_dispatch)(const NotifyDispatchParams& params, dev::Stream stream);
     void (*dispatch)(const DispatchParams& params, dev::Stream stream);
     void (*combine)(const CombineParams& params, dev::Stream stream);
+    // Across nodes, over the engine that this table was compiled for.
+    void (*internode_notify)(const InternodeNotifyParams& params, dev::Stream stream);
+    void (*internode_dispatch)(const InternodeDispatchParams& params, dev::Stream stream);
+    void (*internode_combine)(const InternodeCombineParams& params, dev::Stream stream);
     void (*low_latency_dispatch)(const LowLatencyDispatchParams& params, dev::Stream stream);
     void (*low_latency_combine)(const LowLatencyCombineParams& params, dev::Stream stream);
     void (*low_latency_clean)(const LowLatencyCall& call, dev::Stream stream);

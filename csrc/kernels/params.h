@@ -15,9 +15,11 @@ namespace deep_ep::kernels {
 // because the address of every flag and slot begins with one, and a trip to memory for it would come before each of them.
 struct HeapParams {
     uint8_t* bases[layout::kMaxRanks];
-    int rank;
-    int num_ranks;
+    int rank;                       // index in the node
+    int num_ranks;                  // of the node
     layout::ControlLayout control;  // the data region follows at control.bytes
+    int first_rank;                 // of the node, among all
+    int num_nodes;
 };
 
 // Deadlines, and where a failing wait leaves its record.

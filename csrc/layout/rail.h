@@ -12,6 +12,7 @@
 namespace deep_ep::layout {
 
 constexpr int kMaxRailChunks = 512;  // of one stream in one bank: each has a flag
+constexpr int kMaxNodes = 256;
 
 // What a source tells its forwarder in a node before its tokens come; the forwarder passes it on to its neighbours.
 struct CountsBlock {
@@ -71,31 +72,50 @@ struct RailSlot {
     Field src_idx;       // i32[0..1]: index of the token at its source
     Field topk_idx;      // i32[K]: global expert ids, -1: none
     Field topk_weights;  // f32[K]
-    Field
-        positions;  // i32[K]: where the token stands among those of its source at the rank of this entry; -1: elsewhere
-    Field scales;   // any 4-byte type [num_scales]
+    Field positions;     // i32[L or 0]: where the token stands among those of its source at each rank here; -1: nowhere
+    Field scales;        // any 4-byte type [num_scales]
     uint64_t bytes = 0;
 
-    static constexpr RailSlot for_dispatch(uint64_t row_bytes, uint64_t num_topk, uint64_t num_scales) {
-        return make(row_bytes, num_topk, true, num_scales);
+    // `num_positions`: ranks of a node; 0 in a cached call, whose forwarders know the positions.
+    static constexpr RailSlot for_dispatch(uint64_t row_bytes, uint64_t num_topk, uint64_t num_scales,
+                                           uint64_t num_positions) {
+        return make(row_bytes, num_topk, true, num_scales, num_positions);
     }
     // The sum of one node's rows of a token, and of their weights.
     static constexpr RailSlot for_combine(uint64_t row_bytes, uint64_t num_topk) {
-        return make(row_bytes, num_topk, false, 0);
+        return make(row_bytes, num_topk, false, 0, 0);
     }
 
 private:
-    static constexpr RailSlot make(uint64_t row_bytes, uint64_t num_topk, bool has_routing, uint64_t num_scales) {
+    static constexpr RailSlot make(uint64_t row_bytes, uint64_t num_topk, bool has_routing, uint64_t num_scales,
+                                   uint64_t num_positions) {
         RailSlot slot;
         FieldCursor cursor;
         slot.row = cursor.take(1, row_bytes, 16);
         slot.src_idx = cursor.take(4, has_routing ? 1 : 0, 4);
         slot.topk_idx = cursor.take(4, has_routing ? num_topk : 0, 4);
         slot.topk_weights = cursor.take(4, num_topk, 4);
-        slot.positions = cursor.take(4, has_routing ? num_topk : 0, 4);
+        slot.positions = cursor.take(4, num_positions, 4);
         slot.scales = cursor.take(4, num_scales, 4);
         slot.bytes = cursor.total(kHeapAlignment);
         return slot;
+    }
+};
+
+// Counters of a rank's own, in its device memory and zero between calls: of each chunk that it fills or empties, how many of
+// its tokens are done.
+struct RailCounters {
+    Field staged;  // u32[N][kMaxRailChunks]: by destination
+    Field taken;   // u32[N][kMaxRailChunks]: by source
+    uint64_t bytes = 0;
+
+    static constexpr RailCounters make(uint64_t num_nodes) {
+        RailCounters counters;
+        FieldCursor cursor;
+        counters.staged = cursor.take(4, num_nodes * kMaxRailChunks, kHeapAlignment);
+        counters.taken = cursor.take(4, num_nodes * kMaxRailChunks, kHeapAlignment);
+        counters.bytes = cursor.total(kHeapAlignment);
+        return counters;
     }
 };
 

@@ -33,8 +33,19 @@ enum class Stage : uint32_t {
     kClean,
     kEntry,  // kBadInput: a top-k entry that is not that of the dispatch
     kOpen,   // kBadInput: a call that this rank has not received holds the bank
-    kRows    // kBadInput: rows of a rank at another that cannot be
+    kRows,   // kBadInput: rows of a rank at another that cannot be
+    // Across nodes; the peer is a rank of another node.
+    kRailBank,      // it has not done with what we put there two calls ago
+    kRailCounts,    // its counts have not come, over the rail or from its forwarder
+    kRailChunk,     // its next chunk of tokens, or of sums, has not come
+    kRailTaken,     // it has not taken out a chunk of ours
+    kRailRoom,      // the engine has no room for what we post to it
+    kRailShapes,    // kBadInput: its counts are of a call of another shape
+    kRailCapacity,  // kBadInput: more tokens to forward than rail_head holds
+    kRailRows       // kBadInput: tokens on the rail that cannot be; `token`: how many are stated
 };
+// Stages whose `peer` is any rank of the group where a wait names it; the others name one of this node.
+constexpr bool is_rail_stage(Stage stage) { return stage >= Stage::kRailBank; }
 enum class FailureKind : uint32_t { kNone, kTimeout, kAborted, kBadInput };
 
 // The record of one wait that failed: who waited for whom, where, for what, and how long.
@@ -43,7 +54,7 @@ struct WaitRecord {
     FailureKind kind;
     Operation operation;
     Stage stage;
-    int32_t peer;  // kBadInput in kInput: token
+    int32_t peer;  // of all ranks, not of the node; kBadInput in kInput: token
     uint64_t call;
     uint64_t expected;
     uint64_t seen;  // kAborted: the abort code
@@ -62,6 +73,7 @@ struct HostCounts {
     uint64_t ready;    // ticket of the last one whose counts stand below
     int64_t num_recv_tokens;
     int32_t num_recv_per_expert[kMaxLocalExperts];  // rounded up to the alignment
+    int64_t num_rail_tokens;                        // across nodes: that this rank forwards
 };
 
 // How far the blocks of one low-latency launch are. Launches use two of these in turn; each clears the other one.
@@ -84,6 +96,7 @@ struct LocalState {
     uint64_t warned_call;
     uint32_t num_weight_blocks;  // of the running combine: that have copied their part of the weights
     uint32_t layout_done_blocks;
+    uint32_t rail_abort_claimed;  // not zero: a kernel has told the rail peers, or does, that this rank gave up
 
     uint64_t num_low_latency_sends;  // low-latency calls whose send phase has been run
     uint64_t num_low_latency_cleans;

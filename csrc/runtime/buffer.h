@@ -23,6 +23,11 @@ public:
 
     std::string export_handle() const { return connection_.export_handle(); }
     void connect(const std::vector<std::string>& handles) { connection_.connect(handles); }
+    std::string rail_address() const { return connection_.rail_address(); }
+    void connect_rail(const std::vector<std::string>& addresses) { connection_.connect_rail(addresses); }
+    // Of data in the rail window, 0 within a node; and the engine that carries it, or nothing.
+    int64_t num_rail_bytes() const { return static_cast<int64_t>(connection_.rail_region().num_data_bytes); }
+    std::string rail_name() const { return connection_.rail_name(); }
     uint8_t* data() const;
     int64_t num_data_bytes() const { return connection_.options().num_data_bytes; }
 

@@ -1,12 +1,13 @@
 #include "runtime/connection.h"
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <utility>
 
 #include "core/error.h"
 #include "core/host_word.h"
 #include "core/interruption.h"
-#include "runtime/failure_report.h"
 #include "runtime/watcher.h"
 
 namespace deep_ep::runtime {
@@ -16,10 +17,18 @@ namespace {
 uint64_t to_ns(double s) { return static_cast<uint64_t>(s * 1e9); }
 
 const BufferOptions& checked(const BufferOptions& options) {
-    EP_CHECK(options.num_ranks > 0 && options.num_ranks <= layout::kMaxRanks, "num_ranks must be in [1, ",
-             layout::kMaxRanks, "], got ", options.num_ranks);
+    const layout::Topology topology = options.topology();
+    EP_CHECK(options.num_ranks > 0, "num_ranks must be positive, got ", options.num_ranks);
+    EP_CHECK(topology.ranks_per_node <= layout::kMaxRanks, "a node can have at most ", layout::kMaxRanks,
+             " ranks, got ", topology.ranks_per_node);
+    EP_CHECK(options.num_ranks % topology.ranks_per_node == 0, "ranks_per_node must divide num_ranks (",
+             options.num_ranks, "), got ", topology.ranks_per_node);
     EP_CHECK(options.rank >= 0 && options.rank < options.num_ranks, "rank must be in [0, ", options.num_ranks,
              "), got ", options.rank);
+    EP_CHECK(options.num_rail_bytes >= 0 && options.num_rail_bytes % 128 == 0,
+             "num_rail_bytes must be a multiple of 128, got ", options.num_rail_bytes);
+    EP_ENSURE(topology.num_nodes() == 1 || options.num_low_latency_bytes == 0,
+              "the low-latency mode does not work across nodes");
     EP_CHECK(options.num_data_bytes >= 0 && options.num_data_bytes % 128 == 0,
              "num_data_bytes must be a multiple of 128, got ", options.num_data_bytes);
     EP_CHECK(options.num_low_latency_bytes >= 0 && options.num_low_latency_bytes % 128 == 0,
@@ -44,27 +53,55 @@ bool is_captured(dev::Device& device, dev::Stream stream) noexcept {
 Connection::Connection(std::shared_ptr<dev::Device> device, const BufferOptions& options)
     : device_(std::move(device)),
       options_(checked(options)),
+      topology_(options.topology()),
       plan_(plan_heap(options)),
+      rail_region_(plan_rail(options)),
       machine_(Machine::of(*device_, options.num_ranks)),
-      mailbox_(std::make_shared<comm::Mailbox>(options.rank, options.num_ranks)),
-      heap_(std::make_unique<comm::SymmetricHeap>(device_, mailbox_, options.num_ranks, plan_.num_bytes)),
+      mailbox_(std::make_shared<comm::Mailbox>(topology_.index(), topology_.ranks_per_node)),
+      heap_(std::make_unique<comm::SymmetricHeap>(device_, mailbox_, topology_.ranks_per_node, plan_.num_bytes)),
+      engine_(make_engine()),
       status_(device_),
       local_(device_, 1),
-      desk_(
-          std::make_shared<FailureDesk>(device_, mailbox_, *heap_, plan_.control, status_.host(), options.num_ranks)) {}
+      desk_(std::make_shared<FailureDesk>(
+          device_, mailbox_, Surroundings{topology_, heap_.get(), plan_.control, status_.host(), engine_.get(), rail_region_.control})) {}
+
+std::unique_ptr<rail::Engine> Connection::make_engine() const {
+    if (topology_.num_nodes() == 1) return nullptr;
+    return options_.make_engine(
+        device_, {options_.rail, options_.rank, static_cast<size_t>(rail_region_.num_bytes()), options_.timeout_s});
+}
 
 std::string Connection::export_handle() const { return comm::join_handles(*mailbox_, *heap_); }
 
 void Connection::connect(const std::vector<std::string>& handles) {
     require_usable();
-    comm::connect(handles, *mailbox_, *heap_);
+    EP_ENSURE(handles.size() == static_cast<size_t>(options_.num_ranks), "handles: expected one for each of ",
+              options_.num_ranks, " ranks, got ", handles.size());
+    const auto first = handles.begin() + topology_.neighbour(0);
+    comm::connect({first, first + topology_.ranks_per_node}, *mailbox_, *heap_);
+}
+
+std::string Connection::rail_address() const { return engine_ == nullptr ? "" : engine_->address(); }
+
+void Connection::connect_rail(const std::vector<std::string>& addresses) {
+    require_usable();
+    if (engine_ == nullptr) return;
+    std::vector<int> peers;
+    for (int node = 0; node < topology_.num_nodes(); ++node)
+        if (node != topology_.node()) peers.push_back(topology_.rail_peer(node));
+    engine_->connect(addresses, peers);
+    is_rail_connected_ = true;
 }
 
 kernels::HeapParams Connection::heap_params() const {
     EP_ENSURE(heap_->is_connected(), "this Buffer is not connected to its peers");
-    kernels::HeapParams params{
-        .bases = {}, .rank = options_.rank, .num_ranks = options_.num_ranks, .control = plan_.control};
-    for (int peer = 0; peer < options_.num_ranks; ++peer) params.bases[peer] = heap_->base(peer);
+    kernels::HeapParams params{.bases = {},
+                               .rank = topology_.index(),
+                               .num_ranks = topology_.ranks_per_node,
+                               .control = plan_.control,
+                               .first_rank = topology_.neighbour(0),
+                               .num_nodes = topology_.num_nodes()};
+    for (int index = 0; index < topology_.ranks_per_node; ++index) params.bases[index] = heap_->base(index);
     return params;
 }
 
@@ -79,10 +116,7 @@ void Connection::require_usable() const {
 
 void Connection::collect_warning() {
     if (load_acquire(status_->warning.state) == 0) return;
-    const Peers peers{.remark = [this](int peer) { return desk_->remark(peer); }, .reason = nullptr};
-    const std::string text =
-        describe_warning(status_->warning, options_.rank,
-                         read_started(*device_, *heap_, plan_.control, status_->warning.operation), peers);
+    const std::string text = desk_->describe_warning(status_->warning);
     std::atomic_ref(status_->warning.state).store(0);
     if (on_warning_) on_warning_(text);
 }
@@ -137,8 +171,12 @@ bool Connection::wait_until(const std::function<bool()>& is_done, double limit_s
 
 void Connection::destroy(double timeout_s) noexcept {
     if (heap_ == nullptr) return;
+    using Clock = std::chrono::steady_clock;
+    const auto deadline = Clock::now() + std::chrono::duration<double>(std::clamp(timeout_s, 0.0, 1e6));
     desk_->close();
-    heap_->release(timeout_s);
+    if (engine_ != nullptr) engine_->release(timeout_s);
+    engine_.reset();
+    heap_->release(std::max(0.0, std::chrono::duration<double>(deadline - Clock::now()).count()));
     heap_.reset();
     mailbox_.reset();
     local_.reset();

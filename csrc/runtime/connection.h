@@ -1,5 +1,5 @@
-// What one rank has of its group: its symmetric heap, its mailbox, what it knows of failures, and what the peers know of the
-// call that runs. Every mode launches through one.
+// What one rank has of its group: the symmetric heap and the mailbox of its node, the rail to other nodes, what it knows of
+// failures, and what the peers know of the call that runs. Every mode launches through one.
 #pragma once
 
 #include <functional>
@@ -11,6 +11,8 @@
 #include "comm/symmetric_heap.h"
 #include "device/owned.h"
 #include "kernels/params.h"
+#include "layout/topology.h"
+#include "rail/engine.h"
 #include "runtime/failure.h"
 #include "runtime/plan.h"
 
@@ -22,14 +24,24 @@ public:
     Connection(std::shared_ptr<dev::Device> device, const BufferOptions& options);
 
     std::string export_handle() const;
+    // By rank of the whole group; those of other nodes are not looked at.
     void connect(const std::vector<std::string>& handles);
-    // Idempotent and bounded: memory that peers still map after `timeout_s` is kept until they let go.
+    // The same for the rail: an address, or nothing within a node; and, once all have the addresses, together with the rail
+    // peers.
+    std::string rail_address() const;
+    std::string rail_name() const { return engine_ == nullptr ? "" : engine_->name(); }
+    void connect_rail(const std::vector<std::string>& addresses);
+    // Idempotent and bounded: what was posted to the rail is sent, and memory that peers still map after `timeout_s` is kept
+    // until they let go.
     void destroy(double timeout_s) noexcept;
     bool is_open() const { return heap_ != nullptr; }
 
     const std::shared_ptr<dev::Device>& device() const { return device_; }
     const BufferOptions& options() const { return options_; }
+    const layout::Topology& topology() const { return topology_; }
     const HeapPlan& plan() const { return plan_; }
+    const RailRegion& rail_region() const { return rail_region_; }
+    const rail::Engine& engine() const { return *engine_; }  // where there are several nodes
     const Machine& machine() const { return machine_; }
     const comm::SymmetricHeap& heap() const { return *heap_; }
     uint8_t* local(uint64_t offset) const { return heap_->local() + offset; }
@@ -56,14 +68,19 @@ public:
     bool wait_until(const std::function<bool()>& is_done, double limit_s);
 
 private:
+    std::unique_ptr<rail::Engine> make_engine() const;
     void collect_warning();
 
     std::shared_ptr<dev::Device> device_;
     const BufferOptions options_;
+    const layout::Topology topology_;
     const HeapPlan plan_;
+    const RailRegion rail_region_;
     const Machine machine_;
     std::shared_ptr<comm::Mailbox> mailbox_;
     std::unique_ptr<comm::SymmetricHeap> heap_;
+    std::unique_ptr<rail::Engine> engine_;
+    bool is_rail_connected_ = false;
     dev::HostMappedObject<layout::HostStatus> status_;
     dev::DeviceArray<layout::LocalState> local_;
     std::shared_ptr<FailureDesk> desk_;

@@ -6,7 +6,7 @@
 #include <thread>
 
 #include "core/error.h"
-#include "runtime/failure_report.h"
+#include "core/host_word.h"
 
 namespace deep_ep::runtime {
 
@@ -22,6 +22,7 @@ bool is_set(const uint64_t& state) { return std::atomic_ref(const_cast<uint64_t&
     switch (failure.kind) {
         case FailureClass::kTimeout: throw TimeoutError(failure.text);
         case FailureClass::kInvalidArgument: throw InvalidArgument(failure.text);
+        case FailureClass::kTransport: throw TransportError(failure.text);
         case FailureClass::kOther: break;
     }
     throw Error(failure.text);
@@ -31,34 +32,18 @@ FailureClass class_of(layout::FailureKind kind) {
     return kind == layout::FailureKind::kBadInput ? FailureClass::kInvalidArgument : FailureClass::kTimeout;
 }
 
-}  // namespace
-
-std::vector<uint64_t> read_started(dev::Device& device, const comm::SymmetricHeap& heap,
-                                   const layout::ControlLayout& control, layout::Operation operation) {
-    // The two modes count their calls apart, and cleaning is none of either.
-    const bool is_low_latency =
-        operation == layout::Operation::kLowLatencyDispatch || operation == layout::Operation::kLowLatencyCombine;
-    const layout::Field& field = operation == layout::Operation::kLowLatencyClean ? control.low_latency.cleaned
-                                 : is_low_latency                                 ? control.low_latency.started
-                                                                                  : control.started;
-    std::vector<uint64_t> started(field.bytes() / sizeof(uint64_t));
-    device.copy_now(started.data(), heap.local() + field.offset, field.bytes());
-    return started;
+bool is_low_latency(layout::Operation operation) {
+    return operation == layout::Operation::kLowLatencyDispatch || operation == layout::Operation::kLowLatencyCombine;
 }
 
+}  // namespace
+
 FailureDesk::FailureDesk(std::shared_ptr<dev::Device> device, std::shared_ptr<comm::Mailbox> mailbox,
-                         const comm::SymmetricHeap& heap, const layout::ControlLayout& control,
-                         const layout::HostStatus* status, int num_ranks)
-    : device_(std::move(device)),
-      mailbox_(std::move(mailbox)),
-      heap_(&heap),
-      control_(control),
-      status_(status),
-      rank_(mailbox_->rank()),
-      num_ranks_(num_ranks) {}
+                         const Surroundings& surroundings)
+    : device_(std::move(device)), mailbox_(std::move(mailbox)), at_(surroundings) {}
 
 void FailureDesk::check() {
-    if (!has_failed() && !is_set(status_->failure.state)) return;
+    if (!has_failed() && !is_set(at_.status->failure.state)) return;
     const std::lock_guard lock(mutex_);
     collect();
     raise(failure_);
@@ -73,16 +58,27 @@ void FailureDesk::fail(FailureClass kind, const std::string& text, Spread spread
     const std::lock_guard lock(mutex_);
     if (is_closed_ || has_failed()) return;
     adopt({kind, text});
-    if (spread == Spread::kPeers) mailbox_->note_abort(text);
-    abort_everybody(spread);
+    const uint64_t code = layout::make_abort_code(at_.topology.rank, at_.topology.rank);
+    if (spread == Spread::kNobody) return write_abort(at_.topology.index(), code);
+    mailbox_->note_abort(text);
+    abort_neighbours(code);
+    abort_rail_peers(code);
 }
 
 std::string FailureDesk::look() {
     const std::lock_guard lock(mutex_);
     if (is_closed_ || has_failed() || is_reason_due()) return "";
     collect();
+    if (!has_failed()) collect_engine_failure();
     if (!has_failed()) collect_notes();
+    if (!has_failed()) collect_rail_aborts();
     return failure_.text;
+}
+
+std::string FailureDesk::describe_warning(const layout::WaitRecord& record) const {
+    Peers known = peers(record.operation);
+    known.reason = [](int) { return std::string(); };  // nobody has given up
+    return runtime::describe_warning(record, known);
 }
 
 void FailureDesk::close() {
@@ -93,35 +89,71 @@ void FailureDesk::close() {
 }
 
 // What a kernel of this rank has reported. It has told the peers' kernels, unless it found bad input where no peer takes
-// part; the reason is told here.
+// part; the reason is told here. So are hosts in other nodes, whose kernels may not run.
 void FailureDesk::collect() {
-    if (has_failed() || !is_set(status_->failure.state)) return;
-    const layout::WaitRecord& record = status_->failure;
-    const Peers peers{.remark = [this](int peer) { return remark(peer); },
-                      .reason = [this](int origin) { return reason_of(origin); }};
-    adopt({class_of(record.kind),
-           describe_failure(record, rank_, read_started(*device_, *heap_, control_, record.operation), peers)});
-    if (record.kind == layout::FailureKind::kAborted) return;  // who gave up first has told
+    if (has_failed() || !is_set(at_.status->failure.state)) return;
+    const layout::WaitRecord& record = at_.status->failure;
+    adopt({class_of(record.kind), describe_failure(record, peers(record.operation))});
+    const int rank = at_.topology.rank;
+    const bool is_told = record.kind == layout::FailureKind::kAborted;
+    const uint64_t code =
+        is_told ? record.seen
+                : layout::make_abort_code(rank, record.kind == layout::FailureKind::kTimeout ? record.peer : rank);
+    abort_rail_peers(code);
+    if (is_told && is_here(layout::abort_origin(code))) return;  // who gave up first has told
     mailbox_->note_abort(failure_.text);
-    if (record.kind == layout::FailureKind::kBadInput) abort_everybody(Spread::kPeers);
+    if (record.kind == layout::FailureKind::kBadInput) abort_neighbours(code);
 }
 
 // A kernel was told to give up by a rank whose host has not said why yet, but will at its watcher's next look.
 bool FailureDesk::is_reason_due() {
-    const layout::WaitRecord& record = status_->failure;
+    const layout::WaitRecord& record = at_.status->failure;
     if (!is_set(record.state) || record.kind != layout::FailureKind::kAborted) return false;
     const int origin = layout::abort_origin(record.seen);
-    if (origin != layout::abort_missing(record.seen) || mailbox_->abort_note(origin).has_value()) return false;
-    return mailbox_->presence(origin) == comm::Presence::kHere && num_looks_for_reason_++ < kReasonLooks;
+    if (origin != layout::abort_missing(record.seen) || !is_here(origin)) return false;
+    if (mailbox_->abort_note(index_of(origin)).has_value()) return false;
+    return mailbox_->presence(index_of(origin)) == comm::Presence::kHere && num_looks_for_reason_++ < kReasonLooks;
+}
+
+void FailureDesk::collect_engine_failure() {
+    if (at_.engine == nullptr) return;
+    try {
+        at_.engine->check();
+        return;
+    } catch (const TransportError& error) {
+        adopt({FailureClass::kTransport, describe_transport(at_.topology, error.what())});
+    }
+    const uint64_t code = layout::make_abort_code(at_.topology.rank, at_.topology.rank);
+    mailbox_->note_abort(failure_.text);
+    abort_neighbours(code);
+    abort_rail_peers(code);
 }
 
 void FailureDesk::collect_notes() {
-    for (int peer = 0; peer < num_ranks_; ++peer) {
-        if (peer == rank_) continue;
-        const auto note = mailbox_->abort_note(peer);
+    for (int index = 0; index < at_.topology.ranks_per_node; ++index) {
+        if (index == at_.topology.index()) continue;
+        const auto note = mailbox_->abort_note(index);
         if (!note.has_value()) continue;
-        adopt({FailureClass::kTimeout, describe_note(rank_, peer, *note)});
-        write_abort(rank_, layout::make_abort_code(peer, peer));
+        const int peer = at_.topology.neighbour(index);
+        adopt({FailureClass::kTimeout, describe_note(at_.topology, peer, *note)});
+        const uint64_t code = layout::make_abort_code(peer, peer);
+        write_abort(at_.topology.index(), code);
+        abort_rail_peers(code);
+        return;
+    }
+}
+
+// Kernels of this rank look at these words themselves; here for a rank that runs none.
+void FailureDesk::collect_rail_aborts() {
+    if (at_.engine == nullptr) return;
+    const auto num_nodes = static_cast<uint64_t>(at_.topology.num_nodes());
+    for (uint64_t word = 0; word < 2 * num_nodes; ++word) {
+        const uint64_t code = rail_word(at_.rail.abort.at(word));
+        if (code == 0) continue;
+        adopt({FailureClass::kTimeout, describe_rail_abort(code, peers(layout::Operation::kDispatch))});
+        mailbox_->note_abort(failure_.text);
+        abort_neighbours(code);
+        abort_rail_peers(code);
         return;
     }
 }
@@ -131,22 +163,51 @@ void FailureDesk::adopt(Failure failure) {
     has_failed_.store(true, std::memory_order_release);
 }
 
+Peers FailureDesk::peers(layout::Operation operation) const {
+    return {.topology = at_.topology,
+            .progress = progress(operation),
+            .remark = [this](int peer) { return remark(peer); },
+            .reason = [this](int origin) { return reason_of(origin); }};
+}
+
+// How far the others are, by what they have written to this rank.
+std::vector<Progress> FailureDesk::progress(layout::Operation operation) const {
+    // The two modes count their calls apart, and cleaning is none of either.
+    const layout::Field& field = operation == layout::Operation::kLowLatencyClean ? at_.control.low_latency.cleaned
+                                 : is_low_latency(operation)                      ? at_.control.low_latency.started
+                                                                                  : at_.control.started;
+    std::vector<uint64_t> started(field.bytes() / sizeof(uint64_t));
+    device_->copy_now(started.data(), at_.heap->local() + field.offset, field.bytes());
+    std::vector<Progress> known;
+    for (int peer = 0; peer < at_.topology.num_ranks; ++peer) {
+        if (peer == at_.topology.rank) continue;
+        if (is_here(peer))
+            known.push_back({peer, started[static_cast<size_t>(index_of(peer))]});
+        else if (index_of(peer) == at_.topology.index())
+            known.push_back({peer, rail_word(at_.rail.entered.at(static_cast<uint64_t>(at_.topology.node_of(peer))))});
+    }
+    return known;
+}
+
 std::string FailureDesk::reason_of(int origin) const {
+    if (!is_here(origin)) return "";  // words of 8 bytes cross the rail, and no texts
     const bool has_waited = num_looks_for_reason_ >= kReasonLooks;
     const auto deadline = std::chrono::steady_clock::now() + (has_waited ? kReasonPatience * 0 : kReasonPatience);
     for (;;) {
-        if (auto note = mailbox_->abort_note(origin)) return *note;
-        if (mailbox_->presence(origin) != comm::Presence::kHere || std::chrono::steady_clock::now() >= deadline)
-            return "";
+        if (auto note = mailbox_->abort_note(index_of(origin))) return *note;
+        const bool is_there = mailbox_->presence(index_of(origin)) == comm::Presence::kHere;
+        if (!is_there || std::chrono::steady_clock::now() >= deadline) return "";
         std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
 }
 
+// What a neighbour's mailbox says.
 std::string FailureDesk::remark(int peer) const {
-    const comm::Presence presence = mailbox_->presence(peer);
+    if (!is_here(peer)) return "";
+    const comm::Presence presence = mailbox_->presence(index_of(peer));
     if (presence == comm::Presence::kGone) return "its process has ended";
     if (presence == comm::Presence::kLeft) return "it has destroyed its Buffer";
-    if (const auto refusal = mailbox_->refusal(peer)) {
+    if (const auto refusal = mailbox_->refusal(index_of(peer))) {
         std::ostringstream out;
         out << std::fixed << std::setprecision(1) << refusal->age_s << " s ago it refused a call: " << refusal->text;
         return out.str();
@@ -154,19 +215,41 @@ std::string FailureDesk::remark(int peer) const {
     return "";
 }
 
+uint64_t FailureDesk::rail_word(uint64_t offset) const {
+    const rail::Window window = at_.engine->window();
+    if (window.host != nullptr) return load_acquire(*reinterpret_cast<uint64_t*>(static_cast<char*>(window.host) + offset));
+    uint64_t word = 0;
+    device_->copy_now(&word, static_cast<const char*>(window.device) + offset, sizeof(word));
+    return word;
+}
+
 // A word of the heap, through a stream of its own: it arrives while kernels run.
-void FailureDesk::write_abort(int peer, uint64_t code) noexcept {
+void FailureDesk::write_abort(int index, uint64_t code) noexcept {
+    if (!at_.heap->is_connected()) return;
     try {
-        device_->copy_now(heap_->base(peer) + control_.abort.offset, &code, sizeof(code));
+        device_->copy_now(at_.heap->base(index) + at_.control.abort.offset, &code, sizeof(code));
     } catch (...) {
         // The device is out of order. The peers' watchers read the note.
     }
 }
 
-void FailureDesk::abort_everybody(Spread spread) noexcept {
-    if (!heap_->is_connected()) return;
-    for (int peer = 0; peer < num_ranks_; ++peer) {
-        if (peer == rank_ || spread == Spread::kPeers) write_abort(peer, layout::make_abort_code(rank_, rank_));
+// And of this rank itself.
+void FailureDesk::abort_neighbours(uint64_t code) noexcept {
+    for (int index = 0; index < at_.topology.ranks_per_node; ++index) write_abort(index, code);
+}
+
+// Each rank has a word for each rail peer's host, which that writes once at most.
+void FailureDesk::abort_rail_peers(uint64_t code) noexcept {
+    if (at_.engine == nullptr) return;
+    const int num_nodes = at_.topology.num_nodes(), node = at_.topology.node();
+    const uint64_t flag = at_.rail.abort.at(static_cast<uint64_t>(num_nodes + node));
+    for (int other = 0; other < num_nodes; ++other) {
+        if (other == node) continue;
+        try {
+            at_.engine->set(at_.topology.rail_peer(other), flag, code);
+        } catch (...) {
+            // No memory for it: neighbours and kernels tell as well.
+        }
     }
 }
 

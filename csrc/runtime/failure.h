@@ -5,16 +5,21 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #include "comm/mailbox.h"
 #include "comm/symmetric_heap.h"
 #include "device/runtime.h"
+#include "layout/rail.h"
 #include "layout/status.h"
+#include "layout/topology.h"
+#include "rail/engine.h"
+#include "runtime/failure_report.h"
 
 namespace deep_ep::runtime {
 
 // Which exception tells of it.
-enum class FailureClass { kTimeout, kInvalidArgument, kOther };
+enum class FailureClass { kTimeout, kInvalidArgument, kTransport, kOther };
 
 struct Failure {
     FailureClass kind;
@@ -24,13 +29,25 @@ struct Failure {
 // Who else is to stop.
 enum class Spread { kNobody, kPeers };
 
+// What a desk looks at and writes to.
+struct Surroundings {
+    layout::Topology topology;
+    const comm::SymmetricHeap* heap;
+    layout::ControlLayout control;
+    const layout::HostStatus* status;
+    rail::Engine* engine;  // null: there is one node
+    layout::RailControl rail;
+};
+
 // The first failure is kept. Thread-safe: the watcher looks while the Buffer's own thread is in a call.
+//
+// Whoever learns of a failure for the first time passes it on, to neighbours through their heaps and mailboxes and to rail
+// peers through the engine. So every rank hears of it after three hops at most, whoever runs a kernel.
 class FailureDesk {
 public:
-    // All of them outlive close().
+    // All that is pointed to outlives close().
     FailureDesk(std::shared_ptr<dev::Device> device, std::shared_ptr<comm::Mailbox> mailbox,
-                const comm::SymmetricHeap& heap, const layout::ControlLayout& control, const layout::HostStatus* status,
-                int num_ranks);
+                const Surroundings& surroundings);
 
     // Throws the first failure, if there is one; cheap while there is none.
     void check();
@@ -41,39 +58,42 @@ public:
     // The host has found something: kernels of this rank that wait give up, and with kPeers those of every peer.
     void fail(FailureClass kind, const std::string& text, Spread spread);
 
-    // One look by the watcher, at what kernels have reported and peers have noted. Returns what it was the first to find.
+    // One look by the watcher, at what kernels have reported, the engine has met, and peers have noted. Returns what it was
+    // the first to find.
     std::string look();
 
-    // What the peers' mailboxes say of a rank that did not come, to be put behind its name; or nothing.
-    std::string remark(int peer) const;
+    // A warning of a kernel, as a sentence.
+    std::string describe_warning(const layout::WaitRecord& record) const;
 
-    // The heap and the status go: from now on look() and fail() do nothing.
+    // The heap, the engine and the status go: from now on look() and fail() do nothing.
     void close();
 
 private:
     void collect();
     bool is_reason_due();
+    void collect_engine_failure();
     void collect_notes();
+    void collect_rail_aborts();
     void adopt(Failure failure);
+    Peers peers(layout::Operation operation) const;
+    std::vector<Progress> progress(layout::Operation operation) const;
+    std::string remark(int peer) const;
     std::string reason_of(int origin) const;
-    void write_abort(int peer, uint64_t code) noexcept;
-    void abort_everybody(Spread spread) noexcept;
+    uint64_t rail_word(uint64_t offset) const;
+    void write_abort(int index, uint64_t code) noexcept;
+    void abort_neighbours(uint64_t code) noexcept;
+    void abort_rail_peers(uint64_t code) noexcept;
+    bool is_here(int rank) const { return at_.topology.is_neighbour(rank); }
+    int index_of(int rank) const { return at_.topology.index_of(rank); }
 
     std::shared_ptr<dev::Device> device_;
     std::shared_ptr<comm::Mailbox> mailbox_;
-    const comm::SymmetricHeap* heap_;
-    const layout::ControlLayout control_;
-    const layout::HostStatus* status_;
-    const int rank_, num_ranks_;
+    const Surroundings at_;
     std::mutex mutex_;
     bool is_closed_ = false;
     int num_looks_for_reason_ = 0;
     Failure failure_{FailureClass::kOther, ""};
     std::atomic<bool> has_failed_{false};
 };
-
-// How far the peers are, by the heap of this rank: the last call of the operation's mode that each has entered.
-std::vector<uint64_t> read_started(dev::Device& device, const comm::SymmetricHeap& heap,
-                                   const layout::ControlLayout& control, layout::Operation operation);
 
 }  // namespace deep_ep::runtime

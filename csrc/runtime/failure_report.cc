@@ -34,6 +34,14 @@ const char* awaited_at(layout::Stage stage) {
         case layout::Stage::kReturn: return "to finish its part";
         case layout::Stage::kCapacity: return "to refuse a call for which a peer has no room";
         case layout::Stage::kClean: return "to call it too";
+        case layout::Stage::kRailBank: return "to finish an earlier call";
+        case layout::Stage::kRailCounts: return "to send its token counts";
+        case layout::Stage::kRailChunk: return "to send tokens to this node";
+        case layout::Stage::kRailTaken: return "to take out tokens that were sent to its node";
+        case layout::Stage::kRailRoom: return "to take what is posted for it";
+        case layout::Stage::kRailShapes:
+        case layout::Stage::kRailCapacity:
+        case layout::Stage::kRailRows:
         case layout::Stage::kEntry:
         case layout::Stage::kStated:
         case layout::Stage::kOpen:
@@ -73,111 +81,152 @@ std::string progress_of(const layout::WaitRecord& record) {
     return concat(expected, ", seen ", meaning_of(record, record.seen));
 }
 
-std::string where(const layout::WaitRecord& record, int rank) {
-    return concat("DeepEP error: ", name_of(record.operation), ", call ", record.call, ", rank ", rank);
+// With its node, where there are several.
+std::string name_of(int rank, const layout::Topology& topology) {
+    if (topology.num_nodes() == 1) return concat("rank ", rank);
+    return concat("rank ", rank, " of node ", topology.node_of(rank));
+}
+
+std::string where(const layout::WaitRecord& record, const layout::Topology& topology) {
+    return concat("DeepEP error: ", name_of(record.operation), ", call ", record.call, ", ",
+                  name_of(topology.rank, topology));
+}
+
+// Ranks in other nodes and on other rails speak to this one through their forwarder in its node; -1: `peer` needs none.
+int forwarder_of(int peer, const layout::Topology& topology) {
+    const bool is_direct = topology.is_neighbour(peer) || topology.index_of(peer) == topology.index();
+    return is_direct ? -1 : topology.forwarder(peer, topology.node());
+}
+
+std::string remark_on(int peer, const Peers& peers) {
+    const std::string text = peers.remark(peer);
+    return text.empty() ? "" : "; " + text;
+}
+
+std::string stalled(const layout::WaitRecord& record, const Peers& peers) {
+    const int forwarder = forwarder_of(record.peer, peers.topology);
+    if (forwarder < 0)
+        return concat(name_of(record.peer, peers.topology), " entered the call and stalled (", progress_of(record),
+                      remark_on(record.peer, peers), ")");
+    const std::string name = name_of(forwarder, peers.topology);
+    const std::string reason = record.kind == layout::FailureKind::kTimeout ? peers.reason(forwarder) : "";
+    return concat(name, ", its forwarder, entered the call and has passed nothing on (", progress_of(record),
+                  remark_on(forwarder, peers), ")", reason.empty() ? "" : concat("; it reports: ", reason));
 }
 
 // A peer that waits for a third rank stalls as well: those that never entered the call are the ones to look at.
-std::string culprits(const layout::WaitRecord& record, int rank, const std::vector<uint64_t>& started,
-                     const Peers& peers) {
-    const auto remark = [&](int peer) {
-        const std::string text = peers.remark(peer);
-        return text.empty() ? "" : "; " + text;
-    };
+std::string culprits(const layout::WaitRecord& record, const Peers& peers) {
     std::string missing;
-    for (size_t peer = 0; peer < started.size(); ++peer) {
-        if (static_cast<int>(peer) == rank || started[peer] >= record.call) continue;
-        missing += concat(missing.empty() ? "" : ", ", "rank ", peer, " (its last call was ", started[peer],
-                          remark(static_cast<int>(peer)), ")");
+    for (const auto& [peer, call] : peers.progress) {
+        if (call >= record.call) continue;
+        missing += concat(missing.empty() ? "" : ", ", name_of(peer, peers.topology), " (its last call was ", call,
+                          remark_on(peer, peers), ")");
     }
-    if (missing.empty())
-        return concat("rank ", record.peer, " entered the call and stalled (", progress_of(record), remark(record.peer),
-                      ")");
-    return concat("never entered this call: ", missing);
+    return missing.empty() ? stalled(record, peers) : concat("never entered this call: ", missing);
 }
 
-std::string describe_wait(const layout::WaitRecord& record, int rank, const std::vector<uint64_t>& started,
-                          const Peers& peers) {
-    return concat(name_of(record.operation), ", call ", record.call, ", rank ", rank, ": waited ",
-                  seconds(record.waited_ns), " for rank ", record.peer, " ", awaited_at(record.stage), "; ",
-                  culprits(record, rank, started, peers), ".");
+std::string describe_wait(const layout::WaitRecord& record, const Peers& peers) {
+    const layout::Topology& topology = peers.topology;
+    return concat(name_of(record.operation), ", call ", record.call, ", ", name_of(topology.rank, topology),
+                  ": waited ", seconds(record.waited_ns), " for ", name_of(record.peer, topology), " ",
+                  awaited_at(record.stage), "; ", culprits(record, peers), ".");
 }
 
-std::string describe_rows(const layout::WaitRecord& record, int rank) {
+std::string describe_rows(const layout::WaitRecord& record, const layout::Topology& topology) {
     const int first = layout::first_of_span(record.seen), end = layout::end_of_span(record.seen);
     const bool goes_beyond = first >= 0 && end >= first;
     return concat(
-        where(record, rank), ": rows from rank ", record.peer, " to rank ", record.token, " begin at ", first,
+        where(record, topology), ": rows from rank ", record.peer, " to rank ", record.token, " begin at ", first,
         " and end at ", end, goes_beyond ? concat(", of ", record.expected, " in all") : "",
         ". num_tokens_per_rank must not be negative; the tensors of a handle (rank_prefix_matrix) must belong "
         "together, and stay as they are.");
 }
 
-std::string describe_bad_input(const layout::WaitRecord& record, int rank) {
+std::string describe_bad_input(const layout::WaitRecord& record, const layout::Topology& topology) {
     if (record.stage == layout::Stage::kCapacity)
-        return concat(where(record, rank), ": the tensors hold ", record.expected, " rows, but ", record.seen,
+        return concat(where(record, topology), ": the tensors hold ", record.expected, " rows, but ", record.seen,
                       " rows belong to this rank. Raise num_worst_tokens, or pass the tensors that fit the handle.");
     if (record.stage == layout::Stage::kPosition)
-        return concat(where(record, rank), ": token ", record.token, " is row ", record.seen, " of those for rank ",
+        return concat(where(record, topology), ": token ", record.token, " is row ", record.seen, " of those for rank ",
                       record.peer, ", but ", record.expected,
                       " are stated. num_tokens_per_rank must count the tokens of is_token_in_rank; the tensors of a "
                       "handle must belong together.");
-    if (record.stage == layout::Stage::kRows) return describe_rows(record, rank);
+    if (record.stage == layout::Stage::kRows) return describe_rows(record, topology);
     if (record.stage == layout::Stage::kStated)
         return concat(
-            where(record, rank), ": the routing table of rank ", record.peer, " states ",
+            where(record, topology), ": the routing table of rank ", record.peer, " states ",
             static_cast<int64_t>(record.seen), " where at most ", static_cast<int64_t>(record.expected),
             " can be. Shapes and formats must be the same on every rank; DEEP_EP_CHECK_CALLS=1 compares them.");
     if (record.stage == layout::Stage::kEntry)
-        return concat(where(record, rank), ": topk_idx of token ", record.expected, " of rank ", record.peer,
+        return concat(where(record, topology), ": topk_idx of token ", record.expected, " of rank ", record.peer,
                       " names an expert for which the dispatch of the handle has no row. combine needs the "
                       "topk_idx of the dispatch (an entry may become -1) and the handle that this dispatch returned.");
     if (record.stage == layout::Stage::kOpen)
         return concat(
-            where(record, rank), ": call ", record.expected,
+            where(record, topology), ": call ", record.expected,
             " is still open, and this one needs its memory. Call its hook before a graph that is replayed makes "
             "the second call after it.");
-    return concat("DeepEP error: ", name_of(record.operation), ", rank ", rank, ": topk_idx of token ", record.peer,
+    return concat("DeepEP error: ", name_of(record.operation), ", ", name_of(topology.rank, topology),
+                  ": topk_idx of token ", record.peer,
                   " must be -1 or an expert below ", record.expected, ", got ", static_cast<int64_t>(record.seen), ".");
 }
 
-std::string describe_abort(const layout::WaitRecord& record, int rank, const std::vector<uint64_t>& started,
-                           const Peers& peers) {
-    const int origin = layout::abort_origin(record.seen);
-    const int missing = layout::abort_missing(record.seen);
-    const std::string call = where(record, rank);
-    if (origin == missing) {
-        const std::string reason = peers.reason(origin);
-        return concat(call, ": aborted, rank ", origin, " reported an error of its own",
-                      reason.empty() ? "." : ": " + reason);
-    }
+// What an abort code says, without the rank that reports it.
+std::string who_gave_up(uint64_t code, const Peers& peers) {
+    const int origin = layout::abort_origin(code), missing = layout::abort_missing(code);
+    const std::string name = name_of(origin, peers.topology);
+    if (origin != missing) return concat(name, " gave up waiting for ", name_of(missing, peers.topology));
+    const std::string reason = peers.reason(origin);
+    return concat(name, " reported an error of its own", reason.empty() ? "" : ": " + reason);
+}
+
+std::string describe_abort(const layout::WaitRecord& record, const Peers& peers) {
+    const bool is_told = layout::abort_origin(record.seen) == layout::abort_missing(record.seen);
+    const std::string text = concat(where(record, peers.topology), ": aborted, ", who_gave_up(record.seen, peers));
+    if (is_told) return text.ends_with('.') ? text : text + ".";
     // A rank that was told before its first wait has nobody to name.
-    const std::string here = record.peer == rank ? "" : concat("; here: ", culprits(record, rank, started, peers));
-    return concat(call, ": aborted, rank ", origin, " gave up waiting for rank ", missing, here, ".");
+    const std::string here = record.peer == peers.topology.rank ? "" : concat("; here: ", culprits(record, peers));
+    return concat(text, here, ".");
 }
 
 }  // namespace
 
-std::string describe_failure(const layout::WaitRecord& record, int rank, const std::vector<uint64_t>& started,
-                             const Peers& peers) {
+std::string describe_failure(const layout::WaitRecord& record, const Peers& peers) {
     switch (record.kind) {
-        case layout::FailureKind::kBadInput: return describe_bad_input(record, rank);
-        case layout::FailureKind::kAborted: return describe_abort(record, rank, started, peers);
+        case layout::FailureKind::kBadInput: return describe_bad_input(record, peers.topology);
+        case layout::FailureKind::kAborted: return describe_abort(record, peers);
         default:
             return concat(
-                "DeepEP timeout: ", describe_wait(record, rank, started, peers),
+                "DeepEP timeout: ", describe_wait(record, peers),
                 " Every rank must make the same sequence of dispatch and combine calls; if a peer may be this "
                 "late, raise DEEP_EP_TIMEOUT_SECS or the Buffer's timeout.");
     }
 }
 
-std::string describe_note(int rank, int origin, const std::string& reason) {
-    return concat("DeepEP error: rank ", rank, ": aborted, because rank ", origin, " failed: ", reason);
+std::string describe_note(const layout::Topology& topology, int origin, const std::string& reason) {
+    return concat("DeepEP error: ", name_of(topology.rank, topology), ": aborted, because ", name_of(origin, topology),
+                  " failed: ", reason);
 }
 
-std::string describe_warning(const layout::WaitRecord& record, int rank, const std::vector<uint64_t>& started,
-                             const Peers& peers) {
-    return concat("DeepEP warning: ", describe_wait(record, rank, started, peers), " Still waiting.");
+std::string describe_rail_abort(uint64_t code, const Peers& peers) {
+    const layout::Topology& topology = peers.topology;
+    std::string remarks;
+    for (int index = 0; index < topology.ranks_per_node; ++index) {
+        const int peer = topology.neighbour(index);
+        if (peer == topology.rank) continue;
+        const std::string remark = peers.remark(peer);
+        if (!remark.empty()) remarks += concat("; ", name_of(peer, topology), ": ", remark);
+    }
+    return concat("DeepEP error: ", name_of(topology.rank, topology), ": aborted, ", who_gave_up(code, peers), remarks,
+                  ".");
+}
+
+std::string describe_transport(const layout::Topology& topology, const std::string& text) {
+    return concat("DeepEP error: ", name_of(topology.rank, topology), ": ", text);
+}
+
+std::string describe_warning(const layout::WaitRecord& record, const Peers& peers) {
+    return concat("DeepEP warning: ", describe_wait(record, peers), " Still waiting.");
 }
 
 }  // namespace deep_ep::runtime

@@ -7,21 +7,30 @@
 #include <vector>
 
 #include "layout/status.h"
+#include "layout/topology.h"
 
 namespace deep_ep::runtime {
 
-// What other sources than the record know of a rank; empty: nothing.
-struct Peers {
-    std::function<std::string(int peer)> remark;    // put behind its name
-    std::function<std::string(int origin)> reason;  // why it reported an error of its own
+// The last call that a rank is known to have entered.
+struct Progress {
+    int rank;
+    uint64_t call;
 };
 
-// `started[i]`: the last call that rank i has announced to this rank.
-std::string describe_failure(const layout::WaitRecord& record, int rank, const std::vector<uint64_t>& started,
-                             const Peers& peers);
-std::string describe_warning(const layout::WaitRecord& record, int rank, const std::vector<uint64_t>& started,
-                             const Peers& peers);
-// Another rank's reason, for one that has no kernel that could be told.
-std::string describe_note(int rank, int origin, const std::string& reason);
+// What the rank that reports knows beside the record.
+struct Peers {
+    layout::Topology topology;
+    std::vector<Progress> progress;                 // of all others that tell it: neighbours, rail peers
+    std::function<std::string(int peer)> remark;    // put behind its name; empty: nothing is known
+    std::function<std::string(int origin)> reason;  // why it gave up; empty: nothing is known
+};
+
+std::string describe_failure(const layout::WaitRecord& record, const Peers& peers);
+std::string describe_warning(const layout::WaitRecord& record, const Peers& peers);
+// For a rank that has no kernel that could be told: a neighbour's reason, or what came over the rail.
+std::string describe_note(const layout::Topology& topology, int origin, const std::string& reason);
+std::string describe_rail_abort(uint64_t code, const Peers& peers);
+// A connection to another node is lost; what the engine says of it.
+std::string describe_transport(const layout::Topology& topology, const std::string& text);
 
 }  // namespace deep_ep::runtime

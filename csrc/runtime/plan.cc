@@ -18,6 +18,9 @@ constexpr int kLowLatencyChunk = 512;  // channels that a warp sends at once
 constexpr int kMinLowLatencyWarps = 4;
 constexpr int kSetBytes = 32 * 1024;  // of shared memory, for a tile of the routing table
 
+// Of a rail window where the caller names no size: for each other node at least so much.
+constexpr uint64_t kLeastRailBytes = 16 << 20;
+
 // Rows through registers: enough warps to have many loads under way.
 kernels::Geometry plan_plain(const Machine& machine, int num_sms, int max_threads) {
     const int warps = std::min(max_threads, machine.useful_block_threads) / 32 / 2;
@@ -79,6 +82,26 @@ HeapPlan plan_heap(const BufferOptions& options) {
     heap.lend_offset = heap.weights_offset + split.weight_bytes;
     heap.num_lend_bytes = split.lend_bytes;
     return heap;
+}
+
+// Where the caller leaves it to us, rows get as much room on the rail as they have between neighbours.
+RailRegion plan_rail(const BufferOptions& options) {
+    const layout::Topology topology = options.topology();
+    if (topology.num_nodes() == 1) return {};
+    const auto num_nodes = static_cast<uint64_t>(topology.num_nodes());
+    const uint64_t own = std::max(static_cast<uint64_t>(options.num_data_bytes), (num_nodes - 1) * kLeastRailBytes);
+    return {layout::RailControl::make(num_nodes, static_cast<uint64_t>(topology.ranks_per_node)),
+            options.num_rail_bytes > 0 ? static_cast<uint64_t>(options.num_rail_bytes) : own};
+}
+
+layout::RailWindow plan_rail_window(const RailRegion& rail, int num_nodes, const layout::RailSlot& slot,
+                                    size_t chunk_bytes, const char* operation) {
+    const auto nodes = static_cast<uint64_t>(num_nodes);
+    const auto window = layout::RailWindow::make(rail.num_data_bytes, nodes, slot.bytes, chunk_bytes);
+    EP_CHECK(window.num_chunks > 0, "num_rdma_bytes is too small for this ", operation, ": expected at least ",
+             layout::RailWindow::bytes_for(nodes, slot.bytes, 1), ", got ", rail.num_data_bytes,
+             " (see Config.get_rdma_buffer_size_hint)");
+    return window;
 }
 
 void check_num_experts(int num_experts, int num_ranks) {

@@ -7,6 +7,7 @@
 #include "device/runtime.h"
 #include "kernels/params.h"
 #include "kernels/params_low_latency.h"
+#include "layout/rail.h"
 #include "runtime/options.h"
 
 namespace deep_ep::runtime {
@@ -37,6 +38,19 @@ struct HeapPlan {
     bool lends_part_of_data() const { return num_slot_bytes < num_data_bytes; }
 };
 HeapPlan plan_heap(const BufferOptions& options);
+
+// The rail window of a rank, where there are several nodes: control words, then data.
+struct RailRegion {
+    layout::RailControl control;
+    uint64_t num_data_bytes;
+
+    uint64_t num_bytes() const { return control.bytes + num_data_bytes; }
+};
+RailRegion plan_rail(const BufferOptions& options);
+
+// Throws where not even one slot of each stream has room. `chunk_bytes`: what the engine likes best.
+layout::RailWindow plan_rail_window(const RailRegion& rail, int num_nodes, const layout::RailSlot& slot,
+                                    size_t chunk_bytes, const char* operation);
 
 // Throws unless every rank can have the same number of experts.
 void check_num_experts(int num_experts, int num_ranks);

@@ -36,6 +36,8 @@ TEST_CASE("an empty environment gives the documented defaults") {
     CHECK(env.num_sms == 0);
     CHECK(!env.check_calls);
     CHECK(env.cpu_sms == 0);
+    CHECK(env.rail == "host");
+    CHECK(env.rail_interface == "");
 }
 
 TEST_CASE("every variable reaches its field") {
@@ -47,7 +49,9 @@ TEST_CASE("every variable reaches its field") {
                                    {"DEEP_EP_LEND_BYTES", "1024"},
                                    {"DEEP_EP_COST_MODEL", " a/model.json "},
                                    {"DEEP_EP_CHECK_CALLS", "1"},
-                                   {"DEEP_EP_CPU_SMS", "4"}});
+                                   {"DEEP_EP_CPU_SMS", "4"},
+                                   {"DEEP_EP_RAIL", "other"},
+                                   {"DEEP_EP_RAIL_INTERFACE", "eth1"}});
     CHECK(env.timeout_s == 2.5);
     CHECK(env.warn_s == 1);
     CHECK(env.ranks_per_node == 2);
@@ -57,6 +61,8 @@ TEST_CASE("every variable reaches its field") {
     CHECK(env.cost_model == "a/model.json");
     CHECK(env.check_calls);
     CHECK(env.cpu_sms == 4);
+    CHECK(env.rail == "other");
+    CHECK(env.rail_interface == "eth1");
 }
 
 TEST_CASE("an empty or blank value means that the variable is not set") {

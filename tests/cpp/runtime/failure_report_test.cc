@@ -13,7 +13,7 @@ using layout::FailureKind;
 using layout::Operation;
 using layout::Stage;
 
-const Peers kSilent{.remark = [](int) { return std::string(); }, .reason = [](int) { return std::string(); }};
+std::string nothing(int) { return ""; }
 
 layout::WaitRecord make_record(Operation operation, Stage stage, uint64_t expected, uint64_t seen) {
     layout::WaitRecord record{};
@@ -27,8 +27,10 @@ layout::WaitRecord make_record(Operation operation, Stage stage, uint64_t expect
     return record;
 }
 
-// All ranks have entered the call.
-std::string told(const layout::WaitRecord& record) { return describe_failure(record, 0, {3, 3, 3}, kSilent); }
+// At rank 0 of three, all of which have entered the call.
+std::string told(const layout::WaitRecord& record) {
+    return describe_failure(record, {{3, 3, 0}, {{1, 3}, {2, 3}}, nothing, nothing});
+}
 
 void check_progress(Operation operation, Stage stage, uint64_t expected, uint64_t seen, const std::string& progress) {
     CAPTURE(static_cast<int>(operation));

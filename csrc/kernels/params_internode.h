@@ -1,0 +1,37 @@
+// What the host hands to the kernels across nodes: the parameters of the same operation inside a node, whose heap, ranks and
+// windows are the node's, and the rail.
+#pragma once
+
+#include "kernels/params.h"
+#include "layout/rail.h"
+#include "layout/topology.h"
+#include "rail/engine.h"
+
+namespace deep_ep::kernels {
+
+// The rail window and how a call uses it. All of it but the parameters, the rank and the counters is equal on every rank.
+struct RailPlan {
+    rail::Params params;  // Engine::params()
+    layout::Topology topology;
+    layout::RailControl control;  // at the start of the window; its data region follows at control.bytes
+    layout::RailWindow window;    // of slots of this kind (dispatch or combine)
+    layout::RailSlot slot;
+    uint8_t* counters;     // layout::RailCounters of device memory, zeroed when it was allocated
+    int num_forward_warps;  // in each block, beside those of Geometry; not used by the count exchange
+};
+
+// The first launch of every call that is not cached. `counts` is null where the host waits for none (expert_alignment = 0).
+struct InternodeNotifyParams : NotifyDispatchParams, InternodeNotifyFields {
+    RailPlan rail;
+};
+
+// `is_first_kernel`: it is cached. `counts` is null: it never tells the host. `geometry` has no stages.
+struct InternodeDispatchParams : DispatchParams, InternodeDispatchFields {
+    RailPlan rail;
+};
+
+struct InternodeCombineParams : CombineParams, InternodeCombineFields {
+    RailPlan rail;
+};
+
+}  // namespace deep_ep::kernels

@@ -1,0 +1,74 @@
+"""A Buffer whose group spans nodes: how it is built, and what it refuses. Virtual nodes of two ranks on one machine."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from utils import Pool, Worker
+
+RANKS_PER_NODE = {"DEEP_EP_RANKS_PER_NODE": "2"}
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    shared = Pool(4, RANKS_PER_NODE)
+    yield shared
+    shared.close()
+
+
+def rail_of(worker: Worker, **options: Any) -> tuple[int, str, str]:
+    with worker.new_buffer(**options) as buffer:
+        return buffer.runtime.num_rail_bytes, buffer.runtime.rail_name, repr(buffer)
+
+
+def failure_of(worker: Worker, **options: Any) -> str:
+    try:
+        worker.new_buffer(**options).destroy()
+    except Exception as error:  # noqa: BLE001 - its sentence is looked at
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.parametrize(("options", "num_rail_bytes"), [({"num_rdma_bytes": 1 << 20}, 1 << 20),
+                                                         ({"num_nvl_bytes": 1 << 22}, 16 << 20),
+                                                         ({"num_nvl_bytes": 1 << 25}, 1 << 25)])  # yapf: disable
+def test_the_rail_window_is_what_was_asked_for_or_one_of_its_own(pool: Pool, options: dict[str, int],
+                                                                 num_rail_bytes: int) -> None:
+    for rank, (num_bytes, name, text) in enumerate(pool.run(rail_of, 4, **options)):
+        assert num_bytes == num_rail_bytes
+        assert name.startswith("host (TCP, ")
+        assert f"node {rank // 2} of 2 with 2 rank(s)" in text
+
+
+def test_within_a_node_there_is_no_rail(pool: Pool) -> None:
+    for num_bytes, name, _ in pool.run(rail_of, 2):
+        assert (num_bytes, name) == (0, "")
+
+
+def test_the_low_latency_mode_is_refused(pool: Pool) -> None:
+    for sentence in pool.run(failure_of, 4, low_latency_mode=True, num_rdma_bytes=1 << 20):
+        assert sentence.startswith("Error: Buffer: low_latency_mode works within one node in this version")
+        assert "the group spans 2" in sentence
+
+
+def test_ranks_agree_on_the_engine() -> None:
+    pool = Pool(2, {"DEEP_EP_RANKS_PER_NODE": "1", "DEEP_EP_RAIL": "pigeons"})
+    for sentence in pool.run(failure_of, 2):
+        assert "DEEP_EP_RAIL: expected 'host' or nothing ('host'), got 'pigeons'" in sentence
+    pool.close()
+
+
+def test_an_interface_that_is_not_there_is_named() -> None:
+    pool = Pool(2, {"DEEP_EP_RANKS_PER_NODE": "1", "DEEP_EP_RAIL_INTERFACE": "no-such-interface"})
+    for sentence in pool.run(failure_of, 2):
+        assert sentence.startswith("InvalidArgument: Buffer: DEEP_EP_RAIL_INTERFACE: ")
+        assert "'no-such-interface'" in sentence
+    pool.close()
+
+
+def test_the_interface_is_the_one_that_reaches_the_master() -> None:
+    pool = Pool(2, {"DEEP_EP_RANKS_PER_NODE": "1", "MASTER_ADDR": "127.0.0.1"})
+    for _, name, _ in pool.run(rail_of, 2):
+        assert name.startswith("host (TCP, 127.0.0.1:")
+    pool.close()
