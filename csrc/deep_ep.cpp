@@ -17,6 +17,8 @@
 #include "core/error.h"
 #include "core/interruption.h"
 #include "layout/intranode.h"
+#include "rail/nvshmem/loader.h"
+#include "rail/nvshmem/versions.h"
 #include "runtime/buffer.h"
 #include "runtime/config.h"
 
@@ -320,6 +322,16 @@ PYBIND11_MODULE(deep_ep_cpp, m) {
             return layout::DataSplit::make(num_data_bytes, num_ranks).lend_bytes;
         },
         py::arg("num_data_bytes"), py::arg("num_ranks"));
+    // Of the engine nvshmem: what it loads needs no GPU.
+    m.def(
+        "load_nvshmem",
+        [](const std::string& host_library, const std::vector<std::string>& engines, const std::string& remote_transport,
+           bool is_ibgda_enabled) {
+            using namespace rail::nvshmem;
+            const World& world = load_world(host_library, engines, transport_of(remote_transport, is_ibgda_enabled));
+            return text(world.loaded()) + " (engine built with " + text(world.library().built) + ")";
+        },
+        py::arg("host_library"), py::arg("engines"), py::arg("remote_transport"), py::arg("is_ibgda_enabled"));
     m.def("get_environment", [] {
         const Environment& env = environment();
         py::dict variables;

@@ -22,18 +22,11 @@ Introduction from_bytes(const std::string& bytes, size_t rank) {
 
 }  // namespace
 
-Transport transport_of(const std::string& remote_transport, bool is_ibgda_enabled) {
-    if (is_ibgda_enabled || remote_transport == "ibgda") return Transport::kGpu;
-    return remote_transport == "libfabric" ? Transport::kFencingProxy : Transport::kProxy;
-}
-
 NvshmemEngine::NvshmemEngine(std::shared_ptr<dev::Device> device, World& world, const NvshmemOptions& options)
     : device_(std::move(device)),
       world_(world),
       options_(options),
-      posted_(device_, static_cast<size_t>(options.num_ranks)),
-      pes_(device_, static_cast<size_t>(options.num_ranks)),
-      introduction_(to_bytes(world.introduce(options.rank, options.num_ranks, options.window_bytes))),
+      introduction_(to_bytes(world.introduce(options.rank, options.window_bytes))),
       stream_(device_, device_->create_stream()) {}
 
 std::string NvshmemEngine::name() const { return "nvshmem (" + text(world_.loaded()) + ")"; }
@@ -41,6 +34,8 @@ std::string NvshmemEngine::name() const { return "nvshmem (" + text(world_.loade
 void NvshmemEngine::connect(const std::vector<std::string>& addresses, const std::vector<int>& peers) {
     std::vector<Introduction> all;
     for (const std::string& address : addresses) all.push_back(from_bytes(address, all.size()));
+    posted_ = {device_, all.size()};
+    pes_ = {device_, all.size()};
     const World::Lease lease = world_.meet(all, options_.rank, pes_.get());
     window_number_ = lease.number;
     window_ = {nullptr, lease.address, options_.window_bytes};
@@ -57,7 +52,7 @@ void NvshmemEngine::connect(const std::vector<std::string>& addresses, const std
     device_->memset_async(lease.address, 0, options_.window_bytes, stream_.get());
     // Loads the kernel of set() now: later that might wait for kernels that wait for it.
     set(options_.rank, 0, 0);
-    device_->memset_async(posted_.get(), 0, static_cast<size_t>(options_.num_ranks) * sizeof(Posted), stream_.get());
+    device_->memset_async(posted_.get(), 0, all.size() * sizeof(Posted), stream_.get());
     device_->synchronize_stream(stream_.get());
     world_.barrier(pes_.get());
     check();
@@ -68,8 +63,8 @@ Params NvshmemEngine::params() const {
 }
 
 size_t NvshmemEngine::chunk_bytes() const {
-    if (is_every_peer_reached_ || options_.transport == Transport::kGpu) return 128 << 10;
-    return options_.transport == Transport::kProxy ? 512 << 10 : 1 << 20;
+    if (is_every_peer_reached_ || world_.transport() == Transport::kGpu) return 128 << 10;
+    return world_.transport() == Transport::kProxy ? 512 << 10 : 1 << 20;
 }
 
 void NvshmemEngine::set(int peer, uint64_t flag, uint64_t value) {

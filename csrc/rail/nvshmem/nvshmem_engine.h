@@ -14,21 +14,9 @@
 
 namespace deep_ep::rail::nvshmem {
 
-// What carries messages to the ranks that loads and stores do not reach; decides how large a put should be.
-enum class Transport {
-    kGpu,           // the GPU posts to the NIC itself: IBGDA
-    kProxy,         // a thread of the host posts, in order: IBRC, UCX
-    kFencingProxy,  // a thread of the host posts, and waits for a put before its flag: libfabric
-};
-
-// Of NVSHMEM_REMOTE_TRANSPORT ("" is NVSHMEM's default) and NVSHMEM_IB_ENABLE_IBGDA.
-Transport transport_of(const std::string& remote_transport, bool is_ibgda_enabled);
-
 struct NvshmemOptions {
     int rank = 0;
-    int num_ranks = 1;
     size_t window_bytes = 0;  // the same on every rank
-    Transport transport = Transport::kProxy;
 };
 
 class NvshmemEngine final : public Engine {
@@ -56,9 +44,9 @@ private:
     const std::shared_ptr<dev::Device> device_;
     World& world_;
     const NvshmemOptions options_;
-    const dev::DeviceArray<Posted> posted_;
-    const dev::DeviceArray<int32_t> pes_;
     const std::string introduction_;
+    dev::DeviceArray<Posted> posted_;  // by rank, as pes_
+    dev::DeviceArray<int32_t> pes_;
     dev::OwnedStream stream_;  // of set()
     int window_number_ = World::kNoWindow;
     Window window_;

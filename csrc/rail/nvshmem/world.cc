@@ -39,7 +39,13 @@ std::string describe_versions(const Introduction& one) {
 
 }  // namespace
 
-World::World(const Library& library, Version loaded) : library_(library), loaded_(loaded) {
+Transport transport_of(const std::string& remote_transport, bool is_ibgda_enabled) {
+    if (is_ibgda_enabled || remote_transport == "ibgda") return Transport::kGpu;
+    return remote_transport == "libfabric" ? Transport::kFencingProxy : Transport::kProxy;
+}
+
+World::World(const Library& library, Version loaded, Transport transport)
+    : library_(library), loaded_(loaded), transport_(transport) {
     if (library.abi != kLibraryAbi || library.bytes != sizeof(Library))
         throw TransportError("the library of the engine nvshmem is of another version of deep_ep: build it again with "
                              "`python -m deep_ep build-nvshmem`");
@@ -48,12 +54,11 @@ World::World(const Library& library, Version loaded) : library_(library), loaded
                                     ". Build it for that one with `python -m deep_ep build-nvshmem`"));
 }
 
-Introduction World::introduce(int rank, int num_ranks, size_t window_bytes) {
+Introduction World::introduce(int rank, size_t window_bytes) {
     const std::lock_guard lock(mutex_);
     Introduction own{};
     std::memcpy(own.magic, kMagic, sizeof(kMagic));
     own.rank = rank;
-    own.num_ranks = num_ranks;
     own.built = library_.built;
     own.loaded = loaded_;
     own.window_bytes = window_bytes;

@@ -10,10 +10,20 @@
 
 namespace deep_ep::rail::nvshmem {
 
+// What carries messages to the ranks that loads and stores do not reach; decides how large a put should be.
+enum class Transport {
+    kGpu,           // the GPU posts to the NIC itself: IBGDA
+    kProxy,         // a thread of the host posts, in order: IBRC, UCX
+    kFencingProxy,  // a thread of the host posts, and waits for a put before its flag: libfabric
+};
+
+// Of NVSHMEM_REMOTE_TRANSPORT ("" is NVSHMEM's default) and NVSHMEM_IB_ENABLE_IBGDA.
+Transport transport_of(const std::string& remote_transport, bool is_ibgda_enabled);
+
 // What a rank must know of every other before they meet: plain bytes between processes.
 struct Introduction {
     char magic[8];
-    int32_t rank, num_ranks;
+    int32_t rank;
     Version built, loaded;
     int32_t is_initialized, pe, num_pes;
     uint64_t window_bytes;
@@ -27,7 +37,7 @@ public:
     static constexpr int kNoWindow = -1;
 
     // `loaded`: the version of the NVSHMEM in this process. Throws TransportError where the library does not fit it.
-    World(const Library& library, Version loaded);
+    World(const Library& library, Version loaded, Transport transport);
     World(const World&) = delete;
     World& operator=(const World&) = delete;
 
@@ -37,9 +47,10 @@ public:
     };
 
     Version loaded() const { return loaded_; }
+    Transport transport() const { return transport_; }
     const Library& library() const { return library_; }
 
-    Introduction introduce(int rank, int num_ranks, size_t window_bytes);
+    Introduction introduce(int rank, size_t window_bytes);
     // * Makes the world, or joins the one that is there, and takes a window of it. All of this process's rank in it are in
     // `all`, by rank. `on_device`: memory on the GPU. Throws TransportError, on every rank, where they do not fit together.
     Lease meet(const std::vector<Introduction>& all, int rank, const void* on_device);
@@ -62,6 +73,7 @@ private:
 
     const Library& library_;
     const Version loaded_;
+    const Transport transport_;
     std::mutex mutex_;
     bool has_joined_ = false;
     std::vector<Place> windows_;

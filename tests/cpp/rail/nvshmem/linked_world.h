@@ -15,7 +15,7 @@ inline rail::nvshmem::World& linked_world() {
         rail::nvshmem::Version loaded{};
         nvshmemx_vendor_get_version_info(&loaded.major, &loaded.minor, &loaded.patch);
         return loaded;
-    }());
+    }(), rail::nvshmem::Transport::kProxy);
     return world;
 }
 

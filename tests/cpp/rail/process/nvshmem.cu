@@ -17,8 +17,7 @@ std::unique_ptr<rail::Engine> make_process_engine(const std::shared_ptr<dev::Dev
                                                   const ProcessOptions& options) {
     return std::make_unique<rail::nvshmem::NvshmemEngine>(
         device, linked_world(),
-        rail::nvshmem::NvshmemOptions{
-            .rank = options.rank, .num_ranks = options.num_ranks, .window_bytes = options.window_bytes});
+        rail::nvshmem::NvshmemOptions{.rank = options.rank, .window_bytes = options.window_bytes});
 }
 
 namespace {
