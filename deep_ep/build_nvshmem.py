@@ -71,8 +71,8 @@ def build(folder: Path, architectures: Sequence[str] = (), nvshmem: Path | None 
             list(pool.map(lambda command: _run(command, scratch), commands))
         _run([
             nvcc, "-shared", *FLAGS, *codes, *objects, "-o", target.name,
-            str(installation.device_library),
-            str(installation.host_library), "-Xlinker", "--exclude-libs,ALL"
+            str(installation.device_library), f"-L{installation.host_library.parent}", f"-l:{_nvshmem.HOST_LIBRARY}", "-Xlinker",
+            "--exclude-libs,ALL,-z,defs"
         ], scratch)
         # In one step: another process may look for it, or build it too.
         unfinished = folder / f".{target.name}.{os.getpid()}"
