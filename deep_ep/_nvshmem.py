@@ -16,10 +16,8 @@ PACKAGE = "nvidia.nvshmem"
 HOST_LIBRARY = "libnvshmem_host.so.3"
 ENGINE_PREFIX = "libdeep_ep_nvshmem-"
 INSTALL = "pip install nvidia-nvshmem-cu13 (or -cu12: that of your CUDA), or set NVSHMEM_DIR to where it is"
-# What is compiled, from csrc/; headers are found from there.
-SOURCES = ("rail/nvshmem/library.cu", "device/cuda/cuda_error.cc", "device/cuda/driver.cc", "device/cuda/guard.cc",
-           "device/cuda/launch_kernel.cc")
-# The folders that SOURCES include something from: a change there needs another library.
+ENTRY = "rail/nvshmem/library.cu"
+# The folders that the library includes something from: a change there needs another library.
 SOURCE_FOLDERS = ("core", "device", "kernels", "layout", "rail")
 
 
@@ -88,9 +86,17 @@ def source_folder() -> Path:
     """csrc/ of the checkout, or the copy that the wheel brings along."""
     package = Path(__file__).resolve().parent
     for folder in (package / "csrc", package.parent / "csrc"):
-        if (folder / SOURCES[0]).exists():
+        if (folder / ENTRY).exists():
             return folder
     raise Error(f"the sources of the engine nvshmem are not in {package}: install deep_ep from its wheel or its checkout")
+
+
+def sources() -> list[str]:
+    """What is compiled, from source_folder(); headers are found from there."""
+    root = source_folder()
+    kernels = sorted(str(path.relative_to(root)) for path in (root / "kernels" / "internode").glob("*.c[uc]"))
+    launch = [f"device/cuda/{name}.cc" for name in ("cuda_error", "driver", "guard", "launch_kernel")]
+    return [ENTRY, *kernels, *launch]
 
 
 def _read_sources() -> Iterator[bytes]:

@@ -64,9 +64,10 @@ def build(folder: Path, architectures: Sequence[str] = (), nvshmem: Path | None 
     ]
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        objects = [f"{Path(source).stem}.o" for source in _nvshmem.SOURCES]
+        sources = _nvshmem.sources()
+        objects = [f"{Path(source).stem}.o" for source in sources]
         commands = [[*common, "-x", "cu", "-c", str(root / source), "-o", name]
-                    for source, name in zip(_nvshmem.SOURCES, objects)]
+                    for source, name in zip(sources, objects)]
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             list(pool.map(lambda command: _run(command, scratch), commands))
         _run([

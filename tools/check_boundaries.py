@@ -22,8 +22,10 @@ SEAM_INCLUDES = {
     'csrc/device/launch.h': 'launch_impl.h',
     'csrc/rail/rail.h': 'rail_impl.h'
 }
-# A library of its own, for NVSHMEM and CUDA alone.
+# A library of its own, for NVSHMEM and CUDA alone, and where its kernels join those of the extension.
 NVSHMEM_LIBRARY = ('csrc/rail/nvshmem/library.cu', 'csrc/rail/nvshmem/rail_impl.h')
+NVSHMEM_KERNELS = ('csrc/kernels/nvshmem_kernels.h', 'csrc/kernels/internode/nvshmem_kernels.cc',
+                   'csrc/runtime/nvshmem_table.cc')
 WARN_LINES, MAX_LINES = 500, 700
 
 NATIVE_SUFFIXES = ('.h', '.cc', '.cpp', '.cu', '.cuh')
@@ -135,7 +137,7 @@ def check_backend_names(source: Source) -> Iterator[Finding]:
         return
     for number, line in enumerate(source.code, 1):
         found = re.match(r'\s*#\s*include\s*"(device/cuda|device/simt|rail/host|rail/nvshmem)/', line)
-        if found is None or source.path.startswith(f'csrc/{found.group(1)}/') or source.path in NVSHMEM_LIBRARY:
+        if found is None or source.path.startswith(f'csrc/{found.group(1)}/') or source.path in NVSHMEM_LIBRARY + NVSHMEM_KERNELS:
             continue
         if source.path != 'csrc/rail/make_engine.cc' or not found.group(1).startswith('rail/'):
             yield Finding(source.path, number, 'seam', f'{found.group(1)} is included from outside it')

@@ -5,36 +5,18 @@
 #include <nvshmem.h>
 #include <nvshmemx.h>
 
-#include <algorithm>
 #include <cstring>
-#include <string>
 
 #include "device/cuda/cuda_error.h"
 #include "device/cuda/guard.h"
 #include "device/launch.h"
+#include "rail/nvshmem/border.h"
 #include "rail/rail.h"
 
 namespace deep_ep::rail::nvshmem {
 namespace {
 
 static_assert(sizeof(nvshmemx_uniqueid_t) == kUniqueIdBytes, "the id of another NVSHMEM");
-
-void complain(Complaint* complaint, const std::string& text) {
-    const size_t length = std::min(text.size(), sizeof(complaint->text) - 1);
-    std::memcpy(complaint->text, text.data(), length);
-    complaint->text[length] = 0;
-}
-
-// Exceptions end at the border.
-template <class Body> bool guarded(Complaint* complaint, const Body& body) {
-    try {
-        body();
-        return true;
-    } catch (const std::exception& error) {
-        complain(complaint, error.what());
-        return false;
-    }
-}
 
 int device_of(const void* memory) {
     cudaPointerAttributes attributes{};
@@ -50,10 +32,8 @@ int num_pes() { return nvshmem_n_pes(); }
 
 bool make_unique_id(char* id, Complaint* complaint) {
     nvshmemx_uniqueid_t made = NVSHMEMX_UNIQUEID_INITIALIZER;
-    if (const int status = nvshmemx_get_uniqueid(&made); status != 0) {
-        complain(complaint, concat("nvshmemx_get_uniqueid: status ", status));
-        return false;
-    }
+    if (const int status = nvshmemx_get_uniqueid(&made); status != 0)
+        return complain(complaint, concat("nvshmemx_get_uniqueid: status ", status));
     std::memcpy(id, &made, sizeof(made));
     return true;
 }
@@ -121,12 +101,16 @@ bool launch_set(const SetParams* params, void* stream, Complaint* complaint) {
 }  // namespace
 }  // namespace deep_ep::rail::nvshmem
 
+// Of csrc/kernels/internode/nvshmem_kernels.cc, where it is linked in.
+extern "C" __attribute__((weak)) const void* deep_ep_nvshmem_kernels();
+
 extern "C" __attribute__((visibility("default"))) const deep_ep::rail::nvshmem::Library* deep_ep_nvshmem_library() {
     using namespace deep_ep::rail::nvshmem;
     static const Library library{
         .abi = kLibraryAbi,
         .bytes = sizeof(Library),
         .built = {NVSHMEM_VENDOR_MAJOR_VERSION, NVSHMEM_VENDOR_MINOR_VERSION, NVSHMEM_VENDOR_PATCH_VERSION},
+        .kernels = deep_ep_nvshmem_kernels == nullptr ? nullptr : deep_ep_nvshmem_kernels(),
         .is_initialized = &is_initialized,
         .my_pe = &my_pe,
         .num_pes = &num_pes,

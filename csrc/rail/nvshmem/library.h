@@ -35,6 +35,9 @@ struct Library {
     uint32_t bytes;  // sizeof(Library)
     Version built;   // the NVSHMEM whose headers and device code are inside
 
+    // kernels::NvshmemKernels, which this layer does not know; null: none.
+    const void* kernels;
+
     bool (*is_initialized)();
     int (*my_pe)();
     int (*num_pes)();

@@ -49,6 +49,7 @@ Library make_library() {
         .abi = rail::nvshmem::kLibraryAbi,
         .bytes = sizeof(Library),
         .built = kVersion,
+        .kernels = nullptr,
         .is_initialized = [] { return fake.is_initialized; },
         .my_pe = [] { return fake.pe; },
         .num_pes = [] { return fake.num_pes; },
