@@ -8,7 +8,7 @@ namespace deep_ep::kernels {
 inline namespace EP_BACKEND {
 
 EP_DEVICE algo::Heap make_heap(const HeapParams& heap) {
-    return algo::Heap(heap.bases, heap.rank, heap.num_ranks, heap.control);
+    return algo::Heap(heap.bases, heap.rank, heap.num_ranks, heap.control, heap.first_rank, heap.num_nodes);
 }
 
 EP_DEVICE algo::WatchWords make_watch_words(const WatchParams& watch) {

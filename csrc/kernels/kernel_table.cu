@@ -1,5 +1,6 @@
 #include "kernels/kernel_table.h"
 
+#include "kernels/internode/internode_launchers.h"
 #include "kernels/intranode/intranode_launchers.h"
 #include "kernels/layout/dispatch_layout.h"
 #include "kernels/low_latency/low_latency_launchers.h"
@@ -16,9 +17,9 @@ const KernelTable& simt_kernel_table() {
         .notify_dispatch = notify_dispatch::launch,
         .dispatch = dispatch::launch,
         .combine = combine::launch,
-        .internode_notify = nullptr,
-        .internode_dispatch = nullptr,
-        .internode_combine = nullptr,
+        .internode_notify = internode::notify::launch,
+        .internode_dispatch = internode::dispatch::launch,
+        .internode_combine = internode::combine::launch,
         .low_latency_dispatch = low_latency::dispatch::launch,
         .low_latency_combine = low_latency::combine::launch,
         .low_latency_clean = low_latency::clean::launch,

@@ -18,8 +18,8 @@ struct HeapParams {
     int rank;                       // index in the node
     int num_ranks;                  // of the node
     layout::ControlLayout control;  // the data region follows at control.bytes
-    int first_rank;                 // of the node, among all
-    int num_nodes;
+    int first_rank = 0;             // of the node, among all
+    int num_nodes = 1;
 };
 
 // Deadlines, and where a failing wait leaves its record.

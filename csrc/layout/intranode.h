@@ -1,4 +1,4 @@
-// The symmetric heap of one node: control words, then the data regions of the high-throughput mode (declared here) and
+// The symmetric heap of one node of L ranks, among N equal nodes with R = N L ranks: control words, then the data regions of the high-throughput mode (declared here) and
 // of the low-latency mode. Equal on every rank.
 //
 // Protocol and picture: docs/protocols/intranode.md.
@@ -42,28 +42,29 @@ struct Loan {
 
 // Words that ranks write into each other's memory to coordinate. [x][y] is row-major.
 struct ControlLayout {
-    Field started;        // u64[R]: the last call that this source has entered; written by the source
+    Field started;        // u64[L]: the last call that this source has entered; written by the source
     Field abort;          // u64[1]: not zero: some rank gave up (AbortCode)
-    Field rank_counts;    // u64[banks][R][R]: tokens that source i sends to each rank, as make_count writes them
+    Field rank_counts;    // u64[banks][R][L]: tokens that source i sends to each rank here, as make_count writes them
     Field expert_counts;  // u64[banks][R][kMaxLocalExperts]: entries that source i has for our experts, likewise
-    Field full;           // u64[banks][R][kMaxWindow]: the row that source i has put into this slot of ours
-    Field empty;          // u64[banks][R][kMaxWindow]: the row of ours that rank i has taken out of this slot of its
-    Field loan_flags;     // u64[banks][R]: the call whose loan this lender has stated
-    Field loans;          // Loan[banks][R]: by lender
-    Field weight_flags;   // u64[R]: the last call of which this lender's weights can be read
-    Field returned;       // u64[R]: the last call in which this borrower has done with our loan
+    Field full;           // u64[banks][N][L][kMaxWindow]: the row that rank i has put into this slot of ours
+    Field empty;          // u64[banks][N][L][kMaxWindow]: the row of ours that rank i has taken out of this slot of its
+    Field loan_flags;     // u64[banks][L]: the call whose loan this lender has stated
+    Field loans;          // Loan[banks][L]: by lender
+    Field weight_flags;   // u64[L]: the last call of which this lender's weights can be read
+    Field returned;       // u64[L]: the last call in which this borrower has done with our loan
     LowLatencyControl low_latency;
     uint64_t bytes = 0;
 
-    static constexpr ControlLayout make(uint64_t num_ranks) {
+    static constexpr ControlLayout make(uint64_t num_ranks, uint64_t num_nodes = 1) {
+        const uint64_t num_sources = num_nodes * num_ranks;
         ControlLayout layout;
         FieldCursor cursor;
         layout.started = cursor.take(8, num_ranks, kHeapAlignment);
         layout.abort = cursor.take(8, 1, kHeapAlignment);
-        layout.rank_counts = cursor.take(8, kNumBanks * num_ranks * num_ranks, kHeapAlignment);
-        layout.expert_counts = cursor.take(8, kNumBanks * num_ranks * kMaxLocalExperts, kHeapAlignment);
-        layout.full = cursor.take(8, kNumBanks * num_ranks * kMaxWindow, kHeapAlignment);
-        layout.empty = cursor.take(8, kNumBanks * num_ranks * kMaxWindow, kHeapAlignment);
+        layout.rank_counts = cursor.take(8, kNumBanks * num_sources * num_ranks, kHeapAlignment);
+        layout.expert_counts = cursor.take(8, kNumBanks * num_sources * kMaxLocalExperts, kHeapAlignment);
+        layout.full = cursor.take(8, kNumBanks * num_sources * kMaxWindow, kHeapAlignment);
+        layout.empty = cursor.take(8, kNumBanks * num_sources * kMaxWindow, kHeapAlignment);
         layout.loan_flags = cursor.take(8, kNumBanks * num_ranks, kHeapAlignment);
         layout.loans = cursor.take(sizeof(Loan), kNumBanks * num_ranks, kHeapAlignment);
         layout.weight_flags = cursor.take(8, num_ranks, kHeapAlignment);
@@ -103,31 +104,39 @@ struct SlotLayout {
     }
 };
 
-// How the data region is cut for one call: banks x (R - 1) sources x window slots. A rank keeps no slots for itself.
+// How the data region is cut for one call: banks x N nodes x (L - 1) writers x window slots. A rank keeps no slots for itself.
+// The slots of (n, i) hold, in a dispatch, rows of source (n, i), written by its forwarder here; in a combine, rows of rank i
+// here for owner (n, this rank's index).
 struct WindowLayout {
     uint64_t bank_bytes = 0;
+    uint64_t node_bytes = 0;
     uint64_t source_bytes = 0;
     uint64_t slot_bytes = 0;
     int window = 0;  // slots of one source in one bank; 0: the region is too small
 
-    static constexpr WindowLayout make(uint64_t data_bytes, uint64_t num_ranks, uint64_t slot_bytes) {
+    static constexpr WindowLayout make(uint64_t data_bytes, uint64_t num_ranks, uint64_t slot_bytes,
+                                       uint64_t num_nodes = 1) {
         WindowLayout layout;
         layout.slot_bytes = slot_bytes;
         if (num_ranks < 2) return layout;
         layout.bank_bytes = data_bytes / kNumBanks / kHeapAlignment * kHeapAlignment;
-        const uint64_t fitting = layout.bank_bytes / ((num_ranks - 1) * slot_bytes);
+        const uint64_t fitting = layout.bank_bytes / (num_nodes * (num_ranks - 1) * slot_bytes);
         layout.window = static_cast<int>(fitting < kMaxWindow ? fitting : kMaxWindow);
         layout.source_bytes = static_cast<uint64_t>(layout.window) * slot_bytes;
+        layout.node_bytes = (num_ranks - 1) * layout.source_bytes;
         return layout;
     }
-    // Where `owner` keeps the slots of `source`, from the start of its data region.
-    constexpr uint64_t slot_offset(uint64_t bank, uint64_t owner, uint64_t source, uint64_t slot) const {
-        const uint64_t region = source < owner ? source : source - 1;
-        return bank * bank_bytes + region * source_bytes + slot * slot_bytes;
+    // Where `owner` keeps the slots that `writer` fills, from the start of its data region.
+    constexpr uint64_t slot_offset(uint64_t bank, uint64_t owner, uint64_t writer, uint64_t slot,
+                                   uint64_t node = 0) const {
+        const uint64_t region = writer < owner ? writer : writer - 1;
+        return bank * bank_bytes + node * node_bytes + region * source_bytes + slot * slot_bytes;
     }
     // The smallest data region with `window` slots a source.
-    static constexpr uint64_t bytes_for(uint64_t num_ranks, uint64_t slot_bytes, uint64_t window) {
-        return num_ranks < 2 ? 0 : kNumBanks * align_up((num_ranks - 1) * slot_bytes * window, kHeapAlignment);
+    static constexpr uint64_t bytes_for(uint64_t num_ranks, uint64_t slot_bytes, uint64_t window,
+                                        uint64_t num_nodes = 1) {
+        const uint64_t num_streams = num_nodes * (num_ranks - 1);
+        return num_ranks < 2 ? 0 : kNumBanks * align_up(num_streams * slot_bytes * window, kHeapAlignment);
     }
 };
 

@@ -16,35 +16,49 @@ struct WatchWords {
     uint64_t warn_ns;
 };
 
+// Ranks here are those of the node, by index.
 class Heap {
 public:
-    EP_DEVICE Heap(uint8_t* const* bases, int rank, int num_ranks, const layout::ControlLayout& control)
-        : bases_(bases), control_(&control), rank_(rank), num_ranks_(num_ranks) {}
+    EP_DEVICE Heap(uint8_t* const* bases, int rank, int num_ranks, const layout::ControlLayout& control,
+                   int first_rank = 0, int num_nodes = 1)
+        : bases_(bases),
+          control_(&control),
+          rank_(rank),
+          num_ranks_(num_ranks),
+          first_rank_(first_rank),
+          num_nodes_(num_nodes) {}
 
     EP_DEVICE int rank() const { return rank_; }
     EP_DEVICE int num_ranks() const { return num_ranks_; }
+    // Of the node, among all ranks.
+    EP_DEVICE int first_rank() const { return first_rank_; }
+    EP_DEVICE int num_nodes() const { return num_nodes_; }
+    EP_DEVICE int num_sources() const { return num_nodes_ * num_ranks_; }
 
     // Each of these names a place in `owner`'s memory; see ControlLayout for who writes it.
     EP_DEVICE uint64_t* started(int owner, int source) const { return word(owner, control_->started.at(source)); }
     EP_DEVICE uint64_t* abort(int owner) const { return word(owner, control_->abort.offset); }
+    // `source`: of all ranks.
     EP_DEVICE uint64_t* rank_count(int owner, int bank, int source, int destination) const {
-        const uint64_t row = static_cast<uint64_t>(bank) * num_ranks_ + source;
+        const uint64_t row = static_cast<uint64_t>(bank) * num_sources() + source;
         return word(owner, control_->rank_counts.at(row * num_ranks_ + destination));
     }
     EP_DEVICE uint64_t* expert_count(int owner, int bank, int source, int local_expert) const {
-        const uint64_t row = static_cast<uint64_t>(bank) * num_ranks_ + source;
+        const uint64_t row = static_cast<uint64_t>(bank) * num_sources() + source;
         return word(owner, control_->expert_counts.at(row * layout::kMaxLocalExperts + local_expert));
     }
-    EP_DEVICE uint64_t* full(int owner, int bank, int source, int slot) const {
-        const uint64_t row = static_cast<uint64_t>(bank) * num_ranks_ + source;
+    // `group`: bank * num_nodes() + node.
+    EP_DEVICE uint64_t* full(int owner, int group, int source, int slot) const {
+        const uint64_t row = static_cast<uint64_t>(group) * num_ranks_ + source;
         return word(owner, control_->full.at(row * layout::kMaxWindow + slot));
     }
-    EP_DEVICE uint64_t* empty(int owner, int bank, int destination, int slot) const {
-        const uint64_t row = static_cast<uint64_t>(bank) * num_ranks_ + destination;
+    EP_DEVICE uint64_t* empty(int owner, int group, int destination, int slot) const {
+        const uint64_t row = static_cast<uint64_t>(group) * num_ranks_ + destination;
         return word(owner, control_->empty.at(row * layout::kMaxWindow + slot));
     }
-    EP_DEVICE uint8_t* slot(int owner, const layout::WindowLayout& window, int bank, int source, int slot_idx) const {
-        return bases_[owner] + control_->bytes + window.slot_offset(bank, owner, source, slot_idx);
+    EP_DEVICE uint8_t* slot(int owner, const layout::WindowLayout& window, int bank, int source, int slot_idx,
+                            int node) const {
+        return bases_[owner] + control_->bytes + window.slot_offset(bank, owner, source, slot_idx, node);
     }
 
     EP_DEVICE uint64_t* loan_flag(int owner, int bank, int lender) const {
@@ -92,6 +106,8 @@ private:
     const layout::ControlLayout* control_;
     int rank_;
     int num_ranks_;
+    int first_rank_;
+    int num_nodes_;
 };
 
 }  // namespace EP_BACKEND

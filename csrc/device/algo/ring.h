@@ -63,8 +63,11 @@ public:
     EP_DEVICE Ring(const Watch& watch, const layout::WindowLayout& window)
         : watch_(watch), window_(window), bank_(bank_of(watch.call)) {}
 
-    EP_DEVICE Port to(int receiver) const { return port(watch_.heap.rank(), receiver); }
-    EP_DEVICE Port from(int sender) const { return port(sender, watch_.heap.rank()); }
+    EP_DEVICE Port to(int receiver) const { return port(watch_.heap.rank(), receiver, bank_, 0); }
+    EP_DEVICE Port from(int sender) const { return port(sender, watch_.heap.rank(), bank_, 0); }
+    // Across nodes: the stream of these two that belongs to a source (dispatch) or owner (combine) in `node`.
+    EP_DEVICE Port to(int receiver, int node) const { return port(watch_.heap.rank(), receiver, group(node), node); }
+    EP_DEVICE Port from(int sender, int node) const { return port(sender, watch_.heap.rank(), group(node), node); }
 
     // One look, no waiting; acquire. For what has mostly come already: one trip to memory.
     EP_DEVICE bool is_set(FlagTest test) const {
@@ -77,9 +80,11 @@ public:
     }
 
 private:
-    EP_DEVICE Port port(int sender, int receiver) const {
-        return {watch_.heap.slot(receiver, window_, bank_, sender, 0), watch_.heap.full(receiver, bank_, sender, 0),
-                watch_.heap.empty(sender, bank_, receiver, 0), window_, watch_.call};
+    EP_DEVICE int group(int node) const { return bank_ * watch_.heap.num_nodes() + node; }
+    EP_DEVICE Port port(int sender, int receiver, int group, int node) const {
+        return {watch_.heap.slot(receiver, window_, bank_, sender, 0, node),
+                watch_.heap.full(receiver, group, sender, 0), watch_.heap.empty(sender, group, receiver, 0), window_,
+                watch_.call};
     }
 
     const Watch& watch_;

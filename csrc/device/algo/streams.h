@@ -16,13 +16,12 @@ struct RowStream {
     int step = 1;   // more than 1 where several warps share the stream
 };
 
-// Deals the num_ranks - 1 peers to `num_warps` warps, of which this is number `warp_idx`: several warps to a peer, or several
-// peers to a warp.
-template <class Count>
-EP_DEVICE RowStream deal_stream(Warp warp, int warp_idx, int num_warps, int rank, int num_ranks,
-                                const Count& count_of) {
+// Deals `num_peers` peers to `num_warps` warps, of which this is number `warp_idx`: several warps to a peer, or several peers
+// to a warp. `peer_at(i)` is the one that comes at place i.
+template <class PeerAt, class Count>
+EP_DEVICE RowStream deal_peers(Warp warp, int warp_idx, int num_warps, int num_peers, const PeerAt& peer_at,
+                               const Count& count_of) {
     warp.expect();
-    const int num_peers = num_ranks - 1;
     RowStream stream;
     if (num_peers == 0) return stream;
     const int warps_per_peer = num_warps / num_peers;
@@ -31,11 +30,19 @@ EP_DEVICE RowStream deal_stream(Warp warp, int warp_idx, int num_warps, int rank
     const bool has_stream =
         is_shared ? warp.thread_rank() == 0 && warp_idx < warps_per_peer * num_peers : peer_idx < num_peers;
     if (!has_stream) return stream;
-    stream.peer = (rank + 1 + peer_idx) % num_ranks;  // every rank begins with another peer
+    stream.peer = peer_at(peer_idx);
     stream.next = is_shared ? warp_idx / num_peers : 0;
     stream.step = is_shared ? warps_per_peer : 1;
     stream.count = count_of(stream.peer);
     return stream;
+}
+
+// The other ranks of `num_ranks`.
+template <class Count>
+EP_DEVICE RowStream deal_stream(Warp warp, int warp_idx, int num_warps, int rank, int num_ranks,
+                                const Count& count_of) {
+    const auto peer_at = [&](int idx) { return (rank + 1 + idx) % num_ranks; };  // every rank begins with another peer
+    return deal_peers(warp, warp_idx, num_warps, num_ranks - 1, peer_at, count_of);
 }
 
 // Where every warp has one stream at most (warps >= peers): that stream, on every lane.
@@ -50,11 +57,11 @@ EP_DEVICE int num_rows_left(const RowStream& stream) {
     return stream.next < stream.count ? (stream.count - stream.next + stream.step - 1) / stream.step : 0;
 }
 
-// The warp serves its streams to the end: `test(peer, position)` says which flag the next row waits for,
-// the whole warp calls `serve(peer, position, count)` once it is set. False: a wait failed.
-template <class Test, class Serve>
-EP_DEVICE bool serve_streams(Warp warp, const Watch& watch, layout::Stage stage, RowStream stream, const Test& test,
-                             const Serve& serve) {
+// The warp serves its streams to the end: `test(peer, position)` says which flag the next row waits for, `site_of(peer)` what
+// that is, and the whole warp calls `serve(peer, position, count)` once it is set. False: a wait failed.
+template <class SiteOf, class Test, class Serve>
+EP_DEVICE bool serve_streams_at(Warp warp, const Watch& watch, const SiteOf& site_of, RowStream stream,
+                                const Test& test, const Serve& serve) {
     warp.expect();
     constexpr int kPollsBetweenChecks = 16;
     uint64_t start_ns = 0;
@@ -74,7 +81,7 @@ EP_DEVICE bool serve_streams(Warp warp, const Watch& watch, layout::Stage stage,
             bool may_wait = true;
             if (has_row && polls % kPollsBetweenChecks == 0) {
                 if (start_ns == 0) start_ns = prim::clock_ns();
-                may_wait = may_go_on(watch, {stage, stream.peer}, start_ns, flag.expected, seen);
+                may_wait = may_go_on(watch, site_of(stream.peer), start_ns, flag.expected, seen);
             }
             if (!__all_sync(prim::kFullMask, may_wait)) return false;
             ++polls;
@@ -91,6 +98,13 @@ EP_DEVICE bool serve_streams(Warp warp, const Watch& watch, layout::Stage stage,
         }
         if (is_ready) stream.next += stream.step;
     }
+}
+
+// Peers are ranks of this node.
+template <class Test, class Serve>
+EP_DEVICE bool serve_streams(Warp warp, const Watch& watch, layout::Stage stage, const RowStream& stream,
+                             const Test& test, const Serve& serve) {
+    return serve_streams_at(warp, watch, [&](int peer) { return WaitSite{stage, peer}; }, stream, test, serve);
 }
 
 }  // namespace EP_BACKEND

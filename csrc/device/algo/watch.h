@@ -64,15 +64,23 @@ EP_DEVICE bool record_failure(const WatchWords& words, const Report& report) {
     return true;
 }
 
-// The first failure of this rank is recorded and spread; later ones only return.
+// The same site with its peer as one of all ranks.
+EP_DEVICE WaitSite among_all(const Watch& watch, WaitSite site) {
+    if (!layout::is_rail_stage(site.stage)) site.peer += watch.heap.first_rank();
+    return site;
+}
+
+// The first failure of this rank is recorded and spread over its node; later ones only return. Bad input comes with ranks of
+// all nodes.
 EP_DEVICE void fail(const Watch& watch, layout::FailureKind kind, WaitSite site, uint64_t expected, uint64_t seen,
                     uint64_t waited_ns) {
+    if (kind != layout::FailureKind::kBadInput) site = among_all(watch, site);
     if (!record_failure(watch.words, {kind, watch.operation, site, watch.call, expected, seen, waited_ns})) return;
+    const int self = watch.heap.first_rank() + watch.heap.rank();
     const uint64_t code =
         kind == layout::FailureKind::kAborted
             ? seen
-            : layout::make_abort_code(watch.heap.rank(),
-                                      kind == layout::FailureKind::kTimeout ? site.peer : watch.heap.rank());
+            : layout::make_abort_code(self, kind == layout::FailureKind::kTimeout ? site.peer : self);
     for (int peer = 0; peer < watch.heap.num_ranks(); ++peer)
         prim::store<prim::Order::kRelaxed, prim::Scope::kSys>(watch.heap.abort(peer), code);
 }
@@ -102,7 +110,8 @@ EP_DEVICE_COLD bool may_still_go_on(Watch watch, WaitSite site, uint64_t waited_
     if (warned < watch.call &&
         prim::compare_swap<Order::kRelaxed, Scope::kGpu>(&watch.words.local->warned_call, warned, watch.call) == warned)
         write_record(&watch.words.status->warning,
-                     {layout::FailureKind::kTimeout, watch.operation, site, watch.call, expected, seen, waited_ns});
+                     {layout::FailureKind::kTimeout, watch.operation, among_all(watch, site), watch.call, expected,
+                      seen, waited_ns});
     return true;
 }
 

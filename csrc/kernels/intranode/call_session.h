@@ -21,6 +21,7 @@
 //     bool work(Block, params, watch, shared)           False: this warp has given up
 //     bool check(Warp, params, shared)                  of each warp, where work was done or not. False: the call fails
 //     void void_outputs(Block, params)
+//     void close(Warp, params, watch, has_failed)       optional; of the block that comes last, when loans are settled
 // and kOperation; its Shared begins with a CallState named `call`.
 #pragma once
 
@@ -128,6 +129,9 @@ private:
             const algo::Warp warp;
             LaunchEnd end = count_block(warp, watch, state.has_failed != 0);
             if (end != LaunchEnd::kOthersGoOn && p.may_lend) end = settle_loans(warp, watch, p.loan.x != 0, end);
+            if constexpr (requires { &Operation::close; }) {
+                if (end != LaunchEnd::kOthersGoOn) Operation::close(warp, p, watch, end == LaunchEnd::kFailed);
+            }
             if (warp.thread_rank() == 0) {
                 // Counts the call. Nothing of this launch looks at the count any more, and its end publishes it: no order.
                 if (end != LaunchEnd::kOthersGoOn)

@@ -15,6 +15,7 @@
 #include "kernels/intranode/intranode_launchers.h"
 #include "kernels/intranode/row_return.h"
 #include "kernels/intranode/warp_memory.h"
+#include "kernels/intranode/weight_loan.h"
 
 namespace deep_ep::kernels::combine {
 inline namespace EP_BACKEND {
@@ -86,23 +87,6 @@ struct Kernel {
     static EP_DEVICE void run(const Params& p, Shared& shared) { CallSession<Kernel>::run(p, shared); }
 
 private:
-    // The weights go to where peers can read them; the block that comes last says so.
-    static EP_DEVICE void lend_weights(algo::Block block, const CombineContext& c) {
-        const Params& p = c.p;
-        const algo::Heap& heap = c.watch.heap;
-        const int64_t num_weights = static_cast<int64_t>(c.rows.total_rows(heap.rank())) * p.num_topk;
-        algo::for_each(algo::Grid{}, num_weights, [&](int64_t i) { p.lent_weights[i] = p.topk_weights[i]; });
-        block.sync();
-        const algo::Warp warp;
-        if (prim::warp_idx() != 0 || !algo::is_last_block<prim::Order::kAcqRel, prim::Scope::kGpu>(
-                                         warp, &c.watch.words.local->num_weight_blocks))
-            return;
-        // Release: the weights. Pairs with: wait_for_weights at the peer.
-        algo::publish<prim::Order::kRelease, prim::Scope::kSys>(
-            warp, heap.num_ranks(), algo::AllRanks{}, [&](int peer) { return heap.weight_flag(peer, heap.rank()); },
-            c.watch.call);
-    }
-
     static EP_DEVICE bool reduce_any(algo::Warp warp, const CombineContext& c, int reduce_warp) {
         const Geometry& geometry = c.p.geometry;
         const int warp_idx = reduce_warp * geometry.num_blocks + static_cast<int>(blockIdx.x);

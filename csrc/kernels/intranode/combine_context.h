@@ -23,24 +23,30 @@ struct CombineContext {
     RowMap rows;
 };
 
-// Where `rank` has its rows for us to read, our first one foremost: in our own input, or in the one that it lends. Null:
-// it sends them into slots.
-EP_DEVICE const uint8_t* direct_rows(const CombineContext& c, int rank) {
+// Where `rank` has its rows of `owner` for us to read, the first one foremost: in our own input, or in the one that it lends.
+// Null: it sends them into slots.
+EP_DEVICE const uint8_t* direct_rows(const CombineContext& c, int owner, int rank) {
     const CombineParams& p = c.p;
-    const int self = c.watch.heap.rank();
-    const int64_t offset = static_cast<int64_t>(c.rows.first_row(self, rank)) * p.row_bytes;
-    if (rank == self) return p.x + offset;
+    const int64_t offset = static_cast<int64_t>(c.rows.first_row(owner, rank)) * p.row_bytes;
+    if (rank == c.watch.heap.rank()) return p.x + offset;
     const uint64_t lent = p.may_lend ? algo::loan_of(c.watch, rank).x : 0;
     return lent == 0 ? nullptr : c.watch.heap.at(rank, lent) + offset;
 }
 
 // The same for the weights of a rank with direct rows.
-EP_DEVICE const float* direct_weights(const CombineContext& c, int rank) {
+EP_DEVICE const float* direct_weights(const CombineContext& c, int owner, int rank) {
     const CombineParams& p = c.p;
-    const int self = c.watch.heap.rank();
-    const int64_t offset = static_cast<int64_t>(c.rows.first_row(self, rank)) * p.num_topk;
-    if (rank == self) return p.topk_weights + offset;
+    const int64_t offset = static_cast<int64_t>(c.rows.first_row(owner, rank)) * p.num_topk;
+    if (rank == c.watch.heap.rank()) return p.topk_weights + offset;
     return reinterpret_cast<const float*>(c.watch.heap.at(rank, algo::loan_of(c.watch, rank).topk_weights)) + offset;
+}
+
+// Of our own rows, inside a node.
+EP_DEVICE const uint8_t* direct_rows(const CombineContext& c, int rank) {
+    return direct_rows(c, c.watch.heap.rank(), rank);
+}
+EP_DEVICE const float* direct_weights(const CombineContext& c, int rank) {
+    return direct_weights(c, c.watch.heap.rank(), rank);
 }
 
 // The token has a row at `rank`: then it is one of those that stand there for us.

@@ -11,8 +11,8 @@
 // carries all bulk copies of an SM, and is full with what is sent (docs/performance/intranode.md).
 //
 // Messages, buffer map and orderings: docs/protocols/intranode.md.
-#include "device/algo/void_output.h"
 #include "device/launch.h"
+#include "kernels/intranode/dispatch_outputs.h"
 #include "kernels/intranode/intranode_launchers.h"
 #include "kernels/intranode/slot_receive.h"
 #include "kernels/intranode/token_send.h"
@@ -51,7 +51,7 @@ struct Kernel {
         const Geometry& geometry = p.geometry;
         const algo::Warp warp;
         const int recv_warp = prim::warp_idx() - geometry.num_send_warps;
-        if (p.is_worst_case) mark_unused_rows(algo::Grid{}, c);
+        if (p.is_worst_case) mark_unused_rows(algo::Grid{}, p, shared.rows.num_rows(watch.heap.num_ranks()));
         if (recv_warp < 0) return send_any(warp, c, prim::warp_idx());
         return receive(warp, c, recv_warp * geometry.num_blocks + static_cast<int>(blockIdx.x),
                        geometry.num_recv_warps * geometry.num_blocks);
@@ -62,28 +62,10 @@ struct Kernel {
     }
 
     static EP_DEVICE void void_outputs(algo::Block block, const Params& p) {
-        const int64_t num_rows = p.num_recv_rows;
-        const int64_t num_entries = num_rows * p.num_topk;
-        algo::void_output(block, p.recv_x, num_rows * p.row_bytes);
-        algo::void_output(block, p.recv_scales, num_rows * p.num_scales * 4);
-        algo::void_output(block, p.recv_topk_idx, num_entries * p.idx_bytes);
-        algo::void_output(block, p.recv_topk_weights, num_entries * 4);
-        algo::void_output(block, p.recv_src_idx, num_rows * 4);
+        void_dispatch(block, p);
     }
 
     static EP_DEVICE void run(const Params& p, Shared& shared) { CallSession<Kernel>::run(p, shared); }
-
-private:
-    // Rows that nobody sent must not look like tokens.
-    static EP_DEVICE void mark_unused_rows(algo::Grid grid, const DispatchContext& c) {
-        const DispatchParams& p = c.p;
-        const int64_t begin = static_cast<int64_t>(c.rows.num_rows(c.watch.heap.num_ranks())) * p.num_topk;
-        const int64_t end = static_cast<int64_t>(p.num_recv_rows) * p.num_topk;
-        algo::for_each(grid, end - begin, [&](int64_t i) {
-            store_expert_id(p.recv_topk_idx, p.idx_bytes, begin + i, -1);
-            p.recv_topk_weights[begin + i] = 0.0f;
-        });
-    }
 };
 
 void launch(const DispatchParams& params, dev::Stream stream) {

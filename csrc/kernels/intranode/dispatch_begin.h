@@ -43,9 +43,9 @@ EP_DEVICE void tell_rank_counts(algo::Warp warp, const DispatchParams& p, const 
     const int lane = warp.thread_rank();
     const int count = lane < watch.heap.num_ranks() ? p.num_tokens_per_rank[lane] : 0;
     if (!algo::wait_for_banks(warp, watch)) return;
-    if (lane < watch.heap.num_ranks()) write_rank_count(watch, lane, count);
+    if (lane < watch.heap.num_ranks()) write_rank_count(watch, watch.heap.rank(), lane, count);
     for (int rank = lane + kWarpSize; rank < watch.heap.num_ranks(); rank += kWarpSize)
-        write_rank_count(watch, rank, p.num_tokens_per_rank[rank]);
+        write_rank_count(watch, watch.heap.rank(), rank, p.num_tokens_per_rank[rank]);
 }
 
 constexpr int kUnsound = 0x7fffffff;  // no number of rows is as large
@@ -128,7 +128,7 @@ EP_DEVICE algo::Watch make_watch(const DispatchParams& p, uint64_t call) {
 }
 
 EP_DEVICE bool is_expert(const DispatchParams& p, int64_t id) {
-    return id >= -1 && id < p.num_local_experts * p.heap.num_ranks;
+    return id >= -1 && id < p.num_experts;
 }
 
 // The first source that has less than no rows for bad_column.
@@ -152,7 +152,7 @@ EP_DEVICE void refuse_expert(const DispatchParams& p, const algo::Watch& watch, 
     for (int k = 0; is_expert(p, id); ++k)
         id = load_expert_id(p.topk_idx, p.idx_bytes, static_cast<int64_t>(token) * p.num_topk + k);
     algo::fail(watch, layout::FailureKind::kBadInput, {Stage::kInput, token},
-               static_cast<uint64_t>(p.num_local_experts * p.heap.num_ranks), static_cast<uint64_t>(id), 0);
+               static_cast<uint64_t>(p.num_experts), static_cast<uint64_t>(id), 0);
 }
 
 // Reports what has been noted.
@@ -186,7 +186,8 @@ EP_DEVICE void prepare(algo::Block block, const DispatchParams& p, const algo::W
     if (p.num_tokens_per_rank != nullptr && blockIdx.x == 0 && prim::warp_idx() == (block.num_warps() > 1 ? 1 : 0))
         tell_rank_counts(algo::Warp{}, p, watch);
     if (p.is_token_in_rank != nullptr)
-        scan_columns(block, {p.is_token_in_rank, p.send_head, p.num_tokens, watch.heap.num_ranks()}, state.tiles);
+        scan_columns(block, TokenScan{p.is_token_in_rank, p.send_head, p.num_tokens, watch.heap.num_ranks()},
+                     state.tiles);
 }
 
 EP_DEVICE Begun learn(algo::Block block, const DispatchParams& p, const algo::Watch& watch, DispatchState& state) {

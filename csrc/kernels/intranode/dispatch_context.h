@@ -34,7 +34,7 @@ EP_DEVICE int global_expert(const DispatchContext& c, int token, int k) {
 
 // The expert as `rank` counts its own, or -1.
 EP_DEVICE int local_expert(const DispatchParams& p, int id, int rank) {
-    const int local = id - rank * p.num_local_experts;
+    const int local = id - (p.heap.first_rank + rank) * p.num_local_experts;
     return local >= 0 && local < p.num_local_experts ? local : -1;
 }
 
@@ -51,7 +51,7 @@ struct MetadataOutputs {
 };
 
 // Our own, or those that `rank` lends us.
-EP_DEVICE MetadataOutputs metadata_outputs(const DispatchContext& c, int rank) {
+template <class Context> EP_DEVICE MetadataOutputs metadata_outputs(const Context& c, int rank) {
     const DispatchParams& p = c.p;
     if (rank == c.watch.heap.rank()) return {p.recv_scales, p.recv_topk_idx, p.recv_topk_weights, p.recv_src_idx};
     const layout::Loan& loan = algo::loan_of(c.watch, rank);
@@ -61,7 +61,7 @@ EP_DEVICE MetadataOutputs metadata_outputs(const DispatchContext& c, int rank) {
 }
 
 // Where this lane's rank wants its rows, if they go straight there; null: into slots, or nowhere.
-EP_DEVICE uint8_t* direct_rows(const DispatchContext& c, int rank) {
+template <class Context> EP_DEVICE uint8_t* direct_rows(const Context& c, int rank) {
     const int self = c.watch.heap.rank();
     if (rank == self) return c.p.recv_x;
     if (!c.p.may_lend || rank >= c.watch.heap.num_ranks()) return nullptr;
@@ -96,8 +96,8 @@ EP_DEVICE void deliver_input_metadata(algo::Warp warp, const DispatchContext& c,
 }
 
 // From a slot, or from the image of one in shared memory, to the final row at `rank`.
-EP_DEVICE void deliver_slot_metadata(algo::Warp warp, const DispatchContext& c, int rank, int64_t row,
-                                     const uint8_t* slot) {
+template <class Context>
+EP_DEVICE void deliver_slot_metadata(algo::Warp warp, const Context& c, int rank, int64_t row, const uint8_t* slot) {
     const DispatchParams& p = c.p;
     const auto* ids = reinterpret_cast<const int*>(slot + p.slot.topk_idx.offset);
     const auto* weights = reinterpret_cast<const float*>(slot + p.slot.topk_weights.offset);

@@ -7,37 +7,46 @@
 namespace deep_ep::kernels {
 inline namespace EP_BACKEND {
 
-// After wait_for_banks: to every peer, how many tokens we send to `destination`.
-EP_DEVICE void write_rank_count(const algo::Watch& watch, int destination, int count) {
+// After wait_for_banks: to every peer, how many tokens `source` sends to `destination`.
+EP_DEVICE void write_rank_count(const algo::Watch& watch, int source, int destination, int count) {
     const algo::Heap& heap = watch.heap;
     const int bank = algo::bank_of(watch.call);
     for (int peer = 0; peer < heap.num_ranks(); ++peer)
-        prim::store<prim::Order::kRelaxed, prim::Scope::kSys>(heap.rank_count(peer, bank, heap.rank(), destination),
+        prim::store<prim::Order::kRelaxed, prim::Scope::kSys>(heap.rank_count(peer, bank, source, destination),
                                                               layout::make_count(watch.call, count));
+}
+
+// To the peer that owns it, the entries that `source` has for expert `expert` of those of this node.
+EP_DEVICE void write_expert_count(const algo::Watch& watch, int source, int num_local_experts, int expert, int count) {
+    prim::store<prim::Order::kRelaxed, prim::Scope::kSys>(
+        watch.heap.expert_count(expert / num_local_experts, algo::bank_of(watch.call), source,
+                                expert % num_local_experts),
+        layout::make_count(watch.call, count));
 }
 
 // To every peer the entries for its experts.
 template <class Group>
 EP_DEVICE void write_expert_counts(const Group& group, const algo::Watch& watch, const int* num_tokens_per_expert,
                                    int num_local_experts) {
-    using prim::Order;
-    using prim::Scope;
-    const algo::Heap& heap = watch.heap;
-    const int bank = algo::bank_of(watch.call);
-    algo::for_each(group, num_local_experts * heap.num_ranks(), [&](int i) {
-        prim::store<Order::kRelaxed, Scope::kSys>(
-            heap.expert_count(i / num_local_experts, bank, heap.rank(), i % num_local_experts),
-            layout::make_count(watch.call, num_tokens_per_expert[i]));
+    algo::for_each(group, num_local_experts * watch.heap.num_ranks(), [&](int i) {
+        write_expert_count(watch, watch.heap.rank(), num_local_experts, i, num_tokens_per_expert[i]);
     });
 }
 
 // A call, not inlined: it is only for counts that were not there at the first look.
-EP_DEVICE_COLD bool wait_for_count(algo::Watch watch, int source, const uint64_t* word) {
-    return algo::wait_until(watch, {layout::Stage::kCounts, source}, layout::make_count(watch.call, 0),
+EP_DEVICE_COLD bool wait_for_count(algo::Watch watch, algo::WaitSite site, const uint64_t* word) {
+    return algo::wait_until(watch, site, layout::make_count(watch.call, 0),
                             [&](uint64_t& seen) {
                                 seen = prim::load<prim::Order::kRelaxed, prim::Scope::kSys>(word);
                                 return layout::is_count_of(seen, watch.call);
                             });
+}
+
+// Whose counts those of `source` come from, where there are several nodes: a neighbour's own, or a rank's of another node.
+EP_DEVICE algo::WaitSite count_site(const algo::Watch& watch, int source) {
+    const int neighbour = source - watch.heap.first_rank();
+    if (neighbour >= 0 && neighbour < watch.heap.num_ranks()) return {layout::Stage::kCounts, neighbour};
+    return {layout::Stage::kRailCounts, source};
 }
 
 // Adds up what the sources have counted, in their order; `word_of(source)` is where. `store(source, sum)` gets
@@ -45,15 +54,15 @@ EP_DEVICE_COLD bool wait_for_count(algo::Watch watch, int source, const uint64_t
 template <class WordOf, class Store>
 EP_DEVICE bool accumulate_sources(const algo::Watch& watch, const WordOf& word_of, const Store& store) {
     constexpr int kBatch = 4;  // under way at once
-    const int num_ranks = watch.heap.num_ranks();
+    const int num_sources = watch.heap.num_sources();
     int sum = 0;
-    for (int first = 0; first < num_ranks; first += kBatch) {
+    for (int first = 0; first < num_sources; first += kBatch) {
         int counts[kBatch] = {};
         auto look = [&] {
             bool are_here = true;
 #pragma unroll
             for (int i = 0; i < kBatch; ++i) {
-                if (first + i >= num_ranks) continue;
+                if (first + i >= num_sources) continue;
                 const uint64_t word = prim::load<prim::Order::kRelaxed, prim::Scope::kSys>(word_of(first + i));
                 counts[i] = layout::count_in(word);
                 are_here &= layout::is_count_of(word, watch.call);
@@ -62,13 +71,13 @@ EP_DEVICE bool accumulate_sources(const algo::Watch& watch, const WordOf& word_o
         };
         if (!look()) {
 #pragma unroll 1
-            for (int source = first; source < first + kBatch && source < num_ranks; ++source)
-                if (!wait_for_count(watch, source, word_of(source))) return false;
+            for (int source = first; source < first + kBatch && source < num_sources; ++source)
+                if (!wait_for_count(watch, count_site(watch, source), word_of(source))) return false;
             look();
         }
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-            if (first + i >= num_ranks) break;
+            if (first + i >= num_sources) break;
             sum += counts[i];
             store(first + i, sum);
         }

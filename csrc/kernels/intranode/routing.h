@@ -14,10 +14,12 @@ struct RowSpan {
     EP_DEVICE bool can_be() const { return first >= 0 && end >= first && end <= total; }
 };
 
-// rank_prefix_matrix[src][dst]: rows that the sources 0..src send to dst.
+// rank_prefix_matrix[src][dst]: rows that the sources 0..src send to dst. Sources are ranks of all nodes, destinations those
+// of this node.
 struct RowMap {
     const int* prefix;
-    int num_ranks;
+    int num_ranks;  // destinations
+    int num_sources = num_ranks;
 
     EP_DEVICE int first_row(int source, int destination) const {
         return source == 0 ? 0 : prefix[(source - 1) * num_ranks + destination];
@@ -25,7 +27,7 @@ struct RowMap {
     EP_DEVICE int num_rows(int source, int destination) const {
         return prefix[source * num_ranks + destination] - first_row(source, destination);
     }
-    EP_DEVICE int total_rows(int destination) const { return prefix[(num_ranks - 1) * num_ranks + destination]; }
+    EP_DEVICE int total_rows(int destination) const { return prefix[(num_sources - 1) * num_ranks + destination]; }
     EP_DEVICE RowSpan span(int source, int destination) const {
         return {first_row(source, destination), prefix[source * num_ranks + destination], total_rows(destination)};
     }

@@ -15,10 +15,9 @@ inline namespace EP_BACKEND {
 constexpr int kSendUnroll = 7;
 constexpr int kPublishBatch = 2;  // rows that a send warp publishes together
 
-EP_DEVICE void send_row(algo::Warp warp, const CombineContext& c, int owner, int position) {
+// Row `row` of our input, which is at `position` in its stream.
+EP_DEVICE void send_row(algo::Warp warp, const CombineContext& c, const algo::Port& port, int position, int64_t row) {
     const CombineParams& p = c.p;
-    const int64_t row = c.rows.first_row(owner, c.watch.heap.rank()) + position;
-    const algo::Port port = c.ring.to(owner);
     uint8_t* slot = port.slot(position);
     algo::copy_row<algo::SourceKind::kInput, kSendUnroll>(warp, reinterpret_cast<Vec16*>(slot),
                                                           reinterpret_cast<const Vec16*>(p.x + row * p.row_bytes),
@@ -36,7 +35,9 @@ EP_DEVICE bool send(algo::Warp warp, const CombineContext& c, int warp_idx, int 
     return algo::serve_streams(
         warp, c.watch, Stage::kSlot, stream,
         [&](int owner, int position) { return c.ring.to(owner).slot_is_free(position); },
-        [&](int owner, int position, int) { send_row(warp, c, owner, position); });
+        [&](int owner, int position, int) {
+            send_row(warp, c, c.ring.to(owner), position, c.rows.first_row(owner, self) + position);
+        });
 }
 
 // -- With bulk copies: the same work, with stages of shared memory between loads and stores -----------------------------

@@ -9,11 +9,12 @@
 namespace deep_ep::kernels::dispatch {
 inline namespace EP_BACKEND {
 
-EP_DEVICE void receive_row(algo::Warp warp, const DispatchContext& c, int source, int position, int num_rows) {
+// Row `position` of the `num_rows` of a source to final row `row`.
+template <class Context>
+EP_DEVICE void receive_row(algo::Warp warp, const Context& c, const algo::Port& port, int position, int num_rows,
+                           int64_t row) {
     const DispatchParams& p = c.p;
-    const algo::Port port = c.ring.from(source);
     const uint8_t* slot = port.slot(position);
-    const int64_t row = c.rows.first_row_from(source) + position;
     algo::copy_row<algo::SourceKind::kFromPeer, kUnroll>(warp, reinterpret_cast<Vec16*>(p.recv_x + row * p.row_bytes),
                                                          reinterpret_cast<const Vec16*>(slot),
                                                          static_cast<int>(p.row_bytes / sizeof(Vec16)));
@@ -29,7 +30,9 @@ EP_DEVICE bool receive(algo::Warp warp, const DispatchContext& c, int warp_idx, 
     return algo::serve_streams(
         warp, c.watch, Stage::kRow, stream,
         [&](int source, int position) { return c.ring.from(source).row_is_here(position); },
-        [&](int source, int position, int count) { receive_row(warp, c, source, position, count); });
+        [&](int source, int position, int count) {
+            receive_row(warp, c, c.ring.from(source), position, count, c.rows.first_row_from(source) + position);
+        });
 }
 
 }  // namespace EP_BACKEND

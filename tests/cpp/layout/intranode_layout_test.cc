@@ -42,6 +42,37 @@ TEST_CASE("slots of different sources and banks do not overlap and stay in the r
     check_disjoint(slots, data_bytes);
 }
 
+TEST_CASE("slots of the streams of several nodes do not overlap and stay in the region") {
+    const uint64_t num_ranks = 3, num_nodes = 4, slot_bytes = 384;
+    const uint64_t data_bytes = WindowLayout::bytes_for(num_ranks, slot_bytes, 5, num_nodes);
+    const auto window = WindowLayout::make(data_bytes, num_ranks, slot_bytes, num_nodes);
+    REQUIRE_EQ(window.window, 5);
+    std::vector<Field> slots;
+    for (uint64_t bank = 0; bank < kNumBanks; ++bank)
+        for (uint64_t node = 0; node < num_nodes; ++node)
+            for (uint64_t writer = 0; writer < num_ranks; ++writer)
+                for (uint64_t slot = 0; writer != 1 && slot < 5; ++slot)
+                    slots.push_back({window.slot_offset(bank, 1, writer, slot, node), 1, slot_bytes});
+    check_disjoint(slots, data_bytes);
+}
+
+// What peers, and calls recorded in a CUDA graph, have agreed on: one node's offsets as they have always been.
+TEST_CASE("with one node, places are those of ranks alone") {
+    const auto alone = ControlLayout::make(8), of_one = ControlLayout::make(8, 1);
+    CHECK_EQ(alone.bytes, of_one.bytes);
+    CHECK_EQ(alone.started.offset, 0);
+    CHECK_EQ(alone.expert_counts.offset, alone.rank_counts.offset + 8 * kNumBanks * 8 * 8);
+    CHECK_EQ(alone.full.offset, alone.expert_counts.offset + 8 * kNumBanks * 8 * kMaxLocalExperts);
+    CHECK_EQ(alone.empty.offset, alone.full.offset + 8 * kNumBanks * 8 * kMaxWindow);
+    CHECK_EQ(alone.loan_flags.offset, alone.empty.offset + 8 * kNumBanks * 8 * kMaxWindow);
+    const auto across = ControlLayout::make(8, 4);
+    CHECK_EQ(across.full.count, 4 * alone.full.count);
+    CHECK_EQ(across.rank_counts.count, 4 * alone.rank_counts.count);
+    CHECK_EQ(across.started.count, alone.started.count);
+    const auto window = WindowLayout::make(1 << 20, 8, 384);
+    CHECK_EQ(window.slot_offset(1, 2, 5, 3), (1 << 19) + 4 * window.source_bytes + 3 * 384);
+}
+
 TEST_CASE("bytes_for is the least region with that window (pitfall 19)") {
     for (uint64_t num_ranks : {2, 3, 8})
         for (uint64_t slot_bytes : {128, 14720})
