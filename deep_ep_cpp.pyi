@@ -383,8 +383,9 @@ class Buffer:
     def notify_dispatch(self, args: NotifyArgs, stream: int) -> None:
         """Exchanges counts."""
 
-    def wait_counts(self) -> Tuple[int, List[int]]:
-        """After notify_dispatch: (received rows, aligned counts of the local experts)."""
+    def wait_counts(self) -> Tuple[int, List[int], int]:
+        """After a count exchange: (received rows, aligned counts of the local experts, tokens that this rank forwards
+        for its rail peers)."""
 
     def dispatch(self, args: DispatchArgs, num_sms: int, stream: int) -> None:
         """Moves the tokens to their rows.
@@ -393,6 +394,12 @@ class Buffer:
         same call again, as after notify_dispatch."""
 
     def combine(self, args: CombineArgs, num_sms: int, stream: int) -> None: ...
+
+    # Of a group that spans nodes, in the place of the three above. Every dispatch that is not cached begins with
+    # internode_notify; wait_counts follows it where an expert_alignment is given.
+    def internode_notify(self, args: InternodeNotifyArgs, stream: int) -> None: ...
+    def internode_dispatch(self, args: InternodeDispatchArgs, num_sms: int, stream: int) -> None: ...
+    def internode_combine(self, args: InternodeCombineArgs, num_sms: int, stream: int) -> None: ...
     def lend(self, sizes: List[int], stream: int, is_captured: bool) -> List[LentMemory]:
         """Memory for outputs of dispatch or inputs of combine that peers write or read in place, for later work on that
         stream: a piece of each size, or none where there is no room for all. The address tells the operations; all

@@ -247,7 +247,7 @@ def pretend_cuda(buffer: Buffer, counts: Counter[str]) -> None:
     pool = EventPool(native)
     session.streams = _streams.CudaStreams(0, native, pool, comm_stream)
     session.streams.device = torch.device("cpu")
-    session.runtime = Nothing(counts, {"wait_counts": (NUM_TOKENS, [0] * NUM_EXPERTS)},
+    session.runtime = Nothing(counts, {"wait_counts": (NUM_TOKENS, [0] * NUM_EXPERTS, 0)},
                               None)  # type: ignore[assignment]
 
     def wait(event: Any) -> None:

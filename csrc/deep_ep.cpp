@@ -147,6 +147,18 @@ void combine(Buffer& buffer, py::handle args, int num_sms, uintptr_t stream) {
     buffer.combine(read<runtime::CombineArgs>(args), num_sms, pointer<void>(stream));
 }
 
+void internode_notify(Buffer& buffer, py::handle args, uintptr_t stream) {
+    buffer.internode().notify(read<runtime::InternodeNotifyArgs>(args), pointer<void>(stream));
+}
+
+void internode_dispatch(Buffer& buffer, py::handle args, int num_sms, uintptr_t stream) {
+    buffer.internode().dispatch(read<runtime::InternodeDispatchArgs>(args), num_sms, pointer<void>(stream));
+}
+
+void internode_combine(Buffer& buffer, py::handle args, int num_sms, uintptr_t stream) {
+    buffer.internode().combine(read<runtime::InternodeCombineArgs>(args), num_sms, pointer<void>(stream));
+}
+
 // For waits, which have released the GIL: lets a signal handler run, Ctrl-C's too, whose exception ends the wait.
 void check_signals() {
     const py::gil_scoped_acquire acquired;
@@ -159,7 +171,7 @@ py::tuple wait_counts(Buffer& buffer) {
         const py::gil_scoped_release released;
         counts = buffer.wait_counts();
     }
-    return py::make_tuple(counts.num_tokens, std::move(counts.num_tokens_per_expert));
+    return py::make_tuple(counts.num_tokens, std::move(counts.num_tokens_per_expert), counts.num_rail_tokens);
 }
 
 uint64_t low_latency_dispatch(Buffer& buffer, py::handle args, uint64_t ticket, uintptr_t stream) {
@@ -278,6 +290,9 @@ void bind_buffer(py::module_& m) {
         .def("wait_counts", &wait_counts)
         .def("dispatch", &dispatch, py::arg("args"), py::arg("num_sms"), py::arg("stream"))
         .def("combine", &combine, py::arg("args"), py::arg("num_sms"), py::arg("stream"))
+        .def("internode_notify", &internode_notify, py::arg("args"), py::arg("stream"))
+        .def("internode_dispatch", &internode_dispatch, py::arg("args"), py::arg("num_sms"), py::arg("stream"))
+        .def("internode_combine", &internode_combine, py::arg("args"), py::arg("num_sms"), py::arg("stream"))
         .def("lend", &lend)
         .def("note_stream",
              [](Buffer& b, uintptr_t stream, bool is_ours) { b.note_stream(pointer<void>(stream), is_ours); })

@@ -404,7 +404,7 @@ class _Dispatch:
             return None
         self._start(())
         self._send(reserved.addresses, reserved.num_rows, self.counts, expert_alignment=expert_alignment)
-        num_rows, per_expert = self.session.runtime.wait_counts()
+        num_rows, per_expert, _ = self.session.runtime.wait_counts()
         if num_rows > reserved.num_rows:
             del reserved  # its memory may serve now
             return num_rows, per_expert, self._sent(num_rows)
@@ -424,7 +424,7 @@ class _Dispatch:
                           num_topk=self.num_topk,
                           num_scales=self.num_scales)
         self.session.runtime.notify_dispatch(args, self.operation.stream)
-        num_rows, per_expert = self.session.runtime.wait_counts()
+        num_rows, per_expert, _ = self.session.runtime.wait_counts()
         return num_rows, per_expert, self._sent(num_rows)
 
     def _sent(self, num_rows: int) -> Outputs:

@@ -247,9 +247,10 @@ def _raise_differences(facts: Sequence[Agreed]) -> None:
 
 def _check_mode(request: Request, topology: Topology) -> None:
     if topology.num_nodes > 1 and request.low_latency_mode:
-        raise Error("Buffer: low_latency_mode works within one node in this version (ranks that share memory or NVLink), "
-                    f"but the group spans {topology.num_nodes}. dispatch and combine work across nodes: build a Buffer "
-                    f"without low_latency_mode for them.\n{topology}")
+        raise Error(
+            "Buffer: low_latency_mode works within one node in this version (ranks that share memory or NVLink), "
+            f"but the group spans {topology.num_nodes}. dispatch and combine work across nodes: build a Buffer "
+            f"without low_latency_mode for them.\n{topology}")
 
 
 def find_place(streams: _streams.Streams) -> Place:

@@ -23,7 +23,7 @@ const kernels::KernelTable& table_for(dev::DeviceKind kind, const BufferOptions&
 Buffer::Buffer(std::shared_ptr<dev::Device> device, const BufferOptions& options)
     : kernels_(table_for(device->kind(), options)),
       connection_(std::move(device), options),
-      intranode_(connection_, kernels_),
+      high_throughput_(connection_, kernels_),
       low_latency_(connection_, kernels_) {}
 
 uint8_t* Buffer::data() const {
@@ -32,14 +32,14 @@ uint8_t* Buffer::data() const {
 }
 
 std::unique_ptr<LentMemory> Buffer::lend(int64_t num_bytes) {
-    std::vector<std::unique_ptr<LentMemory>> lent = intranode_.lend({num_bytes}, nullptr, false);
+    std::vector<std::unique_ptr<LentMemory>> lent = high_throughput_.loans().lend({num_bytes}, nullptr, false);
     return lent.empty() ? nullptr : std::move(lent.front());
 }
 
 void Buffer::destroy(double timeout_s) noexcept {
     if (!connection_.is_open()) return;
     connection_.destroy(timeout_s);
-    intranode_.release();
+    high_throughput_.release();
     low_latency_.release();
 }
 

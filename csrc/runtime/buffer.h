@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "runtime/connection.h"
-#include "runtime/intranode.h"
+#include "runtime/high_throughput.h"
 #include "runtime/low_latency.h"
 
 namespace deep_ep::runtime {
@@ -32,28 +32,33 @@ public:
     int64_t num_data_bytes() const { return connection_.options().num_data_bytes; }
 
     void get_dispatch_layout(const LayoutArgs& args, dev::Stream stream) {
-        intranode_.get_dispatch_layout(args, stream);
+        high_throughput_.get_dispatch_layout(args, stream);
     }
-    void notify_dispatch(const NotifyArgs& args, dev::Stream stream) { intranode_.notify_dispatch(args, stream); }
-    RecvCounts wait_counts() { return intranode_.wait_counts(); }
+    // After the count exchange of a dispatch.
+    RecvCounts wait_counts() { return high_throughput_.wait_counts(); }
+    // Where the group is one node; they throw InternalError where it is not, and internode() where it is.
+    void notify_dispatch(const NotifyArgs& args, dev::Stream stream) {
+        high_throughput_.intranode().notify_dispatch(args, stream);
+    }
     void dispatch(const DispatchArgs& args, int num_sms, dev::Stream stream) {
-        intranode_.dispatch(args, num_sms, stream);
+        high_throughput_.intranode().dispatch(args, num_sms, stream);
     }
     void combine(const CombineArgs& args, int num_sms, dev::Stream stream) {
-        intranode_.combine(args, num_sms, stream);
+        high_throughput_.intranode().combine(args, num_sms, stream);
     }
+    Internode& internode() { return high_throughput_.internode(); }
 
     // Memory for outputs of dispatch and inputs of combine that peers reach in place, for later work on `stream`: a piece of
     // each size, or none where there is no room for all. See Lender for what callers have to see to. Where `stream` is
     // captured, the graph owns the memory.
     std::vector<std::unique_ptr<LentMemory>> lend(const std::vector<int64_t>& sizes, dev::Stream stream,
                                                   bool is_captured) {
-        return intranode_.lend(sizes, stream, is_captured);
+        return high_throughput_.loans().lend(sizes, stream, is_captured);
     }
     // One piece, or null; for work in the order of calls.
     std::unique_ptr<LentMemory> lend(int64_t num_bytes);
-    int64_t num_lend_bytes() const { return intranode_.num_lend_bytes(); }
-    void note_stream(dev::Stream stream, bool is_ours) { intranode_.note_stream(stream, is_ours); }
+    int64_t num_lend_bytes() { return high_throughput_.loans().num_bytes(); }
+    void note_stream(dev::Stream stream, bool is_ours) { high_throughput_.loans().note_stream(stream, is_ours); }
 
     LowLatency& low_latency() { return low_latency_; }
 
@@ -81,7 +86,7 @@ public:
 private:
     const kernels::KernelTable& kernels_;
     Connection connection_;
-    Intranode intranode_;
+    HighThroughput high_throughput_;
     LowLatency low_latency_;
 };
 

@@ -63,7 +63,8 @@ Connection::Connection(std::shared_ptr<dev::Device> device, const BufferOptions&
       status_(device_),
       local_(device_, 1),
       desk_(std::make_shared<FailureDesk>(
-          device_, mailbox_, Surroundings{topology_, heap_.get(), plan_.control, status_.host(), engine_.get(), rail_region_.control})) {}
+          device_, mailbox_,
+          Surroundings{topology_, heap_.get(), plan_.control, status_.host(), engine_.get(), rail_region_.control})) {}
 
 std::unique_ptr<rail::Engine> Connection::make_engine() const {
     if (topology_.num_nodes() == 1) return nullptr;

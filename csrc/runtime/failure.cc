@@ -217,7 +217,8 @@ std::string FailureDesk::remark(int peer) const {
 
 uint64_t FailureDesk::rail_word(uint64_t offset) const {
     const rail::Window window = at_.engine->window();
-    if (window.host != nullptr) return load_acquire(*reinterpret_cast<uint64_t*>(static_cast<char*>(window.host) + offset));
+    if (window.host != nullptr)
+        return load_acquire(*reinterpret_cast<uint64_t*>(static_cast<char*>(window.host) + offset));
     uint64_t word = 0;
     device_->copy_now(&word, static_cast<const char*>(window.device) + offset, sizeof(word));
     return word;

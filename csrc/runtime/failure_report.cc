@@ -167,8 +167,8 @@ std::string describe_bad_input(const layout::WaitRecord& record, const layout::T
             " is still open, and this one needs its memory. Call its hook before a graph that is replayed makes "
             "the second call after it.");
     return concat("DeepEP error: ", name_of(record.operation), ", ", name_of(topology.rank, topology),
-                  ": topk_idx of token ", record.peer,
-                  " must be -1 or an expert below ", record.expected, ", got ", static_cast<int64_t>(record.seen), ".");
+                  ": topk_idx of token ", record.peer, " must be -1 or an expert below ", record.expected, ", got ",
+                  static_cast<int64_t>(record.seen), ".");
 }
 
 // What an abort code says, without the rank that reports it.

@@ -1,177 +1,43 @@
 #include "runtime/intranode.h"
 
 #include <algorithm>
-#include <atomic>
 
 #include "core/error.h"
-#include "core/host_word.h"
 
 namespace deep_ep::runtime {
 
-namespace {
-
-constexpr double kStartGraceSeconds = 30.0;  // for kernels queued before ours, on top of the kernel's own deadline
-
-void check_tokens(int num_tokens) {
-    EP_CHECK(num_tokens >= 0 && num_tokens < layout::kMaxTokens - 1, "number of tokens must be below ",
-             layout::kMaxTokens - 1, ", got ", num_tokens);
-}
-
-void check_row(int64_t row_bytes) {
-    EP_CHECK(row_bytes > 0 && row_bytes % 16 == 0, "a row must be a positive multiple of 16 bytes, got ", row_bytes);
-    EP_CHECK(row_bytes < int64_t{1} << 31, "a row must be below 2 GiB, got ", row_bytes, " bytes");
-}
-
-}  // namespace
-
-Intranode::Intranode(Connection& connection, const kernels::KernelTable& kernels)
-    : connection_(connection),
-      kernels_(kernels),
-      num_ranks_(connection.options().num_ranks),
-      lender_(std::make_shared<Lender>(connection.device(), connection.plan().num_lend_bytes)),
-      counts_(connection.device()),
-      // Here, not when first needed: that may be while a CUDA graph is captured.
-      layout_partials_(connection.device(),
-                       kernels::kMaxLayoutBlocks * static_cast<size_t>(max_layout_counts(connection.machine()))) {}
-
-void Intranode::release() noexcept {
-    layout_partials_.reset();
-    counts_.reset();
-}
-
-std::vector<std::unique_ptr<LentMemory>> Intranode::lend(const std::vector<int64_t>& sizes, dev::Stream stream,
-                                                         bool is_captured) {
-    connection_.require_usable();
-    for (int64_t size : sizes) EP_ENSURE(size > 0, "every size must be positive, got ", size);
-    const std::vector<uint64_t> wanted(sizes.begin(), sizes.end());
-    const uint64_t lend_offset = connection_.plan().lend_offset;
-    std::vector<std::unique_ptr<LentMemory>> lent;
-    for (uint64_t offset : is_captured ? lender_->take_for_graph(wanted, stream) : lender_->take(wanted, stream))
-        lent.push_back(std::make_unique<LentMemory>(lender_, offset, connection_.local(lend_offset + offset),
-                                                    connection_.heap().lease()));
-    return lent;
-}
-
-// From the start of the heap; 0: the address is not in the part that is lent.
-uint64_t Intranode::lent_offset(const void* address) const {
-    const uint64_t lend_offset = connection_.plan().lend_offset;
-    const auto begin = reinterpret_cast<uintptr_t>(connection_.local(lend_offset));
-    const auto at = reinterpret_cast<uintptr_t>(address);
-    return at < begin || at >= begin + lender_->num_bytes() ? 0 : at - begin + lend_offset;
-}
-
-layout::Loan Intranode::loan_for(const DispatchArgs& args) const {
-    if (!may_lend()) return {};
-    const layout::Loan loan{lent_offset(args.recv_x),        lent_offset(args.recv_scales),
-                            lent_offset(args.recv_topk_idx), lent_offset(args.recv_topk_weights),
-                            lent_offset(args.recv_src_idx),  static_cast<uint64_t>(args.num_recv_rows)};
-    if (loan.x == 0) return {};
-    const auto is_lent = [](const void* address, uint64_t offset) { return address == nullptr || offset != 0; };
-    EP_ENSURE((args.num_scales == 0 || loan.scales != 0) &&
-                  (args.num_topk == 0 || (loan.topk_idx != 0 && loan.topk_weights != 0)) &&
-                  is_lent(args.recv_src_idx, loan.src_idx),
-              "recv_x is lent to the peers, so all outputs of the call must be");
-    return loan;
-}
-
-layout::Loan Intranode::loan_for(const CombineArgs& args) const {
-    if (!may_lend()) return {};
-    layout::Loan loan{.x = lent_offset(args.x), .num_rows = static_cast<uint64_t>(args.num_rows)};
-    if (loan.x == 0 || args.num_topk == 0) return loan;
-    const uint64_t weight_bytes =
-        sizeof(float) * static_cast<uint64_t>(args.num_rows) * static_cast<uint64_t>(args.num_topk);
-    if (weight_bytes > connection_.plan().num_weight_bytes)
-        return {};  // no room for a copy: rows and weights go through slots
-    loan.topk_weights = connection_.plan().weights_offset;
-    return loan;
-}
-
-void Intranode::get_dispatch_layout(const LayoutArgs& args, dev::Stream stream) {
-    const Machine& machine = connection_.machine();
-    connection_.check();
-    check_tokens(args.num_tokens);
-    check_num_experts(args.num_experts, num_ranks_);
-    const int num_counts = num_ranks_ + args.num_experts;
-    EP_CHECK(num_counts <= max_layout_counts(machine), "num_experts must be at most ",
-             max_layout_counts(machine) - num_ranks_, ", got ", args.num_experts);
-    const LayoutGrid grid = plan_layout(machine, args.num_tokens);
-    kernels_.layout({{.num_ranks = num_ranks_,
-                      .partials = layout_partials_.get(),
-                      .num_threads = grid.num_threads,
-                      .watch = connection_.watch_params()},
-                     args},
-                    grid.num_blocks, stream);
-}
-
-void Intranode::check_counted_experts(int num_experts) const {
-    check_num_experts(num_experts, num_ranks_);
-    EP_CHECK(num_experts / num_ranks_ <= layout::kMaxLocalExperts, "a rank can have at most ", layout::kMaxLocalExperts,
-             " experts, got ", num_experts / num_ranks_);
-}
-
 void Intranode::notify_dispatch(const NotifyArgs& args, dev::Stream stream) {
     connection_.check();
-    check_counted_experts(args.num_experts);
+    counts_.check_experts(args.num_experts);
     EP_CHECK(args.expert_alignment > 0, "expert_alignment must be positive, got ", args.expert_alignment);
-    check_dispatch_rows(
-        args.num_tokens, args.row_bytes,
-        layout::SlotLayout::for_dispatch(static_cast<uint64_t>(args.row_bytes), static_cast<uint64_t>(args.num_topk),
-                                         static_cast<uint64_t>(args.num_scales)));
-    ++ticket_;
+    check_dispatch_rows(args.num_tokens, args.row_bytes);
+    static_cast<void>(plan_window(connection_.plan(), dispatch_slot(args), "dispatch"));  // it would be too late later
     connection_.announce(stream, false);
-    num_local_experts_ = args.num_experts / num_ranks_;
-    kernels_.notify_dispatch(
-        {{.heap = connection_.heap_params(),
-          .watch = connection_.watch_params(),
-          .num_local_experts = num_local_experts_,
-          .counts = counts_.device(),
-          .ticket = ticket_,
-          .num_threads = std::min(kernels::kMaxNotifyThreads, connection_.machine().useful_block_threads)},
-         args},
-        stream);
-}
-
-RecvCounts Intranode::wait_counts() {
-    connection_.require_usable();
-    const BufferOptions& options = connection_.options();
-    const double limit_s = 2 * options.timeout_s + kStartGraceSeconds;
-    if (!connection_.wait_until([&] { return load_acquire(counts_->ready) == ticket_; }, limit_s)) {
-        const bool has_entered = load_acquire(counts_->entered) == ticket_;
-        connection_.fail(FailureClass::kTimeout,
-                         concat("DeepEP timeout: dispatch on rank ", options.rank, ": the host waited ", limit_s,
-                                has_entered ? " s for the count exchange, whose kernel runs but does not report."
-                                            : " s for the count exchange, whose kernel has not begun: work queued on "
-                                              "the device before it does not end."),
-                         Spread::kPeers);
-        connection_.check();
-    }
-    const int* counts = counts_->num_recv_per_expert;
-    return {counts_->num_recv_tokens, std::vector<int>(counts, counts + num_local_experts_)};
-}
-
-layout::WindowLayout Intranode::check_dispatch_rows(int num_tokens, int64_t row_bytes,
-                                                    const layout::SlotLayout& slot) const {
-    check_tokens(num_tokens);
-    check_row(row_bytes);
-    return plan_window(connection_.plan(), num_ranks_, slot, "dispatch");
+    const int num_local = num_local_experts(args.num_experts);
+    const uint64_t ticket = counts_.begin(num_local);
+    kernels_.notify_dispatch({{.heap = connection_.heap_params(),
+                               .watch = connection_.watch_params(),
+                               .num_local_experts = num_local,
+                               .counts = counts_.counts(),
+                               .ticket = ticket,
+                               .num_threads = plan_notify_threads(connection_.machine())},
+                              args},
+                             stream);
 }
 
 void Intranode::dispatch(const DispatchArgs& args, int num_sms, dev::Stream stream) {
     connection_.check();
     const bool exchanges_counts = args.num_tokens_per_rank != nullptr;
     const bool tells_host = args.expert_alignment > 0;
-    if (exchanges_counts) check_counted_experts(args.num_experts);
+    if (exchanges_counts) counts_.check_experts(args.num_experts);
     EP_ENSURE(!args.is_cached || args.is_token_in_rank == nullptr, "a cached dispatch scans no tokens");
     EP_ENSURE(exchanges_counts || !tells_host, "expert_alignment: the counts of this call have been exchanged before");
-    const auto slot =
-        layout::SlotLayout::for_dispatch(static_cast<uint64_t>(args.row_bytes), static_cast<uint64_t>(args.num_topk),
-                                         static_cast<uint64_t>(args.num_scales));
-    const layout::WindowLayout window = check_dispatch_rows(args.num_tokens, args.row_bytes, slot);
-    const layout::Loan loan = loan_for(args);
-    if (tells_host) {
-        ++ticket_;
-        num_local_experts_ = args.num_experts / num_ranks_;
-    }
+    check_dispatch_rows(args.num_tokens, args.row_bytes);
+    const layout::SlotLayout slot = dispatch_slot(args);
+    const layout::WindowLayout window = plan_window(connection_.plan(), slot, "dispatch");
+    const layout::Loan loan = loans_.loan_for(args);
+    const int num_local = num_local_experts(args.num_experts);
+    const uint64_t ticket = tells_host ? counts_.begin(num_local) : counts_.ticket();
     connection_.announce(stream, false);
     kernels_.dispatch({{.heap = connection_.heap_params(),
                         .watch = connection_.watch_params(),
@@ -179,34 +45,31 @@ void Intranode::dispatch(const DispatchArgs& args, int num_sms, dev::Stream stre
                         .slot = slot,
                         .window = window,
                         .is_first_kernel = args.is_cached || exchanges_counts,
-                        .may_lend = may_lend(),
+                        .may_lend = loans_.may_lend(),
                         .loan = loan,
-                        .num_local_experts = args.num_experts / num_ranks_,
-                        .counts = tells_host ? counts_.device() : nullptr,
-                        .ticket = ticket_},
+                        .num_local_experts = num_local,
+                        .counts = tells_host ? counts_.counts() : nullptr,
+                        .ticket = ticket},
                        args},
                       stream);
 }
 
 void Intranode::combine(const CombineArgs& args, int num_sms, dev::Stream stream) {
     connection_.check();
-    check_tokens(args.num_tokens);
-    const int64_t row_bytes = int64_t{args.hidden} * 2;
-    check_row(row_bytes);
-    const auto slot =
-        layout::SlotLayout::for_combine(static_cast<uint64_t>(row_bytes), static_cast<uint64_t>(args.num_topk));
-    const layout::WindowLayout window = plan_window(connection_.plan(), num_ranks_, slot, "combine");
-    const layout::Loan loan = loan_for(args);
+    const uint32_t row_bytes = check_combine_rows(args.num_tokens, args.hidden);
+    const layout::SlotLayout slot = combine_slot(args);
+    const layout::WindowLayout window = plan_window(connection_.plan(), slot, "combine");
+    const layout::Loan loan = loans_.loan_for(args);
     connection_.announce(stream, false);
     kernels_.combine({{.heap = connection_.heap_params(),
                        .watch = connection_.watch_params(),
                        .geometry = plan_combine(connection_.machine(), num_sms, slot, loan.x != 0),
                        .slot = slot,
                        .window = window,
-                       .may_lend = may_lend(),
+                       .may_lend = loans_.may_lend(),
                        .loan = loan,
-                       .lent_weights = reinterpret_cast<float*>(connection_.local(connection_.plan().weights_offset)),
-                       .row_bytes = static_cast<uint32_t>(row_bytes)},
+                       .lent_weights = loans_.weights(),
+                       .row_bytes = row_bytes},
                       args},
                      stream);
 }

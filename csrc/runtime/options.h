@@ -19,17 +19,18 @@ struct BufferOptions {
     int64_t num_low_latency_bytes;  // of the low-latency mode; none where there are several nodes
     double timeout_s;
     double warn_s;
-    bool is_shrinkable;           // low latency: a peer that does not come is masked
-    int64_t num_lend_bytes = 0;   // for tensors that peers write and read in place; kLendPartOfData: some of the data
-    int ranks_per_node = 0;       // 0: all ranks share a node
-    int64_t num_rail_bytes = 0;   // of data in the rail window, where there are several nodes; 0: see plan_rail
+    bool is_shrinkable;            // low latency: a peer that does not come is masked
+    int64_t num_lend_bytes = 0;    // for tensors that peers write and read in place; kLendPartOfData: some of the data
+    int ranks_per_node = 0;        // 0: all ranks share a node
+    int64_t num_rail_bytes = 0;    // of data in the rail window, where there are several nodes; 0: see plan_rail
     rail::EngineChoice rail = {};  // that carries them
     // Another one in tests.
     std::function<std::unique_ptr<rail::Engine>(const std::shared_ptr<dev::Device>&, const rail::EngineOptions&)>
         make_engine = &rail::make_engine;
 
     layout::Topology topology() const {
-        return {.num_ranks = num_ranks, .ranks_per_node = ranks_per_node > 0 ? ranks_per_node : num_ranks, .rank = rank};
+        return {
+            .num_ranks = num_ranks, .ranks_per_node = ranks_per_node > 0 ? ranks_per_node : num_ranks, .rank = rank};
     }
 };
 

@@ -40,10 +40,35 @@ bool can_stage(const Machine& machine, const kernels::Geometry& geometry) {
            has_enough(geometry.num_recv_warps);
 }
 
+// As DataSplit counts them: a rank without neighbours has nobody to lend to.
+uint64_t num_lending_ranks(const layout::Topology& topology) {
+    return static_cast<uint64_t>(topology.ranks_per_node > 1 ? topology.num_ranks : 1);
+}
+
 // The smallest data region with which calls of such slots work.
-uint64_t data_bytes_for(const HeapPlan& heap, uint64_t num_ranks, const layout::SlotLayout& slot) {
-    const uint64_t slots = layout::WindowLayout::bytes_for(num_ranks, slot.bytes, 1);
-    return heap.lends_part_of_data() ? layout::DataSplit::bytes_for(slots, 0, num_ranks) : slots;
+uint64_t data_bytes_for(const HeapPlan& heap, const layout::SlotLayout& slot) {
+    const uint64_t slots =
+        layout::WindowLayout::bytes_for(static_cast<uint64_t>(heap.topology.ranks_per_node), slot.bytes, 1);
+    return heap.lends_part_of_data() ? layout::DataSplit::bytes_for(slots, 0, num_lending_ranks(heap.topology)) : slots;
+}
+
+// Shares the warps of a block between the three roles. A rank that lends has no warps for the one that its loan makes idle.
+InternodeGeometry plan_roles(const Machine& machine, int num_sms, int max_threads) {
+    const int num_warps = std::max(3, std::min(max_threads, machine.useful_block_threads) / 32);
+    const int share = num_warps / 3;
+    return {{.num_blocks = std::clamp(num_sms, 1, machine.num_sms),
+             .num_send_warps = share,
+             .num_recv_warps = num_warps - 2 * share,
+             .send = {},
+             .recv = {}},
+            share};
+}
+
+// Half of them each.
+void give_to_others(int& idle, int& one, int& other) {
+    const int num_warps = std::exchange(idle, 0);
+    one += num_warps / 2;
+    other += num_warps - num_warps / 2;
 }
 
 }  // namespace
@@ -58,9 +83,9 @@ Machine Machine::of(const dev::Device& device, int num_ranks) {
 }
 
 HeapPlan plan_heap(const BufferOptions& options) {
-    const auto num_ranks = static_cast<uint64_t>(options.num_ranks);
     HeapPlan heap{};
-    heap.control = layout::ControlLayout::make(num_ranks);
+    heap.topology = options.topology();
+    heap.control = layout::ControlLayout::make(static_cast<uint64_t>(heap.topology.ranks_per_node));
     heap.num_data_bytes = static_cast<uint64_t>(options.num_data_bytes);
     heap.num_low_latency_bytes = static_cast<uint64_t>(options.num_low_latency_bytes);
     heap.low_latency_offset = heap.control.bytes + heap.num_data_bytes;
@@ -68,7 +93,7 @@ HeapPlan plan_heap(const BufferOptions& options) {
     layout::DataSplit split{heap.num_data_bytes, 0, 0};
     heap.weights_offset = heap.num_bytes = end;
     if (options.num_lend_bytes == kLendPartOfData) {
-        split = layout::DataSplit::make(heap.num_data_bytes, num_ranks);
+        split = layout::DataSplit::make(heap.num_data_bytes, num_lending_ranks(heap.topology));
         heap.weights_offset = heap.control.bytes + split.slot_bytes;
     } else if (options.num_lend_bytes > 0) {
         split.lend_bytes = static_cast<uint64_t>(options.num_lend_bytes);
@@ -102,6 +127,23 @@ layout::RailWindow plan_rail_window(const RailRegion& rail, int num_nodes, const
              layout::RailWindow::bytes_for(nodes, slot.bytes, 1), ", got ", rail.num_data_bytes,
              " (see Config.get_rdma_buffer_size_hint)");
     return window;
+}
+
+void check_num_tokens(int num_tokens) {
+    EP_CHECK(num_tokens >= 0 && num_tokens < layout::kMaxTokens - 1, "number of tokens must be below ",
+             layout::kMaxTokens - 1, ", got ", num_tokens);
+}
+
+void check_dispatch_rows(int num_tokens, int64_t row_bytes) {
+    check_num_tokens(num_tokens);
+    EP_CHECK(row_bytes > 0 && row_bytes % 16 == 0, "a row must be a positive multiple of 16 bytes, got ", row_bytes);
+    EP_CHECK(row_bytes < int64_t{1} << 31, "a row must be below 2 GiB, got ", row_bytes, " bytes");
+}
+
+uint32_t check_combine_rows(int num_tokens, int hidden) {
+    const int64_t row_bytes = int64_t{hidden} * 2;
+    check_dispatch_rows(num_tokens, row_bytes);
+    return static_cast<uint32_t>(row_bytes);
 }
 
 void check_num_experts(int num_experts, int num_ranks) {
@@ -156,12 +198,30 @@ kernels::Geometry plan_combine(const Machine& machine, int num_sms, const layout
     return can_stage(machine, staged) ? staged : plain;
 }
 
-layout::WindowLayout plan_window(const HeapPlan& heap, int num_ranks, const layout::SlotLayout& slot,
-                                 const char* operation) {
-    const auto window = layout::WindowLayout::make(heap.num_slot_bytes, static_cast<uint64_t>(num_ranks), slot.bytes);
+InternodeGeometry plan_internode_dispatch(const Machine& machine, int num_sms, bool is_lent) {
+    InternodeGeometry geometry = plan_roles(machine, num_sms, kernels::kMaxDispatchThreads);
+    kernels::Geometry& node = geometry.node;
+    if (is_lent) give_to_others(node.num_recv_warps, node.num_send_warps, geometry.num_forward_warps);
+    return geometry;
+}
+
+InternodeGeometry plan_internode_combine(const Machine& machine, int num_sms, bool is_lent) {
+    InternodeGeometry geometry = plan_roles(machine, num_sms, kernels::kMaxCombineThreads);
+    kernels::Geometry& node = geometry.node;
+    if (is_lent) give_to_others(node.num_send_warps, geometry.num_forward_warps, node.num_recv_warps);
+    return geometry;
+}
+
+int plan_notify_threads(const Machine& machine) {
+    return std::min(kernels::kMaxNotifyThreads, machine.useful_block_threads);
+}
+
+layout::WindowLayout plan_window(const HeapPlan& heap, const layout::SlotLayout& slot, const char* operation) {
+    const auto num_ranks = static_cast<uint64_t>(heap.topology.ranks_per_node);
+    const auto window = layout::WindowLayout::make(heap.num_slot_bytes, num_ranks, slot.bytes);
     EP_CHECK(num_ranks == 1 || window.window > 0, "num_nvl_bytes is too small for this ", operation,
-             ": expected at least ", data_bytes_for(heap, static_cast<uint64_t>(num_ranks), slot), ", got ",
-             heap.num_data_bytes, " (see Config.get_nvl_buffer_size_hint)");
+             ": expected at least ", data_bytes_for(heap, slot), ", got ", heap.num_data_bytes,
+             " (see Config.get_nvl_buffer_size_hint)");
     return window;
 }
 

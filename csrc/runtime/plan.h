@@ -27,6 +27,7 @@ struct Machine {
 // Where things are in the heap of a rank: control words, data of the high-throughput mode, data of the low-latency mode;
 // and either at the end of the first data or behind everything: a copy of combine's weights, then what is lent.
 struct HeapPlan {
+    layout::Topology topology;
     layout::ControlLayout control;
     uint64_t num_bytes;
     uint64_t num_data_bytes;
@@ -52,6 +53,21 @@ RailRegion plan_rail(const BufferOptions& options);
 layout::RailWindow plan_rail_window(const RailRegion& rail, int num_nodes, const layout::RailSlot& slot,
                                     size_t chunk_bytes, const char* operation);
 
+// Throws where a call cannot have so many tokens, or such rows. A combine's rows, in bytes.
+void check_num_tokens(int num_tokens);
+void check_dispatch_rows(int num_tokens, int64_t row_bytes);
+uint32_t check_combine_rows(int num_tokens, int hidden);
+
+// The slots of a call, from its arguments.
+template <class Args> layout::SlotLayout dispatch_slot(const Args& args) {
+    return layout::SlotLayout::for_dispatch(args.row_bytes, static_cast<uint64_t>(args.num_topk),
+                                            static_cast<uint64_t>(args.num_scales));
+}
+template <class Args> layout::SlotLayout combine_slot(const Args& args) {
+    return layout::SlotLayout::for_combine(uint64_t{2} * static_cast<uint64_t>(args.hidden),
+                                           static_cast<uint64_t>(args.num_topk));
+}
+
 // Throws unless every rank can have the same number of experts.
 void check_num_experts(int num_experts, int num_ranks);
 
@@ -67,9 +83,19 @@ LayoutGrid plan_layout(const Machine& machine, int num_tokens);
 kernels::Geometry plan_dispatch(const Machine& machine, int num_sms, const layout::SlotLayout& slot, bool is_lent);
 kernels::Geometry plan_combine(const Machine& machine, int num_sms, const layout::SlotLayout& slot, bool is_lent);
 
-// Throws where not even one slot of each peer has room.
-layout::WindowLayout plan_window(const HeapPlan& heap, int num_ranks, const layout::SlotLayout& slot,
-                                 const char* operation);
+// Across nodes no warp has stages; others forward between the rail and the neighbours.
+struct InternodeGeometry {
+    kernels::Geometry node;
+    int num_forward_warps;  // in each block
+};
+InternodeGeometry plan_internode_dispatch(const Machine& machine, int num_sms, bool is_lent);
+InternodeGeometry plan_internode_combine(const Machine& machine, int num_sms, bool is_lent);
+
+// Of the one block that exchanges counts.
+int plan_notify_threads(const Machine& machine);
+
+// Throws where not even one slot of each stream has room.
+layout::WindowLayout plan_window(const HeapPlan& heap, const layout::SlotLayout& slot, const char* operation);
 
 struct LowLatencyGrid {
     int num_blocks, num_warps;

@@ -32,7 +32,9 @@ struct Node {
         return {.bases = {reinterpret_cast<uint8_t*>(heaps[0].data()), reinterpret_cast<uint8_t*>(heaps[1].data())},
                 .rank = 0,
                 .num_ranks = 2,
-                .control = control};
+                .control = control,
+                .first_rank = 0,
+                .num_nodes = 1};
     }
     kernels::WatchParams watch(uint64_t timeout_ns) { return {&local, &status, timeout_ns, timeout_ns}; }
 };

@@ -131,15 +131,16 @@ TEST_CASE("a window needs room for a slot of each peer") {
     const auto slot = dispatch_slot(7168);
     BufferOptions small = options(0);
     small.num_data_bytes = static_cast<int64_t>(layout::WindowLayout::bytes_for(4, slot.bytes, 1));
-    CHECK_GT(plan_window(plan_heap(small), 4, slot, "dispatch").window, 0);
+    CHECK_GT(plan_window(plan_heap(small), slot, "dispatch").window, 0);
     const int64_t enough = small.num_data_bytes;
     small.num_data_bytes -= 128;
-    CHECK_THROWS_WITH_AS(plan_window(plan_heap(small), 4, slot, "dispatch"),
+    CHECK_THROWS_WITH_AS(plan_window(plan_heap(small), slot, "dispatch"),
                          doctest::Contains(concat("num_nvl_bytes is too small for this dispatch: expected at least ",
                                                   enough, ", got ", small.num_data_bytes)
                                                .c_str()),
                          InvalidArgument);
-    CHECK_NOTHROW(plan_window(plan_heap(small), 1, slot, "dispatch"));  // one rank sends nothing
+    small.num_ranks = 1;
+    CHECK_NOTHROW(plan_window(plan_heap(small), slot, "dispatch"));  // it sends nothing
 }
 
 TEST_CASE("what the message of a window asks for is enough, lent part or not") {
@@ -149,14 +150,14 @@ TEST_CASE("what the message of a window asks for is enough, lent part or not") {
         CHECK_EQ(plan_heap(wanted).lends_part_of_data(), num_lend_bytes == kLendPartOfData);
         std::string message;
         try {
-            plan_window(plan_heap(wanted), 4, slot, "combine");
+            plan_window(plan_heap(wanted), slot, "combine");
         } catch (const InvalidArgument& error) {
             message = error.what();
         }
         const std::string before = "expected at least ";
         REQUIRE_NE(message.find(before), std::string::npos);
         wanted.num_data_bytes = std::stoll(message.substr(message.find(before) + before.size()));
-        CHECK_GT(plan_window(plan_heap(wanted), 4, slot, "combine").window, 0);
+        CHECK_GT(plan_window(plan_heap(wanted), slot, "combine").window, 0);
     }
 }
 

@@ -1,0 +1,36 @@
+// The high-throughput mode across nodes: to neighbours through the heap, to the other nodes over the rail.
+#pragma once
+
+#include "kernels/kernel_table.h"
+#include "runtime/connection.h"
+#include "runtime/count_exchange.h"
+#include "runtime/loans.h"
+
+namespace deep_ep::runtime {
+
+using kernels::InternodeCombineArgs;
+using kernels::InternodeDispatchArgs;
+using kernels::InternodeNotifyArgs;
+
+class Internode {
+public:
+    // All of them outlive this.
+    Internode(Connection& connection, const kernels::KernelTable& kernels, Loans& loans, CountExchange& counts);
+    void release() noexcept { counters_.reset(); }
+
+    // The first launch of every call that is not cached. Where an alignment is given, the host waits for the counts.
+    void notify(const InternodeNotifyArgs& args, dev::Stream stream);
+    void dispatch(const InternodeDispatchArgs& args, int num_sms, dev::Stream stream);
+    void combine(const InternodeCombineArgs& args, int num_sms, dev::Stream stream);
+
+private:
+    kernels::RailPlan plan_call(const layout::RailSlot& slot, const char* operation) const;
+
+    Connection& connection_;
+    const kernels::KernelTable& kernels_;
+    Loans& loans_;
+    CountExchange& counts_;
+    dev::DeviceArray<uint8_t> counters_;  // layout::RailCounters
+};
+
+}  // namespace deep_ep::runtime
