@@ -9,7 +9,7 @@ namespace {
 
 const kernels::KernelTable& table_for(dev::DeviceKind kind, const BufferOptions& options) {
 #if EP_WITH_CUDA
-    const bool is_nvshmem = options.topology().num_nodes() > 1 && options.rail.name == "nvshmem";
+    const bool is_nvshmem = options.rail.name == "nvshmem" && options.topology().num_nodes() > 1;
     if (kind == dev::DeviceKind::kCuda) return is_nvshmem ? nvshmem_kernel_table() : kernels::cuda_kernel_table();
 #else
     static_cast<void>(options);

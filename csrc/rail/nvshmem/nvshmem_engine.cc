@@ -9,6 +9,9 @@
 namespace deep_ep::rail::nvshmem {
 namespace {
 
+// What ranks tell each other at first.
+constexpr uint64_t kNear = 1, kFar = 2;
+
 std::string to_bytes(const Introduction& introduction) {
     return {reinterpret_cast<const char*>(&introduction), sizeof(introduction)};
 }
@@ -42,20 +45,51 @@ void NvshmemEngine::connect(const std::vector<std::string>& addresses, const std
 
     const std::vector<int32_t> pes = world_.pes_of(all);
     device_->copy_now(pes_.get(), pes.data(), pes.size() * sizeof(int32_t));
-    const auto is_reached = [&](int peer) {
-        return world_.library().is_reached(lease.address, pes[static_cast<size_t>(peer)]);
-    };
-    is_every_peer_reached_ = std::all_of(peers.begin(), peers.end(), is_reached);
-
     // The window may be one that was used before: what was under way to it has come, then all is zero, then anybody posts.
     world_.barrier(pes_.get());
-    device_->memset_async(lease.address, 0, options_.window_bytes, stream_.get());
-    // Loads the kernel of set() now: later that might wait for kernels that wait for it.
-    set(options_.rank, 0, 0);
+    clear_window();
+    world_.barrier(pes_.get());
+    greet(pes, peers);
+    world_.barrier(pes_.get());
+    hear(peers);
+    clear_window();
     device_->memset_async(posted_.get(), 0, all.size() * sizeof(Posted), stream_.get());
     device_->synchronize_stream(stream_.get());
     world_.barrier(pes_.get());
+}
+
+void NvshmemEngine::clear_window() {
+    device_->memset_async(window_.device, 0, window_.bytes, stream_.get());
+    device_->synchronize_stream(stream_.get());
+}
+
+// Tells every peer, and this rank itself, whether loads and stores reach all peers of this one. So all of them choose the
+// same size of chunks; every way has carried a word; and the kernel of set() is loaded, which later might wait for kernels
+// that wait for it.
+void NvshmemEngine::greet(const std::vector<int32_t>& pes, const std::vector<int>& peers) {
+    const auto is_reached = [&](int peer) {
+        return world_.library().is_reached(window_.device, pes[static_cast<size_t>(peer)]);
+    };
+    const bool is_near = std::all_of(peers.begin(), peers.end(), is_reached);
+    const uint64_t flag = 8 * static_cast<uint64_t>(options_.rank);
+    set(options_.rank, flag, is_near ? kNear : kFar);
+    for (const int peer : peers) set(peer, flag, is_near ? kNear : kFar);
+    device_->synchronize_stream(stream_.get());
     check();
+}
+
+void NvshmemEngine::hear(const std::vector<int>& peers) {
+    std::vector<int> all = peers;
+    all.push_back(options_.rank);
+    is_every_peer_reached_ = true;
+    for (const int peer : all) {
+        uint64_t word = 0;
+        device_->copy_now(&word, static_cast<const char*>(window_.device) + 8 * peer, sizeof(word));
+        if (word != kNear && word != kFar)
+            throw TransportError(concat("NVSHMEM: a word from rank ", peer, " to rank ", options_.rank,
+                                        " has not arrived, though a barrier says so (got ", word, ")"));
+        is_every_peer_reached_ = is_every_peer_reached_ && word == kNear;
+    }
 }
 
 Params NvshmemEngine::params() const {

@@ -41,6 +41,10 @@ public:
     void release(double timeout_s) override;
 
 private:
+    void clear_window();
+    void greet(const std::vector<int32_t>& pes, const std::vector<int>& peers);
+    void hear(const std::vector<int>& peers);
+
     const std::shared_ptr<dev::Device> device_;
     World& world_;
     const NvshmemOptions options_;
@@ -50,7 +54,7 @@ private:
     dev::OwnedStream stream_;  // of set()
     int window_number_ = World::kNoWindow;
     Window window_;
-    bool is_every_peer_reached_ = false;  // by loads and stores
+    bool is_every_peer_reached_ = false;  // by loads and stores; the same on all ranks of a rail
     bool is_released_ = false;
 
     mutable std::mutex mutex_;

@@ -62,6 +62,7 @@ Introduction World::introduce(int rank, size_t window_bytes) {
     own.built = library_.built;
     own.loaded = loaded_;
     own.window_bytes = window_bytes;
+    own.transport = transport_;
     own.num_windows = static_cast<int32_t>(windows_.size());
     own.free_windows = free_windows(window_bytes);
     own.is_initialized = library_.is_initialized();
@@ -87,6 +88,10 @@ World::Lease World::meet(const std::vector<Introduction>& all, int rank, const v
                  " uses another engine between nodes than nvshmem");
     expect_same(all, "its version", describe_versions);
     expect_same(all, "the size of the window", [](const auto& one) { return concat(one.window_bytes); });
+    expect_same(all, "its transport (NVSHMEM_REMOTE_TRANSPORT, NVSHMEM_IB_ENABLE_IBGDA)", [](const auto& one) {
+        static constexpr const char* kNames[] = {"IBGDA", "a proxy", "a proxy with fences (libfabric)"};
+        return std::string(kNames[static_cast<size_t>(one.transport)]);
+    });
     expect_same(all, "whether it is initialized already", [](const auto& one) {
         return std::string(one.is_initialized ? "yes" : "no");
     });

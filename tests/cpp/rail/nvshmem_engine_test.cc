@@ -33,7 +33,7 @@ struct FakeNvshmem {
     bool is_initialized = false;
     int pe = 0, num_pes = 0;
     int num_joined = 0, num_allocated = 0, num_barriers = 0, num_sets = 0;
-    bool has_room = true, is_reached = true;
+    bool has_room = true, is_reached = true, is_cut = false;
     std::string failure;  // of the next initialization
     std::vector<std::vector<char>> heap = {};
 };
@@ -86,8 +86,12 @@ Library make_library() {
             },
         .is_reached = [](const void*, int) { return fake.is_reached; },
         .launch_set =
-            [](const SetParams*, void*, Complaint* complaint) {
+            [](const SetParams* params, void*, Complaint* complaint) {
                 ++fake.num_sets;
+                // The peer does the same, so its word arrives here.
+                rail::nvshmem::RailView view;
+                std::memcpy(&view, params->rail.bytes, sizeof(view));
+                if (!fake.is_cut) std::memcpy(view.window + 8 * params->peer, &params->value, sizeof(params->value));
                 return fail(complaint, fake.failure);
             },
     };
@@ -221,6 +225,7 @@ TEST_CASE("nvshmem: ranks keep their own numbers, whatever the world's are") {
 TEST_CASE("nvshmem: what must be the same on every rank is named") {
     CHECK(contains(refusal([](Introduction& other) { other.loaded = {3, 8, 0}; }), "3.8.0 (engine built with 3.4.5) on rank 1"));
     CHECK(contains(refusal([](Introduction& other) { other.window_bytes += 8; }), "4104 on rank 1"));
+    CHECK(contains(refusal([](Introduction& other) { other.transport = Transport::kGpu; }), "IBGDA on rank 1"));
     CHECK(contains(refusal([](Introduction& other) { other.is_initialized = 1; }), "yes on rank 1"));
     CHECK(contains(refusal([](Introduction& other) { other.num_windows = 3; }), "3 on rank 1"));
     CHECK(contains(refusal([](Introduction& other) { other.magic[0] = 'h'; }), "another engine"));
@@ -242,7 +247,7 @@ TEST_CASE("nvshmem: a window goes to the next engine, once every rank has given 
     const int num_barriers = fake.num_barriers;
     const auto larger = rank.connect(2, 2 * kWindowBytes);
     CHECK_EQ(fake.num_allocated, 2);
-    CHECK_EQ(fake.num_barriers, num_barriers + 2);
+    CHECK_EQ(fake.num_barriers, num_barriers + 4);
     // A peer that still uses its part of the first.
     const auto next = rank.make_engine();
     next->connect(Rank::addresses(*next, 2, [](Introduction& other) { other.free_windows = 0; }), {1});
@@ -254,6 +259,12 @@ TEST_CASE("nvshmem: an engine that was never connected goes without a word") {
     rank.make_engine()->release(1);
     CHECK_EQ(fake.num_barriers, 0);
     CHECK_FALSE(fake.is_initialized);
+}
+
+TEST_CASE("nvshmem: a peer whose words do not arrive is named before any kernel waits for one") {
+    Rank rank;
+    fake.is_cut = true;
+    CHECK(contains(failure_of([&] { rank.connect(2); }), "a word from rank 1 to rank 0 has not arrived"));
 }
 
 TEST_CASE("nvshmem: what NVSHMEM refuses is told") {
