@@ -5,6 +5,7 @@
 #include <nvshmem.h>
 #include <nvshmemx.h>
 
+#include "device/algo/warp.h"
 #include "rail/nvshmem/view.h"
 
 namespace deep_ep::rail {
@@ -23,20 +24,36 @@ template <class T> EP_DEVICE T* at(const Rail& rail, uint64_t offset) {
 
 namespace detail {
 
-// One thread.
-EP_DEVICE void count_posted(const Rail& rail, int peer, uint64_t num_bytes) {
-    using prim::Order;
-    using prim::Scope;
-    nvshmem::Posted& posted = rail.view.posted[peer];
-    prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&posted.num_messages, uint64_t{1});
-    if (num_bytes != 0) prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&posted.num_bytes, num_bytes);
+// One thread, as the next.
+EP_DEVICE void count_message(const Rail& rail, int peer) {
+    prim::fetch_add<prim::Order::kRelaxed, prim::Scope::kGpu>(&rail.view.posted[peer].num_messages, uint64_t{1});
+}
+
+EP_DEVICE void count_bytes(const Rail& rail, int peer, uint64_t num_bytes) {
+    prim::fetch_add<prim::Order::kRelaxed, prim::Scope::kGpu>(&rail.view.posted[peer].num_bytes, num_bytes);
 }
 
 // One thread. To a peer that is reached by stores, NVSHMEM stores the word and orders nothing before it.
 EP_DEVICE void signal(const Rail& rail, int peer, uint64_t offset, uint64_t value, int operation) {
     prim::fence<prim::Order::kAcqRel, prim::Scope::kSys>();
     nvshmemx_signal_op(at<uint64_t>(rail, offset), value, operation, rail.view.pes[peer]);
-    count_posted(rail, peer, 0);
+    count_message(rail, peer);
+}
+
+// One warp. To where stores reach: NVSHMEM's own copy has one load of each lane under way at a time.
+EP_DEVICE void store_to_peer(char* there, const char* here, uint32_t num_bytes) {
+    constexpr int kUnroll = 8;
+    constexpr uint32_t kVecBytes = sizeof(prim::Vec16);
+    const uint32_t num_vecs = num_bytes / kVecBytes;
+    algo::copy_row<algo::SourceKind::kFromPeer, kUnroll>(algo::Warp{}, reinterpret_cast<prim::Vec16*>(there),
+                                                         reinterpret_cast<const prim::Vec16*>(here),
+                                                         static_cast<int>(num_vecs));
+    const uint32_t rest = num_vecs * kVecBytes + static_cast<uint32_t>(prim::lane_idx());
+    if (rest < num_bytes) there[rest] = here[rest];  // fewer than a vector
+}
+
+EP_DEVICE bool is_aligned(const void* a, const void* b) {
+    return (reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b)) % sizeof(prim::Vec16) == 0;
 }
 
 }  // namespace detail
@@ -45,21 +62,25 @@ EP_DEVICE void signal(const Rail& rail, int peer, uint64_t offset, uint64_t valu
 // posted, and a transport that stands still holds them (docs/errors.md).
 
 template <class Wait> EP_DEVICE bool put(const Rail& rail, int peer, const Copy& copy, Flag flag, const Wait&) {
+    const int pe = rail.view.pes[peer];
+    auto* dst = at<char>(rail, copy.dst);
+    auto* src = at<const char>(rail, copy.src);
     __syncwarp();  // each lane's writes, one lane's fence
-    if (copy.bytes == 0) {
-        if (prim::lane_idx() == 0) detail::signal(rail, peer, flag.offset, flag.value, NVSHMEM_SIGNAL_SET);
-        __syncwarp();
-        return true;
-    }
-    if (prim::lane_idx() == 0) {
-        // What other blocks wrote, too, before a NIC or a thread of the host reads it.
-        prim::fence<prim::Order::kAcqRel, prim::Scope::kSys>();
-        detail::count_posted(rail, peer, copy.bytes);
-    }
+    // What other blocks wrote, too, before this warp, a NIC or a thread of the host reads it.
+    if (prim::lane_idx() == 0) prim::fence<prim::Order::kAcqRel, prim::Scope::kSys>();
     __syncwarp();
-    nvshmemx_putmem_signal_nbi_warp(at<char>(rail, copy.dst), at<const char>(rail, copy.src), copy.bytes,
-                                    at<uint64_t>(rail, flag.offset), flag.value, NVSHMEM_SIGNAL_SET,
-                                    rail.view.pes[peer]);
+    auto* there = static_cast<char*>(nvshmem_ptr(dst, pe));
+    if (copy.bytes == 0 || (there != nullptr && detail::is_aligned(there, src))) {
+        detail::store_to_peer(there, src, copy.bytes);
+        __syncwarp();
+        if (prim::lane_idx() == 0) detail::signal(rail, peer, flag.offset, flag.value, NVSHMEM_SIGNAL_SET);
+    } else {
+        nvshmemx_putmem_signal_nbi_warp(dst, src, copy.bytes, at<uint64_t>(rail, flag.offset), flag.value,
+                                        NVSHMEM_SIGNAL_SET, pe);
+        if (prim::lane_idx() == 0) detail::count_message(rail, peer);
+    }
+    if (prim::lane_idx() == 0) detail::count_bytes(rail, peer, copy.bytes);
+    __syncwarp();
     return true;
 }
 
