@@ -34,4 +34,15 @@ struct InternodeCombineParams : CombineParams, InternodeCombineFields {
     RailPlan rail;
 };
 
+// A lane stands for each stream that a warp serves, so the warps of a role must be that many: streams inside the node (receive
+// warps of dispatch, send warps of combine), and streams on the rail (forward warps). Of a role that has nothing to do: any.
+constexpr bool has_enough_warps(const Geometry& geometry, int num_warps, int num_streams) {
+    return geometry.num_blocks * num_warps * 32 >= num_streams;
+}
+constexpr bool can_serve(const HeapParams& heap, const Geometry& geometry, const RailPlan& rail, int num_stream_warps,
+                         bool is_lent) {
+    return has_enough_warps(geometry, rail.num_forward_warps, heap.num_nodes - 1) &&
+           (is_lent || has_enough_warps(geometry, num_stream_warps, heap.num_nodes * (heap.num_ranks - 1)));
+}
+
 }  // namespace deep_ep::kernels

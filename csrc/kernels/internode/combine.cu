@@ -6,6 +6,7 @@
 //                   forwarder on the owner's rail
 //
 // Messages, buffer map and orderings: docs/protocols/internode.md.
+#include "core/error.h"
 #include "device/algo/void_output.h"
 #include "device/launch.h"
 #include "kernels/internode/internode_launchers.h"
@@ -122,6 +123,8 @@ private:
 };
 
 void launch(const InternodeCombineParams& params, dev::Stream stream) {
+    EP_ENSURE(can_serve(params.heap, params.geometry, params.rail, params.geometry.num_send_warps, params.loan.x != 0),
+              "combine across nodes has too few warps for its streams");
     dev::LaunchConfig config;
     config.num_blocks = params.geometry.num_blocks;
     config.num_threads = kWarpSize * (params.geometry.num_send_warps + params.rail.num_forward_warps +

@@ -8,6 +8,7 @@
 //   receive warps   (of a rank that does not lend) slots to final rows, one stream for each source of any node
 //
 // Messages, buffer map and orderings: docs/protocols/internode.md.
+#include "core/error.h"
 #include "device/launch.h"
 #include "kernels/internode/internode_launchers.h"
 #include "kernels/internode/token_forward.h"
@@ -123,6 +124,8 @@ private:
 };
 
 void launch(const InternodeDispatchParams& params, dev::Stream stream) {
+    EP_ENSURE(can_serve(params.heap, params.geometry, params.rail, params.geometry.num_recv_warps, params.loan.x != 0),
+              "dispatch across nodes has too few warps for its streams");
     dev::LaunchConfig config;
     config.num_blocks = params.geometry.num_blocks;
     config.num_threads = kWarpSize * (params.geometry.num_send_warps + params.rail.num_forward_warps +

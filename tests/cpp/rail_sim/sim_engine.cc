@@ -199,7 +199,8 @@ void SimNetwork::carry_messages(const bool& is_over) {
         };
         engines_.front()->wait(has_work);
         if (!has_messages()) return;
-        if (draws_a_step()) step();
+        for (int i = 0; i < options_.steps && has_messages(); ++i)
+            if (draws_a_step()) step();
     }
 }
 

@@ -33,6 +33,7 @@ struct SimOptions {
     int num_ranks = 2;
     size_t window_bytes = 0;
     uint64_t seed = 0;
+    int steps = 1;             // that the network may take in a pass of the schedule: more where many ranks are on it
     size_t max_posted = 4096;  // requests of a rank that are under way; then posters wait
 };
 

@@ -86,14 +86,37 @@ std::string check_unused(const Problem& problem, const RankTensors& target, size
     return "";
 }
 
-// FP32, ranks in ascending order, then the biases, one rounding.
+// The sum of what the ranks of one node add, in rank order; 0 where none of them has a row.
+template <class ValueAt>
+float sum_of_node(const Problem& problem, size_t node, size_t num_ranks, const ValueAt& value_at) {
+    const size_t per_node = problem.ranks_per_node > 0 ? static_cast<size_t>(problem.ranks_per_node) : num_ranks;
+    float sum = 0.0f;
+    for (size_t rank = node * per_node; rank < (node + 1) * per_node; ++rank) sum += value_at(rank);
+    return sum;
+}
+
+// The owner's own node first, in FP32; then the sums of the others in node order, each as `rounded` on its way.
+template <class ValueAt, class Rounded>
+float sum_of_nodes(const Problem& problem, size_t owner, size_t num_ranks, const ValueAt& value_at,
+                   const Rounded& rounded) {
+    const size_t per_node = problem.ranks_per_node > 0 ? static_cast<size_t>(problem.ranks_per_node) : num_ranks;
+    float sum = sum_of_node(problem, owner / per_node, num_ranks, value_at);
+    for (size_t node = 0; node < num_ranks / per_node; ++node)
+        if (node != owner / per_node) sum += rounded(sum_of_node(problem, node, num_ranks, value_at));
+    return sum;
+}
+
+float float_of_bf16(uint32_t word) { return algo::float_from_bits(word << 16); }
+
+// FP32, ranks in ascending order (and nodes, where there are several), then the biases, one rounding.
 uint16_t combined_element(const Problem& problem, const std::vector<RankTensors>& ranks, int owner, size_t token,
                           const std::vector<std::vector<size_t>>& rows, size_t h) {
-    float sum = 0.0f;
     const auto hidden = static_cast<size_t>(problem.hidden);
-    for (size_t rank = 0; rank < ranks.size(); ++rank)
-        if (rows[rank][token] != SIZE_MAX)
-            sum += algo::float_from_bits(static_cast<uint32_t>(ranks[rank].y[rows[rank][token] * hidden + h]) << 16);
+    const auto value_at = [&](size_t rank) {
+        return rows[rank][token] == SIZE_MAX ? 0.0f : float_of_bf16(ranks[rank].y[rows[rank][token] * hidden + h]);
+    };
+    float sum = sum_of_nodes(problem, static_cast<size_t>(owner), ranks.size(), value_at,
+                             [](float of_node) { return float_of_bf16(algo::bf16_from_float(of_node)); });
     for (int i = 0; i < problem.num_biases; ++i)
         sum += algo::float_from_bits(
             static_cast<uint32_t>(ranks[static_cast<size_t>(owner)].bias[i][token * hidden + h]) << 16);
@@ -116,9 +139,11 @@ std::string check_owner(const Problem& problem, const std::vector<RankTensors>& 
             if (tensors.combined_x[token * hidden + h] != combined_element(problem, ranks, owner, token, rows, h))
                 return concat("combined_x of rank ", owner, ", token ", token, ", element ", h);
         for (size_t k = 0; k < num_topk; ++k) {
-            float sum = 0.0f;
-            for (size_t rank = 0; rank < ranks.size(); ++rank)
-                sum += rows[rank][token] == SIZE_MAX ? 0.0f : ranks[rank].y_weights[rows[rank][token] * num_topk + k];
+            const auto value_at = [&](size_t rank) {
+                return rows[rank][token] == SIZE_MAX ? 0.0f : ranks[rank].y_weights[rows[rank][token] * num_topk + k];
+            };
+            const float sum = sum_of_nodes(problem, static_cast<size_t>(owner), ranks.size(), value_at,
+                                           [](float of_node) { return of_node; });
             if (tensors.combined_weights[token * num_topk + k] != sum)
                 return concat("combined_topk_weights of rank ", owner, ", token ", token);
         }

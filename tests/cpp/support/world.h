@@ -31,6 +31,7 @@ struct Problem {
     int only_rank = -1;             // all entries go to the experts of this rank
     int num_extra_rows = 0;         // > 0: worst-case mode with so many rows more than arrive
     uint64_t seed = 1;
+    int ranks_per_node = 0;      // 0: all are in one
     uint32_t lending_ranks = 0;  // bit i: rank i lends outputs of dispatch and inputs of combine (in a World that can)
 
     bool lends(int rank) const { return (lending_ranks >> rank & 1u) != 0; }
