@@ -1,0 +1,206 @@
+// What ranks of several nodes tell each other of failures while no kernel runs: through neighbours' heaps and mailboxes, and
+// one word over the rail. The engine here delivers at once.
+#include <doctest/doctest.h>
+
+#include <cstring>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/error.h"
+#include "device/simt/device.h"
+#include "device/simt/scheduler.h"
+#include "runtime/connection.h"
+
+namespace deep_ep::runtime {
+namespace {
+
+class PromptEngine;
+struct Rail {
+    std::map<int, PromptEngine*> engines{};  // by rank
+    std::map<int, double> released_s{};      // likewise
+};
+
+class PromptEngine final : public rail::Engine {
+public:
+    PromptEngine(Rail& rail, const rail::EngineOptions& options)
+        : rail_(rail), rank_(options.rank), words_(options.window_bytes / sizeof(uint64_t)) {
+        rail_.engines[rank_] = this;
+    }
+    ~PromptEngine() override { rail_.engines.erase(rank_); }
+
+    std::string failure;
+    std::vector<int> peers;
+
+    std::string name() const override { return "prompt"; }
+    std::string address() const override { return concat("rank ", rank_); }
+    void connect(const std::vector<std::string>& addresses, const std::vector<int>& of) override {
+        for (int peer : of) CHECK_EQ(addresses.at(static_cast<size_t>(peer)), concat("rank ", peer));
+        peers = of;
+    }
+    rail::Window window() const override {
+        void* memory = const_cast<uint64_t*>(words_.data());
+        return {memory, memory, words_.size() * sizeof(uint64_t)};
+    }
+    rail::Params params() const override { return {}; }
+    size_t chunk_bytes() const override { return 1 << 18; }
+    void set(int peer, uint64_t flag, uint64_t value) override {
+        const auto found = rail_.engines.find(peer);
+        if (found == rail_.engines.end()) return;
+        uint64_t& word = found->second->words_.at(flag / sizeof(uint64_t));
+        CHECK_EQ(word, 0);  // nobody writes it twice
+        word = value;
+    }
+    void check() const override {
+        if (!failure.empty()) throw TransportError(failure);
+    }
+    rail::Traffic sent_to(int) const override { return {}; }
+    void release(double timeout_s) override { rail_.released_s[rank_] = timeout_s; }
+
+    uint64_t& word(uint64_t offset) { return words_.at(offset / sizeof(uint64_t)); }
+
+private:
+    Rail& rail_;
+    const int rank_;
+    std::vector<uint64_t> words_;
+};
+
+struct Nodes : Rail {
+    int num_nodes, ranks_per_node;
+    simt::Scheduler scheduler{};
+    std::vector<std::unique_ptr<Connection>> connections{};
+
+    Nodes(int nodes, int of_ranks) : num_nodes(nodes), ranks_per_node(of_ranks) {
+        for (int rank = 0; rank < num_ranks(); ++rank)
+            connections.push_back(
+                std::make_unique<Connection>(std::make_shared<simt::SimtDevice>(scheduler, rank), options_of(rank)));
+        std::vector<std::string> handles, addresses;
+        for (const auto& connection : connections) {
+            handles.push_back(connection->export_handle());
+            addresses.push_back(connection->rail_address());
+        }
+        for (const auto& connection : connections) connection->connect(handles);
+        for (const auto& connection : connections) connection->connect_rail(addresses);
+    }
+    int num_ranks() const { return num_nodes * ranks_per_node; }
+    Connection& operator[](int rank) { return *connections[static_cast<size_t>(rank)]; }
+    BufferOptions options_of(int rank) {
+        return {.rank = rank,
+                .num_ranks = num_ranks(),
+                .num_data_bytes = 1 << 12,
+                .num_low_latency_bytes = 0,
+                .timeout_s = 1,
+                .warn_s = 1,
+                .is_shrinkable = false,
+                .ranks_per_node = ranks_per_node,
+                .num_rail_bytes = 1 << 12,
+                .make_engine = [this](const auto&, const rail::EngineOptions& options) {
+                    return std::make_unique<PromptEngine>(*this, options);
+                }};
+    }
+    // Each rank's watcher looks once, in the order in which news travels worst.
+    void look_around(int origin) {
+        for (int step = num_ranks(); step > 0; --step) (*this)[(origin + step) % num_ranks()].look();
+    }
+    int num_failed() {
+        int count = 0;
+        for (const auto& connection : connections) count += connection->failure().empty() ? 0 : 1;
+        return count;
+    }
+};
+
+constexpr std::pair<int, int> kShapes[] = {{2, 1}, {2, 2}, {3, 2}, {2, 4}, {4, 2}, {8, 1}};
+
+TEST_CASE("a failure reaches every rank in three hops, over idle hosts alone") {
+    for (const auto& [num_nodes, ranks_per_node] : kShapes)
+        for (int origin = 0; origin < num_nodes * ranks_per_node; ++origin) {
+            CAPTURE(num_nodes);
+            CAPTURE(ranks_per_node);
+            CAPTURE(origin);
+            Nodes nodes(num_nodes, ranks_per_node);
+            nodes[origin].fail(FailureClass::kOther, "a reason", Spread::kPeers);
+            for (int hop = 0; hop < 3; ++hop) nodes.look_around(origin);
+            CHECK_EQ(nodes.num_failed(), nodes.num_ranks());
+        }
+}
+
+TEST_CASE("a rank that leaves peers out of its failure tells nobody") {
+    Nodes nodes(2, 2);
+    nodes[0].fail(FailureClass::kOther, "a reason", Spread::kNobody);
+    for (int hop = 0; hop < 3; ++hop) nodes.look_around(0);
+    CHECK_EQ(nodes.num_failed(), 1);
+}
+
+TEST_CASE("neighbours quote the reason, other nodes name rank and node") {
+    Nodes nodes(2, 2);
+    nodes[1].fail(FailureClass::kOther, "the reason of rank 1", Spread::kPeers);
+    for (int hop = 0; hop < 3; ++hop) nodes.look_around(1);
+    CHECK_EQ(nodes[0].failure(),
+             "DeepEP error: rank 0 of node 0: aborted, because rank 1 of node 0 failed: the reason of rank 1");
+    CHECK_EQ(nodes[3].failure(),
+             "DeepEP error: rank 3 of node 1: aborted, rank 1 of node 0 reported an error of its own.");
+    // It has heard of it from its neighbour, or over its own rail from rank 0.
+    CHECK(nodes[2].failure().find("rank 1 of node 0 reported an error of its own") != std::string::npos);
+}
+
+TEST_CASE("a broken connection is an error of the transport at once, and passed on") {
+    Nodes nodes(2, 2);
+    nodes.engines[0]->failure = "rail: the connection to rank 2 at 10.0.0.2:4455: Connection reset by peer (errno 104)";
+    nodes[0].look();
+    CHECK_THROWS_WITH_AS(nodes[0].check(),
+                         "DeepEP error: rank 0 of node 0: rail: the connection to rank 2 at 10.0.0.2:4455: Connection "
+                         "reset by peer (errno 104)",
+                         TransportError);
+    for (int hop = 0; hop < 2; ++hop) nodes.look_around(0);
+    CHECK_EQ(nodes.num_failed(), 4);
+    CHECK(nodes[1].failure().find("10.0.0.2:4455") != std::string::npos);
+    CHECK_THROWS_AS(nodes[3].check(), TimeoutError);
+}
+
+TEST_CASE("what a kernel at a rail peer gives up for is read by a host whose kernels do not run") {
+    Nodes nodes(3, 2);
+    const layout::RailControl& control = nodes[2].rail_region().control;
+    // Word [0][2]: of the kernels of rank 4, which is in node 2.
+    nodes.engines[2]->word(control.abort.at(2)) = layout::make_abort_code(4, 1);
+    CHECK_EQ(nodes[2].look(),
+             "DeepEP error: rank 2 of node 1: aborted, rank 4 of node 2 gave up waiting for rank 1 of node 0.");
+    for (int hop = 0; hop < 2; ++hop) nodes.look_around(2);
+    CHECK_EQ(nodes.num_failed(), 6);
+}
+
+TEST_CASE("neighbours that have gone are named where the news comes over the rail") {
+    Nodes nodes(2, 2);
+    nodes[1].destroy(0);
+    nodes[2].fail(FailureClass::kOther, "lost its rail peer", Spread::kPeers);
+    nodes[0].look();
+    CHECK(nodes[0].failure().ends_with("rank 1 of node 0: it has destroyed its Buffer."));
+}
+
+TEST_CASE("rail peers are those of the same index, and the engine is released with the time that destroy has") {
+    Nodes nodes(3, 2);
+    CHECK_EQ(nodes.engines.at(3)->peers, std::vector<int>{1, 5});
+    nodes[3].destroy(0.25);
+    CHECK_EQ(nodes.engines.count(3), 0);
+    CHECK_EQ(nodes.released_s.at(3), 0.25);
+    CHECK_EQ(nodes[3].look(), "");
+}
+
+TEST_CASE("within a node no engine is made") {
+    simt::Scheduler scheduler;
+    BufferOptions options{.rank = 0,
+                          .num_ranks = 2,
+                          .num_data_bytes = 1 << 12,
+                          .num_low_latency_bytes = 0,
+                          .timeout_s = 1,
+                          .warn_s = 1,
+                          .is_shrinkable = false};
+    options.make_engine = [](const auto&, const auto&) -> std::unique_ptr<rail::Engine> { throw Error("made"); };
+    const Connection connection(std::make_shared<simt::SimtDevice>(scheduler, 0), options);
+    CHECK_EQ(connection.rail_address(), "");
+    options.ranks_per_node = 1;
+    CHECK_THROWS_WITH_AS(Connection(std::make_shared<simt::SimtDevice>(scheduler, 0), options), "made", Error);
+}
+
+}  // namespace
+}  // namespace deep_ep::runtime
