@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Callable, Optional, TypeVar
 import torch
 
 import deep_ep_cpp
-from deep_ep import _streams
+from deep_ep import _rail, _streams
 from deep_ep._checks import BUFFER_ALIGNMENT_BYTES, MAX_INT64, check_int, check_positive
 from deep_ep._env import __version__, is_capturing, master_address
 from deep_ep._memory import EmptyTensors, Lender

@@ -21,17 +21,23 @@ ANSWERS = ("address ", "connected", "port ", "error ", "{")
 
 
 def build_process() -> Path:
-    """The program for the CPU: built on first use, in a folder of its own, from what this checkout has."""
+    """The program for the CPU."""
+    return build_program("rail_process", FOLDER, "-DEP_CUDA=OFF")
+
+
+def build_program(name: str, folder: Path, *options: str, environment: dict[str, str] | None = None) -> Path:
+    """Built on first use, in a folder of its own, from what this checkout has."""
     configure = [
         "cmake", "-S",
         str(ROOT), "-B",
-        str(FOLDER), "-DEP_TESTS=ON", "-DEP_PYTHON=OFF", "-DEP_CUDA=OFF", "-DCMAKE_BUILD_TYPE=Release"
+        str(folder), "-DEP_TESTS=ON", "-DEP_PYTHON=OFF", "-DCMAKE_BUILD_TYPE=Release", *options
     ]
-    for command in (configure, ["cmake", "--build", str(FOLDER), "--target", "rail_process", "--parallel", "2"]):
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
+    jobs = str(len(os.sched_getaffinity(0)))
+    for command in (configure, ["cmake", "--build", str(folder), "--target", name, "--parallel", jobs]):
+        done = subprocess.run(command, check=False, capture_output=True, text=True, env={**os.environ, **(environment or {})})
         if done.returncode != 0:
             raise RuntimeError(f"{' '.join(command)}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return FOLDER / "tests" / "cpp" / "rail_process"
+    return folder / "tests" / "cpp" / name
 
 
 class Namespaces:
