@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 NOTHING = "\u2013"
+RECORDS = "../../benchmarks/results"  # seen from docs/performance/figures.md
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 

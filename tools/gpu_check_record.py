@@ -4,7 +4,8 @@
 tools/gpu_check_record.py FOLDER --commit C --command LINE --num-ranks N   reads gpu_check.txt, gpu_check.log and
                                       pressure.log there, writes gpu_check_<date>_<gpu>_x<ranks>.json beside them
 
-tools/gpu_check.sh calls this at its end. A file kept in benchmarks/results/checks is shown by docs/benchmarks.md.
+tools/gpu_check.sh calls this at its end. docs/performance/figures.md shows files that are kept in
+benchmarks/results/checks.
 """
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Writes the figures of benchmarks/results/*.json into the documents.
 
-- docs/benchmarks.md, between its two markers: the newest run of each benchmark, machine and number of ranks, the runs
-  of tools/gpu_check.sh kept in benchmarks/results/checks, the other libraries in benchmarks/results/libraries;
+- docs/performance/figures.md, between its two markers: the newest run of each benchmark, machine and number of ranks,
+  the runs of tools/gpu_check.sh kept in benchmarks/results/checks, the other libraries in benchmarks/results/libraries;
+- docs/benchmarks.md, between its two markers: the list of these runs;
 - README.md, between its two markers, and docs/pictures/side_by_side.svg: our newest runs beside the other libraries.
 
-tools/render_benchmarks.py               rewrite all three
+tools/render_benchmarks.py               rewrite all four
 tools/render_benchmarks.py --check       fail when one of them does not say what the files say
 tools/render_benchmarks.py --plots       first make the plots that are missing beside the files (needs matplotlib)
 tools/render_benchmarks.py --text FILE   print what the page would show of these files, and write nothing
@@ -18,12 +19,13 @@ import sys
 from pathlib import Path
 from typing import Any, Callable
 
-from figures import Table, number, time_of, to_markdown
+from figures import RECORDS, Table, number, time_of, to_markdown
 from side_by_side import Named, draw, find_sources, render_readme, render_section
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
+FIGURES = ROOT / "docs" / "performance" / "figures.md"
 README = ROOT / "README.md"
 PICTURE = ROOT / "docs" / "pictures" / "side_by_side.svg"
 BEGIN = "<!-- begin: made by tools/render_benchmarks.py -->"
@@ -147,13 +149,13 @@ def render_report(name: str, report: dict[str, Any], has_plot: bool) -> list[str
     shape = f"Hidden {first['hidden']}, top-{first['num_topk']} of {first['num_experts']} experts."
     num_shown, num_rows = len(select_rows(report)), len(report["rows"])
     shown = "" if num_shown == num_rows else f" {num_shown} of {num_rows} rows; all of them are in the file."
-    source = f"{report['date'][:10]}, commit {report['commit']}, {versions}. [{name}](../benchmarks/results/{name})"
+    source = f"{report['date'][:10]}, commit {report['commit']}, {versions}. [{name}]({RECORDS}/{name})"
     lines = [
         f"### {title_of(report)}", "", f"{shape} {source}{shown}", "",
         f"    {settings_of(report)} {report['command']}".replace("     ", "    "), ""
     ]
     if has_plot:
-        lines += [f"![{title_of(report)}](../benchmarks/results/{Path(name).with_suffix('.png').name})", ""]
+        lines += [f"![{title_of(report)}]({RECORDS}/{Path(name).with_suffix('.png').name})", ""]
     for notice in report["notices"]:
         lines += [f"**{notice}**", ""]
     for table in tables_of(report):
@@ -166,12 +168,16 @@ def read(path: Path) -> dict[str, Any]:
     return report
 
 
-def render_check(name: str, record: dict[str, Any]) -> list[str]:
+def title_of_check(record: dict[str, Any]) -> str:
     machine = record["machine"]
     gpus = f"{machine['num_gpus']} x {machine['gpu']}" if "gpu" in machine else "CPU executor"
+    return f"{record['num_ranks']} ranks, {gpus}"
+
+
+def render_check(name: str, record: dict[str, Any]) -> list[str]:
     return [
-        f"### Check: {record['num_ranks']} ranks, {gpus}", "",
-        f"{record['date'][:10]}, commit {record['commit']}. [{name}](../benchmarks/results/checks/{name})", "",
+        f"### Check: {title_of_check(record)}", "",
+        f"{record['date'][:10]}, commit {record['commit']}. [{name}]({RECORDS}/checks/{name})", "",
         *(f"    {line}" for line in record["command"].split("; ")), "", *(line for step in record["steps"]
                                                                           for line in render_step(step)), ""
     ]
@@ -184,6 +190,20 @@ def render_step(step: dict[str, Any]) -> list[str]:
 
 def read_reports(folder: Path) -> list[Named]:
     return [(path.name, read(path)) for path in sorted(folder.glob("*.json"))]
+
+
+def render_index(folder: Path) -> str:
+    """A line for each run of `render_results`."""
+    shown = newest([named for named in read_reports(folder) if named[1]["rows"]])
+    checks = [(path.name, read(path)) for path in sorted((folder / "checks").glob("*.json"))]
+    runs = [(title_of(report), report["date"][:10], link_to(name)) for name, report in shown]
+    runs += [(f"check: {title_of_check(record)}", record["date"][:10], link_to(f"checks/{name}"))
+             for name, record in checks]
+    return "\n".join(to_markdown((("run", "date", "record"), runs)))
+
+
+def link_to(record: str) -> str:
+    return f"[JSON](../benchmarks/results/{record})"
 
 
 def render_results(folder: Path) -> str:
@@ -221,14 +241,17 @@ def replace_between_markers(page: str, content: str) -> str:
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise SystemExit(f"expected the lines '{BEGIN}' and '{END}' in README.md and docs/benchmarks.md")
+        raise SystemExit(f"expected the lines '{BEGIN}' and '{END}' in README.md and in pages of docs")
     return f"{before}{BEGIN}\n\n{content}\n{END}{after}"
 
 
 def wanted_files() -> dict[Path, str]:
     """What each document should be."""
-    page, readme = PAGE.read_text(encoding="utf-8"), README.read_text(encoding="utf-8")
-    wanted = {PAGE: replace_between_markers(page, render_results(RESULTS))}
+    page, figures, readme = (path.read_text(encoding="utf-8") for path in (PAGE, FIGURES, README))
+    wanted = {
+        PAGE: replace_between_markers(page, render_index(RESULTS)),
+        FIGURES: replace_between_markers(figures, render_results(RESULTS))
+    }
     sources = find_sources(RESULTS / "libraries", read_reports(RESULTS))
     if sources:
         results = RESULTS.relative_to(ROOT).as_posix()

@@ -1,4 +1,5 @@
-"""Our figures beside those of other libraries: table and plot of the README, and a section of docs/benchmarks.md.
+"""Our figures beside those of other libraries: table and plot of the README, and a section of
+docs/performance/figures.md.
 
 Ours are those of our own newest runs on the machine that the other libraries were measured on: as callers get it (a
 Buffer of the hint's size) and lent (`DEEP_EP_LEND_BYTES`). The others come from benchmarks/results/libraries/.
@@ -12,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from figures import NOTHING, time_of, to_markdown
+from figures import NOTHING, RECORDS, time_of, to_markdown
 from svg import Picture
 
 Report = dict[str, Any]
@@ -160,23 +161,22 @@ def is_entry(entry: dict[str, Any], operation: Operation, num_sms: int) -> bool:
 
 
 README_HEAD = """\
-µs on {machine} over NVLink, 2 ranks; the least of a row is bold. *Cached* (the routing of an earlier call) and *low
-latency*: the kernels of a call, on the slowest rank. *Fresh*: whole calls back to back, with the wait for the counts.
+µs on {machine} over NVLink, 2 ranks. Bold: the least of a row. Rows *cached* (the routing of an earlier call) and *low
+latency* time the kernels of a call on the slowest rank. Rows *fresh* time whole calls, the wait for counts included.
 """
 README_NOTES = """\
-- 4096 tokens per rank, hidden 7168, top-8 of 256 experts; low latency: 128 tokens, top-8 of 288. *As callers get it*:
-  a `Buffer` of the hint's size and nothing else. *Lent*: with `num_lend_bytes`, and combine's input lent as well.
-  *Wire floor*: remote bytes over the rate at which a bare kernel pushes rows. {nothing}: not measured, or there is no
-  such thing.
-- V2's kernels include copies on all SMs, and its fresh dispatch includes the layout. NCCL EP's fresh dispatch is an
-  update of its handle and a dispatch.
-- Sources: this library {ours}; [the others]({results}/libraries/{name}) ({date}), which says how each was built.
-  [docs/benchmarks.md](docs/benchmarks.md) has every figure and what it means.
+- 4096 tokens per rank, hidden 7168, top-8 of 256 experts. Low latency: 128 tokens, top-8 of 288. *As callers get it*: a
+  `Buffer` of the hint's size. *Lent*: with `num_lend_bytes`, and a lent input of combine. *Wire floor*: remote bytes
+  over the rate of a bare copy kernel. {nothing}: not measured.
+- V2's kernels include copies on all SMs; its fresh dispatch includes the layout. NCCL EP's fresh dispatch updates its
+  handle, then dispatches.
+- Sources: this library {ours}; [the others]({results}/libraries/{name}) ({date}).
+  [docs/benchmarks.md](docs/benchmarks.md) explains the figures.
 """
 SECTION_HEAD = """\
 ### Side by side: {machine}
 
-{date}. {setting}. {work}. [{name}](../benchmarks/results/libraries/{name})
+{date}. {setting}. {work}. [{name}]({records}/libraries/{name})
 
 {libraries}
 
@@ -218,6 +218,7 @@ def render_section(sources: Sources) -> list[str]:
                             setting=content["machine"],
                             work=content["work"],
                             name=name,
+                            records=RECORDS,
                             libraries=libraries,
                             columns=content["columns"])
     ]

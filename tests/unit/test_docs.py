@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from reference import layout
 
 import deep_ep
+from deep_ep.__main__ import build_parser, with_default_benchmark
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = sorted(ROOT.glob('docs/pictures/*.svg'))
@@ -71,6 +73,32 @@ def test_the_checks_of_the_framework_pages_run(tmp_path: Path) -> None:
                              text=True, timeout=120, check=False)  # yapf: disable
         assert run.returncode == 0, run.stderr
         assert deep_ep.__version__ in run.stdout
+
+
+def commands_of(page: Path) -> list[str]:
+    """The commands of this package that a page shows, in blocks or in the text."""
+    found = re.findall(r'(?:^|`)python3? -m deep_ep (?!\.)([^`\n#]+)', page.read_text(), re.MULTILINE)
+    return [command.strip() for command in found if '...' not in command]
+
+
+@pytest.mark.parametrize('page', [page for page in PAGES if page.name != 'CHANGELOG.md' and commands_of(page)],
+                         ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_commands_of_a_page_have_the_options_that_it_names(page: Path) -> None:
+    for command in commands_of(page):
+        arguments = with_default_benchmark(shlex.split(command))
+        if arguments == ['calibrate']:  # its name alone: reports must be given
+            continue
+        try:
+            build_parser().parse_args(arguments)
+        except SystemExit:
+            pytest.fail(f'{page}: {command}')
+
+
+def test_the_errors_page_says_everything_once() -> None:
+    table = (ROOT / 'docs' / 'errors.md').read_text().split('| sentence | usual cause | remedy |')[1].split('\n\n')[0]
+    sentences = re.findall(r'^\| (`.+?) \|', table, re.MULTILINE)
+    assert len(sentences) > 40
+    assert sorted(sentences) == sorted(set(sentences))
 
 
 def test_the_index_has_every_page() -> None:
@@ -150,6 +178,24 @@ def test_links_lead_to_files(page: Path) -> None:
     text = re.sub(r'```.*?```', '', page.read_text(), flags=re.DOTALL)
     targets = [target.split('#')[0] for target in re.findall(r'\]\(([^)\s]+)\)', text) if '://' not in target]
     assert [target for target in targets if target and not (page.parent / target).exists()] == []
+
+
+def anchors_of(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    text = re.sub(r'```.*?```', '', page.read_text(), flags=re.DOTALL)
+    headings = re.findall(r'^#+ (.*)$', text, re.MULTILINE)
+    return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_headings(page: Path) -> None:
+    text = re.sub(r'```.*?```', '', page.read_text(), flags=re.DOTALL)
+    targets = [target.split('#') for target in re.findall(r'\]\(([^)\s:]*#[^)\s]+)\)', text)]
+    missing = [
+        '#'.join(target) for target in targets
+        if target[1] not in anchors_of((page.parent / target[0]).resolve() if target[0] else page)
+    ]
+    assert missing == []
 
 
 def test_the_walk_of_a_dispatch_names_files_that_are_on_it() -> None:

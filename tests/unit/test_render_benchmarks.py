@@ -1,4 +1,4 @@
-"""What docs/benchmarks.md and the README show of the recorded runs."""
+"""What the documents show of the recorded runs."""
 from __future__ import annotations
 
 import importlib.util
@@ -109,7 +109,7 @@ def test_a_page_has_the_figures_of_a_short_run(render: Any, tmp_path: Path) -> N
     assert "**mind this**" in page
     assert "run.png" not in page
     (tmp_path / "run.png").touch()
-    assert "(../benchmarks/results/run.png)" in render.render_results(tmp_path)
+    assert "(../../benchmarks/results/run.png)" in render.render_results(tmp_path)
 
 
 def test_a_sweep_is_cut_to_what_can_be_read(render: Any, tmp_path: Path) -> None:
@@ -140,6 +140,17 @@ def test_checks_are_shown_with_what_their_programs_said(render: Any, tmp_path: P
     assert "2 ranks, 1 x NVIDIA H200" in page
 
 
+def test_the_list_of_runs_leads_to_their_records(render: Any, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps(make_report()), encoding="utf-8")
+    (tmp_path / "checks").mkdir()
+    record = make_report(machine={"gpu": "NVIDIA H200", "num_gpus": 1})
+    (tmp_path / "checks" / "a.json").write_text(json.dumps(record), encoding="utf-8")
+    index = render.render_index(tmp_path)
+    link = "[JSON](../benchmarks/results/run.json)"
+    assert f"| intranode: 2 ranks, NVIDIA H200 | 2026-01-02 | {link} |" in index
+    assert "| check: 2 ranks, 1 x NVIDIA H200 | 2026-01-02 | [JSON](../benchmarks/results/checks/a.json) |" in index
+
+
 def test_older_files_are_still_read(render: Any) -> None:
     report = make_report()
     for name in ("host", "profiles"):
@@ -150,16 +161,18 @@ def test_older_files_are_still_read(render: Any) -> None:
 
 def test_the_documents_say_what_the_files_say(render: Any) -> None:
     wanted = render.wanted_files()
-    assert [path.name for path in wanted] == ["benchmarks.md", "README.md", "side_by_side.svg"]
+    assert [path.name for path in wanted] == ["benchmarks.md", "figures.md", "README.md", "side_by_side.svg"]
     stale = [path.name for path, content in wanted.items() if path.read_text(encoding="utf-8") != content]
     assert not stale, "run tools/render_benchmarks.py"
 
 
-@pytest.mark.parametrize("name", ["PAGE", "README", "PICTURE"])
+@pytest.mark.parametrize(("name", "figure"), [("PAGE", "low-latency_"), ("FIGURES", "349"), ("README", "349"),
+                                              ("PICTURE", "349")])
 def test_an_edited_figure_is_noticed_and_mended(render: Any, monkeypatch: pytest.MonkeyPatch,
-                                                capsys: pytest.CaptureFixture[str], name: str, tmp_path: Path) -> None:
+                                                capsys: pytest.CaptureFixture[str], name: str, figure: str,
+                                                tmp_path: Path) -> None:
     monkeypatch.setattr(render, "ROOT", tmp_path)
-    for kind in ("PAGE", "README", "PICTURE"):
+    for kind in ("PAGE", "FIGURES", "README", "PICTURE"):
         original: Path = getattr(render, kind)
         monkeypatch.setattr(render, kind, tmp_path / original.name)
         (tmp_path / original.name).write_text(original.read_text(encoding="utf-8"), encoding="utf-8")
@@ -168,8 +181,8 @@ def test_an_edited_figure_is_noticed_and_mended(render: Any, monkeypatch: pytest
     (tmp_path / "benchmarks" / "results").symlink_to(ROOT / "benchmarks" / "results")
     edited = tmp_path / getattr(render, name).name
     content = edited.read_text(encoding="utf-8")
-    assert "349" in content
-    edited.write_text(content.replace("349", "350"), encoding="utf-8")
+    assert figure in content
+    edited.write_text(content.replace(figure, "350"), encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["render_benchmarks.py", "--check"])
     assert render.main() == 1
     assert f"{edited.name} is out of date" in capsys.readouterr().err

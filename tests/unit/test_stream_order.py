@@ -142,7 +142,7 @@ def test_overlap_with_what_the_caller_queued_after_the_event(gpu: ModelGpu, call
 
 
 def test_outputs_of_the_current_pool_wait_for_the_current_stream(gpu: ModelGpu, caller: Caller) -> None:
-    """The memory may still be in use there (decision D25)."""
+    """The memory may still be in use there (decision D3.5)."""
     event = caller.pool.record(MAIN)
     gpu.work(MAIN, "used the memory")
     before, _ = caller.call("kernel", event, is_async=True)

@@ -291,7 +291,7 @@ TEST_CASE("an expert id out of range is reported with its token") {
                          InvalidArgument);
 }
 
-TEST_CASE("a rank that never calls dispatch is named by every peer; other Buffers go on (D7)") {
+TEST_CASE("a rank that never calls dispatch is named by every peer; other Buffers go on (D1.7)") {
     World world(3, kRoomy, impatient(), 2.0);
     const Problem problem{.num_tokens = {4, 4, 4}, .num_experts = 3};
     auto ranks = make_inputs(problem);
