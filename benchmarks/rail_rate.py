@@ -6,9 +6,9 @@
     python benchmarks/rail_rate.py --program build/.../rail_process_nvshmem --warps 1,16      over NVSHMEM
 
 Two processes on this machine. Both ways move equal chunks between equal slots of the two windows, in turns, in the same
-run. `host`: the plain way is a blocking send and a blocking recv over loopback and nothing else; the engine adds a ring, a
-thread on each side, a header and a flag for each chunk, and a kernel on each side that waits for flags. `nvshmem`: the
-plain way is a put of each chunk and one quiet at the end; the engine adds the flags, and waits until a slot is free.
+run. `host`: the plain way is a blocking send and a blocking recv over loopback and nothing else; the engine adds a
+ring, a thread on each side, a header and a flag for each chunk, and a kernel on each side that waits for flags.
+`nvshmem`: the plain way is a put of each chunk and one quiet at the end; the engine adds the flags, and waits until a slot is free.
 """
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def measure(group: RailGroup, chunk_bytes: int, num_warps: int, stream_bytes: in
 def show(rows: list[dict[str, Any]]) -> None:
     print(f"{'chunk':>10} {'warps':>5} {'engine':>12} {'plain':>14} {'ratio':>7} {'of best':>8}")
     for row in rows:
-        print(
-            f"{row['chunk_bytes'] / 1024:>6.0f} KiB {row['num_warps']:>5} {row['engine_median']:>7.2f} GB/s {row['plain_median']:>9.2f} GB/s "
-            f"{row['ratio_of_medians']:>7.2f} {row['ratio_of_best']:>8.2f}")
+        print(f"{row['chunk_bytes'] / 1024:>6.0f} KiB {row['num_warps']:>5} {row['engine_median']:>7.2f} GB/s "
+              f"{row['plain_median']:>9.2f} GB/s "
+              f"{row['ratio_of_medians']:>7.2f} {row['ratio_of_best']:>8.2f}")
 
 
 def main() -> None:
@@ -79,7 +79,9 @@ def main() -> None:
     parser.add_argument("--warps", default="1", help="warps that send, each a stream of its own, separated by commas")
     parser.add_argument("--stream-mib", type=int, default=512, help="how much a stream carries")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--program", type=Path, help="rail_process, rail_process_cuda or rail_process_nvshmem; built when left out")
+    parser.add_argument("--program",
+                        type=Path,
+                        help="rail_process, rail_process_cuda or rail_process_nvshmem; built when left out")
     parser.add_argument("--save", type=Path, help="a folder for the JSON")
     parser.add_argument("--commit", default=None)
     options = parser.parse_args()

@@ -251,17 +251,18 @@ void bind_buffer(py::module_& m) {
                          std::string rail_reach) {
                  const Environment& env = environment();
                  return std::make_unique<Buffer>(
-                     std::move(device), runtime::BufferOptions{rank,
-                                                               num_ranks,
-                                                               num_data_bytes,
-                                                               num_low_latency_bytes,
-                                                               timeout_s,
-                                                               warn_s,
-                                                               is_shrinkable,
-                                                               num_lend_bytes,
-                                                               ranks_per_node,
-                                                               num_rail_bytes,
-                                                               {std::move(rail), env.rail_interface, std::move(rail_reach)}});
+                     std::move(device),
+                     runtime::BufferOptions{rank,
+                                            num_ranks,
+                                            num_data_bytes,
+                                            num_low_latency_bytes,
+                                            timeout_s,
+                                            warn_s,
+                                            is_shrinkable,
+                                            num_lend_bytes,
+                                            ranks_per_node,
+                                            num_rail_bytes,
+                                            {std::move(rail), env.rail_interface, std::move(rail_reach)}});
              }),
              py::arg("device"), py::arg("rank"), py::arg("num_ranks"), py::kw_only(), py::arg("num_data_bytes"),
              py::arg("timeout_s"), py::arg("warn_s"), py::arg("num_low_latency_bytes") = 0,
@@ -341,8 +342,8 @@ PYBIND11_MODULE(deep_ep_cpp, m) {
     // Of the engine nvshmem: what it loads needs no GPU.
     m.def(
         "load_nvshmem",
-        [](const std::string& host_library, const std::vector<std::string>& engines, const std::string& remote_transport,
-           bool is_ibgda_enabled) {
+        [](const std::string& host_library, const std::vector<std::string>& engines,
+           const std::string& remote_transport, bool is_ibgda_enabled) {
             using namespace rail::nvshmem;
             const World& world = load_world(host_library, engines, transport_of(remote_transport, is_ibgda_enabled));
             return text(world.loaded()) + " (engine built with " + text(world.library().built) + ")";

@@ -1,4 +1,4 @@
-"""NVSHMEM on this machine, and the libraries of the engine `nvshmem` that were built for it (deep_ep/build_nvshmem.py)."""
+"""NVSHMEM on this machine, and the libraries of the engine `nvshmem` that deep_ep/build_nvshmem.py has built for it."""
 
 import hashlib
 import importlib.util
@@ -17,7 +17,8 @@ HOST_LIBRARY = "libnvshmem_host.so.3"
 ENGINE_PREFIX = "libdeep_ep_nvshmem-"
 INSTALL = "pip install nvidia-nvshmem-cu13 (or -cu12: that of your CUDA), or set NVSHMEM_DIR to where it is"
 ENTRY = "rail/nvshmem/library.cu"
-# The folders that the library includes something from: a change there needs another library.
+# The folders that the library includes something from (but no simt/): a change there needs another library. setup.py
+# puts the same into the wheel.
 SOURCE_FOLDERS = ("core", "device", "kernels", "layout", "rail")
 
 
@@ -56,7 +57,7 @@ def open_installation(folder: Path) -> Installation:
     text = header.read_text(encoding="utf-8", errors="replace")
     parts = [re.search(rf"define NVSHMEM_VENDOR_{part}_VERSION\s+(\d+)", text) for part in ("MAJOR", "MINOR", "PATCH")]
     numbers = [int(part.group(1)) for part in parts if part is not None]
-    if len(numbers) != 3:  # noqa: PLR2004 - major, minor, patch
+    if len(numbers) != 3:
         raise Error(f"NVSHMEM in {folder}: {header} does not tell its version; 3.4.5 is the oldest that is tried")
     return Installation(folder, (numbers[0], numbers[1], numbers[2]))
 
@@ -88,7 +89,8 @@ def source_folder() -> Path:
     for folder in (package / "csrc", package.parent / "csrc"):
         if (folder / ENTRY).exists():
             return folder
-    raise Error(f"the sources of the engine nvshmem are not in {package}: install deep_ep from its wheel or its checkout")
+    raise Error(
+        f"the sources of the engine nvshmem are not in {package}: install deep_ep from its wheel or its checkout")
 
 
 def sources() -> list[str]:
@@ -103,7 +105,7 @@ def _read_sources() -> Iterator[bytes]:
     root = source_folder()
     for folder in SOURCE_FOLDERS:
         for path in sorted((root / folder).rglob("*")):
-            if path.suffix in (".h", ".cu", ".cc"):
+            if path.suffix in (".h", ".cu", ".cc") and "simt" not in path.parts:
                 yield str(path.relative_to(root)).encode()
                 yield path.read_bytes()
 
@@ -148,7 +150,8 @@ def load(folders: Optional[list[Path]] = None) -> str:
     """Brings NVSHMEM and the engine that fits it into this process; says which. Raises Error with what to do."""
     files = engine_files(folders)
     if not files:
-        raise Error("the engine nvshmem is not built (for this version of deep_ep): run `python -m deep_ep build-nvshmem`")
+        raise Error(
+            "the engine nvshmem is not built (for this version of deep_ep): run `python -m deep_ep build-nvshmem`")
     folder = find_folder()
     host_library = "" if folder is None else str(folder / "lib" / HOST_LIBRARY)
     return str(

@@ -1,4 +1,4 @@
-"""What carries bytes between nodes: the choice between the engines of csrc/rail/make_engine.h, the same on every rank."""
+"""What carries bytes between nodes: the choice between the engines of csrc/rail, the same on every rank."""
 
 import functools
 import logging
@@ -25,7 +25,10 @@ def obstacle(requested: str, device_kind: str) -> str:
 
 
 def choose(requested: str, obstacles: Sequence[str]) -> tuple[str, str]:
-    """The engine, and why. `requested`: DEEP_EP_RAIL; `obstacles`: by rank. Raises Error where they do not go together."""
+    """The engine, and why. `requested`: DEEP_EP_RAIL; `obstacles`: by rank.
+
+    Raises Error where they do not go together.
+    """
     if requested not in ("", *ENGINES):
         raise InvalidArgument(f"DEEP_EP_RAIL: expected 'nvshmem', 'host' or nothing (automatic), got {requested!r}")
     hindered = {rank: text for rank, text in enumerate(obstacles) if text}
@@ -35,7 +38,8 @@ def choose(requested: str, obstacles: Sequence[str]) -> tuple[str, str]:
         return "host", "DEEP_EP_RAIL=host"
     rank, text = next(iter(hindered.items()))
     if requested == "nvshmem":
-        raise Error(f"DEEP_EP_RAIL=nvshmem: not possible on {len(hindered)} of {len(obstacles)} ranks; rank {rank}: {text}")
+        raise Error(
+            f"DEEP_EP_RAIL=nvshmem: not possible on {len(hindered)} of {len(obstacles)} ranks; rank {rank}: {text}")
     return "host", f"nvshmem is not possible on {len(hindered)} of {len(obstacles)} ranks; rank {rank}: {text}"
 
 

@@ -1,7 +1,7 @@
 """`python -m deep_ep build-nvshmem`: compiles the engine `nvshmem` for the NVSHMEM of this machine, with nvcc alone.
 
-NVSHMEM's device code is compiled in, so a library fits the versions that csrc/rail/nvshmem/versions.h says. It is not part
-of the wheel: torch brings an NVSHMEM whose headers may not be redistributed.
+NVSHMEM's device code is compiled in, so a library fits the versions that csrc/rail/nvshmem/versions.h says. It is not
+part of the wheel: torch brings an NVSHMEM whose headers may not be redistributed.
 """
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def find_architectures() -> tuple[str, ...]:
     import torch
     if not torch.cuda.is_available():
         return DEFAULT_ARCHITECTURES
-    return tuple(sorted({"".join(map(str, torch.cuda.get_device_capability(i))) for i in range(torch.cuda.device_count())}))
+    return tuple(
+        sorted({"".join(map(str, torch.cuda.get_device_capability(i)))
+                for i in range(torch.cuda.device_count())}))
 
 
 def _run(command: Sequence[str], folder: str) -> None:
@@ -72,8 +74,8 @@ def build(folder: Path, architectures: Sequence[str] = (), nvshmem: Path | None 
             list(pool.map(lambda command: _run(command, scratch), commands))
         _run([
             nvcc, "-shared", *FLAGS, *codes, *objects, "-o", target.name,
-            str(installation.device_library), f"-L{installation.host_library.parent}", f"-l:{_nvshmem.HOST_LIBRARY}", "-Xlinker",
-            "--exclude-libs,ALL,-z,defs"
+            str(installation.device_library), f"-L{installation.host_library.parent}", f"-l:{_nvshmem.HOST_LIBRARY}",
+            "-Xlinker", "--exclude-libs,ALL,-z,defs"
         ], scratch)
         # In one step: another process may look for it, or build it too.
         unfinished = folder / f".{target.name}.{os.getpid()}"

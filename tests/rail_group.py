@@ -34,7 +34,14 @@ def build_program(name: str, folder: Path, *options: str, environment: dict[str,
     ]
     jobs = str(len(os.sched_getaffinity(0)))
     for command in (configure, ["cmake", "--build", str(folder), "--target", name, "--parallel", jobs]):
-        done = subprocess.run(command, check=False, capture_output=True, text=True, env={**os.environ, **(environment or {})})
+        done = subprocess.run(command,
+                              check=False,
+                              capture_output=True,
+                              text=True,
+                              env={
+                                  **os.environ,
+                                  **(environment or {})
+                              })
         if done.returncode != 0:
             raise RuntimeError(f"{' '.join(command)}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return folder / "tests" / "cpp" / name

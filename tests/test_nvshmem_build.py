@@ -23,7 +23,13 @@ def get_nvshmem(version: str) -> Path:
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc here")
     command = [str(ROOT / "tools" / "get_toolkit.sh"), f"nvshmem-{version}"]
-    found = subprocess.run(command, env={**os.environ, "PYTHON": sys.executable}, check=False, capture_output=True, text=True)
+    found = subprocess.run(command,
+                           env={
+                               **os.environ, "PYTHON": sys.executable
+                           },
+                           check=False,
+                           capture_output=True,
+                           text=True)
     if found.returncode != 0 and "CI" not in os.environ:
         pytest.skip(f"NVSHMEM {version} cannot be had from PyPI here: {found.stderr.strip().splitlines()[-1:]}")
     assert found.returncode == 0, found.stderr
@@ -32,17 +38,26 @@ def get_nvshmem(version: str) -> Path:
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The library that each version gives, in a folder of its own."""
+    """The library that each version gives, in a folder of its own; made from what the wheel has of the sources."""
     folders = {version: tmp_path_factory.mktemp(version) for version in (OLD, NEW)}
-    for version, folder in folders.items():
-        build_nvshmem.build(folder, ["90"], get_nvshmem(version))
+    sources = tmp_path_factory.mktemp("csrc")
+    for name in _nvshmem.SOURCE_FOLDERS:
+        shutil.copytree(ROOT / "csrc" / name, sources / name, ignore=shutil.ignore_patterns("simt"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_nvshmem, "source_folder", lambda: sources)
+        for version, folder in folders.items():
+            build_nvshmem.build(folder, ["90"], get_nvshmem(version))
     return folders
 
 
 def load(host: str, folder: Path) -> str:
     """In a process of its own, which has no NVSHMEM yet. What it says, or its error."""
     env = {**os.environ, "NVSHMEM_DIR": str(get_nvshmem(host))}
-    done = subprocess.run([sys.executable, "-c", LOAD, str(folder)], env=env, check=False, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", LOAD, str(folder)],
+                          env=env,
+                          check=False,
+                          capture_output=True,
+                          text=True)
     return done.stdout.strip() if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
 
 
@@ -125,12 +140,15 @@ def test_command_says_what_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 def test_nothing_built_is_said_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / f"{_nvshmem.ENGINE_PREFIX}3.4.5-0123456789ab.so").touch()  # of another version of deep_ep
-    with pytest.raises(Error, match=r"not built \(for this version of deep_ep\): run `python -m deep_ep build-nvshmem`"):
+    with pytest.raises(Error,
+                       match=r"not built \(for this version of deep_ep\): run `python -m deep_ep build-nvshmem`"):
         _nvshmem.load([tmp_path])
 
 
 def test_newest_library_is_tried_first(tmp_path: Path) -> None:
-    names = [f"{_nvshmem.ENGINE_PREFIX}{version}-{_nvshmem.engine_key()}.so" for version in ("3.10.0", "3.8.0", "3.4.5")]
+    names = [
+        f"{_nvshmem.ENGINE_PREFIX}{version}-{_nvshmem.engine_key()}.so" for version in ("3.10.0", "3.8.0", "3.4.5")
+    ]
     for name in sorted(names):
         (tmp_path / name).touch()
     assert [path.name for path in _nvshmem.engine_files([tmp_path])] == names

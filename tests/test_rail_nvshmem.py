@@ -1,6 +1,6 @@
 """The engine `nvshmem` between processes, on the GPUs of this machine: over NVLink or PCIe, without a NIC.
 
-Needs NVSHMEM and nvcc. What can be said without a GPU is in test_nvshmem_build.py and tests/cpp/rail/nvshmem_engine_test.cc.
+Needs NVSHMEM and nvcc. What can be said without a GPU: test_nvshmem_build.py, tests/cpp/rail/nvshmem_engine_test.cc.
 """
 from __future__ import annotations
 
@@ -51,7 +51,10 @@ def test_conformance(program: Callable[[str], Path], tmp_path: Path, num_ranks: 
                          stdout=subprocess.PIPE,
                          stderr=subprocess.STDOUT,
                          text=True,
-                         env={**os.environ, **SETTINGS}) for rank in range(num_ranks)
+                         env={
+                             **os.environ,
+                             **SETTINGS
+                         }) for rank in range(num_ranks)
     ]
     said = [process.communicate(timeout=PATIENCE_S)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * num_ranks, "\n".join(said)
@@ -68,5 +71,6 @@ def test_streams(program: Callable[[str], Path]) -> None:
 def test_peer_that_no_transport_reaches_is_an_error(program: Callable[[str], Path]) -> None:
     """NVSHMEM itself would end the process, at its next call."""
     with make_group(program("rail_process_nvshmem"), NVSHMEM_DISABLE_P2P="1",
-                    NVSHMEM_REMOTE_TRANSPORT="none") as group, pytest.raises(RuntimeError, match="no transport reaches every rank"):
+                    NVSHMEM_REMOTE_TRANSPORT="none") as group, pytest.raises(RuntimeError,
+                                                                             match="no transport reaches every rank"):
         group.connect()

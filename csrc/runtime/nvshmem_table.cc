@@ -14,8 +14,9 @@ const NvshmemKernels& library_kernels() {
     static const NvshmemKernels& found = []() -> const NvshmemKernels& {
         const auto* kernels = static_cast<const NvshmemKernels*>(rail::nvshmem::loaded_world().library().kernels);
         if (kernels == nullptr || kernels->shape != kernels::kNvshmemKernelShape)
-            throw TransportError("the library of the engine nvshmem has the kernels of another version of deep_ep: build it "
-                                 "again with `python -m deep_ep build-nvshmem`");
+            throw TransportError(
+                "the library of the engine nvshmem has the kernels of another version of deep_ep: build it "
+                "again with `python -m deep_ep build-nvshmem`");
         return *kernels;
     }();
     return found;

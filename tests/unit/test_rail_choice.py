@@ -21,9 +21,9 @@ def test_host_is_chosen_where_one_rank_cannot_and_the_reason_is_told() -> None:
 
 def test_what_is_asked_for_is_taken_or_refused() -> None:
     assert _rail.choose("host", ["DEEP_EP_RAIL=host"] * 2) == ("host", "DEEP_EP_RAIL=host")
-    with pytest.raises(Error, match="DEEP_EP_RAIL=nvshmem: not possible on 1 of 2 ranks; rank 0: no GPU"):
+    with pytest.raises(Error, match=r"DEEP_EP_RAIL=nvshmem: not possible on 1 of 2 ranks; rank 0: no GPU"):
         _rail.choose("nvshmem", ["no GPU", ""])
-    with pytest.raises(InvalidArgument, match="expected 'nvshmem', 'host' or nothing .*'pigeons'"):
+    with pytest.raises(InvalidArgument, match=r"expected 'nvshmem', 'host' or nothing .*'pigeons'"):
         _rail.choose("pigeons", ["", ""])
 
 
@@ -49,6 +49,5 @@ def test_choice_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="deep_ep"):
         for _ in range(2):
             _rail.tell("host", "because", "cuda")
-    assert [(record.levelname, record.message) for record in caplog.records] == [
-        ("WARNING", "between nodes, bytes are carried by the engine host: because")
-    ]
+    assert [(record.levelname, record.message) for record in caplog.records
+            ] == [("WARNING", "between nodes, bytes are carried by the engine host: because")]

@@ -50,8 +50,9 @@ bool initialize(const void* on_device, const char* id, int rank, int num_ranks, 
             throw TransportError(concat("nvshmemx_hostlib_init_attr: status ", status));
         // Where no transport reaches a peer it returns 0 and tries again at each later call, the first of which ends the process.
         if (!is_initialized())
-            throw TransportError("no transport reaches every rank; stderr has NVSHMEM's own words. NVSHMEM_REMOTE_TRANSPORT "
-                                 "chooses one, DEEP_EP_RAIL=host does without");
+            throw TransportError(
+                "no transport reaches every rank; stderr has NVSHMEM's own words. NVSHMEM_REMOTE_TRANSPORT "
+                "chooses one, DEEP_EP_RAIL=host does without");
     });
 }
 

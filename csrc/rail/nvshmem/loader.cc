@@ -38,7 +38,8 @@ void* open_host_library(const std::string& path) {
 Version version_of(void* host_library) {
     using GetVersion = void (*)(int*, int*, int*);
     const auto get = reinterpret_cast<GetVersion>(dlsym(host_library, "nvshmemx_vendor_get_version_info"));
-    if (get == nullptr) throw TransportError("NVSHMEM is too old: it does not tell its version. 3.4.5 is the oldest that is tried");
+    if (get == nullptr)
+        throw TransportError("NVSHMEM is too old: it does not tell its version. 3.4.5 is the oldest that is tried");
     Version version{};
     get(&version.major, &version.minor, &version.patch);
     return version;
@@ -61,8 +62,8 @@ std::string choose_engine(const std::vector<std::string>& engines, const Version
         if (reason.empty()) return file;
         reasons += concat("; ", file, ": ", reason);
     }
-    throw TransportError(concat("no library of the engine nvshmem fits NVSHMEM ", text(loaded), " here: build one with ",
-                                kRemedy, reasons));
+    throw TransportError(concat("no library of the engine nvshmem fits NVSHMEM ", text(loaded),
+                                " here: build one with ", kRemedy, reasons));
 }
 
 const Library& open_engine(const std::string& file) {

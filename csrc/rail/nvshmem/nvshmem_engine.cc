@@ -92,9 +92,7 @@ void NvshmemEngine::hear(const std::vector<int>& peers) {
     }
 }
 
-Params NvshmemEngine::params() const {
-    return pack({static_cast<char*>(window_.device), pes_.get(), posted_.get()});
-}
+Params NvshmemEngine::params() const { return pack({static_cast<char*>(window_.device), pes_.get(), posted_.get()}); }
 
 size_t NvshmemEngine::chunk_bytes() const {
     if (is_every_peer_reached_ || world_.transport() == Transport::kGpu) return 128 << 10;

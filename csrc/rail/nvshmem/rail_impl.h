@@ -5,7 +5,6 @@
 #include <nvshmem.h>
 #include <nvshmemx.h>
 
-#include "device/algo/warp.h"
 #include "rail/nvshmem/view.h"
 
 namespace deep_ep::rail {
@@ -40,22 +39,6 @@ EP_DEVICE void signal(const Rail& rail, int peer, uint64_t offset, uint64_t valu
     count_message(rail, peer);
 }
 
-// One warp. To where stores reach: NVSHMEM's own copy has one load of each lane under way at a time.
-EP_DEVICE void store_to_peer(char* there, const char* here, uint32_t num_bytes) {
-    constexpr int kUnroll = 8;
-    constexpr uint32_t kVecBytes = sizeof(prim::Vec16);
-    const uint32_t num_vecs = num_bytes / kVecBytes;
-    algo::copy_row<algo::SourceKind::kFromPeer, kUnroll>(algo::Warp{}, reinterpret_cast<prim::Vec16*>(there),
-                                                         reinterpret_cast<const prim::Vec16*>(here),
-                                                         static_cast<int>(num_vecs));
-    const uint32_t rest = num_vecs * kVecBytes + static_cast<uint32_t>(prim::lane_idx());
-    if (rest < num_bytes) there[rest] = here[rest];  // fewer than a vector
-}
-
-EP_DEVICE bool is_aligned(const void* a, const void* b) {
-    return (reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b)) % sizeof(prim::Vec16) == 0;
-}
-
 }  // namespace detail
 
 // Posting waits for room inside NVSHMEM, which takes no wait of the caller's: so these never come back without having
@@ -69,10 +52,7 @@ template <class Wait> EP_DEVICE bool put(const Rail& rail, int peer, const Copy&
     // What other blocks wrote, too, before this warp, a NIC or a thread of the host reads it.
     if (prim::lane_idx() == 0) prim::fence<prim::Order::kAcqRel, prim::Scope::kSys>();
     __syncwarp();
-    auto* there = static_cast<char*>(nvshmem_ptr(dst, pe));
-    if (copy.bytes == 0 || (there != nullptr && detail::is_aligned(there, src))) {
-        detail::store_to_peer(there, src, copy.bytes);
-        __syncwarp();
+    if (copy.bytes == 0) {
         if (prim::lane_idx() == 0) detail::signal(rail, peer, flag.offset, flag.value, NVSHMEM_SIGNAL_SET);
     } else {
         nvshmemx_putmem_signal_nbi_warp(dst, src, copy.bytes, at<uint64_t>(rail, flag.offset), flag.value,

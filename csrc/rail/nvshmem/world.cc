@@ -47,8 +47,9 @@ Transport transport_of(const std::string& remote_transport, bool is_ibgda_enable
 World::World(const Library& library, Version loaded, Transport transport)
     : library_(library), loaded_(loaded), transport_(transport) {
     if (library.abi != kLibraryAbi || library.bytes != sizeof(Library))
-        throw TransportError("the library of the engine nvshmem is of another version of deep_ep: build it again with "
-                             "`python -m deep_ep build-nvshmem`");
+        throw TransportError(
+            "the library of the engine nvshmem is of another version of deep_ep: build it again with "
+            "`python -m deep_ep build-nvshmem`");
     if (const std::string reason = why_unfit(library.built, loaded); !reason.empty())
         throw TransportError(concat("the engine nvshmem was ", reason,
                                     ". Build it for that one with `python -m deep_ep build-nvshmem`"));
@@ -92,9 +93,8 @@ World::Lease World::meet(const std::vector<Introduction>& all, int rank, const v
         static constexpr const char* kNames[] = {"IBGDA", "a proxy", "a proxy with fences (libfabric)"};
         return std::string(kNames[static_cast<size_t>(one.transport)]);
     });
-    expect_same(all, "whether it is initialized already", [](const auto& one) {
-        return std::string(one.is_initialized ? "yes" : "no");
-    });
+    expect_same(all, "whether it is initialized already",
+                [](const auto& one) { return std::string(one.is_initialized ? "yes" : "no"); });
     expect_same(all, "the number of Buffers made so far", [](const auto& one) { return concat(one.num_windows); });
 
     const std::lock_guard lock(mutex_);
@@ -118,9 +118,10 @@ std::vector<int32_t> World::pes_of(const std::vector<Introduction>& all) const {
     for (int pe = 0; pe < num_ranks; ++pe) is_whole = is_whole && sorted[static_cast<size_t>(pe)] == pe;
     for (const Introduction& one : all) is_whole = is_whole && (!one.is_initialized || one.num_pes == num_ranks);
     if (!is_whole)
-        throw TransportError(concat("NVSHMEM: its world has ", all.front().num_pes, " members and this group ", num_ranks,
-                                    " ranks. A process has one world of NVSHMEM, which torch or an earlier Buffer has made, "
-                                    "and Buffers over it must span all of it; DEEP_EP_RAIL=host has no such limit"));
+        throw TransportError(
+            concat("NVSHMEM: its world has ", all.front().num_pes, " members and this group ", num_ranks,
+                   " ranks. A process has one world of NVSHMEM, which torch or an earlier Buffer has made, "
+                   "and Buffers over it must span all of it; DEEP_EP_RAIL=host has no such limit"));
     return pes;
 }
 

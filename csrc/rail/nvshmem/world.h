@@ -28,8 +28,8 @@ struct Introduction {
     int32_t is_initialized, pe, num_pes;
     uint64_t window_bytes;
     Transport transport;
-    int32_t num_windows;    // that the world has made so far
-    uint64_t free_windows;  // bit i: window i is large enough, and nobody here uses it
+    int32_t num_windows;             // that the world has made so far
+    uint64_t free_windows;           // bit i: window i is large enough, and nobody here uses it
     char unique_id[kUniqueIdBytes];  // of rank 0, where there is no world yet
 };
 

@@ -106,7 +106,8 @@ void check_streams(const RailOptions& options, Places places, int num_messages, 
         test.check_clean();
         const int num_taken = num_messages > places.num_slots ? num_messages - places.num_slots : 0;
         expected.num_messages += static_cast<uint64_t>(num_messages + num_taken);
-        for (int i = 0; i < num_messages; ++i) expected.num_bytes += 4 * test.traffic(rank, call).num_words(rank, peer, i);
+        for (int i = 0; i < num_messages; ++i)
+            expected.num_bytes += 4 * test.traffic(rank, call).num_words(rank, peer, i);
     }
     CHECK_EQ(test.world().engine(rank).sent_to(peer).num_messages, expected.num_messages);
     CHECK_EQ(test.world().engine(rank).sent_to(peer).num_bytes, expected.num_bytes);

@@ -223,7 +223,10 @@ TEST_CASE("nvshmem: ranks keep their own numbers, whatever the world's are") {
 }
 
 TEST_CASE("nvshmem: what must be the same on every rank is named") {
-    CHECK(contains(refusal([](Introduction& other) { other.loaded = {3, 8, 0}; }), "3.8.0 (engine built with 3.4.5) on rank 1"));
+    CHECK(contains(refusal([](Introduction& other) {
+                       other.loaded = {3, 8, 0};
+                   }),
+                   "3.8.0 (engine built with 3.4.5) on rank 1"));
     CHECK(contains(refusal([](Introduction& other) { other.window_bytes += 8; }), "4104 on rank 1"));
     CHECK(contains(refusal([](Introduction& other) { other.transport = Transport::kGpu; }), "IBGDA on rank 1"));
     CHECK(contains(refusal([](Introduction& other) { other.is_initialized = 1; }), "yes on rank 1"));

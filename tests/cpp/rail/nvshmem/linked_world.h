@@ -11,11 +11,14 @@ void nvshmemx_vendor_get_version_info(int* major, int* minor, int* patch);
 namespace deep_ep::testing {
 
 inline rail::nvshmem::World& linked_world() {
-    static rail::nvshmem::World world(*deep_ep_nvshmem_library(), [] {
-        rail::nvshmem::Version loaded{};
-        nvshmemx_vendor_get_version_info(&loaded.major, &loaded.minor, &loaded.patch);
-        return loaded;
-    }(), rail::nvshmem::Transport::kProxy);
+    static rail::nvshmem::World world(
+        *deep_ep_nvshmem_library(),
+        [] {
+            rail::nvshmem::Version loaded{};
+            nvshmemx_vendor_get_version_info(&loaded.major, &loaded.minor, &loaded.patch);
+            return loaded;
+        }(),
+        rail::nvshmem::Transport::kProxy);
     return world;
 }
 

@@ -24,8 +24,7 @@ public:
         : rank_(meeting->rank()),
           device_(dev::make_cuda_device(rank_ % dev::count_cuda_devices())),
           stream_(device_->create_stream()),
-          engine_(device_, linked_world(),
-                  {.rank = rank_, .window_bytes = options.window_bytes}) {
+          engine_(device_, linked_world(), {.rank = rank_, .window_bytes = options.window_bytes}) {
         std::vector<int> peers;
         for (int peer = 0; peer < options.num_ranks; ++peer)
             if (peer != rank_) peers.push_back(peer);

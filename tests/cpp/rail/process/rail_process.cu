@@ -180,9 +180,8 @@ private:
 
     void run_plain_way(const Places& places, int num_messages, int num_warps) {
         const Talk talk{say, hear_line};
-        const double seconds = rank_ > 1 ? 0.0
-                                         : run_plain(*engine_, *device_, stream_, traffic(places, num_messages),
-                                                     num_warps, talk);
+        const double seconds =
+            rank_ > 1 ? 0.0 : run_plain(*engine_, *device_, stream_, traffic(places, num_messages), num_warps, talk);
         say(concat("{\"seconds\": ", seconds, "}"));
     }
 
