@@ -8,7 +8,8 @@
 Two processes on this machine. Both ways move equal chunks between equal slots of the two windows, in turns, in the same
 run. `host`: the plain way is a blocking send and a blocking recv over loopback and nothing else; the engine adds a
 ring, a thread on each side, a header and a flag for each chunk, and a kernel on each side that waits for flags.
-`nvshmem`: the plain way is a put of each chunk and one quiet at the end; the engine adds the flags, and waits until a slot is free.
+`nvshmem`: the plain way is a put of each chunk and one quiet at the end; the engine adds the flags, and waits until a
+slot is free.
 """
 from __future__ import annotations
 
