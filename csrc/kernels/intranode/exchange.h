@@ -34,12 +34,17 @@ EP_DEVICE void write_expert_counts(const Group& group, const algo::Watch& watch,
 }
 
 // A call, not inlined: it is only for counts that were not there at the first look.
+// Counts of a rank of another node come from a neighbour: it is the one to name as long as it has not entered the call.
 EP_DEVICE_COLD bool wait_for_count(algo::Watch watch, algo::WaitSite site, const uint64_t* word) {
-    return algo::wait_until(watch, site, layout::make_count(watch.call, 0),
-                            [&](uint64_t& seen) {
-                                seen = prim::load<prim::Order::kRelaxed, prim::Scope::kSys>(word);
-                                return layout::is_count_of(seen, watch.call);
-                            });
+    const algo::Heap& heap = watch.heap;
+    if (const int forwarder = site.peer % heap.num_ranks();
+        layout::is_rail_stage(site.stage) && !algo::wait_at_least(watch, {layout::Stage::kLoan, forwarder},
+                                                                  heap.started(heap.rank(), forwarder), watch.call))
+        return false;
+    return algo::wait_until(watch, site, layout::make_count(watch.call, 0), [&](uint64_t& seen) {
+        seen = prim::load<prim::Order::kRelaxed, prim::Scope::kSys>(word);
+        return layout::is_count_of(seen, watch.call);
+    });
 }
 
 // Whose counts those of `source` come from, where there are several nodes: a neighbour's own, or a rank's of another node.
