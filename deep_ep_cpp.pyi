@@ -116,7 +116,9 @@ class _LayoutArgs(TypedDict, total=False):
     num_tokens: int  # int32
     num_topk: int  # int32
     num_experts: int  # int32; of all ranks
+    num_nodes: int  # int32; that the ranks are divided into, evenly
     num_tokens_per_rank: int  # address; output, [num_ranks]
+    num_tokens_per_node: int  # address; output, [num_nodes]; or none
     num_tokens_per_expert: int  # address; output, [num_experts]
     is_token_in_rank: int  # address; output, bool [num_tokens, num_ranks]
 
@@ -192,74 +194,28 @@ class CombineArgs:
     def __init__(self, **fields: Unpack[_CombineArgs]) -> None: ...
     def replace(self, **fields: Unpack[_CombineArgs]) -> CombineArgs: ...
 
-class _InternodeNotifyArgs(TypedDict, total=False):
-    num_tokens_per_rank: int  # address; [num_ranks]
-    num_tokens_per_expert: int  # address; [num_experts]
-    num_experts: int  # int32; of all ranks
-    expert_alignment: int  # int32; of the counts that the host learns; 0 (across nodes only): it waits for none
-    rank_prefix_matrix: int  # address; output, [num_ranks, num_ranks], [src][dst], inclusive over src
-    num_tokens: int  # int32; of the dispatch that follows, which must not be refused once its counts are out
-    row_bytes: int  # uint32; likewise
-    num_topk: int  # int32; likewise
-    num_scales: int  # int32; likewise
+class _InternodeNotifyArgs(_NotifyArgs, total=False):
     num_tokens_per_node: int  # address; [N], the own node's is not used
     recv_rank_prefix: int  # address; output, [R]: rows that come here, inclusive over the sources
     rail_prefix: int  # address; output, [N]: tokens to forward for the rail peers, inclusive; the own node adds 0
 
 class InternodeNotifyArgs:
     FIELDS: Tuple[Tuple[str, str, str], ...]
-    def __init__(self, **fields: Unpack[_InternodeNotifyArgs]) -> None: ...
+    def __init__(self, base: NotifyArgs = ..., /, **fields: Unpack[_InternodeNotifyArgs]) -> None: ...
     def replace(self, **fields: Unpack[_InternodeNotifyArgs]) -> InternodeNotifyArgs: ...
 
-class _InternodeDispatchArgs(TypedDict, total=False):
-    x: int  # address; [num_tokens, row_bytes]
-    num_tokens: int  # int32
-    row_bytes: int  # uint32; a multiple of 16, below 2 GiB
-    scales: int  # address; any 4-byte type
-    num_scales: int  # int32; of a token; 0: none
-    scale_stride_token: int  # int64; in elements
-    scale_stride_scale: int  # int64; in elements
-    topk_idx: int  # address; [num_tokens, num_topk]
-    topk_weights: int  # address; [num_tokens, num_topk]
-    num_topk: int  # int32; 0: none
-    idx_bytes: int  # int32; 4 or 8
-    num_experts: int  # int32; of all ranks
-    is_cached: bool  # bool; the routing is that of an earlier call: the next three are none
-    num_tokens_per_rank: int  # address; none: notify_dispatch has exchanged the counts; else this call does
-    num_tokens_per_expert: int  # address; likewise
-    is_token_in_rank: int  # address; bool [num_tokens, num_ranks]
-    rank_prefix_matrix: int  # address; [num_ranks, num_ranks]; output where this call exchanges the counts
-    send_head: int  # address; [num_tokens, num_ranks]: place among those sent there, -1: not sent; output unless cached
-    recv_x: int  # address; output, [num_recv_rows, row_bytes]
-    recv_scales: int  # address; output, [num_recv_rows, num_scales]
-    recv_topk_idx: int  # address; output, [num_recv_rows, num_topk]
-    recv_topk_weights: int  # address; output, [num_recv_rows, num_topk]
-    recv_src_idx: int  # address; output, [num_recv_rows]; none: the caller has it already
-    num_recv_rows: int  # int32; that the outputs hold
-    is_worst_case: bool  # bool; fewer rows may arrive: the rest of recv_topk_idx is -1, of recv_topk_weights 0
-    expert_alignment: int  # int32; > 0: this call exchanges counts, num_recv_rows is a guess, wait_counts follows
+class _InternodeDispatchArgs(_DispatchArgs, total=False):
     rail_prefix: int  # address; [N], of the count exchange
-    send_rail_head: int  # address; [num_tokens, N]: place among those sent there, -1: not sent, or own node; output unless cached
-    rail_head: int  # address; [num_rail_tokens, L]: place of a forwarded token at each rank here, -1; output unless cached
+    send_rail_head: int  # address; [num_tokens, N]: place in that stream, -1: none or own node; output unless cached
+    rail_head: int  # address; [num_rail_rows, L]: place of a forwarded token at each rank, or -1; output unless cached
     num_rail_rows: int  # int32; that rail_head holds
 
 class InternodeDispatchArgs:
     FIELDS: Tuple[Tuple[str, str, str], ...]
-    def __init__(self, **fields: Unpack[_InternodeDispatchArgs]) -> None: ...
+    def __init__(self, base: DispatchArgs = ..., /, **fields: Unpack[_InternodeDispatchArgs]) -> None: ...
     def replace(self, **fields: Unpack[_InternodeDispatchArgs]) -> InternodeDispatchArgs: ...
 
-class _InternodeCombineArgs(TypedDict, total=False):
-    x: int  # address; bfloat16 [num_rows, hidden]
-    num_rows: int  # int32
-    hidden: int  # int32
-    topk_weights: int  # address; [num_rows, num_topk]
-    num_topk: int  # int32; 0: no weights
-    bias: tuple[int, int]  # two addresses; bfloat16 [num_tokens, hidden] each, or none
-    rank_prefix_matrix: int  # address; of the dispatch
-    send_head: int  # address; of the dispatch
-    num_tokens: int  # int32
-    combined_x: int  # address; output, bfloat16 [num_tokens, hidden]
-    combined_topk_weights: int  # address; output, [num_tokens, num_topk]
+class _InternodeCombineArgs(_CombineArgs, total=False):
     rail_prefix: int  # address; [N], of the count exchange
     send_rail_head: int  # address; [num_tokens, N], of the dispatch
     rail_head: int  # address; [num_rail_tokens, L], of the dispatch
@@ -267,7 +223,7 @@ class _InternodeCombineArgs(TypedDict, total=False):
 
 class InternodeCombineArgs:
     FIELDS: Tuple[Tuple[str, str, str], ...]
-    def __init__(self, **fields: Unpack[_InternodeCombineArgs]) -> None: ...
+    def __init__(self, base: CombineArgs = ..., /, **fields: Unpack[_InternodeCombineArgs]) -> None: ...
     def replace(self, **fields: Unpack[_InternodeCombineArgs]) -> InternodeCombineArgs: ...
 
 class _LowLatencyDispatchArgs(TypedDict, total=False):

@@ -9,6 +9,7 @@ from deep_ep.bench.routing import ROUTINGS
 
 BENCHMARKS = {
     "intranode": "high-throughput dispatch and combine inside one node",
+    "internode": "high-throughput dispatch and combine across virtual nodes of this machine",
     "low-latency": "low-latency dispatch and combine inside one node"
 }
 
@@ -55,16 +56,19 @@ def add_doctor_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_bench_options(parser: argparse.ArgumentParser, benchmark: str) -> None:
-    if benchmark == "intranode":
+    parser.set_defaults(num_sms=None, no_comparison=True, ranks_as_threads=False)
+    if benchmark != "low-latency":
         parser.add_argument("--num-sms", type=int_list, help="SM budgets, even numbers; several: a sweep")
-        parser.add_argument("--no-comparison", action="store_true", help="leave torch.distributed out")
-    else:
-        parser.set_defaults(num_sms=None, no_comparison=True)
+    if benchmark == "intranode":
+        parser.add_argument("--no-comparison", action="store_true", default=False, help="leave torch.distributed out")
     parser.add_argument("--num-processes", type=int, default=0, help="ranks (default: one per GPU; 2 on the CPU)")
-    parser.add_argument("--ranks-as-threads",
-                        action="store_true",
-                        help="all ranks in this process, at the same time on one GPU: protocol and SM throughput "
-                        "without links")
+    if benchmark == "internode":
+        parser.add_argument("--ranks-per-node", type=int, default=1, help="of each virtual node (default: %(default)s)")
+    else:
+        parser.add_argument("--ranks-as-threads",
+                            action="store_true",
+                            help="all ranks in this process, at the same time on one GPU: protocol and SM throughput "
+                            "without links")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--tokens", type=int_list, help="tokens per rank; several, with commas: a sweep")
     parser.add_argument("--hidden", type=int)

@@ -80,6 +80,11 @@ def set_device(device: str) -> None:
     os.environ["DEEP_EP_DEVICE"] = device
 
 
+def set_ranks_per_node(ranks_per_node: int) -> None:
+    """Makes virtual nodes of the ranks, in processes that this one starts."""
+    os.environ["DEEP_EP_RANKS_PER_NODE"] = str(ranks_per_node)
+
+
 def prepare_threaded_ranks() -> None:
     """Before CUDA starts, where ranks are threads that share a GPU.
 
@@ -147,7 +152,7 @@ FEATURES = {
     "cuda": "the CUDA device is compiled in (there may be no GPU)",
     "sm90": "code that uses the features of SM90 and newer GPUs is compiled in",
 }
-_TO_COME = ("internode", "low_latency_internode")
+_TO_COME = ("low_latency_internode", )
 
 
 def features() -> dict[str, bool]:

@@ -5,6 +5,7 @@ other's messages at wrong places: that ends in wrong numbers or in a timeout, an
 the slow way of the constructor, so it is for looking for a mistake.
 """
 
+import itertools
 import logging
 import pickle
 import threading
@@ -12,9 +13,8 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Optional, TypeVar
+from typing import Any, NamedTuple, Optional, TypeVar
 
-import torch
 import torch.distributed as dist
 
 from deep_ep._env import is_capturing
@@ -33,6 +33,28 @@ def describe_differences(values: Sequence[Any]) -> Optional[str]:
     if len(ranks_by_value) <= 1:
         return None
     return "; ".join(f"{value} on rank(s) {', '.join(map(str, ranks))}" for value, ranks in ranks_by_value.items())
+
+
+class HandlePart(NamedTuple):
+    """What one rank knows of a dispatch over several nodes. Nobody has the matrix of all ranks."""
+
+    sent: list[int]  # tokens, by this rank to each rank
+    first_rank: int  # of this node
+    rank_prefix_matrix: list[list[int]]  # [src][rank of this node]
+
+    @staticmethod
+    def describe_contradictions(parts: Sequence["HandlePart"]) -> Optional[str]:
+        """Which ranks have received by their handles what the others have not sent by theirs; None: no rank."""
+        ranks = [rank for rank, part in enumerate(parts) if part.rank_prefix_matrix != part._sent_here(parts)]
+        if not ranks:
+            return None
+        return f"one by which other rows come to rank(s) {', '.join(map(str, ranks))} than the ranks send by theirs"
+
+    def _sent_here(self, parts: Sequence["HandlePart"]) -> list[list[int]]:
+        """The matrix that it should have."""
+        here = slice(self.first_rank, self.first_rank + len(self.rank_prefix_matrix[0]))
+        columns = zip(*[part.sent[here] for part in parts])
+        return [list(row) for row in zip(*map(itertools.accumulate, columns))]
 
 
 class Exchange:
@@ -150,14 +172,11 @@ class CallCheck:
         if difference is not None:
             raise ValueError(f"{operation}: every rank must make the same sequence of calls, got {difference}")
         for name in facts:
-            difference = describe_differences([facts_of_rank[name] for _, facts_of_rank, _ in calls])
+            values = [facts_of_rank[name] for _, facts_of_rank, _ in calls]
+            is_part = isinstance(values[0], HandlePart)
+            difference = HandlePart.describe_contradictions(values) if is_part else describe_differences(values)
             if difference is not None:
                 raise ValueError(f"{operation}: {name} must be the same on every rank, got {difference}")
-
-
-def handle_fact(rank_prefix_matrix: torch.Tensor) -> dict[str, Any]:
-    """What tells a handle from others, and is the same on every rank. Waits for the device."""
-    return {"the rank_prefix_matrix of the handle": rank_prefix_matrix.tolist()}
 
 
 def _has_methods(value: Any, names: Sequence[str]) -> bool:

@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Callable, Optional, TypeVar, Union, cast
+from typing import Any, Callable, Optional, Union
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from typing_extensions import Self
 
 import deep_ep_cpp
 from deep_ep import _checks, _env, _high_throughput, _low_latency
+from deep_ep._dispatch import Payload
 from deep_ep._memory import view_memory
 from deep_ep._peers import Peers
 from deep_ep._session import Request, Session, build_session
@@ -77,22 +78,6 @@ def _log_once(sentence: str) -> None:
     logger.info(sentence)
 
 
-C = TypeVar("C", bound=Callable[..., Any])
-
-
-def _across_nodes(call: C) -> C:
-    """The same call over several nodes, with the same arguments. Not in this version."""
-    name = call.__name__
-
-    @functools.wraps(call)
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise Error(f"internode_{name}: this version works within one node; call {name}")
-
-    refuse.__name__, refuse.__doc__ = f"internode_{name}", f"`{name}` over several nodes. Not in this version."
-    refuse.__qualname__ = f"Buffer.{refuse.__name__}"
-    return cast(C, refuse)
-
-
 @opaque
 class Buffer:
     """Memory that every rank of a group can reach, and expert-parallel dispatch and combine on it.
@@ -131,8 +116,10 @@ class Buffer:
         group: a ProcessGroup of any backend, or None with `comm`, an mpi4py communicator (or any object with
             `Get_rank`, `Get_size` and `allgather`).
         num_nvl_bytes: bytes for dispatch and combine, a multiple of 128; see `Config.get_nvl_buffer_size_hint`.
-        num_rdma_bytes: bytes for the low-latency calls, a multiple of 128, zero-filled; see
+        num_rdma_bytes: within a node bytes for the low-latency calls, a multiple of 128, zero-filled; see
             `get_low_latency_rdma_size_hint`. It is memory that peers reach, like the other; the name is the callers'.
+            Across nodes: for rows on their way between nodes; see `Config.get_rdma_buffer_size_hint`. 0: as many as
+            num_nvl_bytes, and at least 16 MiB for each other node.
         low_latency_mode: whether low-latency calls are made. One Buffer may serve both modes in turn.
         allow_mnnvl, use_fabric: permissions, of which this version makes no use; never a reason to fail.
         enable_shrink: low-latency calls go on without a peer that does not come in time, and mask it.
@@ -201,10 +188,11 @@ class Buffer:
         session = self._session
         if session is None:
             return f"<Buffer of rank {self.rank} of {self.group_size}, destroyed>"
-        topology = session.topology
+        topology, runtime = session.topology, session.runtime
+        rail = f", rail: {runtime.rail_name}, {runtime.num_rail_bytes} bytes" if topology.num_nodes > 1 else ""
         return (
             f"<Buffer of rank {self.rank} of {self.group_size} on {session.streams.device}, node {topology.node} of "
-            f"{topology.num_nodes} with {topology.ranks_per_node} rank(s), num_nvl_bytes={self.num_nvl_bytes}, "
+            f"{topology.num_nodes} with {topology.ranks_per_node} rank(s){rail}, num_nvl_bytes={self.num_nvl_bytes}, "
             f"num_rdma_bytes={self.num_rdma_bytes}, num_lend_bytes={self.num_lend_bytes}, "
             f"low_latency_mode={self.low_latency_mode}>")
 
@@ -298,13 +286,17 @@ class Buffer:
         """A view of this rank's buffer from byte `offset` on: 1-D up to the end, or of shape `size`.
 
         The memory is the Buffer's: the view must not be used after `destroy`, and what is lent (docs/api.md, "Lending")
-        may hold tensors. `offset` must be a multiple of the element size.
+        may hold tensors. Nothing is shown of the rail's memory, which peers in other nodes write to at any time: there
+        `use_rdma_buffer` gives an empty tensor. `offset` must be a multiple of the element size.
         """
         session = self._require_session()
         item_bytes = _checks.check_dtype("dtype", dtype).itemsize
         runtime = session.runtime
-        address, num_bytes = ((runtime.low_latency_data_ptr, self.num_rdma_bytes) if use_rdma_buffer else
-                              (runtime.data_ptr, runtime.data_bytes))
+        if use_rdma_buffer:
+            num_rdma_bytes = self.num_rdma_bytes if session.topology.num_nodes == 1 else 0
+            address, num_bytes = runtime.low_latency_data_ptr, num_rdma_bytes
+        else:
+            address, num_bytes = runtime.data_ptr, runtime.data_bytes
         _checks.check_int("offset", offset, 0, item_bytes, num_bytes)
         num_elements = (num_bytes - offset) // item_bytes
         wanted = num_elements if size is None else math.prod(_checks.check_sizes("size", size))
@@ -343,15 +335,15 @@ class Buffer:
         topk_idx: int64 or int32 [N, K], contiguous; -1 selects nothing. num_experts: E, a multiple of R.
         previous_event, async_finish, allocate_on_comm_stream: see docs/api.md, "Streams and events".
 
-        Returns (num_tokens_per_rank int32 [R], num_tokens_per_rdma_rank None within a node, num_tokens_per_expert
-        int32 [E], is_token_in_rank bool [N, R], event).
+        Returns (num_tokens_per_rank int32 [R], num_tokens_per_rdma_rank int32 by node, or None within a node,
+        num_tokens_per_expert int32 [E], is_token_in_rank bool [N, R], event).
         """
         self._begin_call()
         return self._high_throughput.get_dispatch_layout(topk_idx, num_experts, previous_event, async_finish,
                                                          allocate_on_comm_stream)
 
     def dispatch(self,
-                 x: _high_throughput.Payload,
+                 x: Payload,
                  handle: Optional[tuple[torch.Tensor, ...]] = None,
                  num_tokens_per_rank: Optional[torch.Tensor] = None,
                  num_tokens_per_rdma_rank: Optional[torch.Tensor] = None,
@@ -370,11 +362,13 @@ class Buffer:
         x: [N, hidden] of any dtype, contiguous, rows of a multiple of 16 bytes; or (x of a 1-byte dtype, scales), with
             scales float32 or int32 [N, S] of any strides.
         handle: None, or that of an earlier dispatch, whose routing is used again; then no layout and no top-k is given.
-        num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert: from `get_dispatch_layout`.
+        num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert: from `get_dispatch_layout`; so is
+            num_tokens_per_rdma_rank, which is needed where the group spans nodes.
         topk_idx, topk_weights: [N, K] as in `get_dispatch_layout`, and float32 [N, K]; both or neither.
         expert_alignment: each count in the returned list is rounded up to a multiple of it.
         num_worst_tokens: if positive, the received tensors have that many rows (it must not be less than what may
-            arrive), the host does not wait for counts, and the call can be captured in a CUDA graph; needs top-k.
+            arrive, or what may pass through this rank to its node), the host does not wait for counts, and the call can
+            be captured in a CUDA graph; needs top-k.
 
         Returns (recv_x [M, hidden] or (recv_x, recv_scales [M, S]), recv_topk_idx [M, K], recv_topk_weights [M, K],
         entries per local expert as a list, handle, event). Rows are in the order of source rank, then source token.
@@ -389,8 +383,9 @@ class Buffer:
                     raise ValueError("topk_idx and topk_weights must be None when a handle is given")
                 return self._high_throughput.dispatch_cached(x, handle, num_sms, previous_event, async_finish,
                                                              allocate_on_comm_stream)
-            routing = _high_throughput.make_routing(num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank,
-                                                    topk_idx, topk_weights)
+            routing = _high_throughput.make_routing(num_tokens_per_rank, num_tokens_per_rdma_rank,
+                                                    num_tokens_per_expert, is_token_in_rank, topk_idx, topk_weights,
+                                                    session.topology.num_nodes)
             return self._high_throughput.dispatch_fresh(x, routing, expert_alignment, num_worst_tokens, num_sms,
                                                         previous_event, async_finish, allocate_on_comm_stream)
         except BaseException as error:
@@ -410,7 +405,8 @@ class Buffer:
 
         x: bfloat16 [M, hidden], contiguous, rows of a multiple of 16 bytes. handle: that of the dispatch.
         topk_weights: float32 [M, K], summed in the same way. bias: bfloat16 [N, hidden], or a tuple of two, added.
-        Sums are float32, in rank order, then bias, rounded once. Weights are not applied to x.
+        Sums are float32, in rank order, then bias, rounded once. Weights are not applied to x. Across nodes each node
+        sums its own rows so; another node's sum is rounded before it is added to that of this node, in node order.
 
         Returns (combined_x bfloat16 [N, hidden], combined_topk_weights float32 [N, K] or None, event).
         """
@@ -452,8 +448,9 @@ class Buffer:
         copies = _high_throughput.copies_per_token(self.group_size, topk_idx.shape[1]) if has_topk else self.group_size
         return round(num_bytes * copies)
 
-    internode_dispatch = _across_nodes(dispatch)
-    internode_combine = _across_nodes(combine)
+    # DeepEP has these names for what the calls above come to where the group spans nodes.
+    internode_dispatch = dispatch
+    internode_combine = combine
 
     # Low latency
 

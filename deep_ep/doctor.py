@@ -294,15 +294,19 @@ def _check_shm() -> Finding:
 def check_topology(native: Any) -> list[Finding]:
     """The nodes of a group with a rank on each GPU of this machine, and what could join it to others."""
     module = importlib.import_module("deep_ep._topology")
-    ranks_per_node = int(native.get_environment()["ranks_per_node"])
+    environment = native.get_environment()
+    ranks_per_node = int(environment["ranks_per_node"])
     try:
         topology = module.find_topology(0, module.places_of_this_machine(), ranks_per_node)
     except (ValueError, RuntimeError) as error:
         return [Finding("note", "topology", f"a rank on each GPU of this machine would be refused: {error}")]
+    interface = environment["rail_interface"] or "the interface that reaches MASTER_ADDR"
     channels = probes.num_imex_channels()
     fabric = f"{channels} IMEX channel(s)" if channels else "no IMEX channel"
     return [
         Finding("ok", "topology", f"a rank on each GPU of this machine: {topology}"),
+        Finding("ok", "rail", f"between nodes the engine '{environment['rail']}' carries rows; it listens on "
+                f"{interface}"),
         Finding("ok", "multi-node NVLink", f"{fabric}; this version does not use it")
     ]
 
@@ -330,7 +334,9 @@ def check_round_trips(torch: Any) -> list[Finding]:
                     "memfd_create and /proc"))
         else:
             times = ", ".join(f"{name} {time_us:.0f} us" for name, time_us in outcome.times_us.items())
-            found.append(Finding("ok", subject, f"{trip.NUM_TOKENS} tokens there and back: {times}"))
+            nodes = trip.num_nodes(len(gpus))
+            where = f" over {nodes} virtual nodes" if nodes > 1 else ""
+            found.append(Finding("ok", subject, f"{trip.NUM_TOKENS} tokens there and back{where}: {times}"))
     return found
 
 

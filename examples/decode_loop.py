@@ -225,7 +225,7 @@ def run_rank(context: launcher.Context, sizes: Sizes, num_steps: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the example; returns the exit code."""
-    options = launcher.parse_options(__doc__, argv, default_steps=4)
+    options = launcher.parse_options(__doc__, argv, default_steps=4, spans_nodes=False)
     sizes = Sizes()
     num_ranks, device = launcher.choose_ranks(options, sizes.num_experts)
     launcher.print_header("Decoding with two micro-batches that overlap")

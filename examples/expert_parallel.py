@@ -248,14 +248,21 @@ class DenseMoE(nn.Module):
     """The same layer with all experts in one process, without the library.
 
     It rounds where the wire of `num_ranks` ranks would: tokens, per-rank partial sums and the two gradients that travel
-    are bfloat16, everything else is float32. Per-rank sums are added in rank order. What is left to differ are float32
-    sums of another length or order, see `docs/training.md`.
+    are bfloat16, everything else is float32. Per-rank sums are added in rank order, and every other node's sum is
+    rounded as it comes. What is left to differ are float32 sums of another length or order, see `docs/training.md`.
     """
 
-    def __init__(self, num_ranks: int, hidden: int, ffn_hidden: int, num_experts: int, num_topk: int) -> None:
+    def __init__(self,
+                 num_ranks: int,
+                 hidden: int,
+                 ffn_hidden: int,
+                 num_experts: int,
+                 num_topk: int,
+                 ranks_per_node: int | None = None) -> None:
         super().__init__()
         assert num_experts % num_ranks == 0, f"{num_experts} experts over {num_ranks} ranks"
         self.num_ranks, self.num_experts = num_ranks, num_experts
+        self.wire = _Wire(ranks_per_node or num_ranks, num_owners=num_ranks)
         self.router = Router(hidden, num_experts, num_topk)
         self.experts = make_experts(range(num_experts), hidden, ffn_hidden)
 
@@ -263,43 +270,60 @@ class DenseMoE(nn.Module):
         topk_idx, topk_weights = self.router(x)
         experts, num_local = list(self.experts.values()), self.num_experts // self.num_ranks
         partials = []
-        for rank, sent in enumerate(_SendToAll.apply(x, self.num_ranks)):
+        for rank, sent in enumerate(_SendToAll.apply(x, self.num_ranks, self.wire)):
             first = rank * num_local
             is_local = (topk_idx >= first) & (topk_idx < first + num_local)
             local_idx = torch.where(is_local, topk_idx - first, -1)
             partials.append(run_experts(sent, local_idx, topk_weights, experts[first:first + num_local]))
-        return _SumOfAll.apply(*partials).to(x.dtype)
+        return _SumOfAll.apply(self.wire, *partials).to(x.dtype)
+
+
+@dataclasses.dataclass
+class _Wire:
+    """How combine adds."""
+
+    ranks_per_node: int
+    num_owners: int  # ranks whose tokens these are: in equal shares, in rank order
+
+    def combine(self, summands: Sequence[Tensor]) -> Tensor:
+        """bfloat16 [N, hidden] of each rank, added as the owner of each token does it."""
+        shares = zip(*(summand.to(torch.bfloat16).tensor_split(self.num_owners) for summand in summands))
+        return torch.cat([self._add(share, owner // self.ranks_per_node) for owner, share in enumerate(shares)])
+
+    def _add(self, summands: Sequence[Tensor], own_node: int) -> Tensor:
+        """As float32: the own node's in rank order, then each other node's sum, rounded before; rounded once."""
+        size = self.ranks_per_node
+        nodes = [summands[first:first + size] for first in range(0, len(summands), size)]
+        total = torch.zeros(summands[0].shape, device=summands[0].device)
+        for summand in nodes[own_node]:
+            total += summand
+        for node, of_node in enumerate(nodes):
+            if node != own_node:
+                total += sum(of_node, torch.zeros_like(total)).to(torch.bfloat16)
+        return total.to(torch.bfloat16)
 
 
 class _SendToAll(torch.autograd.Function):
     """The roundings of dispatch and of its backward pass, without communication."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, num_ranks: int) -> tuple[Tensor, ...]:
-        ctx.dtype = x.dtype
+    def forward(ctx: Any, x: Tensor, num_ranks: int, wire: _Wire) -> tuple[Tensor, ...]:
+        ctx.dtype, ctx.wire = x.dtype, wire
         return tuple(x.to(torch.bfloat16, copy=True) for _ in range(num_ranks))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
-        return _sum_as_combine(grads).to(ctx.dtype), None
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return ctx.wire.combine(grads).to(ctx.dtype), None, None
 
 
 class _SumOfAll(torch.autograd.Function):
     """The roundings of combine and of its backward pass, without communication."""
 
     @staticmethod
-    def forward(ctx: Any, *partials: Tensor) -> Tensor:
+    def forward(ctx: Any, wire: _Wire, *partials: Tensor) -> Tensor:
         ctx.num_ranks = len(partials)
-        return _sum_as_combine(partials)
+        return wire.combine(partials)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, ...]:
-        return (grads[0].float(), ) * ctx.num_ranks
-
-
-def _sum_as_combine(summands: Sequence[Tensor]) -> Tensor:
-    """bfloat16 summands, added as float32 in rank order, rounded once."""
-    total = torch.zeros(summands[0].shape, device=summands[0].device)
-    for summand in summands:
-        total += summand.to(torch.bfloat16)
-    return total.to(torch.bfloat16)
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return None, *[grads[0].float()] * ctx.num_ranks

@@ -62,6 +62,7 @@ class _Start:
     num_ranks: int
     num_processes: int
     device_type: str
+    ranks_per_node: int
     rendezvous: str
 
 
@@ -81,13 +82,26 @@ def _positive(value: str) -> int:
     return number
 
 
-def parse_options(description: str | None, argv: list[str] | None, default_steps: int) -> argparse.Namespace:
+def parse_options(description: str | None,
+                  argv: list[str] | None,
+                  default_steps: int,
+                  spans_nodes: bool = True) -> argparse.Namespace:
     """The options that all examples share; of a docstring, the first line describes them."""
     parser = argparse.ArgumentParser(description=(description or "").split("\n", 1)[0])
     parser.add_argument("--num-processes", type=_positive, default=4, metavar="N", help="number of ranks (default: 4)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: GPUs if there are any")
     parser.add_argument("--steps", type=_positive, default=default_steps, help=f"how many (default: {default_steps})")
-    return parser.parse_args(argv)
+    if not spans_nodes:
+        return parser.parse_args(argv)
+    parser.add_argument("--ranks-per-node",
+                        type=_positive,
+                        metavar="L",
+                        help="virtual nodes of so many ranks, joined over TCP (default: what the machine is)")
+    options = parser.parse_args(argv)
+    if options.ranks_per_node is not None and options.num_processes % options.ranks_per_node:
+        parser.error(f"--ranks-per-node must divide --num-processes, {options.num_processes}, got "
+                     f"{options.ranks_per_node}")
+    return options
 
 
 def choose_ranks(options: argparse.Namespace, num_experts: int) -> tuple[int, str]:
@@ -96,6 +110,12 @@ def choose_ranks(options: argparse.Namespace, num_experts: int) -> tuple[int, st
     if num_experts % num_ranks:
         raise SystemExit(f"--num-processes must divide the number of experts, {num_experts}, got {num_ranks}")
     return num_ranks, resolve_device(options.device)
+
+
+def describe_ranks(options: argparse.Namespace) -> str:
+    """How many, and in how many virtual nodes."""
+    num_ranks, per_node = options.num_processes, options.ranks_per_node
+    return f"{num_ranks} ranks" + (f" in {num_ranks // per_node} virtual nodes" if per_node else "")
 
 
 def exit_with(main: Callable[[], int]) -> NoReturn:
@@ -150,9 +170,10 @@ def make_workers(function: Callable[..., None], num_ranks: int, args: tuple[Any,
     return [Worker(f"rank {rank}", function, args, rank) for rank in range(num_ranks)]
 
 
-def run(workers: list[Worker], device_type: str) -> Iterator[tuple[str, Any]]:
+def run(workers: list[Worker], device_type: str, ranks_per_node: int | None = None) -> Iterator[tuple[str, Any]]:
     """Runs all workers and yields `(worker name, report)` in order of arrival, until every worker has returned.
 
+    `ranks_per_node`: of virtual nodes; None: the nodes are what the library finds.
     When one fails, the others are stopped and `WorkerError` is raised with the traceback of the one that failed first:
     its peers, waiting for it, could only say that it is gone.
     """
@@ -164,7 +185,8 @@ def run(workers: list[Worker], device_type: str) -> Iterator[tuple[str, Any]]:
         try:
             for worker in workers:
                 receive, send = context.Pipe(duplex=False)
-                start = _Start(worker, num_ranks, len(workers), device_type, f'file://{Path(folder) / "rendezvous"}')
+                start = _Start(worker, num_ranks, len(workers), device_type, ranks_per_node or 0,
+                               f'file://{Path(folder) / "rendezvous"}')
                 process = context.Process(target=_enter, args=(start, send), name=worker.name, daemon=True)
                 process.start()
                 send.close()  # the child holds the other copy: its death then reads as the end of the pipe
@@ -226,6 +248,8 @@ def _enter(start: _Start, connection: mp_connection.Connection) -> None:
 
 def _make_context(start: _Start, report: Callable[[Any], None]) -> Context:
     os.environ["DEEP_EP_DEVICE"] = start.device_type  # --device cpu holds for the library too
+    if start.ranks_per_node:
+        os.environ["DEEP_EP_RANKS_PER_NODE"] = str(start.ranks_per_node)
     # As many threads as the cores allow; several processes with all cores each would mostly fight for them.
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // start.num_processes))
     rank = start.worker.rank

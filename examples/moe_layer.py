@@ -1,6 +1,6 @@
 """One MoE layer, forward and backward, with its experts spread over the ranks, against the same layer on one rank.
 
-    python examples/moe_layer.py [--num-processes 4] [--device auto|cpu|cuda] [--steps 3]
+    python examples/moe_layer.py [--num-processes 4] [--ranks-per-node L] [--device auto|cpu|cuda] [--steps 3]
 """
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class RankReport:
     seconds: dict[str, float]
 
 
-def run_rank(context: launcher.Context, sizes: Sizes, num_steps: int) -> None:
+def run_rank(context: launcher.Context, sizes: Sizes, num_steps: int, ranks_per_node: int | None) -> None:
     """Runs the layer on this rank, then checks it against rank 0's dense layer; reports both."""
 
     def report_progress(what: str) -> None:
@@ -70,7 +70,7 @@ def run_rank(context: launcher.Context, sizes: Sizes, num_steps: int) -> None:
         report_progress(f"step {step + 1} of {num_steps} done")
     context.report(RankReport(*_count_rows(layer, x, context.rank), seconds))
     results = {"output": y, "gradient of input": x.grad}
-    for name, difference in _compare(layer, results, sizes, context).items():
+    for name, difference in _compare(layer, results, sizes, ranks_per_node, context).items():
         if context.rank == 0:
             context.report((name, difference))
     dispatcher.destroy()
@@ -106,17 +106,19 @@ def _time_communication(layer: ExpertParallelMoE, x: Tensor, context: launcher.C
 
 @torch.no_grad()
 def _count_rows(layer: ExpertParallelMoE, x: Tensor, rank: int) -> tuple[list[int], list[int]]:
-    """Rows to and from each rank, as a dispatch's handle tells them: [source, destination], summed over sources."""
-    ends = layer.dispatcher.dispatch(x, *layer.router(x), layer.num_experts).handle[0].cpu()
-    rows = ends.diff(dim=0, prepend=torch.zeros_like(ends[:1]))
-    return rows[rank].tolist(), rows[:, rank].tolist()
+    """Rows to and from each rank."""
+    topk_idx, _ = layer.router(x)
+    sent = layer.dispatcher.buffer.get_dispatch_layout(topk_idx, layer.num_experts)[0].tolist()
+    sent_by_rank: list[list[int]] = [[]] * layer.dispatcher.num_ranks
+    dist.all_gather_object(sent_by_rank, sent)
+    return sent, [others[rank] for others in sent_by_rank]
 
 
 # --- The same layer on one rank ---------------------------------------------------------------------------------------
-def _compare(layer: ExpertParallelMoE, results: dict[str, Tensor], sizes: Sizes,
+def _compare(layer: ExpertParallelMoE, results: dict[str, Tensor], sizes: Sizes, ranks_per_node: int | None,
              context: launcher.Context) -> dict[str, tuple[float, float, float]]:
     """Collective. Per quantity: largest difference, largest value, relative norm of the difference, over all ranks."""
-    dense, expected = _run_dense(sizes, context) if context.rank == 0 else (None, {})
+    dense, expected = _run_dense(sizes, ranks_per_node, context) if context.rank == 0 else (None, {})
     differences = {}
     for name, tensor in results.items():
         chunks = list(expected[name].split(sizes.num_tokens)) if dense else []
@@ -138,9 +140,11 @@ def _compare(layer: ExpertParallelMoE, results: dict[str, Tensor], sizes: Sizes,
     return differences
 
 
-def _run_dense(sizes: Sizes, context: launcher.Context) -> tuple[DenseMoE, dict[str, Tensor]]:
+def _run_dense(sizes: Sizes, ranks_per_node: int | None,
+               context: launcher.Context) -> tuple[DenseMoE, dict[str, Tensor]]:
     """Forward and backward of the dense layer over the tokens of all ranks."""
-    dense = DenseMoE(context.num_ranks, sizes.hidden, sizes.ffn_hidden, sizes.num_experts, sizes.num_topk)
+    dense = DenseMoE(context.num_ranks, sizes.hidden, sizes.ffn_hidden, sizes.num_experts, sizes.num_topk,
+                     ranks_per_node)
     init_parameters(dense, sizes.seed)
     dense.to(context.device)
     inputs = [_make_inputs(sizes, rank) for rank in range(context.num_ranks)]
@@ -179,14 +183,14 @@ def main(argv: list[str] | None = None) -> int:
     num_ranks, device = launcher.choose_ranks(options, sizes.num_experts)
     launcher.print_header("A MoE layer spread over ranks, against the same layer on one rank")
     print(
-        f"{num_ranks} ranks on {device}, {sizes.num_tokens} tokens each, hidden {sizes.hidden}, {sizes.num_experts} "
-        f"experts (SwiGLU, {sizes.ffn_hidden} wide), top-{sizes.num_topk}",
+        f"{launcher.describe_ranks(options)} on {device}, {sizes.num_tokens} tokens each, hidden {sizes.hidden}, "
+        f"{sizes.num_experts} experts (SwiGLU, {sizes.ffn_hidden} wide), top-{sizes.num_topk}",
         flush=True)
     ranks: dict[str, RankReport] = {}
     differences: dict[str, tuple[float, float, float]] = {}
-    workers = launcher.make_workers(run_rank, num_ranks, (sizes, options.steps))
+    workers = launcher.make_workers(run_rank, num_ranks, (sizes, options.steps, options.ranks_per_node))
     with contextlib.closing(launcher.Progress(2 + options.steps, "part")) as progress:
-        for name, report in launcher.run(workers, device):
+        for name, report in launcher.run(workers, device, options.ranks_per_node):
             if isinstance(report, str):
                 progress.advance(report)
             elif isinstance(report, RankReport):

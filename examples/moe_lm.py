@@ -1,9 +1,10 @@
 """Trains a small MoE language model with its experts spread over ranks, beside the same model on one rank.
 
-    python examples/moe_lm.py [--num-processes 4] [--device auto|cpu|cuda] [--steps 150]
+    python examples/moe_lm.py [--num-processes 4] [--ranks-per-node L] [--device auto|cpu|cuda] [--steps 150]
 """
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -127,12 +128,20 @@ def train_on_rank(context: launcher.Context, settings: Settings, tokens: Tensor,
     dispatcher.destroy()
 
 
-def train_alone(context: launcher.Context, settings: Settings, tokens: Tensor, prompt: list[int],
-                num_ranks: int) -> None:
+def train_alone(context: launcher.Context, settings: Settings, tokens: Tensor, prompt: list[int], num_ranks: int,
+                ranks_per_node: int | None) -> None:
     """The same model and batches in one process, without the library; it rounds as the wire of `num_ranks` ranks."""
     widths = settings.hidden, settings.ffn_hidden, settings.num_experts, settings.num_topk
-    model = LanguageModel(settings, lambda: DenseMoE(num_ranks, *widths)).to(context.device)
+    layers: list[DenseMoE] = []
+
+    def make_layer() -> DenseMoE:
+        layers.append(DenseMoE(num_ranks, *widths, ranks_per_node))
+        return layers[-1]
+
+    model = LanguageModel(settings, make_layer).to(context.device)
     _train(model, settings, tokens, slice(None), context)
+    for layer in layers:
+        layer.wire.num_owners = 1  # the sentence is rank 0's
     batch = torch.tensor([prompt], device=context.device)
     continued = continue_text(model, batch, settings.num_new_tokens, settings.seed)
     context.report(("text", continued[0].tolist()))
@@ -205,12 +214,12 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"Text: pydoc_data.topics of Python {platform.python_version()} (its language reference), "
         f"{len(corpus.encode())} bytes, {len(tokens)} tokens of {settings.vocab_size}\n"
-        f"{num_ranks} ranks on {device}; {settings.num_layers} layers, hidden {settings.hidden}, "
+        f"{launcher.describe_ranks(options)} on {device}; {settings.num_layers} layers, hidden {settings.hidden}, "
         f"{settings.num_experts} experts each, top-{settings.num_topk}; "
         f"{settings.batch} x {settings.context} tokens a step",
         flush=True)
     start = time.perf_counter()
-    spread, alone = _train_both(settings, torch.tensor(tokens), tokenizer.encode(PROMPT), num_ranks, device)
+    spread, alone = _train_both(settings, torch.tensor(tokens), tokenizer.encode(PROMPT), options, device)
     seconds = time.perf_counter() - start
     report = _summarize(spread, alone, settings, tokenizer, seconds)
     report.update(num_ranks=num_ranks, device=device, text_bytes=len(corpus.encode()))
@@ -218,15 +227,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if report["passed"] else 1
 
 
-def _train_both(settings: Settings, tokens: Tensor, prompt: list[int], num_ranks: int,
+def _train_both(settings: Settings, tokens: Tensor, prompt: list[int], options: argparse.Namespace,
                 device: str) -> tuple[Result, Result]:
+    num_ranks, per_node = options.num_processes, options.ranks_per_node
     workers = launcher.make_workers(train_on_rank, num_ranks, (settings, tokens, prompt))
-    workers.append(launcher.Worker("one rank", train_alone, (settings, tokens, prompt, num_ranks)))
+    workers.append(launcher.Worker("one rank", train_alone, (settings, tokens, prompt, num_ranks, per_node)))
     spread, alone = Result(), Result()
     interval = max(1, settings.num_steps // 10)
     print(f'\n{"step":>6}{f"{num_ranks} ranks":>12}{"one rank":>12}{"difference":>13}')
     with contextlib.closing(launcher.Progress(settings.num_steps, "step")) as progress:
-        for name, (kind, value) in launcher.run(workers, device):
+        for name, (kind, value) in launcher.run(workers, device, per_node):
             result = alone if name == "one rank" else spread
             if kind == "text":
                 result.tokens = value

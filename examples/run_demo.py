@@ -12,6 +12,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs both examples; returns 0 if both agree with their references."""
     options = launcher.parse_options(__doc__, argv, default_steps=moe_lm.Settings.num_steps)
     common = ["--num-processes", str(options.num_processes), "--device", options.device]
+    if options.ranks_per_node is not None:
+        common += ["--ranks-per-node", str(options.ranks_per_node)]
     parts = {
         "MoE layer, forward and backward": lambda: moe_layer.main(common),
         "MoE language model, training": lambda: moe_lm.main([*common, "--steps", str(options.steps)]),

@@ -21,7 +21,7 @@ from workload import Workload
 
 import deep_ep
 import deep_ep_cpp
-from deep_ep import _env, _high_throughput, _session, _streams
+from deep_ep import _dispatch, _env, _high_throughput, _session, _streams
 
 FAR_AWAY_S = 20.0  # an error that comes by itself comes long before
 WORK_SEED = 3
@@ -89,7 +89,7 @@ def unfinished_dispatch(worker: Worker, error: BaseException, failing: int) -> s
     buffer = worker.new_buffer()
     pending = PendingCall(worker, buffer, small_work(worker.num_ranks)).layout()
     if worker.rank == failing:
-        with replaced(_high_throughput._Dispatch, "_outputs", raising(error)):
+        with replaced(_dispatch.Dispatch, "_outputs", raising(error)):
             failure_of(pending.start_dispatch, type(error))
         message = failure_of(pending.start_dispatch)
     else:

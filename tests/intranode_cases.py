@@ -136,9 +136,7 @@ def chained_events(worker: Worker, work: Workload) -> None:
     with event:
         pass
     same_bits("recv_x", recv_x, pending.arrival.x)
-    copies = pending.arrivals[0].rank_prefix_matrix.new_tensor(counted[3].sum(1).tolist())
-    want = (x.float().cpu() * copies[:, None]).bfloat16()
-    same_bits("combined_x", combined + 0.0, want + 0.0)
+    same_bits("combined_x", combined + 0.0, pending.sum_of_copies() + 0.0)
     # A weight comes back from each rank that owns the expert: exactly one.
     same_bits("combined weights", combined_weights, torch.where(topk_idx >= 0, weights, 0 * weights).cpu())
 
@@ -235,7 +233,7 @@ def local_buffer_views(worker: Worker) -> None:
 
 
 def autograd_round_trip(worker: Worker, work: Workload) -> None:
-    """dispatch and combine as a pair of autograd functions, the handle saved as six tensors."""
+    """dispatch and combine as a pair of autograd functions, the handle saved as tensors."""
     buffer = worker.buffer()
     pending = PendingCall(worker, buffer, work).layout()
 
@@ -263,7 +261,7 @@ def autograd_round_trip(worker: Worker, work: Workload) -> None:
 
         @staticmethod
         def backward(ctx: Any, grad: torch.Tensor) -> Any:
-            return (buffer.dispatch(grad.contiguous(), handle=ctx.saved_tensors)[0], *[None] * 6)
+            return (buffer.dispatch(grad.contiguous(), handle=ctx.saved_tensors)[0], *[None] * len(ctx.saved_tensors))
 
     x = pending.mine.x.to(worker.device).requires_grad_()
     recv_x, *handle = Dispatch.apply(x)
@@ -271,7 +269,7 @@ def autograd_round_trip(worker: Worker, work: Workload) -> None:
     combined.backward(torch.ones_like(combined))
     # x -> copies -> doubled -> summed: each is multiplied by twice the number of ranks that the token went to.
     factor = 2 * pending.layout_tensors["is_token_in_rank"].sum(1, keepdim=True).cpu()
-    same_bits("combined", combined + 0.0, (pending.mine.x.float() * factor).bfloat16() + 0.0)
+    same_bits("combined", combined + 0.0, pending.sum_of_copies(2) + 0.0)
     assert x.grad is not None
     same_bits("gradient", x.grad, factor.expand(x.shape).bfloat16())
 
@@ -331,10 +329,7 @@ def graph_replays(worker: Worker, work: Workload) -> None:
         rows = arrivals[worker.rank].x.shape[0]
         same_bits("recv_x", received[0][:rows], arrivals[worker.rank].x)
         assert (received[1][rows:] == -1).all()
-        copies = torch.tensor(
-            [len({e // now.experts_per_rank
-                  for e in experts}) for experts in sent[worker.rank].topk_idx.tolist()])
-        same_bits("combined", combined + 0.0, (sent[worker.rank].x.float() * copies[:, None]).bfloat16() + 0.0)
+        same_bits("combined", combined + 0.0, PendingCall(worker, buffer, now).sum_of_copies() + 0.0)
 
 
 def poisoned_alloc_order(worker: Worker, work: Workload) -> None:

@@ -34,7 +34,7 @@ def outputs_are_lent(worker: Worker, work: Workload, how: How) -> list[bool]:
         pending = PendingCall(worker, buffer, work, how).layout().dispatch()
         x, topk_idx, topk_weights = pending.result[:3]
         rows = list(x) if isinstance(x, tuple) else [x]
-        found = [tensor.data_ptr() in region for tensor in (*rows, topk_idx, topk_weights, pending.handle[3])]
+        found = [tensor.data_ptr() in region for tensor in (*rows, topk_idx, topk_weights, pending.recv_src_idx)]
         pending.combine()
         return found
 
@@ -93,7 +93,7 @@ def part_of_a_lent_tensor(worker: Worker, work: Workload) -> None:
     """combine reads a slice of what was lent."""
     with worker.new_buffer(num_lend_bytes=LEND_BYTES) as buffer:
         pending = PendingCall(worker, buffer, work).layout().dispatch()
-        rows = pending.handle[3].shape[0]
+        rows = pending.recv_src_idx.shape[0]
         lent = buffer.lend((rows + 7, work.hidden))
         lent.fill_(float("nan"))
         pending.combine_input = lambda given: lent[5:5 + rows].copy_(given)  # type: ignore[method-assign]

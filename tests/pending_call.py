@@ -6,7 +6,7 @@ from typing import Any, Optional
 
 import torch
 from compare import equal, poisoned, same_bits, same_numbers
-from reference import Arrival, Layout, Sent, combine, dispatch, layout
+from reference import Arrival, Layout, RailPlaces, Sent, combine, dispatch, layout, positions, rail_places
 from utils import Worker
 from workload import Workload
 
@@ -40,11 +40,18 @@ def expected(work: Workload, expert_alignment: int) -> tuple[list[Sent], list[Ar
     return sent, [dispatch(sent, rank, work.num_experts, expert_alignment) for rank in range(work.num_ranks)]
 
 
+@functools.lru_cache(maxsize=8)
+def expected_rail(work: Workload, ranks_per_node: int) -> list[RailPlaces]:
+    sent = work.sent()
+    return [rail_places(sent, rank, work.num_experts, ranks_per_node) for rank in range(work.num_ranks)]
+
+
 class PendingCall:
     """Call the steps in the order of the methods; every rank of the group must make the same ones."""
 
     def __init__(self, worker: Worker, buffer: Any, work: Workload, how: Optional[How] = None) -> None:
         self.buffer, self.work, self.how = buffer, work, how or How()
+        self.ranks_per_node: int = buffer._session.topology.ranks_per_node
         self.rank, self.device = worker.rank, worker.device
         self.sent, self.arrivals = expected(work, self.how.expert_alignment)
         self.config: Optional[Config] = Config(self.how.num_sms, 4, 8)
@@ -58,6 +65,16 @@ class PendingCall:
     @property
     def arrival(self) -> Arrival:
         return self.arrivals[self.rank]
+
+    @property
+    def num_nodes(self) -> int:
+        return self.work.num_ranks // self.ranks_per_node
+
+    @property
+    def recv_src_idx(self) -> torch.Tensor:
+        """Of the handle."""
+        found: torch.Tensor = self.handle[3 if self.num_nodes == 1 else 7]
+        return found
 
     @property
     def num_worst_tokens(self) -> int:
@@ -99,7 +116,8 @@ class PendingCall:
         self.landed(got[4])
         want: Layout = layout(self.mine.topk_idx, self.work.num_ranks, self.work.num_experts)
         same_bits("num_tokens_per_rank", got[0], want.num_tokens_per_rank)
-        assert got[1] is None
+        same_bits("num_tokens_per_rdma_rank", got[1],
+                  want.num_tokens_per_node(self.ranks_per_node) if self.num_nodes > 1 else None)
         same_bits("num_tokens_per_expert", got[2], want.num_tokens_per_expert)
         same_bits("is_token_in_rank", got[3], want.is_token_in_rank)
         self.layout_tensors = dispatch_arguments(got)
@@ -150,12 +168,27 @@ class PendingCall:
         assert recv_scales is None or recv_scales.is_contiguous()
 
     def check_handle(self, handle: Any) -> None:
-        equal("handle", (type(handle), len(handle)), (tuple, 6))
+        equal("handle", (type(handle), len(handle)), (tuple, 6 if self.num_nodes == 1 else 10))
         assert all(isinstance(element, torch.Tensor) for element in handle)
-        same_bits("handle: rank_prefix_matrix", handle[0], self.arrival.rank_prefix_matrix)
-        same_bits("handle: recv_src_idx", handle[3][:self.arrival.x.shape[0]], self.arrival.src_idx)
-        equal("handle: is_token_in_rank", list(handle[4].shape), [self.mine.x.shape[0], self.work.num_ranks])
-        equal("handle: send_head", list(handle[5].shape), [self.mine.x.shape[0], self.work.num_ranks])
+        matrix, src_idx, in_rank, send_head = (0, 3, 4, 5) if self.num_nodes == 1 else (5, 7, 0, 2)
+        node = self.rank // self.ranks_per_node
+        same_bits("handle: rank_prefix_matrix", handle[matrix],
+                  self.arrival.rank_prefix_matrix.split(self.ranks_per_node, 1)[node])
+        same_bits("handle: recv_src_idx", handle[src_idx][:self.arrival.x.shape[0]], self.arrival.src_idx)
+        sent = layout(self.mine.topk_idx, self.work.num_ranks, self.work.num_experts).is_token_in_rank
+        same_bits("handle: is_token_in_rank", handle[in_rank], sent)
+        same_bits("handle: send_head", handle[send_head], positions(sent))
+        if self.num_nodes > 1:
+            self.check_rail(handle)
+
+    def check_rail(self, handle: Any) -> None:
+        want = expected_rail(self.work, self.ranks_per_node)[self.rank]
+        same_bits("handle: rail_prefix", handle[4], want.rail_prefix)
+        same_bits("handle: recv_rank_prefix", handle[-4], want.recv_rank_prefix)
+        same_bits("handle: send_rail_head", handle[8], want.send_rail_head)
+        same_bits("handle: rail_head", handle[9][:want.rail_head.shape[0]], want.rail_head)
+        if not self.how.worst_factor:
+            equal("handle: rows of rail_head", handle[9].shape[0], want.rail_head.shape[0])
 
     def dispatch(self) -> "PendingCall":
         return self.start_dispatch().finish_dispatch()
@@ -184,7 +217,7 @@ class PendingCall:
         biases = self.work.biases(self.rank, num_biases)
         bias: Any = tuple(tensor.to(self.device) for tensor in biases)
         bias = None if num_biases == 0 else bias[0] if num_biases == 1 else bias
-        rows = self.handle[3].shape[0]  # more than received in the worst case: then the rest is garbage
+        rows = self.recv_src_idx.shape[0]  # more than received in the worst case: then the rest is garbage
         with poisoned():
             combined, combined_weights, event = self.buffer.combine(
                 self.combine_input(self.padded(returned[self.rank], rows)), self.handle,
@@ -192,10 +225,17 @@ class PendingCall:
                 **self.stream_options())
         self.landed(event)
         num_tokens = self.mine.x.shape[0]
-        same_numbers("combined_x", combined, combine(returned, self.arrivals, self.rank, num_tokens, biases))
-        want = combine(weights, self.arrivals, self.rank, num_tokens) if has_weights else None
+        nodes = self.ranks_per_node
+        same_numbers("combined_x", combined, combine(returned, self.arrivals, self.rank, num_tokens, biases, nodes))
+        want = combine(weights, self.arrivals, self.rank, num_tokens, (), nodes) if has_weights else None
         same_numbers("combined_topk_weights", combined_weights, want)
         return self
+
+    def sum_of_copies(self, factor: float = 1) -> torch.Tensor:
+        """What a combine makes of the rows that came, each multiplied."""
+        returned = [(arrival.x.float() * factor).to(arrival.x.dtype) for arrival in self.arrivals]
+        num_tokens = self.mine.x.shape[0]
+        return combine(returned, self.arrivals, self.rank, num_tokens, (), self.ranks_per_node)
 
     def combine_input(self, rows: torch.Tensor) -> torch.Tensor:
         if not self.how.lends:

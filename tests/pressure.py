@@ -150,13 +150,14 @@ def repeated(worker: Worker, pending: PendingCall, what: str, num_biases: int) -
         pending.config = Config(max(2, most_sms // (1 + i % 2) // 2 * 2), 4, 8)
         pending.start_dispatch()
         recv_x, topk_idx, weights, _, handle, event = pending.result
+        src_idx = pending.recv_src_idx
         pending.landed(event)
         rows = recv_x if isinstance(recv_x, tuple) else (recv_x, )
-        combined, combined_weights, event = pending.buffer.combine(pending.padded(answers, handle[3].shape[0]), handle,
+        combined, combined_weights, event = pending.buffer.combine(pending.padded(answers, src_idx.shape[0]), handle,
                                                                    weights, bias, pending.config,
                                                                    **pending.stream_options())
         pending.landed(event)
-        received = (*rows, topk_idx, weights, handle[3])
+        received = (*rows, topk_idx, weights, src_idx)
         digests.add(*(tensor[:num_rows[rank]] for tensor in received), combined, combined_weights)
     return digests
 
@@ -179,18 +180,18 @@ def large_round(worker: Worker, sizes: Sizes, choice: Choice, seed: int) -> Dige
     in_rank = [is_token_in_rank(work, source) for source in range(worker.num_ranks)]
     x = [work.x(source) for source in range(worker.num_ranks)]
     want = torch.cat([rows[chosen[:, rank]] for rows, chosen in zip(x, in_rank)])
-    want_combined = (x[rank].float() * in_rank[rank].sum(1, keepdim=True)).bfloat16()
+    want_combined = sum_of_copies(x[rank], in_rank[rank], rank, buffer._session.topology.ranks_per_node)
     mine, topk_idx = x[rank].to(device), work.topk_idx(rank).to(device)
     weights = torch.rand(topk_idx.shape, generator=work.generator(rank, 4)).to(device)
     digests = Digests(f"seed {seed}, {work}")
     for i in range(NUM_REPEATS):
         be_late(worker, i)
         config = Config(max(2, sizes.num_sms // (1 + i % 2) // 2 * 2), 4, 8)
-        per_rank, _, per_expert, chosen, _ = buffer.get_dispatch_layout(topk_idx, work.num_experts)
+        per_rank, per_node, per_expert, chosen, _ = buffer.get_dispatch_layout(topk_idx, work.num_experts)
         recv_x, recv_idx, recv_weights, _, handle, _ = buffer.dispatch(mine,
                                                                        None,
                                                                        per_rank,
-                                                                       None,
+                                                                       per_node,
                                                                        chosen,
                                                                        per_expert,
                                                                        topk_idx,
@@ -201,11 +202,20 @@ def large_round(worker: Worker, sizes: Sizes, choice: Choice, seed: int) -> Dige
             torch.cuda.current_stream().synchronize()
         if i == 0:
             same_bits("recv_x", recv_x, want)
-            # A sum of equal numbers: exact in float32 for any number of ranks of a node.
+            # Sums of equal numbers: exact in float32 for any number of ranks of a node.
             same_numbers("combined_x", combined, want_combined)
         digests.add(recv_x, recv_idx, recv_weights, combined, combined_weights)
     buffer.check()
     return digests
+
+
+def sum_of_copies(x: torch.Tensor, in_rank: torch.Tensor, rank: int, ranks_per_node: int) -> torch.Tensor:
+    """What a combine makes of rows that come back as they were sent. Every node but the own one rounds its sum."""
+    by_node = [x.float() * ranks.sum(1, keepdim=True) for ranks in in_rank.split(ranks_per_node, 1)]
+    own = by_node.pop(rank // ranks_per_node)
+    for other in by_node:
+        own += other.bfloat16().float()
+    return own.bfloat16()
 
 
 def is_token_in_rank(work: Workload, source: int) -> torch.Tensor:

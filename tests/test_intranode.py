@@ -5,12 +5,11 @@
     python tests/test_intranode.py --num-processes 4 --pressure-test 600
 """
 
-import argparse
 from pathlib import Path
-from typing import Any
 
 import failure_cases as failures
 import intranode_cases as cases
+import modes
 import pressure
 import pytest
 import torch
@@ -304,57 +303,8 @@ def test_destructor(pool: Pool, explicitly: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Dispatch and combine within a node, checked against the reference")
-    for name, default in (("processes", 4), ("tokens", 128), ("hidden", 7168), ("topk", 8), ("experts", 64), ("sms",
-                                                                                                              8)):
-        parser.add_argument("--hidden" if name == "hidden" else f"--num-{name}", type=int, default=default)
-    parser.add_argument("--pressure-test",
-                        type=float,
-                        metavar="SECONDS",
-                        help="random calls for so long, each several times, bits compared")
-    parser.add_argument("--seed", type=int, default=0, help="of the pressure test")
-    args = parser.parse_args()
-    if args.num_experts % args.num_processes:
-        parser.error("--num-experts must be a multiple of --num-processes")
-    pool = Pool(args.num_processes)
-    if args.pressure_test is None:
-        run_modes(pool, args)
-    else:
-        run_pressure_test(pool, args)
-    pool.close()
-
-
-def run_pressure_test(pool: Pool, args: argparse.Namespace) -> None:
-    sizes = pressure.Sizes(args.num_tokens, args.hidden, args.num_topk, args.num_experts // args.num_processes,
-                           args.num_sms)
-    seconds = args.pressure_test
-    pressure.announce(sizes, args.seed, seconds)
-    found = pool.run(pressure.run, args.num_processes, sizes, args.seed, seconds, deadline_s=seconds + 300)
-    print(pressure.summary(found))
-
-
-def run_modes(pool: Pool, args: argparse.Namespace) -> None:
-    base: dict[str, Any] = {
-        "num_tokens": even(args.num_processes, args.num_tokens),
-        "hidden": args.hidden,
-        "num_topk": args.num_topk,
-        "experts_per_rank": args.num_experts // args.num_processes
-    }
-    sms = args.num_sms
-    modes = {
-        "bfloat16": (cases.whole_trip, Workload(**base), How(num_sms=sms)),
-        "bfloat16, no top-k": (cases.whole_trip, Workload(**base), How(num_sms=sms, has_topk=False)),
-        "bfloat16, asynchronous": (cases.whole_trip, Workload(**base), How(True, True, num_sms=sms)),
-        "bfloat16, worst-case rows": (cases.whole_trip, Workload(**base), How(worst_factor=1, num_sms=sms)),
-        "fp8 with scales": (cases.scaled_trip,
-                            Workload(**base, dtype=FP8, num_scales=max(1, args.hidden // 128), scale_layout="column"),
-                            How(num_sms=sms)),
-        "handle reuse": (cases.reused_handle, Workload(**base)),
-    }  # yapf: disable
-    for name, (case, *case_args) in modes.items():
-        options = {"num_nvl_bytes": 1 << 27} if case is cases.whole_trip else {}
-        pool.run(case, args.num_processes, *case_args, deadline_s=600, **options)
-        print(f"{name}: passed")
+    parser = modes.make_parser("Dispatch and combine within a node, checked against the reference")
+    modes.run(parser.parse_args(), parser)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,12 @@ class Worker:
         """Of the group, and not through the library under test."""
         dist.barrier(self.group)
 
+    def close(self) -> None:
+        """Before a process ends that is a rank by itself."""
+        for buffer in self.buffers.values():
+            buffer.destroy()
+        dist.destroy_process_group()
+
 
 def device() -> torch.device:
     """Where the tensors of this process live."""
@@ -190,6 +196,17 @@ class Pool:
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
+
+
+def member() -> Worker:
+    """This process as one rank of the group that torchrun has started it for."""
+    torch.set_num_threads(1)
+    if device().type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    group = dist.group.WORLD
+    assert group is not None
+    return Worker(dist.get_rank(), tuple(range(dist.get_world_size())), group)
 
 
 def _serve(index: int, num_processes: int, store: str, connection: Any, environment: dict[str, str],

@@ -13,16 +13,29 @@ BEGIN = '# -- Records of arguments: written by tools/render_stub.py from csrc/ke
 END = '# -- End of the records'
 PYTHON_TYPES = {'bool': 'bool', 'two addresses': 'tuple[int, int]'}  # the others: int
 
+Fields = tuple[tuple[str, str, str], ...]
 
-def render_record(name: str, fields: tuple[tuple[str, str, str], ...]) -> str:
-    lines = [f'class _{name}(TypedDict, total=False):']
-    for field, kind, meaning in fields:
+
+def find_base(name: str, records: dict[str, Fields]) -> str | None:
+    """The record that one extends: all its fields come first in the other."""
+    fields = records[name]
+    for other, first in records.items():
+        if other != name and fields[:len(first)] == first:
+            return other
+    return None
+
+
+def render_record(name: str, records: dict[str, Fields]) -> str:
+    fields, base = records[name], find_base(name, records)
+    first = f'base: {base} = ..., /, ' if base else ''
+    lines = [f'class _{name}({f"_{base}" if base else "TypedDict"}, total=False):']
+    for field, kind, meaning in fields[len(records[base]) if base else 0:]:
         lines.append(f'    {field}: {PYTHON_TYPES.get(kind, "int")}  # {kind}{"; " if meaning else ""}{meaning}')
     lines += [
         '',
         f'class {name}:',
         '    FIELDS: Tuple[Tuple[str, str, str], ...]',
-        f'    def __init__(self, **fields: Unpack[_{name}]) -> None: ...',
+        f'    def __init__(self, {first}**fields: Unpack[_{name}]) -> None: ...',
         f'    def replace(self, **fields: Unpack[_{name}]) -> {name}: ...',
     ]
     return '\n'.join(lines)
@@ -34,8 +47,8 @@ def render() -> str:
 
     before, rest = STUB.read_text().split(BEGIN)
     _, after = rest.split(END)
-    records = [(name, member.FIELDS) for name, member in vars(deep_ep_cpp).items() if hasattr(member, 'FIELDS')]
-    return f'{before}{BEGIN}\n\n' + '\n\n'.join(render_record(*record) for record in records) + f'\n\n{END}{after}'
+    records = {name: member.FIELDS for name, member in vars(deep_ep_cpp).items() if hasattr(member, 'FIELDS')}
+    return f'{before}{BEGIN}\n\n' + '\n\n'.join(render_record(name, records) for name in records) + f'\n\n{END}{after}'
 
 
 def main(arguments: list[str]) -> int:

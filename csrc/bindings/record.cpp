@@ -1,5 +1,6 @@
 #include "bindings/record.h"
 
+#include <algorithm>
 #include <cstring>
 #include <string>
 
@@ -95,11 +96,34 @@ bool fill(const RecordType& type, Record* record, PyObject* const* values, PyObj
     return true;
 }
 
+// The record types, to know what an object is.
+std::vector<const RecordType*>& all_types() {
+    static std::vector<const RecordType*> types;
+    return types;
+}
+
+// Whether all fields of `base` are the first ones of `type`: then its struct is the first base of the other's.
+bool is_extension(const RecordType& type, const RecordType& base) {
+    return &type != &base && base.names.size() <= type.names.size() &&
+           std::equal(base.names.begin(), base.names.end(), type.names.begin());
+}
+
+bool copy_base(const RecordType& type, Record* record, PyObject* base) {
+    for (const RecordType* candidate : all_types()) {
+        if (Py_TYPE(base) != candidate->type || !is_extension(type, *candidate)) continue;
+        const auto* original = reinterpret_cast<const Record*>(base);
+        record->given = original->given;
+        std::memcpy(record->args, original->args, candidate->num_bytes);
+        return true;
+    }
+    return false;
+}
+
 PyObject* filled(const RecordType& type, Record* record, PyObject* const* args, Py_ssize_t num_args, PyObject* names) {
     if (record == nullptr) return nullptr;
-    if (num_args > 0)
-        PyErr_Format(PyExc_TypeError, "%s takes keywords only", type.name);
-    else if (fill(type, record, args, names))
+    if (num_args > 1 || (num_args == 1 && !copy_base(type, record, args[0])))
+        PyErr_Format(PyExc_TypeError, "%s takes keywords, after a record that it extends", type.name);
+    else if (fill(type, record, args + num_args, names))
         return reinterpret_cast<PyObject*>(record);
     Py_DECREF(reinterpret_cast<PyObject*>(record));
     return nullptr;
@@ -139,6 +163,7 @@ bool add_record_type(PyObject* module, RecordType& type) {
     if (made == nullptr || fields == nullptr) return false;
     type.type = reinterpret_cast<PyTypeObject*>(made);
     type.type->tp_vectorcall = type.make;
+    all_types().push_back(&type);
     const bool is_listed = PyObject_SetAttrString(made, "FIELDS", fields) == 0;
     Py_DECREF(fields);
     return is_listed && PyModule_AddObject(module, type.name, made) == 0;
@@ -155,6 +180,10 @@ PyObject* make_record(const RecordType& type, PyObject* const* args, Py_ssize_t 
 
 PyObject* replace_in_record(const RecordType& type, PyObject* self, PyObject* const* args, Py_ssize_t num_args,
                             PyObject* names) {
+    if (num_args > 0) {
+        PyErr_Format(PyExc_TypeError, "%s.replace takes keywords only", type.name);
+        return nullptr;
+    }
     Record* copy = allocate(type);
     if (copy != nullptr) {
         const auto* original = reinterpret_cast<const Record*>(self);

@@ -45,6 +45,7 @@ struct RecordType {
 
 // Makes each type, and an attribute of `module` of it; false: with an exception set.
 bool add_record_types(PyObject* module);
+// Of keywords; of a record too, whose fields are the first ones of this type.
 PyObject* make_record(const RecordType& type, PyObject* const* args, Py_ssize_t num_args, PyObject* names);
 // A copy of `self` with other values in the fields that are given.
 PyObject* replace_in_record(const RecordType& type, PyObject* self, PyObject* const* args, Py_ssize_t num_args,

@@ -20,7 +20,9 @@ using Biases = const uint8_t* [kMaxBiases];
     FIELD(int, num_tokens, "") \
     FIELD(int, num_topk, "") \
     FIELD(int, num_experts, "of all ranks") \
+    FIELD(int, num_nodes, "that the ranks are divided into, evenly") \
     FIELD(int*, num_tokens_per_rank, "output, [num_ranks]") \
+    FIELD(int*, num_tokens_per_node, "output, [num_nodes]; or none") \
     FIELD(int*, num_tokens_per_expert, "output, [num_experts]") \
     FIELD(uint8_t*, is_token_in_rank, "output, bool [num_tokens, num_ranks]")
 
@@ -72,8 +74,8 @@ using Biases = const uint8_t* [kMaxBiases];
 
 #define EP_INTERNODE_DISPATCH_ARGS(FIELD) \
     FIELD(const int*, rail_prefix, "[N], of the count exchange") \
-    FIELD(int*, send_rail_head, "[num_tokens, N]: place among those sent there, -1: not sent, or own node; output unless cached") \
-    FIELD(int*, rail_head, "[num_rail_tokens, L]: place of a forwarded token at each rank here, -1; output unless cached") \
+    FIELD(int*, send_rail_head, "[num_tokens, N]: place in that stream, -1: none or own node; output unless cached") \
+    FIELD(int*, rail_head, "[num_rail_rows, L]: place of a forwarded token at each rank, or -1; output unless cached") \
     FIELD(int, num_rail_rows, "that rail_head holds")
 
 #define EP_INTERNODE_COMBINE_ARGS(FIELD) \

@@ -53,7 +53,7 @@ constexpr int kMaxLayoutBlocks = 16;
 
 struct LayoutPlan {
     int num_ranks;
-    int* partials;    // [num_ranks + num_experts, kMaxLayoutBlocks]
+    int* partials;    // [num_ranks + num_experts + num_nodes, kMaxLayoutBlocks]
     int num_threads;  // of a block
     WatchParams watch;
 };

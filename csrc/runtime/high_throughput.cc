@@ -26,9 +26,10 @@ void HighThroughput::get_dispatch_layout(const LayoutArgs& args, dev::Stream str
     connection_.check();
     check_num_tokens(args.num_tokens);
     check_num_experts(args.num_experts, num_ranks);
-    const int num_counts = num_ranks + args.num_experts;
-    EP_CHECK(num_counts <= max_layout_counts(machine), "num_experts must be at most ",
-             max_layout_counts(machine) - num_ranks, ", got ", args.num_experts);
+    EP_CHECK(args.num_nodes > 0 && num_ranks % args.num_nodes == 0, "num_nodes must divide the ", num_ranks,
+             " ranks, got ", args.num_nodes);
+    const int max_experts = max_layout_counts(machine) - num_ranks - args.num_nodes;
+    EP_CHECK(args.num_experts <= max_experts, "num_experts must be at most ", max_experts, ", got ", args.num_experts);
     const LayoutGrid grid = plan_layout(machine, args.num_tokens);
     kernels_.layout({{.num_ranks = num_ranks,
                       .partials = layout_partials_.get(),

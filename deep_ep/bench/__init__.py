@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m deep_ep bench intranode` or `low-latency`. They measure and report; they never judge."""
+"""Benchmarks: `python -m deep_ep bench intranode`, `internode` or `low-latency`. They measure and never judge."""

@@ -10,6 +10,7 @@ import torch
 
 import deep_ep_cpp
 from deep_ep import _env
+from deep_ep.bench.internode import InternodeBenchmark
 from deep_ep.bench.intranode import IntranodeBenchmark
 from deep_ep.bench.low_latency import LowLatencyBenchmark
 from deep_ep.bench.options import Options
@@ -30,16 +31,29 @@ class Defaults:
     num_sms: int
 
 
-BENCHMARKS: dict[str, MakeBenchmark] = {"intranode": IntranodeBenchmark, "low-latency": LowLatencyBenchmark}
+BENCHMARKS: dict[str, MakeBenchmark] = {
+    "intranode": IntranodeBenchmark,
+    "internode": InternodeBenchmark,
+    "low-latency": LowLatencyBenchmark
+}
 # By benchmark: on CUDA, on the CPU. Low latency uses all SMs; its number is for the ceiling alone.
+HIGH_THROUGHPUT_DEFAULTS = (Defaults([4096], hidden=7168, experts=256, repeats=30,
+                                     num_sms=16), Defaults([64], hidden=512, experts=32, repeats=3, num_sms=2))
 DEFAULTS = {
-    "intranode": (Defaults([4096], hidden=7168, experts=256, repeats=30,
-                           num_sms=16), Defaults([64], hidden=512, experts=32, repeats=3, num_sms=2)),
+    "intranode":
+    HIGH_THROUGHPUT_DEFAULTS,
+    "internode":
+    HIGH_THROUGHPUT_DEFAULTS,
     "low-latency": (Defaults([2**i for i in range(10)], hidden=7168, experts=288, repeats=30,
                              num_sms=64), Defaults([1, 16], hidden=512, experts=32, repeats=3, num_sms=2)),
 }
 # What --sweep measures, where the option itself is not given.
-SWEPT_TOKENS = {"intranode": [1, 16, 128, 512, 2048, 4096, 8192], "low-latency": [2**i for i in range(10)]}
+HIGH_THROUGHPUT_TOKENS = [1, 16, 128, 512, 2048, 4096, 8192]
+SWEPT_TOKENS = {
+    "intranode": HIGH_THROUGHPUT_TOKENS,
+    "internode": HIGH_THROUGHPUT_TOKENS,
+    "low-latency": [2**i for i in range(10)]
+}
 SWEPT_SMS = [4, 8, 16, 24, 32]
 SWEPT_ROUTINGS = ["uniform", "hot-rank"]
 
@@ -74,11 +88,21 @@ def make_options(args: argparse.Namespace, is_cuda: bool) -> Options:
                    with_comparison=not args.no_comparison,
                    with_profile=args.profile,
                    is_threaded=args.ranks_as_threads,
-                   num_gpus=num_gpus)
+                   num_gpus=num_gpus,
+                   ranks_per_node=choose_nodes(args, num_ranks))
+
+
+def choose_nodes(args: argparse.Namespace, num_ranks: int) -> int:
+    """Ranks in each virtual node; 0: no such."""
+    if args.benchmark != "internode":
+        return 0
+    if num_ranks <= args.ranks_per_node or num_ranks % args.ranks_per_node:
+        raise SystemExit(f"--ranks-per-node must divide the {num_ranks} ranks into nodes, got {args.ranks_per_node}")
+    return int(args.ranks_per_node)
 
 
 def choose_budgets(args: argparse.Namespace, defaults: Defaults) -> list[int]:
-    return SWEPT_SMS if args.sweep and args.benchmark == "intranode" else [defaults.num_sms]
+    return SWEPT_SMS if args.sweep and args.benchmark != "low-latency" else [defaults.num_sms]
 
 
 def command_of(arguments: list[str]) -> str:
@@ -106,6 +130,8 @@ def run(args: argparse.Namespace, arguments: list[str]) -> int:
     if args.ranks_as_threads:
         _env.prepare_threaded_ranks()
     options = make_options(args, device == "cuda")
+    if options.ranks_per_node:
+        _env.set_ranks_per_node(options.ranks_per_node)
     signal.signal(signal.SIGTERM, end_early)
     report = Report(benchmark=args.benchmark,
                     command=command_of(arguments),

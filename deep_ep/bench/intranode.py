@@ -51,9 +51,11 @@ class Workload:
         self._fp8 = [(x.to(torch.float8_e4m3fn), scales) for x in self._bf16]
 
     def _make_routing(self, device: torch.device) -> dict[str, Any]:
-        per_rank, _, per_expert, is_in_rank, _ = self._buffer.get_dispatch_layout(self.topk_idx, self.shape.num_experts)
+        per_rank, per_node, per_expert, is_in_rank, _ = self._buffer.get_dispatch_layout(
+            self.topk_idx, self.shape.num_experts)
         return {
             "num_tokens_per_rank": per_rank,
+            "num_tokens_per_rdma_rank": per_node,
             "is_token_in_rank": is_in_rank,
             "num_tokens_per_expert": per_expert,
             "topk_idx": self.topk_idx,
@@ -141,9 +143,12 @@ class IntranodeBenchmark(ModeBenchmark):
         configs = Buffer.get_dispatch_config(num_ranks), Buffer.get_combine_config(num_ranks)
         return self._ranks.buffer(max(config.get_nvl_buffer_size_hint(row_bytes, num_ranks) for config in configs))
 
+    def _remote_copies(self, shape: Shape) -> int:
+        return busiest_remote_copies(count_copies(shape, self._options.seed))
+
     def _measure_shape(self, shape: Shape, num_sms: int) -> None:
         options = self._options
-        remote_copies = busiest_remote_copies(count_copies(shape, options.seed))
+        remote_copies = self._remote_copies(shape)
         is_profiled = self._is_profiled(shape)
         with self._buffer(num_sms) as buffer:
             workload = Workload(buffer, shape, options, self._device)

@@ -51,6 +51,7 @@ class ModeBenchmark:
     looked at one by one; else the largest is."""
 
     profiled_tokens = 0
+    has_ceiling = True  # there is a link whose rate a kernel of its own can tell
 
     def __init__(self, ranks: Ranks, options: Options, device: torch.device, findings: Findings) -> None:
         self._ranks = ranks
@@ -60,9 +61,10 @@ class ModeBenchmark:
         self._timer = Timer(ranks, options.is_cuda)
         self._profiler = Profiler(ranks, self._timer, options)
         # By SM budget. Threads share a GPU: there is no link.
-        self._ceilings = (dict.fromkeys(options.num_sms, 0.0) if options.is_threaded else measure_ceilings(
-            ranks, self._timer, options.num_sms, device))
-        if not options.is_threaded and not is_measurable():
+        has_ceiling = self.has_ceiling and not options.is_threaded
+        self._ceilings = (measure_ceilings(ranks, self._timer, options.num_sms, device)
+                          if has_ceiling else dict.fromkeys(options.num_sms, 0.0))
+        if has_ceiling and not is_measurable():
             findings.notice(NO_CEILINGS)
         if options.with_graphs and options.is_threaded:
             findings.notice(NO_GRAPHS)

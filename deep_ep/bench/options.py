@@ -25,6 +25,7 @@ class Options:
     with_profile: bool = False
     is_threaded: bool = False  # ranks are threads that share one GPU
     num_gpus: int = 0
+    ranks_per_node: int = 0  # of virtual nodes; 0: the ranks share one
 
     @property
     def has_own_gpus(self) -> bool:

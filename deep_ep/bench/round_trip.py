@@ -10,6 +10,7 @@ from typing import Any, Callable
 
 import torch
 
+import deep_ep_cpp
 from deep_ep import _env
 from deep_ep.buffer import Buffer
 
@@ -118,6 +119,12 @@ def _serve(rank: int, size: int, device: str, gpu: int, connection: Connection) 
         connection.send(("end", times_us))
 
 
+def num_nodes(num_ranks: int) -> int:
+    """That so many ranks of this machine are: more than one where DEEP_EP_RANKS_PER_NODE says so."""
+    ranks_per_node = int(deep_ep_cpp.get_environment()["ranks_per_node"])
+    return num_ranks // ranks_per_node if 0 < ranks_per_node < num_ranks else 1
+
+
 def _exchange(hub: _Hub, device: str) -> dict[str, float]:
     """The times of this rank, in us."""
     num_experts = 4 * hub.Get_size()
@@ -126,12 +133,13 @@ def _exchange(hub: _Hub, device: str) -> dict[str, float]:
     choice = torch.rand(NUM_TOKENS, num_experts, generator=generator).topk(NUM_TOPK)
     topk_idx = choice.indices.to(device)
     rdma_bytes = Buffer.get_low_latency_rdma_size_hint(NUM_TOKENS, HIDDEN, hub.Get_size(), num_experts)
+    has_low_latency = num_nodes(hub.Get_size()) == 1
     times_us = {}
     for name, lend_bytes in (("through slots", 0), ("lent", BUFFER_BYTES)):
-        with Buffer(None, BUFFER_BYTES, rdma_bytes, low_latency_mode=True, comm=hub, timeout_s=WAIT_S,
-                    num_lend_bytes=lend_bytes) as buffer:  # yapf: disable
+        with Buffer(None, BUFFER_BYTES, rdma_bytes if has_low_latency else 0, low_latency_mode=has_low_latency,
+                    comm=hub, timeout_s=WAIT_S, num_lend_bytes=lend_bytes) as buffer:  # yapf: disable
             times_us[name] = _time(device, functools.partial(_high_throughput_trip, buffer, x, topk_idx, num_experts))
-            if lend_bytes == 0:
+            if lend_bytes == 0 and has_low_latency:
                 times_us["low latency"] = _time(device,
                                                 functools.partial(_low_latency_trip, buffer, x, topk_idx, num_experts))
     return times_us
@@ -152,13 +160,23 @@ def _time(device: str, trip: Callable[[], Callable[[], None]]) -> float:
 
 def _high_throughput_trip(buffer: Buffer, x: torch.Tensor, topk_idx: torch.Tensor,
                           num_experts: int) -> Callable[[], None]:
-    """Every rank gives back what it received, so a token comes home once for each rank that it went to."""
-    per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, num_experts)
+    """Every rank gives back what it received, so a token comes home once for each rank that it went to.
+
+    Other nodes sum their copies, and round, before they send them.
+    """
+    per_rank, per_node, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, num_experts)
     weights = torch.ones(topk_idx.shape, device=x.device)
-    received, _, _, _, handle, _ = buffer.dispatch(x, None, per_rank, None, in_rank, per_expert, topk_idx, weights)
+    received, _, _, _, handle, _ = buffer.dispatch(x, None, per_rank, per_node, in_rank, per_expert, topk_idx, weights)
     assert isinstance(received, torch.Tensor) and handle is not None  # noqa: S101, PT018 - for mypy: x is no tuple
     combined = buffer.combine(received, handle)[0]
-    return lambda: _compare("high throughput", combined, (x.float() * in_rank.sum(1, keepdim=True)).to(torch.bfloat16))
+    nodes = num_nodes(buffer.group_size)
+    copies = in_rank.view(len(x), nodes, -1).sum(2).float()
+    own_node = buffer.rank * nodes // buffer.group_size
+    expected = x.float() * copies[:, own_node:own_node + 1]
+    for node in range(nodes):
+        if node != own_node:
+            expected += (x.float() * copies[:, node:node + 1]).to(torch.bfloat16).float()
+    return lambda: _compare("high throughput", combined, expected.to(torch.bfloat16))
 
 
 def _low_latency_trip(buffer: Buffer, x: torch.Tensor, topk_idx: torch.Tensor, num_experts: int) -> Callable[[], None]:

@@ -59,6 +59,23 @@ def count_copies(shape: Shape, seed: int) -> torch.Tensor:
     return copies
 
 
+def busiest_rail_copies(shape: Shape, seed: int, ranks_per_node: int) -> int:
+    """The most copies that one rank sends to other nodes, or gets from there for its own: one of a token for each node.
+
+    They come to the rank of a node that has the number of their source in its own.
+    """
+    num_nodes, experts_per_node = shape.num_ranks // ranks_per_node, shape.num_local_experts * ranks_per_node
+    sent = torch.zeros(num_nodes, ranks_per_node, num_nodes, dtype=torch.int64)  # by node and number of the source
+    for source in range(shape.num_ranks):
+        experts = choose_experts(shape, source, seed)
+        nodes = torch.where(experts >= 0, experts // experts_per_node, num_nodes)
+        is_in_node = torch.zeros(shape.num_tokens, num_nodes + 1, dtype=torch.bool).scatter_(1, nodes, True)
+        node, number = divmod(source, ranks_per_node)
+        sent[node, number] = is_in_node[:, :num_nodes].sum(0)
+        sent[node, number, node] = 0
+    return int(max(sent.sum(2).max(), sent.sum(0).max()))
+
+
 def busiest_remote_copies(copies: torch.Tensor) -> int:
     """The most copies that one rank sends to, or gets from, the others: what the slowest link carries."""
     remote = copies - torch.diag(torch.diag(copies))

@@ -12,6 +12,14 @@ class Layout:
     num_tokens_per_expert: torch.Tensor  # int32 [E]; counts entries of topk_idx, so a duplicate counts twice
     is_token_in_rank: torch.Tensor  # bool [N, R]
 
+    def num_tokens_per_node(self, ranks_per_node: int) -> torch.Tensor:
+        """int32 [R / ranks_per_node]"""
+        return self.is_token_in_node(ranks_per_node).sum(0).int()
+
+    def is_token_in_node(self, ranks_per_node: int) -> torch.Tensor:
+        """bool [N, R / ranks_per_node]"""
+        return torch.stack([ranks.any(1) for ranks in self.is_token_in_rank.split(ranks_per_node, 1)], 1)
+
 
 @dataclass
 class Sent:
@@ -97,16 +105,32 @@ def combine(returned: list[torch.Tensor],
             arrivals: list[Arrival],
             rank: int,
             num_tokens: int,
-            biases: tuple[torch.Tensor, ...] = ()) -> torch.Tensor:
+            biases: tuple[torch.Tensor, ...] = (),
+            ranks_per_node: int = 0) -> torch.Tensor:
     """What `rank` gets back for its tokens when rank i returns row j of `returned[i]` for row j of `arrivals[i]`.
 
-    Sums in float32 in the order of the ranks, then adds the biases, and rounds once to the dtype of `returned`.
+    Sums in float32 in the order of the ranks, then adds the biases, and rounds once to the dtype of `returned`. Where
+    there are several nodes (of `ranks_per_node`, 0: one node), every other node sums its own rows so, rounds them
+    once, and these sums come after the rows of the own node, in the order of the nodes.
     """
+    num_ranks = len(arrivals)
+    size = ranks_per_node or num_ranks
     total = torch.zeros((num_tokens, returned[0].shape[1]), dtype=torch.float32)
-    for rows, arrival in zip(returned, arrivals):
-        for row, (src, token) in enumerate(zip(arrival.src_rank, arrival.src_idx.tolist())):
-            if src == rank:
-                total[token] += rows[row].float()
+    _add_rows(total, returned, arrivals, rank, rank // size, size)
+    for node in range(num_ranks // size):
+        if node != rank // size:
+            of_node = torch.zeros_like(total)
+            _add_rows(of_node, returned, arrivals, rank, node, size)
+            total += of_node.to(returned[0].dtype).float()
     for bias in biases:
         total += bias.float()
     return total.to(returned[0].dtype)
+
+
+def _add_rows(total: torch.Tensor, returned: list[torch.Tensor], arrivals: list[Arrival], owner: int, node: int,
+              ranks_per_node: int) -> None:
+    """What the ranks of one node have for the tokens of `owner`."""
+    for worker in range(node * ranks_per_node, (node + 1) * ranks_per_node):
+        for row, (src, token) in enumerate(zip(arrivals[worker].src_rank, arrivals[worker].src_idx.tolist())):
+            if src == owner:
+                total[token] += returned[worker][row].float()

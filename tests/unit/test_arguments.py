@@ -233,12 +233,3 @@ def test_a_refused_call_leaves_the_buffer_usable(buffer: Buffer) -> None:
     with pytest.raises(TypeError):
         single_rank_dispatch(buffer, x=None)
     assert torch.equal(single_rank_dispatch(buffer)[0], torch.ones((5, 16), dtype=BF16, device=device()))
-
-
-@pytest.mark.parametrize("call", [
-    lambda b: b.internode_dispatch(None),
-    lambda b: b.internode_combine(None, ()),
-])
-def test_what_is_missing_says_so(buffer: Buffer, call: Any) -> None:
-    with pytest.raises(deep_ep.Error, match="this version"):
-        call(buffer)

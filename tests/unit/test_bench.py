@@ -26,7 +26,14 @@ from deep_ep.bench.plot import draw_times, plot_file
 from deep_ep.bench.progress import show_progress
 from deep_ep.bench.ranks import ThreadMeeting, ThreadRanks
 from deep_ep.bench.results import Findings, HostCost, Kernel, Profile, Report, Row, save
-from deep_ep.bench.routing import ROUTINGS, Shape, busiest_remote_copies, choose_experts, count_copies
+from deep_ep.bench.routing import (
+    ROUTINGS,
+    Shape,
+    busiest_rail_copies,
+    busiest_remote_copies,
+    choose_experts,
+    count_copies,
+)
 from deep_ep.bench.tables import format_findings, format_table
 from deep_ep.bench.timing import Timer
 
@@ -78,6 +85,20 @@ def test_routings_differ_in_what_they_are_named_for() -> None:
     assert hot[0] > 1.2 * hot[1:].max()
     assert (choose_experts(make_shape("dropped"), 0, seed=0) == -1).any()
     assert (choose_experts(make_shape("uniform"), 0, seed=0) >= 0).all()
+
+
+def test_rail_copies_are_one_for_each_other_node() -> None:
+    """Against a loop over tokens; both directions of a rail count."""
+    for num_ranks, size, routing in ((4, 2, "uniform"), (6, 2, "hot-rank"), (3, 1, "dropped"), (2, 2, "uniform")):
+        shape = Shape(num_ranks, 20, 128, 3, 12, routing)
+        out, into = [0] * num_ranks, [0] * num_ranks
+        for source in range(num_ranks):
+            for experts in choose_experts(shape, source, 1).tolist():
+                nodes = {expert // (shape.num_local_experts * size) for expert in experts if expert >= 0}
+                for node in nodes - {source // size}:
+                    out[source] += 1
+                    into[node * size + source % size] += 1
+        assert busiest_rail_copies(shape, 1, size) == max(out + into), (num_ranks, size)
 
 
 def test_busiest_copies_look_at_both_directions_and_leave_out_a_rank_s_own() -> None:
@@ -280,6 +301,14 @@ def test_the_benchmark_runs_on_the_cpu(tmp_path: Path) -> None:
     waited = {cost["operation"] for cost in content["host"] if cost["waited_us"] > 0}
     assert waited == {"dispatch BF16", "dispatch FP8"}, "only a fresh dispatch waits for counts"
     assert "combine BF16" in printed
+
+
+def test_the_benchmark_across_nodes_counts_what_leaves_a_node(tmp_path: Path) -> None:
+    content, _ = run_benchmark("internode", tmp_path, "--tokens", "8", "--num-processes", "4", "--ranks-per-node", "2")
+    assert [row["operation"] for row in content["rows"]] == ["layout", *DISPATCHES, *COMBINES]
+    copies = busiest_rail_copies(Shape(4, 8, 128, 2, 4, "uniform"), 0, 2)
+    assert {row["remote_bytes"] for row in content["rows"] if "BF16" in row["operation"]} == {copies * 256}
+    assert content["environment"]["DEEP_EP_RANKS_PER_NODE"] == "2"
 
 
 def test_ranks_that_are_threads_are_compared_with_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

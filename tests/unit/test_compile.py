@@ -18,6 +18,8 @@ from utils import device
 from deep_ep import (
     Buffer,
     _checks,
+    _dispatch,
+    _handles,
     _high_throughput,
     _low_latency,
     _memory,
@@ -31,7 +33,8 @@ from deep_ep import (
 
 HIDDEN, NUM_EXPERTS, NUM_TOPK, MAX_TOKENS = 64, 4, 2, 64
 TOKENS = (1, 5, 7, 9, 13, 2, 3, 11, 17, 23, 33, 64, 12, 31)
-MODULES = (_checks, _high_throughput, _low_latency, _memory, _peers, _session, _streams, buffer, utils)
+MODULES = (_checks, _dispatch, _handles, _high_throughput, _low_latency, _memory, _peers, _session, _streams, buffer,
+           utils)
 Layer = Callable[[Buffer, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 

@@ -243,6 +243,11 @@ def test_limits_of_a_narrow_container(monkeypatch: pytest.MonkeyPatch, tmp_path:
         assert part in told, part
 
 
+def environment_of(ranks_per_node: str) -> SimpleNamespace:
+    variables = {"ranks_per_node": ranks_per_node, "rail": "host", "rail_interface": ""}
+    return SimpleNamespace(get_environment=lambda: variables)
+
+
 def test_topology_of_islands_and_of_virtual_nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     def places(*islands: str) -> list[Place]:
@@ -253,14 +258,15 @@ def test_topology_of_islands_and_of_virtual_nodes(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("deep_ep._topology.places_of_this_machine", lambda: places("aabb"))
     monkeypatch.setattr(doctor.probes, "IMEX_CHANNELS", tmp_path)
     (tmp_path / "channel0").touch()
-    told = text_of(doctor.check_topology(SimpleNamespace(get_environment=lambda: {"ranks_per_node": "0"})))
+    told = text_of(doctor.check_topology(environment_of("0")))
     assert "4 ranks on 2 node(s)" in told
     assert "multi-node NVLink: 1 IMEX channel(s); this version does not use it" in told
-    told = text_of(doctor.check_topology(SimpleNamespace(get_environment=lambda: {"ranks_per_node": "1"})))
+    assert "rail: between nodes the engine 'host' carries rows; it listens on the interface that reaches" in told
+    told = text_of(doctor.check_topology(environment_of("1")))
     assert "4 ranks on 4 node(s), DEEP_EP_RANKS_PER_NODE" in told
     monkeypatch.setattr("deep_ep._topology.places_of_this_machine", lambda: places("aaab"))
     monkeypatch.setattr(doctor.probes, "IMEX_CHANNELS", tmp_path / "nothing")
-    told = text_of(doctor.check_topology(SimpleNamespace(get_environment=lambda: {"ranks_per_node": "0"})))
+    told = text_of(doctor.check_topology(environment_of("0")))
     assert "would be refused: Buffer: every node must have equally many ranks, got ranks 0 to 2 on box" in told
 
 

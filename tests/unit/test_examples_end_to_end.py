@@ -26,9 +26,12 @@ def _library() -> None:
 
 
 @pytest.mark.usefixtures("library")
-def test_layer_on_two_ranks_equals_the_dense_layer() -> None:
-    sizes = moe_layer.Sizes(num_tokens=33, hidden=64, ffn_hidden=48, num_experts=6, num_topk=3)
-    reports = list(launcher.run(launcher.make_workers(moe_layer.run_rank, 2, (sizes, 1)), "cpu"))
+@pytest.mark.parametrize(("num_ranks", "ranks_per_node"), [(2, None), (2, 1), (4, 2)])
+def test_layer_over_ranks_equals_the_dense_layer(num_ranks: int, ranks_per_node: int | None) -> None:
+    """Also in several nodes, which round in other places."""
+    sizes = moe_layer.Sizes(num_tokens=33, hidden=64, ffn_hidden=48, num_experts=12, num_topk=3)
+    workers = launcher.make_workers(moe_layer.run_rank, num_ranks, (sizes, 1, ranks_per_node))
+    reports = list(launcher.run(workers, "cpu", ranks_per_node))
     traffic = {name: report for name, report in reports if isinstance(report, moe_layer.RankReport)}
     differences = dict(report for _, report in reports if isinstance(report, tuple))
     assert traffic["rank 0"].sent[1] == traffic["rank 1"].received[0]
@@ -52,10 +55,12 @@ def test_decode_loop_equals_the_dense_layers(num_tokens: int) -> None:
 
 @pytest.mark.usefixtures("library")
 @pytest.mark.slow
-def test_language_model_on_two_ranks_has_the_losses_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ranks", [["--num-processes", "2"], ["--num-processes", "4", "--ranks-per-node", "2"]])
+def test_language_model_over_ranks_has_the_losses_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                         ranks: list[str]) -> None:
     monkeypatch.setattr(moe_lm, "OUT", tmp_path)
     monkeypatch.setattr(moe_lm.Settings, "num_new_tokens", 3)
-    assert moe_lm.main(["--num-processes", "2", "--device", "cpu", "--steps", "3"]) == 0
+    assert moe_lm.main([*ranks, "--device", "cpu", "--steps", "3"]) == 0
     report = json.loads((tmp_path / "moe_lm.json").read_text())
     assert len(report["losses_ranks"]) == len(report["losses_one_rank"]) == 3
     assert report["text_ranks"].startswith(moe_lm.PROMPT)

@@ -13,10 +13,10 @@ API_PAGE = Path(__file__).resolve().parents[2] / "docs/api.md"
 
 
 def test_what_is_here_is_supported_and_what_is_to_come_is_not() -> None:
-    for name in ("high_throughput", "low_latency", "lending", "worst_case", "fp8", "logfmt", "shrink", "cpu"):
+    for name in ("high_throughput", "internode", "low_latency", "lending", "worst_case", "fp8", "logfmt", "shrink",
+                 "cpu"):
         assert deep_ep.supports(name) is True, name
-    for name in ("internode", "low_latency_internode"):
-        assert deep_ep.supports(name) is False, name
+    assert deep_ep.supports("low_latency_internode") is False
 
 
 def test_a_name_that_this_version_does_not_know_is_not_supported() -> None:
@@ -35,12 +35,6 @@ def test_devices_are_those_of_the_build(monkeypatch: pytest.MonkeyPatch, is_cuda
     monkeypatch.setattr(deep_ep_cpp, "is_sm90_compiled", lambda: is_sm90)
     assert deep_ep.supports("cuda") is deep_ep.supports("cuda_graphs") is is_cuda
     assert deep_ep.supports("sm90") is is_sm90
-
-
-def test_internode_is_refused_where_it_is_not_supported() -> None:
-    """The table follows the code: when the call works, this test asks for a new entry."""
-    with pytest.raises(deep_ep.Error, match="within one node"):
-        deep_ep.Buffer.internode_dispatch(None, None)  # type: ignore[arg-type]
 
 
 def test_the_api_page_lists_every_name() -> None:

@@ -76,7 +76,6 @@ MISTAKES: dict[str, Callable[[Buffer], Any]] = {
     "memory": lambda b: send(b, rows(3, 7168), 4096),
     "hook and event": lambda b: send(b, rows(3), async_finish=True, return_recv_hook=True),
     "masks": lambda b: b.low_latency_clean_mask_buffer(),
-    "between nodes": lambda b: b.internode_combine(rows(3), ()),
 }  # yapf: disable
 
 

@@ -56,7 +56,8 @@ def test_repr_has_what_was_given() -> None:
 
 
 WRONG: list[tuple[Callable[[], Any], str]] = [
-    (lambda: CombineArgs(1), "CombineArgs takes keywords only"),  # type: ignore[call-arg]
+    (lambda: CombineArgs(1), "CombineArgs takes keywords, after a record that it extends"),  # type: ignore[call-arg]
+    (lambda: CombineArgs().replace(1), "CombineArgs.replace takes keywords only"),  # type: ignore[call-arg]
     (lambda: CombineArgs(rows=1), "CombineArgs has no field 'rows'"),  # type: ignore[call-arg]
     (lambda: CombineArgs(x=-1), "CombineArgs: x must have the type address, got -1"),
     (lambda: CombineArgs(x=2**64), "CombineArgs: x must have the type address, got 18446744073709551616"),

@@ -1,7 +1,16 @@
 """The reference against cases worked out by hand."""
 
 import torch
-from reference import Cast, Sent, combine, dispatch, layout, low_latency_combine, low_latency_dispatch
+from reference import (
+    Cast,
+    Sent,
+    combine,
+    dispatch,
+    layout,
+    low_latency_combine,
+    low_latency_dispatch,
+    rail_places,
+)
 
 # Two ranks, four experts: rank 0 owns experts 0 and 1, rank 1 owns 2 and 3.
 IDX_0 = torch.tensor([[0, 2], [1, 1], [-1, -1]])
@@ -63,6 +72,52 @@ def test_combine_rounds_once() -> None:
     arrivals = [dispatch([one, empty, empty], rank, 3) for rank in range(3)]
     returned = [torch.tensor([[value]], dtype=torch.bfloat16) for value in (1., tiny * 2, tiny * 2)]
     assert combine(returned, arrivals, 0, 1).item() == 1 + tiny * 4
+
+
+# Two nodes of two ranks, an expert on each: what each rank's tokens are for.
+NODES_IDX = [[[0, 2], [3, 2], [1, -1]], [[2, -1]], [[0, 1], [-1, -1], [1, 3]], [[3, -1]]]
+
+
+def sent_over_nodes() -> list[Sent]:
+    return [Sent(torch.zeros(len(idx), 1), torch.tensor(idx)) for idx in NODES_IDX]
+
+
+def test_layout_counts_a_token_once_for_each_node() -> None:
+    got = layout(torch.tensor(NODES_IDX[0]), 4, 4)
+    assert got.num_tokens_per_node(2).tolist() == [2, 2]
+    assert got.num_tokens_per_node(1).tolist() == got.num_tokens_per_rank.tolist() == [1, 1, 2, 1]
+    assert got.is_token_in_node(2).tolist() == [[True, True], [False, True], [True, False]]
+
+
+def test_rail_places_by_hand() -> None:
+    """Rank 2 forwards two tokens of rank 0: the first to itself alone, the second to both ranks of its node."""
+    got = rail_places(sent_over_nodes(), 2, 4, 2)
+    assert got.rail_prefix.tolist() == [2, 2]
+    assert got.recv_rank_prefix.tolist() == [2, 3, 3, 3]
+    assert got.send_rail_head.tolist() == [[0, -1], [-1, -1], [1, -1]]
+    assert got.rail_head.tolist() == [[0, -1], [1, 0]]
+    got = rail_places(sent_over_nodes(), 1, 4, 2)  # rank 3 has nothing for its node
+    assert (got.rail_prefix.tolist(), got.rail_head.tolist()) == ([0, 0], [])
+    assert got.send_rail_head.tolist() == [[-1, 0]]
+
+
+def test_rail_places_of_several_nodes_follow_each_other() -> None:
+    got = rail_places(sent_over_nodes(), 0, 4, 1)
+    assert got.rail_prefix.tolist() == [0, 0, 1, 1]
+    assert got.rail_head.tolist() == [[0]]
+    assert got.send_rail_head.tolist() == [[-1, -1, 0, -1], [-1, -1, 1, 0], [-1, 0, -1, -1]]
+
+
+def test_combine_over_nodes_rounds_the_sum_of_each_other_node() -> None:
+    """1 + 2^-8: lost where node 1 sums and rounds, kept where node 0, which owns the token, does."""
+    tiny = 2.0**-8
+    for owner, want in ((0, 1 + 2 * tiny), (2, 1.0)):
+        group = [Sent(torch.ones(0, 1), torch.zeros((0, 4), dtype=torch.int64))] * 4
+        group[owner] = Sent(torch.ones(1, 1), torch.tensor([[0, 1, 2, 3]]))
+        arrivals = [dispatch(group, rank, 4) for rank in range(4)]
+        returned = [torch.tensor([[value]], dtype=torch.bfloat16) for value in (1., tiny, tiny, 0.)]
+        assert combine(returned, arrivals, owner, 1, (), 2).item() == want
+        assert combine(returned, arrivals, owner, 1).item() == 1 + 2 * tiny
 
 
 def test_low_latency_dispatch_gives_every_expert_its_rows_once() -> None:

@@ -1,4 +1,5 @@
 // get_dispatch_layout: which ranks need which token, and how many tokens and entries go where. One pass.
+// The counts of a block stand one after another: of ranks, of experts, of nodes.
 //
 //   block b: one thread a token; counts in shared memory -> partials[.][b]
 //   the block that ends last: sums the partials of all blocks (integers: any order gives the same result)
@@ -61,10 +62,24 @@ struct Kernel {
         return mask;
     }
 
+    static EP_DEVICE int num_counts(const Params& p) {
+        return p.num_ranks + p.num_experts + (p.num_tokens_per_node == nullptr ? 0 : p.num_nodes);
+    }
+
+    // Whether each lane's token is sent somewhere.
+    static EP_DEVICE void count_sent(algo::Warp warp, bool is_sent, int* count) {
+        const int num_sent = __popc(__ballot_sync(prim::kFullMask, is_sent));
+        if (warp.thread_rank() == 0 && num_sent != 0) prim::fetch_add<Order::kRelaxed, Scope::kCta>(count, num_sent);
+    }
+
     // A token for each lane; a lane without one has a number that is too large.
-    static EP_DEVICE void count_tokens(algo::Warp warp, const Params& p, int token, int* rank_counts,
-                                       int* expert_counts) {
+    static EP_DEVICE void count_tokens(algo::Warp warp, const Params& p, int token, int* counts) {
         warp.expect();
+        int* expert_counts = counts + p.num_ranks;
+        int* node_count = expert_counts + p.num_experts;
+        const int ranks_per_node = p.num_ranks / p.num_nodes;
+        int rank_in_node = 0;
+        bool is_in_node = false;
         const bool has_token = token < p.num_tokens;
         uint8_t* row = p.is_token_in_rank + static_cast<int64_t>(token) * p.num_ranks;
         for (int first = 0; first < p.num_ranks; first += 64) {
@@ -72,35 +87,44 @@ struct Kernel {
             for (int i = 0; i < 64 && first + i < p.num_ranks; ++i) {
                 const bool is_sent = (mask >> i & 1) != 0;
                 if (has_token) row[first + i] = is_sent;
-                const int num_sent = __popc(__ballot_sync(prim::kFullMask, is_sent));
-                if (warp.thread_rank() == 0 && num_sent != 0)
-                    prim::fetch_add<Order::kRelaxed, Scope::kCta>(&rank_counts[first + i], num_sent);
+                count_sent(warp, is_sent, &counts[first + i]);
+                if (p.num_tokens_per_node == nullptr) continue;
+                is_in_node |= is_sent;
+                if (++rank_in_node < ranks_per_node) continue;
+                count_sent(warp, is_in_node, node_count++);
+                rank_in_node = 0;
+                is_in_node = false;
             }
         }
     }
 
     static EP_DEVICE void count_share(algo::Block block, const Params& p, int* counts) {
-        const int num_counts = p.num_ranks + p.num_experts;
-        algo::for_each(block, num_counts, [&](int i) { counts[i] = 0; });
+        algo::for_each(block, num_counts(p), [&](int i) { counts[i] = 0; });
         block.sync();
         const int num_in_grid = static_cast<int>(gridDim.x) * block.size();
         for (int first = static_cast<int>(blockIdx.x) * block.size(); first < p.num_tokens; first += num_in_grid)
-            count_tokens(algo::Warp{}, p, first + block.thread_rank(), counts, counts + p.num_ranks);
+            count_tokens(algo::Warp{}, p, first + block.thread_rank(), counts);
         block.sync();
-        algo::for_each(block, num_counts,
+        algo::for_each(block, num_counts(p),
                        [&](int i) { p.partials[static_cast<int64_t>(i) * kMaxLayoutBlocks + blockIdx.x] = counts[i]; });
+    }
+
+    static EP_DEVICE int* place_of(const Params& p, int count) {
+        if (count < p.num_ranks) return p.num_tokens_per_rank + count;
+        if (count < p.num_ranks + p.num_experts) return p.num_tokens_per_expert + (count - p.num_ranks);
+        return p.num_tokens_per_node + (count - p.num_ranks - p.num_experts);
     }
 
     // A count's partials lie side by side: a thread has all of them in flight at once.
     static EP_DEVICE void sum_partials(algo::Block block, const Params& p) {
         const int num_blocks = static_cast<int>(gridDim.x);
-        algo::for_each(block, p.num_ranks + p.num_experts, [&](int i) {
+        algo::for_each(block, num_counts(p), [&](int i) {
             const int* partials = p.partials + static_cast<int64_t>(i) * kMaxLayoutBlocks;
             int sum = 0;
 #pragma unroll
             for (int block_idx = 0; block_idx < kMaxLayoutBlocks; ++block_idx)
                 sum += block_idx < num_blocks ? partials[block_idx] : 0;
-            (i < p.num_ranks ? p.num_tokens_per_rank[i] : p.num_tokens_per_expert[i - p.num_ranks]) = sum;
+            *place_of(p, i) = sum;
         });
     }
 
@@ -118,7 +142,8 @@ void launch(const LayoutParams& params, int num_blocks, dev::Stream stream) {
     dev::LaunchConfig config;
     config.num_blocks = num_blocks;
     config.num_threads = params.num_threads;
-    config.dynamic_shared_bytes = static_cast<int>(sizeof(int)) * (params.num_ranks + params.num_experts);
+    config.dynamic_shared_bytes =
+        static_cast<int>(sizeof(int)) * (params.num_ranks + params.num_experts + params.num_nodes);
     config.name = "deep_ep::dispatch_layout";
     dev::launch<Kernel>(config, stream, params);
 }

@@ -131,7 +131,9 @@ void World::launch_layout(const Problem& problem, RankTensors& tensors, int rank
                                       .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
                                       .num_topk = problem.num_topk,
                                       .num_experts = problem.num_experts,
+                                      .num_nodes = 1,
                                       .num_tokens_per_rank = tensors.num_tokens_per_rank.data(),
+                                      .num_tokens_per_node = nullptr,
                                       .num_tokens_per_expert = tensors.num_tokens_per_expert.data(),
                                       .is_token_in_rank = tensors.is_token_in_rank.data()},
                                      stream(rank));
