@@ -9,6 +9,10 @@
 
 namespace deep_ep::kernels {
 
+// Of a block.
+constexpr int kMaxInternodeDispatchThreads = 768;
+constexpr int kMaxInternodeCombineThreads = 384;
+
 // The rail window and how a call uses it. All of it but the parameters, the rank and the counters is equal on every rank.
 struct RailPlan {
     rail::Params params;  // Engine::params()
@@ -16,7 +20,7 @@ struct RailPlan {
     layout::RailControl control;  // at the start of the window; its data region follows at control.bytes
     layout::RailWindow window;    // of slots of this kind (dispatch or combine)
     layout::RailSlot slot;
-    uint8_t* counters;     // layout::RailCounters of device memory, zeroed when it was allocated
+    uint8_t* counters;      // layout::RailCounters of device memory, zeroed when it was allocated
     int num_forward_warps;  // in each block, beside those of Geometry; not used by the count exchange
 };
 

@@ -1,5 +1,5 @@
-// The symmetric heap of one node of L ranks, among N equal nodes with R = N L ranks: control words, then the data regions of the high-throughput mode (declared here) and
-// of the low-latency mode. Equal on every rank.
+// The symmetric heap of one node of L ranks, among N nodes with R = N L ranks in all: control words, then the data regions of
+// the high-throughput mode (declared here) and of the low-latency mode. Equal on every rank.
 //
 // Protocol and picture: docs/protocols/intranode.md.
 #pragma once

@@ -98,6 +98,7 @@ def statements(code: str) -> Iterator[Site]:
         r'prim::barrier_sync\(': 'named barrier',
         r'prim::(?:fence_async_\w+|mbarrier_init_fence)\(': 'proxy fence',
         r'prim::bulk_wait(?:_read)?<\w+>\(': 'bulk wait',
+        r'rail::confirm\(': 'confirm',
     }
     for pattern, kind in kinds.items():
         for match in re.finditer(pattern, code):
@@ -126,6 +127,12 @@ def waits(code: str, returns_bool: set[str]) -> Iterator[Site]:
                    [Variant('flag test', lambda _, value=value: f'{value} * 0')])
 
 
+def messages(code: str) -> Iterator[Site]:
+    """What is posted to the rail: not posted, and said to be."""
+    for match in re.finditer(r'(?<!\w)rail::(?:put|set|add)\(', code):
+        yield Site(match.start(), closing(code, match.end()), match.end(), True, [Variant('message', lambda _: '')])
+
+
 class Weakener:
     """Applies the rules file by file and numbers what they find."""
 
@@ -135,7 +142,7 @@ class Weakener:
 
     def weaken(self, text: str, path: str) -> str:
         code = COMMENT_OR_STRING.sub(lambda match: re.sub(r'[^\n]', ' ', match.group()), text)
-        sites = [*orderings(code), *packets(code), *statements(code), *waits(code, self._returns_bool)]
+        sites = [*orderings(code), *packets(code), *statements(code), *messages(code), *waits(code, self._returns_bool)]
         sites.sort(key=lambda site: (site.start, -site.end))
         numbered = [(site, [self._note(variant.kind, path, text, site.start) for variant in site.variants])
                     for site in sites]

@@ -13,6 +13,7 @@ struct Scenario {
 };
 
 std::span<const Scenario> intranode_scenarios();
+std::span<const Scenario> internode_scenarios();
 std::span<const Scenario> lending_scenarios();
 std::span<const Scenario> low_latency_scenarios();
 

@@ -17,6 +17,7 @@ import torch
 from reference import layout
 
 import deep_ep
+import deep_ep_cpp
 from deep_ep.__main__ import build_parser, with_default_benchmark
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -216,3 +217,10 @@ def test_the_walk_of_a_dispatch_names_files_that_are_on_it() -> None:
     assert len(wanted) > 20
     missing = {name for name in wanted if not any(re.fullmatch(name.replace('.*', r'\..*'), there) for there in names)}
     assert missing == set()
+
+
+def test_the_lent_part_is_the_one_that_the_api_page_states() -> None:
+    for num_ranks, words in ((2, 'of the hint with two ranks'), (8, 'with eight')):
+        hint = deep_ep.Buffer.get_dispatch_config(num_ranks).get_nvl_buffer_size_hint(7168 * 2, num_ranks)
+        share = deep_ep_cpp.part_to_lend(hint, num_ranks) / hint
+        assert f'{share:.0%} {words}'.replace('%', ' %') in (ROOT / 'docs' / 'api.md').read_text()

@@ -104,7 +104,12 @@ EP_DEVICE bool serve_streams_at(Warp warp, const Watch& watch, const SiteOf& sit
 template <class Test, class Serve>
 EP_DEVICE bool serve_streams(Warp warp, const Watch& watch, layout::Stage stage, const RowStream& stream,
                              const Test& test, const Serve& serve) {
-    return serve_streams_at(warp, watch, [&](int peer) { return WaitSite{stage, peer}; }, stream, test, serve);
+    return serve_streams_at(
+        warp, watch,
+        [&](int peer) {
+            return WaitSite{stage, peer};
+        },
+        stream, test, serve);
 }
 
 }  // namespace EP_BACKEND

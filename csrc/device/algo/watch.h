@@ -77,10 +77,9 @@ EP_DEVICE void fail(const Watch& watch, layout::FailureKind kind, WaitSite site,
     if (kind != layout::FailureKind::kBadInput) site = among_all(watch, site);
     if (!record_failure(watch.words, {kind, watch.operation, site, watch.call, expected, seen, waited_ns})) return;
     const int self = watch.heap.first_rank() + watch.heap.rank();
-    const uint64_t code =
-        kind == layout::FailureKind::kAborted
-            ? seen
-            : layout::make_abort_code(self, kind == layout::FailureKind::kTimeout ? site.peer : self);
+    const uint64_t code = kind == layout::FailureKind::kAborted
+                              ? seen
+                              : layout::make_abort_code(self, kind == layout::FailureKind::kTimeout ? site.peer : self);
     for (int peer = 0; peer < watch.heap.num_ranks(); ++peer)
         prim::store<prim::Order::kRelaxed, prim::Scope::kSys>(watch.heap.abort(peer), code);
 }
@@ -109,9 +108,8 @@ EP_DEVICE_COLD bool may_still_go_on(Watch watch, WaitSite site, uint64_t waited_
     const uint64_t warned = prim::load<Order::kRelaxed, Scope::kGpu>(&watch.words.local->warned_call);
     if (warned < watch.call &&
         prim::compare_swap<Order::kRelaxed, Scope::kGpu>(&watch.words.local->warned_call, warned, watch.call) == warned)
-        write_record(&watch.words.status->warning,
-                     {layout::FailureKind::kTimeout, watch.operation, among_all(watch, site), watch.call, expected,
-                      seen, waited_ns});
+        write_record(&watch.words.status->warning, {layout::FailureKind::kTimeout, watch.operation,
+                                                    among_all(watch, site), watch.call, expected, seen, waited_ns});
     return true;
 }
 

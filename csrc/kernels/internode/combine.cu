@@ -21,7 +21,7 @@ inline namespace EP_BACKEND {
 struct Kernel {
     using Params = InternodeCombineParams;
     using Shared = State;
-    static constexpr int kMaxThreads = kMaxCombineThreads;
+    static constexpr int kMaxThreads = kMaxInternodeCombineThreads;
     static constexpr auto kOperation = layout::Operation::kCombine;
 
     // -- The operation of a CallSession ----------------------------------------------------------------------------------
@@ -108,13 +108,16 @@ private:
             return node * heap.num_ranks() + (heap.rank() + 1 + idx % num_others) % heap.num_ranks();
         };
         const bool is_lent = c.p.loan.x != 0;
-        const algo::RowStream stream = algo::deal_peers(
-            warp, warp_idx, num_warps, num_others * heap.num_nodes(), owner_at,
-            [&](int owner) { return is_lent ? 0 : c.local.rows.num_rows(owner, heap.rank()); });
+        const algo::RowStream stream =
+            algo::deal_peers(warp, warp_idx, num_warps, num_others * heap.num_nodes(), owner_at,
+                             [&](int owner) { return is_lent ? 0 : c.local.rows.num_rows(owner, heap.rank()); });
         const auto port = [&](int owner) { return c.local.ring.to(index_of(owner), owner / heap.num_ranks()); };
         return algo::serve_streams_at(
-            warp, c.local.watch, [&](int owner) { return algo::WaitSite{Stage::kSlot, index_of(owner)}; }, stream,
-            [&](int owner, int position) { return port(owner).slot_is_free(position); },
+            warp, c.local.watch,
+            [&](int owner) {
+                return algo::WaitSite{Stage::kSlot, index_of(owner)};
+            },
+            stream, [&](int owner, int position) { return port(owner).slot_is_free(position); },
             [&](int owner, int position, int) {
                 kernels::combine::send_row(warp, c.local, port(owner), position,
                                            static_cast<int64_t>(c.local.rows.first_row(owner, heap.rank())) + position);
@@ -127,8 +130,8 @@ void launch(const InternodeCombineParams& params, dev::Stream stream) {
               "combine across nodes has too few warps for its streams");
     dev::LaunchConfig config;
     config.num_blocks = params.geometry.num_blocks;
-    config.num_threads = kWarpSize * (params.geometry.num_send_warps + params.rail.num_forward_warps +
-                                      params.geometry.num_recv_warps);
+    config.num_threads =
+        kWarpSize * (params.geometry.num_send_warps + params.rail.num_forward_warps + params.geometry.num_recv_warps);
     config.is_cooperative = true;
     config.name = "deep_ep::combine_internode";
     dev::launch<Kernel>(config, stream, params);

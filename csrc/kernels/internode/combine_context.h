@@ -69,8 +69,8 @@ EP_DEVICE void give_slot_back(const Context& c, const RowSource& source, int pos
 // False: the row at `position` is none of those that the owner has there.
 EP_DEVICE bool is_stated(const Context& c, const RowSource& source, int token, int position) {
     const int num_rows = c.local.rows.num_rows(source.owner, source.rank);
-    return position < num_rows || refuse_position(c.local.watch, c.local.watch.heap.first_rank() + source.rank, token,
-                                                  position, num_rows);
+    return position < num_rows ||
+           refuse_position(c.local.watch, c.local.watch.heap.first_rank() + source.rank, token, position, num_rows);
 }
 
 // Calls use(i, pointer) for each of `num_sources` whose `pointer_of(i)`, of which each lane finds one at a time, is not null, in

@@ -21,7 +21,7 @@ inline namespace EP_BACKEND {
 struct Kernel {
     using Params = InternodeDispatchParams;
     using Shared = State;
-    static constexpr int kMaxThreads = kMaxDispatchThreads;
+    static constexpr int kMaxThreads = kMaxInternodeDispatchThreads;
     static constexpr auto kOperation = layout::Operation::kDispatch;
 
     // -- The operation of a CallSession ----------------------------------------------------------------------------------
@@ -60,8 +60,7 @@ struct Kernel {
                         &shared.bad_token};
         const Geometry& geometry = p.geometry;
         const algo::Warp warp;
-        if (p.is_worst_case)
-            kernels::dispatch::mark_unused_rows(algo::Grid{}, p, c.rows.total_rows(watch.heap.rank()));
+        if (p.is_worst_case) kernels::dispatch::mark_unused_rows(algo::Grid{}, p, c.rows.total_rows(watch.heap.rank()));
         // The warps of a role are dealt over all blocks.
         const auto idx_from = [&](int first_warp) {
             return (prim::warp_idx() - first_warp) * geometry.num_blocks + static_cast<int>(blockIdx.x);
@@ -105,13 +104,16 @@ private:
             return node * heap.num_ranks() + (heap.rank() + 1 + idx % num_others) % heap.num_ranks();
         };
         const bool is_lent = c.p.loan.x != 0;
-        const algo::RowStream stream = algo::deal_peers(
-            warp, warp_idx, num_warps, num_others * heap.num_nodes(), source_at,
-            [&](int source) { return is_lent ? 0 : c.rows.num_rows(source, heap.rank()); });
+        const algo::RowStream stream =
+            algo::deal_peers(warp, warp_idx, num_warps, num_others * heap.num_nodes(), source_at,
+                             [&](int source) { return is_lent ? 0 : c.rows.num_rows(source, heap.rank()); });
         const auto port = [&](int source) { return c.ring.from(index_of(source), source / heap.num_ranks()); };
         return algo::serve_streams_at(
-            warp, c.watch, [&](int source) { return algo::WaitSite{Stage::kRow, index_of(source)}; }, stream,
-            [&](int source, int position) { return port(source).row_is_here(position); },
+            warp, c.watch,
+            [&](int source) {
+                return algo::WaitSite{Stage::kRow, index_of(source)};
+            },
+            stream, [&](int source, int position) { return port(source).row_is_here(position); },
             [&](int source, int position, int count) {
                 const int64_t row = static_cast<int64_t>(c.rows.first_row(source, heap.rank())) + position;
                 kernels::dispatch::receive_row(warp, c, port(source), position, count, row);
@@ -128,8 +130,8 @@ void launch(const InternodeDispatchParams& params, dev::Stream stream) {
               "dispatch across nodes has too few warps for its streams");
     dev::LaunchConfig config;
     config.num_blocks = params.geometry.num_blocks;
-    config.num_threads = kWarpSize * (params.geometry.num_send_warps + params.rail.num_forward_warps +
-                                      params.geometry.num_recv_warps);
+    config.num_threads =
+        kWarpSize * (params.geometry.num_send_warps + params.rail.num_forward_warps + params.geometry.num_recv_warps);
     config.is_cooperative = true;
     config.name = "deep_ep::dispatch_internode";
     dev::launch<Kernel>(config, stream, params);

@@ -15,7 +15,7 @@ using prim::Vec16;
 // Shared memory of a block.
 struct State {
     CallState call;
-    int bad_token;          // with an expert id out of range, -1: none
+    int bad_token;                    // with an expert id out of range, -1: none
     int num_sent[layout::kMaxNodes];  // tokens of ours for each node
     ScanTile tiles[2];
 };
@@ -51,8 +51,7 @@ struct NodeScan {
 
     EP_DEVICE bool is_sent(int token, int node) const {
         if (node == own_node) return false;
-        const uint8_t* ranks =
-            is_token_in_rank + (static_cast<int64_t>(token) * num_columns + node) * ranks_per_node;
+        const uint8_t* ranks = is_token_in_rank + (static_cast<int64_t>(token) * num_columns + node) * ranks_per_node;
         bool is_any = false;
         for (int i = 0; i < ranks_per_node; ++i) is_any |= ranks[i] != 0;
         return is_any;
@@ -69,9 +68,10 @@ EP_DEVICE void prepare(algo::Block block, const InternodeDispatchParams& p, cons
     }
     const int num_nodes = watch.heap.num_nodes();
     if (p.is_cached) return count_sent_tokens(block, p.send_rail_head, p.num_tokens, num_nodes, state.num_sent);
-    scan_columns(block, TokenScan{p.is_token_in_rank, p.send_head, p.num_tokens, watch.heap.num_sources()}, state.tiles);
+    scan_columns(block, TokenScan{p.is_token_in_rank, p.send_head, p.num_tokens, watch.heap.num_sources()},
+                 state.tiles);
     block.sync();  // both scans use the tiles
-    const NodeScan nodes{p.is_token_in_rank,       p.send_rail_head,           p.num_tokens,  num_nodes,
+    const NodeScan nodes{p.is_token_in_rank,     p.send_rail_head,       p.num_tokens,  num_nodes,
                          watch.heap.num_ranks(), p.rail.topology.node(), state.num_sent};
     scan_columns(block, nodes, state.tiles);
 }
@@ -112,8 +112,7 @@ EP_DEVICE void put_metadata(algo::Warp warp, const DispatchParams& p, const Slot
         *reinterpret_cast<int*>(slot + at.topk_idx.at(k)) = expert(k);
         *reinterpret_cast<float*>(slot + at.topk_weights.at(k)) = weight(k);
     });
-    algo::for_each(warp, p.num_scales,
-                   [&](int i) { *reinterpret_cast<uint32_t*>(slot + at.scales.at(i)) = scale(i); });
+    algo::for_each(warp, p.num_scales, [&](int i) { *reinterpret_cast<uint32_t*>(slot + at.scales.at(i)) = scale(i); });
 }
 
 // Where a lane's target gets the token: nowhere, straight to its final row, into a slot of a rank here, or into staging.

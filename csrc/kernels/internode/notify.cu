@@ -15,10 +15,10 @@ inline namespace EP_BACKEND {
 // What must be equal on every rank, or rows would be read that nobody wrote.
 EP_DEVICE uint64_t hash_shapes(const InternodeNotifyParams& p) {
     uint64_t hash = 0xcbf29ce484222325u;
-    for (const uint64_t word : {static_cast<uint64_t>(p.row_bytes), static_cast<uint64_t>(p.num_topk),
-                                static_cast<uint64_t>(p.num_scales), static_cast<uint64_t>(p.num_experts),
-                                static_cast<uint64_t>(p.rail.window.chunk_tokens),
-                                static_cast<uint64_t>(p.rail.window.num_chunks)})
+    for (const uint64_t word :
+         {static_cast<uint64_t>(p.row_bytes), static_cast<uint64_t>(p.num_topk), static_cast<uint64_t>(p.num_scales),
+          static_cast<uint64_t>(p.num_experts), static_cast<uint64_t>(p.rail.window.chunk_tokens),
+          static_cast<uint64_t>(p.rail.window.num_chunks)})
         hash = (hash ^ word) * 0x100000001b3u;
     return hash;
 }
@@ -48,10 +48,8 @@ struct Kernel {
         const Context c{p, watch, link,
                         layout::CountsBlock::make(static_cast<uint64_t>(p.heap.num_ranks),
                                                   static_cast<uint64_t>(p.num_local_experts))};
-        if (!exchange(block, c)) {
-            block.sync();  // the failure of any thread is in the abort word
-            if (prim::warp_idx() == 0) link.tell_failure(algo::Warp{});
-        }
+        // It ends with a barrier: whoever failed has written the abort word.
+        if (!exchange(block, c) && prim::warp_idx() == 0) link.tell_failure(algo::Warp{});
     }
 
 private:
@@ -150,8 +148,7 @@ private:
     }
 
     static EP_DEVICE bool pass_on(algo::Warp warp, const Context& c, int node) {
-        const bool is_here =
-            warp.thread_rank() != 0 || c.link.wait(Stage::kRailCounts, node, c.link.counts_flag(node));
+        const bool is_here = warp.thread_rank() != 0 || c.link.wait(Stage::kRailCounts, node, c.link.counts_flag(node));
         if (!algo::all(warp, is_here)) return false;
         const uint8_t* at = c.link.counts(node);
         const auto word = [&](uint64_t place) { return *reinterpret_cast<const int*>(at + place); };

@@ -26,7 +26,11 @@ struct RailWord {
 class RailLink {
 public:
     EP_DEVICE RailLink(const RailPlan& plan, const algo::Watch& watch)
-        : plan_(plan), watch_(watch), rail_(plan.params), node_(plan.topology.node()), bank_(algo::bank_of(watch.call)) {}
+        : plan_(plan),
+          watch_(watch),
+          rail_(plan.params),
+          node_(plan.topology.node()),
+          bank_(algo::bank_of(watch.call)) {}
 
     EP_DEVICE const algo::Watch& watch() const { return watch_; }
     EP_DEVICE int node() const { return node_; }
@@ -49,7 +53,8 @@ public:
     // One thread. It has come: what it guards may be read, by other lanes after a sync().
     EP_DEVICE bool is_here(const RailWord& word, uint64_t& seen) const {
         seen = prim::load<Order::kRelaxed, Scope::kSys>(rail::at<const uint64_t>(rail_, word.offset));
-        if (seen < word.expected) return false;
+        const bool has_come = seen >= word.expected;
+        if (!has_come) return false;
         rail::confirm(rail_, {word.offset, seen});
         return true;
     }
@@ -83,10 +88,9 @@ public:
         return rail::at<uint8_t>(rail_, staging_place(node, slot_of(position)));
     }
     EP_DEVICE const uint8_t* received(int node, int position) const {
-        return rail::at<const uint8_t>(rail_, control().bytes + window().receive_offset(static_cast<uint64_t>(bank_),
-                                                                                        static_cast<uint64_t>(node_),
-                                                                                        static_cast<uint64_t>(node),
-                                                                                        slot_of(position)));
+        return rail::at<const uint8_t>(
+            rail_, control().bytes + window().receive_offset(static_cast<uint64_t>(bank_), static_cast<uint64_t>(node_),
+                                                             static_cast<uint64_t>(node), slot_of(position)));
     }
 
     // Must the place of this token in staging, which is the peer's too, be given back before it is filled?
@@ -108,10 +112,11 @@ public:
     EP_DEVICE bool post_chunk(algo::Warp warp, int node, int chunk, int count) const {
         warp.expect();
         const uint64_t slot = slot_of(chunk * window().chunk_tokens);
-        const uint64_t dst = control().bytes + window().receive_offset(static_cast<uint64_t>(bank_),
-                                                                       static_cast<uint64_t>(node),
-                                                                       static_cast<uint64_t>(node_), slot);
-        const auto bytes = static_cast<uint32_t>(static_cast<uint64_t>(num_tokens_of(chunk, count)) * window().slot_bytes);
+        const uint64_t dst =
+            control().bytes + window().receive_offset(static_cast<uint64_t>(bank_), static_cast<uint64_t>(node),
+                                                      static_cast<uint64_t>(node_), slot);
+        const auto bytes =
+            static_cast<uint32_t>(static_cast<uint64_t>(num_tokens_of(chunk, count)) * window().slot_bytes);
         return rail::put(rail_, peer(node), {dst, staging_place(node, slot), bytes},
                          {control().arrived.at(chunk_word(node_, chunk)), tag(chunk)}, Room{*this, node});
     }
@@ -120,7 +125,8 @@ public:
     EP_DEVICE bool give_back(int node, int position, int count) const {
         const int chunk = chunk_of(position);
         if ((chunk + window().num_chunks) * window().chunk_tokens >= count) return true;
-        if (!count_in_chunk(layout::RailCounters::make(static_cast<uint64_t>(num_nodes())).taken, node, position, count))
+        if (!count_in_chunk(layout::RailCounters::make(static_cast<uint64_t>(num_nodes())).taken, node, position,
+                            count))
             return true;
         return rail::set(rail_, peer(node), {control().taken.at(chunk_word(node_, chunk)), tag(chunk)},
                          Room{*this, node});
@@ -137,10 +143,10 @@ public:
     // One warp. False: a wait failed.
     EP_DEVICE bool post_counts(algo::Warp warp, int node, uint64_t bytes) const {
         warp.expect();
-        return rail::put(
-            rail_, peer(node),
-            {control().counts.at(of_bank(node_)), control().counts_staging.at(of_bank(node)), static_cast<uint32_t>(bytes)},
-            {control().counts_flags.at(of_bank(node_)), watch_.call}, Room{*this, node});
+        return rail::put(rail_, peer(node),
+                         {control().counts.at(of_bank(node_)), control().counts_staging.at(of_bank(node)),
+                          static_cast<uint32_t>(bytes)},
+                         {control().counts_flags.at(of_bank(node_)), watch_.call}, Room{*this, node});
     }
 
     // -- Begin and end of a call ----------------------------------------------------------------------------------------------
@@ -165,8 +171,8 @@ public:
     EP_DEVICE void tell_failure(algo::Warp warp) const {
         bool is_first = false;
         if (warp.thread_rank() == 0)
-            is_first = prim::compare_swap<Order::kRelaxed, Scope::kGpu>(&watch_.words.local->rail_abort_claimed, 0u, 1u) ==
-                       0u;
+            is_first =
+                prim::compare_swap<Order::kRelaxed, Scope::kGpu>(&watch_.words.local->rail_abort_claimed, 0u, 1u) == 0u;
         if (!algo::broadcast(warp, is_first)) return;
         const uint64_t code = algo::abort_code(watch_);
         for_each_peer(warp, [&](int node) {

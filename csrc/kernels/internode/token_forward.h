@@ -32,7 +32,8 @@ EP_DEVICE int place_of(const Context& c, const RailToken& token, int rank) {
     return position;
 }
 
-EP_DEVICE void forward_metadata(algo::Warp warp, const Context& c, const RailToken& token, const Target& target, int rank) {
+EP_DEVICE void forward_metadata(algo::Warp warp, const Context& c, const RailToken& token, const Target& target,
+                                int rank) {
     const InternodeDispatchParams& p = c.p;
     const layout::RailSlot& at = p.rail.slot;
     const auto expert = [&](int k) { return token.word<int>(at.topk_idx, k); };

@@ -48,12 +48,11 @@ EP_DEVICE bool find_rail_target(const Context& c, int node, int position, Target
     return c.link.wait_for_staging(node, position);
 }
 
-// The lanes' chunks that are whole now.
+// The lanes' chunks that are whole now. A lane has acquired what other warps staged; the barrier in a put releases that too.
 EP_DEVICE bool post_chunks(algo::Warp warp, const Context& c, int node, int position, bool is_whole) {
     bool is_ok = true;
     const int chunk = is_whole ? c.link.chunk_of(position) : 0;
     const uint32_t lanes = __ballot_sync(kFullMask, is_whole);
-    warp.sync();  // each lane's acquire of what other warps staged, one lane's release
     for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
         const int lane = __ffs(static_cast<int>(rest)) - 1;
         const int to = __shfl_sync(kFullMask, node, lane);

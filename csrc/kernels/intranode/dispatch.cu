@@ -61,9 +61,7 @@ struct Kernel {
         return input_can_be(warp, p, shared);
     }
 
-    static EP_DEVICE void void_outputs(algo::Block block, const Params& p) {
-        void_dispatch(block, p);
-    }
+    static EP_DEVICE void void_outputs(algo::Block block, const Params& p) { void_dispatch(block, p); }
 
     static EP_DEVICE void run(const Params& p, Shared& shared) { CallSession<Kernel>::run(p, shared); }
 };

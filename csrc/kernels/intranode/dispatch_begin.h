@@ -127,9 +127,7 @@ EP_DEVICE algo::Watch make_watch(const DispatchParams& p, uint64_t call) {
     return make_watch(p.watch, p.heap, layout::Operation::kDispatch, call);
 }
 
-EP_DEVICE bool is_expert(const DispatchParams& p, int64_t id) {
-    return id >= -1 && id < p.num_experts;
-}
+EP_DEVICE bool is_expert(const DispatchParams& p, int64_t id) { return id >= -1 && id < p.num_experts; }
 
 // The first source that has less than no rows for bad_column.
 EP_DEVICE void refuse_column(const DispatchParams& p, const algo::Watch& watch, int rank) {
@@ -151,8 +149,8 @@ EP_DEVICE void refuse_expert(const DispatchParams& p, const algo::Watch& watch, 
     int64_t id = -1;
     for (int k = 0; is_expert(p, id); ++k)
         id = load_expert_id(p.topk_idx, p.idx_bytes, static_cast<int64_t>(token) * p.num_topk + k);
-    algo::fail(watch, layout::FailureKind::kBadInput, {Stage::kInput, token},
-               static_cast<uint64_t>(p.num_experts), static_cast<uint64_t>(id), 0);
+    algo::fail(watch, layout::FailureKind::kBadInput, {Stage::kInput, token}, static_cast<uint64_t>(p.num_experts),
+               static_cast<uint64_t>(id), 0);
 }
 
 // Reports what has been noted.

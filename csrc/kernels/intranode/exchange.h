@@ -41,11 +41,10 @@ EP_DEVICE_COLD bool wait_for_count(algo::Watch watch, algo::WaitSite site, const
         layout::is_rail_stage(site.stage) && !algo::wait_at_least(watch, {layout::Stage::kLoan, forwarder},
                                                                   heap.started(heap.rank(), forwarder), watch.call))
         return false;
-    return algo::wait_until(watch, site, layout::make_count(watch.call, 0),
-                            [&](uint64_t& seen) {
-                                seen = prim::load<prim::Order::kRelaxed, prim::Scope::kSys>(word);
-                                return layout::is_count_of(seen, watch.call);
-                            });
+    return algo::wait_until(watch, site, layout::make_count(watch.call, 0), [&](uint64_t& seen) {
+        seen = prim::load<prim::Order::kRelaxed, prim::Scope::kSys>(word);
+        return layout::is_count_of(seen, watch.call);
+    });
 }
 
 // Whose counts those of `source` come from, where there are several nodes: a neighbour's own, or a rank's of another node.

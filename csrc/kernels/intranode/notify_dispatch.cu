@@ -57,8 +57,9 @@ struct Kernel {
         const algo::Watch watch =
             make_watch(p.watch, p.heap, layout::Operation::kNotifyDispatch, algo::current_call(p.watch.local));
         if (!all_threads(block, prim::warp_idx() != 0 || enter(algo::Warp{}, p, watch), shared)) return;
-        algo::for_each(block, watch.heap.num_ranks(),
-                       [&](int rank) { write_rank_count(watch, watch.heap.rank(), rank, p.num_tokens_per_rank[rank]); });
+        algo::for_each(block, watch.heap.num_ranks(), [&](int rank) {
+            write_rank_count(watch, watch.heap.rank(), rank, p.num_tokens_per_rank[rank]);
+        });
         write_expert_counts(block, watch, p.num_tokens_per_expert, p.num_local_experts);
         const bool has_matrix = fill_matrix(block, p, watch);
         const bool has_counts = tell_expert_counts(block, watch, p.counts, p.num_local_experts, p.expert_alignment);

@@ -16,8 +16,8 @@ EP_DEVICE void lend_weights(algo::Block block, const CombineContext& c) {
     algo::for_each(algo::Grid{}, num_weights, [&](int64_t i) { p.lent_weights[i] = p.topk_weights[i]; });
     block.sync();
     const algo::Warp warp;
-    if (prim::warp_idx() != 0 || !algo::is_last_block<prim::Order::kAcqRel, prim::Scope::kGpu>(
-                                     warp, &c.watch.words.local->num_weight_blocks))
+    if (prim::warp_idx() != 0 ||
+        !algo::is_last_block<prim::Order::kAcqRel, prim::Scope::kGpu>(warp, &c.watch.words.local->num_weight_blocks))
         return;
     // Release: the weights. Pairs with: wait_for_weights at the peer.
     algo::publish<prim::Order::kRelease, prim::Scope::kSys>(

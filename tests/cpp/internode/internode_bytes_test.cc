@@ -38,7 +38,8 @@ struct Sums {
 };
 
 // `is_back`: of a combine, in which sums of the tokens that came go back.
-void add_call(Sums& sums, const InternodeWorld& world, const InternodeCall& call, const layout::RailSlot& slot, bool is_back) {
+void add_call(Sums& sums, const InternodeWorld& world, const InternodeCall& call, const layout::RailSlot& slot,
+              bool is_back) {
     for (int rank = 0; rank < world.num_ranks(); ++rank)
         for (int node = 0; node < world.options().num_nodes; ++node) {
             const layout::Topology place = world.topology(rank);
@@ -53,9 +54,8 @@ void add_call(Sums& sums, const InternodeWorld& world, const InternodeCall& call
 }
 
 void add_counts(Sums& sums, const InternodeWorld& world, const Problem& problem) {
-    const auto block =
-        layout::CountsBlock::make(static_cast<uint64_t>(world.options().ranks_per_node),
-                                  static_cast<uint64_t>(problem.num_experts / problem.num_ranks()));
+    const auto block = layout::CountsBlock::make(static_cast<uint64_t>(world.options().ranks_per_node),
+                                                 static_cast<uint64_t>(problem.num_experts / problem.num_ranks()));
     for (int rank = 0; rank < world.num_ranks(); ++rank)
         for (int node = 0; node < world.options().num_nodes; ++node)
             if (node != world.topology(rank).node()) sums.add(rank, node, {1, block.bytes});
@@ -82,7 +82,8 @@ TEST_CASE("bytes and messages on the rail are those of the formula, and nothing 
         InternodeOptions options{.num_nodes = 3, .ranks_per_node = 2};
         options.rail_slots = rail_slots;
         options.chunk_tokens = 3;
-        Problem problem{.num_tokens = {14, 9, 11, 0, 20, 7}, .num_experts = 12, .num_topk = 3, .hidden = 40, .num_scales = 2};
+        Problem problem{
+            .num_tokens = {14, 9, 11, 0, 20, 7}, .num_experts = 12, .num_topk = 3, .hidden = 40, .num_scales = 2};
         InternodeWorld world(options, problem);
         InternodeCall call(problem, options);
         Sums sums(world);

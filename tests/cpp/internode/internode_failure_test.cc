@@ -144,9 +144,7 @@ void check_refused(Case& test, int rank, Stage stage) {
 
 TEST_CASE("outputs that are too small are refused; nothing is written to them") {
     Case test(impatient_options(2, 2));
-    test.dispatch([&] {
-        prepare_recv(test.problem, test.tensors(1), test.tensors(1).num_recv_tokens - 1);
-    });
+    test.dispatch([&] { prepare_recv(test.problem, test.tensors(1), test.tensors(1).num_recv_tokens - 1); });
     check_refused(test, 1, Stage::kCapacity);
     CHECK_EQ(check_void_dispatch(test.tensors(1), false), "");
 }

@@ -135,7 +135,8 @@ TEST_CASE("more ranks, entries and scales than lanes") {
     options.num_warps = 3;
     options.window = 4;
     options.rail_slots = 8;
-    Problem problem{.num_tokens = std::vector<int>(68, 0), .num_experts = 68, .num_topk = 40, .hidden = 8, .num_scales = 70};
+    Problem problem{
+        .num_tokens = std::vector<int>(68, 0), .num_experts = 68, .num_topk = 40, .hidden = 8, .num_scales = 70};
     problem.num_tokens[3] = 3;
     problem.num_tokens[40] = 2;
     check_round_trip(options, problem);
@@ -154,7 +155,8 @@ TEST_CASE("ranks without tokens, nodes that get none, tokens that go nowhere") {
     const InternodeOptions options = options_for({3, 2});
     Problem problem = problem_for(options);
     for (const int mask : {0, 1, 9, 38, 62}) {
-        for (int rank = 0; rank < 6; ++rank) problem.num_tokens[static_cast<size_t>(rank)] = (mask >> rank & 1) != 0 ? 5 : 0;
+        for (int rank = 0; rank < 6; ++rank)
+            problem.num_tokens[static_cast<size_t>(rank)] = (mask >> rank & 1) != 0 ? 5 : 0;
         check_round_trip(options, problem);
     }
     problem = problem_for(options);

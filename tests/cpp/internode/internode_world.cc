@@ -65,12 +65,13 @@ InternodeWorld::InternodeWorld(const InternodeOptions& options, const Problem& l
       scheduler_(std::make_unique<simt::Scheduler>(options.scheduler)) {
     const auto num_nodes = static_cast<uint64_t>(options.num_nodes);
     const auto row_bytes = static_cast<uint64_t>(largest.hidden) * 2;
-    const auto num_topk = static_cast<uint64_t>(largest.num_topk), num_scales = static_cast<uint64_t>(largest.num_scales);
+    const auto num_topk = static_cast<uint64_t>(largest.num_topk),
+               num_scales = static_cast<uint64_t>(largest.num_scales);
     const auto slot = layout::SlotLayout::for_dispatch(row_bytes, num_topk, num_scales);
     num_data_bytes_ = layout::WindowLayout::bytes_for(static_cast<uint64_t>(options.ranks_per_node), slot.bytes,
                                                       options.window, num_nodes);
-    const auto rail_slot = layout::RailSlot::for_dispatch(row_bytes, num_topk, num_scales,
-                                                          static_cast<uint64_t>(options.ranks_per_node));
+    const auto rail_slot =
+        layout::RailSlot::for_dispatch(row_bytes, num_topk, num_scales, static_cast<uint64_t>(options.ranks_per_node));
     num_rail_bytes_ = layout::RailWindow::bytes_for(num_nodes, rail_slot.bytes, options.rail_slots);
     std::vector<simt::SimtDevice*> devices;
     for (int rank = 0; rank < num_ranks(); ++rank) {
@@ -108,6 +109,7 @@ uint64_t InternodeWorld::lend_offset() const {
 }
 
 uint64_t InternodeWorld::ended(int rank, int node) const {
+    const simt::hb::Quiet quiet;
     const auto* window = static_cast<const uint8_t*>(network_->engine(rank).window().host);
     return *reinterpret_cast<const uint64_t*>(window + rail_control_.ended.at(static_cast<uint64_t>(node)));
 }
@@ -150,9 +152,8 @@ kernels::RailPlan InternodeWorld::rail_plan(int rank, const layout::RailSlot& sl
 }
 
 layout::WindowLayout InternodeWorld::window(const layout::SlotLayout& slot) const {
-    const auto window =
-        layout::WindowLayout::make(num_data_bytes_, static_cast<uint64_t>(options_.ranks_per_node), slot.bytes,
-                                   static_cast<uint64_t>(options_.num_nodes));
+    const auto window = layout::WindowLayout::make(num_data_bytes_, static_cast<uint64_t>(options_.ranks_per_node),
+                                                   slot.bytes, static_cast<uint64_t>(options_.num_nodes));
     EP_CHECK(options_.ranks_per_node == 1 || window.window > 0, "the test's data region is too small");
     return window;
 }
@@ -168,10 +169,9 @@ kernels::Geometry InternodeWorld::geometry() const {
 layout::RailSlot InternodeWorld::dispatch_slot(const InternodeCall& call, bool is_cached) const {
     const Problem& problem = call.problem;
     const bool has_topk = call.has_topk && !is_cached;
-    return layout::RailSlot::for_dispatch(static_cast<uint64_t>(problem.hidden) * 2,
-                                          has_topk ? static_cast<uint64_t>(problem.num_topk) : 0,
-                                          static_cast<uint64_t>(problem.num_scales),
-                                          is_cached ? 0 : static_cast<uint64_t>(options_.ranks_per_node));
+    return layout::RailSlot::for_dispatch(
+        static_cast<uint64_t>(problem.hidden) * 2, has_topk ? static_cast<uint64_t>(problem.num_topk) : 0,
+        static_cast<uint64_t>(problem.num_scales), is_cached ? 0 : static_cast<uint64_t>(options_.ranks_per_node));
 }
 
 layout::RailSlot InternodeWorld::combine_slot(const InternodeCall& call) const {
@@ -217,9 +217,9 @@ void InternodeWorld::launch_dispatch(InternodeCall& call, int rank, Counts count
     RailTensors& rail = call.rails[static_cast<size_t>(rank)];
     const bool is_cached = counts == Counts::kKnown;
     const int num_topk = is_cached || !call.has_topk ? 0 : problem.num_topk;
-    const auto slot = layout::SlotLayout::for_dispatch(static_cast<uint64_t>(problem.hidden) * 2,
-                                                       static_cast<uint64_t>(num_topk),
-                                                       static_cast<uint64_t>(problem.num_scales));
+    const auto slot =
+        layout::SlotLayout::for_dispatch(static_cast<uint64_t>(problem.hidden) * 2, static_cast<uint64_t>(num_topk),
+                                         static_cast<uint64_t>(problem.num_scales));
     layout::Loan loan;
     const bool is_lent = problem.lends(rank);
     const auto output = [&](auto& data, uint64_t& offset) {
@@ -393,7 +393,8 @@ void InternodeWorld::prepare_dispatch(InternodeCall& call, int rank, bool asks_h
     tensors.num_recv_per_expert = of_experts;
     rail.num_rail_tokens = num_rail_tokens;
     rail.rail_head.assign(
-        static_cast<size_t>(num_rail_tokens + problem.num_extra_rows) * static_cast<size_t>(options_.ranks_per_node), -7);
+        static_cast<size_t>(num_rail_tokens + problem.num_extra_rows) * static_cast<size_t>(options_.ranks_per_node),
+        -7);
     prepare_recv(problem, tensors, num_rows + problem.num_extra_rows);
 }
 

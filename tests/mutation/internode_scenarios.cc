@@ -1,0 +1,188 @@
+// High throughput across nodes: credits of one chunk, chunks that several warps fill and empty, banks that are used again by
+// traffic in one direction only, ranks that do not come.
+#include "internode/internode_world.h"
+#include "mutation/scenarios.h"
+#include "mutation/worlds.h"
+
+namespace deep_ep::test {
+namespace {
+
+// One block a rank, unless a test needs warps that know nothing of each other: see small_device.
+InternodeOptions small_options(int num_nodes, int ranks_per_node, uint64_t seed) {
+    InternodeOptions options{.num_nodes = num_nodes, .ranks_per_node = ranks_per_node, .num_blocks = 1};
+    options.scheduler = varied(seed);
+    options.network_seed = seed;
+    options.device = {.num_sms = 2, .has_bulk_copy = false, .useful_block_threads = 64};
+    return options;
+}
+
+Problem small_problem(const InternodeOptions& options, uint64_t seed) {
+    Problem problem{.num_tokens = {}, .num_experts = options.num_ranks(), .num_topk = 2, .hidden = 16, .seed = seed};
+    for (int rank = 0; rank < options.num_ranks(); ++rank) problem.num_tokens.push_back(11 - 4 * (rank % 2));
+    return problem;
+}
+
+std::string run_twice(const InternodeOptions& options, const Problem& problem) {
+    InternodeWorld world(options, problem);
+    std::string difference = world.round_trip(problem);
+    return difference.empty() ? world.round_trip(problem) : difference;
+}
+
+// Every chunk waits for the one before.
+std::string rail_credits(uint64_t seed) {
+    InternodeOptions options = small_options(2, 1, seed);
+    options.rail_slots = 2;
+    options.chunk_tokens = 1;
+    return run_twice(options, small_problem(options, seed));
+}
+
+// Chunks are filled and emptied by warps of two blocks, and several stand free before they are looked at.
+std::string rail_chunks(uint64_t seed) {
+    InternodeOptions options = small_options(2, 1, seed);
+    options.num_blocks = 2;
+    options.rail_slots = 8;
+    options.chunk_tokens = 2;
+    return run_twice(options, small_problem(options, seed));
+}
+
+std::string rail_and_slots(uint64_t seed) {
+    InternodeOptions options = small_options(2, 2, seed);
+    options.window = 1;
+    options.rail_slots = 2;
+    options.chunk_tokens = 1;
+    return run_twice(options, small_problem(options, seed));
+}
+
+// Streams that one warp serves by turns.
+std::string three_nodes(uint64_t seed) {
+    InternodeOptions options = small_options(3, 1, seed);
+    options.rail_slots = 2;
+    options.chunk_tokens = 1;
+    return run_twice(options, small_problem(options, seed));
+}
+
+std::string lent_rows(uint64_t seed) {
+    InternodeOptions options = small_options(2, 2, seed);
+    options.lend_bytes = 1 << 14;
+    options.rail_slots = 2;
+    options.chunk_tokens = 1;
+    Problem problem = small_problem(options, seed);
+    problem.lending_ranks = 5;
+    return run_twice(options, problem);
+}
+
+// Nothing but the rail's own words orders a bank's uses: rank 1 only receives, call after call.
+std::string one_way_rail(uint64_t seed) {
+    InternodeOptions options = small_options(2, 1, seed);
+    Problem problem = small_problem(options, seed);
+    problem.num_tokens = {6, 0};
+    problem.only_rank = 1;
+    InternodeWorld world(options, problem);
+    InternodeCall call(problem, options);
+    if (std::string difference = world.dispatch(call); !difference.empty()) return difference;
+    world.run([&] {
+        for (int repeat = 0; repeat < 4; ++repeat)
+            for (int rank = 0; rank < 2; ++rank) world.launch_dispatch(call, rank, Counts::kKnown);
+    });
+    if (std::string difference = check_dispatch(problem, call.ranks, true); !difference.empty()) return difference;
+    // Back again: now rank 0 only receives.
+    for (int rank = 0; rank < 2; ++rank) prepare_combine(call.problem, call.ranks[static_cast<size_t>(rank)], rank);
+    world.run([&] {
+        for (int repeat = 0; repeat < 4; ++repeat)
+            for (int rank = 0; rank < 2; ++rank) world.launch_combine(call, rank);
+    });
+    return check_combine(call.problem, call.ranks);
+}
+
+// Nothing but counts is exchanged, every other call, with no host between the calls.
+std::string counts_on_rail(uint64_t seed) {
+    InternodeOptions options = small_options(2, 2, seed);
+    Problem problem = small_problem(options, seed);
+    problem.num_tokens = {0, 0, 0, 0};
+    problem.num_extra_rows = 1;
+    InternodeWorld world(options, problem);
+    InternodeCall call(problem, options);
+    for (int rank = 0; rank < 4; ++rank) world.prepare_dispatch(call, rank, false);
+    world.run([&] {
+        for (int repeat = 0; repeat < 4; ++repeat)
+            for (int rank = 0; rank < 4; ++rank) {
+                world.launch_notify(call, rank);
+                world.launch_dispatch(call, rank, Counts::kExchanged);
+                world.launch_combine(call, rank);
+            }
+    });
+    for (int rank = 0; rank < 4; ++rank)
+        if (failure_of(world, rank) != layout::FailureKind::kNone) return "a call without tokens has failed";
+    return check_dispatch(call.problem, call.ranks);
+}
+
+// Posters wait for the engine.
+std::string full_engine(uint64_t seed) {
+    InternodeOptions options = small_options(2, 1, seed);
+    options.max_posted = 1;
+    options.chunk_tokens = 1;
+    return run_twice(options, small_problem(options, seed));
+}
+
+// Rank 1 does not come to a combine; rank 0 gives up in time and leaves nothing that passes for a result.
+std::string absent_across(uint64_t seed) {
+    InternodeOptions options = small_options(2, 1, seed);
+    options.scheduler = impatient(seed);
+    options.timeout_s = 2;
+    const Problem problem = small_problem(options, seed);
+    InternodeWorld world(options, problem);
+    InternodeCall call(problem, options);
+    if (std::string difference = world.dispatch(call); !difference.empty()) return difference;
+    prepare_combine(call.problem, call.ranks[0], 0);
+    world.run([&] { world.launch_combine(call, 0); });
+    if (failure_of(world, 0) != layout::FailureKind::kTimeout) return "rank 0 has not given up";
+    if (world.status(0).failure.peer != 1) return "rank 0 names another rank";
+    return check_void_combine(call.ranks[0]);
+}
+
+// Rank 1 does not come to the exchange.
+std::string absent_in_exchange(uint64_t seed) {
+    InternodeOptions options = small_options(2, 1, seed);
+    options.scheduler = impatient(seed);
+    options.timeout_s = 2;
+    const Problem problem = small_problem(options, seed);
+    InternodeWorld world(options, problem);
+    InternodeCall call(problem, options);
+    world.run([&] { world.launch_notify(call, 0); });
+    if (failure_of(world, 0) != layout::FailureKind::kTimeout) return "rank 0 has not given up";
+    return world.status(0).failure.peer == 1 ? "" : "rank 0 names another rank";
+}
+
+// Rank 1 refuses; rank 0 hears of it over the rail, long before its own deadline.
+std::string refused_across(uint64_t seed) {
+    InternodeOptions options = small_options(2, 1, seed);
+    options.scheduler = impatient(seed);
+    const Problem problem = small_problem(options, seed);
+    InternodeWorld world(options, problem);
+    InternodeCall call(problem, options);
+    for (int rank = 0; rank < 2; ++rank) world.prepare_dispatch(call, rank, false);
+    call.rails[1].rail_head.clear();
+    world.run([&] {
+        for (int rank = 0; rank < 2; ++rank) {
+            world.launch_notify(call, rank);
+            world.launch_dispatch(call, rank, Counts::kExchanged);
+        }
+    });
+    if (failure_of(world, 1) != layout::FailureKind::kBadInput) return "rank 1 has not refused";
+    return failure_of(world, 0) == layout::FailureKind::kAborted ? "" : "rank 0 has not heard of it";
+}
+
+constexpr Scenario kScenarios[] = {
+    {"rail_credits", rail_credits},     {"rail_chunks", rail_chunks},
+    {"rail_and_slots", rail_and_slots}, {"three_nodes", three_nodes},
+    {"lent_across", lent_rows},         {"one_way_rail", one_way_rail},
+    {"counts_on_rail", counts_on_rail}, {"full_engine", full_engine},
+    {"absent_across", absent_across},   {"absent_in_exchange", absent_in_exchange},
+    {"refused_across", refused_across},
+};
+
+}  // namespace
+
+std::span<const Scenario> internode_scenarios() { return kScenarios; }
+
+}  // namespace deep_ep::test
