@@ -4,8 +4,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import node_failure_cases as cases
 import pytest
 from utils import Pool, Worker
+from workload import Workload
 
 RANKS_PER_NODE = {"DEEP_EP_RANKS_PER_NODE": "2"}
 
@@ -72,3 +74,44 @@ def test_the_interface_is_the_one_that_reaches_the_master() -> None:
     for _, name, _ in pool.run(rail_of, 2):
         assert name.startswith("host (TCP, 127.0.0.1:")
     pool.close()
+
+
+@pytest.mark.parametrize("has_child", [False, True])
+def test_idle_ranks_are_told_of_one_that_died(pool: Pool, has_child: bool) -> None:
+    """Its rail peer sees the connection end, whatever children it has; the others hear it from there."""
+    victim = 3
+    found = pool.run(cases.killed_while_idle, 4, victim, has_child, dying=(victim, ))
+    kind, sentence, _ = found[1]
+    assert kind == "TransportError", found
+    assert "DeepEP error: rank 1 of node 0: rail: the connection to rank 3 at " in sentence
+    assert "DeepEP error: rank 0 of node 0: aborted, because rank 1 of node 0 failed: " in found[0][1]
+    assert "rank 1 of node 0 reported an error of its own; rank 3 of node 1: its process has ended." in found[2][1]
+    assert all(is_in_time for _, _, is_in_time in found[:victim]), found
+
+
+def test_a_rank_that_leaves_is_no_failure(pool: Pool) -> None:
+    assert pool.run(cases.destroyed_while_others_idle, 4, 3) == [("", "")] * 4
+
+
+def test_who_waits_for_a_rank_that_left_is_told_so(pool: Pool) -> None:
+    messages = pool.run(cases.called_after_one_left, 4, Workload((3, 5, 2, 4)), 3)
+    assert any("rank 3 of node 1 (its last call was 0; it has destroyed its Buffer)" in message
+               for message in messages[:2]), messages
+    assert all("rank 3 of node 1" in message for message in messages[:3]), messages
+
+
+def low_latency_failures(worker: Worker) -> list[str]:
+    with worker.new_buffer() as buffer:
+        sentences = []
+        for call in (lambda: buffer.runtime.clean_low_latency(0), lambda: buffer.clean_low_latency_buffer(4, 128, 4)):
+            try:
+                call()
+            except Exception as error:  # noqa: BLE001 - its sentence is looked at
+                sentences.append(str(error))
+        return sentences
+
+
+def test_low_latency_calls_of_a_buffer_without_the_mode_are_refused(pool: Pool) -> None:
+    for native, public in pool.run(low_latency_failures, 4):
+        assert "a low-latency call of a Buffer whose group spans nodes" in native
+        assert "low_latency_mode=True" in public

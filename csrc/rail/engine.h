@@ -46,6 +46,8 @@ public:
 
     // Throws TransportError with what has gone wrong so far, if anything has.
     virtual void check() const = 0;
+    // This peer has released its engine in order. False where an engine cannot know it: what is said of a failure then lacks it.
+    virtual bool has_left(int) const { return false; }
     // What has been posted to this peer so far.
     virtual Traffic sent_to(int peer) const = 0;
 

@@ -21,6 +21,8 @@ const BufferOptions& checked(const BufferOptions& options) {
     EP_CHECK(options.num_ranks > 0, "num_ranks must be positive, got ", options.num_ranks);
     EP_CHECK(topology.ranks_per_node <= layout::kMaxRanks, "a node can have at most ", layout::kMaxRanks,
              " ranks, got ", topology.ranks_per_node);
+    EP_CHECK(topology.num_nodes() <= layout::kMaxNodes, "a group can span at most ", layout::kMaxNodes, " nodes, got ",
+             topology.num_nodes());
     EP_CHECK(options.num_ranks % topology.ranks_per_node == 0, "ranks_per_node must divide num_ranks (",
              options.num_ranks, "), got ", topology.ranks_per_node);
     EP_CHECK(options.rank >= 0 && options.rank < options.num_ranks, "rank must be in [0, ", options.num_ranks,

@@ -77,7 +77,7 @@ std::string FailureDesk::look() {
 
 std::string FailureDesk::describe_warning(const layout::WaitRecord& record) const {
     Peers known = peers(record.operation);
-    known.reason = [](int) { return std::string(); };  // nobody has given up
+    known.reason = known.stall = [](int) { return std::string(); };  // nobody has given up
     return runtime::describe_warning(record, known);
 }
 
@@ -146,9 +146,8 @@ void FailureDesk::collect_notes() {
 // Kernels of this rank look at these words themselves; here for a rank that runs none.
 void FailureDesk::collect_rail_aborts() {
     if (at_.engine == nullptr) return;
-    const auto num_nodes = static_cast<uint64_t>(at_.topology.num_nodes());
-    for (uint64_t word = 0; word < 2 * num_nodes; ++word) {
-        const uint64_t code = rail_word(at_.rail.abort.at(word));
+    for (int node = 0; node < at_.topology.num_nodes(); ++node) {
+        const uint64_t code = abort_over_rail(node);
         if (code == 0) continue;
         adopt({FailureClass::kTimeout, describe_rail_abort(code, peers(layout::Operation::kDispatch))});
         mailbox_->note_abort(failure_.text);
@@ -156,6 +155,15 @@ void FailureDesk::collect_rail_aborts() {
         abort_rail_peers(code);
         return;
     }
+}
+
+// What the kernels or the host of the rail peer in that node have set.
+uint64_t FailureDesk::abort_over_rail(int node) const {
+    const auto word = [&](int who) {
+        return rail_word(at_.rail.abort.at(static_cast<uint64_t>(who * at_.topology.num_nodes() + node)));
+    };
+    const uint64_t code = word(0);
+    return code != 0 ? code : word(1);
 }
 
 void FailureDesk::adopt(Failure failure) {
@@ -167,7 +175,8 @@ Peers FailureDesk::peers(layout::Operation operation) const {
     return {.topology = at_.topology,
             .progress = progress(operation),
             .remark = [this](int peer) { return remark(peer); },
-            .reason = [this](int origin) { return reason_of(origin); }};
+            .reason = [this](int origin) { return reason_of(origin); },
+            .stall = [this](int peer) { return stall_of(peer); }};
 }
 
 // How far the others are, by what they have written to this rank.
@@ -201,12 +210,24 @@ std::string FailureDesk::reason_of(int origin) const {
     }
 }
 
-// What a neighbour's mailbox says.
+// Deadlines are the same everywhere, so a rank that stalls because of a third one gives up at the same time.
+std::string FailureDesk::stall_of(int peer) const {
+    if (at_.engine == nullptr) return "";  // this rank knows itself how far all others are
+    if (is_here(peer)) return reason_of(peer);
+    const auto deadline = std::chrono::steady_clock::now() + kReasonPatience;
+    uint64_t code = 0;
+    while ((code = abort_over_rail(at_.topology.node_of(peer))) == 0 && std::chrono::steady_clock::now() < deadline)
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    return code == 0 ? "" : describe_abort_code(code, at_.topology);
+}
+
+// What a neighbour's mailbox says, or the engine of a rail peer.
 std::string FailureDesk::remark(int peer) const {
-    if (!is_here(peer)) return "";
+    constexpr auto kLeft = "it has destroyed its Buffer";
+    if (!is_here(peer)) return at_.engine->has_left(peer) ? kLeft : "";
     const comm::Presence presence = mailbox_->presence(index_of(peer));
     if (presence == comm::Presence::kGone) return "its process has ended";
-    if (presence == comm::Presence::kLeft) return "it has destroyed its Buffer";
+    if (presence == comm::Presence::kLeft) return kLeft;
     if (const auto refusal = mailbox_->refusal(index_of(peer))) {
         std::ostringstream out;
         out << std::fixed << std::setprecision(1) << refusal->age_s << " s ago it refused a call: " << refusal->text;

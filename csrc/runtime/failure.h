@@ -79,6 +79,8 @@ private:
     std::vector<Progress> progress(layout::Operation operation) const;
     std::string remark(int peer) const;
     std::string reason_of(int origin) const;
+    std::string stall_of(int peer) const;
+    uint64_t abort_over_rail(int node) const;
     uint64_t rail_word(uint64_t offset) const;
     void write_abort(int index, uint64_t code) noexcept;
     void abort_neighbours(uint64_t code) noexcept;

@@ -67,6 +67,12 @@ bool is_low_latency(layout::Operation operation) {
 std::string meaning_of(const layout::WaitRecord& record, uint64_t word) {
     const bool is_of_row = record.stage == layout::Stage::kRow || record.stage == layout::Stage::kSlot;
     if (word == 0) return "nothing";
+    if (record.stage == layout::Stage::kRailChunk || record.stage == layout::Stage::kRailTaken)
+        return concat("chunk ", layout::position_of_tag(word), " of call ", layout::call_of_tag(word));
+    if (record.stage == layout::Stage::kRailRoom) return concat(word, " commands");
+    // A forwarder leaves them as counts, a rail peer as a flag.
+    if (record.stage == layout::Stage::kRailCounts && layout::call_of_count(word) != 0)
+        return concat("call ", layout::call_of_count(word));
     if (record.stage == layout::Stage::kCapacity) return concat(word, " rows");
     if (record.stage == layout::Stage::kCounts) return concat("call ", layout::call_of_count(word));
     if (!is_of_row) return concat("call ", word);
@@ -105,13 +111,11 @@ std::string remark_on(int peer, const Peers& peers) {
 
 std::string stalled(const layout::WaitRecord& record, const Peers& peers) {
     const int forwarder = forwarder_of(record.peer, peers.topology);
-    if (forwarder < 0)
-        return concat(name_of(record.peer, peers.topology), " entered the call and stalled (", progress_of(record),
-                      remark_on(record.peer, peers), ")");
-    const std::string name = name_of(forwarder, peers.topology);
-    const std::string reason = record.kind == layout::FailureKind::kTimeout ? peers.reason(forwarder) : "";
-    return concat(name, ", its forwarder, entered the call and has passed nothing on (", progress_of(record),
-                  remark_on(forwarder, peers), ")", reason.empty() ? "" : concat("; it reports: ", reason));
+    const int peer = forwarder < 0 ? record.peer : forwarder;
+    const std::string told = record.kind == layout::FailureKind::kTimeout ? peers.stall(peer) : "";
+    return concat(name_of(peer, peers.topology), forwarder < 0 ? "" : ", its forwarder,", " entered the call and ",
+                  forwarder < 0 ? "stalled (" : "has passed nothing on (", progress_of(record), remark_on(peer, peers),
+                  ")", told.empty() ? "" : "; it reports: ", told);
 }
 
 // A peer that waits for a third rank stalls as well: those that never entered the call are the ones to look at.
@@ -152,6 +156,19 @@ std::string describe_bad_input(const layout::WaitRecord& record, const layout::T
                       " are stated. num_tokens_per_rank must count the tokens of is_token_in_rank; the tensors of a "
                       "handle must belong together.");
     if (record.stage == layout::Stage::kRows) return describe_rows(record, topology);
+    if (record.stage == layout::Stage::kRailShapes)
+        return concat(where(record, topology), ": ", name_of(record.peer, topology),
+                      " dispatches rows of another shape, or another number of experts. Shapes and formats must be the "
+                      "same on every rank; DEEP_EP_CHECK_CALLS=1 compares them.");
+    if (record.stage == layout::Stage::kRailCapacity)
+        return concat(where(record, topology), ": the tensors hold ", record.expected, " tokens to forward, but ",
+                      record.seen,
+                      " come from other nodes. Raise num_worst_tokens, or pass the tensors that fit the handle.");
+    if (record.stage == layout::Stage::kRailRows)
+        return concat(where(record, topology), ": ", static_cast<int32_t>(record.seen),
+                      " tokens between this rank and ", name_of(record.peer, topology), ", where ", record.token,
+                      " are stated. num_tokens_per_rdma_rank must count the tokens of is_token_in_rank by node; the "
+                      "tensors of a handle must belong together, and stay as they are.");
     if (record.stage == layout::Stage::kStated)
         return concat(
             where(record, topology), ": the routing table of rank ", record.peer, " states ",
@@ -171,13 +188,11 @@ std::string describe_bad_input(const layout::WaitRecord& record, const layout::T
                   static_cast<int64_t>(record.seen), ".");
 }
 
-// What an abort code says, without the rank that reports it.
 std::string who_gave_up(uint64_t code, const Peers& peers) {
-    const int origin = layout::abort_origin(code), missing = layout::abort_missing(code);
-    const std::string name = name_of(origin, peers.topology);
-    if (origin != missing) return concat(name, " gave up waiting for ", name_of(missing, peers.topology));
-    const std::string reason = peers.reason(origin);
-    return concat(name, " reported an error of its own", reason.empty() ? "" : ": " + reason);
+    const std::string text = describe_abort_code(code, peers.topology);
+    const int origin = layout::abort_origin(code);
+    const std::string reason = origin == layout::abort_missing(code) ? peers.reason(origin) : "";
+    return reason.empty() ? text : text + ": " + reason;
 }
 
 std::string describe_abort(const layout::WaitRecord& record, const Peers& peers) {
@@ -190,6 +205,13 @@ std::string describe_abort(const layout::WaitRecord& record, const Peers& peers)
 }
 
 }  // namespace
+
+std::string describe_abort_code(uint64_t code, const layout::Topology& topology) {
+    const int origin = layout::abort_origin(code), missing = layout::abort_missing(code);
+    const std::string name = name_of(origin, topology);
+    if (origin == missing) return name + " reported an error of its own";
+    return concat(name, " gave up waiting for ", name_of(missing, topology));
+}
 
 std::string describe_failure(const layout::WaitRecord& record, const Peers& peers) {
     switch (record.kind) {

@@ -23,7 +23,12 @@ struct Peers {
     std::vector<Progress> progress;                 // of all others that tell it: neighbours, rail peers
     std::function<std::string(int peer)> remark;    // put behind its name; empty: nothing is known
     std::function<std::string(int origin)> reason;  // why it gave up; empty: nothing is known
+    // Across nodes, of a rank that entered the call and stalls: whom it waits for itself, as it has told; empty: nothing.
+    std::function<std::string(int peer)> stall;
 };
+
+// What an abort code says.
+std::string describe_abort_code(uint64_t code, const layout::Topology& topology);
 
 std::string describe_failure(const layout::WaitRecord& record, const Peers& peers);
 std::string describe_warning(const layout::WaitRecord& record, const Peers& peers);

@@ -136,7 +136,13 @@ kernels::LowLatencyCombineParams LowLatency::make_params(const LowLatencyCombine
     return {{call}, args};
 }
 
+// Its words and its region are those of one node.
+void LowLatency::require_one_node() const {
+    EP_ENSURE(connection_.topology().num_nodes() == 1, "a low-latency call of a Buffer whose group spans nodes");
+}
+
 void LowLatency::clean(dev::Stream stream) {
+    require_one_node();
     connection_.check();
     const auto num_open =
         std::count_if(std::begin(open_calls_), std::end(open_calls_), [](uint64_t ticket) { return ticket != 0; });
@@ -191,6 +197,7 @@ void LowLatency::abandon_hook(uint64_t ticket, const std::string& text) {
 template <class Args, class Params>
 uint64_t LowLatency::run(const Args& args, void (*launch)(const Params&, dev::Stream), uint64_t ticket,
                          dev::Stream stream) {
+    require_one_node();
     const bool is_hook = ticket != kSendPhase && ticket != kBothPhases;  // which is a call of its own
     if (is_hook)
         connection_.begin_call();

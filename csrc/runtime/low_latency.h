@@ -42,6 +42,7 @@ private:
     kernels::LowLatencyCall make_call(const LowLatencyArgs& args, const layout::LowLatencyMessage& message) const;
     kernels::LowLatencyDispatchParams make_params(const LowLatencyDispatchArgs& args) const;
     kernels::LowLatencyCombineParams make_params(const LowLatencyCombineArgs& args) const;
+    void require_one_node() const;
     uint64_t enter(kernels::LowLatencyCall& call, uint64_t ticket);
     uint64_t open();
     void close(uint64_t ticket);

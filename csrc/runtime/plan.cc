@@ -53,7 +53,7 @@ uint64_t data_bytes_for(const HeapPlan& heap, const layout::SlotLayout& slot) {
     return heap.lends_part_of_data() ? layout::DataSplit::bytes_for(slots, 0, num_lending_ranks(heap.topology)) : slots;
 }
 
-// Shares the warps of a block between the three roles. A rank that lends has no warps for the one that its loan makes idle.
+// Shares the warps of a block between the three roles.
 InternodeGeometry plan_roles(const Machine& machine, int num_sms, int max_threads) {
     const int num_warps = std::max(3, std::min(max_threads, machine.useful_block_threads) / 32);
     const int share = num_warps / 3;
@@ -200,17 +200,17 @@ kernels::Geometry plan_combine(const Machine& machine, int num_sms, const layout
     return can_stage(machine, staged) ? staged : plain;
 }
 
-InternodeGeometry plan_internode_dispatch(const Machine& machine, int num_sms, bool is_lent) {
+InternodeGeometry plan_internode_dispatch(const Machine& machine, int num_sms, bool receives_nothing) {
     InternodeGeometry geometry = plan_roles(machine, num_sms, kernels::kMaxDispatchThreads);
     kernels::Geometry& node = geometry.node;
-    if (is_lent) give_to_others(node.num_recv_warps, node.num_send_warps, geometry.num_forward_warps);
+    if (receives_nothing) give_to_others(node.num_recv_warps, node.num_send_warps, geometry.num_forward_warps);
     return geometry;
 }
 
-InternodeGeometry plan_internode_combine(const Machine& machine, int num_sms, bool is_lent) {
+InternodeGeometry plan_internode_combine(const Machine& machine, int num_sms, bool sends_nothing) {
     InternodeGeometry geometry = plan_roles(machine, num_sms, kernels::kMaxCombineThreads);
     kernels::Geometry& node = geometry.node;
-    if (is_lent) give_to_others(node.num_send_warps, geometry.num_forward_warps, node.num_recv_warps);
+    if (sends_nothing) give_to_others(node.num_send_warps, geometry.num_forward_warps, node.num_recv_warps);
     return geometry;
 }
 
@@ -220,8 +220,8 @@ int plan_notify_threads(const Machine& machine) {
 
 layout::WindowLayout plan_window(const HeapPlan& heap, const layout::SlotLayout& slot, const char* operation) {
     const auto num_ranks = static_cast<uint64_t>(heap.topology.ranks_per_node);
-    const auto num_nodes = static_cast<uint64_t>(heap.topology.num_nodes());
-    const auto window = layout::WindowLayout::make(heap.num_slot_bytes, num_ranks, slot.bytes, num_nodes);
+    const auto window = layout::WindowLayout::make(heap.num_slot_bytes, num_ranks, slot.bytes,
+                                                   static_cast<uint64_t>(heap.topology.num_nodes()));
     EP_CHECK(num_ranks == 1 || window.window > 0, "num_nvl_bytes is too small for this ", operation,
              ": expected at least ", data_bytes_for(heap, slot), ", got ", heap.num_data_bytes,
              " (see Config.get_nvl_buffer_size_hint)");

@@ -83,13 +83,14 @@ LayoutGrid plan_layout(const Machine& machine, int num_tokens);
 kernels::Geometry plan_dispatch(const Machine& machine, int num_sms, const layout::SlotLayout& slot, bool is_lent);
 kernels::Geometry plan_combine(const Machine& machine, int num_sms, const layout::SlotLayout& slot, bool is_lent);
 
-// Across nodes no warp has stages; others forward between the rail and the neighbours.
+// Across nodes no warp has stages; others forward between the rail and the neighbours. Ranks that lend, and those without
+// neighbours, leave out the role that has nothing to do.
 struct InternodeGeometry {
     kernels::Geometry node;
     int num_forward_warps;  // in each block
 };
-InternodeGeometry plan_internode_dispatch(const Machine& machine, int num_sms, bool is_lent);
-InternodeGeometry plan_internode_combine(const Machine& machine, int num_sms, bool is_lent);
+InternodeGeometry plan_internode_dispatch(const Machine& machine, int num_sms, bool receives_nothing);
+InternodeGeometry plan_internode_combine(const Machine& machine, int num_sms, bool sends_nothing);
 
 // Of the one block that exchanges counts.
 int plan_notify_threads(const Machine& machine);

@@ -46,6 +46,7 @@ public:
     // Why it has ended, unless the peer has said farewell before: "" or a sentence.
     std::string failure() const;
     bool has_ended() const { return has_ended_.load(std::memory_order_acquire); }
+    bool has_left() const { return has_ended() && has_farewell_; }
     Traffic traffic() const;
 
 private:

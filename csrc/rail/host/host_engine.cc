@@ -114,6 +114,11 @@ void HostEngine::note_failure(const std::string& text) {
     if (failure_.empty()) failure_ = text;
 }
 
+bool HostEngine::has_left(int peer) const {
+    const auto found = connections_.find(peer);
+    return found != connections_.end() && found->second.has_left();
+}
+
 Traffic HostEngine::sent_to(int peer) const {
     const auto found = connections_.find(peer);
     return found == connections_.end() ? Traffic{} : found->second.traffic();

@@ -46,6 +46,7 @@ public:
     size_t chunk_bytes() const override { return 256 << 10; }
     void set(int peer, uint64_t flag, uint64_t value) override;
     void check() const override;
+    bool has_left(int peer) const override;
     Traffic sent_to(int peer) const override;
     void release(double timeout_s) override;
 

@@ -149,9 +149,11 @@ TEST_CASE("connection: an end after a farewell is none") {
     Ends ends;
     ends.tell({MessageKind::kPut, 0, 0, 8, 1});
     ends.tell({MessageKind::kFarewell, 0, 0, 0, 0});
+    CHECK_FALSE(ends.connection().has_left());
     ends.hang_up();
     CHECK_EQ(ends.connection().receive(), Flow::kEnded);
     CHECK_EQ(ends.connection().failure(), "");
+    CHECK(ends.connection().has_left());
     CHECK_EQ(ends.word(8), 1);
 }
 

@@ -29,7 +29,7 @@ layout::WaitRecord make_record(Operation operation, Stage stage, uint64_t expect
 
 // At rank 0 of three, all of which have entered the call.
 std::string told(const layout::WaitRecord& record) {
-    return describe_failure(record, {{3, 3, 0}, {{1, 3}, {2, 3}}, nothing, nothing});
+    return describe_failure(record, {{3, 3, 0}, {{1, 3}, {2, 3}}, nothing, nothing, nothing});
 }
 
 void check_progress(Operation operation, Stage stage, uint64_t expected, uint64_t seen, const std::string& progress) {
@@ -93,8 +93,8 @@ TEST_CASE("rows that cannot be are told by where they begin and end") {
 
 // At rank 0 of two nodes of two: rank 1 is its neighbour, rank 2 its rail peer, and rank 3 speaks to it through rank 1.
 std::string told_across(const layout::WaitRecord& record, std::vector<Progress> progress,
-                        const std::string& reason = "") {
-    return describe_failure(record, {{4, 2, 0}, std::move(progress), nothing, [&](int) { return reason; }});
+                        const std::string& told = "") {
+    return describe_failure(record, {{4, 2, 0}, std::move(progress), nothing, nothing, [&](int) { return told; }});
 }
 
 layout::WaitRecord make_rail_record(Stage stage, int peer, uint64_t expected, uint64_t seen) {
@@ -110,46 +110,61 @@ void check_says(const std::string& sentence, const std::string& part) {
 TEST_CASE("across nodes every rank is named with its node, and who never entered the call") {
     const layout::WaitRecord record = make_rail_record(Stage::kRailCounts, 2, 3, 2);
     const std::string sentence = told_across(record, {{1, 3}, {2, 2}});
-    check_says(sentence, "dispatch, call 3, rank 0 of node 0: waited 0.0 s for rank 2 of node 1 to send its token counts");
+    check_says(sentence,
+               "dispatch, call 3, rank 0 of node 0: waited 0.0 s for rank 2 of node 1 to send its token counts");
     check_says(sentence, "never entered this call: rank 2 of node 1 (its last call was 2)");
 }
 
 TEST_CASE("a rail peer that entered the call and stalled says how far it is") {
-    check_says(told_across(make_rail_record(Stage::kRailChunk, 2, layout::make_tag(3, 4), layout::make_tag(3, 1)),
-                           {{1, 3}, {2, 3}}),
-               "to send tokens to this node; rank 2 of node 1 entered the call and stalled (expected chunk 4 of call 3, "
-               "seen chunk 1 of call 3)");
+    check_says(
+        told_across(make_rail_record(Stage::kRailChunk, 2, layout::make_tag(3, 4), layout::make_tag(3, 1)),
+                    {{1, 3}, {2, 3}}),
+        "to send tokens to this node; rank 2 of node 1 entered the call and stalled (expected chunk 4 of call 3, "
+        "seen chunk 1 of call 3)");
     check_says(told_across(make_rail_record(Stage::kRailTaken, 2, layout::make_tag(3, 4), 0), {{1, 3}, {2, 3}}),
                "(expected chunk 4 of call 3, seen nothing)");
     check_says(told_across(make_rail_record(Stage::kRailBank, 2, 1, 0), {{1, 3}, {2, 3}}),
                "(expected call 1, seen nothing)");
 }
 
+TEST_CASE("a rail peer that stalled because of a third rank says whom it waited for") {
+    check_says(told_across(make_rail_record(Stage::kRailChunk, 2, layout::make_tag(3, 0), 0), {{1, 3}, {2, 3}},
+                           describe_abort_code(layout::make_abort_code(2, 3), {4, 2, 0})),
+               "rank 2 of node 1 entered the call and stalled (expected chunk 0 of call 3, seen nothing); it reports: "
+               "rank 2 of node 1 gave up waiting for rank 3 of node 1.");
+}
+
 TEST_CASE("a rank of another node and another rail is waited for through its forwarder, who says what it saw") {
     const layout::WaitRecord record = make_rail_record(Stage::kRailCounts, 3, layout::make_count(3, 0), 0);
     const std::string sentence = told_across(record, {{1, 3}, {2, 3}}, "rank 3 of node 1 never entered");
-    check_says(sentence, "for rank 3 of node 1 to send its token counts; rank 1 of node 0, its forwarder, entered the call and has "
-                         "passed nothing on");
+    check_says(
+        sentence,
+        "for rank 3 of node 1 to send its token counts; rank 1 of node 0, its forwarder, entered the call and has "
+        "passed nothing on");
     check_says(sentence, "; it reports: rank 3 of node 1 never entered");
-    check_says(told_across(record, {{1, 2}, {2, 3}}), "never entered this call: rank 1 of node 0 (its last call was 2)");
+    check_says(told_across(record, {{1, 2}, {2, 3}}),
+               "never entered this call: rank 1 of node 0 (its last call was 2)");
 }
 
 TEST_CASE("an abort from another node names both ranks with their nodes") {
     layout::WaitRecord record = make_rail_record(Stage::kRow, 1, layout::make_tag(3, 0), layout::make_abort_code(3, 1));
     record.kind = FailureKind::kAborted;
-    check_says(told_across(record, {{1, 2}, {2, 3}}),
-               "aborted, rank 3 of node 1 gave up waiting for rank 1 of node 0; here: never entered this call: rank 1 of "
-               "node 0 (its last call was 2).");
+    check_says(
+        told_across(record, {{1, 2}, {2, 3}}),
+        "aborted, rank 3 of node 1 gave up waiting for rank 1 of node 0; here: never entered this call: rank 1 of "
+        "node 0 (its last call was 2).");
 }
 
 TEST_CASE("bad input on the rail is told by what was found") {
     layout::WaitRecord record = make_rail_record(Stage::kRailShapes, 2, 7, 9);
     record.kind = FailureKind::kBadInput;
-    check_says(told_across(record, {}), "rank 2 of node 1 calls with another shape");
+    check_says(told_across(record, {}), "rank 2 of node 1 dispatches rows of another shape");
     record.stage = Stage::kRailCapacity;
-    check_says(told_across(record, {}), "rail_head");
+    check_says(told_across(record, {}),
+               "the tensors hold 7 tokens to forward, but 9 come from other nodes. Raise num_worst_tokens");
     record.stage = Stage::kRailRows;
-    check_says(told_across(record, {}), "handle");
+    record.token = 7;
+    check_says(told_across(record, {}), "9 tokens between this rank and rank 2 of node 1, where 7 are stated");
 }
 
 // Numbers that are not packed, but negative.

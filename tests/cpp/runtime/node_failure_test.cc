@@ -32,6 +32,7 @@ public:
 
     std::string failure;
     std::vector<int> peers;
+    bool is_cut = false;  // what it sends is lost
 
     std::string name() const override { return "prompt"; }
     std::string address() const override { return concat("rank ", rank_); }
@@ -47,7 +48,7 @@ public:
     size_t chunk_bytes() const override { return 1 << 18; }
     void set(int peer, uint64_t flag, uint64_t value) override {
         const auto found = rail_.engines.find(peer);
-        if (found == rail_.engines.end()) return;
+        if (is_cut || found == rail_.engines.end()) return;
         uint64_t& word = found->second->words_.at(flag / sizeof(uint64_t));
         CHECK_EQ(word, 0);  // nobody writes it twice
         word = value;
@@ -55,6 +56,7 @@ public:
     void check() const override {
         if (!failure.empty()) throw TransportError(failure);
     }
+    bool has_left(int peer) const override { return rail_.released_s.count(peer) > 0; }
     rail::Traffic sent_to(int) const override { return {}; }
     void release(double timeout_s) override { rail_.released_s[rank_] = timeout_s; }
 
@@ -119,6 +121,17 @@ TEST_CASE("a failure reaches every rank in three hops, over idle hosts alone") {
             CAPTURE(ranks_per_node);
             CAPTURE(origin);
             Nodes nodes(num_nodes, ranks_per_node);
+            nodes[origin].fail(FailureClass::kOther, "a reason", Spread::kPeers);
+            for (int hop = 0; hop < 3; ++hop) nodes.look_around(origin);
+            CHECK_EQ(nodes.num_failed(), nodes.num_ranks());
+        }
+}
+
+TEST_CASE("where the rail of the rank that fails is cut, its neighbours pass the news on over theirs") {
+    for (const auto& [num_nodes, ranks_per_node] : kShapes)
+        for (int origin = 0; ranks_per_node > 1 && origin < num_nodes * ranks_per_node; ++origin) {
+            Nodes nodes(num_nodes, ranks_per_node);
+            nodes.engines.at(origin)->is_cut = true;
             nodes[origin].fail(FailureClass::kOther, "a reason", Spread::kPeers);
             for (int hop = 0; hop < 3; ++hop) nodes.look_around(origin);
             CHECK_EQ(nodes.num_failed(), nodes.num_ranks());

@@ -3,6 +3,8 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
+
 #include "core/error.h"
 
 namespace deep_ep::runtime {
@@ -125,6 +127,75 @@ TEST_CASE("rows go through registers where stages cannot be") {
 TEST_CASE("send warps of a dispatch have two stages each, or none") {
     CHECK_GE(plan_dispatch(gpu(8), 20, dispatch_slot(7168), false).send.num_stages, 2);
     CHECK_EQ(plan_dispatch(gpu(8), 20, dispatch_slot(14336), false).send.num_stages, 0);  // there is room for one
+}
+
+TEST_CASE("across nodes every role has a warp, or none where it has nothing to do") {
+    for (const Machine& machine : {gpu(16), cpu(16)})
+        for (bool is_idle : {false, true}) {
+            CAPTURE(machine.is_gpu);
+            CAPTURE(is_idle);
+            const InternodeGeometry dispatch = plan_internode_dispatch(machine, 20, is_idle);
+            const InternodeGeometry combine = plan_internode_combine(machine, 20, is_idle);
+            CHECK_EQ(dispatch.node.num_recv_warps == 0, is_idle);
+            CHECK_EQ(combine.node.num_send_warps == 0, is_idle);
+            CHECK_GT(dispatch.node.num_send_warps, 0);
+            CHECK_GT(combine.node.num_recv_warps, 0);
+            for (const auto& [geometry, most] :
+                 {std::pair{dispatch, kernels::kMaxDispatchThreads}, {combine, kernels::kMaxCombineThreads}}) {
+                CHECK_GT(geometry.num_forward_warps, 0);
+                CHECK_FALSE(is_staged(geometry.node));
+                const int num_warps =
+                    geometry.node.num_send_warps + geometry.node.num_recv_warps + geometry.num_forward_warps;
+                CHECK_LE(32 * num_warps, std::min(most, std::max(96, machine.useful_block_threads)));
+            }
+        }
+}
+
+BufferOptions across(int num_nodes, int ranks_per_node) {
+    BufferOptions found = options(0);
+    found.num_ranks = num_nodes * ranks_per_node;
+    found.ranks_per_node = ranks_per_node;
+    return found;
+}
+
+TEST_CASE("the rail window has what was asked for, or as much as the data and 16 MiB for each other node") {
+    CHECK_EQ(plan_rail(options(0)).num_bytes(), 0);
+    BufferOptions wanted = across(3, 2);
+    CHECK_EQ(plan_rail(wanted).num_data_bytes, 1 << 26);
+    wanted.num_data_bytes = 128;
+    CHECK_EQ(plan_rail(wanted).num_data_bytes, 2 << 24);
+    wanted.num_rail_bytes = 1 << 12;
+    CHECK_EQ(plan_rail(wanted).num_data_bytes, 1 << 12);
+    CHECK_EQ(plan_rail(wanted).num_bytes(), layout::RailControl::make(3, 2).bytes + (1 << 12));
+}
+
+TEST_CASE("a rail window needs room for a slot of each stream") {
+    const auto slot = layout::RailSlot::for_combine(14336, 8);
+    BufferOptions small = across(3, 2);
+    const auto enough = static_cast<int64_t>(layout::RailWindow::bytes_for(3, slot.bytes, 1));
+    small.num_rail_bytes = enough;
+    CHECK_EQ(plan_rail_window(plan_rail(small), 3, slot, 1 << 18, "combine").num_slots(), 1);
+    small.num_rail_bytes -= 128;
+    CHECK_THROWS_WITH_AS(plan_rail_window(plan_rail(small), 3, slot, 1 << 18, "combine"),
+                         doctest::Contains(concat("num_rdma_bytes is too small for this combine: expected at least ",
+                                                  enough, ", got ", small.num_rail_bytes)
+                                               .c_str()),
+                         InvalidArgument);
+}
+
+TEST_CASE("across nodes the heap has slots for each source of the group, and one rank a node needs none") {
+    const auto slot = dispatch_slot(7168);
+    BufferOptions small = across(3, 2);
+    small.num_data_bytes = static_cast<int64_t>(layout::WindowLayout::bytes_for(2, slot.bytes, 1, 3));
+    CHECK_EQ(plan_window(plan_heap(small), slot, "dispatch").window, 1);
+    small.num_data_bytes -= 128;
+    CHECK_THROWS_AS(plan_window(plan_heap(small), slot, "dispatch"), InvalidArgument);
+    BufferOptions alone = across(3, 1);
+    alone.num_data_bytes = 0;
+    alone.num_lend_bytes = kLendPartOfData;
+    CHECK_NOTHROW(plan_window(plan_heap(alone), slot, "dispatch"));
+    alone.num_data_bytes = 1 << 26;
+    CHECK_EQ(plan_heap(alone).num_lend_bytes, 0);  // to nobody
 }
 
 TEST_CASE("a window needs room for a slot of each peer") {
