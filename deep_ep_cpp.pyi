@@ -61,6 +61,9 @@ def describe_old_driver(runtime: int, driver: int) -> str:
 def part_to_lend(num_data_bytes: int, num_ranks: int) -> int:
     """Bytes of a data region that Buffer.LEND_PART_OF_DATA lends."""
 
+def load_nvshmem(host_library: str, engines: list[str], remote_transport: str, is_ibgda_enabled: bool) -> str:
+    """Brings NVSHMEM (that of the process, else `host_library`) and the first of `engines` that fits into this process, once;
+    says which. The transport decides the size of chunks. Raises TransportError with what to do."""
 def get_environment() -> dict[str, Any]:
     """What csrc/core/env.cc read: {'timeout_s': float, 'warn_s': float, 'ranks_per_node': int (0: found), ...}."""
 
@@ -279,14 +282,14 @@ class Buffer:
     def __init__(self, device: Device, rank: int, num_ranks: int, *, num_data_bytes: int, timeout_s: float,
                  warn_s: float, num_low_latency_bytes: int = 0, is_shrinkable: bool = False,
                  num_lend_bytes: int = 0, ranks_per_node: int = 0, num_rail_bytes: int = 0,
-                 rail_reach: str = "") -> None:
+                 rail: str = "host", rail_reach: str = "") -> None:
         """Allocates the local part of the symmetric heap: control words, `num_data_bytes` of data for the
         high-throughput mode, `num_low_latency_bytes` for the low-latency mode, and `num_lend_bytes` for tensors that
         peers reach in place (with a 64th more for copies of weights). LEND_PART_OF_DATA: these are a part
         of the data.
 
         With several nodes of `ranks_per_node` (0: there is one node) also the rail window, with `num_rail_bytes` of
-        data (0: as many as num_data_bytes, and 16 MiB for each other node at least). DEEP_EP_RAIL carries them; it
+        data (0: as many as num_data_bytes, and 16 MiB for each other node at least). The engine `rail` carries them; `host`
         listens on DEEP_EP_RAIL_INTERFACE, or else on the interface that reaches the host `rail_reach`."""
 
     def export_handle(self) -> bytes: ...

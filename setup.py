@@ -6,6 +6,7 @@ CMake build folder, to be kept and shared between builds), and what cmake/EpOpti
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import re
 import shlex
@@ -21,6 +22,9 @@ from setuptools.command.install import install
 ROOT = Path(__file__).resolve().parent
 STUB = 'deep_ep_cpp.pyi'
 BENCH = 'deep_ep_bench_cpp'  # of deep_ep.bench; for those who work in a checkout
+# What `python -m deep_ep build-nvshmem` compiles, for packages that are not a checkout (deep_ep/_nvshmem.py).
+ENGINE_FOLDERS = ('core', 'device', 'kernels', 'layout', 'rail')
+ENGINE_SUFFIXES = ('.h', '.cc', '.cu')
 LICENCES = ['LICENSE', 'licenses/*.txt', 'build/wheel/licenses/*.txt']  # the last is of tools/make_wheel.sh
 
 
@@ -51,6 +55,18 @@ def missing_tools() -> list[str]:
     """What pip has to bring because the machine lacks it."""
     missing = [] if find_tool('cmake', 'CMAKE_BIN_DIR') else ['cmake>=3.22']
     return missing + ([] if find_tool('ninja', 'BIN_DIR') else ['ninja'])
+
+
+def engine_sources() -> list[Path]:
+    return sorted(path for folder in ENGINE_FOLDERS for path in (ROOT / 'csrc' / folder).rglob('*')
+                  if path.suffix in ENGINE_SUFFIXES and 'simt' not in path.parts)
+
+
+def is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # not even its parent
+        return False
 
 
 class CMakeBuild(build_ext):
@@ -89,11 +105,40 @@ class CMakeBuild(build_ext):
         self.spawn(configure)
         targets = [ext.name, BENCH] if self.is_in_source else [ext.name]
         self.spawn([cmake, '--build', str(build_dir), '--target', *targets, '--parallel', jobs])
-        if not self.is_in_source:
-            shutil.copy2(ROOT / STUB, output_dir)
+        if self.is_in_source:
+            return
+        shutil.copy2(ROOT / STUB, output_dir)
+        for source in engine_sources():
+            target = output_dir / 'deep_ep' / source.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target)
+        self.build_engine(output_dir)
+
+    def build_engine(self, output_dir: Path) -> None:
+        """The engine nvshmem, where NVSHMEM is: NVSHMEM_DIR, or the PyPI package beside this setuptools."""
+        is_asked_for = bool(os.environ.get('NVSHMEM_DIR'))
+        if not is_asked_for and not is_there('nvidia.nvshmem'):
+            return
+        if not is_there('torch'):  # the package imports it, and an isolated build environment has none
+            self.warn('no torch in this build environment: for calls across nodes over NVSHMEM, run `python -m deep_ep '
+                      'build-nvshmem` once this package is installed, or build with --no-build-isolation')
+            return
+        command = [sys.executable, '-m', 'deep_ep', 'build-nvshmem', '--to', str(output_dir / 'deep_ep' / 'lib')]
+        environment = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(output_dir), *sys.path])}
+        # Modules are copied after extensions, and this needs both.
+        self.run_command('build_py')
+        if subprocess.run(command, cwd=output_dir, env=environment, check=False).returncode != 0:
+            if is_asked_for:
+                raise RuntimeError('NVSHMEM_DIR is set, and the engine nvshmem cannot be built: see above')
+            self.warn('the engine nvshmem was not built: see above; `python -m deep_ep build-nvshmem` tries again')
 
     def get_outputs(self) -> list[str]:
-        return [*super().get_outputs(), *([] if self.inplace else [str(Path(self.build_lib) / STUB)])]
+        if self.inplace:
+            return super().get_outputs()
+        package = Path(self.build_lib)
+        copied = [package / 'deep_ep' / source.relative_to(ROOT) for source in engine_sources()]
+        built = (package / 'deep_ep' / 'lib').glob('*.so')
+        return [*super().get_outputs(), *map(str, [package / STUB, *copied, *built])]
 
 
 class Install(install):

@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
-"""How fast the engine `host` carries chunks from one rank to another, beside a plain socket that carries the same ones.
+"""How fast an engine carries chunks from one rank to another, beside what carries the same ones without it.
 
     python benchmarks/rail_rate.py [--chunk-kib 14,64,256,1024] [--save FOLDER]
-    python benchmarks/rail_rate.py --program build/.../rail_process_cuda     between kernels on GPUs
+    python benchmarks/rail_rate.py --program build/.../rail_process_cuda                      between kernels on GPUs
+    python benchmarks/rail_rate.py --program build/.../rail_process_nvshmem --warps 1,16      over NVSHMEM
 
-Two processes on this machine, over loopback. Both ways move equal chunks between equal slots of the two windows, in
-turns, in the same run. The plain way is a blocking send and a blocking recv and nothing else; the engine adds a ring, a
-thread on each side, a header and a flag for each chunk, and a kernel on each side that waits for flags.
+Two processes on this machine. Both ways move equal chunks between equal slots of the two windows, in turns, in the same
+run. `host`: the plain way is a blocking send and a blocking recv over loopback and nothing else; the engine adds a
+ring, a thread on each side, a header and a flag for each chunk, and a kernel on each side that waits for flags.
+`nvshmem`: the plain way is a put of each chunk and one quiet at the end; the engine adds the flags, and waits until a
+slot is free.
 """
 from __future__ import annotations
 
@@ -32,15 +35,17 @@ FEWEST_SLOTS = 16
 SMALLEST_STREAM_CHUNKS = 64
 
 
-def slots_of(chunk_bytes: int) -> int:
-    return max(FEWEST_SLOTS, WINDOW_BYTES // chunk_bytes)
+def slots_of(chunk_bytes: int, num_warps: int) -> int:
+    """A multiple of the warps: each has slots of its own then."""
+    wanted = max(FEWEST_SLOTS, WINDOW_BYTES // chunk_bytes, 4 * num_warps)
+    return -(-wanted // num_warps) * num_warps
 
 
-def measure(group: RailGroup, chunk_bytes: int, stream_bytes: int, repeats: int) -> dict[str, Any]:
+def measure(group: RailGroup, chunk_bytes: int, num_warps: int, stream_bytes: int, repeats: int) -> dict[str, Any]:
     """Bytes per second of each way, by turns; the receiver's clock runs from the start of both to its last chunk."""
     num_chunks = max(SMALLEST_STREAM_CHUNKS, stream_bytes // chunk_bytes)
-    num_slots = slots_of(chunk_bytes)
-    shape = f"{num_chunks} {num_slots} {chunk_bytes}"
+    num_slots = slots_of(chunk_bytes, num_warps)
+    shape = f"{num_chunks} {num_slots} {chunk_bytes} {num_warps}"
     rates: dict[str, list[float]] = {"rate": [], "plain": []}
     for _ in range(repeats + 1):
         for way, found in rates.items():
@@ -49,6 +54,7 @@ def measure(group: RailGroup, chunk_bytes: int, stream_bytes: int, repeats: int)
     engine, plain = rates["rate"][1:], rates["plain"][1:]  # the first of each warms up
     return {
         "chunk_bytes": chunk_bytes,
+        "num_warps": num_warps,
         "num_chunks": num_chunks,
         "num_slots": num_slots,
         "engine_gb_per_s": engine,
@@ -61,28 +67,33 @@ def measure(group: RailGroup, chunk_bytes: int, stream_bytes: int, repeats: int)
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    print(f"{'chunk':>10} {'engine':>12} {'plain socket':>14} {'ratio':>7} {'of best':>8}")
+    print(f"{'chunk':>10} {'warps':>5} {'engine':>12} {'plain':>14} {'ratio':>7} {'of best':>8}")
     for row in rows:
-        print(
-            f"{row['chunk_bytes'] / 1024:>6.0f} KiB {row['engine_median']:>7.2f} GB/s {row['plain_median']:>9.2f} GB/s "
-            f"{row['ratio_of_medians']:>7.2f} {row['ratio_of_best']:>8.2f}")
+        print(f"{row['chunk_bytes'] / 1024:>6.0f} KiB {row['num_warps']:>5} {row['engine_median']:>7.2f} GB/s "
+              f"{row['plain_median']:>9.2f} GB/s "
+              f"{row['ratio_of_medians']:>7.2f} {row['ratio_of_best']:>8.2f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chunk-kib", default="14,64,256,1024", help="sizes of a chunk, separated by commas")
+    parser.add_argument("--warps", default="1", help="warps that send, each a stream of its own, separated by commas")
     parser.add_argument("--stream-mib", type=int, default=512, help="how much a stream carries")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--program", type=Path, help="rail_process or rail_process_cuda; built when left out")
+    parser.add_argument("--program",
+                        type=Path,
+                        help="rail_process, rail_process_cuda or rail_process_nvshmem; built when left out")
     parser.add_argument("--save", type=Path, help="a folder for the JSON")
     parser.add_argument("--commit", default=None)
     options = parser.parse_args()
     program = options.program or build_process()
     sizes = [int(size) * 1024 for size in options.chunk_kib.split(",")]
-    window_bytes = 4 * max(slots_of(size) * size for size in sizes) + (1 << 20)
+    warps = [int(count) for count in options.warps.split(",")]
+    shapes = [(size, count) for count in warps for size in sizes]
+    window_bytes = 4 * max(slots_of(*shape) * shape[0] for shape in shapes) + (1 << 20)
     with RailGroup(program, 2, ["--interface", "lo", "--window-bytes", str(window_bytes)]) as group:
         group.connect()
-        rows = [measure(group, size, options.stream_mib << 20, options.repeats) for size in sizes]
+        rows = [measure(group, *shape, options.stream_mib << 20, options.repeats) for shape in shapes]
         group.quit()
     show(rows)
     if options.save:

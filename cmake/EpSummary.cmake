@@ -15,5 +15,5 @@ endif()
 message(STATUS "deep_ep: top-k indices ${EP_TOPK_IDX_BITS} bits, SM90 features off ${EP_DISABLE_SM90_FEATURES}, "
                "aggressive PTX off ${EP_DISABLE_AGGRESSIVE_PTX}, sanitizer '${EP_SANITIZE}', tests ${EP_TESTS}")
 if(NOT EP_NVSHMEM_DIR STREQUAL "")
-    message(STATUS "deep_ep: NVSHMEM_DIR ${EP_NVSHMEM_DIR} (noted; the internode mode that needs it is not built yet)")
+    message(STATUS "deep_ep: NVSHMEM_DIR ${EP_NVSHMEM_DIR} (for the engine nvshmem: python -m deep_ep build-nvshmem)")
 endif()

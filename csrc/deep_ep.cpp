@@ -17,6 +17,8 @@
 #include "core/error.h"
 #include "core/interruption.h"
 #include "layout/intranode.h"
+#include "rail/nvshmem/loader.h"
+#include "rail/nvshmem/versions.h"
 #include "runtime/buffer.h"
 #include "runtime/config.h"
 
@@ -245,25 +247,27 @@ void bind_buffer(py::module_& m) {
     py::class_<Buffer>(m, "Buffer")
         .def(py::init([](std::shared_ptr<dev::Device> device, int rank, int num_ranks, int64_t num_data_bytes,
                          double timeout_s, double warn_s, int64_t num_low_latency_bytes, bool is_shrinkable,
-                         int64_t num_lend_bytes, int ranks_per_node, int64_t num_rail_bytes, std::string rail_reach) {
+                         int64_t num_lend_bytes, int ranks_per_node, int64_t num_rail_bytes, std::string rail,
+                         std::string rail_reach) {
                  const Environment& env = environment();
                  return std::make_unique<Buffer>(
-                     std::move(device), runtime::BufferOptions{rank,
-                                                               num_ranks,
-                                                               num_data_bytes,
-                                                               num_low_latency_bytes,
-                                                               timeout_s,
-                                                               warn_s,
-                                                               is_shrinkable,
-                                                               num_lend_bytes,
-                                                               ranks_per_node,
-                                                               num_rail_bytes,
-                                                               {env.rail, env.rail_interface, std::move(rail_reach)}});
+                     std::move(device),
+                     runtime::BufferOptions{rank,
+                                            num_ranks,
+                                            num_data_bytes,
+                                            num_low_latency_bytes,
+                                            timeout_s,
+                                            warn_s,
+                                            is_shrinkable,
+                                            num_lend_bytes,
+                                            ranks_per_node,
+                                            num_rail_bytes,
+                                            {std::move(rail), env.rail_interface, std::move(rail_reach)}});
              }),
              py::arg("device"), py::arg("rank"), py::arg("num_ranks"), py::kw_only(), py::arg("num_data_bytes"),
              py::arg("timeout_s"), py::arg("warn_s"), py::arg("num_low_latency_bytes") = 0,
              py::arg("is_shrinkable") = false, py::arg("num_lend_bytes") = 0, py::arg("ranks_per_node") = 0,
-             py::arg("num_rail_bytes") = 0, py::arg("rail_reach") = "")
+             py::arg("num_rail_bytes") = 0, py::arg("rail") = "host", py::arg("rail_reach") = "")
         .def("export_handle", [](Buffer& b) { return py::bytes(b.export_handle()); })
         .def("connect", &Buffer::connect, py::arg("handles"), release_gil())
         .def("rail_address", [](Buffer& b) { return py::bytes(b.rail_address()); })
@@ -335,6 +339,16 @@ PYBIND11_MODULE(deep_ep_cpp, m) {
             return layout::DataSplit::make(num_data_bytes, num_ranks).lend_bytes;
         },
         py::arg("num_data_bytes"), py::arg("num_ranks"));
+    // Of the engine nvshmem: what it loads needs no GPU.
+    m.def(
+        "load_nvshmem",
+        [](const std::string& host_library, const std::vector<std::string>& engines,
+           const std::string& remote_transport, bool is_ibgda_enabled) {
+            using namespace rail::nvshmem;
+            const World& world = load_world(host_library, engines, transport_of(remote_transport, is_ibgda_enabled));
+            return text(world.loaded()) + " (engine built with " + text(world.library().built) + ")";
+        },
+        py::arg("host_library"), py::arg("engines"), py::arg("remote_transport"), py::arg("is_ibgda_enabled"));
     m.def("get_environment", [] {
         const Environment& env = environment();
         py::dict variables;

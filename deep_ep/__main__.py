@@ -1,4 +1,4 @@
-"""`python -m deep_ep doctor|bench|calibrate`: one command, and all its options."""
+"""`python -m deep_ep doctor|bench|calibrate|build-nvshmem`: one command, and all its options."""
 from __future__ import annotations
 
 import argparse
@@ -45,6 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
         add_bench_options(benchmarks.add_parser(name, help=text), name)
     calibrate = commands.add_parser("calibrate", help="stores what the intranode benchmark has measured, for Buffers")
     add_calibrate_options(calibrate)
+    builder = commands.add_parser("build-nvshmem", help="compiles the engine nvshmem, for several nodes, against the "
+                                  "NVSHMEM that is installed here (needs nvcc)")  # yapf: disable
+    add_build_nvshmem_options(builder)
     return parser
 
 
@@ -95,6 +98,13 @@ def add_calibrate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", type=Path, help="the file to store it in (default: where Buffers look)")
 
 
+def add_build_nvshmem_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--to", type=Path, metavar="FOLDER", help="default: where Buffers look, in the user's cache")
+    parser.add_argument("--arch",
+                        default="",
+                        help="compute capabilities, e.g. 90,100 (default: those of the GPUs here, else 90)")
+
+
 def with_default_benchmark(arguments: list[str]) -> list[str]:
     """`bench` alone, or with options only, is the intranode benchmark."""
     if arguments[:1] != ["bench"]:
@@ -114,6 +124,9 @@ def main(arguments: list[str]) -> int:
     if args.command == "bench":
         from deep_ep.bench import command
         return command.run(args, arguments)
+    if args.command == "build-nvshmem":
+        from deep_ep import build_nvshmem
+        return build_nvshmem.run(args.to, [arch for arch in args.arch.split(",") if arch])
     from deep_ep import calibrate
     return calibrate.run(args.reports, args.to)
 

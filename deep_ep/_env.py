@@ -19,6 +19,29 @@ def nvshmem_qp_depth() -> int:
     return int(os.environ.get("NVSHMEM_QP_DEPTH", "1024"))
 
 
+def nvshmem_dir() -> Optional[Path]:
+    """NVSHMEM_DIR: where NVSHMEM is installed; None: the PyPI package, if there is one."""
+    given = os.environ.get("NVSHMEM_DIR")
+    return Path(given) if given else None
+
+
+def nvshmem_transport() -> str:
+    """NVSHMEM_REMOTE_TRANSPORT: what NVSHMEM was told to use between nodes; empty: its default."""
+    return os.environ.get("NVSHMEM_REMOTE_TRANSPORT", "").strip().lower()
+
+
+def is_ibgda_enabled() -> bool:
+    """NVSHMEM_IB_ENABLE_IBGDA."""
+    return os.environ.get("NVSHMEM_IB_ENABLE_IBGDA", "").strip().lower() in ("1", "true", "yes", "on")
+
+
+def nvcc_candidates() -> list[str]:
+    """CUDACXX, CUDA_HOME, CUDA_PATH, then the usual places, as cmake/EpCuda.cmake looks for the compiler."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    given = os.environ.get("CUDACXX")
+    return [*([given] if given else []), *(f"{home}/bin/nvcc" for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc"]
+
+
 def visible_devices() -> list[str]:
     """CUDA_VISIBLE_DEVICES: the physical GPUs behind torch's device numbers; empty when all are visible."""
     return [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Callable, Optional, TypeVar
 import torch
 
 import deep_ep_cpp
-from deep_ep import _streams
+from deep_ep import _rail, _streams
 from deep_ep._checks import BUFFER_ALIGNMENT_BYTES, MAX_INT64, check_int, check_positive
 from deep_ep._env import __version__, is_capturing, master_address
 from deep_ep._memory import EmptyTensors, Lender
@@ -269,6 +269,18 @@ def find_cost_model(peers: Peers, request: Request, streams: _streams.Streams) -
     return calibrate.find(gpu, peers.size, "lent" if request.lends(peers.size) else "slots")
 
 
+def choose_rail(peers: Peers, agreed: Agreed, topology: Topology) -> str:
+    """Collective, where there are several nodes: the engine between them."""
+    if topology.num_nodes == 1:
+        return "host"  # is not made
+    obstacles = peers.all_gather_results("looking for the engine between nodes",
+                                         lambda: _rail.obstacle(agreed.rail, agreed.device_kind))
+    engine, reason = _rail.choose(agreed.rail, obstacles)
+    if peers.rank == 0:
+        _rail.tell(engine, reason, agreed.device_kind)
+    return engine
+
+
 def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
     """Collective: allocates and connects the heaps of all ranks. `prepare` may fail on one of them."""
     requests: list[Request] = []
@@ -290,7 +302,7 @@ def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
                        deep_ep_cpp.topk_idx_bits(), bool(environment["check_calls"]), str(environment["rail"]))
         return facts, find_place(opened[0]), find_cost_model(peers, request, opened[0])
 
-    def allocate(topology: Topology) -> tuple[bytes, bytes]:
+    def allocate(topology: Topology, rail: str) -> tuple[bytes, bytes]:
         request = requests[0]
         spans_nodes = topology.num_nodes > 1
         warn_s = min(float(deep_ep_cpp.get_environment()["warn_s"]), request.patience_s)
@@ -308,6 +320,7 @@ def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
                                    num_lend_bytes=lent,
                                    ranks_per_node=topology.ranks_per_node,
                                    num_rail_bytes=request.num_rdma_bytes if spans_nodes else 0,
+                                   rail=rail,
                                    rail_reach=master_address()))
         except Error as error:
             raise type(error)(f"Buffer: {error}; asked for num_nvl_bytes={request.num_nvl_bytes}, num_rdma_bytes="
@@ -326,7 +339,8 @@ def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
         _raise_differences([facts for facts, _, _ in described])
         topology = find_topology(peers.rank, [place for _, place, _ in described], described[0][0].ranks_per_node)
         _check_mode(requests[0], topology)
-        handles = peers.all_gather_results("allocating the heap", lambda: allocate(topology))
+        rail = choose_rail(peers, described[0][0], topology)
+        handles = peers.all_gather_results("allocating the heap", lambda: allocate(topology, rail))
         step, connect = "mapping the heaps of the peers", lambda: created[0].connect([heap for heap, _ in handles])
         if topology.num_nodes > 1:  # in two steps: nobody is to wait for a rank that cannot map a heap
             peers.all_gather_results(step, connect)

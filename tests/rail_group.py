@@ -1,4 +1,4 @@
-"""Processes that are joined by the engine `host` alone (tests/cpp/rail/process), perhaps in network namespaces."""
+"""Processes that are joined by an engine alone (tests/cpp/rail/process), perhaps in network namespaces."""
 from __future__ import annotations
 
 import itertools
@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -16,20 +17,34 @@ from typing_extensions import Self
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "rail"
 PATIENCE_S = 120
+ANSWERS = ("address ", "connected", "port ", "error ", "{")
 
 
 def build_process() -> Path:
-    """The program for the CPU: built on first use, in a folder of its own, from what this checkout has."""
+    """The program for the CPU."""
+    return build_program("rail_process", FOLDER, "-DEP_CUDA=OFF")
+
+
+def build_program(name: str, folder: Path, *options: str, environment: dict[str, str] | None = None) -> Path:
+    """Built on first use, in a folder of its own, from what this checkout has."""
     configure = [
         "cmake", "-S",
         str(ROOT), "-B",
-        str(FOLDER), "-DEP_TESTS=ON", "-DEP_PYTHON=OFF", "-DEP_CUDA=OFF", "-DCMAKE_BUILD_TYPE=Release"
+        str(folder), "-DEP_TESTS=ON", "-DEP_PYTHON=OFF", "-DCMAKE_BUILD_TYPE=Release", *options
     ]
-    for command in (configure, ["cmake", "--build", str(FOLDER), "--target", "rail_process", "--parallel", "2"]):
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
+    jobs = str(len(os.sched_getaffinity(0)))
+    for command in (configure, ["cmake", "--build", str(folder), "--target", name, "--parallel", jobs]):
+        done = subprocess.run(command,
+                              check=False,
+                              capture_output=True,
+                              text=True,
+                              env={
+                                  **os.environ,
+                                  **(environment or {})
+                              })
         if done.returncode != 0:
             raise RuntimeError(f"{' '.join(command)}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return FOLDER / "tests" / "cpp" / "rail_process"
+    return folder / "tests" / "cpp" / name
 
 
 class Namespaces:
@@ -104,6 +119,7 @@ class RailGroup:
                  num_ranks: int,
                  options: Sequence[str],
                  prefixes: Sequence[Sequence[str]] | None = None) -> None:
+        self.has_bare_socket = "nvshmem" not in program.name
         self.processes = []
         for rank in range(num_ranks):
             prefix = [] if prefixes is None else list(prefixes[rank])
@@ -131,6 +147,9 @@ class RailGroup:
         stdout = self.processes[rank].stdout
         assert stdout is not None
         line = stdout.readline().rstrip("\n")
+        while line and not line.startswith(ANSWERS):  # NVSHMEM says something of its own
+            print(f"rank {rank}: {line}", file=sys.stderr)
+            line = stdout.readline().rstrip("\n")
         if line.startswith("error "):
             raise RuntimeError(f"rank {rank}: {line.removeprefix('error ')}")
         return line
@@ -143,7 +162,7 @@ class RailGroup:
     def run(self, command: str) -> list[dict[str, Any]]:
         for rank in range(len(self.processes)):
             self.tell(rank, command)
-        if command.startswith("plain "):
+        if command.startswith("plain ") and self.has_bare_socket:
             self.tell(0, self.hear(1))  # where rank 1 listens
         return [self.ask(rank) for rank in range(len(self.processes))]
 

@@ -57,7 +57,7 @@ def test_the_low_latency_mode_is_refused(pool: Pool) -> None:
 def test_ranks_agree_on_the_engine() -> None:
     pool = Pool(2, {"DEEP_EP_RANKS_PER_NODE": "1", "DEEP_EP_RAIL": "pigeons"})
     for sentence in pool.run(failure_of, 2):
-        assert "DEEP_EP_RAIL: expected 'host' or nothing ('host'), got 'pigeons'" in sentence
+        assert "DEEP_EP_RAIL: expected 'nvshmem', 'host' or nothing (automatic), got 'pigeons'" in sentence
     pool.close()
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from deep_ep import _nvshmem
+
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN_LIBRARIES = {
     'libc.so.6', 'libm.so.6', 'libpthread.so.0', 'libdl.so.2', 'librt.so.1', 'libgcc_s.so.1', 'ld-linux-x86-64.so.2',
@@ -72,6 +74,17 @@ def test_the_tag_is_what_auditwheel_finds(wheel: Path) -> None:
     found = re.search(r'"(manylinux_2_\d+_\w+?)"', run.stdout)
     assert found is not None, run.stdout
     assert found.group(1) in wheel.name
+
+
+def test_the_sources_of_the_engine_for_nvshmem_are_inside(wheel: Path) -> None:
+    """tests/test_nvshmem_build.py shows that they suffice."""
+    folders = [ROOT / 'csrc' / folder for folder in _nvshmem.SOURCE_FOLDERS]
+    sources = {
+        f'deep_ep/{path.relative_to(ROOT)}'
+        for folder in folders
+        for path in folder.rglob('*') if path.suffix in {'.h', '.cc', '.cu'} and 'simt' not in path.parts
+    }
+    assert {name for name in names_in(wheel) if name.startswith('deep_ep/csrc/')} == sources
 
 
 def test_nothing_is_needed_but_the_c_library(wheel: Path, tmp_path: Path) -> None:

@@ -22,6 +22,10 @@ SEAM_INCLUDES = {
     'csrc/device/launch.h': 'launch_impl.h',
     'csrc/rail/rail.h': 'rail_impl.h'
 }
+# A library of its own, for NVSHMEM and CUDA alone, and where its kernels join those of the extension.
+NVSHMEM_LIBRARY = ('csrc/rail/nvshmem/library.cu', 'csrc/rail/nvshmem/rail_impl.h')
+NVSHMEM_KERNELS = ('csrc/kernels/nvshmem_kernels.h', 'csrc/kernels/internode/nvshmem_kernels.cc',
+                   'csrc/runtime/nvshmem_table.cc')
 WARN_LINES, MAX_LINES = 500, 700
 
 NATIVE_SUFFIXES = ('.h', '.cc', '.cpp', '.cu', '.cuh')
@@ -132,9 +136,10 @@ def check_backend_names(source: Source) -> Iterator[Finding]:
     if not source.is_native or layer_of(source.path.removeprefix('csrc/')) == 'bindings':
         return
     for number, line in enumerate(source.code, 1):
-        found = re.match(r'\s*#\s*include\s*"(device/cuda|device/simt|rail/host)/', line)
-        is_maker = source.path == 'csrc/rail/make_engine.cc' and found is not None and found.group(1) == 'rail/host'
-        if found and not is_maker and not source.path.startswith(f'csrc/{found.group(1)}/'):
+        found = re.match(r'\s*#\s*include\s*"(device/cuda|device/simt|rail/host|rail/nvshmem)/', line)
+        if found is None or source.path.startswith(f'csrc/{found.group(1)}/') or source.path in NVSHMEM_LIBRARY + NVSHMEM_KERNELS:
+            continue
+        if source.path != 'csrc/rail/make_engine.cc' or not found.group(1).startswith('rail/'):
             yield Finding(source.path, number, 'seam', f'{found.group(1)} is included from outside it')
 
 
@@ -196,7 +201,7 @@ RULES: tuple[Rule, ...] = (
     forbid('pybind', r'#\s*include\s*[<"]pybind11\b', 'only the bindings know Python',
            lambda path: layer_of(path.removeprefix('csrc/')) == 'bindings', is_native),
     forbid('cuda-header', r'#\s*include\s*<(cuda|nvshmem|cub|thrust)', 'CUDA headers live in csrc/device/cuda',
-           below('csrc/device/cuda/'), is_native),
+           below('csrc/device/cuda/', *NVSHMEM_LIBRARY), is_native),
     forbid('getenv', r'\b(secure_)?getenv\b', 'the environment is read in csrc/core/env.cc', below('csrc/core/env.cc'),
            is_native),
     forbid('cudacc', r'\b__CUDACC__\b', 'csrc/device/compiler.h asks the compiler', below('csrc/device/compiler.h'),

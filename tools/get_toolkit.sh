@@ -3,6 +3,7 @@
 #   get_toolkit.sh cuda-12.4   nvcc 12.4 with the static runtime: what the wheel is compiled with
 #   get_toolkit.sh cuda-11.8   nvcc 11.8, the oldest that is compiled with
 #   get_toolkit.sh aarch64     the libraries that the extension is linked with on Arm hosts, for the installed nvcc
+#   get_toolkit.sh nvshmem-3.4.5   NVSHMEM for CUDA 13, of that version of the PyPI package
 # The folder is kept in ${XDG_CACHE_HOME:-~/.cache}/deep_ep/toolkits; the system's packages and sources stay as they are.
 set -euo pipefail
 python=${PYTHON:-python3}
@@ -102,12 +103,23 @@ get_aarch64() { # folder
     mv "$work/done" "$folder"
 }
 
+# Kept as the wheel has it, without the bitcode that is half of it and for other compilers.
+get_nvshmem() { # folder
+    local folder=$1 work=$1.work
+    "$python" -m pip --disable-pip-version-check download -qq --no-deps --only-binary=:all: -d "$work/wheels" \
+        "nvidia-nvshmem-cu13==${folder##*-}" >&2
+    "$python" -m zipfile -e "$work"/wheels/*.whl "$work/x"
+    rm "$work"/x/nvidia/nvshmem/lib/*.bc
+    mv "$work/x/nvidia/nvshmem" "$folder"
+}
+
 case ${1:-} in
     cuda-12.4) get=get_cuda_12_4 ;;
     cuda-11.8) get=get_cuda_11_8 ;;
     aarch64) get=get_aarch64 ;;
+    nvshmem-*) get=get_nvshmem ;;
     *)
-        sed -n '2,6s/^# \{0,1\}//p' "$0"
+        sed -n '2,7s/^# \{0,1\}//p' "$0"
         exit 2
         ;;
 esac

@@ -97,7 +97,7 @@ Environment parse_environment(const std::function<std::optional<std::string>(con
     env.lend_bytes = read.bytes("DEEP_EP_LEND_BYTES", 128, env.lend_bytes);
     env.check_calls = read.flag("DEEP_EP_CHECK_CALLS");
     env.cpu_sms = read.count("DEEP_EP_CPU_SMS", 1024, "a number of simulated SMs");
-    env.rail = read.text("DEEP_EP_RAIL", env.rail);
+    env.rail = read.text("DEEP_EP_RAIL");
     env.rail_interface = read.text("DEEP_EP_RAIL_INTERFACE");
     return env;
 }

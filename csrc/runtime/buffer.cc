@@ -1,14 +1,18 @@
 #include "runtime/buffer.h"
 
 #include "core/error.h"
+#include "runtime/nvshmem_table.h"
 
 namespace deep_ep::runtime {
 
 namespace {
 
-const kernels::KernelTable& table_for(dev::DeviceKind kind) {
+const kernels::KernelTable& table_for(dev::DeviceKind kind, const BufferOptions& options) {
 #if EP_WITH_CUDA
-    if (kind == dev::DeviceKind::kCuda) return kernels::cuda_kernel_table();
+    const bool is_nvshmem = options.rail.name == "nvshmem" && options.topology().num_nodes() > 1;
+    if (kind == dev::DeviceKind::kCuda) return is_nvshmem ? nvshmem_kernel_table() : kernels::cuda_kernel_table();
+#else
+    static_cast<void>(options);
 #endif
     EP_ENSURE(kind == dev::DeviceKind::kCpu, "this build has no CUDA kernels");
     return kernels::simt_kernel_table();
@@ -17,7 +21,7 @@ const kernels::KernelTable& table_for(dev::DeviceKind kind) {
 }  // namespace
 
 Buffer::Buffer(std::shared_ptr<dev::Device> device, const BufferOptions& options)
-    : kernels_(table_for(device->kind())),
+    : kernels_(table_for(device->kind(), options)),
       connection_(std::move(device), options),
       high_throughput_(connection_, kernels_),
       low_latency_(connection_, kernels_) {}

@@ -2,6 +2,17 @@
 
 #include "device/cuda/device.h"
 
+namespace deep_ep::dev {
+
+CudaVersions cuda_versions() noexcept {
+    CudaVersions versions;
+    cuda::ignore(cudaRuntimeGetVersion(&versions.runtime));
+    cuda::ignore(cudaDriverGetVersion(&versions.driver));
+    return versions;
+}
+
+}  // namespace deep_ep::dev
+
 namespace deep_ep::dev::cuda {
 namespace {
 

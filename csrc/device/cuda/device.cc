@@ -450,13 +450,6 @@ bool CudaDevice::host_wait(const std::function<bool()>& done, double timeout_s) 
 }  // namespace
 }  // namespace cuda
 
-CudaVersions cuda_versions() noexcept {
-    CudaVersions versions;
-    cuda::ignore(cudaRuntimeGetVersion(&versions.runtime));
-    cuda::ignore(cudaDriverGetVersion(&versions.driver));
-    return versions;
-}
-
 int count_cuda_devices() noexcept {
     int count = 0;
     const cudaError_t error = cudaGetDeviceCount(&count);

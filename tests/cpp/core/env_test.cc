@@ -36,7 +36,7 @@ TEST_CASE("an empty environment gives the documented defaults") {
     CHECK(env.num_sms == 0);
     CHECK(!env.check_calls);
     CHECK(env.cpu_sms == 0);
-    CHECK(env.rail == "host");
+    CHECK(env.rail == "");
     CHECK(env.rail_interface == "");
 }
 

@@ -1,6 +1,8 @@
-// What every engine must do, in kernels that know none: run over `host` on the CPU and on GPUs, and over `sim`.
+// What every engine must do, in kernels that know none: run over `host` on the CPU and on GPUs, over `nvshmem` between
+// processes, and over `sim`.
 #include <cstring>
 #include <functional>
+#include <map>
 #include <vector>
 
 #include "rail/rail_world.h"
@@ -46,18 +48,17 @@ public:
         sized.num_ranks = places.num_ranks;
         sized.window_bytes = places.bytes();
         world_ = make_rail_world(sized);
-        for (int rank = 0; rank < places.num_ranks; ++rank)
-            counts_.push_back(static_cast<uint64_t*>(world_->device(rank).allocate(2 * sizeof(uint64_t))));
+        for (const int rank : world_->own_ranks())
+            counts_[rank] = static_cast<uint64_t*>(world_->device(rank).allocate(2 * sizeof(uint64_t)));
     }
     ~Case() {
-        for (int rank = 0; rank < places_.num_ranks; ++rank)
-            world_->device(rank).free(counts_[static_cast<size_t>(rank)]);
+        for (const auto& [rank, counts] : counts_) world_->device(rank).free(counts);
     }
     Case(const Case&) = delete;
     Case& operator=(const Case&) = delete;
 
     Traffic traffic(int rank, uint64_t call) const {
-        uint64_t* counts = counts_[static_cast<size_t>(rank)];
+        uint64_t* counts = counts_.at(rank);
         return {world_->engine(rank).params(), places_, rank,      num_messages_, seed_, call,
                 RailWorld::timeout_ns(),       counts,  counts + 1};
     }
@@ -76,11 +77,11 @@ public:
     // [0] errors, [1] lost
     std::vector<uint64_t> counts(int rank) {
         std::vector<uint64_t> values(2);
-        world_->device(rank).copy_now(values.data(), counts_[static_cast<size_t>(rank)], 2 * sizeof(uint64_t));
+        world_->device(rank).copy_now(values.data(), counts_.at(rank), 2 * sizeof(uint64_t));
         return values;
     }
     void check_clean() {
-        for (int rank = 0; rank < places_.num_ranks; ++rank) {
+        for (const int rank : world_->own_ranks()) {
             CHECK_EQ(counts(rank)[0], uint64_t{0});
             CHECK_EQ(counts(rank)[1], uint64_t{0});
         }
@@ -92,21 +93,24 @@ private:
     const int num_messages_;
     const uint64_t seed_;
     std::unique_ptr<RailWorld> world_;
-    std::vector<uint64_t*> counts_;
+    std::map<int, uint64_t*> counts_;  // by rank
 };
 
-void check_streams(const RailOptions& options, const Places& places, int num_messages, uint64_t num_calls) {
+void check_streams(const RailOptions& options, Places places, int num_messages, uint64_t num_calls) {
+    places.num_ranks = RailWorld::num_ranks(places.num_ranks);
     Case test(options, places, num_messages);
+    const int rank = test.world().own_ranks().front(), peer = (rank + 1) % places.num_ranks;
     rail::Traffic expected{};
     for (uint64_t call = 1; call <= num_calls; ++call) {
         test.run<StreamsKernel>(2 * (places.num_ranks - 1), call);
         test.check_clean();
         const int num_taken = num_messages > places.num_slots ? num_messages - places.num_slots : 0;
         expected.num_messages += static_cast<uint64_t>(num_messages + num_taken);
-        for (int i = 0; i < num_messages; ++i) expected.num_bytes += 4 * test.traffic(0, call).num_words(0, 1, i);
+        for (int i = 0; i < num_messages; ++i)
+            expected.num_bytes += 4 * test.traffic(rank, call).num_words(rank, peer, i);
     }
-    CHECK_EQ(test.world().engine(0).sent_to(1).num_messages, expected.num_messages);
-    CHECK_EQ(test.world().engine(0).sent_to(1).num_bytes, expected.num_bytes);
+    CHECK_EQ(test.world().engine(rank).sent_to(peer).num_messages, expected.num_messages);
+    CHECK_EQ(test.world().engine(rank).sent_to(peer).num_bytes, expected.num_bytes);
 }
 
 // A round of a test for each seed.
@@ -149,23 +153,29 @@ TEST_CASE("rail: a ring that is full makes posters wait") {
 TEST_CASE("rail: adds of all threads add up") {
     for_each_seed([](RailOptions& options) {
         options.ring_capacity = 16;
-        Case test(options, {3, 1, 64}, 3);
+        Case test(options, {RailWorld::num_ranks(3), 1, 64}, 3);
         for (uint64_t call = 1; call <= 2; ++call) test.run<AddsKernel>(2, call);
         test.check_clean();
-        CHECK_EQ(test.world().engine(0).sent_to(1).num_messages, uint64_t{2 * 3 * 64});
+        const int rank = test.world().own_ranks().front(), peer = rank == 0 ? 1 : 0;
+        CHECK_EQ(test.world().engine(rank).sent_to(peer).num_messages, uint64_t{2 * 3 * 64});
     });
 }
 
 TEST_CASE("rail: a host that gives up ends the waits of its peers' kernels") {
     for_each_seed([](const RailOptions& options) {
-        const Places places{3, 1, 64};
+        const Places places{RailWorld::num_ranks(3), 1, 64};
+        const int last = places.num_ranks - 1;
         Case test(options, places, 1);
+        const std::vector<int> own_ranks = test.world().own_ranks();
         test.run<WaitKernel>(1, 1, [&] {
-            for (const int rank : {0, 1}) test.world().engine(2).set(rank, places.abort(), 77);
-            test.world().engine(0).set(2, places.abort(), 78);
+            for (const int rank : own_ranks) {
+                if (rank == 0) test.world().engine(rank).set(last, places.abort(), 78);
+                for (int peer = 0; rank == last && peer < last; ++peer)
+                    test.world().engine(rank).set(peer, places.abort(), 77);
+            }
         });
-        for (const int rank : {0, 1, 2}) {
-            CHECK_EQ(test.counts(rank)[0], uint64_t(rank == 2 ? 78 : 77));
+        for (const int rank : own_ranks) {
+            CHECK_EQ(test.counts(rank)[0], uint64_t(rank == last ? 78 : 77));
             CHECK_EQ(test.counts(rank)[1], uint64_t{1});
         }
     });

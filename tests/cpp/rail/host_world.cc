@@ -66,6 +66,7 @@ public:
     HostWorld(const HostWorld&) = delete;
     HostWorld& operator=(const HostWorld&) = delete;
 
+    std::vector<int> own_ranks() const override { return all_ranks(static_cast<int>(devices_.size())); }
     rail::Engine& engine(int rank) override { return *engines_[static_cast<size_t>(rank)]; }
     dev::Device& device(int rank) override { return *devices_[static_cast<size_t>(rank)]; }
     void run(const Launch& launch, const std::function<void()>& beside) override {
@@ -82,6 +83,8 @@ private:
 };
 
 }  // namespace
+
+int RailWorld::num_ranks(int wanted) { return wanted; }
 
 std::vector<uint64_t> RailWorld::seeds() { return {1, 2}; }
 

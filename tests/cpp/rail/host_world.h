@@ -1,4 +1,4 @@
-// Ranks over the engine `host`, on loopback. Each back end says what the device of a rank is.
+// Ranks over the engine `host`, on loopback.
 #pragma once
 
 #include <memory>
@@ -6,10 +6,9 @@
 
 #include "rail/host/host_engine.h"
 #include "rail/rail_world.h"
+#include "rail/test_device.h"
 
 namespace deep_ep::testing {
-
-std::shared_ptr<dev::Device> make_test_device(int rank);
 
 // Engines of `num_ranks`, connected to each other.
 std::vector<std::unique_ptr<rail::host::HostEngine>> make_engines(

@@ -1,5 +1,5 @@
-// Ranks of different nodes in one process, each with a device and an engine: what the conformance suite runs on. Each
-// engine's test binary defines make_rail_world.
+// Ranks of different nodes, each with a device and an engine: what the conformance suite runs on. All of them are in this
+// process, or one of them, where an engine can do no more. Each engine's test binary defines make_rail_world.
 #pragma once
 
 #include <cstddef>
@@ -26,19 +26,29 @@ public:
 
     virtual ~RailWorld() = default;
 
+    // Those of this process: the only ones that may be asked for.
+    virtual std::vector<int> own_ranks() const = 0;
     virtual rail::Engine& engine(int rank) = 0;
     virtual dev::Device& device(int rank) = 0;
-    // Starts a kernel of each rank, calls `beside` while they run, and returns when all have ended. Throws what the
-    // executor or an engine has found.
+    // Starts a kernel of each own rank, calls `beside` while they run, and returns when those of all ranks have ended.
+    // Throws what the executor or an engine has found.
     virtual void run(const Launch& launch, const std::function<void()>& beside) = 0;
     void run(const Launch& launch) {
         run(launch, [] {});
     }
+    // How many ranks a world has that a test wants to have `wanted` of: as many, unless the processes say otherwise.
+    static int num_ranks(int wanted);
     // Of each round of a test: seeds where they mean something.
     static std::vector<uint64_t> seeds();
     // For waits in kernels; 0: none, since the executor reports who waits in vain.
     static uint64_t timeout_ns();
 };
+
+inline std::vector<int> all_ranks(int num_ranks) {
+    std::vector<int> ranks;
+    for (int rank = 0; rank < num_ranks; ++rank) ranks.push_back(rank);
+    return ranks;
+}
 
 std::unique_ptr<RailWorld> make_rail_world(const RailOptions& options);
 

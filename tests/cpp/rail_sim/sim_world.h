@@ -16,6 +16,7 @@ public:
     SimWorld(const SimWorld&) = delete;
     SimWorld& operator=(const SimWorld&) = delete;
 
+    std::vector<int> own_ranks() const override { return all_ranks(static_cast<int>(devices_.size())); }
     rail::Engine& engine(int rank) override { return network_->engine(rank); }
     dev::Device& device(int rank) override { return *devices_[static_cast<size_t>(rank)]; }
     void run(const Launch& launch, const std::function<void()>& beside) override;

@@ -1,6 +1,6 @@
 // The ranks of the conformance suite on GPUs: as many as there are, in turn.
 #include "device/cuda/device.h"
-#include "rail/host_world.h"
+#include "rail/test_device.h"
 
 namespace deep_ep::testing {
 

@@ -1,17 +1,13 @@
-// One rank of a group of processes that are joined by the engine `host` alone; tests/rail_group.py starts them and passes
-// their words on. It says, a line each:
+// One rank of a group of processes that are joined by an engine alone; tests/rail_group.py starts them and passes their
+// words on. It says, a line each:
 //     address HEX                 and is told those of all ranks, in order, each "address HEX"
 //     connected                   and is told what to do:
 //     streams MESSAGES SLOTS BYTES        every rank sends to every other -> {"errors": ..., "lost": ..., "bytes": ...}
-//     rate CHUNKS SLOTS BYTES             rank 0 sends to rank 1 -> {"seconds": ...}
-//     plain CHUNKS SLOTS BYTES            the same over a bare socket
+//     rate CHUNKS SLOTS BYTES [WARPS]     rank 0 sends to rank 1, a stream from each warp -> {"seconds": ...}
+//     plain CHUNKS SLOTS BYTES [WARPS]    the same without the engine: over a bare socket, with bare puts
 //     watch SECONDS                       posts to every peer until the engine reports a failure -> {"failure": ..., "seconds": ...}
 //     quit
 // An error ends it with a line "error ..." and status 1.
-#include <poll.h>
-#include <sys/socket.h>
-#include <unistd.h>
-
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -24,27 +20,26 @@
 #include <vector>
 
 #include "core/error.h"
-#include "rail/host_world.h"
+#include "rail/process/engine.h"
 #include "rail/streams.h"
+#include "rail/test_device.h"
 
 namespace deep_ep::testing {
 namespace {
 
-using rail::host::Descriptor;
-using rail::host::HostEngine;
-using rail::host::HostOptions;
-using rail::host::SocketAddress;
 using Clock = std::chrono::steady_clock;
 
 constexpr uint64_t kTimeoutNs = 100'000'000'000;
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-// A stream of chunks from rank 0 to rank 1, whose bytes nobody looks at: what the engine costs. One warp each.
+// A stream of chunks from rank 0 to rank 1, whose bytes nobody looks at: what the engine costs. Each warp sends, or
+// receives, every so many-th of them.
 struct RateKernel : TrafficKernel<RateKernel> {
     static EP_DEVICE void take_part(const Traffic& p, const rail::Rail& rail, const Patience& patience) {
         bool is_whole = true;
-        for (int i = 0; i < p.num_messages && is_whole; ++i)
+        const int num_warps = static_cast<int>(blockDim.x) / prim::kWarpSize;
+        for (int i = prim::warp_idx(); i < p.num_messages && is_whole; i += num_warps)
             is_whole = p.rank == 0 ? send(p, rail, patience, i) : receive(p, rail, patience, i);
         if (!is_whole && prim::lane_idx() == 0) count(p.num_lost, 1);
     }
@@ -85,24 +80,26 @@ std::string from_hex(const std::string& text) {
 
 void say(const std::string& line) { std::cout << line << std::endl; }
 
-std::istringstream hear() {
+std::string hear_line() {
     std::string line;
     if (!std::getline(std::cin, line)) throw Error("nobody tells this process anything any more");
-    return std::istringstream(line);
+    return line;
 }
+
+std::istringstream hear() { return std::istringstream(hear_line()); }
 
 class Process {
 public:
-    Process(const HostOptions& options, int num_ranks)
+    explicit Process(const ProcessOptions& options)
         : rank_(options.rank),
-          num_ranks_(num_ranks),
+          num_ranks_(options.num_ranks),
           device_(make_test_device(options.rank)),
-          engine_(device_, options) {
+          engine_(make_process_engine(device_, options)) {
         counts_ = static_cast<uint64_t*>(device_->allocate(2 * sizeof(uint64_t)));
         stream_ = device_->create_stream();
     }
     ~Process() {
-        engine_.release(10);
+        engine_->release(10);
         device_->destroy_stream(stream_);
         device_->free(counts_);
     }
@@ -110,7 +107,7 @@ public:
     Process& operator=(const Process&) = delete;
 
     void connect() {
-        say("address " + to_hex(engine_.address()));
+        say("address " + to_hex(engine_->address()));
         for (int rank = 0; rank < num_ranks_; ++rank) {
             auto line = hear();
             std::string word, text;
@@ -118,7 +115,7 @@ public:
             addresses_.push_back(from_hex(text));
             if (rank != rank_) peers_.push_back(rank);
         }
-        engine_.connect(addresses_, peers_);
+        engine_->connect(addresses_, peers_);
         say("connected");
     }
 
@@ -134,32 +131,35 @@ public:
                 watch(seconds);
                 continue;
             }
-            int num_messages = 0, num_slots = 0;
+            int num_messages = 0, num_slots = 0, num_warps = 1;
             uint32_t slot_bytes = 0;
             line >> num_messages >> num_slots >> slot_bytes;
+            if (int given = 0; line >> given) num_warps = given;
             const Places places{num_ranks_, num_slots, slot_bytes};
             EP_CHECK(num_slots <= Places::kMaxSlots, "there are words for ", Places::kMaxSlots, " slots");
-            EP_CHECK(places.bytes() <= engine_.window().bytes, "the window has ", engine_.window().bytes,
+            EP_CHECK(places.bytes() <= engine_->window().bytes, "the window has ", engine_->window().bytes,
                      " bytes, and this needs ", places.bytes());
             ++call_;
             if (word == "streams") run_streams(places, num_messages);
-            if (word == "rate") run_rate(places, num_messages);
-            if (word == "plain") run_plain(places, num_messages);
+            if (word == "rate") run_rate(places, num_messages, num_warps);
+            if (word == "plain") run_plain_way(places, num_messages, num_warps);
         }
     }
 
 private:
+    Traffic traffic(const Places& places, int num_messages) const {
+        return {engine_->params(), places, rank_, num_messages, 1, call_, kTimeoutNs, counts_, counts_ + 1};
+    }
+
     template <class K> double run(const Places& places, int num_messages, int num_warps) {
-        const Traffic traffic{engine_.params(), places,  rank_,      num_messages, 1, call_,
-                              kTimeoutNs,       counts_, counts_ + 1};
         dev::LaunchConfig config;
         config.num_threads = num_warps * prim::kWarpSize;
         config.name = "rail process";
         const auto start = Clock::now();
-        dev::launch<K>(config, stream_, traffic);
+        dev::launch<K>(config, stream_, traffic(places, num_messages));
         device_->synchronize_stream(stream_);
         const double seconds = seconds_since(start);
-        engine_.check();
+        engine_->check();
         uint64_t counts[2];
         device_->copy_now(counts, counts_, sizeof(counts));
         EP_CHECK(counts[0] == 0 && counts[1] == 0, counts[0], " words were wrong, ", counts[1], " waits were in vain");
@@ -168,61 +168,22 @@ private:
 
     void run_streams(const Places& places, int num_messages) {
         uint64_t before = 0, after = 0;
-        for (const int peer : peers_) before += engine_.sent_to(peer).num_bytes;
+        for (const int peer : peers_) before += engine_->sent_to(peer).num_bytes;
         run<StreamsKernel>(places, num_messages, 2 * (num_ranks_ - 1));
-        for (const int peer : peers_) after += engine_.sent_to(peer).num_bytes;
+        for (const int peer : peers_) after += engine_->sent_to(peer).num_bytes;
         say(concat("{\"bytes\": ", after - before, "}"));
     }
 
-    void run_rate(const Places& places, int num_messages) {
-        say(concat("{\"seconds\": ", rank_ > 1 ? 0.0 : run<RateKernel>(places, num_messages, 1), "}"));
+    void run_rate(const Places& places, int num_messages, int num_warps) {
+        say(concat("{\"seconds\": ", rank_ > 1 ? 0.0 : run<RateKernel>(places, num_messages, num_warps), "}"));
     }
 
-    // Blocking calls on a connection of its own, over the same slots: the least that TCP costs.
-    void run_plain(const Places& places, int num_messages) {
-        if (rank_ > 1) return say("{\"seconds\": 0}");
-        const Descriptor socket = rank_ == 0 ? call_peer() : answer_peer();
-        auto* window = static_cast<char*>(engine_.window().host);
-        const auto start = Clock::now();
-        for (int i = 0; i < num_messages; ++i) {
-            const int slot = i % places.num_slots;
-            char* at = window + (rank_ == 0 ? places.staging(1, slot) : places.received(0, slot));
-            for (uint32_t done = 0; done < places.slot_bytes;) {
-                const ssize_t part = rank_ == 0
-                                         ? ::send(socket.get(), at + done, places.slot_bytes - done, MSG_NOSIGNAL)
-                                         : recv(socket.get(), at + done, places.slot_bytes - done, 0);
-                EP_CHECK(part > 0, "the plain socket broke: ", std::strerror(errno));
-                done += static_cast<uint32_t>(part);
-            }
-        }
-        char word = 0;  // the receiver has everything
-        if (rank_ == 1) EP_CHECK(::send(socket.get(), &word, 1, MSG_NOSIGNAL) == 1, "the plain socket broke");
-        if (rank_ == 0) EP_CHECK(recv(socket.get(), &word, 1, 0) == 1, "the plain socket broke");
-        say(concat("{\"seconds\": ", seconds_since(start), "}"));
+    void run_plain_way(const Places& places, int num_messages, int num_warps) {
+        const Talk talk{say, hear_line};
+        const double seconds =
+            rank_ > 1 ? 0.0 : run_plain(*engine_, *device_, stream_, traffic(places, num_messages), num_warps, talk);
+        say(concat("{\"seconds\": ", seconds, "}"));
     }
-
-    Descriptor answer_peer() {
-        const Descriptor listener = rail::host::listen_on(own_address());
-        say("address " + to_hex(concat(rail::host::bound_address(listener).port())));
-        pollfd polled{listener.get(), POLLIN, 0};
-        EP_CHECK(poll(&polled, 1, 60'000) == 1, "nobody calls the plain socket");
-        return Descriptor(accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC));
-    }
-
-    Descriptor call_peer() {
-        auto line = hear();
-        std::string word, text;
-        line >> word >> text;
-        sockaddr_in address{};
-        std::memcpy(&address, own_address().get(), sizeof(address));
-        address.sin_port = htons(static_cast<uint16_t>(std::stoi(from_hex(text))));
-        Descriptor socket(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
-        EP_CHECK(::connect(socket.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)) == 0,
-                 "cannot call the plain socket: ", std::strerror(errno));
-        return socket;
-    }
-
-    static SocketAddress own_address() { return SocketAddress::parse("127.0.0.1"); }
 
     // Posts now and then, so that a dead link has something to carry.
     void watch(double seconds) {
@@ -230,11 +191,11 @@ private:
         uint64_t flag = 0;
         while (seconds_since(start) < seconds) {
             try {
-                engine_.check();
+                engine_->check();
             } catch (const Error& error) {
                 return say(concat("{\"failure\": \"", error.what(), "\", \"seconds\": ", seconds_since(start), "}"));
             }
-            for (const int peer : peers_) engine_.set(peer, 0, ++flag);
+            for (const int peer : peers_) engine_->set(peer, 0, ++flag);
             std::this_thread::sleep_for(std::chrono::milliseconds(20));
         }
         say("{\"failure\": \"\"}");
@@ -242,7 +203,7 @@ private:
 
     const int rank_, num_ranks_;
     const std::shared_ptr<dev::Device> device_;
-    HostEngine engine_;
+    const std::unique_ptr<rail::Engine> engine_;
     dev::Stream stream_ = nullptr;
     uint64_t* counts_ = nullptr;
     uint64_t call_ = 0;
@@ -264,13 +225,14 @@ std::map<std::string, std::string> read_arguments(int argc, char** argv) {
 int run_process(int argc, char** argv) {
     try {
         const auto arguments = read_arguments(argc, argv);
-        HostOptions options;
+        ProcessOptions options;
         options.rank = std::stoi(arguments.at("--rank"));
+        options.num_ranks = std::stoi(arguments.at("--num-ranks"));
         options.window_bytes = std::stoul(arguments.at("--window-bytes"));
         options.interface = arguments.at("--interface");
         options.reach = arguments.at("--reach");
         options.timeout_s = std::stod(arguments.at("--timeout-s"));
-        Process process(options, std::stoi(arguments.at("--num-ranks")));
+        Process process(options);
         process.connect();
         process.serve();
     } catch (const std::exception& error) {

@@ -1,0 +1,141 @@
+#include "rail/nvshmem/nvshmem_engine.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/error.h"
+#include "rail/nvshmem/versions.h"
+
+namespace deep_ep::rail::nvshmem {
+namespace {
+
+// What ranks tell each other at first.
+constexpr uint64_t kNear = 1, kFar = 2;
+
+std::string to_bytes(const Introduction& introduction) {
+    return {reinterpret_cast<const char*>(&introduction), sizeof(introduction)};
+}
+
+Introduction from_bytes(const std::string& bytes, size_t rank) {
+    EP_CHECK(bytes.size() == sizeof(Introduction), "rank ", rank, " uses another engine between nodes than nvshmem");
+    Introduction introduction;
+    std::memcpy(&introduction, bytes.data(), sizeof(introduction));
+    return introduction;
+}
+
+}  // namespace
+
+NvshmemEngine::NvshmemEngine(std::shared_ptr<dev::Device> device, World& world, const NvshmemOptions& options)
+    : device_(std::move(device)),
+      world_(world),
+      options_(options),
+      introduction_(to_bytes(world.introduce(options.rank, options.window_bytes))),
+      stream_(device_, device_->create_stream()) {}
+
+std::string NvshmemEngine::name() const { return "nvshmem (" + text(world_.loaded()) + ")"; }
+
+void NvshmemEngine::connect(const std::vector<std::string>& addresses, const std::vector<int>& peers) {
+    std::vector<Introduction> all;
+    for (const std::string& address : addresses) all.push_back(from_bytes(address, all.size()));
+    posted_ = {device_, all.size()};
+    pes_ = {device_, all.size()};
+    const World::Lease lease = world_.meet(all, options_.rank, pes_.get());
+    window_number_ = lease.number;
+    window_ = {nullptr, lease.address, options_.window_bytes};
+
+    const std::vector<int32_t> pes = world_.pes_of(all);
+    device_->copy_now(pes_.get(), pes.data(), pes.size() * sizeof(int32_t));
+    // The window may be one that was used before: what was under way to it has come, then all is zero, then anybody posts.
+    world_.barrier(pes_.get());
+    clear_window();
+    world_.barrier(pes_.get());
+    greet(pes, peers);
+    world_.barrier(pes_.get());
+    hear(peers);
+    clear_window();
+    device_->memset_async(posted_.get(), 0, all.size() * sizeof(Posted), stream_.get());
+    device_->synchronize_stream(stream_.get());
+    world_.barrier(pes_.get());
+}
+
+void NvshmemEngine::clear_window() {
+    device_->memset_async(window_.device, 0, window_.bytes, stream_.get());
+    device_->synchronize_stream(stream_.get());
+}
+
+// Tells every peer, and this rank itself, whether loads and stores reach all peers of this one. So all of them choose the
+// same size of chunks; every way has carried a word; and the kernel of set() is loaded, which later might wait for kernels
+// that wait for it.
+void NvshmemEngine::greet(const std::vector<int32_t>& pes, const std::vector<int>& peers) {
+    const auto is_reached = [&](int peer) {
+        return world_.library().is_reached(window_.device, pes[static_cast<size_t>(peer)]);
+    };
+    const bool is_near = std::all_of(peers.begin(), peers.end(), is_reached);
+    const uint64_t flag = 8 * static_cast<uint64_t>(options_.rank);
+    set(options_.rank, flag, is_near ? kNear : kFar);
+    for (const int peer : peers) set(peer, flag, is_near ? kNear : kFar);
+    device_->synchronize_stream(stream_.get());
+    check();
+}
+
+void NvshmemEngine::hear(const std::vector<int>& peers) {
+    std::vector<int> all = peers;
+    all.push_back(options_.rank);
+    is_every_peer_reached_ = true;
+    for (const int peer : all) {
+        uint64_t word = 0;
+        device_->copy_now(&word, static_cast<const char*>(window_.device) + 8 * peer, sizeof(word));
+        if (word != kNear && word != kFar)
+            throw TransportError(concat("NVSHMEM: a word from rank ", peer, " to rank ", options_.rank,
+                                        " has not arrived, though a barrier says so (got ", word, ")"));
+        is_every_peer_reached_ = is_every_peer_reached_ && word == kNear;
+    }
+}
+
+Params NvshmemEngine::params() const { return pack({static_cast<char*>(window_.device), pes_.get(), posted_.get()}); }
+
+size_t NvshmemEngine::chunk_bytes() const {
+    if (is_every_peer_reached_ || world_.transport() == Transport::kGpu) return 128 << 10;
+    return world_.transport() == Transport::kProxy ? 512 << 10 : 1 << 20;
+}
+
+void NvshmemEngine::set(int peer, uint64_t flag, uint64_t value) {
+    const std::lock_guard lock(mutex_);
+    SetParams params{};
+    params.rail = this->params();
+    params.peer = peer;
+    params.flag = flag;
+    params.value = value;
+    Complaint complaint{};
+    if (!world_.library().launch_set(&params, stream_.get(), &complaint) && failure_.empty())
+        failure_ = concat("rail: a word for rank ", peer, " was not sent: ", complaint.text);
+}
+
+void NvshmemEngine::check() const {
+    const std::lock_guard lock(mutex_);
+    if (!failure_.empty()) throw TransportError(failure_);
+}
+
+Traffic NvshmemEngine::sent_to(int peer) const {
+    Posted posted{};
+    device_->copy_now(&posted, posted_.get() + peer, sizeof(posted));
+    return {posted.num_messages, posted.num_bytes};
+}
+
+void NvshmemEngine::release(double timeout_s) {
+    if (is_released_) return;
+    is_released_ = true;
+    if (window_number_ == World::kNoWindow) return;
+    try {
+        // What set() has launched; NVSHMEM sends on by itself.
+        const dev::OwnedEvent event = dev::make_event(device_);
+        device_->record_event(event.get(), stream_.get());
+        static_cast<void>(device_->host_wait([&] { return device_->query_event(event.get()); }, timeout_s));
+    } catch (const Error&) {
+        // The context is broken, or the driver unloads: nothing of ours runs any more.
+    }
+    window_ = {};
+    world_.give_back(window_number_);
+}
+
+}  // namespace deep_ep::rail::nvshmem

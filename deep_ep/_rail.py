@@ -1,0 +1,50 @@
+"""What carries bytes between nodes: the choice between the engines of csrc/rail, the same on every rank."""
+
+import functools
+import logging
+from collections.abc import Sequence
+
+from deep_ep import _nvshmem
+from deep_ep_cpp import Error, InvalidArgument
+
+logger = logging.getLogger("deep_ep")
+ENGINES = ("nvshmem", "host")
+
+
+def obstacle(requested: str, device_kind: str) -> str:
+    """Why this rank cannot use the engine nvshmem, or does not look whether it can; empty: it can."""
+    if requested == "host":
+        return "DEEP_EP_RAIL=host"
+    if device_kind != "cuda":
+        return "it works on GPUs only"
+    try:
+        _nvshmem.load()
+    except Error as error:
+        return str(error)
+    return ""
+
+
+def choose(requested: str, obstacles: Sequence[str]) -> tuple[str, str]:
+    """The engine, and why. `requested`: DEEP_EP_RAIL; `obstacles`: by rank.
+
+    Raises Error where they do not go together.
+    """
+    if requested not in ("", *ENGINES):
+        raise InvalidArgument(f"DEEP_EP_RAIL: expected 'nvshmem', 'host' or nothing (automatic), got {requested!r}")
+    hindered = {rank: text for rank, text in enumerate(obstacles) if text}
+    if not hindered:
+        return "nvshmem", "it is built, and fits the NVSHMEM of every rank"
+    if requested == "host":
+        return "host", "DEEP_EP_RAIL=host"
+    rank, text = next(iter(hindered.items()))
+    if requested == "nvshmem":
+        raise Error(
+            f"DEEP_EP_RAIL=nvshmem: not possible on {len(hindered)} of {len(obstacles)} ranks; rank {rank}: {text}")
+    return "host", f"nvshmem is not possible on {len(hindered)} of {len(obstacles)} ranks; rank {rank}: {text}"
+
+
+@functools.cache
+def tell(engine: str, reason: str, device_kind: str) -> None:
+    """Once in a process. TCP where GPUs may have something faster is worth a warning."""
+    level = logging.WARNING if engine == "host" and device_kind == "cuda" else logging.INFO
+    logger.log(level, "between nodes, bytes are carried by the engine %s: %s", engine, reason)

@@ -1,0 +1,53 @@
+"""Which engine carries bytes between nodes, and what is said about it (deep_ep/_rail.py)."""
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from deep_ep import Error, InvalidArgument, _nvshmem, _rail
+
+
+def test_nvshmem_is_chosen_where_every_rank_can() -> None:
+    assert _rail.choose("", ["", ""])[0] == "nvshmem"
+    assert _rail.choose("nvshmem", ["", ""])[0] == "nvshmem"
+
+
+def test_host_is_chosen_where_one_rank_cannot_and_the_reason_is_told() -> None:
+    engine, reason = _rail.choose("", ["", "it is not built", ""])
+    assert engine == "host"
+    assert reason == "nvshmem is not possible on 1 of 3 ranks; rank 1: it is not built"
+
+
+def test_what_is_asked_for_is_taken_or_refused() -> None:
+    assert _rail.choose("host", ["DEEP_EP_RAIL=host"] * 2) == ("host", "DEEP_EP_RAIL=host")
+    with pytest.raises(Error, match=r"DEEP_EP_RAIL=nvshmem: not possible on 1 of 2 ranks; rank 0: no GPU"):
+        _rail.choose("nvshmem", ["no GPU", ""])
+    with pytest.raises(InvalidArgument, match=r"expected 'nvshmem', 'host' or nothing .*'pigeons'"):
+        _rail.choose("pigeons", ["", ""])
+
+
+def test_nobody_looks_for_nvshmem_without_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_nvshmem, "load", lambda: pytest.fail("looked"))
+    assert _rail.obstacle("host", "cuda") == "DEEP_EP_RAIL=host"
+    assert _rail.obstacle("", "cpu") == "it works on GPUs only"
+
+
+def test_obstacle_is_the_sentence_of_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+
+    def load() -> str:
+        raise Error("the engine nvshmem is not built")
+
+    monkeypatch.setattr(_nvshmem, "load", load)
+    assert _rail.obstacle("", "cuda") == "the engine nvshmem is not built"
+    monkeypatch.setattr(_nvshmem, "load", lambda: "3.4.5")
+    assert _rail.obstacle("", "cuda") == ""
+
+
+def test_choice_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    _rail.tell.cache_clear()
+    with caplog.at_level(logging.INFO, logger="deep_ep"):
+        for _ in range(2):
+            _rail.tell("host", "because", "cuda")
+    assert [(record.levelname, record.message) for record in caplog.records
+            ] == [("WARNING", "between nodes, bytes are carried by the engine host: because")]
