@@ -289,8 +289,8 @@ class Buffer:
         of the data.
 
         With several nodes of `ranks_per_node` (0: there is one node) also the rail window, with `num_rail_bytes` of
-        data (0: as many as num_data_bytes, and 16 MiB for each other node at least). The engine `rail` carries them; `host`
-        listens on DEEP_EP_RAIL_INTERFACE, or else on the interface that reaches the host `rail_reach`."""
+        data (0: as many as num_data_bytes, and 16 MiB for each other node at least). The engine `rail` carries them;
+        `host` listens on DEEP_EP_RAIL_INTERFACE, or else on the interface that reaches the host `rail_reach`."""
 
     def export_handle(self) -> bytes: ...
     def connect(self, handles: List[bytes]) -> None:
