@@ -62,8 +62,8 @@ def part_to_lend(num_data_bytes: int, num_ranks: int) -> int:
     """Bytes of a data region that Buffer.LEND_PART_OF_DATA lends."""
 
 def load_nvshmem(host_library: str, engines: list[str], remote_transport: str, is_ibgda_enabled: bool) -> str:
-    """Brings NVSHMEM (that of the process, else `host_library`) and the first of `engines` that fits into this process, once;
-    says which. The transport decides the size of chunks. Raises TransportError with what to do."""
+    """Brings NVSHMEM (that of the process, else `host_library`) and the first of `engines` that fits into this process;
+    says which. Once. The transport decides the size of chunks. Raises TransportError with what to do."""
 def get_environment() -> dict[str, Any]:
     """What csrc/core/env.cc read: {'timeout_s': float, 'warn_s': float, 'ranks_per_node': int (0: found), ...}."""
 
@@ -289,8 +289,8 @@ class Buffer:
         of the data.
 
         With several nodes of `ranks_per_node` (0: there is one node) also the rail window, with `num_rail_bytes` of
-        data (0: as many as num_data_bytes, and 16 MiB for each other node at least). The engine `rail` carries them; `host`
-        listens on DEEP_EP_RAIL_INTERFACE, or else on the interface that reaches the host `rail_reach`."""
+        data (0: as many as num_data_bytes, and 16 MiB for each other node at least). The engine `rail` carries them;
+        `host` listens on DEEP_EP_RAIL_INTERFACE, or else on the interface that reaches the host `rail_reach`."""
 
     def export_handle(self) -> bytes: ...
     def connect(self, handles: List[bytes]) -> None:
