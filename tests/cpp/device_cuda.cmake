@@ -25,9 +25,10 @@ if(EP_WITH_CUDA)
     target_link_libraries(rail_conformance_cuda PRIVATE deep_ep_cuda deep_ep_rail)
 
     set(process_kernels ${CMAKE_CURRENT_SOURCE_DIR}/rail/process/rail_process.cu)
-    add_executable(rail_process_cuda ${process_kernels} ${CMAKE_CURRENT_SOURCE_DIR}/rail/process/host.cc
+    add_executable(rail_process_cuda ${process_kernels} ${CMAKE_CURRENT_SOURCE_DIR}/rail/process/host.cu
         ${CMAKE_CURRENT_SOURCE_DIR}/rail/cuda/device.cc)
-    set_source_files_properties(${process_kernels} PROPERTIES LANGUAGE CUDA)
+    set_source_files_properties(${process_kernels} ${CMAKE_CURRENT_SOURCE_DIR}/rail/process/host.cu
+                                PROPERTIES LANGUAGE CUDA)
     target_include_directories(rail_process_cuda PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}
         ${PROJECT_SOURCE_DIR}/csrc/rail/host ${PROJECT_SOURCE_DIR}/csrc/device/cuda)
     target_link_libraries(rail_process_cuda PRIVATE deep_ep_cuda deep_ep_rail)

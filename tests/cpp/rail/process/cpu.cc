@@ -1,4 +1,5 @@
 // The process on the CPU. On a GPU: device_cuda.cmake.
+#include "rail/process/host.cu"
 #include "rail/process/rail_process.cu"
 
 #include "device/simt/device.h"

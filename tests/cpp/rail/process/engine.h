@@ -1,4 +1,4 @@
-// What a rank process needs of an engine; each program has one (host.cc, nvshmem.cu).
+// What a rank process needs of an engine; each program has one (host.cu, nvshmem.cu).
 #pragma once
 
 #include <functional>
