@@ -95,7 +95,9 @@ private:
         if (warp.thread_rank() == 0 && c.p.counts != nullptr)
             prim::store<Order::kRelaxed, Scope::kSys>(&c.p.counts->entered, c.p.ticket);
         algo::announce_start(warp, c.watch);
-        return c.link.announce(warp) && algo::wait_for_banks(warp, c.watch) && c.link.wait_for_banks(warp);
+        if (!c.link.announce(warp)) return false;
+        if (!algo::wait_for_banks(warp, c.watch)) return false;
+        return c.link.wait_for_banks(warp);
     }
 
     static EP_DEVICE void tell_neighbours(algo::Block block, const Context& c) {
