@@ -1,5 +1,6 @@
 // How the heap is divided, and who works on a call through what: decisions of sizes alone.
 #include "runtime/plan.h"
+#include "kernels/params_internode.h"
 
 #include <doctest/doctest.h>
 
@@ -160,8 +161,8 @@ TEST_CASE("across nodes every role has a warp, or none where it has nothing to d
             CHECK_EQ(combine.node.num_send_warps == 0, is_idle);
             CHECK_GT(dispatch.node.num_send_warps, 0);
             CHECK_GT(combine.node.num_recv_warps, 0);
-            for (const auto& [geometry, most] :
-                 {std::pair{dispatch, kernels::kMaxDispatchThreads}, {combine, kernels::kMaxCombineThreads}}) {
+            for (const auto& [geometry, most] : {std::pair{dispatch, kernels::kMaxInternodeDispatchThreads},
+                                                 {combine, kernels::kMaxInternodeCombineThreads}}) {
                 CHECK_GT(geometry.num_forward_warps, 0);
                 CHECK_FALSE(is_staged(geometry.node));
                 const int num_warps =
