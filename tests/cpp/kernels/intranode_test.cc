@@ -45,7 +45,8 @@ TEST_CASE("more ranks than lanes of a warp") {
 }
 
 TEST_CASE("more ranks than a launch carries addresses for are refused") {
-    CHECK_THROWS_WITH_AS(World(129, 1 << 14, {}), doctest::Contains("a node can have at most 128 ranks, got 129"), Error);
+    CHECK_THROWS_WITH_AS(World(129, 1 << 14, {}), doctest::Contains("a node can have at most 128 ranks, got 129"),
+                         Error);
 }
 
 TEST_CASE("every subset of empty ranks (pitfall 23), one token in all (25)") {
