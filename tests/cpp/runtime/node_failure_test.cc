@@ -112,15 +112,18 @@ struct Nodes : Rail {
     }
 };
 
-constexpr std::pair<int, int> kShapes[] = {{2, 1}, {2, 2}, {3, 2}, {2, 4}, {4, 2}, {8, 1}};
+struct Shape {
+    int num_nodes, ranks_per_node;
+};
+constexpr Shape kShapes[] = {{2, 1}, {2, 2}, {3, 2}, {2, 4}, {4, 2}, {8, 1}};
 
 TEST_CASE("a failure reaches every rank in three hops, over idle hosts alone") {
-    for (const auto& [num_nodes, ranks_per_node] : kShapes)
-        for (int origin = 0; origin < num_nodes * ranks_per_node; ++origin) {
-            CAPTURE(num_nodes);
-            CAPTURE(ranks_per_node);
+    for (const Shape& shape : kShapes)
+        for (int origin = 0; origin < shape.num_nodes * shape.ranks_per_node; ++origin) {
+            CAPTURE(shape.num_nodes);
+            CAPTURE(shape.ranks_per_node);
             CAPTURE(origin);
-            Nodes nodes(num_nodes, ranks_per_node);
+            Nodes nodes(shape.num_nodes, shape.ranks_per_node);
             nodes[origin].fail(FailureClass::kOther, "a reason", Spread::kPeers);
             for (int hop = 0; hop < 3; ++hop) nodes.look_around(origin);
             CHECK_EQ(nodes.num_failed(), nodes.num_ranks());
@@ -128,9 +131,9 @@ TEST_CASE("a failure reaches every rank in three hops, over idle hosts alone") {
 }
 
 TEST_CASE("where the rail of the rank that fails is cut, its neighbours pass the news on over theirs") {
-    for (const auto& [num_nodes, ranks_per_node] : kShapes)
-        for (int origin = 0; ranks_per_node > 1 && origin < num_nodes * ranks_per_node; ++origin) {
-            Nodes nodes(num_nodes, ranks_per_node);
+    for (const Shape& shape : kShapes)
+        for (int origin = 0; shape.ranks_per_node > 1 && origin < shape.num_nodes * shape.ranks_per_node; ++origin) {
+            Nodes nodes(shape.num_nodes, shape.ranks_per_node);
             nodes.engines.at(origin)->is_cut = true;
             nodes[origin].fail(FailureClass::kOther, "a reason", Spread::kPeers);
             for (int hop = 0; hop < 3; ++hop) nodes.look_around(origin);
