@@ -123,15 +123,21 @@ private:
         return end;
     }
 
+    // The operation's own close(), if it has one. (C++17 for the oldest nvcc: the first parameter ranks the two.)
+    template <class O, class = decltype(&O::close)>
+    static EP_DEVICE void close(int, algo::Warp warp, const Params& p, const algo::Watch& watch, bool has_failed) {
+        O::close(warp, p, watch, has_failed);
+    }
+    template <class O>
+    static EP_DEVICE void close(long, algo::Warp, const Params&, const algo::Watch&, bool) {}
+
     static EP_DEVICE void finish(algo::Block block, const Params& p, const algo::Watch& watch, CallState& state) {
         block.sync();  // what all warps did, and whether one failed
         if (prim::warp_idx() == 0) {
             const algo::Warp warp;
             LaunchEnd end = count_block(warp, watch, state.has_failed != 0);
             if (end != LaunchEnd::kOthersGoOn && p.may_lend) end = settle_loans(warp, watch, p.loan.x != 0, end);
-            if constexpr (requires { &Operation::close; }) {
-                if (end != LaunchEnd::kOthersGoOn) Operation::close(warp, p, watch, end == LaunchEnd::kFailed);
-            }
+            if (end != LaunchEnd::kOthersGoOn) close<Operation>(0, warp, p, watch, end == LaunchEnd::kFailed);
             if (warp.thread_rank() == 0) {
                 // Counts the call. Nothing of this launch looks at the count any more, and its end publishes it: no order.
                 if (end != LaunchEnd::kOthersGoOn)
