@@ -1,7 +1,6 @@
 """NVSHMEM on this machine, and the libraries of the engine `nvshmem` that deep_ep/build_nvshmem.py has built for it."""
 
 import hashlib
-import importlib.util
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,10 +8,9 @@ from pathlib import Path
 from typing import Optional
 
 import deep_ep_cpp
-from deep_ep import _env
+from deep_ep import _env, _probes
 from deep_ep_cpp import Error
 
-PACKAGE = "nvidia.nvshmem"
 HOST_LIBRARY = "libnvshmem_host.so.3"
 ENGINE_PREFIX = "libdeep_ep_nvshmem-"
 INSTALL = "pip install nvidia-nvshmem-cu13 (or -cu12: that of your CUDA), or set NVSHMEM_DIR to where it is"
@@ -67,12 +65,8 @@ def find_folder() -> Optional[Path]:
     given = _env.nvshmem_dir()
     if given is not None:
         return given
-    try:
-        package = importlib.util.find_spec(PACKAGE)
-    except (ImportError, ValueError):  # no package `nvidia`
-        return None
-    folders = package.submodule_search_locations if package is not None else None
-    return Path(next(iter(folders))) if folders else None
+    folder = _probes.nvshmem_package()
+    return None if folder is None else Path(folder)
 
 
 def find_installation() -> Installation:

@@ -292,6 +292,11 @@ def nvshmem_library() -> Optional[str]:
     found = ctypes.util.find_library(NVSHMEM)
     if found is not None:
         return found
+    return nvshmem_package()
+
+
+def nvshmem_package() -> Optional[str]:
+    """The folder of the PyPI package."""
     try:
         package = importlib.util.find_spec(NVSHMEM_PACKAGE)
     except (ImportError, ValueError):  # no package `nvidia`

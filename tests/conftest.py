@@ -9,7 +9,8 @@ import pytest
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS))
 
-from utils import Pool  # noqa: E402 - needs the path above
+from rail_group import Namespaces  # noqa: E402 - needs the path above
+from utils import Pool  # noqa: E402 - the same
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +19,12 @@ def pool() -> Iterator[Pool]:
     shared = Pool(num_processes=8)
     yield shared
     shared.close()
+
+
+@pytest.fixture
+def hosts() -> Iterator[Namespaces]:
+    """Two hosts, as far as TCP can tell."""
+    with Namespaces(2) as namespaces:
+        if namespaces.failure is not None:
+            pytest.skip(f"no network namespaces here ({namespaces.failure}): tested over loopback alone")
+        yield namespaces

@@ -319,14 +319,6 @@ def test_script_makes_virtual_nodes() -> None:
 # Two hosts, as far as TCP can tell
 
 
-@pytest.fixture
-def hosts() -> Iterator[Namespaces]:
-    with Namespaces(2) as namespaces:
-        if namespaces.failure is not None:
-            pytest.skip(f"no network namespaces here ({namespaces.failure}): tested over loopback alone")
-        yield namespaces
-
-
 def start_members(hosts: Namespaces, ranks_per_host: int, *command: str) -> list[subprocess.Popen[str]]:
     """A process for each rank, as torchrun would start them on two machines."""
     found = []

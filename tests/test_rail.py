@@ -5,7 +5,6 @@ The summary says which: the tests of namespaces are skipped with the reason wher
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,14 +18,6 @@ NUM_MESSAGES, NUM_SLOTS, SLOT_BYTES = 200, 4, 20_000
 @pytest.fixture(scope="module")
 def program() -> Path:
     return build_process()
-
-
-@pytest.fixture
-def hosts() -> Iterator[Namespaces]:
-    with Namespaces(2) as namespaces:
-        if namespaces.failure is not None:
-            pytest.skip(f"no network namespaces here ({namespaces.failure}): tested over loopback alone")
-        yield namespaces
 
 
 def make_group(program: Path, hosts: Namespaces, ranks_per_host: int, *options: str) -> RailGroup:

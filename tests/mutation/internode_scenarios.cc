@@ -16,6 +16,12 @@ InternodeOptions small_options(int num_nodes, int ranks_per_node, uint64_t seed)
     return options;
 }
 
+// Every chunk of a stream waits for the one before.
+void give_one_chunk(InternodeOptions& options) {
+    options.rail_slots = 2;
+    options.chunk_tokens = 1;
+}
+
 Problem small_problem(const InternodeOptions& options, uint64_t seed) {
     Problem problem{.num_tokens = {}, .num_experts = options.num_ranks(), .num_topk = 2, .hidden = 16, .seed = seed};
     for (int rank = 0; rank < options.num_ranks(); ++rank) problem.num_tokens.push_back(11 - 4 * (rank % 2));
@@ -28,11 +34,9 @@ std::string run_twice(const InternodeOptions& options, const Problem& problem) {
     return difference.empty() ? world.round_trip(problem) : difference;
 }
 
-// Every chunk waits for the one before.
 std::string rail_credits(uint64_t seed) {
     InternodeOptions options = small_options(2, 1, seed);
-    options.rail_slots = 2;
-    options.chunk_tokens = 1;
+    give_one_chunk(options);
     return run_twice(options, small_problem(options, seed));
 }
 
@@ -48,24 +52,21 @@ std::string rail_chunks(uint64_t seed) {
 std::string rail_and_slots(uint64_t seed) {
     InternodeOptions options = small_options(2, 2, seed);
     options.window = 1;
-    options.rail_slots = 2;
-    options.chunk_tokens = 1;
+    give_one_chunk(options);
     return run_twice(options, small_problem(options, seed));
 }
 
 // Streams that one warp serves by turns.
 std::string three_nodes(uint64_t seed) {
     InternodeOptions options = small_options(3, 1, seed);
-    options.rail_slots = 2;
-    options.chunk_tokens = 1;
+    give_one_chunk(options);
     return run_twice(options, small_problem(options, seed));
 }
 
 std::string lent_rows(uint64_t seed) {
     InternodeOptions options = small_options(2, 2, seed);
     options.lend_bytes = 1 << 14;
-    options.rail_slots = 2;
-    options.chunk_tokens = 1;
+    give_one_chunk(options);
     Problem problem = small_problem(options, seed);
     problem.lending_ranks = 5;
     return run_twice(options, problem);

@@ -6,10 +6,9 @@
 //                   forwarder on the owner's rail
 //
 // Messages, buffer map and orderings: docs/protocols/internode.md.
-#include "core/error.h"
 #include "device/algo/void_output.h"
-#include "device/launch.h"
 #include "kernels/internode/internode_launchers.h"
+#include "kernels/internode/launch_roles.h"
 #include "kernels/internode/sum_forward.h"
 #include "kernels/internode/token_reduce.h"
 #include "kernels/intranode/row_return.h"
@@ -127,15 +126,7 @@ private:
 };
 
 void launch(const InternodeCombineParams& params, dev::Stream stream) {
-    EP_ENSURE(can_serve(params.heap, params.geometry, params.rail, params.geometry.num_send_warps, params.loan.x != 0),
-              "combine across nodes has too few warps for its streams");
-    dev::LaunchConfig config;
-    config.num_blocks = params.geometry.num_blocks;
-    config.num_threads =
-        kWarpSize * (params.geometry.num_send_warps + params.rail.num_forward_warps + params.geometry.num_recv_warps);
-    config.is_cooperative = true;
-    config.name = "deep_ep::combine_internode";
-    dev::launch<Kernel>(config, stream, params);
+    launch_roles<Kernel>("combine", "deep_ep::combine_internode", params, params.geometry.num_send_warps, stream);
 }
 
 }  // namespace EP_BACKEND

@@ -8,9 +8,8 @@
 //   receive warps   (of a rank that does not lend) slots to final rows, one stream for each source of any node
 //
 // Messages, buffer map and orderings: docs/protocols/internode.md.
-#include "core/error.h"
-#include "device/launch.h"
 #include "kernels/internode/internode_launchers.h"
+#include "kernels/internode/launch_roles.h"
 #include "kernels/internode/token_forward.h"
 #include "kernels/intranode/dispatch_outputs.h"
 #include "kernels/intranode/slot_receive.h"
@@ -126,15 +125,7 @@ private:
 };
 
 void launch(const InternodeDispatchParams& params, dev::Stream stream) {
-    EP_ENSURE(can_serve(params.heap, params.geometry, params.rail, params.geometry.num_recv_warps, params.loan.x != 0),
-              "dispatch across nodes has too few warps for its streams");
-    dev::LaunchConfig config;
-    config.num_blocks = params.geometry.num_blocks;
-    config.num_threads =
-        kWarpSize * (params.geometry.num_send_warps + params.rail.num_forward_warps + params.geometry.num_recv_warps);
-    config.is_cooperative = true;
-    config.name = "deep_ep::dispatch_internode";
-    dev::launch<Kernel>(config, stream, params);
+    launch_roles<Kernel>("dispatch", "deep_ep::dispatch_internode", params, params.geometry.num_recv_warps, stream);
 }
 
 }  // namespace EP_BACKEND

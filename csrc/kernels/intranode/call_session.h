@@ -128,8 +128,7 @@ private:
     static EP_DEVICE void close(int, algo::Warp warp, const Params& p, const algo::Watch& watch, bool has_failed) {
         O::close(warp, p, watch, has_failed);
     }
-    template <class O>
-    static EP_DEVICE void close(long, algo::Warp, const Params&, const algo::Watch&, bool) {}
+    template <class O> static EP_DEVICE void close(long, algo::Warp, const Params&, const algo::Watch&, bool) {}
 
     static EP_DEVICE void finish(algo::Block block, const Params& p, const algo::Watch& watch, CallState& state) {
         block.sync();  // what all warps did, and whether one failed
