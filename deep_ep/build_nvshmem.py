@@ -36,9 +36,8 @@ def find_architectures() -> tuple[str, ...]:
     import torch
     if not torch.cuda.is_available():
         return DEFAULT_ARCHITECTURES
-    return tuple(
-        sorted({"".join(map(str, torch.cuda.get_device_capability(i)))
-                for i in range(torch.cuda.device_count())}))
+    gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return tuple(sorted({f"{gpu.major}{gpu.minor}" for gpu in gpus}))
 
 
 def _run(command: Sequence[str], folder: str) -> None:
