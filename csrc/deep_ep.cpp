@@ -16,7 +16,7 @@
 #include "core/env.h"
 #include "core/error.h"
 #include "core/interruption.h"
-#include "layout/intranode.h"
+#include "layout/heap.h"
 #include "rail/nvshmem/loader.h"
 #include "rail/nvshmem/versions.h"
 #include "runtime/buffer.h"

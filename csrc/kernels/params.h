@@ -5,8 +5,7 @@
 #include <cstdint>
 
 #include "kernels/args.h"
-#include "layout/intranode.h"
-#include "layout/staging.h"
+#include "layout/heap.h"
 #include "layout/status.h"
 
 namespace deep_ep::kernels {

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "kernels/args.h"
-#include "layout/intranode.h"
+#include "layout/heap.h"
 #include "runtime/connection.h"
 #include "runtime/lender.h"
 

@@ -3,9 +3,9 @@
 #include <functional>
 
 #include "core/error.h"
-#include "device/algo/stages.h"
+#include "device/algo/ring.h"
 #include "device/launch.h"
-#include "layout/intranode.h"
+#include "layout/heap.h"
 #include "mutation/scenarios.h"
 #include "mutation/worlds.h"
 #include "support/world.h"

@@ -6,7 +6,7 @@
 //                   forwarder on the owner's rail
 //
 // Messages, buffer map and orderings: docs/protocols/internode.md.
-#include "device/algo/void_output.h"
+#include "device/algo/group.h"
 #include "kernels/internode/internode_launchers.h"
 #include "kernels/internode/launch_roles.h"
 #include "kernels/internode/sum_forward.h"

@@ -25,9 +25,8 @@
 // and kOperation; its Shared begins with a CallState named `call`.
 #pragma once
 
-#include "device/algo/call.h"
-#include "device/algo/last_block.h"
-#include "device/algo/loan.h"
+#include "device/algo/group.h"
+#include "device/algo/watch.h"
 #include "kernels/context.h"
 
 namespace deep_ep::kernels {

@@ -9,7 +9,7 @@
 // With bulk copies, both keep several rows, or pieces of rows, on their way through shared memory, in a kernel of its own.
 //
 // Messages, buffer map and orderings: docs/protocols/intranode.md.
-#include "device/algo/void_output.h"
+#include "device/algo/group.h"
 #include "device/launch.h"
 #include "kernels/intranode/call_session.h"
 #include "kernels/intranode/combine_reduce_staged.h"

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "device/algo/group.h"
-#include "device/algo/loan.h"
 #include "device/algo/ring.h"
+#include "device/algo/watch.h"
 #include "kernels/intranode/flag_warp.h"
 #include "kernels/intranode/refusals.h"
 #include "kernels/intranode/routing.h"

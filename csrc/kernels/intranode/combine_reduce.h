@@ -7,10 +7,9 @@
 
 #include <type_traits>
 
-#include "device/algo/bf16_sums.h"
-#include "device/algo/peers.h"
-#include "device/algo/row.h"
-#include "device/algo/warp.h"
+#include "device/algo/formats.h"
+#include "device/algo/group.h"
+#include "device/algo/watch.h"
 #include "kernels/context.h"
 #include "kernels/intranode/combine_context.h"
 

@@ -2,7 +2,7 @@
 // exchange, and tells the peers what they need. Nothing here waits for what a peer does only after waiting for this rank.
 #pragma once
 
-#include "device/algo/loan.h"
+#include "device/algo/watch.h"
 #include "kernels/context.h"
 #include "kernels/intranode/call_session.h"
 #include "kernels/intranode/exchange.h"

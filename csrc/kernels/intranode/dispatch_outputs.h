@@ -1,7 +1,7 @@
 // Outputs of dispatch that no row has come for.
 #pragma once
 
-#include "device/algo/void_output.h"
+#include "device/algo/group.h"
 #include "kernels/context.h"
 
 namespace deep_ep::kernels::dispatch {

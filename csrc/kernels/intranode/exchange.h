@@ -2,7 +2,7 @@
 // peer's experts. Each count is one word that says which call it belongs to, so a count is there as soon as it can be seen.
 #pragma once
 
-#include "device/algo/call.h"
+#include "device/algo/watch.h"
 
 namespace deep_ep::kernels {
 inline namespace EP_BACKEND {

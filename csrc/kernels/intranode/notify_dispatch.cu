@@ -1,6 +1,6 @@
 // notify_dispatch: the count exchange, for a host that has to know how many rows come before it can allocate them. One block.
 // Where it need not know, dispatch exchanges the counts by itself. See docs/protocols/intranode.md.
-#include "device/algo/call.h"
+#include "device/algo/watch.h"
 #include "device/launch.h"
 #include "kernels/context.h"
 #include "kernels/intranode/exchange.h"

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "device/prim.h"
-#include "layout/intranode.h"
+#include "layout/heap.h"
 
 namespace deep_ep::kernels {
 inline namespace EP_BACKEND {

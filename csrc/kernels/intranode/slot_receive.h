@@ -2,8 +2,8 @@
 // source.
 #pragma once
 
-#include "device/algo/streams.h"
-#include "device/algo/warp.h"
+#include "device/algo/group.h"
+#include "device/algo/ring.h"
 #include "kernels/intranode/dispatch_context.h"
 
 namespace deep_ep::kernels::dispatch {

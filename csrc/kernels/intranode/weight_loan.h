@@ -1,8 +1,8 @@
 // Of a rank that lends its input to combine: a copy of its top-k weights that peers can read.
 #pragma once
 
-#include "device/algo/last_block.h"
-#include "device/algo/peers.h"
+#include "device/algo/group.h"
+#include "device/algo/watch.h"
 #include "kernels/intranode/combine_context.h"
 
 namespace deep_ep::kernels::combine {

@@ -5,7 +5,7 @@
 //   the block that ends last: sums the partials of all blocks (integers: any order gives the same result)
 #include "kernels/layout/dispatch_layout.h"
 
-#include "device/algo/last_block.h"
+#include "device/algo/group.h"
 #include "device/launch.h"
 #include "kernels/context.h"
 

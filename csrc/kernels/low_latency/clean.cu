@@ -1,6 +1,6 @@
 // clean_low_latency_buffer: a barrier of the group. No flag or slot needs cleaning, but callers count on it that every rank
 // has ended its earlier calls, and that with enable_shrink whoever does not come is masked.
-#include "device/algo/peers.h"
+#include "device/algo/watch.h"
 #include "device/launch.h"
 #include "kernels/low_latency/call_context.h"
 #include "kernels/low_latency/low_latency_launchers.h"

@@ -6,8 +6,7 @@
 
 #include "core/error.h"
 #include "kernels/absent_rank.h"
-#include "layout/intranode.h"
-#include "layout/staging.h"
+#include "layout/heap.h"
 #include "support/world.h"
 
 namespace deep_ep::test {

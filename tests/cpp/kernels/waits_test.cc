@@ -5,8 +5,8 @@
 #include <atomic>
 #include <vector>
 
-#include "device/algo/loan.h"
-#include "device/algo/stages.h"
+#include "device/algo/ring.h"
+#include "device/algo/watch.h"
 #include "device/launch.h"
 #include "device/simt/device.h"
 #include "kernels/context.h"
