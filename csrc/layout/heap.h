@@ -369,4 +369,15 @@ struct DataSplit {
     }
 };
 
+// The symmetric heap as a kernel sees it. `bases[i]` is where rank i's heap is mapped here: among the launch parameters,
+// because the address of every flag and slot begins with one, and a trip to memory for it would come before each of them.
+struct HeapParams {
+    uint8_t* bases[kMaxRanks];
+    int rank;               // index in the node
+    int num_ranks;          // of the node
+    ControlLayout control;  // the data region follows at control.bytes
+    int first_rank = 0;     // of the node, among all
+    int num_nodes = 1;
+};
+
 }  // namespace deep_ep::layout

@@ -107,6 +107,14 @@ struct LocalState {
     uint32_t low_latency_read_blocks;  // of a receive phase that tells the peers of its end itself
 };
 
+// Deadlines, and where a failing wait leaves its record.
+struct WatchParams {
+    LocalState* local;
+    HostStatus* status;
+    uint64_t timeout_ns;
+    uint64_t warn_ns;
+};
+
 // What a record of kRows has seen: the first row, and one beyond the last.
 constexpr uint64_t make_row_span(int first, int end) {
     return static_cast<uint64_t>(static_cast<uint32_t>(first)) << 32 | static_cast<uint32_t>(end);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/kernel_table.h"
+#include "kernels/params_internode.h"
 #include "runtime/connection.h"
 #include "runtime/count_exchange.h"
 #include "runtime/loans.h"

@@ -163,6 +163,19 @@ EP_DEVICE void store_piece(Warp warp, Pieces pieces, const Piece<kVecs>& piece, 
     for_piece<kVecs>(warp, pieces, end, [&](int i, int vec) { prim::store_streaming(target + vec, piece.vec[i]); });
 }
 
+// Tables of expert ids come with 4 or 8 bytes for each.
+EP_DEVICE int64_t load_expert_id(const void* ids, int idx_bytes, int64_t index) {
+    return idx_bytes == 8 ? static_cast<const int64_t*>(ids)[index]
+                          : static_cast<int64_t>(static_cast<const int32_t*>(ids)[index]);
+}
+
+EP_DEVICE void store_expert_id(void* ids, int idx_bytes, int64_t index, int value) {
+    if (idx_bytes == 8)
+        static_cast<int64_t*>(ids)[index] = value;
+    else
+        static_cast<int32_t*>(ids)[index] = value;
+}
+
 // -- Copies of rows --------------------------------------------------------------------------------------------------
 
 // Lane `source`'s pointer, to every lane.

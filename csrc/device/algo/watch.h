@@ -15,25 +15,16 @@ inline namespace EP_BACKEND {
 
 // -- The symmetric heap, as kernels address it -----------------------------------------------------------------------
 
-// Where deadlines and reports live; filled from the launch parameters.
-struct WatchWords {
-    layout::LocalState* local;
-    layout::HostStatus* status;
-    uint64_t timeout_ns;
-    uint64_t warn_ns;
-};
-
 // Ranks here are those of the node, by index.
 class Heap {
 public:
-    EP_DEVICE Heap(uint8_t* const* bases, int rank, int num_ranks, const layout::ControlLayout& control,
-                   int first_rank = 0, int num_nodes = 1)
-        : bases_(bases),
-          control_(&control),
-          rank_(rank),
-          num_ranks_(num_ranks),
-          first_rank_(first_rank),
-          num_nodes_(num_nodes) {}
+    EP_DEVICE Heap(const layout::HeapParams& params)
+        : bases_(params.bases),
+          control_(&params.control),
+          rank_(params.rank),
+          num_ranks_(params.num_ranks),
+          first_rank_(params.first_rank),
+          num_nodes_(params.num_nodes) {}
 
     EP_DEVICE int rank() const { return rank_; }
     EP_DEVICE int num_ranks() const { return num_ranks_; }
@@ -119,7 +110,7 @@ private:
 
 // One kernel's view of its deadlines, heap and call.
 struct Watch {
-    WatchWords words;
+    layout::WatchParams words;
     Heap heap;
     layout::Operation operation;
     uint64_t call;  // this call's number; calls count from 1
@@ -162,7 +153,7 @@ EP_DEVICE void write_record(layout::WaitRecord* record, const Report& report) {
 }
 
 // Tells the host, if this is the first failure of this rank. False: another one was.
-EP_DEVICE bool record_failure(const WatchWords& words, const Report& report) {
+EP_DEVICE bool record_failure(const layout::WatchParams& words, const Report& report) {
     using prim::Order;
     using prim::Scope;
     if (prim::compare_swap<Order::kRelaxed, Scope::kGpu>(&words.local->failure_claimed, 0u, 1u) != 0u) return false;

@@ -27,7 +27,7 @@
 
 #include "device/algo/group.h"
 #include "device/algo/watch.h"
-#include "kernels/context.h"
+#include "kernels/params.h"
 
 namespace deep_ep::kernels {
 inline namespace EP_BACKEND {
@@ -83,7 +83,7 @@ public:
 
 private:
     static EP_DEVICE algo::Watch watch_of(const Params& p, uint64_t call) {
-        return make_watch(p.watch, p.heap, Operation::kOperation, call);
+        return {p.watch, p.heap, Operation::kOperation, call};
     }
 
     static EP_DEVICE Begun begin(algo::Block block, const Params& p, Shared& shared) {

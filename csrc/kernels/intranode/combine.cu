@@ -13,10 +13,10 @@
 #include "device/launch.h"
 #include "kernels/intranode/call_session.h"
 #include "kernels/intranode/combine_reduce_staged.h"
-#include "kernels/intranode/intranode_launchers.h"
 #include "kernels/intranode/row_return.h"
 #include "kernels/intranode/warp_memory.h"
 #include "kernels/intranode/weight_loan.h"
+#include "kernels/kernel_table.h"
 
 namespace deep_ep::kernels::combine {
 inline namespace EP_BACKEND {
@@ -145,7 +145,11 @@ private:
     }
 };
 
-void launch(const CombineParams& params, dev::Stream stream) {
+}  // namespace EP_BACKEND
+}  // namespace deep_ep::kernels::combine
+
+void deep_ep::kernels::launch(const CombineParams& params, dev::Stream stream) {
+    using namespace combine;
     dev::LaunchConfig config;
     config.num_blocks = params.geometry.num_blocks;
     config.num_threads = kWarpSize * (params.geometry.num_send_warps + params.geometry.num_recv_warps + 1);
@@ -157,6 +161,3 @@ void launch(const CombineParams& params, dev::Stream stream) {
     else
         dev::launch<Kernel<false>>(config, stream, params);
 }
-
-}  // namespace EP_BACKEND
-}  // namespace deep_ep::kernels::combine

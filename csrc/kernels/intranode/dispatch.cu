@@ -13,9 +13,9 @@
 // Messages, buffer map and orderings: docs/protocols/intranode.md.
 #include "device/launch.h"
 #include "kernels/intranode/dispatch_outputs.h"
-#include "kernels/intranode/intranode_launchers.h"
 #include "kernels/intranode/slot_receive.h"
 #include "kernels/intranode/token_send.h"
+#include "kernels/kernel_table.h"
 
 namespace deep_ep::kernels::dispatch {
 inline namespace EP_BACKEND {
@@ -67,7 +67,11 @@ template <bool kIsStaged> struct Kernel {
     static EP_DEVICE void run(const Params& p, Shared& shared) { CallSession<Kernel>::run(p, shared); }
 };
 
-void launch(const DispatchParams& params, dev::Stream stream) {
+}  // namespace EP_BACKEND
+}  // namespace deep_ep::kernels::dispatch
+
+void deep_ep::kernels::launch(const DispatchParams& params, dev::Stream stream) {
+    using namespace dispatch;
     dev::LaunchConfig config;
     config.num_blocks = params.geometry.num_blocks;
     config.num_threads = kWarpSize * (params.geometry.num_send_warps + params.geometry.num_recv_warps);
@@ -79,6 +83,3 @@ void launch(const DispatchParams& params, dev::Stream stream) {
     else
         dev::launch<Kernel<false>>(config, stream, params);
 }
-
-}  // namespace EP_BACKEND
-}  // namespace deep_ep::kernels::dispatch

@@ -3,12 +3,12 @@
 #pragma once
 
 #include "device/algo/watch.h"
-#include "kernels/context.h"
 #include "kernels/intranode/call_session.h"
 #include "kernels/intranode/exchange.h"
 #include "kernels/intranode/refusals.h"
 #include "kernels/intranode/routing.h"
 #include "kernels/intranode/token_scan.h"
+#include "kernels/params.h"
 
 namespace deep_ep::kernels::dispatch {
 inline namespace EP_BACKEND {
@@ -125,7 +125,7 @@ EP_DEVICE void tell_host(algo::Warp warp, const DispatchParams& p, const algo::W
 }
 
 EP_DEVICE algo::Watch make_watch(const DispatchParams& p, uint64_t call) {
-    return make_watch(p.watch, p.heap, layout::Operation::kDispatch, call);
+    return {p.watch, p.heap, layout::Operation::kDispatch, call};
 }
 
 EP_DEVICE bool is_expert(const DispatchParams& p, int64_t id) { return id >= -1 && id < p.num_experts; }
@@ -149,7 +149,7 @@ EP_DEVICE void refuse_column(const DispatchParams& p, const algo::Watch& watch, 
 EP_DEVICE void refuse_expert(const DispatchParams& p, const algo::Watch& watch, int token) {
     int64_t id = -1;
     for (int k = 0; is_expert(p, id); ++k)
-        id = load_expert_id(p.topk_idx, p.idx_bytes, static_cast<int64_t>(token) * p.num_topk + k);
+        id = algo::load_expert_id(p.topk_idx, p.idx_bytes, static_cast<int64_t>(token) * p.num_topk + k);
     algo::fail(watch, layout::FailureKind::kBadInput, {Stage::kInput, token}, static_cast<uint64_t>(p.num_experts),
                static_cast<uint64_t>(id), 0);
 }

@@ -37,7 +37,7 @@ EP_DEVICE int local_expert(const DispatchParams& p, int id, int rank) {
 }
 
 EP_DEVICE int64_t input_expert(const DispatchParams& p, int token, int k) {
-    return load_expert_id(p.topk_idx, p.idx_bytes, static_cast<int64_t>(token) * p.num_topk + k);
+    return algo::load_expert_id(p.topk_idx, p.idx_bytes, static_cast<int64_t>(token) * p.num_topk + k);
 }
 
 EP_DEVICE float input_weight(const DispatchParams& p, int token, int k) {
@@ -83,7 +83,7 @@ EP_DEVICE void deliver_metadata(algo::Warp warp, const DispatchParams& p, const 
     if (warp.thread_rank() == 0 && out.src_idx != nullptr) out.src_idx[row] = src_idx;
     for (int k = warp.thread_rank(); k < p.num_topk; k += warp.size()) {
         const int id = expert(k);
-        store_expert_id(out.topk_idx, p.idx_bytes, row * p.num_topk + k, id);
+        algo::store_expert_id(out.topk_idx, p.idx_bytes, row * p.num_topk + k, id);
         out.topk_weights[row * p.num_topk + k] = id >= 0 ? weight(k) : 0.0f;
     }
     for (int i = warp.thread_rank(); i < p.num_scales; i += warp.size()) {

@@ -2,7 +2,8 @@
 #pragma once
 
 #include "device/algo/group.h"
-#include "kernels/context.h"
+#include "device/algo/watch.h"
+#include "kernels/params.h"
 
 namespace deep_ep::kernels::dispatch {
 inline namespace EP_BACKEND {
@@ -12,7 +13,7 @@ EP_DEVICE void mark_unused_rows(algo::Grid grid, const DispatchParams& p, int nu
     const int64_t begin = static_cast<int64_t>(num_rows) * p.num_topk;
     const int64_t end = static_cast<int64_t>(p.num_recv_rows) * p.num_topk;
     algo::for_each(grid, end - begin, [&](int64_t i) {
-        store_expert_id(p.recv_topk_idx, p.idx_bytes, begin + i, -1);
+        algo::store_expert_id(p.recv_topk_idx, p.idx_bytes, begin + i, -1);
         p.recv_topk_weights[begin + i] = 0.0f;
     });
 }

@@ -2,8 +2,8 @@
 // has ended its earlier calls, and that with enable_shrink whoever does not come is masked.
 #include "device/algo/watch.h"
 #include "device/launch.h"
+#include "kernels/kernel_table.h"
 #include "kernels/low_latency/call_context.h"
-#include "kernels/low_latency/low_latency_launchers.h"
 
 namespace deep_ep::kernels::low_latency::clean {
 inline namespace EP_BACKEND {
@@ -21,7 +21,7 @@ struct Kernel {
         uint64_t number = 0;
         if (warp.thread_rank() == 0) number = prim::load<Order::kRelaxed, Scope::kGpu>(num_cleans) + 1;
         number = __shfl_sync(kFullMask, number, 0);
-        const auto watch = make_watch(call.watch, call.heap, layout::Operation::kLowLatencyClean, number);
+        const algo::Watch watch = {call.watch, call.heap, layout::Operation::kLowLatencyClean, number};
         const int rank = watch.heap.rank(), num_ranks = watch.heap.num_ranks();
         // Release: all that this rank's earlier launches did. Pairs with: wait_for_peer below, at the peer.
         algo::publish<Order::kRelease, Scope::kSys>(
@@ -35,13 +35,15 @@ struct Kernel {
     }
 };
 
-void launch(const LowLatencyCall& call, dev::Stream stream) {
+}  // namespace EP_BACKEND
+}  // namespace deep_ep::kernels::low_latency::clean
+
+void deep_ep::kernels::launch(const LowLatencyCall& call, dev::Stream stream) {
+    using namespace low_latency;
+    using namespace low_latency::clean;
     dev::LaunchConfig config;
     config.num_blocks = 1;
     config.num_threads = kWarpSize;
     config.name = "deep_ep::low_latency::clean";
     dev::launch<Kernel>(config, stream, call);
 }
-
-}  // namespace EP_BACKEND
-}  // namespace deep_ep::kernels::low_latency::clean

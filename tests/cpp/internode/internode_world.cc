@@ -207,7 +207,7 @@ void InternodeWorld::launch_notify(InternodeCall& call, int rank) {
                                                             .recv_rank_prefix = rail.recv_rank_prefix.data(),
                                                             .rail_prefix = rail.rail_prefix.data()};
     params.rail = rail_plan(rank, dispatch_slot(call, false));
-    kernels::internode::notify::launch(params, here.stream);
+    kernels::launch(params, here.stream);
 }
 
 void InternodeWorld::launch_dispatch(InternodeCall& call, int rank, Counts counts) {
@@ -273,7 +273,7 @@ void InternodeWorld::launch_dispatch(InternodeCall& call, int rank, Counts count
         .rail_head = rail.rail_head.data(),
         .num_rail_rows = static_cast<int>(rail.rail_head.size()) / options_.ranks_per_node};
     params.rail = rail_plan(rank, dispatch_slot(call, is_cached));
-    kernels::internode::dispatch::launch(params, here.stream);
+    kernels::launch(params, here.stream);
 }
 
 void InternodeWorld::launch_combine(InternodeCall& call, int rank) {
@@ -322,7 +322,7 @@ void InternodeWorld::launch_combine(InternodeCall& call, int rank) {
                                                              .rail_head = rail.rail_head.data(),
                                                              .num_rail_tokens = static_cast<int>(rail.num_rail_tokens)};
     params.rail = rail_plan(rank, combine_slot(call));
-    kernels::internode::combine::launch(params, here.stream);
+    kernels::launch(params, here.stream);
 }
 
 void InternodeWorld::run(const std::function<void()>& body) {
