@@ -32,6 +32,9 @@ struct Geometry {
     layout::Staging send;  // of each send warp
     layout::Staging recv;  // of each receive warp
 };
+constexpr int staging_bytes(const Geometry& geometry) {
+    return geometry.num_send_warps * geometry.send.bytes() + geometry.num_recv_warps * geometry.recv.bytes();
+}
 
 constexpr int kMaxLayoutBlocks = 16;
 

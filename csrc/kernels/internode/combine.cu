@@ -10,8 +10,8 @@
 #include "kernels/internode/launch_roles.h"
 #include "kernels/internode/sum_forward.h"
 #include "kernels/internode/token_reduce.h"
+#include "kernels/intranode/combine_context.h"
 #include "kernels/intranode/row_return.h"
-#include "kernels/intranode/weight_loan.h"
 #include "kernels/kernel_table.h"
 
 namespace deep_ep::kernels::internode::combine {

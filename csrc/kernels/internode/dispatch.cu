@@ -10,8 +10,7 @@
 // Messages, buffer map and orderings: docs/protocols/internode.md.
 #include "kernels/internode/launch_roles.h"
 #include "kernels/internode/token_forward.h"
-#include "kernels/intranode/dispatch_outputs.h"
-#include "kernels/intranode/slot_receive.h"
+#include "kernels/intranode/dispatch_context.h"
 #include "kernels/kernel_table.h"
 
 namespace deep_ep::kernels::internode::dispatch {

@@ -4,8 +4,8 @@
 #include "kernels/internode/stated_rows.h"
 #include "kernels/internode/token_streams.h"
 #include "kernels/intranode/call_session.h"
+#include "kernels/intranode/dispatch_begin.h"
 #include "kernels/intranode/dispatch_context.h"
-#include "kernels/intranode/token_scan.h"
 
 namespace deep_ep::kernels::internode::dispatch {
 inline namespace EP_BACKEND {

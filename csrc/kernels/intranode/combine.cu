@@ -12,10 +12,9 @@
 #include "device/algo/group.h"
 #include "device/launch.h"
 #include "kernels/intranode/call_session.h"
+#include "kernels/intranode/combine_context.h"
 #include "kernels/intranode/combine_reduce_staged.h"
 #include "kernels/intranode/row_return.h"
-#include "kernels/intranode/warp_memory.h"
-#include "kernels/intranode/weight_loan.h"
 #include "kernels/kernel_table.h"
 
 namespace deep_ep::kernels::combine {

@@ -12,8 +12,7 @@
 //
 // Messages, buffer map and orderings: docs/protocols/intranode.md.
 #include "device/launch.h"
-#include "kernels/intranode/dispatch_outputs.h"
-#include "kernels/intranode/slot_receive.h"
+#include "kernels/intranode/dispatch_context.h"
 #include "kernels/intranode/token_send.h"
 #include "kernels/kernel_table.h"
 

@@ -6,8 +6,8 @@
 
 #include "device/algo/group.h"
 #include "device/algo/ring.h"
+#include "kernels/intranode/call_session.h"
 #include "kernels/intranode/dispatch_context.h"
-#include "kernels/intranode/warp_memory.h"
 
 namespace deep_ep::kernels::dispatch {
 inline namespace EP_BACKEND {
