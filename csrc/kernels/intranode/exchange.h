@@ -131,7 +131,7 @@ EP_DEVICE void tell_num_rows(layout::HostCounts* counts, int64_t num_rows, uint6
     using prim::Order;
     using prim::Scope;
     prim::store<Order::kRelaxed, Scope::kSys>(&counts->num_recv_tokens, num_rows);
-    // Pairs with: Buffer::wait_counts on the host.
+    // Pairs with: CountExchange::wait on the host.
     prim::store<Order::kRelease, Scope::kSys>(&counts->ready, ticket);
 }
 

@@ -112,6 +112,10 @@ public:
     void launch_worst_case(const Problem& problem, std::vector<RankTensors>& ranks);
     // On every rank: a dispatch, the outputs of `short_rank` holding one row less than comes.
     void launch_without_room(const Problem& problem, std::vector<RankTensors>& ranks, int short_rank, Counts counts);
+    // The host's part of a count exchange.
+    runtime::RecvCounts wait_counts(int rank) { return buffer(rank).high_throughput().counts().wait(); }
+    // Of the memory that `rank` can lend, or null.
+    std::unique_ptr<runtime::LentMemory> lend(int rank, int64_t num_bytes);
     // After run(): what came into lent memory, into the vectors that it stands for; the memory is given back.
     static void collect(std::vector<RankTensors>& ranks);
 
