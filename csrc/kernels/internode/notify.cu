@@ -202,10 +202,6 @@ private:
 }  // namespace deep_ep::kernels::internode::notify
 
 void deep_ep::kernels::launch(const InternodeNotifyParams& params, dev::Stream stream) {
-    using namespace internode;
-    using namespace internode::notify;
-    dev::LaunchConfig config;
-    config.num_threads = params.num_threads;
-    config.name = "deep_ep::notify_dispatch_internode";
-    dev::launch<Kernel>(config, stream, params);
+    dev::launch<internode::notify::Kernel>(
+        {.num_threads = params.num_threads, .name = "deep_ep::notify_dispatch_internode"}, stream, params);
 }

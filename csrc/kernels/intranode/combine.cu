@@ -10,7 +10,6 @@
 //
 // Messages, buffer map and orderings: docs/protocols/intranode.md.
 #include "device/algo/group.h"
-#include "device/launch.h"
 #include "kernels/intranode/call_session.h"
 #include "kernels/intranode/combine_context.h"
 #include "kernels/intranode/combine_reduce_staged.h"
@@ -148,15 +147,7 @@ private:
 }  // namespace deep_ep::kernels::combine
 
 void deep_ep::kernels::launch(const CombineParams& params, dev::Stream stream) {
-    using namespace combine;
-    dev::LaunchConfig config;
-    config.num_blocks = params.geometry.num_blocks;
-    config.num_threads = kWarpSize * (params.geometry.num_send_warps + params.geometry.num_recv_warps + 1);
-    config.dynamic_shared_bytes = staging_bytes(params.geometry);
-    config.is_cooperative = true;
-    config.name = "deep_ep::combine";
-    if (params.geometry.recv.num_stages > 0)
-        dev::launch<Kernel<true>>(config, stream, params);
-    else
-        dev::launch<Kernel<false>>(config, stream, params);
+    const Geometry& geometry = params.geometry;
+    launch_call<combine::Kernel>("deep_ep::combine", params, geometry.num_send_warps + geometry.num_recv_warps + 1,
+                                 geometry.recv.num_stages > 0, stream);
 }

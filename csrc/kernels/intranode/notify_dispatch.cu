@@ -74,9 +74,6 @@ struct Kernel {
 }  // namespace deep_ep::kernels::notify_dispatch
 
 void deep_ep::kernels::launch(const NotifyDispatchParams& params, dev::Stream stream) {
-    using namespace notify_dispatch;
-    dev::LaunchConfig config;
-    config.num_threads = params.num_threads;
-    config.name = "deep_ep::notify_dispatch";
-    dev::launch<Kernel>(config, stream, params);
+    dev::launch<notify_dispatch::Kernel>({.num_threads = params.num_threads, .name = "deep_ep::notify_dispatch"},
+                                         stream, params);
 }

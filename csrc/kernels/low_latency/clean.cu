@@ -39,11 +39,6 @@ struct Kernel {
 }  // namespace deep_ep::kernels::low_latency::clean
 
 void deep_ep::kernels::launch(const LowLatencyCall& call, dev::Stream stream) {
-    using namespace low_latency;
-    using namespace low_latency::clean;
-    dev::LaunchConfig config;
-    config.num_blocks = 1;
-    config.num_threads = kWarpSize;
-    config.name = "deep_ep::low_latency::clean";
-    dev::launch<Kernel>(config, stream, call);
+    dev::launch<low_latency::clean::Kernel>({.num_threads = prim::kWarpSize, .name = "deep_ep::low_latency::clean"},
+                                            stream, call);
 }

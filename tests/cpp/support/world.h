@@ -72,6 +72,11 @@ struct RankTensors {
     std::vector<float> combined_weights;
 };
 
+// What the caller on `rank` hands to each operation: everything in its own memory, a dispatch without counts.
+kernels::NotifyArgs notify_args(const Problem& problem, RankTensors& tensors, int rank);
+kernels::DispatchArgs dispatch_args(const Problem& problem, RankTensors& tensors, int rank, bool is_cached);
+kernels::CombineArgs combine_args(const Problem& problem, RankTensors& tensors, int rank);
+
 // What a dispatch knows of the counts of all ranks: nothing yet (worst case), notify_dispatch has exchanged them, or they
 // are those of an earlier call.
 // kGuessed: as kUnknown, but the host waits, and the outputs hold what it has guessed.
