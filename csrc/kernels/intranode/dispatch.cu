@@ -292,12 +292,11 @@ EP_DEVICE bool send_staged(algo::Warp warp, const DispatchContext& c, int warp_i
 
 template <bool kIsStaged> EP_DEVICE bool send_any(algo::Warp warp, const DispatchContext& c, int send_warp) {
     const Geometry& geometry = c.p.geometry;
-    const int warp_idx = send_warp * geometry.num_blocks + static_cast<int>(blockIdx.x);
-    const int num_warps = geometry.num_send_warps * geometry.num_blocks;
+    const RoleWarp self = role_warp(geometry, send_warp, geometry.num_send_warps);
     if constexpr (kIsStaged)
-        return send_staged(warp, c, warp_idx, num_warps, send_memory(geometry, send_warp));
+        return send_staged(warp, c, self.idx, self.count, send_memory(geometry, send_warp));
     else
-        return send(warp, c, warp_idx, num_warps);
+        return send(warp, c, self.idx, self.count);
 }
 
 // -- The operation ---------------------------------------------------------------------------------------------------
@@ -336,8 +335,8 @@ template <bool kIsStaged> struct Kernel {
         const int recv_warp = prim::warp_idx() - geometry.num_send_warps;
         if (p.is_worst_case) mark_unused_rows(algo::Grid{}, p, shared.rows.num_rows(watch.heap.num_ranks()));
         if (recv_warp < 0) return send_any<kIsStaged>(warp, c, prim::warp_idx());
-        return receive(warp, c, recv_warp * geometry.num_blocks + static_cast<int>(blockIdx.x),
-                       geometry.num_recv_warps * geometry.num_blocks);
+        const RoleWarp self = role_warp(geometry, recv_warp, geometry.num_recv_warps);
+        return receive(warp, c, self.idx, self.count);
     }
 
     static EP_DEVICE bool check(algo::Warp warp, const Params& p, const Shared& shared) {
