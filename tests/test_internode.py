@@ -4,8 +4,8 @@
     python tests/test_internode.py --num-processes 4 --ranks-per-node 2 --num-tokens 128 --hidden 7168
     torchrun --nnodes 2 --nproc_per_node 8 ... tests/test_internode.py --num-tokens 4096
 
-Nodes are virtual ones here (DEEP_EP_RANKS_PER_NODE), joined over loopback, or over NVSHMEM where DEEP_EP_RAIL=nvshmem asks for
-it. Under torchrun they are the machines.
+Nodes are virtual ones here (DEEP_EP_RANKS_PER_NODE), joined over loopback, or over NVSHMEM where
+DEEP_EP_RAIL=nvshmem asks for it. Under torchrun they are the machines.
 """
 
 import json
@@ -25,8 +25,8 @@ import modes
 import pressure
 import pytest
 import torch
-from pending_call import How
 from namespaces import Namespaces
+from pending_call import How
 from test_intranode import even, uneven
 from utils import BUFFER_TIMEOUT_S, Pool, device
 from workload import ROUTINGS, SCALE_LAYOUTS, Workload
