@@ -298,11 +298,11 @@ def test_killed_rank_is_named(two: Pool) -> None:
 
 @pytest.mark.parametrize("failing", [0, 3])
 def test_dispatch_that_one_rank_cannot_finish(two: Pool, failing: int) -> None:
-    """Its counts are out and its memory is not there: every rank is told by whom, its own node also why."""
+    """Its counts are out and its memory is not there: every rank is told by whom, and why."""
     messages = two.run(host_failures.unfinished_dispatch, 4, MemoryError("simulated"), failing)
-    for rank, message in enumerate(messages):
+    for message in messages:
         assert f"rank {failing}" in message, messages
-        assert rank // 2 != failing // 2 or "MemoryError: simulated" in message, messages
+        assert "MemoryError: simulated" in message, messages
 
 
 # As a script
