@@ -13,9 +13,6 @@ namespace deep_ep::rail::nvshmem {
 namespace {
 
 constexpr char kMagic[8] = {'n', 'v', 's', 'h', 'm', 'e', 'm', '1'};
-constexpr const char* kOneWorld =
-    "A process belongs to one world of NVSHMEM as long as it lives, which torch or its first Buffer makes, and Buffers over it must "
-    "span all of it: make them for the group of all ranks, or choose DEEP_EP_RAIL=host, which has no such limit";
 constexpr int kMaxWindows = 64;  // as many as Introduction::free_windows has bits
 
 // Calls a function of the library that returns false where it has filled in a complaint.
@@ -34,16 +31,6 @@ void expect_same(const std::vector<Introduction>& all, const char* what,
         if (const std::string found = describe(one); found != first)
             throw TransportError(concat("NVSHMEM: ", what, " must be the same on every rank, got ", first,
                                         " on rank 0; ", found, " on rank ", one.rank));
-}
-
-// A rank that has no world yet cannot join one that others have made.
-void expect_same_world(const std::vector<Introduction>& all) {
-    const auto has_world = [](const Introduction& one) { return one.is_initialized; };
-    const auto with = std::find_if(all.begin(), all.end(), has_world);
-    const auto without = std::find_if_not(all.begin(), all.end(), has_world);
-    if (with == all.end() || without == all.end()) return;
-    throw TransportError(concat("NVSHMEM: ", with->num_pes, " processes with rank ", with->rank,
-                                " have its world already, and rank ", without->rank, " is none of them. ", kOneWorld));
 }
 
 std::string describe_versions(const Introduction& one) {
@@ -106,7 +93,8 @@ World::Lease World::meet(const std::vector<Introduction>& all, int rank, const v
         static constexpr const char* kNames[] = {"IBGDA", "a proxy", "a proxy with fences (libfabric)"};
         return std::string(kNames[static_cast<size_t>(one.transport)]);
     });
-    expect_same_world(all);
+    expect_same(all, "whether it is initialized already",
+                [](const auto& one) { return std::string(one.is_initialized ? "yes" : "no"); });
     expect_same(all, "the number of Buffers made so far", [](const auto& one) { return concat(one.num_windows); });
 
     const std::lock_guard lock(mutex_);
@@ -132,7 +120,8 @@ std::vector<int32_t> World::pes_of(const std::vector<Introduction>& all) const {
     if (!is_whole)
         throw TransportError(
             concat("NVSHMEM: its world has ", all.front().num_pes, " members and this group ", num_ranks,
-                   " ranks. ", kOneWorld));
+                   " ranks. A process has one world of NVSHMEM, which torch or an earlier Buffer has made, "
+                   "and Buffers over it must span all of it; DEEP_EP_RAIL=host has no such limit"));
     return pes;
 }
 
