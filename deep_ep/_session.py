@@ -294,84 +294,118 @@ def choose_heap(peers: Peers, agreed: Agreed, topology: Topology) -> str:
     return heap
 
 
-def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
-    """Collective: allocates and connects the heaps of all ranks. `prepare` may fail on one of them."""
-    requests: list[Request] = []
-    opened: list[_streams.Streams] = []
-    created: list[deep_ep_cpp.Buffer] = []
-    sessions: list[Session] = []
+class _Construction:
+    """A Buffer while its ranks build it, all in the same steps."""
 
-    def describe() -> tuple[Agreed, Place, Optional["CostModel"]]:
-        if is_capturing():
-            raise Error("Buffer: it allocates and talks to its peers, so build it before the CUDA graph capture begins")
-        environment = deep_ep_cpp.get_environment()
-        request = prepare()
-        request.check()
-        requests.append(request)
-        release_lingering()
-        opened.append(_streams.open_streams())
-        facts = Agreed(request.num_nvl_bytes, request.num_rdma_bytes, request.num_lend_bytes, request.low_latency_mode,
-                       request.enable_shrink, opened[0].kind, int(environment["ranks_per_node"]),
-                       deep_ep_cpp.topk_idx_bits(), bool(environment["check_calls"]), str(environment["rail"]),
-                       str(environment["heap"]))
-        return facts, find_place(opened[0]), find_cost_model(peers, request, opened[0])
+    def __init__(self, peers: Peers, prepare: Callable[[], Request]) -> None:
+        self._peers, self._prepare = peers, prepare
+        # At most one of each: what there is so far.
+        self._requests: list[Request] = []
+        self._opened: list[_streams.Streams] = []
+        self._created: list[deep_ep_cpp.Buffer] = []
+        self._sessions: list[Session] = []
 
-    def allocate(topology: Topology, rail: str, heap: str) -> tuple[bytes, bytes]:
-        request = requests[0].with_heap(heap)
-        spans_nodes = topology.num_nodes > 1
-        warn_s = min(float(deep_ep_cpp.get_environment()["warn_s"]), request.patience_s)
-        lent = deep_ep_cpp.Buffer.LEND_PART_OF_DATA if request.num_lend_bytes is None else request.num_lend_bytes
+    def build(self) -> Session:
         try:
-            created.append(
-                deep_ep_cpp.Buffer(opened[0].native,
-                                   peers.rank,
-                                   peers.size,
-                                   num_data_bytes=request.num_nvl_bytes,
-                                   timeout_s=request.patience_s,
-                                   warn_s=warn_s,
-                                   num_low_latency_bytes=0 if spans_nodes else request.num_rdma_bytes,
-                                   is_shrinkable=request.enable_shrink,
-                                   num_lend_bytes=lent,
-                                   ranks_per_node=topology.ranks_per_node,
-                                   num_rail_bytes=request.num_rdma_bytes if spans_nodes else 0,
-                                   rail=rail,
-                                   rail_reach=master_address(),
-                                   is_heap_on_host=heap == _heap.HOST))
-        except Error as error:
-            raise type(error)(f"Buffer: {error}; asked for num_nvl_bytes={request.num_nvl_bytes}, num_rdma_bytes="
-                              f"{request.num_rdma_bytes}, num_lend_bytes={request.num_lend_bytes}") from error
-        created[0].set_warning_handler(logger.warning)
-        return created[0].export_handle(), created[0].rail_address()
+            return self._build()
+        except BaseException:
+            self._discard()
+            for streams in self._opened:
+                streams.close()
+            raise
 
-    def begin(connect: Callable[[], None], topology: Topology, heap: str, cost_model: Optional["CostModel"]) -> None:
-        connect()
-        session = Session(created[0], opened[0], topology, heap, peers.rank, peers.size, cost_model,
-                          requests[0].on_failure)
-        created[0].start_watching()
-        sessions.append(session)
-
-    try:
-        described = peers.all_gather_results("checking arguments and device", describe)
+    def _build(self) -> Session:
+        peers = self._peers
+        described = peers.all_gather_results("checking arguments and device", self._describe)
         _raise_differences([facts for facts, _, _ in described])
         agreed, _, cost_model = described[0]
         topology = find_topology(peers.rank, [place for _, place, _ in described], agreed.ranks_per_node, agreed.heap)
-        _check_mode(requests[0], topology)
-        placement = choose_heap(peers, agreed, topology)
+        _check_mode(self._requests[0], topology)
+        heap = choose_heap(peers, agreed, topology)
         rail = choose_rail(peers, agreed, topology)
-        handles = peers.all_gather_results("allocating the heap", lambda: allocate(topology, rail, placement))
+        cost_model = None if heap == _heap.HOST else cost_model  # models are of heaps in GPU memory
+        try:
+            self._open(topology, rail, heap, cost_model)
+        except Exception as error:
+            text = str(error)
+            if not _rail.can_do_without(rail, agreed.rail, lambda: peers.all_gather(text)):
+                raise
+            self._discard()
+            if peers.rank == 0:
+                _rail.tell("host", f"nvshmem does not begin: {text}", agreed.device_kind)
+            self._open(topology, "host", heap, cost_model)
+        session = self._sessions[0]
+        if agreed.check_calls and peers.size > 1:
+            session.call_check = CallCheck(peers.open_exchange(), self._requests[0].patience_s)
+        return session
+
+    def _open(self, topology: Topology, rail: str, heap: str, cost_model: Optional["CostModel"]) -> None:
+        peers, created = self._peers, self._created
+        handles = peers.all_gather_results("allocating the heap", lambda: self._allocate(topology, rail, heap))
         step, connect = "mapping the heaps of the peers", lambda: created[0].connect([heap for heap, _ in handles])
         if topology.num_nodes > 1:  # in two steps: nobody is to wait for a rank that cannot map a heap
             peers.all_gather_results(step, connect)
             step, connect = "connecting the nodes", lambda: created[0].connect_rail([rail for _, rail in handles])
-        # Cost models are of heaps in GPU memory.
-        peers.all_gather_results(
-            step, lambda: begin(connect, topology, placement, None if placement == _heap.HOST else cost_model))
-    except BaseException:
-        for runtime in created:
+        peers.all_gather_results(step, lambda: self._begin(connect, topology, heap, cost_model))
+
+    def _describe(self) -> tuple[Agreed, Place, Optional["CostModel"]]:
+        if is_capturing():
+            raise Error("Buffer: it allocates and talks to its peers, so build it before the CUDA graph capture begins")
+        environment = deep_ep_cpp.get_environment()
+        request = self._prepare()
+        request.check()
+        self._requests.append(request)
+        release_lingering()
+        streams = _streams.open_streams()
+        self._opened.append(streams)
+        facts = Agreed(request.num_nvl_bytes, request.num_rdma_bytes, request.num_lend_bytes, request.low_latency_mode,
+                       request.enable_shrink, streams.kind, int(environment["ranks_per_node"]),
+                       deep_ep_cpp.topk_idx_bits(), bool(environment["check_calls"]), str(environment["rail"]),
+                       str(environment["heap"]))
+        return facts, find_place(streams), find_cost_model(self._peers, request, streams)
+
+    def _allocate(self, topology: Topology, rail: str, heap: str) -> tuple[bytes, bytes]:
+        peers, request = self._peers, self._requests[0].with_heap(heap)
+        spans_nodes = topology.num_nodes > 1
+        warn_s = min(float(deep_ep_cpp.get_environment()["warn_s"]), request.patience_s)
+        lent = deep_ep_cpp.Buffer.LEND_PART_OF_DATA if request.num_lend_bytes is None else request.num_lend_bytes
+        try:
+            runtime = deep_ep_cpp.Buffer(self._opened[0].native,
+                                         peers.rank,
+                                         peers.size,
+                                         num_data_bytes=request.num_nvl_bytes,
+                                         timeout_s=request.patience_s,
+                                         warn_s=warn_s,
+                                         num_low_latency_bytes=0 if spans_nodes else request.num_rdma_bytes,
+                                         is_shrinkable=request.enable_shrink,
+                                         num_lend_bytes=lent,
+                                         ranks_per_node=topology.ranks_per_node,
+                                         num_rail_bytes=request.num_rdma_bytes if spans_nodes else 0,
+                                         rail=rail,
+                                         rail_reach=master_address(),
+                                         is_heap_on_host=heap == _heap.HOST)
+        except Error as error:
+            raise type(error)(f"Buffer: {error}; asked for num_nvl_bytes={request.num_nvl_bytes}, num_rdma_bytes="
+                              f"{request.num_rdma_bytes}, num_lend_bytes={request.num_lend_bytes}") from error
+        self._created.append(runtime)
+        runtime.set_warning_handler(logger.warning)
+        return runtime.export_handle(), runtime.rail_address()
+
+    def _begin(self, connect: Callable[[], None], topology: Topology, heap: str,
+               cost_model: Optional["CostModel"]) -> None:
+        connect()
+        runtime, streams, peers = self._created[0], self._opened[0], self._peers
+        self._sessions.append(
+            Session(runtime, streams, topology, heap, peers.rank, peers.size, cost_model, self._requests[0].on_failure))
+        runtime.start_watching()
+
+    def _discard(self) -> None:
+        for runtime in self._created:
             runtime.destroy(0.0)
-        for streams in opened:
-            streams.close()
-        raise
-    if agreed.check_calls and peers.size > 1:
-        sessions[0].call_check = CallCheck(peers.open_exchange(), requests[0].patience_s)
-    return sessions[0]
+        self._created.clear()
+        self._sessions.clear()
+
+
+def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
+    """Collective: allocates and connects the heaps of all ranks. `prepare` may fail on one of them."""
+    return _Construction(peers, prepare).build()
