@@ -3,7 +3,7 @@
 import functools
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from deep_ep import _nvshmem
 from deep_ep._topology import Place
@@ -52,6 +52,12 @@ def choose(requested: str, obstacles: Sequence[str]) -> tuple[str, str]:
         raise Error(
             f"DEEP_EP_RAIL=nvshmem: not possible on {len(hindered)} of {len(obstacles)} ranks; rank {rank}: {text}")
     return "host", f"nvshmem is not possible on {len(hindered)} of {len(obstacles)} ranks; rank {rank}: {text}"
+
+
+def can_do_without(engine: str, requested: str, gather_errors: Callable[[], list[str]]) -> bool:
+    """Whether ranks that could not build a Buffer over `engine` are to try another. Collective, where nobody asked for
+    it: a rank fails for a reason of its own, or for that of another."""
+    return engine == "nvshmem" and not requested and all("NVSHMEM" in error for error in gather_errors())
 
 
 @functools.cache
