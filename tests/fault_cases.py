@@ -1,7 +1,7 @@
 """A rank that is killed, stopped or raises before, in and after any operation: what the others see, and what is left.
 
-Every function runs on all ranks. Of the group one rank is the victim; another one, where there are three, comes late to
-the operation, so that the victim, and everybody else, is in it when the fault strikes.
+Every function runs on all ranks. Of the group one rank is the victim; the one after it comes late to an operation, so
+that the victim, and whoever else there is, is in it when the fault strikes.
 """
 
 import os
@@ -117,7 +117,7 @@ def struck(worker: Worker, fault: Fault, victim: int) -> Optional[Outcome]:
 
 def survive(worker: Worker, fault: Fault, victim: int, calls: Calls, outcome: Outcome) -> None:
     """On any other rank: the operation, and the next one."""
-    if worker.num_ranks > 2 and worker.rank == (victim + 1) % worker.num_ranks and fault.moment == "in":
+    if worker.rank == (victim + 1) % worker.num_ranks and fault.moment == "in":
         time.sleep(LATE_BY_S)
     outcome.first, first_s = attempt(calls.call, fault.operation)
     outcome.later, later_s = attempt(calls.trip, fault.operation)

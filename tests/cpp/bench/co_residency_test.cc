@@ -12,7 +12,7 @@
 namespace deep_ep::test {
 namespace {
 
-constexpr int kNumHeld = 5;
+constexpr int kNumHeld = 4;
 constexpr int64_t kRoomy = 1 << 20;
 constexpr uint64_t kHeldForNs = 1000'000'000'000;  // ten times as long as a call waits
 
@@ -111,9 +111,16 @@ TEST_CASE("low latency: one free SM is enough, whoever has all others (pitfall 3
 
 // As two ranks that launch a call of ours and a collective of another library, each in its own order.
 void launch_in_two_orders(World& world, Others& others, const std::function<void(int)>& launch_call) {
+    constexpr int kEnoughPasses = 100;  // for what is launched to get its SMs
+    const auto let_begin = [&] {
+        int num_passes = 0;
+        world.device(0).host_wait([&] { return ++num_passes > kEnoughPasses; }, 1.0);
+    };
     others.launch_on(0);
+    let_begin();
     launch_call(0);
     launch_call(1);
+    let_begin();
     others.launch_on(1);
     world.run();
 }
