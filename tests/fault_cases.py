@@ -142,7 +142,7 @@ def strike(fault: Fault, calls: Calls, outcome: Outcome) -> None:
     if fault.kind == "raising":
         raise_in(fault, calls, delay_s)
         return
-    stop_s = SHORT_STOP_S if fault.kind == "paused" else SHORT_TIMEOUT_S + 1
+    stop_s = SHORT_STOP_S if fault.kind == "paused" else SHORT_TIMEOUT_S + 0.5
     striker = send_signals(fault.kind, delay_s, stop_s)
     if fault.moment != "in":
         striker.wait()
