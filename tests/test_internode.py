@@ -277,7 +277,7 @@ def test_different_calls_are_named() -> None:
 
 @pytest.mark.parametrize(("absent", "step"), [(3, "dispatch"), (0, "combine")])
 def test_absent_rank_is_named(two: Pool, absent: int, step: str) -> None:
-    messages = two.run(cases.absent_in_another_node, 4, Workload((4, 6, 5, 3)), absent, step)
+    messages = two.run(failures.absent_rank, 4, Workload((4, 6, 5, 3)), absent, step)
     assert messages[absent] is None
     for rank, message in enumerate(messages):
         assert rank == absent or f"rank {absent} of node {absent // 2}" in message, messages

@@ -6,8 +6,7 @@
 
 #include <cstdint>
 
-#include "layout/field.h"
-#include "layout/intranode.h"
+#include "layout/heap.h"
 
 namespace deep_ep::layout {
 

@@ -3,8 +3,7 @@
 
 #include <doctest/doctest.h>
 
-#include "layout/intranode.h"
-#include "layout/low_latency.h"
+#include "layout/heap.h"
 
 namespace deep_ep::runtime {
 namespace {
