@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lending_cases import LEND_BYTES
 from low_latency_pending_call import BF16, FP8, LowLatencyPendingCall, Manner, low_latency_buffer
 from pending_call import How, PendingCall
 from utils import BUFFER_TIMEOUT_S, Worker
@@ -50,7 +51,7 @@ def beside_others(worker: Worker, num_free: int, trip: Callable[[], None]) -> No
 
 
 def high_throughput(worker: Worker, work: Workload, how: How, has_cached: bool) -> None:
-    buffer = worker.buffer()
+    buffer = worker.new_buffer(num_lend_bytes=LEND_BYTES if how.lends else 0)
 
     def trip() -> None:
         pending = PendingCall(worker, buffer, work, how).layout().dispatch().combine(1)
@@ -58,6 +59,7 @@ def high_throughput(worker: Worker, work: Workload, how: How, has_cached: bool) 
             pending.cached_dispatch()
 
     beside_others(worker, how.num_sms, trip)
+    buffer.destroy()
 
 
 def low_latency(worker: Worker, work: Workload, num_free: int) -> None:
@@ -93,6 +95,7 @@ def in_other_orders(worker: Worker, work: Workload, num_rounds: int) -> None:
         rows.fill_(worker.rank + 1)
         return dist.all_reduce(rows, group=worker.group, async_op=True)
 
+    collective().wait()  # NCCL builds its communicator in the first one, and the host waits for that of the other rank
     for i in range(num_rounds):
         is_first = (worker.rank + i) % 2 == 0
         pending: Any

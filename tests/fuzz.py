@@ -25,6 +25,7 @@ from typing import Any, Optional
 import torch
 from fuzz_cases import Case, Topology, make_case, play, test_of
 from host_failure_cases import replaced
+from pressure import REPORT_EVERY_S
 from shrink import shrink
 from utils import CaseFailed, Pool, Worker
 
@@ -92,6 +93,7 @@ class Campaign:
             least_cases: int = 0,
             shrink_seconds: float = 120.0) -> Report:
         report, started, first_seed = Report(), time.monotonic(), seed
+        next_word = started + REPORT_EVERY_S
 
         def is_over() -> bool:
             if num_cases is not None or report.num_cases < least_cases:
@@ -105,7 +107,11 @@ class Campaign:
             report.num_cases += 1
             report.num_calls += len(case.calls)
             report.num_steps += num_steps
+            if time.monotonic() > next_word:
+                print(f"{report.num_cases} cases after {time.monotonic() - started:.0f} s", flush=True)
+                next_word += REPORT_EVERY_S
             if failure:
+                print(f"case {number} failed", flush=True)
                 report.findings.append(self.finding(number, case, failure, first_seed, shrink_seconds))
                 first_seed = number + 1
         report.seconds = time.monotonic() - started
