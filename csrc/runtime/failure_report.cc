@@ -137,7 +137,8 @@ std::string describe_wait(const layout::WaitRecord& record, const Peers& peers) 
     const layout::Topology& topology = peers.topology;
     return concat(name_of(record.operation), ", call ", record.call, ", ", name_of(topology.rank, topology),
                   ": waited ", seconds(record.waited_ns), " for ", name_of(record.peer, topology), " ",
-                  awaited_at(record.stage, record.operation == layout::Operation::kCombine), "; ", culprits(record, peers), ".");
+                  awaited_at(record.stage, record.operation == layout::Operation::kCombine), "; ",
+                  culprits(record, peers), ".");
 }
 
 std::string describe_rows(const layout::WaitRecord& record, const layout::Topology& topology) {
