@@ -288,7 +288,7 @@ def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
     created: list[deep_ep_cpp.Buffer] = []
     sessions: list[Session] = []
 
-    def describe() -> tuple[Agreed, Place, Optional["CostModel"]]:
+    def describe() -> tuple[Agreed, Place, Optional["CostModel"], Optional[float]]:
         if is_capturing():
             raise Error("Buffer: it allocates and talks to its peers, so build it before the CUDA graph capture begins")
         environment = deep_ep_cpp.get_environment()
@@ -300,9 +300,9 @@ def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
         facts = Agreed(request.num_nvl_bytes, request.num_rdma_bytes, request.num_lend_bytes, request.low_latency_mode,
                        request.enable_shrink, opened[0].kind, int(environment["ranks_per_node"]),
                        deep_ep_cpp.topk_idx_bits(), bool(environment["check_calls"]), str(environment["rail"]))
-        return facts, find_place(opened[0]), find_cost_model(peers, request, opened[0])
+        return facts, find_place(opened[0]), find_cost_model(peers, request, opened[0]), _probes.nic_gb_per_s()
 
-    def allocate(topology: Topology, rail: str) -> tuple[bytes, bytes]:
+    def allocate(topology: Topology, rail: str, rail_gb_per_s: float) -> tuple[bytes, bytes]:
         request = requests[0]
         spans_nodes = topology.num_nodes > 1
         warn_s = min(float(deep_ep_cpp.get_environment()["warn_s"]), request.patience_s)
@@ -321,7 +321,8 @@ def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
                                    ranks_per_node=topology.ranks_per_node,
                                    num_rail_bytes=request.num_rdma_bytes if spans_nodes else 0,
                                    rail=rail,
-                                   rail_reach=master_address()))
+                                   rail_reach=master_address(),
+                                   rail_gb_per_s=rail_gb_per_s))
         except Error as error:
             raise type(error)(f"Buffer: {error}; asked for num_nvl_bytes={request.num_nvl_bytes}, num_rdma_bytes="
                               f"{request.num_rdma_bytes}, num_lend_bytes={request.num_lend_bytes}") from error
@@ -336,22 +337,26 @@ def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
 
     try:
         described = peers.all_gather_results("checking arguments and device", describe)
-        _raise_differences([facts for facts, _, _ in described])
-        topology = find_topology(peers.rank, [place for _, place, _ in described], described[0][0].ranks_per_node)
+        agreed, _, cost_model, _ = described[0]
+        _raise_differences([facts for facts, *_ in described])
+        topology = find_topology(peers.rank, [place for _, place, *_ in described], agreed.ranks_per_node)
         _check_mode(requests[0], topology)
-        rail = choose_rail(peers, described[0][0], topology)
-        handles = peers.all_gather_results("allocating the heap", lambda: allocate(topology, rail))
+        rail = choose_rail(peers, agreed, topology)
+        rail_gb_per_s = _rail.rate(rail, [rate for *_, rate in described], topology.ranks_per_node)
+        if cost_model is None and rail_gb_per_s > 0:
+            cost_model = model.costs_across_nodes(topology.num_nodes, topology.ranks_per_node, rail_gb_per_s)
+        handles = peers.all_gather_results("allocating the heap", lambda: allocate(topology, rail, rail_gb_per_s))
         step, connect = "mapping the heaps of the peers", lambda: created[0].connect([heap for heap, _ in handles])
         if topology.num_nodes > 1:  # in two steps: nobody is to wait for a rank that cannot map a heap
             peers.all_gather_results(step, connect)
             step, connect = "connecting the nodes", lambda: created[0].connect_rail([rail for _, rail in handles])
-        peers.all_gather_results(step, lambda: begin(connect, topology, described[0][2]))
+        peers.all_gather_results(step, lambda: begin(connect, topology, cost_model))
     except BaseException:
         for runtime in created:
             runtime.destroy(0.0)
         for streams in opened:
             streams.close()
         raise
-    if described[0][0].check_calls and peers.size > 1:
+    if agreed.check_calls and peers.size > 1:
         sessions[0].call_check = CallCheck(peers.open_exchange(), requests[0].patience_s)
     return sessions[0]

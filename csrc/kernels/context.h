@@ -12,7 +12,7 @@ EP_DEVICE algo::Heap make_heap(const HeapParams& heap) {
 }
 
 EP_DEVICE algo::WatchWords make_watch_words(const WatchParams& watch) {
-    return {watch.local, watch.status, watch.timeout_ns, watch.warn_ns};
+    return {watch.local, watch.status, watch.timeout_ns, watch.late_ns};
 }
 
 EP_DEVICE algo::Watch make_watch(const WatchParams& watch, const HeapParams& heap, layout::Operation operation,

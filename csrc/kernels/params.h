@@ -27,7 +27,7 @@ struct WatchParams {
     layout::LocalState* local;
     layout::HostStatus* status;
     uint64_t timeout_ns;
-    uint64_t warn_ns;
+    uint64_t late_ns;  // from here on a wait is counted, and told of after LocalState::warn_ns
 };
 
 // Of a block. Fewer threads have more registers: a lane of combine keeps 56 sums.

@@ -75,6 +75,9 @@ public:
     // Lets the watcher of this process look at this Buffer, until destroy().
     void start_watching() { connection_.start_watching(); }
     std::string look_for_failures() { return connection_.look(); }
+    // How often each peer was late, see layout::wait_cell; device memory, this Buffer's.
+    layout::WaitCell* wait_cells() const { return connection_.wait_cells(); }
+    Waits read_waits() const { return connection_.read_waits(); }
     // Called with a sentence, by whoever calls this Buffer, as soon as a wait has passed the warning threshold.
     void set_warning_handler(std::function<void(const std::string&)> handler) {
         connection_.set_warning_handler(std::move(handler));

@@ -13,7 +13,7 @@ struct WatchWords {
     layout::LocalState* local;
     layout::HostStatus* status;
     uint64_t timeout_ns;
-    uint64_t warn_ns;
+    uint64_t late_ns;
 };
 
 // Ranks here are those of the node, by index.
