@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Callable, Optional, TypeVar
 import torch
 
 import deep_ep_cpp
-from deep_ep import _rail, _streams
+from deep_ep import _probes, _rail, _streams
 from deep_ep._checks import BUFFER_ALIGNMENT_BYTES, MAX_INT64, check_int, check_positive
 from deep_ep._env import __version__, is_capturing, master_address
 from deep_ep._memory import EmptyTensors, Lender
@@ -344,6 +344,7 @@ def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
         rail = choose_rail(peers, agreed, topology)
         rail_gb_per_s = _rail.rate(rail, [rate for *_, rate in described], topology.ranks_per_node)
         if cost_model is None and rail_gb_per_s > 0:
+            from deep_ep import model  # as calibrate, of which it is the next part
             cost_model = model.costs_across_nodes(topology.num_nodes, topology.ranks_per_node, rail_gb_per_s)
         handles = peers.all_gather_results("allocating the heap", lambda: allocate(topology, rail, rail_gb_per_s))
         step, connect = "mapping the heaps of the peers", lambda: created[0].connect([heap for heap, _ in handles])

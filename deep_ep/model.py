@@ -18,7 +18,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import deep_ep_cpp
 from deep_ep import _probes, _traffic, calibrate
@@ -124,6 +124,14 @@ class Prediction:
         return {**asdict(self), "phases": phases, "bottleneck": self.bottleneck.name, "time_us": self.time_us}
 
 
+LEAST_SMS = 8  # across nodes, whatever the model says: nothing was measured there
+
+
+def _enough_sms(nodes: Nodes, most: int, time_us: Callable[[int], float]) -> int:
+    enough = calibrate.enough_sms(most, time_us)
+    return enough if nodes.num_nodes == 1 else min(most, max(enough, LEAST_SMS))
+
+
 def _phases(moved: Traffic, nodes: Nodes, links: Links, cost: calibrate.Cost, num_sms: int) -> tuple[Phase, ...]:
     phases = [Phase("NVLink", moved.nvlink_bytes, cost.link_gb_per_s),
               Phase("SMs", moved.sm_bytes, num_sms * cost.sm_gb_per_s)]  # yapf: disable
@@ -153,7 +161,7 @@ def predict(shape: Shape,
     def with_sms(count: int) -> Prediction:
         return Prediction(operation, kind, _phases(moved, nodes, links, cost, count), fixed_us, count, chunk_bytes)
 
-    return with_sms(num_sms or calibrate.enough_sms(most_sms, lambda count: with_sms(count).time_us))
+    return with_sms(num_sms or _enough_sms(nodes, most_sms, lambda count: with_sms(count).time_us))
 
 
 def predict_low_latency(shape: Shape, nodes: Nodes, links: Links, operation: str, kind: str) -> Prediction:
@@ -212,11 +220,11 @@ def _budget_across_nodes(nodes: Nodes, links: Links, operation: str, most: int, 
     nvlink_bytes = num_bytes * (nodes.ranks_per_node - 1) / nodes.ranks_per_node
     rail_bytes = num_bytes * share_on_rail
     cost = NODE_COSTS[operation].cost(links.nvlink_gb_per_s)
-    fixed_us = cost.latency_us + _rail_fixed_us(links, links.chunk_bytes) + rail_bytes / links.rail_gb_per_s / 1e3
+    fixed_us = cost.latency_us + _rail_fixed_us(links, links.chunk_bytes)
     bare = replace(cost, latency_us=0.0)
     rail_us = rail_bytes / links.rail_gb_per_s / 1e3
-    return calibrate.enough_sms(
-        most, lambda count: fixed_us - rail_us + max(rail_us, bare.time_us(count, num_bytes + rail_bytes, nvlink_bytes)))
+    return _enough_sms(
+        nodes, most, lambda count: fixed_us + max(rail_us, bare.time_us(count, num_bytes + rail_bytes, nvlink_bytes)))
 
 
 def costs_across_nodes(num_nodes: int, ranks_per_node: int, rail_gb_per_s: float) -> CostsAcrossNodes:
