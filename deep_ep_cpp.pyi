@@ -41,8 +41,6 @@ def make_tensor(address: int, shape: List[int], dtype: Tuple[int, int], cuda_ind
     """A DLPack capsule over row-major memory (cuda_index < 0: of the host), for torch.from_dlpack. `dtype`: DLPack's
     code, and bits. `owner` lives as long as any tensor made of it."""
 
-LATE_NS: int  # a wait that lasts so long is counted
-
 def wire_sizes(*, row_bytes: int, num_topk: int, num_scales: int, ranks_per_node: int, num_local_experts: int,
                is_combine: bool) -> Tuple[int, int, int]:
     """Bytes of a token on the rail, of a row over NVLink, and of the counts that go to a forwarder before them."""
@@ -289,6 +287,7 @@ class LowLatencyCombineArgs:
 # -- End of the records
 
 class Buffer:
+    LATE_NS: int  # a wait that lasts so long is counted
     LEND_PART_OF_DATA: int
 
     def __init__(self, device: Device, rank: int, num_ranks: int, *, num_data_bytes: int, timeout_s: float,
@@ -396,10 +395,11 @@ class Buffer:
 
     @property
     def wait_cells_ptr(self) -> int:
-        """int64 [operations, stages, R, 3] on the device, where `wait_names` names the first two; of each: the last call
-        that is counted, calls in which the rank was late, nanoseconds waited for it in them."""
+        """int64 [operations, stages, R, 3] on the device, where `wait_names` names the first two. Of each: the last
+        call that is counted with its longest wait, calls in which the rank was late, nanoseconds waited in them."""
     def read_waits(self) -> Tuple[bytearray, int, int]:
-        """The same at this moment, and the calls of the high-throughput and of the low-latency mode. Waits for no kernel."""
+        """The same at this moment, and the calls of the high-throughput and of the low-latency mode. Waits for no
+        kernel."""
 
     @property
     def low_latency_data_ptr(self) -> int: ...

@@ -252,9 +252,9 @@ py::tuple wire_sizes(uint64_t row_bytes, uint64_t num_topk, uint64_t num_scales,
                               layout::bulk_bytes(slot.topk_weights.end()), 0);
     }
     const auto slot = layout::SlotLayout::for_dispatch(row_bytes, num_topk, num_scales);
-    return py::make_tuple(
-        layout::RailSlot::for_dispatch(row_bytes, num_topk, num_scales, ranks_per_node).bytes,
-        layout::bulk_bytes(slot.scales.end()), layout::CountsBlock::make(ranks_per_node, num_local_experts).bytes);
+    return py::make_tuple(layout::RailSlot::for_dispatch(row_bytes, num_topk, num_scales, ranks_per_node).bytes,
+                          layout::bulk_bytes(slot.scales.end()),
+                          layout::CountsBlock::make(ranks_per_node, num_local_experts).bytes);
 }
 
 // Of layout::wait_cell, in order: operations; stages, with what a rank does there that others wait for.
@@ -347,6 +347,7 @@ void bind_buffer(py::module_& m) {
              [](Buffer& b, uintptr_t stream, bool is_ours) { b.note_stream(pointer<void>(stream), is_ours); })
         .def_property_readonly("num_lend_bytes", &Buffer::num_lend_bytes)
         .def_readonly_static("LEND_PART_OF_DATA", &runtime::kLendPartOfData)
+        .def_readonly_static("LATE_NS", &layout::kLateNs)
         .def_readonly_static("SEND_PHASE", &runtime::kSendPhase)
         .def_readonly_static("BOTH_PHASES", &runtime::kBothPhases)
         .def("low_latency_dispatch", &low_latency_dispatch, py::arg("args"), py::arg("ticket"), py::arg("stream"))
@@ -375,7 +376,6 @@ PYBIND11_MODULE(deep_ep_cpp, m) {
     m.def("wire_sizes", &wire_sizes, py::kw_only(), py::arg("row_bytes"), py::arg("num_topk"), py::arg("num_scales"),
           py::arg("ranks_per_node"), py::arg("num_local_experts"), py::arg("is_combine"));
     m.def("plan_chunk_bytes", &runtime::plan_chunk_bytes, py::arg("engine_bytes"), py::arg("rail_gb_per_s"));
-    m.attr("LATE_NS") = layout::kLateNs;
     m.def("cuda_versions", [] {
         const CudaVersions versions = cuda_versions();
         return py::make_tuple(versions.runtime, versions.driver);

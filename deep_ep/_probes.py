@@ -290,7 +290,7 @@ def rdma_ports() -> list[RdmaPort]:
 
 
 def nic_gb_per_s(names: Sequence[str] = ()) -> Optional[float]:
-    """What the RDMA NICs of this machine that are up carry in one direction, in sum, in 10^9 bytes a second; None: unknown.
+    """What the RDMA NICs of this machine that are up carry in one direction, in sum, in GB/s; None: unknown.
 
     names: which devices count; empty: all.
     """

@@ -9,7 +9,7 @@ from deep_ep._memory import view_memory
 
 # Of a cell: the last call that is counted, calls in which the rank was late, nanoseconds waited.
 CELL_WORDS = 3
-LATE_US = deep_ep_cpp.LATE_NS / 1e3
+LATE_US = deep_ep_cpp.Buffer.LATE_NS / 1e3
 
 
 def _names() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
@@ -63,8 +63,11 @@ def dump(runtime: deep_ep_cpp.Buffer, rank: int, num_ranks: int) -> str:
 def describe(counters: WaitCounters) -> list[str]:
     """A line for each operation, stage and rank that somebody has waited for, the longest in sum first."""
     times_late, waited_ns = counters.times_late.cpu(), counters.waited_ns.cpu()
-    cells = sorted(times_late.nonzero().tolist(), key=lambda cell: -int(waited_ns[tuple(cell)]))
-    return [_line(*cell, int(times_late[tuple(cell)]), int(waited_ns[tuple(cell)])) for cell in cells]
+    lines = []
+    for operation, stage, rank in times_late.nonzero().tolist():
+        cell = operation, stage, rank
+        lines.append((int(waited_ns[cell]), _line(*cell, int(times_late[cell]), int(waited_ns[cell]))))
+    return [line for _, line in sorted(lines, key=lambda one: -one[0])]
 
 
 def _line(operation: int, stage: int, rank: int, times: int, waited_ns: int) -> str:

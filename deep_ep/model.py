@@ -4,7 +4,7 @@
 
 A call of the high-throughput mode takes
 
-    latency + first chunk + max(rail bytes / (0.9 * NIC), NVLink bytes / (share * NVLink), bytes / (SMs * rate of one SM))
+    latency + first chunk + max(rail bytes / (0.9 * NIC), NVLink bytes / (share * NVLink), bytes / (SMs * rate of one))
 
 without the rail's parts inside a node. Latencies, shares and rates are those of one node of H100, measured and fitted
 (`measure`); 0.9 of the NIC is what every library reaches from four nodes on. What it says of several nodes is a
@@ -47,8 +47,8 @@ class NodeCost:
         return calibrate.Cost(self.latency_us, self.link_share * nvlink_gb_per_s, self.sm_gb_per_s)
 
 
-# Fitted by `measure` to the benchmarks of two H100 of 2026-11-28 as callers get them: outputs of a dispatch are lent, rows
-# of a combine go through slots. Rates of an SM are from the sweep of 2026-11-27, where few of them are the limit.
+# Fitted by `measure` to the benchmarks of two H100 of 2026-11-28 as callers get them: outputs of a dispatch are lent,
+# rows of a combine go through slots. Rates of an SM are from the sweep of 2026-11-27, where few of them are the limit.
 NODE_COSTS = {DISPATCH: NodeCost(17.5, 0.92, 49.6), COMBINE: NodeCost(21.5, 0.72, 24.8)}
 LOW_LATENCY_COSTS = {DISPATCH: NodeCost(18.4, 0.87, 0.0), COMBINE: NodeCost(17.0, 0.87, 0.0)}
 
@@ -223,8 +223,8 @@ def _budget_across_nodes(nodes: Nodes, links: Links, operation: str, most: int, 
     fixed_us = cost.latency_us + _rail_fixed_us(links, links.chunk_bytes)
     bare = replace(cost, latency_us=0.0)
     rail_us = rail_bytes / links.rail_gb_per_s / 1e3
-    return _enough_sms(
-        nodes, most, lambda count: fixed_us + max(rail_us, bare.time_us(count, num_bytes + rail_bytes, nvlink_bytes)))
+    return _enough_sms(nodes, most,
+                       lambda count: fixed_us + max(rail_us, bare.time_us(count, num_bytes + rail_bytes, nvlink_bytes)))
 
 
 def costs_across_nodes(num_nodes: int, ranks_per_node: int, rail_gb_per_s: float) -> CostsAcrossNodes:
@@ -351,15 +351,15 @@ def run(args: Namespace) -> int:
         return 1
     if args.scaling:
         content: Any = scaling(args.mode, shape, links, args.most_sms)
-        lines = [f"{row['num_ranks']:>4} ranks  {row['operation']:<9}{row['kind'].upper():<5}{row['time_us']:>8.0f} us  "
-                 f"{row['bottleneck']}" for row in content["rows"]]  # yapf: disable
+        lines = [f"{row['num_ranks']:>4} ranks  {row['operation']:<9}{row['kind'].upper():<5}{row['time_us']:>8.0f} us"
+                 f"  {row['bottleneck']}" for row in content["rows"]]  # yapf: disable
     else:
         predictions = predict_all(args.mode, shape, nodes, links, args.most_sms)
         content = {"shape": asdict(shape), "nodes": asdict(nodes), "links": asdict(links),
                    "predictions": [prediction.report() for prediction in predictions]}  # yapf: disable
-        lines = [f"{args.mode}, {nodes.num_nodes} x {nodes.ranks_per_node} ranks, NIC {links.nic_gb_per_s:g} GB/s, "
-                 f"NVLink {links.nvlink_gb_per_s:g} GB/s, for each rank and direction (a prediction)",
-                 *lines_of(predictions)]  # yapf: disable
+        title = (f"{args.mode}, {nodes.num_nodes} x {nodes.ranks_per_node} ranks, NIC {links.nic_gb_per_s:g} GB/s, "
+                 f"NVLink {links.nvlink_gb_per_s:g} GB/s, for each rank and direction (a prediction)")
+        lines = [title, *lines_of(predictions)]
     text = json.dumps(content, indent=2) if args.json else "\n".join(lines)
     if args.save is not None:
         Path(args.save).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

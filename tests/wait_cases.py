@@ -42,7 +42,7 @@ def late_rank(worker: Worker, late: int, mode: str) -> tuple[list[float], str, i
 
 
 def late_replays(worker: Worker, late: int) -> tuple[list[float], str]:
-    """Graphs of low-latency calls, replayed late by one rank. The others read their counters while their kernels wait."""
+    """Graphs of low-latency calls, replayed late by one rank. The others read their counters while they wait."""
     work = Workload((4, ) * worker.num_ranks, hidden=512)
     buffer = low_latency_buffer(worker)
     graph = GraphedTrip(worker, buffer, work, Manner())

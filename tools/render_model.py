@@ -4,7 +4,7 @@ measured inside a node and what others have published of several; and the scalin
 
 tools/render_model.py            rewrite both; then `tools/render_benchmarks.py --plots` draws the picture anew
 tools/render_model.py --check    fail when one of them is not what the model says
-tools/render_model.py --fit      print the constants of deep_ep/model.py, fitted to the newest benchmark as callers get it
+tools/render_model.py --fit      print the constants of deep_ep/model.py, fitted to the newest benchmark
 """
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from figures import Table, time_of, to_markdown  # noqa: E402
+from figures import NOTHING, Table, time_of, to_markdown  # noqa: E402
 from published import LOW_LATENCY, PUBLISHED, Published  # noqa: E402
 
 from deep_ep import _traffic, model  # noqa: E402
@@ -101,8 +101,11 @@ def prediction_table() -> Table:
     for num_nodes in SHOWN:
         for operation, kind in model.OPERATIONS:
             one = model.predict(TOKENS, Nodes(num_nodes, 8), LINKS, operation, kind)
-            others = [other for other in PUBLISHED if (other.num_nodes, other.operation, other.kind, other.num_tokens) ==
-                      (num_nodes, operation, kind, TOKENS.num_tokens)]  # yapf: disable
+            wanted = (num_nodes, operation, kind, TOKENS.num_tokens)
+            others = [
+                other for other in PUBLISHED
+                if (other.num_nodes, other.operation, other.kind, other.num_tokens) == wanted
+            ]
             best = min(others, key=lambda other: other.us)
             phases = {phase.name: phase.time_us for phase in one.phases}
             rows.append((f"{num_nodes} x 8", name_of(operation, kind), f"**{one.time_us:.0f}**", one.bottleneck.name,
@@ -120,7 +123,7 @@ def low_latency_table() -> Table:
         for operation, kind in ((DISPATCH, FP8), (COMBINE, BF16)):
             one = model.predict_low_latency(DECODED, nodes, LINKS, operation, kind)
             cells += [f"**{one.time_us:.0f}**", one.bottleneck.name]
-        cells += [LOW_LATENCY[source].get(num_nodes, "–") for source in LOW_LATENCY]
+        cells += [LOW_LATENCY[source].get(num_nodes, NOTHING) for source in LOW_LATENCY]
         rows.append(tuple(cells))
     return ("nodes", "FP8 dispatch, predicted µs", "bound by", "BF16 combine, predicted µs", "bound by",
             *(f"{source}, dispatch / combine µs" for source in LOW_LATENCY)), rows
@@ -133,18 +136,24 @@ def render() -> str:
         name, report = newest_as_called(benchmark)
         machine = f"{report['num_ranks']} x {report['machine']['gpu']}"
         worst = max(abs(one.error) for one in model.compare(report))
-        lines += [f"### Inside a node, {benchmark}: {machine}, {report['date'][:10]}", "",
-                  f"[{name}](../../benchmarks/results/{name}), queued. Largest error: {100 * worst:.1f} %.", ""]
+        lines += [
+            f"### Inside a node, {benchmark}: {machine}, {report['date'][:10]}", "",
+            f"[{name}](../../benchmarks/results/{name}), queued. Largest error: {100 * worst:.1f} %.", ""
+        ]
         lines += to_markdown(measured_table(report))
     lines += ["### What others have published, beside the bound of both terms", ""]
     lines += to_markdown(published_table())
-    lines += [f"### Predictions for H100 with {time_of(8 * NIC_GB_PER_S)} Gb/s a GPU: high throughput", "",
-              "**Nothing of this column of predictions was measured.** NVSHMEM with IBGDA, counts known.", ""]
+    lines += [
+        f"### Predictions for H100 with {time_of(8 * NIC_GB_PER_S)} Gb/s a GPU: high throughput", "",
+        "**Nothing of this column of predictions was measured.** NVSHMEM with IBGDA, counts known.", ""
+    ]
     lines += to_markdown(prediction_table())
     lines += ["### The same for low latency, 128 tokens, a copy for each rank", ""]
     lines += to_markdown(low_latency_table())
-    lines += ["### From 2 to 512 ranks", "",
-              f"![predicted time of a call over ranks](../../{PICTURE.relative_to(ROOT).as_posix()})", ""]
+    lines += [
+        "### From 2 to 512 ranks", "",
+        f"![predicted time of a call over ranks](../../{PICTURE.relative_to(ROOT).as_posix()})", ""
+    ]
     return "\n".join(lines)
 
 

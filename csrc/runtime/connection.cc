@@ -120,8 +120,7 @@ kernels::WatchParams Connection::watch_params() const {
 
 Waits Connection::read_waits() const {
     if (heap_ == nullptr) throw Error("this Buffer has been destroyed");
-    Waits waits{.cells = std::vector<layout::WaitCell>(
-                    static_cast<size_t>(layout::num_wait_cells(options_.num_ranks))),
+    Waits waits{.cells = std::vector<layout::WaitCell>(static_cast<size_t>(layout::num_wait_cells(options_.num_ranks))),
                 .num_calls = 0,
                 .num_low_latency_calls = 0};
     device_->copy_now(waits.cells.data(), wait_cells_.get(), waits.cells.size() * sizeof(layout::WaitCell));

@@ -105,7 +105,8 @@ EP_DEVICE_COLD void count_wait(layout::LocalState* local, int cell_idx, uint64_t
     const bool is_new = !layout::is_same_call(seen, mine);
     const uint64_t counted_ns = is_new ? 0 : layout::ns_of_wait(seen);
     if (waited_ns < counted_ns + counted_ns / 8) return;
-    if (prim::compare_swap<Order::kRelaxed, Scope::kGpu>(&cell->longest, seen, mine) != seen) return;  // another one has
+    if (prim::compare_swap<Order::kRelaxed, Scope::kGpu>(&cell->longest, seen, mine) != seen)
+        return;  // another one has
     if (is_new) prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&cell->times_late, uint64_t{1});
     prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&cell->waited_ns, layout::ns_of_wait(mine) - counted_ns);
 }

@@ -98,7 +98,7 @@ TEST_CASE("a rank that enters late is named by all, at the stage at which each w
     for (int rank = 0; rank < kLate; ++rank) {
         CAPTURE(rank);
         const WaitTable waits(test.world.wait_cells(rank), 4);
-        const Stage stage = rank == 2 ? Stage::kCounts : Stage::kRailCounts;
+        const Stage stage = rank == 2 ? Stage::kLoan : Stage::kRailCounts;  // it has counts of rank 1 to pass on to 2
         CHECK_EQ(waits.longest(layout::Operation::kNotifyDispatch), std::pair(stage, kLate));
         CHECK_EQ(waits.at(layout::Operation::kNotifyDispatch, stage, kLate).times_late, 1);
     }

@@ -103,7 +103,7 @@ TEST_CASE("low latency: a late rank is named by every replay of a graph, in disp
         run_late(world, [&](int rank) { combines[static_cast<size_t>(rank)].replay(world.stream(rank)); });
     }
     check_named(world, Operation::kLowLatencyDispatch, Stage::kTable, 2);
-    check_named(world, Operation::kLowLatencyCombine, Stage::kRow, 2);
+    check_named(world, Operation::kLowLatencyCombine, Stage::kTable, 2);  // its weights
 }
 
 TEST_CASE("nobody is late where all come at once") {
