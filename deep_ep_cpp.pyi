@@ -48,8 +48,9 @@ def wire_sizes(*, row_bytes: int, num_topk: int, num_scales: int, ranks_per_node
 def plan_chunk_bytes(engine_bytes: int, rail_gb_per_s: float) -> int:
     """What a put between nodes has, where the engine likes `engine_bytes` best on a NIC of 50 GB/s."""
 
-def wait_names() -> Tuple[list[str], list[Tuple[str, str]]]:
-    """Operations; stages of a wait, and what a rank does there that others wait for. No name: nobody waits there."""
+def wait_names() -> Tuple[list[str], list[str], list[list[str]]]:
+    """Operations; stages of a wait, "": nobody waits there; for each operation and stage what a rank does there that
+    others wait for."""
 
 def get_build() -> dict[str, Any]:
     """What the build variables have set: {'cuda': bool, 'architectures': '90-real 100', 'sm90_features': bool,
@@ -270,7 +271,7 @@ class _LowLatencyCombineArgs(TypedDict, total=False):
     hidden: int  # int32
     wait_stats: int  # address; [R], the longest wait for each source is added, in ns; or none
     number: int  # address; on the device: what a send phase of its own leaves for the receive phase
-    uses_logfmt: bool  # bool; on the wire; see device/algo/logfmt.h
+    uses_logfmt: bool  # bool; on the wire; see device/algo/formats.h
     x: int  # address; bfloat16 [El, R * T, hidden]
     topk_idx: int  # address; [num_tokens, K]
     idx_bytes: int  # int32; 4 or 8
@@ -293,11 +294,12 @@ class Buffer:
     def __init__(self, device: Device, rank: int, num_ranks: int, *, num_data_bytes: int, timeout_s: float,
                  warn_s: float, num_low_latency_bytes: int = 0, is_shrinkable: bool = False,
                  num_lend_bytes: int = 0, ranks_per_node: int = 0, num_rail_bytes: int = 0,
-                 rail: str = "host", rail_reach: str = "", rail_gb_per_s: float = 0.0) -> None:
+                 rail: str = "host", rail_reach: str = "", rail_gb_per_s: float = 0.0,
+                 is_heap_on_host: bool = False) -> None:
         """Allocates the local part of the symmetric heap: control words, `num_data_bytes` of data for the
         high-throughput mode, `num_low_latency_bytes` for the low-latency mode, and `num_lend_bytes` for tensors that
         peers reach in place (with a 64th more for copies of weights). LEND_PART_OF_DATA: these are a part
-        of the data.
+        of the data. `is_heap_on_host`: in pinned host memory, for GPUs that do not reach each other.
 
         With several nodes of `ranks_per_node` (0: there is one node) also the rail window, with `num_rail_bytes` of
         data (0: as many as num_data_bytes, and 16 MiB for each other node at least). The engine `rail` carries them;

@@ -2,10 +2,12 @@
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Optional
 
 from deep_ep import _nvshmem
+from deep_ep._topology import Place
 from deep_ep_cpp import Error, InvalidArgument
 
 logger = logging.getLogger("deep_ep")
@@ -23,6 +25,15 @@ def obstacle(requested: str, device_kind: str) -> str:
     except Error as error:
         return str(error)
     return ""
+
+
+def sharing_obstacle(places: Sequence[Place]) -> str:
+    """Why no rank of the group can use the engine nvshmem, where ranks share GPUs; empty: they may."""
+    sharing = Counter((place.host, place.device) for place in places)
+    if len(set(sharing.values())) <= 1:
+        return ""
+    counts = sorted(set(sharing.values()))
+    return f"NVSHMEM never begins where GPUs have different numbers of ranks, here {counts[0]} to {counts[-1]}"
 
 
 def choose(requested: str, obstacles: Sequence[str]) -> tuple[str, str]:
@@ -51,6 +62,12 @@ def rate(engine: str, nic_rates: Sequence[Optional[float]], ranks_per_node: int)
     """
     known = [nic_rate for nic_rate in nic_rates if nic_rate is not None]
     return min(known) / ranks_per_node if engine == "nvshmem" and len(known) == len(nic_rates) else 0.0
+
+
+def can_do_without(engine: str, requested: str, gather_errors: Callable[[], list[str]]) -> bool:
+    """Whether ranks that could not build a Buffer over `engine` are to try another. Collective, where nobody asked for
+    it: a rank fails for a reason of its own, or for that of another."""
+    return engine == "nvshmem" and not requested and all("NVSHMEM" in error for error in gather_errors())
 
 
 @functools.cache

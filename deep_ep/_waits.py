@@ -12,12 +12,7 @@ CELL_WORDS = 3
 LATE_US = deep_ep_cpp.Buffer.LATE_NS / 1e3
 
 
-def _names() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    operations, stages = deep_ep_cpp.wait_names()
-    return tuple(operations), tuple(name for name, _ in stages), tuple(awaited for _, awaited in stages)
-
-
-OPERATIONS, STAGES, AWAITED = _names()
+OPERATIONS, STAGES, AWAITED = deep_ep_cpp.wait_names()
 
 
 @dataclass(frozen=True)
@@ -40,7 +35,7 @@ def _cells(flat: torch.Tensor, num_ranks: int) -> torch.Tensor:
 
 
 def _counters(cells: torch.Tensor) -> WaitCounters:
-    return WaitCounters(OPERATIONS, STAGES, cells[..., 1], cells[..., 2])
+    return WaitCounters(tuple(OPERATIONS), tuple(STAGES), cells[..., 1], cells[..., 2])
 
 
 def view_counters(runtime: deep_ep_cpp.Buffer, num_ranks: int, device: torch.device) -> WaitCounters:
@@ -72,5 +67,5 @@ def describe(counters: WaitCounters) -> list[str]:
 
 def _line(operation: int, stage: int, rank: int, times: int, waited_ns: int) -> str:
     mean_us = waited_ns / times / 1e3
-    return (f"  for rank {rank} {AWAITED[stage]} ({OPERATIONS[operation]}): in {times} calls, {mean_us:.1f} us each, "
+    return (f"  for rank {rank} {AWAITED[operation][stage]} ({OPERATIONS[operation]}): in {times} calls, {mean_us:.1f} us each, "
             f"{waited_ns / 1e9:.3f} s in all")

@@ -3,8 +3,7 @@
 
 #include <cstdint>
 
-#include "layout/intranode.h"
-#include "layout/low_latency.h"
+#include "layout/heap.h"
 
 namespace deep_ep::layout {
 
@@ -138,6 +137,14 @@ struct LocalState {
     // Set once, by the host.
     WaitCell* wait_cells;  // null: waits are not counted
     uint64_t warn_ns;
+};
+
+// Deadlines, and where a failing wait leaves its record.
+struct WatchParams {
+    LocalState* local;
+    HostStatus* status;
+    uint64_t timeout_ns;
+    uint64_t late_ns;  // from here on a wait is counted, and told of after LocalState::warn_ns
 };
 
 // What a record of kRows has seen: the first row, and one beyond the last.

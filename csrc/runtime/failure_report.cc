@@ -90,7 +90,7 @@ std::string describe_wait(const layout::WaitRecord& record, const Peers& peers) 
     const layout::Topology& topology = peers.topology;
     return concat(operation_name(record.operation), ", call ", record.call, ", ", name_of(topology.rank, topology),
                   ": waited ", seconds(record.waited_ns), " for ", name_of(record.peer, topology), " ",
-                  stage_name(record.stage).awaited, "; ", culprits(record, peers), ".");
+                  stage_name(record.stage, record.operation).awaited, "; ", culprits(record, peers), ".");
 }
 
 std::string describe_rows(const layout::WaitRecord& record, const layout::Topology& topology) {
@@ -176,7 +176,9 @@ const char* operation_name(layout::Operation operation) {
     return "unknown operation";
 }
 
-StageName stage_name(layout::Stage stage) {
+// Over the rail go tokens, and on the way back their sums.
+StageName stage_name(layout::Stage stage, layout::Operation operation) {
+    const bool is_way_back = operation == layout::Operation::kCombine;
     switch (stage) {
         case layout::Stage::kStart: return {"start", "to finish an earlier call"};
         case layout::Stage::kCounts: return {"counts", "to send its token counts"};
@@ -190,8 +192,12 @@ StageName stage_name(layout::Stage stage) {
         case layout::Stage::kClean: return {"clean", "to call it too"};
         case layout::Stage::kRailBank: return {"rail_bank", "to finish an earlier call"};
         case layout::Stage::kRailCounts: return {"rail_counts", "to send its token counts"};
-        case layout::Stage::kRailChunk: return {"rail_chunk", "to send tokens to this node"};
-        case layout::Stage::kRailTaken: return {"rail_taken", "to take out tokens that were sent to its node"};
+        case layout::Stage::kRailChunk:
+            return {"rail_chunk",
+                    is_way_back ? "to send its node's sums of this rank's tokens" : "to send tokens to this node"};
+        case layout::Stage::kRailTaken:
+            return {"rail_taken", is_way_back ? "to take out the sums that were sent to it"
+                                              : "to take out tokens that were sent to its node"};
         case layout::Stage::kRailRoom: return {"rail_room", "to take what is posted for it"};
         case layout::Stage::kRailShapes:
         case layout::Stage::kRailCapacity:

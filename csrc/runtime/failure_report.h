@@ -33,7 +33,7 @@ struct StageName {
     const char* awaited;
 };
 const char* operation_name(layout::Operation operation);
-StageName stage_name(layout::Stage stage);
+StageName stage_name(layout::Stage stage, layout::Operation operation);
 
 // What an abort code says.
 std::string describe_abort_code(uint64_t code, const layout::Topology& topology);
