@@ -15,7 +15,7 @@ def test_a_late_rank_is_named_by_the_others(pool: Pool, mode: str) -> None:
         if rank == LATE:
             continue
         assert max(range(3), key=waited_s.__getitem__) == LATE, waited_s
-        assert waited_s[LATE] > 0.8 * cases.NUM_CALLS * cases.DELAY_S, waited_s
+        assert waited_s[LATE] > 0.5 * cases.NUM_CALLS * cases.DELAY_S, waited_s
         assert most <= cases.NUM_CALLS
         assert re.search(rf"for rank {LATE} to .* in {cases.NUM_CALLS} calls, \d+\.\d us each", text), text
         calls = re.match(rf"rank {rank} has waited, in (\d+) high-throughput and (\d+) low-latency calls", text)
@@ -29,5 +29,5 @@ def test_replays_count_and_are_read_while_they_wait(pool: Pool) -> None:
     for rank, (waited_s, text) in enumerate(pool.run(cases.late_replays, 2, LATE)):
         if rank == LATE:
             continue
-        assert waited_s[LATE] > 0.8 * cases.NUM_CALLS * cases.DELAY_S, waited_s
+        assert waited_s[LATE] > 0.5 * cases.NUM_CALLS * cases.DELAY_S, waited_s
         assert f"for rank {LATE} to " in text
