@@ -178,11 +178,11 @@ EP_DEVICE bool has_seen_slot(Warp warp, const CallContext& c, EarlyLook early) {
 }
 
 // Looks at the slot until it is full, or its block knows the tables, which others of its threads wait for. Acquire.
-EP_DEVICE bool watch_slot(Warp warp, const CallContext& c, const BlockRole& role, const Unit& unit) {
+EP_DEVICE bool watch_slot(Warp warp, const CallContext& c, BlockRole& role, const Unit& unit) {
     for (;;) {
         if (look_at_slot(warp, c, unit)) return true;
         const bool is_leader = warp.thread_rank() == 0;
-        if (algo::broadcast(warp, is_leader && prim::load<Order::kRelaxed, Scope::kCta>(&role.knows_tables) != 0))
+        if (algo::broadcast(warp, is_leader && prim::fetch_or<Order::kRelaxed, Scope::kCta>(&role.knows_tables, 0) != 0))
             return false;
         prim::pause();
     }

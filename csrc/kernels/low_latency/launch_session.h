@@ -15,7 +15,9 @@ struct BlockRole {
     int is_first;      // this block began before all others of its grid
     int receives;      // it takes part in the receive phase
     int share;         // its current part of that
-    int knows_tables;  // of a dispatch in a launch that has sent: warp 0 waits for no table any more
+    // Of a dispatch in a launch that has sent: warp 0 waits for no table any more. Looked at without a barrier, by atomics alone:
+    // compute-sanitizer's racecheck takes other strong accesses of shared memory for plain ones.
+    int knows_tables;
     // Of this launch, after a barrier. CallContext::launch_state is right only in a warp that has begun before the launch was counted:
     // in a receive phase of its own another warp than the last may be later.
     layout::LowLatencyLaunchState* launch_state;

@@ -229,7 +229,7 @@ EP_DEVICE bool wait_for_tables(Block block, const CallContext& c, const Counts& 
     }
     // A hint for watch_slot, when every lane has its tables.
     if (prim::warp_idx() == 0 && (__any_sync(kFullMask, is_lost) != 0 || Warp::thread_rank() == 0))
-        prim::store<Order::kRelaxed, Scope::kCta>(&role.knows_tables, 1);
+        prim::fetch_or<Order::kRelaxed, Scope::kCta>(&role.knows_tables, 1);
     return is_lost;
 }
 
