@@ -47,11 +47,11 @@ public:
 
     // The place of this block among those of the grid, in the order in which they begin.
     EP_DEVICE uint32_t begin_block() const {
-        return prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&context.launch_state->begun_blocks, 1u);
+        return prim::fetch_increment<Order::kRelaxed, Scope::kGpu>(&context.launch_state->begun_blocks);
     }
 
     EP_DEVICE uint32_t claim_share() const {
-        return prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&context.launch_state->next_share, 1u);
+        return prim::fetch_increment<Order::kRelaxed, Scope::kGpu>(&context.launch_state->next_share);
     }
 
     // Have all blocks of this launch begun? A block with little to send asks early, so it asks a few times: whoever leaves
