@@ -30,9 +30,7 @@ EP_DEVICE Range range_of_part(int part, int size, int count) {
     return {first, end < count ? end : count};
 }
 
-EP_DEVICE Range vecs_of(const Params& p, const Unit& unit) {
-    return range_of_part(unit.part, p.part_vecs, num_vecs(p));
-}
+EP_DEVICE Range vecs_of(const Params& p, const Unit& unit) { return range_of_part(unit.part, p.part_vecs, num_vecs(p)); }
 EP_DEVICE Range scales_of(const Params& p, const Unit& unit) {
     return range_of_part(unit.part, p.part_scale_words, p.num_scale_words);
 }
@@ -71,8 +69,8 @@ struct ReceivedToken {
     const uint8_t* slot;  // null: not here yet, or it will not come
     Held<kFirstVecs> held;
     uint32_t scale;
-    int num_tokens;  // of the source
-    int entry;       // this lane's of the first 32
+    bool exists;      // among the tokens of its source
+    Entries entries;  // the first 32
 };
 
 EP_DEVICE const int* entries_of(const CallContext& c, const Unit& unit) {
@@ -188,12 +186,13 @@ EP_DEVICE bool watch_slot(Warp warp, const CallContext& c, BlockRole& role, cons
     }
 }
 
-// After the source's table.
+// After the source's table: all that is to be loaded is under way when the entries are here.
 EP_DEVICE void begin_token(Warp warp, const Params& p, const CallContext& c, const Unit& unit, bool is_full,
                            ReceivedToken& token) {
-    token.num_tokens = c.num_tokens_of(unit.source);
-    token.entry = load_entry(warp, c, unit, 0);
+    const int num_tokens = c.num_tokens_of(unit.source), entry = load_entry(warp, c, unit, 0);
     if (is_full || look_at_slot(warp, c, unit)) load_slot(warp, p, c, unit, token);
+    token.exists = unit.token < num_tokens;
+    token.entries = choose_entries(warp, c, unit, 0, token.exists ? entry : -1);
 }
 
 // This share of the row, to the rows of all `lanes`. `row`: this lane's, of all experts' rows.
@@ -232,8 +231,7 @@ EP_DEVICE void place_scales(Warp warp, const Params& p, const CallContext& c, co
 #pragma unroll 1
     for (int base = words.first; base < words.end; base += kWarpSize) {
         const int word = base + warp.thread_rank();
-        const uint32_t scale =
-            base == words.first ? token.scale : load_scale(warp, p, unit, token.slot, token.scale, base);
+        const uint32_t scale = base == words.first ? token.scale : load_scale(warp, p, unit, token.slot, token.scale, base);
 #pragma unroll 1
         for (uint32_t rest = entries.placed; rest != 0; rest &= rest - 1) {
             const int lane = __ffs(static_cast<int>(rest)) - 1;
@@ -275,12 +273,12 @@ EP_DEVICE bool place_entries(Warp warp, const Params& p, const CallContext& c, c
 template <class Claim>
 EP_DEVICE bool finish_token(Warp warp, const Params& p, const CallContext& c, const Unit& unit, const Counts& counts,
                             ReceivedToken& token, const Claim& claim) {
-    const bool exists = unit.token < token.num_tokens;
     bool is_right = true;
 #pragma unroll 1
     for (int first = 0; first < p.call.num_topk; first += kWarpSize) {
-        if (first > 0 && exists) token.entry = load_entry(warp, c, unit, first);
-        const Entries entries = choose_entries(warp, c, unit, first, exists ? token.entry : -1);
+        const bool is_known = first == 0 || !token.exists;
+        const Entries entries =
+            is_known ? token.entries : choose_entries(warp, c, unit, first, load_entry(warp, c, unit, first));
         if (entries.placed != 0 && token.slot == nullptr) {
             if (wait_for_slot(warp, c, unit)) {
                 load_slot(warp, p, c, unit, token);
@@ -317,9 +315,12 @@ EP_DEVICE void receive(Block block, const Params& p, const LaunchSession& launch
             knows_rows = !any(block, is_lost);  // one thread's acquire, the block's reads
         }
         ReceivedToken token = {};
+        token.entries = {-1, -1, false, 0};
+        SourceCounts ahead = {};
+        if (is_first && knows_rows) ahead = load_counts(c, counts, block.thread_rank(), 0);
         if (knows_rows && unit.is_token && counts.is_here[unit.source] != 0)
             begin_token(warp, p, c, unit, is_full, token);
-        if (is_first && knows_rows) knows_rows = find_counts(block, c, counts);
+        if (is_first && knows_rows) knows_rows = find_counts(block, c, counts, ahead);
         if (knows_rows && unit.is_token) is_right &= finish_token(warp, p, c, unit, counts, token, claim);
         if (knows_rows && unit.is_list) write_list(warp, p, c, launch.role, counts, unit.list);
         if (!knows_rows && unit.is_list) void_list(warp, p, c, unit.list);

@@ -233,11 +233,30 @@ EP_DEVICE bool wait_for_tables(Block block, const CallContext& c, const Counts& 
     return is_lost;
 }
 
-// After wait_for_tables. False: some table states a number that cannot be true, and the call has failed: in every block,
-// since all read the same.
-EP_DEVICE bool find_counts(Block block, const CallContext& c, const Counts& counts) {
+constexpr int kCountsAtOnce = 8;  // loads under way
+
+// Rows for one expert from kCountsAtOnce sources.
+struct SourceCounts {
+    int rows[kCountsAtOnce];
+};
+
+// After wait_for_tables.
+EP_DEVICE SourceCounts load_counts(const CallContext& c, const Counts& counts, int expert, int first_source) {
+    SourceCounts found;
+#pragma unroll
+    for (int i = 0; i < kCountsAtOnce; ++i) {
+        const int source = first_source + i;
+        found.rows[i] = expert < c.num_local_experts() && source < c.num_ranks() && counts.is_here[source] != 0
+                            ? c.row_counts(source)[expert]
+                            : 0;
+    }
+    return found;
+}
+
+// `ahead`: load_counts of this thread's first expert. False: some table states a number that cannot be true, and the call has
+// failed: in every block, since all read the same.
+EP_DEVICE bool find_counts(Block block, const CallContext& c, const Counts& counts, const SourceCounts& ahead) {
     block.expect();
-    constexpr int kAtOnce = 8;  // loads under way
     const int most = c.call.num_max_tokens;
     bool is_lie = false;  // some number cannot be true
     // By the threads with the fewest experts: this trip to memory comes beside that for the counts, not before it.
@@ -248,17 +267,14 @@ EP_DEVICE bool find_counts(Block block, const CallContext& c, const Counts& coun
     for (int expert = block.thread_rank(); expert < c.num_local_experts(); expert += block.size()) {
         int num_rows = 0;
 #pragma unroll 1
-        for (int first = 0; first < c.num_ranks(); first += kAtOnce) {
-            int held[kAtOnce];
+        for (int first = 0; first < c.num_ranks(); first += kCountsAtOnce) {
+            const bool is_ahead = first == 0 && expert == block.thread_rank();
+            const SourceCounts found = is_ahead ? ahead : load_counts(c, counts, expert, first);
 #pragma unroll
-            for (int i = 0; i < kAtOnce; ++i)
-                held[i] =
-                    first + i < c.num_ranks() && counts.is_here[first + i] != 0 ? c.row_counts(first + i)[expert] : 0;
-#pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) {
+            for (int i = 0; i < kCountsAtOnce; ++i) {
                 if (first + i < c.num_ranks()) counts.before(first + i)[expert] = num_rows;
-                is_lie |= !may_be(held[i], most);
-                num_rows += held[i];
+                is_lie |= !may_be(found.rows[i], most);
+                num_rows += found.rows[i];
             }
         }
         counts.before(c.num_ranks())[expert] = num_rows;
