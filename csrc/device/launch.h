@@ -21,10 +21,7 @@ struct LaunchConfig {
     int num_threads = 32;  // a multiple of 32, at most 1024
     int dynamic_shared_bytes = 0;
     bool is_cooperative = false;  // blocks wait for each other, or for peers: all must be resident at once
-    // May be set up, on a GPU of 9.0, while the kernel before it in the stream still ends: it calls prim::wait_for_stream before it
-    // touches memory.
-    bool begins_early = false;
-    const char* name = "";  // for reports
+    const char* name = "";        // for reports
 };
 
 inline namespace EP_BACKEND {

@@ -164,10 +164,6 @@ EP_DEVICE void fence_async_global();
 // Execution (one-dimensional blocks)
 // ---------------------------------------------------------------------------------------------------------------
 
-// All that the stream did before this kernel is done, and seen by this thread. Every thread of a kernel with
-// LaunchConfig::begins_early, before it touches memory.                               CUDA: griddepcontrol.wait
-EP_DEVICE void wait_for_stream();
-
 // Named barrier `id` (1..15; 0 is __syncthreads) for exactly `num_threads` (a multiple of 32) threads of the block;
 // acquire and release at cta scope.                                                   CUDA: barrier.cta.sync
 EP_DEVICE void barrier_sync(int id, int num_threads);

@@ -46,7 +46,6 @@ template <class K> void launch(const LaunchConfig& config, Stream stream, const 
                                   .num_threads = config.num_threads,
                                   .dynamic_shared_bytes = config.dynamic_shared_bytes,
                                   .is_cooperative = config.is_cooperative,
-                                  .begins_early = config.begins_early,
                                   .name = config.name};
     cuda::launch_kernel(state, shape, stream, &params);
 }

@@ -81,24 +81,6 @@ void raise_shared_limit(KernelState& state, int device, const LaunchShape& shape
     is_raised.store(true, std::memory_order_release);
 }
 
-// Whether this GPU can set up a kernel while the one before it ends; a stream that is captured cannot say so before 12.3.
-bool can_begin_early(int device) {
-#if CUDART_VERSION >= 12030
-    static std::array<std::atomic<int>, kMaxDevices> majors{};
-    if (device >= kMaxDevices) return false;
-    std::atomic<int>& known = majors[static_cast<size_t>(device)];
-    int major = known.load(std::memory_order_relaxed);
-    if (major == 0) {
-        EP_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-        known.store(major, std::memory_order_relaxed);
-    }
-    return major >= 9;
-#else
-    static_cast<void>(device);
-    return false;
-#endif
-}
-
 }  // namespace
 
 void launch_kernel(KernelState& state, const LaunchShape& shape, Stream stream, const void* params) {
@@ -108,23 +90,16 @@ void launch_kernel(KernelState& state, const LaunchShape& shape, Stream stream, 
     const DeviceGuard guard(device);
     raise_shared_limit(state, device, shape);
 
-    std::array<cudaLaunchAttribute, 2> attributes{};
-    unsigned num_attributes = 0;
-    if (shape.is_cooperative) {
-        attributes[num_attributes].id = cudaLaunchAttributeCooperative;
-        attributes[num_attributes++].val.cooperative = 1;
-    }
-    if (shape.begins_early && can_begin_early(device)) {
-        attributes[num_attributes].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attributes[num_attributes++].val.programmaticStreamSerializationAllowed = 1;
-    }
+    cudaLaunchAttribute cooperative{};
+    cooperative.id = cudaLaunchAttributeCooperative;
+    cooperative.val.cooperative = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(shape.num_blocks));
     config.blockDim = dim3(static_cast<unsigned>(shape.num_threads));
     config.dynamicSmemBytes = static_cast<size_t>(shape.dynamic_shared_bytes);
     config.stream = cuda_stream;
-    config.attrs = attributes.data();
-    config.numAttrs = num_attributes;
+    config.attrs = shape.is_cooperative ? &cooperative : nullptr;
+    config.numAttrs = shape.is_cooperative ? 1 : 0;
 
     void* arguments[] = {const_cast<void*>(params)};
     const cudaError_t error = cudaLaunchKernelExC(&config, state.function, arguments);

@@ -24,7 +24,6 @@ struct LaunchShape {
     int num_threads = 32;
     int dynamic_shared_bytes = 0;
     bool is_cooperative = false;
-    bool begins_early = false;
     const char* name = "";
 };
 

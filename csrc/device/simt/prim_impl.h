@@ -67,8 +67,6 @@ template <Order O, Scope S, class T> EP_DEVICE T fetch_add(T* ptr, T value) {
     return old;
 }
 
-inline void wait_for_stream() {}
-
 template <Order O, Scope S> EP_DEVICE uint32_t fetch_increment(uint32_t* count) { return fetch_add<O, S>(count, 1u); }
 
 template <Order O, Scope S, class T> EP_DEVICE T fetch_or(T* ptr, T bits) {

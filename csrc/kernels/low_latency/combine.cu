@@ -53,7 +53,6 @@ void launch(const LowLatencyCombineParams& params, dev::Stream stream) {
     dev::LaunchConfig config;
     config.num_blocks = params.call.num_blocks;
     config.num_threads = kWarpSize * params.call.num_warps;
-    config.begins_early = true;
     config.name = "deep_ep::low_latency::combine";
     if (params.uses_logfmt)
         launch_format<true>(config, stream, params);

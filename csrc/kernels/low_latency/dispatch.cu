@@ -37,7 +37,6 @@ void launch(const LowLatencyDispatchParams& params, dev::Stream stream) {
     dev::LaunchConfig config;
     config.num_blocks = params.call.num_blocks;
     config.num_threads = kWarpSize * params.call.num_warps;
-    config.begins_early = true;
     config.name = "deep_ep::low_latency::dispatch";
     switch (params.call.phase) {
         case Phase::kSend: config.dynamic_shared_bytes = table_bytes; break;
