@@ -30,7 +30,9 @@ EP_DEVICE Range range_of_part(int part, int size, int count) {
     return {first, end < count ? end : count};
 }
 
-EP_DEVICE Range vecs_of(const Params& p, const Unit& unit) { return range_of_part(unit.part, p.part_vecs, num_vecs(p)); }
+EP_DEVICE Range vecs_of(const Params& p, const Unit& unit) {
+    return range_of_part(unit.part, p.part_vecs, num_vecs(p));
+}
 EP_DEVICE Range scales_of(const Params& p, const Unit& unit) {
     return range_of_part(unit.part, p.part_scale_words, p.num_scale_words);
 }
@@ -180,7 +182,8 @@ EP_DEVICE bool watch_slot(Warp warp, const CallContext& c, BlockRole& role, cons
     for (;;) {
         if (look_at_slot(warp, c, unit)) return true;
         const bool is_leader = warp.thread_rank() == 0;
-        if (algo::broadcast(warp, is_leader && prim::fetch_or<Order::kRelaxed, Scope::kCta>(&role.knows_tables, 0) != 0))
+        if (algo::broadcast(warp,
+                            is_leader && prim::fetch_or<Order::kRelaxed, Scope::kCta>(&role.knows_tables, 0) != 0))
             return false;
         prim::pause();
     }
@@ -231,7 +234,8 @@ EP_DEVICE void place_scales(Warp warp, const Params& p, const CallContext& c, co
 #pragma unroll 1
     for (int base = words.first; base < words.end; base += kWarpSize) {
         const int word = base + warp.thread_rank();
-        const uint32_t scale = base == words.first ? token.scale : load_scale(warp, p, unit, token.slot, token.scale, base);
+        const uint32_t scale =
+            base == words.first ? token.scale : load_scale(warp, p, unit, token.slot, token.scale, base);
 #pragma unroll 1
         for (uint32_t rest = entries.placed; rest != 0; rest &= rest - 1) {
             const int lane = __ffs(static_cast<int>(rest)) - 1;

@@ -11,10 +11,10 @@ inline namespace EP_BACKEND {
 
 // What the block knows of its part in the launch; shared memory.
 struct BlockRole {
-    int is_ready;      // zero: some rank has given up, do nothing
-    int is_first;      // this block began before all others of its grid
-    int receives;      // it takes part in the receive phase
-    int share;         // its current part of that
+    int is_ready;  // zero: some rank has given up, do nothing
+    int is_first;  // this block began before all others of its grid
+    int receives;  // it takes part in the receive phase
+    int share;     // its current part of that
     // Of a dispatch in a launch that has sent: warp 0 waits for no table any more. Looked at without a barrier, by atomics alone:
     // compute-sanitizer's racecheck takes other strong accesses of shared memory for plain ones.
     int knows_tables;
