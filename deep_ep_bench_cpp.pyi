@@ -26,3 +26,21 @@ class Links:
 
     def release(self, timeout_s: float) -> None:
         """When no rank pushes any more. Waits at most so many seconds for the peers to unmap what they map."""
+
+
+class HeldSms:
+    """SMs that somebody else has, for tests of co-residency: blocks that fill an SM each. `device`: as above."""
+
+    num_held: int  # blocks of the last hold() that have begun
+    num_sms: int  # of the device
+
+    def __init__(self, device: int) -> None: ...
+
+    def hold(self, num_sms: int, timeout_s: float, stream: int) -> None:
+        """Launches them, until release() or for timeout_s seconds; one launch at a time. Stream 0: one of its own."""
+
+    def release(self) -> None:
+        """They end, and the last of them soon."""
+
+    def synchronize(self) -> None:
+        """Waits for the stream of its own."""

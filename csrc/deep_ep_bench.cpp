@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bench/held_sms.h"
 #include "bench/links.h"
 #include "bindings/device.h"
 
@@ -32,6 +33,18 @@ PYBIND11_MODULE(deep_ep_bench_cpp, m) {
             py::arg("num_sms"), py::arg("stream"), release_gil())
         .def("synchronize", &Links::synchronize, release_gil())
         .def("release", &Links::release, py::arg("timeout_s"), release_gil());
+    py::class_<HeldSms>(m, "HeldSms", "SMs that somebody else has.")
+        .def(py::init([](int device) { return std::make_unique<HeldSms>(make_device(device)); }), py::arg("device"))
+        .def(
+            "hold",
+            [](HeldSms& held, int num_sms, double timeout_s, uintptr_t stream) {
+                held.hold(num_sms, timeout_s, pointer<void>(stream));
+            },
+            py::arg("num_sms"), py::arg("timeout_s"), py::arg("stream"), release_gil())
+        .def_property_readonly("num_held", &HeldSms::num_held)
+        .def_property_readonly("num_sms", &HeldSms::num_sms)
+        .def("release", &HeldSms::release)
+        .def("synchronize", &HeldSms::synchronize, release_gil());
 }
 
 }  // namespace deep_ep::bench
