@@ -14,7 +14,6 @@ import datetime as dt
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -30,6 +29,8 @@ from shrink import shrink
 from utils import CaseFailed, Pool, Worker
 
 from deep_ep import Buffer
+from deep_ep._env import device_choice
+from deep_ep.bench import results
 
 CASE_DEADLINE_S = 60.0
 MOST_FINDINGS = 5  # then a campaign ends
@@ -187,24 +188,28 @@ PLANTS = {"stale_row": stale_row, "lost_weight": lost_weight}
 
 
 def record_of(args: argparse.Namespace, report: Report) -> dict[str, Any]:
-    commit = os.environ.get("GPU_CHECK_COMMIT") or subprocess.run(
-        ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    machine: dict[str, Any] = {"torch": torch.__version__, "python": sys.version.split()[0]}
-    if args.device == "cuda":
-        machine |= {"gpu": torch.cuda.get_device_name(), "num_gpus": torch.cuda.device_count()}
+    """As those of tools/gpu_check.sh, for benchmarks/results/checks."""
+    device = args.device or device_choice()[0]
+    command = " ".join(sys.argv[1:]).replace(f" --save {args.save}", "")
     return {
-        "date": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit,
-        "command": f"python tests/fuzz.py {' '.join(sys.argv[1:])}",
-        "machine": machine,
-        "num_ranks": args.num_processes,
-        "ranks_per_node": args.ranks_per_node or args.num_processes,
-        "seed": args.seed,
-        "seconds": round(report.seconds, 1),
-        "num_cases": report.num_cases,
-        "num_calls": report.num_calls,
-        "num_steps": report.num_steps,
-        "failures": [str(finding) for finding in report.findings],
+        "date":
+        dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
+        "commit":
+        os.environ.get("GPU_CHECK_COMMIT") or results.find_commit(),
+        "command":
+        f"python tests/fuzz.py {command}",
+        "machine":
+        dict(results.describe_machine(device)) | {
+            "num_gpus": torch.cuda.device_count() if device == "cuda" else 0
+        },
+        "num_ranks":
+        args.num_processes,
+        "steps": [{
+            "step": "fuzz",
+            "seconds": round(report.seconds),
+            "result": "fail" if report.findings else "pass",
+            "verdicts": [str(report), *map(str, report.findings)]
+        }]
     }
 
 
