@@ -2,9 +2,13 @@
 from typing import List
 
 class Links:
-    """One rank's end of the links between the ranks of a node. `device`: a CUDA device, -1: the CPU."""
+    """One rank's end of the links between the ranks of a node. `device`: a CUDA device, -1: the CPU.
 
-    def __init__(self, device: int, rank: int, num_ranks: int, bytes_per_peer: int) -> None: ...
+    `is_heap_on_host`: from and to host memory, as for GPUs that do not reach each other.
+    """
+
+    def __init__(self, device: int, rank: int, num_ranks: int, bytes_per_peer: int,
+                 is_heap_on_host: bool = False) -> None: ...
 
     def export_handle(self) -> bytes: ...
 
@@ -33,7 +37,7 @@ class HeldSms:
     def __init__(self, device: int) -> None: ...
 
     def hold(self, num_sms: int, timeout_s: float, stream: int) -> None:
-        """Launches them, to stay until release() or for timeout_s seconds; one launch at a time. Stream 0: one of its own."""
+        """Launches them, until release() or for timeout_s seconds; one launch at a time. Stream 0: one of its own."""
 
     def release(self) -> None:
         """They end, and the last of them soon."""

@@ -215,7 +215,7 @@ void bind_buffer(py::module_& m) {
         .def(py::init([](std::shared_ptr<dev::Device> device, int rank, int num_ranks, int64_t num_data_bytes,
                          double timeout_s, double warn_s, int64_t num_low_latency_bytes, bool is_shrinkable,
                          int64_t num_lend_bytes, int ranks_per_node, int64_t num_rail_bytes, std::string rail,
-                         std::string rail_reach) {
+                         std::string rail_reach, bool is_heap_on_host) {
                  const Environment& env = environment();
                  return std::make_unique<Buffer>(
                      std::move(device),
@@ -229,12 +229,14 @@ void bind_buffer(py::module_& m) {
                                             num_lend_bytes,
                                             ranks_per_node,
                                             num_rail_bytes,
-                                            {std::move(rail), env.rail_interface, std::move(rail_reach)}});
+                                            {std::move(rail), env.rail_interface, std::move(rail_reach)},
+                                            is_heap_on_host ? dev::Placement::kHost : dev::Placement::kDevice});
              }),
              py::arg("device"), py::arg("rank"), py::arg("num_ranks"), py::kw_only(), py::arg("num_data_bytes"),
              py::arg("timeout_s"), py::arg("warn_s"), py::arg("num_low_latency_bytes") = 0,
              py::arg("is_shrinkable") = false, py::arg("num_lend_bytes") = 0, py::arg("ranks_per_node") = 0,
-             py::arg("num_rail_bytes") = 0, py::arg("rail") = "host", py::arg("rail_reach") = "")
+             py::arg("num_rail_bytes") = 0, py::arg("rail") = "host", py::arg("rail_reach") = "",
+             py::arg("is_heap_on_host") = false)
         .def("export_handle", [](Buffer& b) { return py::bytes(b.export_handle()); })
         .def("connect", &Buffer::connect, py::arg("handles"), release_gil())
         .def("rail_address", [](Buffer& b) { return py::bytes(b.rail_address()); })
@@ -339,6 +341,7 @@ PYBIND11_MODULE(deep_ep_cpp, m) {
         variables["cpu_sms"] = env.cpu_sms;
         variables["lend_bytes"] = env.lend_bytes;
         variables["cost_model"] = env.cost_model;
+        variables["heap"] = env.heap;
         variables["rail"] = env.rail;
         variables["rail_interface"] = env.rail_interface;
         return variables;

@@ -17,10 +17,12 @@ using release_gil = py::call_guard<py::gil_scoped_release>;
 
 PYBIND11_MODULE(deep_ep_bench_cpp, m) {
     py::class_<Links>(m, "Links", "The links between the ranks of a node.")
-        .def(py::init([](int device, int rank, int num_ranks, int64_t bytes_per_peer) {
-                 return std::make_unique<Links>(make_device(device), rank, num_ranks, bytes_per_peer);
+        .def(py::init([](int device, int rank, int num_ranks, int64_t bytes_per_peer, bool is_heap_on_host) {
+                 return std::make_unique<Links>(make_device(device), rank, num_ranks, bytes_per_peer,
+                                                is_heap_on_host ? dev::Placement::kHost : dev::Placement::kDevice);
              }),
-             py::arg("device"), py::arg("rank"), py::arg("num_ranks"), py::arg("bytes_per_peer"), release_gil())
+             py::arg("device"), py::arg("rank"), py::arg("num_ranks"), py::arg("bytes_per_peer"),
+             py::arg("is_heap_on_host") = false, release_gil())
         .def("export_handle", [](const Links& links) { return py::bytes(links.export_handle()); })
         .def("connect", &Links::connect, py::arg("handles"), release_gil())
         .def(

@@ -21,6 +21,7 @@ struct Kernel {
     using Params = InternodeCombineParams;
     using Shared = State;
     static constexpr int kMaxThreads = kMaxInternodeCombineThreads;
+    static constexpr int kMinBlocks = 1;
     static constexpr auto kOperation = layout::Operation::kCombine;
 
     // -- The operation of a CallSession ----------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ struct Kernel {
     using Params = InternodeDispatchParams;
     using Shared = State;
     static constexpr int kMaxThreads = kMaxInternodeDispatchThreads;
+    static constexpr int kMinBlocks = 1;
     static constexpr auto kOperation = layout::Operation::kDispatch;
 
     // -- The operation of a CallSession ----------------------------------------------------------------------------------

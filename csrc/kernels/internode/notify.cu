@@ -39,6 +39,7 @@ struct Context {
 struct Kernel {
     using Params = InternodeNotifyParams;
     static constexpr int kMaxThreads = kMaxNotifyThreads;
+    static constexpr int kMinBlocks = 1;
     struct Shared {};
 
     static EP_DEVICE void run(const Params& p, Shared&) {
