@@ -33,6 +33,7 @@ from deep_ep._env import device_choice
 from deep_ep.bench import results
 
 CASE_DEADLINE_S = 60.0
+LINES_OF_FAILURE = 12  # the end of a traceback
 MOST_FINDINGS = 5  # then a campaign ends
 
 
@@ -51,7 +52,8 @@ class Finding:
         else:
             found = f"made small in {self.attempts} attempts, for FOUND in tests/test_fuzz.py:"
             text = f"{found}\n{test_of(self.smallest, self.seed)}"
-        return f"case {self.seed} failed:\n{self.failure}\n{text}"
+        failure = "\n".join(self.failure.splitlines()[-LINES_OF_FAILURE:])
+        return f"case {self.seed} failed:\n{failure}\n{text}"
 
 
 @dataclass
