@@ -244,7 +244,10 @@ def time_low_latency_parts(buffer: Buffer, device: torch.device) -> None:
     """The same for a combine: its launches, its outputs and its record, and what asks the streams."""
     session, inputs = buffer._session, Inputs.make(device, NUM_LL_EXPERTS)
     assert session is not None
-    rows, _, handle, _, _ = buffer.low_latency_dispatch(inputs.x, inputs.topk_idx, NUM_TOKENS, NUM_LL_EXPERTS,
+    rows, _, handle, _, _ = buffer.low_latency_dispatch(inputs.x,
+                                                        inputs.topk_idx,
+                                                        NUM_TOKENS,
+                                                        NUM_LL_EXPERTS,
                                                         use_fp8=False)
     assert isinstance(rows, torch.Tensor)
     plan = buffer._low_latency._plan_of(handle, NUM_TOPK)

@@ -19,7 +19,7 @@ from deep_ep.bench.timing import Call, median
 NUM_TOKENS = 1  # the device is done long before the host
 QUEUE_DEPTH = 4  # calls between two waits for the device
 NUM_REPEATS = 200
-FEW_REPEATS = 12  # where the device is slow (the CPU executor, a GPU that processes take in turns), or few are asked for
+FEW_REPEATS = 12  # where the device is slow (the CPU executor, a GPU that processes share), or few are asked for
 NUM_WARMUPS = 8
 
 
