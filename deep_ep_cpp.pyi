@@ -119,7 +119,7 @@ class LentMemory:
 # operation takes a record only when every field has been given. Addresses are of row-major memory on the device. Fields
 # may be read as attributes.
 #
-# -- Records of arguments: written by tools/render_stub.py from csrc/kernels/args.h
+# -- Records of arguments: written by tools/render_stub.py from csrc/kernels/params.h
 
 class _LayoutArgs(TypedDict, total=False):
     topk_idx: int  # address; [num_tokens, num_topk], -1: none

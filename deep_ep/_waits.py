@@ -11,7 +11,6 @@ from deep_ep._memory import view_memory
 CELL_WORDS = 3
 LATE_US = deep_ep_cpp.Buffer.LATE_NS / 1e3
 
-
 OPERATIONS, STAGES, AWAITED = deep_ep_cpp.wait_names()
 
 
@@ -67,5 +66,5 @@ def describe(counters: WaitCounters) -> list[str]:
 
 def _line(operation: int, stage: int, rank: int, times: int, waited_ns: int) -> str:
     mean_us = waited_ns / times / 1e3
-    return (f"  for rank {rank} {AWAITED[operation][stage]} ({OPERATIONS[operation]}): in {times} calls, {mean_us:.1f} us each, "
-            f"{waited_ns / 1e9:.3f} s in all")
+    return (f"  for rank {rank} {AWAITED[operation][stage]} ({OPERATIONS[operation]}): in {times} calls, "
+            f"{mean_us:.1f} us each, {waited_ns / 1e9:.3f} s in all")
