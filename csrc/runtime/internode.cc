@@ -26,7 +26,9 @@ kernels::RailPlan Internode::plan_call(const layout::RailSlot& slot, const char*
     return {.params = engine.params(),
             .topology = topology,
             .control = region.control,
-            .window = plan_rail_window(region, topology.num_nodes(), slot, engine.chunk_bytes(), operation),
+            .window = plan_rail_window(region, topology.num_nodes(), slot,
+                                       plan_chunk_bytes(engine.chunk_bytes(), connection_.options().rail_gb_per_s),
+                                       operation),
             .slot = slot,
             .counters = counters_.get(),
             .num_forward_warps = 0};

@@ -75,6 +75,8 @@ BROKEN = [
     ('raw-device', 'csrc/device/algo/ring.h', 'cuda::atomic_ref<int> tail(t);'),
     ('raw-device', 'csrc/device/algo/ring.h', '__threadfence_system();'),
     ('raw-device', 'csrc/device/algo/ring.h', 'volatile int* tail;'),
+    ('nvshmem-internal', 'csrc/rail/nvshmem/rail_impl.h', 'nvshmemi_ibgda_quiet(pe);'),
+    ('nvshmem-internal', 'csrc/rail/nvshmem/library.cu', '#include <non_abi/device/pt-to-pt/ibgda_device.cuh>'),
     ('shared-atomic', 'csrc/device/algo/ring.h',
      'prim::fetch_add<prim::Order::kRelaxed, prim::Scope::kSys>(word, 1u);'),
     ('shared-atomic', 'csrc/kernels/layout/count.cu', 'compare_swap<Order::kAcqRel, Scope::kSys>(word, 0u, 1u);'),
