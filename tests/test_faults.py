@@ -77,7 +77,7 @@ class Pools(threading.local):
 
 
 def places() -> list[Place]:
-    """All of them where asked for. Else in the middle of a call only: on GPUs, where processes start slowly and waits are
+    """All of them where asked for. Else in the middle of a call only: on GPUs, where processes start slowly and wait
     longer, and of low latency across nodes, whose news go the way of the other mode."""
     nodes = 2 if ON_CPU else 1
     where = [(each, 0) for each in (*HIGH_THROUGHPUT, *LOW_LATENCY)]
