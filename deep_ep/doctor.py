@@ -302,7 +302,9 @@ def check_topology(native: Any) -> list[Finding]:
         return [Finding("note", "topology", f"a rank on each GPU of this machine would be refused: {error}")]
     interface = environment["rail_interface"] or "the interface that reaches MASTER_ADDR"
     channels = probes.num_imex_channels()
+    handles = probes.num_gpus_with_fabric_handles()
     fabric = f"{channels} IMEX channel(s)" if channels else "no IMEX channel"
+    fabric += "" if handles is None else f", {handles} GPU(s) with fabric handles"
     return [
         Finding("ok", "topology", f"a rank on each GPU of this machine: {topology}"),
         Finding("ok", "rail", f"between nodes the engine '{environment['rail']}' carries rows; it listens on "
