@@ -1,4 +1,4 @@
-"""What TCP alone carries between the ranks of a rail: equal chunks to every peer and from it at once, over plain sockets."""
+"""What TCP alone carries between the ranks of a rail: equal chunks to every peer and from it, over plain sockets."""
 from __future__ import annotations
 
 import socket
