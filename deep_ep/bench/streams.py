@@ -1,10 +1,9 @@
-"""What TCP alone carries between the ranks of a rail: equal chunks to every peer and from it, over plain sockets."""
+"""What TCP alone carries between the ranks of a rail: equal chunks to each peer and from it at once, over sockets."""
 from __future__ import annotations
 
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import partial
 from types import TracebackType
 from typing import Callable
 
@@ -26,11 +25,11 @@ class PlainStreams:
         connections = [self._call(ports[peer]) for peer in peers if peer < ranks.rank]
         connections += [self._stack.enter_context(listener.accept()[0]) for peer in peers if peer > ranks.rank]
         # One moves a rank's bytes out, another moves bytes in.
-        self._ways: list[Callable[[], None]] = []
+        self._ways: list[tuple[Callable[[socket.socket, memoryview], None], socket.socket, memoryview]] = []
         for connection in connections:
             for way in (_send, _receive):
                 data = torch.zeros(bytes_per_peer, dtype=torch.uint8, pin_memory=is_pinned)
-                self._ways.append(partial(way, connection, data.numpy().data))
+                self._ways.append((way, connection, data.numpy().data))
         self._pool = self._stack.enter_context(ThreadPoolExecutor(len(self._ways)))
 
     def _call(self, port: int) -> socket.socket:
@@ -38,7 +37,7 @@ class PlainStreams:
 
     def exchange(self, _: int) -> None:
         """Sends all bytes to each peer, and receives as many."""
-        for moved in [self._pool.submit(way) for way in self._ways]:
+        for moved in [self._pool.submit(move, connection, data) for move, connection, data in self._ways]:
             moved.result()
 
     def __enter__(self) -> Self:
