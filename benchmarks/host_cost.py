@@ -243,8 +243,7 @@ def pretend_cuda(buffer: Buffer, counts: Counter[str]) -> None:
     comm_stream: Any = SimpleNamespace(cuda_stream=CURRENT_STREAM + 1,
                                        stream_id=1,
                                        device_index=0,
-                                       device_type=1,
-                                       query=lambda: True)
+                                       device_type=1)
     session = buffer._session
     assert session is not None
     pool = EventPool(native)

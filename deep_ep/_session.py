@@ -222,7 +222,7 @@ def _error_of(step: Callable[[], Any]) -> Optional[Error]:
     try:
         step()
     except Error as error:
-        return error
+        return error.with_traceback(None)  # or whoever keeps it keeps the frames of all callers
     return None
 
 
