@@ -7,7 +7,7 @@ has been called, and for the one that is current where the tensor is dropped, on
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Callable, Optional
 
 import torch
@@ -40,15 +40,6 @@ Specs = Sequence[Optional[Spec]]  # None: no such tensor
 deep_ep_cpp.set_current_stream_function(current_stream_handle)
 
 
-def make_lent_tensor(memory: deep_ep_cpp.LentMemory, shape: tuple[int, ...], dtype: torch.dtype,
-                     cuda_index: int) -> torch.Tensor:
-    """A row-major tensor, not an empty one, over the start of lent memory."""
-    kind = _DLPACK_TYPES.get(dtype)
-    if kind is not None:
-        return from_capsule(memory.tensor(list(shape), *kind, cuda_index))
-    return from_capsule(memory.tensor([*shape[:-1], shape[-1] * dtype.itemsize], *_BYTES, cuda_index)).view(dtype)
-
-
 def view_memory(address: int, num_bytes: int, device: torch.device) -> torch.Tensor:
     """`num_bytes` from `address` on as uint8; whoever owns the memory must outlive the tensor."""
     if num_bytes == 0:
@@ -79,29 +70,28 @@ def num_bytes_of(spec: Spec) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
+def _as_dlpack(spec: Spec) -> tuple[tuple[int, ...], int, int]:
+    shape, dtype = spec
+    kind = _DLPACK_TYPES.get(dtype)
+    return ((*shape[:-1], shape[-1] * dtype.itemsize), *_BYTES) if kind is None else (shape, *kind)
+
+
 class Reserved:
     """Lent memory for the rows that a guess has room for, before anybody knows how many come."""
 
     __slots__ = ("_lender", "_pieces", "_row", "addresses", "num_rows")
 
-    def __init__(self, lender: "Lender", pieces: Iterable[deep_ep_cpp.LentMemory], row: Specs, num_rows: int) -> None:
-        rest = iter(pieces)
+    def __init__(self, lender: "Lender", pieces: deep_ep_cpp.LentPieces, row: Specs, num_rows: int) -> None:
+        addresses = iter(pieces.addresses())
         self._lender = lender
         self._row = row
-        self._pieces = [spec and next(rest) for spec in row]
-        self.addresses = [piece.address if piece else 0 for piece in self._pieces]
+        self._pieces = pieces
+        self.addresses = [next(addresses) if spec else 0 for spec in row]
         self.num_rows = num_rows  # that there is room for
 
     def tensors(self, num_rows: int) -> list[Optional[torch.Tensor]]:
         """The first rows; the memory of the others is free at once, since nobody has used it."""
-        return [spec and self._first_rows(piece, spec, num_rows) for piece, spec in zip(self._pieces, self._row)]
-
-    def _first_rows(self, piece: Optional[deep_ep_cpp.LentMemory], row: Spec, num_rows: int) -> torch.Tensor:
-        shape, dtype = row
-        spec = (num_rows, *shape[1:]), dtype
-        if num_rows and piece is not None:
-            piece.shrink(num_bytes_of(spec))
-        return self._lender._make(piece if num_rows else None, spec)
+        return self._lender.over(self._pieces, [spec and ((num_rows, *spec[0][1:]), spec[1]) for spec in self._row])
 
 
 class Lender:
@@ -120,20 +110,28 @@ class Lender:
 
         Within a capture the memory is the graph's as long as that lives.
         """
-        sizes = [size for size in (num_bytes_of(spec) for spec in specs if spec) if size]
-        lent = self._take(sizes, operation) if sizes else []
-        if not lent:
-            return None
-        pieces = iter(lent)
-        return [spec and self._make(next(pieces) if num_bytes_of(spec) else None, spec) for spec in specs]
+        sizes = [num_bytes_of(spec) for spec in specs if spec]
+        if 0 in sizes:
+            sizes = [size for size in sizes if size]
+        lent = self._take(sizes, operation) if sizes else None
+        return None if lent is None else self.over(lent, specs)
+
+    def over(self, pieces: deep_ep_cpp.LentPieces, specs: Specs) -> list[Optional[torch.Tensor]]:
+        """Tensors over the start of lent memory: a piece for each that has elements, or else all of them have none."""
+        lent = [spec for spec in specs if spec and 0 not in spec[0]]
+        made = iter(pieces.tensors([_as_dlpack(spec) for spec in lent], self._index) if lent else ())
+        return [spec and self._tensor(next(made) if 0 not in spec[0] else None, spec) for spec in specs]
 
     def reserve(self, row: Specs, likely_rows: int, operation: Operation) -> Optional[Reserved]:
         """The same for a number of rows that is not known; `row` has one of each. What is not needed goes back."""
+        row_bytes = [num_bytes_of(spec) for spec in row if spec]
+        if 0 in row_bytes:
+            return None
         for spare_share in SPARE_SHARES:
             num_rows = likely_rows + likely_rows // spare_share + LEAST_SPARE_ROWS
-            sizes = [num_rows * num_bytes_of(spec) for spec in row if spec]
-            lent = [] if 0 in sizes or sum(sizes) > self.num_bytes else self._take(sizes, operation)
-            if lent:
+            sizes = [num_rows * size for size in row_bytes]
+            lent = None if sum(sizes) > self.num_bytes else self._take(sizes, operation)
+            if lent is not None:
                 return Reserved(self, lent, row, num_rows)
         return None
 
@@ -147,10 +145,10 @@ class Lender:
     def remember_rows(self, num_tokens: int, num_rows: int) -> None:
         self._last = num_tokens, num_rows
 
-    def _take(self, sizes: list[int], operation: Operation) -> list[deep_ep_cpp.LentMemory]:
+    def _take(self, sizes: list[int], operation: Operation) -> Optional[deep_ep_cpp.LentPieces]:
         self._note(operation.stream, True)
         if not self._note(operation.current, False):
-            return []
+            return None
         if operation.is_captured:
             self._streams.wait_for_last()
         # The stream of a captured call's kernels joins the capture later than this.
@@ -167,17 +165,18 @@ class Lender:
         lent = self._runtime.lend([num_bytes_of(spec)], current, False)
         if isinstance(streams, CudaStreams):
             streams.set_last(current)  # calls come after whatever the current stream has waited for
-        return self._make(lent[0], spec) if lent else None
+        return None if lent is None else self.over(lent, [spec])[0]
 
     def used_on(self, operation: Operation) -> None:
         """A call is made that may use lent tensors."""
         self._note(operation.current, False)
 
-    def _make(self, memory: Optional[deep_ep_cpp.LentMemory], spec: Spec) -> torch.Tensor:
-        (shape, dtype), device = spec, self._streams.device
-        if memory is None:
-            return torch.empty(shape, dtype=dtype, device=device)
-        return make_lent_tensor(memory, shape, dtype, self._index)
+    def _tensor(self, capsule: Optional[object], spec: Spec) -> torch.Tensor:
+        shape, dtype = spec
+        if capsule is None:
+            return torch.empty(shape, dtype=dtype, device=self._streams.device)
+        tensor = from_capsule(capsule)
+        return tensor if dtype in _DLPACK_TYPES else tensor.view(dtype)
 
     def _note(self, stream: int, is_ours: bool) -> bool:
         """False: the stream is not torch's. It may be gone when the memory comes back, and then nobody can ask it."""
