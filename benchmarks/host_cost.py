@@ -15,12 +15,15 @@ import statistics
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+import deep_ep_cpp
 from deep_ep import Buffer, _streams, utils
+from deep_ep._memory import Lender
 from deep_ep.bench.host import Clock, timed_waits, waits
 from deep_ep.utils import EventPool
 from deep_ep_cpp import CombineArgs, LayoutArgs
@@ -125,6 +128,47 @@ def high_throughput_calls(buffer: Buffer, inputs: Inputs) -> dict[str, Callable[
         "dispatch, overlapped": lambda: dispatch_and_wait(**overlapped()),
         "combine, overlapped": lambda: combine_and_wait(**overlapped()),
     }
+
+
+def lent_calls(buffer: Buffer, inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    """Those whose outputs are lent, as where there are several ranks. (One rank has nobody to lend to.)"""
+    session = buffer._session
+    assert session is not None
+    lender = Lender(LendingRuntime(deep_ep_cpp.Device(-1)), session.streams)  # type: ignore[arg-type]
+    lender._index = -1  # memory of the CPU
+    lender.noted[CURRENT_STREAM] = True
+
+    def lending(call: Callable[[], Any]) -> None:
+        session.lender = lender
+        try:
+            call()
+        finally:
+            session.lender = None
+
+    calls = high_throughput_calls(buffer, inputs)
+    return {
+        f"{name}, lent": partial(lending, calls[name])
+        for name in ("dispatch", "dispatch, worst case", "dispatch, cached")
+    }
+
+
+class LendingRuntime:
+    """As much of a native Buffer as a Lender needs."""
+
+    num_lend_bytes = 1 << 28
+
+    def __init__(self, native: deep_ep_cpp.Device) -> None:
+        self._buffer = deep_ep_cpp.Buffer(native,
+                                          0,
+                                          1,
+                                          num_data_bytes=128,
+                                          timeout_s=10.0,
+                                          warn_s=5.0,
+                                          num_lend_bytes=self.num_lend_bytes)
+        self.lend = self._buffer.lend
+
+    def note_stream(self, stream: int, is_ours: bool) -> None:
+        """None is noted, so that none is asked when the memory comes back."""
 
 
 def low_latency_calls(buffer: Buffer, inputs: Inputs) -> dict[str, Callable[[], Any]]:
@@ -240,10 +284,7 @@ def time_primitives(buffer: Buffer, device: torch.device) -> None:
 def pretend_cuda(buffer: Buffer, counts: Counter[str]) -> None:
     """Gives a Buffer of the CPU the stream side of a GPU's, over a device that does nothing."""
     native: Any = Nothing(counts, {"stream_kind": "plain"}, 1)
-    comm_stream: Any = SimpleNamespace(cuda_stream=CURRENT_STREAM + 1,
-                                       stream_id=1,
-                                       device_index=0,
-                                       device_type=1)
+    comm_stream: Any = SimpleNamespace(cuda_stream=CURRENT_STREAM + 1, stream_id=1, device_index=0, device_type=1)
     session = buffer._session
     assert session is not None
     pool = EventPool(native)
@@ -280,6 +321,7 @@ def main() -> None:
             **low_latency_calls(buffer, Inputs.make(device, NUM_LL_EXPERTS))
         }
         if not is_real:  # nothing to record on in torch
+            calls.update(lent_calls(buffer, Inputs.make(device, NUM_EXPERTS)))
             calls = {name: call for name, call in calls.items() if name[-5:] not in ("async", "apped")}
         settle = torch.cuda.synchronize if is_real else lambda: None
         print(f"{'call':24} {'cpu us':>8} {'wall us':>8}")

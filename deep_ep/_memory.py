@@ -34,8 +34,7 @@ _BYTES = _DLPACK_TYPES[torch.uint8]
 SPARE_SHARES = 4, 16
 LEAST_SPARE_ROWS = 64
 
-Spec = tuple[tuple[int, ...], torch.dtype]  # of a tensor to be made; bare, because a dispatch makes five of them
-Specs = Sequence[Optional[Spec]]  # None: no such tensor
+Spec = tuple[tuple[int, ...], torch.dtype]  # of a tensor to be made
 
 deep_ep_cpp.set_current_stream_function(current_stream_handle)
 
@@ -76,22 +75,56 @@ def _as_dlpack(spec: Spec) -> tuple[tuple[int, ...], int, int]:
     return ((*shape[:-1], shape[-1] * dtype.itemsize), *_BYTES) if kind is None else (shape, *kind)
 
 
+class RowForm:
+    """What a row is in each of several tensors; worked out once, since a dispatch makes five of them for each call."""
+
+    def __init__(self, specs: Sequence[Optional[Spec]]) -> None:
+        """`specs`: of one row in each tensor; None: there is no such tensor."""
+        there = [spec for spec in specs if spec is not None]
+        self._are_there = [spec is not None for spec in specs]
+        self._specs = there
+        self._kinds = [(shape[1:], code, bits)
+                       for shape, code, bits in (_as_dlpack(((1, *shape), dtype)) for shape, dtype in there)]
+        self._types = [None if dtype in _DLPACK_TYPES else dtype for _, dtype in there]
+        self.row_bytes = [num_bytes_of(spec) for spec in there]
+        self.can_be_lent = 0 not in self.row_bytes
+
+    def over(self, pieces: deep_ep_cpp.LentPieces, num_rows: int, cuda_index: int) -> list[Optional[torch.Tensor]]:
+        """Over the start of lent memory, of which there is a piece for each tensor; not without rows."""
+        capsules = pieces.tensors([((num_rows, *shape), code, bits) for shape, code, bits in self._kinds], cuda_index)
+        return self._placed([
+            from_capsule(capsule) if dtype is None else from_capsule(capsule).view(dtype)
+            for capsule, dtype in zip(capsules, self._types)
+        ])
+
+    def empty(self, make: EmptyTensors, num_rows: int) -> list[Optional[torch.Tensor]]:
+        return self._placed([make[dtype](num_rows, *shape) for shape, dtype in self._specs])
+
+    def addresses(self, pieces: deep_ep_cpp.LentPieces) -> list[int]:
+        """0: there is no such tensor."""
+        found = iter(pieces.addresses())
+        return [next(found) if is_there else 0 for is_there in self._are_there]
+
+    def _placed(self, tensors: list[torch.Tensor]) -> list[Optional[torch.Tensor]]:
+        rest = iter(tensors)
+        return [next(rest) if is_there else None for is_there in self._are_there]
+
+
 class Reserved:
     """Lent memory for the rows that a guess has room for, before anybody knows how many come."""
 
-    __slots__ = ("_lender", "_pieces", "_row", "addresses", "num_rows")
+    __slots__ = ("_cuda_index", "_form", "_pieces", "addresses", "num_rows")
 
-    def __init__(self, lender: "Lender", pieces: deep_ep_cpp.LentPieces, row: Specs, num_rows: int) -> None:
-        addresses = iter(pieces.addresses())
-        self._lender = lender
-        self._row = row
+    def __init__(self, pieces: deep_ep_cpp.LentPieces, form: RowForm, num_rows: int, cuda_index: int) -> None:
         self._pieces = pieces
-        self.addresses = [next(addresses) if spec else 0 for spec in row]
+        self._form = form
+        self._cuda_index = cuda_index
+        self.addresses = form.addresses(pieces)
         self.num_rows = num_rows  # that there is room for
 
     def tensors(self, num_rows: int) -> list[Optional[torch.Tensor]]:
-        """The first rows; the memory of the others is free at once, since nobody has used it."""
-        return self._lender.over(self._pieces, [spec and ((num_rows, *spec[0][1:]), spec[1]) for spec in self._row])
+        """The first rows, one at least; the memory of the others is free at once, since nobody has used it."""
+        return self._form.over(self._pieces, num_rows, self._cuda_index)
 
 
 class Lender:
@@ -102,37 +135,29 @@ class Lender:
         self._streams = streams
         self._index = streams.index if isinstance(streams, CudaStreams) else -1
         self.num_bytes = runtime.num_lend_bytes
-        self._noted: dict[int, bool] = {}  # streams of calls; whether what is lent can be used there
+        self.noted: dict[int, bool] = {}  # streams of calls; whether what is lent can be used there
         self._last: Optional[tuple[int, int]] = None  # tokens and received rows of the last fresh dispatch
 
-    def tensors(self, specs: Specs, operation: Operation) -> Optional[list[Optional[torch.Tensor]]]:
-        """Uninitialised tensors for the kernels of a call, or None: there is no room now for all of them.
+    def tensors(self, form: RowForm, num_rows: int, operation: Operation) -> Optional[list[Optional[torch.Tensor]]]:
+        """Uninitialised tensors for the kernels of a call, or None: there is nothing to lend, or no room now for all.
 
         Within a capture the memory is the graph's as long as that lives.
         """
-        sizes = [num_bytes_of(spec) for spec in specs if spec]
-        if 0 in sizes:
-            sizes = [size for size in sizes if size]
-        lent = self._take(sizes, operation) if sizes else None
-        return None if lent is None else self.over(lent, specs)
+        if not num_rows or not form.can_be_lent:
+            return None
+        lent = self._take([num_rows * size for size in form.row_bytes], operation)
+        return None if lent is None else form.over(lent, num_rows, self._index)
 
-    def over(self, pieces: deep_ep_cpp.LentPieces, specs: Specs) -> list[Optional[torch.Tensor]]:
-        """Tensors over the start of lent memory: a piece for each that has elements, or else all of them have none."""
-        lent = [spec for spec in specs if spec and 0 not in spec[0]]
-        made = iter(pieces.tensors([_as_dlpack(spec) for spec in lent], self._index) if lent else ())
-        return [spec and self._tensor(next(made) if 0 not in spec[0] else None, spec) for spec in specs]
-
-    def reserve(self, row: Specs, likely_rows: int, operation: Operation) -> Optional[Reserved]:
-        """The same for a number of rows that is not known; `row` has one of each. What is not needed goes back."""
-        row_bytes = [num_bytes_of(spec) for spec in row if spec]
-        if 0 in row_bytes:
+    def reserve(self, form: RowForm, likely_rows: int, operation: Operation) -> Optional[Reserved]:
+        """The same for a number of rows that is not known. What is not needed goes back."""
+        if not form.can_be_lent:
             return None
         for spare_share in SPARE_SHARES:
             num_rows = likely_rows + likely_rows // spare_share + LEAST_SPARE_ROWS
-            sizes = [num_rows * size for size in row_bytes]
+            sizes = [num_rows * size for size in form.row_bytes]
             lent = None if sum(sizes) > self.num_bytes else self._take(sizes, operation)
             if lent is not None:
-                return Reserved(self, lent, row, num_rows)
+                return Reserved(lent, form, num_rows, self._index)
         return None
 
     def guess_rows(self, num_tokens: int, num_ranks: int) -> int:
@@ -146,14 +171,15 @@ class Lender:
         self._last = num_tokens, num_rows
 
     def _take(self, sizes: list[int], operation: Operation) -> Optional[deep_ep_cpp.LentPieces]:
-        self._note(operation.stream, True)
-        if not self._note(operation.current, False):
+        noted, stream, current = self.noted, operation.stream, operation.current
+        if stream not in noted:
+            self._note(stream, True)
+        if not (noted[current] if current in noted else self._note(current, False)):
             return None
         if operation.is_captured:
             self._streams.wait_for_last()
         # The stream of a captured call's kernels joins the capture later than this.
-        stream = operation.current if operation.is_captured else operation.stream
-        return self._runtime.lend(sizes, stream, operation.is_captured)
+        return self._runtime.lend(sizes, current if operation.is_captured else stream, operation.is_captured)
 
     def tensor(self, spec: Spec) -> Optional[torch.Tensor]:
         """The same for the caller, who is not capturing: one tensor, which may be used on the current stream."""
@@ -165,22 +191,18 @@ class Lender:
         lent = self._runtime.lend([num_bytes_of(spec)], current, False)
         if isinstance(streams, CudaStreams):
             streams.set_last(current)  # calls come after whatever the current stream has waited for
-        return None if lent is None else self.over(lent, [spec])[0]
+        if lent is None:
+            return None
+        tensor = from_capsule(lent.tensors([_as_dlpack(spec)], self._index)[0])
+        return tensor if spec[1] in _DLPACK_TYPES else tensor.view(spec[1])
 
     def used_on(self, operation: Operation) -> None:
         """A call is made that may use lent tensors."""
         self._note(operation.current, False)
 
-    def _tensor(self, capsule: Optional[object], spec: Spec) -> torch.Tensor:
-        shape, dtype = spec
-        if capsule is None:
-            return torch.empty(shape, dtype=dtype, device=self._streams.device)
-        tensor = from_capsule(capsule)
-        return tensor if dtype in _DLPACK_TYPES else tensor.view(dtype)
-
     def _note(self, stream: int, is_ours: bool) -> bool:
         """False: the stream is not torch's. It may be gone when the memory comes back, and then nobody can ask it."""
-        known = self._noted.get(stream)
+        known = self.noted.get(stream)
         if known is not None:
             return known
         streams = self._streams
@@ -190,5 +212,5 @@ class Lender:
             can_be_used = is_comm or is_of_torch(stream, streams.index)
             if can_be_used:
                 self._runtime.note_stream(stream, is_comm)
-        self._noted[stream] = can_be_used
+        self.noted[stream] = can_be_used
         return can_be_used

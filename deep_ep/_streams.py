@@ -249,7 +249,7 @@ class CudaStreams(Streams):
         self.native.synchronize_event(self._last_event.cuda_event)
 
     def drain(self, timeout_s: float) -> bool:
-        # A capture that has the streams comes first. One of other streams goes on: the native device may be asked in it,
+        # A capture that has the streams comes first. One of others goes on: the native device may be asked in it,
         # and torch's streams may not.
         last = None if self._is_marked else self._last_stream
         if self.is_captured(self.comm) or (last is not None and self.is_captured(last)):

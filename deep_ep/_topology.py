@@ -1,5 +1,6 @@
 """Which ranks share a node, found from what every rank says about its machine. The one place that decides it."""
 
+import functools
 import platform
 import socket
 from collections.abc import Sequence
@@ -45,7 +46,7 @@ class Topology:
     def num_ranks(self) -> int:
         return len(self.places)
 
-    @property
+    @functools.cached_property  # each call asks
     def num_nodes(self) -> int:
         return self.num_ranks // self.ranks_per_node
 
