@@ -258,7 +258,7 @@ class _LowLatencyCombineArgs(TypedDict, total=False):
     hidden: int  # int32
     wait_stats: int  # address; [R], the longest wait for each source is added, in ns; or none
     number: int  # address; on the device: what a send phase of its own leaves for the receive phase
-    uses_logfmt: bool  # bool; on the wire; see device/algo/logfmt.h
+    uses_logfmt: bool  # bool; on the wire; see device/algo/formats.h
     x: int  # address; bfloat16 [El, R * T, hidden]
     topk_idx: int  # address; [num_tokens, K]
     idx_bytes: int  # int32; 4 or 8

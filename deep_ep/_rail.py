@@ -2,9 +2,11 @@
 
 import functools
 import logging
+from collections import Counter
 from collections.abc import Sequence
 
 from deep_ep import _nvshmem
+from deep_ep._topology import Place
 from deep_ep_cpp import Error, InvalidArgument
 
 logger = logging.getLogger("deep_ep")
@@ -22,6 +24,15 @@ def obstacle(requested: str, device_kind: str) -> str:
     except Error as error:
         return str(error)
     return ""
+
+
+def sharing_obstacle(places: Sequence[Place]) -> str:
+    """Why no rank of the group can use the engine nvshmem, where ranks share GPUs; empty: they may."""
+    sharing = Counter((place.host, place.device) for place in places)
+    if len(set(sharing.values())) <= 1:
+        return ""
+    counts = sorted(set(sharing.values()))
+    return f"NVSHMEM never begins where GPUs have different numbers of ranks, here {counts[0]} to {counts[-1]}"
 
 
 def choose(requested: str, obstacles: Sequence[str]) -> tuple[str, str]:

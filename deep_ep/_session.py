@@ -276,8 +276,9 @@ def choose_rail(peers: Peers, agreed: Agreed, topology: Topology) -> str:
     """Collective, where there are several nodes: the engine between them."""
     if topology.num_nodes == 1:
         return "host"  # is not made
-    obstacles = peers.all_gather_results("looking for the engine between nodes",
-                                         lambda: _rail.obstacle(agreed.rail, agreed.device_kind))
+    obstacles = peers.all_gather_results(
+        "looking for the engine between nodes",
+        lambda: _rail.obstacle(agreed.rail, agreed.device_kind) or _rail.sharing_obstacle(topology.places))
     engine, reason = _rail.choose(agreed.rail, obstacles)
     if peers.rank == 0:
         _rail.tell(engine, reason, agreed.device_kind)

@@ -1,7 +1,4 @@
 // What the host side may ask of a device: memory, streams, events. One implementation per device kind.
-//
-// Streams and events are opaque handles: cudaStream_t / cudaEvent_t on CUDA (torch's own may be passed in), pointers to
-// the executor's objects on the CPU.
 #pragma once
 
 #include <atomic>
@@ -11,6 +8,8 @@
 #include <memory>
 #include <string>
 
+#include "device/compiler.h"
+
 namespace deep_ep::dev {
 
 enum class DeviceKind { kCpu, kCuda };
@@ -18,9 +17,6 @@ enum class DeviceKind { kCpu, kCuda };
 // What a handle of a stream stands for. kCaptured: work goes into a graph. kAmbiguous: the handle means another stream
 // in another thread, or one of another device than this.
 enum class StreamKind { kPlain, kCaptured, kAmbiguous };
-
-using Stream = void*;
-using Event = void*;
 
 // Host memory that kernels can read and write while the host does: `host` and `device` name the same bytes.
 struct HostMapped {

@@ -5,7 +5,7 @@
 
 #include "kernels/divisor.h"
 #include "kernels/params.h"
-#include "layout/low_latency.h"
+#include "layout/heap.h"
 
 namespace deep_ep::kernels {
 

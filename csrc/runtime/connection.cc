@@ -96,6 +96,11 @@ void Connection::connect_rail(const std::vector<std::string>& addresses) {
     is_rail_connected_ = true;
 }
 
+uint8_t* Connection::data() const {
+    require_usable();
+    return local(plan_.control.bytes);
+}
+
 kernels::HeapParams Connection::heap_params() const {
     EP_ENSURE(heap_->is_connected(), "this Buffer is not connected to its peers");
     kernels::HeapParams params{.bases = {},

@@ -1,7 +1,7 @@
 // Compiled into the library of the engine `nvshmem` alone, beside the kernels that it was compiled with.
 #include "kernels/nvshmem_kernels.h"
 
-#include "kernels/internode/internode_launchers.h"
+#include "kernels/kernel_table.h"
 #include "rail/nvshmem/border.h"
 
 namespace deep_ep::kernels {
@@ -9,9 +9,8 @@ namespace {
 
 using rail::nvshmem::Complaint;
 
-template <class Params, void (*kLaunch)(const Params&, dev::Stream)>
-bool launch(const Params* params, dev::Stream stream, Complaint* complaint) {
-    return rail::nvshmem::guarded(complaint, [&] { kLaunch(*params, stream); });
+template <class Params> bool guarded_launch(const Params* params, dev::Stream stream, Complaint* complaint) {
+    return rail::nvshmem::guarded(complaint, [&] { launch(*params, stream); });
 }
 
 }  // namespace
@@ -21,9 +20,9 @@ extern "C" const void* deep_ep_nvshmem_kernels() {
     using namespace deep_ep::kernels;
     static const NvshmemKernels kernels{
         .shape = kNvshmemKernelShape,
-        .notify = &launch<InternodeNotifyParams, &internode::notify::launch>,
-        .dispatch = &launch<InternodeDispatchParams, &internode::dispatch::launch>,
-        .combine = &launch<InternodeCombineParams, &internode::combine::launch>,
+        .notify = guarded_launch,
+        .dispatch = guarded_launch,
+        .combine = guarded_launch,
     };
     return &kernels;
 }

@@ -2,7 +2,7 @@
 // FP32, in rank order.
 #pragma once
 
-#include "device/algo/void_output.h"
+#include "device/algo/group.h"
 #include "kernels/low_latency/combine_sums.h"
 #include "kernels/low_latency/shares.h"
 

@@ -2,7 +2,7 @@
 // weight x row over those experts, or, where a hook forbids to wait for the weights, the rows.
 #pragma once
 
-#include "device/algo/warp.h"
+#include "device/algo/group.h"
 #include "kernels/low_latency/combine_receive_phase.h"
 #include "kernels/low_latency/combine_weights.h"
 

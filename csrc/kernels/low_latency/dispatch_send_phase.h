@@ -2,8 +2,8 @@
 // each; the last block begins with the routing table.
 #pragma once
 
-#include "device/algo/fp8.h"
-#include "device/algo/warp.h"
+#include "device/algo/formats.h"
+#include "device/algo/group.h"
 #include "kernels/low_latency/bf16_row.h"
 #include "kernels/low_latency/routing_table.h"
 

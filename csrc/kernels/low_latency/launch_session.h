@@ -3,7 +3,7 @@
 // does when it ends.
 #pragma once
 
-#include "device/algo/last_block.h"
+#include "device/algo/group.h"
 #include "kernels/low_latency/bank.h"
 
 namespace deep_ep::kernels::low_latency {
