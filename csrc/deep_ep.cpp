@@ -244,9 +244,7 @@ py::list make_lent_tensors(LentPieces& lent, std::vector<TensorSpec> specs, int 
 }
 
 void bind_buffer(py::module_& m) {
-    py::class_<LentPieces>(m, "LentPieces")
-        .def("addresses", &LentPieces::addresses)
-        .def("tensors", &make_lent_tensors);
+    py::class_<LentPieces>(m, "LentPieces").def("addresses", &LentPieces::addresses).def("tensors", &make_lent_tensors);
     py::class_<Buffer>(m, "Buffer")
         .def(py::init([](std::shared_ptr<dev::Device> device, int rank, int num_ranks, int64_t num_data_bytes,
                          double timeout_s, double warn_s, int64_t num_low_latency_bytes, bool is_shrinkable,
