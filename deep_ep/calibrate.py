@@ -23,7 +23,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 from deep_ep import _env
 from deep_ep_cpp import InvalidArgument
@@ -47,6 +47,12 @@ class Sample:
     time_us: float
 
 
+def enough_sms(most: int, time_us: Callable[[int], float]) -> int:
+    """The smallest even number of SMs up to `most` with which a call is not slower by more than TOLERANCE."""
+    limit = time_us(most) * (1 + TOLERANCE)
+    return next((num_sms for num_sms in range(MIN_SMS, most, 2) if time_us(num_sms) <= limit), most)
+
+
 @dataclass(frozen=True)
 class Cost:
     """The cost of one operation."""
@@ -61,11 +67,7 @@ class Cost:
 
     def enough_sms(self, most: int, num_bytes: float, remote_bytes: float) -> int:
         """The smallest even number of SMs up to `most` that is not slower by more than TOLERANCE."""
-        limit = self.time_us(most, num_bytes, remote_bytes) * (1 + TOLERANCE)
-        for num_sms in range(MIN_SMS, most, 2):
-            if self.time_us(num_sms, num_bytes, remote_bytes) <= limit:
-                return num_sms
-        return most
+        return enough_sms(most, lambda num_sms: self.time_us(num_sms, num_bytes, remote_bytes))
 
 
 def fit(samples: Sequence[Sample], link_gb_per_s: float) -> Cost:
@@ -215,10 +217,13 @@ def calibrate(report: dict[str, Any], to: Optional[Path]) -> tuple[Path, str, Co
     """Fits and stores; returns the file, the way of receiving that was measured, and the model."""
     if report.get("benchmark") != "intranode":
         raise InvalidArgument(f"expected figures of the intranode benchmark, got {report.get('benchmark')!r}")
+    environment = report.get("environment", {})
+    if environment.get("DEEP_EP_HEAP") == "host":
+        raise InvalidArgument("these figures are of a heap in host memory (DEEP_EP_HEAP=host), which no model is for")
     num_ranks, rows = report["num_ranks"], report["rows"]
     link = 0.0 if report["ranks_as_threads"] else max((row["ceiling_gb_per_s"] for row in rows), default=0.0)
     costs = {operation: fit(samples_of(rows, operation, num_ranks), link) for operation in OPERATIONS}
-    way = "slots" if report.get("environment", {}).get("DEEP_EP_LEND_BYTES", "0") == "0" else "lent"
+    way = "slots" if environment.get("DEEP_EP_LEND_BYTES", "0") == "0" else "lent"
     path = to or default_path(report["machine"].get("gpu", ""), num_ranks)
     if path is None:
         raise InvalidArgument("this user has no home folder to store it in: set XDG_CACHE_HOME, or give --to")

@@ -55,6 +55,14 @@ def test_gpus_with_different_numbers_of_ranks_are_an_obstacle() -> None:
     assert "different numbers of ranks, here 1 to 2" in shared("a", "b", "a")
 
 
+def test_another_engine_is_tried_only_where_nvshmem_was_nobodys_wish_and_is_the_reason() -> None:
+    failed = ["NVSHMEM: its initialization failed", "Buffer: connecting failed; rank 0: TransportError: NVSHMEM: its"]
+    assert _rail.can_do_without("nvshmem", "", lambda: failed)
+    assert not _rail.can_do_without("nvshmem", "", lambda: [failed[0], "out of memory"])
+    assert not _rail.can_do_without("nvshmem", "nvshmem", lambda: pytest.fail("asked"))
+    assert not _rail.can_do_without("host", "", lambda: pytest.fail("asked"))
+
+
 def test_choice_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     _rail.tell.cache_clear()
     with caplog.at_level(logging.INFO, logger="deep_ep"):

@@ -93,6 +93,7 @@ public:
     simt::Scheduler& scheduler() { return *scheduler_; }
     runtime::Buffer& buffer(int rank) { return *buffers_[static_cast<size_t>(rank)]; }
     dev::Stream stream(int rank) { return streams_[static_cast<size_t>(rank)]; }
+    simt::SimtDevice& device(int rank) { return *devices_[static_cast<size_t>(rank)]; }
     int num_ranks() const { return static_cast<int>(buffers_.size()); }
     // Runs everything that was launched. Throws what the executor found (deadlock, race of a collective, …).
     void run();
