@@ -249,10 +249,16 @@ class CudaStreams(Streams):
         self.native.synchronize_event(self._last_event.cuda_event)
 
     def drain(self, timeout_s: float) -> bool:
+        # A capture that has the streams comes first. One of others goes on: the native device may be asked in it,
+        # and torch's streams may not.
+        last = None if self._is_marked else self._last_stream
+        if self.is_captured(self.comm) or (last is not None and self.is_captured(last)):
+            return False
         # Once: where a phase left no event, another attempt would wait for what the caller has queued by then.
         self.follow_last(self.comm)
         self._last_stream = self.comm
-        return _poll(self.comm_stream.query, timeout_s)
+        self.native.record_event(self._scratch, self.comm)
+        return _poll(lambda: self.native.query_event(self._scratch), timeout_s)
 
     def close(self) -> None:
         self.native.destroy_event(self._scratch)
