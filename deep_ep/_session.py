@@ -245,14 +245,6 @@ def _raise_differences(facts: Sequence[Agreed]) -> None:
             raise ValueError(f"Buffer: {field.name} must be the same on every rank, got {difference}")
 
 
-def _check_mode(request: Request, topology: Topology) -> None:
-    if topology.num_nodes > 1 and request.low_latency_mode:
-        raise Error(
-            "Buffer: low_latency_mode works within one node in this version (ranks that share memory or NVLink), "
-            f"but the group spans {topology.num_nodes}. dispatch and combine work across nodes: build a Buffer "
-            f"without low_latency_mode for them.\n{topology}")
-
-
 def find_place(streams: _streams.Streams) -> Place:
     device_id = streams.native.unique_id
     if streams.kind != "cuda":
@@ -305,6 +297,7 @@ def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
     def allocate(topology: Topology, rail: str) -> tuple[bytes, bytes]:
         request = requests[0]
         spans_nodes = topology.num_nodes > 1
+        has_low_latency = request.low_latency_mode or not spans_nodes
         warn_s = min(float(deep_ep_cpp.get_environment()["warn_s"]), request.patience_s)
         lent = deep_ep_cpp.Buffer.LEND_PART_OF_DATA if request.num_lend_bytes is None else request.num_lend_bytes
         try:
@@ -315,7 +308,7 @@ def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
                                    num_data_bytes=request.num_nvl_bytes,
                                    timeout_s=request.patience_s,
                                    warn_s=warn_s,
-                                   num_low_latency_bytes=0 if spans_nodes else request.num_rdma_bytes,
+                                   num_low_latency_bytes=request.num_rdma_bytes if has_low_latency else 0,
                                    is_shrinkable=request.enable_shrink,
                                    num_lend_bytes=lent,
                                    ranks_per_node=topology.ranks_per_node,
@@ -338,7 +331,6 @@ def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
         described = peers.all_gather_results("checking arguments and device", describe)
         _raise_differences([facts for facts, _, _ in described])
         topology = find_topology(peers.rank, [place for _, place, _ in described], described[0][0].ranks_per_node)
-        _check_mode(requests[0], topology)
         rail = choose_rail(peers, described[0][0], topology)
         handles = peers.all_gather_results("allocating the heap", lambda: allocate(topology, rail))
         step, connect = "mapping the heaps of the peers", lambda: created[0].connect([heap for heap, _ in handles])

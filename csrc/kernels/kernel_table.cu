@@ -1,6 +1,7 @@
 #include "kernels/kernel_table.h"
 
 #include "kernels/internode/internode_launchers.h"
+#include "kernels/internode/low_latency_launchers.h"
 #include "kernels/intranode/intranode_launchers.h"
 #include "kernels/layout/dispatch_layout.h"
 #include "kernels/low_latency/low_latency_launchers.h"
@@ -23,6 +24,9 @@ const KernelTable& simt_kernel_table() {
         .low_latency_dispatch = low_latency::dispatch::launch,
         .low_latency_combine = low_latency::combine::launch,
         .low_latency_clean = low_latency::clean::launch,
+        .internode_low_latency_dispatch = internode::launch_low_latency_dispatch,
+        .internode_low_latency_combine = internode::launch_low_latency_combine,
+        .internode_low_latency_clean = internode::launch_low_latency_clean,
     };
     return table;
 }

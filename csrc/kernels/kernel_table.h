@@ -20,6 +20,10 @@ struct KernelTable {
     void (*low_latency_dispatch)(const LowLatencyDispatchParams& params, dev::Stream stream);
     void (*low_latency_combine)(const LowLatencyCombineParams& params, dev::Stream stream);
     void (*low_latency_clean)(const LowLatencyCall& call, dev::Stream stream);
+    // The same across nodes.
+    void (*internode_low_latency_dispatch)(const LowLatencyDispatchParams& params, dev::Stream stream);
+    void (*internode_low_latency_combine)(const LowLatencyCombineParams& params, dev::Stream stream);
+    void (*internode_low_latency_clean)(const LowLatencyCall& call, dev::Stream stream);
 };
 
 const KernelTable& simt_kernel_table();

@@ -123,6 +123,10 @@ struct LowLatencyShares {
         const uint64_t num_shares = kNumLowLatencyBanks * (num_ranks < kLeast ? kLeast : num_ranks);
         return {data_bytes / num_shares / 128 * 128, num_ranks, ranks_per_node};
     }
+    // What may be lost by that.
+    static constexpr uint64_t rounding_bytes(uint64_t num_ranks) {
+        return kNumLowLatencyBanks * (num_ranks < kLeast ? kLeast : num_ranks) * 128;
+    }
     constexpr uint64_t num_far() const { return num_ranks - ranks_per_node; }
     constexpr uint64_t heap() const {
         return kNumLowLatencyBanks * share_bytes * (ranks_per_node < kLeast ? kLeast : ranks_per_node);

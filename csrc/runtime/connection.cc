@@ -29,8 +29,6 @@ const BufferOptions& checked(const BufferOptions& options) {
              "), got ", options.rank);
     EP_CHECK(options.num_rail_bytes >= 0 && options.num_rail_bytes % 128 == 0,
              "num_rail_bytes must be a multiple of 128, got ", options.num_rail_bytes);
-    EP_ENSURE(topology.num_nodes() == 1 || options.num_low_latency_bytes == 0,
-              "the low-latency mode does not work across nodes");
     EP_CHECK(options.num_data_bytes >= 0 && options.num_data_bytes % 128 == 0,
              "num_data_bytes must be a multiple of 128, got ", options.num_data_bytes);
     EP_CHECK(options.num_low_latency_bytes >= 0 && options.num_low_latency_bytes % 128 == 0,
@@ -66,7 +64,8 @@ Connection::Connection(std::shared_ptr<dev::Device> device, const BufferOptions&
       local_(device_, 1),
       desk_(std::make_shared<FailureDesk>(
           device_, mailbox_,
-          Surroundings{topology_, heap_.get(), plan_.control, status_.host(), engine_.get(), rail_region_.control})) {}
+          Surroundings{topology_, heap_.get(), plan_.control, status_.host(), engine_.get(), rail_region_.control,
+                       rail_region_.low_latency_control, rail_region_.has_low_latency() && options.is_shrinkable})) {}
 
 std::unique_ptr<rail::Engine> Connection::make_engine() const {
     if (topology_.num_nodes() == 1) return nullptr;
@@ -89,9 +88,12 @@ std::string Connection::rail_address() const { return engine_ == nullptr ? "" : 
 void Connection::connect_rail(const std::vector<std::string>& addresses) {
     require_usable();
     if (engine_ == nullptr) return;
+    // Low latency goes straight to any rank; see docs/protocols/low_latency_nodes.md.
     std::vector<int> peers;
-    for (int node = 0; node < topology_.num_nodes(); ++node)
-        if (node != topology_.node()) peers.push_back(topology_.rail_peer(node));
+    for (int rank = 0; rank < topology_.num_ranks; ++rank)
+        if (!topology_.is_neighbour(rank) &&
+            (rail_region_.has_low_latency() || topology_.index_of(rank) == topology_.index()))
+            peers.push_back(rank);
     engine_->connect(addresses, peers);
     is_rail_connected_ = true;
 }

@@ -2,6 +2,7 @@
 #include "kernels/nvshmem_kernels.h"
 
 #include "kernels/internode/internode_launchers.h"
+#include "kernels/internode/low_latency_launchers.h"
 #include "rail/nvshmem/border.h"
 
 namespace deep_ep::kernels {
@@ -24,6 +25,9 @@ extern "C" const void* deep_ep_nvshmem_kernels() {
         .notify = &launch<InternodeNotifyParams, &internode::notify::launch>,
         .dispatch = &launch<InternodeDispatchParams, &internode::dispatch::launch>,
         .combine = &launch<InternodeCombineParams, &internode::combine::launch>,
+        .low_latency_dispatch = &launch<LowLatencyDispatchParams, &internode::launch_low_latency_dispatch>,
+        .low_latency_combine = &launch<LowLatencyCombineParams, &internode::launch_low_latency_combine>,
+        .low_latency_clean = &launch<LowLatencyCall, &internode::launch_low_latency_clean>,
     };
     return &kernels;
 }

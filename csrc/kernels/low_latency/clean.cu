@@ -8,10 +8,14 @@
 namespace deep_ep::kernels::low_latency::clean {
 inline namespace EP_BACKEND {
 
-// The same with far ranks.
-EP_DEVICE void meet_far(Warp warp, const LowLatencyCall& call, const algo::Watch& watch, uint64_t number) {
+// Which comes before any wait.
+EP_DEVICE void tell_far_clean(Warp warp, const LowLatencyCall& call, const algo::Watch& watch, uint64_t number) {
     const FarRanks far(call, watch);
     tell_far(warp, call, far, layout::kNumLowLatencyBanks, far.cleaned(first_near(watch) + watch.heap.rank()), number);
+}
+
+EP_DEVICE void wait_for_far(Warp warp, const LowLatencyCall& call, const algo::Watch& watch, uint64_t number) {
+    const FarRanks far(call, watch);
     algo::for_each(warp, far.count(), [&](int idx) {
         const int peer = far.rank(idx);
         wait_for_peer(&call, watch, Stage::kClean, peer, far.at<const uint64_t>(far.cleaned(peer)), number, ~uint64_t{0});
@@ -39,11 +43,12 @@ struct Kernel {
         algo::publish<Order::kRelease, Scope::kSys>(
             warp, num_near, [&](int idx) { return !is_masked(call, first + idx); },
             [&](int idx) { return watch.heap.cleaned(idx, self); }, number);
+        if constexpr (kAcrossNodes) tell_far_clean(warp, call, watch, number);
         // A peer may be in its next clean already.
         algo::for_each(warp, num_near, [&](int idx) {
             wait_for_peer(&call, watch, Stage::kClean, first + idx, watch.heap.cleaned(self, idx), number, ~uint64_t{0});
         });
-        if constexpr (kAcrossNodes) meet_far(warp, call, watch, number);
+        if constexpr (kAcrossNodes) wait_for_far(warp, call, watch, number);
         if (warp.thread_rank() == 0) prim::store<Order::kRelaxed, Scope::kGpu>(num_cleans, number);
     }
 };

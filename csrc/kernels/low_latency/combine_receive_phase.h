@@ -312,12 +312,23 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
         }
     }
 
+    // A warp: the weights of a far rank, which this rank may not have asked for. Its place is used again two calls later.
+    static EP_DEVICE void see_table(Warp warp, const CallContext& c, int idx) {
+        if (idx < c.far().count() && warp.thread_rank() == 0) {
+            const int source = c.far().rank(idx);
+            wait_for_source(c.call, c.watch, Stage::kTable, source, c.table_flag(c.bank, source));
+        }
+        warp.sync();
+    }
+
     static EP_DEVICE void receive(Block block, const Params& p, const LaunchSession& launch, const EarlyLook& early) {
         const CallContext& c = launch.context;
-        for_each_unit(block, launch, num_units(p), [&](int unit, bool is_first, const auto& claim) {
+        const int num_tables = kAcrossNodes && kUsesPackets ? c.far().count() : 0;
+        for_each_unit(block, launch, num_units(p) + num_tables, [&](int unit, bool is_first, const auto& claim) {
+            const Warp warp;
+            if (kAcrossNodes && unit >= num_units(p)) return see_table(warp, c, unit - num_units(p));
             if (unit >= num_units(p)) return;
             const bool has_looked = is_first && c.phase == Phase::kReceive;
-            const Warp warp;
             const int idx = p.call.by_parts.quotient(unit);
             const EarlyLook look = has_looked ? early : EarlyLook{load_token(warp, p, c, idx), 0};
             receive_token(warp, p, c, look, p.call.by_parts.rest(unit), claim);

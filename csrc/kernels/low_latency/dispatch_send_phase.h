@@ -95,15 +95,12 @@ EP_DEVICE Head load_head(Warp warp, const Params& p, const CallContext& c, int t
 // for; `is_staged`: one did among the ranks before.
 EP_DEVICE Targets targets_of(Warp warp, const CallContext& c, int token, int rank, bool is_sent, uint32_t far_lanes,
                              bool is_staged) {
-    if constexpr (kAcrossNodes) {
-        const bool stands_for_all = !is_staged && warp.thread_rank() == __ffs(static_cast<int>(far_lanes)) - 1;
-        const bool is_written = is_sent && (!c.is_far(rank) || stands_for_all);
-        uint8_t* slot = nullptr;
-        if (is_written)
-            slot = stands_for_all ? c.far().at<uint8_t>(c.staged_slot(token)) : c.slot(rank, c.rank(), token);
-        return {__ballot_sync(kFullMask, is_written), slot};
-    }
-    return {__ballot_sync(kFullMask, is_sent), is_sent ? c.slot(rank, c.rank(), token) : nullptr};
+    const bool stands_for_all =
+        kAcrossNodes && !is_staged && warp.thread_rank() == __ffs(static_cast<int>(far_lanes)) - 1;
+    const bool is_written = is_sent && (!c.is_far(rank) || stands_for_all);
+    return {__ballot_sync(kFullMask, is_written), !is_written      ? nullptr
+                                                  : stands_for_all ? c.far().at<uint8_t>(c.staged_slot(token))
+                                                                   : c.slot(rank, c.rank(), token)};
 }
 
 // The block, after a barrier: a token that is staged, to the far ranks in `far_lanes`, a warp for each.
