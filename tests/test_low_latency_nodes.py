@@ -16,6 +16,8 @@ from test_low_latency import CASTS, uneven
 from utils import Pool, device
 from workload import ROUTINGS, Workload
 
+import deep_ep
+
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
@@ -152,10 +154,10 @@ def test_late_rank(two: Pool, late: int) -> None:
 
 
 def test_killed_rank_is_named_with_its_node(two: Pool) -> None:
-    messages = two.run(cases.killed_rank, 4, Workload((4, 6, 2, 5)), 3, dying=(3, ))
+    messages = two.run(cases.killed_rank, 4, Workload((4, 6, 2, 5)), 3, deep_ep.Error, dying=(3, ))
     assert [message is None for message in messages] == [False, False, False, True]
     assert all("rank 3" in message for message in messages[:3]), messages
-    assert any("of node 1" in message for message in messages[:2]), messages
+    assert any("rank 3 of node 1" in message for message in messages[:3]), messages
 
 
 @pytest.mark.parametrize("dies", [True, False])
