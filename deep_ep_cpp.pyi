@@ -260,7 +260,7 @@ class _LowLatencyCombineArgs(TypedDict, total=False):
     hidden: int  # int32
     wait_stats: int  # address; [R], the longest wait for each source is added, in ns; or none
     number: int  # address; on the device: what a send phase of its own leaves for the receive phase
-    uses_logfmt: bool  # bool; on the wire; see device/algo/logfmt.h
+    uses_logfmt: bool  # bool; on the wire; see device/algo/formats.h
     x: int  # address; bfloat16 [El, R * T, hidden]
     topk_idx: int  # address; [num_tokens, K]
     idx_bytes: int  # int32; 4 or 8
@@ -282,11 +282,11 @@ class Buffer:
     def __init__(self, device: Device, rank: int, num_ranks: int, *, num_data_bytes: int, timeout_s: float,
                  warn_s: float, num_low_latency_bytes: int = 0, is_shrinkable: bool = False,
                  num_lend_bytes: int = 0, ranks_per_node: int = 0, num_rail_bytes: int = 0,
-                 rail: str = "host", rail_reach: str = "") -> None:
+                 rail: str = "host", rail_reach: str = "", is_heap_on_host: bool = False) -> None:
         """Allocates the local part of the symmetric heap: control words, `num_data_bytes` of data for the
         high-throughput mode, `num_low_latency_bytes` for the low-latency mode, and `num_lend_bytes` for tensors that
         peers reach in place (with a 64th more for copies of weights). LEND_PART_OF_DATA: these are a part
-        of the data.
+        of the data. `is_heap_on_host`: in pinned host memory, for GPUs that do not reach each other.
 
         With several nodes of `ranks_per_node` (0: there is one node) also the rail window, with `num_rail_bytes` of
         data (0: as many as num_data_bytes, and 16 MiB for each other node at least). The engine `rail` carries them;

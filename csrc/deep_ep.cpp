@@ -16,7 +16,7 @@
 #include "core/env.h"
 #include "core/error.h"
 #include "core/interruption.h"
-#include "layout/intranode.h"
+#include "layout/heap.h"
 #include "rail/nvshmem/loader.h"
 #include "rail/nvshmem/versions.h"
 #include "runtime/buffer.h"
@@ -31,6 +31,9 @@ void bind_build(py::module_& m);  // build.cpp
 namespace {
 
 using runtime::Buffer;
+using runtime::HighThroughput;
+using runtime::Internode;
+using runtime::LowLatency;
 using release_gil = py::call_guard<py::gil_scoped_release>;
 
 uintptr_t number(void* handle) { return reinterpret_cast<uintptr_t>(handle); }
@@ -44,32 +47,15 @@ CudaVersions cuda_versions() {
 }
 
 void bind_errors(py::module_& m) {
-    // Subclasses are registered later, hence tried first.
-    static py::exception<Error> error(m, "Error", PyExc_RuntimeError);
-    static py::exception<CudaError> cuda_error(m, "CudaError", error.ptr());
-    static py::exception<TransportError> transport_error(m, "TransportError", error.ptr());
-    static py::exception<TimeoutError> timeout_error(m, "TimeoutError", error.ptr());
-    static py::exception<InvalidArgument> invalid_argument(m, "InvalidArgument",
-                                                           py::make_tuple(error, py::handle(PyExc_ValueError)));
-    static py::exception<InternalError> internal_error(m, "InternalError", error.ptr());
-    // Local: exceptions of other modules do not pass through the C++ runtime that is linked into this one.
-    py::register_local_exception_translator([](std::exception_ptr thrown) {
-        try {
-            if (thrown) std::rethrow_exception(thrown);
-        } catch (const InvalidArgument& e) {
-            py::set_error(invalid_argument, e.what());
-        } catch (const InternalError& e) {
-            py::set_error(internal_error, e.what());
-        } catch (const TimeoutError& e) {
-            py::set_error(timeout_error, e.what());
-        } catch (const TransportError& e) {
-            py::set_error(transport_error, e.what());
-        } catch (const CudaError& e) {
-            py::set_error(cuda_error, e.what());
-        } catch (const Error& e) {
-            py::set_error(error, e.what());
-        }
-    });
+    // Subclasses are registered later, hence tried first. Local: exceptions of other modules do not pass through the C++ runtime
+    // that is linked into this one.
+    const py::handle error = py::register_local_exception<Error>(m, "Error", PyExc_RuntimeError);
+    py::register_local_exception<CudaError>(m, "CudaError", error);
+    py::register_local_exception<TransportError>(m, "TransportError", error);
+    py::register_local_exception<TimeoutError>(m, "TimeoutError", error);
+    py::register_local_exception<InvalidArgument>(m, "InvalidArgument",
+                                                  py::make_tuple(error, py::handle(PyExc_ValueError)));
+    py::register_local_exception<InternalError>(m, "InternalError", error);
 }
 
 void bind_config(py::module_& m) {
@@ -131,33 +117,22 @@ template <class Args> const Args& read(py::handle record) {
     return *args;
 }
 
-void get_dispatch_layout(Buffer& buffer, py::handle args, uintptr_t stream) {
-    buffer.get_dispatch_layout(read<runtime::LayoutArgs>(args), pointer<void>(stream));
-}
-
-void notify_dispatch(Buffer& buffer, py::handle args, uintptr_t stream) {
-    buffer.notify_dispatch(read<runtime::NotifyArgs>(args), pointer<void>(stream));
-}
-
-void dispatch(Buffer& buffer, py::handle args, int num_sms, uintptr_t stream) {
-    buffer.dispatch(read<runtime::DispatchArgs>(args), num_sms, pointer<void>(stream));
-}
-
-void combine(Buffer& buffer, py::handle args, int num_sms, uintptr_t stream) {
-    buffer.combine(read<runtime::CombineArgs>(args), num_sms, pointer<void>(stream));
-}
-
-void internode_notify(Buffer& buffer, py::handle args, uintptr_t stream) {
-    buffer.internode().notify(read<runtime::InternodeNotifyArgs>(args), pointer<void>(stream));
-}
-
-void internode_dispatch(Buffer& buffer, py::handle args, int num_sms, uintptr_t stream) {
-    buffer.internode().dispatch(read<runtime::InternodeDispatchArgs>(args), num_sms, pointer<void>(stream));
-}
-
-void internode_combine(Buffer& buffer, py::handle args, int num_sms, uintptr_t stream) {
-    buffer.internode().combine(read<runtime::InternodeCombineArgs>(args), num_sms, pointer<void>(stream));
-}
+// How Python calls an operation of a mode: with its record, then what else it takes, handles as numbers.
+template <auto kMode, auto kOperation> struct Call;
+template <auto kMode, class Mode, class Result, class Args, class... Rest,
+          Result (Mode::*kOperation)(const Args&, Rest...)>
+struct Call<kMode, kOperation> {
+    template <class T> using Given = std::conditional_t<std::is_pointer_v<T>, uintptr_t, T>;
+    template <class T> static T native(Given<T> given) {
+        if constexpr (std::is_pointer_v<T>)
+            return reinterpret_cast<T>(given);
+        else
+            return given;
+    }
+    static Result call(Buffer& buffer, py::handle args, Given<Rest>... rest) {
+        return ((buffer.*kMode)().*kOperation)(read<Args>(args), native<Rest>(rest)...);
+    }
+};
 
 // For waits, which have released the GIL: lets a signal handler run, Ctrl-C's too, whose exception ends the wait.
 void check_signals() {
@@ -169,17 +144,9 @@ py::tuple wait_counts(Buffer& buffer) {
     runtime::RecvCounts counts;
     {
         const py::gil_scoped_release released;
-        counts = buffer.wait_counts();
+        counts = buffer.high_throughput().counts().wait();
     }
     return py::make_tuple(counts.num_tokens, std::move(counts.num_tokens_per_expert), counts.num_rail_tokens);
-}
-
-uint64_t low_latency_dispatch(Buffer& buffer, py::handle args, uint64_t ticket, uintptr_t stream) {
-    return buffer.low_latency().dispatch(read<runtime::LowLatencyDispatchArgs>(args), ticket, pointer<void>(stream));
-}
-
-uint64_t low_latency_combine(Buffer& buffer, py::handle args, uint64_t ticket, uintptr_t stream) {
-    return buffer.low_latency().combine(read<runtime::LowLatencyCombineArgs>(args), ticket, pointer<void>(stream));
 }
 
 // A capsule for torch.from_dlpack: row-major memory at `address`. `on_drop` runs when no tensor is over it any more.
@@ -225,7 +192,7 @@ std::vector<std::shared_ptr<LentMemory>> lend(Buffer& buffer, const std::vector<
                                               bool is_captured) {
     // For a graph it waits for earlier uses.
     const auto released = is_captured ? std::make_unique<py::gil_scoped_release>() : nullptr;
-    auto lent = buffer.lend(sizes, pointer<void>(stream), is_captured);
+    auto lent = buffer.high_throughput().loans().lend(sizes, pointer<void>(stream), is_captured);
     return {std::make_move_iterator(lent.begin()), std::make_move_iterator(lent.end())};
 }
 
@@ -248,7 +215,7 @@ void bind_buffer(py::module_& m) {
         .def(py::init([](std::shared_ptr<dev::Device> device, int rank, int num_ranks, int64_t num_data_bytes,
                          double timeout_s, double warn_s, int64_t num_low_latency_bytes, bool is_shrinkable,
                          int64_t num_lend_bytes, int ranks_per_node, int64_t num_rail_bytes, std::string rail,
-                         std::string rail_reach) {
+                         std::string rail_reach, bool is_heap_on_host) {
                  const Environment& env = environment();
                  return std::make_unique<Buffer>(
                      std::move(device),
@@ -262,20 +229,22 @@ void bind_buffer(py::module_& m) {
                                             num_lend_bytes,
                                             ranks_per_node,
                                             num_rail_bytes,
-                                            {std::move(rail), env.rail_interface, std::move(rail_reach)}});
+                                            {std::move(rail), env.rail_interface, std::move(rail_reach)},
+                                            is_heap_on_host ? dev::Placement::kHost : dev::Placement::kDevice});
              }),
              py::arg("device"), py::arg("rank"), py::arg("num_ranks"), py::kw_only(), py::arg("num_data_bytes"),
              py::arg("timeout_s"), py::arg("warn_s"), py::arg("num_low_latency_bytes") = 0,
              py::arg("is_shrinkable") = false, py::arg("num_lend_bytes") = 0, py::arg("ranks_per_node") = 0,
-             py::arg("num_rail_bytes") = 0, py::arg("rail") = "host", py::arg("rail_reach") = "")
+             py::arg("num_rail_bytes") = 0, py::arg("rail") = "host", py::arg("rail_reach") = "",
+             py::arg("is_heap_on_host") = false)
         .def("export_handle", [](Buffer& b) { return py::bytes(b.export_handle()); })
         .def("connect", &Buffer::connect, py::arg("handles"), release_gil())
         .def("rail_address", [](Buffer& b) { return py::bytes(b.rail_address()); })
         .def("connect_rail", &Buffer::connect_rail, py::arg("addresses"), release_gil())
-        .def_property_readonly("num_rail_bytes", &Buffer::num_rail_bytes)
+        .def_property_readonly("num_rail_bytes", [](Buffer& b) { return b.rail_region().num_data_bytes; })
         .def_property_readonly("rail_name", &Buffer::rail_name)
         .def_property_readonly("data_ptr", [](Buffer& b) { return number(b.data()); })
-        .def_property_readonly("data_bytes", &Buffer::num_data_bytes)
+        .def_property_readonly("data_bytes", [](Buffer& b) { return b.plan().num_data_bytes; })
         .def("destroy", &Buffer::destroy, py::arg("timeout_s"), release_gil())
         .def("check", &Buffer::check)
         .def_property_readonly("failure", &Buffer::failure)
@@ -287,23 +256,34 @@ void bind_buffer(py::module_& m) {
             py::arg("ticket"), py::arg("text"))
         .def("start_watching", &Buffer::start_watching)
         .def("set_warning_handler", &Buffer::set_warning_handler, py::arg("handler"))
-        .def("get_dispatch_layout", &get_dispatch_layout, py::arg("args"), py::arg("stream"))
-        .def("notify_dispatch", &notify_dispatch, py::arg("args"), py::arg("stream"))
+        .def("get_dispatch_layout", &Call<&Buffer::high_throughput, &HighThroughput::get_dispatch_layout>::call,
+             py::arg("args"), py::arg("stream"))
+        .def("notify_dispatch", &Call<&Buffer::high_throughput, &HighThroughput::notify_dispatch>::call,
+             py::arg("args"), py::arg("stream"))
         .def("wait_counts", &wait_counts)
-        .def("dispatch", &dispatch, py::arg("args"), py::arg("num_sms"), py::arg("stream"))
-        .def("combine", &combine, py::arg("args"), py::arg("num_sms"), py::arg("stream"))
-        .def("internode_notify", &internode_notify, py::arg("args"), py::arg("stream"))
-        .def("internode_dispatch", &internode_dispatch, py::arg("args"), py::arg("num_sms"), py::arg("stream"))
-        .def("internode_combine", &internode_combine, py::arg("args"), py::arg("num_sms"), py::arg("stream"))
+        .def("dispatch", &Call<&Buffer::high_throughput, &HighThroughput::dispatch>::call, py::arg("args"),
+             py::arg("num_sms"), py::arg("stream"))
+        .def("combine", &Call<&Buffer::high_throughput, &HighThroughput::combine>::call, py::arg("args"),
+             py::arg("num_sms"), py::arg("stream"))
+        .def("internode_notify", &Call<&Buffer::internode, &Internode::notify>::call, py::arg("args"),
+             py::arg("stream"))
+        .def("internode_dispatch", &Call<&Buffer::internode, &Internode::dispatch>::call, py::arg("args"),
+             py::arg("num_sms"), py::arg("stream"))
+        .def("internode_combine", &Call<&Buffer::internode, &Internode::combine>::call, py::arg("args"),
+             py::arg("num_sms"), py::arg("stream"))
         .def("lend", &lend)
         .def("note_stream",
-             [](Buffer& b, uintptr_t stream, bool is_ours) { b.note_stream(pointer<void>(stream), is_ours); })
-        .def_property_readonly("num_lend_bytes", &Buffer::num_lend_bytes)
+             [](Buffer& b, uintptr_t stream, bool is_ours) {
+                 b.high_throughput().loans().note_stream(pointer<void>(stream), is_ours);
+             })
+        .def_property_readonly("num_lend_bytes", [](Buffer& b) { return b.plan().num_lend_bytes; })
         .def_readonly_static("LEND_PART_OF_DATA", &runtime::kLendPartOfData)
         .def_readonly_static("SEND_PHASE", &runtime::kSendPhase)
         .def_readonly_static("BOTH_PHASES", &runtime::kBothPhases)
-        .def("low_latency_dispatch", &low_latency_dispatch, py::arg("args"), py::arg("ticket"), py::arg("stream"))
-        .def("low_latency_combine", &low_latency_combine, py::arg("args"), py::arg("ticket"), py::arg("stream"))
+        .def("low_latency_dispatch", &Call<&Buffer::low_latency, &LowLatency::dispatch>::call, py::arg("args"),
+             py::arg("ticket"), py::arg("stream"))
+        .def("low_latency_combine", &Call<&Buffer::low_latency, &LowLatency::combine>::call, py::arg("args"),
+             py::arg("ticket"), py::arg("stream"))
         .def("clean_low_latency",
              [](Buffer& buffer, uintptr_t stream) { buffer.low_latency().clean(pointer<void>(stream)); })
         .def_property_readonly("low_latency_data_ptr", [](Buffer& b) { return number(b.low_latency().data()); })
@@ -321,8 +301,8 @@ PYBIND11_MODULE(deep_ep_cpp, m) {
     bind_device(m);
     bind_buffer(m);
     if (!bindings::add_record_types(m.ptr())) throw py::error_already_set();
-    m.def("get_low_latency_rdma_size_hint", &runtime::LowLatency::size_hint,
-          py::arg("num_max_dispatch_tokens_per_rank"), py::arg("hidden"), py::arg("num_ranks"), py::arg("num_experts"));
+    m.def("get_low_latency_rdma_size_hint", &LowLatency::size_hint, py::arg("num_max_dispatch_tokens_per_rank"),
+          py::arg("hidden"), py::arg("num_ranks"), py::arg("num_experts"));
     m.def("make_tensor", &make_tensor);
     m.def("cuda_versions", [] {
         const CudaVersions versions = cuda_versions();
@@ -361,6 +341,7 @@ PYBIND11_MODULE(deep_ep_cpp, m) {
         variables["cpu_sms"] = env.cpu_sms;
         variables["lend_bytes"] = env.lend_bytes;
         variables["cost_model"] = env.cost_model;
+        variables["heap"] = env.heap;
         variables["rail"] = env.rail;
         variables["rail_interface"] = env.rail_interface;
         return variables;

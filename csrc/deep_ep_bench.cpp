@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bench/held_sms.h"
 #include "bench/links.h"
 #include "bindings/device.h"
 
@@ -16,10 +17,12 @@ using release_gil = py::call_guard<py::gil_scoped_release>;
 
 PYBIND11_MODULE(deep_ep_bench_cpp, m) {
     py::class_<Links>(m, "Links", "The links between the ranks of a node.")
-        .def(py::init([](int device, int rank, int num_ranks, int64_t bytes_per_peer) {
-                 return std::make_unique<Links>(make_device(device), rank, num_ranks, bytes_per_peer);
+        .def(py::init([](int device, int rank, int num_ranks, int64_t bytes_per_peer, bool is_heap_on_host) {
+                 return std::make_unique<Links>(make_device(device), rank, num_ranks, bytes_per_peer,
+                                                is_heap_on_host ? dev::Placement::kHost : dev::Placement::kDevice);
              }),
-             py::arg("device"), py::arg("rank"), py::arg("num_ranks"), py::arg("bytes_per_peer"), release_gil())
+             py::arg("device"), py::arg("rank"), py::arg("num_ranks"), py::arg("bytes_per_peer"),
+             py::arg("is_heap_on_host") = false, release_gil())
         .def("export_handle", [](const Links& links) { return py::bytes(links.export_handle()); })
         .def("connect", &Links::connect, py::arg("handles"), release_gil())
         .def(
@@ -30,6 +33,18 @@ PYBIND11_MODULE(deep_ep_bench_cpp, m) {
             py::arg("num_sms"), py::arg("stream"), release_gil())
         .def("synchronize", &Links::synchronize, release_gil())
         .def("release", &Links::release, py::arg("timeout_s"), release_gil());
+    py::class_<HeldSms>(m, "HeldSms", "SMs that somebody else has.")
+        .def(py::init([](int device) { return std::make_unique<HeldSms>(make_device(device)); }), py::arg("device"))
+        .def(
+            "hold",
+            [](HeldSms& held, int num_sms, double timeout_s, uintptr_t stream) {
+                held.hold(num_sms, timeout_s, pointer<void>(stream));
+            },
+            py::arg("num_sms"), py::arg("timeout_s"), py::arg("stream"), release_gil())
+        .def_property_readonly("num_held", &HeldSms::num_held)
+        .def_property_readonly("num_sms", &HeldSms::num_sms)
+        .def("release", &HeldSms::release)
+        .def("synchronize", &HeldSms::synchronize, release_gil());
 }
 
 }  // namespace deep_ep::bench

@@ -23,7 +23,7 @@ ROW_ALIGNMENT_BYTES = 16
 BUFFER_ALIGNMENT_BYTES = 128
 INDEX_DTYPES = (torch.int64, torch.int32)
 MAX_INT32, MAX_INT64 = 2**31 - 1, 2**63 - 1  # what the native code takes counts and bytes as
-MAX_LOCAL_EXPERTS = 1024  # of the high-throughput mode; csrc/layout/intranode.h
+MAX_LOCAL_EXPERTS = 1024  # of the high-throughput mode; csrc/layout/heap.h
 
 
 def _name_dtypes(dtypes: Sequence[torch.dtype]) -> str:

@@ -32,7 +32,7 @@ INT32 = (torch.int32, )
 INT64 = (torch.int64, )
 NUM_HANDLE_FIELDS = 5  # (src_info, layout_range, T, hidden, E): callers count on it
 
-MAX_TOKENS = 4096  # of one rank in one call; csrc/layout/low_latency.h
+MAX_TOKENS = 4096  # of one rank in one call; csrc/layout/heap.h
 MAX_EXPERTS = 16384  # csrc/kernels/params_low_latency.h
 BF16_ALIGNMENT = 8  # channels in 16 bytes
 SCALE_GROUP = 128  # channels with one FP8 scale

@@ -32,7 +32,8 @@ MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/
 NO_LIMIT = 1 << 60  # version 1 of cgroups writes a number near 2^63
 
 _MAX_LINKS = 18
-_P2P_NVLINK = 2  # NVML_P2P_CAPS_INDEX_NVLINK
+_P2P_READ, _P2P_NVLINK = 0, 2  # NVML_P2P_CAPS_INDEX_*
+_P2P_OK, _P2P_UNKNOWN = 0, 6  # NVML_P2P_STATUS_*
 _TEXT_BYTES = 96
 _FABRIC_STATES = ("not supported", "not started", "in progress", "completed")  # NVML_GPU_FABRIC_STATE_*
 
@@ -90,10 +91,23 @@ class Nvml:
     def num_active_links(self, device: ctypes.c_void_p) -> int:
         return sum(self._is_link_active(device, link) for link in range(_MAX_LINKS))
 
+    def uuid(self, device: ctypes.c_void_p) -> str:
+        """GPU-xxxxxxxx-xxxx-..."""
+        text = ctypes.create_string_buffer(_TEXT_BYTES)
+        self._call("nvmlDeviceGetUUID", device, text, _TEXT_BYTES)
+        return text.value.decode()
+
     def joined_by_nvlink(self, first: ctypes.c_void_p, second: ctypes.c_void_p) -> bool:
+        return self._p2p_status(first, second, _P2P_NVLINK) == _P2P_OK
+
+    def is_cut_off(self, first: ctypes.c_void_p, second: ctypes.c_void_p) -> bool:
+        """Whether the driver says that the one cannot read the other's memory."""
+        return self._p2p_status(first, second, _P2P_READ) not in (_P2P_OK, _P2P_UNKNOWN)
+
+    def _p2p_status(self, first: ctypes.c_void_p, second: ctypes.c_void_p, capability: int) -> int:
         status = ctypes.c_int()
-        self._call("nvmlDeviceGetP2PStatus", first, second, ctypes.c_int(_P2P_NVLINK), ctypes.byref(status))
-        return status.value == 0
+        self._call("nvmlDeviceGetP2PStatus", first, second, ctypes.c_int(capability), ctypes.byref(status))
+        return status.value
 
     def fabric_state(self, device: ctypes.c_void_p) -> Optional[str]:
         """Whether NVSwitch knows the GPU: one of `_FABRIC_STATES`, or None where there is nothing to ask."""
@@ -147,6 +161,18 @@ def nvlink(nvml: Nvml) -> Links:
     joined = tuple(
         tuple(first is second or nvml.joined_by_nvlink(first, second) for second in devices) for first in devices)
     return Links(tuple(nvml.num_active_links(device) for device in devices), joined)
+
+
+def gpus_cut_off_from(uuid: str) -> frozenset[str]:
+    """The GPUs of this machine, by UUID, whose memory the driver says that GPU cannot read; also hidden ones."""
+    try:
+        with Nvml() as nvml:
+            devices = {nvml.uuid(device): device for device in nvml.devices()}
+            own = devices.pop(uuid, None)
+            return frozenset(other for other, device in devices.items()
+                             if own is not None and nvml.is_cut_off(own, device))
+    except (OSError, NvmlError):
+        return frozenset()
 
 
 def driver_version() -> Optional[str]:

@@ -2,9 +2,11 @@
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 from deep_ep import _nvshmem
+from deep_ep._topology import Place
 from deep_ep_cpp import Error, InvalidArgument
 
 logger = logging.getLogger("deep_ep")
@@ -24,6 +26,15 @@ def obstacle(requested: str, device_kind: str) -> str:
     return ""
 
 
+def sharing_obstacle(places: Sequence[Place]) -> str:
+    """Why no rank of the group can use the engine nvshmem, where ranks share GPUs; empty: they may."""
+    sharing = Counter((place.host, place.device) for place in places)
+    if len(set(sharing.values())) <= 1:
+        return ""
+    counts = sorted(set(sharing.values()))
+    return f"NVSHMEM never begins where GPUs have different numbers of ranks, here {counts[0]} to {counts[-1]}"
+
+
 def choose(requested: str, obstacles: Sequence[str]) -> tuple[str, str]:
     """The engine, and why. `requested`: DEEP_EP_RAIL; `obstacles`: by rank.
 
@@ -41,6 +52,12 @@ def choose(requested: str, obstacles: Sequence[str]) -> tuple[str, str]:
         raise Error(
             f"DEEP_EP_RAIL=nvshmem: not possible on {len(hindered)} of {len(obstacles)} ranks; rank {rank}: {text}")
     return "host", f"nvshmem is not possible on {len(hindered)} of {len(obstacles)} ranks; rank {rank}: {text}"
+
+
+def can_do_without(engine: str, requested: str, gather_errors: Callable[[], list[str]]) -> bool:
+    """Whether ranks that could not build a Buffer over `engine` are to try another. Collective, where nobody asked for
+    it: a rank fails for a reason of its own, or for that of another."""
+    return engine == "nvshmem" and not requested and all("NVSHMEM" in error for error in gather_errors())
 
 
 @functools.cache

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Callable, Optional, TypeVar
 import torch
 
 import deep_ep_cpp
-from deep_ep import _rail, _streams
+from deep_ep import _heap, _rail, _streams
 from deep_ep._checks import BUFFER_ALIGNMENT_BYTES, MAX_INT64, check_int, check_positive
 from deep_ep._env import __version__, is_capturing, master_address
 from deep_ep._memory import EmptyTensors, Lender
 from deep_ep._peers import CallCheck, Peers, describe_differences
-from deep_ep._topology import Place, Topology, find_topology, this_place, unreachable_gpus
+from deep_ep._topology import Place, Topology, find_topology, place_of
 from deep_ep_cpp import Error
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class Agreed:
     topk_idx_bits: int
     check_calls: bool
     rail: str  # DEEP_EP_RAIL
+    heap: str  # DEEP_EP_HEAP
     deep_ep_version: str = __version__
 
 
@@ -68,6 +69,12 @@ class Request:
         """How long a wait for a peer may take."""
         given_s = deep_ep_cpp.get_environment()["timeout_s"] if self.timeout_s is None else self.timeout_s
         return min(float(given_s), FOREVER_S)
+
+    def with_heap(self, heap: str) -> "Request":
+        """Of what lies on the host nothing is lent unless the caller wants it: whoever computes with lent rows would
+        read them at the rate of PCIe, each time."""
+        is_open = heap == _heap.HOST and self.num_lend_bytes is None
+        return dataclasses.replace(self, num_lend_bytes=0) if is_open else self
 
     def lends(self, num_ranks: int) -> bool:
         lent = self.num_lend_bytes
@@ -91,7 +98,7 @@ class Request:
 class Session:
     """What a constructed Buffer stands on."""
 
-    def __init__(self, runtime: deep_ep_cpp.Buffer, streams: _streams.Streams, topology: Topology, rank: int,
+    def __init__(self, runtime: deep_ep_cpp.Buffer, streams: _streams.Streams, topology: Topology, heap: str, rank: int,
                  num_ranks: int, cost_model: Optional["CostModel"], on_failure: Optional[Callable[[str], Any]]) -> None:
         self.runtime = runtime
         self._on_failure = on_failure
@@ -100,6 +107,7 @@ class Session:
         # One rank has nobody to lend to.
         self.lender = Lender(runtime, streams) if runtime.num_lend_bytes > 0 and num_ranks > 1 else None
         self.topology = topology
+        self.heap = heap  # _heap.DEVICE or HOST
         self.rank = rank
         self.num_ranks = num_ranks
         self.cost_model = cost_model
@@ -246,10 +254,7 @@ def _raise_differences(facts: Sequence[Agreed]) -> None:
 
 
 def find_place(streams: _streams.Streams) -> Place:
-    device_id = streams.native.unique_id
-    if streams.kind != "cuda":
-        return this_place(device_id)
-    return this_place(device_id, unreachable_gpus(streams.device.index, device_id))
+    return place_of(streams.native, streams.device.index if streams.kind == "cuda" else None)
 
 
 def find_cost_model(peers: Peers, request: Request, streams: _streams.Streams) -> Optional["CostModel"]:
@@ -265,85 +270,135 @@ def choose_rail(peers: Peers, agreed: Agreed, topology: Topology) -> str:
     """Collective, where there are several nodes: the engine between them."""
     if topology.num_nodes == 1:
         return "host"  # is not made
-    obstacles = peers.all_gather_results("looking for the engine between nodes",
-                                         lambda: _rail.obstacle(agreed.rail, agreed.device_kind))
+    obstacles = peers.all_gather_results(
+        "looking for the engine between nodes",
+        lambda: _rail.obstacle(agreed.rail, agreed.device_kind) or _rail.sharing_obstacle(topology.places))
     engine, reason = _rail.choose(agreed.rail, obstacles)
     if peers.rank == 0:
         _rail.tell(engine, reason, agreed.device_kind)
     return engine
 
 
-def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
-    """Collective: allocates and connects the heaps of all ranks. `prepare` may fail on one of them."""
-    requests: list[Request] = []
-    opened: list[_streams.Streams] = []
-    created: list[deep_ep_cpp.Buffer] = []
-    sessions: list[Session] = []
+def choose_heap(peers: Peers, agreed: Agreed, topology: Topology) -> str:
+    """The same on every rank."""
+    heap, reason = _heap.choose(agreed.heap, topology, agreed.device_kind)
+    if peers.rank == 0:
+        _heap.tell(heap, reason)
+    return heap
 
-    def describe() -> tuple[Agreed, Place, Optional["CostModel"]]:
+
+class _Construction:
+    """A Buffer while its ranks build it, all in the same steps."""
+
+    def __init__(self, peers: Peers, prepare: Callable[[], Request]) -> None:
+        self._peers, self._prepare = peers, prepare
+        # At most one of each: what there is so far.
+        self._requests: list[Request] = []
+        self._opened: list[_streams.Streams] = []
+        self._created: list[deep_ep_cpp.Buffer] = []
+        self._sessions: list[Session] = []
+
+    def build(self) -> Session:
+        try:
+            return self._build()
+        except BaseException:
+            self._discard()
+            for streams in self._opened:
+                streams.close()
+            raise
+
+    def _build(self) -> Session:
+        peers = self._peers
+        described = peers.all_gather_results("checking arguments and device", self._describe)
+        _raise_differences([facts for facts, _, _ in described])
+        agreed, _, cost_model = described[0]
+        topology = find_topology(peers.rank, [place for _, place, _ in described], agreed.ranks_per_node, agreed.heap)
+        heap = choose_heap(peers, agreed, topology)
+        rail = choose_rail(peers, agreed, topology)
+        cost_model = None if heap == _heap.HOST else cost_model  # models are of heaps in GPU memory
+        try:
+            self._open(topology, rail, heap, cost_model)
+        except Exception as error:
+            text = str(error)
+            if not _rail.can_do_without(rail, agreed.rail, lambda: peers.all_gather(text)):
+                raise
+            self._discard()
+            if peers.rank == 0:
+                _rail.tell("host", f"nvshmem does not begin: {text}", agreed.device_kind)
+            self._open(topology, "host", heap, cost_model)
+        session = self._sessions[0]
+        if agreed.check_calls and peers.size > 1:
+            session.call_check = CallCheck(peers.open_exchange(), self._requests[0].patience_s)
+        return session
+
+    def _open(self, topology: Topology, rail: str, heap: str, cost_model: Optional["CostModel"]) -> None:
+        peers, created = self._peers, self._created
+        handles = peers.all_gather_results("allocating the heap", lambda: self._allocate(topology, rail, heap))
+        step, connect = "mapping the heaps of the peers", lambda: created[0].connect([heap for heap, _ in handles])
+        if topology.num_nodes > 1:  # in two steps: nobody is to wait for a rank that cannot map a heap
+            peers.all_gather_results(step, connect)
+            step, connect = "connecting the nodes", lambda: created[0].connect_rail([rail for _, rail in handles])
+        peers.all_gather_results(step, lambda: self._begin(connect, topology, heap, cost_model))
+
+    def _describe(self) -> tuple[Agreed, Place, Optional["CostModel"]]:
         if is_capturing():
             raise Error("Buffer: it allocates and talks to its peers, so build it before the CUDA graph capture begins")
         environment = deep_ep_cpp.get_environment()
-        request = prepare()
+        request = self._prepare()
         request.check()
-        requests.append(request)
+        self._requests.append(request)
         release_lingering()
-        opened.append(_streams.open_streams())
+        streams = _streams.open_streams()
+        self._opened.append(streams)
         facts = Agreed(request.num_nvl_bytes, request.num_rdma_bytes, request.num_lend_bytes, request.low_latency_mode,
-                       request.enable_shrink, opened[0].kind, int(environment["ranks_per_node"]),
-                       deep_ep_cpp.topk_idx_bits(), bool(environment["check_calls"]), str(environment["rail"]))
-        return facts, find_place(opened[0]), find_cost_model(peers, request, opened[0])
+                       request.enable_shrink, streams.kind, int(environment["ranks_per_node"]),
+                       deep_ep_cpp.topk_idx_bits(), bool(environment["check_calls"]), str(environment["rail"]),
+                       str(environment["heap"]))
+        return facts, find_place(streams), find_cost_model(self._peers, request, streams)
 
-    def allocate(topology: Topology, rail: str) -> tuple[bytes, bytes]:
-        request = requests[0]
+    def _allocate(self, topology: Topology, rail: str, heap: str) -> tuple[bytes, bytes]:
+        peers, request = self._peers, self._requests[0].with_heap(heap)
         spans_nodes = topology.num_nodes > 1
         has_low_latency = request.low_latency_mode or not spans_nodes
         warn_s = min(float(deep_ep_cpp.get_environment()["warn_s"]), request.patience_s)
         lent = deep_ep_cpp.Buffer.LEND_PART_OF_DATA if request.num_lend_bytes is None else request.num_lend_bytes
         try:
-            created.append(
-                deep_ep_cpp.Buffer(opened[0].native,
-                                   peers.rank,
-                                   peers.size,
-                                   num_data_bytes=request.num_nvl_bytes,
-                                   timeout_s=request.patience_s,
-                                   warn_s=warn_s,
-                                   num_low_latency_bytes=request.num_rdma_bytes if has_low_latency else 0,
-                                   is_shrinkable=request.enable_shrink,
-                                   num_lend_bytes=lent,
-                                   ranks_per_node=topology.ranks_per_node,
-                                   num_rail_bytes=request.num_rdma_bytes if spans_nodes else 0,
-                                   rail=rail,
-                                   rail_reach=master_address()))
+            runtime = deep_ep_cpp.Buffer(self._opened[0].native,
+                                         peers.rank,
+                                         peers.size,
+                                         num_data_bytes=request.num_nvl_bytes,
+                                         timeout_s=request.patience_s,
+                                         warn_s=warn_s,
+                                         num_low_latency_bytes=request.num_rdma_bytes if has_low_latency else 0,
+                                         is_shrinkable=request.enable_shrink,
+                                         num_lend_bytes=lent,
+                                         ranks_per_node=topology.ranks_per_node,
+                                         num_rail_bytes=request.num_rdma_bytes if spans_nodes else 0,
+                                         rail=rail,
+                                         rail_reach=master_address(),
+                                         is_heap_on_host=heap == _heap.HOST)
         except Error as error:
             raise type(error)(f"Buffer: {error}; asked for num_nvl_bytes={request.num_nvl_bytes}, num_rdma_bytes="
                               f"{request.num_rdma_bytes}, num_lend_bytes={request.num_lend_bytes}") from error
-        created[0].set_warning_handler(logger.warning)
-        return created[0].export_handle(), created[0].rail_address()
+        self._created.append(runtime)
+        runtime.set_warning_handler(logger.warning)
+        return runtime.export_handle(), runtime.rail_address()
 
-    def begin(connect: Callable[[], None], topology: Topology, cost_model: Optional["CostModel"]) -> None:
+    def _begin(self, connect: Callable[[], None], topology: Topology, heap: str,
+               cost_model: Optional["CostModel"]) -> None:
         connect()
-        session = Session(created[0], opened[0], topology, peers.rank, peers.size, cost_model, requests[0].on_failure)
-        created[0].start_watching()
-        sessions.append(session)
+        runtime, streams, peers = self._created[0], self._opened[0], self._peers
+        self._sessions.append(
+            Session(runtime, streams, topology, heap, peers.rank, peers.size, cost_model, self._requests[0].on_failure))
+        runtime.start_watching()
 
-    try:
-        described = peers.all_gather_results("checking arguments and device", describe)
-        _raise_differences([facts for facts, _, _ in described])
-        topology = find_topology(peers.rank, [place for _, place, _ in described], described[0][0].ranks_per_node)
-        rail = choose_rail(peers, described[0][0], topology)
-        handles = peers.all_gather_results("allocating the heap", lambda: allocate(topology, rail))
-        step, connect = "mapping the heaps of the peers", lambda: created[0].connect([heap for heap, _ in handles])
-        if topology.num_nodes > 1:  # in two steps: nobody is to wait for a rank that cannot map a heap
-            peers.all_gather_results(step, connect)
-            step, connect = "connecting the nodes", lambda: created[0].connect_rail([rail for _, rail in handles])
-        peers.all_gather_results(step, lambda: begin(connect, topology, described[0][2]))
-    except BaseException:
-        for runtime in created:
+    def _discard(self) -> None:
+        for runtime in self._created:
             runtime.destroy(0.0)
-        for streams in opened:
-            streams.close()
-        raise
-    if described[0][0].check_calls and peers.size > 1:
-        sessions[0].call_check = CallCheck(peers.open_exchange(), requests[0].patience_s)
-    return sessions[0]
+        self._created.clear()
+        self._sessions.clear()
+
+
+def build_session(peers: Peers, prepare: Callable[[], Request]) -> Session:
+    """Collective: allocates and connects the heaps of all ranks. `prepare` may fail on one of them."""
+    return _Construction(peers, prepare).build()

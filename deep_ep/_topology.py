@@ -1,13 +1,18 @@
 """Which ranks share a node, found from what every rank says about its machine. The one place that decides it."""
 
+import functools
+import itertools
 import platform
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 import torch
 
+import deep_ep_cpp
+from deep_ep import _probes
 from deep_ep_cpp import Error
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -23,10 +28,9 @@ class Place:
     is_guess: bool = False  # the identity is only a name, since the kernel does not tell its own
     unreachable: frozenset[str] = frozenset()  # devices of the host whose memory this rank's device cannot reach
 
-    def reaches(self, other: "Place") -> bool:
-        """By load and store, as far as both can tell."""
-        is_cut = other.device in self.unreachable or self.device in other.unreachable
-        return self.host == other.host and not is_cut
+    def is_cut_from(self, other: "Place") -> bool:
+        """Whether one device does not reach the memory of the other by load and store, as far as both can tell."""
+        return other.device in self.unreachable or self.device in other.unreachable
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,11 @@ class Topology:
         """The ranks with this rank's index in the other nodes."""
         return tuple(node[self.index] for node in self.nodes if node[self.index] != self.rank)
 
+    def first_cut(self) -> Optional[tuple[int, int]]:
+        """Two ranks of one node whose devices do not reach each other's memory; None: there are none."""
+        pairs = (pair for node in self.nodes for pair in itertools.combinations(node, 2))
+        return next(((i, j) for i, j in pairs if self.places[i].is_cut_from(self.places[j])), None)
+
     def __str__(self) -> str:
         lines = [f"{self.num_ranks} ranks on {self.num_nodes} node(s), {self.origin}"]
         for node in self.nodes:
@@ -90,16 +99,28 @@ def this_place(device_id: str, unreachable: frozenset[str] = frozenset()) -> Pla
         return Place(f"{host_name}/{platform.machine()}", host_name, device_id, is_guess=True, unreachable=unreachable)
 
 
-def unreachable_gpus(index: int, device_id: str) -> frozenset[str]:
-    """The GPUs that this process sees and GPU `index` cannot reach, by the identity that `device_id` is one of.
+def place_of(native: deep_ep_cpp.Device, cuda_index: Optional[int]) -> Place:
+    """Of a rank on that device; None: the CPU."""
+    device_id = native.unique_id
+    return this_place(device_id, frozenset() if cuda_index is None else unreachable_gpus(cuda_index, device_id))
 
-    Empty also where that cannot be told: then mapping the memory of a peer fails, and says why.
+
+def unreachable_gpus(index: int, device_id: str) -> frozenset[str]:
+    """The GPUs of this machine that GPU `index` cannot reach, by the identity that `device_id` is one of.
+
+    CUDA knows those that this process sees, the driver's management library the others (CUDA_VISIBLE_DEVICES). Empty
+    also where that cannot be told: then mapping the memory of a peer fails, and says why.
     """
     identities = {other: _identity(other) for other in range(torch.cuda.device_count())}
     if identities.get(index) != device_id:
         return frozenset()
-    return frozenset(identity for other, identity in identities.items()
-                     if other != index and not torch.cuda.can_device_access_peer(index, other))
+    seen = frozenset(identities.values())
+    cut = frozenset(identity for other, identity in identities.items()
+                    if other != index and not torch.cuda.can_device_access_peer(index, other))
+    return cut | (_cut_off_from(device_id) - seen)
+
+
+_cut_off_from = functools.cache(_probes.gpus_cut_off_from)
 
 
 def places_of_this_machine() -> list[Place]:
@@ -114,8 +135,10 @@ def _identity(index: int) -> str:
     return f"GPU-{getattr(torch.cuda.get_device_properties(index), 'uuid', 'unknown')}"
 
 
-def find_topology(rank: int, places: Sequence[Place], ranks_per_node: int = 0) -> Topology:
-    """Groups ranks by host and reachable memory, or in runs of `ranks_per_node` when that is positive (virtual nodes).
+def find_topology(rank: int, places: Sequence[Place], ranks_per_node: int = 0, heap: str = "") -> Topology:
+    """Groups ranks by host, or in runs of `ranks_per_node` when that is positive (virtual nodes).
+
+    `heap`: DEEP_EP_HEAP. With "device" the ranks of a host whose devices do not reach each other are several nodes.
 
     Raises ValueError when that does not divide the ranks, and Error, naming ranks, when nodes are unequal or have ranks
     that do not follow each other.
@@ -126,17 +149,19 @@ def find_topology(rank: int, places: Sequence[Place], ranks_per_node: int = 0) -
             raise ValueError(f"Buffer: DEEP_EP_RANKS_PER_NODE must divide the {len(places)} ranks of the group, got "
                              f"{ranks_per_node}")
         return Topology(rank, size, tuple(places), "DEEP_EP_RANKS_PER_NODE")
-    nodes = _find_nodes(places)
+    is_by_reach = heap == "device"
+    nodes = _find_nodes(places, is_by_reach)
     _check_nodes(nodes, places)
-    return Topology(rank, len(nodes[0]), tuple(places), _describe_origin(places))
+    return Topology(rank, len(nodes[0]), tuple(places), _describe_origin(places, is_by_reach))
 
 
-def _find_nodes(places: Sequence[Place]) -> list[list[int]]:
-    """Each rank joins the first node whose ranks all reach it."""
+def _find_nodes(places: Sequence[Place], is_by_reach: bool) -> list[list[int]]:
+    """Each rank joins the first node that is on its host and, if that is asked for, reaches it as a whole."""
     nodes: list[list[int]] = []
     for rank, place in enumerate(places):
         for node in nodes:
-            if all(places[other].reaches(place) for other in node):
+            is_cut = is_by_reach and any(places[other].is_cut_from(place) for other in node)
+            if places[node[0]].host == place.host and not is_cut:
                 node.append(rank)
                 break
         else:
@@ -154,10 +179,10 @@ def _check_nodes(nodes: Sequence[Sequence[int]], places: Sequence[Place]) -> Non
             f"got {named}")
 
 
-def _describe_origin(places: Sequence[Place]) -> str:
+def _describe_origin(places: Sequence[Place], is_by_reach: bool) -> str:
     if any(place.is_guess for place in places):
         return f"told apart by host name, because {BOOT_ID} cannot be read on every rank"
-    if any(place.unreachable for place in places):
+    if is_by_reach and any(place.unreachable for place in places):
         return f"found from {BOOT_ID}, and from which GPUs reach each other's memory"
     return f"found from {BOOT_ID}"
 

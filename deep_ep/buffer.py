@@ -17,7 +17,7 @@ import torch.distributed as dist
 from typing_extensions import Self
 
 import deep_ep_cpp
-from deep_ep import _checks, _env, _high_throughput, _low_latency
+from deep_ep import _checks, _env, _heap, _high_throughput, _low_latency
 from deep_ep._dispatch import Payload
 from deep_ep._memory import view_memory
 from deep_ep._peers import Peers
@@ -124,7 +124,8 @@ class Buffer:
         allow_mnnvl, use_fabric: permissions, of which this version makes no use; never a reason to fail.
         enable_shrink: low-latency calls go on without a peer that does not come in time, and mask it.
         num_lend_bytes: bytes for tensors that the peers write or read in place, a multiple of 128, beside
-            num_nvl_bytes; 0: nothing is lent. None: DEEP_EP_LEND_BYTES, or else a part of num_nvl_bytes. With room for
+            num_nvl_bytes; 0: nothing is lent. None: DEEP_EP_LEND_BYTES, or else a part of num_nvl_bytes (nothing where
+            the heap is in host memory, see DEEP_EP_HEAP). With room for
             it, outputs of `dispatch` and inputs of `combine` from `lend` need no slots and no second copy, hence fewer
             SMs; see docs/api.md, "Lending".
         timeout_s: seconds after which a wait for a peer gives up (None: DEEP_EP_TIMEOUT_SECS, see docs/errors.md).
@@ -190,11 +191,12 @@ class Buffer:
             return f"<Buffer of rank {self.rank} of {self.group_size}, destroyed>"
         topology, runtime = session.topology, session.runtime
         rail = f", rail: {runtime.rail_name}, {runtime.num_rail_bytes} bytes" if topology.num_nodes > 1 else ""
+        heap = ", heap in host memory" if session.heap == _heap.HOST else ""
         return (
             f"<Buffer of rank {self.rank} of {self.group_size} on {session.streams.device}, node {topology.node} of "
-            f"{topology.num_nodes} with {topology.ranks_per_node} rank(s){rail}, num_nvl_bytes={self.num_nvl_bytes}, "
-            f"num_rdma_bytes={self.num_rdma_bytes}, num_lend_bytes={self.num_lend_bytes}, "
-            f"low_latency_mode={self.low_latency_mode}>")
+            f"{topology.num_nodes} with {topology.ranks_per_node} rank(s){rail}{heap}, "
+            f"num_nvl_bytes={self.num_nvl_bytes}, num_rdma_bytes={self.num_rdma_bytes}, "
+            f"num_lend_bytes={self.num_lend_bytes}, low_latency_mode={self.low_latency_mode}>")
 
     def __enter__(self) -> Self:
         return self

@@ -215,10 +215,13 @@ def calibrate(report: dict[str, Any], to: Optional[Path]) -> tuple[Path, str, Co
     """Fits and stores; returns the file, the way of receiving that was measured, and the model."""
     if report.get("benchmark") != "intranode":
         raise InvalidArgument(f"expected figures of the intranode benchmark, got {report.get('benchmark')!r}")
+    environment = report.get("environment", {})
+    if environment.get("DEEP_EP_HEAP") == "host":
+        raise InvalidArgument("these figures are of a heap in host memory (DEEP_EP_HEAP=host), which no model is for")
     num_ranks, rows = report["num_ranks"], report["rows"]
     link = 0.0 if report["ranks_as_threads"] else max((row["ceiling_gb_per_s"] for row in rows), default=0.0)
     costs = {operation: fit(samples_of(rows, operation, num_ranks), link) for operation in OPERATIONS}
-    way = "slots" if report.get("environment", {}).get("DEEP_EP_LEND_BYTES", "0") == "0" else "lent"
+    way = "slots" if environment.get("DEEP_EP_LEND_BYTES", "0") == "0" else "lent"
     path = to or default_path(report["machine"].get("gpu", ""), num_ranks)
     if path is None:
         raise InvalidArgument("this user has no home folder to store it in: set XDG_CACHE_HOME, or give --to")

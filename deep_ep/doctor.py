@@ -188,8 +188,10 @@ def check_peer_access(torch: Any) -> list[Finding]:
     ]
     if cut:
         return [
-            Finding("broken", "peer access", f"these GPUs do not reach each other's memory: {', '.join(cut)}",
-                    "use GPUs that NVLink or PCIe peer-to-peer joins (nvidia-smi topo -p2p r), or one of each group")
+            Finding(
+                "note", "peer access", f"these GPUs do not reach each other's memory: {', '.join(cut)}; ranks on them "
+                "share host memory, at the rate of PCIe",
+                "use GPUs that NVLink or PCIe peer-to-peer joins (nvidia-smi topo -p2p r), or one of each group")
         ]
     return [Finding("ok", "peer access", "every GPU reaches every other" if count > 1 else "one GPU, no peers")]
 
@@ -257,7 +259,10 @@ def check_container() -> list[Finding]:
                     ", ".join(names) + ": ranks in several containers must share ipc and pid (docker: --ipc, --pid)"))
     limit = probes.memory_limit()
     if limit is not None:
-        found.append(Finding("ok", "memory limit", f"{limit / GIB:.1f} GiB for this container or control group"))
+        found.append(
+            Finding(
+                "ok", "memory limit", f"{limit / GIB:.1f} GiB for this container or control group "
+                "(Buffers on the CPU count, and heaps in host memory)"))
     return found
 
 
@@ -270,7 +275,7 @@ def check_limits() -> list[Finding]:
         _check_shm(),
         Finding(
             "ok", "memlock", "unlimited" if memlock is None else
-            f"{memlock / (1 << 20):.1f} MiB (calls inside a node pin nothing; RDMA wants: ulimit -l unlimited)"),
+            f"{memlock / (1 << 20):.1f} MiB (the driver pins host memory without it; RDMA wants: ulimit -l unlimited)"),
         Finding(
             "ok", "seccomp", f"{filters}; ptrace scope {'not there' if scope is None else scope}: deep_ep needs "
             "memfd_create and /proc/PID/fd of the same user, and no ptrace")
@@ -291,22 +296,46 @@ def _check_shm() -> Finding:
     return Finding("ok", SHM_SUBJECT, f"{size / GIB:.1f} GiB (deep_ep keeps 8 KiB for each rank there)")
 
 
+def _find_heap(requested: str, topology: Any) -> Finding:
+    """The way of bytes within a node."""
+    device_kind, _ = importlib.import_module("deep_ep._env").device_choice()
+    module = importlib.import_module("deep_ep._heap")
+    placement, reason = module.choose(requested, topology, device_kind)
+    if device_kind != "cuda":
+        return Finding("ok", "heap", f"host memory: {reason}")
+    if placement == module.HOST:
+        return Finding("note", "heap", f"host memory, which every GPU reaches over PCIe: {reason}")
+    return Finding("ok", "heap", f"GPU memory, over {_name_links(topology.ranks_per_node)}: {reason}")
+
+
+def _name_links(num_gpus: int) -> str:
+    """What joins the GPUs of a node that reach each other's memory."""
+    if num_gpus == 1:
+        return "nothing, as a node has one GPU"
+    try:
+        with probes.Nvml() as nvml:
+            return "NVLink" if probes.nvlink(nvml).is_complete else "NVLink where there is one, else PCIe peer access"
+    except (OSError, probes.NvmlError):
+        return "NVLink or PCIe peer access"
+
+
 def check_topology(native: Any) -> list[Finding]:
     """The nodes of a group with a rank on each GPU of this machine, and what could join it to others."""
     module = importlib.import_module("deep_ep._topology")
     environment = native.get_environment()
     ranks_per_node = int(environment["ranks_per_node"])
     try:
-        topology = module.find_topology(0, module.places_of_this_machine(), ranks_per_node)
+        topology = module.find_topology(0, module.places_of_this_machine(), ranks_per_node, environment["heap"])
     except (ValueError, RuntimeError) as error:
         return [Finding("note", "topology", f"a rank on each GPU of this machine would be refused: {error}")]
+    rail = f"the engine '{environment['rail']}'" if environment["rail"] else "'nvshmem' where it is built, else 'host'"
     interface = environment["rail_interface"] or "the interface that reaches MASTER_ADDR"
     channels = probes.num_imex_channels()
     fabric = f"{channels} IMEX channel(s)" if channels else "no IMEX channel"
     return [
         Finding("ok", "topology", f"a rank on each GPU of this machine: {topology}"),
-        Finding("ok", "rail", f"between nodes the engine '{environment['rail']}' carries rows; it listens on "
-                f"{interface}"),
+        _find_heap(environment["heap"], topology),
+        Finding("ok", "rail", f"between nodes {rail} carries rows; 'host' listens on {interface}"),
         Finding("ok", "multi-node NVLink", f"{fabric}; this version does not use it")
     ]
 

@@ -43,11 +43,14 @@ def equal(name: str, got: object, want: object) -> None:
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """torch.empty gives NaN and the largest integers: an output that was not written shows."""
-    was_on = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    """torch.empty gives NaN and the largest integers: an output that was not written shows.
+
+    torch.use_deterministic_algorithms would import all of torch's compiler first: a second and a half in each process.
+    """
+    mode_before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("error")
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(was_on)
+        torch.set_deterministic_debug_mode(mode_before)

@@ -9,7 +9,7 @@ import pytest
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS))
 
-from rail_group import Namespaces  # noqa: E402 - needs the path above
+from namespaces import Namespaces  # noqa: E402 - needs the path above
 from utils import Pool  # noqa: E402 - the same
 
 

@@ -2,17 +2,16 @@
 
 import os
 import time
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from compare import equal, same_bits
-from failure_cases import SHORT_TIMEOUT_S, failure_of, impatient_buffer, settle
+from failure_cases import failure_of, settle
 from lending_cases import LEND_BYTES
 from pending_call import How, PendingCall, dispatch_arguments
 from utils import Worker
 from workload import Workload
 
-import deep_ep
 from deep_ep import Config
 
 NUM_BANKS = 2
@@ -117,25 +116,6 @@ def as_v1_is_tested(worker: Worker, num_tokens: int, hidden: int, num_experts: i
     error = (combined.float() / copies - x.float()).abs().max().item()
     assert error <= 0.01 * x.float().abs().max().item(), error
     same_bits("combined weights", combined_weights, topk_weights)
-
-
-def absent_in_another_node(worker: Worker, work: Workload, absent: int, step: str) -> Optional[str]:
-    """One rank never enters: every rank of every node gets a sentence in time; a new Buffer works."""
-    buffer = impatient_buffer(worker)
-    pending = PendingCall(worker, buffer, work, How(settles=True)).layout()
-    if step == "combine":
-        pending.dispatch()
-    message = None
-    if worker.rank != absent:
-        started = time.monotonic()
-        message = failure_of(getattr(pending, step), deep_ep.TimeoutError)
-        assert time.monotonic() - started < 10 * SHORT_TIMEOUT_S
-        equal("the sentence of a later failure", failure_of(buffer.check, deep_ep.TimeoutError), message)
-    worker.barrier()
-    buffer.destroy()
-    with worker.new_buffer() as fresh:
-        PendingCall(worker, fresh, work).whole_trip()
-    return message
 
 
 def killed_in_another_node(worker: Worker, work: Workload, victim: int) -> tuple[str, float]:

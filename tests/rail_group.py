@@ -1,10 +1,8 @@
-"""Processes that are joined by an engine alone (tests/cpp/rail/process), perhaps in network namespaces."""
+"""Processes that are joined by an engine alone (tests/cpp/rail/process)."""
 from __future__ import annotations
 
-import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -45,70 +43,6 @@ def build_program(name: str, folder: Path, *options: str, environment: dict[str,
         if done.returncode != 0:
             raise RuntimeError(f"{' '.join(command)}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return folder / "tests" / "cpp" / name
-
-
-class Namespaces:
-    """Network namespaces that one bridge joins: a host each, as far as TCP can tell. Needs root and `ip`."""
-
-    _numbers = itertools.count()
-
-    def __init__(self, num_hosts: int) -> None:
-        # Names of interfaces have 15 letters at most.
-        self._name = f"ep{os.getpid() % 1_000_000}{chr(97 + next(Namespaces._numbers) % 26)}"
-        self._num_hosts = num_hosts
-        self.failure: str | None = None
-        try:
-            self._make()
-        except (OSError, subprocess.CalledProcessError) as error:
-            output = getattr(error, "stderr", None) or str(error)
-            self.failure = str(output).strip().splitlines()[-1]
-            self.close()
-
-    def _make(self) -> None:
-        bridge = self._name
-        self._ip("netns", "add", bridge)
-        inside = ("-n", bridge)
-        self._ip(*inside, "link", "add", "bridge", "type", "bridge")
-        self._ip(*inside, "link", "set", "bridge", "up")
-        for host in range(self._num_hosts):
-            self._ip("netns", "add", self.name(host))
-            self._ip(*inside, "link", "add", f"port{host}", "type", "veth", "peer", "name", "rail0", "netns",
-                     self.name(host))
-            self._ip(*inside, "link", "set", f"port{host}", "master", "bridge", "up")
-            for command in (("address", "add", f"{self.address(host)}/24", "dev", "rail0"), ("link", "set", "lo", "up"),
-                            ("link", "set", "rail0", "up")):
-                self._ip("-n", self.name(host), *command)
-
-    def name(self, host: int) -> str:
-        return f"{self._name}{host}"
-
-    @staticmethod
-    def address(host: int) -> str:
-        return f"10.231.7.{host + 1}"
-
-    def cut(self, host: int) -> None:
-        """The link goes down, on the side that the host does not see: nothing is told, nothing arrives any more."""
-        self._ip("-n", self._name, "link", "set", f"port{host}", "nomaster")
-
-    def enter(self, host: int) -> list[str]:
-        return ["ip", "netns", "exec", self.name(host)]
-
-    @staticmethod
-    def _ip(*arguments: str) -> None:
-        if shutil.which("ip") is None:
-            raise OSError("there is no `ip` command")
-        subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
-
-    def close(self) -> None:
-        for name in [self._name, *map(self.name, range(self._num_hosts))]:
-            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        self.close()
 
 
 class RailGroup:

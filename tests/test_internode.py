@@ -4,7 +4,8 @@
     python tests/test_internode.py --num-processes 4 --ranks-per-node 2 --num-tokens 128 --hidden 7168
     torchrun --nnodes 2 --nproc_per_node 8 ... tests/test_internode.py --num-tokens 4096
 
-Nodes are virtual ones here (DEEP_EP_RANKS_PER_NODE), joined over loopback. Under torchrun they are the machines.
+Nodes are virtual ones here (DEEP_EP_RANKS_PER_NODE), joined over loopback, or over NVSHMEM where
+DEEP_EP_RAIL=nvshmem asks for it. Under torchrun they are the machines.
 """
 
 import json
@@ -24,13 +25,14 @@ import modes
 import pressure
 import pytest
 import torch
+from namespaces import Namespaces
 from pending_call import How
-from rail_group import Namespaces
 from test_intranode import even, uneven
-from utils import Pool, device
+from utils import BUFFER_TIMEOUT_S, Pool, device
 from workload import ROUTINGS, SCALE_LAYOUTS, Workload
 
 FP8 = torch.float8_e4m3fn
+HAS_TCP = os.environ.get("DEEP_EP_RAIL") != "nvshmem"
 
 
 @dataclass
@@ -261,7 +263,7 @@ def test_repr_names_nodes_and_engine(two: Pool) -> None:
     for rank, text in enumerate(two.run(cases.described, 4)):
         assert f"rank {rank} of 4" in text
         assert f"node {rank // 2} of 2 with 2 rank(s)" in text
-        assert "rail: host (TCP, 127.0.0.1:" in text
+        assert f"rail: {'host (TCP, 127.0.0.1:' if HAS_TCP else 'nvshmem ('}" in text
 
 
 def test_different_calls_are_named() -> None:
@@ -277,30 +279,30 @@ def test_different_calls_are_named() -> None:
 
 @pytest.mark.parametrize(("absent", "step"), [(3, "dispatch"), (0, "combine")])
 def test_absent_rank_is_named(two: Pool, absent: int, step: str) -> None:
-    messages = two.run(cases.absent_in_another_node, 4, Workload((4, 6, 5, 3)), absent, step)
+    messages = two.run(failures.absent_rank, 4, Workload((4, 6, 5, 3)), absent, step)
     assert messages[absent] is None
     for rank, message in enumerate(messages):
         assert rank == absent or f"rank {absent} of node {absent // 2}" in message, messages
 
 
 def test_killed_rank_is_named(two: Pool) -> None:
-    """Its connection ends: nobody waits for a deadline."""
+    """Its connection ends: nobody waits for a deadline. NVSHMEM does not tell."""
     victim = 3
     found = two.run(cases.killed_in_another_node, 4, Workload((4, 6, 2, 3)), victim, dying=(victim, ))
     for rank, result in enumerate(found):
         if rank != victim:
             message, took = result
             assert f"rank {victim}" in message, found
-            assert took < 15, found
+            assert took < (15 if HAS_TCP else 2 * BUFFER_TIMEOUT_S), found
 
 
 @pytest.mark.parametrize("failing", [0, 3])
 def test_dispatch_that_one_rank_cannot_finish(two: Pool, failing: int) -> None:
-    """Its counts are out and its memory is not there: every rank is told by whom, its own node also why."""
+    """Its counts are out and its memory is not there: every rank is told by whom, and why."""
     messages = two.run(host_failures.unfinished_dispatch, 4, MemoryError("simulated"), failing)
-    for rank, message in enumerate(messages):
+    for message in messages:
         assert f"rank {failing}" in message, messages
-        assert rank // 2 != failing // 2 or "MemoryError: simulated" in message, messages
+        assert "MemoryError: simulated" in message, messages
 
 
 # As a script
@@ -331,6 +333,7 @@ def start_members(hosts: Namespaces, ranks_per_host: int, *command: str) -> list
             "MASTER_ADDR": hosts.address(0),
             "MASTER_PORT": "29517",
             "GLOO_SOCKET_IFNAME": "rail0",
+            "DEEP_EP_RAIL": "host",
             # Both run on one kernel, by which nodes are found.
             "DEEP_EP_RANKS_PER_NODE": str(ranks_per_host)
         }

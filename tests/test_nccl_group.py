@@ -1,10 +1,12 @@
 """Buffers over the process groups that users have: NCCL, alone or beside gloo. NCCL wants a GPU for each rank."""
 
+import call_check_cases as call_checks
 import intranode_cases as high_throughput
 import low_latency_cases as low_latency
 import pytest
 import torch
 from low_latency_pending_call import FP8, Manner
+from test_call_check import SENTENCES
 from utils import Pool
 from workload import Workload
 
@@ -24,5 +26,21 @@ def test_both_modes(backend: str) -> None:
     try:
         pool.run(high_throughput.whole_trip, num_ranks, work)
         pool.run(low_latency.whole_trip, num_ranks, work, Manner(FP8))
+    finally:
+        pool.close()
+
+
+def test_calls_are_compared_over_nccl() -> None:
+    """DEEP_EP_CHECK_CALLS through a group that moves tensors of GPUs only: the sentences, and calls that agree."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("NCCL needs a GPU for each of two ranks")
+    pool = Pool(2, {"NCCL_NVLS_ENABLE": "0", "DEEP_EP_CHECK_CALLS": "1"}, "nccl")
+    try:
+        for messages in pool.run(call_checks.different_calls, 2):
+            assert len(messages) == len(SENTENCES)
+            for message, sentence in zip(messages, SENTENCES):
+                assert message.endswith(sentence)
+        message, _ = pool.run(call_checks.absent_rank, 2)
+        assert "never entered this call: rank 1" in message
     finally:
         pool.close()

@@ -3,11 +3,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import node_failure_cases as cases
 import pytest
 from utils import Pool, Worker
 from workload import Workload
+
+import deep_ep_cpp
+from deep_ep import Error, TransportError, _rail
 
 RANKS_PER_NODE = {"DEEP_EP_RANKS_PER_NODE": "2"}
 
@@ -46,6 +50,34 @@ def test_the_rail_window_is_what_was_asked_for_or_one_of_its_own(pool: Pool, opt
 def test_within_a_node_there_is_no_rail(pool: Pool) -> None:
     for num_bytes, name, _ in pool.run(rail_of, 2):
         assert (num_bytes, name) == (0, "")
+
+
+def rail_after_failure(worker: Worker, sentence: str) -> str:
+    """The engine of a Buffer for which `nvshmem` was chosen, and does not begin on rank 1; or what was raised."""
+    make = deep_ep_cpp.Buffer
+
+    def make_on_a_bad_day(*args: Any, rail: str, **options: Any) -> deep_ep_cpp.Buffer:
+        if rail == "nvshmem" and worker.rank == 1:
+            raise TransportError(sentence)
+        return make(*args, rail="host", **options)
+
+    make_on_a_bad_day.LEND_PART_OF_DATA = make.LEND_PART_OF_DATA
+    with mock.patch.object(_rail, "obstacle", return_value=""), mock.patch.object(deep_ep_cpp, "Buffer",
+                                                                                  make_on_a_bad_day):
+        try:
+            return rail_of(worker)[1]
+        except Error as error:
+            return f"{type(error).__name__}: {error}"
+
+
+def test_where_nvshmem_does_not_begin_the_other_engine_does(pool: Pool) -> None:
+    for name in pool.run(rail_after_failure, 4, "NVSHMEM: its initialization failed"):
+        assert name.startswith("host (TCP, ")
+
+
+def test_a_failure_that_is_not_of_nvshmem_stays_one(pool: Pool) -> None:
+    for sentence in pool.run(rail_after_failure, 4, "the device is out of memory"):
+        assert "the device is out of memory" in sentence
 
 
 def test_ranks_agree_on_the_engine() -> None:

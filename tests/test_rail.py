@@ -8,7 +8,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from rail_group import Namespaces, RailGroup, build_process
+from namespaces import Namespaces
+from rail_group import RailGroup, build_process
 
 pytestmark = pytest.mark.slow
 

@@ -88,7 +88,10 @@ def device() -> torch.device:
 
 
 class Pool:
-    """Processes that run cases together. A failed case costs the processes; the next one gets new ones."""
+    """Processes that run cases together. A failed case costs the processes; the next one gets new ones.
+
+    Over NVSHMEM another group does too: a process belongs to one world of NVSHMEM as long as it lives.
+    """
 
     def __init__(self, num_processes: int, environment: Optional[dict[str, str]] = None, backend: str = "gloo") -> None:
         self.num_processes = num_processes
@@ -97,6 +100,7 @@ class Pool:
         self._processes: list[Any] = []
         self._connections: list[Any] = []
         self._groups: set[tuple[int, ...]] = set()
+        self._has_one_group = {**os.environ, **self._environment}.get("DEEP_EP_RAIL") == "nvshmem"
         self._folder: Optional[tempfile.TemporaryDirectory[str]] = None
 
     def run(self,
@@ -113,6 +117,8 @@ class Pool:
         """
         members = tuple(ranks or range(num_ranks))
         assert len(members) == num_ranks <= self.num_processes
+        if self._has_one_group and self._groups - {members}:
+            self.close()
         self._start()
         if members not in self._groups:
             # Making a group is a matter of all processes, also of those outside.

@@ -238,7 +238,7 @@ step_pressure_collect() {
 }
 
 # Our kernels alone, and no errors of calls: the tests provoke some. Sanitized programs run many times slower: the
-# kernels' own tests, then two ranks and few tokens: rows through slots, lent rows, low latency in every format.
+# kernels' own tests, then two ranks and few tokens: rows through slots, lent rows, across nodes, low latency in every format.
 sanitize() {
     local under=(compute-sanitizer --tool "$1" --target-processes all --launch-timeout 0 --kernel-name kns=deep_ep
         --report-api-errors no --error-exitcode 9) verdicts=() status=0
@@ -250,6 +250,8 @@ sanitize() {
     sanitized 'dispatch and combine through slots' "$python" -m deep_ep bench intranode "${small_case[@]}" "${small_ht[@]}"
     DEEP_EP_LEND_BYTES=$((16 << 20)) sanitized 'the same with lent rows' "$python" -m deep_ep bench intranode \
         "${small_case[@]}" "${small_ht[@]}"
+    DEEP_EP_RAIL=host sanitized 'across nodes' "$python" -m deep_ep bench internode --ranks-per-node 1 "${small_case[@]}" \
+        "${small_ht[@]:0:4}"
     sanitized 'low latency' "$python" -m deep_ep bench low-latency "${small_case[@]}" --tokens 8
     printf '%s\n' "${verdicts[@]}"
     return "$status"

@@ -20,13 +20,14 @@ int64_t checked(int rank, int num_ranks, int64_t bytes_per_peer) {
 
 }  // namespace
 
-Links::Links(std::shared_ptr<dev::Device> device, int rank, int num_ranks, int64_t bytes_per_peer)
+Links::Links(std::shared_ptr<dev::Device> device, int rank, int num_ranks, int64_t bytes_per_peer,
+             dev::Placement placement)
     : device_(std::move(device)),
       rank_(rank),
       num_ranks_(num_ranks),
       bytes_per_peer_(checked(rank, num_ranks, bytes_per_peer)),
       mailbox_(std::make_shared<comm::Mailbox>(rank, num_ranks)),
-      heap_(device_, mailbox_, num_ranks, static_cast<size_t>(num_ranks * bytes_per_peer)),
+      heap_(device_, mailbox_, num_ranks, static_cast<size_t>(num_ranks * bytes_per_peer), placement),
       stream_(device_, device_->create_stream()) {}
 
 std::string Links::export_handle() const { return comm::join_handles(*mailbox_, heap_); }

@@ -15,7 +15,8 @@ namespace deep_ep::bench {
 // One rank's end. A region for each rank, mapped by all, as a Buffer has them.
 class Links {
 public:
-    Links(std::shared_ptr<dev::Device> device, int rank, int num_ranks, int64_t bytes_per_peer);
+    Links(std::shared_ptr<dev::Device> device, int rank, int num_ranks, int64_t bytes_per_peer,
+          dev::Placement placement = dev::Placement::kDevice);
 
     std::string export_handle() const;
     // `handles[rank]` is this rank's own.

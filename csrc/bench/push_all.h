@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "device/runtime.h"
-#include "layout/intranode.h"
+#include "layout/heap.h"
 
 namespace deep_ep::bench {
 

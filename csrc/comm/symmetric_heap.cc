@@ -8,10 +8,10 @@
 namespace deep_ep::comm {
 
 SymmetricHeap::SymmetricHeap(std::shared_ptr<dev::Device> device, std::shared_ptr<Mailbox> mailbox, int num_ranks,
-                             size_t bytes)
+                             size_t bytes, dev::Placement placement)
     : device_(std::move(device)), mailbox_(std::move(mailbox)), rank_(mailbox_->rank()), num_ranks_(num_ranks) {
     free_deferred();
-    memory_ = dev::make_shareable(device_, bytes);
+    memory_ = dev::make_shareable(device_, bytes, placement);
 }
 
 SymmetricHeap::~SymmetricHeap() { release(0.0); }

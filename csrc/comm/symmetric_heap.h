@@ -17,7 +17,8 @@ namespace deep_ep::comm {
 class SymmetricHeap {
 public:
     // Allocates `bytes`, zero-filled, for the rank of the mailbox, which is connected before the heap.
-    SymmetricHeap(std::shared_ptr<dev::Device> device, std::shared_ptr<Mailbox> mailbox, int num_ranks, size_t bytes);
+    SymmetricHeap(std::shared_ptr<dev::Device> device, std::shared_ptr<Mailbox> mailbox, int num_ranks, size_t bytes,
+                  dev::Placement placement = dev::Placement::kDevice);
     ~SymmetricHeap();
     SymmetricHeap(const SymmetricHeap&) = delete;
     SymmetricHeap& operator=(const SymmetricHeap&) = delete;
@@ -37,7 +38,7 @@ public:
         return rank == rank_ ? local() : static_cast<uint8_t*>(mappings_[static_cast<size_t>(rank)].get());
     }
 
-    // Ranks whose regions lie on this device; this one is one of them.
+    // Ranks that run on this device; this one is one of them.
     int num_ranks_here() const { return num_ranks_here_; }
 
     // Unmaps the peers' regions, tells them, and frees the local region once they have done the same or have ended; after

@@ -54,10 +54,10 @@ public:
         return given.empty() ? fallback : given;
     }
 
-    std::string device(const char* name) const {
+    std::string choice(const char* name, std::string_view one, std::string_view other) const {
         const std::string text = value(name);
-        EP_CHECK(text.empty() || text == "cpu" || text == "cuda", name,
-                 ": expected 'cpu', 'cuda' or nothing (automatic), got '", text, "'");
+        EP_CHECK(text.empty() || text == one || text == other, name, ": expected '", one, "', '", other,
+                 "' or nothing (automatic), got '", text, "'");
         return text;
     }
 
@@ -91,12 +91,13 @@ Environment parse_environment(const std::function<std::optional<std::string>(con
     env.timeout_s = read.seconds("DEEP_EP_TIMEOUT_SECS", env.timeout_s);
     env.warn_s = read.seconds("DEEP_EP_WARN_SECS", env.warn_s);
     env.ranks_per_node = read.count("DEEP_EP_RANKS_PER_NODE", 1 << 20, "the number of ranks in a node");
-    env.device = read.device("DEEP_EP_DEVICE");
+    env.device = read.choice("DEEP_EP_DEVICE", "cpu", "cuda");
     env.cost_model = read.text("DEEP_EP_COST_MODEL");
     env.num_sms = read.count("DEEP_EP_NUM_SMS", 1024, "a number of SMs");
     env.lend_bytes = read.bytes("DEEP_EP_LEND_BYTES", 128, env.lend_bytes);
     env.check_calls = read.flag("DEEP_EP_CHECK_CALLS");
     env.cpu_sms = read.count("DEEP_EP_CPU_SMS", 1024, "a number of simulated SMs");
+    env.heap = read.choice("DEEP_EP_HEAP", "device", "host");
     env.rail = read.text("DEEP_EP_RAIL");
     env.rail_interface = read.text("DEEP_EP_RAIL_INTERFACE");
     return env;

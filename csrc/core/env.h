@@ -20,6 +20,7 @@ struct Environment {
         -1;  // DEEP_EP_LEND_BYTES: what a Buffer lends where its caller does not say, -1 = a part of it
     bool check_calls = false;    // DEEP_EP_CHECK_CALLS: the ranks compare the arguments of every call
     int cpu_sms = 0;             // DEEP_EP_CPU_SMS: SMs that the CPU device claims to have, 0 = its default
+    std::string heap;            // DEEP_EP_HEAP: where a node's memory lies, "device", "host", or "" = chosen
     std::string rail;            // DEEP_EP_RAIL: the engine that carries bytes between nodes, or "" = chosen
     std::string rail_interface;  // DEEP_EP_RAIL_INTERFACE: that it listens on, a name or an address, or "" = found
 };

@@ -1,4 +1,5 @@
-// Which device this translation unit is compiled for. The only place that asks the compiler.
+// Which device this translation unit is compiled for, and what handles of either device look like. The only place that asks the
+// compiler.
 //
 // Every kernel source is compiled twice: by nvcc (the CUDA half) and by the host compiler (the SIMT executor). Both
 // sets of objects end up in one extension, so whatever is compiled for a device lives in the inline namespace
@@ -29,3 +30,9 @@
 #define EP_HOST_DEVICE inline
 #define EP_DEVICE_COLD __attribute__((noinline, cold)) inline
 #endif
+
+namespace deep_ep::dev {
+// Opaque: cudaStream_t / cudaEvent_t on CUDA (torch's own may be passed in), pointers to the executor's objects on the CPU.
+using Stream = void*;
+using Event = void*;
+}  // namespace deep_ep::dev

@@ -12,7 +12,6 @@
 #pragma once
 
 #include "device/compiler.h"
-#include "device/runtime.h"
 
 namespace deep_ep::dev {
 

@@ -50,8 +50,8 @@ using Mapping = Owned<void*, &Device::close_shared>;  // of a peer's shareable m
 
 inline OwnedEvent make_event(const std::shared_ptr<Device>& device) { return {device, device->create_event()}; }
 
-inline OwnedShareable make_shareable(const std::shared_ptr<Device>& device, size_t num_bytes) {
-    return {device, device->allocate_shareable(num_bytes)};
+inline OwnedShareable make_shareable(const std::shared_ptr<Device>& device, size_t num_bytes, Placement placement) {
+    return {device, device->allocate_shareable(num_bytes, placement)};
 }
 
 inline Mapping open_mapping(const std::shared_ptr<Device>& device, const std::string& handle) {

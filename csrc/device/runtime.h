@@ -1,7 +1,4 @@
 // What the host side may ask of a device: memory, streams, events. One implementation per device kind.
-//
-// Streams and events are opaque handles: cudaStream_t / cudaEvent_t on CUDA (torch's own may be passed in), pointers to
-// the executor's objects on the CPU.
 #pragma once
 
 #include <atomic>
@@ -11,6 +8,8 @@
 #include <memory>
 #include <string>
 
+#include "device/compiler.h"
+
 namespace deep_ep::dev {
 
 enum class DeviceKind { kCpu, kCuda };
@@ -19,14 +18,15 @@ enum class DeviceKind { kCpu, kCuda };
 // in another thread, or one of another device than this.
 enum class StreamKind { kPlain, kCaptured, kAmbiguous };
 
-using Stream = void*;
-using Event = void*;
-
 // Host memory that kernels can read and write while the host does: `host` and `device` name the same bytes.
 struct HostMapped {
     void* host = nullptr;
     void* device = nullptr;
 };
+
+// Where memory that is shared lies: with its device, or in host memory that every GPU of the machine reaches, also one that
+// does not reach this. On the CPU that is the same.
+enum class Placement { kDevice, kHost };
 
 // Memory that other processes can map. `handle` is what they need: plain bytes, to be sent through any channel.
 struct ShareableMemory {
@@ -54,11 +54,11 @@ public:
     virtual void free_host_mapped(const HostMapped& memory) = 0;
 
     // Zero-filled. Peers open the handle (same process included) and close what they opened before the owner frees it.
-    virtual ShareableMemory allocate_shareable(size_t bytes) = 0;
+    virtual ShareableMemory allocate_shareable(size_t bytes, Placement placement = Placement::kDevice) = 0;
     virtual void free_shareable(const ShareableMemory& memory) = 0;
     virtual void* open_shared(const std::string& handle) = 0;
     virtual void close_shared(void* address) = 0;
-    // Whether the memory behind a peer's handle lies on this device. The CPU's never does: nobody has to share it.
+    // Whether a peer that gave this handle runs on this device too. None does on the CPU: nobody has to share it.
     virtual bool holds(const std::string& handle) const = 0;
 
     virtual Stream create_stream() = 0;

@@ -123,7 +123,7 @@ using Biases = const uint8_t* [kMaxBiases];
     FIELD(int*, cumulative_stats, "[El], counts are added; or none")
 
 #define EP_LOW_LATENCY_COMBINE_ARGS(FIELD) \
-    FIELD(bool, uses_logfmt, "on the wire; see device/algo/logfmt.h") \
+    FIELD(bool, uses_logfmt, "on the wire; see device/algo/formats.h") \
     FIELD(const uint8_t*, x, "bfloat16 [El, R * T, hidden]") \
     FIELD(const void*, topk_idx, "[num_tokens, K]") \
     FIELD(int, idx_bytes, "4 or 8") \

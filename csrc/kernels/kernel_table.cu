@@ -1,11 +1,5 @@
 #include "kernels/kernel_table.h"
 
-#include "kernels/internode/internode_launchers.h"
-#include "kernels/internode/low_latency_launchers.h"
-#include "kernels/intranode/intranode_launchers.h"
-#include "kernels/layout/dispatch_layout.h"
-#include "kernels/low_latency/low_latency_launchers.h"
-
 namespace deep_ep::kernels {
 
 #if defined(EP_IS_CUDA_BACKEND)
@@ -13,21 +7,20 @@ const KernelTable& cuda_kernel_table() {
 #else
 const KernelTable& simt_kernel_table() {
 #endif
-    static const KernelTable table{
-        .layout = dispatch_layout::launch,
-        .notify_dispatch = notify_dispatch::launch,
-        .dispatch = dispatch::launch,
-        .combine = combine::launch,
-        .internode_notify = internode::notify::launch,
-        .internode_dispatch = internode::dispatch::launch,
-        .internode_combine = internode::combine::launch,
-        .low_latency_dispatch = low_latency::dispatch::launch,
-        .low_latency_combine = low_latency::combine::launch,
-        .low_latency_clean = low_latency::clean::launch,
-        .internode_low_latency_dispatch = internode::launch_low_latency_dispatch,
-        .internode_low_latency_combine = internode::launch_low_latency_combine,
-        .internode_low_latency_clean = internode::launch_low_latency_clean,
-    };
+    // Overloads of one name: each entry takes the one of its type.
+    static const KernelTable table{.layout = launch,
+                                   .notify_dispatch = launch,
+                                   .dispatch = launch,
+                                   .combine = launch,
+                                   .internode_notify = launch,
+                                   .internode_dispatch = launch,
+                                   .internode_combine = launch,
+                                   .low_latency_dispatch = launch,
+                                   .low_latency_combine = launch,
+                                   .low_latency_clean = launch,
+                                   .internode_low_latency_dispatch = EP_NODES_BACKEND::launch,
+                                   .internode_low_latency_combine = EP_NODES_BACKEND::launch,
+                                   .internode_low_latency_clean = EP_NODES_BACKEND::launch};
     return table;
 }
 

@@ -5,30 +5,13 @@
 #include <cstdint>
 
 #include "kernels/args.h"
-#include "layout/intranode.h"
-#include "layout/staging.h"
+#include "layout/heap.h"
 #include "layout/status.h"
 
 namespace deep_ep::kernels {
 
-// The symmetric heap as a kernel sees it. `bases[i]` is where rank i's heap is mapped here: among the launch parameters,
-// because the address of every flag and slot begins with one, and a trip to memory for it would come before each of them.
-struct HeapParams {
-    uint8_t* bases[layout::kMaxRanks];
-    int rank;                       // index in the node
-    int num_ranks;                  // of the node
-    layout::ControlLayout control;  // the data region follows at control.bytes
-    int first_rank = 0;             // of the node, among all
-    int num_nodes = 1;
-};
-
-// Deadlines, and where a failing wait leaves its record.
-struct WatchParams {
-    layout::LocalState* local;
-    layout::HostStatus* status;
-    uint64_t timeout_ns;
-    uint64_t warn_ns;
-};
+using layout::HeapParams;
+using layout::WatchParams;
 
 // Of a block. Fewer threads have more registers: a lane of combine keeps 56 sums.
 constexpr int kMaxDispatchWarps = 24;
@@ -49,6 +32,9 @@ struct Geometry {
     layout::Staging send;  // of each send warp
     layout::Staging recv;  // of each receive warp
 };
+constexpr int staging_bytes(const Geometry& geometry) {
+    return geometry.num_send_warps * geometry.send.bytes() + geometry.num_recv_warps * geometry.recv.bytes();
+}
 
 constexpr int kMaxLayoutBlocks = 16;
 

@@ -11,7 +11,7 @@ namespace deep_ep::kernels {
 
 // Of a block.
 constexpr int kMaxInternodeDispatchThreads = 768;
-constexpr int kMaxInternodeCombineThreads = 384;
+constexpr int kMaxInternodeCombineThreads = 512;
 
 // The rail window and how a call uses it. All of it but the parameters, the rank and the counters is equal on every rank.
 struct RailPlan {

@@ -5,7 +5,7 @@
 
 #include "kernels/divisor.h"
 #include "kernels/params.h"
-#include "layout/low_latency.h"
+#include "layout/heap.h"
 #include "layout/rail.h"
 #include "layout/topology.h"
 #include "rail/engine.h"

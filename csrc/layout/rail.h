@@ -6,13 +6,13 @@
 
 #include <cstdint>
 
-#include "layout/field.h"
-#include "layout/intranode.h"
+#include "layout/heap.h"
 
 namespace deep_ep::layout {
 
 constexpr int kMaxRailChunks = 512;  // of one stream in one bank: each has a flag
 constexpr int kMaxNodes = 256;
+constexpr int kRailReasonWords = 64;
 
 // What a source tells its forwarder in a node before its tokens come; the forwarder passes it on to its neighbours.
 struct CountsBlock {
@@ -41,6 +41,7 @@ struct RailControl {
     Field entered;  // u64[N]: calls that this peer has entered; the peer adds
     Field ended;    // u64[N]: calls in which this peer has done with what we put there; the peer adds
     Field abort;    // u64[2][N]: not zero: this peer gave up (AbortCode); set once by its kernels, once by its host
+    Field reason;   // u64[N][kRailReasonWords]: why this peer gave up by itself: length, letters; set once by its host
     Field counts_flags;    // u64[banks][N]: the call whose counts block of this source is there
     Field arrived;         // u64[banks][N][kMaxRailChunks]: the chunk of this source that is there
     Field taken;           // u64[banks][N][kMaxRailChunks]: the chunk of ours that this peer has taken out
@@ -56,6 +57,7 @@ struct RailControl {
         control.entered = cursor.take(8, num_nodes, kHeapAlignment);
         control.ended = cursor.take(8, num_nodes, kHeapAlignment);
         control.abort = cursor.take(8, 2 * num_nodes, kHeapAlignment);
+        control.reason = cursor.take(8, kRailReasonWords * num_nodes, kHeapAlignment);
         control.counts_flags = cursor.take(8, kNumBanks * num_nodes, kHeapAlignment);
         control.arrived = cursor.take(8, kNumBanks * num_nodes * kMaxRailChunks, kHeapAlignment);
         control.taken = cursor.take(8, kNumBanks * num_nodes * kMaxRailChunks, kHeapAlignment);

@@ -3,8 +3,7 @@
 
 #include <cstdint>
 
-#include "layout/intranode.h"
-#include "layout/low_latency.h"
+#include "layout/heap.h"
 
 namespace deep_ep::layout {
 
@@ -107,6 +106,14 @@ struct LocalState {
     LowLatencyLaunchState low_latency_launch_states[2];
     uint32_t low_latency_done_blocks;  // counted only for statistics
     uint32_t low_latency_read_blocks;  // of a receive phase that tells the peers of its end itself
+};
+
+// Deadlines, and where a failing wait leaves its record.
+struct WatchParams {
+    LocalState* local;
+    HostStatus* status;
+    uint64_t timeout_ns;
+    uint64_t warn_ns;
 };
 
 // What a record of kRows has seen: the first row, and one beyond the last.

@@ -1,6 +1,5 @@
 #include "runtime/buffer.h"
 
-#include "core/error.h"
 #include "runtime/nvshmem_table.h"
 
 namespace deep_ep::runtime {
@@ -21,25 +20,17 @@ const kernels::KernelTable& table_for(dev::DeviceKind kind, const BufferOptions&
 }  // namespace
 
 Buffer::Buffer(std::shared_ptr<dev::Device> device, const BufferOptions& options)
-    : kernels_(table_for(device->kind(), options)),
-      connection_(std::move(device), options),
-      high_throughput_(connection_, kernels_),
-      low_latency_(connection_, kernels_) {}
-
-uint8_t* Buffer::data() const {
-    connection_.require_usable();
-    return connection_.local(connection_.plan().control.bytes);
-}
-
-std::unique_ptr<LentMemory> Buffer::lend(int64_t num_bytes) {
-    std::vector<std::unique_ptr<LentMemory>> lent = high_throughput_.loans().lend({num_bytes}, nullptr, false);
-    return lent.empty() ? nullptr : std::move(lent.front());
-}
+    : Connection(std::move(device), options),
+      kernels_(table_for(this->device()->kind(), options)),
+      high_throughput_(*this, kernels_),
+      internode_(*this, kernels_, high_throughput_.loans(), high_throughput_.counts()),
+      low_latency_(*this, kernels_) {}
 
 void Buffer::destroy(double timeout_s) noexcept {
-    if (!connection_.is_open()) return;
-    connection_.destroy(timeout_s);
+    if (!is_open()) return;
+    Connection::destroy(timeout_s);
     high_throughput_.release();
+    internode_.release();
     low_latency_.release();
 }
 

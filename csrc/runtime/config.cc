@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "core/error.h"
-#include "layout/intranode.h"
+#include "layout/heap.h"
 
 namespace deep_ep {
 

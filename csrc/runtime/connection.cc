@@ -58,7 +58,8 @@ Connection::Connection(std::shared_ptr<dev::Device> device, const BufferOptions&
       rail_region_(plan_rail(options)),
       machine_(Machine::of(*device_, options.num_ranks)),
       mailbox_(std::make_shared<comm::Mailbox>(topology_.index(), topology_.ranks_per_node)),
-      heap_(std::make_unique<comm::SymmetricHeap>(device_, mailbox_, topology_.ranks_per_node, plan_.num_bytes)),
+      heap_(std::make_unique<comm::SymmetricHeap>(device_, mailbox_, topology_.ranks_per_node, plan_.num_bytes,
+                                                  options_.heap)),
       engine_(make_engine()),
       status_(device_),
       local_(device_, 1),
@@ -96,6 +97,11 @@ void Connection::connect_rail(const std::vector<std::string>& addresses) {
             peers.push_back(rank);
     engine_->connect(addresses, peers);
     is_rail_connected_ = true;
+}
+
+uint8_t* Connection::data() const {
+    require_usable();
+    return local(plan_.control.bytes);
 }
 
 kernels::HeapParams Connection::heap_params() const {

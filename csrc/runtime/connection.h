@@ -1,5 +1,5 @@
 // What one rank has of its group: the symmetric heap and the mailbox of its node, the rail to other nodes, what it knows of
-// failures, and what the peers know of the call that runs. Every mode launches through one.
+// failures, and what the peers know of the call that runs. Every mode launches through one; a Buffer is one with its modes.
 #pragma once
 
 #include <functional>
@@ -45,10 +45,12 @@ public:
     const Machine& machine() const { return machine_; }
     const comm::SymmetricHeap& heap() const { return *heap_; }
     uint8_t* local(uint64_t offset) const { return heap_->local() + offset; }
+    uint8_t* data() const;  // of the high-throughput mode
     kernels::HeapParams heap_params() const;
     kernels::WatchParams watch_params() const;
 
-    // Throws a failure that is known, or says that this was destroyed.
+    // Throws a failure that is known (what a kernel has reported, or a peer noted: the same at every later operation), or says
+    // that this was destroyed.
     void require_usable() const;
     // The same, and passes a warning on.
     void check();
@@ -56,12 +58,17 @@ public:
     void begin_call();
     // From here on peers know, or will know, of the call that runs. (One that is captured into a graph is none yet.)
     void announce(dev::Stream stream, bool is_low_latency);
+    // The host gave up within a call, for the reason `text`. If peers know of the call it fails this Buffer and stops them;
+    // else the Buffer stays as it was, and a peer that waits in vain quotes the reason.
     void abandon_call(const std::string& text);
     void fail_unfinished(const std::string& text, bool is_low_latency);
     void fail(FailureClass kind, const std::string& text, Spread spread) { desk_->fail(kind, text, spread); }
+    // The sentence that check() would throw, as far as somebody has looked; or nothing.
     std::string failure() const { return desk_->failure(); }
     std::string look() { return desk_->look(); }
+    // Lets the watcher of this process look at this Buffer, until destroy().
     void start_watching();
+    // Called with a sentence, by whoever calls this Buffer, as soon as a wait has passed the warning threshold.
     void set_warning_handler(std::function<void(const std::string&)> handler) { on_warning_ = std::move(handler); }
 
     // The host waits until `is_done`; throws a failure. False: `limit_s` is over.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <iomanip>
 #include <sstream>
 #include <thread>
@@ -15,6 +16,7 @@ namespace {
 
 // How long a rank that was told to give up waits for the reason, which the host of the other rank writes.
 constexpr auto kReasonPatience = std::chrono::milliseconds(300);
+constexpr size_t kMaxRailReason = sizeof(uint64_t) * (layout::kRailReasonWords - 1);
 constexpr int kReasonLooks = 3;  // the same for the watcher, which must not sleep over one Buffer
 
 bool is_set(const uint64_t& state) { return std::atomic_ref(const_cast<uint64_t&>(state)).load() != 0; }
@@ -111,9 +113,8 @@ bool FailureDesk::is_reason_due() {
     const layout::WaitRecord& record = at_.status->failure;
     if (!is_set(record.state) || record.kind != layout::FailureKind::kAborted) return false;
     const int origin = layout::abort_origin(record.seen);
-    if (origin != layout::abort_missing(record.seen) || !is_here(origin)) return false;
-    if (mailbox_->abort_note(index_of(origin)).has_value()) return false;
-    return mailbox_->presence(index_of(origin)) == comm::Presence::kHere && num_looks_for_reason_++ < kReasonLooks;
+    if (origin != layout::abort_missing(record.seen) || note_of(origin).has_value()) return false;
+    return may_still_say(origin) && num_looks_for_reason_++ < kReasonLooks;
 }
 
 void FailureDesk::collect_engine_failure() {
@@ -212,14 +213,40 @@ uint64_t FailureDesk::far_progress(layout::Operation operation, int peer) const 
     return last;
 }
 
+// Of a rank of another node its rail peer in this one hears the reason over the rail, and has it in its own note.
+std::optional<std::string> FailureDesk::note_of(int origin) const {
+    const bool is_rail_peer = !is_here(origin) && index_of(origin) == at_.topology.index();
+    if (!is_rail_peer) return mailbox_->abort_note(index_of(origin));
+    std::string text = rail_note(at_.topology.node_of(origin));
+    return text.empty() ? std::nullopt : std::optional(std::move(text));
+}
+
+// Words come in any order: the text is there when all of them are.
+std::string FailureDesk::rail_note(int node) const {
+    const auto word = [&](uint64_t i) {
+        return rail_word(at_.rail.reason.at(static_cast<uint64_t>(node) * layout::kRailReasonWords + i));
+    };
+    std::string text(std::min(word(0), kMaxRailReason), ' ');
+    for (size_t begin = 0; begin < text.size(); begin += sizeof(uint64_t)) {
+        const uint64_t letters = word(1 + begin / sizeof(uint64_t));
+        if (letters == 0) return "";
+        std::memcpy(text.data() + begin, &letters, std::min(sizeof(letters), text.size() - begin));
+    }
+    return text;
+}
+
+// Whoever would have it in its note is there.
+bool FailureDesk::may_still_say(int origin) const {
+    if (!is_here(origin) && index_of(origin) == at_.topology.index()) return !at_.engine->has_left(origin);
+    return mailbox_->presence(index_of(origin)) == comm::Presence::kHere;
+}
+
 std::string FailureDesk::reason_of(int origin) const {
-    if (!is_here(origin)) return "";  // words of 8 bytes cross the rail, and no texts
     const bool has_waited = num_looks_for_reason_ >= kReasonLooks;
     const auto deadline = std::chrono::steady_clock::now() + (has_waited ? kReasonPatience * 0 : kReasonPatience);
     for (;;) {
-        if (auto note = mailbox_->abort_note(index_of(origin))) return *note;
-        const bool is_there = mailbox_->presence(index_of(origin)) == comm::Presence::kHere;
-        if (!is_there || std::chrono::steady_clock::now() >= deadline) return "";
+        if (auto note = note_of(origin)) return *note;
+        if (!may_still_say(origin) || std::chrono::steady_clock::now() >= deadline) return "";
         std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
 }
@@ -274,7 +301,7 @@ void FailureDesk::abort_neighbours(uint64_t code) noexcept {
     for (int index = 0; index < at_.topology.ranks_per_node; ++index) write_abort(index, code);
 }
 
-// Each rank has a word for each rail peer's host, which that writes once at most.
+// Each rank has a word for each rail peer's host, and words for its reason, which that writes once at most.
 void FailureDesk::abort_rail_peers(uint64_t code) noexcept {
     if (at_.engine == nullptr) return;
     const int num_nodes = at_.topology.num_nodes(), node = at_.topology.node();
@@ -283,9 +310,23 @@ void FailureDesk::abort_rail_peers(uint64_t code) noexcept {
         if (other == node) continue;
         try {
             at_.engine->set(at_.topology.rail_peer(other), flag, code);
+            if (layout::abort_origin(code) == at_.topology.rank && layout::abort_missing(code) == at_.topology.rank)
+                tell_reason(at_.topology.rail_peer(other));
         } catch (...) {
             // No memory for it: neighbours and kernels tell as well.
         }
+    }
+}
+
+// A zero byte would be no letter.
+void FailureDesk::tell_reason(int peer) {
+    const std::string text = failure_.text.substr(0, std::min(kMaxRailReason, failure_.text.find('\0')));
+    const uint64_t first = static_cast<uint64_t>(at_.topology.node()) * layout::kRailReasonWords;
+    at_.engine->set(peer, at_.rail.reason.at(first), text.size());
+    for (size_t begin = 0; begin < text.size(); begin += sizeof(uint64_t)) {
+        uint64_t letters = 0;
+        std::memcpy(&letters, text.data() + begin, std::min(sizeof(letters), text.size() - begin));
+        at_.engine->set(peer, at_.rail.reason.at(first + 1 + begin / sizeof(uint64_t)), letters);
     }
 }
 

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -81,6 +82,9 @@ private:
     std::vector<Progress> progress(layout::Operation operation) const;
     uint64_t far_progress(layout::Operation operation, int peer) const;
     std::string remark(int peer) const;
+    std::optional<std::string> note_of(int origin) const;
+    std::string rail_note(int node) const;
+    bool may_still_say(int origin) const;
     std::string reason_of(int origin) const;
     std::string stall_of(int peer) const;
     uint64_t abort_over_rail(int node) const;
@@ -88,6 +92,7 @@ private:
     void write_abort(int index, uint64_t code) noexcept;
     void abort_neighbours(uint64_t code) noexcept;
     void abort_rail_peers(uint64_t code) noexcept;
+    void tell_reason(int peer);
     bool is_here(int rank) const { return at_.topology.is_neighbour(rank); }
     int index_of(int rank) const { return at_.topology.index_of(rank); }
 

@@ -22,7 +22,8 @@ const char* name_of(layout::Operation operation) {
     return "unknown operation";
 }
 
-const char* awaited_at(layout::Stage stage) {
+// Over the rail go tokens, and on the way back their sums.
+const char* awaited_at(layout::Stage stage, bool is_way_back) {
     switch (stage) {
         case layout::Stage::kStart: return "to finish an earlier call";
         case layout::Stage::kCounts: return "to send its token counts";
@@ -36,8 +37,11 @@ const char* awaited_at(layout::Stage stage) {
         case layout::Stage::kClean: return "to call it too";
         case layout::Stage::kRailBank: return "to finish an earlier call";
         case layout::Stage::kRailCounts: return "to send its token counts";
-        case layout::Stage::kRailChunk: return "to send tokens to this node";
-        case layout::Stage::kRailTaken: return "to take out tokens that were sent to its node";
+        case layout::Stage::kRailChunk:
+            return is_way_back ? "to send its node's sums of this rank's tokens" : "to send tokens to this node";
+        case layout::Stage::kRailTaken:
+            return is_way_back ? "to take out the sums that were sent to it"
+                               : "to take out tokens that were sent to its node";
         case layout::Stage::kRailRoom: return "to take what is posted for it";
         case layout::Stage::kRailShapes:
         case layout::Stage::kRailCapacity:
@@ -134,7 +138,7 @@ std::string describe_wait(const layout::WaitRecord& record, const Peers& peers) 
     const layout::Topology& topology = peers.topology;
     return concat(name_of(record.operation), ", call ", record.call, ", ", name_of(topology.rank, topology),
                   ": waited ", seconds(record.waited_ns), " for ", name_of(record.peer, topology), " ",
-                  awaited_at(record.stage), "; ", culprits(record, peers), ".");
+                  awaited_at(record.stage, record.operation == layout::Operation::kCombine), "; ", culprits(record, peers), ".");
 }
 
 std::string describe_rows(const layout::WaitRecord& record, const layout::Topology& topology) {

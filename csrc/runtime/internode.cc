@@ -68,7 +68,8 @@ void Internode::dispatch(const InternodeDispatchArgs& args, int num_sms, dev::St
     kernels::RailPlan rail = plan_call(rail_dispatch_slot(args, num_positions), "dispatch");
     const layout::Loan loan = loans_.loan_for(args);
     const bool receives_nothing = loan.x != 0 || connection_.topology().ranks_per_node == 1;  // from neighbours
-    const InternodeGeometry geometry = plan_internode_dispatch(connection_.machine(), num_sms, receives_nothing);
+    const InternodeGeometry geometry = plan_internode_dispatch(connection_.machine(), connection_.topology(),
+                                                               args.num_topk, num_sms, receives_nothing);
     rail.num_forward_warps = geometry.num_forward_warps;
     connection_.announce(stream, false);
     kernels_.internode_dispatch({{{.heap = connection_.heap_params(),
@@ -97,7 +98,8 @@ void Internode::combine(const InternodeCombineArgs& args, int num_sms, dev::Stre
         plan_call(layout::RailSlot::for_combine(row_bytes, static_cast<uint64_t>(args.num_topk)), "combine");
     const layout::Loan loan = loans_.loan_for(args);
     const bool sends_nothing = loan.x != 0 || connection_.topology().ranks_per_node == 1;  // to neighbours
-    const InternodeGeometry geometry = plan_internode_combine(connection_.machine(), num_sms, sends_nothing);
+    const InternodeGeometry geometry = plan_internode_combine(connection_.machine(), connection_.topology(),
+                                                              args.num_topk, num_sms, sends_nothing);
     rail.num_forward_warps = geometry.num_forward_warps;
     connection_.announce(stream, false);
     kernels_.internode_combine({{{.heap = connection_.heap_params(),

@@ -1,10 +1,8 @@
 // The high-throughput mode across nodes: to neighbours through the heap, to the other nodes over the rail.
 #pragma once
 
-#include "kernels/kernel_table.h"
-#include "runtime/connection.h"
-#include "runtime/count_exchange.h"
-#include "runtime/loans.h"
+#include "kernels/params_internode.h"
+#include "runtime/high_throughput.h"
 
 namespace deep_ep::runtime {
 

@@ -3,7 +3,7 @@
 #include <numeric>
 
 #include "core/error.h"
-#include "layout/field.h"
+#include "layout/heap.h"
 
 namespace deep_ep::runtime {
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <functional>
 
-#include "layout/field.h"
+#include "layout/heap.h"
 
 namespace deep_ep::runtime {
 

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "kernels/kernel_table.h"
+#include "kernels/params_low_latency.h"
 #include "runtime/connection.h"
 
 namespace deep_ep::runtime {

@@ -1,6 +1,7 @@
 #include "runtime/plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
 
 #include "core/error.h"
@@ -21,16 +22,22 @@ constexpr uint64_t kLongRowBytes = 8192;
 constexpr int kBlocksOfLongRows = 14;
 constexpr int kBlocksOfRows = 15;
 
+constexpr int kStreamsOfWarp = 32;  // a lane stands for each
+constexpr int kUsualTopk = 8;       // where a call across nodes does not say
+
 constexpr int kMinLowLatencyWarps = 4;
 constexpr int kSetBytes = 32 * 1024;  // of shared memory, for a tile of the routing table
 
 // Of a rail window where the caller names no size: for each other node at least so much.
 constexpr uint64_t kLeastRailBytes = 16 << 20;
 
-// Rows through registers: enough warps to have many loads under way.
+int divide_up(int count, int by) { return (count + by - 1) / by; }
+
+// Rows through registers: enough warps for the streams, and enough warps to have many loads under way.
 kernels::Geometry plan_plain(const Machine& machine, int num_sms, int max_threads) {
     const int warps = std::min(max_threads, machine.useful_block_threads) / 32 / 2;
-    return {.num_blocks = std::clamp(num_sms, 1, machine.num_sms),
+    const int least = divide_up(machine.num_ranks - 1, warps * kStreamsOfWarp);
+    return {.num_blocks = std::max(least, std::clamp(num_sms, 1, machine.num_sms)),
             .num_send_warps = warps,
             .num_recv_warps = warps,
             .send = {},
@@ -59,23 +66,55 @@ uint64_t data_bytes_for(const HeapPlan& heap, const layout::SlotLayout& slot) {
     return heap.lends_part_of_data() ? layout::DataSplit::bytes_for(slots, 0, num_lending_ranks(heap.topology)) : slots;
 }
 
-// Shares the warps of a block between the three roles.
-InternodeGeometry plan_roles(const Machine& machine, int num_sms, int max_threads) {
-    const int num_warps = std::max(3, std::min(max_threads, machine.useful_block_threads) / 32);
-    const int share = num_warps / 3;
-    return {{.num_blocks = std::clamp(num_sms, 1, machine.num_sms),
-             .num_send_warps = share,
-             .num_recv_warps = num_warps - 2 * share,
-             .send = {},
-             .recv = {}},
-            share};
+// Rows that the roles of a call across nodes read and write, for each token of a rank. Of a dispatch, whose rows a combine takes
+// the other way: `own` sends tokens, `forward` passes them on from the rail, `streams` takes them out of slots.
+struct RoleRows {
+    double own, forward, streams;
+};
+
+// As if each of a token's entries chose among the ranks by lot.
+RoleRows count_role_rows(const layout::Topology& topology, int num_topk, bool has_streams) {
+    const int num_entries = num_topk > 0 ? num_topk : kUsualTopk;
+    const auto num_chosen = [&](int count) { return count * (1 - std::pow(1 - 1.0 / count, num_entries)); };
+    const double own_share = 1.0 / topology.num_nodes();
+    const double ranks = num_chosen(topology.num_ranks);
+    const double other_nodes = num_chosen(topology.num_nodes()) * (1 - own_share);
+    const double from_neighbours = ranks * (topology.ranks_per_node - 1) / topology.ranks_per_node;
+    return {1 + ranks * own_share + other_nodes, other_nodes + ranks * (1 - own_share),
+            has_streams ? 2 * from_neighbours : 0};
 }
 
-// Half of them each.
-void give_to_others(int& idle, int& one, int& other) {
-    const int num_warps = std::exchange(idle, 0);
-    one += num_warps / 2;
-    other += num_warps - num_warps / 2;
+// Shares the warps of a block between the roles by their rows. Each role that has work gets the warps that its streams need.
+struct RoleWarps {
+    int own, forward, streams;
+};
+RoleWarps share_warps(int num_warps, const RoleRows& rows, const RoleWarps& least) {
+    const int num_free = num_warps - least.own - least.forward - least.streams;
+    const double all = rows.own + rows.forward + rows.streams;
+    const int forward = static_cast<int>(std::lround(num_free * rows.forward / all));
+    const int streams = std::min(num_free - forward, static_cast<int>(std::lround(num_free * rows.streams / all)));
+    return {least.own + num_free - forward - streams, least.forward + forward, least.streams + streams};
+}
+
+struct RolePlan {
+    int num_blocks;
+    RoleWarps warps;
+};
+RolePlan plan_roles(const Machine& machine, const layout::Topology& topology, int num_sms, int max_threads,
+                    const RoleRows& rows) {
+    const int num_warps = std::max(3, std::min(max_threads, machine.useful_block_threads) / 32);
+    const int num_streams = topology.num_nodes() * (topology.ranks_per_node - 1);
+    int num_blocks = std::clamp(num_sms, 1, machine.num_sms);
+    const auto least = [&] {
+        const int served = num_blocks * kStreamsOfWarp;
+        return RoleWarps{1, divide_up(topology.num_nodes() - 1, served),
+                         rows.streams > 0 ? divide_up(num_streams, served) : 0};
+    };
+    const auto fits = [&] { return least().own + least().forward + least().streams <= num_warps; };
+    while (!fits() && num_blocks < machine.num_sms) ++num_blocks;
+    EP_CHECK(fits(), "a group of ", topology.num_ranks, " ranks on ", topology.num_nodes(),
+             " nodes has more streams than a device with ", machine.num_sms, " SMs can serve");
+    return {num_blocks, share_warps(num_warps, rows, least())};
 }
 
 }  // namespace
@@ -238,18 +277,28 @@ kernels::Geometry plan_combine(const Machine& machine, int num_sms, const layout
     return can_stage(machine, staged) ? staged : plain;
 }
 
-InternodeGeometry plan_internode_dispatch(const Machine& machine, int num_sms, bool receives_nothing) {
-    InternodeGeometry geometry = plan_roles(machine, num_sms, kernels::kMaxInternodeDispatchThreads);
-    kernels::Geometry& node = geometry.node;
-    if (receives_nothing) give_to_others(node.num_recv_warps, node.num_send_warps, geometry.num_forward_warps);
-    return geometry;
+InternodeGeometry plan_internode_dispatch(const Machine& machine, const layout::Topology& topology, int num_topk,
+                                          int num_sms, bool receives_nothing) {
+    const RolePlan plan = plan_roles(machine, topology, num_sms, kernels::kMaxInternodeDispatchThreads,
+                                     count_role_rows(topology, num_topk, !receives_nothing));
+    return {{.num_blocks = plan.num_blocks,
+             .num_send_warps = plan.warps.own,
+             .num_recv_warps = plan.warps.streams,
+             .send = {},
+             .recv = {}},
+            plan.warps.forward};
 }
 
-InternodeGeometry plan_internode_combine(const Machine& machine, int num_sms, bool sends_nothing) {
-    InternodeGeometry geometry = plan_roles(machine, num_sms, kernels::kMaxInternodeCombineThreads);
-    kernels::Geometry& node = geometry.node;
-    if (sends_nothing) give_to_others(node.num_send_warps, geometry.num_forward_warps, node.num_recv_warps);
-    return geometry;
+InternodeGeometry plan_internode_combine(const Machine& machine, const layout::Topology& topology, int num_topk,
+                                         int num_sms, bool sends_nothing) {
+    const RolePlan plan = plan_roles(machine, topology, num_sms, kernels::kMaxInternodeCombineThreads,
+                                     count_role_rows(topology, num_topk, !sends_nothing));
+    return {{.num_blocks = plan.num_blocks,
+             .num_send_warps = plan.warps.streams,
+             .num_recv_warps = plan.warps.own,
+             .send = {},
+             .recv = {}},
+            plan.warps.forward};
 }
 
 int plan_notify_threads(const Machine& machine) {

@@ -89,14 +89,16 @@ kernels::Geometry plan_dispatch(const Machine& machine, int num_sms, const layou
 kernels::Geometry plan_combine(const Machine& machine, int num_sms, const layout::SlotLayout& slot, bool is_lent,
                                bool has_bias, int num_tokens);
 
-// Across nodes no warp has stages; others forward between the rail and the neighbours. Ranks that lend, and those without
-// neighbours, leave out the role that has nothing to do.
+// Across nodes no warp has stages; others forward between the rail and the neighbours. The roles share the warps by the rows that
+// each would move for even routing. Ranks that lend, and those without neighbours, leave out the role that has nothing to do.
 struct InternodeGeometry {
     kernels::Geometry node;
     int num_forward_warps;  // in each block
 };
-InternodeGeometry plan_internode_dispatch(const Machine& machine, int num_sms, bool receives_nothing);
-InternodeGeometry plan_internode_combine(const Machine& machine, int num_sms, bool sends_nothing);
+InternodeGeometry plan_internode_dispatch(const Machine& machine, const layout::Topology& topology, int num_topk,
+                                          int num_sms, bool receives_nothing);
+InternodeGeometry plan_internode_combine(const Machine& machine, const layout::Topology& topology, int num_topk,
+                                         int num_sms, bool sends_nothing);
 
 // Of the one block that exchanges counts.
 int plan_notify_threads(const Machine& machine);

@@ -17,9 +17,11 @@ InternodeOptions small_options(int num_nodes, int ranks_per_node, uint64_t seed)
 }
 
 // Every chunk of a stream waits for the one before.
-void give_one_chunk(InternodeOptions& options) {
+InternodeOptions one_chunk(int num_nodes, int ranks_per_node, uint64_t seed) {
+    InternodeOptions options = small_options(num_nodes, ranks_per_node, seed);
     options.rail_slots = 2;
     options.chunk_tokens = 1;
+    return options;
 }
 
 Problem small_problem(const InternodeOptions& options, uint64_t seed) {
@@ -35,8 +37,7 @@ std::string run_twice(const InternodeOptions& options, const Problem& problem) {
 }
 
 std::string rail_credits(uint64_t seed) {
-    InternodeOptions options = small_options(2, 1, seed);
-    give_one_chunk(options);
+    InternodeOptions options = one_chunk(2, 1, seed);
     return run_twice(options, small_problem(options, seed));
 }
 
@@ -50,23 +51,20 @@ std::string rail_chunks(uint64_t seed) {
 }
 
 std::string rail_and_slots(uint64_t seed) {
-    InternodeOptions options = small_options(2, 2, seed);
+    InternodeOptions options = one_chunk(2, 2, seed);
     options.window = 1;
-    give_one_chunk(options);
     return run_twice(options, small_problem(options, seed));
 }
 
 // Streams that one warp serves by turns.
 std::string three_nodes(uint64_t seed) {
-    InternodeOptions options = small_options(3, 1, seed);
-    give_one_chunk(options);
+    InternodeOptions options = one_chunk(3, 1, seed);
     return run_twice(options, small_problem(options, seed));
 }
 
 std::string lent_rows(uint64_t seed) {
-    InternodeOptions options = small_options(2, 2, seed);
+    InternodeOptions options = one_chunk(2, 2, seed);
     options.lend_bytes = 1 << 14;
-    give_one_chunk(options);
     Problem problem = small_problem(options, seed);
     problem.lending_ranks = 5;
     return run_twice(options, problem);

@@ -3,9 +3,9 @@
 #include <functional>
 
 #include "core/error.h"
-#include "device/algo/stages.h"
+#include "device/algo/ring.h"
 #include "device/launch.h"
-#include "layout/intranode.h"
+#include "layout/heap.h"
 #include "mutation/scenarios.h"
 #include "mutation/worlds.h"
 #include "support/world.h"
@@ -203,7 +203,7 @@ std::string absent_in_counts(uint64_t seed) {
     auto ranks = make_inputs(problem);
     world.layout(problem, ranks);
     world.launch_notify(problem, ranks[0], 0);
-    std::string found = expect_failure("never entered this call: rank 1", [&] { world.buffer(0).wait_counts(); });
+    std::string found = expect_failure("never entered this call: rank 1", [&] { world.wait_counts(0); });
     world.run();
     return found;
 }
@@ -289,7 +289,7 @@ std::string bad_expert(uint64_t seed) {
         world.launch_layout(problem, ranks[static_cast<size_t>(rank)], rank);
         world.launch_notify(problem, ranks[static_cast<size_t>(rank)], rank);
     }
-    std::string found = expect_failure("1000", [&] { world.buffer(0).wait_counts(); });
+    std::string found = expect_failure("1000", [&] { world.wait_counts(0); });
     world.run();
     return found;
 }

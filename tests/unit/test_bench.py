@@ -309,6 +309,9 @@ def test_the_benchmark_across_nodes_counts_what_leaves_a_node(tmp_path: Path) ->
     copies = busiest_rail_copies(Shape(4, 8, 128, 2, 4, "uniform"), 0, 2)
     assert {row["remote_bytes"] for row in content["rows"] if "BF16" in row["operation"]} == {copies * 256}
     assert content["environment"]["DEEP_EP_RANKS_PER_NODE"] == "2"
+    # Beside plain sockets, measured in the same run.
+    assert all(row["ceiling_gb_per_s"] > 0 for row in content["rows"] if row["remote_bytes"] > 0)
+    assert any("plain socket streams" in notice for notice in content["notices"])
 
 
 def test_ranks_that_are_threads_are_compared_with_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

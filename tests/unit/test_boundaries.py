@@ -26,8 +26,8 @@ def rules_broken_by(path: str, text: str) -> list[str]:
 
 
 @pytest.mark.parametrize(('path', 'include'), [
-    ('csrc/core/env.h', 'layout/field.h'),
-    ('csrc/layout/field.h', 'device/prim.h'),
+    ('csrc/core/env.h', 'layout/heap.h'),
+    ('csrc/layout/heap.h', 'device/prim.h'),
     ('csrc/device/runtime.h', 'device/algo/ring.h'),
     ('csrc/device/algo/ring.h', 'comm/heap.h'),
     ('csrc/comm/heap.h', 'kernels/params.h'),
@@ -40,7 +40,7 @@ def test_a_layer_that_includes_one_above_it_is_found(path: str, include: str) ->
 
 @pytest.mark.parametrize(('path', 'include'), [
     ('csrc/runtime/buffer.h', 'kernels/params.h'),
-    ('csrc/kernels/context.h', 'device/algo/watch.h'),
+    ('csrc/kernels/params.h', 'device/algo/watch.h'),
     ('csrc/device/prim.h', 'prim_impl.h'),
     ('csrc/device/launch.h', 'launch_impl.h'),
     ('csrc/deep_ep.cpp', 'device/simt/device.h'),
@@ -53,7 +53,7 @@ def test_a_layer_may_include_itself_and_those_below(path: str, include: str) -> 
 BROKEN = [
     ('layer', 'csrc/helpers/string.h', 'int x;'),
     ('include', 'csrc/core/env.cc', '#include "env.h"'),
-    ('include', 'csrc/kernels/context.h', '#include "prim_impl.h"'),
+    ('include', 'csrc/kernels/params.h', '#include "prim_impl.h"'),
     ('seam', 'csrc/comm/heap.cc', '#include "device/simt/device.h"'),
     ('seam', 'csrc/runtime/buffer.cc', '#include "device/cuda/device.h"'),
     ('seam', 'csrc/device/simt/device.cc', '#include "device/cuda/guard.h"'),
@@ -64,7 +64,7 @@ BROKEN = [
     ('pybind', 'csrc/runtime/buffer.h', '#include <pybind11/pybind11.h>'),
     ('cuda-header', 'csrc/comm/heap.cc', '#include <cuda_runtime.h>'),
     ('getenv', 'csrc/comm/heap.cc', 'const char* home = std::getenv("HOME");'),
-    ('cudacc', 'csrc/device/algo/warp.h', '#if defined(__CUDACC__)'),
+    ('cudacc', 'csrc/device/algo/group.h', '#if defined(__CUDACC__)'),
     ('cuda-arch', 'csrc/kernels/intranode/combine.cu', '#if __CUDA_ARCH__ >= 900'),
     ('raw-device', 'csrc/kernels/layout/count.cu', 'atomicAdd(p, 1);'),
     ('raw-device', 'csrc/kernels/layout/count.cu', 'const auto now = clock64();'),
@@ -75,6 +75,8 @@ BROKEN = [
     ('raw-device', 'csrc/device/algo/ring.h', 'cuda::atomic_ref<int> tail(t);'),
     ('raw-device', 'csrc/device/algo/ring.h', '__threadfence_system();'),
     ('raw-device', 'csrc/device/algo/ring.h', 'volatile int* tail;'),
+    ('shared-atomic', 'csrc/device/algo/ring.h', 'prim::fetch_add<prim::Order::kRelaxed, prim::Scope::kSys>(word, 1u);'),
+    ('shared-atomic', 'csrc/kernels/layout/count.cu', 'compare_swap<Order::kAcqRel, Scope::kSys>(word, 0u, 1u);'),
     ('environ', 'deep_ep/buffer.py', "depth = os.environ.get('DEPTH')"),
     ('environ', 'deep_ep/buffer.py', 'from os import path, environ'),
     ('environ', 'deep_ep/buffer.py', "depth = os.getenv('DEPTH')"),
@@ -99,6 +101,7 @@ def test_what_breaks_a_rule_is_found(rule: str, path: str, text: str) -> None:
     ('csrc/kernels/layout/count.cu', '/* kernel<<<>>> is\n   launched elsewhere */ int x;'),
     ('csrc/kernels/layout/count.cu', 'const char* name = "printf(%d)";'),
     ('csrc/kernels/layout/count.cu', 'const auto now = prim::clock_ns();'),
+    ('csrc/device/algo/ring.h', 'prim::fetch_add<prim::Order::kRelaxed, prim::Scope::kGpu>(word, 1u);'),
     ('csrc/runtime/failure_report.cc', 'std::snprintf(text, sizeof(text), "%d", 1);'),
     ('deep_ep/_env.py', "os.environ.get('DEEP_EP_DEVICE')"),
     ('deep_ep/buffer.py', '# os.environ is read elsewhere'),

@@ -110,10 +110,14 @@ class FakeNvml:
         return 0 if link.value < self._num_links else 2
 
     def _p2p(self, first: ctypes.c_void_p, second: ctypes.c_void_p, kind: ctypes.c_int, status: Any) -> int:
-        assert kind.value == 2
+        assert kind.value in (0, 2)  # reads, or NVLink
         assert first.value
         assert second.value
         status._obj.value = 0 if self._joined(first.value - 100, second.value - 100) else 4
+        return 0
+
+    def _uuid(self, device: ctypes.c_void_p, text: Any, _: int) -> int:
+        text.value = f"GPU-{(device.value or 0) - 100}".encode()
         return 0
 
     def _fabric_info(self, _: ctypes.c_void_p, info: Any) -> int:
@@ -128,6 +132,7 @@ class FakeNvml:
         "nvmlDeviceGetHandleByIndex_v2": _handle,
         "nvmlDeviceGetNvLinkState": _link,
         "nvmlDeviceGetP2PStatus": _p2p,
+        "nvmlDeviceGetUUID": _uuid,
         "nvmlDeviceGetGpuFabricInfo": _fabric_info
     }
 
@@ -168,6 +173,15 @@ def test_a_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(probes, "DRIVER_FILE", tmp_path / "none")
     assert doctor.check_nvlink()[0].level == "ok"
     assert probes.driver_version() is None
+
+
+def test_gpus_that_the_driver_says_are_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvml(monkeypatch, FakeNvml(4, 0, lambda i, j: i // 2 == j // 2))
+    assert probes.gpus_cut_off_from("GPU-1") == {"GPU-2", "GPU-3"}
+    assert probes.gpus_cut_off_from("GPU-of another machine") == frozenset()
+    for library in (None, FakeNvml(4, 0, nowhere, failing="nvmlDeviceGetP2PStatus")):
+        install_nvml(monkeypatch, library)
+        assert probes.gpus_cut_off_from("GPU-1") == frozenset()
 
 
 def test_the_driver_file_speaks_where_nvml_does_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -243,8 +257,8 @@ def test_limits_of_a_narrow_container(monkeypatch: pytest.MonkeyPatch, tmp_path:
         assert part in told, part
 
 
-def environment_of(ranks_per_node: str) -> SimpleNamespace:
-    variables = {"ranks_per_node": ranks_per_node, "rail": "host", "rail_interface": ""}
+def environment_of(ranks_per_node: str, heap: str = "", rail: str = "") -> SimpleNamespace:
+    variables = {"ranks_per_node": ranks_per_node, "heap": heap, "rail": rail, "rail_interface": ""}
     return SimpleNamespace(get_environment=lambda: variables)
 
 
@@ -258,15 +272,23 @@ def test_topology_of_islands_and_of_virtual_nodes(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("deep_ep._topology.places_of_this_machine", lambda: places("aabb"))
     monkeypatch.setattr(doctor.probes, "IMEX_CHANNELS", tmp_path)
     (tmp_path / "channel0").touch()
+    monkeypatch.setattr("deep_ep._env.device_choice", lambda: ("cuda", ""))
+    install_nvml(monkeypatch, FakeNvml(4, 4, lambda i, j: i // 2 == j // 2))
     told = text_of(doctor.check_topology(environment_of("0")))
+    assert "4 ranks on 1 node(s)" in told
+    assert "[note] heap: host memory, which every GPU reaches over PCIe: rank 0 (gpu-0) and rank 2 (gpu-2)" in told
+    told = text_of(doctor.check_topology(environment_of("0", heap="device", rail="host")))
     assert "4 ranks on 2 node(s)" in told
+    assert "heap: GPU memory, over NVLink where there is one, else PCIe peer access: DEEP_EP_HEAP=device" in told
     assert "multi-node NVLink: 1 IMEX channel(s); this version does not use it" in told
-    assert "rail: between nodes the engine 'host' carries rows; it listens on the interface that reaches" in told
+    assert "rail: between nodes the engine 'host' carries rows; 'host' listens on the interface that reaches" in told
     told = text_of(doctor.check_topology(environment_of("1")))
     assert "4 ranks on 4 node(s), DEEP_EP_RANKS_PER_NODE" in told
+    assert "rail: between nodes 'nvshmem' where it is built, else 'host' carries rows" in told
+    assert "heap: GPU memory, over nothing, as a node has one GPU" in told
     monkeypatch.setattr("deep_ep._topology.places_of_this_machine", lambda: places("aaab"))
     monkeypatch.setattr(doctor.probes, "IMEX_CHANNELS", tmp_path / "nothing")
-    told = text_of(doctor.check_topology(environment_of("0")))
+    told = text_of(doctor.check_topology(environment_of("0", heap="device")))
     assert "would be refused: Buffer: every node must have equally many ranks, got ranks 0 to 2 on box" in told
 
 
@@ -309,8 +331,9 @@ def test_gpus_and_their_peers() -> None:
     assert "GPU 1: H100, SM90, 132 SMs, 60.0 of 80.0 GiB free" in told
     assert "every GPU reaches every other" in told
     found = doctor.check_gpus(torch_with(4, lambda i, j: i // 2 == j // 2), native)
-    assert found[-1].level == "broken"
+    assert found[-1].level == "note"
     assert "0-2, 0-3, 1-2" in found[-1].text
+    assert "share host memory, at the rate of PCIe" in found[-1].text
     assert "nvidia-smi topo -p2p r" in found[-1].fix
 
 

@@ -6,6 +6,7 @@ import logging
 import pytest
 
 from deep_ep import Error, InvalidArgument, _nvshmem, _rail
+from deep_ep._topology import Place
 
 
 def test_nvshmem_is_chosen_where_every_rank_can() -> None:
@@ -42,6 +43,24 @@ def test_obstacle_is_the_sentence_of_the_loader(monkeypatch: pytest.MonkeyPatch)
     assert _rail.obstacle("", "cuda") == "the engine nvshmem is not built"
     monkeypatch.setattr(_nvshmem, "load", lambda: "3.4.5")
     assert _rail.obstacle("", "cuda") == ""
+
+
+def test_gpus_with_different_numbers_of_ranks_are_an_obstacle() -> None:
+    """NVSHMEM 3.4.5 hangs: ranks that share a GPU meet in a barrier to which those with one of their own never come."""
+
+    def shared(*devices: str) -> str:
+        return _rail.sharing_obstacle([Place("host", "name", device) for device in devices])
+
+    assert shared("a", "b") == shared("a", "a", "b", "b") == shared("a", "a") == ""
+    assert "different numbers of ranks, here 1 to 2" in shared("a", "b", "a")
+
+
+def test_another_engine_is_tried_only_where_nvshmem_was_nobodys_wish_and_is_the_reason() -> None:
+    failed = ["NVSHMEM: its initialization failed", "Buffer: connecting failed; rank 0: TransportError: NVSHMEM: its"]
+    assert _rail.can_do_without("nvshmem", "", lambda: failed)
+    assert not _rail.can_do_without("nvshmem", "", lambda: [failed[0], "out of memory"])
+    assert not _rail.can_do_without("nvshmem", "nvshmem", lambda: pytest.fail("asked"))
+    assert not _rail.can_do_without("host", "", lambda: pytest.fail("asked"))
 
 
 def test_choice_is_told_once(caplog: pytest.LogCaptureFixture) -> None:

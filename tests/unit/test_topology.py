@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from deep_ep import Error
+from deep_ep import Error, _heap
 from deep_ep._topology import Place, find_topology, this_place, unreachable_gpus
 from deep_ep.utils import check_nvlink_connections
 
@@ -68,23 +68,56 @@ def with_islands(*islands: str) -> list[Place]:
     return [Place("host", "box", f"gpu-{rank}", unreachable=beyond[island]) for rank, island in everybody]
 
 
-def test_gpus_that_do_not_reach_each_other_are_no_node() -> None:
+def test_gpus_that_do_not_reach_each_other_share_host_memory() -> None:
     topology = find_topology(0, with_islands("aa", "bb"))
+    assert topology.nodes == ((0, 1, 2, 3), )
+    heap, reason = _heap.choose("", topology, "cuda")
+    assert heap == _heap.HOST
+    assert reason.startswith("rank 0 (gpu-0) and rank 2 (gpu-2) do not reach each other's memory")
+
+
+def test_gpus_that_reach_each_other_keep_their_own_memory() -> None:
+    for topology in (find_topology(0, with_islands("aaaa")), find_topology(0, with_islands("aa", "bb"), 2)):
+        assert _heap.choose("", topology, "cuda")[0] == _heap.DEVICE
+
+
+def test_the_heap_that_is_asked_for_is_taken() -> None:
+    together, apart = find_topology(0, with_islands("aa")), find_topology(0, with_islands("ab"))
+    assert _heap.choose("host", together, "cuda") == (_heap.HOST, "DEEP_EP_HEAP=host")
+    assert _heap.choose("device", apart, "cuda") == (_heap.DEVICE, "DEEP_EP_HEAP=device")
+    assert _heap.choose("host", together, "cpu")[0] == _heap.DEVICE  # which is host memory there
+
+
+def test_a_heap_on_the_host_is_told_once_and_as_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    _heap.tell.cache_clear()
+    with caplog.at_level("INFO", logger="deep_ep"):
+        for reason in ("rank 0 and rank 1 do not", "rank 0 and rank 1 do not", "DEEP_EP_HEAP=host"):
+            _heap.tell(_heap.HOST, reason)
+    told = "within a node, bytes go through pinned host memory, at the rate of PCIe: "
+    assert [(record.levelname, record.message)
+            for record in caplog.records] == [("WARNING", told + "rank 0 and rank 1 do not"),
+                                              ("INFO", told + "DEEP_EP_HEAP=host")]
+
+
+def test_with_a_heap_in_gpu_memory_such_gpus_are_no_node() -> None:
+    topology = find_topology(0, with_islands("aa", "bb"), heap="device")
     assert topology.nodes == ((0, 1), (2, 3))
+    assert topology.first_cut() is None
     assert "and from which GPUs reach each other's memory" in str(topology)
-    assert find_topology(0, with_islands("abcd")).nodes == ((0, ), (1, ), (2, ), (3, ))
+    assert find_topology(0, with_islands("abcd"), heap="device").nodes == ((0, ), (1, ), (2, ), (3, ))
 
 
 def test_what_one_side_cannot_reach_is_not_reached() -> None:
     """A rank that sees its own GPU alone (CUDA_VISIBLE_DEVICES) knows nothing; its peer may."""
     blind, seeing = Place("host", "box", "gpu-0"), Place("host", "box", "gpu-1", unreachable=frozenset({"gpu-0"}))
     for pair in ((blind, seeing), (seeing, blind)):
-        assert find_topology(0, pair).num_nodes == 2
+        assert find_topology(0, pair, heap="device").num_nodes == 2
+        assert find_topology(0, pair).first_cut() == (0, 1)
 
 
 def test_reach_that_makes_unequal_nodes_names_the_ranks() -> None:
     with pytest.raises(Error, match="got ranks 0 to 2 on box; rank 3 on box"):
-        find_topology(0, with_islands("aaa", "b"))
+        find_topology(0, with_islands("aaa", "b"), heap="device")
 
 
 def test_equal_gpu_names_of_two_hosts_are_two_gpus() -> None:
@@ -104,7 +137,11 @@ def test_gpus_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     monkeypatch.setattr("torch.cuda.get_device_properties", Properties)
     monkeypatch.setattr("torch.cuda.can_device_access_peer", lambda one, other: one // 2 == other // 2)
+    # The driver knows all GPUs of the machine; of those that CUDA shows, CUDA's word counts.
+    monkeypatch.setattr("deep_ep._topology._cut_off_from", lambda _: frozenset())
     assert unreachable_gpus(1, "GPU-0000-1") == {"GPU-0000-2", "GPU-0000-3"}
+    monkeypatch.setattr("deep_ep._topology._cut_off_from", lambda _: frozenset({"GPU-0000-0", "GPU-hidden"}))
+    assert unreachable_gpus(1, "GPU-0000-1") == {"GPU-0000-2", "GPU-0000-3", "GPU-hidden"}
     assert unreachable_gpus(1, "GPU-of another kind of name") == frozenset()
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: object())  # an older torch
     assert unreachable_gpus(1, "GPU-0000-1") == frozenset()

@@ -14,6 +14,7 @@
 #include "device/cuda/cuda_error.h"
 #include "device/cuda/guard.h"
 #include "device/cuda/probe.h"
+#include "device/cuda/registered_pages.h"
 #include "device/cuda/shared_handle.h"
 
 namespace deep_ep::dev {
@@ -43,13 +44,6 @@ using OwnedHostBlock = std::unique_ptr<void, Release<void, cudaFreeHost>>;
 using OwnedMapping = std::unique_ptr<void, Release<void, cudaIpcCloseMemHandle>>;
 using ServiceStream = std::unique_ptr<CUstream_st, Release<CUstream_st, cudaStreamDestroy>>;
 
-int find_device(const std::array<unsigned char, 16>& uuid) {
-    for (int i = 0; i < count_cuda_devices(); ++i) {
-        if (uuid_of(i) == uuid) return i;
-    }
-    return -1;
-}
-
 void relax_cpu() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
@@ -74,8 +68,8 @@ public:
     void free(void* ptr) override;
     HostMapped allocate_host_mapped(size_t bytes) override;
     void free_host_mapped(const HostMapped& memory) override;
-    ShareableMemory allocate_shareable(size_t bytes) override;
-    void free_shareable(const ShareableMemory& memory) override { free(memory.address); }
+    ShareableMemory allocate_shareable(size_t bytes, Placement placement) override;
+    void free_shareable(const ShareableMemory& memory) override;
     void* open_shared(const std::string& handle) override;
     void close_shared(void* address) override;
     bool holds(const std::string& handle) const override { return SharedHandle::unpack(handle).device_uuid == uuid_; }
@@ -101,15 +95,23 @@ public:
 private:
     // A peer's memory in this process: mapped through IPC, or the owner's own pointer when the owner lives here.
     struct Opened {
-        OwnedMapping mapping;  // what cudaIpcOpenMemHandle gave; null for the owner's own pointer
+        OwnedMapping mapping;                    // what cudaIpcOpenMemHandle gave; null for the owner's own pointer
+        std::unique_ptr<RegisteredPages> pages;  // of host memory; null the same way
         int count = 0;
+    };
+    // Of this device's shareable memory: what lies on the host.
+    struct HostRegion {
+        std::unique_ptr<RegisteredPages> pages;
+        FileDescriptor file;  // for peers to open
     };
 
     int attribute(cudaDeviceAttr name) const;
     void fill_zero(void* ptr, size_t bytes);
+    void* allocate_on_gpu(SharedHandle& handle);
+    void* allocate_on_host(SharedHandle& handle);
+    Opened open(const SharedHandle& handle, void*& address);
     void enable_peer_access(const SharedHandle& handle);
     OwnedMapping open_mapping(const SharedHandle& handle);
-    std::string explain_open_failure(const SharedHandle& handle, cudaError_t error) const;
 
     int index_ = 0;
     int num_sms_ = 0;
@@ -121,6 +123,7 @@ private:
     std::mutex opened_mutex_;
     std::map<std::string, void*> address_by_handle_;
     std::map<void*, Opened> opened_;
+    std::map<void*, HostRegion> host_regions_;
 };
 
 CudaDevice::CudaDevice(int index) : index_(index) {
@@ -147,6 +150,7 @@ CudaDevice::~CudaDevice() {
         const DeviceGuard guard(index_);
         const RelaxedCaptureGuard relaxed;
         opened_.clear();
+        host_regions_.clear();
         service_stream_.reset();
     } catch (const Error&) {
         // The driver has gone first; it has released everything.
@@ -213,26 +217,54 @@ void CudaDevice::free_host_mapped(const HostMapped& memory) {
 // Memory between processes
 // ---------------------------------------------------------------------------------------------------------------
 
-ShareableMemory CudaDevice::allocate_shareable(size_t bytes) {
-    ShareableMemory memory;
-    SharedHandle handle;
-    handle.num_bytes = round_up(std::max<size_t>(bytes, 1), kShareableGranularity);
+ShareableMemory CudaDevice::allocate_shareable(size_t bytes, Placement placement) {
     const DeviceGuard guard(index_);
     const RelaxedCaptureGuard relaxed;
-    OwnedBlock block(allocate(handle.num_bytes));
-    memory.address = block.get();
+    SharedHandle handle;
     handle.owner = ProcessId::of_this_process();
     handle.device_uuid = uuid_;
-    handle.address = reinterpret_cast<uint64_t>(memory.address);
-    const cudaError_t error = cudaIpcGetMemHandle(&handle.ipc, memory.address);
+    handle.num_bytes = round_up(std::max<size_t>(bytes, 1), kShareableGranularity);
+    void* const address = placement == Placement::kHost ? allocate_on_host(handle) : allocate_on_gpu(handle);
+    return {address, handle.pack()};
+}
+
+void* CudaDevice::allocate_on_gpu(SharedHandle& handle) {
+    OwnedBlock block(allocate(handle.num_bytes));
+    const cudaError_t error = cudaIpcGetMemHandle(&handle.ipc, block.get());
     if (error != cudaSuccess) {
         ignore(error);
-        throw TransportError(concat("cannot share memory of CUDA device ", index_, " with other processes: ",
-                                    describe(error), ". CUDA IPC needs Linux and a GPU that is not virtualised"));
+        throw TransportError(concat("cannot share memory of CUDA device ", index_,
+                                    " with other processes: ", describe(error),
+                                    ". CUDA IPC needs Linux and a GPU that is not virtualised; DEEP_EP_HEAP=host does "
+                                    "without"));
     }
-    memory.handle = handle.pack();
-    block.release();
-    return memory;
+    handle.address = reinterpret_cast<uint64_t>(block.get());
+    return block.release();
+}
+
+void* CudaDevice::allocate_on_host(SharedHandle& handle) {
+    SharedFile made = make_shared_file(handle.num_bytes);
+    auto pages = std::make_unique<RegisteredPages>(std::move(made.memory));
+    void* const address = pages->address();
+    handle.file = made.handle;
+    handle.address = reinterpret_cast<uint64_t>(address);
+    const std::lock_guard lock(opened_mutex_);
+    host_regions_[address] = {std::move(pages), std::move(made.file)};
+    return address;
+}
+
+void CudaDevice::free_shareable(const ShareableMemory& memory) {
+    const DeviceGuard guard(index_);
+    const RelaxedCaptureGuard relaxed;
+    HostRegion region;
+    {
+        const std::lock_guard lock(opened_mutex_);
+        if (const auto found = host_regions_.find(memory.address); found != host_regions_.end()) {
+            region = std::move(found->second);
+            host_regions_.erase(found);
+        }
+    }
+    if (region.pages == nullptr) free(memory.address);
 }
 
 void* CudaDevice::open_shared(const std::string& bytes) {
@@ -244,17 +276,26 @@ void* CudaDevice::open_shared(const std::string& bytes) {
     const SharedHandle handle = SharedHandle::unpack(bytes);
     const DeviceGuard guard(index_);
     const RelaxedCaptureGuard relaxed;
-    Opened opened{.mapping = nullptr, .count = 1};
-    void* address = reinterpret_cast<void*>(handle.address);
+    void* address = nullptr;
+    Opened opened = open(handle, address);
+    opened_[address] = std::move(opened);
+    address_by_handle_[bytes] = address;
+    return address;
+}
+
+CudaDevice::Opened CudaDevice::open(const SharedHandle& handle, void*& address) {
+    Opened opened{.mapping = nullptr, .pages = nullptr, .count = 1};
     if (handle.owner.is_same_process(ProcessId::of_this_process())) {
-        enable_peer_access(handle);
+        if (!handle.is_on_host()) enable_peer_access(handle);
+        address = reinterpret_cast<void*>(handle.address);
+    } else if (handle.is_on_host()) {
+        opened.pages = std::make_unique<RegisteredPages>(map_shared_file(handle.file));
+        address = opened.pages->address();
     } else {
         opened.mapping = open_mapping(handle);
         address = static_cast<char*>(opened.mapping.get()) + handle.base_offset;
     }
-    opened_[address] = std::move(opened);
-    address_by_handle_[bytes] = address;
-    return address;
+    return opened;
 }
 
 void CudaDevice::close_shared(void* address) {
@@ -276,34 +317,14 @@ void CudaDevice::enable_peer_access(const SharedHandle& handle) {
     const int owner = find_device(handle.device_uuid);
     const cudaError_t error = owner < 0 ? cudaErrorInvalidDevice : cudaDeviceEnablePeerAccess(owner, 0);
     if (error == cudaErrorPeerAccessAlreadyEnabled) return ignore(error);
-    if (error != cudaSuccess) throw TransportError(explain_open_failure(handle, error));
+    if (error != cudaSuccess) throw TransportError(explain_open_failure(handle, index_, error));
 }
 
 OwnedMapping CudaDevice::open_mapping(const SharedHandle& handle) {
     void* mapping = nullptr;
     const cudaError_t error = cudaIpcOpenMemHandle(&mapping, handle.ipc, cudaIpcMemLazyEnablePeerAccess);
-    if (error != cudaSuccess) throw TransportError(explain_open_failure(handle, error));
+    if (error != cudaSuccess) throw TransportError(explain_open_failure(handle, index_, error));
     return OwnedMapping(mapping);
-}
-
-std::string CudaDevice::explain_open_failure(const SharedHandle& handle, cudaError_t error) const {
-    static_cast<void>(cudaGetLastError());
-    std::string text = concat("cannot map the memory of process ", handle.owner.pid, " on ",
-                              format_uuid(handle.device_uuid), " into process ", ProcessId::of_this_process().pid,
-                              " on CUDA device ", index_, " (", format_uuid(uuid_), "): ", describe(error), ". ");
-    if (!handle.owner.may_be_same_host(ProcessId::of_this_process())) {
-        return text + "The two processes run on different hosts, where this kind of memory cannot be shared";
-    }
-    const int owner = find_device(handle.device_uuid);
-    int can_access = 0;
-    if (owner >= 0 && owner != index_) ignore(cudaDeviceCanAccessPeer(&can_access, index_, owner));
-    if (owner >= 0 && owner != index_ && can_access == 0) {
-        return text + concat("Devices ", index_, " and ", owner,
-                             " of this process cannot access each other's memory: no NVLink, and no peer access over "
-                             "PCIe (see `nvidia-smi topo -p2p r`)");
-    }
-    if (owner < 0) text += "That GPU is not visible to this process (CUDA_VISIBLE_DEVICES). ";
-    return text + "Processes in different containers must share their IPC and PID namespaces, and the owner must live";
 }
 
 // ---------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,29 @@
 // The CUDA half of device/launch.h.
 #pragma once
 
+#include <array>
+#include <atomic>
 #include <type_traits>
 
-#include "device/cuda/launch_kernel.h"
 #include "device/launch.h"
+
+namespace deep_ep::dev::cuda {
+
+constexpr int kMaxDevices = 128;
+
+// One per kernel, for the life of the process.
+struct KernelState {
+    const void* function = nullptr;
+    int max_threads = 1024;
+    // Per device: whether its dynamic shared limit has been raised to all that the device gives.
+    std::array<std::atomic<bool>, kMaxDevices> is_raised{};
+};
+
+// Launches `state.function` with the one parameter at `params` on the device that `stream` belongs to (a default
+// stream: on the current device). Asynchronous; may be captured into a graph. Throws CudaError or InvalidArgument.
+void launch_kernel(KernelState& state, const LaunchConfig& config, Stream stream, const void* params);
+
+}  // namespace deep_ep::dev::cuda
 
 namespace deep_ep::dev {
 inline namespace EP_BACKEND {
@@ -42,12 +61,7 @@ template <class K> void launch(const LaunchConfig& config, Stream stream, const 
     static_assert(std::is_trivially_default_constructible_v<typename K::Shared>, "shared memory is not constructed");
     static cuda::KernelState state{.function = reinterpret_cast<const void*>(&entry<K>),
                                    .max_threads = max_threads<K>()};
-    const cuda::LaunchShape shape{.num_blocks = config.num_blocks,
-                                  .num_threads = config.num_threads,
-                                  .dynamic_shared_bytes = config.dynamic_shared_bytes,
-                                  .is_cooperative = config.is_cooperative,
-                                  .name = config.name};
-    cuda::launch_kernel(state, shape, stream, &params);
+    cuda::launch_kernel(state, config, stream, &params);
 }
 
 }  // namespace EP_BACKEND

@@ -1,5 +1,3 @@
-#include "device/cuda/launch_kernel.h"
-
 #include <cuda_runtime_api.h>
 
 #include <string>
@@ -7,6 +5,7 @@
 #include "device/cuda/cuda_error.h"
 #include "device/cuda/driver.h"
 #include "device/cuda/guard.h"
+#include "device/launch.h"
 
 namespace deep_ep::dev::cuda {
 namespace {
@@ -53,22 +52,22 @@ int device_of(cudaStream_t stream) {
     return device;
 }
 
-std::string describe_launch(const LaunchShape& shape) {
-    return concat("the launch of kernel '", shape.name, "' with ", shape.num_blocks, " blocks of ", shape.num_threads,
-                  " threads, ", shape.dynamic_shared_bytes, " bytes of dynamic shared memory",
-                  shape.is_cooperative ? ", all blocks resident at once" : "");
+std::string describe_launch(const LaunchConfig& config) {
+    return concat("the launch of kernel '", config.name, "' with ", config.num_blocks, " blocks of ",
+                  config.num_threads, " threads, ", config.dynamic_shared_bytes, " bytes of dynamic shared memory",
+                  config.is_cooperative ? ", all blocks resident at once" : "");
 }
 
-void check_shape(const KernelState& state, const LaunchShape& shape) {
-    EP_ENSURE(shape.num_blocks > 0, describe_launch(shape), ": needs at least one block");
-    EP_ENSURE(shape.num_threads > 0 && shape.num_threads % 32 == 0 && shape.num_threads <= state.max_threads,
-              describe_launch(shape), ": the number of threads must be a multiple of 32, at most ", state.max_threads);
-    EP_ENSURE(shape.dynamic_shared_bytes >= 0, describe_launch(shape), ": dynamic shared memory cannot be negative");
+void check_config(const KernelState& state, const LaunchConfig& config) {
+    EP_ENSURE(config.num_blocks > 0, describe_launch(config), ": needs at least one block");
+    EP_ENSURE(config.num_threads > 0 && config.num_threads % 32 == 0 && config.num_threads <= state.max_threads,
+              describe_launch(config), ": the number of threads must be a multiple of 32, at most ", state.max_threads);
+    EP_ENSURE(config.dynamic_shared_bytes >= 0, describe_launch(config), ": dynamic shared memory cannot be negative");
 }
 
 // Lets the kernel use all the shared memory that one block of this device may have. A limit, not a reservation.
-void raise_shared_limit(KernelState& state, int device, const LaunchShape& shape) {
-    if (shape.dynamic_shared_bytes == 0) return;
+void raise_shared_limit(KernelState& state, int device, const LaunchConfig& config) {
+    if (config.dynamic_shared_bytes == 0) return;
     EP_ENSURE(device < kMaxDevices, "CUDA device index ", device, " is beyond ", kMaxDevices - 1);
     std::atomic<bool>& is_raised = state.is_raised[static_cast<size_t>(device)];
     if (is_raised.load(std::memory_order_acquire)) return;
@@ -83,27 +82,27 @@ void raise_shared_limit(KernelState& state, int device, const LaunchShape& shape
 
 }  // namespace
 
-void launch_kernel(KernelState& state, const LaunchShape& shape, Stream stream, const void* params) {
-    check_shape(state, shape);
+void launch_kernel(KernelState& state, const LaunchConfig& config, Stream stream, const void* params) {
+    check_config(state, config);
     const auto cuda_stream = static_cast<cudaStream_t>(stream);
     const int device = device_of(cuda_stream);
     const DeviceGuard guard(device);
-    raise_shared_limit(state, device, shape);
+    raise_shared_limit(state, device, config);
 
     cudaLaunchAttribute cooperative{};
     cooperative.id = cudaLaunchAttributeCooperative;
     cooperative.val.cooperative = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(shape.num_blocks));
-    config.blockDim = dim3(static_cast<unsigned>(shape.num_threads));
-    config.dynamicSmemBytes = static_cast<size_t>(shape.dynamic_shared_bytes);
-    config.stream = cuda_stream;
-    config.attrs = shape.is_cooperative ? &cooperative : nullptr;
-    config.numAttrs = shape.is_cooperative ? 1 : 0;
+    cudaLaunchConfig_t launch{};
+    launch.gridDim = dim3(static_cast<unsigned>(config.num_blocks));
+    launch.blockDim = dim3(static_cast<unsigned>(config.num_threads));
+    launch.dynamicSmemBytes = static_cast<size_t>(config.dynamic_shared_bytes);
+    launch.stream = cuda_stream;
+    launch.attrs = config.is_cooperative ? &cooperative : nullptr;
+    launch.numAttrs = config.is_cooperative ? 1 : 0;
 
     void* arguments[] = {const_cast<void*>(params)};
-    const cudaError_t error = cudaLaunchKernelExC(&config, state.function, arguments);
-    if (error != cudaSuccess) throw_cuda_error(error, describe_launch(shape), __FILE__, __LINE__);
+    const cudaError_t error = cudaLaunchKernelExC(&launch, state.function, arguments);
+    if (error != cudaSuccess) throw_cuda_error(error, describe_launch(config), __FILE__, __LINE__);
 }
 
 }  // namespace deep_ep::dev::cuda

@@ -1,7 +1,7 @@
 #include "device/cuda/probe.h"
 
-#include "device/cuda/build_options.h"
 #include "device/cuda/cuda_error.h"
+#include "device/prim.h"
 
 namespace deep_ep::dev::cuda {
 namespace {

@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "device/cuda/cuda_error.h"
+#include "device/cuda/device.h"
 
 namespace deep_ep::dev::cuda {
 
@@ -67,6 +68,35 @@ std::array<unsigned char, 16> uuid_of(int device) {
     static_assert(sizeof(properties.uuid) == sizeof(uuid));
     std::memcpy(uuid.data(), &properties.uuid, sizeof(uuid));
     return uuid;
+}
+
+int find_device(const std::array<unsigned char, 16>& uuid) {
+    for (int i = 0; i < count_cuda_devices(); ++i) {
+        if (uuid_of(i) == uuid) return i;
+    }
+    return -1;
+}
+
+std::string explain_open_failure(const SharedHandle& handle, int device, cudaError_t error) {
+    static_cast<void>(cudaGetLastError());
+    std::string text =
+        concat("cannot map the memory of process ", handle.owner.pid, " on ", format_uuid(handle.device_uuid),
+               " into process ", ProcessId::of_this_process().pid, " on CUDA device ", device, " (",
+               format_uuid(uuid_of(device)), "): ", describe(error), ". ");
+    if (!handle.owner.may_be_same_host(ProcessId::of_this_process())) {
+        return text + "The two processes run on different hosts, where this kind of memory cannot be shared";
+    }
+    const int owner = find_device(handle.device_uuid);
+    int can_access = 0;
+    if (owner >= 0 && owner != device) ignore(cudaDeviceCanAccessPeer(&can_access, device, owner));
+    if (owner >= 0 && owner != device && can_access == 0) {
+        return text + concat("Devices ", device, " and ", owner,
+                             " of this process cannot access each other's memory: no NVLink, and no peer access over "
+                             "PCIe (see `nvidia-smi topo -p2p r`). DEEP_EP_HEAP=host does without");
+    }
+    if (owner < 0)
+        text += "That GPU is not visible to this process (CUDA_VISIBLE_DEVICES); DEEP_EP_HEAP=host does without. ";
+    return text + "Processes in different containers must share their IPC and PID namespaces, and the owner must live";
 }
 
 }  // namespace deep_ep::dev::cuda

@@ -1,4 +1,4 @@
-// What a process tells its peers about a piece of GPU memory that they may map.
+// What a process tells its peers about a piece of memory that they may map: of its GPU, or of the host for its GPU.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -6,6 +6,8 @@
 #include <array>
 #include <cstdint>
 #include <string>
+
+#include "core/shared_file.h"
 
 namespace deep_ep::dev::cuda {
 
@@ -28,9 +30,12 @@ struct SharedHandle {
     uint64_t address = 0;      // in the owner's address space
     uint64_t base_offset = 0;  // of `address` in the mapping that opening `ipc` gives
     uint64_t num_bytes = 0;
-    cudaIpcMemHandle_t ipc{};
+    cudaIpcMemHandle_t ipc{};  // of GPU memory
+    SharedFileHandle file{};   // of host memory
 
-    static constexpr uint64_t kMagic = 0x3142'4853'5045'4544;  // "DEEPSHB1"
+    static constexpr uint64_t kMagic = 0x3242'4853'5045'4544;  // "DEEPSHB2"
+
+    bool is_on_host() const { return file.num_bytes != 0; }
 
     std::string pack() const;
     // Throws TransportError when `bytes` is not such a handle.
@@ -42,5 +47,11 @@ std::string format_uuid(const std::array<unsigned char, 16>& uuid);
 
 // The UUID of a device of this process.
 std::array<unsigned char, 16> uuid_of(int device);
+
+// The device with that UUID; -1: this process does not see it.
+int find_device(const std::array<unsigned char, 16>& uuid);
+
+// A sentence: why `device` of this process could not map GPU memory. Clears CUDA's last error.
+std::string explain_open_failure(const SharedHandle& handle, int device, cudaError_t error);
 
 }  // namespace deep_ep::dev::cuda

@@ -107,7 +107,7 @@ dev::HostMapped SimtDevice::allocate_host_mapped(size_t bytes) {
 
 void SimtDevice::free_host_mapped(const dev::HostMapped& memory) { free(memory.host); }
 
-dev::ShareableMemory SimtDevice::allocate_shareable(size_t bytes) {
+dev::ShareableMemory SimtDevice::allocate_shareable(size_t bytes, dev::Placement) {
     hb::Quiet quiet;
     check_process();
     dev::ShareableMemory memory;

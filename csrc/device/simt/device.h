@@ -41,7 +41,7 @@ public:
     void free(void* ptr) override;
     dev::HostMapped allocate_host_mapped(size_t bytes) override;
     void free_host_mapped(const dev::HostMapped& memory) override;
-    dev::ShareableMemory allocate_shareable(size_t bytes) override;
+    dev::ShareableMemory allocate_shareable(size_t bytes, dev::Placement placement = dev::Placement::kDevice) override;
     void free_shareable(const dev::ShareableMemory& memory) override;
     void* open_shared(const std::string& handle) override;
     void close_shared(void* address) override;

@@ -1,12 +1,11 @@
-// Memory that other processes of this host can map: an anonymous file (memfd) that peers reach through the owner's
-// /proc entry. Nothing has a name, so nothing is left behind when a process dies.
+// The shared files of the CPU devices of this process, by address.
 #pragma once
 
 #include <cstddef>
 #include <map>
 #include <string>
 
-#include "core/mapped_file.h"
+#include "core/shared_file.h"
 #include "device/simt/quiet_mutex.h"
 
 namespace deep_ep::simt {
@@ -34,8 +33,5 @@ private:
     mutable QuietMutex mutex_;
     std::map<void*, Mapping> mappings_;
 };
-
-// What tells hosts apart: boot identity and host name.
-std::string host_identity();
 
 }  // namespace deep_ep::simt

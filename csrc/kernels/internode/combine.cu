@@ -6,13 +6,13 @@
 //                   forwarder on the owner's rail
 //
 // Messages, buffer map and orderings: docs/protocols/internode.md.
-#include "device/algo/void_output.h"
-#include "kernels/internode/internode_launchers.h"
+#include "device/algo/group.h"
 #include "kernels/internode/launch_roles.h"
 #include "kernels/internode/sum_forward.h"
 #include "kernels/internode/token_reduce.h"
+#include "kernels/intranode/combine_context.h"
 #include "kernels/intranode/row_return.h"
-#include "kernels/intranode/weight_loan.h"
+#include "kernels/kernel_table.h"
 
 namespace deep_ep::kernels::internode::combine {
 inline namespace EP_BACKEND {
@@ -21,6 +21,7 @@ struct Kernel {
     using Params = InternodeCombineParams;
     using Shared = State;
     static constexpr int kMaxThreads = kMaxInternodeCombineThreads;
+    static constexpr int kMinBlocks = 1;
     static constexpr auto kOperation = layout::Operation::kCombine;
 
     // -- The operation of a CallSession ----------------------------------------------------------------------------------
@@ -125,9 +126,11 @@ private:
     }
 };
 
-void launch(const InternodeCombineParams& params, dev::Stream stream) {
-    launch_roles<Kernel>("combine", "deep_ep::combine_internode", params, params.geometry.num_send_warps, stream);
-}
-
 }  // namespace EP_BACKEND
 }  // namespace deep_ep::kernels::internode::combine
+
+void deep_ep::kernels::launch(const InternodeCombineParams& params, dev::Stream stream) {
+    using namespace internode;
+    using namespace internode::combine;
+    launch_roles<Kernel>("combine", "deep_ep::combine_internode", params, params.geometry.num_send_warps, stream);
+}

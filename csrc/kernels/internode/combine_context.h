@@ -1,9 +1,8 @@
 // What the roles of combine across nodes work with, and sums of rows wherever they stand.
 #pragma once
 
-#include "device/algo/bf16_sums.h"
-#include "device/algo/row.h"
-#include "device/algo/warp.h"
+#include "device/algo/formats.h"
+#include "device/algo/group.h"
 #include "kernels/internode/stated_rows.h"
 #include "kernels/internode/token_streams.h"
 #include "kernels/intranode/call_session.h"

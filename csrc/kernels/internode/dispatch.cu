@@ -8,11 +8,10 @@
 //   receive warps   (of a rank that does not lend) slots to final rows, one stream for each source of any node
 //
 // Messages, buffer map and orderings: docs/protocols/internode.md.
-#include "kernels/internode/internode_launchers.h"
 #include "kernels/internode/launch_roles.h"
 #include "kernels/internode/token_forward.h"
-#include "kernels/intranode/dispatch_outputs.h"
-#include "kernels/intranode/slot_receive.h"
+#include "kernels/intranode/dispatch_context.h"
+#include "kernels/kernel_table.h"
 
 namespace deep_ep::kernels::internode::dispatch {
 inline namespace EP_BACKEND {
@@ -21,6 +20,7 @@ struct Kernel {
     using Params = InternodeDispatchParams;
     using Shared = State;
     static constexpr int kMaxThreads = kMaxInternodeDispatchThreads;
+    static constexpr int kMinBlocks = 1;
     static constexpr auto kOperation = layout::Operation::kDispatch;
 
     // -- The operation of a CallSession ----------------------------------------------------------------------------------
@@ -124,9 +124,11 @@ private:
     }
 };
 
-void launch(const InternodeDispatchParams& params, dev::Stream stream) {
-    launch_roles<Kernel>("dispatch", "deep_ep::dispatch_internode", params, params.geometry.num_recv_warps, stream);
-}
-
 }  // namespace EP_BACKEND
 }  // namespace deep_ep::kernels::internode::dispatch
+
+void deep_ep::kernels::launch(const InternodeDispatchParams& params, dev::Stream stream) {
+    using namespace internode;
+    using namespace internode::dispatch;
+    launch_roles<Kernel>("dispatch", "deep_ep::dispatch_internode", params, params.geometry.num_recv_warps, stream);
+}

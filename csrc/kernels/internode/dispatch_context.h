@@ -4,8 +4,8 @@
 #include "kernels/internode/stated_rows.h"
 #include "kernels/internode/token_streams.h"
 #include "kernels/intranode/call_session.h"
+#include "kernels/intranode/dispatch_begin.h"
 #include "kernels/intranode/dispatch_context.h"
-#include "kernels/intranode/token_scan.h"
 
 namespace deep_ep::kernels::internode::dispatch {
 inline namespace EP_BACKEND {
@@ -97,7 +97,7 @@ EP_DEVICE Begun learn(algo::Block block, const InternodeDispatchParams& p, const
 // Ids were looked at when the routing was made; one that is found here has changed since.
 EP_DEVICE int global_expert(const Context& c, int token, int k) {
     const InternodeDispatchParams& p = c.p;
-    const int64_t id = load_expert_id(p.topk_idx, p.idx_bytes, static_cast<int64_t>(token) * p.num_topk + k);
+    const int64_t id = algo::load_expert_id(p.topk_idx, p.idx_bytes, static_cast<int64_t>(token) * p.num_topk + k);
     if (kernels::dispatch::is_expert(p, id)) return static_cast<int>(id);
     prim::store<Order::kRelaxed, Scope::kCta>(c.bad_token, token);
     return -1;

@@ -3,11 +3,12 @@
 // To the ranks of its node a rank tells its counts as inside a node. To the rail peer in each other node it puts one block with all
 // counts for that node, and the peer passes them on to its neighbours as if they were its own: so every rank learns what
 // comes from all ranks to those of its own node, and nothing leaves its rail. See docs/protocols/internode.md.
+#include "device/algo/watch.h"
 #include "device/launch.h"
-#include "kernels/context.h"
-#include "kernels/internode/internode_launchers.h"
 #include "kernels/internode/stated_rows.h"
 #include "kernels/intranode/exchange.h"
+#include "kernels/kernel_table.h"
+#include "kernels/params.h"
 
 namespace deep_ep::kernels::internode::notify {
 inline namespace EP_BACKEND {
@@ -38,12 +39,13 @@ struct Context {
 struct Kernel {
     using Params = InternodeNotifyParams;
     static constexpr int kMaxThreads = kMaxNotifyThreads;
+    static constexpr int kMinBlocks = 1;
     struct Shared {};
 
     static EP_DEVICE void run(const Params& p, Shared&) {
         const algo::Block block;
-        const algo::Watch watch =
-            make_watch(p.watch, p.heap, layout::Operation::kNotifyDispatch, algo::current_call(p.watch.local));
+        const algo::Watch watch = {p.watch, p.heap, layout::Operation::kNotifyDispatch,
+                                   algo::current_call(p.watch.local)};
         const RailLink link(p.rail, watch);
         const Context c{p, watch, link,
                         layout::CountsBlock::make(static_cast<uint64_t>(p.heap.num_ranks),
@@ -197,12 +199,10 @@ private:
     }
 };
 
-void launch(const InternodeNotifyParams& params, dev::Stream stream) {
-    dev::LaunchConfig config;
-    config.num_threads = params.num_threads;
-    config.name = "deep_ep::notify_dispatch_internode";
-    dev::launch<Kernel>(config, stream, params);
-}
-
 }  // namespace EP_BACKEND
 }  // namespace deep_ep::kernels::internode::notify
+
+void deep_ep::kernels::launch(const InternodeNotifyParams& params, dev::Stream stream) {
+    dev::launch<internode::notify::Kernel>(
+        {.num_threads = params.num_threads, .name = "deep_ep::notify_dispatch_internode"}, stream, params);
+}

@@ -1,8 +1,7 @@
 // Compiled into the library of the engine `nvshmem` alone, beside the kernels that it was compiled with.
 #include "kernels/nvshmem_kernels.h"
 
-#include "kernels/internode/internode_launchers.h"
-#include "kernels/internode/low_latency_launchers.h"
+#include "kernels/kernel_table.h"
 #include "rail/nvshmem/border.h"
 
 namespace deep_ep::kernels {
@@ -10,9 +9,12 @@ namespace {
 
 using rail::nvshmem::Complaint;
 
-template <class Params, void (*kLaunch)(const Params&, dev::Stream)>
-bool launch(const Params* params, dev::Stream stream, Complaint* complaint) {
-    return rail::nvshmem::guarded(complaint, [&] { kLaunch(*params, stream); });
+template <class Params> bool guarded_launch(const Params* params, dev::Stream stream, Complaint* complaint) {
+    return rail::nvshmem::guarded(complaint, [&] { launch(*params, stream); });
+}
+
+template <class Params> bool guarded_nodes_launch(const Params* params, dev::Stream stream, Complaint* complaint) {
+    return rail::nvshmem::guarded(complaint, [&] { EP_NODES_BACKEND::launch(*params, stream); });
 }
 
 }  // namespace
@@ -22,12 +24,12 @@ extern "C" const void* deep_ep_nvshmem_kernels() {
     using namespace deep_ep::kernels;
     static const NvshmemKernels kernels{
         .shape = kNvshmemKernelShape,
-        .notify = &launch<InternodeNotifyParams, &internode::notify::launch>,
-        .dispatch = &launch<InternodeDispatchParams, &internode::dispatch::launch>,
-        .combine = &launch<InternodeCombineParams, &internode::combine::launch>,
-        .low_latency_dispatch = &launch<LowLatencyDispatchParams, &internode::launch_low_latency_dispatch>,
-        .low_latency_combine = &launch<LowLatencyCombineParams, &internode::launch_low_latency_combine>,
-        .low_latency_clean = &launch<LowLatencyCall, &internode::launch_low_latency_clean>,
+        .notify = guarded_launch,
+        .dispatch = guarded_launch,
+        .combine = guarded_launch,
+        .low_latency_dispatch = guarded_nodes_launch,
+        .low_latency_combine = guarded_nodes_launch,
+        .low_latency_clean = guarded_nodes_launch,
     };
     return &kernels;
 }

@@ -4,7 +4,7 @@
 // Messages, flags and orderings: docs/protocols/internode.md.
 #pragma once
 
-#include "device/algo/call.h"
+#include "device/algo/watch.h"
 #include "kernels/params_internode.h"
 #include "rail/rail.h"
 

@@ -4,8 +4,7 @@
 
 #include "device/algo/group.h"
 #include "kernels/internode/rail_link.h"
-#include "kernels/intranode/refusals.h"
-#include "kernels/intranode/routing.h"
+#include "kernels/intranode/exchange.h"
 
 namespace deep_ep::kernels::internode {
 inline namespace EP_BACKEND {

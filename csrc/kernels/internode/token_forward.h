@@ -4,7 +4,7 @@
 // for a slot of a rank here, because whoever frees that waits for nothing (receive).
 #pragma once
 
-#include "device/algo/warp.h"
+#include "device/algo/group.h"
 #include "kernels/internode/token_send.h"
 
 namespace deep_ep::kernels::internode::dispatch {

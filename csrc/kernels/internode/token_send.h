@@ -2,7 +2,7 @@
 // of each other node that needs it. Whoever fills the last slot of a chunk posts it.
 #pragma once
 
-#include "device/algo/warp.h"
+#include "device/algo/group.h"
 #include "kernels/internode/dispatch_context.h"
 
 namespace deep_ep::kernels::internode::dispatch {

@@ -2,7 +2,7 @@
 // at once, which the lanes look for; a stream that lacks something never holds up another.
 #pragma once
 
-#include "device/algo/streams.h"
+#include "device/algo/ring.h"
 #include "kernels/internode/rail_link.h"
 
 namespace deep_ep::kernels::internode {

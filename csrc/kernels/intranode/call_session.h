@@ -25,10 +25,10 @@
 // and kOperation; its Shared begins with a CallState named `call`.
 #pragma once
 
-#include "device/algo/call.h"
-#include "device/algo/last_block.h"
-#include "device/algo/loan.h"
-#include "kernels/context.h"
+#include "device/algo/group.h"
+#include "device/algo/watch.h"
+#include "device/launch.h"
+#include "kernels/params.h"
 
 namespace deep_ep::kernels {
 inline namespace EP_BACKEND {
@@ -84,7 +84,7 @@ public:
 
 private:
     static EP_DEVICE algo::Watch watch_of(const Params& p, uint64_t call) {
-        return make_watch(p.watch, p.heap, Operation::kOperation, call);
+        return {p.watch, p.heap, Operation::kOperation, call};
     }
 
     static EP_DEVICE Begun begin(algo::Block block, const Params& p, Shared& shared) {
@@ -148,6 +148,30 @@ private:
         if (state.end == LaunchEnd::kFailed) Operation::void_outputs(block, p);
     }
 };
+
+// -- Which warp of a block has which part of its dynamic shared memory -----------------------------------------------
+
+EP_DEVICE uint8_t* send_memory(const Geometry& geometry, int send_warp) {
+    return static_cast<uint8_t*>(prim::dynamic_shared()) + send_warp * geometry.send.bytes();
+}
+
+EP_DEVICE uint8_t* recv_memory(const Geometry& geometry, int recv_warp) {
+    return send_memory(geometry, geometry.num_send_warps) + recv_warp * geometry.recv.bytes();
+}
+
+// On the host. A call is one of two kernels: one for rows in stages, one for rows in registers.
+template <template <bool> class Kernel, class Params>
+void launch_call(const char* name, const Params& params, int num_warps, bool is_staged, dev::Stream stream) {
+    const dev::LaunchConfig config{.num_blocks = params.geometry.num_blocks,
+                                   .num_threads = prim::kWarpSize * num_warps,
+                                   .dynamic_shared_bytes = staging_bytes(params.geometry),
+                                   .is_cooperative = true,
+                                   .name = name};
+    if (is_staged)
+        dev::launch<Kernel<true>>(config, stream, params);
+    else
+        dev::launch<Kernel<false>>(config, stream, params);
+}
 
 }  // namespace EP_BACKEND
 }  // namespace deep_ep::kernels

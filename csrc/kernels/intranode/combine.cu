@@ -9,14 +9,12 @@
 // With bulk copies, both keep several rows, or pieces of rows, on their way through shared memory, in a kernel of its own.
 //
 // Messages, buffer map and orderings: docs/protocols/intranode.md.
-#include "device/algo/void_output.h"
-#include "device/launch.h"
+#include "device/algo/group.h"
 #include "kernels/intranode/call_session.h"
+#include "kernels/intranode/combine_context.h"
 #include "kernels/intranode/combine_reduce_staged.h"
-#include "kernels/intranode/intranode_launchers.h"
 #include "kernels/intranode/row_return.h"
-#include "kernels/intranode/warp_memory.h"
-#include "kernels/intranode/weight_loan.h"
+#include "kernels/kernel_table.h"
 
 namespace deep_ep::kernels::combine {
 inline namespace EP_BACKEND {
@@ -145,18 +143,11 @@ private:
     }
 };
 
-void launch(const CombineParams& params, dev::Stream stream) {
-    dev::LaunchConfig config;
-    config.num_blocks = params.geometry.num_blocks;
-    config.num_threads = kWarpSize * (params.geometry.num_send_warps + params.geometry.num_recv_warps + 1);
-    config.dynamic_shared_bytes = staging_bytes(params.geometry);
-    config.is_cooperative = true;
-    config.name = "deep_ep::combine";
-    if (params.geometry.recv.num_stages > 0)
-        dev::launch<Kernel<true>>(config, stream, params);
-    else
-        dev::launch<Kernel<false>>(config, stream, params);
-}
-
 }  // namespace EP_BACKEND
 }  // namespace deep_ep::kernels::combine
+
+void deep_ep::kernels::launch(const CombineParams& params, dev::Stream stream) {
+    const Geometry& geometry = params.geometry;
+    launch_call<combine::Kernel>("deep_ep::combine", params, geometry.num_send_warps + geometry.num_recv_warps + 1,
+                                 geometry.recv.num_stages > 0, stream);
+}

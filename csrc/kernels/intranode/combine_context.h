@@ -1,16 +1,100 @@
-// What both halves of combine work with.
+// What both halves of combine work with: the flag warp, where rows are read, and the loan of weights.
 #pragma once
 
 #include "device/algo/group.h"
-#include "device/algo/loan.h"
 #include "device/algo/ring.h"
-#include "kernels/intranode/flag_warp.h"
-#include "kernels/intranode/refusals.h"
-#include "kernels/intranode/routing.h"
+#include "device/algo/watch.h"
+#include "kernels/intranode/exchange.h"
 #include "kernels/params.h"
 
 namespace deep_ep::kernels::combine {
 inline namespace EP_BACKEND {
+
+// -- The flag warp of a block: it sets the flags of rows that the other warps have put into slots or taken out -------
+// A release at system scope takes microseconds where the SM has stores under way to a peer. Here one warp waits for it, while
+// the others go on with the next row, and all flags that are due meanwhile share the next release.
+
+// What a warp asks for. A word, so that it needs no other to be complete; zero: none.
+enum class FlagKind : uint64_t { kRowIsHere = 1, kSlotIsFree = 2, kNoMore = 3 };
+
+constexpr uint64_t make_request(FlagKind kind, int rank, int position) {
+    return static_cast<uint64_t>(kind) << 60 | static_cast<uint64_t>(rank) << 32 | static_cast<uint32_t>(position);
+}
+constexpr FlagKind kind_of_request(uint64_t request) { return static_cast<FlagKind>(request >> 60); }
+constexpr int rank_of_request(uint64_t request) { return static_cast<int>(request >> 32 & 0xfffffffu); }
+constexpr int position_of_request(uint64_t request) { return static_cast<int>(static_cast<uint32_t>(request)); }
+
+constexpr int kRequests = 2;  // of a warp, at once
+
+// Of one block; shared memory. A request is zero until its warp writes it, and again when the flag warp has taken it.
+struct FlagRequests {
+    uint64_t of_warp[kMaxCombineWarps][kRequests];
+};
+
+// One warp's side.
+class FlagRequester {
+public:
+    EP_DEVICE FlagRequester(FlagRequests& requests, int warp_idx) : requests_(requests.of_warp[warp_idx]) {}
+
+    // By the whole warp, which has met in a sync() after what the flag guards.
+    EP_DEVICE void row_is_here(algo::Warp warp, int rank, int position) {
+        request(warp, make_request(FlagKind::kRowIsHere, rank, position));
+    }
+    EP_DEVICE void slot_is_free(algo::Warp warp, int rank, int position) {
+        request(warp, make_request(FlagKind::kSlotIsFree, rank, position));
+    }
+    EP_DEVICE void no_more(algo::Warp warp) { request(warp, make_request(FlagKind::kNoMore, 0, 0)); }
+
+private:
+    // Waits for nobody but the flag warp, which waits for nobody.
+    EP_DEVICE void request(algo::Warp warp, uint64_t value) {
+        using prim::Order;
+        using prim::Scope;
+        if (warp.thread_rank() == 0) {
+            uint64_t* word = requests_ + next_;
+            while (prim::load<Order::kRelaxed, Scope::kCta>(word) != 0) prim::pause();
+            // Release: the row, or the reads of it. Pairs with: serve_flags.
+            prim::store<Order::kRelease, Scope::kCta>(word, value);
+        }
+        next_ = (next_ + 1) % kRequests;
+    }
+
+    uint64_t* requests_;
+    int next_ = 0;
+};
+
+// The flag warp's side: lane i serves warp i of the block.
+EP_DEVICE void serve_flags(algo::Warp warp, const algo::Ring& ring, FlagRequests& requests, int num_warps) {
+    using prim::Order;
+    using prim::Scope;
+    const int lane = warp.thread_rank();
+    bool has_more = lane < num_warps;
+    for (int next = 0; __any_sync(prim::kFullMask, has_more);) {
+        uint64_t request = 0;
+        if (has_more) {
+            uint64_t* word = requests.of_warp[lane] + next;
+            request = prim::load<Order::kAcquire, Scope::kCta>(word);
+            if (request != 0) {
+                prim::store<Order::kRelaxed, Scope::kCta>(word, uint64_t{0});
+                next = (next + 1) % kRequests;
+            }
+        }
+        const FlagKind kind = kind_of_request(request);
+        if (kind == FlagKind::kNoMore) has_more = false;
+        const bool is_due = request != 0 && kind != FlagKind::kNoMore;
+        if (!__any_sync(prim::kFullMask, is_due)) {
+            prim::pause();
+            continue;
+        }
+        if (!is_due) continue;
+        const int rank = rank_of_request(request);
+        const int position = position_of_request(request);
+        const algo::FlagMark mark =
+            kind == FlagKind::kRowIsHere ? ring.to(rank).mark_here(position) : ring.from(rank).mark_free(position);
+        // Release: what the warp has asked for this after. Pairs with: row_is_here, slot_is_free at the peer. All lanes at once.
+        prim::store<Order::kRelease, Scope::kSys>(mark.flag, mark.value);
+    }
+}
 
 using layout::Stage;
 using prim::kFullMask;
@@ -55,6 +139,25 @@ EP_DEVICE bool is_stated(const CombineContext& c, int rank, int token, int posit
     if (position < 0) return true;
     const int num_rows = c.rows.num_rows(c.watch.heap.rank(), rank);
     return position < num_rows || refuse_position(c.watch, rank, token, position, num_rows);
+}
+
+// -- Of a rank that lends its input: a copy of its top-k weights that peers can read ---------------------------------
+
+// The weights go to where peers can read them; the block that comes last says so.
+EP_DEVICE void lend_weights(algo::Block block, const CombineContext& c) {
+    const CombineParams& p = c.p;
+    const algo::Heap& heap = c.watch.heap;
+    const int64_t num_weights = static_cast<int64_t>(c.rows.total_rows(heap.rank())) * p.num_topk;
+    algo::for_each(algo::Grid{}, num_weights, [&](int64_t i) { p.lent_weights[i] = p.topk_weights[i]; });
+    block.sync();
+    const algo::Warp warp;
+    if (prim::warp_idx() != 0 ||
+        !algo::is_last_block<prim::Order::kAcqRel, prim::Scope::kGpu>(warp, &c.watch.words.local->num_weight_blocks))
+        return;
+    // Release: the weights. Pairs with: wait_for_weights at the peer.
+    algo::publish<prim::Order::kRelease, prim::Scope::kSys>(
+        warp, heap.num_ranks(), algo::AllRanks{}, [&](int peer) { return heap.weight_flag(peer, heap.rank()); },
+        c.watch.call);
 }
 
 }  // namespace EP_BACKEND

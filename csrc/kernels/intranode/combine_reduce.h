@@ -7,12 +7,11 @@
 
 #include <type_traits>
 
-#include "device/algo/bf16_sums.h"
-#include "device/algo/peers.h"
-#include "device/algo/row.h"
-#include "device/algo/warp.h"
-#include "kernels/context.h"
+#include "device/algo/formats.h"
+#include "device/algo/group.h"
+#include "device/algo/watch.h"
 #include "kernels/intranode/combine_context.h"
+#include "kernels/params.h"
 
 namespace deep_ep::kernels::combine {
 inline namespace EP_BACKEND {
@@ -52,7 +51,7 @@ EP_DEVICE int position_of(const CombineContext& c, const RowSource& source, int 
 }
 
 EP_DEVICE algo::Watch make_watch(const CombineParams& p, uint64_t call) {
-    return make_watch(p.watch, p.heap, layout::Operation::kCombine, call);
+    return {p.watch, p.heap, layout::Operation::kCombine, call};
 }
 
 // Rows that come into slots, out of line: what the two take would be kept in registers beside rows that are read in place.

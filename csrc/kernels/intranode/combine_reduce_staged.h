@@ -2,7 +2,7 @@
 // each rank and each bias.
 #pragma once
 
-#include "device/algo/stages.h"
+#include "device/algo/ring.h"
 #include "kernels/intranode/combine_reduce.h"
 
 namespace deep_ep::kernels::combine {

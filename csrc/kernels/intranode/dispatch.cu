@@ -11,11 +11,9 @@
 // carries all bulk copies of an SM, and is full with what is sent (docs/performance/intranode.md).
 //
 // Messages, buffer map and orderings: docs/protocols/intranode.md.
-#include "device/launch.h"
-#include "kernels/intranode/dispatch_outputs.h"
-#include "kernels/intranode/intranode_launchers.h"
-#include "kernels/intranode/slot_receive.h"
+#include "kernels/intranode/dispatch_context.h"
 #include "kernels/intranode/token_send.h"
+#include "kernels/kernel_table.h"
 
 namespace deep_ep::kernels::dispatch {
 inline namespace EP_BACKEND {
@@ -67,18 +65,11 @@ template <bool kIsStaged> struct Kernel {
     static EP_DEVICE void run(const Params& p, Shared& shared) { CallSession<Kernel>::run(p, shared); }
 };
 
-void launch(const DispatchParams& params, dev::Stream stream) {
-    dev::LaunchConfig config;
-    config.num_blocks = params.geometry.num_blocks;
-    config.num_threads = kWarpSize * (params.geometry.num_send_warps + params.geometry.num_recv_warps);
-    config.dynamic_shared_bytes = staging_bytes(params.geometry);
-    config.is_cooperative = true;
-    config.name = "deep_ep::dispatch";
-    if (params.geometry.send.num_stages > 0)
-        dev::launch<Kernel<true>>(config, stream, params);
-    else
-        dev::launch<Kernel<false>>(config, stream, params);
-}
-
 }  // namespace EP_BACKEND
 }  // namespace deep_ep::kernels::dispatch
+
+void deep_ep::kernels::launch(const DispatchParams& params, dev::Stream stream) {
+    const Geometry& geometry = params.geometry;
+    launch_call<dispatch::Kernel>("deep_ep::dispatch", params, geometry.num_send_warps + geometry.num_recv_warps,
+                                  geometry.send.num_stages > 0, stream);
+}

@@ -1,10 +1,11 @@
-// What both roles of dispatch work with: where the rows of a rank go, and what goes along with them.
+// What the roles of dispatch work with: where the rows of a rank go, and what goes along with them; and the receiving role.
 #pragma once
 
 #include "device/algo/group.h"
-#include "device/algo/loan.h"
 #include "device/algo/ring.h"
+#include "device/algo/watch.h"
 #include "kernels/intranode/dispatch_begin.h"
+#include "kernels/params.h"
 
 namespace deep_ep::kernels::dispatch {
 inline namespace EP_BACKEND {
@@ -37,7 +38,7 @@ EP_DEVICE int local_expert(const DispatchParams& p, int id, int rank) {
 }
 
 EP_DEVICE int64_t input_expert(const DispatchParams& p, int token, int k) {
-    return load_expert_id(p.topk_idx, p.idx_bytes, static_cast<int64_t>(token) * p.num_topk + k);
+    return algo::load_expert_id(p.topk_idx, p.idx_bytes, static_cast<int64_t>(token) * p.num_topk + k);
 }
 
 EP_DEVICE float input_weight(const DispatchParams& p, int token, int k) {
@@ -83,7 +84,7 @@ EP_DEVICE void deliver_metadata(algo::Warp warp, const DispatchParams& p, const 
     if (warp.thread_rank() == 0 && out.src_idx != nullptr) out.src_idx[row] = src_idx;
     for (int k = warp.thread_rank(); k < p.num_topk; k += warp.size()) {
         const int id = expert(k);
-        store_expert_id(out.topk_idx, p.idx_bytes, row * p.num_topk + k, id);
+        algo::store_expert_id(out.topk_idx, p.idx_bytes, row * p.num_topk + k, id);
         out.topk_weights[row * p.num_topk + k] = id >= 0 ? weight(k) : 0.0f;
     }
     for (int i = warp.thread_rank(); i < p.num_scales; i += warp.size()) {
@@ -102,6 +103,57 @@ EP_DEVICE void deliver_slot_metadata(algo::Warp warp, const Context& c, int rank
         warp, p, metadata_outputs(c, rank), row, *reinterpret_cast<const int*>(slot + p.slot.src_idx.offset),
         [&](int k) { return local_expert(p, ids[k], rank); }, [&](int k) { return weights[k]; },
         [&](int i) { return scales[i]; });
+}
+
+// -- The receiving role, of a rank that does not lend its outputs: slots to final rows, one stream of rows for each source
+
+// Row `position` of the `num_rows` of a source to final row `row`.
+template <class Context>
+EP_DEVICE void receive_row(algo::Warp warp, const Context& c, const algo::Port& port, int position, int num_rows,
+                           int64_t row) {
+    const DispatchParams& p = c.p;
+    const uint8_t* slot = port.slot(position);
+    algo::copy_row<algo::SourceKind::kFromPeer, kUnroll>(warp, reinterpret_cast<Vec16*>(p.recv_x + row * p.row_bytes),
+                                                         reinterpret_cast<const Vec16*>(slot),
+                                                         static_cast<int>(p.row_bytes / sizeof(Vec16)));
+    deliver_slot_metadata(warp, c, c.watch.heap.rank(), row, slot);
+    warp.sync();  // every lane's reads, one lane's release
+    if (warp.thread_rank() == 0) port.give_back(position, num_rows);
+}
+
+EP_DEVICE bool receive(algo::Warp warp, const DispatchContext& c, int warp_idx, int num_warps) {
+    const int self = c.watch.heap.rank();
+    const algo::RowStream stream = algo::deal_stream(warp, warp_idx, num_warps, self, c.watch.heap.num_ranks(),
+                                                     [&](int source) { return c.rows.num_rows_from(source); });
+    return algo::serve_streams(
+        warp, c.watch, Stage::kRow, stream,
+        [&](int source, int position) { return c.ring.from(source).row_is_here(position); },
+        [&](int source, int position, int count) {
+            receive_row(warp, c, c.ring.from(source), position, count, c.rows.first_row_from(source) + position);
+        });
+}
+
+// -- Outputs that no row has come for --------------------------------------------------------------------------------
+
+// Rows behind the `num_rows` that come must not look like tokens.
+EP_DEVICE void mark_unused_rows(algo::Grid grid, const DispatchParams& p, int num_rows) {
+    const int64_t begin = static_cast<int64_t>(num_rows) * p.num_topk;
+    const int64_t end = static_cast<int64_t>(p.num_recv_rows) * p.num_topk;
+    algo::for_each(grid, end - begin, [&](int64_t i) {
+        algo::store_expert_id(p.recv_topk_idx, p.idx_bytes, begin + i, -1);
+        p.recv_topk_weights[begin + i] = 0.0f;
+    });
+}
+
+// All of them, of a call that has failed.
+EP_DEVICE void void_dispatch(algo::Block block, const DispatchParams& p) {
+    const int64_t num_rows = p.num_recv_rows;
+    const int64_t num_entries = num_rows * p.num_topk;
+    algo::void_output(block, p.recv_x, num_rows * p.row_bytes);
+    algo::void_output(block, p.recv_scales, num_rows * p.num_scales * 4);
+    algo::void_output(block, p.recv_topk_idx, num_entries * p.idx_bytes);
+    algo::void_output(block, p.recv_topk_weights, num_entries * 4);
+    algo::void_output(block, p.recv_src_idx, num_rows * 4);
 }
 
 }  // namespace EP_BACKEND

@@ -1,8 +1,12 @@
+// Which rows go where, as ranks tell each other and as kernels then know it; and what is refused of it.
+//
 // The count exchange: every rank tells every peer how many tokens it sends to each rank, and how many entries to each of the
 // peer's experts. Each count is one word that says which call it belongs to, so a count is there as soon as it can be seen.
 #pragma once
 
-#include "device/algo/call.h"
+#include "device/algo/watch.h"
+#include "device/prim.h"
+#include "layout/heap.h"
 
 namespace deep_ep::kernels {
 inline namespace EP_BACKEND {
@@ -127,8 +131,88 @@ EP_DEVICE void tell_num_rows(layout::HostCounts* counts, int64_t num_rows, uint6
     using prim::Order;
     using prim::Scope;
     prim::store<Order::kRelaxed, Scope::kSys>(&counts->num_recv_tokens, num_rows);
-    // Pairs with: Buffer::wait_counts on the host.
+    // Pairs with: CountExchange::wait on the host.
     prim::store<Order::kRelease, Scope::kSys>(&counts->ready, ticket);
+}
+
+// -- Where rows stand ------------------------------------------------------------------------------------------------
+
+// Rows of one rank at another, and all rows there.
+struct RowSpan {
+    int first, end, total;
+
+    EP_DEVICE bool can_be() const { return first >= 0 && end >= first && end <= total; }
+};
+
+// rank_prefix_matrix[src][dst]: rows that the sources 0..src send to dst. Sources are ranks of all nodes, destinations those
+// of this node.
+struct RowMap {
+    const int* prefix;
+    int num_ranks;  // destinations
+    int num_sources = num_ranks;
+
+    EP_DEVICE int first_row(int source, int destination) const {
+        return source == 0 ? 0 : prefix[(source - 1) * num_ranks + destination];
+    }
+    EP_DEVICE int num_rows(int source, int destination) const {
+        return prefix[source * num_ranks + destination] - first_row(source, destination);
+    }
+    EP_DEVICE int total_rows(int destination) const { return prefix[(num_sources - 1) * num_ranks + destination]; }
+    EP_DEVICE RowSpan span(int source, int destination) const {
+        return {first_row(source, destination), prefix[source * num_ranks + destination], total_rows(destination)};
+    }
+};
+
+// What one rank needs of that matrix, in shared memory: it is known before the matrix is.
+class RowTable {
+public:
+    EP_DEVICE int first_row_at(int destination) const { return first_at_[destination]; }
+    EP_DEVICE int num_rows_at(int destination) const { return num_at_[destination]; }
+    EP_DEVICE int first_row_from(int source) const { return source == 0 ? 0 : end_from_[source - 1]; }
+    EP_DEVICE int num_rows_from(int source) const { return end_from_[source] - first_row_from(source); }
+
+    EP_DEVICE int num_rows(int num_ranks) const { return end_from_[num_ranks - 1]; }
+
+    // Takes in prefix[source][destination]. Every source of a destination, in order, by one thread.
+    EP_DEVICE void take(int self, int source, int destination, int sum) {
+        if (source == 0 && self == 0) first_at_[destination] = 0;
+        if (source + 1 == self) first_at_[destination] = sum;
+        if (source == self) num_at_[destination] = sum - first_at_[destination];
+        if (destination == self) end_from_[source] = sum;
+    }
+
+private:
+    int first_at_[layout::kMaxRanks];  // of this rank's rows at each destination
+    int num_at_[layout::kMaxRanks];    // of them
+    int end_from_[layout::kMaxRanks];  // of each source's rows here: one beyond the last
+};
+
+// -- Bad input that only a kernel can see: what the handle or the peers say cannot be. Each ends the call with a report
+
+EP_DEVICE_COLD bool refuse_room(algo::Watch watch, int num_rows_held, int num_rows) {
+    algo::fail(watch, layout::FailureKind::kBadInput, {layout::Stage::kCapacity, 0},
+               static_cast<uint64_t>(num_rows_held), static_cast<uint64_t>(num_rows), 0);
+    return false;
+}
+
+// False: `num_rows` belong to this rank, and its tensors hold fewer.
+EP_DEVICE bool has_room(const algo::Watch& watch, int num_rows_held, int num_rows) {
+    return num_rows <= num_rows_held || refuse_room(watch, num_rows_held, num_rows);
+}
+
+// False: token `token` is the one at `position` (from 0) of those that go to `rank`, and fewer are stated: whoever wrote or
+// read its row would do so beyond what is there.
+EP_DEVICE_COLD bool refuse_position(algo::Watch watch, int rank, int token, int position, int num_stated) {
+    algo::fail(watch, layout::FailureKind::kBadInput, {layout::Stage::kPosition, rank, token},
+               static_cast<uint64_t>(num_stated), static_cast<uint64_t>(position) + 1, 0);
+    return false;
+}
+
+// False: the rows from `source` to `destination`, of `num_rows` in all, cannot be there.
+EP_DEVICE_COLD bool refuse_rows(algo::Watch watch, int source, int destination, int first, int end, int num_rows) {
+    algo::fail(watch, layout::FailureKind::kBadInput, {layout::Stage::kRows, source, destination},
+               static_cast<uint64_t>(num_rows), layout::make_row_span(first, end), 0);
+    return false;
 }
 
 }  // namespace EP_BACKEND

@@ -1,10 +1,10 @@
 // notify_dispatch: the count exchange, for a host that has to know how many rows come before it can allocate them. One block.
 // Where it need not know, dispatch exchanges the counts by itself. See docs/protocols/intranode.md.
-#include "device/algo/call.h"
+#include "device/algo/watch.h"
 #include "device/launch.h"
-#include "kernels/context.h"
 #include "kernels/intranode/exchange.h"
-#include "kernels/intranode/intranode_launchers.h"
+#include "kernels/kernel_table.h"
+#include "kernels/params.h"
 
 namespace deep_ep::kernels::notify_dispatch {
 inline namespace EP_BACKEND {
@@ -54,8 +54,8 @@ struct Kernel {
 
     static EP_DEVICE void run(const Params& p, Shared& shared) {
         const algo::Block block;
-        const algo::Watch watch =
-            make_watch(p.watch, p.heap, layout::Operation::kNotifyDispatch, algo::current_call(p.watch.local));
+        const algo::Watch watch = {p.watch, p.heap, layout::Operation::kNotifyDispatch,
+                                   algo::current_call(p.watch.local)};
         if (!all_threads(block, prim::warp_idx() != 0 || enter(algo::Warp{}, p, watch), shared)) return;
         algo::for_each(block, watch.heap.num_ranks(), [&](int rank) {
             write_rank_count(watch, watch.heap.rank(), rank, p.num_tokens_per_rank[rank]);
@@ -70,12 +70,10 @@ struct Kernel {
     }
 };
 
-void launch(const NotifyDispatchParams& params, dev::Stream stream) {
-    dev::LaunchConfig config;
-    config.num_threads = params.num_threads;
-    config.name = "deep_ep::notify_dispatch";
-    dev::launch<Kernel>(config, stream, params);
-}
-
 }  // namespace EP_BACKEND
 }  // namespace deep_ep::kernels::notify_dispatch
+
+void deep_ep::kernels::launch(const NotifyDispatchParams& params, dev::Stream stream) {
+    dev::launch<notify_dispatch::Kernel>({.num_threads = params.num_threads, .name = "deep_ep::notify_dispatch"},
+                                         stream, params);
+}

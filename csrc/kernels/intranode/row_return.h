@@ -4,9 +4,8 @@
 // keeps several rows on their way through shared memory. A rank that lends its input sends nothing but the weights.
 #pragma once
 
-#include "device/algo/stages.h"
-#include "device/algo/streams.h"
-#include "device/algo/warp.h"
+#include "device/algo/group.h"
+#include "device/algo/ring.h"
 #include "kernels/intranode/combine_context.h"
 
 namespace deep_ep::kernels::combine {

@@ -4,10 +4,10 @@
 // of each destination's window, then one flag for each. With bulk copies several rows are on their way through shared memory.
 #pragma once
 
-#include "device/algo/stages.h"
-#include "device/algo/warp.h"
+#include "device/algo/group.h"
+#include "device/algo/ring.h"
+#include "kernels/intranode/call_session.h"
 #include "kernels/intranode/dispatch_context.h"
-#include "kernels/intranode/warp_memory.h"
 
 namespace deep_ep::kernels::dispatch {
 inline namespace EP_BACKEND {

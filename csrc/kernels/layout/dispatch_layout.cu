@@ -3,11 +3,11 @@
 //
 //   block b: one thread a token; counts in shared memory -> partials[.][b]
 //   the block that ends last: sums the partials of all blocks (integers: any order gives the same result)
-#include "kernels/layout/dispatch_layout.h"
-
-#include "device/algo/last_block.h"
+#include "device/algo/group.h"
+#include "device/algo/watch.h"
 #include "device/launch.h"
-#include "kernels/context.h"
+#include "kernels/kernel_table.h"
+#include "kernels/params.h"
 
 namespace deep_ep::kernels::dispatch_layout {
 inline namespace EP_BACKEND {
@@ -24,7 +24,8 @@ struct Kernel {
         int is_last_block;
     };
 
-    static EP_DEVICE_COLD void report_bad_expert(algo::WatchWords words, int num_experts, int token, int64_t expert) {
+    static EP_DEVICE_COLD void report_bad_expert(layout::WatchParams words, int num_experts, int token,
+                                                 int64_t expert) {
         algo::record_failure(words, {layout::FailureKind::kBadInput,
                                      layout::Operation::kLayout,
                                      {layout::Stage::kInput, token},
@@ -38,8 +39,9 @@ struct Kernel {
     static EP_DEVICE void load_ids(const Params& p, int64_t token, int first, int64_t* ids) {
 #pragma unroll
         for (int i = 0; i < kIdBatch; ++i)
-            ids[i] =
-                first + i < p.num_topk ? load_expert_id(p.topk_idx, p.idx_bytes, token * p.num_topk + first + i) : -1;
+            ids[i] = first + i < p.num_topk
+                         ? algo::load_expert_id(p.topk_idx, p.idx_bytes, token * p.num_topk + first + i)
+                         : -1;
     }
 
     // Counts the ids; returns which of the 64 ranks from `first_rank` own one of them.
@@ -51,8 +53,7 @@ struct Kernel {
             load_ids(p, token, first, ids);
 #pragma unroll
             for (int i = 0; i < kIdBatch; ++i) {
-                if (ids[i] >= p.num_experts || ids[i] < -1)
-                    report_bad_expert(make_watch_words(p.watch), p.num_experts, token, ids[i]);
+                if (ids[i] >= p.num_experts || ids[i] < -1) report_bad_expert(p.watch, p.num_experts, token, ids[i]);
                 if (ids[i] < 0 || ids[i] >= p.num_experts) continue;
                 if (first_rank == 0) prim::fetch_add<Order::kRelaxed, Scope::kCta>(&expert_counts[ids[i]], 1);
                 const int rank = static_cast<int>(static_cast<unsigned>(ids[i]) / experts_per_rank) - first_rank;
@@ -138,15 +139,14 @@ struct Kernel {
     }
 };
 
-void launch(const LayoutParams& params, int num_blocks, dev::Stream stream) {
-    dev::LaunchConfig config;
-    config.num_blocks = num_blocks;
-    config.num_threads = params.num_threads;
-    config.dynamic_shared_bytes =
-        static_cast<int>(sizeof(int)) * (params.num_ranks + params.num_experts + params.num_nodes);
-    config.name = "deep_ep::dispatch_layout";
-    dev::launch<Kernel>(config, stream, params);
-}
-
 }  // namespace EP_BACKEND
 }  // namespace deep_ep::kernels::dispatch_layout
+
+void deep_ep::kernels::launch(const LayoutParams& params, int num_blocks, dev::Stream stream) {
+    const int num_counts = params.num_ranks + params.num_experts + params.num_nodes;
+    dev::launch<dispatch_layout::Kernel>({.num_blocks = num_blocks,
+                                          .num_threads = params.num_threads,
+                                          .dynamic_shared_bytes = static_cast<int>(sizeof(int)) * num_counts,
+                                          .name = "deep_ep::dispatch_layout"},
+                                         stream, params);
+}

@@ -1,7 +1,7 @@
 // The bank of a call: whether its flags and slots may be written again, and what tells the peers that theirs may.
 #pragma once
 
-#include "device/algo/peers.h"
+#include "device/algo/watch.h"
 #include "kernels/low_latency/call_context.h"
 
 namespace deep_ep::kernels::low_latency {

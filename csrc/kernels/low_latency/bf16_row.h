@@ -1,7 +1,7 @@
 // Rows of bfloat16, as a warp of these kernels works on them: a chunk of 512 channels at a time, sixteen of them in each lane.
 #pragma once
 
-#include "device/algo/row.h"
+#include "device/algo/group.h"
 #include "kernels/low_latency/call_context.h"
 
 namespace deep_ep::kernels::low_latency {

@@ -4,8 +4,8 @@
 
 #include "device/algo/group.h"
 #include "device/algo/watch.h"
-#include "kernels/context.h"
 #include "kernels/low_latency/far_ranks.h"
+#include "kernels/params.h"
 #include "kernels/params_low_latency.h"
 
 namespace deep_ep::kernels::low_latency {
@@ -290,7 +290,7 @@ EP_DEVICE bool wait_for_table(const CallContext& c, int source) {
 // Before the number of the call is known.
 EP_DEVICE CallContext make_context(const LowLatencyCall& call, layout::Operation operation, Phase phase,
                                    bool uses_packets) {
-    return {call, make_watch(call.watch, call.heap, operation, 0), phase, uses_packets, nullptr, 0};
+    return {call, {call.watch, call.heap, operation, 0}, phase, uses_packets, nullptr, 0};
 }
 
 EP_DEVICE void take_number(Warp warp, CallContext& c, const LaunchWords& words) {
@@ -331,7 +331,7 @@ struct Ids {
     EP_DEVICE int64_t load(Warp warp, const CallContext& c, int token, int first_k) const {
         const int k = first_k + warp.thread_rank();
         const bool is_one = k < c.call.num_topk;
-        return is_one ? load_expert_id(ids, bytes, static_cast<int64_t>(token) * c.call.num_topk + k) : -1;
+        return is_one ? algo::load_expert_id(ids, bytes, static_cast<int64_t>(token) * c.call.num_topk + k) : -1;
     }
 };
 

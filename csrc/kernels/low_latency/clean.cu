@@ -1,9 +1,9 @@
 // clean_low_latency_buffer: a barrier of the group. No flag or slot needs cleaning, but callers count on it that every rank
 // has ended its earlier calls, and that with enable_shrink whoever does not come is masked.
-#include "device/algo/peers.h"
+#include "device/algo/watch.h"
 #include "device/launch.h"
+#include "kernels/kernel_table.h"
 #include "kernels/low_latency/bank.h"
-#include "kernels/low_latency/low_latency_launchers.h"
 
 namespace deep_ep::kernels::low_latency::clean {
 inline namespace EP_BACKEND {
@@ -37,7 +37,7 @@ struct Kernel {
         uint64_t number = 0;
         if (warp.thread_rank() == 0) number = prim::load<Order::kRelaxed, Scope::kGpu>(num_cleans) + 1;
         number = __shfl_sync(kFullMask, number, 0);
-        const auto watch = make_watch(call.watch, call.heap, layout::Operation::kLowLatencyClean, number);
+        const algo::Watch watch = {call.watch, call.heap, layout::Operation::kLowLatencyClean, number};
         const int num_near = watch.heap.num_ranks(), self = watch.heap.rank(), first = first_near(watch);
         // Release: all that this rank's earlier launches did. Pairs with: wait_for_peer below, at the peer.
         algo::publish<Order::kRelease, Scope::kSys>(
@@ -53,13 +53,10 @@ struct Kernel {
     }
 };
 
-void launch(const LowLatencyCall& call, dev::Stream stream) {
-    dev::LaunchConfig config;
-    config.num_blocks = 1;
-    config.num_threads = kWarpSize;
-    config.name = "deep_ep::low_latency::clean";
-    dev::launch<Kernel>(config, stream, call);
-}
-
 }  // namespace EP_BACKEND
 }  // namespace deep_ep::kernels::low_latency::clean
+
+void deep_ep::kernels::launch(const LowLatencyCall& call, dev::Stream stream) {
+    dev::launch<low_latency::clean::Kernel>({.num_threads = prim::kWarpSize, .name = "deep_ep::low_latency::clean"},
+                                            stream, call);
+}

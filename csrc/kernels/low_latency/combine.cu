@@ -7,8 +7,8 @@
 //
 // Messages, buffer map and orderings: docs/protocols/low_latency.md.
 #include "device/launch.h"
+#include "kernels/kernel_table.h"
 #include "kernels/low_latency/combine_send_phase.h"
-#include "kernels/low_latency/low_latency_launchers.h"
 
 namespace deep_ep::kernels::low_latency::combine {
 inline namespace EP_BACKEND {
@@ -49,7 +49,12 @@ void launch_format(const dev::LaunchConfig& config, dev::Stream stream, const Lo
         launch_with<kIsLogfmt, false>(config, stream, params);
 }
 
-void launch(const LowLatencyCombineParams& params, dev::Stream stream) {
+}  // namespace EP_BACKEND
+}  // namespace deep_ep::kernels::low_latency::combine
+
+void deep_ep::kernels::launch(const LowLatencyCombineParams& params, dev::Stream stream) {
+    using namespace low_latency;
+    using namespace low_latency::combine;
     dev::LaunchConfig config;
     config.num_blocks = params.call.num_blocks;
     config.num_threads = kWarpSize * params.call.num_warps;
@@ -59,6 +64,3 @@ void launch(const LowLatencyCombineParams& params, dev::Stream stream) {
     else
         launch_format<false>(config, stream, params);
 }
-
-}  // namespace EP_BACKEND
-}  // namespace deep_ep::kernels::low_latency::combine

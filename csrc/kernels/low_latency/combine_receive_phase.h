@@ -2,7 +2,7 @@
 // FP32, in rank order.
 #pragma once
 
-#include "device/algo/void_output.h"
+#include "device/algo/group.h"
 #include "kernels/low_latency/combine_sums.h"
 #include "kernels/low_latency/shares.h"
 
@@ -323,10 +323,12 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
 
     static EP_DEVICE void receive(Block block, const Params& p, const LaunchSession& launch, const EarlyLook& early) {
         const CallContext& c = launch.context;
-        const int num_tables = kAcrossNodes && kUsesPackets ? c.far().count() : 0;
+        int num_tables = 0;
+        if constexpr (kAcrossNodes && kUsesPackets) num_tables = c.far().count();
         for_each_unit(block, launch, num_units(p) + num_tables, [&](int unit, bool is_first, const auto& claim) {
             const Warp warp;
-            if (kAcrossNodes && unit >= num_units(p)) return see_table(warp, c, unit - num_units(p));
+            if constexpr (kAcrossNodes)
+                if (unit >= num_units(p)) return see_table(warp, c, unit - num_units(p));
             if (unit >= num_units(p)) return;
             const bool has_looked = is_first && c.phase == Phase::kReceive;
             const int idx = p.call.by_parts.quotient(unit);

@@ -2,7 +2,7 @@
 // weight x row over those experts, or, where a hook forbids to wait for the weights, the rows.
 #pragma once
 
-#include "device/algo/warp.h"
+#include "device/algo/group.h"
 #include "kernels/low_latency/combine_receive_phase.h"
 #include "kernels/low_latency/combine_weights.h"
 
@@ -427,7 +427,8 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     // May not wait for the weights of `work`, and does without?
     static EP_DEVICE bool sends_rows(Block block, const CallContext& c, Work& work, Progress& progress, Shared& shared) {
         if (!c.uses_packets || c.phase != Phase::kSend || work.source == c.rank()) return false;
-        if (c.is_far(work.source)) return work.rows != 0 && take_places(block, c, work, progress, shared);
+        if constexpr (kAcrossNodes)
+            if (c.is_far(work.source)) return work.rows != 0 && take_places(block, c, work, progress, shared);
         return !are_weights_here(block, c, work, progress, shared);
     }
 

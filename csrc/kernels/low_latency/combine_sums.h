@@ -1,7 +1,7 @@
 // Sums of rows in FP32, as both phases of combine make them: sixteen channels of a chunk in each lane.
 #pragma once
 
-#include "device/algo/bf16_sums.h"
+#include "device/algo/formats.h"
 #include "kernels/low_latency/bf16_row.h"
 #include "kernels/low_latency/logfmt_row.h"
 

@@ -25,7 +25,7 @@ template <bool kUsesPackets> struct WeightSender {
             held.expert[i] = -1;
             if (entry >= p.num_tokens * c.call.num_topk) continue;
             // An id out of range reaches no rank; the table must agree.
-            held.expert[i] = checked_expert(c, load_expert_id(p.topk_idx, p.idx_bytes, entry));
+            held.expert[i] = checked_expert(c, algo::load_expert_id(p.topk_idx, p.idx_bytes, entry));
             held.weight[i] = p.topk_weights[entry];
         }
         return held;

@@ -7,9 +7,9 @@
 //
 // Messages, buffer map and orderings: docs/protocols/low_latency.md.
 #include "device/launch.h"
+#include "kernels/kernel_table.h"
 #include "kernels/low_latency/dispatch_receive_phase.h"
 #include "kernels/low_latency/dispatch_send_phase.h"
-#include "kernels/low_latency/low_latency_launchers.h"
 
 namespace deep_ep::kernels::low_latency::dispatch {
 inline namespace EP_BACKEND {
@@ -31,7 +31,12 @@ template <Launches kLaunches> struct Kernel {
     }
 };
 
-void launch(const LowLatencyDispatchParams& params, dev::Stream stream) {
+}  // namespace EP_BACKEND
+}  // namespace deep_ep::kernels::low_latency::dispatch
+
+void deep_ep::kernels::launch(const LowLatencyDispatchParams& params, dev::Stream stream) {
+    using namespace low_latency;
+    using namespace low_latency::dispatch;
     const auto table_bytes = TokenSets::bytes(params.call.num_experts, params.num_set_words, params.call.num_topk);
     const auto count_bytes = Counts::bytes(params.call);
     dev::LaunchConfig config;
@@ -48,6 +53,3 @@ void launch(const LowLatencyDispatchParams& params, dev::Stream stream) {
     else
         dev::launch<Kernel<Launches::kPhases>>(config, stream, params);
 }
-
-}  // namespace EP_BACKEND
-}  // namespace deep_ep::kernels::low_latency::dispatch

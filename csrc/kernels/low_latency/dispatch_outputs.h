@@ -2,7 +2,7 @@
 // result. Rows and scales are NaN then, and no expert has rows.
 #pragma once
 
-#include "device/algo/void_output.h"
+#include "device/algo/group.h"
 #include "kernels/low_latency/routing_table.h"
 
 namespace deep_ep::kernels::low_latency::dispatch {

@@ -2,8 +2,8 @@
 // each; the last block begins with the routing table.
 #pragma once
 
-#include "device/algo/fp8.h"
-#include "device/algo/warp.h"
+#include "device/algo/formats.h"
+#include "device/algo/group.h"
 #include "kernels/low_latency/bf16_row.h"
 #include "kernels/low_latency/routing_table.h"
 
@@ -95,12 +95,15 @@ EP_DEVICE Head load_head(Warp warp, const Params& p, const CallContext& c, int t
 // for; `is_staged`: one did among the ranks before.
 EP_DEVICE Targets targets_of(Warp warp, const CallContext& c, int token, int rank, bool is_sent, uint32_t far_lanes,
                              bool is_staged) {
-    const bool stands_for_all =
-        kAcrossNodes && !is_staged && warp.thread_rank() == __ffs(static_cast<int>(far_lanes)) - 1;
-    const bool is_written = is_sent && (!c.is_far(rank) || stands_for_all);
-    return {__ballot_sync(kFullMask, is_written), !is_written      ? nullptr
-                                                  : stands_for_all ? c.far().at<uint8_t>(c.staged_slot(token))
-                                                                   : c.slot(rank, c.rank(), token)};
+    if constexpr (kAcrossNodes) {
+        const bool stands_for_all = !is_staged && warp.thread_rank() == __ffs(static_cast<int>(far_lanes)) - 1;
+        const bool is_written = is_sent && (!c.is_far(rank) || stands_for_all);
+        return {__ballot_sync(kFullMask, is_written), !is_written      ? nullptr
+                                                      : stands_for_all ? c.far().at<uint8_t>(c.staged_slot(token))
+                                                                       : c.slot(rank, c.rank(), token)};
+    } else {
+        return {__ballot_sync(kFullMask, is_sent), is_sent ? c.slot(rank, c.rank(), token) : nullptr};
+    }
 }
 
 // The block, after a barrier: a token that is staged, to the far ranks in `far_lanes`, a warp for each.
@@ -152,7 +155,7 @@ EP_DEVICE void send_token(Block block, const Params& p, const CallContext& c, in
 EP_DEVICE void keep_own_entries(Block block, const Params& p, const CallContext& c) {
     int* own = p.row_of_entry + int64_t{c.num_ranks()} * c.call.num_max_tokens * c.call.num_topk;
     algo::for_each(block, c.call.num_max_tokens * c.call.num_topk, [&](int i) {
-        own[i] = i < p.num_tokens * c.call.num_topk ? checked_expert(c, load_expert_id(p.topk_idx, p.idx_bytes, i)) : -1;
+        own[i] = i < p.num_tokens * c.call.num_topk ? checked_expert(c, algo::load_expert_id(p.topk_idx, p.idx_bytes, i)) : -1;
     });
 }
 

@@ -3,7 +3,7 @@
 // does when it ends.
 #pragma once
 
-#include "device/algo/last_block.h"
+#include "device/algo/group.h"
 #include "kernels/low_latency/bank.h"
 
 namespace deep_ep::kernels::low_latency {
@@ -189,7 +189,7 @@ public:
                 *reinterpret_cast<int*>(c.message(c.near_rank(idx), c.rank()) + c.call.message.num_tokens.offset) =
                     num_tokens;
         });
-        if (kAcrossNodes) state_tokens(block, num_tokens);
+        if constexpr (kAcrossNodes) state_tokens(block, num_tokens);
         block.sync();
         // Release: the tables. Pairs with: wait_for_table at the peer.
         algo::publish<Order::kRelease, Scope::kSys>(

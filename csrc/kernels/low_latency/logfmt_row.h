@@ -1,10 +1,10 @@
 // Rows of combine in the logarithmic format: a thread holds sixteen channels, eight threads share a scale.
 #pragma once
 
+#include "device/algo/formats.h"
 #include "device/algo/group.h"
-#include "device/algo/logfmt.h"
 #include "device/prim.h"
-#include "layout/low_latency.h"
+#include "layout/heap.h"
 
 namespace deep_ep::kernels::low_latency {
 inline namespace EP_BACKEND {

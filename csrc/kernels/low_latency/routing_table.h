@@ -82,8 +82,8 @@ EP_DEVICE void fill_sets(const algo::Warps& warps, const CallContext& c, const C
             const int entry = base + i * warps.size();
             experts[i] = -1;
             if (entry < num_entries)
-                experts[i] = checked_expert(
-                    c, load_expert_id(choice.topk.ids, choice.topk.bytes, int64_t{first} * c.call.num_topk + entry));
+                experts[i] = checked_expert(c, algo::load_expert_id(choice.topk.ids, choice.topk.bytes,
+                                                                    int64_t{first} * c.call.num_topk + entry));
         }
 #pragma unroll
         for (int i = 0; i < kEntriesAtOnce; ++i) {

@@ -33,6 +33,18 @@ void expect_same(const std::vector<Introduction>& all, const char* what,
                                         " on rank 0; ", found, " on rank ", one.rank));
 }
 
+// A world is made by all of its members at once, so ranks with and without one cannot meet.
+void expect_same_world(const std::vector<Introduction>& all) {
+    const auto old = std::find_if(all.begin(), all.end(), [](const auto& one) { return one.is_initialized != 0; });
+    const auto fresh = std::find_if(all.begin(), all.end(), [](const auto& one) { return one.is_initialized == 0; });
+    if (old == all.end() || fresh == all.end()) return;
+    throw TransportError(
+        concat("NVSHMEM: rank ", old->rank, " is in a world of ", old->num_pes, " members already, rank ", fresh->rank,
+               " in none. A process has one world of NVSHMEM until it ends, which torch or "
+               "an earlier Buffer has made, and nobody joins it later: start new processes for all ranks "
+               "of this group, or use DEEP_EP_RAIL=host"));
+}
+
 std::string describe_versions(const Introduction& one) {
     return concat(text(one.loaded), " (engine built with ", text(one.built), ")");
 }
@@ -93,8 +105,7 @@ World::Lease World::meet(const std::vector<Introduction>& all, int rank, const v
         static constexpr const char* kNames[] = {"IBGDA", "a proxy", "a proxy with fences (libfabric)"};
         return std::string(kNames[static_cast<size_t>(one.transport)]);
     });
-    expect_same(all, "whether it is initialized already",
-                [](const auto& one) { return std::string(one.is_initialized ? "yes" : "no"); });
+    expect_same_world(all);
     expect_same(all, "the number of Buffers made so far", [](const auto& one) { return concat(one.num_windows); });
 
     const std::lock_guard lock(mutex_);

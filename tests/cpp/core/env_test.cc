@@ -36,6 +36,7 @@ TEST_CASE("an empty environment gives the documented defaults") {
     CHECK(env.num_sms == 0);
     CHECK(!env.check_calls);
     CHECK(env.cpu_sms == 0);
+    CHECK(env.heap == "");
     CHECK(env.rail == "");
     CHECK(env.rail_interface == "");
 }
@@ -50,6 +51,7 @@ TEST_CASE("every variable reaches its field") {
                                    {"DEEP_EP_COST_MODEL", " a/model.json "},
                                    {"DEEP_EP_CHECK_CALLS", "1"},
                                    {"DEEP_EP_CPU_SMS", "4"},
+                                   {"DEEP_EP_HEAP", "host"},
                                    {"DEEP_EP_RAIL", "other"},
                                    {"DEEP_EP_RAIL_INTERFACE", "eth1"}});
     CHECK(env.timeout_s == 2.5);
@@ -61,6 +63,7 @@ TEST_CASE("every variable reaches its field") {
     CHECK(env.cost_model == "a/model.json");
     CHECK(env.check_calls);
     CHECK(env.cpu_sms == 4);
+    CHECK(env.heap == "host");
     CHECK(env.rail == "other");
     CHECK(env.rail_interface == "eth1");
 }

@@ -3,10 +3,8 @@
 
 #include <vector>
 
-#include "device/algo/bf16_sums.h"
-#include "device/algo/last_block.h"
-#include "device/algo/row.h"
-#include "device/algo/void_output.h"
+#include "device/algo/formats.h"
+#include "device/algo/group.h"
 #include "device/launch.h"
 #include "device/simt/device.h"
 

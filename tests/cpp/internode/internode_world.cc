@@ -194,20 +194,14 @@ void InternodeWorld::launch_notify(InternodeCall& call, int rank) {
                                                          .counts = asks_host ? here.counts.device() : nullptr,
                                                          .ticket = num_calls_ + 1,
                                                          .num_threads = 64};
-    static_cast<kernels::NotifyArgs&>(params) = {.num_tokens_per_rank = tensors.num_tokens_per_rank.data(),
-                                                 .num_tokens_per_expert = tensors.num_tokens_per_expert.data(),
-                                                 .num_experts = problem.num_experts,
-                                                 .expert_alignment = asks_host ? problem.expert_alignment : 0,
-                                                 .rank_prefix_matrix = tensors.rank_prefix_matrix.data(),
-                                                 .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
-                                                 .row_bytes = 2 * static_cast<uint32_t>(problem.hidden),
-                                                 .num_topk = call.has_topk ? problem.num_topk : 0,
-                                                 .num_scales = problem.num_scales};
+    static_cast<kernels::NotifyArgs&>(params) = notify_args(problem, tensors, rank);
+    if (!asks_host) params.expert_alignment = 0;
+    if (!call.has_topk) params.num_topk = 0;
     static_cast<kernels::InternodeNotifyFields&>(params) = {.num_tokens_per_node = rail.num_tokens_per_node.data(),
                                                             .recv_rank_prefix = rail.recv_rank_prefix.data(),
                                                             .rail_prefix = rail.rail_prefix.data()};
     params.rail = rail_plan(rank, dispatch_slot(call, false));
-    kernels::internode::notify::launch(params, here.stream);
+    kernels::launch(params, here.stream);
 }
 
 void InternodeWorld::launch_dispatch(InternodeCall& call, int rank, Counts counts) {
@@ -216,45 +210,24 @@ void InternodeWorld::launch_dispatch(InternodeCall& call, int rank, Counts count
     RankTensors& tensors = call.ranks[static_cast<size_t>(rank)];
     RailTensors& rail = call.rails[static_cast<size_t>(rank)];
     const bool is_cached = counts == Counts::kKnown;
-    const int num_topk = is_cached || !call.has_topk ? 0 : problem.num_topk;
-    const auto slot =
-        layout::SlotLayout::for_dispatch(static_cast<uint64_t>(problem.hidden) * 2, static_cast<uint64_t>(num_topk),
-                                         static_cast<uint64_t>(problem.num_scales));
+    kernels::InternodeDispatchParams params{};
+    static_cast<kernels::DispatchArgs&>(params) = dispatch_args(problem, tensors, rank, is_cached);
+    if (!call.has_topk) params.num_topk = 0;
+    const auto slot = layout::SlotLayout::for_dispatch(params.row_bytes, static_cast<uint64_t>(params.num_topk),
+                                                       static_cast<uint64_t>(problem.num_scales));
     layout::Loan loan;
     const bool is_lent = problem.lends(rank);
-    const auto output = [&](auto& data, uint64_t& offset) {
-        if (!is_lent) return data.data();
+    const auto lent = [&](auto& data, uint64_t& offset) {
         offset = lend(call, rank, data);
         return reinterpret_cast<decltype(data.data())>(here.heap + offset);
     };
-    kernels::InternodeDispatchParams params{};
-    static_cast<kernels::DispatchArgs&>(params) = {
-        .x = reinterpret_cast<const uint8_t*>(tensors.x.data()),
-        .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
-        .row_bytes = 2 * static_cast<uint32_t>(problem.hidden),
-        .scales = tensors.scales.data(),
-        .num_scales = problem.num_scales,
-        .scale_stride_token = problem.num_scales,
-        .scale_stride_scale = 1,
-        .topk_idx = tensors.topk_idx.data(),
-        .topk_weights = tensors.topk_weights.data(),
-        .num_topk = num_topk,
-        .idx_bytes = 8,
-        .num_experts = problem.num_experts,
-        .is_cached = is_cached,
-        .num_tokens_per_rank = nullptr,
-        .num_tokens_per_expert = nullptr,
-        .is_token_in_rank = is_cached ? nullptr : tensors.is_token_in_rank.data(),
-        .rank_prefix_matrix = tensors.rank_prefix_matrix.data(),
-        .send_head = tensors.send_head.data(),
-        .recv_x = reinterpret_cast<uint8_t*>(output(tensors.recv_x, loan.x)),
-        .recv_scales = output(tensors.recv_scales, loan.scales),
-        .recv_topk_idx = output(tensors.recv_topk_idx, loan.topk_idx),
-        .recv_topk_weights = output(tensors.recv_topk_weights, loan.topk_weights),
-        .recv_src_idx = output(tensors.recv_src_idx, loan.src_idx),
-        .num_recv_rows = static_cast<int>(tensors.recv_src_idx.size()),
-        .is_worst_case = !is_cached && problem.num_extra_rows > 0,
-        .expert_alignment = 0};
+    if (is_lent) {
+        params.recv_x = reinterpret_cast<uint8_t*>(lent(tensors.recv_x, loan.x));
+        params.recv_scales = lent(tensors.recv_scales, loan.scales);
+        params.recv_topk_idx = lent(tensors.recv_topk_idx, loan.topk_idx);
+        params.recv_topk_weights = lent(tensors.recv_topk_weights, loan.topk_weights);
+        params.recv_src_idx = lent(tensors.recv_src_idx, loan.src_idx);
+    }
     loan.num_rows = static_cast<uint64_t>(params.num_recv_rows);
     static_cast<kernels::DispatchPlan&>(params) = {.heap = heap_params(rank),
                                                    .watch = watch_params(rank),
@@ -273,7 +246,7 @@ void InternodeWorld::launch_dispatch(InternodeCall& call, int rank, Counts count
         .rail_head = rail.rail_head.data(),
         .num_rail_rows = static_cast<int>(rail.rail_head.size()) / options_.ranks_per_node};
     params.rail = rail_plan(rank, dispatch_slot(call, is_cached));
-    kernels::internode::dispatch::launch(params, here.stream);
+    kernels::launch(params, here.stream);
 }
 
 void InternodeWorld::launch_combine(InternodeCall& call, int rank) {
@@ -283,30 +256,15 @@ void InternodeWorld::launch_combine(InternodeCall& call, int rank) {
     RailTensors& rail = call.rails[static_cast<size_t>(rank)];
     const auto slot = layout::SlotLayout::for_combine(static_cast<uint64_t>(problem.hidden) * 2,
                                                       static_cast<uint64_t>(problem.num_topk));
-    const auto bias = [&](int i) -> const uint8_t* {
-        return i < problem.num_biases ? reinterpret_cast<const uint8_t*>(tensors.bias[i].data()) : nullptr;
-    };
     layout::Loan loan;
-    const auto* y = reinterpret_cast<const uint8_t*>(tensors.y.data());
-    std::vector<float> weight_copy(tensors.y_weights.size());
+    kernels::InternodeCombineParams params{};
+    static_cast<kernels::CombineArgs&>(params) = combine_args(problem, tensors, rank);
     if (problem.lends(rank) && !tensors.y.empty()) {
         loan.x = lend(call, rank, tensors.y);
         loan.num_rows = static_cast<uint64_t>(tensors.num_recv_tokens);
         if (problem.num_topk > 0) loan.topk_weights = lend(call, rank, tensors.y_weights);
-        y = here.heap + loan.x;
+        params.x = here.heap + loan.x;
     }
-    kernels::InternodeCombineParams params{};
-    static_cast<kernels::CombineArgs&>(params) = {.x = y,
-                                                  .num_rows = static_cast<int>(tensors.num_recv_tokens),
-                                                  .hidden = problem.hidden,
-                                                  .topk_weights = tensors.y_weights.data(),
-                                                  .num_topk = problem.num_topk,
-                                                  .bias = {bias(0), bias(1)},
-                                                  .rank_prefix_matrix = tensors.rank_prefix_matrix.data(),
-                                                  .send_head = tensors.send_head.data(),
-                                                  .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
-                                                  .combined_x = reinterpret_cast<uint8_t*>(tensors.combined_x.data()),
-                                                  .combined_topk_weights = tensors.combined_weights.data()};
     static_cast<kernels::CombinePlan&>(params) = {
         .heap = heap_params(rank),
         .watch = watch_params(rank),
@@ -322,7 +280,7 @@ void InternodeWorld::launch_combine(InternodeCall& call, int rank) {
                                                              .rail_head = rail.rail_head.data(),
                                                              .num_rail_tokens = static_cast<int>(rail.num_rail_tokens)};
     params.rail = rail_plan(rank, combine_slot(call));
-    kernels::internode::combine::launch(params, here.stream);
+    kernels::launch(params, here.stream);
 }
 
 void InternodeWorld::run(const std::function<void()>& body) {

@@ -7,7 +7,8 @@
 #include <vector>
 
 #include "device/owned.h"
-#include "kernels/internode/internode_launchers.h"
+#include "kernels/kernel_table.h"
+#include "kernels/params_internode.h"
 #include "layout/rail.h"
 #include "layout/topology.h"
 #include "rail_sim/sim_engine.h"

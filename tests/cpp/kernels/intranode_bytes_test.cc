@@ -4,8 +4,7 @@
 
 #include <cstring>
 
-#include "layout/intranode.h"
-#include "layout/staging.h"
+#include "layout/heap.h"
 #include "support/world.h"
 
 namespace deep_ep::test {

@@ -6,8 +6,7 @@
 
 #include "core/error.h"
 #include "kernels/absent_rank.h"
-#include "layout/intranode.h"
-#include "layout/staging.h"
+#include "layout/heap.h"
 #include "support/world.h"
 
 namespace deep_ep::test {
@@ -104,7 +103,7 @@ TEST_CASE("too few rows are lent: all ranks refuse the call before they write") 
             auto ranks = make_inputs(problem);
             world.layout(problem, ranks);
             world.dispatch(problem, ranks);
-            const uint8_t* whole = world.buffer(1).lend(kLendBytes)->address();
+            const uint8_t* whole = world.lend(1, kLendBytes)->address();
             for (int rank = 0; rank < 3; ++rank) {
                 RankTensors& tensors = ranks[static_cast<size_t>(rank)];
                 prepare_recv(problem, tensors, tensors.num_recv_tokens - (rank == 1 ? 9 : 0));
@@ -204,10 +203,10 @@ TEST_CASE("guesses beside ranks that ask for the counts first, and beside worst 
             world.launch_notify(problem, ranks[1], 1);
             prepare_recv(problem, ranks[2], num_rows[2]);
             world.launch_dispatch(problem, ranks[2], 2, Counts::kUnknown);
-            CHECK_EQ(world.buffer(1).wait_counts().num_tokens, num_rows[1]);
+            CHECK_EQ(world.wait_counts(1).num_tokens, num_rows[1]);
             prepare_recv(problem, ranks[1], num_rows[1]);
             world.launch_dispatch(problem, ranks[1], 1, Counts::kExchanged);
-            CHECK_EQ(world.buffer(0).wait_counts().num_tokens, num_rows[0]);
+            CHECK_EQ(world.wait_counts(0).num_tokens, num_rows[0]);
             if (spare < 0) {
                 ranks[0].lent.clear();
                 prepare_recv(problem, ranks[0], num_rows[0]);
@@ -231,7 +230,7 @@ TEST_CASE("outputs that are lent in part are refused") {
     World world = make_world(problem, {});
     auto ranks = make_inputs(problem);
     world.layout(problem, ranks);
-    const auto memory = world.buffer(0).lend(4096);
+    const auto memory = world.lend(0, 4096);
     REQUIRE(memory != nullptr);
     prepare_recv(problem, ranks[0], 8);
     runtime::DispatchArgs args{};
@@ -241,8 +240,8 @@ TEST_CASE("outputs that are lent in part are refused") {
     args.recv_x = memory->address();
     args.recv_topk_idx = ranks[0].recv_topk_idx.data();
     args.recv_topk_weights = ranks[0].recv_topk_weights.data();
-    CHECK_THROWS_WITH_AS(world.buffer(0).dispatch(args, 2, world.stream(0)), doctest::Contains("all outputs"),
-                         InternalError);
+    CHECK_THROWS_WITH_AS(world.buffer(0).high_throughput().dispatch(args, 2, world.stream(0)),
+                         doctest::Contains("all outputs"), InternalError);
 }
 
 struct Understated {
@@ -278,7 +277,7 @@ void check_understated(const Understated& how) {
     for (int rank = 0; rank < 2; ++rank) {
         RankTensors& tensors = ranks[static_cast<size_t>(rank)];
         if (how.counts == Counts::kKnown) --tensors.rank_prefix_matrix[2 + culprit];
-        const auto memory = world.buffer(rank).lend(kLendBytes);
+        const auto memory = world.lend(rank, kLendBytes);
         std::memset(memory->address(), 0x5a, kLendBytes);
         whole.push_back(memory->address());
         before.emplace_back(whole.back(), whole.back() + kLendBytes);
@@ -289,7 +288,7 @@ void check_understated(const Understated& how) {
     }
     for (int rank = 0; rank < 2; ++rank) {
         RankTensors& tensors = ranks[static_cast<size_t>(rank)];
-        if (how.counts == Counts::kExchanged) world.buffer(rank).wait_counts();
+        if (how.counts == Counts::kExchanged) world.wait_counts(rank);
         prepare_recv(problem, tensors, tensors.num_recv_tokens - (rank == how.rank ? 1 : 0));
         world.launch_dispatch(problem, tensors, rank, how.counts);
     }
@@ -394,14 +393,14 @@ TEST_CASE("nothing but the outputs is written into what is lent") {
         world.layout(problem, ranks);
         std::vector<uint8_t*> whole;
         for (int rank = 0; rank < 3; ++rank) {
-            const auto memory = world.buffer(rank).lend(kLendBytes);
+            const auto memory = world.lend(rank, kLendBytes);
             std::memset(memory->address(), kUntouched, kLendBytes);
             whole.push_back(memory->address());
         }
         for (int rank = 0; rank < 3; ++rank) world.launch_notify(problem, ranks[static_cast<size_t>(rank)], rank);
         for (int rank = 0; rank < 3; ++rank) {
             RankTensors& tensors = ranks[static_cast<size_t>(rank)];
-            const runtime::RecvCounts counts = world.buffer(rank).wait_counts();
+            const runtime::RecvCounts counts = world.wait_counts(rank);
             tensors.num_recv_tokens = counts.num_tokens;
             prepare_recv(problem, tensors, counts.num_tokens);
             world.launch_dispatch(problem, tensors, rank, Counts::kExchanged);
@@ -418,7 +417,7 @@ TEST_CASE("lent memory outlives its Buffer") {
     std::unique_ptr<runtime::LentMemory> memory;
     {
         World world = make_world(problem, {});
-        memory = world.buffer(0).lend(1000);
+        memory = world.lend(0, 1000);
         REQUIRE(memory != nullptr);
         world.buffer(0).destroy(0.0);
         world.buffer(1).destroy(0.0);

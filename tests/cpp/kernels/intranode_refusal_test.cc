@@ -124,7 +124,7 @@ TEST_CASE("an expert that is out of range when dispatch reads it is no -1") {
                     world.launch_notify(problem, ranks[static_cast<size_t>(rank)], rank);
                 for (int rank = 0; rank < 2; ++rank) {
                     RankTensors& tensors = ranks[static_cast<size_t>(rank)];
-                    if (counts == Counts::kExchanged) world.buffer(rank).wait_counts();
+                    if (counts == Counts::kExchanged) world.wait_counts(rank);
                     prepare_recv(problem, tensors, tensors.num_recv_tokens);
                     world.launch_dispatch(problem, tensors, rank, counts);
                 }

@@ -6,8 +6,7 @@
 #include "core/error.h"
 #include "device/simt/happens_before.h"
 #include "kernels/absent_rank.h"
-#include "layout/intranode.h"
-#include "layout/staging.h"
+#include "layout/heap.h"
 #include "support/world.h"
 
 namespace deep_ep::test {
@@ -259,7 +258,7 @@ TEST_CASE("worst-case calls beside fresh and cached ones, every rank as it likes
                 CHECK_EQ(ranks[rank].rank_prefix_matrix, known[rank].rank_prefix_matrix);
                 CHECK_EQ(ranks[rank].send_head, known[rank].send_head);
                 if (repeat % 3 != 2 && (repeat + static_cast<int>(rank)) % 2 == 0)
-                    CHECK_EQ(world.buffer(static_cast<int>(rank)).wait_counts().num_tokens_per_expert,
+                    CHECK_EQ(world.wait_counts(static_cast<int>(rank)).num_tokens_per_expert,
                              known[rank].num_recv_per_expert);
             }
         }
@@ -299,7 +298,7 @@ TEST_CASE("a rank that never calls dispatch is named by every peer; other Buffer
     world.layout(problem, ranks);
     for (int rank : {0, 2}) world.launch_notify(problem, ranks[static_cast<size_t>(rank)], rank);
     for (int rank : {0, 2}) {
-        CHECK_THROWS_WITH_AS(world.buffer(rank).wait_counts(), doctest::Contains("never entered this call: rank 1"),
+        CHECK_THROWS_WITH_AS(world.wait_counts(rank), doctest::Contains("never entered this call: rank 1"),
                              TimeoutError);
         CHECK_THROWS_WITH_AS(world.buffer(rank).check(), doctest::Contains("rank 1"), TimeoutError);
     }
@@ -339,7 +338,7 @@ TEST_CASE("a wait that takes long is reported before it fails") {
     std::vector<std::string> warnings;
     world.buffer(0).set_warning_handler([&](const std::string& text) { warnings.push_back(text); });
     world.launch_notify(problem, ranks[0], 0);
-    CHECK_THROWS_AS(world.buffer(0).wait_counts(), TimeoutError);
+    CHECK_THROWS_AS(world.wait_counts(0), TimeoutError);
     REQUIRE_EQ(warnings.size(), 1);
     CHECK(warnings[0].find("Still waiting") != std::string::npos);
     CHECK(warnings[0].find("rank 1") != std::string::npos);

@@ -57,17 +57,18 @@ Found expected(const Sizes& sizes, const std::vector<int64_t>& ids) {
 
 Found counted(World& world, const Sizes& sizes, const std::vector<int64_t>& ids, bool counts_nodes) {
     Found found = empty(sizes, -5);
-    world.buffer(0).get_dispatch_layout({.topk_idx = ids.data(),
-                                         .idx_bytes = 8,
-                                         .num_tokens = sizes.num_tokens,
-                                         .num_topk = sizes.num_topk,
-                                         .num_experts = sizes.num_ranks * sizes.experts_per_rank,
-                                         .num_nodes = sizes.num_nodes,
-                                         .num_tokens_per_rank = found.per_rank.data(),
-                                         .num_tokens_per_node = counts_nodes ? found.per_node.data() : nullptr,
-                                         .num_tokens_per_expert = found.per_expert.data(),
-                                         .is_token_in_rank = found.in_rank.data()},
-                                        world.stream(0));
+    world.buffer(0).high_throughput().get_dispatch_layout(
+        {.topk_idx = ids.data(),
+         .idx_bytes = 8,
+         .num_tokens = sizes.num_tokens,
+         .num_topk = sizes.num_topk,
+         .num_experts = sizes.num_ranks * sizes.experts_per_rank,
+         .num_nodes = sizes.num_nodes,
+         .num_tokens_per_rank = found.per_rank.data(),
+         .num_tokens_per_node = counts_nodes ? found.per_node.data() : nullptr,
+         .num_tokens_per_expert = found.per_expert.data(),
+         .is_token_in_rank = found.in_rank.data()},
+        world.stream(0));
     world.run();
     return found;
 }

@@ -6,8 +6,8 @@
 #include <random>
 #include <vector>
 
-#include "device/algo/logfmt.h"
-#include "layout/low_latency.h"
+#include "device/algo/formats.h"
+#include "layout/heap.h"
 
 namespace deep_ep::test {
 namespace {

@@ -7,7 +7,7 @@
 #include <limits>
 
 #include "core/error.h"
-#include "device/algo/fp8.h"
+#include "device/algo/formats.h"
 #include "device/simt/graph.h"
 #include "support/low_latency_world.h"
 

@@ -18,10 +18,9 @@ TEST_CASE("a bad expert id stops a peer that waits for the call, with the reason
     world.launch_notify(problem, ranks[0], 0);
     ranks[1].topk_idx[7] = 2;
     world.launch_layout(problem, ranks[1], 1);
-    CHECK_FALSE(world.buffer(0).look_for_failures() != "");
-    while (world.buffer(1).look_for_failures().empty()) world.scheduler().run_hosts({[&] {}});
-    CHECK_THROWS_WITH_AS(world.buffer(0).wait_counts(), doctest::Contains("topk_idx of token 3 must be -1"),
-                         TimeoutError);
+    CHECK_FALSE(world.buffer(0).look() != "");
+    while (world.buffer(1).look().empty()) world.scheduler().run_hosts({[&] {}});
+    CHECK_THROWS_WITH_AS(world.wait_counts(0), doctest::Contains("topk_idx of token 3 must be -1"), TimeoutError);
     world.run();
 }
 
@@ -35,7 +34,7 @@ TEST_CASE("a call that was announced and not finished stops the peers, with the 
         world.launch_notify(problem, ranks[static_cast<size_t>(rank)], rank);
     }
     for (int rank = 0; rank < 3; ++rank)
-        ranks[static_cast<size_t>(rank)].num_recv_tokens = world.buffer(rank).wait_counts().num_tokens;
+        ranks[static_cast<size_t>(rank)].num_recv_tokens = world.wait_counts(rank).num_tokens;
     world.buffer(0).abandon_call("dispatch: OutOfMemoryError: 7 bytes");
     for (int rank : {1, 2}) {
         prepare_recv(problem, ranks[static_cast<size_t>(rank)], ranks[static_cast<size_t>(rank)].num_recv_tokens);
@@ -54,8 +53,8 @@ TEST_CASE("a rank without a kernel learns of a peer's failure from its note, and
     world.buffer(0).begin_call();
     world.launch_notify(problem, ranks[0], 0);
     world.buffer(0).abandon_call("dispatch: KeyboardInterrupt: ");
-    CHECK_NE(world.buffer(1).look_for_failures().find("KeyboardInterrupt"), std::string::npos);
-    CHECK_EQ(world.buffer(1).look_for_failures(), "");  // told once
+    CHECK_NE(world.buffer(1).look().find("KeyboardInterrupt"), std::string::npos);
+    CHECK_EQ(world.buffer(1).look(), "");  // told once
     CHECK_THROWS_WITH_AS(world.buffer(1).check(), doctest::Contains("because rank 0 failed"), TimeoutError);
     world.run();
 }
@@ -69,13 +68,13 @@ TEST_CASE("the watcher waits for the reason of a rank that it looks at later, an
         world.dispatch(problem, ranks);
         world.launch_without_room(problem, ranks, 1, Counts::kUnknown);
         world.run();
-        CHECK_EQ(world.buffer(0).look_for_failures(), "");
+        CHECK_EQ(world.buffer(0).look(), "");
         if (is_told) {
-            CHECK_NE(world.buffer(1).look_for_failures(), "");
-            CHECK_NE(world.buffer(0).look_for_failures().find("num_worst_tokens"), std::string::npos);
+            CHECK_NE(world.buffer(1).look(), "");
+            CHECK_NE(world.buffer(0).look().find("num_worst_tokens"), std::string::npos);
         } else {
-            for (int look = 0; look < 2; ++look) CHECK_EQ(world.buffer(0).look_for_failures(), "");
-            CHECK_NE(world.buffer(0).look_for_failures().find("an error of its own"), std::string::npos);
+            for (int look = 0; look < 2; ++look) CHECK_EQ(world.buffer(0).look(), "");
+            CHECK_NE(world.buffer(0).look().find("an error of its own"), std::string::npos);
         }
     }
 }
@@ -93,7 +92,7 @@ TEST_CASE("a refusal aborts nobody, and a peer that waits in vain quotes it; a l
         world.launch_notify(problem, ranks[0], 0);
         const std::string quoted = "it refused a call: dispatch: ValueError: x must be something else";
         try {
-            world.buffer(0).wait_counts();
+            world.wait_counts(0);
             FAIL("counts came");
         } catch (const TimeoutError& error) {
             CHECK_EQ(std::string(error.what()).find(quoted) == std::string::npos, is_withdrawn);
@@ -114,7 +113,7 @@ TEST_CASE("an unfinished call aborts the peers; a low-latency one does not where
         world.run();
         world.buffer(0).abandon_call("low_latency_dispatch: KeyboardInterrupt");
         CHECK_THROWS_WITH_AS(world.buffer(0).check(), doctest::Contains("KeyboardInterrupt"), Error);
-        CHECK_EQ(world.buffer(1).look_for_failures().empty(), is_shrinkable);
+        CHECK_EQ(world.buffer(1).look().empty(), is_shrinkable);
         if (is_shrinkable) CHECK_NOTHROW(world.buffer(1).check());
     }
 }
@@ -130,7 +129,7 @@ TEST_CASE("an open low-latency call whose hook will not come aborts the peers; o
         world.run();
         world.buffer(0).low_latency().abandon_hook(ranks[0].dispatch_ticket, "dropped");
         CHECK_EQ(world.buffer(0).failure().empty(), is_received);
-        CHECK_EQ(world.buffer(1).look_for_failures().find("dropped") == std::string::npos, is_received);
+        CHECK_EQ(world.buffer(1).look().find("dropped") == std::string::npos, is_received);
     }
 }
 

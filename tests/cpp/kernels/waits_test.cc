@@ -5,11 +5,11 @@
 #include <atomic>
 #include <vector>
 
-#include "device/algo/loan.h"
-#include "device/algo/stages.h"
+#include "device/algo/ring.h"
+#include "device/algo/watch.h"
 #include "device/launch.h"
 #include "device/simt/device.h"
-#include "kernels/context.h"
+#include "kernels/params.h"
 #include "support/world.h"
 
 namespace deep_ep::test {
@@ -49,7 +49,7 @@ struct WaitParams {
 };
 
 EP_DEVICE algo::Watch watch_of(const WaitParams& params) {
-    return kernels::make_watch(params.watch, params.heap, layout::Operation::kDispatch, 1);
+    return {params.watch, params.heap, layout::Operation::kDispatch, 1};
 }
 
 template <class Kernel> int run_waits(const simt::SchedulerOptions& options, WaitParams params) {

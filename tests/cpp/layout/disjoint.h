@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "layout/field.h"
+#include "layout/heap.h"
 
 namespace deep_ep::layout {
 

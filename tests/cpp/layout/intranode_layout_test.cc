@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "layout/disjoint.h"
-#include "layout/intranode.h"
+#include "layout/heap.h"
 
 namespace deep_ep::layout {
 namespace {

@@ -229,7 +229,9 @@ TEST_CASE("nvshmem: what must be the same on every rank is named") {
                    "3.8.0 (engine built with 3.4.5) on rank 1"));
     CHECK(contains(refusal([](Introduction& other) { other.window_bytes += 8; }), "4104 on rank 1"));
     CHECK(contains(refusal([](Introduction& other) { other.transport = Transport::kGpu; }), "IBGDA on rank 1"));
-    CHECK(contains(refusal([](Introduction& other) { other.is_initialized = 1; }), "yes on rank 1"));
+    const std::string text = refusal([](Introduction& other) { other.is_initialized = 1, other.num_pes = 5; });
+    CHECK(contains(text, "rank 1 is in a world of 5 members already, rank 0 in none"));
+    CHECK(contains(text, "start new processes for all ranks"));
     CHECK(contains(refusal([](Introduction& other) { other.num_windows = 3; }), "3 on rank 1"));
     CHECK(contains(refusal([](Introduction& other) { other.magic[0] = 'h'; }), "another engine"));
     CHECK_EQ(refusal([](Introduction&) {}), "");

@@ -2,7 +2,7 @@
 #include <doctest/doctest.h>
 
 #include "core/error.h"
-#include "layout/intranode.h"
+#include "layout/heap.h"
 #include "runtime/config.h"
 
 namespace deep_ep {

@@ -3,8 +3,7 @@
 
 #include <doctest/doctest.h>
 
-#include "layout/intranode.h"
-#include "layout/low_latency.h"
+#include "layout/heap.h"
 
 namespace deep_ep::runtime {
 namespace {
@@ -125,6 +124,14 @@ TEST_CASE("a rail peer that entered the call and stalled says how far it is") {
                "(expected chunk 4 of call 3, seen nothing)");
     check_says(told_across(make_rail_record(Stage::kRailBank, 2, 1, 0), {{1, 3}, {2, 3}}),
                "(expected call 1, seen nothing)");
+}
+
+TEST_CASE("what a combine waits for on the rail are sums") {
+    layout::WaitRecord record = make_rail_record(Stage::kRailChunk, 2, layout::make_tag(3, 4), 0);
+    record.operation = Operation::kCombine;
+    check_says(told_across(record, {{1, 3}, {2, 3}}), "for rank 2 of node 1 to send its node's sums of this rank's tokens;");
+    record.stage = Stage::kRailTaken;
+    check_says(told_across(record, {{1, 3}, {2, 3}}), "for rank 2 of node 1 to take out the sums that were sent to it;");
 }
 
 TEST_CASE("a rail peer that stalled because of a third rank says whom it waited for") {

@@ -6,7 +6,7 @@
 #include <random>
 
 #include "core/error.h"
-#include "layout/field.h"
+#include "layout/heap.h"
 
 namespace deep_ep::runtime {
 namespace {

@@ -71,7 +71,7 @@ public:
     void free(void*) override {}
     dev::HostMapped allocate_host_mapped(size_t) override { return {}; }
     void free_host_mapped(const dev::HostMapped&) override {}
-    dev::ShareableMemory allocate_shareable(size_t) override { return {}; }
+    dev::ShareableMemory allocate_shareable(size_t, dev::Placement) override { return {}; }
     void free_shareable(const dev::ShareableMemory&) override {}
     void* open_shared(const std::string&) override { return nullptr; }
     void close_shared(void*) override {}

@@ -148,16 +148,40 @@ TEST_CASE("a rank that leaves peers out of its failure tells nobody") {
     CHECK_EQ(nodes.num_failed(), 1);
 }
 
-TEST_CASE("neighbours quote the reason, other nodes name rank and node") {
+TEST_CASE("every rank of every node quotes the reason") {
     Nodes nodes(2, 2);
     nodes[1].fail(FailureClass::kOther, "the reason of rank 1", Spread::kPeers);
     for (int hop = 0; hop < 3; ++hop) nodes.look_around(1);
     CHECK_EQ(nodes[0].failure(),
              "DeepEP error: rank 0 of node 0: aborted, because rank 1 of node 0 failed: the reason of rank 1");
     CHECK_EQ(nodes[3].failure(),
-             "DeepEP error: rank 3 of node 1: aborted, rank 1 of node 0 reported an error of its own.");
+             "DeepEP error: rank 3 of node 1: aborted, rank 1 of node 0 reported an error of its own: the reason of rank 1.");
     // It has heard of it from its neighbour, or over its own rail from rank 0.
-    CHECK(nodes[2].failure().find("rank 1 of node 0 reported an error of its own") != std::string::npos);
+    CHECK(nodes[2].failure().find("the reason of rank 1") != std::string::npos);
+}
+
+TEST_CASE("a reason of any length crosses the rail, cut where its words end") {
+    constexpr size_t kMost = 8 * (layout::kRailReasonWords - 1);
+    for (const size_t length : {size_t{1}, size_t{8}, size_t{9}, kMost, kMost + 1, size_t{900}}) {
+        CAPTURE(length);
+        Nodes nodes(2, 1);
+        std::string reason(length, 'a');
+        reason.back() = 'z';
+        nodes[0].fail(FailureClass::kOther, reason, Spread::kPeers);
+        nodes[1].look();
+        const std::string quoted = "error of its own: " + reason.substr(0, kMost);
+        CHECK(nodes[1].failure().ends_with(quoted + "."));
+    }
+}
+
+TEST_CASE("a reason of which a word is still under way is not quoted in part") {
+    Nodes nodes(2, 1);
+    const layout::RailControl& control = nodes[1].rail_region().control;
+    nodes.engines[1]->word(control.abort.at(0)) = layout::make_abort_code(0, 0);
+    nodes.engines[1]->word(control.reason.at(0)) = 12;
+    nodes.engines[1]->word(control.reason.at(1)) = 0x6161616161616161;
+    nodes[1].look();
+    CHECK(nodes[1].failure().ends_with("rank 0 of node 0 reported an error of its own."));
 }
 
 TEST_CASE("a broken connection is an error of the transport at once, and passed on") {

@@ -41,9 +41,9 @@ public:
         return memory;
     }
     void free_host_mapped(const dev::HostMapped& memory) override { free(memory.host); }
-    dev::ShareableMemory allocate_shareable(size_t bytes) override {
+    dev::ShareableMemory allocate_shareable(size_t bytes, dev::Placement placement) override {
         may_make();
-        dev::ShareableMemory memory = SimtDevice::allocate_shareable(bytes);
+        dev::ShareableMemory memory = SimtDevice::allocate_shareable(bytes, placement);
         note(memory.address);
         return memory;
     }

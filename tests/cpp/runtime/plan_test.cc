@@ -150,13 +150,19 @@ TEST_CASE("send warps of a dispatch have two stages each, or none") {
     CHECK_EQ(plan_dispatch(gpu(8), 20, dispatch_slot(14336), false).send.num_stages, 0);  // there is room for one
 }
 
+layout::Topology nodes_of(int num_nodes, int ranks_per_node) { return {num_nodes * ranks_per_node, ranks_per_node, 0}; }
+
+int num_warps(const InternodeGeometry& geometry) {
+    return geometry.node.num_send_warps + geometry.node.num_recv_warps + geometry.num_forward_warps;
+}
+
 TEST_CASE("across nodes every role has a warp, or none where it has nothing to do") {
     for (const Machine& machine : {gpu(16), cpu(16)})
         for (bool is_idle : {false, true}) {
             CAPTURE(machine.is_gpu);
             CAPTURE(is_idle);
-            const InternodeGeometry dispatch = plan_internode_dispatch(machine, 20, is_idle);
-            const InternodeGeometry combine = plan_internode_combine(machine, 20, is_idle);
+            const auto dispatch = plan_internode_dispatch(machine, nodes_of(2, 8), 8, 20, is_idle);
+            const auto combine = plan_internode_combine(machine, nodes_of(2, 8), 8, 20, is_idle);
             CHECK_EQ(dispatch.node.num_recv_warps == 0, is_idle);
             CHECK_EQ(combine.node.num_send_warps == 0, is_idle);
             CHECK_GT(dispatch.node.num_send_warps, 0);
@@ -165,11 +171,43 @@ TEST_CASE("across nodes every role has a warp, or none where it has nothing to d
                                                  {combine, kernels::kMaxInternodeCombineThreads}}) {
                 CHECK_GT(geometry.num_forward_warps, 0);
                 CHECK_FALSE(is_staged(geometry.node));
-                const int num_warps =
-                    geometry.node.num_send_warps + geometry.node.num_recv_warps + geometry.num_forward_warps;
-                CHECK_LE(32 * num_warps, std::min(most, std::max(96, machine.useful_block_threads)));
+                CHECK_LE(32 * num_warps(geometry), std::min(most, std::max(96, machine.useful_block_threads)));
             }
         }
+}
+
+TEST_CASE("across nodes the roles share the warps by their rows") {
+    // A token of two nodes of one rank stays in one of them, or goes once over the rail: read twice, written to three places.
+    const auto pair = plan_internode_dispatch(gpu(2), nodes_of(2, 1), 8, 20, true);
+    CHECK_GT(pair.node.num_send_warps, pair.num_forward_warps);
+    // With more nodes a token is forwarded more often than it is sent.
+    const auto many = plan_internode_dispatch(gpu(64), nodes_of(8, 8), 8, 20, true);
+    CHECK_LT(many.node.num_send_warps, many.num_forward_warps);
+    CHECK_EQ(plan_internode_dispatch(gpu(64), nodes_of(8, 8), 0, 20, true).num_forward_warps, many.num_forward_warps);
+    CHECK_GT(many.num_forward_warps, plan_internode_dispatch(gpu(64), nodes_of(8, 8), 1, 20, true).num_forward_warps);
+}
+
+TEST_CASE("a warp serves 32 streams at most: of many ranks more warps or blocks do") {
+    for (const Machine& machine : {gpu(128), cpu(128)})
+        for (const auto& topology : {nodes_of(2, 72), nodes_of(2, 34), nodes_of(16, 8), nodes_of(256, 1)}) {
+            CAPTURE(topology.num_ranks);
+            const int num_streams = topology.num_nodes() * (topology.ranks_per_node - 1);
+            const auto dispatch = plan_internode_dispatch(machine, topology, 8, 1, false);
+            const auto combine = plan_internode_combine(machine, topology, 8, 1, false);
+            CHECK(kernels::has_enough_warps(dispatch.node, dispatch.node.num_recv_warps, num_streams));
+            CHECK(kernels::has_enough_warps(combine.node, combine.node.num_send_warps, num_streams));
+            CHECK(kernels::has_enough_warps(dispatch.node, dispatch.num_forward_warps, topology.num_nodes() - 1));
+            CHECK(kernels::has_enough_warps(combine.node, combine.num_forward_warps, topology.num_nodes() - 1));
+            CHECK_GT(num_warps(combine), 0);
+        }
+    CHECK_THROWS_WITH_AS(plan_internode_dispatch(cpu(4096), nodes_of(64, 64), 8, 4, false),
+                         doctest::Contains("has more streams than a device with 4 SMs can serve"), InvalidArgument);
+    for (const int num_ranks : {66, 128}) {
+        const auto dispatch = plan_dispatch(cpu(num_ranks), 1, dispatch_slot(256), false);
+        const auto combine = plan_combine(cpu(num_ranks), 1, combine_slot(256), false, false, 4);
+        CHECK(kernels::has_enough_warps(dispatch, dispatch.num_recv_warps, num_ranks - 1));
+        CHECK(kernels::has_enough_warps(combine, combine.num_send_warps, num_ranks - 1));
+    }
 }
 
 BufferOptions across(int num_nodes, int ranks_per_node) {

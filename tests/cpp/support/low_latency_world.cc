@@ -7,8 +7,7 @@
 #include <random>
 
 #include "core/error.h"
-#include "device/algo/fp8.h"
-#include "device/algo/logfmt.h"
+#include "device/algo/formats.h"
 
 namespace deep_ep::test {
 

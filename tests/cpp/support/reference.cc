@@ -4,7 +4,7 @@
 #include <set>
 
 #include "core/error.h"
-#include "device/algo/bf16.h"
+#include "device/algo/formats.h"
 #include "support/world.h"
 
 namespace deep_ep::test {

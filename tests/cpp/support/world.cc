@@ -144,18 +144,76 @@ void prepare_combine(const Problem& problem, RankTensors& tensors, int rank) {
     tensors.combined_weights.assign(num_tokens * static_cast<size_t>(problem.num_topk), 12345.0f);
 }
 
+kernels::NotifyArgs notify_args(const Problem& problem, RankTensors& tensors, int rank) {
+    return {.num_tokens_per_rank = tensors.num_tokens_per_rank.data(),
+            .num_tokens_per_expert = tensors.num_tokens_per_expert.data(),
+            .num_experts = problem.num_experts,
+            .expert_alignment = problem.expert_alignment,
+            .rank_prefix_matrix = tensors.rank_prefix_matrix.data(),
+            .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
+            .row_bytes = 2 * static_cast<uint32_t>(problem.hidden),
+            .num_topk = problem.num_topk,
+            .num_scales = problem.num_scales};
+}
+
+kernels::DispatchArgs dispatch_args(const Problem& problem, RankTensors& tensors, int rank, bool is_cached) {
+    return {.x = reinterpret_cast<const uint8_t*>(tensors.x.data()),
+            .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
+            .row_bytes = 2 * static_cast<uint32_t>(problem.hidden),
+            .scales = tensors.scales.data(),
+            .num_scales = problem.num_scales,
+            .scale_stride_token = problem.num_scales,
+            .scale_stride_scale = 1,
+            .topk_idx = tensors.topk_idx.data(),
+            .topk_weights = tensors.topk_weights.data(),
+            .num_topk = is_cached ? 0 : problem.num_topk,
+            .idx_bytes = 8,
+            .num_experts = problem.num_experts,
+            .is_cached = is_cached,
+            .num_tokens_per_rank = nullptr,
+            .num_tokens_per_expert = nullptr,
+            .is_token_in_rank = is_cached ? nullptr : tensors.is_token_in_rank.data(),
+            .rank_prefix_matrix = tensors.rank_prefix_matrix.data(),
+            .send_head = tensors.send_head.data(),
+            .recv_x = reinterpret_cast<uint8_t*>(tensors.recv_x.data()),
+            .recv_scales = tensors.recv_scales.data(),
+            .recv_topk_idx = tensors.recv_topk_idx.data(),
+            .recv_topk_weights = tensors.recv_topk_weights.data(),
+            .recv_src_idx = tensors.recv_src_idx.data(),
+            .num_recv_rows = static_cast<int>(tensors.recv_src_idx.size()),
+            .is_worst_case = !is_cached && problem.num_extra_rows > 0,
+            .expert_alignment = 0};
+}
+
+kernels::CombineArgs combine_args(const Problem& problem, RankTensors& tensors, int rank) {
+    const auto bias = [&](int i) -> const uint8_t* {
+        return i < problem.num_biases ? reinterpret_cast<const uint8_t*>(tensors.bias[i].data()) : nullptr;
+    };
+    return {.x = reinterpret_cast<const uint8_t*>(tensors.y.data()),
+            .num_rows = static_cast<int>(tensors.num_recv_tokens),
+            .hidden = problem.hidden,
+            .topk_weights = tensors.y_weights.data(),
+            .num_topk = problem.num_topk,
+            .bias = {bias(0), bias(1)},
+            .rank_prefix_matrix = tensors.rank_prefix_matrix.data(),
+            .send_head = tensors.send_head.data(),
+            .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
+            .combined_x = reinterpret_cast<uint8_t*>(tensors.combined_x.data()),
+            .combined_topk_weights = tensors.combined_weights.data()};
+}
+
 void World::launch_layout(const Problem& problem, RankTensors& tensors, int rank) {
-    buffer(rank).get_dispatch_layout({.topk_idx = tensors.topk_idx.data(),
-                                      .idx_bytes = 8,
-                                      .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
-                                      .num_topk = problem.num_topk,
-                                      .num_experts = problem.num_experts,
-                                      .num_nodes = 1,
-                                      .num_tokens_per_rank = tensors.num_tokens_per_rank.data(),
-                                      .num_tokens_per_node = nullptr,
-                                      .num_tokens_per_expert = tensors.num_tokens_per_expert.data(),
-                                      .is_token_in_rank = tensors.is_token_in_rank.data()},
-                                     stream(rank));
+    buffer(rank).high_throughput().get_dispatch_layout({.topk_idx = tensors.topk_idx.data(),
+                                                        .idx_bytes = 8,
+                                                        .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
+                                                        .num_topk = problem.num_topk,
+                                                        .num_experts = problem.num_experts,
+                                                        .num_nodes = 1,
+                                                        .num_tokens_per_rank = tensors.num_tokens_per_rank.data(),
+                                                        .num_tokens_per_node = nullptr,
+                                                        .num_tokens_per_expert = tensors.num_tokens_per_expert.data(),
+                                                        .is_token_in_rank = tensors.is_token_in_rank.data()},
+                                                       stream(rank));
 }
 
 void World::layout(const Problem& problem, std::vector<RankTensors>& ranks) {
@@ -164,16 +222,12 @@ void World::layout(const Problem& problem, std::vector<RankTensors>& ranks) {
 }
 
 void World::launch_notify(const Problem& problem, RankTensors& tensors, int rank) {
-    buffer(rank).notify_dispatch({.num_tokens_per_rank = tensors.num_tokens_per_rank.data(),
-                                  .num_tokens_per_expert = tensors.num_tokens_per_expert.data(),
-                                  .num_experts = problem.num_experts,
-                                  .expert_alignment = problem.expert_alignment,
-                                  .rank_prefix_matrix = tensors.rank_prefix_matrix.data(),
-                                  .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
-                                  .row_bytes = 2 * static_cast<uint32_t>(problem.hidden),
-                                  .num_topk = problem.num_topk,
-                                  .num_scales = problem.num_scales},
-                                 stream(rank));
+    buffer(rank).high_throughput().notify_dispatch(notify_args(problem, tensors, rank), stream(rank));
+}
+
+std::unique_ptr<runtime::LentMemory> World::lend(int rank, int64_t num_bytes) {
+    auto lent = buffer(rank).high_throughput().loans().lend({num_bytes}, nullptr, false);
+    return lent.empty() ? nullptr : std::move(lent.front());
 }
 
 template <class T> T* World::lend(RankTensors& tensors, int rank, std::vector<T>& data) {
@@ -181,7 +235,7 @@ template <class T> T* World::lend(RankTensors& tensors, int rank, std::vector<T>
     if (num_bytes == 0) return nullptr;
     for (const RankTensors::Lent& lent : tensors.lent)
         if (lent.data == data.data()) return reinterpret_cast<T*>(lent.memory->address());
-    std::shared_ptr<runtime::LentMemory> memory = buffer(rank).lend(static_cast<int64_t>(num_bytes));
+    std::shared_ptr<runtime::LentMemory> memory = lend(rank, static_cast<int64_t>(num_bytes));
     EP_CHECK(memory != nullptr, "the test lends more than its world has room for");
     std::memcpy(memory->address(), data.data(), num_bytes);
     tensors.lent.push_back({memory, data.data(), num_bytes});
@@ -197,37 +251,21 @@ void World::collect(std::vector<RankTensors>& ranks) {
 }
 
 void World::launch_dispatch(const Problem& problem, RankTensors& tensors, int rank, Counts counts) {
-    auto output = [&](auto& data) { return problem.lends(rank) ? lend(tensors, rank, data) : data.data(); };
-    const bool is_cached = counts == Counts::kKnown;
-    const bool exchanges = counts == Counts::kUnknown || counts == Counts::kGuessed;
-    const int num_topk = is_cached ? 0 : problem.num_topk;
-    buffer(rank).dispatch({.x = reinterpret_cast<const uint8_t*>(tensors.x.data()),
-                           .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
-                           .row_bytes = 2 * static_cast<uint32_t>(problem.hidden),
-                           .scales = tensors.scales.data(),
-                           .num_scales = problem.num_scales,
-                           .scale_stride_token = problem.num_scales,
-                           .scale_stride_scale = 1,
-                           .topk_idx = tensors.topk_idx.data(),
-                           .topk_weights = tensors.topk_weights.data(),
-                           .num_topk = num_topk,
-                           .idx_bytes = 8,
-                           .num_experts = problem.num_experts,
-                           .is_cached = is_cached,
-                           .num_tokens_per_rank = exchanges ? tensors.num_tokens_per_rank.data() : nullptr,
-                           .num_tokens_per_expert = exchanges ? tensors.num_tokens_per_expert.data() : nullptr,
-                           .is_token_in_rank = is_cached ? nullptr : tensors.is_token_in_rank.data(),
-                           .rank_prefix_matrix = tensors.rank_prefix_matrix.data(),
-                           .send_head = tensors.send_head.data(),
-                           .recv_x = reinterpret_cast<uint8_t*>(output(tensors.recv_x)),
-                           .recv_scales = output(tensors.recv_scales),
-                           .recv_topk_idx = output(tensors.recv_topk_idx),
-                           .recv_topk_weights = output(tensors.recv_topk_weights),
-                           .recv_src_idx = output(tensors.recv_src_idx),
-                           .num_recv_rows = static_cast<int>(tensors.recv_src_idx.size()),
-                           .is_worst_case = counts != Counts::kGuessed && problem.num_extra_rows > 0,
-                           .expert_alignment = counts == Counts::kGuessed ? problem.expert_alignment : 0},
-                          problem.num_sms, stream(rank));
+    kernels::DispatchArgs args = dispatch_args(problem, tensors, rank, counts == Counts::kKnown);
+    if (counts == Counts::kUnknown || counts == Counts::kGuessed) {
+        args.num_tokens_per_rank = tensors.num_tokens_per_rank.data();
+        args.num_tokens_per_expert = tensors.num_tokens_per_expert.data();
+    }
+    args.is_worst_case = counts != Counts::kGuessed && problem.num_extra_rows > 0;
+    if (counts == Counts::kGuessed) args.expert_alignment = problem.expert_alignment;
+    if (problem.lends(rank)) {
+        args.recv_x = reinterpret_cast<uint8_t*>(lend(tensors, rank, tensors.recv_x));
+        args.recv_scales = lend(tensors, rank, tensors.recv_scales);
+        args.recv_topk_idx = lend(tensors, rank, tensors.recv_topk_idx);
+        args.recv_topk_weights = lend(tensors, rank, tensors.recv_topk_weights);
+        args.recv_src_idx = lend(tensors, rank, tensors.recv_src_idx);
+    }
+    buffer(rank).high_throughput().dispatch(args, problem.num_sms, stream(rank));
 }
 
 void World::combine_on(const Problem& problem, std::vector<RankTensors>& ranks, std::initializer_list<int> callers) {
@@ -239,22 +277,9 @@ void World::combine_on(const Problem& problem, std::vector<RankTensors>& ranks, 
 }
 
 void World::launch_combine(const Problem& problem, RankTensors& tensors, int rank) {
-    auto bias = [&](int i) -> const uint8_t* {
-        return i < problem.num_biases ? reinterpret_cast<const uint8_t*>(tensors.bias[i].data()) : nullptr;
-    };
-    uint16_t* y = problem.lends(rank) ? lend(tensors, rank, tensors.y) : tensors.y.data();
-    buffer(rank).combine({.x = reinterpret_cast<const uint8_t*>(y),
-                          .num_rows = static_cast<int>(tensors.num_recv_tokens),
-                          .hidden = problem.hidden,
-                          .topk_weights = tensors.y_weights.data(),
-                          .num_topk = problem.num_topk,
-                          .bias = {bias(0), bias(1)},
-                          .rank_prefix_matrix = tensors.rank_prefix_matrix.data(),
-                          .send_head = tensors.send_head.data(),
-                          .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
-                          .combined_x = reinterpret_cast<uint8_t*>(tensors.combined_x.data()),
-                          .combined_topk_weights = tensors.combined_weights.data()},
-                         problem.num_sms, stream(rank));
+    kernels::CombineArgs args = combine_args(problem, tensors, rank);
+    if (problem.lends(rank)) args.x = reinterpret_cast<const uint8_t*>(lend(tensors, rank, tensors.y));
+    buffer(rank).high_throughput().combine(args, problem.num_sms, stream(rank));
 }
 
 void World::dispatch(const Problem& problem, std::vector<RankTensors>& ranks) {
@@ -316,7 +341,7 @@ void World::dispatch_guessed(const Problem& problem, std::vector<RankTensors>& r
             if (is_short(rank) == comes_first) order.push_back(rank);
     for (int rank : order) {
         RankTensors& tensors = ranks[static_cast<size_t>(rank)];
-        const runtime::RecvCounts counts = buffer(rank).wait_counts();
+        const runtime::RecvCounts counts = wait_counts(rank);
         EP_CHECK(
             counts.num_tokens == tensors.num_recv_tokens && counts.num_tokens_per_expert == tensors.num_recv_per_expert,
             "the host of rank ", rank, " was told other counts than it should have been");
@@ -345,7 +370,7 @@ void World::launch_fresh(const Problem& problem, std::vector<RankTensors>& ranks
     for (int rank = 0; rank < num_ranks(); ++rank) launch_notify(problem, ranks[static_cast<size_t>(rank)], rank);
     for (int rank = 0; rank < num_ranks(); ++rank) {
         RankTensors& tensors = ranks[static_cast<size_t>(rank)];
-        const runtime::RecvCounts counts = buffer(rank).wait_counts();
+        const runtime::RecvCounts counts = wait_counts(rank);
         tensors.num_recv_tokens = counts.num_tokens;
         tensors.num_recv_per_expert = counts.num_tokens_per_expert;
         prepare_recv(problem, tensors, counts.num_tokens);

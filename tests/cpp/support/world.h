@@ -73,6 +73,11 @@ struct RankTensors {
     std::vector<float> combined_weights;
 };
 
+// What the caller on `rank` hands to each operation: everything in its own memory, a dispatch without counts.
+kernels::NotifyArgs notify_args(const Problem& problem, RankTensors& tensors, int rank);
+kernels::DispatchArgs dispatch_args(const Problem& problem, RankTensors& tensors, int rank, bool is_cached);
+kernels::CombineArgs combine_args(const Problem& problem, RankTensors& tensors, int rank);
+
 // What a dispatch knows of the counts of all ranks: nothing yet (worst case), notify_dispatch has exchanged them, or they
 // are those of an earlier call.
 // kGuessed: as kUnknown, but the host waits, and the outputs hold what it has guessed.
@@ -101,6 +106,7 @@ public:
     simt::Scheduler& scheduler() { return *scheduler_; }
     runtime::Buffer& buffer(int rank) { return *buffers_[static_cast<size_t>(rank)]; }
     dev::Stream stream(int rank) { return streams_[static_cast<size_t>(rank)]; }
+    simt::SimtDevice& device(int rank) { return *devices_[static_cast<size_t>(rank)]; }
     int num_ranks() const { return static_cast<int>(buffers_.size()); }
     // Runs everything that was launched. Throws what the executor found (deadlock, race of a collective, …).
     void run();
@@ -125,6 +131,10 @@ public:
     void launch_worst_case(const Problem& problem, std::vector<RankTensors>& ranks);
     // On every rank: a dispatch, the outputs of `short_rank` holding one row less than comes.
     void launch_without_room(const Problem& problem, std::vector<RankTensors>& ranks, int short_rank, Counts counts);
+    // The host's part of a count exchange.
+    runtime::RecvCounts wait_counts(int rank) { return buffer(rank).high_throughput().counts().wait(); }
+    // Of the memory that `rank` can lend, or null.
+    std::unique_ptr<runtime::LentMemory> lend(int rank, int64_t num_bytes);
     // After run(): what came into lent memory, into the vectors that it stands for; the memory is given back.
     static void collect(std::vector<RankTensors>& ranks);
 

@@ -131,6 +131,31 @@ TEST_CASE("a handle opened in the process that made it gives the memory itself, 
     device->free_shareable(memory);
 }
 
+TEST_CASE("shareable memory on the host is written by the GPUs of this process, and read in another") {
+    const auto device = test_device();
+    const auto peer = dev::make_cuda_device(dev::count_cuda_devices() - 1);
+    const auto memory = device->allocate_shareable(1000, dev::Placement::kHost);
+    CHECK_EQ(read_int(*device, memory.address), 0);
+    CHECK(peer->open_shared(memory.handle) == memory.address);
+    CHECK(device->holds(memory.handle));
+    const auto stream = peer->create_stream();
+    dev::launch<AddKernel>(add_config(3, 16), stream, {static_cast<int*>(memory.address), 16});
+    peer->synchronize_stream(stream);
+    CHECK_EQ(read_int(*device, memory.address), 6);
+    // With another nonce the handle is that of another process, which this one then maps like any peer.
+    std::string other_process = memory.handle;
+    other_process[8] = static_cast<char>(other_process[8] + 1);
+    void* const mapped = peer->open_shared(other_process);
+    CHECK(mapped != memory.address);
+    CHECK_EQ(read_int(*peer, mapped), 6);
+    device->free_shareable(memory);
+    CHECK_EQ(read_int(*peer, mapped), 6);  // the pages live as long as any mapping
+    CHECK(contains(error_of([&] { device->open_shared(other_process); }), "shared memory of process"));
+    peer->close_shared(mapped);
+    peer->close_shared(memory.address);
+    peer->destroy_stream(stream);
+}
+
 TEST_CASE("bytes that are no handle, or one whose owner is gone, raise TransportError with a reason") {
     const auto device = test_device();
     CHECK_THROWS_AS(device->open_shared(""), TransportError);

@@ -1,0 +1,23 @@
+// Pages of host memory that the GPUs of this process read and write.
+#pragma once
+
+#include "core/mapped_file.h"
+
+namespace deep_ep::dev::cuda {
+
+class RegisteredPages {
+public:
+    // For all GPUs of this process; the current one makes the call. Throws TransportError.
+    explicit RegisteredPages(MappedFile memory);
+    ~RegisteredPages();
+    RegisteredPages(const RegisteredPages&) = delete;
+    RegisteredPages& operator=(const RegisteredPages&) = delete;
+
+    void* address() const { return device_address_; }  // for kernels, and for CUDA's copies
+
+private:
+    MappedFile memory_;
+    void* device_address_ = nullptr;
+};
+
+}  // namespace deep_ep::dev::cuda
