@@ -37,7 +37,7 @@ class HeldSms:
     def __init__(self, device: int) -> None: ...
 
     def hold(self, num_sms: int, timeout_s: float, stream: int) -> None:
-        """Launches them, to stay until release() or for timeout_s seconds; one launch at a time. Stream 0: one of its own."""
+        """Launches them, until release() or for timeout_s seconds; one launch at a time. Stream 0: one of its own."""
 
     def release(self) -> None:
         """They end, and the last of them soon."""

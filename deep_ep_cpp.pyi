@@ -41,6 +41,17 @@ def make_tensor(address: int, shape: List[int], dtype: Tuple[int, int], cuda_ind
     """A DLPack capsule over row-major memory (cuda_index < 0: of the host), for torch.from_dlpack. `dtype`: DLPack's
     code, and bits. `owner` lives as long as any tensor made of it."""
 
+def wire_sizes(*, row_bytes: int, num_topk: int, num_scales: int, ranks_per_node: int, num_local_experts: int,
+               is_combine: bool) -> Tuple[int, int, int]:
+    """Bytes of a token on the rail, of a row over NVLink, and of the counts that go to a forwarder before them."""
+
+def plan_chunk_bytes(engine_bytes: int, rail_gb_per_s: float) -> int:
+    """What a put between nodes has, where the engine likes `engine_bytes` best on a NIC of 50 GB/s."""
+
+def wait_names() -> Tuple[list[str], list[str], list[list[str]]]:
+    """Operations; stages of a wait, "": nobody waits there; for each operation and stage what a rank does there that
+    others wait for."""
+
 def get_build() -> dict[str, Any]:
     """What the build variables have set: {'cuda': bool, 'architectures': '90-real 100', 'sm90_features': bool,
     'cache_hints': bool, 'topk_idx_bits': 32 or 64}. Features are of the CUDA half: False where there is none."""
@@ -108,7 +119,7 @@ class LentMemory:
 # operation takes a record only when every field has been given. Addresses are of row-major memory on the device. Fields
 # may be read as attributes.
 #
-# -- Records of arguments: written by tools/render_stub.py from csrc/kernels/args.h
+# -- Records of arguments: written by tools/render_stub.py from csrc/kernels/params.h
 
 class _LayoutArgs(TypedDict, total=False):
     topk_idx: int  # address; [num_tokens, num_topk], -1: none
@@ -277,12 +288,14 @@ class LowLatencyCombineArgs:
 # -- End of the records
 
 class Buffer:
+    LATE_NS: int  # a wait that lasts so long is counted
     LEND_PART_OF_DATA: int
 
     def __init__(self, device: Device, rank: int, num_ranks: int, *, num_data_bytes: int, timeout_s: float,
                  warn_s: float, num_low_latency_bytes: int = 0, is_shrinkable: bool = False,
                  num_lend_bytes: int = 0, ranks_per_node: int = 0, num_rail_bytes: int = 0,
-                 rail: str = "host", rail_reach: str = "", is_heap_on_host: bool = False) -> None:
+                 rail: str = "host", rail_reach: str = "", rail_gb_per_s: float = 0.0,
+                 is_heap_on_host: bool = False) -> None:
         """Allocates the local part of the symmetric heap: control words, `num_data_bytes` of data for the
         high-throughput mode, `num_low_latency_bytes` for the low-latency mode, and `num_lend_bytes` for tensors that
         peers reach in place (with a 64th more for copies of weights). LEND_PART_OF_DATA: these are a part
@@ -290,7 +303,8 @@ class Buffer:
 
         With several nodes of `ranks_per_node` (0: there is one node) also the rail window, with `num_rail_bytes` of
         data (0: as many as num_data_bytes, and 16 MiB for each other node at least). The engine `rail` carries them;
-        `host` listens on DEEP_EP_RAIL_INTERFACE, or else on the interface that reaches the host `rail_reach`."""
+        `host` listens on DEEP_EP_RAIL_INTERFACE, or else on the interface that reaches the host `rail_reach`.
+        `rail_gb_per_s`: 10^9 bytes a second that a rank's NICs carry, for the size of chunks; 0: unknown."""
 
     def export_handle(self) -> bytes: ...
     def connect(self, handles: List[bytes]) -> None:
@@ -380,6 +394,14 @@ class Buffer:
     def low_latency_combine(self, args: LowLatencyCombineArgs, ticket: int, stream: int) -> int: ...
     def clean_low_latency(self, stream: int) -> None:
         """A barrier of the group, on the device; no call may be open."""
+
+    @property
+    def wait_cells_ptr(self) -> int:
+        """int64 [operations, stages, R, 3] on the device, where `wait_names` names the first two. Of each: the last
+        call that is counted with its longest wait, calls in which the rank was late, nanoseconds waited in them."""
+    def read_waits(self) -> Tuple[bytearray, int, int]:
+        """The same at this moment, and the calls of the high-throughput and of the low-latency mode. Waits for no
+        kernel."""
 
     @property
     def low_latency_data_ptr(self) -> int: ...

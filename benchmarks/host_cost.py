@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from deep_ep import Buffer, _streams, utils
+import deep_ep_cpp
+from deep_ep import Buffer, _checks, _streams, utils
 from deep_ep.bench.host import Clock, timed_waits, waits
 from deep_ep.utils import EventPool
 from deep_ep_cpp import CombineArgs, LayoutArgs
@@ -187,7 +188,9 @@ def time_primitives(buffer: Buffer, device: torch.device) -> None:
                              num_tokens=NUM_TOKENS,
                              num_topk=NUM_TOPK,
                              num_experts=NUM_EXPERTS,
+                             num_nodes=1,
                              num_tokens_per_rank=counts[0],
+                             num_tokens_per_node=0,
                              num_tokens_per_expert=counts[1],
                              is_token_in_rank=counts[2])
     primitives: dict[str, Callable[[], Any]] = {
@@ -234,6 +237,48 @@ def time_primitives(buffer: Buffer, device: torch.device) -> None:
     for name, primitive in primitives.items():
         measure(primitive, torch.cuda.synchronize, 5)
         cpu, wall = measure(primitive, torch.cuda.synchronize, 30)
+        print(f"{name:24} {cpu:8.2f} {wall:8.2f}")
+
+
+def time_low_latency_parts(buffer: Buffer, device: torch.device) -> None:
+    """The same for a combine: its launches, its outputs and its record, and what asks the streams."""
+    session, inputs = buffer._session, Inputs.make(device, NUM_LL_EXPERTS)
+    assert session is not None
+    rows, _, handle, _, _ = buffer.low_latency_dispatch(inputs.x,
+                                                        inputs.topk_idx,
+                                                        NUM_TOKENS,
+                                                        NUM_LL_EXPERTS,
+                                                        use_fp8=False)
+    assert isinstance(rows, torch.Tensor)
+    plan = buffer._low_latency._plan_of(handle, NUM_TOPK)
+    combined, number = torch.empty_like(inputs.x), torch.zeros(1, dtype=torch.int64, device=device)
+    stream = torch.cuda.current_stream().cuda_stream
+
+    def record() -> Any:
+        return plan.combine_args.replace(wait_stats=0,
+                                         number=number.data_ptr(),
+                                         uses_logfmt=False,
+                                         x=rows.data_ptr(),
+                                         topk_idx=inputs.topk_idx.data_ptr(),
+                                         idx_bytes=inputs.topk_idx.element_size(),
+                                         topk_weights=inputs.weights.data_ptr(),
+                                         num_tokens=NUM_TOKENS,
+                                         row_of_entry=handle[0].data_ptr() + plan.entries_at,
+                                         combined_x=combined.data_ptr())
+
+    args, launch = record(), session.runtime.low_latency_combine
+    parts: dict[str, Callable[[], Any]] = {
+        "LL combine's launch": lambda: launch(args, deep_ep_cpp.Buffer.BOTH_PHASES, stream),
+        "LL combine's two": lambda: launch(args, launch(args, deep_ep_cpp.Buffer.SEND_PHASE, stream), stream),
+        "LL combine's record": record,
+        "LL dispatch's outputs": plan.make_outputs,
+        "LL stream's policy": lambda: session.streams.low_latency_operation(False, True),
+        "LL begin_call": session.begin_call,
+        "LL check of a tensor": lambda: _checks.check_matrix("x", inputs.x, device, (torch.bfloat16, )),
+    }
+    for name, part in parts.items():
+        measure(part, torch.cuda.synchronize, 5)
+        cpu, wall = measure(part, torch.cuda.synchronize, 30)
         print(f"{name:24} {cpu:8.2f} {wall:8.2f}")
 
 
@@ -294,6 +339,7 @@ def main() -> None:
         session.streams, session.runtime = real
         if is_real:
             time_primitives(buffer, device)
+            time_low_latency_parts(buffer, device)
 
 
 if __name__ == "__main__":

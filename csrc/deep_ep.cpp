@@ -17,10 +17,13 @@
 #include "core/error.h"
 #include "core/interruption.h"
 #include "layout/heap.h"
+#include "layout/rail.h"
 #include "rail/nvshmem/loader.h"
 #include "rail/nvshmem/versions.h"
 #include "runtime/buffer.h"
 #include "runtime/config.h"
+#include "runtime/failure_report.h"
+#include "runtime/plan.h"
 
 namespace py = pybind11;
 
@@ -206,6 +209,48 @@ py::capsule make_lent_tensor(const std::shared_ptr<LentMemory>& memory, std::vec
     });
 }
 
+// Bytes of a token on the rail, of a token over NVLink, and of the counts that go ahead to a forwarder.
+py::tuple wire_sizes(uint64_t row_bytes, uint64_t num_topk, uint64_t num_scales, uint64_t ranks_per_node,
+                     uint64_t num_local_experts, bool is_combine) {
+    if (is_combine) {
+        const auto slot = layout::SlotLayout::for_combine(row_bytes, num_topk);
+        return py::make_tuple(layout::RailSlot::for_combine(row_bytes, num_topk).bytes,
+                              layout::bulk_bytes(slot.topk_weights.end()), 0);
+    }
+    const auto slot = layout::SlotLayout::for_dispatch(row_bytes, num_topk, num_scales);
+    return py::make_tuple(layout::RailSlot::for_dispatch(row_bytes, num_topk, num_scales, ranks_per_node).bytes,
+                          layout::bulk_bytes(slot.scales.end()),
+                          layout::CountsBlock::make(ranks_per_node, num_local_experts).bytes);
+}
+
+// Of layout::wait_cell, in order: operations, stages, and for both what a rank does there that others wait for.
+py::tuple wait_names() {
+    std::vector<std::string> operations, stages;
+    std::vector<std::vector<std::string>> awaited(layout::kNumOperations);
+    for (int stage = 0; stage < layout::kNumStages; ++stage)
+        stages.emplace_back(runtime::stage_name(static_cast<layout::Stage>(stage), {}).name);
+    for (int i = 0; i < layout::kNumOperations; ++i) {
+        const auto operation = static_cast<layout::Operation>(i);
+        operations.emplace_back(runtime::operation_name(operation));
+        for (int stage = 0; stage < layout::kNumStages; ++stage)
+            awaited[static_cast<size_t>(i)].emplace_back(
+                runtime::stage_name(static_cast<layout::Stage>(stage), operation).awaited);
+    }
+    return py::make_tuple(std::move(operations), std::move(stages), std::move(awaited));
+}
+
+// The cells as they stand, and how many calls each mode has made.
+py::tuple read_waits(Buffer& buffer) {
+    runtime::Waits waits;
+    {
+        const py::gil_scoped_release released;
+        waits = buffer.read_waits();
+    }
+    const auto* bytes = reinterpret_cast<const char*>(waits.cells.data());
+    return py::make_tuple(py::bytearray(bytes, waits.cells.size() * sizeof(layout::WaitCell)), waits.num_calls,
+                          waits.num_low_latency_calls);
+}
+
 void bind_buffer(py::module_& m) {
     py::class_<LentMemory, std::shared_ptr<LentMemory>>(m, "LentMemory")
         .def_property_readonly("address", [](LentMemory& memory) { return number(memory.address()); })
@@ -215,7 +260,7 @@ void bind_buffer(py::module_& m) {
         .def(py::init([](std::shared_ptr<dev::Device> device, int rank, int num_ranks, int64_t num_data_bytes,
                          double timeout_s, double warn_s, int64_t num_low_latency_bytes, bool is_shrinkable,
                          int64_t num_lend_bytes, int ranks_per_node, int64_t num_rail_bytes, std::string rail,
-                         std::string rail_reach, bool is_heap_on_host) {
+                         std::string rail_reach, double rail_gb_per_s, bool is_heap_on_host) {
                  const Environment& env = environment();
                  return std::make_unique<Buffer>(
                      std::move(device),
@@ -230,13 +275,14 @@ void bind_buffer(py::module_& m) {
                                             ranks_per_node,
                                             num_rail_bytes,
                                             {std::move(rail), env.rail_interface, std::move(rail_reach)},
+                                            rail_gb_per_s,
                                             is_heap_on_host ? dev::Placement::kHost : dev::Placement::kDevice});
              }),
              py::arg("device"), py::arg("rank"), py::arg("num_ranks"), py::kw_only(), py::arg("num_data_bytes"),
              py::arg("timeout_s"), py::arg("warn_s"), py::arg("num_low_latency_bytes") = 0,
              py::arg("is_shrinkable") = false, py::arg("num_lend_bytes") = 0, py::arg("ranks_per_node") = 0,
              py::arg("num_rail_bytes") = 0, py::arg("rail") = "host", py::arg("rail_reach") = "",
-             py::arg("is_heap_on_host") = false)
+             py::arg("rail_gb_per_s") = 0.0, py::arg("is_heap_on_host") = false)
         .def("export_handle", [](Buffer& b) { return py::bytes(b.export_handle()); })
         .def("connect", &Buffer::connect, py::arg("handles"), release_gil())
         .def("rail_address", [](Buffer& b) { return py::bytes(b.rail_address()); })
@@ -247,6 +293,8 @@ void bind_buffer(py::module_& m) {
         .def_property_readonly("data_bytes", [](Buffer& b) { return b.plan().num_data_bytes; })
         .def("destroy", &Buffer::destroy, py::arg("timeout_s"), release_gil())
         .def("check", &Buffer::check)
+        .def_property_readonly("wait_cells_ptr", [](Buffer& b) { return number(b.wait_cells()); })
+        .def("read_waits", &read_waits)
         .def_property_readonly("failure", &Buffer::failure)
         .def("begin_call", &Buffer::begin_call)
         .def("abandon_call", &Buffer::abandon_call, py::arg("text"))
@@ -278,6 +326,7 @@ void bind_buffer(py::module_& m) {
              })
         .def_property_readonly("num_lend_bytes", [](Buffer& b) { return b.plan().num_lend_bytes; })
         .def_readonly_static("LEND_PART_OF_DATA", &runtime::kLendPartOfData)
+        .def_readonly_static("LATE_NS", &layout::kLateNs)
         .def_readonly_static("SEND_PHASE", &runtime::kSendPhase)
         .def_readonly_static("BOTH_PHASES", &runtime::kBothPhases)
         .def("low_latency_dispatch", &Call<&Buffer::low_latency, &LowLatency::dispatch>::call, py::arg("args"),
@@ -304,6 +353,10 @@ PYBIND11_MODULE(deep_ep_cpp, m) {
     m.def("get_low_latency_rdma_size_hint", &LowLatency::size_hint, py::arg("num_max_dispatch_tokens_per_rank"),
           py::arg("hidden"), py::arg("num_ranks"), py::arg("num_experts"));
     m.def("make_tensor", &make_tensor);
+    m.def("wait_names", &wait_names);
+    m.def("wire_sizes", &wire_sizes, py::kw_only(), py::arg("row_bytes"), py::arg("num_topk"), py::arg("num_scales"),
+          py::arg("ranks_per_node"), py::arg("num_local_experts"), py::arg("is_combine"));
+    m.def("plan_chunk_bytes", &runtime::plan_chunk_bytes, py::arg("engine_bytes"), py::arg("rail_gb_per_s"));
     m.def("cuda_versions", [] {
         const CudaVersions versions = cuda_versions();
         return py::make_tuple(versions.runtime, versions.driver);

@@ -1,7 +1,8 @@
-"""`python -m deep_ep doctor|bench|calibrate|build-nvshmem`: one command, and all its options."""
+"""`python -m deep_ep doctor|bench|calibrate|model|build-nvshmem`: one command, and all its options."""
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -45,6 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
         add_bench_options(benchmarks.add_parser(name, help=text), name)
     calibrate = commands.add_parser("calibrate", help="stores what the intranode benchmark has measured, for Buffers")
     add_calibrate_options(calibrate)
+    model = commands.add_parser("model", help="what calls will take across nodes: bytes, bottleneck, times, SMs")
+    add_model_options(model)
     builder = commands.add_parser("build-nvshmem", help="compiles the engine nvshmem, for several nodes, against the "
                                   "NVSHMEM that is installed here (needs nvcc)")  # yapf: disable
     add_build_nvshmem_options(builder)
@@ -98,6 +101,58 @@ def add_calibrate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", type=Path, help="the file to store it in (default: where Buffers look)")
 
 
+def positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
+def positive_rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return rate
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mode", choices=("high-throughput", "low-latency"), default="high-throughput")
+    parser.add_argument("--nodes", type=positive_int, default=2, help="default: %(default)s")
+    parser.add_argument("--ranks-per-node", type=positive_int, default=8, help="default: %(default)s")
+    parser.add_argument("--tokens", type=positive_int, default=4096, help="of each rank (default: %(default)s)")
+    parser.add_argument("--hidden", type=positive_int, default=7168)
+    parser.add_argument("--topk", type=positive_int, default=8)
+    parser.add_argument("--experts", type=positive_int, default=256, help="of all ranks (default: %(default)s)")
+    parser.add_argument("--limit-nodes",
+                        type=int,
+                        default=0,
+                        help="a token's experts lie in at most so many nodes (default: uniform over all)")
+    parser.add_argument("--nic-gbps",
+                        type=positive_rate,
+                        help="Gb/s in one direction of a rank's NICs (default: from sysfs, of the RDMA NICs here that "
+                        "are up, a bond with all its links, shared by --ranks-per-node)")
+    parser.add_argument("--nics",
+                        type=lambda text: text.split(","),
+                        default=[],
+                        metavar="NAMES",
+                        help="which of them count, e.g. mlx5_0,mlx5_1")
+    parser.add_argument("--nvlink-gb-per-s",
+                        type=positive_rate,
+                        default=340.0,
+                        help="GB/s that leave a GPU when all copy to all (default: %(default)s; the ceiling that "
+                        "`bench intranode` prints)")
+    parser.add_argument("--engine",
+                        choices=("gpu", "proxy", "fencing-proxy", "host"),
+                        default="gpu",
+                        help="who posts to the NIC (default: %(default)s, IBGDA)")
+    parser.add_argument("--most-sms", type=positive_int, default=20, help="an even number (default: %(default)s)")
+    parser.add_argument("--scaling", action="store_true", help="from 2 to 512 ranks, in nodes of 8, instead")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="also write the JSON there")
+
+
 def add_build_nvshmem_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="default: where Buffers look, in the user's cache")
     parser.add_argument("--arch",
@@ -127,6 +182,9 @@ def main(arguments: list[str]) -> int:
     if args.command == "build-nvshmem":
         from deep_ep import build_nvshmem
         return build_nvshmem.run(args.to, [arch for arch in args.arch.split(",") if arch])
+    if args.command == "model":
+        from deep_ep import model
+        return model.run(args)
     from deep_ep import calibrate
     return calibrate.run(args.reports, args.to)
 

@@ -147,6 +147,7 @@ FEATURES = {
     "logfmt": "low_latency_combine with use_logfmt",
     "shrink": "masked ranks: enable_shrink and its calls",
     "on_failure": "Buffer(on_failure=...): failures are told even where only graphs are replayed",
+    "wait_counters": "Buffer.get_wait_counters and Buffer.dump_waits: which rank was late, at which stage, how often",
     "call_checks": "DEEP_EP_CHECK_CALLS",
     "cpu": "the CPU device",
     "cuda": "the CUDA device is compiled in (there may be no GPU)",

@@ -6,9 +6,8 @@ import torch
 
 from deep_ep import _checks
 from deep_ep._checks import KnownTensors
-from deep_ep._dispatch import Dispatch, Payload, Routing, address_of
+from deep_ep._dispatch import INT32, Dispatch, Handle, Handles, Payload, Places, Routing, address_of
 from deep_ep._env import is_capturing
-from deep_ep._handles import INT32, Handle, Handles, Places
 from deep_ep._memory import Spec, num_bytes_of
 from deep_ep._session import Session
 from deep_ep._streams import Operation

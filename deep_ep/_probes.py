@@ -11,6 +11,7 @@ import importlib.util
 import os
 import re
 import resource
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -31,6 +32,7 @@ CONTAINER_MARKS = (Path("/.dockerenv"), Path("/run/.containerenv"), Path("/run/s
 MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 NO_LIMIT = 1 << 60  # version 1 of cgroups writes a number near 2^63
 
+BITS_PER_BYTE = 8
 _MAX_LINKS = 18
 _P2P_READ, _P2P_NVLINK = 0, 2  # NVML_P2P_CAPS_INDEX_*
 _P2P_OK, _P2P_UNKNOWN = 0, 6  # NVML_P2P_STATUS_*
@@ -311,6 +313,16 @@ def rdma_ports() -> list[RdmaPort]:
             state = (read_text(port / "state") or "unknown").split(": ")[-1]
             found.append(RdmaPort(device.name, port.name, read_text(port / "link_layer") or "unknown", state, gbps))
     return found
+
+
+def nic_gb_per_s(names: Sequence[str] = ()) -> Optional[float]:
+    """What the RDMA NICs of this machine that are up carry in one direction, in sum, in GB/s; None: unknown.
+
+    names: which devices count; empty: all.
+    """
+    ports = [port for port in rdma_ports() if port.state == "ACTIVE" and (not names or port.device in names)]
+    known = [port.gbps for port in ports if port.gbps is not None]
+    return sum(known) / BITS_PER_BYTE if known else None
 
 
 def nvshmem_library() -> Optional[str]:

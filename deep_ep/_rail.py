@@ -4,6 +4,7 @@ import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Optional
 
 from deep_ep import _nvshmem
 from deep_ep._topology import Place
@@ -52,6 +53,15 @@ def choose(requested: str, obstacles: Sequence[str]) -> tuple[str, str]:
         raise Error(
             f"DEEP_EP_RAIL=nvshmem: not possible on {len(hindered)} of {len(obstacles)} ranks; rank {rank}: {text}")
     return "host", f"nvshmem is not possible on {len(hindered)} of {len(obstacles)} ranks; rank {rank}: {text}"
+
+
+def rate(engine: str, nic_rates: Sequence[Optional[float]], ranks_per_node: int) -> float:
+    """10^9 bytes a second that the NICs carry for a rank, on the machine where that is least; 0: unknown.
+
+    nic_rates: of each rank's machine. The engine host carries what its threads can, whatever the NIC.
+    """
+    known = [nic_rate for nic_rate in nic_rates if nic_rate is not None]
+    return min(known) / ranks_per_node if engine == "nvshmem" and len(known) == len(nic_rates) else 0.0
 
 
 def can_do_without(engine: str, requested: str, gather_errors: Callable[[], list[str]]) -> bool:

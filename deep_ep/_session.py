@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Callable, Optional, TypeVar
 import torch
 
 import deep_ep_cpp
-from deep_ep import _heap, _rail, _streams
+from deep_ep import _heap, _probes, _rail, _streams
 from deep_ep._checks import BUFFER_ALIGNMENT_BYTES, MAX_INT64, check_int, check_positive
 from deep_ep._env import __version__, is_capturing, master_address
 from deep_ep._memory import EmptyTensors, Lender
@@ -310,14 +310,14 @@ class _Construction:
     def _build(self) -> Session:
         peers = self._peers
         described = peers.all_gather_results("checking arguments and device", self._describe)
-        _raise_differences([facts for facts, _, _ in described])
-        agreed, _, cost_model = described[0]
-        topology = find_topology(peers.rank, [place for _, place, _ in described], agreed.ranks_per_node, agreed.heap)
+        _raise_differences([facts for facts, *_ in described])
+        agreed, _, cost_model, _ = described[0]
+        topology = find_topology(peers.rank, [place for _, place, *_ in described], agreed.ranks_per_node, agreed.heap)
         heap = choose_heap(peers, agreed, topology)
         rail = choose_rail(peers, agreed, topology)
         cost_model = None if heap == _heap.HOST else cost_model  # models are of heaps in GPU memory
         try:
-            self._open(topology, rail, heap, cost_model)
+            self._open(topology, rail, heap, cost_model, [rate for *_, rate in described])
         except Exception as error:
             text = str(error)
             if not _rail.can_do_without(rail, agreed.rail, lambda: peers.all_gather(text)):
@@ -325,22 +325,27 @@ class _Construction:
             self._discard()
             if peers.rank == 0:
                 _rail.tell("host", f"nvshmem does not begin: {text}", agreed.device_kind)
-            self._open(topology, "host", heap, cost_model)
+            self._open(topology, "host", heap, cost_model, [])
         session = self._sessions[0]
         if agreed.check_calls and peers.size > 1:
             session.call_check = CallCheck(peers.open_exchange(), self._requests[0].patience_s)
         return session
 
-    def _open(self, topology: Topology, rail: str, heap: str, cost_model: Optional["CostModel"]) -> None:
+    def _open(self, topology: Topology, rail: str, heap: str, cost_model: Optional["CostModel"],
+              nic_rates: Sequence[Optional[float]]) -> None:
         peers, created = self._peers, self._created
-        handles = peers.all_gather_results("allocating the heap", lambda: self._allocate(topology, rail, heap))
+        rate = _rail.rate(rail, nic_rates, topology.ranks_per_node)
+        if cost_model is None and rate > 0 and heap != _heap.HOST:
+            from deep_ep import model  # here as calibrate is: `python -m` loads neither twice
+            cost_model = model.costs_across_nodes(topology.num_nodes, topology.ranks_per_node, rate)
+        handles = peers.all_gather_results("allocating the heap", lambda: self._allocate(topology, rail, rate, heap))
         step, connect = "mapping the heaps of the peers", lambda: created[0].connect([heap for heap, _ in handles])
         if topology.num_nodes > 1:  # in two steps: nobody is to wait for a rank that cannot map a heap
             peers.all_gather_results(step, connect)
             step, connect = "connecting the nodes", lambda: created[0].connect_rail([rail for _, rail in handles])
         peers.all_gather_results(step, lambda: self._begin(connect, topology, heap, cost_model))
 
-    def _describe(self) -> tuple[Agreed, Place, Optional["CostModel"]]:
+    def _describe(self) -> tuple[Agreed, Place, Optional["CostModel"], Optional[float]]:
         if is_capturing():
             raise Error("Buffer: it allocates and talks to its peers, so build it before the CUDA graph capture begins")
         environment = deep_ep_cpp.get_environment()
@@ -354,9 +359,10 @@ class _Construction:
                        request.enable_shrink, streams.kind, int(environment["ranks_per_node"]),
                        deep_ep_cpp.topk_idx_bits(), bool(environment["check_calls"]), str(environment["rail"]),
                        str(environment["heap"]))
-        return facts, find_place(streams), find_cost_model(self._peers, request, streams)
+        cost_model = find_cost_model(self._peers, request, streams)
+        return facts, find_place(streams), cost_model, _probes.nic_gb_per_s()
 
-    def _allocate(self, topology: Topology, rail: str, heap: str) -> tuple[bytes, bytes]:
+    def _allocate(self, topology: Topology, rail: str, rail_gb_per_s: float, heap: str) -> tuple[bytes, bytes]:
         peers, request = self._peers, self._requests[0].with_heap(heap)
         spans_nodes = topology.num_nodes > 1
         has_low_latency = request.low_latency_mode or not spans_nodes
@@ -376,6 +382,7 @@ class _Construction:
                                          num_rail_bytes=request.num_rdma_bytes if spans_nodes else 0,
                                          rail=rail,
                                          rail_reach=master_address(),
+                                         rail_gb_per_s=rail_gb_per_s,
                                          is_heap_on_host=heap == _heap.HOST)
         except Error as error:
             raise type(error)(f"Buffer: {error}; asked for num_nvl_bytes={request.num_nvl_bytes}, num_rdma_bytes="

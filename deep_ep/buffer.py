@@ -17,17 +17,18 @@ import torch.distributed as dist
 from typing_extensions import Self
 
 import deep_ep_cpp
-from deep_ep import _checks, _env, _heap, _high_throughput, _low_latency
+from deep_ep import _checks, _env, _heap, _high_throughput, _low_latency, _waits
 from deep_ep._dispatch import Payload
 from deep_ep._memory import view_memory
 from deep_ep._peers import Peers
 from deep_ep._session import Request, Session, build_session
 from deep_ep._streams import CudaStreams
 from deep_ep._torch import opaque, outside_of_modes
+from deep_ep._waits import WaitCounters
 from deep_ep.utils import EventHandle, EventOverlap
 from deep_ep_cpp import Config, Error
 
-__all__ = ["Buffer", "Config", "EventHandle", "EventOverlap"]
+__all__ = ["Buffer", "Config", "EventHandle", "EventOverlap", "WaitCounters"]
 
 Bias = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 
@@ -308,6 +309,24 @@ class Buffer:
         region = view_memory(address, num_bytes, session.streams.device)
         flat = region[offset:offset + wanted * item_bytes].view(dtype)
         return flat if size is None else flat.view(size)
+
+    def get_wait_counters(self) -> WaitCounters:
+        """How often, and how long, this rank has waited for each rank, by operation and stage. Not collective.
+
+        The tensors are the memory that kernels count in, in calls and in replays of graphs: they show what is counted
+        by the time at which they are read, and must not be used after `destroy`. A wait below 5 us is not counted: that
+        is part of any call. See docs/guides/troubleshooting.md, "It is slow".
+        """
+        session = self._require_session()
+        return _waits.view_counters(session.runtime, session.num_ranks, session.streams.device)
+
+    def dump_waits(self) -> str:
+        """The same as text, the longest waits first: which rank was late, at which stage, how often. Not collective.
+
+        Waits for no kernel and no stream, so it also tells what a call that hangs has waited for before.
+        """
+        session = self._require_session()
+        return _waits.dump(session.runtime, session.rank, session.num_ranks)
 
     # High throughput
 

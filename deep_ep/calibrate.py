@@ -23,7 +23,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 from deep_ep import _env
 from deep_ep_cpp import InvalidArgument
@@ -47,6 +47,12 @@ class Sample:
     time_us: float
 
 
+def enough_sms(most: int, time_us: Callable[[int], float]) -> int:
+    """The smallest even number of SMs up to `most` with which a call is not slower by more than TOLERANCE."""
+    limit = time_us(most) * (1 + TOLERANCE)
+    return next((num_sms for num_sms in range(MIN_SMS, most, 2) if time_us(num_sms) <= limit), most)
+
+
 @dataclass(frozen=True)
 class Cost:
     """The cost of one operation."""
@@ -61,11 +67,7 @@ class Cost:
 
     def enough_sms(self, most: int, num_bytes: float, remote_bytes: float) -> int:
         """The smallest even number of SMs up to `most` that is not slower by more than TOLERANCE."""
-        limit = self.time_us(most, num_bytes, remote_bytes) * (1 + TOLERANCE)
-        for num_sms in range(MIN_SMS, most, 2):
-            if self.time_us(num_sms, num_bytes, remote_bytes) <= limit:
-                return num_sms
-        return most
+        return enough_sms(most, lambda num_sms: self.time_us(num_sms, num_bytes, remote_bytes))
 
 
 def fit(samples: Sequence[Sample], link_gb_per_s: float) -> Cost:

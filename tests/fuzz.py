@@ -14,7 +14,6 @@ import datetime as dt
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -30,8 +29,11 @@ from shrink import shrink
 from utils import CaseFailed, Pool, Worker
 
 from deep_ep import Buffer
+from deep_ep._env import device_choice
+from deep_ep.bench import results
 
 CASE_DEADLINE_S = 60.0
+LINES_OF_FAILURE = 12  # the end of a traceback
 MOST_FINDINGS = 5  # then a campaign ends
 
 
@@ -50,7 +52,8 @@ class Finding:
         else:
             found = f"made small in {self.attempts} attempts, for FOUND in tests/test_fuzz.py:"
             text = f"{found}\n{test_of(self.smallest, self.seed)}"
-        return f"case {self.seed} failed:\n{self.failure}\n{text}"
+        failure = "\n".join(self.failure.splitlines()[-LINES_OF_FAILURE:])
+        return f"case {self.seed} failed:\n{failure}\n{text}"
 
 
 @dataclass
@@ -187,24 +190,28 @@ PLANTS = {"stale_row": stale_row, "lost_weight": lost_weight}
 
 
 def record_of(args: argparse.Namespace, report: Report) -> dict[str, Any]:
-    commit = os.environ.get("GPU_CHECK_COMMIT") or subprocess.run(
-        ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    machine: dict[str, Any] = {"torch": torch.__version__, "python": sys.version.split()[0]}
-    if args.device == "cuda":
-        machine |= {"gpu": torch.cuda.get_device_name(), "num_gpus": torch.cuda.device_count()}
+    """As those of tools/gpu_check.sh, for benchmarks/results/checks."""
+    device = args.device or device_choice()[0]
+    command = " ".join(sys.argv[1:]).replace(f" --save {args.save}", "")
     return {
-        "date": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit,
-        "command": f"python tests/fuzz.py {' '.join(sys.argv[1:])}",
-        "machine": machine,
-        "num_ranks": args.num_processes,
-        "ranks_per_node": args.ranks_per_node or args.num_processes,
-        "seed": args.seed,
-        "seconds": round(report.seconds, 1),
-        "num_cases": report.num_cases,
-        "num_calls": report.num_calls,
-        "num_steps": report.num_steps,
-        "failures": [str(finding) for finding in report.findings],
+        "date":
+        dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
+        "commit":
+        os.environ.get("GPU_CHECK_COMMIT") or results.find_commit(),
+        "command":
+        f"python tests/fuzz.py {command}",
+        "machine":
+        dict(results.describe_machine(device)) | {
+            "num_gpus": torch.cuda.device_count() if device == "cuda" else 0
+        },
+        "num_ranks":
+        args.num_processes,
+        "steps": [{
+            "step": "fuzz",
+            "seconds": round(report.seconds),
+            "result": "fail" if report.findings else "pass",
+            "verdicts": [str(report), *map(str, report.findings)]
+        }]
     }
 
 

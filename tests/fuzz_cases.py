@@ -18,6 +18,8 @@ from reference import Cast  # noqa: F401 - of the code of a case
 from utils import Worker
 from workload import SCALE_LAYOUTS, Workload
 
+from deep_ep import supports
+
 NUM_RDMA_BYTES = 1 << 22
 AMPLE_LEND_BYTES = 1 << 24  # for the rows of every call of a case
 NUM_BANKS = 2  # launches of low-latency calls that may be open at a time
@@ -162,7 +164,7 @@ def schedule(case: Case) -> Iterator[tuple[int, str]]:
 
 
 def make_case(seed: int, topology: Topology) -> Case:
-    has_low_latency = topology.is_one_node  # across nodes it is refused in this version
+    has_low_latency = topology.is_one_node or supports("low_latency_internode")
     draw = Choice(seed, 0)
     num_ranks, num_lend_bytes = draw.of(*topology.group_sizes), draw.of(None, 0, AMPLE_LEND_BYTES)
     calls = tuple(

@@ -1,4 +1,4 @@
-"""Hosts on one machine, as far as TCP can tell: network namespaces that one bridge joins. Needs root; no `ip` command."""
+"""Hosts on one machine, as far as TCP can tell: network namespaces that a bridge joins. Needs root, no `ip` command."""
 from __future__ import annotations
 
 import ctypes

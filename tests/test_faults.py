@@ -19,10 +19,14 @@ from failure_cases import SHORT_TIMEOUT_S
 from fault_cases import HIGH_THROUGHPUT, LOW_LATENCY, SLACK_S, Fault, Outcome
 from utils import Pool, device
 
+from deep_ep import supports
+
 ON_CPU = device().type == "cpu"
 KINDS = ("paused", "raising", "stopped", "killed")  # the last one costs the processes
 MOMENTS = ("before", "in", "after")
 VICTIM = 1
+LOW_LATENCY_ACROSS = LOW_LATENCY if supports("low_latency_internode") else ()
+ARE_ALL_WANTED = bool(os.environ.get("FAULTS_ALL"))
 AT_A_TIME = int(os.environ.get("FAULTS_AT_A_TIME", "4"))
 
 
@@ -68,12 +72,17 @@ class Pools(threading.local):
 
 
 def places() -> list[Place]:
+    """All of them; on GPUs, where processes start slowly and timeouts are longer, those in the middle of a call."""
     nodes = 2 if ON_CPU else 1
-    return [
+    every = [
         Place(Fault(kind, moment, operation), ranks_per_node) for kind in KINDS for moment in MOMENTS
-        for operation, ranks_per_node in
-        [*((each, 0) for each in (*HIGH_THROUGHPUT, *LOW_LATENCY)), *((each, nodes) for each in HIGH_THROUGHPUT)]
+        for operation, ranks_per_node in [
+            *((each, 0)
+              for each in (*HIGH_THROUGHPUT, *LOW_LATENCY)), *((each, nodes)
+                                                               for each in (*HIGH_THROUGHPUT, *LOW_LATENCY_ACROSS))
+        ]
     ]
+    return every if ON_CPU or ARE_ALL_WANTED else [place for place in every if place.fault.moment == "in"]
 
 
 Played = dict[Place, "concurrent.futures.Future[list[Any]]"]

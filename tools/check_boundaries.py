@@ -211,6 +211,8 @@ RULES: tuple[Rule, ...] = (
     forbid('cuda-arch', r'\b__CUDA_ARCH\w*', 'differences between GPUs are hidden by csrc/device/cuda',
            below('csrc/device/cuda/'), is_native),
     forbid('raw-device', RAW_DEVICE_WORDS, 'kernels ask prim:: for it', below(), is_device_code),
+    forbid('nvshmem-internal', r'\bnvshmemi_\w+|\bibgda_\w+|#\s*include\s*<(non_abi|internal|device|device_host)\w*/',
+           "only NVSHMEM's public interface stays as it is between versions", below(), is_native),
     forbid('shared-atomic', r'\b(fetch_\w+|compare_swap)<[^>]*\bkSys\b',
            'the heap may be host memory, where GPUs have no atomics: every word of it has one writer', below(),
            is_device_code),

@@ -4,6 +4,7 @@
 #
 #   tools/gpu_check.sh                      the steps of `check`: what a change of a kernel must pass
 #   tools/gpu_check.sh suite                what the figures of a machine need: benchmarks, tests, pressure, lost ranks
+#   tools/gpu_check.sh proof                SMs that others hold, faults, random programs of calls, a build without SM90
 #   tools/gpu_check.sh build conformance    these, in the order given
 #   tools/gpu_check.sh build pressure_start pressure that outlives this command; where a command may take ten minutes:
 #   tools/gpu_check.sh pressure_collect     ... its end, from another command, which waits for it
@@ -18,7 +19,8 @@
 #   GPU_CHECK_BUDGET_S     for all steps (530)
 #   GPU_CHECK_RANKS        the number of ranks
 #   GPU_CHECK_PRESSURE_S   of the pressure step: 300, or 60 where it cannot run beside the tests; of pressure_start: 600
-#   GPU_CHECK_SEED         of pressure: which random calls are made (0)
+#   GPU_CHECK_SEED         of pressure and fuzz: which random calls are made (0)
+#   GPU_CHECK_FUZZ_S       of the fuzz step (60), on one node; and half of it on virtual nodes
 #   GPU_CHECK_STATE        where pressure_start leaves what pressure_collect needs (build/pressure); emptied first
 #   GPU_CHECK_BESIDE       1: pressure runs beside the steps after the benchmarks (default with several GPUs); 0: alone
 #   GPU_CHECK_TESTS        arguments for pytest
@@ -64,6 +66,7 @@ has_own_gpus=$((num_gpus >= num_ranks))
 beside=${GPU_CHECK_BESIDE:-$((num_gpus > 1))}
 pressure_s=${GPU_CHECK_PRESSURE_S:-$((beside ? 300 : 60))}
 pressure_margin_s=60 # for the processes to start, and for the round that they are in
+fuzz_s=${GPU_CHECK_FUZZ_S:-60}
 long_pressure_s=${GPU_CHECK_PRESSURE_S:-600}
 state=${GPU_CHECK_STATE:-$root/build/pressure} # not in a folder that others write to: it is removed and made anew
 commit=${GPU_CHECK_COMMIT:-$(git rev-parse --short=12 HEAD 2>/dev/null)}
@@ -74,15 +77,17 @@ step_limit_s=${GPU_CHECK_STEP_LIMIT_S:-0} # in the shell of a step
 declare -A limits=(
     [machine]=20 [build]=200 [conformance]=40 [intranode]=80 [pytest]=400 [lost_rank]=90 [demo]=90 [memcheck]=150
     [racecheck]=150 [bench]=200 [bench_ll]=110 [bench_graphs]=40 [pressure]=$((pressure_s + pressure_margin_s))
+    [co_residency]=120 [faults]=150 [fuzz]=$((fuzz_s * 3 / 2 + 120)) [sm80]=240
     [pressure_start]=30 [pressure_collect]=$((long_pressure_s + pressure_margin_s))
 )
 declare -A sets=(
     [check]='machine build conformance pytest demo memcheck racecheck bench'
     [suite]='machine build conformance bench bench_ll bench_graphs pytest lost_rank demo pressure'
+    [proof]='machine build co_residency faults fuzz sm80'
 )
 all_steps=(machine build conformance intranode pytest lost_rank demo memcheck racecheck bench bench_ll bench_graphs
-    pressure pressure_start pressure_collect)
-declare -A needs_gpu=([conformance]=1 [bench_graphs]=1)
+    co_residency faults fuzz sm80 pressure pressure_start pressure_collect)
+declare -A needs_gpu=([conformance]=1 [bench_graphs]=1 [co_residency]=1 [sm80]=1)
 declare -A rehearsed=()
 if [[ $device == cpu ]]; then
     rehearsed=([memcheck]='rehearsed without compute-sanitizer' [racecheck]='rehearsed without compute-sanitizer')
@@ -126,15 +131,46 @@ if [[ $device == cpu ]]; then
 else
     ht_sizes=(--num-processes "$num_ranks" --num-tokens 128 --num-experts $((32 * num_ranks)) --num-sms 16)
     ll_sizes=(--num-processes "$num_ranks" --num-tokens 128 --num-experts $((36 * num_ranks)))
-    # Not those that look at the repository, or run on the CPU wherever they are.
+    # Not those that look at the repository, or run on the CPU wherever they are, or have a step of their own.
     tests=(tests --ignore-glob='*/unit/test_b*.py' --ignore-glob='*/unit/test_examples_*.py'
-        --ignore=tests/unit/test_docs.py --ignore=tests/unit/test_gpu_check.py)
+        --ignore=tests/unit/test_docs.py --ignore=tests/unit/test_gpu_check.py --ignore=tests/test_co_residency.py
+        --ignore=tests/test_faults.py --ignore=tests/test_fuzz.py)
 fi
 [[ -z ${GPU_CHECK_TESTS:-} ]] || read -ra tests <<<"$GPU_CHECK_TESTS"
 
 step_intranode() { "$python" tests/test_intranode.py "${ht_sizes[@]}"; }
 
 step_pytest() { "$python" -m pytest "${tests[@]}" -q --maxfail=10 -p no:cacheprovider; }
+
+step_co_residency() { "$python" -m pytest tests/test_co_residency.py -q -p no:cacheprovider; }
+
+step_faults() { "$python" -m pytest tests/test_faults.py -q -p no:cacheprovider; }
+
+# Random programs of calls, on one node and on virtual ones.
+step_fuzz() {
+    local status=0 ranks=$((num_ranks < 4 ? num_ranks : 4))
+    fuzz "$ranks" "$ranks" "$fuzz_s" || status=1
+    fuzz "$ranks" $((ranks > 2 ? ranks / 2 : 1)) $((fuzz_s / 2)) || status=1
+    return "$status"
+}
+
+fuzz() { # ranks, of a node, seconds
+    "$python" tests/fuzz.py --device "$device" --num-processes "$1" --ranks-per-node "$2" --seconds "$3" --seed "$seed" \
+        --shrink-seconds 20 --save "$out/fuzz_$2_of_$1.json"
+}
+
+# What GPUs before SM90 run: PTX of 8.0, without bulk copies. A module of its own, found before that of the checkout.
+step_sm80() {
+    local folder=$root/build/gpu_sm80
+    DISABLE_SM90_FEATURES=1 cmake -S "$root" -B "$folder" -G Ninja -DCMAKE_BUILD_TYPE=Release -DEP_CUDA=ON \
+        -DCMAKE_CUDA_ARCHITECTURES=80 -DPython_EXECUTABLE="$(command -v "$python")" -DEP_MODULE_DIR="$folder/python" &&
+        cmake --build "$folder" --parallel "$(nproc)" --target deep_ep_cpp &&
+        cd "$folder" && PYTHONPATH=$folder/python:$root "$python" -c "import deep_ep_cpp
+assert deep_ep_cpp.is_cuda_built() and not deep_ep_cpp.is_sm90_compiled(), deep_ep_cpp.__file__" &&
+        PYTHONPATH=$folder/python:$root "$python" -m pytest "$root/tests/test_intranode.py" \
+            "$root/tests/test_low_latency.py" "$root/tests/test_lending.py" -q -p no:cacheprovider \
+            -k 'any_rank_count or any_hidden or routing or bitwise or pressure or scales or every_format or lent or graph'
+}
 
 # A rank is killed: without enable_shrink its peers get an error that names it, with it they go on.
 step_lost_rank() {
@@ -349,7 +385,7 @@ note() { # step, status, limit, log, line where its output begins
         has_failed=1
         printf '\n==== %s failed; the end of its output:\n' "$step"
         tail -n "+$5" "$4" | tail -n 40
-    elif [[ $step == @(conformance|memcheck|racecheck|pressure|pressure_collect) ]]; then
+    elif [[ $step == @(conformance|memcheck|racecheck|fuzz|pressure|pressure_collect) ]]; then
         printf '\n==== %s:\n' "$step"
         tail -n "+$5" "$4" | tail -n 6
     fi
@@ -422,7 +458,7 @@ if [[ -n ${GPU_CHECK_STEP:-} ]]; then
 fi
 if [[ ${1:-} == --list ]]; then
     for step in "${all_steps[@]}"; do echo "$step (at most ${limits[$step]} s)"; done
-    for name in check suite; do echo "$name: ${sets[$name]}"; done
+    for name in check suite proof; do echo "$name: ${sets[$name]}"; done
     exit
 fi
 steps=()

@@ -232,8 +232,10 @@ def make_plots(folder: Path) -> None:
     sys.path.insert(0, str(ROOT))
     from deep_ep.bench.plot import plot_file
 
-    for path in sorted(folder.glob("*.json")):
-        if not path.with_suffix(".png").exists():
+    for path in [*sorted(folder.glob("*.json")), *sorted((folder / "model").glob("*.json"))]:
+        picture = path.with_suffix(".png")
+        # What the model says changes; a record does not.
+        if not picture.exists() or (path.parent != folder and picture.stat().st_mtime < path.stat().st_mtime):
             print(plot_file(path))
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the records of arguments into deep_ep_cpp.pyi, from what the extension says of them (csrc/kernels/args.h).
+"""Writes the records of arguments into deep_ep_cpp.pyi, from what the extension says of them (csrc/kernels/params.h).
 
 Without arguments the stub is rewritten; with --check it is compared, and the exit status is 1 if it is not up to date.
 """
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 STUB = Path(__file__).parents[1] / 'deep_ep_cpp.pyi'
-BEGIN = '# -- Records of arguments: written by tools/render_stub.py from csrc/kernels/args.h'
+BEGIN = '# -- Records of arguments: written by tools/render_stub.py from csrc/kernels/params.h'
 END = '# -- End of the records'
 PYTHON_TYPES = {'bool': 'bool', 'two addresses': 'tuple[int, int]'}  # the others: int
 

@@ -1,4 +1,4 @@
-// Records of arguments as Python sees them: a type for each list of kernels/args.h, made of keywords and never changed.
+// Records of arguments as Python sees them: a type for each list of kernels/params.h, made of keywords and never changed.
 //
 // A type of its own and not one of pybind11's, because an attribute of those takes 80 ns to set and a keyword 70: for the
 // fields of a dispatch together as long as a launch. Here a field takes 10 to 15 (docs/decisions.md).
@@ -16,7 +16,7 @@
 #include <utility>
 #include <vector>
 
-#include "kernels/args.h"
+#include "kernels/params.h"
 
 namespace deep_ep::bindings {
 

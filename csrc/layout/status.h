@@ -45,6 +45,9 @@ enum class Stage : uint32_t {
 };
 // Stages whose `peer` is any rank of the group where a wait names it; the others name one of this node.
 constexpr bool is_rail_stage(Stage stage) { return stage >= Stage::kRailBank; }
+constexpr int kNumOperations = static_cast<int>(Operation::kLowLatencyClean) + 1;
+constexpr int kNumStages = static_cast<int>(Stage::kRailRows) + 1;
+
 enum class FailureKind : uint32_t { kNone, kTimeout, kAborted, kBadInput };
 
 // The record of one wait that failed: who waited for whom, where, for what, and how long.
@@ -88,6 +91,31 @@ struct LowLatencyLaunchState {
     static constexpr int kMaxLists = 31;
 };
 
+// How often this rank has waited for a peer at one stage of an operation, and how long. Kernels add to the words while
+// anybody may read them.
+struct WaitCell {
+    uint64_t longest;     // wait of the last call that is counted; see make_longest_wait
+    uint64_t times_late;  // calls in which a wait lasted for kLateNs or more
+    uint64_t waited_ns;   // the longest wait of each of these calls, in sum
+};
+// Rows and flags of a call that goes well come one after the other: shorter waits say nothing of their sender.
+constexpr uint64_t kLateNs = 5'000;
+
+// One word, so that a call's longest wait and the call change together: the low bits of its number, then nanoseconds.
+constexpr int kLongestWaitBits = 40;
+constexpr uint64_t kMaxLongestWait = (1ull << kLongestWaitBits) - 1;
+constexpr uint64_t make_longest_wait(uint64_t call, uint64_t ns) {
+    return call << kLongestWaitBits | (ns < kMaxLongestWait ? ns : kMaxLongestWait);
+}
+constexpr uint64_t ns_of_wait(uint64_t wait) { return wait & kMaxLongestWait; }
+constexpr bool is_same_call(uint64_t wait, uint64_t other) { return (wait ^ other) >> kLongestWaitBits == 0; }
+
+// [kNumOperations, kNumStages, num_ranks] of them; `peer` is one of all ranks.
+constexpr int num_wait_cells(int num_ranks) { return kNumOperations * kNumStages * num_ranks; }
+constexpr int wait_cell(Operation operation, Stage stage, int num_ranks, int peer) {
+    return (static_cast<int>(operation) * kNumStages + static_cast<int>(stage)) * num_ranks + peer;
+}
+
 // Device-local, private to the rank; survives between calls.
 struct LocalState {
     uint64_t num_calls;        // completed calls of the high-throughput mode; the same on all ranks
@@ -106,6 +134,10 @@ struct LocalState {
     LowLatencyLaunchState low_latency_launch_states[2];
     uint32_t low_latency_done_blocks;  // counted only for statistics
     uint32_t low_latency_read_blocks;  // of a receive phase that tells the peers of its end itself
+
+    // Set once, by the host.
+    WaitCell* wait_cells;  // null: waits are not counted
+    uint64_t warn_ns;
 };
 
 // Deadlines, and where a failing wait leaves its record.
@@ -113,7 +145,7 @@ struct WatchParams {
     LocalState* local;
     HostStatus* status;
     uint64_t timeout_ns;
-    uint64_t warn_ns;
+    uint64_t late_ns;  // from here on a wait is counted, and told of after LocalState::warn_ns
 };
 
 // What a record of kRows has seen: the first row, and one beyond the last.

@@ -21,9 +21,6 @@ struct Topology {
     constexpr int neighbour(int index) const { return node() * ranks_per_node + index; }
     constexpr int rail_peer(int node) const { return node * ranks_per_node + index(); }
     constexpr int forwarder(int source, int node) const { return node * ranks_per_node + index_of(source); }
-    constexpr bool is_valid() const {
-        return ranks_per_node > 0 && num_ranks > 0 && num_ranks % ranks_per_node == 0 && rank >= 0 && rank < num_ranks;
-    }
 };
 
 }  // namespace deep_ep::layout

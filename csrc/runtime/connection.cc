@@ -63,10 +63,16 @@ Connection::Connection(std::shared_ptr<dev::Device> device, const BufferOptions&
       engine_(make_engine()),
       status_(device_),
       local_(device_, 1),
+      wait_cells_(device_, static_cast<size_t>(layout::num_wait_cells(options.num_ranks))),
       desk_(std::make_shared<FailureDesk>(
           device_, mailbox_,
           Surroundings{topology_, heap_.get(), plan_.control, status_.host(), engine_.get(), rail_region_.control,
-                       rail_region_.low_latency_control, rail_region_.has_low_latency() && options.is_shrinkable})) {}
+                       rail_region_.low_latency_control, rail_region_.has_low_latency() && options.is_shrinkable})) {
+    layout::WaitCell* const cells = wait_cells_.get();
+    const uint64_t warn_ns = to_ns(options.warn_s);
+    device_->copy_now(&local_.get()->wait_cells, &cells, sizeof(cells));
+    device_->copy_now(&local_.get()->warn_ns, &warn_ns, sizeof(warn_ns));
+}
 
 std::unique_ptr<rail::Engine> Connection::make_engine() const {
     if (topology_.num_nodes() == 1) return nullptr;
@@ -117,7 +123,18 @@ kernels::HeapParams Connection::heap_params() const {
 }
 
 kernels::WatchParams Connection::watch_params() const {
-    return {local_.get(), status_.device(), to_ns(options_.timeout_s), to_ns(options_.warn_s)};
+    return {local_.get(), status_.device(), to_ns(options_.timeout_s), layout::kLateNs};
+}
+
+Waits Connection::read_waits() const {
+    if (heap_ == nullptr) throw Error("this Buffer has been destroyed");
+    Waits waits{.cells = std::vector<layout::WaitCell>(static_cast<size_t>(layout::num_wait_cells(options_.num_ranks))),
+                .num_calls = 0,
+                .num_low_latency_calls = 0};
+    device_->copy_now(waits.cells.data(), wait_cells_.get(), waits.cells.size() * sizeof(layout::WaitCell));
+    device_->copy_now(&waits.num_calls, &local_.get()->num_calls, sizeof(uint64_t));
+    device_->copy_now(&waits.num_low_latency_calls, &local_.get()->num_low_latency_sends, sizeof(uint64_t));
+    return waits;
 }
 
 void Connection::require_usable() const {
@@ -191,6 +208,7 @@ void Connection::destroy(double timeout_s) noexcept {
     heap_.reset();
     mailbox_.reset();
     local_.reset();
+    wait_cells_.reset();
     status_.reset();
 }
 

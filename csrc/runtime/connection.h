@@ -18,6 +18,13 @@
 
 namespace deep_ep::runtime {
 
+// What read_waits() finds.
+struct Waits {
+    std::vector<layout::WaitCell> cells;
+    uint64_t num_calls;
+    uint64_t num_low_latency_calls;
+};
+
 // Not thread-safe but for fail_unfinished() and look().
 class Connection {
 public:
@@ -65,6 +72,10 @@ public:
     void fail(FailureClass kind, const std::string& text, Spread spread) { desk_->fail(kind, text, spread); }
     // The sentence that check() would throw, as far as somebody has looked; or nothing.
     std::string failure() const { return desk_->failure(); }
+    // Of layout::wait_cell: kernels add to them as long as this is open.
+    layout::WaitCell* wait_cells() const { return wait_cells_.get(); }
+    // Waits for no kernel.
+    Waits read_waits() const;
     std::string look() { return desk_->look(); }
     // Lets the watcher of this process look at this Buffer, until destroy().
     void start_watching();
@@ -90,6 +101,7 @@ private:
     bool is_rail_connected_ = false;
     dev::HostMappedObject<layout::HostStatus> status_;
     dev::DeviceArray<layout::LocalState> local_;
+    dev::DeviceArray<layout::WaitCell> wait_cells_;
     std::shared_ptr<FailureDesk> desk_;
     struct Announced {
         bool is_set = false;

@@ -9,53 +9,6 @@ namespace deep_ep::runtime {
 
 namespace {
 
-const char* name_of(layout::Operation operation) {
-    switch (operation) {
-        case layout::Operation::kLayout: return "get_dispatch_layout";
-        case layout::Operation::kNotifyDispatch: return "dispatch (count exchange)";
-        case layout::Operation::kDispatch: return "dispatch";
-        case layout::Operation::kCombine: return "combine";
-        case layout::Operation::kLowLatencyDispatch: return "low_latency_dispatch";
-        case layout::Operation::kLowLatencyCombine: return "low_latency_combine";
-        case layout::Operation::kLowLatencyClean: return "clean_low_latency_buffer";
-    }
-    return "unknown operation";
-}
-
-// Over the rail go tokens, and on the way back their sums.
-const char* awaited_at(layout::Stage stage, bool is_way_back) {
-    switch (stage) {
-        case layout::Stage::kStart: return "to finish an earlier call";
-        case layout::Stage::kCounts: return "to send its token counts";
-        case layout::Stage::kTable: return "to send its routing table";
-        case layout::Stage::kRow: return "to send token rows";
-        case layout::Stage::kSlot: return "to free buffer slots";
-        case layout::Stage::kLoan: return "to enter the call";
-        case layout::Stage::kWeights: return "to copy its top-k weights";
-        case layout::Stage::kReturn: return "to finish its part";
-        case layout::Stage::kCapacity: return "to refuse a call for which a peer has no room";
-        case layout::Stage::kClean: return "to call it too";
-        case layout::Stage::kRailBank: return "to finish an earlier call";
-        case layout::Stage::kRailCounts: return "to send its token counts";
-        case layout::Stage::kRailChunk:
-            return is_way_back ? "to send its node's sums of this rank's tokens" : "to send tokens to this node";
-        case layout::Stage::kRailTaken:
-            return is_way_back ? "to take out the sums that were sent to it"
-                               : "to take out tokens that were sent to its node";
-        case layout::Stage::kRailRoom: return "to take what is posted for it";
-        case layout::Stage::kRailShapes:
-        case layout::Stage::kRailCapacity:
-        case layout::Stage::kRailRows:
-        case layout::Stage::kEntry:
-        case layout::Stage::kStated:
-        case layout::Stage::kOpen:
-        case layout::Stage::kInput:
-        case layout::Stage::kPosition:
-        case layout::Stage::kRows: return "(input)";
-    }
-    return "(unknown stage)";
-}
-
 std::string seconds(uint64_t ns) {
     std::ostringstream out;
     out << std::fixed << std::setprecision(1) << static_cast<double>(ns) * 1e-9 << " s";
@@ -98,7 +51,7 @@ std::string name_of(int rank, const layout::Topology& topology) {
 }
 
 std::string where(const layout::WaitRecord& record, const layout::Topology& topology) {
-    return concat("DeepEP error: ", name_of(record.operation), ", call ", record.call, ", ",
+    return concat("DeepEP error: ", operation_name(record.operation), ", call ", record.call, ", ",
                   name_of(topology.rank, topology));
 }
 
@@ -136,9 +89,9 @@ std::string culprits(const layout::WaitRecord& record, const Peers& peers) {
 
 std::string describe_wait(const layout::WaitRecord& record, const Peers& peers) {
     const layout::Topology& topology = peers.topology;
-    return concat(name_of(record.operation), ", call ", record.call, ", ", name_of(topology.rank, topology),
+    return concat(operation_name(record.operation), ", call ", record.call, ", ", name_of(topology.rank, topology),
                   ": waited ", seconds(record.waited_ns), " for ", name_of(record.peer, topology), " ",
-                  awaited_at(record.stage, record.operation == layout::Operation::kCombine), "; ", culprits(record, peers), ".");
+                  stage_name(record.stage, record.operation).awaited, "; ", culprits(record, peers), ".");
 }
 
 std::string describe_rows(const layout::WaitRecord& record, const layout::Topology& topology) {
@@ -188,7 +141,7 @@ std::string describe_bad_input(const layout::WaitRecord& record, const layout::T
             where(record, topology), ": call ", record.expected,
             " is still open, and this one needs its memory. Call its hook before a graph that is replayed makes "
             "the second call after it.");
-    return concat("DeepEP error: ", name_of(record.operation), ", ", name_of(topology.rank, topology),
+    return concat("DeepEP error: ", operation_name(record.operation), ", ", name_of(topology.rank, topology),
                   ": topk_idx of token ", record.peer, " must be -1 or an expert below ", record.expected, ", got ",
                   static_cast<int64_t>(record.seen), ".");
 }
@@ -210,6 +163,55 @@ std::string describe_abort(const layout::WaitRecord& record, const Peers& peers)
 }
 
 }  // namespace
+
+const char* operation_name(layout::Operation operation) {
+    switch (operation) {
+        case layout::Operation::kLayout: return "get_dispatch_layout";
+        case layout::Operation::kNotifyDispatch: return "dispatch (count exchange)";
+        case layout::Operation::kDispatch: return "dispatch";
+        case layout::Operation::kCombine: return "combine";
+        case layout::Operation::kLowLatencyDispatch: return "low_latency_dispatch";
+        case layout::Operation::kLowLatencyCombine: return "low_latency_combine";
+        case layout::Operation::kLowLatencyClean: return "clean_low_latency_buffer";
+    }
+    return "unknown operation";
+}
+
+// Over the rail go tokens, and on the way back their sums.
+StageName stage_name(layout::Stage stage, layout::Operation operation) {
+    const bool is_way_back = operation == layout::Operation::kCombine;
+    switch (stage) {
+        case layout::Stage::kStart: return {"start", "to finish an earlier call"};
+        case layout::Stage::kCounts: return {"counts", "to send its token counts"};
+        case layout::Stage::kTable: return {"table", "to send its routing table"};
+        case layout::Stage::kRow: return {"row", "to send token rows"};
+        case layout::Stage::kSlot: return {"slot", "to free buffer slots"};
+        case layout::Stage::kLoan: return {"loan", "to enter the call"};
+        case layout::Stage::kWeights: return {"weights", "to copy its top-k weights"};
+        case layout::Stage::kReturn: return {"return", "to finish its part"};
+        case layout::Stage::kCapacity: return {"capacity", "to refuse a call for which a peer has no room"};
+        case layout::Stage::kClean: return {"clean", "to call it too"};
+        case layout::Stage::kRailBank: return {"rail_bank", "to finish an earlier call"};
+        case layout::Stage::kRailCounts: return {"rail_counts", "to send its token counts"};
+        case layout::Stage::kRailChunk:
+            return {"rail_chunk",
+                    is_way_back ? "to send its node's sums of this rank's tokens" : "to send tokens to this node"};
+        case layout::Stage::kRailTaken:
+            return {"rail_taken", is_way_back ? "to take out the sums that were sent to it"
+                                              : "to take out tokens that were sent to its node"};
+        case layout::Stage::kRailRoom: return {"rail_room", "to take what is posted for it"};
+        case layout::Stage::kRailShapes:
+        case layout::Stage::kRailCapacity:
+        case layout::Stage::kRailRows:
+        case layout::Stage::kEntry:
+        case layout::Stage::kStated:
+        case layout::Stage::kOpen:
+        case layout::Stage::kInput:
+        case layout::Stage::kPosition:
+        case layout::Stage::kRows: return {"", "(input)"};
+    }
+    return {"", "(unknown stage)"};
+}
 
 std::string describe_abort_code(uint64_t code, const layout::Topology& topology) {
     const int origin = layout::abort_origin(code), missing = layout::abort_missing(code);

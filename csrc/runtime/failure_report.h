@@ -27,6 +27,14 @@ struct Peers {
     std::function<std::string(int peer)> stall;
 };
 
+// An operation as users know it, and a stage: what it is called, and what a rank does there that others wait for.
+struct StageName {
+    const char* name;
+    const char* awaited;
+};
+const char* operation_name(layout::Operation operation);
+StageName stage_name(layout::Stage stage, layout::Operation operation);
+
 // What an abort code says.
 std::string describe_abort_code(uint64_t code, const layout::Topology& topology);
 

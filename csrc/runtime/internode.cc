@@ -26,7 +26,9 @@ kernels::RailPlan Internode::plan_call(const layout::RailSlot& slot, const char*
     return {.params = engine.params(),
             .topology = topology,
             .control = region.control,
-            .window = plan_rail_window(region, topology.num_nodes(), slot, engine.chunk_bytes(), operation),
+            .window = plan_rail_window(region, topology.num_nodes(), slot,
+                                       plan_chunk_bytes(engine.chunk_bytes(), connection_.options().rail_gb_per_s),
+                                       operation),
             .slot = slot,
             .counters = counters_.get(),
             .num_forward_warps = 0};
@@ -98,8 +100,8 @@ void Internode::combine(const InternodeCombineArgs& args, int num_sms, dev::Stre
         plan_call(layout::RailSlot::for_combine(row_bytes, static_cast<uint64_t>(args.num_topk)), "combine");
     const layout::Loan loan = loans_.loan_for(args);
     const bool sends_nothing = loan.x != 0 || connection_.topology().ranks_per_node == 1;  // to neighbours
-    const InternodeGeometry geometry = plan_internode_combine(connection_.machine(), connection_.topology(),
-                                                              args.num_topk, num_sms, sends_nothing);
+    const InternodeGeometry geometry =
+        plan_internode_combine(connection_.machine(), connection_.topology(), args.num_topk, num_sms, sends_nothing);
     rail.num_forward_warps = geometry.num_forward_warps;
     connection_.announce(stream, false);
     kernels_.internode_combine({{{.heap = connection_.heap_params(),

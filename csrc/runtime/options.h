@@ -25,6 +25,7 @@ struct BufferOptions {
     int ranks_per_node = 0;        // 0: all ranks share a node
     int64_t num_rail_bytes = 0;    // of data in the rail window, where there are several nodes; 0: see plan_rail
     rail::EngineChoice rail = {};  // that carries them
+    double rail_gb_per_s = 0.0;    // that a rank's NICs carry, 10^9 bytes a second, the same on every rank; 0: unknown
     dev::Placement heap = dev::Placement::kDevice;
     // Another one in tests.
     std::function<std::unique_ptr<rail::Engine>(const std::shared_ptr<dev::Device>&, const rail::EngineOptions&)>

@@ -31,6 +31,11 @@ constexpr int kSetBytes = 32 * 1024;  // of shared memory, for a tile of the rou
 // Of a rail window where the caller names no size: for each other node at least so much.
 constexpr uint64_t kLeastRailBytes = 16 << 20;
 
+// A NIC of 400 Gb/s, and between what chunks are worth having.
+constexpr double kUsualRailGbPerS = 50.0;
+constexpr double kLeastChunkBytes = 32 << 10;
+constexpr double kMostChunkBytes = 4 << 20;
+
 int divide_up(int count, int by) { return (count + by - 1) / by; }
 
 // Rows through registers: enough warps for the streams, and enough warps to have many loads under way.
@@ -195,6 +200,13 @@ layout::RailWindow plan_rail_window(const RailRegion& rail, int num_nodes, const
              layout::RailWindow::bytes_for(nodes, slot.bytes, 1), ", got ", rail.num_data_bytes,
              " (see Config.get_rdma_buffer_size_hint)");
     return window;
+}
+
+size_t plan_chunk_bytes(size_t engine_bytes, double rail_gb_per_s) {
+    if (rail_gb_per_s <= 0) return engine_bytes;
+    const double scaled = static_cast<double>(engine_bytes) * std::sqrt(rail_gb_per_s / kUsualRailGbPerS);
+    const double rounded = std::exp2(std::round(std::log2(scaled)));
+    return static_cast<size_t>(std::clamp(rounded, kLeastChunkBytes, kMostChunkBytes));
 }
 
 void check_num_tokens(int num_tokens) {

@@ -58,6 +58,11 @@ RailRegion plan_rail(const BufferOptions& options);
 layout::RailWindow plan_rail_window(const RailRegion& rail, int num_nodes, const layout::RailSlot& slot,
                                     size_t chunk_bytes, const char* operation);
 
+// What a put should have, where the engine likes `engine_bytes` best on a NIC of 50 GB/s and this one has another rate (0: not
+// known). The first chunk and the last have the rail for themselves, and each message costs the same time whatever it carries:
+// the sum of both is least at the square root of the rate.
+size_t plan_chunk_bytes(size_t engine_bytes, double rail_gb_per_s);
+
 // Throws where a call cannot have so many tokens, or such rows. A combine's rows, in bytes.
 void check_num_tokens(int num_tokens);
 void check_dispatch_rows(int num_tokens, int64_t row_bytes);

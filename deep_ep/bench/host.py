@@ -19,7 +19,7 @@ from deep_ep.bench.timing import Call, median
 NUM_TOKENS = 1  # the device is done long before the host
 QUEUE_DEPTH = 4  # calls between two waits for the device
 NUM_REPEATS = 200
-FEW_REPEATS = 12  # where the device is slow: the CPU executor, or a GPU that processes take in turns
+FEW_REPEATS = 12  # where the device is slow (the CPU executor, a GPU that processes share), or few are asked for
 NUM_WARMUPS = 8
 
 
@@ -89,7 +89,8 @@ class HostTimer:
         self._options = options
 
     def measure(self, name: str, call: Call) -> HostCost:
-        repeats = NUM_REPEATS if self._options.can_queue else FEW_REPEATS
+        options = self._options
+        repeats = NUM_REPEATS if options.can_queue and options.num_repeats >= FEW_REPEATS else FEW_REPEATS
         samples, waited = [], []
         for i in range(NUM_WARMUPS + repeats):
             if i % QUEUE_DEPTH == 0:

@@ -31,7 +31,7 @@ class InternodeBenchmark(IntranodeBenchmark):
         """GB/s that leave a rank, by number of SMs."""
         budgets = self._options.num_sms
         with self._buffer(budgets[0]) as buffer:
-            engine = buffer.runtime.rail_name
+            engine = buffer.runtime.rail_name if buffer.runtime else ""
             self._settle()
         self._findings.notice(f"Between nodes, bytes are carried by the engine {engine.split(' ')[0]}.")
         if engine.startswith("host"):

@@ -33,6 +33,12 @@ def plot_file(path: Path) -> str:
     report = json.loads(path.read_text(encoding="utf-8"))
     if not report["rows"]:
         return "no plot: there are no figures"
+    picture = path.with_suffix(".png")
+    if report["benchmark"] == "model":
+        figure = draw_scaling(plt, report)
+        figure.savefig(picture, dpi=DPI)
+        plt.close(figure)
+        return f"plotted {picture}"
     figure, (times, rates) = plt.subplots(1, 2, figsize=(WIDTH, height_of(report)), layout="constrained")
     draw_times(times, report)
     draw_rates(rates, report)
@@ -42,10 +48,38 @@ def plot_file(path: Path) -> str:
     machine = report["machine"].get("gpu", "CPU executor")
     how = ", as threads of one GPU" if report["ranks_as_threads"] else ""
     figure.suptitle(f"{report['benchmark']}, {report['num_ranks']} ranks{how}, {machine}, {report['date'][:10]}")
-    picture = path.with_suffix(".png")
     figure.savefig(picture, dpi=DPI)
     plt.close(figure)
     return f"plotted {picture}"
+
+
+def draw_scaling(plt: Any, report: Row) -> Any:
+    """Of `python -m deep_ep model --scaling`: time over ranks, a mark where another link bounds the call; and SMs."""
+    figure, (times, budgets) = plt.subplots(1, 2, figsize=(WIDTH, HEIGHT), layout="constrained")
+    names = list(dict.fromkeys((row["operation"], row["kind"]) for row in report["rows"]))
+    bounds = dict(zip(("NVLink", "SMs", "rail"), "osD"))
+    for color, name in zip(COLORS, names):
+        rows = [row for row in report["rows"] if (row["operation"], row["kind"]) == name]
+        label, places = f"{name[0]} {name[1].upper()}", [row["num_ranks"] for row in rows]
+        times.plot(places, [row["time_us"] for row in rows], color=color, label=label)
+        for row in rows:
+            times.plot(row["num_ranks"], row["time_us"], marker=bounds[row["bottleneck"]], color=color)
+        budgets.plot(places, [row["num_sms"] for row in rows], color=color, marker="o", markersize=3, label=label)
+    for bound, marker in bounds.items():
+        times.plot([], [], marker=marker, color="black", linestyle="", label=f"bound by {bound}")
+    places = sorted({row["num_ranks"] for row in report["rows"]})
+    for axes, label in ((times, "µs (predicted)"), (budgets, "SMs that are enough")):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(places, [str(place) for place in places])
+        axes.set(xlabel="ranks, 8 a node", ylabel=label)
+        axes.grid(visible=True, alpha=0.3)
+        axes.legend(fontsize=8, frameon=False)
+    times.set_yscale("log")
+    shape, links = report["shape"], report["links"]
+    figure.suptitle(f"model, {report['mode']}: {shape['num_tokens']} tokens, hidden {shape['hidden']}, "
+                    f"top-{shape['num_topk']} of {shape['num_experts']}, NIC {links['nic_gb_per_s']:g} GB/s, NVLink "
+                    f"{links['nvlink_gb_per_s']:g} GB/s")  # yapf: disable
+    return figure
 
 
 def height_of(report: Row) -> float:

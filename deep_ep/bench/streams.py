@@ -1,4 +1,4 @@
-"""What TCP alone carries between the ranks of a rail: equal chunks to every peer and from it at once, over plain sockets."""
+"""What TCP alone carries between the ranks of a rail: equal chunks to each peer and from it at once, over sockets."""
 from __future__ import annotations
 
 import socket
@@ -29,7 +29,7 @@ class PlainStreams:
         for connection in connections:
             for way in (_send, _receive):
                 data = torch.zeros(bytes_per_peer, dtype=torch.uint8, pin_memory=is_pinned)
-                self._ways.append((way, connection, memoryview(data.numpy())))
+                self._ways.append((way, connection, data.numpy().data))
         self._pool = self._stack.enter_context(ThreadPoolExecutor(len(self._ways)))
 
     def _call(self, port: int) -> socket.socket:
@@ -37,7 +37,7 @@ class PlainStreams:
 
     def exchange(self, _: int) -> None:
         """Sends all bytes to each peer, and receives as many."""
-        for moved in [self._pool.submit(*way) for way in self._ways]:
+        for moved in [self._pool.submit(move, connection, data) for move, connection, data in self._ways]:
             moved.result()
 
     def __enter__(self) -> Self:

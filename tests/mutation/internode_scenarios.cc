@@ -16,6 +16,13 @@ InternodeOptions small_options(int num_nodes, int ranks_per_node, uint64_t seed)
     return options;
 }
 
+InternodeOptions impatient_options(int num_nodes, int ranks_per_node, uint64_t seed) {
+    InternodeOptions options = small_options(num_nodes, ranks_per_node, seed);
+    options.scheduler = impatient(seed);
+    options.timeout_s = 2;
+    return options;
+}
+
 // Every chunk of a stream waits for the one before.
 InternodeOptions one_chunk(int num_nodes, int ranks_per_node, uint64_t seed) {
     InternodeOptions options = small_options(num_nodes, ranks_per_node, seed);
@@ -125,9 +132,7 @@ std::string full_engine(uint64_t seed) {
 
 // Rank 1 does not come to a combine; rank 0 gives up in time and leaves nothing that passes for a result.
 std::string absent_across(uint64_t seed) {
-    InternodeOptions options = small_options(2, 1, seed);
-    options.scheduler = impatient(seed);
-    options.timeout_s = 2;
+    const InternodeOptions options = impatient_options(2, 1, seed);
     const Problem problem = small_problem(options, seed);
     InternodeWorld world(options, problem);
     InternodeCall call(problem, options);
@@ -141,9 +146,7 @@ std::string absent_across(uint64_t seed) {
 
 // Rank 1 does not come to the exchange.
 std::string absent_in_exchange(uint64_t seed) {
-    InternodeOptions options = small_options(2, 1, seed);
-    options.scheduler = impatient(seed);
-    options.timeout_s = 2;
+    const InternodeOptions options = impatient_options(2, 1, seed);
     const Problem problem = small_problem(options, seed);
     InternodeWorld world(options, problem);
     InternodeCall call(problem, options);

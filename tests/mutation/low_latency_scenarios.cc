@@ -66,7 +66,7 @@ std::string rows_not_placed(const LowLatencyProblem& problem, const LowLatencyTe
 
 // Two calls are always open, so that a rank sends the next call before it has received the last: only the word that says
 // so keeps a peer from writing the bank too early. Every call has rows of its own: a row of a later call is a wrong one.
-std::string one_way(uint64_t seed) {
+std::string one_way_calls(uint64_t seed, uint64_t num_calls, bool is_one_warp) {
     LowLatencyProblem problem{
         .num_tokens = {5, 0}, .num_max_tokens = 6, .num_experts = 2, .num_topk = 1, .hidden = 128};
     problem.only_expert = 1;
@@ -74,10 +74,10 @@ std::string one_way(uint64_t seed) {
     simt::SchedulerOptions options;
     options.seed = seed;
     simt::DeviceOptions device = small_device(seed);
-    device.useful_block_threads = seed % 3 == 0 ? 128 : 64;  // two warps or one
+    device.useful_block_threads = is_one_warp ? 64 : 128;  // of one warp or two
     World world(2, 0, options, 100, low_latency_bytes(problem), false, {device});
     std::vector<std::vector<LowLatencyTensors>> calls;
-    for (problem.seed = 1; problem.seed <= 6; ++problem.seed) calls.push_back(make_low_latency_inputs(problem));
+    for (problem.seed = 1; problem.seed <= num_calls; ++problem.seed) calls.push_back(make_low_latency_inputs(problem));
     for (size_t rank = 0; rank < 2; ++rank)
         for (size_t call = 0; call < calls.size(); call += 2) {
             for (size_t i : {call, call + 1}) send_dispatch(world, problem, calls[i][rank], static_cast<int>(rank));
@@ -90,8 +90,17 @@ std::string one_way(uint64_t seed) {
     return "";
 }
 
-// With other schedules: among them are those in which the lanes of a warp that tells what it has received are far apart.
-std::string one_way_again(uint64_t seed) { return one_way(92 + seed); }
+std::string one_way(uint64_t seed) { return one_way_calls(seed, 6, seed % 3 != 0); }
+
+// Many short runs, each with a schedule of its own: among so many there are some in which the lanes of a warp that tells what it
+// has received are far apart, whatever the kernels look like.
+std::string one_way_schedules(uint64_t seed) {
+    constexpr uint64_t kNumSchedules = 64;
+    for (uint64_t i = 1; i <= kNumSchedules; ++i)
+        if (std::string difference = one_way_calls(seed * kNumSchedules + i, 4, true); !difference.empty())
+            return difference;
+    return "";
+}
 
 // One thread that passes time.
 struct DelayKernel {
@@ -205,7 +214,7 @@ constexpr Scenario kScenarios[] = {
     {"low_latency_tiles", tiles},
     {"low_latency_shrinkable", shrinkable},
     {"low_latency_one_way", one_way},
-    {"low_latency_one_way_again", one_way_again},
+    {"low_latency_one_way_schedules", one_way_schedules},
     {"low_latency_late_table", late_table},
     {"low_latency_late_weights", late_weights},
     {"low_latency_lost_row", lost_row},

@@ -19,7 +19,6 @@ from deep_ep import (
     Buffer,
     _checks,
     _dispatch,
-    _handles,
     _high_throughput,
     _low_latency,
     _memory,
@@ -33,8 +32,7 @@ from deep_ep import (
 
 HIDDEN, NUM_EXPERTS, NUM_TOPK, MAX_TOKENS = 64, 4, 2, 64
 TOKENS = (1, 5, 7, 9, 13, 2, 3, 11, 17, 23, 33, 64, 12, 31)
-MODULES = (_checks, _dispatch, _handles, _high_throughput, _low_latency, _memory, _peers, _session, _streams, buffer,
-           utils)
+MODULES = (_checks, _dispatch, _high_throughput, _low_latency, _memory, _peers, _session, _streams, buffer, utils)
 Layer = Callable[[Buffer, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 

@@ -40,14 +40,26 @@ def test_the_quick_start_of_the_readme_runs_on_two_ranks(tmp_path: Path) -> None
 def test_the_tests_that_a_page_names_exist(page: str) -> None:
     """Tables of what shows what stay true when tests are renamed."""
     text = (ROOT / page).read_text()
-    sources = {path.name: path.read_text() for path in (ROOT / 'tests').rglob('*') if path.suffix in {'.py', '.cc'}}
+    sources = {
+        path.name: path.read_text()
+        for path in (ROOT / 'tests').rglob('*') if path.suffix in {'.py', '.cc', '.cu'}
+    }
     everything = '\n'.join(sources.values())
     for name in re.findall(r'`(test_\w+)`', text):
         assert f'def {name}(' in everything, name
-    for name, title in re.findall(r'`(\w+_test\.cc)`: ([^;|`]+?) *[;|]', text):
+    for name, title in re.findall(r'`(\w+_test\.cc|\w+\.cu)`: ([^;|`]+?) *[;|]', text):
         assert title in sources[name], (name, title)
     for name in re.findall(r'`(?:tests/\w+/)?(test_\w+\.py)`', text):
         assert name in sources, name
+
+
+def test_every_pitfall_names_a_test_that_exists() -> None:
+    """All 42 bug classes, in order; the test above finds the names."""
+    section = (ROOT / 'docs' / 'testing.md').read_text().split('## Bugs that others had')[1].split('\n## ')[0]
+    rows = re.findall(r'^\| (\d+) \| ([^|]+) \| ([^|]+) \|$', section, re.MULTILINE)
+    assert [int(number) for number, _, _ in rows] == list(range(1, 43))
+    for number, what, guards in rows:
+        assert re.search(r'`test_\w+(\.py)?`|`\w+_test\.cc`: |`\w+\.cu`: ', guards), (number, what)
 
 
 def test_the_limits_of_the_readme_are_those_of_the_library() -> None:

@@ -1,10 +1,12 @@
 """Nodes from what ranks say about their machines, in tables rather than machines (pitfall 33)."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from deep_ep import Error, _heap
+from deep_ep._session import Request
 from deep_ep._topology import Place, find_topology, this_place, unreachable_gpus
 from deep_ep.utils import check_nvlink_connections
 
@@ -97,6 +99,13 @@ def test_a_heap_on_the_host_is_told_once_and_as_a_warning(caplog: pytest.LogCapt
     assert [(record.levelname, record.message)
             for record in caplog.records] == [("WARNING", told + "rank 0 and rank 1 do not"),
                                               ("INFO", told + "DEEP_EP_HEAP=host")]
+
+
+def test_nothing_of_a_heap_on_the_host_is_lent_without_being_asked() -> None:
+    automatic = Request(1 << 20, 0, None, False, 24, False, None, None)
+    asked = dataclasses.replace(automatic, num_lend_bytes=256)
+    assert [request.with_heap(_heap.HOST).num_lend_bytes for request in (automatic, asked)] == [0, 256]
+    assert [request.with_heap(_heap.DEVICE).num_lend_bytes for request in (automatic, asked)] == [None, 256]
 
 
 def test_with_a_heap_in_gpu_memory_such_gpus_are_no_node() -> None:

@@ -188,6 +188,26 @@ EP_DEVICE uint64_t abort_code(const Watch& watch) {
 // kGiveUp: the deadline ends the wait and nothing else; the caller leaves the peer out.
 enum class OnTimeout { kFail, kGiveUp };
 
+// Counts a wait that goes on in the rank's WaitCells. Whole warps wait for the same rank: its cell is written again only when
+// the wait has become longer by an eighth. A call, the last thing that may_still_go_on does: inlined there, or earlier, it
+// costs the kernels registers.
+EP_DEVICE_COLD void count_wait(layout::LocalState* local, int cell_idx, uint64_t call, uint64_t waited_ns) {
+    using prim::Order;
+    using prim::Scope;
+    layout::WaitCell* cells = local->wait_cells;
+    if (cells == nullptr) return;
+    layout::WaitCell* cell = cells + cell_idx;
+    const uint64_t mine = layout::make_longest_wait(call, waited_ns);
+    const uint64_t seen = prim::load<Order::kRelaxed, Scope::kGpu>(&cell->longest);
+    const bool is_new = !layout::is_same_call(seen, mine);
+    const uint64_t counted_ns = is_new ? 0 : layout::ns_of_wait(seen);
+    if (waited_ns < counted_ns + counted_ns / 8) return;
+    if (prim::compare_swap<Order::kRelaxed, Scope::kGpu>(&cell->longest, seen, mine) != seen)
+        return;  // another one has
+    if (is_new) prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&cell->times_late, uint64_t{1});
+    prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&cell->waited_ns, layout::ns_of_wait(mine) - counted_ns);
+}
+
 // What may_go_on does when something is wrong, or late.
 EP_DEVICE_COLD bool may_still_go_on(Watch watch, WaitSite site, uint64_t waited_ns, uint64_t code, uint64_t expected,
                                     uint64_t seen, OnTimeout on_timeout) {
@@ -202,11 +222,16 @@ EP_DEVICE_COLD bool may_still_go_on(Watch watch, WaitSite site, uint64_t waited_
         fail(watch, layout::FailureKind::kTimeout, site, expected, seen, waited_ns);
         return false;
     }
-    const uint64_t warned = prim::load<Order::kRelaxed, Scope::kGpu>(&watch.words.local->warned_call);
-    if (warned < watch.call &&
-        prim::compare_swap<Order::kRelaxed, Scope::kGpu>(&watch.words.local->warned_call, warned, watch.call) == warned)
-        write_record(&watch.words.status->warning, {layout::FailureKind::kTimeout, watch.operation,
-                                                    among_all(watch, site), watch.call, expected, seen, waited_ns});
+    if (waited_ns >= watch.words.local->warn_ns) {
+        const uint64_t warned = prim::load<Order::kRelaxed, Scope::kGpu>(&watch.words.local->warned_call);
+        if (warned < watch.call && prim::compare_swap<Order::kRelaxed, Scope::kGpu>(&watch.words.local->warned_call,
+                                                                                    warned, watch.call) == warned)
+            write_record(&watch.words.status->warning, {layout::FailureKind::kTimeout, watch.operation,
+                                                        among_all(watch, site), watch.call, expected, seen, waited_ns});
+    }
+    const int num_ranks = watch.heap.num_sources(), peer = among_all(watch, site).peer;
+    count_wait(watch.words.local, layout::wait_cell(watch.operation, site.stage, num_ranks, peer), watch.call,
+               waited_ns);
     return true;
 }
 
@@ -220,7 +245,7 @@ EP_DEVICE uint64_t ns_since(uint64_t start_ns) {
 EP_DEVICE bool is_in_time(const Watch& watch, WaitSite site, uint64_t start_ns, uint64_t code, uint64_t expected,
                           uint64_t seen, OnTimeout on_timeout) {
     const uint64_t waited_ns = ns_since(start_ns);
-    if (code == 0 && waited_ns < watch.words.warn_ns && waited_ns < watch.words.timeout_ns) return true;
+    if (code == 0 && waited_ns < watch.words.late_ns && waited_ns < watch.words.timeout_ns) return true;
     return may_still_go_on(watch, site, waited_ns, code, expected, seen, on_timeout);
 }
 

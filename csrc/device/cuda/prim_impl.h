@@ -135,6 +135,17 @@ template <Order O, Scope S, class T> EP_DEVICE T fetch_add(T* ptr, T value) {
     return static_cast<T>(old);
 }
 
+// atom.inc: with a limit that no count reaches; without one it is an addition to the compiler. sm_70
+template <Order O, Scope S> EP_DEVICE uint32_t fetch_increment(uint32_t* count) {
+    const uint64_t address = ptx::address_of<S>(count);
+    uint32_t old;
+#define EP_PTX_INCREMENT(order, place) \
+    asm volatile("atom" order place ".inc.u32 %0, [%1], %2;" : "=r"(old) : "l"(address), "r"(0x7fffffffu) : "memory");
+    EP_PTX_BY_ORDER_AND_SCOPE(EP_PTX_INCREMENT)
+#undef EP_PTX_INCREMENT
+    return old;
+}
+
 // atom.or: sm_70
 template <Order O, Scope S, class T> EP_DEVICE T fetch_or(T* ptr, T bits) {
     const uint64_t address = ptx::address_of<S>(ptr);

@@ -67,6 +67,8 @@ template <Order O, Scope S, class T> EP_DEVICE T fetch_add(T* ptr, T value) {
     return old;
 }
 
+template <Order O, Scope S> EP_DEVICE uint32_t fetch_increment(uint32_t* count) { return fetch_add<O, S>(count, 1u); }
+
 template <Order O, Scope S, class T> EP_DEVICE T fetch_or(T* ptr, T bits) {
     detail::check_word<T>();
     simt::before_access(ptr, sizeof(T));

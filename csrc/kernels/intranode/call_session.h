@@ -149,7 +149,15 @@ private:
     }
 };
 
-// -- Which warp of a block has which part of its dynamic shared memory -----------------------------------------------
+// -- Which warp of a block does what part of the work, and has which part of its dynamic shared memory ---------------
+
+// Of the warps of a role in all blocks, this is number `idx` of `count`.
+struct RoleWarp {
+    int idx, count;
+};
+EP_DEVICE RoleWarp role_warp(const Geometry& geometry, int warp_of_block, int num_of_block) {
+    return {warp_of_block * geometry.num_blocks + static_cast<int>(blockIdx.x), num_of_block * geometry.num_blocks};
+}
 
 EP_DEVICE uint8_t* send_memory(const Geometry& geometry, int send_warp) {
     return static_cast<uint8_t*>(prim::dynamic_shared()) + send_warp * geometry.send.bytes();

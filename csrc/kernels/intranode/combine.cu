@@ -107,22 +107,20 @@ private:
 
     static EP_DEVICE bool reduce_any(algo::Warp warp, const CombineContext& c, FlagRequester& flags, int reduce_warp) {
         const Geometry& geometry = c.p.geometry;
-        const int warp_idx = reduce_warp * geometry.num_blocks + static_cast<int>(blockIdx.x);
-        const int num_warps = geometry.num_recv_warps * geometry.num_blocks;
+        const RoleWarp self = role_warp(geometry, reduce_warp, geometry.num_recv_warps);
         if constexpr (kIsStaged)
-            return reduce_staged(warp, c, flags, warp_idx, num_warps, recv_memory(geometry, reduce_warp));
+            return reduce_staged(warp, c, flags, self.idx, self.count, recv_memory(geometry, reduce_warp));
         else
-            return reduce(warp, c, flags, warp_idx, num_warps);
+            return reduce(warp, c, flags, self.idx, self.count);
     }
 
     static EP_DEVICE bool send_any(algo::Warp warp, const CombineContext& c, FlagRequester& flags, int send_warp) {
         const Geometry& geometry = c.p.geometry;
-        const int warp_idx = send_warp * geometry.num_blocks + static_cast<int>(blockIdx.x);
-        const int num_warps = geometry.num_send_warps * geometry.num_blocks;
+        const RoleWarp self = role_warp(geometry, send_warp, geometry.num_send_warps);
         if constexpr (kIsStaged)
-            return send_staged(warp, c, warp_idx, num_warps, send_memory(geometry, send_warp));
+            return send_staged(warp, c, self.idx, self.count, send_memory(geometry, send_warp));
         else
-            return send(warp, c, flags, warp_idx, num_warps);
+            return send(warp, c, flags, self.idx, self.count);
     }
 
     // The matrix is the caller's, and what it says becomes addresses.

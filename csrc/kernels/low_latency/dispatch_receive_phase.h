@@ -71,8 +71,8 @@ struct ReceivedToken {
     const uint8_t* slot;  // null: not here yet, or it will not come
     Held<kFirstVecs> held;
     uint32_t scale;
-    int num_tokens;  // of the source
-    int entry;       // this lane's of the first 32
+    bool exists;      // among the tokens of its source
+    Entries entries;  // the first 32
 };
 
 EP_DEVICE const int* entries_of(const CallContext& c, const Unit& unit) {
@@ -179,22 +179,24 @@ EP_DEVICE bool has_seen_slot(Warp warp, const CallContext& c, EarlyLook early) {
 }
 
 // Looks at the slot until it is full, or its block knows the tables, which others of its threads wait for. Acquire.
-EP_DEVICE bool watch_slot(Warp warp, const CallContext& c, const BlockRole& role, const Unit& unit) {
+EP_DEVICE bool watch_slot(Warp warp, const CallContext& c, BlockRole& role, const Unit& unit) {
     for (;;) {
         if (look_at_slot(warp, c, unit)) return true;
         const bool is_leader = warp.thread_rank() == 0;
-        if (algo::broadcast(warp, is_leader && prim::load<Order::kRelaxed, Scope::kCta>(&role.knows_tables) != 0))
+        if (algo::broadcast(warp,
+                            is_leader && prim::fetch_or<Order::kRelaxed, Scope::kCta>(&role.knows_tables, 0) != 0))
             return false;
         prim::pause();
     }
 }
 
-// After the source's table.
+// After the source's table: all that is to be loaded is under way when the entries are here.
 EP_DEVICE void begin_token(Warp warp, const Params& p, const CallContext& c, const Unit& unit, bool is_full,
                            ReceivedToken& token) {
-    token.num_tokens = c.num_tokens_of(unit.source);
-    token.entry = load_entry(warp, c, unit, 0);
+    const int num_tokens = c.num_tokens_of(unit.source), entry = load_entry(warp, c, unit, 0);
     if (is_full || look_at_slot(warp, c, unit)) load_slot(warp, p, c, unit, token);
+    token.exists = unit.token < num_tokens;
+    token.entries = choose_entries(warp, c, unit, 0, token.exists ? entry : -1);
 }
 
 // This share of the row, to the rows of all `lanes`. `row`: this lane's, of all experts' rows.
@@ -276,12 +278,12 @@ EP_DEVICE bool place_entries(Warp warp, const Params& p, const CallContext& c, c
 template <class Claim>
 EP_DEVICE bool finish_token(Warp warp, const Params& p, const CallContext& c, const Unit& unit, const Counts& counts,
                             ReceivedToken& token, const Claim& claim) {
-    const bool exists = unit.token < token.num_tokens;
     bool is_right = true;
 #pragma unroll 1
     for (int first = 0; first < p.call.num_topk; first += kWarpSize) {
-        if (first > 0 && exists) token.entry = load_entry(warp, c, unit, first);
-        const Entries entries = choose_entries(warp, c, unit, first, exists ? token.entry : -1);
+        const bool is_known = first == 0 || !token.exists;
+        const Entries entries =
+            is_known ? token.entries : choose_entries(warp, c, unit, first, load_entry(warp, c, unit, first));
         if (entries.placed != 0 && token.slot == nullptr) {
             if (wait_for_slot(warp, c, unit)) {
                 load_slot(warp, p, c, unit, token);
@@ -318,9 +320,12 @@ EP_DEVICE void receive(Block block, const Params& p, const LaunchSession& launch
             knows_rows = !any(block, is_lost);  // one thread's acquire, the block's reads
         }
         ReceivedToken token = {};
+        token.entries = {-1, -1, false, 0};
+        SourceCounts ahead = {};
+        if (is_first && knows_rows) ahead = load_counts(c, counts, block.thread_rank(), 0);
         if (knows_rows && unit.is_token && counts.is_here[unit.source] != 0)
             begin_token(warp, p, c, unit, is_full, token);
-        if (is_first && knows_rows) knows_rows = find_counts(block, c, counts);
+        if (is_first && knows_rows) knows_rows = find_counts(block, c, counts, ahead);
         if (knows_rows && unit.is_token) is_right &= finish_token(warp, p, c, unit, counts, token, claim);
         if (knows_rows && unit.is_list) write_list(warp, p, c, launch.role, counts, unit.list);
         if (!knows_rows && unit.is_list) void_list(warp, p, c, unit.list);

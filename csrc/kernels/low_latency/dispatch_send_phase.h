@@ -168,11 +168,10 @@ EP_DEVICE void send(Block block, const Params& p, LaunchSession& launch) {
     const int first = static_cast<int>(blockIdx.x) < num_senders ? static_cast<int>(blockIdx.x) : p.num_tokens;
     const Choice choice{ids_of(p), p.num_tokens};
     const auto sets = TokenSets::make(p.call.num_experts, p.num_set_words);
-    const algo::Warps makers = table_warps(block);
     Head head = load_head(warp, p, c, first);
     launch.ask_number();
     const BankLook look = launch.look_at_banks();
-    if (has_table && makers.has_this_thread()) make_tile(makers, c, choice, sets, 0);
+    if (has_table) make_tile(block, c, choice, sets, 0);
     launch.take_number();
     const SendPhase<Tells::kAtEnd> phase(block, launch, look);
     const bool is_ready = phase.is_ready();

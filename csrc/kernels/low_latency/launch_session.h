@@ -11,11 +11,13 @@ inline namespace EP_BACKEND {
 
 // What the block knows of its part in the launch; shared memory.
 struct BlockRole {
-    int is_ready;      // zero: some rank has given up, do nothing
-    int is_first;      // this block began before all others of its grid
-    int receives;      // it takes part in the receive phase
-    int share;         // its current part of that
-    int knows_tables;  // of a dispatch in a launch that has sent: warp 0 waits for no table any more
+    int is_ready;  // zero: some rank has given up, do nothing
+    int is_first;  // this block began before all others of its grid
+    int receives;  // it takes part in the receive phase
+    int share;     // its current part of that
+    // Of a dispatch in a launch that has sent: warp 0 waits for no table any more. Looked at without a barrier, by atomics alone:
+    // compute-sanitizer's racecheck takes other strong accesses of shared memory for plain ones.
+    int knows_tables;
     // Of this launch, after a barrier. CallContext::launch_state is right only in a warp that has begun before the launch was counted:
     // in a receive phase of its own another warp than the last may be later.
     layout::LowLatencyLaunchState* launch_state;
@@ -49,11 +51,11 @@ public:
 
     // The place of this block among those of the grid, in the order in which they begin.
     EP_DEVICE uint32_t begin_block() const {
-        return prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&context.launch_state->begun_blocks, 1u);
+        return prim::fetch_increment<Order::kRelaxed, Scope::kGpu>(&context.launch_state->begun_blocks);
     }
 
     EP_DEVICE uint32_t claim_share() const {
-        return prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&context.launch_state->next_share, 1u);
+        return prim::fetch_increment<Order::kRelaxed, Scope::kGpu>(&context.launch_state->next_share);
     }
 
     // Have all blocks of this launch begun? A block with little to send asks early, so it asks a few times: whoever leaves

@@ -43,13 +43,6 @@ struct TokenSets {
     }
 };
 
-// The warps that make the table: all of the block but the first, which begins the send phase meanwhile.
-EP_DEVICE algo::Warps table_warps(Block block) {
-    constexpr int kBarrier = 1;
-    const int first = block.num_warps() > 1 ? 1 : 0;
-    return {first, block.num_warps() - first, kBarrier};
-}
-
 // This rank's choice of experts, as the caller gave it.
 struct Choice {
     Ids topk;
@@ -64,22 +57,21 @@ EP_DEVICE int entries_of_tile(const CallContext& c, const Choice& choice, const 
 
 constexpr int kEntriesAtOnce = 4;  // of a thread: the chain of each is long, and they do not depend on each other
 
-// `work(base)` for this thread's next entries: base, base + warps.size() and so on, kEntriesAtOnce of them.
-template <class Work> EP_DEVICE void for_entries(const algo::Warps& warps, int num_entries, const Work& work) {
-    warps.expect();
+// `work(base)` for this thread's next entries: base, base + block.size() and so on, kEntriesAtOnce of them.
+template <class Work> EP_DEVICE void for_entries(Block block, int num_entries, const Work& work) {
+    block.expect();
 #pragma unroll 1
-    for (int base = warps.thread_rank(); base < num_entries; base += kEntriesAtOnce * warps.size()) work(base);
+    for (int base = block.thread_rank(); base < num_entries; base += kEntriesAtOnce * block.size()) work(base);
 }
 
 // A bit in the expert's set for each token; in sets.entries the expert and the token's number in the tile.
-EP_DEVICE void fill_sets(const algo::Warps& warps, const CallContext& c, const Choice& choice, const TokenSets& sets,
-                         int first) {
+EP_DEVICE void fill_sets(Block block, const CallContext& c, const Choice& choice, const TokenSets& sets, int first) {
     const int num_entries = entries_of_tile(c, choice, sets, first);
-    for_entries(warps, num_entries, [&](int base) {
+    for_entries(block, num_entries, [&](int base) {
         int experts[kEntriesAtOnce];
 #pragma unroll
         for (int i = 0; i < kEntriesAtOnce; ++i) {
-            const int entry = base + i * warps.size();
+            const int entry = base + i * block.size();
             experts[i] = -1;
             if (entry < num_entries)
                 experts[i] = checked_expert(c, algo::load_expert_id(choice.topk.ids, choice.topk.bytes,
@@ -87,7 +79,7 @@ EP_DEVICE void fill_sets(const algo::Warps& warps, const CallContext& c, const C
         }
 #pragma unroll
         for (int i = 0; i < kEntriesAtOnce; ++i) {
-            const int entry = base + i * warps.size();
+            const int entry = base + i * block.size();
             const int idx = c.call.by_topk.quotient(entry);
             if (entry < num_entries) sets.entries[entry] = experts[i] < 0 ? -1 : pack_entry(experts[i], idx);
             if (experts[i] >= 0)
@@ -98,14 +90,13 @@ EP_DEVICE void fill_sets(const algo::Warps& warps, const CallContext& c, const C
 }
 
 // After fill_sets: the token's number becomes its place. Each thread has its own entries, as in fill_sets.
-EP_DEVICE void find_places(const algo::Warps& warps, const CallContext& c, const Choice& choice, const TokenSets& sets,
-                           int first) {
+EP_DEVICE void find_places(Block block, const CallContext& c, const Choice& choice, const TokenSets& sets, int first) {
     const int num_entries = entries_of_tile(c, choice, sets, first);
-    for_entries(warps, num_entries, [&](int base) {
+    for_entries(block, num_entries, [&](int base) {
         int chosen[kEntriesAtOnce], places[kEntriesAtOnce];
 #pragma unroll
         for (int i = 0; i < kEntriesAtOnce; ++i) {
-            const int entry = base + i * warps.size();
+            const int entry = base + i * block.size();
             chosen[i] = entry < num_entries ? sets.entries[entry] : -1;
             places[i] = chosen[i] < 0 ? 0 : sets.counts[expert_of(chosen[i])];
         }
@@ -116,21 +107,20 @@ EP_DEVICE void find_places(const algo::Warps& warps, const CallContext& c, const
                 if (chosen[i] >= 0) places[i] += sets.count_before(expert_of(chosen[i]), place_of(chosen[i]), word);
 #pragma unroll
         for (int i = 0; i < kEntriesAtOnce; ++i)
-            if (chosen[i] >= 0) sets.entries[base + i * warps.size()] = pack_entry(expert_of(chosen[i]), places[i]);
+            if (chosen[i] >= 0) sets.entries[base + i * block.size()] = pack_entry(expert_of(chosen[i]), places[i]);
     });
 }
 
 // The part of the table that the tile is, in shared memory.
-EP_DEVICE void make_tile(const algo::Warps& warps, const CallContext& c, const Choice& choice, const TokenSets& sets,
-                         int first) {
-    algo::for_each(warps, c.call.num_experts * sets.num_words, [&](int i) { sets.words[i] = 0; });
-    if (first == 0) algo::for_each(warps, c.call.num_experts, [&](int expert) { sets.counts[expert] = 0; });
-    warps.sync();
-    fill_sets(warps, c, choice, sets, first);
-    warps.sync();
-    find_places(warps, c, choice, sets, first);
-    warps.sync();
-    algo::for_each(warps, c.call.num_experts, [&](int expert) {
+EP_DEVICE void make_tile(Block block, const CallContext& c, const Choice& choice, const TokenSets& sets, int first) {
+    algo::for_each(block, c.call.num_experts * sets.num_words, [&](int i) { sets.words[i] = 0; });
+    if (first == 0) algo::for_each(block, c.call.num_experts, [&](int expert) { sets.counts[expert] = 0; });
+    block.sync();
+    fill_sets(block, c, choice, sets, first);
+    block.sync();
+    find_places(block, c, choice, sets, first);
+    block.sync();
+    algo::for_each(block, c.call.num_experts, [&](int expert) {
         for (int word = 0; word < sets.num_words; ++word)
             sets.counts[expert] += __popc(sets.words[expert * sets.num_words + word]);
     });
@@ -166,15 +156,14 @@ EP_DEVICE void send_counts(Block block, const CallContext& c, const SendPhase<Te
     }
 }
 
-// The block whose table_warps have made the first tile: the table, to every rank.
+// The block that has made the first tile: the table, to every rank.
 EP_DEVICE void send_routing_table(Block block, const CallContext& c, const SendPhase<Tells::kAtEnd>& phase,
                                   const Choice& choice, const TokenSets& sets) {
-    const algo::Warps makers = table_warps(block);
     send_tile(block, c, phase, choice, sets, 0);
 #pragma unroll 1
     for (int first = sets.num_tokens(); first < choice.num_tokens; first += sets.num_tokens()) {
         block.sync();  // the tile before has been sent
-        if (makers.has_this_thread()) make_tile(makers, c, choice, sets, first);
+        make_tile(block, c, choice, sets, first);
         block.sync();
         send_tile(block, c, phase, choice, sets, first);
     }
@@ -243,15 +232,34 @@ EP_DEVICE bool wait_for_tables(Block block, const CallContext& c, const Counts& 
     }
     // A hint for watch_slot, when every lane has its tables.
     if (prim::warp_idx() == 0 && (__any_sync(kFullMask, is_lost) != 0 || Warp::thread_rank() == 0))
-        prim::store<Order::kRelaxed, Scope::kCta>(&role.knows_tables, 1);
+        prim::fetch_or<Order::kRelaxed, Scope::kCta>(&role.knows_tables, 1);
     return is_lost;
 }
 
-// After wait_for_tables. False: some table states a number that cannot be true, and the call has failed: in every block,
-// since all read the same.
-EP_DEVICE bool find_counts(Block block, const CallContext& c, const Counts& counts) {
+constexpr int kCountsAtOnce = 8;  // loads under way
+
+// Rows for one expert from kCountsAtOnce sources.
+struct SourceCounts {
+    int rows[kCountsAtOnce];
+};
+
+// After wait_for_tables.
+EP_DEVICE SourceCounts load_counts(const CallContext& c, const Counts& counts, int expert, int first_source) {
+    SourceCounts found;
+#pragma unroll
+    for (int i = 0; i < kCountsAtOnce; ++i) {
+        const int source = first_source + i;
+        found.rows[i] = expert < c.num_local_experts() && source < c.num_ranks() && counts.is_here[source] != 0
+                            ? c.row_counts(source)[expert]
+                            : 0;
+    }
+    return found;
+}
+
+// `ahead`: load_counts of this thread's first expert. False: some table states a number that cannot be true, and the call has
+// failed: in every block, since all read the same.
+EP_DEVICE bool find_counts(Block block, const CallContext& c, const Counts& counts, const SourceCounts& ahead) {
     block.expect();
-    constexpr int kAtOnce = 8;  // loads under way
     const int most = c.call.num_max_tokens;
     bool is_lie = false;  // some number cannot be true
     // By the threads with the fewest experts: this trip to memory comes beside that for the counts, not before it.
@@ -262,17 +270,14 @@ EP_DEVICE bool find_counts(Block block, const CallContext& c, const Counts& coun
     for (int expert = block.thread_rank(); expert < c.num_local_experts(); expert += block.size()) {
         int num_rows = 0;
 #pragma unroll 1
-        for (int first = 0; first < c.num_ranks(); first += kAtOnce) {
-            int held[kAtOnce];
+        for (int first = 0; first < c.num_ranks(); first += kCountsAtOnce) {
+            const bool is_ahead = first == 0 && expert == block.thread_rank();
+            const SourceCounts found = is_ahead ? ahead : load_counts(c, counts, expert, first);
 #pragma unroll
-            for (int i = 0; i < kAtOnce; ++i)
-                held[i] =
-                    first + i < c.num_ranks() && counts.is_here[first + i] != 0 ? c.row_counts(first + i)[expert] : 0;
-#pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) {
+            for (int i = 0; i < kCountsAtOnce; ++i) {
                 if (first + i < c.num_ranks()) counts.before(first + i)[expert] = num_rows;
-                is_lie |= !may_be(held[i], most);
-                num_rows += held[i];
+                is_lie |= !may_be(found.rows[i], most);
+                num_rows += found.rows[i];
             }
         }
         counts.before(c.num_ranks())[expert] = num_rows;

@@ -125,18 +125,23 @@ void launch_in_two_orders(World& world, Others& others, const std::function<void
     world.run();
 }
 
+// Everything before the combine has all SMs.
+void combine_in_two_orders(World& world, const Problem& problem, std::vector<RankTensors>& ranks) {
+    Others others(world, Others::Kind::kWaitForEachOther);
+    world.layout(problem, ranks);
+    world.dispatch(problem, ranks);
+    for (int rank : {0, 1}) prepare_combine(problem, ranks[static_cast<size_t>(rank)], rank);
+    launch_in_two_orders(world, others,
+                         [&](int rank) { world.launch_combine(problem, ranks[static_cast<size_t>(rank)], rank); });
+}
+
 TEST_CASE("high throughput: ranks may launch other collectives before and after a call (pitfalls 13, 38)") {
     for (uint64_t seed : {0, 1, 2, 3}) {
         CAPTURE(seed);
         const Problem problem{.num_tokens = {19, 7}, .num_topk = 3, .num_sms = 2};
         World world(2, kRoomy, with_free_sms(problem.num_sms, seed));
-        Others others(world, Others::Kind::kWaitForEachOther);
         auto ranks = make_inputs(problem);
-        world.layout(problem, ranks);
-        world.dispatch(problem, ranks);
-        for (int rank : {0, 1}) prepare_combine(problem, ranks[static_cast<size_t>(rank)], rank);
-        launch_in_two_orders(world, others,
-                             [&](int rank) { world.launch_combine(problem, ranks[static_cast<size_t>(rank)], rank); });
+        combine_in_two_orders(world, problem, ranks);
         CHECK_EQ(check_combine(problem, ranks), "");
         for (int rank : {0, 1}) world.buffer(rank).check();
     }
@@ -161,13 +166,8 @@ TEST_CASE("low latency: ranks may launch other collectives before and after a ca
 TEST_CASE("a circle of ranks and SMs ends as an error that names the rank, and the device works on (pitfall 38)") {
     const Problem problem{.num_tokens = {19, 7}, .num_topk = 3, .num_sms = kNumHeld};
     World world(2, kRoomy, with_free_sms(0));
-    Others others(world, Others::Kind::kWaitForEachOther);
     auto ranks = make_inputs(problem);
-    world.layout(problem, ranks);
-    world.dispatch(problem, ranks);
-    for (int rank : {0, 1}) prepare_combine(problem, ranks[static_cast<size_t>(rank)], rank);
-    launch_in_two_orders(world, others,
-                         [&](int rank) { world.launch_combine(problem, ranks[static_cast<size_t>(rank)], rank); });
+    combine_in_two_orders(world, problem, ranks);
     CHECK(testing::contains(testing::error_of([&] { world.buffer(1).check(); }), "rank 0"));
     CHECK(testing::contains(testing::error_of([&] { world.buffer(0).check(); }), "rank 1"));
 }

@@ -86,15 +86,19 @@ template <class T, Scope S> struct AccessKernel {
         words[11] = prim::load<Order::kRelaxed, Scope::kCta>(&shared.word);
         prim::store<Order::kRelaxed, S>(&words[12], static_cast<T>(5));
         words[13] = prim::fetch_or<Order::kAcqRel, S>(&words[12], static_cast<T>(6));
+        words[14] = 41;
+        auto* count = reinterpret_cast<uint32_t*>(&words[14]);
+        words[15] = prim::fetch_increment<Order::kRelaxed, S>(count);
+        words[16] = prim::fetch_increment<Order::kAcqRel, S>(count);
     }
 };
 
 template <class T, Scope S> void check_accesses() {
-    Words<T> words(14);
+    Words<T> words(17);
     run<AccessKernel<T, S>>(1, 32, {words.data()});
     const auto got = words.read();
     const std::vector<T> expected{
-        7, static_cast<T>(-10), 9, static_cast<T>(-5), 7, 0, 40, 39, static_cast<T>(-11), 0, 0, 7, 7, 5};
+        7, static_cast<T>(-10), 9, static_cast<T>(-5), 7, 0, 40, 39, static_cast<T>(-11), 0, 0, 7, 7, 5, 43, 41, 42};
     for (size_t i = 0; i < expected.size(); ++i) CHECK_EQ(got[i], expected[i]);
 }
 

@@ -5,6 +5,7 @@
 #include <initializer_list>
 
 #include "internode/internode_world.h"
+#include "kernels/wait_counters.h"
 
 namespace deep_ep::test {
 namespace {
@@ -81,6 +82,25 @@ TEST_CASE("a rank that never enters is named by every rank of every node") {
             CHECK_NE(failure_of(test.world, rank), FailureKind::kNone);
             CHECK_EQ(blamed_by(test.world, rank), absent);
         }
+    }
+}
+
+TEST_CASE("a rank that enters late is named by all, at the stage at which each waits for it") {
+    constexpr int kLate = 3;  // rank 1 of node 1: 2 is its neighbour, 1 on its rail, 0 hears of it through 1
+    Case test(impatient_options(2, 2));
+    test.world.run([&] {
+        for (int rank = 0; rank < kLate; ++rank) test.world.launch_notify(test.call, rank);
+        simt::SimtDevice onlooker(test.world.scheduler(), 4, {});
+        int looks = 0;
+        onlooker.host_wait([&] { return ++looks > 100; }, 1e3);
+        test.world.launch_notify(test.call, kLate);
+    });
+    for (int rank = 0; rank < kLate; ++rank) {
+        CAPTURE(rank);
+        const WaitTable waits(test.world.wait_cells(rank), 4);
+        const Stage stage = rank == 2 ? Stage::kLoan : Stage::kRailCounts;  // it has counts of rank 1 to pass on to 2
+        CHECK_EQ(waits.longest(layout::Operation::kNotifyDispatch), std::pair(stage, kLate));
+        CHECK_EQ(waits.at(layout::Operation::kNotifyDispatch, stage, kLate).times_late, 1);
     }
 }
 

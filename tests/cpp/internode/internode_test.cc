@@ -71,6 +71,17 @@ TEST_CASE("every topology with credits of one chunk and one warp of each role") 
     }
 }
 
+TEST_CASE("a call needs no more SMs than it has blocks (pitfall 38)") {
+    for (const Nodes& nodes : kSmall) {
+        for (uint64_t seed : seeds(4)) {
+            CAPTURE(seed);
+            InternodeOptions options = options_for(nodes, seed);
+            options.scheduler.max_resident_blocks = options.num_blocks;
+            check_round_trip(options, problem_for(options));
+        }
+    }
+}
+
 TEST_CASE("random schedules and networks give the same bits") {
     for (const uint64_t seed : seeds(12))
         for (const Nodes& nodes : kSmall) {

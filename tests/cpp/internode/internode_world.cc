@@ -80,6 +80,12 @@ InternodeWorld::InternodeWorld(const InternodeOptions& options, const Problem& l
         here.stream = here.device->create_stream();
         here.heap = static_cast<uint8_t*>(here.device->allocate(lend_offset() + options.lend_bytes));
         here.local = dev::DeviceArray<layout::LocalState>(here.device, 1);
+        here.wait_cells = {here.device, static_cast<size_t>(layout::num_wait_cells(num_ranks()))};
+        layout::LocalState* const local = here.local.get();
+        layout::WaitCell* const cells = here.wait_cells.get();
+        const uint64_t warn_ns = to_ns(options.timeout_s / 2);
+        here.device->copy_now(&local->wait_cells, &cells, sizeof(cells));
+        here.device->copy_now(&local->warn_ns, &warn_ns, sizeof(warn_ns));
         here.counters = dev::DeviceArray<uint8_t>(here.device, layout::RailCounters::make(num_nodes).bytes);
         here.status = dev::HostMappedObject<layout::HostStatus>(here.device);
         here.counts = dev::HostMappedObject<layout::HostCounts>(here.device);
@@ -131,7 +137,14 @@ kernels::HeapParams InternodeWorld::heap_params(int rank) const {
 
 kernels::WatchParams InternodeWorld::watch_params(int rank) const {
     const Rank& here = ranks_[static_cast<size_t>(rank)];
-    return {here.local.get(), here.status.device(), to_ns(options_.timeout_s), to_ns(options_.timeout_s / 2)};
+    return {here.local.get(), here.status.device(), to_ns(options_.timeout_s), layout::kLateNs};
+}
+
+std::vector<layout::WaitCell> InternodeWorld::wait_cells(int rank) const {
+    const Rank& here = ranks_[static_cast<size_t>(rank)];
+    std::vector<layout::WaitCell> cells(static_cast<size_t>(layout::num_wait_cells(num_ranks())));
+    here.device->copy_now(cells.data(), here.wait_cells.get(), cells.size() * sizeof(layout::WaitCell));
+    return cells;
 }
 
 layout::RailWindow InternodeWorld::rail_window(const layout::RailSlot& slot) const {

@@ -71,9 +71,11 @@ public:
     void prepare_dispatch(InternodeCall& call, int rank, bool asks_host);
 
     const InternodeOptions& options() const { return options_; }
+    simt::Scheduler& scheduler() { return *scheduler_; }
     int num_ranks() const { return options_.num_ranks(); }
     rail::sim::SimEngine& engine(int rank) { return network_->engine(rank); }
     const layout::HostStatus& status(int rank) const { return *ranks_[static_cast<size_t>(rank)].status.host(); }
+    std::vector<layout::WaitCell> wait_cells(int rank) const;
     layout::Topology topology(int rank) const { return {num_ranks(), options_.ranks_per_node, rank}; }
     layout::RailWindow rail_window(const layout::RailSlot& slot) const;
     layout::RailSlot dispatch_slot(const InternodeCall& call, bool is_cached) const;
@@ -88,6 +90,7 @@ private:
         dev::Stream stream = nullptr;
         uint8_t* heap = nullptr;
         dev::DeviceArray<layout::LocalState> local;
+        dev::DeviceArray<layout::WaitCell> wait_cells;
         dev::DeviceArray<uint8_t> counters;
         dev::HostMappedObject<layout::HostStatus> status;
         dev::HostMappedObject<layout::HostCounts> counts;

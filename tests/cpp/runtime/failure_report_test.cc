@@ -129,9 +129,11 @@ TEST_CASE("a rail peer that entered the call and stalled says how far it is") {
 TEST_CASE("what a combine waits for on the rail are sums") {
     layout::WaitRecord record = make_rail_record(Stage::kRailChunk, 2, layout::make_tag(3, 4), 0);
     record.operation = Operation::kCombine;
-    check_says(told_across(record, {{1, 3}, {2, 3}}), "for rank 2 of node 1 to send its node's sums of this rank's tokens;");
+    check_says(told_across(record, {{1, 3}, {2, 3}}),
+               "for rank 2 of node 1 to send its node's sums of this rank's tokens;");
     record.stage = Stage::kRailTaken;
-    check_says(told_across(record, {{1, 3}, {2, 3}}), "for rank 2 of node 1 to take out the sums that were sent to it;");
+    check_says(told_across(record, {{1, 3}, {2, 3}}),
+               "for rank 2 of node 1 to take out the sums that were sent to it;");
 }
 
 TEST_CASE("a rail peer that stalled because of a third rank says whom it waited for") {

@@ -155,7 +155,8 @@ TEST_CASE("every rank of every node quotes the reason") {
     CHECK_EQ(nodes[0].failure(),
              "DeepEP error: rank 0 of node 0: aborted, because rank 1 of node 0 failed: the reason of rank 1");
     CHECK_EQ(nodes[3].failure(),
-             "DeepEP error: rank 3 of node 1: aborted, rank 1 of node 0 reported an error of its own: the reason of rank 1.");
+             "DeepEP error: rank 3 of node 1: aborted, rank 1 of node 0 reported an error of its own: the reason of "
+             "rank 1.");
     // It has heard of it from its neighbour, or over its own rail from rank 0.
     CHECK(nodes[2].failure().find("the reason of rank 1") != std::string::npos);
 }

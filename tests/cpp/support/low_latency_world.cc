@@ -154,6 +154,24 @@ std::vector<float> combined_row(const LowLatencyProblem& problem, const std::vec
     return sums;
 }
 
+uint64_t dispatch(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank,
+                  uint64_t ticket) {
+    return world.buffer(rank).low_latency().dispatch(dispatch_args(problem, tensors, rank), ticket, world.stream(rank));
+}
+
+uint64_t combine(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank,
+                 uint64_t ticket) {
+    return world.buffer(rank).low_latency().combine(combine_args(problem, tensors, rank), ticket, world.stream(rank));
+}
+
+// `run` launches what a ticket stands for.
+template <class Run> void run_phases(Launches launches, const Run& run) {
+    if (launches == Launches::kOne)
+        run(runtime::kBothPhases);
+    else
+        run(run(runtime::kSendPhase));
+}
+
 }  // namespace
 
 std::vector<LowLatencyTensors> make_low_latency_inputs(const LowLatencyProblem& problem) {
@@ -196,38 +214,6 @@ int64_t low_latency_bytes(const LowLatencyProblem& problem) {
                                           problem.num_experts);
 }
 
-void send_dispatch(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank) {
-    const auto args = dispatch_args(problem, tensors, rank);
-    tensors.dispatch_ticket = world.buffer(rank).low_latency().dispatch(args, runtime::kSendPhase, world.stream(rank));
-}
-
-void receive_dispatch(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank) {
-    const auto args = dispatch_args(problem, tensors, rank);
-    world.buffer(rank).low_latency().dispatch(args, tensors.dispatch_ticket, world.stream(rank));
-}
-
-void launch_dispatch(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank,
-                     Launches launches) {
-    if (launches == Launches::kOne) {
-        world.buffer(rank).low_latency().dispatch(dispatch_args(problem, tensors, rank), runtime::kBothPhases,
-                                                  world.stream(rank));
-        return;
-    }
-    send_dispatch(world, problem, tensors, rank);
-    receive_dispatch(world, problem, tensors, rank);
-}
-
-void launch_combine(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank,
-                    Launches launches) {
-    if (launches == Launches::kOne) {
-        world.buffer(rank).low_latency().combine(combine_args(problem, tensors, rank), runtime::kBothPhases,
-                                                 world.stream(rank));
-        return;
-    }
-    send_combine(world, problem, tensors, rank);
-    receive_combine(world, problem, tensors, rank);
-}
-
 void fill_expert_rows(const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks) {
     for (size_t rank = 0; rank < ranks.size(); ++rank) {
         std::mt19937_64 rng(problem.seed * 77 + rank);
@@ -235,14 +221,30 @@ void fill_expert_rows(const LowLatencyProblem& problem, std::vector<LowLatencyTe
     }
 }
 
+void send_dispatch(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank) {
+    tensors.dispatch_ticket = dispatch(world, problem, tensors, rank, runtime::kSendPhase);
+}
+
+void receive_dispatch(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank) {
+    dispatch(world, problem, tensors, rank, tensors.dispatch_ticket);
+}
+
+void launch_dispatch(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank,
+                     Launches launches) {
+    run_phases(launches, [&](uint64_t ticket) { return dispatch(world, problem, tensors, rank, ticket); });
+}
+
 void send_combine(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank) {
-    const auto args = combine_args(problem, tensors, rank);
-    tensors.combine_ticket = world.buffer(rank).low_latency().combine(args, runtime::kSendPhase, world.stream(rank));
+    tensors.combine_ticket = combine(world, problem, tensors, rank, runtime::kSendPhase);
 }
 
 void receive_combine(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank) {
-    const auto args = combine_args(problem, tensors, rank);
-    world.buffer(rank).low_latency().combine(args, tensors.combine_ticket, world.stream(rank));
+    combine(world, problem, tensors, rank, tensors.combine_ticket);
+}
+
+void launch_combine(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank,
+                    Launches launches) {
+    run_phases(launches, [&](uint64_t ticket) { return combine(world, problem, tensors, rank, ticket); });
 }
 
 uint64_t& low_latency_token_flag(World& world, int owner, int bank, int source, int token) {

@@ -1,0 +1,367 @@
+"""What a call will take on machines that are not there: bytes for each link, what bounds it, the SMs that it needs.
+
+    python -m deep_ep model --nodes 2 --ranks-per-node 8 --nic-gbps 400
+
+A call of the high-throughput mode takes
+
+    latency + first chunk + max(rail bytes / (0.9 * NIC), NVLink bytes / (share * NVLink), bytes / (SMs * rate of one))
+
+without the rail's parts inside a node. Latencies, shares and rates are those of one node of H100, measured and fitted
+(`measure`); 0.9 of the NIC is what every library reaches from four nodes on. What it says of several nodes is a
+prediction: nothing here has run on a NIC. docs/performance/model.md has its errors on figures that others published.
+"""
+
+import functools
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import deep_ep_cpp
+from deep_ep import _probes, _traffic, calibrate
+from deep_ep._traffic import BF16, COMBINE, DISPATCH, FP8, Nodes, Shape, Traffic
+from deep_ep_cpp import InvalidArgument
+
+RAIL_SHARE = 0.9  # of the NIC's rate
+NVLINK_GB_PER_S = 340.0  # what leaves a GPU of 18 links when all copy to all
+MOST_SMS = 20
+OPERATIONS = ((DISPATCH, FP8), (DISPATCH, BF16), (COMBINE, BF16))
+HIGH_THROUGHPUT, LOW_LATENCY = "high-throughput", "low-latency"
+MODES = (HIGH_THROUGHPUT, LOW_LATENCY)
+SCALING_RANKS = tuple(1 << i for i in range(1, 10))
+LARGEST_NODE = 8
+
+
+@dataclass(frozen=True)
+class NodeCost:
+    """An operation inside a node."""
+
+    latency_us: float
+    link_share: float  # of the ceiling of NVLink
+    sm_gb_per_s: float
+
+    def cost(self, nvlink_gb_per_s: float) -> calibrate.Cost:
+        return calibrate.Cost(self.latency_us, self.link_share * nvlink_gb_per_s, self.sm_gb_per_s)
+
+
+# Fitted by `measure` to the benchmarks of two H100 of 2026-11-28 as callers get them: outputs of a dispatch are lent,
+# rows of a combine go through slots. Rates of an SM are from the sweep of 2026-11-27, where few of them are the limit.
+NODE_COSTS = {DISPATCH: NodeCost(17.5, 0.92, 49.6), COMBINE: NodeCost(21.5, 0.72, 24.8)}
+LOW_LATENCY_COSTS = {DISPATCH: NodeCost(18.4, 0.87, 0.0), COMBINE: NodeCost(17.0, 0.87, 0.0)}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What carries bytes between nodes."""
+
+    latency_us: float  # of a small message, from GPU to GPU
+    chunk_bytes: int  # that it likes best on a NIC of 400 Gb/s; as csrc/rail has it
+
+
+ENGINES = {
+    "gpu": Engine(6.5, 128 << 10),  # NVSHMEM where the GPU posts (IBGDA), or reaches the memory
+    "proxy": Engine(10.0, 512 << 10),  # NVSHMEM with a proxy thread
+    "fencing-proxy": Engine(15.0, 1 << 20),  # and a fence before each signal
+    "host": Engine(20.0, 256 << 10),  # TCP
+}
+
+
+@dataclass(frozen=True)
+class Links:
+    """Rates in one direction, of one rank, in 10^9 bytes a second."""
+
+    nic_gb_per_s: float  # 0: there is one node
+    nvlink_gb_per_s: float = NVLINK_GB_PER_S
+    engine: str = "gpu"
+
+    @property
+    def chunk_bytes(self) -> int:
+        return deep_ep_cpp.plan_chunk_bytes(ENGINES[self.engine].chunk_bytes, self.nic_gb_per_s)
+
+    @property
+    def rail_gb_per_s(self) -> float:
+        return RAIL_SHARE * self.nic_gb_per_s
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a call that goes on beside the others."""
+
+    name: str
+    num_bytes: float
+    gb_per_s: float
+
+    @property
+    def time_us(self) -> float:
+        return self.num_bytes / self.gb_per_s / 1e3 if self.num_bytes else 0.0
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one call, on the rank whose phases they are."""
+
+    operation: str
+    kind: str
+    phases: tuple[Phase, ...]
+    fixed_us: float  # latencies and the first chunk
+    num_sms: int  # 0: all
+    chunk_bytes: int  # 0: no rail
+
+    @property
+    def bottleneck(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.time_us)
+
+    @property
+    def time_us(self) -> float:
+        return self.fixed_us + self.bottleneck.time_us
+
+    def report(self) -> dict[str, Any]:
+        """As JSON."""
+        phases = [{**asdict(phase), "time_us": phase.time_us} for phase in self.phases]
+        return {**asdict(self), "phases": phases, "bottleneck": self.bottleneck.name, "time_us": self.time_us}
+
+
+LEAST_SMS = 8  # across nodes, whatever the model says: nothing was measured there
+
+
+def _enough_sms(nodes: Nodes, most: int, time_us: Callable[[int], float]) -> int:
+    enough = calibrate.enough_sms(most, time_us)
+    return enough if nodes.num_nodes == 1 else min(most, max(enough, LEAST_SMS))
+
+
+def _phases(moved: Traffic, nodes: Nodes, links: Links, cost: calibrate.Cost, num_sms: int) -> tuple[Phase, ...]:
+    phases = [Phase("NVLink", moved.nvlink_bytes, cost.link_gb_per_s),
+              Phase("SMs", moved.sm_bytes, num_sms * cost.sm_gb_per_s)]  # yapf: disable
+    rail = [Phase("rail", moved.rail_bytes, links.rail_gb_per_s)] if nodes.num_nodes > 1 else []
+    return tuple(rail + phases)
+
+
+def _rail_fixed_us(links: Links, chunk_bytes: int) -> float:
+    """The first chunk has the rail for itself, and the last one NVLink."""
+    chunk_us = chunk_bytes / 1e3 * (1 / links.rail_gb_per_s + 1 / links.nvlink_gb_per_s)
+    return ENGINES[links.engine].latency_us + chunk_us
+
+
+def predict(shape: Shape,
+            nodes: Nodes,
+            links: Links,
+            operation: str,
+            kind: str,
+            most_sms: int = MOST_SMS,
+            num_sms: Optional[int] = None) -> Prediction:
+    """A call of the high-throughput mode whose counts are known. num_sms: None: as few as do not make it slower."""
+    chunk_bytes = links.chunk_bytes if nodes.num_nodes > 1 else 0
+    moved = _traffic.traffic(shape, nodes, operation, kind, chunk_bytes)
+    cost = NODE_COSTS[operation].cost(links.nvlink_gb_per_s)
+    fixed_us = cost.latency_us + (_rail_fixed_us(links, chunk_bytes) if nodes.num_nodes > 1 else 0.0)
+
+    def with_sms(count: int) -> Prediction:
+        return Prediction(operation, kind, _phases(moved, nodes, links, cost, count), fixed_us, count, chunk_bytes)
+
+    return with_sms(num_sms or _enough_sms(nodes, most_sms, lambda count: with_sms(count).time_us))
+
+
+def predict_low_latency(shape: Shape, nodes: Nodes, links: Links, operation: str, kind: str) -> Prediction:
+    """Both phases of a low-latency call, without a hook."""
+    rail_bytes, nvlink_bytes = _traffic.low_latency_bytes(shape, nodes, operation, kind)
+    cost = LOW_LATENCY_COSTS[operation].cost(links.nvlink_gb_per_s)
+    phases = [Phase("NVLink", nvlink_bytes, cost.link_gb_per_s)]
+    fixed_us = cost.latency_us
+    if nodes.num_nodes > 1:
+        phases.insert(0, Phase("rail", rail_bytes, links.rail_gb_per_s))
+        fixed_us += ENGINES[links.engine].latency_us
+    return Prediction(operation, kind, tuple(phases), fixed_us, 0, 0)
+
+
+def predict_all(mode: str, shape: Shape, nodes: Nodes, links: Links, most_sms: int = MOST_SMS) -> list[Prediction]:
+    """Each operation and format of a mode."""
+    if mode == LOW_LATENCY:
+        return [predict_low_latency(shape, nodes, links, *operation) for operation in OPERATIONS]
+    return [predict(shape, nodes, links, *operation, most_sms) for operation in OPERATIONS]
+
+
+def two_terms_us(shape: Shape, nodes: Nodes, links: Links, operation: str, kind: str) -> float:
+    """The bound that any library has: bytes of rows and scales alone, at 0.9 of the NIC or all of NVLink."""
+    row, num_scales = _traffic.row_bytes(shape.hidden, BF16 if operation == COMBINE else kind)
+    moved = _traffic.traffic(shape, nodes, operation, kind, links.chunk_bytes)
+    bytes_of_row = row + 4 * num_scales
+    rail = Phase("rail", moved.rail_tokens * bytes_of_row, links.rail_gb_per_s)
+    return max(rail.time_us, Phase("NVLink", moved.nvlink_rows * bytes_of_row, links.nvlink_gb_per_s).time_us)
+
+
+# The choice of Buffers
+
+
+@dataclass(frozen=True)
+class CostsAcrossNodes(calibrate.CostModel):
+    """SM budgets of calls between nodes, where nobody has calibrated."""
+
+    nodes: Nodes
+    links: Links
+
+    def budget(self, operation: str, most: int, num_bytes: int, num_ranks: int) -> int:
+        """SMs for a call that moves so many bytes of rows, evenly over all ranks; at most `most`."""
+        del num_ranks  # they are those of `nodes`
+        return _budget_across_nodes(self.nodes, self.links, operation, most, num_bytes)
+
+
+# What calls have where nobody says it: the host knows neither experts nor, in a combine, top-k when it chooses.
+USUAL_TOPK, USUAL_EXPERTS = 8, 8  # experts of a rank
+
+
+@functools.lru_cache(maxsize=4096)
+def _budget_across_nodes(nodes: Nodes, links: Links, operation: str, most: int, num_bytes: int) -> int:
+    shape = Shape(1, 0, USUAL_TOPK, USUAL_EXPERTS * nodes.num_ranks)
+    rows = _traffic.distinct_ranks(shape, nodes)
+    share_on_rail = _traffic.distinct_nodes(shape, nodes) * (nodes.num_nodes - 1) / nodes.num_nodes / rows
+    nvlink_bytes = num_bytes * (nodes.ranks_per_node - 1) / nodes.ranks_per_node
+    rail_bytes = num_bytes * share_on_rail
+    cost = NODE_COSTS[operation].cost(links.nvlink_gb_per_s)
+    fixed_us = cost.latency_us + _rail_fixed_us(links, links.chunk_bytes)
+    bare = replace(cost, latency_us=0.0)
+    rail_us = rail_bytes / links.rail_gb_per_s / 1e3
+    return _enough_sms(nodes, most,
+                       lambda count: fixed_us + max(rail_us, bare.time_us(count, num_bytes + rail_bytes, nvlink_bytes)))
+
+
+def costs_across_nodes(num_nodes: int, ranks_per_node: int, rail_gb_per_s: float) -> CostsAcrossNodes:
+    return CostsAcrossNodes({}, Nodes(num_nodes, ranks_per_node), Links(rail_gb_per_s))
+
+
+# Against measurements inside a node
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A measured figure beside the model's."""
+
+    operation: str
+    num_tokens: int
+    num_sms: int
+    measured_us: float
+    model_us: float
+
+    @property
+    def error(self) -> float:
+        return self.model_us / self.measured_us - 1
+
+
+_HIGH_THROUGHPUT_ROWS = {"dispatch FP8 cached": DISPATCH, "dispatch BF16 cached": DISPATCH, "combine BF16": COMBINE}
+_LOW_LATENCY_ROWS = {"dispatch FP8": DISPATCH, "dispatch BF16": DISPATCH, "combine BF16": COMBINE}
+
+
+def compare(report: dict[str, Any]) -> list[Comparison]:
+    """With a report of `python -m deep_ep bench intranode|low-latency --save`: calls whose counts are known, queued."""
+    is_low_latency = report["benchmark"] == LOW_LATENCY
+    names, costs = (_LOW_LATENCY_ROWS, LOW_LATENCY_COSTS) if is_low_latency else (_HIGH_THROUGHPUT_ROWS, NODE_COSTS)
+    num_ranks, found = report["num_ranks"], []
+    for row in report["rows"]:
+        if row["operation"] not in names or row["routing"] != "uniform":
+            continue
+        cost = costs[names[row["operation"]]].cost(row["ceiling_gb_per_s"])
+        if is_low_latency:
+            model_us = cost.latency_us + row["remote_bytes"] / cost.link_gb_per_s / 1e3
+        else:
+            model_us = cost.time_us(row["num_sms"], row["remote_bytes"] * num_ranks / (num_ranks - 1),
+                                    row["remote_bytes"])
+        found.append(Comparison(row["operation"], row["num_tokens"], row["num_sms"], row["queued_us"], model_us))
+    return found
+
+
+def measure(report: dict[str, Any]) -> dict[str, NodeCost]:
+    """NODE_COSTS of a machine, from a report of the intranode benchmark: the share of the link with which the largest
+    relative error is least."""
+    ceiling = max(row["ceiling_gb_per_s"] for row in report["rows"])
+
+    def fitted(samples: Sequence[calibrate.Sample], percent: int) -> tuple[float, NodeCost]:
+        cost = calibrate.fit(samples, ceiling * percent / 100)
+        errors = [cost.time_us(s.num_sms, s.num_bytes, s.remote_bytes) / s.time_us - 1 for s in samples]
+        return max(map(abs, errors)), NodeCost(cost.latency_us, percent / 100, cost.sm_gb_per_s)
+
+    costs = {}
+    for operation in (DISPATCH, COMBINE):
+        samples = calibrate.samples_of(report["rows"], operation, report["num_ranks"])
+        costs[operation] = min((fitted(samples, percent) for percent in range(60, 101)), key=lambda found: found[0])[1]
+    return costs
+
+
+# Scaling
+
+
+def placed(num_ranks: int) -> Nodes:
+    """Nodes of eight, or one that is smaller."""
+    per_node = min(num_ranks, LARGEST_NODE)
+    return Nodes(num_ranks // per_node, per_node)
+
+
+def scaling(mode: str, shape: Shape, links: Links, most_sms: int = MOST_SMS) -> dict[str, Any]:
+    """Predictions from 2 to 512 ranks, as a report that tools/render_benchmarks.py --plots draws. Every rank has one
+    expert at least."""
+    rows = []
+    for num_ranks in SCALING_RANKS:
+        enough = replace(shape, num_experts=max(shape.num_experts, num_ranks))
+        rows += [{"num_ranks": num_ranks, "num_experts": enough.num_experts, **prediction.report()}
+                 for prediction in predict_all(mode, enough, placed(num_ranks), links, most_sms)]  # yapf: disable
+    return {"benchmark": "model", "mode": mode, "shape": asdict(shape), "links": asdict(links), "rows": rows}
+
+
+# The command
+
+
+def links_of(args: Namespace) -> Links:
+    """From the options, and where they are silent from sysfs. Raises InvalidArgument where that does not tell."""
+    if args.nodes == 1 and not args.scaling:
+        return Links(0.0, args.nvlink_gb_per_s, args.engine)
+    if args.nic_gbps is not None:
+        return Links(args.nic_gbps / _probes.BITS_PER_BYTE, args.nvlink_gb_per_s, args.engine)
+    total = _probes.nic_gb_per_s(args.nics)
+    if total is None:
+        raise InvalidArgument("this machine has no RDMA NIC that is up and tells its rate: give --nic-gbps, the rate "
+                              "of a rank's NICs in Gb/s (400 for one ConnectX-7 a GPU)")
+    return Links(total / args.ranks_per_node, args.nvlink_gb_per_s, args.engine)
+
+
+def lines_of(predictions: Iterable[Prediction]) -> list[str]:
+    """A table for people."""
+    lines = []
+    for one in predictions:
+        budget = f"{one.num_sms} SMs" if one.num_sms else "all SMs"
+        chunks = f", chunks of {one.chunk_bytes >> 10} KiB" if one.chunk_bytes else ""
+        lines.append(f"{one.operation} {one.kind.upper()}: {one.time_us:.0f} us with {budget}{chunks}; "
+                     f"bound by {one.bottleneck.name}")
+        lines.append(f"  {'latencies, first chunk':<24}{'':>10}{'':>12}{one.fixed_us:>9.1f} us")
+        lines += [f"  {phase.name:<24}{phase.num_bytes / 1e6:>7.2f} MB{phase.gb_per_s:>7.0f} GB/s"
+                  f"{phase.time_us:>9.1f} us" for phase in one.phases]  # yapf: disable
+    return lines
+
+
+def run(args: Namespace) -> int:
+    """The exit status."""
+    shape = Shape(args.tokens, args.hidden, args.topk, args.experts, args.limit_nodes)
+    nodes = Nodes(args.nodes, args.ranks_per_node)
+    try:
+        if shape.num_experts % nodes.num_ranks:
+            raise InvalidArgument(f"--experts must be a multiple of the {nodes.num_ranks} ranks, got {args.experts}")
+        links = links_of(args)
+    except InvalidArgument as error:
+        print(error, file=sys.stderr)
+        return 1
+    if args.scaling:
+        content: Any = scaling(args.mode, shape, links, args.most_sms)
+        lines = [f"{row['num_ranks']:>4} ranks  {row['operation']:<9}{row['kind'].upper():<5}{row['time_us']:>8.0f} us"
+                 f"  {row['bottleneck']}" for row in content["rows"]]  # yapf: disable
+    else:
+        predictions = predict_all(args.mode, shape, nodes, links, args.most_sms)
+        content = {"shape": asdict(shape), "nodes": asdict(nodes), "links": asdict(links),
+                   "predictions": [prediction.report() for prediction in predictions]}  # yapf: disable
+        title = (f"{args.mode}, {nodes.num_nodes} x {nodes.ranks_per_node} ranks, NIC {links.nic_gb_per_s:g} GB/s, "
+                 f"NVLink {links.nvlink_gb_per_s:g} GB/s, for each rank and direction (a prediction)")
+        lines = [title, *lines_of(predictions)]
+    text = json.dumps(content, indent=2) if args.json else "\n".join(lines)
+    if args.save is not None:
+        Path(args.save).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(text)
+    return 0

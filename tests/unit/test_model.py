@@ -1,0 +1,238 @@
+"""The model of calls: bytes by hand, what bounds a call, its errors, and who uses what it says."""
+
+import json
+import math
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import deep_ep_cpp
+from deep_ep import _probes, _rail, _traffic, model
+from deep_ep.__main__ import build_parser, main
+from deep_ep._traffic import BF16, COMBINE, DISPATCH, FP8, Nodes, Shape
+from deep_ep.model import Links
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKENS = Shape(4096, 7168, 8, 256)
+FP8_TOKEN = 7168 + 56 * 4 + 4 + 8 * 4 + 8 * 4 + 8 * 4  # row, scales, index, ids, weights, positions of 8 ranks
+
+
+@pytest.fixture(scope="module")
+def page() -> Any:
+    sys.path.insert(0, str(ROOT / "tools"))
+    import render_model
+    return render_model
+
+
+def test_probabilities_by_hand() -> None:
+    # Two of four experts: of the six pairs one misses the two that are asked for.
+    assert _traffic.share_reached(4, 2, 2) == pytest.approx(5 / 6)
+    assert _traffic.share_reached(4, 4, 1) == 1.0
+    shape = Shape(1, 0, 2, 4)
+    assert _traffic.distinct_nodes(shape, Nodes(2, 1)) == pytest.approx(2 * 5 / 6)
+    # Four ranks of one expert each: both are somewhere, and never on the same.
+    assert _traffic.distinct_ranks(shape, Nodes(2, 2)) == pytest.approx(2)
+    # One node of two: its two experts are both chosen.
+    limited = Shape(1, 0, 2, 4, limit_nodes=1)
+    assert _traffic.distinct_nodes(limited, Nodes(2, 2)) == pytest.approx(1)
+    assert _traffic.distinct_ranks(limited, Nodes(2, 2)) == pytest.approx(2)
+
+
+@pytest.mark.parametrize(("num_nodes", "distinct", "payload_mb", "nvlink_mb"), [(2, 1.99, 30.6, 175),
+                                                                                (4, 3.61, 83.2, 195),
+                                                                                (8, 5.30, 142, 206)])
+def test_bytes_are_those_of_the_design(num_nodes: int, distinct: float, payload_mb: float, nvlink_mb: float) -> None:
+    """4096 tokens in FP8, uniform top-8 of 256 on nodes of eight: its table, which counts no padding."""
+    nodes = Nodes(num_nodes, 8)
+    moved = _traffic.traffic(TOKENS, nodes, DISPATCH, FP8, 128 << 10)
+    assert _traffic.distinct_nodes(TOKENS, nodes) == pytest.approx(distinct, abs=0.006)
+    assert moved.rail_tokens * FP8_TOKEN / 1e6 == pytest.approx(payload_mb, rel=0.002)
+    assert moved.nvlink_bytes / 1e6 == pytest.approx(nvlink_mb, rel=0.003)
+
+
+def test_rail_bytes_are_what_the_engine_is_asked_to_carry() -> None:
+    """As tests/cpp/internode/internode_bytes_test.cc counts them, with a flag for each message that has one."""
+    nodes, experts = Nodes(3, 8), 192
+    moved = _traffic.traffic(Shape(100, 7168, 8, experts), nodes, DISPATCH, FP8, 7552 * 10)
+    tokens = 100 * 2 * (1 - math.comb(128, 8) / math.comb(192, 8))
+    counts = 16 + 4 * 8 + 4 * 8 * 8
+    assert moved.rail_slot == 7552 == -(-FP8_TOKEN // 128) * 128
+    chunks = math.ceil(tokens / 10)
+    assert moved.rail_bytes == pytest.approx(tokens * 7552 + 2 * (counts + 8) + 2 * 2 * 8 + chunks * 8)
+    back = _traffic.traffic(Shape(100, 7168, 8, experts), nodes, COMBINE, FP8, 1 << 20)
+    assert back.rail_slot == 14464 == -(-(14336 + 32) // 128) * 128
+    assert back.rail_bytes == pytest.approx(tokens * 14464 + 2 * 2 * 8 + math.ceil(tokens * 14464 / (1 << 20)) * 8)
+    assert (moved.nvlink_slot, back.nvlink_slot) == (7472, 14368)
+
+
+def test_one_node_has_no_rail() -> None:
+    moved = _traffic.traffic(TOKENS, Nodes(1, 2), DISPATCH, BF16, 1)
+    assert moved.rail_bytes == moved.rail_tokens == 0
+    # 1.99 ranks of two; one of them is the token's own.
+    assert moved.nvlink_bytes / 1e6 == pytest.approx(4096 * 0.9965 * (14336 + 68 + 12) / 1e6, rel=0.001)
+
+
+def test_a_call_is_bound_by_what_takes_longest() -> None:
+    shape, nodes = TOKENS, Nodes(2, 8)
+    rail = model.predict(shape, nodes, Links(50.0), DISPATCH, FP8)
+    assert rail.bottleneck.name == "rail"
+    assert rail.time_us == pytest.approx(30.83e6 / 45e3 + rail.fixed_us, rel=0.001)
+    assert rail.fixed_us == pytest.approx(17.5 + 6.5 + 131072 / 45e3 + 131072 / 340e3)
+    assert model.predict(shape, nodes, Links(200.0), DISPATCH, FP8, num_sms=20).bottleneck.name == "NVLink"
+    few = model.predict(shape, nodes, Links(50.0), DISPATCH, FP8, num_sms=2)
+    assert (few.bottleneck.name, few.num_sms) == ("SMs", 2)
+    assert few.time_us > 2 * rail.time_us
+    assert rail.time_us <= 1.05 * model.predict(shape, nodes, Links(50.0), DISPATCH, FP8,
+                                                num_sms=model.MOST_SMS).time_us
+
+
+def test_the_bound_of_others_is_that_of_the_design() -> None:
+    """Section 4 of the design: V1 on H800 with four nodes to choose from, Hybrid-EP with eight experts a rank."""
+    v1 = [
+        model.two_terms_us(Shape(4096, 7168, 8, 256, 4), Nodes(n, 8), Links(50.0, 160.0), DISPATCH, FP8)
+        for n in (2, 4, 8)
+    ]
+    assert v1 == pytest.approx([1080, 1824, 2137], rel=0.001)
+    hybrid = [
+        model.two_terms_us(Shape(4096, 7168, 8, 64 * n), Nodes(n, 8), Links(50.0), DISPATCH, FP8) for n in (2, 4, 8)
+    ]
+    assert hybrid == pytest.approx([671, 1824, 3104], rel=0.001)
+    v2 = [model.two_terms_us(Shape(8192, 7168, 8, 256), Nodes(n, 8), Links(50.0), COMBINE, FP8) for n in (2, 4)]
+    assert v2 == pytest.approx([2601, 7074], rel=0.001)
+
+
+def test_low_latency_sends_a_copy_for_each_rank() -> None:
+    shape = Shape(128, 7168, 8, 256)
+    over_rail, over_nvlink = _traffic.low_latency_bytes(shape, Nodes(2, 8), DISPATCH, FP8)
+    copies = 128 * _traffic.distinct_ranks(shape, Nodes(2, 8))
+    assert over_rail == pytest.approx(copies / 2 * 7392 + 8 * 128 * 8 * 4)
+    assert over_nvlink == pytest.approx(copies * 7 / 16 * 7392 + 7 * 128 * 8 * 4)
+
+
+@pytest.mark.parametrize("benchmark", ["intranode", "low-latency"])
+def test_errors_inside_a_node_are_below_a_tenth(page: Any, benchmark: str) -> None:
+    _, report = page.newest_as_called(benchmark)
+    compared = model.compare(report)
+    assert {one.operation for one in compared} >= {"combine BF16"}
+    assert max(abs(one.error) for one in compared) <= 0.1, compared
+
+
+def test_constants_are_those_of_a_fit(page: Any) -> None:
+    """Latency and share; the rate of an SM is of a run with few of them."""
+    _, report = page.newest_as_called("intranode")
+    for operation, cost in model.measure(report).items():
+        used = model.NODE_COSTS[operation]
+        assert used.latency_us == pytest.approx(cost.latency_us, rel=0.1)
+        assert used.link_share == pytest.approx(cost.link_share, abs=0.05)
+
+
+def test_the_page_says_what_the_model_says(page: Any) -> None:
+    stale = [path.name for path, content in page.wanted_files().items() if not page.says(path, content)]
+    assert not stale, "run tools/render_model.py, then tools/render_benchmarks.py --plots"
+    assert page.PICTURE.exists()
+
+
+# The command
+
+
+def parse(*arguments: str) -> Namespace:
+    return build_parser().parse_args(["model", *arguments])
+
+
+def test_the_command_prints_phases_and_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    saved = tmp_path / "model.json"
+    assert main(["model", "--nic-gbps", "400", "--json", "--save", str(saved)]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == json.loads(saved.read_text())
+    assert told["links"]["nic_gb_per_s"] == 50.0
+    first = told["predictions"][0]
+    assert (first["operation"], first["kind"], first["bottleneck"]) == ("dispatch", "fp8", "rail")
+    assert {phase["name"] for phase in first["phases"]} == {"rail", "NVLink", "SMs"}
+    assert main(["model", "--nodes", "1"]) == 0
+    assert "bound by NVLink" in capsys.readouterr().out
+    assert main(["model", "--mode", "low-latency", "--tokens", "128", "--nic-gbps", "400"]) == 0
+    assert "all SMs; bound by rail" in capsys.readouterr().out
+
+
+def test_scaling_goes_from_2_to_512_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["model", "--scaling", "--nic-gbps", "400", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert sorted({row["num_ranks"] for row in rows}) == [2, 4, 8, 16, 32, 64, 128, 256, 512]
+    assert all(row["num_experts"] >= row["num_ranks"] for row in rows)
+
+
+@pytest.mark.parametrize("arguments", [("--nic-gbps", "0"), ("--nodes", "-1"), ("--engine", "pigeon"),
+                                       ("--tokens", "x")])
+def test_bad_options_are_refused(arguments: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(*arguments)
+    assert ended.value.code == 2 and "usage:" in capsys.readouterr().err
+
+
+def test_experts_must_divide(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["model", "--nodes", "3", "--nic-gbps", "400"]) == 1
+    assert "multiple of the 24 ranks" in capsys.readouterr().err
+
+
+def fake_port(root: Path, device: str, gbps: int, state: str = "4: ACTIVE", bond: str = "") -> None:
+    port = root / "infiniband" / device / "ports" / "1"
+    (port / "gid_attrs" / "ndevs").mkdir(parents=True)
+    (port / "rate").write_text(f"{gbps} Gb/sec (4X NDR)\n")
+    (port / "state").write_text(f"{state}\n")
+    (port / "link_layer").write_text("Ethernet\n")
+    if bond:
+        (port / "gid_attrs" / "ndevs" / "0").write_text(f"{bond}\n")
+
+
+def test_nic_rates_come_from_sysfs_and_bonds_count_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(_probes, "RDMA_DEVICES", tmp_path / "infiniband")
+    monkeypatch.setattr(_probes, "INTERFACES", tmp_path / "net")
+    assert _probes.nic_gb_per_s() is None
+    assert main(["model"]) == 1
+    assert "give --nic-gbps" in capsys.readouterr().err
+    fake_port(tmp_path, "mlx5_0", 400)
+    fake_port(tmp_path, "mlx5_1", 400, state="1: DOWN")
+    fake_port(tmp_path, "mlx5_bond_0", 200, bond="bond0")
+    for link in ("eth0", "eth1"):
+        (tmp_path / "net" / link).mkdir(parents=True)
+        (tmp_path / "net" / link / "speed").write_text("200000\n")
+    (tmp_path / "net" / "bond0" / "bonding").mkdir(parents=True)
+    (tmp_path / "net" / "bond0" / "bonding" / "slaves").write_text("eth0 eth1\n")
+    assert _probes.nic_gb_per_s() == 100.0  # 400 of mlx5_0 and 2 x 200 of the bond
+    assert _probes.nic_gb_per_s(["mlx5_0"]) == 50.0
+    assert model.links_of(parse("--ranks-per-node", "2")).nic_gb_per_s == 50.0
+    assert model.links_of(parse("--ranks-per-node", "2", "--nics", "mlx5_0")).nic_gb_per_s == 25.0
+    assert model.links_of(parse("--ranks-per-node", "2", "--nic-gbps", "80")).nic_gb_per_s == 10.0
+
+
+# What Buffers take from it
+
+
+def test_budgets_across_nodes_grow_with_the_call_and_stay_within_the_callers() -> None:
+    costs = model.costs_across_nodes(2, 8, 50.0)
+    large = round(4096 * _traffic.distinct_ranks(TOKENS, Nodes(2, 8)) * 14336)
+    assert model.LEAST_SMS <= costs.budget(COMBINE, 20, large, 16) <= 20
+    assert costs.budget(COMBINE, 20, large, 16) == model.predict(TOKENS, Nodes(2, 8), Links(50.0), COMBINE,
+                                                                 BF16).num_sms
+    assert costs.budget(DISPATCH, 20, large // 4096, 16) == model.LEAST_SMS
+    assert costs.budget(DISPATCH, 4, large, 16) == 4
+
+
+def test_the_rate_of_a_rank_is_that_of_the_slowest_machine() -> None:
+    assert _rail.rate("nvshmem", [400.0, 200.0], 8) == 25.0
+    assert _rail.rate("nvshmem", [400.0, None], 8) == 0.0
+    assert _rail.rate("host", [400.0, 400.0], 8) == 0.0
+
+
+def test_chunks_grow_with_the_square_root_of_the_rate() -> None:
+    plan = deep_ep_cpp.plan_chunk_bytes
+    assert plan(128 << 10, 0.0) == 128 << 10  # unknown: as the engine likes it
+    assert plan(128 << 10, 50.0) == 128 << 10
+    assert plan(128 << 10, 12.5) == 64 << 10
+    assert plan(128 << 10, 200.0) == 256 << 10
+    assert plan(128 << 10, 0.01) == 32 << 10
+    assert plan(1 << 20, 1e6) == 4 << 20
