@@ -59,9 +59,8 @@ def test_any_topk(two: Pool) -> None:
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_routing(two: Pool, routing: str) -> None:
-    two.run(cases.trips, 4, [
-        Workload((10, 1, 16, 8), routing=routing, idx_dtype=dtype) for dtype in (torch.int64, torch.int32)
-    ])
+    two.run(cases.trips, 4,
+            [Workload((10, 1, 16, 8), routing=routing, idx_dtype=dtype) for dtype in (torch.int64, torch.int32)])
 
 
 def test_no_tokens_at_all(two: Pool) -> None:

@@ -27,6 +27,8 @@ struct NvshmemKernels {
 // Both sides must have been compiled from the same parameters. (Their names are by the sources' digest too, deep_ep/_nvshmem.py.)
 constexpr uint64_t kNvshmemKernelShape =
     ((sizeof(InternodeNotifyParams) * 65537 + sizeof(InternodeDispatchParams)) * 65537 +
-     sizeof(InternodeCombineParams)) * 31 + sizeof(LowLatencyDispatchParams) + sizeof(LowLatencyCombineParams);
+     sizeof(InternodeCombineParams)) *
+        31 +
+    sizeof(LowLatencyDispatchParams) + sizeof(LowLatencyCombineParams);
 
 }  // namespace deep_ep::kernels

@@ -94,7 +94,7 @@ struct LowLatencyRailControl {
 
 // Its data: banks x (receive, staging). See LowLatencyMessage, and LowLatencyEntrySlots.
 struct LowLatencyRailRegion {
-    uint64_t offset = 0;  // in the window
+    uint64_t offset = 0;                            // in the window
     uint64_t receive_bytes = 0, staging_bytes = 0;  // of a bank
     uint64_t source_bytes = 0;                      // that receive has for a far rank
 

@@ -60,7 +60,8 @@ int64_t LowLatency::size_hint(int num_max_tokens, int hidden, int num_ranks, int
     check_shape(shape, 0, num_ranks);
     const auto message = dispatch_message(shape, num_experts, false);
     using Slots = layout::LowLatencyEntrySlots;
-    const uint64_t table_bytes = make_message({num_max_tokens, Slots::kHintTopk, 0, 0, nullptr, nullptr}, 0, 16, 0).slots.offset;
+    const uint64_t table_bytes =
+        make_message({num_max_tokens, Slots::kHintTopk, 0, 0, nullptr, nullptr}, 0, 16, 0).slots.offset;
     const uint64_t entry_bytes =
         Slots::bytes(static_cast<uint64_t>(num_max_tokens), Slots::kHintTopk, static_cast<uint64_t>(hidden)) +
         static_cast<uint64_t>(num_ranks) * table_bytes;
@@ -178,7 +179,8 @@ kernels::LowLatencyDispatchParams LowLatency::make_params(const LowLatencyDispat
     EP_CHECK(!args.packs_scales || (args.rounds_scales && args.hidden % (4 * layout::kFp8GroupSize) == 0),
              "use_ue8m0 needs round_scale, and hidden must be a multiple of ", 4 * layout::kFp8GroupSize, ", got ",
              args.hidden);
-    auto call = make_call(args, dispatch_message(args, spans_nodes() ? args.num_experts : args.num_experts / num_ranks_, args.is_fp8));
+    auto call = make_call(
+        args, dispatch_message(args, spans_nodes() ? args.num_experts : args.num_experts / num_ranks_, args.is_fp8));
     const int num_parts = plan_parts(call, num_ranks_ * args.num_max_tokens, kMostDispatchParts);
     call.by_parts = kernels::Divisor::make(num_parts);
     const int num_scales = args.is_fp8 ? args.hidden / layout::kFp8GroupSize / (args.packs_scales ? 4 : 1) : 0;
@@ -194,7 +196,8 @@ kernels::LowLatencyDispatchParams LowLatency::make_params(const LowLatencyDispat
 
 kernels::LowLatencyCombineParams LowLatency::make_params(const LowLatencyCombineArgs& args) const {
     check_shape(args, args.num_tokens, num_ranks_);
-    auto call = make_call(args, combine_message(args, spans_nodes() ? 0 : args.num_experts / num_ranks_, args.uses_logfmt));
+    auto call =
+        make_call(args, combine_message(args, spans_nodes() ? 0 : args.num_experts / num_ranks_, args.uses_logfmt));
     using Slots = layout::LowLatencyEntrySlots;
     call.entry_slot_bytes = Slots::slot_bytes(static_cast<uint64_t>(args.hidden));
     // Where a source may be left out its weights count as a whole or not at all, which is what one flag says.

@@ -179,7 +179,9 @@ RailRegion plan_rail(const BufferOptions& options) {
     const bool has_low_latency = options.num_low_latency_bytes > 0;
     const auto asked = static_cast<uint64_t>(options.num_rail_bytes);
     RailRegion region{layout::RailControl::make(num_nodes, static_cast<uint64_t>(topology.ranks_per_node)),
-                      asked == 0 ? own : has_low_latency ? std::min(asked, own) : asked,
+                      asked == 0        ? own
+                      : has_low_latency ? std::min(asked, own)
+                                        : asked,
                       {},
                       {}};
     if (has_low_latency) {

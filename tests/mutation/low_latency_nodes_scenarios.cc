@@ -132,8 +132,7 @@ std::string absent_far_rank(uint64_t seed) {
     auto ranks = make_low_latency_inputs(problem);
     dispatch_on(nodes.world(), problem, ranks, {0, 1, 2});
     for (int rank : {0, 1, 2})
-        if (std::string difference =
-                expect_failure("rank 3 of node 1", [&] { nodes.world().buffer(rank).check(); });
+        if (std::string difference = expect_failure("rank 3 of node 1", [&] { nodes.world().buffer(rank).check(); });
             !difference.empty())
             return difference;
     return "";

@@ -16,12 +16,14 @@ EP_DEVICE void tell_far(const Group& group, const LowLatencyCall& call, const Fa
         if (is_masked(call, peer)) return;
         uint64_t* told = far.told(bank, peer);
         const uint64_t before = prim::load<Order::kRelaxed, Scope::kGpu>(told);
-        if (value > before && far.add(peer, word, value - before)) prim::store<Order::kRelaxed, Scope::kGpu>(told, value);
+        if (value > before && far.add(peer, word, value - before))
+            prim::store<Order::kRelaxed, Scope::kGpu>(told, value);
     });
 }
 
 // Release: the reads of those calls. Pairs with: is_bank_free at the peer.
-template <class Group> EP_DEVICE void tell_far_ended(const Group& group, const CallContext& c, int bank, uint64_t ended) {
+template <class Group>
+EP_DEVICE void tell_far_ended(const Group& group, const CallContext& c, int bank, uint64_t ended) {
     tell_far(group, c.call, c.far(), bank, c.far().received(bank, c.rank()), ended);
 }
 
@@ -36,7 +38,8 @@ EP_DEVICE void publish_ended(Warp warp, const CallContext& c) {
         if (is_masked(c.call, c.near_rank(i / kNumBanks))) continue;
         const uint64_t ended = prim::load<Order::kRelaxed, Scope::kGpu>(&c.watch.words.local->low_latency_ended[bank]);
         // Release: the reads of an earlier launch. Pairs with: is_bank_free at the peer.
-        prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.received(i / kNumBanks, bank, c.watch.heap.rank()), ended);
+        prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.received(i / kNumBanks, bank, c.watch.heap.rank()),
+                                                  ended);
     }
     if constexpr (kAcrossNodes)
         for (int bank = 0; bank < kNumBanks; ++bank)
@@ -104,8 +107,8 @@ EP_DEVICE bool wait_for_bank(Warp warp, const CallContext& c) {
         if (c.watch.call > layout::kNumLowLatencyBanks)
             wait_for_peer(&c.call, c.watch, Stage::kStart, peer, c.received_flag(c.bank, peer),
                           c.watch.call - layout::kNumLowLatencyBanks, ~uint64_t{0});
-    return __all_sync(kFullMask, algo::may_go_on(c.watch, site_of(c.watch, Stage::kStart, c.rank()), prim::clock_ns(),
-                                                 0, 0)) != 0;
+    return __all_sync(kFullMask,
+                      algo::may_go_on(c.watch, site_of(c.watch, Stage::kStart, c.rank()), prim::clock_ns(), 0, 0)) != 0;
 }
 
 }  // namespace EP_BACKEND

@@ -53,7 +53,8 @@ struct CallContext {
     // Combine in packets: the slot of an entry of `owner`, for parts of near ranks.
     EP_DEVICE uint8_t* entry_slot(int owner, int token, int k) const {
         const auto idx = static_cast<uint64_t>(token) * call.num_topk + k;
-        return watch.heap.at(near_index(owner), call.data_offset + call.region.entry_offset(bank, idx, call.entry_slot_bytes));
+        return watch.heap.at(near_index(owner),
+                             call.data_offset + call.region.entry_offset(bank, idx, call.entry_slot_bytes));
     }
     // The same of this rank, for a part of `source`.
     EP_DEVICE uint8_t* part_slot(int source, int token, int k) const {
@@ -63,7 +64,8 @@ struct CallContext {
     }
     // Behind a row that lies in a slot by entry as it is: the expert that it is of.
     EP_DEVICE int* expert_behind(uint8_t* slot) const {
-        return reinterpret_cast<int*>(slot + layout::LowLatencyEntrySlots::expert_offset(static_cast<uint64_t>(call.hidden)));
+        return reinterpret_cast<int*>(slot +
+                                      layout::LowLatencyEntrySlots::expert_offset(static_cast<uint64_t>(call.hidden)));
     }
 
     // Flags that `source` writes here.

@@ -18,7 +18,8 @@ EP_DEVICE void wait_for_far(Warp warp, const LowLatencyCall& call, const algo::W
     const FarRanks far(call, watch);
     algo::for_each(warp, far.count(), [&](int idx) {
         const int peer = far.rank(idx);
-        wait_for_peer(&call, watch, Stage::kClean, peer, far.at<const uint64_t>(far.cleaned(peer)), number, ~uint64_t{0});
+        wait_for_peer(&call, watch, Stage::kClean, peer, far.at<const uint64_t>(far.cleaned(peer)), number,
+                      ~uint64_t{0});
     });
     warp.sync();
     far.tell_failure(warp);
@@ -46,7 +47,8 @@ struct Kernel {
         if constexpr (kAcrossNodes) tell_far_clean(warp, call, watch, number);
         // A peer may be in its next clean already.
         algo::for_each(warp, num_near, [&](int idx) {
-            wait_for_peer(&call, watch, Stage::kClean, first + idx, watch.heap.cleaned(self, idx), number, ~uint64_t{0});
+            wait_for_peer(&call, watch, Stage::kClean, first + idx, watch.heap.cleaned(self, idx), number,
+                          ~uint64_t{0});
         });
         if constexpr (kAcrossNodes) wait_for_far(warp, call, watch, number);
         if (warp.thread_rank() == 0) prim::store<Order::kRelaxed, Scope::kGpu>(num_cleans, number);

@@ -73,8 +73,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
     };
 
     static EP_DEVICE bool can_look_early(const CallContext& c) {
-        return !kAcrossNodes && c.phase == Phase::kReceive &&
-               c.num_ranks() <= kWarpSize / layout::kNumLowLatencyBanks;
+        return !kAcrossNodes && c.phase == Phase::kReceive && c.num_ranks() <= kWarpSize / layout::kNumLowLatencyBanks;
     }
 
     static EP_DEVICE EarlyLook look_early(Warp warp, const Params& p, const CallContext& c) {
@@ -84,8 +83,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
         const int rank = warp.thread_rank() / layout::kNumLowLatencyBanks;
         const int bank = warp.thread_rank() % layout::kNumLowLatencyBanks;
         if (can_look_early(c) && rank < c.num_ranks())
-            early.seen = prim::load<Order::kAcquire, Scope::kSys>(
-                c.token_flag(bank, rank, early.token.idx));
+            early.seen = prim::load<Order::kAcquire, Scope::kSys>(c.token_flag(bank, rank, early.token.idx));
         return early;
     }
 
@@ -98,8 +96,8 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
             const int entry = token.idx * c.call.num_topk + __ffs(static_cast<int>(rest)) - 1;
             const auto* flag = c.far().template at<const uint64_t>(c.far().entry_full(c.bank, entry));
             uint64_t of_entry = 0;
-            is_here &= look_at_part(c, rank, flag, of_entry) ||
-                       wait_for_late_part(&c.call, c.watch, rank, flag, &of_entry);
+            is_here &=
+                look_at_part(c, rank, flag, of_entry) || wait_for_late_part(&c.call, c.watch, rank, flag, &of_entry);
             if (rest == sent) seen = of_entry;
             if (!is_here || !EntrySlots::has_rows(of_entry)) break;
         }
@@ -234,9 +232,8 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
 #pragma unroll
             for (int i = 0; i < kRowsAhead; ++i) {
                 if (rest == 0) break;
-                held[i] =
-                    load_sent(warp, c, c.part_slot(parts.first_rank + lane, token.idx, __ffs(static_cast<int>(rest)) - 1),
-                              chunk);
+                held[i] = load_sent(
+                    warp, c, c.part_slot(parts.first_rank + lane, token.idx, __ffs(static_cast<int>(rest)) - 1), chunk);
                 rest &= rest - 1;
             }
 #pragma unroll

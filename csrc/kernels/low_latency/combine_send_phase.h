@@ -48,8 +48,8 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     // How far the block is.
     struct Progress {
         int num_items;
-        int num_written;  // tokens since the last release, those of which nothing was sent included
-        int num_looks;    // of warp 0
+        int num_written;              // tokens since the last release, those of which nothing was sent included
+        int num_looks;                // of warp 0
         int num_answers, num_places;  // across nodes: that the block has asked for, as far as this warp knows
     };
 
@@ -153,7 +153,8 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         return c.staged_slot(static_cast<int>(c.far().index(owner)) * c.call.num_max_tokens + token);
     }
     // Of rows, entry `k` among `rows`.
-    static EP_DEVICE uint64_t staged_row(const CallContext& c, int owner, int token, uint32_t rows, int further, int k) {
+    static EP_DEVICE uint64_t staged_row(const CallContext& c, int owner, int token, uint32_t rows, int further,
+                                         int k) {
         const int place = __popc(rows & ((1u << k) - 1));
         if (place == 0) return staged_part(c, owner, token);
         return c.staged_slot(c.far().count() * c.call.num_max_tokens + further + place - 1);
@@ -163,8 +164,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     static EP_DEVICE uint8_t* row_slot(const CallContext& c, const Work& work, int k) {
         if constexpr (kAcrossNodes)
             if (c.is_far(work.source))
-                return c.far().template at<uint8_t>(
-                    staged_row(c, work.source, work.token, work.rows, work.further, k));
+                return c.far().template at<uint8_t>(staged_row(c, work.source, work.token, work.rows, work.further, k));
         return c.entry_slot(work.source, work.token, k);
     }
 
@@ -406,7 +406,8 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     }
 
     // Places in staging for the rows of a token. False: there are none left.
-    static EP_DEVICE bool take_places(Block block, const CallContext& c, Work& work, Progress& progress, Shared& shared) {
+    static EP_DEVICE bool take_places(Block block, const CallContext& c, Work& work, Progress& progress,
+                                      Shared& shared) {
         block.expect();
         const int num_further = __popc(work.rows) - 1;
         if (num_further == 0) return true;
@@ -415,8 +416,8 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
             const auto room = static_cast<int64_t>((c.far().staging_bytes() - c.call.message.slots.offset) /
                                                    c.call.entry_slot_bytes) -
                               int64_t{c.far().count()} * c.call.num_max_tokens;
-            const uint32_t taken = prim::fetch_add<Order::kRelaxed, Scope::kGpu>(
-                &shared.role.launch_state->staged_rows, static_cast<uint32_t>(num_further));
+            const uint32_t taken = prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&shared.role.launch_state->staged_rows,
+                                                                                 static_cast<uint32_t>(num_further));
             *answer = int64_t{taken} + num_further <= room ? static_cast<int>(taken) : -1;
         }
         block.sync();
@@ -425,7 +426,8 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     }
 
     // May not wait for the weights of `work`, and does without?
-    static EP_DEVICE bool sends_rows(Block block, const CallContext& c, Work& work, Progress& progress, Shared& shared) {
+    static EP_DEVICE bool sends_rows(Block block, const CallContext& c, Work& work, Progress& progress,
+                                     Shared& shared) {
         if (!c.uses_packets || c.phase != Phase::kSend || work.source == c.rank()) return false;
         if constexpr (kAcrossNodes)
             if (c.is_far(work.source)) return work.rows != 0 && take_places(block, c, work, progress, shared);
@@ -475,9 +477,8 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
             return;
         }
         const int entry = part.token * c.call.num_topk + k;
-        const rail::Flag flag{far.entry_full(c.bank, entry), part.sent == Sent::kRows
-                                                                 ? EntrySlots::rows_flag(c.watch.call, part.rows)
-                                                                 : c.watch.call};
+        const rail::Flag flag{far.entry_full(c.bank, entry),
+                              part.sent == Sent::kRows ? EntrySlots::rows_flag(c.watch.call, part.rows) : c.watch.call};
         if (part.sent == Sent::kNone) {
             if (warp.thread_rank() == 0) far.set(part.owner, flag);
             return;
@@ -513,9 +514,8 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         block.expect();
         const Warp warp;
         const int num_warps = block.num_warps();
-        const bool is_one =
-            cursor.item >= 0 && (is_far_by_entry(c, cursor.work) ||
-                                 !is_beyond(warp, sources, cursor.work.source, cursor.work.token));
+        const bool is_one = cursor.item >= 0 && (is_far_by_entry(c, cursor.work) ||
+                                                 !is_beyond(warp, sources, cursor.work.source, cursor.work.token));
         const Sent sent = is_one ? what_to_send(block, p, c, sources, cursor.work, progress, shared) : Sent::kNothing;
         uint8_t* slot = sent == Sent::kSum ? sum_slot(c, cursor.work) : nullptr;
         if (block.thread_rank() == 0) {

@@ -155,7 +155,9 @@ EP_DEVICE void send_token(Block block, const Params& p, const CallContext& c, in
 EP_DEVICE void keep_own_entries(Block block, const Params& p, const CallContext& c) {
     int* own = p.row_of_entry + int64_t{c.num_ranks()} * c.call.num_max_tokens * c.call.num_topk;
     algo::for_each(block, c.call.num_max_tokens * c.call.num_topk, [&](int i) {
-        own[i] = i < p.num_tokens * c.call.num_topk ? checked_expert(c, algo::load_expert_id(p.topk_idx, p.idx_bytes, i)) : -1;
+        own[i] = i < p.num_tokens * c.call.num_topk
+                     ? checked_expert(c, algo::load_expert_id(p.topk_idx, p.idx_bytes, i))
+                     : -1;
     });
 }
 

@@ -20,8 +20,8 @@ using prim::Scope;
 // Ranks are those of the group everywhere in these kernels. The heap counts those of its node.
 EP_DEVICE int first_near(const algo::Watch& watch) { return kAcrossNodes ? watch.heap.first_rank() : 0; }
 EP_DEVICE bool is_far(const algo::Watch& watch, int rank) {
-    return kAcrossNodes && static_cast<uint32_t>(rank - watch.heap.first_rank()) >=
-                               static_cast<uint32_t>(watch.heap.num_ranks());
+    return kAcrossNodes &&
+           static_cast<uint32_t>(rank - watch.heap.first_rank()) >= static_cast<uint32_t>(watch.heap.num_ranks());
 }
 // Of a wait for any rank: the failure record adds the first of the node.
 EP_DEVICE algo::WaitSite site_of(const algo::Watch& watch, Stage stage, int rank) {
@@ -34,9 +34,7 @@ public:
         : plan_(call.rail), watch_(watch), rail_(call.rail.params) {}
 
     EP_DEVICE int count() const { return watch_.heap.num_sources() - watch_.heap.num_ranks(); }
-    EP_DEVICE int rank(int idx) const {
-        return idx < watch_.heap.first_rank() ? idx : idx + watch_.heap.num_ranks();
-    }
+    EP_DEVICE int rank(int idx) const { return idx < watch_.heap.first_rank() ? idx : idx + watch_.heap.num_ranks(); }
     // Its place among the far ranks of `owner`.
     EP_DEVICE uint64_t index(int rank, int owner) const {
         const int num_near = watch_.heap.num_ranks();
@@ -73,13 +71,16 @@ public:
         return rail::put(rail_, peer, copy, flag, Room{watch_, peer});
     }
     // One thread.
-    EP_DEVICE bool set(int peer, const rail::Flag& flag) const { return rail::set(rail_, peer, flag, Room{watch_, peer}); }
+    EP_DEVICE bool set(int peer, const rail::Flag& flag) const {
+        return rail::set(rail_, peer, flag, Room{watch_, peer});
+    }
     EP_DEVICE bool add(int peer, uint64_t counter, uint64_t n) const {
         return rail::add(rail_, peer, counter, n, Room{watch_, peer});
     }
     // One thread that has seen the value; see rail.h.
     EP_DEVICE void confirm(const uint64_t* word, uint64_t value) const {
-        rail::confirm(rail_, {static_cast<uint64_t>(reinterpret_cast<const uint8_t*>(word) - at<const uint8_t>(0)), value});
+        rail::confirm(rail_,
+                      {static_cast<uint64_t>(reinterpret_cast<const uint8_t*>(word) - at<const uint8_t>(0)), value});
     }
 
     // What a rail peer's kernels or host have set when it gave up; 0: nobody has.
@@ -88,8 +89,8 @@ public:
         uint64_t code = 0;
 #pragma unroll 1
         for (int i = 0; i < 2 * num_nodes && code == 0; ++i)
-            code = prim::load<Order::kRelaxed, Scope::kSys>(
-                at<const uint64_t>(plan_.abort.at(static_cast<uint64_t>(i))));
+            code =
+                prim::load<Order::kRelaxed, Scope::kSys>(at<const uint64_t>(plan_.abort.at(static_cast<uint64_t>(i))));
         return code;
     }
     // One warp: tells the rail peers, if this rank has given up and nobody has told them.
@@ -159,7 +160,8 @@ struct FarAbort {
 
     EP_DEVICE bool look(const LowLatencyCall& call, const algo::Watch& watch, int peer) {
         if constexpr (kAcrossNodes)
-            if (is_far(watch, peer) && ++polls % prim::polls_per_check() == 0) code = FarRanks(call, watch).abort_code();
+            if (is_far(watch, peer) && ++polls % prim::polls_per_check() == 0)
+                code = FarRanks(call, watch).abort_code();
         return code != 0;
     }
     // After the wait. True: that is why it has ended, and the call fails.

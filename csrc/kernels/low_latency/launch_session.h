@@ -230,7 +230,8 @@ private:
             if (const int peer = far.rank(idx); !leaves_out(peer))
                 // Pairs with: wait_for_table at the peer.
                 far.put(Warp{}, peer,
-                        {c.far_message(peer, c.rank()), c.staged_table(), static_cast<uint32_t>(layout::align_up(bytes, 16))},
+                        {c.far_message(peer, c.rank()), c.staged_table(),
+                         static_cast<uint32_t>(layout::align_up(bytes, 16))},
                         {far.table_full(c.bank, c.rank()), c.watch.call});
     }
 

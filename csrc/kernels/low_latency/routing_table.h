@@ -144,7 +144,8 @@ EP_DEVICE void send_counts(Block block, const CallContext& c, const SendPhase<Te
     };
     if (kAcrossNodes) {
         phase.for_tables([&](uint8_t* message) {
-            algo::for_each(block, c.call.num_experts, [&](int expert) { counts_of(message)[expert] = sets.counts[expert]; });
+            algo::for_each(block, c.call.num_experts,
+                           [&](int expert) { counts_of(message)[expert] = sets.counts[expert]; });
         });
         return;
     }

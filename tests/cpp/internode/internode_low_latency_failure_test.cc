@@ -34,7 +34,8 @@ TEST_CASE("low latency across nodes: a rank that does not come is named, with it
     }
 }
 
-TEST_CASE("low latency across nodes: with enable_shrink a far rank that does not come is masked, and the others go on") {
+TEST_CASE(
+    "low latency across nodes: with enable_shrink a far rank that does not come is masked, and the others go on") {
     for (Launches launches : {Launches::kOne, Launches::kTwo}) {
         const LowLatencyProblem problem = small_problem();  // the last rank has no tokens
         LowLatencyNodes nodes(impatient_nodes(true), problem);
@@ -79,15 +80,14 @@ TEST_CASE("low latency across nodes: shares of the heap and the window hold what
             for (int num_max_tokens : {1, 16, 128}) {
                 const auto data_bytes = static_cast<uint64_t>(
                     runtime::LowLatency::size_hint(num_max_tokens, hidden, num_ranks, 4 * num_ranks));
-                const auto shares =
-                    layout::LowLatencyShares::make(data_bytes, static_cast<uint64_t>(num_ranks),
-                                                   static_cast<uint64_t>(ranks_per_node));
+                const auto shares = layout::LowLatencyShares::make(data_bytes, static_cast<uint64_t>(num_ranks),
+                                                                   static_cast<uint64_t>(ranks_per_node));
                 using Slots = layout::LowLatencyEntrySlots;
                 const uint64_t entries = Slots::bytes(static_cast<uint64_t>(num_max_tokens), Slots::kHintTopk,
                                                       static_cast<uint64_t>(hidden));
-                const auto table = layout::LowLatencyMessage::make(static_cast<uint64_t>(num_max_tokens),
-                                                                   Slots::kHintTopk, 0, 16, 0)
-                                       .slots.offset;
+                const auto table =
+                    layout::LowLatencyMessage::make(static_cast<uint64_t>(num_max_tokens), Slots::kHintTopk, 0, 16, 0)
+                        .slots.offset;
                 CAPTURE(num_ranks);
                 CAPTURE(hidden);
                 CAPTURE(num_max_tokens);

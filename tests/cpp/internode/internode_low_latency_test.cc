@@ -13,7 +13,8 @@ using Topology = std::pair<int, int>;  // nodes, ranks of each
 LowLatencyProblem problem_of(const NodesOptions& options, uint64_t seed = 1) {
     LowLatencyProblem problem{.num_tokens = {}, .num_max_tokens = 8, .num_experts = 2 * options.num_ranks()};
     for (int rank = 0; rank < options.num_ranks(); ++rank)
-        problem.num_tokens.push_back(rank == 1 ? 0 : 8 - static_cast<int>((static_cast<uint64_t>(rank) * 3 + seed) % 5));
+        problem.num_tokens.push_back(rank == 1 ? 0
+                                               : 8 - static_cast<int>((static_cast<uint64_t>(rank) * 3 + seed) % 5));
     problem.hidden = 128;
     problem.seed = seed;
     return problem;
@@ -23,8 +24,7 @@ void check_round_trip(const NodesOptions& options, const LowLatencyProblem& prob
     for (Launches launches : {Launches::kOne, Launches::kTwo}) {
         CAPTURE(static_cast<int>(launches));
         LowLatencyNodes nodes(options, problem);
-        for (int round = 0; round < 2; ++round)
-            CHECK_EQ(low_latency_round_trip(nodes.world(), problem, launches), "");
+        for (int round = 0; round < 2; ++round) CHECK_EQ(low_latency_round_trip(nodes.world(), problem, launches), "");
     }
 }
 
@@ -91,7 +91,8 @@ TEST_CASE("low latency across nodes: all tokens to one expert, once and often, a
 TEST_CASE("low latency across nodes: two micro-batches overlap through hooks, called in either order") {
     for (uint64_t seed : {0, 3, 5, 8}) {
         CAPTURE(seed);
-        const NodesOptions options{.num_nodes = 2, .ranks_per_node = 2, .scheduler = seeded(seed), .network_seed = seed};
+        const NodesOptions options{
+            .num_nodes = 2, .ranks_per_node = 2, .scheduler = seeded(seed), .network_seed = seed};
         const LowLatencyProblem first = problem_of(options, 3);
         LowLatencyProblem second = problem_of(options, 4);
         second.is_fp8 = true;
@@ -157,7 +158,8 @@ std::vector<std::vector<uint16_t>> combine_in_order(const NodesOptions& options,
     return combined;
 }
 
-TEST_CASE("low latency across nodes: with hooks nobody waits for a peer that has not entered, and the bits are the same") {
+TEST_CASE(
+    "low latency across nodes: with hooks nobody waits for a peer that has not entered, and the bits are the same") {
     for (bool uses_logfmt : {false, true}) {
         NodesOptions options{.num_nodes = 2, .ranks_per_node = 2};
         LowLatencyProblem problem = problem_of(options);
@@ -175,7 +177,8 @@ TEST_CASE("low latency across nodes: with hooks nobody waits for a peer that has
 TEST_CASE("low latency across nodes: entries that combine drops, and whole tokens, leave nothing under way") {
     for (Launches launches : {Launches::kOne, Launches::kTwo})
         for (uint64_t seed : {0, 2, 9}) {
-            const NodesOptions options{.num_nodes = 2, .ranks_per_node = 2, .scheduler = seeded(seed), .network_seed = seed};
+            const NodesOptions options{
+                .num_nodes = 2, .ranks_per_node = 2, .scheduler = seeded(seed), .network_seed = seed};
             LowLatencyProblem problem = problem_of(options);
             problem.num_topk = 4;
             LowLatencyNodes nodes(options, problem);

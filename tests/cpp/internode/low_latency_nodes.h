@@ -15,7 +15,7 @@ struct NodesOptions {
     uint64_t network_seed = 0;
     double timeout_s = 100;
     bool is_shrinkable = false;
-    size_t max_posted = 4096;   // requests of a rank that are under way
+    size_t max_posted = 4096;    // requests of a rank that are under way
     int64_t num_more_bytes = 0;  // than the size hint
     simt::DeviceOptions device = {};
 
