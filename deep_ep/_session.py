@@ -120,7 +120,13 @@ class Session:
 
     def raise_failure(self) -> None:
         """Raises the first failure of this Buffer, again and again, if there was one."""
-        self._check_first(self.runtime.check)
+        if self._is_closed:
+            raise Error("this Buffer was destroyed")
+        try:
+            self.runtime.check()
+        except Error:
+            self._report_failure()
+            raise
 
     def _raise_reported(self) -> None:
         """The same for whoever waits for an event, which outlives a Buffer that was dropped."""
@@ -131,13 +137,10 @@ class Session:
 
     def begin_call(self) -> None:
         """The same, where a call begins that the peers take part in."""
-        self._check_first(self.runtime.begin_call)
-
-    def _check_first(self, check: Callable[[], None]) -> None:
         if self._is_closed:
             raise Error("this Buffer was destroyed")
         try:
-            check()
+            self.runtime.begin_call()
         except Error:
             self._report_failure()
             raise
@@ -230,7 +233,7 @@ def _error_of(step: Callable[[], Any]) -> Optional[Error]:
     try:
         step()
     except Error as error:
-        return error
+        return error.with_traceback(None)  # or whoever keeps it keeps the frames of all callers
     return None
 
 

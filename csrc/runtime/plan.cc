@@ -16,6 +16,13 @@ constexpr int kMaxStagedRanks = 32 - kernels::kMaxBiases;
 constexpr int kMaxStages = 4;
 constexpr int kReduceWarps = 8;
 
+// Of a combine that sends through stages and sums by ordinary loads, which has few stages: ordinary loads are under way in what
+// stages leave of the SM's memory.
+constexpr int kMixedBlocks = 20;
+constexpr int kMixedSendWarps = 5;
+constexpr int kMixedReduceWarps = 12;
+constexpr int kMixedTokens = 4;  // of each reduce warp
+
 // Of a dispatch to lenders. More blocks are slower, from here on to twice as many: own stores queue behind remote ones.
 constexpr int kLentSendWarps = 20;
 constexpr uint64_t kLongRowBytes = 8192;
@@ -288,7 +295,14 @@ kernels::Geometry plan_combine(const Machine& machine, int num_sms, const layout
     staged.num_send_warps = std::min(max_warps - staged.num_recv_warps, fitting / 2);
     if (staged.num_send_warps <= 0) return plain;
     staged.send = {std::min(fitting / staged.num_send_warps, kMaxStages), send.stage_bytes};
-    return can_stage(machine, staged) ? staged : plain;
+    if (!can_stage(machine, staged)) return plain;
+    // Between two ranks that have many tokens and blocks rows are staged on their way out alone (step 33).
+    const int num_warps = std::min(kernels::kMaxCombineWarps, machine.useful_block_threads / 32);
+    plain.num_send_warps = std::min({kMixedSendWarps, num_warps / 2, room / (2 * send.bytes())});
+    plain.num_recv_warps = std::min(kMixedReduceWarps, num_warps - plain.num_send_warps);
+    plain.send = {2, send.stage_bytes};
+    const bool is_large = num_tokens >= kMixedTokens * plain.num_recv_warps * plain.num_blocks;
+    return machine.num_ranks == 2 && plain.num_blocks >= kMixedBlocks && is_large && !has_bias ? plain : staged;
 }
 
 InternodeGeometry plan_internode_dispatch(const Machine& machine, const layout::Topology& topology, int num_topk,

@@ -59,6 +59,8 @@ struct Kernel {
 }  // namespace deep_ep::kernels::low_latency::clean
 
 void deep_ep::kernels::launch(const LowLatencyCall& call, dev::Stream stream) {
-    dev::launch<low_latency::clean::Kernel>({.num_threads = prim::kWarpSize, .name = "deep_ep::low_latency::clean"},
-                                            stream, call);
+    dev::LaunchConfig config;
+    config.num_threads = prim::kWarpSize;
+    config.name = "deep_ep::low_latency::clean";
+    dev::launch<low_latency::clean::Kernel>(config, stream, call);
 }
