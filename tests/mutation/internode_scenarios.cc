@@ -123,7 +123,7 @@ std::string counts_on_rail(uint64_t seed) {
 }
 
 // The same with so many experts that a rank which is slow to read its counts may be overtaken by a neighbour's next exchange.
-std::string overtaken_counts(uint64_t seed) {
+std::string many_counts(uint64_t seed) {
     InternodeOptions options = small_options(2, 2, seed);
     Problem problem = small_problem(options, seed);
     problem.num_tokens = {0, 0, 0, 0};
@@ -145,6 +145,15 @@ std::string overtaken_counts(uint64_t seed) {
     for (int rank = 0; rank < 4; ++rank)
         if (failure_of(world, rank) != layout::FailureKind::kNone) return "a call without tokens has failed";
     return check_dispatch(call.problem, call.ranks);
+}
+
+// One seed of some hundreds lets a rank end two calls while its neighbour reads. `kSeedOfOne` is one, found by a search; a change
+// of the kernels may ask for another one.
+std::string overtaken_counts(uint64_t seed) {
+    constexpr uint64_t kSeedOfOne = 29;
+    for (const uint64_t each : {seed, kSeedOfOne})
+        if (std::string found = many_counts(each); !found.empty()) return found;
+    return "";
 }
 
 // Rank 3 does not come to the exchange. Rank 2, to which it would pass on the counts of rank 1, must not blame rank 1.
