@@ -224,7 +224,7 @@ class Buffer:
         return self._session
 
     def _begin_call(self) -> Session:
-        session = self._require_session()
+        session = self._session or self._require_session()
         session.begin_call()
         return session
 
