@@ -256,14 +256,6 @@ def _raise_differences(facts: Sequence[Agreed]) -> None:
             raise ValueError(f"Buffer: {field.name} must be the same on every rank, got {difference}")
 
 
-def _check_mode(request: Request, topology: Topology) -> None:
-    if topology.num_nodes > 1 and request.low_latency_mode:
-        raise Error(
-            "Buffer: low_latency_mode works within one node in this version (ranks that share memory or NVLink), "
-            f"but the group spans {topology.num_nodes}. dispatch and combine work across nodes: build a Buffer "
-            f"without low_latency_mode for them.\n{topology}")
-
-
 def find_place(streams: _streams.Streams) -> Place:
     return place_of(streams.native, streams.device.index if streams.kind == "cuda" else None)
 
@@ -324,7 +316,6 @@ class _Construction:
         _raise_differences([facts for facts, *_ in described])
         agreed, _, cost_model, _ = described[0]
         topology = find_topology(peers.rank, [place for _, place, *_ in described], agreed.ranks_per_node, agreed.heap)
-        _check_mode(self._requests[0], topology)
         heap = choose_heap(peers, agreed, topology)
         rail = choose_rail(peers, agreed, topology)
         cost_model = None if heap == _heap.HOST else cost_model  # models are of heaps in GPU memory
@@ -377,6 +368,7 @@ class _Construction:
     def _allocate(self, topology: Topology, rail: str, rail_gb_per_s: float, heap: str) -> tuple[bytes, bytes]:
         peers, request = self._peers, self._requests[0].with_heap(heap)
         spans_nodes = topology.num_nodes > 1
+        has_low_latency = request.low_latency_mode or not spans_nodes
         warn_s = min(float(deep_ep_cpp.get_environment()["warn_s"]), request.patience_s)
         lent = deep_ep_cpp.Buffer.LEND_PART_OF_DATA if request.num_lend_bytes is None else request.num_lend_bytes
         try:
@@ -386,7 +378,7 @@ class _Construction:
                                          num_data_bytes=request.num_nvl_bytes,
                                          timeout_s=request.patience_s,
                                          warn_s=warn_s,
-                                         num_low_latency_bytes=0 if spans_nodes else request.num_rdma_bytes,
+                                         num_low_latency_bytes=request.num_rdma_bytes if has_low_latency else 0,
                                          is_shrinkable=request.enable_shrink,
                                          num_lend_bytes=lent,
                                          ranks_per_node=topology.ranks_per_node,

@@ -4,7 +4,8 @@ measured inside a node and what others have published of several; and the scalin
 
 tools/render_model.py            rewrite both; then `tools/render_benchmarks.py --plots` draws the picture anew
 tools/render_model.py --check    fail when one of them is not what the model says
-tools/render_model.py --fit      print the constants of deep_ep/model.py, fitted to the newest benchmark
+tools/render_model.py --fit      print the constants of deep_ep/model.py, fitted to the newest benchmark (then name it
+                                 in RECORDS)
 """
 from __future__ import annotations
 
@@ -32,6 +33,11 @@ END = "<!-- end -->"
 NIC_GB_PER_S = 50.0  # 400 Gb/s for each GPU
 LINKS = model.Links(NIC_GB_PER_S)
 TOKENS, DECODED = Shape(4096, 7168, 8, 256), Shape(128, 7168, 8, 256)
+# What the constants of deep_ep/model.py are fitted to: runs as callers get them. `--fit` fits newer ones.
+RECORDS = {
+    "intranode": "2026-11-28T0313_intranode_nvidia-h100-80gb-hbm3_x2.json",
+    "low-latency": "2026-11-28T0313_low-latency_nvidia-h100-80gb-hbm3_x2.json",
+}
 # Of these sizes there are figures of others with the same shape.
 NODES = (2, 4, 8)
 SHOWN = (2, 4)
@@ -56,6 +62,12 @@ def newest_as_called(benchmark: str) -> tuple[str, dict[str, Any]]:
             found.append((report["date"], path.name, report))
     _, name, report = max(found, key=lambda one: one[0])
     return name, report
+
+
+def fitted(benchmark: str) -> tuple[str, dict[str, Any]]:
+    """The record that the constants stand on."""
+    report: dict[str, Any] = json.loads((RESULTS / RECORDS[benchmark]).read_text(encoding="utf-8"))
+    return RECORDS[benchmark], report
 
 
 def byte_table() -> Table:
@@ -132,8 +144,8 @@ def low_latency_table() -> Table:
 def render() -> str:
     lines = ["### Bytes out of one rank, 4096 tokens, hidden 7168, top-8 of 256 experts, uniform", ""]
     lines += to_markdown(byte_table())
-    for benchmark in ("intranode", "low-latency"):
-        name, report = newest_as_called(benchmark)
+    for benchmark in RECORDS:
+        name, report = fitted(benchmark)
         machine = f"{report['num_ranks']} x {report['machine']['gpu']}"
         worst = max(abs(one.error) for one in model.compare(report))
         lines += [

@@ -140,13 +140,21 @@ Machine Machine::of(const dev::Device& device, int num_ranks) {
             .num_ranks = num_ranks};
 }
 
+layout::LowLatencyShares low_latency_shares(const BufferOptions& options) {
+    const layout::Topology topology = options.topology();
+    return layout::LowLatencyShares::make(static_cast<uint64_t>(options.num_low_latency_bytes),
+                                          static_cast<uint64_t>(topology.num_ranks),
+                                          static_cast<uint64_t>(topology.ranks_per_node));
+}
+
 HeapPlan plan_heap(const BufferOptions& options) {
     HeapPlan heap{};
     heap.topology = options.topology();
     heap.control = layout::ControlLayout::make(static_cast<uint64_t>(heap.topology.ranks_per_node),
                                                static_cast<uint64_t>(heap.topology.num_nodes()));
     heap.num_data_bytes = static_cast<uint64_t>(options.num_data_bytes);
-    heap.num_low_latency_bytes = static_cast<uint64_t>(options.num_low_latency_bytes);
+    heap.num_low_latency_bytes = heap.topology.num_nodes() == 1 ? static_cast<uint64_t>(options.num_low_latency_bytes)
+                                                                : low_latency_shares(options).heap();
     heap.low_latency_offset = heap.control.bytes + heap.num_data_bytes;
     const uint64_t end = heap.low_latency_offset + heap.num_low_latency_bytes;
     layout::DataSplit split{heap.num_data_bytes, 0, 0};
@@ -168,14 +176,29 @@ HeapPlan plan_heap(const BufferOptions& options) {
     return heap;
 }
 
-// Where the caller leaves it to us, rows get as much room on the rail as they have between neighbours.
+// Where the caller leaves it to us, rows get as much room on the rail as they have between neighbours. What is asked for with the
+// low-latency mode is meant for that, and most callers need less for the other one.
 RailRegion plan_rail(const BufferOptions& options) {
     const layout::Topology topology = options.topology();
     if (topology.num_nodes() == 1) return {};
     const auto num_nodes = static_cast<uint64_t>(topology.num_nodes());
     const uint64_t own = std::max(static_cast<uint64_t>(options.num_data_bytes), (num_nodes - 1) * kLeastRailBytes);
-    return {layout::RailControl::make(num_nodes, static_cast<uint64_t>(topology.ranks_per_node)),
-            options.num_rail_bytes > 0 ? static_cast<uint64_t>(options.num_rail_bytes) : own};
+    const bool has_low_latency = options.num_low_latency_bytes > 0;
+    const auto asked = static_cast<uint64_t>(options.num_rail_bytes);
+    RailRegion region{layout::RailControl::make(num_nodes, static_cast<uint64_t>(topology.ranks_per_node)),
+                      asked == 0        ? own
+                      : has_low_latency ? std::min(asked, own)
+                                        : asked,
+                      {},
+                      {}};
+    if (has_low_latency) {
+        const uint64_t begin = layout::align_up(region.control.bytes + region.num_data_bytes, 4096);
+        region.low_latency_control =
+            layout::LowLatencyRailControl::make(begin, static_cast<uint64_t>(topology.num_ranks));
+        region.low_latency =
+            layout::LowLatencyRailRegion::make(region.low_latency_control.end, low_latency_shares(options));
+    }
+    return region;
 }
 
 layout::RailWindow plan_rail_window(const RailRegion& rail, int num_nodes, const layout::RailSlot& slot,

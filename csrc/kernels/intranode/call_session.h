@@ -170,12 +170,13 @@ EP_DEVICE uint8_t* recv_memory(const Geometry& geometry, int recv_warp) {
 // On the host.
 template <class Kernel, class Params>
 void launch_call(const char* name, const Params& params, int num_warps, dev::Stream stream) {
-    dev::launch<Kernel>({.num_blocks = params.geometry.num_blocks,
-                         .num_threads = prim::kWarpSize * num_warps,
-                         .dynamic_shared_bytes = staging_bytes(params.geometry),
-                         .is_cooperative = true,
-                         .name = name},
-                        stream, params);
+    dev::LaunchConfig config;
+    config.num_blocks = params.geometry.num_blocks;
+    config.num_threads = prim::kWarpSize * num_warps;
+    config.dynamic_shared_bytes = staging_bytes(params.geometry);
+    config.is_cooperative = true;
+    config.name = name;
+    dev::launch<Kernel>(config, stream, params);
 }
 
 }  // namespace EP_BACKEND

@@ -62,7 +62,7 @@ TEST_CASE("a rank that enters a dispatch late is named, once for each call") {
         run_late(world, [&](int rank) { world.launch_notify(problem, ranks[static_cast<size_t>(rank)], rank); });
         for (int rank = 0; rank < kNumRanks; ++rank) {
             RankTensors& tensors = ranks[static_cast<size_t>(rank)];
-            prepare_recv(problem, tensors, world.buffer(rank).wait_counts().num_tokens);
+            prepare_recv(problem, tensors, world.wait_counts(rank).num_tokens);
             world.launch_dispatch(problem, tensors, rank, Counts::kExchanged);
         }
         world.run();
