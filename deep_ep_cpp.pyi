@@ -6,7 +6,7 @@ the native code repeats the checks that guard memory only. Methods that wait for
 GPU's launch queue is full it holds the GIL until there is room. So does check(), which is in every call: it takes less
 than a microsecond, and up to 0.3 s once, where it finds a failure whose reason another rank has yet to tell.
 """
-from typing import Any, Callable, List, Tuple, TypedDict
+from typing import Any, Callable, List, Optional, Tuple, TypedDict
 
 from typing_extensions import Unpack
 
@@ -104,15 +104,13 @@ class Device:
     def synchronize_event(self, event: int) -> None: ...
     def query_event(self, event: int) -> bool: ...
 
-class LentMemory:
-    """A piece of a heap, in use; keeps the heap allocated beyond `destroy`. Dropping it gives it back."""
+class LentPieces:
+    """Pieces of a heap, in use; they keep the heap allocated beyond `destroy`. Dropping this gives them back."""
 
-    @property
-    def address(self) -> int: ...
-    def shrink(self, num_bytes: int) -> None:
-        """Keeps so many bytes from its start; nobody has used the rest."""
-    def tensor(self, shape: List[int], dtype_code: int, dtype_bits: int, cuda_index: int) -> object:
-        """As make_tensor, over this memory, which is given back when the last tensor over it goes."""
+    def addresses(self) -> List[int]: ...
+    def tensors(self, specs: List[Tuple[Tuple[int, ...], int, int]], cuda_index: int) -> List[object]:
+        """As make_tensor, one over the start of each piece, of that (shape, dtype code, dtype bits); once. What a
+        tensor leaves of its piece, and nobody has used, is free at once; the rest when the last tensor over it goes."""
 
 
 # A record of arguments is made of keywords, and never changed: `replace` makes another. What has no value is 0, and an
@@ -373,9 +371,9 @@ class Buffer:
     def internode_notify(self, args: InternodeNotifyArgs, stream: int) -> None: ...
     def internode_dispatch(self, args: InternodeDispatchArgs, num_sms: int, stream: int) -> None: ...
     def internode_combine(self, args: InternodeCombineArgs, num_sms: int, stream: int) -> None: ...
-    def lend(self, sizes: List[int], stream: int, is_captured: bool) -> List[LentMemory]:
+    def lend(self, sizes: List[int], stream: int, is_captured: bool) -> Optional[LentPieces]:
         """Memory for outputs of dispatch or inputs of combine that peers write or read in place, for later work on that
-        stream: a piece of each size, or none where there is no room for all. The address tells the operations; all
+        stream: a piece of each size; None: there is no room for all. The address tells the operations; all
         outputs of a dispatch are lent, or none. Work of one taker must come after that of the one before it.
         `is_captured`: the pieces belong to the graph."""
     def note_stream(self, stream: int, is_ours: bool) -> None:

@@ -6,6 +6,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -191,22 +192,58 @@ dev::Stream current_stream(int cuda_index) {
 
 using runtime::LentMemory;
 
-std::vector<std::shared_ptr<LentMemory>> lend(Buffer& buffer, const std::vector<int64_t>& sizes, uintptr_t stream,
-                                              bool is_captured) {
+// What is lent for one call, until tensors are over it. One object and one call of Python's for all pieces: for each they would
+// cost a dispatch more than its launch.
+struct LentPieces {
+    std::vector<std::shared_ptr<LentMemory>> pieces;
+
+    std::vector<uintptr_t> addresses() const {
+        std::vector<uintptr_t> found;
+        for (const auto& piece : pieces) found.push_back(number(piece->address()));
+        return found;
+    }
+};
+
+// Null: there is no room.
+std::unique_ptr<LentPieces> lend(Buffer& buffer, const std::vector<int64_t>& sizes, uintptr_t stream,
+                                 bool is_captured) {
     // For a graph it waits for earlier uses.
     const auto released = is_captured ? std::make_unique<py::gil_scoped_release>() : nullptr;
     auto lent = buffer.high_throughput().loans().lend(sizes, pointer<void>(stream), is_captured);
-    return {std::make_move_iterator(lent.begin()), std::make_move_iterator(lent.end())};
+    if (lent.empty()) return nullptr;
+    auto held = std::make_unique<LentPieces>();
+    for (auto& piece : lent) held->pieces.push_back(std::move(piece));
+    return held;
 }
 
 // Over lent memory, which is given back when the last tensor goes, on whichever thread.
-py::capsule make_lent_tensor(const std::shared_ptr<LentMemory>& memory, std::vector<int64_t> shape, int dtype_code,
+py::capsule make_lent_tensor(std::shared_ptr<LentMemory> memory, std::vector<int64_t> shape, int dtype_code,
                              int dtype_bits, int cuda_index) {
-    return make_capsule(memory->address(), std::move(shape), dtype_code, dtype_bits, cuda_index, [memory, cuda_index] {
+    void* address = memory->address();
+    auto on_drop = [memory = std::move(memory), cuda_index] {
         if (cuda_index < 0 || Py_IsInitialized() == 0) return;  // its destructor does what can be done
         const py::gil_scoped_acquire acquired;
         memory->give_back(current_stream(cuda_index));
-    });
+    };
+    return make_capsule(address, std::move(shape), dtype_code, dtype_bits, cuda_index, std::move(on_drop));
+}
+
+using TensorSpec = std::tuple<std::vector<int64_t>, int, int>;  // shape, dtype code, dtype bits
+
+// One over the start of each piece, in order; nobody has used the rest, which is free at once.
+py::list make_lent_tensors(LentPieces& lent, std::vector<TensorSpec> specs, int cuda_index) {
+    EP_ENSURE(specs.size() == lent.pieces.size(), "there are ", lent.pieces.size(), " pieces for ", specs.size(),
+              " tensors");
+    py::list made;
+    for (size_t i = 0; i < specs.size(); ++i) {
+        auto& [shape, code, bits] = specs[i];
+        int64_t num_bytes = bits / 8;
+        for (const int64_t extent : shape) num_bytes *= extent;
+        lent.pieces[i]->shrink(static_cast<uint64_t>(num_bytes));
+        made.append(make_lent_tensor(std::move(lent.pieces[i]), std::move(shape), code, bits, cuda_index));
+    }
+    lent.pieces.clear();
+    return made;
 }
 
 // Bytes of a token on the rail, of a token over NVLink, and of the counts that go ahead to a forwarder.
@@ -252,10 +289,7 @@ py::tuple read_waits(Buffer& buffer) {
 }
 
 void bind_buffer(py::module_& m) {
-    py::class_<LentMemory, std::shared_ptr<LentMemory>>(m, "LentMemory")
-        .def_property_readonly("address", [](LentMemory& memory) { return number(memory.address()); })
-        .def("shrink", &LentMemory::shrink)
-        .def("tensor", &make_lent_tensor);
+    py::class_<LentPieces>(m, "LentPieces").def("addresses", &LentPieces::addresses).def("tensors", &make_lent_tensors);
     py::class_<Buffer>(m, "Buffer")
         .def(py::init([](std::shared_ptr<dev::Device> device, int rank, int num_ranks, int64_t num_data_bytes,
                          double timeout_s, double warn_s, int64_t num_low_latency_bytes, bool is_shrinkable,

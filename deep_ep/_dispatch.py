@@ -3,6 +3,7 @@
 The native code tells "no top-k" and "no scales" by a count of zero, never by an address: an empty tensor's is zero.
 """
 
+import functools
 from collections.abc import Iterable
 from typing import Any, NamedTuple, Optional, Union
 
@@ -10,7 +11,7 @@ import torch
 
 from deep_ep import _checks
 from deep_ep._checks import KnownTensors
-from deep_ep._memory import Lender, Spec
+from deep_ep._memory import Lender, RowForm
 from deep_ep._peers import HandlePart
 from deep_ep._session import Session
 from deep_ep._streams import Operation
@@ -73,6 +74,19 @@ def address_of(tensor: Optional[torch.Tensor]) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+@functools.lru_cache(maxsize=64)
+def output_row_form(hidden: int, dtype: torch.dtype, num_scales: int, scale_dtype: Optional[torch.dtype], num_topk: int,
+                    idx_dtype: Optional[torch.dtype], has_src_idx: bool) -> RowForm:
+    """Of the Outputs of a call."""
+    return RowForm([
+        ((hidden, ), dtype),
+        None if scale_dtype is None else ((num_scales, ), scale_dtype),
+        None if idx_dtype is None else ((num_topk, ), idx_dtype),
+        None if idx_dtype is None else ((num_topk, ), torch.float32),
+        ((), torch.int32) if has_src_idx else None,
+    ])
+
+
 NO_COUNTS = 0, 0  # they have been exchanged
 HOST_DOES_NOT_WAIT = 0  # in the place of an alignment
 
@@ -132,7 +146,8 @@ class Dispatch:
     def _guessed(self, lender: Lender, expert_alignment: int) -> Optional[tuple[int, list[int], Outputs]]:
         """The rows move while the host learns how many they are. None: there is no room for what may come."""
         likely_rows = lender.guess_rows(self.num_tokens, self.session.num_ranks)
-        reserved = lender.reserve(self._output_specs(1), likely_rows, self.operation)
+        form = self._row_form()
+        reserved = lender.reserve(form, likely_rows, self.operation)
         if reserved is None:
             return None
         self._start(())
@@ -141,7 +156,8 @@ class Dispatch:
         if num_rows > reserved.num_rows:
             del reserved  # its memory may serve now
             return num_rows, per_expert, self._sent(num_rows)
-        outputs = Outputs(*reserved.tensors(num_rows))  # type: ignore[arg-type]
+        made = reserved.tensors(num_rows) if num_rows else form.empty(self.session.empty, 0)
+        outputs = Outputs(*made)  # type: ignore[arg-type]
         self.operation.add_lent(outputs)
         return num_rows, per_expert, outputs
 
@@ -189,23 +205,16 @@ class Dispatch:
 
     def _outputs(self, num_rows: int) -> Outputs:
         """Lent to the peers where there is room for all."""
-        lender, empty = self.session.lender, self.session.empty
-        specs = self._output_specs(num_rows)
-        made = None if lender is None else lender.tensors(specs, self.operation)
+        lender, form = self.session.lender, self._row_form()
+        made = None if lender is None else lender.tensors(form, num_rows, self.operation)
         if made is None:
-            made = [spec and empty[spec[1]](*spec[0]) for spec in specs]
+            made = form.empty(self.session.empty, num_rows)
         return Outputs(*made)  # type: ignore[arg-type]
 
-    def _output_specs(self, num_rows: int) -> list[Optional[Spec]]:
-        """Of each of the Outputs; None where the call has no such output."""
-        scales, topk_idx, topk_shape = self.scales, self.topk_idx, (num_rows, self.num_topk)
-        return [
-            ((num_rows, self.hidden), self.rows.dtype),
-            None if scales is None else ((num_rows, self.num_scales), scales.dtype),
-            None if topk_idx is None else (topk_shape, topk_idx.dtype),
-            None if topk_idx is None else (topk_shape, torch.float32),
-            None if self.routing is None else ((num_rows, ), torch.int32),
-        ]
+    def _row_form(self) -> RowForm:
+        scales, topk_idx = self.scales, self.topk_idx
+        return output_row_form(self.hidden, self.rows.dtype, self.num_scales, None if scales is None else scales.dtype,
+                               self.num_topk, None if topk_idx is None else topk_idx.dtype, self.routing is not None)
 
     def _send(self,
               addresses: Iterable[int],

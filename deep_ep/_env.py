@@ -153,12 +153,11 @@ FEATURES = {
     "cuda": "the CUDA device is compiled in (there may be no GPU)",
     "sm90": "code that uses the features of SM90 and newer GPUs is compiled in",
 }
-_TO_COME = ("low_latency_internode", )
 
 
 def features() -> dict[str, bool]:
     """Every feature that this version knows by name, and whether this build has it."""
-    found = {name: name not in _TO_COME for name in FEATURES}
+    found = dict.fromkeys(FEATURES, True)
     found["cuda"] = found["cuda_graphs"] = bool(deep_ep_cpp.is_cuda_built())
     found["sm90"] = bool(deep_ep_cpp.is_sm90_compiled())
     return found

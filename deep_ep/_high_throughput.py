@@ -9,6 +9,7 @@ from deep_ep._checks import KnownTensors
 from deep_ep._dispatch import INT32, Dispatch, Handle, Handles, Payload, Places, Routing, address_of
 from deep_ep._env import is_capturing
 from deep_ep._memory import Spec, num_bytes_of
+from deep_ep._peers import CallCheck
 from deep_ep._session import Session
 from deep_ep._streams import Operation
 from deep_ep.utils import EventHandle, EventOverlap
@@ -34,8 +35,9 @@ def open_operation(session: Session, name: str, previous_event: Optional[EventOv
         raise Error(f"{name}: allocate_on_comm_stream needs a previous_event with an event, and async_finish=True")
     recorded = None if previous is None else previous._recorded
     operation = session.streams.operation(recorded, async_finish, allocate_on_comm_stream)
-    if session.lender is not None:
-        session.lender.used_on(operation)
+    lender = session.lender
+    if lender is not None and operation.current not in lender.noted:
+        lender.used_on(operation)
     return operation
 
 
@@ -96,7 +98,8 @@ class HighThroughput:
         if num_worst_tokens and routing.topk_idx is None:
             raise ValueError(
                 "num_worst_tokens needs topk_idx and topk_weights: -1 in recv_topk_idx marks the unused rows")
-        self._compare_calls("dispatch", rows, scales, routing)
+        if session.call_check is not None:
+            self._compare_calls(session.call_check, "dispatch", rows, scales, routing)
         with open_operation(session, "dispatch", previous_event, async_finish, allocate_on_comm_stream) as operation:
             if operation.is_captured and not num_worst_tokens:
                 raise Error(
@@ -122,7 +125,8 @@ class HighThroughput:
         if rows.shape[0] != num_tokens:
             raise ValueError(f"x must have {num_tokens} rows, the tokens of the dispatch that made the handle, got "
                              f"{rows.shape[0]}")
-        self._compare_calls("dispatch with a handle", rows, scales, places=places)
+        if session.call_check is not None:
+            self._compare_calls(session.call_check, "dispatch with a handle", rows, scales, places=places)
         with open_operation(session, "dispatch", previous_event, async_finish, allocate_on_comm_stream) as operation:
             call = Dispatch(session, rows, scales, None, places, num_sms, operation)
             outputs = call.cached(num_rows)
@@ -209,15 +213,13 @@ class HighThroughput:
             _checks.check_tensor("topk_weights", routing.topk_weights, device, shape, FLOAT32)
 
     def _compare_calls(self,
+                       check: CallCheck,
                        operation: str,
                        rows: torch.Tensor,
                        scales: Optional[torch.Tensor],
                        routing: Optional[Routing] = None,
                        places: Optional[Places] = None) -> None:
-        """With the other ranks, where that was asked for."""
-        session = self._session
-        if session.call_check is None:
-            return
+        """With the other ranks."""
         facts: dict[str, Any] = {
             "the row size of x": rows.shape[1],
             "the dtype of x": str(rows.dtype),
@@ -230,7 +232,7 @@ class HighThroughput:
             fault = _find_layout_fault(routing)
             facts["the length of num_tokens_per_expert"] = routing.num_tokens_per_expert.shape[0]
             facts["the columns of topk_idx"] = 0 if routing.topk_idx is None else routing.topk_idx.shape[1]
-        session.call_check.compare(operation, facts, fault)
+        check.compare(operation, facts, fault)
 
 
 def _find_layout_fault(routing: Routing) -> Optional[str]:

@@ -87,14 +87,14 @@ class Plan:
     R ranks, El experts on each, T tokens of a rank at most, K experts of a token. One allocation holds four things,
     because each allocation costs the host more than a view: src_info, int32 [El, R * T], the index of the row's token
     at its source; row_of_entry, int32 [R, T, K], the row of each top-k entry that has its expert here, which only
-    combine needs; recv_count, int32 [El]; the number of the call, int64, which its receive phase needs.
+    combine needs, and across nodes, where combine also needs them, the experts of the own entries [T, K]; recv_count, int32 [El]; the number of the call, int64, which its receive phase needs.
     """
 
     __slots__ = ("_count_at", "_empty", "_has_scales", "_index_shapes", "_num_words", "_recv_dtype", "_scale_dtype",
                  "_scale_shape", "combine_args", "dispatch_args", "entries_at", "expert_rows", "handle_tail", "hidden",
                  "num_bytes_behind_src_info", "num_local", "num_max_tokens", "num_topk", "number_at")
 
-    def __init__(self, shape: Shape, form: Format, num_ranks: int, empty: EmptyTensors) -> None:
+    def __init__(self, shape: Shape, form: Format, num_ranks: int, spans_nodes: bool, empty: EmptyTensors) -> None:
         form.check(shape.hidden)
         self.num_max_tokens, self.num_topk, num_experts, self.hidden = shape
         self.num_local = num_local = num_experts // num_ranks
@@ -113,7 +113,8 @@ class Plan:
         self._scale_shape = (num_local, num_rows, num_scales), (num_scales * num_rows, 1, num_rows)  # with strides
         self._scale_dtype = torch.int32 if form.use_ue8m0 else torch.float32
         self._index_shapes = (num_local, num_rows), (num_rows, 1), (num_local, num_ranks)
-        num_indices, num_entries = num_local * num_rows, num_rows * shape.num_topk
+        num_tables = num_ranks + 1 if spans_nodes else num_ranks
+        num_indices, num_entries = num_local * num_rows, num_tables * shape.num_max_tokens * shape.num_topk
         self._count_at = num_indices + num_entries
         end = self._count_at + num_local
         self._num_words = end + 3  # the number's two, one of which may have to be skipped to align them
@@ -313,7 +314,8 @@ class LowLatency:
             num_max_tokens = check_max_tokens(num_max_tokens)
             num_experts = check_num_experts("num_experts", num_experts, num_ranks)
             shape = Shape(num_max_tokens, num_topk, num_experts, hidden)
-            plan = self._plans[key] = Plan(shape, Format(*map(bool, form)), num_ranks, self._session.empty)
+            spans_nodes = self._session.topology.num_nodes > 1
+            plan = self._plans[key] = Plan(shape, Format(*map(bool, form)), num_ranks, spans_nodes, self._session.empty)
         return plan
 
     def _check_stats(self, name: str, stats: Optional[torch.Tensor], size: int, dtypes: tuple[torch.dtype]) -> None:

@@ -7,7 +7,7 @@ has been called, and for the one that is current where the tensor is dropped, on
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Callable, Optional
 
 import torch
@@ -34,19 +34,9 @@ _BYTES = _DLPACK_TYPES[torch.uint8]
 SPARE_SHARES = 4, 16
 LEAST_SPARE_ROWS = 64
 
-Spec = tuple[tuple[int, ...], torch.dtype]  # of a tensor to be made; bare, because a dispatch makes five of them
-Specs = Sequence[Optional[Spec]]  # None: no such tensor
+Spec = tuple[tuple[int, ...], torch.dtype]  # of a tensor to be made
 
 deep_ep_cpp.set_current_stream_function(current_stream_handle)
-
-
-def make_lent_tensor(memory: deep_ep_cpp.LentMemory, shape: tuple[int, ...], dtype: torch.dtype,
-                     cuda_index: int) -> torch.Tensor:
-    """A row-major tensor, not an empty one, over the start of lent memory."""
-    kind = _DLPACK_TYPES.get(dtype)
-    if kind is not None:
-        return from_capsule(memory.tensor(list(shape), *kind, cuda_index))
-    return from_capsule(memory.tensor([*shape[:-1], shape[-1] * dtype.itemsize], *_BYTES, cuda_index)).view(dtype)
 
 
 def view_memory(address: int, num_bytes: int, device: torch.device) -> torch.Tensor:
@@ -79,29 +69,62 @@ def num_bytes_of(spec: Spec) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
+def _as_dlpack(spec: Spec) -> tuple[tuple[int, ...], int, int]:
+    shape, dtype = spec
+    kind = _DLPACK_TYPES.get(dtype)
+    return ((*shape[:-1], shape[-1] * dtype.itemsize), *_BYTES) if kind is None else (shape, *kind)
+
+
+class RowForm:
+    """What a row is in each of several tensors; worked out once, since a dispatch makes five of them for each call."""
+
+    def __init__(self, specs: Sequence[Optional[Spec]]) -> None:
+        """`specs`: of one row in each tensor; None: there is no such tensor."""
+        there = [spec for spec in specs if spec is not None]
+        self._are_there = [spec is not None for spec in specs]
+        self._specs = there
+        self._kinds = [(shape[1:], code, bits)
+                       for shape, code, bits in (_as_dlpack(((1, *shape), dtype)) for shape, dtype in there)]
+        self._types = [None if dtype in _DLPACK_TYPES else dtype for _, dtype in there]
+        self.row_bytes = [num_bytes_of(spec) for spec in there]
+        self.can_be_lent = 0 not in self.row_bytes
+
+    def over(self, pieces: deep_ep_cpp.LentPieces, num_rows: int, cuda_index: int) -> list[Optional[torch.Tensor]]:
+        """Over the start of lent memory, of which there is a piece for each tensor; not without rows."""
+        capsules = pieces.tensors([((num_rows, *shape), code, bits) for shape, code, bits in self._kinds], cuda_index)
+        return self._placed([
+            from_capsule(capsule) if dtype is None else from_capsule(capsule).view(dtype)
+            for capsule, dtype in zip(capsules, self._types)
+        ])
+
+    def empty(self, make: EmptyTensors, num_rows: int) -> list[Optional[torch.Tensor]]:
+        return self._placed([make[dtype](num_rows, *shape) for shape, dtype in self._specs])
+
+    def addresses(self, pieces: deep_ep_cpp.LentPieces) -> list[int]:
+        """0: there is no such tensor."""
+        found = iter(pieces.addresses())
+        return [next(found) if is_there else 0 for is_there in self._are_there]
+
+    def _placed(self, tensors: list[torch.Tensor]) -> list[Optional[torch.Tensor]]:
+        rest = iter(tensors)
+        return [next(rest) if is_there else None for is_there in self._are_there]
+
+
 class Reserved:
     """Lent memory for the rows that a guess has room for, before anybody knows how many come."""
 
-    __slots__ = ("_lender", "_pieces", "_row", "addresses", "num_rows")
+    __slots__ = ("_cuda_index", "_form", "_pieces", "addresses", "num_rows")
 
-    def __init__(self, lender: "Lender", pieces: Iterable[deep_ep_cpp.LentMemory], row: Specs, num_rows: int) -> None:
-        rest = iter(pieces)
-        self._lender = lender
-        self._row = row
-        self._pieces = [spec and next(rest) for spec in row]
-        self.addresses = [piece.address if piece else 0 for piece in self._pieces]
+    def __init__(self, pieces: deep_ep_cpp.LentPieces, form: RowForm, num_rows: int, cuda_index: int) -> None:
+        self._pieces = pieces
+        self._form = form
+        self._cuda_index = cuda_index
+        self.addresses = form.addresses(pieces)
         self.num_rows = num_rows  # that there is room for
 
     def tensors(self, num_rows: int) -> list[Optional[torch.Tensor]]:
-        """The first rows; the memory of the others is free at once, since nobody has used it."""
-        return [spec and self._first_rows(piece, spec, num_rows) for piece, spec in zip(self._pieces, self._row)]
-
-    def _first_rows(self, piece: Optional[deep_ep_cpp.LentMemory], row: Spec, num_rows: int) -> torch.Tensor:
-        shape, dtype = row
-        spec = (num_rows, *shape[1:]), dtype
-        if num_rows and piece is not None:
-            piece.shrink(num_bytes_of(spec))
-        return self._lender._make(piece if num_rows else None, spec)
+        """The first rows, one at least; the memory of the others is free at once, since nobody has used it."""
+        return self._form.over(self._pieces, num_rows, self._cuda_index)
 
 
 class Lender:
@@ -112,29 +135,29 @@ class Lender:
         self._streams = streams
         self._index = streams.index if isinstance(streams, CudaStreams) else -1
         self.num_bytes = runtime.num_lend_bytes
-        self._noted: dict[int, bool] = {}  # streams of calls; whether what is lent can be used there
+        self.noted: dict[int, bool] = {}  # streams of calls; whether what is lent can be used there
         self._last: Optional[tuple[int, int]] = None  # tokens and received rows of the last fresh dispatch
 
-    def tensors(self, specs: Specs, operation: Operation) -> Optional[list[Optional[torch.Tensor]]]:
-        """Uninitialised tensors for the kernels of a call, or None: there is no room now for all of them.
+    def tensors(self, form: RowForm, num_rows: int, operation: Operation) -> Optional[list[Optional[torch.Tensor]]]:
+        """Uninitialised tensors for the kernels of a call, or None: there is nothing to lend, or no room now for all.
 
         Within a capture the memory is the graph's as long as that lives.
         """
-        sizes = [size for size in (num_bytes_of(spec) for spec in specs if spec) if size]
-        lent = self._take(sizes, operation) if sizes else []
-        if not lent:
+        if not num_rows or not form.can_be_lent:
             return None
-        pieces = iter(lent)
-        return [spec and self._make(next(pieces) if num_bytes_of(spec) else None, spec) for spec in specs]
+        lent = self._take([num_rows * size for size in form.row_bytes], operation)
+        return None if lent is None else form.over(lent, num_rows, self._index)
 
-    def reserve(self, row: Specs, likely_rows: int, operation: Operation) -> Optional[Reserved]:
-        """The same for a number of rows that is not known; `row` has one of each. What is not needed goes back."""
+    def reserve(self, form: RowForm, likely_rows: int, operation: Operation) -> Optional[Reserved]:
+        """The same for a number of rows that is not known. What is not needed goes back."""
+        if not form.can_be_lent:
+            return None
         for spare_share in SPARE_SHARES:
             num_rows = likely_rows + likely_rows // spare_share + LEAST_SPARE_ROWS
-            sizes = [num_rows * num_bytes_of(spec) for spec in row if spec]
-            lent = [] if 0 in sizes or sum(sizes) > self.num_bytes else self._take(sizes, operation)
-            if lent:
-                return Reserved(self, lent, row, num_rows)
+            sizes = [num_rows * size for size in form.row_bytes]
+            lent = None if sum(sizes) > self.num_bytes else self._take(sizes, operation)
+            if lent is not None:
+                return Reserved(lent, form, num_rows, self._index)
         return None
 
     def guess_rows(self, num_tokens: int, num_ranks: int) -> int:
@@ -147,15 +170,16 @@ class Lender:
     def remember_rows(self, num_tokens: int, num_rows: int) -> None:
         self._last = num_tokens, num_rows
 
-    def _take(self, sizes: list[int], operation: Operation) -> list[deep_ep_cpp.LentMemory]:
-        self._note(operation.stream, True)
-        if not self._note(operation.current, False):
-            return []
+    def _take(self, sizes: list[int], operation: Operation) -> Optional[deep_ep_cpp.LentPieces]:
+        noted, stream, current = self.noted, operation.stream, operation.current
+        if stream not in noted:
+            self._note(stream, True)
+        if not (noted[current] if current in noted else self._note(current, False)):
+            return None
         if operation.is_captured:
             self._streams.wait_for_last()
         # The stream of a captured call's kernels joins the capture later than this.
-        stream = operation.current if operation.is_captured else operation.stream
-        return self._runtime.lend(sizes, stream, operation.is_captured)
+        return self._runtime.lend(sizes, current if operation.is_captured else stream, operation.is_captured)
 
     def tensor(self, spec: Spec) -> Optional[torch.Tensor]:
         """The same for the caller, who is not capturing: one tensor, which may be used on the current stream."""
@@ -167,21 +191,18 @@ class Lender:
         lent = self._runtime.lend([num_bytes_of(spec)], current, False)
         if isinstance(streams, CudaStreams):
             streams.set_last(current)  # calls come after whatever the current stream has waited for
-        return self._make(lent[0], spec) if lent else None
+        if lent is None:
+            return None
+        tensor = from_capsule(lent.tensors([_as_dlpack(spec)], self._index)[0])
+        return tensor if spec[1] in _DLPACK_TYPES else tensor.view(spec[1])
 
     def used_on(self, operation: Operation) -> None:
         """A call is made that may use lent tensors."""
         self._note(operation.current, False)
 
-    def _make(self, memory: Optional[deep_ep_cpp.LentMemory], spec: Spec) -> torch.Tensor:
-        (shape, dtype), device = spec, self._streams.device
-        if memory is None:
-            return torch.empty(shape, dtype=dtype, device=device)
-        return make_lent_tensor(memory, shape, dtype, self._index)
-
     def _note(self, stream: int, is_ours: bool) -> bool:
         """False: the stream is not torch's. It may be gone when the memory comes back, and then nobody can ask it."""
-        known = self._noted.get(stream)
+        known = self.noted.get(stream)
         if known is not None:
             return known
         streams = self._streams
@@ -191,5 +212,5 @@ class Lender:
             can_be_used = is_comm or is_of_torch(stream, streams.index)
             if can_be_used:
                 self._runtime.note_stream(stream, is_comm)
-        self._noted[stream] = can_be_used
+        self.noted[stream] = can_be_used
         return can_be_used

@@ -124,7 +124,7 @@ class _CommExchange(Exchange):
         thread.start()
         thread.join(timeout_s)
         if failure:
-            raise failure[0]
+            raise failure.pop()  # see Peers.all_gather_results
         return gathered or None
 
 
@@ -230,15 +230,18 @@ class Peers:
         A rank whose own work failed raises that exception; the others raise an Error that names the ranks.
         """
         value: Optional[T] = None
-        failure: Optional[Exception] = None
+        sentence: Optional[str] = None
+        failure: list[Exception] = []
         try:
             value = work()
         except Exception as error:  # noqa: BLE001 - it is raised below, once the peers know
-            failure = error
-        sentence = f"{type(failure).__name__}: {failure}" if failure else None
+            sentence = f"{type(error).__name__}: {error}"
+            failure.append(error)
         outcomes = self.all_gather((sentence, value))
-        if failure is not None:
-            raise failure
+        if failure:
+            # Its traceback has this frame, whose variables must not have it: such a cycle keeps what the frames of all
+            # callers hold, a CUDA graph perhaps, until the garbage collector comes, perhaps while another is captured.
+            raise failure.pop()
         failed = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(outcomes) if text is not None]
         if failed:
             raise Error(f"Buffer: {step} failed on {len(failed)} of {self.size} ranks; " + "; ".join(failed))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 NVML = "libnvidia-ml.so.1"
+CUDA_DRIVER = "libcuda.so.1"
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 STATUS_FILE = Path("/proc/self/status")
 NAMESPACES = Path("/proc/self/ns")
@@ -37,6 +38,7 @@ _MAX_LINKS = 18
 _P2P_READ, _P2P_NVLINK = 0, 2  # NVML_P2P_CAPS_INDEX_*
 _P2P_OK, _P2P_UNKNOWN = 0, 6  # NVML_P2P_STATUS_*
 _TEXT_BYTES = 96
+_FABRIC_HANDLES = 128  # CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED
 _FABRIC_STATES = ("not supported", "not started", "in progress", "completed")  # NVML_GPU_FABRIC_STATE_*
 
 
@@ -210,6 +212,25 @@ def num_imex_channels() -> int:
         return sum(1 for _ in IMEX_CHANNELS.iterdir())
     except OSError:
         return 0
+
+
+def num_gpus_with_fabric_handles() -> Optional[int]:
+    """GPUs whose driver can export memory to other hosts; None without a driver, or where it does not know of it."""
+    try:
+        driver = ctypes.CDLL(CUDA_DRIVER)
+    except OSError:
+        return None
+    count = ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return None
+    found = 0
+    for index in range(count.value):
+        device, is_supported = ctypes.c_int(), ctypes.c_int()
+        if (driver.cuDeviceGet(ctypes.byref(device), index) != 0
+                or driver.cuDeviceGetAttribute(ctypes.byref(is_supported), _FABRIC_HANDLES, device) != 0):
+            return None
+        found += is_supported.value
+    return found
 
 
 def shm_bytes() -> Optional[int]:

@@ -120,7 +120,13 @@ class Session:
 
     def raise_failure(self) -> None:
         """Raises the first failure of this Buffer, again and again, if there was one."""
-        self._check_first(self.runtime.check)
+        if self._is_closed:
+            raise Error("this Buffer was destroyed")
+        try:
+            self.runtime.check()
+        except Error:
+            self._report_failure()
+            raise
 
     def _raise_reported(self) -> None:
         """The same for whoever waits for an event, which outlives a Buffer that was dropped."""
@@ -131,13 +137,10 @@ class Session:
 
     def begin_call(self) -> None:
         """The same, where a call begins that the peers take part in."""
-        self._check_first(self.runtime.begin_call)
-
-    def _check_first(self, check: Callable[[], None]) -> None:
         if self._is_closed:
             raise Error("this Buffer was destroyed")
         try:
-            check()
+            self.runtime.begin_call()
         except Error:
             self._report_failure()
             raise
@@ -230,7 +233,7 @@ def _error_of(step: Callable[[], Any]) -> Optional[Error]:
     try:
         step()
     except Error as error:
-        return error
+        return error.with_traceback(None)  # or whoever keeps it keeps the frames of all callers
     return None
 
 
@@ -251,14 +254,6 @@ def _raise_differences(facts: Sequence[Agreed]) -> None:
         difference = describe_differences([getattr(fact, field.name) for fact in facts])
         if difference is not None:
             raise ValueError(f"Buffer: {field.name} must be the same on every rank, got {difference}")
-
-
-def _check_mode(request: Request, topology: Topology) -> None:
-    if topology.num_nodes > 1 and request.low_latency_mode:
-        raise Error(
-            "Buffer: low_latency_mode works within one node in this version (ranks that share memory or NVLink), "
-            f"but the group spans {topology.num_nodes}. dispatch and combine work across nodes: build a Buffer "
-            f"without low_latency_mode for them.\n{topology}")
 
 
 def find_place(streams: _streams.Streams) -> Place:
@@ -321,7 +316,6 @@ class _Construction:
         _raise_differences([facts for facts, *_ in described])
         agreed, _, cost_model, _ = described[0]
         topology = find_topology(peers.rank, [place for _, place, *_ in described], agreed.ranks_per_node, agreed.heap)
-        _check_mode(self._requests[0], topology)
         heap = choose_heap(peers, agreed, topology)
         rail = choose_rail(peers, agreed, topology)
         cost_model = None if heap == _heap.HOST else cost_model  # models are of heaps in GPU memory
@@ -374,6 +368,7 @@ class _Construction:
     def _allocate(self, topology: Topology, rail: str, rail_gb_per_s: float, heap: str) -> tuple[bytes, bytes]:
         peers, request = self._peers, self._requests[0].with_heap(heap)
         spans_nodes = topology.num_nodes > 1
+        has_low_latency = request.low_latency_mode or not spans_nodes
         warn_s = min(float(deep_ep_cpp.get_environment()["warn_s"]), request.patience_s)
         lent = deep_ep_cpp.Buffer.LEND_PART_OF_DATA if request.num_lend_bytes is None else request.num_lend_bytes
         try:
@@ -383,7 +378,7 @@ class _Construction:
                                          num_data_bytes=request.num_nvl_bytes,
                                          timeout_s=request.patience_s,
                                          warn_s=warn_s,
-                                         num_low_latency_bytes=0 if spans_nodes else request.num_rdma_bytes,
+                                         num_low_latency_bytes=request.num_rdma_bytes if has_low_latency else 0,
                                          is_shrinkable=request.enable_shrink,
                                          num_lend_bytes=lent,
                                          ranks_per_node=topology.ranks_per_node,

@@ -99,7 +99,7 @@ class Operation:
         raise NotImplementedError
 
     def _wait_for_pool(self) -> None:
-        raise NotImplementedError
+        """Outputs of a stream's own pool need no more, nor those of the host."""
 
     def abandon(self) -> None:
         """The call has failed, and nobody will call `finish()`."""
@@ -124,9 +124,9 @@ class Streams:
         """
         raise NotImplementedError
 
-    def is_captured(self, stream: int) -> bool:
+    def is_captured(self, stream: int) -> bool:  # noqa: ARG002
         """Whether what is launched there becomes part of a CUDA graph."""
-        raise NotImplementedError
+        return False
 
     def wait_for_last(self) -> None:
         """The host waits until the last operation is complete; also while another stream is captured."""
@@ -249,10 +249,16 @@ class CudaStreams(Streams):
         self.native.synchronize_event(self._last_event.cuda_event)
 
     def drain(self, timeout_s: float) -> bool:
+        # A capture that has the streams comes first. One of others goes on: the native device may be asked in it,
+        # and torch's streams may not.
+        last = None if self._is_marked else self._last_stream
+        if self.is_captured(self.comm) or (last is not None and self.is_captured(last)):
+            return False
         # Once: where a phase left no event, another attempt would wait for what the caller has queued by then.
         self.follow_last(self.comm)
         self._last_stream = self.comm
-        return _poll(self.comm_stream.query, timeout_s)
+        self.native.record_event(self._scratch, self.comm)
+        return _poll(lambda: self.native.query_event(self._scratch), timeout_s)
 
     def close(self) -> None:
         self.native.destroy_event(self._scratch)
@@ -278,9 +284,6 @@ class _DirectOperation(Operation):
         if self._previous is not None:
             self._streams.follow(self.stream, self._previous)
         self._streams.follow_last(self.stream)
-
-    def _wait_for_pool(self) -> None:
-        """Nothing to do: the outputs come from the pool of this stream."""
 
     def abandon(self) -> None:
         with contextlib.suppress(deep_ep_cpp.Error):  # it would hide the failure that brought us here
@@ -404,9 +407,6 @@ class HostStreams(Streams):
     def low_latency_operation(self, is_async: bool, can_pause: bool = False) -> Operation:  # noqa: ARG002
         return _HostOperation(self, None, is_async)
 
-    def is_captured(self, stream: int) -> bool:  # noqa: ARG002
-        return False
-
     def record(self, tensors: Iterable[torch.Tensor]) -> HostEvent:
         """An event after all work so far. The tensors live until it is complete, whether anybody waits or not."""
         self._let_go()
@@ -472,9 +472,6 @@ class _HostOperation(Operation):
     def _wait_before_kernels(self) -> None:
         if isinstance(self._previous, HostEvent):
             self._previous.hold_back(self.stream)  # a process has one kind of device, and so one kind of event
-
-    def _wait_for_pool(self) -> None:
-        """Nothing to do: what the host did is done."""
 
     def abandon(self) -> None:
         self._keep_tensors()

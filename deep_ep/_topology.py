@@ -49,7 +49,7 @@ class Topology:
     def num_ranks(self) -> int:
         return len(self.places)
 
-    @property
+    @functools.cached_property  # each call asks
     def num_nodes(self) -> int:
         return self.num_ranks // self.ranks_per_node
 

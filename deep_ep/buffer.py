@@ -71,7 +71,8 @@ def _default_config(operation: str, num_sms: int, num_ranks: int) -> Config:
 def _log_unused_permissions(**permissions: bool) -> None:
     for name, is_given in permissions.items():
         if is_given:
-            _log_once(f"{name}=True is a permission that changes nothing: within a node peers reach memory without it")
+            _log_once(f"{name}=True is a permission that changes nothing: within a node peers reach memory without it, "
+                      "and this version maps no memory of other hosts (multi-node NVLink)")
 
 
 @functools.cache
@@ -223,7 +224,7 @@ class Buffer:
         return self._session
 
     def _begin_call(self) -> Session:
-        session = self._require_session()
+        session = self._session or self._require_session()
         session.begin_call()
         return session
 

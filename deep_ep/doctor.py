@@ -331,7 +331,9 @@ def check_topology(native: Any) -> list[Finding]:
     rail = f"the engine '{environment['rail']}'" if environment["rail"] else "'nvshmem' where it is built, else 'host'"
     interface = environment["rail_interface"] or "the interface that reaches MASTER_ADDR"
     channels = probes.num_imex_channels()
+    handles = probes.num_gpus_with_fabric_handles()
     fabric = f"{channels} IMEX channel(s)" if channels else "no IMEX channel"
+    fabric += "" if handles is None else f", {handles} GPU(s) with fabric handles"
     return [
         Finding("ok", "topology", f"a rank on each GPU of this machine: {topology}"),
         _find_heap(environment["heap"], topology),

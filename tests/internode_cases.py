@@ -75,6 +75,41 @@ def other_names(worker: Worker, work: Workload) -> None:
     same_bits("combined_topk_weights", combined_weights, want[1])
 
 
+def cached_graph_replays(worker: Worker, work: Workload) -> None:
+    """A cached dispatch and its combine, captured once: replayed with other rows, as when they are called."""
+    buffer = worker.buffer()
+    pending = PendingCall(worker, buffer, work).layout().dispatch()
+    x, handle = pending.payload().clone(), pending.handle
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        rows = buffer.dispatch(x, handle=handle)[0]
+        return rows, buffer.combine(rows, handle)[0]
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step()
+    for _ in range(3):
+        x.copy_(x.roll(1, 0) * 3)
+        graph.replay()
+        called = step()
+        torch.cuda.synchronize()
+        for name, got, want in zip(("recv_x", "combined_x"), replayed, called):
+            same_bits(name, got, want)
+
+
+def destroyed_in_any_order(worker: Worker, work: Workload) -> None:
+    """Ranks destroy their Buffers in different orders, and make others, over the same engine."""
+    for turn in range(3):
+        buffers = [worker.new_buffer(), worker.new_buffer(1 << 21)]
+        for buffer in buffers:
+            PendingCall(worker, buffer, work).whole_trip()
+            settle(worker, buffer)
+        worker.barrier()
+        for buffer in buffers[::1 if (worker.rank + turn) % 2 else -1]:
+            buffer.destroy()
+
+
 def as_v1_is_tested(worker: Worker, num_tokens: int, hidden: int, num_experts: int) -> None:
     """What DeepEP's own test of several nodes relies on: arguments, results, and the handle's prefix sum.
 

@@ -313,9 +313,12 @@ def graph_replays(worker: Worker, work: Workload) -> None:
         return received, buffer.combine(received[0], received[4])[0]
 
     step()
+    gone = worker.new_buffer()
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         received, combined = step()
+        gone.destroy()  # of no concern to the capture
         for refused in (worker.new_buffer, lambda: buffer.dispatch(x, **pending.layout_tensors)):
             message = failure_of(refused)
             assert "graph" in message, message

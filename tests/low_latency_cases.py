@@ -308,14 +308,13 @@ def impatient(worker: Worker, **options: Any) -> Any:
     return buffer
 
 
-def killed_rank(worker: Worker, work: Workload, victim: int) -> str:
-    """Without enable_shrink: the others get a TimeoutError that names the rank, and can destroy and exit."""
+def killed_rank(worker: Worker, work: Workload, victim: int, kinds: Any = deep_ep.TimeoutError) -> str:
+    """Without enable_shrink: the others get an error that names the rank, and can destroy and exit."""
     buffer = impatient(worker)
     LowLatencyPendingCall(worker, buffer, work).whole_trip()
     if worker.rank == victim:
         os._exit(7)
-    message = failure_of(
-        LowLatencyPendingCall(worker, buffer, work, Manner(settles=True)).whole_trip, deep_ep.TimeoutError)
+    message = failure_of(LowLatencyPendingCall(worker, buffer, work, Manner(settles=True)).whole_trip, kinds)
     equal("a later failure", failure_of(lambda: buffer.low_latency_dispatch(None, None, 1, 1)), message)
     started = time.monotonic()
     buffer.destroy()

@@ -74,6 +74,10 @@ class ModelGpu:
         self.record_event(event, waited_for)
         self.stream_wait_event(waiting, event)
 
+    def query_event(self, event: int) -> bool:
+        assert not self._events[event][1], "an event of a capture never completes"
+        return True
+
     def stream_kind(self, stream: int) -> str:
         self.calls["stream_kind"] += 1
         return "captured" if stream in self.captured else "ambiguous" if stream in self.ambiguous else "plain"
@@ -103,9 +107,5 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> ModelGpu:
 def cuda_streams(gpu: ModelGpu) -> CudaStreams:
     """The stream side of a Buffer on `gpu`."""
     native: Any = gpu
-    comm_stream: Any = SimpleNamespace(cuda_stream=COMM,
-                                       stream_id=COMM + TORCH_ID,
-                                       device_index=0,
-                                       device_type=1,
-                                       query=lambda: True)
+    comm_stream: Any = SimpleNamespace(cuda_stream=COMM, stream_id=COMM + TORCH_ID, device_index=0, device_type=1)
     return CudaStreams(0, native, EventPool(native), comm_stream)

@@ -46,6 +46,11 @@ class Place:
             return 2
         return 4 if self.ranks_per_node else 3
 
+    @property
+    def is_usual(self) -> bool:
+        is_quick = ON_CPU and not (self.ranks_per_node and self.fault.operation in LOW_LATENCY)
+        return is_quick or self.fault.moment == "in"
+
     def play(self, pools: "Pools") -> list[Any]:
         return pools.of(self).run(cases.struck,
                                   self.num_ranks,
@@ -72,17 +77,16 @@ class Pools(threading.local):
 
 
 def places() -> list[Place]:
-    """All of them; on GPUs, where processes start slowly and timeouts are longer, those in the middle of a call."""
+    """All of them where asked for. Else in the middle of a call only: on GPUs, where processes start slowly and wait
+    longer, and of low latency across nodes, whose news go the way of the other mode."""
     nodes = 2 if ON_CPU else 1
+    where = [(each, 0) for each in (*HIGH_THROUGHPUT, *LOW_LATENCY)]
+    where += [(each, nodes) for each in (*HIGH_THROUGHPUT, *LOW_LATENCY_ACROSS)]
     every = [
         Place(Fault(kind, moment, operation), ranks_per_node) for kind in KINDS for moment in MOMENTS
-        for operation, ranks_per_node in [
-            *((each, 0)
-              for each in (*HIGH_THROUGHPUT, *LOW_LATENCY)), *((each, nodes)
-                                                               for each in (*HIGH_THROUGHPUT, *LOW_LATENCY_ACROSS))
-        ]
+        for operation, ranks_per_node in where
     ]
-    return every if ON_CPU or ARE_ALL_WANTED else [place for place in every if place.fault.moment == "in"]
+    return every if ARE_ALL_WANTED else [place for place in every if place.is_usual]
 
 
 Played = dict[Place, "concurrent.futures.Future[list[Any]]"]

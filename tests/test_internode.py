@@ -45,6 +45,9 @@ class Nodes:
     def pool(self, topology: str) -> tuple[Pool, int]:
         """The processes for "nodes x ranks", and how many."""
         num_nodes, ranks_per_node = map(int, topology.split("x"))
+        num_gpus = torch.cuda.device_count() if device().type == "cuda" else 1
+        if not HAS_TCP and num_nodes * ranks_per_node % num_gpus != 0:
+            pytest.skip("NVSHMEM wants as many ranks on each GPU")
         return self.of_one if ranks_per_node == 1 else self.of_two, num_nodes * ranks_per_node
 
 
@@ -168,6 +171,12 @@ def test_two_buffers_side_by_side(two: Pool) -> None:
     two.run(same_cases.two_buffers, 4, Workload((4, 8, 2, 1)))
 
 
+@pytest.mark.parametrize("topology", ["2x1", "2x2"])
+def test_destroyed_in_any_order(nodes: Nodes, topology: str) -> None:
+    pool, num_ranks = nodes.pool(topology)
+    pool.run(cases.destroyed_in_any_order, num_ranks, Workload(uneven(num_ranks), hidden=64))
+
+
 def test_autograd_round_trip(two: Pool) -> None:
     two.run(same_cases.autograd_round_trip, 4, Workload((4, 8, 0, 3), hidden=64))
 
@@ -214,6 +223,7 @@ def test_graph_replays(two: Pool) -> None:
     if device().type != "cuda":
         pytest.skip("CUDA graphs need a GPU")
     two.run(same_cases.graph_replays, 4, Workload((12, ) * 4, hidden=256))
+    two.run(cases.cached_graph_replays, 4, Workload((9, 14, 2, 5), hidden=256))
 
 
 # Windows and repetition
@@ -239,8 +249,10 @@ def test_repeats_are_bitwise_equal(two: Pool) -> None:
 
 
 def test_random_calls_under_pressure(nodes: Nodes) -> None:
-    found = nodes.of_one.run(pressure.run, 3, pressure.Sizes(9, 128, 4, 3, 4), seed=1, seconds=0.0, least_rounds=4)
-    assert [rounds for rounds, _ in found] == [4, 4, 4]
+    for topology in ("2x1", "3x1"):
+        pool, num_ranks = nodes.pool(topology)
+        found = pool.run(pressure.run, num_ranks, pressure.Sizes(9, 128, 4, 3, 4), seed=1, seconds=0.0, least_rounds=4)
+        assert [rounds for rounds, _ in found] == [4] * num_ranks
 
 
 @pytest.mark.parametrize("ranks", [(1, 3, 4, 6)])

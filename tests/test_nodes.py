@@ -80,12 +80,6 @@ def test_a_failure_that_is_not_of_nvshmem_stays_one(pool: Pool) -> None:
         assert "the device is out of memory" in sentence
 
 
-def test_the_low_latency_mode_is_refused(pool: Pool) -> None:
-    for sentence in pool.run(failure_of, 4, low_latency_mode=True, num_rdma_bytes=1 << 20):
-        assert sentence.startswith("Error: Buffer: low_latency_mode works within one node in this version")
-        assert "the group spans 2" in sentence
-
-
 def test_ranks_agree_on_the_engine() -> None:
     pool = Pool(2, {"DEEP_EP_RANKS_PER_NODE": "1", "DEEP_EP_RAIL": "pigeons"})
     for sentence in pool.run(failure_of, 2):

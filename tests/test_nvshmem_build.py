@@ -14,6 +14,7 @@ import pytest
 
 from deep_ep import Error, _nvshmem, _probes, build_nvshmem
 
+pytestmark = pytest.mark.timeout(900)  # two compilers at work for a minute each, where nobody else is
 ROOT = Path(__file__).resolve().parent.parent
 OLD, NEW = "3.4.5", "3.8.0"  # what torch brings, and one on the other side of 3.5.19
 LOAD = "import sys; from pathlib import Path; from deep_ep import _nvshmem; print(_nvshmem.load([Path(sys.argv[1])]))"

@@ -20,8 +20,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 HEADING = re.compile(r"^==== (\w+) \(at most \d+ s\) ====$")
 # The lines in which test runners, pressure and sanitizers say how it went.
-VERDICT = re.compile(r"^(\[doctest\] test cases: .*|=* ?\d+ (passed|failed).*|\d+ rounds of .*|killed rank .*"
-                     r"|.*: clean|.*: exit status \w+.*|=+ (RACECHECK|ERROR) SUMMARY: .*)$")
+VERDICT = re.compile(r"^(\[doctest\] test cases: .*|=* ?\d+ (passed|failed).*|\d+ rounds of .*|\d+ cases with .*"
+                     r"|killed rank .*|.*: clean|.*: exit status \w+.*|=+ (RACECHECK|ERROR) SUMMARY: .*)$")
 
 
 def verdicts_by_step(log: str) -> dict[str, list[str]]:

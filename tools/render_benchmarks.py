@@ -37,8 +37,9 @@ HOST_HEADER = ("host µs per call", "CPU time", "wall", "waited for counts")
 PROFILE_HEADER = ("kernels of", "budget", "span µs", "SMs and µs of each")
 # A sweep has hundreds of rows: of more than these, those of one size are shown.
 MOST_ROWS = 70
-SHOWN_TOKENS = {"intranode": 4096, "low-latency": 128}
+SHOWN_TOKENS = {"intranode": 4096, "internode": 4096, "low-latency": 128}
 SHOWN_SMS = 16
+SLOW_LINK = 10  # GB/s
 
 Row = dict[str, Any]
 
@@ -98,10 +99,15 @@ def row_table(rows: list[Row]) -> Table:
         time_of(row["fresh_us"]),
         time_of(row.get("queued_us", 0.0)),
         number(row["remote_bytes"] / 1e6, ".3g"),
-        number(row["remote_gb_per_s"] if row["remote_bytes"] else 0.0, ".0f"),
-        number(row["ceiling_gb_per_s"], ".0f"),
+        number(row["remote_gb_per_s"] if row["remote_bytes"] else 0.0, form_of_rate(row)),
+        number(row["ceiling_gb_per_s"], form_of_rate(row)),
         number(row["share_of_ceiling"], ".2f"),
     ) for row in rows]
+
+
+def form_of_rate(row: Row) -> str:
+    """Links of GPUs carry hundreds of GB/s, TCP one or two."""
+    return ".1f" if 0 < row["ceiling_gb_per_s"] < SLOW_LINK else ".0f"
 
 
 def host_table(report: dict[str, Any]) -> Table:
@@ -138,8 +144,11 @@ def to_text(table: Table) -> list[str]:
 def title_of(report: dict[str, Any]) -> str:
     where = report["machine"].get("gpu", "CPU executor")
     how = " (threads that share one)" if report["ranks_as_threads"] else ""
-    lends = ", lending" if report.get("environment", {}).get("DEEP_EP_LEND_BYTES", "0") not in ("0",
-                                                                                                "automatic") else ""
+    settings = report.get("environment", {})
+    if report["benchmark"] == "internode":
+        num_nodes = report["num_ranks"] // int(settings["DEEP_EP_RANKS_PER_NODE"])
+        how += f" on {num_nodes} virtual nodes over {settings.get('DEEP_EP_RAIL', 'host')}"
+    lends = ", lending" if settings.get("DEEP_EP_LEND_BYTES", "0") not in ("0", "automatic") else ""
     return f"{report['benchmark']}: {report['num_ranks']} ranks{how}, {where}{lends}"
 
 

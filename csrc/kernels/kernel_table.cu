@@ -17,7 +17,10 @@ const KernelTable& simt_kernel_table() {
                                    .internode_combine = launch,
                                    .low_latency_dispatch = launch,
                                    .low_latency_combine = launch,
-                                   .low_latency_clean = launch};
+                                   .low_latency_clean = launch,
+                                   .internode_low_latency_dispatch = EP_NODES_BACKEND::launch,
+                                   .internode_low_latency_combine = EP_NODES_BACKEND::launch,
+                                   .internode_low_latency_clean = EP_NODES_BACKEND::launch};
     return table;
 }
 

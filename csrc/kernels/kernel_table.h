@@ -29,6 +29,10 @@ struct KernelTable {
     void (*low_latency_dispatch)(const LowLatencyDispatchParams& params, dev::Stream stream);
     void (*low_latency_combine)(const LowLatencyCombineParams& params, dev::Stream stream);
     void (*low_latency_clean)(const LowLatencyCall& call, dev::Stream stream);
+    // The same across nodes.
+    void (*internode_low_latency_dispatch)(const LowLatencyDispatchParams& params, dev::Stream stream);
+    void (*internode_low_latency_combine)(const LowLatencyCombineParams& params, dev::Stream stream);
+    void (*internode_low_latency_clean)(const LowLatencyCall& call, dev::Stream stream);
 };
 
 const KernelTable& simt_kernel_table();
@@ -47,5 +51,13 @@ void launch(const LowLatencyDispatchParams& params, dev::Stream stream);
 void launch(const LowLatencyCombineParams& params, dev::Stream stream);
 void launch(const LowLatencyCall& call, dev::Stream stream);
 }  // namespace EP_BACKEND
+
+#if !defined(EP_ACROSS_NODES)
+namespace EP_NODES_BACKEND {
+void launch(const LowLatencyDispatchParams& params, dev::Stream stream);
+void launch(const LowLatencyCombineParams& params, dev::Stream stream);
+void launch(const LowLatencyCall& call, dev::Stream stream);
+}  // namespace EP_NODES_BACKEND
+#endif
 
 }  // namespace deep_ep::kernels

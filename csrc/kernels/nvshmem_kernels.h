@@ -6,6 +6,7 @@
 
 #include "device/runtime.h"
 #include "kernels/params_internode.h"
+#include "kernels/params_low_latency.h"
 #include "rail/nvshmem/library.h"
 
 namespace deep_ep::kernels {
@@ -16,10 +17,18 @@ struct NvshmemKernels {
     bool (*notify)(const InternodeNotifyParams* params, dev::Stream stream, rail::nvshmem::Complaint* complaint);
     bool (*dispatch)(const InternodeDispatchParams* params, dev::Stream stream, rail::nvshmem::Complaint* complaint);
     bool (*combine)(const InternodeCombineParams* params, dev::Stream stream, rail::nvshmem::Complaint* complaint);
+    bool (*low_latency_dispatch)(const LowLatencyDispatchParams* params, dev::Stream stream,
+                                 rail::nvshmem::Complaint* complaint);
+    bool (*low_latency_combine)(const LowLatencyCombineParams* params, dev::Stream stream,
+                                rail::nvshmem::Complaint* complaint);
+    bool (*low_latency_clean)(const LowLatencyCall* call, dev::Stream stream, rail::nvshmem::Complaint* complaint);
 };
 
 // Both sides must have been compiled from the same parameters. (Their names are by the sources' digest too, deep_ep/_nvshmem.py.)
 constexpr uint64_t kNvshmemKernelShape =
-    (sizeof(InternodeNotifyParams) * 65537 + sizeof(InternodeDispatchParams)) * 65537 + sizeof(InternodeCombineParams);
+    ((sizeof(InternodeNotifyParams) * 65537 + sizeof(InternodeDispatchParams)) * 65537 +
+     sizeof(InternodeCombineParams)) *
+        31 +
+    sizeof(LowLatencyDispatchParams) + sizeof(LowLatencyCombineParams);
 
 }  // namespace deep_ep::kernels

@@ -6,6 +6,9 @@
 #include "kernels/divisor.h"
 #include "kernels/params.h"
 #include "layout/heap.h"
+#include "layout/rail.h"
+#include "layout/topology.h"
+#include "rail/engine.h"
 
 namespace deep_ep::kernels {
 
@@ -18,6 +21,18 @@ constexpr int kMaxLowLatencyThreads = 448;
 constexpr int kPlaceBits = 12;
 constexpr int kMaxLowLatencyExperts = 1 << 14;
 static_assert(layout::kMaxLowLatencyTokens <= 1 << kPlaceBits);
+
+// How the kernels for several nodes reach far ranks, those of other nodes.
+struct LowLatencyRail {
+    rail::Params params;  // Engine::params()
+    layout::Topology topology;
+    layout::Field abort;  // RailControl::abort
+    layout::LowLatencyRailControl control;
+    layout::LowLatencyRailRegion region;
+    // [banks + 1][num_ranks], device-local: what this rank has told each far rank: the last call that it has received in
+    // each bank, then how often it has entered clean_low_latency_buffer.
+    uint64_t* told;
+};
 
 struct LowLatencyPlan {
     HeapParams heap;
@@ -36,6 +51,7 @@ struct LowLatencyPlan {
     int num_local_experts;
     Divisor by_ranks, by_other_ranks, by_local_experts, by_topk;
     Divisor by_parts;  // of a token in the receive phase, a warp for each
+    LowLatencyRail rail;
 };
 // What all kernels of the mode need.
 struct LowLatencyCall : LowLatencyPlan, LowLatencyArgs {};

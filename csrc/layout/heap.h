@@ -164,10 +164,35 @@ struct LowLatencyEntrySlots {
     }
 };
 
+// What num_rdma_bytes become where the group spans nodes, by what the size hint counts: a source in a bank. A rank has so many
+// of these for its near ranks in its heap, and for its far ones in the rail window.
+struct LowLatencyShares {
+    static constexpr uint64_t kLeast = LowLatencyEntrySlots::kHintTopk;
+
+    uint64_t share_bytes = 0;
+    uint64_t num_ranks = 1, ranks_per_node = 1;
+
+    static constexpr LowLatencyShares make(uint64_t data_bytes, uint64_t num_ranks, uint64_t ranks_per_node) {
+        const uint64_t num_shares = kNumLowLatencyBanks * (num_ranks < kLeast ? kLeast : num_ranks);
+        return {data_bytes / num_shares / 128 * 128, num_ranks, ranks_per_node};
+    }
+    // What may be lost by that.
+    static constexpr uint64_t rounding_bytes(uint64_t num_ranks) {
+        return kNumLowLatencyBanks * (num_ranks < kLeast ? kLeast : num_ranks) * 128;
+    }
+    constexpr uint64_t num_far() const { return num_ranks - ranks_per_node; }
+    constexpr uint64_t heap() const {
+        return kNumLowLatencyBanks * share_bytes * (ranks_per_node < kLeast ? kLeast : ranks_per_node);
+    }
+    // Of a bank.
+    constexpr uint64_t receive() const { return share_bytes * (num_far() < kLeast ? kLeast : num_far()); }
+    constexpr uint64_t staging() const { return share_bytes * (num_far() + kLeast); }
+};
+
 // What one rank writes to another in one call: its routing table, then one slot for each token.
 struct LowLatencyMessage {
     Field num_tokens;    // i32[4]: only the first is used
-    Field num_rows;      // i32[El]: dispatch only: tokens for each expert of the receiver
+    Field num_rows;      // i32[El]: dispatch only: tokens for each expert of the receiver; across nodes i32[E], of all
     Field topk_idx;      // i32[T][K]: -1: none. Combine: global expert ids; dispatch: with places, see routing_table.h
     Field topk_weights;  // f32[T][K]: combine only
     Field slots;         // [T] of slot_bytes

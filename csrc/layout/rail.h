@@ -68,6 +68,51 @@ struct RailControl {
     }
 };
 
+// The same for the low-latency mode, whose far ranks (those of other nodes) all write here; `offset`s are in the window.
+// R ranks; [source] is the far rank that writes. See docs/protocols/low_latency_nodes.md.
+struct LowLatencyRailControl {
+    Field received;    // u64[banks][R]: the last call of the bank whose receive phase this rank has finished; it adds
+    Field table_full;  // u64[banks][R]: the call whose table of this rank is there
+    Field cleaned;     // u64[R]: the last clean_low_latency_buffer that this rank has entered; it adds
+    Field token_full;  // u64[banks][R][kMaxLowLatencyTokens]: the call for which the slot of this rank is there
+    Field entry_full;  // u64[banks][kMaxLowLatencyPackets / 2]: the same of a slot by entry, of whichever rank fills it
+    uint64_t end = 0;
+
+    static constexpr LowLatencyRailControl make(uint64_t begin, uint64_t num_ranks) {
+        LowLatencyRailControl control;
+        FieldCursor cursor;
+        cursor.take(1, begin, 1);
+        control.received = cursor.take(8, kNumLowLatencyBanks * num_ranks, kHeapAlignment);
+        control.table_full = cursor.take(8, kNumLowLatencyBanks * num_ranks, kHeapAlignment);
+        control.cleaned = cursor.take(8, num_ranks, kHeapAlignment);
+        control.token_full = cursor.take(8, kNumLowLatencyBanks * num_ranks * kMaxLowLatencyTokens, kHeapAlignment);
+        control.entry_full = cursor.take(8, kNumLowLatencyBanks * (kMaxLowLatencyPackets / 2), kHeapAlignment);
+        control.end = cursor.total(4096);
+        return control;
+    }
+};
+
+// Its data: banks x (receive, staging). See LowLatencyMessage, and LowLatencyEntrySlots.
+struct LowLatencyRailRegion {
+    uint64_t offset = 0;                            // in the window
+    uint64_t receive_bytes = 0, staging_bytes = 0;  // of a bank
+    uint64_t source_bytes = 0;                      // that receive has for a far rank
+
+    constexpr uint64_t bank_bytes() const { return receive_bytes + staging_bytes; }
+    constexpr uint64_t end() const { return offset + kNumLowLatencyBanks * bank_bytes(); }
+
+    static constexpr LowLatencyRailRegion make(uint64_t offset, const LowLatencyShares& shares) {
+        LowLatencyRailRegion region;
+        region.offset = offset;
+        region.receive_bytes = shares.receive();
+        region.staging_bytes = shares.staging();
+        region.source_bytes = region.receive_bytes / shares.num_far() / kHeapAlignment * kHeapAlignment;
+        return region;
+    }
+    constexpr uint64_t receive(uint64_t bank) const { return offset + bank * bank_bytes(); }
+    constexpr uint64_t staging(uint64_t bank) const { return receive(bank) + receive_bytes; }
+};
+
 // One token on the rail: its row, then 4-byte metadata words.
 struct RailSlot {
     Field row;           // bytes

@@ -85,6 +85,7 @@ struct LowLatencyLaunchState {
     uint32_t next_share;      // of the receive phase
     uint32_t void_pieces;     // of a call that fails: pieces of the outputs that warps have taken to fill them with NaN
     uint32_t lists;           // of a dispatch: a bit for each list of counts that is written; kVoidLists: they are void
+    uint32_t staged_rows;     // of a combine across nodes: further rows of tokens that have a place in staging
 
     static constexpr uint32_t kVoidLists = 1u << 31;
     static constexpr int kMaxLists = 31;

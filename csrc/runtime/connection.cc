@@ -29,8 +29,6 @@ const BufferOptions& checked(const BufferOptions& options) {
              "), got ", options.rank);
     EP_CHECK(options.num_rail_bytes >= 0 && options.num_rail_bytes % 128 == 0,
              "num_rail_bytes must be a multiple of 128, got ", options.num_rail_bytes);
-    EP_ENSURE(topology.num_nodes() == 1 || options.num_low_latency_bytes == 0,
-              "the low-latency mode does not work across nodes");
     EP_CHECK(options.num_data_bytes >= 0 && options.num_data_bytes % 128 == 0,
              "num_data_bytes must be a multiple of 128, got ", options.num_data_bytes);
     EP_CHECK(options.num_low_latency_bytes >= 0 && options.num_low_latency_bytes % 128 == 0,
@@ -68,7 +66,8 @@ Connection::Connection(std::shared_ptr<dev::Device> device, const BufferOptions&
       wait_cells_(device_, static_cast<size_t>(layout::num_wait_cells(options.num_ranks))),
       desk_(std::make_shared<FailureDesk>(
           device_, mailbox_,
-          Surroundings{topology_, heap_.get(), plan_.control, status_.host(), engine_.get(), rail_region_.control})) {
+          Surroundings{topology_, heap_.get(), plan_.control, status_.host(), engine_.get(), rail_region_.control,
+                       rail_region_.low_latency_control, rail_region_.has_low_latency() && options.is_shrinkable})) {
     layout::WaitCell* const cells = wait_cells_.get();
     const uint64_t warn_ns = to_ns(options.warn_s);
     device_->copy_now(&local_.get()->wait_cells, &cells, sizeof(cells));
@@ -96,9 +95,12 @@ std::string Connection::rail_address() const { return engine_ == nullptr ? "" : 
 void Connection::connect_rail(const std::vector<std::string>& addresses) {
     require_usable();
     if (engine_ == nullptr) return;
+    // Low latency goes straight to any rank; see docs/protocols/low_latency_nodes.md.
     std::vector<int> peers;
-    for (int node = 0; node < topology_.num_nodes(); ++node)
-        if (node != topology_.node()) peers.push_back(topology_.rail_peer(node));
+    for (int rank = 0; rank < topology_.num_ranks; ++rank)
+        if (!topology_.is_neighbour(rank) &&
+            (rail_region_.has_low_latency() || topology_.index_of(rank) == topology_.index()))
+            peers.push_back(rank);
     engine_->connect(addresses, peers);
     is_rail_connected_ = true;
 }

@@ -118,7 +118,7 @@ bool FailureDesk::is_reason_due() {
 }
 
 void FailureDesk::collect_engine_failure() {
-    if (at_.engine == nullptr) return;
+    if (at_.engine == nullptr || at_.does_without_peers) return;
     try {
         at_.engine->check();
         return;
@@ -194,10 +194,23 @@ std::vector<Progress> FailureDesk::progress(layout::Operation operation) const {
         if (peer == at_.topology.rank) continue;
         if (is_here(peer))
             known.push_back({peer, started[static_cast<size_t>(index_of(peer))]});
+        else if (is_low_latency(operation) || operation == layout::Operation::kLowLatencyClean)
+            known.push_back({peer, far_progress(operation, peer)});
         else if (index_of(peer) == at_.topology.index())
             known.push_back({peer, rail_word(at_.rail.entered.at(static_cast<uint64_t>(at_.topology.node_of(peer))))});
     }
     return known;
+}
+
+// By what a rank of another node has put here: its tables come first in each call.
+uint64_t FailureDesk::far_progress(layout::Operation operation, int peer) const {
+    const layout::LowLatencyRailControl& words = at_.low_latency_rail;
+    const auto idx = static_cast<uint64_t>(peer), num_ranks = static_cast<uint64_t>(at_.topology.num_ranks);
+    if (operation == layout::Operation::kLowLatencyClean) return rail_word(words.cleaned.at(idx));
+    uint64_t last = 0;
+    for (uint64_t bank = 0; bank < layout::kNumLowLatencyBanks; ++bank)
+        last = std::max(last, rail_word(words.table_full.at(bank * num_ranks + idx)));
+    return last;
 }
 
 // Of a rank of another node its rail peer in this one hears the reason over the rail, and has it in its own note.

@@ -38,6 +38,8 @@ struct Surroundings {
     const layout::HostStatus* status;
     rail::Engine* engine;  // null: there is one node
     layout::RailControl rail;
+    layout::LowLatencyRailControl low_latency_rail;  // where there are several nodes, and the mode
+    bool does_without_peers;  // low latency leaves out ranks of other nodes that are lost: no failure by itself
 };
 
 // The first failure is kept. Thread-safe: the watcher looks while the Buffer's own thread is in a call.
@@ -78,6 +80,7 @@ private:
     void adopt(Failure failure);
     Peers peers(layout::Operation operation) const;
     std::vector<Progress> progress(layout::Operation operation) const;
+    uint64_t far_progress(layout::Operation operation, int peer) const;
     std::string remark(int peer) const;
     std::optional<std::string> note_of(int origin) const;
     std::string rail_note(int node) const;

@@ -56,8 +56,9 @@ std::string where(const layout::WaitRecord& record, const layout::Topology& topo
 }
 
 // Ranks in other nodes and on other rails speak to this one through their forwarder in its node; -1: `peer` needs none.
-int forwarder_of(int peer, const layout::Topology& topology) {
-    const bool is_direct = topology.is_neighbour(peer) || topology.index_of(peer) == topology.index();
+int forwarder_of(layout::Operation operation, int peer, const layout::Topology& topology) {
+    const bool is_direct =
+        is_low_latency(operation) || topology.is_neighbour(peer) || topology.index_of(peer) == topology.index();
     return is_direct ? -1 : topology.forwarder(peer, topology.node());
 }
 
@@ -67,7 +68,7 @@ std::string remark_on(int peer, const Peers& peers) {
 }
 
 std::string stalled(const layout::WaitRecord& record, const Peers& peers) {
-    const int forwarder = forwarder_of(record.peer, peers.topology);
+    const int forwarder = forwarder_of(record.operation, record.peer, peers.topology);
     const int peer = forwarder < 0 ? record.peer : forwarder;
     const std::string told = record.kind == layout::FailureKind::kTimeout ? peers.stall(peer) : "";
     return concat(name_of(peer, peers.topology), forwarder < 0 ? "" : ", its forwarder,", " entered the call and ",

@@ -31,21 +31,22 @@ void check_shape(const LowLatencyArgs& shape, int num_tokens, int num_ranks) {
     EP_CHECK(shape.hidden > 0 && shape.hidden % 8 == 0, "hidden must be a positive multiple of 8, got ", shape.hidden);
 }
 
-layout::LowLatencyMessage make_message(const LowLatencyArgs& shape, int num_ranks, uint64_t row_bytes,
+// `num_counts`: of experts that its table states. Of a dispatch, those of the receiver, or of all where the group spans nodes.
+layout::LowLatencyMessage make_message(const LowLatencyArgs& shape, int num_counts, uint64_t row_bytes,
                                        uint64_t num_scales) {
     return layout::LowLatencyMessage::make(static_cast<uint64_t>(shape.num_max_tokens),
-                                           static_cast<uint64_t>(shape.num_topk),
-                                           static_cast<uint64_t>(shape.num_experts / num_ranks), row_bytes, num_scales);
+                                           static_cast<uint64_t>(shape.num_topk), static_cast<uint64_t>(num_counts),
+                                           row_bytes, num_scales);
 }
 
-layout::LowLatencyMessage dispatch_message(const LowLatencyArgs& shape, int num_ranks, bool is_fp8) {
+layout::LowLatencyMessage dispatch_message(const LowLatencyArgs& shape, int num_counts, bool is_fp8) {
     const auto hidden = static_cast<uint64_t>(shape.hidden);
-    return make_message(shape, num_ranks, is_fp8 ? hidden : 2 * hidden, is_fp8 ? hidden / layout::kFp8GroupSize : 0);
+    return make_message(shape, num_counts, is_fp8 ? hidden : 2 * hidden, is_fp8 ? hidden / layout::kFp8GroupSize : 0);
 }
 
-layout::LowLatencyMessage combine_message(const LowLatencyArgs& shape, int num_ranks, bool uses_logfmt) {
-    if (!uses_logfmt) return dispatch_message(shape, num_ranks, false);
-    return make_message(shape, num_ranks, layout::LogfmtRow::make(static_cast<uint64_t>(shape.hidden)).bytes, 0);
+layout::LowLatencyMessage combine_message(const LowLatencyArgs& shape, int num_counts, bool uses_logfmt) {
+    if (!uses_logfmt) return dispatch_message(shape, num_counts, false);
+    return make_message(shape, num_counts, layout::LogfmtRow::make(static_cast<uint64_t>(shape.hidden)).bytes, 0);
 }
 
 }  // namespace
@@ -57,10 +58,13 @@ int64_t LowLatency::size_hint(int num_max_tokens, int hidden, int num_ranks, int
     shape.num_experts = num_experts;
     shape.hidden = hidden;
     check_shape(shape, 0, num_ranks);
-    const auto message = dispatch_message(shape, num_ranks, false);
+    const auto message = dispatch_message(shape, num_experts, false);
     using Slots = layout::LowLatencyEntrySlots;
+    const uint64_t table_bytes =
+        make_message({num_max_tokens, Slots::kHintTopk, 0, 0, nullptr, nullptr}, 0, 16, 0).slots.offset;
     const uint64_t entry_bytes =
-        Slots::bytes(static_cast<uint64_t>(num_max_tokens), Slots::kHintTopk, static_cast<uint64_t>(hidden));
+        Slots::bytes(static_cast<uint64_t>(num_max_tokens), Slots::kHintTopk, static_cast<uint64_t>(hidden)) +
+        static_cast<uint64_t>(num_ranks) * table_bytes;
     return static_cast<int64_t>(
         std::max(message.region_bytes(static_cast<uint64_t>(num_ranks)), layout::kNumLowLatencyBanks * entry_bytes));
 }
@@ -70,11 +74,15 @@ LowLatency::LowLatency(Connection& connection, const kernels::KernelTable& kerne
       kernels_(kernels),
       num_ranks_(connection.options().num_ranks),
       masked_(connection.device(), static_cast<size_t>(num_ranks_)),
-      wait_ns_(connection.device(), 2 * static_cast<size_t>(num_ranks_)) {}
+      wait_ns_(connection.device(), 2 * static_cast<size_t>(num_ranks_)) {
+    if (connection.rail_region().has_low_latency())
+        told_ = {connection.device(), (layout::kNumLowLatencyBanks + 1) * static_cast<size_t>(num_ranks_)};
+}
 
 void LowLatency::release() noexcept {
     masked_.reset();
     wait_ns_.reset();
+    told_.reset();
 }
 
 uint8_t* LowLatency::data() const {
@@ -89,20 +97,18 @@ int* LowLatency::masked_ranks() const {
 
 kernels::LowLatencyCall LowLatency::make_call(const LowLatencyArgs& args,
                                               const layout::LowLatencyMessage& message) const {
-    const auto needed = static_cast<int64_t>(message.region_bytes(static_cast<uint64_t>(num_ranks_)));
-    EP_CHECK(needed <= connection_.options().num_low_latency_bytes,
-             "num_rdma_bytes is too small for this call: expected at least ", needed, ", got ",
-             connection_.options().num_low_latency_bytes, " (see Buffer.get_low_latency_rdma_size_hint)");
+    const auto num_near = static_cast<uint64_t>(connection_.topology().ranks_per_node);
+    EP_CHECK(fits(message), "num_rdma_bytes is too small for this call: expected at least ", needed_bytes(message),
+             ", got ", connection_.options().num_low_latency_bytes, " (see Buffer.get_low_latency_rdma_size_hint)");
     const LowLatencyGrid grid =
         plan_low_latency(connection_.machine(), connection_.heap().num_ranks_here(), args.hidden);
-    const auto num_ranks = static_cast<uint64_t>(num_ranks_);
     return {{.heap = connection_.heap_params(),
              .watch = connection_.watch_params(),
              .message = message,
              .uses_packets = false,
              .entry_slot_bytes = 0,
              .data_offset = connection_.plan().low_latency_offset,
-             .region = layout::LowLatencyRegion::make(connection_.plan().num_low_latency_bytes, num_ranks),
+             .region = layout::LowLatencyRegion::make(connection_.plan().num_low_latency_bytes, num_near),
              .phase = kernels::Phase::kSend,
              .num_blocks = grid.num_blocks,
              .num_warps = grid.num_warps,
@@ -115,8 +121,55 @@ kernels::LowLatencyCall LowLatency::make_call(const LowLatencyArgs& args,
              .by_other_ranks = kernels::Divisor::make(std::max(1, num_ranks_ - 1)),
              .by_local_experts = kernels::Divisor::make(args.num_experts / num_ranks_),
              .by_topk = kernels::Divisor::make(args.num_topk),
-             .by_parts = kernels::Divisor::make(1)},
+             .by_parts = kernels::Divisor::make(1),
+             .rail = make_rail()},
             args};
+}
+
+kernels::LowLatencyRail LowLatency::make_rail() const {
+    const RailRegion& region = connection_.rail_region();
+    if (!region.has_low_latency()) return {};
+    return {.params = connection_.engine().params(),
+            .topology = connection_.topology(),
+            .abort = region.control.abort,
+            .control = region.low_latency_control,
+            .region = region.low_latency,
+            .told = told_.get()};
+}
+
+// Across nodes with what rounding to shares may cost.
+int64_t LowLatency::needed_bytes(const layout::LowLatencyMessage& message) const {
+    using Shares = layout::LowLatencyShares;
+    const auto num_ranks = static_cast<uint64_t>(num_ranks_);
+    const uint64_t rounding = spans_nodes() ? Shares::rounding_bytes(num_ranks) : 0;
+    return static_cast<int64_t>(message.region_bytes(num_ranks) + rounding);
+}
+
+bool LowLatency::fits(const layout::LowLatencyMessage& message) const {
+    if (!spans_nodes()) return needed_bytes(message) <= connection_.options().num_low_latency_bytes;
+    const layout::LowLatencyRailRegion& rail = connection_.rail_region().low_latency;
+    const auto num_near = static_cast<uint64_t>(connection_.topology().ranks_per_node), num_far = num_far_ranks();
+    return message.region_bytes(num_near) <= connection_.plan().num_low_latency_bytes &&
+           num_far * message.bytes <= rail.receive_bytes &&
+           message.slots.offset + num_far * message.slots.bytes() <= rail.staging_bytes;
+}
+
+uint64_t LowLatency::num_far_ranks() const {
+    return static_cast<uint64_t>(num_ranks_ - connection_.topology().ranks_per_node);
+}
+
+// Combine in packets needs a slot for each entry of a bank; across nodes two times, and staging for a row of each token.
+bool LowLatency::fits_entry_slots(const kernels::LowLatencyCall& call) const {
+    using Slots = layout::LowLatencyEntrySlots;
+    const uint64_t bytes = Slots::bytes(static_cast<uint64_t>(call.num_max_tokens),
+                                        static_cast<uint64_t>(call.num_topk), static_cast<uint64_t>(call.hidden));
+    if (bytes > call.region.bank_bytes) return false;
+    const RailRegion& rail = connection_.rail_region();
+    if (!rail.has_low_latency()) return true;
+    const uint64_t num_far = num_far_ranks();
+    const uint64_t num_staged = num_far * static_cast<uint64_t>(call.num_max_tokens);
+    return num_far * call.message.slots.offset + bytes <= rail.low_latency.receive_bytes &&
+           call.message.slots.offset + num_staged * call.entry_slot_bytes <= rail.low_latency.staging_bytes;
 }
 
 kernels::LowLatencyDispatchParams LowLatency::make_params(const LowLatencyDispatchArgs& args) const {
@@ -126,7 +179,8 @@ kernels::LowLatencyDispatchParams LowLatency::make_params(const LowLatencyDispat
     EP_CHECK(!args.packs_scales || (args.rounds_scales && args.hidden % (4 * layout::kFp8GroupSize) == 0),
              "use_ue8m0 needs round_scale, and hidden must be a multiple of ", 4 * layout::kFp8GroupSize, ", got ",
              args.hidden);
-    auto call = make_call(args, dispatch_message(args, num_ranks_, args.is_fp8));
+    auto call = make_call(
+        args, dispatch_message(args, spans_nodes() ? args.num_experts : args.num_experts / num_ranks_, args.is_fp8));
     const int num_parts = plan_parts(call, num_ranks_ * args.num_max_tokens, kMostDispatchParts);
     call.by_parts = kernels::Divisor::make(num_parts);
     const int num_scales = args.is_fp8 ? args.hidden / layout::kFp8GroupSize / (args.packs_scales ? 4 : 1) : 0;
@@ -142,29 +196,28 @@ kernels::LowLatencyDispatchParams LowLatency::make_params(const LowLatencyDispat
 
 kernels::LowLatencyCombineParams LowLatency::make_params(const LowLatencyCombineArgs& args) const {
     check_shape(args, args.num_tokens, num_ranks_);
-    auto call = make_call(args, combine_message(args, num_ranks_, args.uses_logfmt));
+    auto call =
+        make_call(args, combine_message(args, spans_nodes() ? 0 : args.num_experts / num_ranks_, args.uses_logfmt));
     using Slots = layout::LowLatencyEntrySlots;
-    const auto hidden = static_cast<uint64_t>(args.hidden);
-    const uint64_t entry_bytes =
-        Slots::bytes(static_cast<uint64_t>(args.num_max_tokens), static_cast<uint64_t>(args.num_topk), hidden);
-    call.entry_slot_bytes = Slots::slot_bytes(hidden);
+    call.entry_slot_bytes = Slots::slot_bytes(static_cast<uint64_t>(args.hidden));
     // Where a source may be left out its weights count as a whole or not at all, which is what one flag says.
     call.uses_packets = !connection_.options().is_shrinkable && args.num_topk <= Slots::kMaxTopk &&
                         2 * args.num_max_tokens * args.num_topk <= layout::kMaxLowLatencyPackets &&
-                        entry_bytes <= call.region.bank_bytes;
+                        fits_entry_slots(call);
     const int num_chunks = ceil_div(args.hidden, kLowLatencyChunk);
     const int num_parts = plan_parts(call, args.num_tokens, std::min(num_chunks, kMostCombineParts));
     call.by_parts = kernels::Divisor::make(num_parts);
     return {{.call = call, .part_chunks = ceil_div(num_chunks, num_parts)}, args};
 }
 
-// Its words and its region are those of one node.
-void LowLatency::require_one_node() const {
-    EP_ENSURE(connection_.topology().num_nodes() == 1, "a low-latency call of a Buffer whose group spans nodes");
+// A Buffer of one node has its control words at least.
+void LowLatency::require_rail() const {
+    EP_ENSURE(!spans_nodes() || connection_.rail_region().has_low_latency(),
+              "a low-latency call of a Buffer whose group spans nodes, and that has no memory for them");
 }
 
 void LowLatency::clean(dev::Stream stream) {
-    require_one_node();
+    require_rail();
     connection_.check();
     const auto num_open =
         std::count_if(std::begin(open_calls_), std::end(open_calls_), [](uint64_t ticket) { return ticket != 0; });
@@ -176,8 +229,9 @@ void LowLatency::clean(dev::Stream stream) {
     call.watch = connection_.watch_params();
     call.masked = masked_.get();
     call.is_shrinkable = connection_.options().is_shrinkable;
+    call.rail = make_rail();
     connection_.announce(stream, true);
-    kernels_.low_latency_clean(call, stream);
+    spans_nodes() ? kernels_.internode_low_latency_clean(call, stream) : kernels_.low_latency_clean(call, stream);
 }
 
 uint64_t LowLatency::enter(kernels::LowLatencyCall& call, uint64_t ticket) {
@@ -219,7 +273,7 @@ void LowLatency::abandon_hook(uint64_t ticket, const std::string& text) {
 template <class Args, class Params>
 uint64_t LowLatency::run(const Args& args, void (*launch)(const Params&, dev::Stream), uint64_t ticket,
                          dev::Stream stream) {
-    require_one_node();
+    require_rail();
     const bool is_hook = ticket != kSendPhase && ticket != kBothPhases;  // which is a call of its own
     if (is_hook)
         connection_.begin_call();
@@ -233,11 +287,13 @@ uint64_t LowLatency::run(const Args& args, void (*launch)(const Params&, dev::St
 }
 
 uint64_t LowLatency::dispatch(const LowLatencyDispatchArgs& args, uint64_t ticket, dev::Stream stream) {
-    return run(args, kernels_.low_latency_dispatch, ticket, stream);
+    return run(args, spans_nodes() ? kernels_.internode_low_latency_dispatch : kernels_.low_latency_dispatch, ticket,
+               stream);
 }
 
 uint64_t LowLatency::combine(const LowLatencyCombineArgs& args, uint64_t ticket, dev::Stream stream) {
-    return run(args, kernels_.low_latency_combine, ticket, stream);
+    return run(args, spans_nodes() ? kernels_.internode_low_latency_combine : kernels_.low_latency_combine, ticket,
+               stream);
 }
 
 }  // namespace deep_ep::runtime

@@ -43,7 +43,13 @@ private:
     kernels::LowLatencyCall make_call(const LowLatencyArgs& args, const layout::LowLatencyMessage& message) const;
     kernels::LowLatencyDispatchParams make_params(const LowLatencyDispatchArgs& args) const;
     kernels::LowLatencyCombineParams make_params(const LowLatencyCombineArgs& args) const;
-    void require_one_node() const;
+    void require_rail() const;
+    kernels::LowLatencyRail make_rail() const;
+    bool spans_nodes() const { return connection_.topology().num_nodes() > 1; }
+    uint64_t num_far_ranks() const;
+    int64_t needed_bytes(const layout::LowLatencyMessage& message) const;
+    bool fits(const layout::LowLatencyMessage& message) const;
+    bool fits_entry_slots(const kernels::LowLatencyCall& call) const;
     uint64_t enter(kernels::LowLatencyCall& call, uint64_t ticket);
     uint64_t open();
     void close(uint64_t ticket);
@@ -55,6 +61,7 @@ private:
     const int num_ranks_;
     dev::DeviceArray<int> masked_;        // [num_ranks]
     dev::DeviceArray<uint64_t> wait_ns_;  // [num_ranks], then [num_ranks] of LowLatencyCall::decisions
+    dev::DeviceArray<uint64_t> told_;     // of LowLatencyRail, where there are several nodes
     uint64_t num_sends_ = 0;
     uint64_t open_calls_[layout::kNumLowLatencyBanks] = {};  // ticket of the open call in each; 0: none
 };

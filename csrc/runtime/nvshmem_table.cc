@@ -36,6 +36,9 @@ const kernels::KernelTable& nvshmem_kernel_table() {
         made.internode_notify = &launch<&NvshmemKernels::notify>;
         made.internode_dispatch = &launch<&NvshmemKernels::dispatch>;
         made.internode_combine = &launch<&NvshmemKernels::combine>;
+        made.internode_low_latency_dispatch = &launch<&NvshmemKernels::low_latency_dispatch>;
+        made.internode_low_latency_combine = &launch<&NvshmemKernels::low_latency_combine>;
+        made.internode_low_latency_clean = &launch<&NvshmemKernels::low_latency_clean>;
         return made;
     }();
     return table;

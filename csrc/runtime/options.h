@@ -17,7 +17,7 @@ struct BufferOptions {
     int rank;
     int num_ranks;
     int64_t num_data_bytes;         // of the high-throughput mode
-    int64_t num_low_latency_bytes;  // of the low-latency mode; none where there are several nodes
+    int64_t num_low_latency_bytes;  // of the low-latency mode
     double timeout_s;
     double warn_s;
     bool is_shrinkable;            // low latency: a peer that does not come is masked

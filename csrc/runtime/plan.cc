@@ -16,6 +16,13 @@ constexpr int kMaxStagedRanks = 32 - kernels::kMaxBiases;
 constexpr int kMaxStages = 4;
 constexpr int kReduceWarps = 8;
 
+// Of a combine that sends through stages and sums by ordinary loads, which has few stages: ordinary loads are under way in what
+// stages leave of the SM's memory.
+constexpr int kMixedBlocks = 20;
+constexpr int kMixedSendWarps = 5;
+constexpr int kMixedReduceWarps = 12;
+constexpr int kMixedTokens = 4;  // of each reduce warp
+
 // Of a dispatch to lenders. More blocks are slower, from here on to twice as many: own stores queue behind remote ones.
 constexpr int kLentSendWarps = 20;
 constexpr uint64_t kLongRowBytes = 8192;
@@ -133,13 +140,21 @@ Machine Machine::of(const dev::Device& device, int num_ranks) {
             .num_ranks = num_ranks};
 }
 
+layout::LowLatencyShares low_latency_shares(const BufferOptions& options) {
+    const layout::Topology topology = options.topology();
+    return layout::LowLatencyShares::make(static_cast<uint64_t>(options.num_low_latency_bytes),
+                                          static_cast<uint64_t>(topology.num_ranks),
+                                          static_cast<uint64_t>(topology.ranks_per_node));
+}
+
 HeapPlan plan_heap(const BufferOptions& options) {
     HeapPlan heap{};
     heap.topology = options.topology();
     heap.control = layout::ControlLayout::make(static_cast<uint64_t>(heap.topology.ranks_per_node),
                                                static_cast<uint64_t>(heap.topology.num_nodes()));
     heap.num_data_bytes = static_cast<uint64_t>(options.num_data_bytes);
-    heap.num_low_latency_bytes = static_cast<uint64_t>(options.num_low_latency_bytes);
+    heap.num_low_latency_bytes = heap.topology.num_nodes() == 1 ? static_cast<uint64_t>(options.num_low_latency_bytes)
+                                                                : low_latency_shares(options).heap();
     heap.low_latency_offset = heap.control.bytes + heap.num_data_bytes;
     const uint64_t end = heap.low_latency_offset + heap.num_low_latency_bytes;
     layout::DataSplit split{heap.num_data_bytes, 0, 0};
@@ -161,14 +176,29 @@ HeapPlan plan_heap(const BufferOptions& options) {
     return heap;
 }
 
-// Where the caller leaves it to us, rows get as much room on the rail as they have between neighbours.
+// Where the caller leaves it to us, rows get as much room on the rail as they have between neighbours. What is asked for with the
+// low-latency mode is meant for that, and most callers need less for the other one.
 RailRegion plan_rail(const BufferOptions& options) {
     const layout::Topology topology = options.topology();
     if (topology.num_nodes() == 1) return {};
     const auto num_nodes = static_cast<uint64_t>(topology.num_nodes());
     const uint64_t own = std::max(static_cast<uint64_t>(options.num_data_bytes), (num_nodes - 1) * kLeastRailBytes);
-    return {layout::RailControl::make(num_nodes, static_cast<uint64_t>(topology.ranks_per_node)),
-            options.num_rail_bytes > 0 ? static_cast<uint64_t>(options.num_rail_bytes) : own};
+    const bool has_low_latency = options.num_low_latency_bytes > 0;
+    const auto asked = static_cast<uint64_t>(options.num_rail_bytes);
+    RailRegion region{layout::RailControl::make(num_nodes, static_cast<uint64_t>(topology.ranks_per_node)),
+                      asked == 0        ? own
+                      : has_low_latency ? std::min(asked, own)
+                                        : asked,
+                      {},
+                      {}};
+    if (has_low_latency) {
+        const uint64_t begin = layout::align_up(region.control.bytes + region.num_data_bytes, 4096);
+        region.low_latency_control =
+            layout::LowLatencyRailControl::make(begin, static_cast<uint64_t>(topology.num_ranks));
+        region.low_latency =
+            layout::LowLatencyRailRegion::make(region.low_latency_control.end, low_latency_shares(options));
+    }
+    return region;
 }
 
 layout::RailWindow plan_rail_window(const RailRegion& rail, int num_nodes, const layout::RailSlot& slot,
@@ -265,7 +295,14 @@ kernels::Geometry plan_combine(const Machine& machine, int num_sms, const layout
     staged.num_send_warps = std::min(max_warps - staged.num_recv_warps, fitting / 2);
     if (staged.num_send_warps <= 0) return plain;
     staged.send = {std::min(fitting / staged.num_send_warps, kMaxStages), send.stage_bytes};
-    return can_stage(machine, staged) ? staged : plain;
+    if (!can_stage(machine, staged)) return plain;
+    // Between two ranks that have many tokens and blocks rows are staged on their way out alone (step 33).
+    const int num_warps = std::min(kernels::kMaxCombineWarps, machine.useful_block_threads / 32);
+    plain.num_send_warps = std::min({kMixedSendWarps, num_warps / 2, room / (2 * send.bytes())});
+    plain.num_recv_warps = std::min(kMixedReduceWarps, num_warps - plain.num_send_warps);
+    plain.send = {2, send.stage_bytes};
+    const bool is_large = num_tokens >= kMixedTokens * plain.num_recv_warps * plain.num_blocks;
+    return machine.num_ranks == 2 && plain.num_blocks >= kMixedBlocks && is_large && !has_bias ? plain : staged;
 }
 
 InternodeGeometry plan_internode_dispatch(const Machine& machine, const layout::Topology& topology, int num_topk,

@@ -39,13 +39,18 @@ struct HeapPlan {
     bool lends_part_of_data() const { return num_slot_bytes < num_data_bytes; }
 };
 HeapPlan plan_heap(const BufferOptions& options);
+// Of num_low_latency_bytes, where there are several nodes.
+layout::LowLatencyShares low_latency_shares(const BufferOptions& options);
 
-// The rail window of a rank, where there are several nodes: control words, then data.
+// The rail window of a rank, where there are several nodes: control words, then data; then the same of the low-latency mode.
 struct RailRegion {
     layout::RailControl control;
     uint64_t num_data_bytes;
+    layout::LowLatencyRailControl low_latency_control;
+    layout::LowLatencyRailRegion low_latency;
 
-    uint64_t num_bytes() const { return control.bytes + num_data_bytes; }
+    bool has_low_latency() const { return low_latency.receive_bytes > 0; }
+    uint64_t num_bytes() const { return has_low_latency() ? low_latency.end() : control.bytes + num_data_bytes; }
 };
 RailRegion plan_rail(const BufferOptions& options);
 

@@ -24,6 +24,7 @@ std::vector<Scenario> all_scenarios() {
     for (const Scenario& scenario : internode_scenarios()) all.push_back(scenario);
     for (const Scenario& scenario : lending_scenarios()) all.push_back(scenario);
     for (const Scenario& scenario : low_latency_scenarios()) all.push_back(scenario);
+    for (const Scenario& scenario : low_latency_nodes_scenarios()) all.push_back(scenario);
     return all;
 }
 

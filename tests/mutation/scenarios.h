@@ -16,5 +16,6 @@ std::span<const Scenario> intranode_scenarios();
 std::span<const Scenario> internode_scenarios();
 std::span<const Scenario> lending_scenarios();
 std::span<const Scenario> low_latency_scenarios();
+std::span<const Scenario> low_latency_nodes_scenarios();
 
 }  // namespace deep_ep::test

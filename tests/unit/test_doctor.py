@@ -271,6 +271,7 @@ def test_topology_of_islands_and_of_virtual_nodes(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("deep_ep._topology.places_of_this_machine", lambda: places("aabb"))
     monkeypatch.setattr(doctor.probes, "IMEX_CHANNELS", tmp_path)
+    monkeypatch.setattr(doctor.probes, "num_gpus_with_fabric_handles", lambda: 4)
     (tmp_path / "channel0").touch()
     monkeypatch.setattr("deep_ep._env.device_choice", lambda: ("cuda", ""))
     install_nvml(monkeypatch, FakeNvml(4, 4, lambda i, j: i // 2 == j // 2))
@@ -280,7 +281,7 @@ def test_topology_of_islands_and_of_virtual_nodes(monkeypatch: pytest.MonkeyPatc
     told = text_of(doctor.check_topology(environment_of("0", heap="device", rail="host")))
     assert "4 ranks on 2 node(s)" in told
     assert "heap: GPU memory, over NVLink where there is one, else PCIe peer access: DEEP_EP_HEAP=device" in told
-    assert "multi-node NVLink: 1 IMEX channel(s); this version does not use it" in told
+    assert "multi-node NVLink: 1 IMEX channel(s), 4 GPU(s) with fabric handles; this version does not use it" in told
     assert "rail: between nodes the engine 'host' carries rows; 'host' listens on the interface that reaches" in told
     told = text_of(doctor.check_topology(environment_of("1")))
     assert "4 ranks on 4 node(s), DEEP_EP_RANKS_PER_NODE" in told
@@ -290,6 +291,11 @@ def test_topology_of_islands_and_of_virtual_nodes(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(doctor.probes, "IMEX_CHANNELS", tmp_path / "nothing")
     told = text_of(doctor.check_topology(environment_of("0", heap="device")))
     assert "would be refused: Buffer: every node must have equally many ranks, got ranks 0 to 2 on box" in told
+
+
+def test_fabric_handles_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "CUDA_DRIVER", "no-driver.so")
+    assert probes.num_gpus_with_fabric_handles() is None
 
 
 def test_limits_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

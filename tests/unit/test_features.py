@@ -16,7 +16,7 @@ def test_what_is_here_is_supported_and_what_is_to_come_is_not() -> None:
     for name in ("high_throughput", "internode", "low_latency", "lending", "worst_case", "fp8", "logfmt", "shrink",
                  "cpu"):
         assert deep_ep.supports(name) is True, name
-    assert deep_ep.supports("low_latency_internode") is False
+    assert deep_ep.supports("low_latency_internode") is True
 
 
 def test_a_name_that_this_version_does_not_know_is_not_supported() -> None:

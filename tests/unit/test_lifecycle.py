@@ -1,5 +1,6 @@
 """Construction, release, and what callers do to the class."""
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -313,3 +314,37 @@ def test_a_bug_of_ours_is_not_the_callers_argument() -> None:
             buffer.runtime.connect([])
         with pytest.raises(deep_ep.InternalError, match="every size must be positive"):
             buffer.runtime.lend([-1], 0, False)
+
+
+class Held:
+    """What a caller's frame holds, such as a CUDA graph."""
+
+
+@pytest.mark.parametrize("call", [
+    lambda _: single_rank_buffer(100),
+    lambda _: single_rank_buffer(timeout_s=0.0),
+    lambda buffer: single_rank_dispatch(buffer, num_worst_tokens=-1),
+    lambda buffer: buffer.combine(torch.ones(2, 8), ()),
+    lambda buffer: buffer.low_latency_dispatch(torch.ones(2, 8), None, 1, 1),
+    lambda buffer: buffer.lend((-1, )),
+])
+def test_an_error_leaves_no_cycle_behind(call: Any) -> None:
+    """The collector might break it while a CUDA graph is captured, and end an older graph of the caller's there.
+
+    That voids the capture; the refusal that a capture itself gets left such a cycle.
+    """
+
+    def refused(buffer: Buffer) -> Any:
+        held = Held()
+        with contextlib.suppress(deep_ep.Error, ValueError, TypeError):
+            call(buffer)
+            pytest.fail("no error")
+        return weakref.ref(held)
+
+    with single_rank_buffer() as buffer:
+        gc.collect()
+        gc.disable()
+        try:
+            assert refused(buffer)() is None
+        finally:
+            gc.enable()

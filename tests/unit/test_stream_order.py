@@ -390,3 +390,17 @@ def test_draining_waits_for_the_last_phase(gpu: ModelGpu, caller: Caller) -> Non
     gpu.work(MAIN, "later")
     assert caller.streams.drain(0)
     assert "later" not in gpu.known[COMM]
+
+
+@pytest.mark.parametrize("captured", [COMM, MAIN])
+def test_a_buffer_that_goes_while_a_capture_has_its_stream_is_released_later(gpu: ModelGpu, caller: Caller,
+                                                                             captured: int) -> None:
+    """It must neither join the capture nor break it. A capture elsewhere is no reason to wait."""
+    caller.low_latency("call")
+    gpu.captured = {captured}
+    assert not caller.streams.drain(0)
+    assert gpu.captured == {captured}
+    gpu.captured = {SIDE}
+    assert caller.streams.drain(0)
+    assert gpu.captured == {SIDE}
+    assert "call receive" in gpu.known[COMM]

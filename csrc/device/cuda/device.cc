@@ -344,6 +344,7 @@ Stream CudaDevice::create_stream() {
 
 void CudaDevice::destroy_stream(Stream stream) {
     const DeviceGuard guard(index_);
+    const RelaxedCaptureGuard relaxed;
     EP_CUDA_RELEASE(cudaStreamDestroy(static_cast<cudaStream_t>(stream)));
 }
 
@@ -401,6 +402,7 @@ Event CudaDevice::create_event() {
 
 void CudaDevice::destroy_event(Event event) {
     const DeviceGuard guard(index_);
+    const RelaxedCaptureGuard relaxed;
     EP_CUDA_RELEASE(cudaEventDestroy(static_cast<cudaEvent_t>(event)));
 }
 

@@ -203,6 +203,8 @@ private:
 }  // namespace deep_ep::kernels::internode::notify
 
 void deep_ep::kernels::launch(const InternodeNotifyParams& params, dev::Stream stream) {
-    dev::launch<internode::notify::Kernel>(
-        {.num_threads = params.num_threads, .name = "deep_ep::notify_dispatch_internode"}, stream, params);
+    dev::LaunchConfig config;
+    config.num_threads = params.num_threads;
+    config.name = "deep_ep::notify_dispatch_internode";
+    dev::launch<internode::notify::Kernel>(config, stream, params);
 }

@@ -13,6 +13,10 @@ template <class Params> bool guarded_launch(const Params* params, dev::Stream st
     return rail::nvshmem::guarded(complaint, [&] { launch(*params, stream); });
 }
 
+template <class Params> bool guarded_nodes_launch(const Params* params, dev::Stream stream, Complaint* complaint) {
+    return rail::nvshmem::guarded(complaint, [&] { EP_NODES_BACKEND::launch(*params, stream); });
+}
+
 }  // namespace
 }  // namespace deep_ep::kernels
 
@@ -23,6 +27,9 @@ extern "C" const void* deep_ep_nvshmem_kernels() {
         .notify = guarded_launch,
         .dispatch = guarded_launch,
         .combine = guarded_launch,
+        .low_latency_dispatch = guarded_nodes_launch,
+        .low_latency_combine = guarded_nodes_launch,
+        .low_latency_clean = guarded_nodes_launch,
     };
     return &kernels;
 }

@@ -167,18 +167,16 @@ EP_DEVICE uint8_t* recv_memory(const Geometry& geometry, int recv_warp) {
     return send_memory(geometry, geometry.num_send_warps) + recv_warp * geometry.recv.bytes();
 }
 
-// On the host. A call is one of two kernels: one for rows in stages, one for rows in registers.
-template <template <bool> class Kernel, class Params>
-void launch_call(const char* name, const Params& params, int num_warps, bool is_staged, dev::Stream stream) {
-    const dev::LaunchConfig config{.num_blocks = params.geometry.num_blocks,
-                                   .num_threads = prim::kWarpSize * num_warps,
-                                   .dynamic_shared_bytes = staging_bytes(params.geometry),
-                                   .is_cooperative = true,
-                                   .name = name};
-    if (is_staged)
-        dev::launch<Kernel<true>>(config, stream, params);
-    else
-        dev::launch<Kernel<false>>(config, stream, params);
+// On the host.
+template <class Kernel, class Params>
+void launch_call(const char* name, const Params& params, int num_warps, dev::Stream stream) {
+    dev::LaunchConfig config;
+    config.num_blocks = params.geometry.num_blocks;
+    config.num_threads = prim::kWarpSize * num_warps;
+    config.dynamic_shared_bytes = staging_bytes(params.geometry);
+    config.is_cooperative = true;
+    config.name = name;
+    dev::launch<Kernel>(config, stream, params);
 }
 
 }  // namespace EP_BACKEND

@@ -19,14 +19,14 @@
 namespace deep_ep::kernels::combine {
 inline namespace EP_BACKEND {
 
-// Rows are moved through stages of shared memory, or through registers: they want blocks of different shape.
-template <bool kIsStaged> struct Kernel {
+// Each role moves rows through stages of shared memory, or through registers: that wants blocks of different shape.
+template <bool kSendsStaged, bool kReducesStaged> struct Kernel {
     using Params = CombineParams;
     struct Shared {
         CallState call;
         FlagRequests requests;
     };
-    static constexpr int kMaxThreads = kWarpSize * (1 + (kIsStaged ? kMaxStagedCombineWarps : kMaxCombineWarps));
+    static constexpr int kMaxThreads = kWarpSize * (1 + (kReducesStaged ? kMaxStagedCombineWarps : kMaxCombineWarps));
     static constexpr auto kOperation = layout::Operation::kCombine;
     static_assert(sizeof(Shared) <= kMaxCombineState);
 
@@ -102,22 +102,23 @@ template <bool kIsStaged> struct Kernel {
 private:
     // Staged send warps set flags themselves, after their bulk stores.
     static EP_DEVICE bool has_flags(algo::Warp warp, const CombineContext& c) {
-        return gives_slots_back(warp, c) || (!kIsStaged && c.p.geometry.num_send_warps > 0);
+        return gives_slots_back(warp, c) || (!kSendsStaged && c.p.geometry.num_send_warps > 0);
     }
 
     static EP_DEVICE bool reduce_any(algo::Warp warp, const CombineContext& c, FlagRequester& flags, int reduce_warp) {
         const Geometry& geometry = c.p.geometry;
         const RoleWarp self = role_warp(geometry, reduce_warp, geometry.num_recv_warps);
-        if constexpr (kIsStaged)
+        constexpr SlotCode kSlots = kSendsStaged ? SlotCode::kInline : SlotCode::kApart;
+        if constexpr (kReducesStaged)
             return reduce_staged(warp, c, flags, self.idx, self.count, recv_memory(geometry, reduce_warp));
         else
-            return reduce(warp, c, flags, self.idx, self.count);
+            return reduce<kSlots>(warp, c, flags, self.idx, self.count);
     }
 
     static EP_DEVICE bool send_any(algo::Warp warp, const CombineContext& c, FlagRequester& flags, int send_warp) {
         const Geometry& geometry = c.p.geometry;
         const RoleWarp self = role_warp(geometry, send_warp, geometry.num_send_warps);
-        if constexpr (kIsStaged)
+        if constexpr (kSendsStaged)
             return send_staged(warp, c, self.idx, self.count, send_memory(geometry, send_warp));
         else
             return send(warp, c, flags, self.idx, self.count);
@@ -145,7 +146,10 @@ private:
 }  // namespace deep_ep::kernels::combine
 
 void deep_ep::kernels::launch(const CombineParams& params, dev::Stream stream) {
+    using combine::Kernel;
     const Geometry& geometry = params.geometry;
-    launch_call<combine::Kernel>("deep_ep::combine", params, geometry.num_send_warps + geometry.num_recv_warps + 1,
-                                 geometry.recv.num_stages > 0, stream);
+    const auto launch = geometry.recv.num_stages > 0   ? launch_call<Kernel<true, true>, CombineParams>
+                        : geometry.send.num_stages > 0 ? launch_call<Kernel<true, false>, CombineParams>
+                                                       : launch_call<Kernel<false, false>, CombineParams>;
+    launch("deep_ep::combine", params, geometry.num_send_warps + geometry.num_recv_warps + 1, stream);
 }

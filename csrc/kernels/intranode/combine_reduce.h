@@ -72,7 +72,11 @@ struct TokenRow {
     EP_DEVICE bool is_lost() const { return position >= 0 && row == nullptr; }  // the wait for it failed
 };
 
+// Where rows that come into slots are waited for: a warp that reads its peers' rows in place leaves that to filled_slot().
+enum class SlotCode { kInline, kApart };
+
 // Waits for the row. Other lanes may read it after a sync().
+template <SlotCode kSlots = SlotCode::kApart>
 EP_DEVICE TokenRow find_row(const CombineContext& c, const RowSource& source, int token, int position) {
     if (position < 0) return {token, position, nullptr};
     if (position >= source.num_rows) {
@@ -80,7 +84,11 @@ EP_DEVICE TokenRow find_row(const CombineContext& c, const RowSource& source, in
         return {token, position, nullptr};
     }
     if (source.rows != nullptr) return {token, position, source.rows + static_cast<int64_t>(position) * c.p.row_bytes};
-    return {token, position, filled_slot(&c.p, c.watch.call, source.index, position)};
+    if constexpr (kSlots == SlotCode::kApart)
+        return {token, position, filled_slot(&c.p, c.watch.call, source.index, position)};
+    const algo::Port port = c.ring.from(source.index);
+    const bool is_here = c.ring.wait(Stage::kRow, source.index, port.row_is_here(position));
+    return {token, position, is_here ? port.slot(position) : nullptr};
 }
 
 // Calls use(source, row) for this lane's sources beyond the first 32. By all lanes alike.
@@ -330,14 +338,16 @@ EP_DEVICE void finish_token(algo::Warp warp, const CombineContext& c, FlagReques
     for_further_sources(warp, c, token, give_back);
 }
 
+template <SlotCode kSlots>
 EP_DEVICE bool reduce(algo::Warp warp, const CombineContext& c, FlagRequester& flags, int warp_idx, int num_warps) {
+    constexpr bool kKeepsSource = kSlots == SlotCode::kInline;
     const RowSource first = source_at(c, warp.thread_rank());
     const bool has_slots = gives_slots_back(warp, c);
     bool can_read_weights = c.p.num_topk == 0;
     int position = position_of(c, first, warp_idx);
     for (int token = warp_idx; token < c.p.num_tokens; token += num_warps) {
-        const RowSource source = source_at(c, warp.thread_rank());
-        const TokenRow now = find_row(c, source, token, position);
+        const RowSource source = kKeepsSource ? first : source_at(c, warp.thread_rank());
+        const TokenRow now = find_row<kSlots>(c, source, token, position);
         position = position_of(c, source, token + num_warps);  // under way with this token's rows
         if (!have_rows_come(warp, c, now)) return false;
         const RowLanes has_row = row_lanes(warp, c, now);
@@ -348,7 +358,12 @@ EP_DEVICE bool reduce(algo::Warp warp, const CombineContext& c, FlagRequester& f
         if (!can_read_weights && !wait_for_weights(warp, c)) return false;
         can_read_weights = true;
         if (holds_weights) write_weights(warp, c, token, held);
-        if (!holds_weights || has_slots) finish_token(warp, c, flags, token, holds_weights, has_slots);
+        if (kKeepsSource && holds_weights) {
+            warp.sync();  // every lane's reads, one lane's request
+            if (has_slots) give_slots_back(warp, c, flags, source, source.uses_slots(c) ? now.position : -1);
+        } else if (!holds_weights || has_slots) {
+            finish_token(warp, c, flags, token, holds_weights, has_slots);
+        }
     }
     return true;
 }

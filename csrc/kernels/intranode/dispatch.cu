@@ -352,7 +352,9 @@ template <bool kIsStaged> struct Kernel {
 }  // namespace deep_ep::kernels::dispatch
 
 void deep_ep::kernels::launch(const DispatchParams& params, dev::Stream stream) {
+    using dispatch::Kernel;
     const Geometry& geometry = params.geometry;
-    launch_call<dispatch::Kernel>("deep_ep::dispatch", params, geometry.num_send_warps + geometry.num_recv_warps,
-                                  geometry.send.num_stages > 0, stream);
+    const auto launch = geometry.send.num_stages > 0 ? launch_call<Kernel<true>, DispatchParams>
+                                                     : launch_call<Kernel<false>, DispatchParams>;
+    launch("deep_ep::dispatch", params, geometry.num_send_warps + geometry.num_recv_warps, stream);
 }

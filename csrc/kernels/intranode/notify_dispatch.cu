@@ -74,6 +74,8 @@ struct Kernel {
 }  // namespace deep_ep::kernels::notify_dispatch
 
 void deep_ep::kernels::launch(const NotifyDispatchParams& params, dev::Stream stream) {
-    dev::launch<notify_dispatch::Kernel>({.num_threads = params.num_threads, .name = "deep_ep::notify_dispatch"},
-                                         stream, params);
+    dev::LaunchConfig config;
+    config.num_threads = params.num_threads;
+    config.name = "deep_ep::notify_dispatch";
+    dev::launch<notify_dispatch::Kernel>(config, stream, params);
 }

@@ -143,10 +143,11 @@ struct Kernel {
 }  // namespace deep_ep::kernels::dispatch_layout
 
 void deep_ep::kernels::launch(const LayoutParams& params, int num_blocks, dev::Stream stream) {
-    const int num_counts = params.num_ranks + params.num_experts + params.num_nodes;
-    dev::launch<dispatch_layout::Kernel>({.num_blocks = num_blocks,
-                                          .num_threads = params.num_threads,
-                                          .dynamic_shared_bytes = static_cast<int>(sizeof(int)) * num_counts,
-                                          .name = "deep_ep::dispatch_layout"},
-                                         stream, params);
+    dev::LaunchConfig config;
+    config.num_blocks = num_blocks;
+    config.num_threads = params.num_threads;
+    config.dynamic_shared_bytes =
+        static_cast<int>(sizeof(int)) * (params.num_ranks + params.num_experts + params.num_nodes);
+    config.name = "deep_ep::dispatch_layout";
+    dev::launch<dispatch_layout::Kernel>(config, stream, params);
 }

@@ -7,19 +7,44 @@
 namespace deep_ep::kernels::low_latency {
 inline namespace EP_BACKEND {
 
+// Makes the word of this rank at each far rank that is not masked `value`, or leaves it where that is less.
+template <class Group>
+EP_DEVICE void tell_far(const Group& group, const LowLatencyCall& call, const FarRanks& far, int bank, uint64_t word,
+                        uint64_t value) {
+    algo::for_each(group, far.count(), [&](int idx) {
+        const int peer = far.rank(idx);
+        if (is_masked(call, peer)) return;
+        uint64_t* told = far.told(bank, peer);
+        const uint64_t before = prim::load<Order::kRelaxed, Scope::kGpu>(told);
+        if (value > before && far.add(peer, word, value - before))
+            prim::store<Order::kRelaxed, Scope::kGpu>(told, value);
+    });
+}
+
+// Release: the reads of those calls. Pairs with: is_bank_free at the peer.
+template <class Group>
+EP_DEVICE void tell_far_ended(const Group& group, const CallContext& c, int bank, uint64_t ended) {
+    tell_far(group, c.call, c.far(), bank, c.far().received(bank, c.rank()), ended);
+}
+
 // Tells the peers which calls this rank has received in earlier launches, so that the banks may be written again. Never after
 // a wait for what a peer does once it has begun: the peer may wait for this.
 EP_DEVICE void publish_ended(Warp warp, const CallContext& c) {
     warp.expect();
     constexpr int kNumBanks = layout::kNumLowLatencyBanks;
 #pragma unroll 1
-    for (int i = warp.thread_rank(); i < c.num_ranks() * kNumBanks; i += warp.size()) {
+    for (int i = warp.thread_rank(); i < c.num_near() * kNumBanks; i += warp.size()) {
         const int bank = i % kNumBanks;
-        if (is_masked(c.call, i / kNumBanks)) continue;
+        if (is_masked(c.call, c.near_rank(i / kNumBanks))) continue;
         const uint64_t ended = prim::load<Order::kRelaxed, Scope::kGpu>(&c.watch.words.local->low_latency_ended[bank]);
         // Release: the reads of an earlier launch. Pairs with: is_bank_free at the peer.
-        prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.received(i / kNumBanks, bank, c.rank()), ended);
+        prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.received(i / kNumBanks, bank, c.watch.heap.rank()),
+                                                  ended);
     }
+    if constexpr (kAcrossNodes)
+        for (int bank = 0; bank < kNumBanks; ++bank)
+            tell_far_ended(warp, c, bank,
+                           prim::load<Order::kRelaxed, Scope::kGpu>(&c.watch.words.local->low_latency_ended[bank]));
 }
 
 // One look at whether a send phase may begin, by a warp that does not know the number of the call yet: that is on its way too.
@@ -32,7 +57,7 @@ struct BankLook {
 // Of the flags of both banks from all peers, number `i`.
 EP_DEVICE const uint64_t* received_flag(const CallContext& c, int i) {
     constexpr int kNumBanks = layout::kNumLowLatencyBanks;
-    return c.watch.heap.received(c.rank(), i % kNumBanks, i / kNumBanks);
+    return c.received_flag(i % kNumBanks, i / kNumBanks);
 }
 
 EP_DEVICE uint64_t load_received(Warp warp, const CallContext& c, int first) {
@@ -57,6 +82,8 @@ EP_DEVICE bool is_bank_free(Warp warp, const CallContext& c, const BankLook& loo
         const uint64_t received = first == 0 ? look.received : load_received(warp, c, first);
         const int i = first + warp.thread_rank();
         is_free &= i >= num_flags || i % kNumBanks != c.bank || received + kNumBanks >= c.watch.call;
+        if (kAcrossNodes && i < num_flags && i % kNumBanks == c.bank)
+            confirm_far(c.call, c.watch, i / kNumBanks, received_flag(c, i), received);
     }
     return __all_sync(kFullMask, is_free) != 0;
 }
@@ -78,9 +105,10 @@ EP_DEVICE bool wait_for_bank(Warp warp, const CallContext& c) {
 #pragma unroll 1
     for (int peer = warp.thread_rank(); peer < c.num_ranks(); peer += warp.size())
         if (c.watch.call > layout::kNumLowLatencyBanks)
-            wait_for_peer(&c.call, c.watch, Stage::kStart, peer, c.watch.heap.received(c.rank(), c.bank, peer),
+            wait_for_peer(&c.call, c.watch, Stage::kStart, peer, c.received_flag(c.bank, peer),
                           c.watch.call - layout::kNumLowLatencyBanks, ~uint64_t{0});
-    return __all_sync(kFullMask, algo::may_go_on(c.watch, {Stage::kStart, c.rank()}, prim::clock_ns(), 0, 0)) != 0;
+    return __all_sync(kFullMask,
+                      algo::may_go_on(c.watch, site_of(c.watch, Stage::kStart, c.rank()), prim::clock_ns(), 0, 0)) != 0;
 }
 
 }  // namespace EP_BACKEND

@@ -4,6 +4,7 @@
 
 #include "device/algo/group.h"
 #include "device/algo/watch.h"
+#include "kernels/low_latency/far_ranks.h"
 #include "kernels/params.h"
 #include "kernels/params_low_latency.h"
 
@@ -12,11 +13,8 @@ inline namespace EP_BACKEND {
 
 using algo::Block;
 using algo::Warp;
-using layout::Stage;
 using prim::kFullMask;
 using prim::kWarpSize;
-using prim::Order;
-using prim::Scope;
 using prim::Vec16;
 
 struct CallContext {
@@ -28,30 +26,90 @@ struct CallContext {
     layout::LowLatencyLaunchState* launch_state;  // of this launch
     int bank;
 
-    EP_DEVICE int rank() const { return watch.heap.rank(); }
-    EP_DEVICE int num_ranks() const { return watch.heap.num_ranks(); }
+    EP_DEVICE int rank() const { return first_near(watch) + watch.heap.rank(); }
+    EP_DEVICE int num_ranks() const { return kAcrossNodes ? watch.heap.num_sources() : watch.heap.num_ranks(); }
+    // Ranks that stores reach: near_rank(0), near_rank(1), …
+    EP_DEVICE int num_near() const { return watch.heap.num_ranks(); }
+    EP_DEVICE int near_rank(int idx) const { return first_near(watch) + idx; }
+    EP_DEVICE int near_index(int rank) const { return rank - first_near(watch); }
+    EP_DEVICE bool is_far(int rank) const { return low_latency::is_far(watch, rank); }
+    EP_DEVICE FarRanks far() const { return {call, watch}; }
     EP_DEVICE int num_local_experts() const { return call.num_local_experts; }
     EP_DEVICE int first_expert() const { return rank() * num_local_experts(); }
     EP_DEVICE int num_rows_of_expert() const { return num_ranks() * call.num_max_tokens; }
     // Every launch sends, or receives, or both.
     EP_DEVICE bool sends() const { return phase != Phase::kReceive; }
     EP_DEVICE bool receives() const { return phase != Phase::kSend; }
-    // The message that `source` has written (or is writing) into `owner`'s memory.
+    // The message that `source` has written (or is writing) into `owner`'s memory, where the two are near, or `owner` is this
+    // rank.
     EP_DEVICE uint8_t* message(int owner, int source) const {
-        return watch.heap.at(owner, call.data_offset + call.region.offset(bank, source));
+        if constexpr (kAcrossNodes)
+            if (is_far(source)) return far().at<uint8_t>(far_message(rank(), source));
+        return watch.heap.at(near_index(owner), call.data_offset + call.region.offset(bank, near_index(source)));
     }
     EP_DEVICE uint8_t* slot(int owner, int source, int token) const {
         return message(owner, source) + call.message.slots.at(token);
     }
-    // Combine in packets: the slot of an entry of `owner`.
+    // Combine in packets: the slot of an entry of `owner`, for parts of near ranks.
     EP_DEVICE uint8_t* entry_slot(int owner, int token, int k) const {
         const auto idx = static_cast<uint64_t>(token) * call.num_topk + k;
-        return watch.heap.at(owner, call.data_offset + call.region.entry_offset(bank, idx, call.entry_slot_bytes));
+        return watch.heap.at(near_index(owner),
+                             call.data_offset + call.region.entry_offset(bank, idx, call.entry_slot_bytes));
     }
-    EP_DEVICE int* entry_expert(int owner, int token, int k) const {
-        return reinterpret_cast<int*>(entry_slot(owner, token, k) +
+    // The same of this rank, for a part of `source`.
+    EP_DEVICE uint8_t* part_slot(int source, int token, int k) const {
+        if constexpr (kAcrossNodes)
+            if (is_far(source)) return far().at<uint8_t>(far_entry_slot(token * call.num_topk + k));
+        return entry_slot(rank(), token, k);
+    }
+    // Behind a row that lies in a slot by entry as it is: the expert that it is of.
+    EP_DEVICE int* expert_behind(uint8_t* slot) const {
+        return reinterpret_cast<int*>(slot +
                                       layout::LowLatencyEntrySlots::expert_offset(static_cast<uint64_t>(call.hidden)));
     }
+
+    // Flags that `source` writes here.
+    EP_DEVICE const uint64_t* received_flag(int in_bank, int source) const {
+        if constexpr (kAcrossNodes)
+            if (is_far(source)) return far().at<const uint64_t>(far().received(in_bank, source));
+        return watch.heap.received(watch.heap.rank(), in_bank, near_index(source));
+    }
+    EP_DEVICE const uint64_t* table_flag(int in_bank, int source) const {
+        if constexpr (kAcrossNodes)
+            if (is_far(source)) return far().at<const uint64_t>(far().table_full(in_bank, source));
+        return watch.heap.table_full(watch.heap.rank(), in_bank, near_index(source));
+    }
+    EP_DEVICE const uint64_t* token_flag(int in_bank, int source, int token) const {
+        if constexpr (kAcrossNodes)
+            if (is_far(source)) return far().at<const uint64_t>(far().token_full(in_bank, source, token));
+        return watch.heap.token_full(watch.heap.rank(), in_bank, near_index(source), token);
+    }
+    // The flag of a token at a near rank.
+    EP_DEVICE uint64_t* token_flag_at(int owner, int token) const {
+        return watch.heap.token_full(near_index(owner), bank, watch.heap.rank(), token);
+    }
+
+    // -- Across nodes: places in the window, ours and that of any far rank -------------------------------------------------
+
+    // Where the message of `source` lies at `owner`, who are far from each other. Combine by entry has tables side by side, and
+    // its slots behind them.
+    EP_DEVICE uint64_t far_message(int owner, int source) const {
+        const FarRanks ranks = far();
+        return ranks.receive(bank) +
+               ranks.index(source, owner) * (uses_packets ? call.message.slots.offset : ranks.source_bytes());
+    }
+    EP_DEVICE uint64_t far_entry_slot(int entry) const {
+        const FarRanks ranks = far();
+        return ranks.receive(bank) + static_cast<uint64_t>(ranks.count()) * call.message.slots.offset +
+               static_cast<uint64_t>(entry) * call.entry_slot_bytes;
+    }
+    // What is put from: a table for all far ranks, then slots.
+    EP_DEVICE uint64_t staged_table() const { return far().staging(bank); }
+    EP_DEVICE uint64_t staged_slot(int idx) const {
+        const uint64_t slot_bytes = uses_packets ? call.entry_slot_bytes : call.message.slots.element_bytes;
+        return staged_table() + call.message.slots.offset + static_cast<uint64_t>(idx) * slot_bytes;
+    }
+
     EP_DEVICE const int* table(int source) const {
         return reinterpret_cast<const int*>(message(rank(), source) + call.message.topk_idx.offset);
     }
@@ -60,14 +118,15 @@ struct CallContext {
     }
     // Rows that `source` has for each of our experts.
     EP_DEVICE const int* row_counts(int source) const {
-        return reinterpret_cast<const int*>(message(rank(), source) + call.message.num_rows.offset);
+        const auto* counts = reinterpret_cast<const int*>(message(rank(), source) + call.message.num_rows.offset);
+        return kAcrossNodes ? counts + first_expert() : counts;
     }
     EP_DEVICE int num_tokens_of(int source) const {
         return *reinterpret_cast<const int*>(message(rank(), source) + call.message.num_tokens.offset);
     }
     // What `source` has sent, or sends, to `owner` in packets.
     EP_DEVICE prim::Packet* packets(int owner, int source) const {
-        return watch.heap.low_latency_packets(owner, bank, source);
+        return watch.heap.low_latency_packets(near_index(owner), bank, near_index(source));
     }
     // Of an entry: its expert, then its weight.
     EP_DEVICE const prim::Packet* entry_packets(int source, int token, int k) const {
@@ -113,11 +172,15 @@ EP_DEVICE_COLD bool wait_for_peer(const LowLatencyCall* call, algo::Watch watch,
                                   const uint64_t* flag, uint64_t expected, uint64_t last) {
     if (is_masked(*call, peer)) return false;
     const auto on_timeout = call->is_shrinkable ? algo::OnTimeout::kGiveUp : algo::OnTimeout::kFail;
+    const algo::WaitSite site = site_of(watch, stage, peer);
+    FarAbort abort;
     const auto look = [&](uint64_t& seen) {
         seen = prim::load<Order::kAcquire, Scope::kSys>(flag);
-        return seen >= expected && seen <= last;
+        const bool is_here = seen >= expected && seen <= last;
+        if (is_here) confirm_far(*call, watch, peer, flag, seen);
+        return is_here || abort.look(*call, watch, peer);
     };
-    if (algo::wait_until(watch, {stage, peer}, expected, look, on_timeout)) return true;
+    if (algo::wait_until(watch, site, expected, look, on_timeout)) return !abort.has_ended(watch, site, expected);
     if (call->is_shrinkable) prim::store<Order::kRelaxed, Scope::kGpu>(&call->masked[peer], 1);
     return false;
 }
@@ -134,9 +197,11 @@ EP_DEVICE void note_wait(const LowLatencyCall& call, int source, uint64_t waited
     }
 }
 
-// One look; acquire. A flag of another call, earlier or later, says nothing of this one.
-EP_DEVICE bool is_set(const algo::Watch& watch, const uint64_t* flag) {
-    return prim::load<Order::kAcquire, Scope::kSys>(flag) == watch.call;
+// One look at a flag of `source`; acquire. One of another call, earlier or later, says nothing of this one.
+EP_DEVICE bool is_set(const LowLatencyCall& call, const algo::Watch& watch, int source, const uint64_t* flag) {
+    const bool is_here = prim::load<Order::kAcquire, Scope::kSys>(flag) == watch.call;
+    if (is_here) confirm_far(call, watch, source, flag, watch.call);
+    return is_here;
 }
 
 // As wait_for_peer, for a flag of this very call; notes how long it took.
@@ -152,13 +217,16 @@ EP_DEVICE_COLD bool wait_for_late_source(const LowLatencyCall* call, algo::Watch
 EP_DEVICE_COLD bool wait_for_late_part(const LowLatencyCall* call, algo::Watch watch, int source, const uint64_t* flag,
                                        uint64_t* seen) {
     const uint64_t start_ns = prim::clock_ns();
-    const bool is_here = algo::wait_until(watch, {Stage::kRow, source}, watch.call, [&](uint64_t& seen_call) {
+    const algo::WaitSite site = site_of(watch, Stage::kRow, source);
+    FarAbort abort;
+    const bool has_ended = algo::wait_until(watch, site, watch.call, [&](uint64_t& seen_call) {
         *seen = prim::load<Order::kAcquire, Scope::kSys>(flag);
         seen_call = layout::LowLatencyEntrySlots::call_of(*seen);
-        return seen_call == watch.call;
+        if (seen_call == watch.call) confirm_far(*call, watch, source, flag, *seen);
+        return seen_call == watch.call || abort.look(*call, watch, source);
     });
     note_wait(*call, source, algo::ns_since(start_ns));
-    return is_here;
+    return has_ended && !abort.has_ended(watch, site, watch.call);
 }
 
 // What a source states becomes part of an address only if it can be true: from 0 to `most`.
@@ -166,7 +234,7 @@ EP_DEVICE bool may_be(int stated, int most) { return stated >= 0 && stated <= mo
 
 EP_DEVICE bool wait_for_source(const LowLatencyCall& call, const algo::Watch& watch, Stage stage, int source,
                                const uint64_t* flag) {
-    return is_set(watch, flag) || wait_for_late_source(&call, watch, stage, source, flag);
+    return is_set(call, watch, source, flag) || wait_for_late_source(&call, watch, stage, source, flag);
 }
 
 // Acquire: does the routing table of `source` count in this call? The same answer for every thread that asks.
@@ -199,7 +267,7 @@ EP_DEVICE_COLD bool wait_for_late_packet(const LowLatencyCall* call, algo::Watch
                                          const prim::Packet* packet, int* value) {
     const uint64_t start_ns = prim::clock_ns();
     uint32_t data = 0;
-    const bool is_here = algo::wait_until(watch, {Stage::kTable, source}, watch.call, [&](uint64_t&) {
+    const bool is_here = algo::wait_until(watch, site_of(watch, Stage::kTable, source), watch.call, [&](uint64_t&) {
         return prim::load_packet<Scope::kSys>(packet, epoch, data);
     });
     note_wait(*call, source, algo::ns_since(start_ns));
@@ -216,7 +284,7 @@ EP_DEVICE void send_packet(const CallContext& c, prim::Packet* packet, int value
 }
 
 EP_DEVICE bool wait_for_table(const CallContext& c, int source) {
-    const uint64_t* flag = c.watch.heap.table_full(c.rank(), c.bank, source);
+    const uint64_t* flag = c.table_flag(c.bank, source);
     if (c.call.is_shrinkable) return decide_on_table(&c.call, c.watch, source, flag);
     return wait_for_source(c.call, c.watch, Stage::kTable, source, flag);
 }

@@ -3,10 +3,27 @@
 #include "device/algo/watch.h"
 #include "device/launch.h"
 #include "kernels/kernel_table.h"
-#include "kernels/low_latency/call_context.h"
+#include "kernels/low_latency/bank.h"
 
 namespace deep_ep::kernels::low_latency::clean {
 inline namespace EP_BACKEND {
+
+// Which comes before any wait.
+EP_DEVICE void tell_far_clean(Warp warp, const LowLatencyCall& call, const algo::Watch& watch, uint64_t number) {
+    const FarRanks far(call, watch);
+    tell_far(warp, call, far, layout::kNumLowLatencyBanks, far.cleaned(first_near(watch) + watch.heap.rank()), number);
+}
+
+EP_DEVICE void wait_for_far(Warp warp, const LowLatencyCall& call, const algo::Watch& watch, uint64_t number) {
+    const FarRanks far(call, watch);
+    algo::for_each(warp, far.count(), [&](int idx) {
+        const int peer = far.rank(idx);
+        wait_for_peer(&call, watch, Stage::kClean, peer, far.at<const uint64_t>(far.cleaned(peer)), number,
+                      ~uint64_t{0});
+    });
+    warp.sync();
+    far.tell_failure(warp);
+}
 
 // A warp is the whole launch, a lane for each peer. Not a call: it takes no number of theirs, and no bank.
 struct Kernel {
@@ -22,15 +39,18 @@ struct Kernel {
         if (warp.thread_rank() == 0) number = prim::load<Order::kRelaxed, Scope::kGpu>(num_cleans) + 1;
         number = __shfl_sync(kFullMask, number, 0);
         const algo::Watch watch = {call.watch, call.heap, layout::Operation::kLowLatencyClean, number};
-        const int rank = watch.heap.rank(), num_ranks = watch.heap.num_ranks();
+        const int num_near = watch.heap.num_ranks(), self = watch.heap.rank(), first = first_near(watch);
         // Release: all that this rank's earlier launches did. Pairs with: wait_for_peer below, at the peer.
         algo::publish<Order::kRelease, Scope::kSys>(
-            warp, num_ranks, [&](int peer) { return !is_masked(call, peer); },
-            [&](int peer) { return watch.heap.cleaned(peer, rank); }, number);
+            warp, num_near, [&](int idx) { return !is_masked(call, first + idx); },
+            [&](int idx) { return watch.heap.cleaned(idx, self); }, number);
+        if constexpr (kAcrossNodes) tell_far_clean(warp, call, watch, number);
         // A peer may be in its next clean already.
-        algo::for_each(warp, num_ranks, [&](int peer) {
-            wait_for_peer(&call, watch, Stage::kClean, peer, watch.heap.cleaned(rank, peer), number, ~uint64_t{0});
+        algo::for_each(warp, num_near, [&](int idx) {
+            wait_for_peer(&call, watch, Stage::kClean, first + idx, watch.heap.cleaned(self, idx), number,
+                          ~uint64_t{0});
         });
+        if constexpr (kAcrossNodes) wait_for_far(warp, call, watch, number);
         if (warp.thread_rank() == 0) prim::store<Order::kRelaxed, Scope::kGpu>(num_cleans, number);
     }
 };
@@ -39,6 +59,8 @@ struct Kernel {
 }  // namespace deep_ep::kernels::low_latency::clean
 
 void deep_ep::kernels::launch(const LowLatencyCall& call, dev::Stream stream) {
-    dev::launch<low_latency::clean::Kernel>({.num_threads = prim::kWarpSize, .name = "deep_ep::low_latency::clean"},
-                                            stream, call);
+    dev::LaunchConfig config;
+    config.num_threads = prim::kWarpSize;
+    config.name = "deep_ep::low_latency::clean";
+    dev::launch<low_latency::clean::Kernel>(config, stream, call);
 }

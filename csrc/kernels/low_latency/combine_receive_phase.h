@@ -24,6 +24,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
         uint32_t as_rows;  // of those
         uint32_t entries;  // of this lane's rank that count; in packets only
         bool is_lost;      // a part does not come, since the call has failed
+        uint32_t sent;     // of this lane's rank, if it is far, in packets: the entries that the dispatch had there
     };
 
     // One warp's token.
@@ -31,13 +32,20 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
         int idx;
         int64_t id;    // this lane's entry of the first 32
         float weight;  // the same; in packets only
+        int own;       // the same of the dispatch, its expert; in packets across nodes only
     };
 
     static EP_DEVICE OwnToken load_token(Warp warp, const Params& p, const CallContext& c, int idx) {
-        OwnToken token = {idx, Ids{p.topk_idx, p.idx_bytes}.load(warp, c, idx, 0), 0.0f};
         const int64_t first = static_cast<int64_t>(idx) * c.call.num_topk;
-        if (const int k = warp.thread_rank(); kUsesPackets && k < c.call.num_topk)
-            token.weight = p.topk_weights[first + k];
+        const int k = warp.thread_rank();
+        OwnToken token = {idx, -1, 0.0f, -1};
+        if constexpr (kAcrossNodes && kUsesPackets) {
+            const int64_t num_others = int64_t{c.num_ranks()} * c.call.num_max_tokens * c.call.num_topk;
+            if (k < c.call.num_topk) token.own = p.row_of_entry[num_others + first + k];
+        }
+        if (kAcrossNodes && idx >= p.num_tokens) return token;
+        token.id = Ids{p.topk_idx, p.idx_bytes}.load(warp, c, idx, 0);
+        if (kUsesPackets && k < c.call.num_topk) token.weight = p.topk_weights[first + k];
         return token;
     }
 
@@ -46,12 +54,17 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
     }
 
     // One look; acquire.
-    static EP_DEVICE bool look_at_part(const CallContext& c, const uint64_t* flag, uint64_t& seen) {
+    static EP_DEVICE bool look_at_part(const CallContext& c, int rank, const uint64_t* flag, uint64_t& seen) {
         seen = prim::load<Order::kAcquire, Scope::kSys>(flag);
-        return is_of_call(c, seen);
+        const bool is_here = is_of_call(c, seen);
+        if (is_here) confirm_far(c.call, c.watch, rank, flag, seen);
+        return is_here;
     }
 
-    static EP_DEVICE int num_units(const Params& p) { return p.num_tokens * p.call.by_parts.value; }
+    // Across nodes what the dispatch had is waited for, also where this combine has fewer tokens.
+    static EP_DEVICE int num_units(const Params& p) {
+        return (kAcrossNodes && kUsesPackets ? p.call.num_max_tokens : p.num_tokens) * p.call.by_parts.value;
+    }
 
     // Of a warp's first token in a launch that only receives, before the number of the call is known.
     struct EarlyLook {
@@ -60,7 +73,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
     };
 
     static EP_DEVICE bool can_look_early(const CallContext& c) {
-        return c.phase == Phase::kReceive && c.num_ranks() <= kWarpSize / layout::kNumLowLatencyBanks;
+        return !kAcrossNodes && c.phase == Phase::kReceive && c.num_ranks() <= kWarpSize / layout::kNumLowLatencyBanks;
     }
 
     static EP_DEVICE EarlyLook look_early(Warp warp, const Params& p, const CallContext& c) {
@@ -70,9 +83,25 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
         const int rank = warp.thread_rank() / layout::kNumLowLatencyBanks;
         const int bank = warp.thread_rank() % layout::kNumLowLatencyBanks;
         if (can_look_early(c) && rank < c.num_ranks())
-            early.seen = prim::load<Order::kAcquire, Scope::kSys>(
-                c.watch.heap.token_full(c.rank(), bank, rank, early.token.idx));
+            early.seen = prim::load<Order::kAcquire, Scope::kSys>(c.token_flag(bank, rank, early.token.idx));
         return early;
+    }
+
+    // This lane: what a far rank has put for the token, by entry. All of it is waited for, whatever of it is wanted.
+    static EP_DEVICE bool wait_for_far_part(const CallContext& c, const OwnToken& token, int rank, uint32_t sent,
+                                            uint64_t& seen) {
+        bool is_here = true;
+#pragma unroll 1
+        for (uint32_t rest = sent; rest != 0; rest &= rest - 1) {
+            const int entry = token.idx * c.call.num_topk + __ffs(static_cast<int>(rest)) - 1;
+            const auto* flag = c.far().template at<const uint64_t>(c.far().entry_full(c.bank, entry));
+            uint64_t of_entry = 0;
+            is_here &=
+                look_at_part(c, rank, flag, of_entry) || wait_for_late_part(&c.call, c.watch, rank, flag, &of_entry);
+            if (rest == sent) seen = of_entry;
+            if (!is_here || !EntrySlots::has_rows(of_entry)) break;
+        }
+        return is_here;
     }
 
     // A lane looks before it is known who has a part: the ids may still be under way.
@@ -80,7 +109,8 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
                                           int first_rank, uint64_t early) {
         warp.expect();
         const int rank = first_rank + warp.thread_rank();
-        const uint64_t* flag = c.watch.heap.token_full(c.rank(), c.bank, rank < c.num_ranks() ? rank : 0, token.idx);
+        const bool is_by_entry = kUsesPackets && c.is_far(rank);  // a far rank's
+        const uint64_t* flag = c.token_flag(c.bank, rank < c.num_ranks() ? rank : 0, token.idx);
         uint64_t seen = 0;
         bool is_here = false;
         if (can_look_early(c)) {
@@ -88,25 +118,34 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
             seen = __shfl_sync(kFullMask, early, lane % kWarpSize);
             is_here = rank < c.num_ranks() && is_of_call(c, seen);
         }
-        if (!is_here && rank < c.num_ranks()) is_here = look_at_part(c, flag, seen);
-        Parts parts = {first_rank, 0, 0, 0, false};
-        bool is_expected;
+        if (!is_here && rank < c.num_ranks() && !is_by_entry) is_here = look_at_part(c, rank, flag, seen);
+        Parts parts = {first_rank, 0, 0, 0, false, 0};
+        bool is_expected, is_wanted;
         if constexpr (kUsesPackets) {
             parts.entries = entries_of_rank(warp, c, token.id, first_rank);
-            is_expected = parts.entries != 0;
-            if (is_expected && !is_here) is_here = wait_for_late_part(&c.call, c.watch, rank, flag, &seen);
+            is_expected = is_wanted = parts.entries != 0;
+            if constexpr (kAcrossNodes) {
+                const uint32_t sent = entries_of_rank(warp, c, token.own, first_rank);
+                if (is_by_entry) parts.sent = sent;
+                if (is_by_entry && sent != 0) is_here = wait_for_far_part(c, token, rank, sent, seen);
+                if (is_by_entry && sent == 0 && is_expected) refuse_entries(c.watch, c.rank(), token.idx);
+                is_expected |= parts.sent != 0;
+            }
+            if (is_expected && !is_here && !is_by_entry)
+                is_here = wait_for_late_part(&c.call, c.watch, rank, flag, &seen);
             const bool has_rows = EntrySlots::has_rows(seen);
-            parts.as_rows = __ballot_sync(kFullMask, is_expected && is_here && has_rows);
+            parts.as_rows = __ballot_sync(kFullMask, is_wanted && is_here && has_rows);
             if (has_rows && is_here && (parts.entries & ~EntrySlots::rows_of(seen)) != 0) {
                 refuse_entries(c.watch, c.rank(), token.idx);
                 parts.entries &= EntrySlots::rows_of(seen);
             }
         } else {
-            is_expected = is_destination(warp, c, {p.topk_idx, p.idx_bytes}, token.id, token.idx, first_rank);
+            is_expected = is_wanted =
+                is_destination(warp, c, {p.topk_idx, p.idx_bytes}, token.id, token.idx, first_rank);
             if (is_expected && !is_here) is_here = wait_for_source(c.call, c.watch, Stage::kRow, rank, flag);
         }
         if (__any_sync(kFullMask, is_expected && !is_here)) parts.is_lost = has_failed(c.watch);
-        parts.lanes = __ballot_sync(kFullMask, is_expected && is_here);
+        parts.lanes = __ballot_sync(kFullMask, is_wanted && is_here);
         warp.sync();  // each lane's acquire, every lane's reads
         return parts;
     }
@@ -115,9 +154,12 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
     static EP_DEVICE const uint8_t* slot_of(Warp warp, const CallContext& c, const OwnToken& token, const Parts& parts,
                                             int lane) {
         warp.expect();
-        if constexpr (!kUsesPackets) return c.slot(c.rank(), parts.first_rank + lane, token.idx);
-        const uint32_t entries = __shfl_sync(kFullMask, parts.entries, lane);
-        return c.entry_slot(c.rank(), token.idx, __ffs(static_cast<int>(entries)) - 1);
+        const int rank = parts.first_rank + lane;
+        if constexpr (!kUsesPackets) return c.slot(c.rank(), rank, token.idx);
+        // A far rank's sum lies at the first entry that it has, wanted or not.
+        const uint32_t mine = kAcrossNodes && parts.sent != 0 ? parts.sent : parts.entries;
+        const uint32_t entries = __shfl_sync(kFullMask, mine, lane);
+        return c.part_slot(rank, token.idx, __ffs(static_cast<int>(entries)) - 1);
     }
 
     static EP_DEVICE Piece load_sent(Warp warp, const CallContext& c, const uint8_t* slot, int chunk) {
@@ -190,8 +232,8 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
 #pragma unroll
             for (int i = 0; i < kRowsAhead; ++i) {
                 if (rest == 0) break;
-                held[i] =
-                    load_sent(warp, c, c.entry_slot(c.rank(), token.idx, __ffs(static_cast<int>(rest)) - 1), chunk);
+                held[i] = load_sent(
+                    warp, c, c.part_slot(parts.first_rank + lane, token.idx, __ffs(static_cast<int>(rest)) - 1), chunk);
                 rest &= rest - 1;
             }
 #pragma unroll
@@ -214,7 +256,9 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
         for (uint32_t rest = parts.as_rows; rest != 0; rest &= rest - 1)
             entries |= __shfl_sync(kFullMask, parts.entries, __ffs(static_cast<int>(rest)) - 1);
         const int k = warp.thread_rank();
-        if ((entries >> k & 1u) != 0 && *c.entry_expert(c.rank(), token.idx, k) != token.id)
+        if ((entries >> k & 1u) == 0) return;
+        const int owner = owner_of(c, checked_expert(c, token.id));
+        if (*c.expert_behind(c.part_slot(owner, token.idx, k)) != token.id)
             refuse_entries(c.watch, c.rank(), token.idx);
     }
 
@@ -248,7 +292,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
         const int first_chunk = part * p.part_chunks, behind = first_chunk + p.part_chunks;
         const int end = behind < num_chunks(p.call) ? behind : num_chunks(p.call);
         const OwnToken& token = early.token;
-        Parts parts = {-1, 0, 0, 0, false};
+        Parts parts = {-1, 0, 0, 0, false, 0};
         bool is_lost = false;
 #pragma unroll 1
         for (int chunk = first_chunk; chunk < end; ++chunk) {
@@ -260,16 +304,30 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
                 add_parts(warp, c, token, parts, chunk, sums);
             }
             claim();
+            if (kAcrossNodes && token.idx >= p.num_tokens) continue;
             store_row(warp, p, token.idx, chunk, sums, is_lost);
         }
     }
 
+    // A warp: the weights of a far rank, which this rank may not have asked for. Its place is used again two calls later.
+    static EP_DEVICE void see_table(Warp warp, const CallContext& c, int idx) {
+        if (idx < c.far().count() && warp.thread_rank() == 0) {
+            const int source = c.far().rank(idx);
+            wait_for_source(c.call, c.watch, Stage::kTable, source, c.table_flag(c.bank, source));
+        }
+        warp.sync();
+    }
+
     static EP_DEVICE void receive(Block block, const Params& p, const LaunchSession& launch, const EarlyLook& early) {
         const CallContext& c = launch.context;
-        for_each_unit(block, launch, num_units(p), [&](int unit, bool is_first, const auto& claim) {
+        int num_tables = 0;
+        if constexpr (kAcrossNodes && kUsesPackets) num_tables = c.far().count();
+        for_each_unit(block, launch, num_units(p) + num_tables, [&](int unit, bool is_first, const auto& claim) {
+            const Warp warp;
+            if constexpr (kAcrossNodes)
+                if (unit >= num_units(p)) return see_table(warp, c, unit - num_units(p));
             if (unit >= num_units(p)) return;
             const bool has_looked = is_first && c.phase == Phase::kReceive;
-            const Warp warp;
             const int idx = p.call.by_parts.quotient(unit);
             const EarlyLook look = has_looked ? early : EarlyLook{load_token(warp, p, c, idx), 0};
             receive_token(warp, p, c, look, p.call.by_parts.rest(unit), claim);

@@ -17,10 +17,23 @@ constexpr int kMostLooks = 6;
 template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     using Weights = WeightSender<kUsesPackets>;
 
+    // What the block sends of a token: nothing, the sum of its rows, or the rows themselves; to a far owner who waits for
+    // it all the same: that it gets nothing.
+    enum class Sent : int { kNothing, kSum, kRows, kNone };
+
     // A token that the block has written and not yet published.
     struct Written {
         uint64_t* flag;  // null: nothing is to be published
         uint64_t value;
+    };
+
+    // The same for a far rank: what is put to it from staging.
+    struct FarPart {
+        int owner;  // below zero: nothing
+        int token;
+        Sent sent;
+        uint32_t rows;  // the entries that have one here
+        int further;    // see Work
     };
 
     struct Shared {
@@ -28,13 +41,16 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         Written written[kTokensPerRelease];
         int are_weights_here[2];  // of the current token; each second one uses the other
         int has_failed;           // some warp has given up waiting: nothing more may be published
+        FarPart far[kAcrossNodes ? kTokensPerRelease : 1];
+        int further[2];  // as are_weights_here
     };
 
     // How far the block is.
     struct Progress {
         int num_items;
-        int num_written;  // tokens since the last release, those of which nothing was sent included
-        int num_looks;    // of warp 0
+        int num_written;              // tokens since the last release, those of which nothing was sent included
+        int num_looks;                // of warp 0
+        int num_answers, num_places;  // across nodes: that the block has asked for, as far as this warp knows
     };
 
     // What a warp needs to sum one chunk of a token of `source`. Lanes stand for 32 of its top-k entries.
@@ -46,6 +62,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         float weight = 0;         // this lane's
         uint32_t wanted = 0;      // lanes whose entry the caller has kept in this call
         bool is_weighed = false;  // a look has shown this lane's packets
+        int further = -1;         // of rows for a far rank: the first place in staging behind that of the first row
 
         EP_DEVICE int k() const { return first_k + Warp::thread_rank(); }
     };
@@ -131,13 +148,33 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         }
     }
 
+    // Where a part for a far rank is staged: the first place of each token is its own.
+    static EP_DEVICE uint64_t staged_part(const CallContext& c, int owner, int token) {
+        return c.staged_slot(static_cast<int>(c.far().index(owner)) * c.call.num_max_tokens + token);
+    }
+    // Of rows, entry `k` among `rows`.
+    static EP_DEVICE uint64_t staged_row(const CallContext& c, int owner, int token, uint32_t rows, int further,
+                                         int k) {
+        const int place = __popc(rows & ((1u << k) - 1));
+        if (place == 0) return staged_part(c, owner, token);
+        return c.staged_slot(c.far().count() * c.call.num_max_tokens + further + place - 1);
+    }
+
+    // Where the row of an entry is written that is sent as it is.
+    static EP_DEVICE uint8_t* row_slot(const CallContext& c, const Work& work, int k) {
+        if constexpr (kAcrossNodes)
+            if (c.is_far(work.source))
+                return c.far().template at<uint8_t>(staged_row(c, work.source, work.token, work.rows, work.further, k));
+        return c.entry_slot(work.source, work.token, k);
+    }
+
     // Sends what is ahead, each row to the slot of its entry; returns the lanes that are left.
     static EP_DEVICE uint32_t send_ahead(Warp warp, const CallContext& c, const Work& work, uint32_t lanes, int chunk,
                                          const Ahead& ahead) {
 #pragma unroll
         for (int i = 0; i < kRowsAhead; ++i) {
             if (lanes == 0) break;
-            uint8_t* slot = c.entry_slot(work.source, work.token, __ffs(static_cast<int>(lanes)) - 1);
+            uint8_t* slot = row_slot(c, work, __ffs(static_cast<int>(lanes)) - 1);
             store_chunk(warp, kPieces<kIsLogfmt>, c.call, chunk, ahead.piece[i], slot);
             lanes &= lanes - 1;
         }
@@ -148,7 +185,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     static EP_DEVICE void send_rows(Warp warp, const Params& p, const CallContext& c, const Work& work, Ahead& ahead,
                                     int chunk) {
         if (chunk == 0 && work.row >= 0)
-            *c.entry_expert(work.source, work.token, work.k()) = c.first_expert() + work.row / c.num_rows_of_expert();
+            *c.expert_behind(row_slot(c, work, work.k())) = c.first_expert() + work.row / c.num_rows_of_expert();
         uint32_t rest = send_ahead(warp, c, work, work.rows, chunk, ahead);
 #pragma unroll 1
         while (rest != 0) {
@@ -266,7 +303,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     // Does the token exist, and has it experts here? Finds its weights too.
     static EP_DEVICE bool is_wanted(Warp warp, const Params& p, const CallContext& c, Sources& sources, Work& work,
                                     Shared& shared) {
-        if (c.uses_packets) {
+        if (c.uses_packets && !c.is_far(work.source)) {
             take_weights(c, work, shared);
             return has_work(warp, p, c, work);
         }
@@ -324,14 +361,14 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         cursor.item += num_blocks;
         cursor.work = cursor.next;
         cursor.next = load_item(p, c, cursor.item + num_blocks);
-        if (c.uses_packets)
+        if (c.uses_packets && !c.is_far(cursor.work.source))
             look_at_weights(c, cursor.work);
         else if (is_known(sources, cursor.work.source))
             load_weights_of(c, cursor.work);
         find_rows(warp, c, cursor.work);
     }
 
-    static EP_DEVICE void publish_written(Block block, int num_written, Shared& shared) {
+    static EP_DEVICE void publish_written(Block block, const CallContext& c, int num_written, Shared& shared) {
         block.expect();
         block.sync();  // every warp's part of the rows, one warp's releases
         const int idx = block.thread_rank();
@@ -340,17 +377,15 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
             prim::load<Order::kRelaxed, Scope::kCta>(&shared.has_failed) == 0)
             prim::store<Order::kRelease, Scope::kSys>(shared.written[idx].flag, shared.written[idx].value);
         Warp::sync();  // the list is read before thread 0 begins the next one
+        if constexpr (kAcrossNodes) put_written(block, c, num_written, shared);
     }
-
-    // What the block sends of a token: nothing, the sum of its rows, or the rows themselves.
-    enum class Sent { kNothing, kSum, kRows };
 
     // With a hook: nobody may wait for another rank here, which may be late by any time. A few looks, for the whole of the
     // launch, are less than what rows cost. Warp 0 decides; what it has seen the others see too.
     static EP_DEVICE bool are_weights_here(Block block, const CallContext& c, Work& work, Progress& progress,
                                            Shared& shared) {
         block.expect();
-        int* answer = &shared.are_weights_here[progress.num_items % 2];
+        int* answer = &shared.are_weights_here[(kAcrossNodes ? progress.num_answers++ : progress.num_items) % 2];
         if (prim::warp_idx() == 0) {
             bool is_here = __all_sync(kFullMask, work.is_weighed) != 0;
 #pragma unroll 1
@@ -365,16 +400,52 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         return *answer != 0;
     }
 
+    // Combine by entry for a far owner.
+    static EP_DEVICE bool is_far_by_entry(const CallContext& c, const Work& work) {
+        return kUsesPackets && c.is_far(work.source);
+    }
+
+    // Places in staging for the rows of a token. False: there are none left.
+    static EP_DEVICE bool take_places(Block block, const CallContext& c, Work& work, Progress& progress,
+                                      Shared& shared) {
+        block.expect();
+        const int num_further = __popc(work.rows) - 1;
+        if (num_further == 0) return true;
+        int* answer = &shared.further[progress.num_places++ % 2];
+        if (block.thread_rank() == 0) {
+            const auto room = static_cast<int64_t>((c.far().staging_bytes() - c.call.message.slots.offset) /
+                                                   c.call.entry_slot_bytes) -
+                              int64_t{c.far().count()} * c.call.num_max_tokens;
+            const uint32_t taken = prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&shared.role.launch_state->staged_rows,
+                                                                                 static_cast<uint32_t>(num_further));
+            *answer = int64_t{taken} + num_further <= room ? static_cast<int>(taken) : -1;
+        }
+        block.sync();
+        work.further = *answer;
+        return work.further >= 0;
+    }
+
+    // May not wait for the weights of `work`, and does without?
+    static EP_DEVICE bool sends_rows(Block block, const CallContext& c, Work& work, Progress& progress,
+                                     Shared& shared) {
+        if (!c.uses_packets || c.phase != Phase::kSend || work.source == c.rank()) return false;
+        if constexpr (kAcrossNodes)
+            if (c.is_far(work.source)) return work.rows != 0 && take_places(block, c, work, progress, shared);
+        return !are_weights_here(block, c, work, progress, shared);
+    }
+
     static EP_DEVICE Sent what_to_send(Block block, const Params& p, const CallContext& c, Sources& sources, Work& work,
                                        Progress& progress, Shared& shared) {
-        if (c.uses_packets && c.phase == Phase::kSend && work.source != c.rank() &&
-            !are_weights_here(block, c, work, progress, shared))
-            return Sent::kRows;
-        return is_wanted(Warp{}, p, c, sources, work, shared) ? Sent::kSum : Sent::kNothing;
+        if (is_far_by_entry(c, work) && work.rows == 0) return Sent::kNothing;
+        if (sends_rows(block, c, work, progress, shared)) return Sent::kRows;
+        if (is_wanted(Warp{}, p, c, sources, work, shared)) return Sent::kSum;
+        return is_far_by_entry(c, work) ? Sent::kNone : Sent::kNothing;
     }
 
     // Where the part is a sum.
     static EP_DEVICE uint8_t* sum_slot(const CallContext& c, const Work& work) {
+        if constexpr (kAcrossNodes)
+            if (c.is_far(work.source)) return c.far().template at<uint8_t>(staged_part(c, work.source, work.token));
         if constexpr (kUsesPackets)
             return c.entry_slot(work.source, work.token, __ffs(static_cast<int>(work.wanted)) - 1);
         else
@@ -382,9 +453,59 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     }
 
     static EP_DEVICE Written written_of(const CallContext& c, const Work& work, Sent sent) {
-        if (sent == Sent::kNothing) return {nullptr, 0};
-        uint64_t* flag = c.watch.heap.token_full(work.source, c.bank, c.rank(), work.token);
+        if (sent == Sent::kNothing || c.is_far(work.source)) return {nullptr, 0};
+        uint64_t* flag = c.token_flag_at(work.source, work.token);
         return {flag, sent == Sent::kRows ? EntrySlots::rows_flag(c.watch.call, work.rows) : c.watch.call};
+    }
+
+    static EP_DEVICE FarPart far_part_of(const CallContext& c, const Work& work, Sent sent) {
+        const bool is_one = sent != Sent::kNothing && c.is_far(work.source);
+        return {is_one ? work.source : -1, work.token, sent, work.rows, work.further};
+    }
+
+    // A row or a sum, or nothing, to where its far owner looks for it.
+    static EP_DEVICE void put_part(Warp warp, const CallContext& c, const FarPart& part, int k) {
+        const FarRanks far = c.far();
+        const uint64_t row_bytes = kIsLogfmt ? layout::LogfmtRow::make(static_cast<uint64_t>(c.call.hidden)).bytes
+                                             : static_cast<uint64_t>(c.call.hidden) * 2;
+        // Pairs with: wait_for_parts at the owner.
+        if constexpr (!kUsesPackets) {
+            far.put(warp, part.owner,
+                    {c.far_message(part.owner, c.rank()) + c.call.message.slots.at(part.token),
+                     staged_part(c, part.owner, part.token), static_cast<uint32_t>(layout::align_up(row_bytes, 16))},
+                    {far.token_full(c.bank, c.rank(), part.token), c.watch.call});
+            return;
+        }
+        const int entry = part.token * c.call.num_topk + k;
+        const rail::Flag flag{far.entry_full(c.bank, entry),
+                              part.sent == Sent::kRows ? EntrySlots::rows_flag(c.watch.call, part.rows) : c.watch.call};
+        if (part.sent == Sent::kNone) {
+            if (warp.thread_rank() == 0) far.set(part.owner, flag);
+            return;
+        }
+        const uint64_t bytes =
+            part.sent == Sent::kRows ? EntrySlots::expert_offset(static_cast<uint64_t>(c.call.hidden)) + 4 : row_bytes;
+        far.put(warp, part.owner,
+                {c.far_entry_slot(entry), staged_row(c, part.owner, part.token, part.rows, part.further, k),
+                 static_cast<uint32_t>(layout::align_up(bytes, 16))},
+                flag);
+    }
+
+    // After a barrier: what the block has written for far ranks, a warp for each row.
+    static EP_DEVICE void put_written(Block block, const CallContext& c, int num_written, const Shared& shared) {
+        const bool has_failed = prim::load<Order::kRelaxed, Scope::kCta>(&shared.has_failed) != 0;
+        int turn = 0;
+#pragma unroll 1
+        for (int i = 0; i < num_written; ++i) {
+            const FarPart part = shared.far[i];
+            if (part.owner < 0 || has_failed) continue;
+            const uint32_t first = kUsesPackets ? part.rows & (~part.rows + 1) : 1u;
+#pragma unroll 1
+            for (uint32_t rest = part.sent == Sent::kRows ? part.rows : first; rest != 0; rest &= rest - 1, ++turn)
+                if (turn % block.num_warps() == prim::warp_idx())
+                    put_part(Warp{}, c, part, __ffs(static_cast<int>(rest)) - 1);
+        }
+        block.sync();  // the list is read before thread 0 begins the next one
     }
 
     // The current token, and what comes after it is begun.
@@ -393,10 +514,14 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         block.expect();
         const Warp warp;
         const int num_warps = block.num_warps();
-        const bool is_one = cursor.item >= 0 && !is_beyond(warp, sources, cursor.work.source, cursor.work.token);
+        const bool is_one = cursor.item >= 0 && (is_far_by_entry(c, cursor.work) ||
+                                                 !is_beyond(warp, sources, cursor.work.source, cursor.work.token));
         const Sent sent = is_one ? what_to_send(block, p, c, sources, cursor.work, progress, shared) : Sent::kNothing;
         uint8_t* slot = sent == Sent::kSum ? sum_slot(c, cursor.work) : nullptr;
-        if (block.thread_rank() == 0) shared.written[progress.num_written] = written_of(c, cursor.work, sent);
+        if (block.thread_rank() == 0) {
+            shared.written[progress.num_written] = written_of(c, cursor.work, sent);
+            if constexpr (kAcrossNodes) shared.far[progress.num_written] = far_part_of(c, cursor.work, sent);
+        }
         bool is_last = false;
 #pragma unroll 1
         for (int chunk = prim::warp_idx(); !is_last; chunk += num_warps) {
@@ -412,7 +537,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         }
         ++progress.num_items;
         if (++progress.num_written < kTokensPerRelease) return;
-        publish_written(block, progress.num_written, shared);
+        publish_written(block, c, progress.num_written, shared);
         progress.num_written = 0;
     }
 
@@ -442,7 +567,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         Progress progress = {};
 #pragma unroll 1
         while (is_ready && cursor.item < num_items(p, c)) send_token(block, p, c, sources, cursor, progress, shared);
-        if (progress.num_written > 0) publish_written(block, progress.num_written, shared);
+        if (progress.num_written > 0) publish_written(block, c, progress.num_written, shared);
     }
 };
 

@@ -50,8 +50,25 @@ template <bool kUsesPackets> struct WeightSender {
 #pragma unroll 1
         for (int base = 0; base < num_entries; base += kAhead * block.size()) {
             if (base > 0 || !is_loaded) held = load(block, p, c, base);
-            for (int peer = 0; peer < c.num_ranks(); ++peer)
-                if (!phase.leaves_out(peer)) send_packets(block, c, peer, held, base, num_entries);
+            for (int i = 0; i < c.num_near(); ++i)
+                if (const int peer = c.near_rank(i); !phase.leaves_out(peer))
+                    send_packets(block, c, peer, held, base, num_entries);
+            if constexpr (kAcrossNodes)
+                store_table(block, c, c.far().template at<uint8_t>(c.staged_table()), held, base,
+                            p.num_tokens * c.call.num_topk);
+        }
+        if constexpr (kAcrossNodes) phase.publish_far_table(block, p.num_tokens);
+    }
+
+    static EP_DEVICE void store_table(Block block, const CallContext& c, uint8_t* message, const Held& held, int base,
+                                      int num_entries) {
+        auto* ids = reinterpret_cast<int*>(message + c.call.message.topk_idx.offset);
+        auto* weights = reinterpret_cast<float*>(message + c.call.message.topk_weights.offset);
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            const int entry = base + i * block.size() + block.thread_rank();
+            if (entry < num_entries) ids[entry] = held.expert[i];
+            if (entry < num_entries) weights[entry] = held.weight[i];
         }
     }
 
@@ -62,18 +79,7 @@ template <bool kUsesPackets> struct WeightSender {
 #pragma unroll 1
         for (int base = 0; base < num_entries; base += kAhead * block.size()) {
             if (base > 0 || !is_loaded) held = load(block, p, c, base);
-            for (int peer = 0; peer < c.num_ranks(); ++peer) {
-                if (phase.leaves_out(peer)) continue;
-                uint8_t* message = c.message(peer, c.rank());
-                auto* ids = reinterpret_cast<int*>(message + c.call.message.topk_idx.offset);
-                auto* weights = reinterpret_cast<float*>(message + c.call.message.topk_weights.offset);
-#pragma unroll
-                for (int i = 0; i < kAhead; ++i) {
-                    const int entry = base + i * block.size() + block.thread_rank();
-                    if (entry < num_entries) ids[entry] = held.expert[i];
-                    if (entry < num_entries) weights[entry] = held.weight[i];
-                }
-            }
+            phase.for_tables([&](uint8_t* message) { store_table(block, c, message, held, base, num_entries); });
         }
         phase.publish_table(block, p.num_tokens);
     }

@@ -144,13 +144,13 @@ EP_DEVICE void void_slot(ReceivedToken& token) {
 }
 
 EP_DEVICE const uint64_t* slot_flag(const CallContext& c, const Unit& unit) {
-    return c.watch.heap.token_full(c.rank(), c.bank, unit.source, unit.token);
+    return c.token_flag(c.bank, unit.source, unit.token);
 }
 
 // Acquire: is the slot full?
 EP_DEVICE bool look_at_slot(Warp warp, const CallContext& c, const Unit& unit) {
     warp.expect();
-    return algo::broadcast(warp, warp.thread_rank() == 0 && is_set(c.watch, slot_flag(c, unit)));
+    return algo::broadcast(warp, warp.thread_rank() == 0 && is_set(c.call, c.watch, unit.source, slot_flag(c, unit)));
 }
 
 // Acquire. False: the source is left out.
@@ -160,11 +160,12 @@ EP_DEVICE bool wait_for_slot(Warp warp, const CallContext& c, const Unit& unit) 
                                      wait_for_source(c.call, c.watch, Stage::kRow, unit.source, slot_flag(c, unit)));
 }
 
-// See kSlotLanes.
+// See kSlotLanes. What a far rank's flag guards takes a look of another kind.
 EP_DEVICE EarlyLook look_early(Warp warp, const CallContext& c, const Unit& unit) {
+    if (kAcrossNodes) return {0};
     const uint64_t* flag = nullptr;
     if (const int bank = warp.thread_rank(); bank < kSlotLanes) {
-        if (unit.is_token) flag = c.watch.heap.token_full(c.rank(), bank, unit.source, unit.token);
+        if (unit.is_token) flag = c.token_flag(bank, unit.source, unit.token);
     } else if (const int table = early_table(warp); table < c.num_ranks() * layout::kNumLowLatencyBanks) {
         flag = table_flag(c, table);
     }

@@ -91,15 +91,50 @@ EP_DEVICE Head load_head(Warp warp, const Params& p, const CallContext& c, int t
     return {load_input_piece(warp, p, token, prim::warp_idx()), ids_of(p).load(warp, c, token, 0)};
 }
 
+// The destinations of a token among 32 ranks, each in its lane. Far ranks share one slot, in staging, which one of them stands
+// for; `is_staged`: one did among the ranks before.
+EP_DEVICE Targets targets_of(Warp warp, const CallContext& c, int token, int rank, bool is_sent, uint32_t far_lanes,
+                             bool is_staged) {
+    if constexpr (kAcrossNodes) {
+        const bool stands_for_all = !is_staged && warp.thread_rank() == __ffs(static_cast<int>(far_lanes)) - 1;
+        const bool is_written = is_sent && (!c.is_far(rank) || stands_for_all);
+        return {__ballot_sync(kFullMask, is_written), !is_written      ? nullptr
+                                                      : stands_for_all ? c.far().at<uint8_t>(c.staged_slot(token))
+                                                                       : c.slot(rank, c.rank(), token)};
+    } else {
+        return {__ballot_sync(kFullMask, is_sent), is_sent ? c.slot(rank, c.rank(), token) : nullptr};
+    }
+}
+
+// The block, after a barrier: a token that is staged, to the far ranks in `far_lanes`, a warp for each.
+EP_DEVICE void put_token(Block block, const Params& p, const CallContext& c, int token, int first_rank,
+                         uint32_t far_lanes) {
+    const FarRanks far = c.far();
+    int turn = 0;
+#pragma unroll 1
+    for (uint32_t rest = far_lanes; rest != 0; rest &= rest - 1, ++turn) {
+        if (turn % block.num_warps() != prim::warp_idx()) continue;
+        const int peer = first_rank + __ffs(static_cast<int>(rest)) - 1;
+        // Pairs with: wait_for_slot at the destination.
+        far.put(Warp{}, peer,
+                {c.far_message(peer, c.rank()) + c.call.message.slots.at(token), c.staged_slot(token),
+                 static_cast<uint32_t>(layout::align_up(p.call.message.scales.end(), 16))},
+                {far.token_full(c.bank, c.rank(), token), c.watch.call});
+    }
+}
+
 // One token to all ranks that need it.
 EP_DEVICE void send_token(Block block, const Params& p, const CallContext& c, int token, const Head& head) {
     block.expect();
     const Warp warp;
+    bool is_staged = false;
 #pragma unroll 1
     for (int first = 0; first < c.num_ranks(); first += kWarpSize) {
         const bool is_sent = is_destination(warp, c, ids_of(p), head.id, token, first);
         const int rank = first + warp.thread_rank();
-        const Targets targets{__ballot_sync(kFullMask, is_sent), is_sent ? c.slot(rank, c.rank(), token) : nullptr};
+        const uint32_t far_lanes = kAcrossNodes ? __ballot_sync(kFullMask, is_sent && c.is_far(rank)) : 0;
+        const Targets targets = targets_of(warp, c, token, rank, is_sent, far_lanes, is_staged);
+        is_staged |= far_lanes != 0;
 #pragma unroll 1
         for (int chunk = prim::warp_idx(); chunk < num_chunks(p.call); chunk += block.num_warps()) {
             const Piece piece = chunk == prim::warp_idx() ? head.piece : load_input_piece(warp, p, token, chunk);
@@ -110,10 +145,20 @@ EP_DEVICE void send_token(Block block, const Params& p, const CallContext& c, in
         }
         block.sync();  // every warp's part of the row, warp 0's releases
         // Pairs with: wait_for_slot at the destination.
-        if (prim::warp_idx() == 0 && is_sent)
-            prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.token_full(rank, c.bank, c.rank(), token),
-                                                      c.watch.call);
+        if (prim::warp_idx() == 0 && is_sent && !c.is_far(rank))
+            prim::store<Order::kRelease, Scope::kSys>(c.token_flag_at(rank, token), c.watch.call);
+        if constexpr (kAcrossNodes) put_token(block, p, c, token, first, far_lanes);
     }
+}
+
+// Across nodes combine asks which of its parts come from far ranks: the experts of our own tokens, -1 where there is none.
+EP_DEVICE void keep_own_entries(Block block, const Params& p, const CallContext& c) {
+    int* own = p.row_of_entry + int64_t{c.num_ranks()} * c.call.num_max_tokens * c.call.num_topk;
+    algo::for_each(block, c.call.num_max_tokens * c.call.num_topk, [&](int i) {
+        own[i] = i < p.num_tokens * c.call.num_topk
+                     ? checked_expert(c, algo::load_expert_id(p.topk_idx, p.idx_bytes, i))
+                     : -1;
+    });
 }
 
 // The last block makes the routing table, and sends tokens only where it is alone.
@@ -133,6 +178,7 @@ EP_DEVICE void send(Block block, const Params& p, LaunchSession& launch) {
     const SendPhase<Tells::kAtEnd> phase(block, launch, look);
     const bool is_ready = phase.is_ready();
     if (is_ready && has_table) send_routing_table(block, c, phase, choice, sets);
+    if (kAcrossNodes && has_table) keep_own_entries(block, p, c);
 #pragma unroll 1
     for (int token = first; is_ready && token < p.num_tokens; token += num_senders) {
         const Head next = load_head(warp, p, c, token + num_senders);

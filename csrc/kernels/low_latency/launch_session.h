@@ -32,7 +32,11 @@ public:
     EP_DEVICE LaunchSession(const LowLatencyCall& call, layout::Operation operation, Phase phase, bool uses_packets,
                             BlockRole& block_role)
         : context(make_context(call, operation, phase, uses_packets)), role(block_role) {}
-    EP_DEVICE ~LaunchSession() { add_statistics(Block{}); }
+    EP_DEVICE ~LaunchSession() {
+        add_statistics(Block{});
+        if constexpr (kAcrossNodes)
+            if (is_last_warp(Block{})) context.far().tell_failure(Warp{});
+    }
     LaunchSession(const LaunchSession&) = delete;
     LaunchSession& operator=(const LaunchSession&) = delete;
 
@@ -90,6 +94,7 @@ private:
         prim::store<Order::kRelaxed, Scope::kGpu>(&next->next_share, 0u);
         prim::store<Order::kRelaxed, Scope::kGpu>(&next->void_pieces, 0u);
         prim::store<Order::kRelaxed, Scope::kGpu>(&next->lists, 0u);
+        if (kAcrossNodes) prim::store<Order::kRelaxed, Scope::kGpu>(&next->staged_rows, 0u);
         if (c.sends()) prim::store<Order::kRelaxed, Scope::kGpu>(&local->num_low_latency_sends, c.watch.call);
         if (c.phase == Phase::kSend) prim::store<Order::kRelaxed, Scope::kGpu>(c.call.number, c.watch.call);
         if (c.receives()) prim::store<Order::kRelaxed, Scope::kGpu>(&local->low_latency_ended[c.bank], c.watch.call);
@@ -169,23 +174,66 @@ public:
         if (is_last_warp(block)) tell_peers(Warp{});
     }
 
+    // `work(message)` for each table that this rank writes: at near ranks, and one for all far ranks.
+    template <class Work> EP_DEVICE void for_tables(const Work& work) const {
+        const CallContext& c = launch_.context;
+        for (int i = 0; i < c.num_near(); ++i)
+            if (const int peer = c.near_rank(i); !leaves_out(peer)) work(c.message(peer, c.rank()));
+        if constexpr (kAcrossNodes) work(c.far().template at<uint8_t>(c.staged_table()));
+    }
+
     // The block that has written our table into the messages to all ranks: they may read it.
     EP_DEVICE void publish_table(Block block, int num_tokens) const {
         const CallContext& c = launch_.context;
-        const auto is_meant = [&](int peer) { return !leaves_out(peer); };
-        algo::for_each(block, c.num_ranks(), [&](int peer) {
-            if (is_meant(peer))
-                *reinterpret_cast<int*>(c.message(peer, c.rank()) + c.call.message.num_tokens.offset) = num_tokens;
+        const auto is_meant = [&](int idx) { return !leaves_out(c.near_rank(idx)); };
+        algo::for_each(block, c.num_near(), [&](int idx) {
+            if (is_meant(idx))
+                *reinterpret_cast<int*>(c.message(c.near_rank(idx), c.rank()) + c.call.message.num_tokens.offset) =
+                    num_tokens;
         });
+        if constexpr (kAcrossNodes) state_tokens(block, num_tokens);
         block.sync();
         // Release: the tables. Pairs with: wait_for_table at the peer.
         algo::publish<Order::kRelease, Scope::kSys>(
-            block, c.num_ranks(), is_meant, [&](int peer) { return c.watch.heap.table_full(peer, c.bank, c.rank()); },
-            c.watch.call);
+            block, c.num_near(), is_meant,
+            [&](int idx) { return c.watch.heap.table_full(idx, c.bank, c.watch.heap.rank()); }, c.watch.call);
+        if constexpr (kAcrossNodes) put_table(block, num_tokens);
+    }
+
+    // The same to far ranks alone.
+    EP_DEVICE void publish_far_table(Block block, int num_tokens) const {
+        state_tokens(block, num_tokens);
+        block.sync();
+        put_table(block, num_tokens);
     }
 
 private:
     EP_DEVICE BlockRole& role() const { return launch_.role; }
+
+    EP_DEVICE void state_tokens(Block block, int num_tokens) const {
+        const CallContext& c = launch_.context;
+        if (block.thread_rank() == 0)
+            *c.far().template at<int>(c.staged_table() + c.call.message.num_tokens.offset) = num_tokens;
+    }
+
+    // After a barrier: the staged table, a warp for each far rank.
+    EP_DEVICE void put_table(Block block, int num_tokens) const {
+        const CallContext& c = launch_.context;
+        const FarRanks far = c.far();
+        const layout::LowLatencyMessage& message = c.call.message;
+        const auto num_entries = static_cast<uint64_t>(num_tokens) * c.call.num_topk;
+        const uint64_t bytes = c.watch.operation == layout::Operation::kLowLatencyCombine
+                                   ? message.topk_weights.at(num_entries)
+                                   : message.topk_idx.at(num_entries);
+#pragma unroll 1
+        for (int idx = prim::warp_idx(); idx < far.count(); idx += block.num_warps())
+            if (const int peer = far.rank(idx); !leaves_out(peer))
+                // Pairs with: wait_for_table at the peer.
+                far.put(Warp{}, peer,
+                        {c.far_message(peer, c.rank()), c.staged_table(),
+                         static_cast<uint32_t>(layout::align_up(bytes, 16))},
+                        {far.table_full(c.bank, c.rank()), c.watch.call});
+    }
 
     // The last warp's part.
     EP_DEVICE void begin(Warp warp) {
@@ -205,8 +253,8 @@ private:
     EP_DEVICE void tell_peers(Warp warp) const {
         const CallContext& c = launch_.context;
         algo::publish<Order::kRelaxed, Scope::kSys>(
-            warp, c.num_ranks(), [&](int peer) { return !is_masked(c.call, peer); },
-            [&](int peer) { return c.watch.heap.low_latency_started(peer, c.rank()); }, c.watch.call);
+            warp, c.num_near(), [&](int idx) { return !is_masked(c.call, c.near_rank(idx)); },
+            [&](int idx) { return c.watch.heap.low_latency_started(idx, c.watch.heap.rank()); }, c.watch.call);
         publish_ended(warp, c);
     }
 
@@ -272,8 +320,9 @@ public:
         if (!algo::is_last_block<Order::kAcqRel, Scope::kGpu>(block, counter, launch_.role.share)) return;
         // Pairs with: is_bank_free at the peer.
         algo::publish<Order::kRelease, Scope::kSys>(
-            block, c.num_ranks(), [&](int peer) { return !is_masked(c.call, peer); },
-            [&](int peer) { return c.watch.heap.received(peer, c.bank, c.rank()); }, c.watch.call);
+            block, c.num_near(), [&](int idx) { return !is_masked(c.call, c.near_rank(idx)); },
+            [&](int idx) { return c.watch.heap.received(idx, c.bank, c.watch.heap.rank()); }, c.watch.call);
+        if constexpr (kAcrossNodes) tell_far_ended(block, c, c.bank, c.watch.call);
     }
     ReceivePhase(const ReceivePhase&) = delete;
     ReceivePhase& operator=(const ReceivePhase&) = delete;

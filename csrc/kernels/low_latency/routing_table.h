@@ -130,10 +130,30 @@ EP_DEVICE void make_tile(Block block, const CallContext& c, const Choice& choice
 EP_DEVICE void send_tile(Block block, const CallContext& c, const SendPhase<Tells::kAtEnd>& phase, const Choice& choice,
                          const TokenSets& sets, int first) {
     const int num_entries = entries_of_tile(c, choice, sets, first);
+    phase.for_tables([&](uint8_t* message) {
+        int* table = reinterpret_cast<int*>(message + c.call.message.topk_idx.offset);
+        algo::for_each(block, num_entries, [&](int i) { table[first * c.call.num_topk + i] = sets.entries[i]; });
+    });
+}
+
+// To each rank those of its experts; across nodes those of all.
+EP_DEVICE void send_counts(Block block, const CallContext& c, const SendPhase<Tells::kAtEnd>& phase,
+                           const TokenSets& sets) {
+    const auto counts_of = [&](uint8_t* message) {
+        return reinterpret_cast<int*>(message + c.call.message.num_rows.offset);
+    };
+    if (kAcrossNodes) {
+        phase.for_tables([&](uint8_t* message) {
+            algo::for_each(block, c.call.num_experts,
+                           [&](int expert) { counts_of(message)[expert] = sets.counts[expert]; });
+        });
+        return;
+    }
     for (int peer = 0; peer < c.num_ranks(); ++peer) {
         if (phase.leaves_out(peer)) continue;
-        int* table = reinterpret_cast<int*>(c.message(peer, c.rank()) + c.call.message.topk_idx.offset);
-        algo::for_each(block, num_entries, [&](int i) { table[first * c.call.num_topk + i] = sets.entries[i]; });
+        int* num_rows = counts_of(c.message(peer, c.rank()));
+        algo::for_each(block, c.num_local_experts(),
+                       [&](int expert) { num_rows[expert] = sets.counts[peer * c.num_local_experts() + expert]; });
     }
 }
 
@@ -148,12 +168,7 @@ EP_DEVICE void send_routing_table(Block block, const CallContext& c, const SendP
         block.sync();
         send_tile(block, c, phase, choice, sets, first);
     }
-    for (int peer = 0; peer < c.num_ranks(); ++peer) {
-        if (phase.leaves_out(peer)) continue;
-        auto* num_rows = reinterpret_cast<int*>(c.message(peer, c.rank()) + c.call.message.num_rows.offset);
-        algo::for_each(block, c.num_local_experts(),
-                       [&](int expert) { num_rows[expert] = sets.counts[peer * c.num_local_experts() + expert]; });
-    }
+    send_counts(block, c, phase, sets);
     phase.publish_table(block, choice.num_tokens);
 }
 
@@ -168,8 +183,8 @@ struct Counts {
         return {is_here, is_here + c.num_ranks(), c.num_local_experts()};
     }
     static int bytes(const LowLatencyCall& call) {
-        return (call.heap.num_ranks + (call.heap.num_ranks + 1) * call.num_local_experts) *
-               static_cast<int>(sizeof(int));
+        const int num_ranks = call.heap.num_nodes * call.heap.num_ranks;
+        return (num_ranks + (num_ranks + 1) * call.num_local_experts) * static_cast<int>(sizeof(int));
     }
     EP_DEVICE int* before(int source) const { return rows + source * num_local_experts; }
 };
@@ -198,7 +213,7 @@ EP_DEVICE int early_table(Warp warp) {
 
 EP_DEVICE const uint64_t* table_flag(const CallContext& c, int table) {
     constexpr int kNumBanks = layout::kNumLowLatencyBanks;
-    return c.watch.heap.table_full(c.rank(), table % kNumBanks, table / kNumBanks);
+    return c.table_flag(table % kNumBanks, table / kNumBanks);
 }
 
 // After that look. Acquire: which tables count in this call. One thread waits for a table: if every warp did for itself, they

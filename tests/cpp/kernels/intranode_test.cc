@@ -145,6 +145,20 @@ TEST_CASE("every way through a block gives the same bits") {
     }
 }
 
+TEST_CASE("many blocks of two ranks: rows are staged on their way out alone") {
+    const simt::DeviceOptions device{.num_sms = 20, .useful_block_threads = 64};
+    const Problem problem{.num_tokens = {93, 81}, .num_topk = 3, .hidden = 1848, .num_sms = 20};
+    const uint64_t num_seeds = simt::hb::kIsEnabled ? 1 : 3;
+    for (uint64_t seed = 0; seed < num_seeds; ++seed) {
+        for (uint64_t window : {3, 128}) {
+            CAPTURE(seed);
+            CAPTURE(window);
+            World world(2, region_for(problem, window), seeded(seed), 100, 0, false, {device});
+            CHECK_EQ(round_trip(world, problem), "");
+        }
+    }
+}
+
 TEST_CASE("more entries and scales than a lane holds") {
     check_round_trip({.num_tokens = {9, 14}, .num_experts = 64, .num_topk = 40, .num_scales = 90}, kRoomy);
 }

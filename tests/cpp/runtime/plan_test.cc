@@ -94,7 +94,7 @@ TEST_CASE("no geometry takes more threads or shared memory than a block has") {
                     const auto combine = plan_combine(machine, 20, combine_slot(row_bytes), is_lent, has_bias, 4096);
                     CHECK_LE(shared_bytes(combine) + kernels::kMaxCombineState, machine.max_shared_bytes);
                     CHECK_LE(combine.num_send_warps + combine.num_recv_warps,
-                             is_staged(combine) ? kernels::kMaxStagedCombineWarps : kernels::kMaxCombineWarps);
+                             combine.recv.num_stages > 0 ? kernels::kMaxStagedCombineWarps : kernels::kMaxCombineWarps);
                     CHECK_GT(combine.num_recv_warps, 0);
                 }
             }
@@ -116,6 +116,19 @@ TEST_CASE("lent rows are summed by ordinary loads, but for few tokens or biases"
     CHECK_FALSE(is_combine_staged(false, 4096));
     CHECK(is_combine_staged(true, 4096));
     CHECK(is_combine_staged(false, 64));
+}
+
+TEST_CASE("between two ranks, with many blocks and tokens, rows are staged to be sent and not to be summed") {
+    const auto sums_staged = [](int num_ranks, int num_sms, bool has_bias, int num_tokens) {
+        const auto plan = plan_combine(gpu(num_ranks), num_sms, combine_slot(14336), false, has_bias, num_tokens);
+        CHECK_GT(plan.send.num_stages, 0);
+        return plan.recv.num_stages > 0;
+    };
+    CHECK_FALSE(sums_staged(2, 20, false, 4096));
+    CHECK(sums_staged(2, 16, false, 4096));
+    CHECK(sums_staged(2, 20, true, 4096));
+    CHECK(sums_staged(2, 20, false, 256));
+    CHECK(sums_staged(8, 20, false, 4096));
 }
 
 TEST_CASE("a dispatch to lenders takes no more blocks than are of use") {

@@ -199,7 +199,9 @@ std::vector<LowLatencyTensors> make_low_latency_inputs(const LowLatencyProblem& 
         tensors.cumulative_stats.assign(tensors.recv_count.size(), 100);
         tensors.src_info.assign(num_rows, -7);
         tensors.layout_range.assign(tensors.recv_count.size() * ranks.size(), -7);
-        tensors.row_of_entry.assign(ranks.size() * static_cast<size_t>(problem.num_max_tokens * problem.num_topk), -7);
+        // And the own entries, where there are several nodes.
+        tensors.row_of_entry.assign((ranks.size() + 1) * static_cast<size_t>(problem.num_max_tokens * problem.num_topk),
+                                    -7);
         tensors.wait_stats.assign(ranks.size(), 0);
         tensors.y.assign(num_rows * static_cast<size_t>(problem.hidden), 0x7fc0);
         tensors.combined_x.assign(num_tokens * static_cast<size_t>(problem.hidden), 0xfff7);

@@ -47,33 +47,52 @@ void fill_routing(const Problem& problem, std::mt19937_64& rng, RankTensors& ten
 
 World::World(int num_ranks, int64_t num_data_bytes, const simt::SchedulerOptions& options, double timeout_s,
              int64_t num_low_latency_bytes, bool is_shrinkable, const std::vector<simt::DeviceOptions>& devices,
-             int64_t num_lend_bytes)
-    : scheduler_(std::make_unique<simt::Scheduler>(options)) {
-    std::vector<std::string> handles;
+             int64_t num_lend_bytes, const WorldRail* rail)
+    : rail_(rail), scheduler_(std::make_unique<simt::Scheduler>(options)) {
+    std::vector<simt::SimtDevice*> all;
     for (int rank = 0; rank < num_ranks; ++rank) {
         const simt::DeviceOptions& device = devices[static_cast<size_t>(rank) % devices.size()];
         devices_.push_back(std::make_shared<simt::SimtDevice>(*scheduler_, rank, device));
-        buffers_.push_back(std::make_unique<runtime::Buffer>(
-            devices_.back(), runtime::BufferOptions{.rank = rank,
-                                                    .num_ranks = num_ranks,
-                                                    .num_data_bytes = num_data_bytes,
-                                                    .num_low_latency_bytes = num_low_latency_bytes,
-                                                    .timeout_s = timeout_s,
-                                                    .warn_s = timeout_s / 2,
-                                                    .is_shrinkable = is_shrinkable,
-                                                    .num_lend_bytes = num_lend_bytes}));
-        streams_.push_back(devices_.back()->create_stream());
+        all.push_back(devices_.back().get());
+    }
+    if (rail != nullptr) rail->begin(all);
+    std::vector<std::string> handles, addresses;
+    for (int rank = 0; rank < num_ranks; ++rank) {
+        const auto& device = devices_[static_cast<size_t>(rank)];
+        runtime::BufferOptions buffer{.rank = rank,
+                                      .num_ranks = num_ranks,
+                                      .num_data_bytes = num_data_bytes,
+                                      .num_low_latency_bytes = num_low_latency_bytes,
+                                      .timeout_s = timeout_s,
+                                      .warn_s = timeout_s / 2,
+                                      .is_shrinkable = is_shrinkable,
+                                      .num_lend_bytes = num_lend_bytes};
+        if (rail != nullptr) {
+            buffer.ranks_per_node = rail->ranks_per_node;
+            buffer.num_rail_bytes = 1 << 20;
+            buffer.make_engine = rail->make_engine;
+        }
+        buffers_.push_back(std::make_unique<runtime::Buffer>(device, buffer));
+        streams_.push_back(device->create_stream());
         handles.push_back(buffers_.back()->export_handle());
+        addresses.push_back(buffers_.back()->rail_address());
     }
     for (auto& buffer : buffers_) buffer->connect(handles);
+    for (auto& buffer : buffers_) buffer->connect_rail(addresses);
 }
 
 World::~World() {
     for (auto& buffer : buffers_) buffer->destroy(0.0);
+    if (rail_ != nullptr) rail_->end();
     for (size_t i = 0; i < streams_.size(); ++i) devices_[i]->destroy_stream(streams_[i]);
 }
 
-void World::run() { scheduler_->run_until_idle(); }
+void World::run() {
+    if (rail_ == nullptr) return scheduler_->run_until_idle();
+    rail_->run(*scheduler_, [&] {
+        for (size_t rank = 0; rank < devices_.size(); ++rank) devices_[rank]->synchronize_stream(streams_[rank]);
+    });
+}
 
 std::vector<RankTensors> make_inputs(const Problem& problem) {
     std::vector<RankTensors> ranks(problem.num_tokens.size());

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <initializer_list>
 #include <memory>
 #include <string>
@@ -82,12 +83,24 @@ kernels::CombineArgs combine_args(const Problem& problem, RankTensors& tensors, 
 // kGuessed: as kUnknown, but the host waits, and the outputs hold what it has guessed.
 enum class Counts { kUnknown, kExchanged, kKnown, kGuessed };
 
+// The rail of a World of several nodes.
+struct WorldRail {
+    int ranks_per_node;
+    // Called with all devices before the first engine is asked for.
+    std::function<void(const std::vector<simt::SimtDevice*>&)> begin;
+    std::function<std::unique_ptr<rail::Engine>(const std::shared_ptr<dev::Device>&, const rail::EngineOptions&)>
+        make_engine;
+    // Runs `body` as host code while the rail carries what is posted.
+    std::function<void(simt::Scheduler&, const std::function<void()>& body)> run;
+    std::function<void()> end;  // no Buffer has an engine any more
+};
+
 class World {
 public:
     World(int num_ranks, int64_t num_data_bytes, const simt::SchedulerOptions& options, double timeout_s = 100,
           int64_t num_low_latency_bytes = 0, bool is_shrinkable = false,
           const std::vector<simt::DeviceOptions>& devices = {{}},  // of each rank; one: of all
-          int64_t num_lend_bytes = 0);
+          int64_t num_lend_bytes = 0, const WorldRail* rail = nullptr);
     ~World();
 
     simt::Scheduler& scheduler() { return *scheduler_; }
@@ -131,6 +144,7 @@ private:
     // A copy of `data` in memory that `rank` lends; the same one until collect().
     template <class T> T* lend(RankTensors& tensors, int rank, std::vector<T>& data);
 
+    const WorldRail* rail_;  // null: there is one node
     std::unique_ptr<simt::Scheduler> scheduler_;
     std::vector<std::shared_ptr<simt::SimtDevice>> devices_;
     std::vector<std::unique_ptr<runtime::Buffer>> buffers_;

@@ -1,0 +1,102 @@
+// Low latency across nodes when something goes wrong: far ranks that are missing or masked, and what memory must suffice.
+#include <doctest/doctest.h>
+
+#include "core/error.h"
+#include "internode/low_latency_nodes.h"
+
+namespace deep_ep::test {
+namespace {
+
+NodesOptions impatient_nodes(bool is_shrinkable) {
+    return {.num_nodes = 2,
+            .ranks_per_node = 2,
+            .scheduler = impatient(),
+            .timeout_s = 2.0,
+            .is_shrinkable = is_shrinkable};
+}
+
+LowLatencyProblem small_problem() {
+    LowLatencyProblem problem{.num_tokens = {5, 3, 8, 0}, .num_max_tokens = 8, .num_experts = 8};
+    problem.hidden = 128;
+    return problem;
+}
+
+TEST_CASE("low latency across nodes: a rank that does not come is named, with its node, by all others") {
+    for (Launches launches : {Launches::kOne, Launches::kTwo}) {
+        const LowLatencyProblem problem = small_problem();
+        LowLatencyNodes nodes(impatient_nodes(false), problem);
+        World& world = nodes.world();
+        auto ranks = make_low_latency_inputs(problem);
+        dispatch_on(world, problem, ranks, {0, 1, 2}, launches);
+        for (int rank : {0, 1, 2})
+            CHECK_THROWS_WITH_AS(world.buffer(rank).check(), doctest::Contains("rank 3 of node 1"), TimeoutError);
+        CHECK_THROWS_WITH_AS(world.buffer(0).check(), doctest::Contains("never entered this call"), TimeoutError);
+    }
+}
+
+TEST_CASE(
+    "low latency across nodes: with enable_shrink a far rank that does not come is masked, and the others go on") {
+    for (Launches launches : {Launches::kOne, Launches::kTwo}) {
+        const LowLatencyProblem problem = small_problem();  // the last rank has no tokens
+        LowLatencyNodes nodes(impatient_nodes(true), problem);
+        World& world = nodes.world();
+        for (int round = 0; round < 4; ++round) {
+            auto ranks = make_low_latency_inputs(problem);
+            for (auto& tensors : ranks)
+                for (auto& idx : tensors.topk_idx) idx = idx >= 6 ? -1 : idx;  // none of its experts
+            dispatch_on(world, problem, ranks, {0, 1, 2}, launches);
+            for (int rank : {0, 1, 2}) {
+                world.buffer(rank).check();
+                CHECK_EQ(world.buffer(rank).low_latency().masked_ranks()[3], 1);
+                CHECK_EQ(check_low_latency_dispatch_of(problem, ranks, rank), "");
+            }
+            fill_expert_rows(problem, ranks);
+            combine_on(world, problem, ranks, {0, 1, 2}, launches);
+            for (int rank : {0, 1, 2}) world.buffer(rank).check();
+            ranks[3].combined_x.clear();
+            CHECK_EQ(check_low_latency_combine(problem, ranks), "");
+        }
+    }
+}
+
+TEST_CASE("low latency across nodes: cleaning is a barrier, and names who does not come") {
+    const LowLatencyProblem problem = small_problem();
+    LowLatencyNodes nodes(impatient_nodes(false), problem);
+    World& world = nodes.world();
+    const auto clean = [&](int rank) { world.buffer(rank).low_latency().clean(world.stream(rank)); };
+    for (int round = 0; round < 3; ++round) {
+        for (int rank = 0; rank < 4; ++rank) clean(rank);
+        world.run();
+        for (int rank = 0; rank < 4; ++rank) world.buffer(rank).check();
+    }
+    for (int rank : {1, 2, 3}) clean(rank);
+    world.run();
+    CHECK_THROWS_WITH_AS(world.buffer(2).check(), doctest::Contains("rank 0 of node 0"), TimeoutError);
+}
+
+TEST_CASE("low latency across nodes: shares of the heap and the window hold what the hint asks for, for any shape") {
+    for (const auto& [num_ranks, ranks_per_node] : {std::pair{2, 1}, {4, 2}, {8, 4}, {16, 8}, {64, 8}})
+        for (int hidden : {128, 2048, 7168})
+            for (int num_max_tokens : {1, 16, 128}) {
+                const auto data_bytes = static_cast<uint64_t>(
+                    runtime::LowLatency::size_hint(num_max_tokens, hidden, num_ranks, 4 * num_ranks));
+                const auto shares = layout::LowLatencyShares::make(data_bytes, static_cast<uint64_t>(num_ranks),
+                                                                   static_cast<uint64_t>(ranks_per_node));
+                using Slots = layout::LowLatencyEntrySlots;
+                const uint64_t entries = Slots::bytes(static_cast<uint64_t>(num_max_tokens), Slots::kHintTopk,
+                                                      static_cast<uint64_t>(hidden));
+                const auto table =
+                    layout::LowLatencyMessage::make(static_cast<uint64_t>(num_max_tokens), Slots::kHintTopk, 0, 16, 0)
+                        .slots.offset;
+                CAPTURE(num_ranks);
+                CAPTURE(hidden);
+                CAPTURE(num_max_tokens);
+                CHECK_GE(shares.heap() / layout::kNumLowLatencyBanks, entries);
+                CHECK_GE(shares.receive(), entries + shares.num_far() * table);
+                CHECK_LE(shares.heap() + layout::kNumLowLatencyBanks * (shares.receive() + shares.staging()),
+                         3 * data_bytes);
+            }
+}
+
+}  // namespace
+}  // namespace deep_ep::test

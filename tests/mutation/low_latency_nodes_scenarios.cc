@@ -1,0 +1,177 @@
+// Low latency across nodes: banks and staging that are used again, both forms of combine, far ranks that do not come.
+#include "internode/low_latency_nodes.h"
+#include "mutation/scenarios.h"
+#include "mutation/worlds.h"
+
+namespace deep_ep::test {
+namespace {
+
+NodesOptions small_nodes(int num_nodes, int ranks_per_node, uint64_t seed) {
+    NodesOptions options{.num_nodes = num_nodes, .ranks_per_node = ranks_per_node};
+    options.scheduler = seeded(seed);
+    options.network_seed = seed;
+    options.max_posted = seed % 5 == 4 ? 2 : 4096;
+    options.device = {.num_sms = seed % 2 == 0 ? 2 : 1, .has_bulk_copy = false, .useful_block_threads = 64};
+    return options;
+}
+
+LowLatencyProblem small_problem(const NodesOptions& options, uint64_t seed) {
+    LowLatencyProblem problem{.num_tokens = {}, .num_max_tokens = 5, .num_experts = 2 * options.num_ranks()};
+    for (int rank = 0; rank < options.num_ranks(); ++rank) problem.num_tokens.push_back(rank % 2 == 0 ? 3 : 5);
+    problem.hidden = 128;
+    problem.is_fp8 = seed % 2 == 0;
+    problem.uses_logfmt = seed % 3 == 1;
+    problem.seed = seed;
+    return problem;
+}
+
+std::string three_round_trips(LowLatencyNodes& nodes, const LowLatencyProblem& problem) {
+    for (Launches launches : {Launches::kOne, Launches::kTwo, Launches::kOne})
+        if (std::string difference = low_latency_round_trip(nodes.world(), problem, launches); !difference.empty())
+            return difference;
+    return "";
+}
+
+std::string round_trips(uint64_t seed) {
+    const NodesOptions options = small_nodes(2, 1, seed);
+    LowLatencyNodes nodes(options, small_problem(options, seed));
+    return three_round_trips(nodes, small_problem(options, seed));
+}
+
+std::string with_neighbours(uint64_t seed) {
+    const NodesOptions options = small_nodes(2, 2, seed);
+    LowLatencyNodes nodes(options, small_problem(options, seed));
+    return three_round_trips(nodes, small_problem(options, seed));
+}
+
+// More top-k entries than slots by entry are for; and rows that find no place in staging.
+std::string by_source(uint64_t seed) {
+    const NodesOptions options = small_nodes(2, 1, seed);
+    LowLatencyProblem problem = small_problem(options, seed);
+    problem.num_experts = 36;
+    problem.num_topk = 17;
+    LowLatencyNodes nodes(options, problem);
+    return three_round_trips(nodes, problem);
+}
+
+// A rank of three sends further rows than staging has places for.
+std::string crowded_staging(uint64_t seed) {
+    const NodesOptions options = small_nodes(3, 1, seed);
+    LowLatencyProblem problem = small_problem(options, seed);
+    problem.num_topk = 8;
+    problem.only_expert = 3;
+    problem.drop_probability = 0;
+    LowLatencyNodes nodes(options, problem);
+    return three_round_trips(nodes, problem);
+}
+
+std::string dropped_entries(uint64_t seed) {
+    const NodesOptions options = small_nodes(2, 1, seed);
+    const LowLatencyProblem problem = small_problem(options, seed);
+    LowLatencyNodes nodes(options, problem);
+    for (int round = 0; round < 3; ++round) {
+        const Launches launches = (static_cast<uint64_t>(round) + seed) % 2 == 0 ? Launches::kOne : Launches::kTwo;
+        auto ranks = make_low_latency_inputs(problem);
+        dispatch_on(nodes.world(), problem, ranks, all_ranks(problem), launches);
+        fill_expert_rows(problem, ranks);
+        for (auto& tensors : ranks)
+            for (size_t i = 0; i < tensors.topk_idx.size(); ++i)
+                if (i % 3 == 0 || i / 3 % 2 == 1) tensors.topk_idx[i] = -1;
+        combine_on(nodes.world(), problem, ranks, all_ranks(problem), launches);
+        if (std::string difference = check_low_latency_combine(problem, ranks); !difference.empty()) return difference;
+    }
+    return "";
+}
+
+// Two calls open at a time, received in another order by every second rank.
+std::string two_open_calls(uint64_t seed) {
+    const NodesOptions options = small_nodes(2, 1, seed);
+    const LowLatencyProblem problem = small_problem(options, seed);
+    LowLatencyNodes nodes(options, problem);
+    World& world = nodes.world();
+    for (int round = 0; round < 3; ++round) {
+        auto a = make_low_latency_inputs(problem), b = a;
+        for (size_t rank = 0; rank < a.size(); ++rank) {
+            const int r = static_cast<int>(rank);
+            send_dispatch(world, problem, a[rank], r);
+            send_dispatch(world, problem, b[rank], r);
+            receive_dispatch(world, problem, rank == 0 ? a[rank] : b[rank], r);
+            receive_dispatch(world, problem, rank == 0 ? b[rank] : a[rank], r);
+        }
+        world.run();
+        for (const auto* call : {&a, &b})
+            if (std::string difference = check_low_latency_dispatch(problem, *call); !difference.empty())
+                return difference;
+    }
+    return "";
+}
+
+std::string clean_call(uint64_t seed) {
+    const NodesOptions options = small_nodes(2, 2, seed);
+    const LowLatencyProblem problem = small_problem(options, seed);
+    LowLatencyNodes nodes(options, problem);
+    for (int round = 0; round < 2; ++round) {
+        for (int rank = 0; rank < options.num_ranks(); ++rank)
+            nodes.world().buffer(rank).low_latency().clean(nodes.world().stream(rank));
+        nodes.world().run();
+        for (int rank = 0; rank < options.num_ranks(); ++rank) nodes.world().buffer(rank).check();
+        if (std::string difference = low_latency_round_trip(nodes.world(), problem, Launches::kOne);
+            !difference.empty())
+            return difference;
+    }
+    return "";
+}
+
+// The last rank, of another node, does not come.
+std::string absent_far_rank(uint64_t seed) {
+    NodesOptions options = small_nodes(2, 2, seed);
+    options.scheduler = impatient(seed);
+    options.timeout_s = 2.0;
+    const LowLatencyProblem problem = small_problem(options, seed);
+    LowLatencyNodes nodes(options, problem);
+    auto ranks = make_low_latency_inputs(problem);
+    dispatch_on(nodes.world(), problem, ranks, {0, 1, 2});
+    for (int rank : {0, 1, 2})
+        if (std::string difference = expect_failure("rank 3 of node 1", [&] { nodes.world().buffer(rank).check(); });
+            !difference.empty())
+            return difference;
+    return "";
+}
+
+std::string masked_far_rank(uint64_t seed) {
+    NodesOptions options = small_nodes(2, 1, seed);
+    options.scheduler = impatient(seed);
+    options.timeout_s = 2.0;
+    options.is_shrinkable = true;
+    LowLatencyProblem problem = small_problem(options, seed);
+    problem.num_tokens[1] = 0;
+    LowLatencyNodes nodes(options, problem);
+    auto ranks = make_low_latency_inputs(problem);
+    for (auto& idx : ranks[0].topk_idx) idx = idx >= problem.num_local_experts() ? -1 : idx;
+    for (int round = 0; round < 3; ++round) {
+        dispatch_on(nodes.world(), problem, ranks, {0});
+        nodes.world().buffer(0).check();
+        if (nodes.world().buffer(0).low_latency().masked_ranks()[1] == 0) return "rank 1 is not masked";
+        if (std::string difference = check_low_latency_dispatch_of(problem, ranks, 0); !difference.empty())
+            return difference;
+    }
+    return "";
+}
+
+constexpr Scenario kScenarios[] = {
+    {"low_latency_nodes_round_trips", round_trips},
+    {"low_latency_nodes_neighbours_too", with_neighbours},
+    {"low_latency_nodes_by_source", by_source},
+    {"low_latency_nodes_crowded_staging", crowded_staging},
+    {"low_latency_nodes_dropped_entries", dropped_entries},
+    {"low_latency_nodes_two_open_calls", two_open_calls},
+    {"low_latency_nodes_clean", clean_call},
+    {"low_latency_nodes_absent_rank", absent_far_rank},
+    {"low_latency_nodes_masked_rank", masked_far_rank},
+};
+
+}  // namespace
+
+std::span<const Scenario> low_latency_nodes_scenarios() { return kScenarios; }
+
+}  // namespace deep_ep::test
