@@ -87,7 +87,8 @@ class Plan:
     R ranks, El experts on each, T tokens of a rank at most, K experts of a token. One allocation holds four things,
     because each allocation costs the host more than a view: src_info, int32 [El, R * T], the index of the row's token
     at its source; row_of_entry, int32 [R, T, K], the row of each top-k entry that has its expert here, which only
-    combine needs, and across nodes, where combine also needs them, the experts of the own entries [T, K]; recv_count, int32 [El]; the number of the call, int64, which its receive phase needs.
+    combine needs, and across nodes, where combine also needs them, the experts of the own entries [T, K]; recv_count,
+    int32 [El]; the number of the call, int64, which its receive phase needs.
     """
 
     __slots__ = ("_count_at", "_empty", "_has_scales", "_index_shapes", "_num_words", "_recv_dtype", "_scale_dtype",
