@@ -109,8 +109,8 @@ class LentPieces:
 
     def addresses(self) -> List[int]: ...
     def tensors(self, specs: List[Tuple[Tuple[int, ...], int, int]], cuda_index: int) -> List[object]:
-        """As make_tensor, one over the start of each piece, of that (shape, dtype code, dtype bits); once. What a tensor
-        leaves of its piece, and nobody has used, is free at once; the rest is when the last tensor over it goes."""
+        """As make_tensor, one over the start of each piece, of that (shape, dtype code, dtype bits); once. What a
+        tensor leaves of its piece, and nobody has used, is free at once; the rest when the last tensor over it goes."""
 
 
 # A record of arguments is made of keywords, and never changed: `replace` makes another. What has no value is 0, and an

@@ -16,6 +16,7 @@ DISPATCH, COMBINE = "dispatch", "combine"
 FP8_GROUP = 128  # channels with one scale
 BF16_BYTES = 2
 FLAG_BYTES = 8
+BULK_BYTES = 16  # sizes of puts are multiples of it
 RAIL_WORDS = 2  # `entered` and `ended`, to each rail peer
 
 
@@ -108,13 +109,19 @@ def traffic(shape: Shape, nodes: Nodes, operation: str, kind: str, chunk_bytes: 
                    rows * nvlink_slot + rail_tokens * rail_slot)
 
 
+def _round_up(num_bytes: int) -> int:
+    return -(-num_bytes // BULK_BYTES) * BULK_BYTES
+
+
 def low_latency_bytes(shape: Shape, nodes: Nodes, operation: str, kind: str) -> tuple[float, float]:
-    """Bytes that leave a rank over the rail and over NVLink in a low-latency call: a copy for each rank."""
+    """Bytes that leave a rank over the rail and over NVLink in a low-latency call without a hook: a table for each
+    rank, a row for each token and rank, and their flags. (docs/protocols/low_latency_nodes.md, messages 2f to 6f)"""
     is_combine = operation == COMBINE
     row, num_scales = row_bytes(shape.hidden, BF16 if is_combine else kind)
     copies = shape.num_tokens * distinct_ranks(shape, nodes)
-    table = 4 * shape.num_tokens * shape.num_topk * (2 if is_combine else 1)
-    slot = row + 4 * num_scales
+    entries = shape.num_tokens * shape.num_topk
+    table = _round_up(16 + 4 * entries + 4 * (entries if is_combine else shape.num_experts)) + FLAG_BYTES
+    slot = _round_up(row + 4 * num_scales) + FLAG_BYTES
     num_others, num_neighbours = nodes.num_ranks - nodes.ranks_per_node, nodes.ranks_per_node - 1
-    over_rail = copies * num_others / nodes.num_ranks * slot + num_others * table
-    return over_rail, copies * num_neighbours / nodes.num_ranks * slot + num_neighbours * table
+    over_rail = copies * num_others / nodes.num_ranks * slot + num_others * (table + FLAG_BYTES)
+    return over_rail, copies * num_neighbours / nodes.num_ranks * slot + num_neighbours * (table + FLAG_BYTES)

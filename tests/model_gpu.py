@@ -107,8 +107,5 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> ModelGpu:
 def cuda_streams(gpu: ModelGpu) -> CudaStreams:
     """The stream side of a Buffer on `gpu`."""
     native: Any = gpu
-    comm_stream: Any = SimpleNamespace(cuda_stream=COMM,
-                                       stream_id=COMM + TORCH_ID,
-                                       device_index=0,
-                                       device_type=1)
+    comm_stream: Any = SimpleNamespace(cuda_stream=COMM, stream_id=COMM + TORCH_ID, device_index=0, device_type=1)
     return CudaStreams(0, native, EventPool(native), comm_stream)

@@ -105,11 +105,16 @@ def test_the_bound_of_others_is_that_of_the_design() -> None:
 
 
 def test_low_latency_sends_a_copy_for_each_rank() -> None:
-    shape = Shape(128, 7168, 8, 256)
-    over_rail, over_nvlink = _traffic.low_latency_bytes(shape, Nodes(2, 8), DISPATCH, FP8)
-    copies = 128 * _traffic.distinct_ranks(shape, Nodes(2, 8))
-    assert over_rail == pytest.approx(copies / 2 * 7392 + 8 * 128 * 8 * 4)
-    assert over_nvlink == pytest.approx(copies * 7 / 16 * 7392 + 7 * 128 * 8 * 4)
+    """Eight far ranks of 16 and seven neighbours: a table with flag and farewell, and rows with flags."""
+    shape, nodes = Shape(128, 7168, 8, 256), Nodes(2, 8)
+    copies = 128 * _traffic.distinct_ranks(shape, nodes)
+    table = 16 + 4 * 256 + 4 * 128 * 8 + 8 + 8
+    over_rail, over_nvlink = _traffic.low_latency_bytes(shape, nodes, DISPATCH, FP8)
+    assert over_rail == pytest.approx(copies / 2 * (7392 + 8) + 8 * table)
+    assert over_rail / 1e6 == pytest.approx(3.13, abs=0.005)  # as the protocol's page has it
+    assert over_nvlink == pytest.approx(copies * 7 / 16 * (7392 + 8) + 7 * table)
+    back, _ = _traffic.low_latency_bytes(shape, nodes, COMBINE, FP8)
+    assert back == pytest.approx(copies / 2 * (14336 + 8) + 8 * (16 + 2 * 4 * 128 * 8 + 8 + 8))
 
 
 @pytest.mark.parametrize("benchmark", ["intranode", "low-latency"])

@@ -49,8 +49,9 @@ void throw_cuda_error(cudaError_t error, std::string_view what, std::string_view
             ". This error may stem from any kernel launched earlier, and no CUDA call of this process works after it";
     }
     if (error == cudaErrorStreamCaptureInvalidated)
-        message += ". Something before it, on any thread, did what a capture forbids: Python's garbage collector often "
-                   "does, when it destroys an older CUDA graph. Call gc.collect() before the capture";
+        message +=
+            ". Something before it, on any thread, did what a capture forbids: Python's garbage collector often "
+            "does, when it destroys an older CUDA graph. Call gc.collect() before the capture";
     if (error == cudaErrorInsufficientDriver) message += concat(". ", describe_old_driver(cuda_versions()));
     throw CudaError(message);
 }

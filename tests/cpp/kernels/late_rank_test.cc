@@ -53,8 +53,8 @@ void check_named(World& world, Operation operation, Stage stage, uint64_t num_ca
     for (const int peer : {0, 2}) CHECK_EQ(waits.at(operation, stage, peer).times_late, 0);
 }
 
-TEST_CASE("a rank that enters a dispatch late is named, once for each call") {
-    World world(kNumRanks, kRoomy, impatient());
+// Three fresh dispatches.
+void dispatch_late(World& world) {
     const Problem problem = problem_of_three();
     auto ranks = make_inputs(problem);
     world.layout(problem, ranks);
@@ -67,7 +67,17 @@ TEST_CASE("a rank that enters a dispatch late is named, once for each call") {
         }
         world.run();
     }
-    check_named(world, Operation::kNotifyDispatch, Stage::kCounts, 3);
+}
+
+TEST_CASE("a rank that enters a dispatch late is named, once for each call, whatever the order of the threads") {
+    for (const uint64_t seed : {0, 3, 8}) {
+        CAPTURE(seed);
+        simt::SchedulerOptions options = seeded(seed);
+        options.idle = simt::IdlePolicy::kAdvanceClock;
+        World world(kNumRanks, kRoomy, options);
+        dispatch_late(world);
+        check_named(world, Operation::kNotifyDispatch, Stage::kCounts, 3);
+    }
 }
 
 TEST_CASE("a rank that enters a combine late is named; what it lends is waited for, or its rows") {
