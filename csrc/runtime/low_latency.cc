@@ -65,8 +65,10 @@ int64_t LowLatency::size_hint(int num_max_tokens, int hidden, int num_ranks, int
     const uint64_t entry_bytes =
         Slots::bytes(static_cast<uint64_t>(num_max_tokens), Slots::kHintTopk, static_cast<uint64_t>(hidden)) +
         static_cast<uint64_t>(num_ranks) * table_bytes;
-    return static_cast<int64_t>(
-        std::max(message.region_bytes(static_cast<uint64_t>(num_ranks)), layout::kNumLowLatencyBanks * entry_bytes));
+    // It is not told of nodes either: what they cost beside is little.
+    const uint64_t rounding = layout::LowLatencyShares::rounding_bytes(static_cast<uint64_t>(num_ranks));
+    return static_cast<int64_t>(std::max(message.region_bytes(static_cast<uint64_t>(num_ranks)),
+                                         layout::kNumLowLatencyBanks * entry_bytes + rounding));
 }
 
 LowLatency::LowLatency(Connection& connection, const kernels::KernelTable& kernels)

@@ -142,18 +142,18 @@ EP_DEVICE void send_counts(Block block, const CallContext& c, const SendPhase<Te
     const auto counts_of = [&](uint8_t* message) {
         return reinterpret_cast<int*>(message + c.call.message.num_rows.offset);
     };
-    if (kAcrossNodes) {
+    if constexpr (kAcrossNodes) {
         phase.for_tables([&](uint8_t* message) {
             algo::for_each(block, c.call.num_experts,
                            [&](int expert) { counts_of(message)[expert] = sets.counts[expert]; });
         });
-        return;
-    }
-    for (int peer = 0; peer < c.num_ranks(); ++peer) {
-        if (phase.leaves_out(peer)) continue;
-        int* num_rows = counts_of(c.message(peer, c.rank()));
-        algo::for_each(block, c.num_local_experts(),
-                       [&](int expert) { num_rows[expert] = sets.counts[peer * c.num_local_experts() + expert]; });
+    } else {
+        for (int peer = 0; peer < c.num_ranks(); ++peer) {
+            if (phase.leaves_out(peer)) continue;
+            int* num_rows = counts_of(c.message(peer, c.rank()));
+            algo::for_each(block, c.num_local_experts(),
+                           [&](int expert) { num_rows[expert] = sets.counts[peer * c.num_local_experts() + expert]; });
+        }
     }
 }
 

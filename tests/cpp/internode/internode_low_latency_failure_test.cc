@@ -93,8 +93,9 @@ TEST_CASE("low latency across nodes: shares of the heap and the window hold what
                 CAPTURE(num_max_tokens);
                 CHECK_GE(shares.heap() / layout::kNumLowLatencyBanks, entries);
                 CHECK_GE(shares.receive(), entries + shares.num_far() * table);
-                CHECK_LE(shares.heap() + layout::kNumLowLatencyBanks * (shares.receive() + shares.staging()),
-                         3 * data_bytes);
+                const uint64_t all =
+                    shares.heap() + layout::kNumLowLatencyBanks * (shares.receive() + shares.staging());
+                CHECK_LE(2 * all, 7 * data_bytes);  // most with two nodes of four
             }
 }
 
