@@ -315,8 +315,8 @@ class Buffer:
         """How often, and how long, this rank has waited for each rank, by operation and stage. Not collective.
 
         The tensors are the memory that kernels count in, in calls and in replays of graphs: they show what is counted
-        by the time at which they are read, and must not be used after `destroy`. A wait below 5 us is not counted: that
-        is part of any call. See docs/guides/troubleshooting.md, "It is slow".
+        by the time at which they are read, and must not be used after `destroy`. A wait below 50 us is not counted: it
+        may be part of any call. See docs/guides/troubleshooting.md, "It is slow".
         """
         session = self._require_session()
         return _waits.view_counters(session.runtime, session.num_ranks, session.streams.device)

@@ -98,8 +98,9 @@ struct WaitCell {
     uint64_t times_late;  // calls in which a wait lasted for kLateNs or more
     uint64_t waited_ns;   // the longest wait of each of these calls, in sum
 };
-// Rows and flags of a call that goes well come one after the other: shorter waits say nothing of their sender.
-constexpr uint64_t kLateNs = 5'000;
+// Rows and flags of a call that goes well come one after the other: shorter waits say nothing of their sender. It is more
+// than a whole low-latency call takes, because each look at a flag takes longer once the wait is counted.
+constexpr uint64_t kLateNs = 50'000;
 
 // One word, so that a call's longest wait and the call change together: the low bits of its number, then nanoseconds.
 constexpr int kLongestWaitBits = 40;

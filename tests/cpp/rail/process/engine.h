@@ -5,6 +5,7 @@
 #include <memory>
 #include <string>
 
+#include "device/runtime.h"
 #include "rail/engine.h"
 #include "rail/streams.h"
 
