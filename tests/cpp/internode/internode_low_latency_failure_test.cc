@@ -75,9 +75,10 @@ TEST_CASE("low latency across nodes: cleaning is a barrier, and names who does n
 }
 
 TEST_CASE("low latency across nodes: shares of the heap and the window hold what the hint asks for, for any shape") {
-    for (const auto& [num_ranks, ranks_per_node] : {std::pair{2, 1}, {4, 2}, {8, 4}, {16, 8}, {64, 8}})
+    for (const std::pair<int, int>& group : {std::pair{2, 1}, {4, 2}, {8, 4}, {16, 8}, {64, 8}})
         for (int hidden : {128, 2048, 7168})
             for (int num_max_tokens : {1, 16, 128}) {
+                const int num_ranks = group.first, ranks_per_node = group.second;
                 const auto data_bytes = static_cast<uint64_t>(
                     runtime::LowLatency::size_hint(num_max_tokens, hidden, num_ranks, 4 * num_ranks));
                 const auto shares = layout::LowLatencyShares::make(data_bytes, static_cast<uint64_t>(num_ranks),

@@ -29,7 +29,8 @@ void check_round_trip(const NodesOptions& options, const LowLatencyProblem& prob
 }
 
 TEST_CASE("low latency across nodes: any topology") {
-    for (const auto& [num_nodes, ranks_per_node] : {Topology{2, 1}, {2, 2}, {3, 2}, {4, 1}, {2, 4}}) {
+    for (const Topology& topology : {Topology{2, 1}, {2, 2}, {3, 2}, {4, 1}, {2, 4}}) {
+        const int num_nodes = topology.first, ranks_per_node = topology.second;
         CAPTURE(num_nodes);
         CAPTURE(ranks_per_node);
         const NodesOptions options{.num_nodes = num_nodes, .ranks_per_node = ranks_per_node};
