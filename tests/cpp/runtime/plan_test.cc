@@ -238,7 +238,10 @@ TEST_CASE("the rail window has what was asked for, or as much as the data and 16
     CHECK_EQ(plan_rail(wanted).num_data_bytes, 2 << 24);
     wanted.num_rail_bytes = 1 << 12;
     CHECK_EQ(plan_rail(wanted).num_data_bytes, 1 << 12);
+    wanted.num_low_latency_bytes = 0;
     CHECK_EQ(plan_rail(wanted).num_bytes(), layout::RailControl::make(3, 2).bytes + (1 << 12));
+    wanted.num_low_latency_bytes = 1 << 20;
+    CHECK_GT(plan_rail(wanted).num_bytes(), layout::RailControl::make(3, 2).bytes + (1 << 12) + (1 << 20));
 }
 
 TEST_CASE("a rail window needs room for a slot of each stream") {
