@@ -51,15 +51,33 @@ CudaVersions cuda_versions() {
 }
 
 void bind_errors(py::module_& m) {
-    // Subclasses are registered later, hence tried first. Local: exceptions of other modules do not pass through the C++ runtime
-    // that is linked into this one.
-    const py::handle error = py::register_local_exception<Error>(m, "Error", PyExc_RuntimeError);
-    py::register_local_exception<CudaError>(m, "CudaError", error);
-    py::register_local_exception<TransportError>(m, "TransportError", error);
-    py::register_local_exception<TimeoutError>(m, "TimeoutError", error);
-    py::register_local_exception<InvalidArgument>(m, "InvalidArgument",
-                                                  py::make_tuple(error, py::handle(PyExc_ValueError)));
-    py::register_local_exception<InternalError>(m, "InternalError", error);
+    // Kept in statics and translated here, not by pybind11's register_exception: that uses std::call_once, which crashes with the
+    // C++ runtime that is linked into the wheel (tests/test_wheel.py).
+    static py::exception<Error> error(m, "Error", PyExc_RuntimeError);
+    static py::exception<CudaError> cuda_error(m, "CudaError", error.ptr());
+    static py::exception<TransportError> transport_error(m, "TransportError", error.ptr());
+    static py::exception<TimeoutError> timeout_error(m, "TimeoutError", error.ptr());
+    static py::exception<InvalidArgument> invalid_argument(m, "InvalidArgument",
+                                                           py::make_tuple(error, py::handle(PyExc_ValueError)));
+    static py::exception<InternalError> internal_error(m, "InternalError", error.ptr());
+    // Local: exceptions of other modules do not pass through the C++ runtime that is linked into this one.
+    py::register_local_exception_translator([](std::exception_ptr thrown) {
+        try {
+            if (thrown) std::rethrow_exception(thrown);
+        } catch (const InvalidArgument& e) {
+            py::set_error(invalid_argument, e.what());
+        } catch (const InternalError& e) {
+            py::set_error(internal_error, e.what());
+        } catch (const TimeoutError& e) {
+            py::set_error(timeout_error, e.what());
+        } catch (const TransportError& e) {
+            py::set_error(transport_error, e.what());
+        } catch (const CudaError& e) {
+            py::set_error(cuda_error, e.what());
+        } catch (const Error& e) {
+            py::set_error(error, e.what());
+        }
+    });
 }
 
 void bind_config(py::module_& m) {

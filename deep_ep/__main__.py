@@ -122,11 +122,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=positive_int, default=2, help="default: %(default)s")
     parser.add_argument("--ranks-per-node", type=positive_int, default=8, help="default: %(default)s")
     parser.add_argument("--tokens", type=positive_int, default=4096, help="of each rank (default: %(default)s)")
-    parser.add_argument("--hidden", type=positive_int, default=7168)
-    parser.add_argument("--topk", type=positive_int, default=8)
+    parser.add_argument("--hidden", type=positive_int, default=7168, help="elements of a row (default: %(default)s)")
+    parser.add_argument("--topk", type=positive_int, default=8, help="experts of a token (default: %(default)s)")
     parser.add_argument("--experts", type=positive_int, default=256, help="of all ranks (default: %(default)s)")
     parser.add_argument("--limit-nodes",
-                        type=int,
+                        type=positive_int,
                         default=0,
                         help="a token's experts lie in at most so many nodes (default: uniform over all)")
     parser.add_argument("--nic-gbps",
@@ -147,7 +147,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
                         choices=("gpu", "proxy", "fencing-proxy", "host"),
                         default="gpu",
                         help="who posts to the NIC (default: %(default)s, IBGDA)")
-    parser.add_argument("--most-sms", type=positive_int, default=20, help="an even number (default: %(default)s)")
+    parser.add_argument("--most-sms", type=positive_int, default=20, help="default: %(default)s")
     parser.add_argument("--scaling", action="store_true", help="from 2 to 512 ranks, in nodes of 8, instead")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--save", type=Path, metavar="FILE", help="also write the JSON there")

@@ -21,7 +21,7 @@ class WaitCounters:
     operations: tuple[str, ...]  # names along the first dimension
     stages: tuple[str, ...]  # along the second; "": nobody waits there
     times_late: torch.Tensor  # int64 [operations, stages, R]: calls in which a wait for the rank lasted 50 us or more
-    waited_ns: torch.Tensor  # int64, the same shape: nanoseconds, of the first such wait of each of these calls
+    waited_ns: torch.Tensor  # int64, the same shape: nanoseconds of each of these calls' longest wait, in sum
 
     def reset(self) -> None:
         """Sets both to zero, on the current stream. Waits of kernels that run meanwhile count before it or after it."""

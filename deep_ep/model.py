@@ -298,11 +298,11 @@ def placed(num_ranks: int) -> Nodes:
 
 
 def scaling(mode: str, shape: Shape, links: Links, most_sms: int = MOST_SMS) -> dict[str, Any]:
-    """Predictions from 2 to 512 ranks, as a report that tools/render_benchmarks.py --plots draws. Every rank has one
-    expert at least."""
+    """Predictions from 2 to 512 ranks, as a report that tools/render_benchmarks.py --plots draws. All ranks
+    have the same number of experts, so there are more of them where they do not divide."""
     rows = []
     for num_ranks in SCALING_RANKS:
-        enough = replace(shape, num_experts=max(shape.num_experts, num_ranks))
+        enough = replace(shape, num_experts=-(-shape.num_experts // num_ranks) * num_ranks)
         rows += [{"num_ranks": num_ranks, "num_experts": enough.num_experts, **prediction.report()}
                  for prediction in predict_all(mode, enough, placed(num_ranks), links, most_sms)]  # yapf: disable
     return {"benchmark": "model", "mode": mode, "shape": asdict(shape), "links": asdict(links), "rows": rows}
@@ -332,10 +332,24 @@ def lines_of(predictions: Iterable[Prediction]) -> list[str]:
         chunks = f", chunks of {one.chunk_bytes >> 10} KiB" if one.chunk_bytes else ""
         lines.append(f"{one.operation} {one.kind.upper()}: {one.time_us:.0f} us with {budget}{chunks}; "
                      f"bound by {one.bottleneck.name}")
-        lines.append(f"  {'latencies, first chunk':<24}{'':>10}{'':>12}{one.fixed_us:>9.1f} us")
+        lines.append(
+            f"  {'latencies, first chunk' if one.chunk_bytes else 'latencies':<24}{'':>10}{'':>12}{one.fixed_us:>9.1f} us"
+        )
         lines += [f"  {phase.name:<24}{phase.num_bytes / 1e6:>7.2f} MB{phase.gb_per_s:>7.0f} GB/s"
                   f"{phase.time_us:>9.1f} us" for phase in one.phases]  # yapf: disable
     return lines
+
+
+def _check_shape(shape: Shape, nodes: Nodes) -> None:
+    if shape.hidden % FP8_GROUP:
+        raise InvalidArgument(
+            f"--hidden must be a multiple of {FP8_GROUP}, the elements of an FP8 scale, got {shape.hidden}")
+    in_reach = shape.num_experts
+    if shape.limit_nodes:
+        in_reach = shape.num_experts // nodes.num_nodes * min(shape.limit_nodes, nodes.num_nodes)
+    if shape.num_topk > in_reach:
+        raise InvalidArgument(
+            f"--topk must be at most the {in_reach} experts that a token may reach, got {shape.num_topk}")
 
 
 def run(args: Namespace) -> int:
@@ -343,8 +357,9 @@ def run(args: Namespace) -> int:
     shape = Shape(args.tokens, args.hidden, args.topk, args.experts, args.limit_nodes)
     nodes = Nodes(args.nodes, args.ranks_per_node)
     try:
-        if shape.num_experts % nodes.num_ranks:
+        if shape.num_experts % nodes.num_ranks and not args.scaling:
             raise InvalidArgument(f"--experts must be a multiple of the {nodes.num_ranks} ranks, got {args.experts}")
+        _check_shape(shape, nodes)
         links = links_of(args)
     except InvalidArgument as error:
         print(error, file=sys.stderr)
@@ -362,6 +377,10 @@ def run(args: Namespace) -> int:
         lines = [title, *lines_of(predictions)]
     text = json.dumps(content, indent=2) if args.json else "\n".join(lines)
     if args.save is not None:
-        Path(args.save).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        try:
+            Path(args.save).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            print(f"--save: {error}", file=sys.stderr)
+            return 1
     print(text)
     return 0

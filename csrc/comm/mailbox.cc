@@ -20,6 +20,7 @@
 
 #include "core/error.h"
 #include "core/mapped_file.h"
+#include "core/text.h"
 
 namespace deep_ep::comm {
 
@@ -40,7 +41,8 @@ struct SharedText {
     std::atomic<uint64_t> words[Mailbox::kMaxTextBytes / sizeof(uint64_t)];
 
     void write(std::string_view text) {
-        const size_t size = std::min(text.size(), Mailbox::kMaxTextBytes);
+        text = whole_letters(text, Mailbox::kMaxTextBytes);
+        const size_t size = text.size();
         const uint64_t begun = version.load(std::memory_order_relaxed) | 1;
         version.store(begun, std::memory_order_relaxed);
         std::atomic_thread_fence(std::memory_order_release);

@@ -5,10 +5,12 @@
 #include <cstring>
 #include <iomanip>
 #include <sstream>
+#include <string_view>
 #include <thread>
 
 #include "core/error.h"
 #include "core/host_word.h"
+#include "core/text.h"
 
 namespace deep_ep::runtime {
 
@@ -310,23 +312,32 @@ void FailureDesk::abort_rail_peers(uint64_t code) noexcept {
         if (other == node) continue;
         try {
             at_.engine->set(at_.topology.rail_peer(other), flag, code);
-            if (layout::abort_origin(code) == at_.topology.rank && layout::abort_missing(code) == at_.topology.rank)
-                tell_reason(at_.topology.rail_peer(other));
         } catch (...) {
             // No memory for it: neighbours and kernels tell as well.
         }
     }
+    if (layout::abort_origin(code) == at_.topology.rank && layout::abort_missing(code) == at_.topology.rank)
+        tell_reason();
 }
 
-// A zero byte would be no letter.
-void FailureDesk::tell_reason(int peer) {
-    const std::string text = failure_.text.substr(0, std::min(kMaxRailReason, failure_.text.find('\0')));
+// After all peers know of the failure. A zero byte would be no letter.
+void FailureDesk::tell_reason() noexcept {
+    const std::string_view text =
+        whole_letters(std::string_view(failure_.text).substr(0, failure_.text.find('\0')), kMaxRailReason);
     const uint64_t first = static_cast<uint64_t>(at_.topology.node()) * layout::kRailReasonWords;
-    at_.engine->set(peer, at_.rail.reason.at(first), text.size());
-    for (size_t begin = 0; begin < text.size(); begin += sizeof(uint64_t)) {
-        uint64_t letters = 0;
-        std::memcpy(&letters, text.data() + begin, std::min(sizeof(letters), text.size() - begin));
-        at_.engine->set(peer, at_.rail.reason.at(first + 1 + begin / sizeof(uint64_t)), letters);
+    for (int other = 0; other < at_.topology.num_nodes(); ++other) {
+        if (other == at_.topology.node()) continue;
+        const int peer = at_.topology.rail_peer(other);
+        try {
+            at_.engine->set(peer, at_.rail.reason.at(first), text.size());
+            for (size_t begin = 0; begin < text.size(); begin += sizeof(uint64_t)) {
+                uint64_t letters = 0;
+                std::memcpy(&letters, text.data() + begin, std::min(sizeof(letters), text.size() - begin));
+                at_.engine->set(peer, at_.rail.reason.at(first + 1 + begin / sizeof(uint64_t)), letters);
+            }
+        } catch (...) {
+            // No memory for it: that this rank failed is told.
+        }
     }
 }
 

@@ -92,7 +92,7 @@ private:
     void write_abort(int index, uint64_t code) noexcept;
     void abort_neighbours(uint64_t code) noexcept;
     void abort_rail_peers(uint64_t code) noexcept;
-    void tell_reason(int peer);
+    void tell_reason() noexcept;
     bool is_here(int rank) const { return at_.topology.is_neighbour(rank); }
     int index_of(int rank) const { return at_.topology.index_of(rank); }
 

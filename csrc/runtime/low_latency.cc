@@ -100,6 +100,12 @@ int* LowLatency::masked_ranks() const {
 kernels::LowLatencyCall LowLatency::make_call(const LowLatencyArgs& args,
                                               const layout::LowLatencyMessage& message) const {
     const auto num_near = static_cast<uint64_t>(connection_.topology().ranks_per_node);
+    EP_CHECK(!connection_.options().is_shrinkable || num_ranks_ <= layout::kMaxRanks,
+             "enable_shrink needs a group of at most ", layout::kMaxRanks, " ranks, got ", num_ranks_);
+    // Of the tokens of all ranks, as kernels::Divisor divides them by the number of ranks.
+    const int64_t most_tokens = (int64_t{1} << 31) / (int64_t{num_ranks_} * num_ranks_);
+    EP_CHECK(args.num_max_tokens <= most_tokens, "num_max_dispatch_tokens_per_rank must be at most ", most_tokens,
+             " in a group of ", num_ranks_, " ranks, got ", args.num_max_tokens);
     EP_CHECK(fits(message), "num_rdma_bytes is too small for this call: expected at least ", needed_bytes(message),
              ", got ", connection_.options().num_low_latency_bytes, " (see Buffer.get_low_latency_rdma_size_hint)");
     const LowLatencyGrid grid =
@@ -212,10 +218,11 @@ kernels::LowLatencyCombineParams LowLatency::make_params(const LowLatencyCombine
     return {{.call = call, .part_chunks = ceil_div(num_chunks, num_parts)}, args};
 }
 
-// A Buffer of one node has its control words at least.
+// A Buffer of one node has its control words at least; across nodes there is no region where nothing was asked for.
 void LowLatency::require_rail() const {
-    EP_ENSURE(!spans_nodes() || connection_.rail_region().has_low_latency(),
-              "a low-latency call of a Buffer whose group spans nodes, and that has no memory for them");
+    EP_CHECK(!spans_nodes() || connection_.rail_region().has_low_latency(),
+             "num_rdma_bytes is too small for low-latency calls of a group that spans nodes, got ",
+             connection_.options().num_low_latency_bytes, " (see Buffer.get_low_latency_rdma_size_hint)");
 }
 
 void LowLatency::clean(dev::Stream stream) {

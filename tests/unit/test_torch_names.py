@@ -21,7 +21,7 @@ OLD = {
     'cuda.set_stream', 'cuda.stream', 'device', 'dtype', 'empty', 'empty_strided', 'equal', 'float16', 'float32',
     'float64', 'int16', 'int32', 'int64', 'int8', 'uint8', 'Size', 'Tensor', 'distributed', 'utils.dlpack', 'arange',
     'version.cuda', '__version__', 'cuda.can_device_access_peer', 'cuda.get_device_properties', 'cuda.mem_get_info',
-    'randn', 'rand', 'Generator', 'ones', 'full',
+    'randn', 'rand', 'Generator', 'ones', 'full', 'frombuffer',
     'strided', 'inference_mode'
 }  # yapf: disable
 # Without public names: of _torch.py, tested below or in test_compile.py.

@@ -1,8 +1,11 @@
 #include "core/error.h"
+#include "core/text.h"
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <string>
+#include <string_view>
 #include <type_traits>
 
 namespace deep_ep {
@@ -22,6 +25,19 @@ template <class Thrown, class Call> std::string sentence_of(const Call& call) {
 }
 
 }  // namespace
+
+TEST_CASE("a text that is cut ends with a whole letter") {
+    CHECK_EQ(whole_letters("abc", 3), "abc");
+    CHECK_EQ(whole_letters("abc", 2), "ab");
+    const std::string text = "r\u00fcck \u4e2d\u6587";  // letters of two and of three bytes
+    for (size_t most = 0; most <= text.size() + 1; ++most) {
+        CAPTURE(most);
+        const std::string_view cut = whole_letters(text, most);
+        CHECK_LE(cut.size(), most);
+        CHECK_GE(cut.size() + 3, std::min(most, text.size()) + 1);
+        CHECK((cut.size() == text.size() || (static_cast<unsigned char>(text[cut.size()]) & 0xc0) != 0x80));
+    }
+}
 
 TEST_CASE("a bad argument and a bug of ours are told apart") {
     CHECK_EQ(sentence_of<InvalidArgument>([] { check(4); }), "num_ranks must be 3, got 4");
