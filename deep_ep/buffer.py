@@ -121,7 +121,8 @@ class Buffer:
         num_rdma_bytes: within a node bytes for the low-latency calls, a multiple of 128, zero-filled; see
             `get_low_latency_rdma_size_hint`. It is memory that peers reach, like the other; the name is the callers'.
             Across nodes: for rows on their way between nodes; see `Config.get_rdma_buffer_size_hint`. 0: as many as
-            num_nvl_bytes, and at least 16 MiB for each other node.
+            num_nvl_bytes, and at least 16 MiB for each other node. With low_latency_mode it serves that mode too, which
+            then needs its hint.
         low_latency_mode: whether low-latency calls are made. One Buffer may serve both modes in turn.
         allow_mnnvl, use_fabric: permissions, of which this version makes no use; never a reason to fail.
         enable_shrink: low-latency calls go on without a peer that does not come in time, and mask it.
@@ -316,7 +317,8 @@ class Buffer:
 
         The tensors are the memory that kernels count in, in calls and in replays of graphs: they show what is counted
         by the time at which they are read, and must not be used after `destroy`. A wait below 50 us is not counted: it
-        may be part of any call. See docs/guides/troubleshooting.md, "It is slow".
+        may be part of any call. See docs/guides/troubleshooting.md, "It is slow". Two int64 tensors [operations,
+        stages, R] on the Buffer's device; raises deep_ep.Error after `destroy`.
         """
         session = self._require_session()
         return _waits.view_counters(session.runtime, session.num_ranks, session.streams.device)

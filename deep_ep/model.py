@@ -22,7 +22,7 @@ from typing import Any, Callable, Optional
 
 import deep_ep_cpp
 from deep_ep import _probes, _traffic, calibrate
-from deep_ep._traffic import BF16, COMBINE, DISPATCH, FP8, Nodes, Shape, Traffic
+from deep_ep._traffic import BF16, COMBINE, DISPATCH, FP8, FP8_GROUP, Nodes, Shape, Traffic
 from deep_ep_cpp import InvalidArgument
 
 RAIL_SHARE = 0.9  # of the NIC's rate
@@ -332,9 +332,8 @@ def lines_of(predictions: Iterable[Prediction]) -> list[str]:
         chunks = f", chunks of {one.chunk_bytes >> 10} KiB" if one.chunk_bytes else ""
         lines.append(f"{one.operation} {one.kind.upper()}: {one.time_us:.0f} us with {budget}{chunks}; "
                      f"bound by {one.bottleneck.name}")
-        lines.append(
-            f"  {'latencies, first chunk' if one.chunk_bytes else 'latencies':<24}{'':>10}{'':>12}{one.fixed_us:>9.1f} us"
-        )
+        fixed = "latencies, first chunk" if one.chunk_bytes else "latencies"
+        lines.append(f"  {fixed:<24}{'':>10}{'':>12}{one.fixed_us:>9.1f} us")
         lines += [f"  {phase.name:<24}{phase.num_bytes / 1e6:>7.2f} MB{phase.gb_per_s:>7.0f} GB/s"
                   f"{phase.time_us:>9.1f} us" for phase in one.phases]  # yapf: disable
     return lines

@@ -181,6 +181,21 @@ def test_bad_options_are_refused(arguments: tuple[str, str], capsys: pytest.Capt
 def test_experts_must_divide(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["model", "--nodes", "3", "--nic-gbps", "400"]) == 1
     assert "multiple of the 24 ranks" in capsys.readouterr().err
+    assert main(["model", "--nodes", "3", "--nic-gbps", "400", "--scaling", "--experts", "384", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert all(row["num_experts"] % row["num_ranks"] == 0 and row["num_experts"] >= 384 for row in rows)
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (("--nodes", "1", "--topk", "300"), "--topk must be at most the 256 experts"),
+    (("--nic-gbps", "400", "--limit-nodes", "1", "--topk", "200"), "--topk must be at most the 128 experts"),
+    (("--nodes", "1", "--hidden", "7"), "--hidden must be a multiple of 128"),
+    (("--nodes", "1", "--save", "/nonexistent/model.json"), "--save: "),
+])
+def test_what_cannot_be_predicted_is_a_sentence(arguments: tuple[str, ...], sentence: str,
+                                                capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["model", *arguments]) == 1
+    assert sentence in capsys.readouterr().err
 
 
 def fake_port(root: Path, device: str, gbps: int, state: str = "4: ACTIVE", bond: str = "") -> None:
