@@ -82,8 +82,14 @@ TEST_CASE("a call needs no more SMs than it has blocks (pitfall 38)") {
     }
 }
 
+#if defined(EP_SIMT_TSAN)
+constexpr int kNumSeeds = 4;  // an order that is too weak shows in any schedule there
+#else
+constexpr int kNumSeeds = 12;
+#endif
+
 TEST_CASE("random schedules and networks give the same bits") {
-    for (const uint64_t seed : seeds(12))
+    for (const uint64_t seed : seeds(kNumSeeds))
         for (const Nodes& nodes : kSmall) {
             CAPTURE(seed);
             InternodeOptions options = options_for(nodes, seed);
