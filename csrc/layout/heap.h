@@ -69,13 +69,13 @@ constexpr int kMaxLowLatencyTokens = 4096;  // of one rank in one call
 constexpr int kMaxLowLatencyPackets = 4096;
 
 struct LowLatencyControl {
-    Field started;     // u64[R]: the last call that this rank has entered
-    Field received;    // u64[banks][R]: the last call of the bank whose receive phase this rank has finished
-    Field table_full;  // u64[banks][R]: the call whose routing table this rank has written
-    Field cleaned;     // u64[R]: the last clean_low_latency_buffer that this rank has entered
-    Field token_full;  // u64[banks][R][kMaxLowLatencyTokens]: the call for which this rank has written the slot
+    Field started;     // u64[L]: the last call that this rank has entered
+    Field received;    // u64[banks][L]: the last call of the bank whose receive phase this rank has finished
+    Field table_full;  // u64[banks][L]: the call whose routing table this rank has written
+    Field cleaned;     // u64[L]: the last clean_low_latency_buffer that this rank has entered
+    Field token_full;  // u64[banks][L][kMaxLowLatencyTokens]: the call for which this rank has written the slot
     Field
-        packets;  // Packet[banks][R][kMaxLowLatencyPackets]: [T][K][2]: experts and weights of this rank's combine. Nothing
+        packets;  // Packet[banks][L][kMaxLowLatencyPackets]: [T][K][2]: experts and weights of this rank's combine. Nothing
                   // else is kept there in any call: bits of a row might look like a packet
 
     static constexpr LowLatencyControl make(FieldCursor& cursor, uint64_t num_ranks) {

@@ -6,7 +6,8 @@
 //                  its weights into it, set its flag
 //   flag warp      sets flags for the others, which would wait for their stores
 //
-// With bulk copies, both keep several rows, or pieces of rows, on their way through shared memory, in a kernel of its own.
+// With bulk copies send warps, or both roles, keep several rows, or pieces of rows, on their way through shared memory; each form is
+// a kernel of its own.
 //
 // Messages, buffer map and orderings: docs/protocols/intranode.md.
 #include "device/algo/group.h"
