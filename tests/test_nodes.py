@@ -139,5 +139,5 @@ def low_latency_failures(worker: Worker) -> list[str]:
 
 def test_low_latency_calls_of_a_buffer_without_the_mode_are_refused(pool: Pool) -> None:
     for native, public in pool.run(low_latency_failures, 4):
-        assert "a low-latency call of a Buffer whose group spans nodes" in native
+        assert "num_rdma_bytes is too small for low-latency calls of a group that spans nodes" in native
         assert "low_latency_mode=True" in public
