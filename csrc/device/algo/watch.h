@@ -241,6 +241,33 @@ EP_DEVICE uint64_t ns_since(uint64_t start_ns) {
     return now_ns > start_ns ? now_ns - start_ns : 0;
 }
 
+// What an engine waits with for room when everything else has been given up: a second.
+struct Patience {
+    template <class Look> EP_DEVICE bool operator()(uint64_t, const Look& look) const {
+        constexpr uint64_t kPatienceNs = 1'000'000'000;
+        const uint64_t start_ns = prim::clock_ns();
+        uint64_t seen = 0;
+        while (!look(seen)) {
+            if (ns_since(start_ns) >= kPatienceNs) return false;
+            prim::pause();
+        }
+        return true;
+    }
+};
+
+// The abort word, for the one warp that is to tell the rail peers of it; 0: this rank has not given up, or another warp tells.
+EP_DEVICE uint64_t claim_failure(Warp warp, const Watch& watch) {
+    warp.expect();
+    uint64_t code = 0;
+    if (warp.thread_rank() == 0) {
+        code = abort_code(watch);
+        if (code != 0 && prim::compare_swap<prim::Order::kRelaxed, prim::Scope::kGpu>(
+                             &watch.words.local->rail_abort_claimed, 0u, 1u) != 0u)
+            code = 0;
+    }
+    return __shfl_sync(prim::kFullMask, code, 0);
+}
+
 // One look at the clock; false: stop waiting. `code`: the abort word.
 EP_DEVICE bool is_in_time(const Watch& watch, WaitSite site, uint64_t start_ns, uint64_t code, uint64_t expected,
                           uint64_t seen, OnTimeout on_timeout) {

@@ -169,14 +169,10 @@ public:
     EP_DEVICE bool tell_end(algo::Warp warp) const { return add_at_peers(warp, control().ended); }
     // One warp, when this rank's abort word says who gave up.
     EP_DEVICE void tell_failure(algo::Warp warp) const {
-        bool is_first = false;
-        if (warp.thread_rank() == 0)
-            is_first =
-                prim::compare_swap<Order::kRelaxed, Scope::kGpu>(&watch_.words.local->rail_abort_claimed, 0u, 1u) == 0u;
-        if (!algo::broadcast(warp, is_first)) return;
-        const uint64_t code = algo::abort_code(watch_);
+        const uint64_t code = algo::claim_failure(warp, watch_);
+        if (code == 0) return;
         for_each_peer(warp, [&](int node) {
-            static_cast<void>(rail::set(rail_, peer(node), {control().abort.at(node_), code}, Patience{}));
+            static_cast<void>(rail::set(rail_, peer(node), {control().abort.at(node_), code}, algo::Patience{}));
         });
     }
 
@@ -194,19 +190,6 @@ private:
 
         template <class Look> EP_DEVICE bool operator()(uint64_t expected, const Look& look) const {
             return algo::wait_until(link.watch_, link.site(Stage::kRailRoom, node), expected, look);
-        }
-    };
-    // The same when everything else has been given up.
-    struct Patience {
-        template <class Look> EP_DEVICE bool operator()(uint64_t, const Look& look) const {
-            constexpr uint64_t kPatienceNs = 1'000'000'000;
-            const uint64_t start_ns = prim::clock_ns();
-            uint64_t seen = 0;
-            while (!look(seen)) {
-                if (algo::ns_since(start_ns) >= kPatienceNs) return false;
-                prim::pause();
-            }
-            return true;
         }
     };
 

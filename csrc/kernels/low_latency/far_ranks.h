@@ -95,20 +95,12 @@ public:
     }
     // One warp: tells the rail peers, if this rank has given up and nobody has told them.
     EP_DEVICE void tell_failure(algo::Warp warp) const {
-        warp.expect();
-        uint64_t code = 0;
-        bool is_first = false;
-        if (warp.thread_rank() == 0) {
-            code = algo::abort_code(watch_);
-            is_first = code != 0 && prim::compare_swap<Order::kRelaxed, Scope::kGpu>(
-                                        &watch_.words.local->rail_abort_claimed, 0u, 1u) == 0u;
-        }
-        if (!algo::broadcast(warp, is_first)) return;
-        code = __shfl_sync(prim::kFullMask, code, 0);
+        const uint64_t code = algo::claim_failure(warp, watch_);
+        if (code == 0) return;
         algo::for_each(warp, plan_.topology.num_nodes(), [&](int node) {
             if (node == plan_.topology.node()) return;
             const uint64_t flag = plan_.abort.at(static_cast<uint64_t>(plan_.topology.node()));
-            static_cast<void>(rail::set(rail_, plan_.topology.rail_peer(node), {flag, code}, Patience{}));
+            static_cast<void>(rail::set(rail_, plan_.topology.rail_peer(node), {flag, code}, algo::Patience{}));
         });
     }
 
@@ -120,19 +112,6 @@ private:
 
         template <class Look> EP_DEVICE bool operator()(uint64_t expected, const Look& look) const {
             return algo::wait_until(watch, {Stage::kRailRoom, peer}, expected, look);
-        }
-    };
-    // The same when everything else has been given up.
-    struct Patience {
-        template <class Look> EP_DEVICE bool operator()(uint64_t, const Look& look) const {
-            constexpr uint64_t kPatienceNs = 1'000'000'000;
-            const uint64_t start_ns = prim::clock_ns();
-            uint64_t seen = 0;
-            while (!look(seen)) {
-                if (algo::ns_since(start_ns) >= kPatienceNs) return false;
-                prim::pause();
-            }
-            return true;
         }
     };
 
