@@ -16,6 +16,8 @@ enum class Operation : uint32_t {
     kLowLatencyCombine,
     kLowLatencyClean
 };
+constexpr bool is_low_latency(Operation operation) { return operation >= Operation::kLowLatencyDispatch; }
+
 enum class Stage : uint32_t {
     kStart,
     kCounts,

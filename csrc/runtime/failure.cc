@@ -37,10 +37,6 @@ FailureClass class_of(layout::FailureKind kind) {
     return kind == layout::FailureKind::kBadInput ? FailureClass::kInvalidArgument : FailureClass::kTimeout;
 }
 
-bool is_low_latency(layout::Operation operation) {
-    return operation == layout::Operation::kLowLatencyDispatch || operation == layout::Operation::kLowLatencyCombine;
-}
-
 }  // namespace
 
 FailureDesk::FailureDesk(std::shared_ptr<dev::Device> device, std::shared_ptr<comm::Mailbox> mailbox,
@@ -187,7 +183,7 @@ Peers FailureDesk::peers(layout::Operation operation) const {
 std::vector<Progress> FailureDesk::progress(layout::Operation operation) const {
     // The two modes count their calls apart, and cleaning is none of either.
     const layout::Field& field = operation == layout::Operation::kLowLatencyClean ? at_.control.low_latency.cleaned
-                                 : is_low_latency(operation)                      ? at_.control.low_latency.started
+                                 : layout::is_low_latency(operation)              ? at_.control.low_latency.started
                                                                                   : at_.control.started;
     std::vector<uint64_t> started(field.bytes() / sizeof(uint64_t));
     device_->copy_now(started.data(), at_.heap->local() + field.offset, field.bytes());
@@ -196,7 +192,7 @@ std::vector<Progress> FailureDesk::progress(layout::Operation operation) const {
         if (peer == at_.topology.rank) continue;
         if (is_here(peer))
             known.push_back({peer, started[static_cast<size_t>(index_of(peer))]});
-        else if (is_low_latency(operation) || operation == layout::Operation::kLowLatencyClean)
+        else if (layout::is_low_latency(operation))
             known.push_back({peer, far_progress(operation, peer)});
         else if (index_of(peer) == at_.topology.index())
             known.push_back({peer, rail_word(at_.rail.entered.at(static_cast<uint64_t>(at_.topology.node_of(peer))))});

@@ -15,11 +15,6 @@ std::string seconds(uint64_t ns) {
     return out.str();
 }
 
-bool is_low_latency(layout::Operation operation) {
-    return operation == layout::Operation::kLowLatencyDispatch || operation == layout::Operation::kLowLatencyCombine ||
-           operation == layout::Operation::kLowLatencyClean;
-}
-
 // What a word says that the peer writes, or will. Flags of rows and counts are packed.
 std::string meaning_of(const layout::WaitRecord& record, uint64_t word) {
     const bool is_of_row = record.stage == layout::Stage::kRow || record.stage == layout::Stage::kSlot;
@@ -33,7 +28,7 @@ std::string meaning_of(const layout::WaitRecord& record, uint64_t word) {
     if (record.stage == layout::Stage::kCapacity) return concat(word, " rows");
     if (record.stage == layout::Stage::kCounts) return concat("call ", layout::call_of_count(word));
     if (!is_of_row) return concat("call ", word);
-    if (is_low_latency(record.operation)) return concat("call ", layout::LowLatencyEntrySlots::call_of(word));
+    if (layout::is_low_latency(record.operation)) return concat("call ", layout::LowLatencyEntrySlots::call_of(word));
     return concat("row ", layout::position_of_tag(word), " of call ", layout::call_of_tag(word));
 }
 
@@ -58,7 +53,7 @@ std::string where(const layout::WaitRecord& record, const layout::Topology& topo
 // Ranks in other nodes and on other rails speak to this one through their forwarder in its node; -1: `peer` needs none.
 int forwarder_of(layout::Operation operation, int peer, const layout::Topology& topology) {
     const bool is_direct =
-        is_low_latency(operation) || topology.is_neighbour(peer) || topology.index_of(peer) == topology.index();
+        layout::is_low_latency(operation) || topology.is_neighbour(peer) || topology.index_of(peer) == topology.index();
     return is_direct ? -1 : topology.forwarder(peer, topology.node());
 }
 
