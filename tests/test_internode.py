@@ -8,6 +8,7 @@ Nodes are virtual ones here (DEEP_EP_RANKS_PER_NODE), joined over loopback, or o
 DEEP_EP_RAIL=nvshmem asks for it. Under torchrun they are the machines.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -42,6 +43,10 @@ class Nodes:
     of_one: Pool
     of_two: Pool
 
+    def close(self) -> None:
+        self.of_one.close()
+        self.of_two.close()
+
     def pool(self, topology: str) -> tuple[Pool, int]:
         """The processes for "nodes x ranks", and how many."""
         num_nodes, ranks_per_node = map(int, topology.split("x"))
@@ -57,10 +62,8 @@ def virtual_nodes(ranks_per_node: int, **environment: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
-    made = Nodes(Pool(3, virtual_nodes(1)), Pool(8, virtual_nodes(2)))
-    yield made
-    made.of_one.close()
-    made.of_two.close()
+    with contextlib.closing(Nodes(Pool(3, virtual_nodes(1)), Pool(8, virtual_nodes(2)))) as made:
+        yield made
 
 
 @pytest.fixture

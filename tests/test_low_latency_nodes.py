@@ -3,6 +3,7 @@
     pytest tests/test_low_latency_nodes.py
 """
 
+import contextlib
 from collections.abc import Iterator
 
 import low_latency_cases as cases
@@ -21,10 +22,8 @@ import deep_ep
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
-    made = Nodes(Pool(4, virtual_nodes(1)), Pool(8, virtual_nodes(2)))
-    yield made
-    made.of_one.close()
-    made.of_two.close()
+    with contextlib.closing(Nodes(Pool(4, virtual_nodes(1)), Pool(8, virtual_nodes(2)))) as made:
+        yield made
 
 
 @pytest.fixture

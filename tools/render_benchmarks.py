@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any, Callable
 
-from figures import RECORDS, Table, number, time_of, to_markdown
+from figures import RECORDS, Table, bring_up_to_date, number, time_of, to_markdown
 from side_by_side import Named, draw, find_sources, render_readme, render_section
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -282,18 +282,7 @@ def main() -> int:
         return 0
     if args.plots:
         make_plots(RESULTS)
-    stale = {path: content for path, content in wanted_files().items() if not says(path, content)}
-    for path, content in stale.items():
-        if args.check:
-            print(f"{path.relative_to(ROOT)} is out of date: run tools/render_benchmarks.py", file=sys.stderr)
-        else:
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(content, encoding="utf-8")
-    return int(args.check and bool(stale))
-
-
-def says(path: Path, content: str) -> bool:
-    return path.exists() and path.read_text(encoding="utf-8") == content
+    return bring_up_to_date(wanted_files(), ROOT, "tools/render_benchmarks.py", only_checks=args.check)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from figures import NOTHING, Table, time_of, to_markdown  # noqa: E402
+from figures import NOTHING, Table, bring_up_to_date, time_of, to_markdown  # noqa: E402
 from published import LOW_LATENCY, PUBLISHED, Published  # noqa: E402
 
 from deep_ep import _traffic, model  # noqa: E402
@@ -178,10 +178,6 @@ def wanted_files() -> dict[Path, str]:
     return {PAGE: f"{before}{BEGIN}\n\n{render()}\n{END}{after}", SCALING: scaling}
 
 
-def says(path: Path, content: str) -> bool:
-    return path.exists() and path.read_text(encoding="utf-8") == content
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
@@ -191,14 +187,7 @@ def main() -> int:
         name, report = newest_as_called("intranode")
         print(name, *(f"{operation}: {cost}" for operation, cost in model.measure(report).items()), sep="\n")
         return 0
-    stale = {path: content for path, content in wanted_files().items() if not says(path, content)}
-    for path, content in stale.items():
-        if args.check:
-            print(f"{path.relative_to(ROOT)} is out of date: run tools/render_model.py", file=sys.stderr)
-        else:
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(content, encoding="utf-8")
-    return int(args.check and bool(stale))
+    return bring_up_to_date(wanted_files(), ROOT, "tools/render_model.py", only_checks=args.check)
 
 
 if __name__ == "__main__":
