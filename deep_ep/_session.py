@@ -314,13 +314,13 @@ class _Construction:
         peers = self._peers
         described = peers.all_gather_results("checking arguments and device", self._describe)
         _raise_differences([facts for facts, *_ in described])
-        agreed, _, cost_model, _ = described[0]
-        topology = find_topology(peers.rank, [place for _, place, *_ in described], agreed.ranks_per_node, agreed.heap)
+        agreed, _, cost_model = described[0]
+        topology = find_topology(peers.rank, [place for _, place, _ in described], agreed.ranks_per_node, agreed.heap)
         heap = choose_heap(peers, agreed, topology)
         rail = choose_rail(peers, agreed, topology)
         cost_model = None if heap == _heap.HOST else cost_model  # models are of heaps in GPU memory
         try:
-            self._open(topology, rail, heap, cost_model, [rate for *_, rate in described])
+            self._open(topology, rail, heap, cost_model)
         except Exception as error:
             text = str(error)
             if not _rail.can_do_without(rail, agreed.rail, lambda: peers.all_gather(text)):
@@ -328,16 +328,17 @@ class _Construction:
             self._discard()
             if peers.rank == 0:
                 _rail.tell("host", f"nvshmem does not begin: {text}", agreed.device_kind)
-            self._open(topology, "host", heap, cost_model, [])
+            self._open(topology, "host", heap, cost_model)
         session = self._sessions[0]
         if agreed.check_calls and peers.size > 1:
             session.call_check = CallCheck(peers.open_exchange(), self._requests[0].patience_s)
         return session
 
-    def _open(self, topology: Topology, rail: str, heap: str, cost_model: Optional["CostModel"],
-              nic_rates: Sequence[Optional[float]]) -> None:
+    def _open(self, topology: Topology, rail: str, heap: str, cost_model: Optional["CostModel"]) -> None:
         peers, created = self._peers, self._created
-        rate = _rail.rate(rail, nic_rates, topology.ranks_per_node)
+        has_rate = rail == "nvshmem"  # see _rail.rate
+        rates = peers.all_gather_results("reading the rates of the NICs", _probes.nic_gb_per_s) if has_rate else []
+        rate = _rail.rate(rail, rates, topology.ranks_per_node)
         if cost_model is None and rate > 0 and heap != _heap.HOST:
             from deep_ep import model  # here as calibrate is: `python -m` loads neither twice
             cost_model = model.costs_across_nodes(topology.num_nodes, topology.ranks_per_node, rate)
@@ -348,7 +349,7 @@ class _Construction:
             step, connect = "connecting the nodes", lambda: created[0].connect_rail([rail for _, rail in handles])
         peers.all_gather_results(step, lambda: self._begin(connect, topology, heap, cost_model))
 
-    def _describe(self) -> tuple[Agreed, Place, Optional["CostModel"], Optional[float]]:
+    def _describe(self) -> tuple[Agreed, Place, Optional["CostModel"]]:
         if is_capturing():
             raise Error("Buffer: it allocates and talks to its peers, so build it before the CUDA graph capture begins")
         environment = deep_ep_cpp.get_environment()
@@ -363,7 +364,7 @@ class _Construction:
                        deep_ep_cpp.topk_idx_bits(), bool(environment["check_calls"]), str(environment["rail"]),
                        str(environment["heap"]))
         cost_model = find_cost_model(self._peers, request, streams)
-        return facts, find_place(streams), cost_model, _probes.nic_gb_per_s()
+        return facts, find_place(streams), cost_model
 
     def _allocate(self, topology: Topology, rail: str, rail_gb_per_s: float, heap: str) -> tuple[bytes, bytes]:
         peers, request = self._peers, self._requests[0].with_heap(heap)
