@@ -371,12 +371,11 @@ class Tree:
 
     def __init__(self, path: Path, cores: list[int], num_rounds: int) -> None:
         meeting = Path(tempfile.mkdtemp()) / "ranks"
+        command = [sys.executable, "-P", __file__, "--meeting", str(meeting), "--rounds", str(num_rounds)]
+        environment = os.environ | {"PYTHONPATH": str(path.resolve())}
         self._ranks = [
-            subprocess.Popen([
-                sys.executable, "-P", __file__, "--serve", str(rank), "--meeting", str(meeting), "--num-ranks",
-                str(len(cores)), "--core", str(core), "--rounds", str(num_rounds)
-            ],
-                             env=os.environ | {"PYTHONPATH": str(path.resolve())},
+            subprocess.Popen([*command, f"--num-ranks={len(cores)}", f"--serve={rank}", f"--core={core}"],
+                             env=environment,
                              text=True,
                              stdin=subprocess.PIPE,
                              stdout=subprocess.PIPE) for rank, core in enumerate(cores)
@@ -517,10 +516,10 @@ def main() -> None:
     if options.serve is not None:
         serve(options.serve, options.num_ranks, options.meeting, options.core, options.rounds)
     elif options.compare or options.num_ranks > 1:
-        trees = dict(tree.split("=", 1) for tree in options.compare or [f"here={Path(__file__).parents[1]}"])
+        named = [tree.split("=", 1) for tree in options.compare or [f"here={Path(__file__).parents[1]}"]]
+        trees = {name: Path(path) for name, path in named}
         cores = list(map(int, options.cores.split(","))) if options.cores else sorted(os.sched_getaffinity(0))
-        compare({name: Path(path) for name, path in trees.items()}, cores[-options.num_ranks:], options.turns,
-                options.rounds, options.save)
+        compare(trees, cores[-options.num_ranks:], options.turns, options.rounds, options.save)
     else:
         measure_here(not options.python_only, options.rounds)
 
