@@ -6,7 +6,7 @@ the native code repeats the checks that guard memory only. Methods that wait for
 GPU's launch queue is full it holds the GIL until there is room. So does check(), which is in every call: it takes less
 than a microsecond, and up to 0.3 s once, where it finds a failure whose reason another rank has yet to tell.
 """
-from typing import Any, Callable, List, Optional, Tuple, TypedDict
+from typing import Any, Callable, Iterable, List, Optional, Tuple, TypedDict
 
 from typing_extensions import Unpack
 
@@ -37,9 +37,8 @@ topk_idx_t: Any  # torch.int64 or torch.int32, lazily resolved
 
 def get_low_latency_rdma_size_hint(num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int,
                                    num_experts: int) -> int: ...
-def make_tensor(address: int, shape: List[int], dtype: Tuple[int, int], cuda_index: int, owner: object) -> Any:
-    """A DLPack capsule over row-major memory (cuda_index < 0: of the host), for torch.from_dlpack. `dtype`: DLPack's
-    code, and bits. `owner` lives as long as any tensor made of it."""
+def make_tensor(address: int, num_bytes: int, cuda_index: int) -> Any:
+    """A DLPack capsule over bytes (cuda_index < 0: of the host), for torch.from_dlpack; their owner outlives it."""
 
 def wire_sizes(*, row_bytes: int, num_topk: int, num_scales: int, ranks_per_node: int, num_local_experts: int,
                is_combine: bool) -> Tuple[int, int, int]:
@@ -56,8 +55,8 @@ def get_build() -> dict[str, Any]:
     """What the build variables have set: {'cuda': bool, 'architectures': '90-real 100', 'sm90_features': bool,
     'cache_hints': bool, 'topk_idx_bits': 32 or 64}. Features are of the CUDA half: False where there is none."""
 
-def set_current_stream_function(function: Callable[[int], int]) -> None:
-    """The handle of the stream that is current in the calling thread, on the GPU of that number."""
+def use_torch(current_stream: Callable[[int], int], from_capsule: Callable[[Any], Any]) -> None:
+    """The handle of the stream that is current in the calling thread, on the GPU of that number; and torch.from_dlpack."""
 
 def is_cuda_built() -> bool: ...
 def is_sm90_compiled() -> bool: ...
@@ -104,13 +103,24 @@ class Device:
     def synchronize_event(self, event: int) -> None: ...
     def query_event(self, event: int) -> bool: ...
 
-class LentPieces:
-    """Pieces of a heap, in use; they keep the heap allocated beyond `destroy`. Dropping this gives them back."""
+class RowForm:
+    """What a row is in each of several tensors."""
 
-    def addresses(self) -> List[int]: ...
-    def tensors(self, specs: List[Tuple[Tuple[int, ...], int, int]], cuda_index: int) -> List[object]:
-        """As make_tensor, one over the start of each piece, of that (shape, dtype code, dtype bits); once. What a
-        tensor leaves of its piece, and nobody has used, is free at once; the rest when the last tensor over it goes."""
+    def __init__(self, parts: Iterable[Optional[Tuple[Tuple[int, ...], int, int, object]]]) -> None:
+        """Of each its shape, DLPack's code and bits of its type, and torch's dtype where DLPack has no name for it, so
+        that it is made as bytes and viewed, or None. None in the place of all that: there is no such tensor."""
+
+class LentRows:
+    """Rows in memory of a heap, in use; they keep the heap allocated beyond `destroy`. Dropping this gives them back."""
+
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def addresses(self) -> Tuple[int, ...]:
+        """Of the tensors; 0: there is none."""
+    def tensors(self, num_rows: int, cuda_index: int) -> Tuple[Any, ...]:
+        """Over the first rows (cuda_index < 0: in memory of the host); once. The memory of the other rows, which nobody
+        has used, is free at once; that of a tensor when the last one over it goes."""
 
 
 # A record of arguments is made of keywords, and never changed: `replace` makes another. What has no value is 0, and an
@@ -371,11 +381,11 @@ class Buffer:
     def internode_notify(self, args: InternodeNotifyArgs, stream: int) -> None: ...
     def internode_dispatch(self, args: InternodeDispatchArgs, num_sms: int, stream: int) -> None: ...
     def internode_combine(self, args: InternodeCombineArgs, num_sms: int, stream: int) -> None: ...
-    def lend(self, sizes: List[int], stream: int, is_captured: bool) -> Optional[LentPieces]:
+    def lend(self, form: RowForm, num_rows: int, stream: int, is_captured: bool) -> Optional[LentRows]:
         """Memory for outputs of dispatch or inputs of combine that peers write or read in place, for later work on that
-        stream: a piece of each size; None: there is no room for all. The address tells the operations; all
+        stream; None: there is no room for all. The address tells the operations; all
         outputs of a dispatch are lent, or none. Work of one taker must come after that of the one before it.
-        `is_captured`: the pieces belong to the graph."""
+        `is_captured`: the rows belong to the graph."""
     def note_stream(self, stream: int, is_ours: bool) -> None:
         """What is lent may be in use on that stream when it comes back. `is_ours`: by kernels of this Buffer alone."""
 

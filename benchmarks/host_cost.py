@@ -148,7 +148,7 @@ def lent_calls(buffer: Buffer, inputs: Inputs) -> dict[str, Callable[[], Any]]:
     session = buffer._session
     assert session is not None
     lender = Lender(LendingRuntime(deep_ep_cpp.Device(-1)), session.streams)  # type: ignore[arg-type]
-    lender._index = -1  # memory of the CPU
+    lender.index = -1  # memory of the CPU
     lender.noted[CURRENT_STREAM] = True
 
     def lending(call: Callable[[], Any]) -> None:

@@ -156,7 +156,7 @@ class Dispatch:
         if num_rows > reserved.num_rows:
             del reserved  # its memory may serve now
             return num_rows, per_expert, self._sent(num_rows)
-        made = reserved.tensors(num_rows) if num_rows else form.empty(self.session.empty, 0)
+        made = reserved.tensors(num_rows, lender.index) if num_rows else form.empty(self.session.empty, 0)
         outputs = Outputs(*made)  # type: ignore[arg-type]
         self.operation.add_lent(outputs)
         return num_rows, per_expert, outputs
