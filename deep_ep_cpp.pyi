@@ -37,6 +37,10 @@ topk_idx_t: Any  # torch.int64 or torch.int32, lazily resolved
 
 def get_low_latency_rdma_size_hint(num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int,
                                    num_experts: int) -> int: ...
+def shape_in_memory(tensor: Any, device: Any, dtypes: Tuple[Any, ...], is_contiguous: bool) -> Any:
+    """The shape of a tensor of torch that is on `device`, of one of `dtypes` (empty: any), contiguous if that is asked
+    for, and whose values are in the memory that data_ptr() names; else None."""
+
 def make_tensor(address: int, num_bytes: int, cuda_index: int) -> Any:
     """A DLPack capsule over bytes (cuda_index < 0: of the host), for torch.from_dlpack; their owner outlives it."""
 

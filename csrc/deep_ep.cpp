@@ -12,6 +12,7 @@
 #include "bindings/device.h"
 #include "bindings/lent_rows.h"
 #include "bindings/record.h"
+#include "bindings/tensor_check.h"
 #include "core/driver_floor.h"
 #include "core/env.h"
 #include "core/error.h"
@@ -314,7 +315,7 @@ PYBIND11_MODULE(deep_ep_cpp, m) {
     bind_config(m);
     bind_device(m);
     bind_buffer(m);
-    if (!bindings::add_record_types(m.ptr())) throw py::error_already_set();
+    if (!bindings::add_record_types(m.ptr()) || !bindings::add_tensor_checks(m.ptr())) throw py::error_already_set();
     m.def("get_low_latency_rdma_size_hint", &LowLatency::size_hint, py::arg("num_max_dispatch_tokens_per_rank"),
           py::arg("hidden"), py::arg("num_ranks"), py::arg("num_experts"));
     m.def("wait_names", &wait_names);

@@ -74,17 +74,31 @@ def address_of(tensor: Optional[torch.Tensor]) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+class Kind(NamedTuple):
+    """What dispatches with rows of one kind have in common."""
+
+    form: RowForm  # of the Outputs
+    args: DispatchArgs
+
+
 @functools.lru_cache(maxsize=64)
-def output_row_form(hidden: int, dtype: torch.dtype, num_scales: int, scale_dtype: Optional[torch.dtype], num_topk: int,
-                    idx_dtype: Optional[torch.dtype], has_src_idx: bool) -> RowForm:
-    """Of the Outputs of a call."""
-    return RowForm([
+def kind_of(hidden: int, dtype: torch.dtype, num_scales: int, scale_dtype: Optional[torch.dtype], num_topk: int,
+            idx_dtype: Optional[torch.dtype], num_experts: int) -> Kind:
+    """`num_experts`: 0 where the call has a handle."""
+    form = RowForm([
         ((hidden, ), dtype),
         None if scale_dtype is None else ((num_scales, ), scale_dtype),
         None if idx_dtype is None else ((num_topk, ), idx_dtype),
         None if idx_dtype is None else ((num_topk, ), torch.float32),
-        ((), torch.int32) if has_src_idx else None,
+        ((), torch.int32) if num_experts else None,
     ])
+    args = DispatchArgs(row_bytes=hidden * dtype.itemsize,
+                        num_scales=num_scales,
+                        num_topk=num_topk,
+                        idx_bytes=8 if idx_dtype is None else idx_dtype.itemsize,
+                        num_experts=num_experts,
+                        is_cached=num_experts == 0)
+    return Kind(form, args)
 
 
 NO_COUNTS = 0, 0  # they have been exchanged
@@ -101,14 +115,15 @@ class Dispatch:
         self.scales = scales
         self.routing = routing
         self.places = places
-        self.num_tokens, self.hidden = rows.shape
-        self.num_scales = 0 if scales is None else scales.shape[1]
-        self.topk_idx = None if routing is None else routing.topk_idx
-        self.num_topk = 0 if self.topk_idx is None else self.topk_idx.shape[1]
-        self.num_experts = 0 if routing is None else routing.num_tokens_per_expert.shape[0]
-        self.counts = NO_COUNTS
+        self.num_tokens, hidden = rows.shape
+        self.topk_idx = topk_idx = None if routing is None else routing.topk_idx
+        self.counts, num_experts = NO_COUNTS, 0
         if routing is not None:
             self.counts = routing.num_tokens_per_rank.data_ptr(), routing.num_tokens_per_expert.data_ptr()
+            num_experts = routing.num_tokens_per_expert.shape[0]
+        self.kind = kind_of(hidden, rows.dtype, 0 if scales is None else scales.shape[1],
+                            None if scales is None else scales.dtype, 0 if topk_idx is None else topk_idx.shape[1],
+                            None if topk_idx is None else topk_idx.dtype, num_experts)
         self.num_sms = num_sms
         self.operation = operation
 
@@ -146,7 +161,7 @@ class Dispatch:
     def _guessed(self, lender: Lender, expert_alignment: int) -> Optional[tuple[int, list[int], Outputs]]:
         """The rows move while the host learns how many they are. None: there is no room for what may come."""
         likely_rows = lender.guess_rows(self.num_tokens, self.session.num_ranks)
-        form = self._row_form()
+        form = self.kind.form
         reserved = lender.reserve(form, likely_rows, self.operation)
         if reserved is None:
             return None
@@ -168,15 +183,16 @@ class Dispatch:
         return num_rows, per_expert, self._sent(num_rows, num_rail_tokens)
 
     def _exchange_counts(self, expert_alignment: int) -> None:
+        kind = self.kind.args
         args = NotifyArgs(num_tokens_per_rank=self.counts[0],
                           num_tokens_per_expert=self.counts[1],
-                          num_experts=self.num_experts,
+                          num_experts=kind.num_experts,
                           expert_alignment=expert_alignment,
                           rank_prefix_matrix=self.places.rank_prefix_matrix.data_ptr(),
                           num_tokens=self.num_tokens,
-                          row_bytes=self.hidden * self.rows.element_size(),
-                          num_topk=self.num_topk,
-                          num_scales=self.num_scales)
+                          row_bytes=kind.row_bytes,
+                          num_topk=kind.num_topk,
+                          num_scales=kind.num_scales)
         runtime, stream, rail, routing = self.session.runtime, self.operation.stream, self.places.rail, self.routing
         if rail is None or routing is None:
             runtime.notify_dispatch(args, stream)
@@ -205,16 +221,9 @@ class Dispatch:
 
     def _outputs(self, num_rows: int) -> Outputs:
         """Lent to the peers where there is room for all."""
-        lender, form = self.session.lender, self._row_form()
+        lender, form = self.session.lender, self.kind.form
         made = None if lender is None else lender.tensors(form, num_rows, self.operation)
-        if made is None:
-            made = form.empty(self.session.empty, num_rows)
-        return Outputs(*made)  # type: ignore[arg-type]
-
-    def _row_form(self) -> RowForm:
-        scales, topk_idx = self.scales, self.topk_idx
-        return output_row_form(self.hidden, self.rows.dtype, self.num_scales, None if scales is None else scales.dtype,
-                               self.num_topk, None if topk_idx is None else topk_idx.dtype, self.routing is not None)
+        return Outputs._make(form.empty(self.session.empty, num_rows) if made is None else made)  # type: ignore[arg-type]
 
     def _send(self,
               addresses: Iterable[int],
@@ -226,33 +235,29 @@ class Dispatch:
         routing, scales, topk_idx = self.routing, self.scales, self.topk_idx
         stride_token, stride_scale = (0, 0) if scales is None else scales.stride()
         recv_x, recv_scales, recv_topk_idx, recv_topk_weights, recv_src_idx = addresses
-        args = DispatchArgs(x=self.rows.data_ptr(),
-                            num_tokens=self.num_tokens,
-                            row_bytes=self.hidden * self.rows.element_size(),
-                            scales=address_of(scales),
-                            num_scales=self.num_scales,
-                            scale_stride_token=stride_token,
-                            scale_stride_scale=stride_scale,
-                            topk_idx=address_of(topk_idx),
-                            topk_weights=0 if routing is None else address_of(routing.topk_weights),
-                            num_topk=self.num_topk,
-                            idx_bytes=8 if topk_idx is None else topk_idx.element_size(),
-                            num_experts=self.num_experts,
-                            is_cached=routing is None,
-                            num_tokens_per_rank=counts[0],
-                            num_tokens_per_expert=counts[1],
-                            is_token_in_rank=0 if routing is None else routing.is_token_in_rank.data_ptr(),
-                            rank_prefix_matrix=self.places.rank_prefix_matrix.data_ptr(),
-                            send_head=self.places.send_head.data_ptr(),
-                            recv_x=recv_x,
-                            recv_scales=recv_scales,
-                            recv_topk_idx=recv_topk_idx,
-                            recv_topk_weights=recv_topk_weights,
-                            recv_src_idx=recv_src_idx,
-                            num_recv_rows=num_rows,
-                            is_worst_case=is_worst_case,
-                            expert_alignment=expert_alignment)
-        runtime, stream, rail = self.session.runtime, self.operation.stream, self.places.rail
+        places = self.places
+        args = self.kind.args.replace(
+            x=self.rows.data_ptr(),
+            num_tokens=self.num_tokens,
+            scales=address_of(scales),
+            scale_stride_token=stride_token,
+            scale_stride_scale=stride_scale,
+            topk_idx=address_of(topk_idx),
+            topk_weights=0 if routing is None else address_of(routing.topk_weights),
+            num_tokens_per_rank=counts[0],
+            num_tokens_per_expert=counts[1],
+            is_token_in_rank=0 if routing is None else routing.is_token_in_rank.data_ptr(),
+            rank_prefix_matrix=places.rank_prefix_matrix.data_ptr(),
+            send_head=places.send_head.data_ptr(),
+            recv_x=recv_x,
+            recv_scales=recv_scales,
+            recv_topk_idx=recv_topk_idx,
+            recv_topk_weights=recv_topk_weights,
+            recv_src_idx=recv_src_idx,
+            num_recv_rows=num_rows,
+            is_worst_case=is_worst_case,
+            expert_alignment=expert_alignment)
+        runtime, stream, rail = self.session.runtime, self.operation.stream, places.rail
         if rail is None:
             runtime.dispatch(args, self.num_sms, stream)
         else:

@@ -22,6 +22,7 @@ BFLOAT16 = (torch.bfloat16, )
 FLOAT32 = (torch.float32, )
 
 NO_BIASES = None, None
+ROWS_ALONE = CombineArgs(topk_weights=0, num_topk=0, bias=(0, 0), combined_topk_weights=0)
 MAX_ALIGNMENT = 1 << 20  # of counts that are rounded up in 32 bits
 
 
@@ -158,17 +159,18 @@ class HighThroughput:
                 combined = session.empty[torch.bfloat16](num_tokens, hidden)
                 weights = None if topk_weights is None else session.empty[torch.float32](num_tokens, num_topk)
             operation.start((x, topk_weights, *biases, *places.read_later()), (combined, weights))
-            args = CombineArgs(x=x.data_ptr(),
-                               num_rows=num_rows,
-                               hidden=hidden,
-                               topk_weights=address_of(topk_weights),
-                               num_topk=num_topk,
-                               bias=(address_of(biases[0]), address_of(biases[1])),
-                               rank_prefix_matrix=places.rank_prefix_matrix.data_ptr(),
-                               send_head=places.send_head.data_ptr(),
-                               num_tokens=num_tokens,
-                               combined_x=combined.data_ptr(),
-                               combined_topk_weights=address_of(weights))
+            args = ROWS_ALONE.replace(x=x.data_ptr(),
+                                      num_rows=num_rows,
+                                      hidden=hidden,
+                                      rank_prefix_matrix=places.rank_prefix_matrix.data_ptr(),
+                                      send_head=places.send_head.data_ptr(),
+                                      num_tokens=num_tokens,
+                                      combined_x=combined.data_ptr())
+            if weights is not None or bias is not None:
+                args = args.replace(topk_weights=address_of(topk_weights),
+                                    num_topk=num_topk,
+                                    bias=(address_of(biases[0]), address_of(biases[1])),
+                                    combined_topk_weights=address_of(weights))
             rail = places.rail
             if rail is None:
                 session.runtime.combine(args, num_sms, operation.stream)
