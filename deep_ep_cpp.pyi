@@ -41,6 +41,12 @@ def shape_in_memory(tensor: Any, device: Any, dtypes: Tuple[Any, ...], is_contig
     """The shape of a tensor of torch that is on `device`, of one of `dtypes` (empty: any), contiguous if that is asked
     for, and whose values are in the memory that data_ptr() names; else None."""
 
+def matrix_shape(tensor: Any, device: Any, dtypes: Tuple[Any, ...], num_rows: Optional[int]) -> Any:
+    """The same of a contiguous matrix of `num_rows` (None: any number)."""
+
+def use_tensor_class(tensor_class: type, is_plain: Callable[[Any], bool]) -> None:
+    """torch.Tensor, and which of its subclasses name the memory that holds their values."""
+
 def make_tensor(address: int, num_bytes: int, cuda_index: int) -> Any:
     """A DLPack capsule over bytes (cuda_index < 0: of the host), for torch.from_dlpack; their owner outlives it."""
 
@@ -119,7 +125,6 @@ class LentRows:
 
     @property
     def num_rows(self) -> int: ...
-    @property
     def addresses(self) -> Tuple[int, ...]:
         """Of the tensors; 0: there is none."""
     def tensors(self, num_rows: int, cuda_index: int) -> Tuple[Any, ...]:

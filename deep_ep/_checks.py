@@ -15,12 +15,11 @@ from typing import Any, Generic, Optional, TypeVar
 
 import torch
 
-from deep_ep_cpp import shape_in_memory
+from deep_ep_cpp import matrix_shape, shape_in_memory, use_tensor_class
 
 T = TypeVar("T")
 Reference = weakref.ref[Any]
 
-_TENSOR = torch.Tensor  # two look-ups less in every check
 ROW_ALIGNMENT_BYTES = 16
 BUFFER_ALIGNMENT_BYTES = 128
 INDEX_DTYPES = (torch.int64, torch.int32)
@@ -53,12 +52,7 @@ def _is_plain_class(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and type(value).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 
-def _shape_in_memory(value: Any, device: torch.device, dtypes: tuple[torch.dtype, ...],
-                     is_contiguous: bool) -> Optional[torch.Size]:
-    """The shape of a tensor whose elements are on `device`, of one of `dtypes`, where data_ptr() says; else None."""
-    if type(value) is _TENSOR or _is_plain_class(value):
-        return shape_in_memory(value, device, dtypes, is_contiguous)
-    return None
+use_tensor_class(torch.Tensor, _is_plain_class)
 
 
 def check_tensor(name: str,
@@ -68,7 +62,7 @@ def check_tensor(name: str,
                  dtypes: tuple[torch.dtype, ...] = (),
                  is_contiguous: bool = True) -> torch.Tensor:
     """A tensor of `shape` (None: any extent), of one of `dtypes` (empty: any), in memory on `device`."""
-    got = _shape_in_memory(value, device, dtypes, is_contiguous)
+    got = shape_in_memory(value, device, dtypes, is_contiguous)
     if got is not None and (got == shape or _has_shape(got, shape)):
         checked: torch.Tensor = value
         return checked
@@ -81,10 +75,10 @@ def check_matrix(name: str,
                  dtypes: tuple[torch.dtype, ...] = (),
                  num_rows: Optional[int] = None) -> torch.Size:
     """The shape of a contiguous 2-D tensor of one of `dtypes` (empty: any), in memory on `device`."""
-    shape = _shape_in_memory(value, device, dtypes, True)
-    if shape is not None and len(shape) == 2 and (shape[0] == num_rows or num_rows is None):
-        return shape
-    raise _find_fault(name, value, device, (num_rows, None), dtypes)
+    shape: Optional[torch.Size] = matrix_shape(value, device, dtypes, num_rows)
+    if shape is None:
+        raise _find_fault(name, value, device, (num_rows, None), dtypes)
+    return shape
 
 
 def _find_fault(name: str, value: Any, device: torch.device, shape: Sequence[Optional[int]],
@@ -213,7 +207,9 @@ def check_sizes(name: str, value: Any) -> tuple[int, ...]:
 
 
 def check_topk_idx(topk_idx: Any, device: torch.device, num_tokens: Optional[int] = None) -> torch.Size:
-    shape = check_matrix("topk_idx", topk_idx, device, INDEX_DTYPES, num_tokens)
+    shape: Optional[torch.Size] = matrix_shape(topk_idx, device, INDEX_DTYPES, num_tokens)
+    if shape is None:
+        raise _find_fault("topk_idx", topk_idx, device, (num_tokens, None), INDEX_DTYPES)
     if shape[1] == 0:
         raise ValueError(f"topk_idx must have at least one column, got {_describe(topk_idx)}")
     return shape

@@ -70,10 +70,6 @@ class Outputs(NamedTuple):
         return self.x if self.scales is None else (self.x, self.scales)
 
 
-def address_of(tensor: Optional[torch.Tensor]) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 class Kind(NamedTuple):
     """What dispatches with rows of one kind have in common."""
 
@@ -101,7 +97,7 @@ def kind_of(hidden: int, dtype: torch.dtype, num_scales: int, scale_dtype: Optio
     return Kind(form, args)
 
 
-NO_COUNTS = 0, 0  # they have been exchanged
+NO_COUNTS = None, None  # they have been exchanged
 HOST_DOES_NOT_WAIT = 0  # in the place of an alignment
 
 
@@ -119,7 +115,7 @@ class Dispatch:
         self.topk_idx = topk_idx = None if routing is None else routing.topk_idx
         self.counts, num_experts = NO_COUNTS, 0
         if routing is not None:
-            self.counts = routing.num_tokens_per_rank.data_ptr(), routing.num_tokens_per_expert.data_ptr()
+            self.counts = routing.num_tokens_per_rank, routing.num_tokens_per_expert
             num_experts = routing.num_tokens_per_expert.shape[0]
         self.kind = kind_of(hidden, rows.dtype, 0 if scales is None else scales.shape[1],
                             None if scales is None else scales.dtype, 0 if topk_idx is None else topk_idx.shape[1],
@@ -132,7 +128,7 @@ class Dispatch:
             outputs = self._outputs(num_rows)
         self.operation.start((self.rows, self.scales, *self.places.read_later()), outputs)
         # The handle may come from a worst-case dispatch: fewer rows than it has room for are no error.
-        self._send(map(address_of, outputs), num_rows, NO_COUNTS, True)
+        self._send(outputs, num_rows, NO_COUNTS, True)
         return outputs
 
     def worst_case(self, num_rows: int) -> Outputs:
@@ -140,10 +136,10 @@ class Dispatch:
             outputs = self._outputs(num_rows)
         self._start(outputs)
         if self.places.rail is None:
-            self._send(map(address_of, outputs), num_rows, self.counts, True)
+            self._send(outputs, num_rows, self.counts, True)
         else:
             self._exchange_counts(HOST_DOES_NOT_WAIT)
-            self._send(map(address_of, outputs), num_rows, NO_COUNTS, True)
+            self._send(outputs, num_rows, NO_COUNTS, True)
         return outputs
 
     def counted(self, expert_alignment: int) -> tuple[int, list[int], Outputs]:
@@ -166,7 +162,7 @@ class Dispatch:
         if reserved is None:
             return None
         self._start(())
-        self._send(reserved.addresses, reserved.num_rows, self.counts, expert_alignment=expert_alignment)
+        self._send(reserved.addresses(), reserved.num_rows, self.counts, expert_alignment=expert_alignment)
         num_rows, per_expert, _ = self.session.runtime.wait_counts()
         if num_rows > reserved.num_rows:
             del reserved  # its memory may serve now
@@ -188,7 +184,7 @@ class Dispatch:
                           num_tokens_per_expert=self.counts[1],
                           num_experts=kind.num_experts,
                           expert_alignment=expert_alignment,
-                          rank_prefix_matrix=self.places.rank_prefix_matrix.data_ptr(),
+                          rank_prefix_matrix=self.places.rank_prefix_matrix,
                           num_tokens=self.num_tokens,
                           row_bytes=kind.row_bytes,
                           num_topk=kind.num_topk,
@@ -199,9 +195,9 @@ class Dispatch:
             return
         runtime.internode_notify(
             InternodeNotifyArgs(args,
-                                num_tokens_per_node=address_of(routing.num_tokens_per_node),
-                                recv_rank_prefix=rail.recv_rank_prefix.data_ptr(),
-                                rail_prefix=rail.prefix.data_ptr()), stream)
+                                num_tokens_per_node=routing.num_tokens_per_node,
+                                recv_rank_prefix=rail.recv_rank_prefix,
+                                rail_prefix=rail.prefix), stream)
 
     def _sent(self, num_rows: int, num_rail_tokens: int = 0) -> Outputs:
         """The second half of a call, whose counts have been exchanged."""
@@ -213,7 +209,7 @@ class Dispatch:
                 self.places = self.places._replace(rail=self.places.rail._replace(head=head))
                 made = (*outputs, head)
         self.operation.add(made)
-        self._send(map(address_of, outputs), num_rows, NO_COUNTS)
+        self._send(outputs, num_rows, NO_COUNTS)
         return outputs
 
     def _start(self, outputs: tuple[Optional[torch.Tensor], ...]) -> None:
@@ -237,18 +233,18 @@ class Dispatch:
         recv_x, recv_scales, recv_topk_idx, recv_topk_weights, recv_src_idx = addresses
         places = self.places
         args = self.kind.args.replace(
-            x=self.rows.data_ptr(),
+            x=self.rows,
             num_tokens=self.num_tokens,
-            scales=address_of(scales),
+            scales=scales,
             scale_stride_token=stride_token,
             scale_stride_scale=stride_scale,
-            topk_idx=address_of(topk_idx),
-            topk_weights=0 if routing is None else address_of(routing.topk_weights),
+            topk_idx=topk_idx,
+            topk_weights=None if routing is None else routing.topk_weights,
             num_tokens_per_rank=counts[0],
             num_tokens_per_expert=counts[1],
-            is_token_in_rank=0 if routing is None else routing.is_token_in_rank.data_ptr(),
-            rank_prefix_matrix=places.rank_prefix_matrix.data_ptr(),
-            send_head=places.send_head.data_ptr(),
+            is_token_in_rank=None if routing is None else routing.is_token_in_rank,
+            rank_prefix_matrix=places.rank_prefix_matrix,
+            send_head=places.send_head,
             recv_x=recv_x,
             recv_scales=recv_scales,
             recv_topk_idx=recv_topk_idx,
@@ -263,9 +259,9 @@ class Dispatch:
         else:
             runtime.internode_dispatch(
                 InternodeDispatchArgs(args,
-                                      rail_prefix=rail.prefix.data_ptr(),
-                                      send_rail_head=rail.send_head.data_ptr(),
-                                      rail_head=rail.head.data_ptr(),
+                                      rail_prefix=rail.prefix,
+                                      send_rail_head=rail.send_head,
+                                      rail_head=rail.head,
                                       num_rail_rows=rail.head.shape[0]), self.num_sms, stream)
 
 

@@ -163,7 +163,7 @@ inline void bind_lent_rows(py::module_& m) {
     py::class_<RowForm, std::shared_ptr<RowForm>>(m, "RowForm").def(py::init<const py::iterable&>(), py::arg("parts"));
     py::class_<LentRows>(m, "LentRows")
         .def_readonly("num_rows", &LentRows::num_rows)
-        .def_property_readonly("addresses", &LentRows::addresses)
+        .def("addresses", &LentRows::addresses)
         .def("tensors", &LentRows::tensors, py::arg("num_rows"), py::arg("cuda_index"));
     m.def("make_tensor", &make_tensor, py::arg("address"), py::arg("num_bytes"), py::arg("cuda_index"));
     m.def(

@@ -4,20 +4,9 @@
 
 #include <Python.h>
 
+#include "bindings/owned.h"
+
 namespace deep_ep::bindings {
-
-// A reference that is released with this object.
-class Owned {
-public:
-    explicit Owned(PyObject* object) : object_(object) {}
-    ~Owned() { Py_XDECREF(object_); }
-    Owned(const Owned&) = delete;
-    Owned& operator=(const Owned&) = delete;
-    PyObject* get() const { return object_; }
-
-private:
-    PyObject* object_;
-};
 
 // A name that is asked for again and again. Never released.
 inline PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
@@ -64,36 +53,93 @@ inline bool has_memory(PyObject* tensor) {
     return count.get() != nullptr && PyObject_IsTrue(count.get()) == 0;
 }
 
-// shape_in_memory(tensor, device, dtypes, is_contiguous): see deep_ep_cpp.pyi.
-inline PyObject* shape_in_memory(PyObject* /*module*/, PyObject* const* args, Py_ssize_t num_args) {
-    static PyObject* const is_contiguous = interned("is_contiguous");
+// Of torch.Tensor, and of its classes that mean no other memory than it does. Never released.
+struct TensorClass {
+    PyObject* type = nullptr;
+    PyObject* is_plain = nullptr;  // (value): whether an object of another type is of such a class
+
+    static TensorClass& get() {
+        static TensorClass known;
+        return known;
+    }
+
+    bool includes(PyObject* value) const {
+        return reinterpret_cast<PyObject*>(Py_TYPE(value)) == type ||
+               is_true(PyObject_CallOneArg(is_plain, value));
+    }
+};
+
+// A new reference, or null where it is none or an exception is set.
+inline PyObject* find_shape(PyObject* tensor, PyObject* device, PyObject* dtypes, bool is_contiguous) {
+    static PyObject* const contiguous = interned("is_contiguous");
     static PyObject* const is_neg = interned("is_neg");
     static PyObject* const shape = interned("shape");
-    if (num_args != 4 || !PyTuple_Check(args[2])) {
-        PyErr_SetString(PyExc_TypeError, "shape_in_memory takes a tensor, a device, a tuple of dtypes and a bool");
+    if (!TensorClass::get().includes(tensor) || !has_dtype(tensor, dtypes) || !is_on(tensor, device) ||
+        (is_contiguous && !is_true(PyObject_CallMethodNoArgs(tensor, contiguous))) || !has_memory(tensor))
+        return nullptr;
+    const Owned negated(PyObject_CallMethodNoArgs(tensor, is_neg));
+    return negated.get() == Py_False ? PyObject_GetAttr(tensor, shape) : nullptr;
+}
+
+// What Python gets of a shape that may be null.
+inline PyObject* answer(PyObject* shape) {
+    if (shape != nullptr) return shape;
+    // Sparse, nested or wrapped by torch.func: such tensors refuse to tell some of this.
+    if (PyErr_Occurred() != nullptr && PyErr_ExceptionMatches(PyExc_RuntimeError) == 0) return nullptr;
+    PyErr_Clear();
+    Py_RETURN_NONE;
+}
+
+inline bool takes(Py_ssize_t num_given, PyObject* const* args) {
+    if (num_given == 4 && PyTuple_Check(args[2])) return true;
+    PyErr_SetString(PyExc_TypeError, "takes a tensor, a device, a tuple of dtypes and one thing more");
+    return false;
+}
+
+// shape_in_memory(tensor, device, dtypes, is_contiguous): see deep_ep_cpp.pyi.
+inline PyObject* shape_in_memory(PyObject* /*module*/, PyObject* const* args, Py_ssize_t num_args) {
+    return takes(num_args, args) ? answer(find_shape(args[0], args[1], args[2], args[3] == Py_True)) : nullptr;
+}
+
+// matrix_shape(tensor, device, dtypes, num_rows).
+inline PyObject* matrix_shape(PyObject* /*module*/, PyObject* const* args, Py_ssize_t num_args) {
+    if (!takes(num_args, args)) return nullptr;
+    PyObject* shape = find_shape(args[0], args[1], args[2], true);
+    if (shape == nullptr) return answer(nullptr);
+    const bool fits =
+        PyTuple_GET_SIZE(shape) == 2 &&
+        (args[3] == Py_None || PyObject_RichCompareBool(PyTuple_GET_ITEM(shape, 0), args[3], Py_EQ) == 1);
+    if (fits) return shape;
+    Py_DECREF(shape);
+    return answer(nullptr);
+}
+
+// use_tensor_class(type, is_plain).
+inline PyObject* use_tensor_class(PyObject* /*module*/, PyObject* const* args, Py_ssize_t num_args) {
+    if (num_args != 2) {
+        PyErr_SetString(PyExc_TypeError, "use_tensor_class takes a class and a function");
         return nullptr;
     }
-    PyObject* const tensor = args[0];
-    if (has_dtype(tensor, args[2]) && is_on(tensor, args[1]) &&
-        (args[3] != Py_True || is_true(PyObject_CallMethodNoArgs(tensor, is_contiguous))) && has_memory(tensor)) {
-        const Owned negated(PyObject_CallMethodNoArgs(tensor, is_neg));
-        PyObject* found = negated.get() == Py_False ? PyObject_GetAttr(tensor, shape) : nullptr;
-        if (found != nullptr) return found;
-    }
-    // Sparse, nested or wrapped by torch.func: such tensors refuse to tell some of this.
-    if (PyErr_Occurred() != nullptr) {
-        if (PyErr_ExceptionMatches(PyExc_RuntimeError) == 0) return nullptr;
-        PyErr_Clear();
-    }
+    Py_INCREF(args[0]);
+    Py_INCREF(args[1]);
+    TensorClass::get() = {args[0], args[1]};
     Py_RETURN_NONE;
+}
+
+template <_PyCFunctionFast kFunction> PyMethodDef method(const char* name, const char* text) {
+    return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(kFunction)), METH_FASTCALL, text};
 }
 
 // false: with an exception set.
 inline bool add_tensor_checks(PyObject* module) {
     static PyMethodDef methods[] = {
-        {"shape_in_memory", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&shape_in_memory)), METH_FASTCALL,
-         "shape_in_memory(tensor: object, device: object, dtypes: tuple, is_contiguous: bool) -> object\n\n"
-         "The shape of a tensor that kernels may read, or None."},
+        method<&shape_in_memory>("shape_in_memory",
+                                 "shape_in_memory(tensor: object, device: object, dtypes: tuple, is_contiguous: bool)"
+                                 " -> object\n\nThe shape of a tensor that kernels may read, or None."),
+        method<&matrix_shape>("matrix_shape",
+                              "matrix_shape(tensor: object, device: object, dtypes: tuple, num_rows: object)"
+                              " -> object\n\nThe same of a matrix."),
+        method<&use_tensor_class>("use_tensor_class", "use_tensor_class(tensor_class: type, is_plain: object) -> None"),
         {nullptr, nullptr, 0, nullptr}};
     return PyModule_AddFunctions(module, methods) == 0;
 }
