@@ -75,6 +75,7 @@ class Kind(NamedTuple):
 
     form: RowForm  # of the Outputs
     args: DispatchArgs
+    notify_args: NotifyArgs
 
 
 @functools.lru_cache(maxsize=64)
@@ -88,16 +89,19 @@ def kind_of(hidden: int, dtype: torch.dtype, num_scales: int, scale_dtype: Optio
         None if idx_dtype is None else ((num_topk, ), torch.float32),
         ((), torch.int32) if num_experts else None,
     ])
-    args = DispatchArgs(row_bytes=hidden * dtype.itemsize,
+    row_bytes = hidden * dtype.itemsize
+    args = DispatchArgs(row_bytes=row_bytes,
                         num_scales=num_scales,
                         num_topk=num_topk,
                         idx_bytes=8 if idx_dtype is None else idx_dtype.itemsize,
                         num_experts=num_experts,
                         is_cached=num_experts == 0)
-    return Kind(form, args)
+    notify_args = NotifyArgs(num_experts=num_experts, row_bytes=row_bytes, num_topk=num_topk, num_scales=num_scales)
+    return Kind(form, args, notify_args)
 
 
-NO_COUNTS = None, None  # they have been exchanged
+Counts = tuple[Optional[torch.Tensor], Optional[torch.Tensor]]
+NO_COUNTS: Counts = None, None  # they have been exchanged
 HOST_DOES_NOT_WAIT = 0  # in the place of an alignment
 
 
@@ -113,7 +117,8 @@ class Dispatch:
         self.places = places
         self.num_tokens, hidden = rows.shape
         self.topk_idx = topk_idx = None if routing is None else routing.topk_idx
-        self.counts, num_experts = NO_COUNTS, 0
+        self.counts: Counts = NO_COUNTS
+        num_experts = 0
         if routing is not None:
             self.counts = routing.num_tokens_per_rank, routing.num_tokens_per_expert
             num_experts = routing.num_tokens_per_expert.shape[0]
@@ -168,7 +173,7 @@ class Dispatch:
             del reserved  # its memory may serve now
             return num_rows, per_expert, self._sent(num_rows)
         made = reserved.tensors(num_rows, lender.index) if num_rows else form.empty(self.session.empty, 0)
-        outputs = Outputs(*made)  # type: ignore[arg-type]
+        outputs = Outputs._make(made)
         self.operation.add_lent(outputs)
         return num_rows, per_expert, outputs
 
@@ -179,16 +184,11 @@ class Dispatch:
         return num_rows, per_expert, self._sent(num_rows, num_rail_tokens)
 
     def _exchange_counts(self, expert_alignment: int) -> None:
-        kind = self.kind.args
-        args = NotifyArgs(num_tokens_per_rank=self.counts[0],
-                          num_tokens_per_expert=self.counts[1],
-                          num_experts=kind.num_experts,
-                          expert_alignment=expert_alignment,
-                          rank_prefix_matrix=self.places.rank_prefix_matrix,
-                          num_tokens=self.num_tokens,
-                          row_bytes=kind.row_bytes,
-                          num_topk=kind.num_topk,
-                          num_scales=kind.num_scales)
+        args = self.kind.notify_args.replace(num_tokens_per_rank=self.counts[0],
+                                             num_tokens_per_expert=self.counts[1],
+                                             expert_alignment=expert_alignment,
+                                             rank_prefix_matrix=self.places.rank_prefix_matrix,
+                                             num_tokens=self.num_tokens)
         runtime, stream, rail, routing = self.session.runtime, self.operation.stream, self.places.rail, self.routing
         if rail is None or routing is None:
             runtime.notify_dispatch(args, stream)
@@ -219,12 +219,12 @@ class Dispatch:
         """Lent to the peers where there is room for all."""
         lender, form = self.session.lender, self.kind.form
         made = None if lender is None else lender.tensors(form, num_rows, self.operation)
-        return Outputs._make(form.empty(self.session.empty, num_rows) if made is None else made)  # type: ignore[arg-type]
+        return Outputs._make(form.empty(self.session.empty, num_rows) if made is None else made)
 
     def _send(self,
-              addresses: Iterable[int],
+              addresses: Iterable[Any],
               num_rows: int,
-              counts: tuple[int, int],
+              counts: Counts,
               is_worst_case: bool = False,
               expert_alignment: int = 0) -> None:
         """`addresses`: of the Outputs. `expert_alignment` > 0: the host waits for the counts."""
@@ -232,27 +232,26 @@ class Dispatch:
         stride_token, stride_scale = (0, 0) if scales is None else scales.stride()
         recv_x, recv_scales, recv_topk_idx, recv_topk_weights, recv_src_idx = addresses
         places = self.places
-        args = self.kind.args.replace(
-            x=self.rows,
-            num_tokens=self.num_tokens,
-            scales=scales,
-            scale_stride_token=stride_token,
-            scale_stride_scale=stride_scale,
-            topk_idx=topk_idx,
-            topk_weights=None if routing is None else routing.topk_weights,
-            num_tokens_per_rank=counts[0],
-            num_tokens_per_expert=counts[1],
-            is_token_in_rank=None if routing is None else routing.is_token_in_rank,
-            rank_prefix_matrix=places.rank_prefix_matrix,
-            send_head=places.send_head,
-            recv_x=recv_x,
-            recv_scales=recv_scales,
-            recv_topk_idx=recv_topk_idx,
-            recv_topk_weights=recv_topk_weights,
-            recv_src_idx=recv_src_idx,
-            num_recv_rows=num_rows,
-            is_worst_case=is_worst_case,
-            expert_alignment=expert_alignment)
+        args = self.kind.args.replace(x=self.rows,
+                                      num_tokens=self.num_tokens,
+                                      scales=scales,
+                                      scale_stride_token=stride_token,
+                                      scale_stride_scale=stride_scale,
+                                      topk_idx=topk_idx,
+                                      topk_weights=None if routing is None else routing.topk_weights,
+                                      num_tokens_per_rank=counts[0],
+                                      num_tokens_per_expert=counts[1],
+                                      is_token_in_rank=None if routing is None else routing.is_token_in_rank,
+                                      rank_prefix_matrix=places.rank_prefix_matrix,
+                                      send_head=places.send_head,
+                                      recv_x=recv_x,
+                                      recv_scales=recv_scales,
+                                      recv_topk_idx=recv_topk_idx,
+                                      recv_topk_weights=recv_topk_weights,
+                                      recv_src_idx=recv_src_idx,
+                                      num_recv_rows=num_rows,
+                                      is_worst_case=is_worst_case,
+                                      expert_alignment=expert_alignment)
         runtime, stream, rail = self.session.runtime, self.operation.stream, places.rail
         if rail is None:
             runtime.dispatch(args, self.num_sms, stream)

@@ -274,10 +274,12 @@ class LowLatency:
                              f"{num_tokens}")
         if num_listed != num_tokens:
             _checks.check_topk_idx(topk_idx, self._device, num_tokens)
-        self._check_stats("cumulative_local_expert_recv_stats", cumulative_stats, plan.num_local, INT32)
-        self._check_stats("dispatch_wait_recv_cost_stats", wait_stats, self._session.num_ranks, INT64)
-        if self._session.call_check is not None:
-            _compare_calls(self._session.call_check, "low_latency_dispatch", plan, Format(*map(bool, form))._asdict())
+        session = self._session
+        if cumulative_stats is not None or wait_stats is not None:
+            self._check_stats("cumulative_local_expert_recv_stats", cumulative_stats, plan.num_local, INT32)
+            self._check_stats("dispatch_wait_recv_cost_stats", wait_stats, session.num_ranks, INT64)
+        if session.call_check is not None:
+            _compare_calls(session.call_check, "low_latency_dispatch", plan, Format(*map(bool, form))._asdict())
         operation = self._open_operation("low_latency_dispatch", async_finish, return_recv_hook)
         if return_recv_hook:
             x, topk_idx = operation.snapshot(x, topk_idx)

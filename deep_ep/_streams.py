@@ -177,7 +177,7 @@ class CudaStreams(Streams):
         return _PhasedOperation(self, current, is_async, can_pause and self.is_captured(current))
 
     def is_captured(self, stream: int) -> bool:
-        return self.native.stream_kind(stream) == "captured"
+        return stream != 0 and self.native.stream_kind(stream) == "captured"  # the default stream never is
 
     def follow(self, stream: int, event: Union[PooledEvent, HostEvent]) -> None:
         """Later work on `stream` comes after `event`."""

@@ -25,7 +25,6 @@ def stream_handle_by_public_names(index: int) -> int:
 current_stream_handle: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream",
                                                       stream_handle_by_public_names)
 
-
 StreamId = tuple[int, int, int]  # what torch calls stream_id, device_index and device_type
 
 
