@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "device/owned.h"
-#include "kernels/kernel_table.h"
+#include "kernels/params.h"
 #include "runtime/connection.h"
 #include "runtime/lender.h"
 

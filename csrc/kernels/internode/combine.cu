@@ -13,7 +13,7 @@
 #include "kernels/intranode/call_session.h"
 #include "kernels/intranode/combine_reduce.h"
 #include "kernels/intranode/row_return.h"
-#include "kernels/kernel_table.h"
+#include "kernels/params.h"
 
 namespace deep_ep::kernels::internode::combine {
 inline namespace EP_BACKEND {

@@ -7,8 +7,8 @@
 //
 // Messages, buffer map and orderings: docs/protocols/low_latency.md.
 #include "device/launch.h"
-#include "kernels/kernel_table.h"
 #include "kernels/low_latency/combine_send_phase.h"
+#include "kernels/params.h"
 
 namespace deep_ep::kernels::low_latency::combine {
 inline namespace EP_BACKEND {
