@@ -86,6 +86,11 @@ public:
     CountExchange& counts() { return counts_; }
     Loans& loans() { return loans_; }
 
+    // A call's part within the node, of calls across nodes too: checks the arguments, and plans all but the geometry.
+    kernels::NotifyDispatchPlan notify_plan(const NotifyArgs& args);
+    kernels::DispatchPlan dispatch_plan(const DispatchArgs& args);
+    kernels::CombinePlan combine_plan(const CombineArgs& args) const;
+
 private:
     void check_call();
     int num_local_experts(int num_experts) const { return num_experts / connection_.topology().num_ranks; }
