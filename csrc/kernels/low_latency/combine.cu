@@ -27,7 +27,7 @@ template <Launches kLaunches, bool kIsLogfmt, bool kUsesPackets> struct Kernel {
             p.call, layout::Operation::kLowLatencyCombine, shared.role,
             [&](LaunchSession& launch) { Send::send(Block{}, p, launch, shared); },
             [&](const CallContext& c) { return Receive::look_early(Warp{}, p, c); },
-            [&](const LaunchSession& launch, const typename Receive::EarlyLook& early) {
+            [&](const LaunchSession& launch, const typename Receive::EarlyToken& early) {
                 Receive::receive(Block{}, p, launch, early);
             });
     }
