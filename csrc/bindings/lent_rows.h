@@ -71,9 +71,10 @@ public:
             auto [shape, code, bits, view] = given.cast<std::tuple<std::vector<int64_t>, int, int, py::object>>();
             int64_t row_bytes = bits / 8;
             for (const int64_t extent : shape) row_bytes *= extent;
-            parts_.push_back(std::make_unique<Part>(
-                Part{std::move(shape),
-                     {static_cast<uint8_t>(code), static_cast<uint8_t>(bits), 1}, std::move(view), row_bytes}));
+            parts_.push_back(std::make_unique<Part>(Part{std::move(shape),
+                                                         {static_cast<uint8_t>(code), static_cast<uint8_t>(bits), 1},
+                                                         std::move(view),
+                                                         row_bytes}));
         }
     }
 

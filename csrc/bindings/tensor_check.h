@@ -64,8 +64,7 @@ struct TensorClass {
     }
 
     bool includes(PyObject* value) const {
-        return reinterpret_cast<PyObject*>(Py_TYPE(value)) == type ||
-               is_true(PyObject_CallOneArg(is_plain, value));
+        return reinterpret_cast<PyObject*>(Py_TYPE(value)) == type || is_true(PyObject_CallOneArg(is_plain, value));
     }
 };
 
@@ -106,9 +105,8 @@ inline PyObject* matrix_shape(PyObject* /*module*/, PyObject* const* args, Py_ss
     if (!takes(num_args, args)) return nullptr;
     PyObject* shape = find_shape(args[0], args[1], args[2], true);
     if (shape == nullptr) return answer(nullptr);
-    const bool fits =
-        PyTuple_GET_SIZE(shape) == 2 &&
-        (args[3] == Py_None || PyObject_RichCompareBool(PyTuple_GET_ITEM(shape, 0), args[3], Py_EQ) == 1);
+    const bool fits = PyTuple_GET_SIZE(shape) == 2 &&
+                      (args[3] == Py_None || PyObject_RichCompareBool(PyTuple_GET_ITEM(shape, 0), args[3], Py_EQ) == 1);
     if (fits) return shape;
     Py_DECREF(shape);
     return answer(nullptr);
