@@ -131,12 +131,12 @@ RolePlan plan_roles(const Machine& machine, const layout::Topology& topology, in
 
 }  // namespace
 
-Machine Machine::of(const dev::Device& device, int num_ranks) {
+Machine Machine::of(const dev::Device& device, int num_ranks, dev::Placement heap) {
     return {.is_gpu = device.kind() == dev::DeviceKind::kCuda,
             .num_sms = device.num_sms(),
             .useful_block_threads = device.useful_block_threads(),
             .max_shared_bytes = device.max_shared_bytes(),
-            .has_bulk_copy = device.has_bulk_copy(),
+            .has_bulk_copy = device.has_bulk_copy() && heap == dev::Placement::kDevice,
             .num_ranks = num_ranks};
 }
 

@@ -84,7 +84,7 @@ Library make_library() {
                 ++fake.num_barriers;
                 return true;
             },
-        .is_reached = [](const void*, int) { return fake.is_reached; },
+        .reach = [](const void* window, int) { return fake.is_reached ? const_cast<void*>(window) : nullptr; },
         .launch_set =
             [](const SetParams* params, void*, Complaint* complaint) {
                 ++fake.num_sets;
