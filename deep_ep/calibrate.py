@@ -219,8 +219,8 @@ def calibrate(report: dict[str, Any], to: Optional[Path]) -> tuple[Path, str, Co
         raise InvalidArgument(f"expected figures of the intranode benchmark, got {report.get('benchmark')!r}")
     environment = report.get("environment", {})
     if "host" in (report.get("heap"), environment.get("DEEP_EP_HEAP")):
-        raise InvalidArgument("these figures are of a heap in host memory (DEEP_EP_HEAP=host, or GPUs that do not reach "
-                              "each other), which no model is for")
+        raise InvalidArgument("these figures are of a heap in host memory (DEEP_EP_HEAP=host, or GPUs without peer "
+                              "access), which no model is for")
     num_ranks, rows = report["num_ranks"], report["rows"]
     link = 0.0 if report["ranks_as_threads"] else max((row["ceiling_gb_per_s"] for row in rows), default=0.0)
     costs = {operation: fit(samples_of(rows, operation, num_ranks), link) for operation in OPERATIONS}

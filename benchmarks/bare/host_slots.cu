@@ -26,17 +26,17 @@
 constexpr int kRows = 4096, kBlocks = 16;
 
 struct Shape {
-    const char* x;            // rows to send, in GPU memory
-    char *out, *own;          // rows received, and kept, in GPU memory
+    const char* x;    // rows to send, in GPU memory
+    char *out, *own;  // rows received, and kept, in GPU memory
     int* words;
     char *to_slots, *my_slots;  // host
     char *to_full, *my_full;    // flags, host: at the receiver
     char *my_empty, *to_empty;  // flags, host: at the sender
     int row_bytes, window, flag_stride, send_warps, recv_warps;
-    int sleep_ns;       // between polls
-    int batch;          // rows to a flag
-    int metadata_words; // written and read word by word behind each row, as dispatch's scales and ids are
-    bool keeps_own;     // each row also goes to this GPU's own memory, as in dispatch
+    int sleep_ns;        // between polls
+    int batch;           // rows to a flag
+    int metadata_words;  // written and read word by word behind each row, as dispatch's scales and ids are
+    bool keeps_own;      // each row also goes to this GPU's own memory, as in dispatch
     unsigned long long call;
 };
 
@@ -88,11 +88,14 @@ __global__ void __launch_bounds__(1024) exchange(Shape s) {
         const int slot = first % s.window, last = first + s.batch - 1;
         const int flag = slot / s.batch;
         if (is_sender) {
-            if (first >= s.window) wait_for(s.my_empty + int64_t(flag) * s.flag_stride, base + first - s.window + 1, s.sleep_ns);
+            if (first >= s.window)
+                wait_for(s.my_empty + int64_t(flag) * s.flag_stride, base + first - s.window + 1, s.sleep_ns);
             for (int i = 0; i < s.batch; ++i) {
                 char* to = s.to_slots + int64_t(slot + i) * stride;
                 copy_row(to, s.x + int64_t(first + i) * s.row_bytes, s.row_bytes);
-                if (s.keeps_own) copy_row(s.own + int64_t(first + i) * s.row_bytes, s.x + int64_t(first + i) * s.row_bytes, s.row_bytes);
+                if (s.keeps_own)
+                    copy_row(s.own + int64_t(first + i) * s.row_bytes, s.x + int64_t(first + i) * s.row_bytes,
+                             s.row_bytes);
                 write_words(to + s.row_bytes, s.metadata_words);
             }
             __syncwarp();
@@ -141,7 +144,8 @@ int main() {
     for (int g = 0; g < 2; ++g) memory[g] = pinned(slots + 2 * flags, false);
     for (int g = 0; g < 2; ++g) {
         s[g].my_slots = memory[g], s[g].my_full = memory[g] + slots, s[g].my_empty = memory[g] + slots + flags;
-        s[g].to_slots = memory[1 - g], s[g].to_full = memory[1 - g] + slots, s[g].to_empty = memory[1 - g] + slots + flags;
+        s[g].to_slots = memory[1 - g], s[g].to_full = memory[1 - g] + slots,
+        s[g].to_empty = memory[1 - g] + slots + flags;
     }
     unsigned long long call = 0;
     auto run = [&](const char* name, int row_bytes, int window, int stride, int send, int recv, int sleep, int batch,
@@ -151,7 +155,8 @@ int main() {
             ++call;
             for (int g = 0; g < 2; ++g) {
                 s[g].row_bytes = row_bytes, s[g].window = window, s[g].flag_stride = stride;
-                s[g].send_warps = send, s[g].recv_warps = recv, s[g].sleep_ns = sleep, s[g].batch = batch, s[g].call = call;
+                s[g].send_warps = send, s[g].recv_warps = recv, s[g].sleep_ns = sleep, s[g].batch = batch,
+                s[g].call = call;
                 s[g].metadata_words = words, s[g].keeps_own = keeps_own;
                 CHECK(cudaSetDevice(g));
                 CHECK(cudaEventRecord(begin[g], stream[g]));
@@ -169,8 +174,9 @@ int main() {
             if (i > 0) times.push_back(worst);
         }
         std::sort(times.begin(), times.end());
-        std::printf("%-28s row %5d window %4d stride %3d warps %2d+%2d sleep %4d batch %2d: %7.0f us %5.1f GB/s\n", name, row_bytes,
-                    window, stride, send, recv, sleep, batch, times[1] * 1e3, kRows * double(row_bytes) / times[1] / 1e6);
+        std::printf("%-28s row %5d window %4d stride %3d warps %2d+%2d sleep %4d batch %2d: %7.0f us %5.1f GB/s\n",
+                    name, row_bytes, window, stride, send, recv, sleep, batch, times[1] * 1e3,
+                    kRows * double(row_bytes) / times[1] / 1e6);
         std::fflush(stdout);
     };
     for (const int row : {7168, 14336}) {

@@ -11,8 +11,8 @@
 #include <cuda_runtime.h>
 #include <nvshmem.h>
 #include <nvshmemx.h>
-#include <unistd.h>
 #include <sys/wait.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -20,12 +20,12 @@
 #include <cstring>
 #include <vector>
 
-#define CHECK(call)                                                                                   \
-    do {                                                                                              \
-        if (cudaError_t e = (call); e != cudaSuccess) {                                               \
-            std::fprintf(stderr, "%s:%d %s\n", __FILE__, __LINE__, cudaGetErrorString(e));            \
-            std::_Exit(1);                                                                            \
-        }                                                                                             \
+#define CHECK(call)                                                                        \
+    do {                                                                                   \
+        if (cudaError_t e = (call); e != cudaSuccess) {                                    \
+            std::fprintf(stderr, "%s:%d %s\n", __FILE__, __LINE__, cudaGetErrorString(e)); \
+            std::_Exit(1);                                                                 \
+        }                                                                                  \
     } while (0)
 
 enum Way { kPutWarp, kPutWarpNoFlag, kPutBlock, kStoreWarp, kStoreBlock, kNumWays };
@@ -137,8 +137,8 @@ int main(int argc, char** argv) {
     for (size_t i = 0; i < total; ++i) noise[i] = static_cast<unsigned char>((i * 2654435761u) >> 13);
     CHECK(cudaMemcpy(s.src, noise.data(), total, cudaMemcpyHostToDevice));
     if (rank == 0)
-        std::printf("%d blocks; GB/s of each way\n%6s %9s %18s %18s %18s %18s %18s\n", blocks, "warps", "chunk", kNames[0],
-                    kNames[1], kNames[2], kNames[3], kNames[4]);
+        std::printf("%d blocks; GB/s of each way\n%6s %9s %18s %18s %18s %18s %18s\n", blocks, "warps", "chunk",
+                    kNames[0], kNames[1], kNames[2], kNames[3], kNames[4]);
     for (const int warps : {8, 12, 24}) {
         for (const size_t kib : {4, 16, 64, 128, 256, 1024}) {
             s.chunk_bytes = kib << 10;

@@ -53,8 +53,7 @@ EP_DEVICE uint8_t* reach(const Rail& rail, int peer);
 
 // One thread. The flag of `num_bytes` that have been stored into the peer's window through reach(), by this thread or ordered
 // before it: what a put says of its own bytes.
-template <class Wait>
-EP_DEVICE bool tell(const Rail& rail, int peer, uint64_t num_bytes, Flag flag, const Wait& wait);
+template <class Wait> EP_DEVICE bool tell(const Rail& rail, int peer, uint64_t num_bytes, Flag flag, const Wait& wait);
 
 // One thread, once it has seen `flag.value` in its own window, by whatever load. From here on it may read what the flag
 // guards; other lanes of its warp after a __syncwarp(). Of a counter: what all adds guard that it has seen.

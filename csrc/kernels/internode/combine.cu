@@ -175,9 +175,8 @@ EP_DEVICE void sum_many_rows(algo::Warp warp, const RowSources& sources, int num
 #pragma unroll
             for (int i = 0; i < kVecs; ++i) sums[i].add(pieces.second.vec[i]);
         });
-        algo::for_piece<kVecs>(warp, kPieces, end, [&](int i, int vec) {
-            prim::store_streaming(target + base + vec, sums[i].rounded());
-        });
+        algo::for_piece<kVecs>(warp, kPieces, end,
+                               [&](int i, int vec) { prim::store_streaming(target + base + vec, sums[i].rounded()); });
     }
 }
 

@@ -88,8 +88,7 @@ public:
     EP_DEVICE uint8_t* staging(int node, int position) const {
         uint8_t* const there = rail::reach(rail_, peer(node));
         const uint64_t slot = slot_of(position);
-        return there != nullptr ? there + place_there(node, slot)
-                                : rail::at<uint8_t>(rail_, staging_place(node, slot));
+        return there != nullptr ? there + place_there(node, slot) : rail::at<uint8_t>(rail_, staging_place(node, slot));
     }
     EP_DEVICE const uint8_t* received(int node, int position) const {
         return rail::at<const uint8_t>(

@@ -77,8 +77,7 @@ template <class Wait> EP_DEVICE bool add(const Rail& rail, int peer, uint64_t co
 // A put to such a peer would be copied by the calling warp alone.
 EP_DEVICE uint8_t* reach(const Rail& rail, int peer) { return reinterpret_cast<uint8_t*>(rail.view.reached[peer]); }
 
-template <class Wait>
-EP_DEVICE bool tell(const Rail& rail, int peer, uint64_t num_bytes, Flag flag, const Wait& wait) {
+template <class Wait> EP_DEVICE bool tell(const Rail& rail, int peer, uint64_t num_bytes, Flag flag, const Wait& wait) {
     detail::count_bytes(rail, peer, num_bytes);
     return set(rail, peer, flag, wait);
 }

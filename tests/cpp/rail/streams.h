@@ -106,9 +106,7 @@ EP_DEVICE bool wait_for_flag(const rail::Rail& rail, const Patience& patience, u
 
 // A worker is a warp, of any block.
 EP_DEVICE int num_workers() { return static_cast<int>(gridDim.x * blockDim.x) / prim::kWarpSize; }
-EP_DEVICE int worker_idx() {
-    return prim::warp_idx() + static_cast<int>(blockIdx.x * blockDim.x) / prim::kWarpSize;
-}
+EP_DEVICE int worker_idx() { return prim::warp_idx() + static_cast<int>(blockIdx.x * blockDim.x) / prim::kWarpSize; }
 
 // What the kernels have in common: all threads of `Kernel` call take_part().
 template <class Kernel> struct TrafficKernel {
@@ -144,8 +142,8 @@ struct StreamsKernel : TrafficKernel<StreamsKernel> {
             uint8_t* const there = i % 2 == 0 ? nullptr : rail::reach(rail, peer);
             const rail::Copy copy{p.places.received(p.rank, slot), p.places.staging(peer, slot),
                                   4 * p.num_words(p.rank, peer, i)};
-            auto* words = there == nullptr ? rail::at<uint32_t>(rail, copy.src)
-                                           : reinterpret_cast<uint32_t*>(there + copy.dst);
+            auto* words =
+                there == nullptr ? rail::at<uint32_t>(rail, copy.src) : reinterpret_cast<uint32_t*>(there + copy.dst);
             const uint32_t num_words = copy.bytes / 4;
             for (uint32_t w = static_cast<uint32_t>(prim::lane_idx()); w < num_words; w += prim::kWarpSize)
                 words[w] = p.content(p.rank, peer, i, w);
