@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "core/error.h"
+#include "device/simt/device.h"
 
 namespace deep_ep::runtime {
 namespace {
@@ -26,6 +27,13 @@ Machine cpu(int num_ranks) {
     machine.num_sms = 4;
     machine.useful_block_threads = 128;
     return machine;
+}
+
+TEST_CASE("plan: rows to and from a heap in host memory go through registers") {
+    simt::Scheduler scheduler;
+    const simt::SimtDevice device(scheduler, 0);
+    CHECK(Machine::of(device, 2, dev::Placement::kDevice).has_bulk_copy);
+    CHECK_FALSE(Machine::of(device, 2, dev::Placement::kHost).has_bulk_copy);
 }
 
 layout::SlotLayout dispatch_slot(uint64_t row_bytes) { return layout::SlotLayout::for_dispatch(row_bytes, 8, 56); }
