@@ -201,6 +201,9 @@ TEST_CASE("across nodes the roles share the warps by their rows") {
     // A token of two nodes of one rank stays in one of them, or goes once over the rail: read twice, written to three places.
     const auto pair = plan_internode_dispatch(gpu(2), nodes_of(2, 1), 8, 20, true);
     CHECK_GT(pair.node.num_send_warps, pair.num_forward_warps);
+    // Its way back: summed there, and here with what this rank has itself.
+    const auto back = plan_internode_combine(gpu(2), nodes_of(2, 1), 8, 20, true);
+    CHECK_EQ(back.node.num_recv_warps, back.num_forward_warps);
     // With more nodes a token is forwarded more often than it is sent.
     const auto many = plan_internode_dispatch(gpu(64), nodes_of(8, 8), 8, 20, true);
     CHECK_LT(many.node.num_send_warps, many.num_forward_warps);
