@@ -84,8 +84,8 @@ struct RoleRows {
     double own, forward, streams;
 };
 
-// As if each of a token's entries chose among the ranks by lot. What a combine's forwarders put onto the rail counts twice: with
-// as many warps as reducers they were the slower ones (2 x H200: 9 and 7 warps 451 us, 8 and 8 416).
+// As if each of a token's entries chose among the ranks by lot. What a combine's forwarders put onto the rail counts twice, since
+// they are the slower ones (2 x H200, two nodes of one: 9 warps that reduce and 7 that forward 451 us, 8 and 8 416).
 RoleRows count_role_rows(const layout::Topology& topology, int num_topk, bool has_streams, bool is_combine) {
     const int num_entries = num_topk > 0 ? num_topk : kUsualTopk;
     const auto num_chosen = [&](int count) { return count * (1 - std::pow(1 - 1.0 / count, num_entries)); };
