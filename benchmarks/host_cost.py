@@ -413,7 +413,7 @@ def compare(trees: dict[str, Path], cores: list[int], num_turns: int, num_rounds
     if save:
         facts = {"command": sys.argv, "cores": cores, "trees": {name: str(path) for name, path in trees.items()}}
         columns = ["least us", "cpu us", "wall us"]
-        Path(save).write_text(json.dumps({**facts, "columns": columns, "turns": found}, indent=1), encoding="utf-8")
+        Path(save).write_text(json.dumps({**facts, "columns": columns, "turns": found}), encoding="utf-8")
     first = next(iter(trees))
     print(f"{'call':24}" + "".join(f"{name[-14:]:>15}{'median':>8}" + ("" if name == first else f"{'of ' + first:>16}")
                                    for name in trees))
@@ -469,7 +469,10 @@ def serve(rank: int, num_ranks: int, meeting: str, core: int, num_rounds: int) -
         for call in calls.values():
             measure(call, settle, 1)
         for _ in sys.stdin:
-            figures = {name: measure(call, settle, num_rounds) for name, call in calls.items()}
+            figures = {
+                name: [round(us, 2) for us in measure(call, settle, num_rounds)]
+                for name, call in calls.items()
+            }
             os.write(answer, (json.dumps(figures) + "\n").encode())
 
 
