@@ -469,10 +469,7 @@ def serve(rank: int, num_ranks: int, meeting: str, core: int, num_rounds: int) -
         for call in calls.values():
             measure(call, settle, 1)
         for _ in sys.stdin:
-            figures = {
-                name: [round(us, 2) for us in measure(call, settle, num_rounds)]
-                for name, call in calls.items()
-            }
+            figures = {name: [round(us, 2) for us in measure(call, settle, num_rounds)] for name, call in calls.items()}
             os.write(answer, (json.dumps(figures) + "\n").encode())
 
 
