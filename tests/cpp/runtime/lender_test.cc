@@ -130,6 +130,17 @@ TEST_CASE_FIXTURE(Fixture, "one stream: no event and no wait") {
     CHECK(device->events.empty());
 }
 
+TEST_CASE_FIXTURE(Fixture, "calls on one stream: no event, whichever streams have had calls before") {
+    lender.note_stream(kMain, false);
+    lender.note_stream(kComm, true);
+    for (int i = 0; i < 5; ++i) {
+        const uint64_t offset = take(8 * kMiB, kMain);
+        device->work(kMain);
+        lender.give_back(offset, kMain);
+    }
+    CHECK(device->events.empty());
+}
+
 TEST_CASE_FIXTURE(Fixture, "the stream that is current where a tensor is dropped, on whichever thread") {
     lender.note_stream(kMain, false);
     const uint64_t offset = take(8 * kMiB, kMain);
