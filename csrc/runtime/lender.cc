@@ -138,9 +138,20 @@ std::vector<uint64_t> Lender::take(std::span<const uint64_t> sizes, dev::Stream 
     last_taker_ = stream;
     collect(stream);
     std::vector<uint64_t> found = take_free(sizes);
+    std::vector<dev::Stream> joined;  // `stream` comes after all that these have now
+    const auto needs_no_wait = [&](const Use& use) {
+        return has_ended(use, stream) || (!use.event && std::count(joined.begin(), joined.end(), use.stream) > 0);
+    };
     const auto wait = [&](dev::Event event) { device_->stream_wait_event(stream, event); };
-    const auto settle = [&](const Use& use) { return has_ended(use, stream) || wait_for(use, wait); };
+    const auto settle = [&](const Use& use) {
+        if (needs_no_wait(use)) return true;
+        if (!wait_for(use, wait)) return false;
+        if (!use.event) joined.push_back(use.stream);
+        return true;
+    };
     while (found.empty() && !returned_.empty() && settle_oldest(settle)) found = take_free(sizes);
+    while (!joined.empty() && !returned_.empty() && settle_oldest(needs_no_wait)) {
+    }
     return found;
 }
 
