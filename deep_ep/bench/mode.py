@@ -48,7 +48,7 @@ class Samples:
 
 def carried_by(engine: str) -> str:
     """The notice. `engine`: as a Buffer names it."""
-    return f"Between nodes, bytes are carried by the engine {engine.split(' ')[0]}."
+    return f"Between nodes, bytes are carried by the engine {engine.split(' ', maxsplit=1)[0]}."
 
 
 class ModeBenchmark:

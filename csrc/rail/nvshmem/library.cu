@@ -83,7 +83,14 @@ bool barrier(const void* on_device, Complaint* complaint) {
     });
 }
 
-bool is_reached(const void* window, int pe) { return nvshmem_ptr(window, pe) != nullptr; }
+const void* reach(const void* window, int pe) { return nvshmem_ptr(window, pe); }
+
+bool orders_nic_for_all(const void* window) {
+    int ordering = 0;
+    const cudaError_t error =
+        cudaDeviceGetAttribute(&ordering, cudaDevAttrGPUDirectRDMAWritesOrdering, device_of(window));
+    return error == cudaSuccess && ordering >= cudaGPUDirectRDMAWritesOrderingAllDevices;
+}
 
 struct SetKernel {
     using Params = SetParams;
@@ -124,7 +131,8 @@ extern "C" __attribute__((visibility("default"))) const deep_ep::rail::nvshmem::
         .join = &join,
         .allocate = &allocate,
         .barrier = &barrier,
-        .is_reached = &is_reached,
+        .reach = &reach,
+        .orders_nic_for_all = &orders_nic_for_all,
         .launch_set = &launch_set,
     };
     return &library;

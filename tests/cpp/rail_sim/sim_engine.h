@@ -35,6 +35,7 @@ struct SimOptions {
     uint64_t seed = 0;
     int steps = 1;             // that the network may take in a pass of the schedule: more where many ranks are on it
     size_t max_posted = 4096;  // requests of a rank that are under way; then posters wait
+    bool shares_windows = true;
 };
 
 class SimNetwork {
@@ -52,6 +53,8 @@ public:
     bool has_room(int rank) const;
     void post(int rank, const Request& request);
     void confirm(int rank, uint64_t flag, uint64_t value);
+    void confirm_at(int rank, const uint64_t* word, uint64_t value);
+    std::vector<const uint8_t*> share_windows(const std::vector<int>& neighbours);
 
 private:
     struct Message;
@@ -89,6 +92,9 @@ public:
     std::string name() const override { return "sim"; }
     std::string address() const override { return {}; }
     void connect(const std::vector<std::string>&, const std::vector<int>&) override {}
+    std::vector<const uint8_t*> share_windows(const std::vector<int>& neighbours) override {
+        return network_.share_windows(neighbours);
+    }
     Window window() const override { return window_; }
     Params params() const override;
     size_t chunk_bytes() const override { return 512; }
