@@ -220,9 +220,12 @@ void Connection::destroy(double timeout_s) noexcept {
     const auto left_s = [&] { return std::max(0.0, std::chrono::duration<double>(deadline - Clock::now()).count()); };
     desk_->close();
     // What our engine receives may be for a neighbour that has not done with its calls.
-    if (node_windows() != nullptr && !desk_->has_failed()) heap_->part(timeout_s);
-    if (engine_ != nullptr) engine_->release(left_s());
-    heap_->release(left_s(), std::shared_ptr<rail::Engine>(std::move(engine_)));
+    const bool is_window_shared = node_windows() != nullptr;
+    if (is_window_shared && !desk_->has_failed()) heap_->part(timeout_s);
+    if (engine_ != nullptr) engine_->release(is_window_shared ? left_s() : timeout_s);
+    std::shared_ptr<rail::Engine> engine = std::move(engine_);
+    if (!is_window_shared) engine.reset();
+    heap_->release(left_s(), std::move(engine));
     heap_.reset();
     node_windows_.reset();
     mailbox_.reset();
