@@ -76,9 +76,8 @@ Connection::Connection(std::shared_ptr<dev::Device> device, const BufferOptions&
 
 std::unique_ptr<rail::Engine> Connection::make_engine() const {
     if (topology_.num_nodes() == 1) return nullptr;
-    return options_.make_engine(
-        device_, {options_.rail, options_.rank, static_cast<size_t>(rail_region_.num_bytes()), options_.timeout_s,
-                  may_share_windows()});
+    return options_.make_engine(device_, {options_.rail, options_.rank, static_cast<size_t>(rail_region_.num_bytes()),
+                                          options_.timeout_s, may_share_windows()});
 }
 
 // A rank that is left out of calls, and does not know it, still reads what it was sent: with a copy for each rank that is its own.

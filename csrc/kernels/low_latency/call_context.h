@@ -94,7 +94,8 @@ struct CallContext {
     EP_DEVICE const uint8_t* row_slot(int source, int token) const {
         if constexpr (kAcrossNodes)
             if (is_far(source))
-                return far().at_holder<const uint8_t>(source, far_message(rank(), source) + call.message.slots.at(token));
+                return far().at_holder<const uint8_t>(source,
+                                                      far_message(rank(), source) + call.message.slots.at(token));
         return slot(rank(), source, token);
     }
     // The flag of a token at a near rank.

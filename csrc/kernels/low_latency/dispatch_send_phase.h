@@ -135,8 +135,8 @@ EP_DEVICE void send_token(Block block, const Params& p, const CallContext& c, co
     int last_holder = -1;
 #pragma unroll 1
     for (int first = 0; first < c.num_ranks(); first += kWarpSize) {
-        const bool is_sent = is_destination(warp, c, ids_of(p), head.id, token, first,
-                                            [&](int peer) { return phase.leaves_out(peer); });
+        const bool is_sent =
+            is_destination(warp, c, ids_of(p), head.id, token, first, [&](int peer) { return phase.leaves_out(peer); });
         const int rank = first + warp.thread_rank();
         const uint32_t far_lanes = kAcrossNodes ? __ballot_sync(kFullMask, is_sent && c.is_far(rank)) : 0;
         const Targets targets = targets_of(warp, c, token, rank, is_sent, far_lanes, is_staged);

@@ -41,9 +41,8 @@ HostEngine::HostEngine(std::shared_ptr<dev::Device> device, const HostOptions& o
       window_memory_(options.shares_window
                          ? OwnedHostMapped()
                          : OwnedHostMapped(device_, device_->allocate_host_mapped(options.window_bytes))),
-      shared_memory_(options.shares_window
-                         ? dev::make_shareable(device_, options.window_bytes, dev::Placement::kHost)
-                         : dev::OwnedShareable()),
+      shared_memory_(options.shares_window ? dev::make_shareable(device_, options.window_bytes, dev::Placement::kHost)
+                                           : dev::OwnedShareable()),
       window_(options.shares_window
                   ? Window{shared_memory_.get().address, shared_memory_.get().address, options.window_bytes}
                   : Window{window_memory_.get().host, window_memory_.get().device, options.window_bytes}),

@@ -78,7 +78,7 @@ private:
     Window window_;
     CommandRing ring_;
     Rendezvous rendezvous_;
-    Connections connections_;                 // fixed while the threads run
+    Connections connections_;                  // fixed while the threads run
     std::vector<std::string> window_handles_;  // by rank
     std::vector<dev::Mapping> mappings_;       // of neighbours' windows
 

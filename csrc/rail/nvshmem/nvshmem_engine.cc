@@ -63,8 +63,8 @@ bool NvshmemEngine::is_reached(int rank) const {
 std::vector<const uint8_t*> NvshmemEngine::share_windows(const std::vector<int>& neighbours) {
     std::vector<const uint8_t*> windows;
     for (const int rank : neighbours)
-        windows.push_back(static_cast<const uint8_t*>(
-            world_.library().reach(window_.device, pes_here_[static_cast<size_t>(rank)])));
+        windows.push_back(
+            static_cast<const uint8_t*>(world_.library().reach(window_.device, pes_here_[static_cast<size_t>(rank)])));
     std::vector<int> others(pes_here_.size());
     std::iota(others.begin(), others.end(), 0);
     others.erase(others.begin() + options_.rank);

@@ -54,7 +54,7 @@ private:
     dev::DeviceArray<Posted> posted_;  // by rank, as pes_
     dev::DeviceArray<int32_t> pes_;
     std::vector<int32_t> pes_here_;  // the same, for the host
-    dev::OwnedStream stream_;  // of set()
+    dev::OwnedStream stream_;        // of set()
     int window_number_ = World::kNoWindow;
     Window window_;
     bool is_every_peer_reached_ = false;  // by loads and stores; the same on all ranks of a rail

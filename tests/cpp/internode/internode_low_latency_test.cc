@@ -67,7 +67,8 @@ Sent expected_bytes(const NodesOptions& options, const LowLatencyProblem& proble
     const auto num_tokens = [&](int of) { return problem.num_tokens[static_cast<size_t>(of)]; };
     const auto has_entry = [&](int source, int token, int first, int count) {
         for (int k = 0; k < problem.num_topk; ++k) {
-            const auto expert = ranks[static_cast<size_t>(source)].topk_idx[static_cast<size_t>(token * problem.num_topk + k)];
+            const auto expert =
+                ranks[static_cast<size_t>(source)].topk_idx[static_cast<size_t>(token * problem.num_topk + k)];
             const int64_t owner = expert < 0 ? -1 : expert / problem.num_local_experts();
             if (owner >= first && owner < first + count) return true;
         }
@@ -75,7 +76,8 @@ Sent expected_bytes(const NodesOptions& options, const LowLatencyProblem& proble
     };
     const auto count_tokens = [&](int source, int first, int count) {
         uint64_t found = 0;
-        for (int token = 0; token < num_tokens(source); ++token) found += has_entry(source, token, first, count) ? 1 : 0;
+        for (int token = 0; token < num_tokens(source); ++token)
+            found += has_entry(source, token, first, count) ? 1 : 0;
         return found;
     };
     const auto hidden = static_cast<uint64_t>(problem.hidden), num_topk = static_cast<uint64_t>(problem.num_topk);
@@ -83,16 +85,18 @@ Sent expected_bytes(const NodesOptions& options, const LowLatencyProblem& proble
     const auto rounded = [](uint64_t bytes) { return layout::align_up(bytes, 16); };
     const uint64_t row = problem.is_fp8 ? rounded(hidden + 4 * hidden / 128) : 2 * hidden;
     const bool is_on_rail = place.index_of(peer) == place.index();
-    const uint64_t copies = !options.shares_windows ? count_tokens(rank, peer, 1)
-                            : is_on_rail ? count_tokens(rank, place.node_of(peer) * options.ranks_per_node, options.ranks_per_node)
-                                         : 0;
+    const uint64_t copies =
+        !options.shares_windows ? count_tokens(rank, peer, 1)
+        : is_on_rail ? count_tokens(rank, place.node_of(peer) * options.ranks_per_node, options.ranks_per_node)
+                     : 0;
     const uint64_t table = rounded(16 + 4 * static_cast<uint64_t>(problem.num_experts) + 4 * own_entries);
     const uint64_t weights =
         rounded(16 + 4 * static_cast<uint64_t>(problem.num_max_tokens) * num_topk + 4 * own_entries);
     return {table + copies * row, weights + count_tokens(peer, rank, 1) * 2 * hidden};
 }
 
-TEST_CASE("low latency across nodes: bytes on the rail are those of the formula: a row once for each node, or each rank") {
+TEST_CASE(
+    "low latency across nodes: bytes on the rail are those of the formula: a row once for each node, or each rank") {
     for (const bool shares_windows : {true, false})
         for (const bool is_fp8 : {true, false}) {
             CAPTURE(shares_windows);

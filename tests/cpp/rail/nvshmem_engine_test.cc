@@ -85,8 +85,7 @@ Library make_library() {
                 ++fake.num_barriers;
                 return true;
             },
-        .reach = [](const void* window,
-                    int pe) { return fake.is_reached && pe != fake.unreached ? window : nullptr; },
+        .reach = [](const void* window, int pe) { return fake.is_reached && pe != fake.unreached ? window : nullptr; },
         .orders_nic_for_all = [](const void*) { return fake.orders_nic_for_all; },
         .launch_set =
             [](const SetParams* params, void*, Complaint* complaint) {
