@@ -13,7 +13,7 @@
 #include "kernels/intranode/call_session.h"
 #include "kernels/intranode/combine_reduce.h"
 #include "kernels/intranode/row_return.h"
-#include "kernels/kernel_table.h"
+#include "kernels/params.h"
 
 namespace deep_ep::kernels::internode::combine {
 inline namespace EP_BACKEND {
@@ -41,25 +41,25 @@ struct RailCombineContext {
 };
 
 // Rows of one owner at a rank of this node, as this rank, the owner or its forwarder, gets them.
-struct RowSource {
+struct OwnerRows {
     int owner;  // of all ranks
     int node;   // its
     int rank;   // of this node
 };
 
 // Has the row come? A rank that lends its rows, or this one's own, never makes anybody wait.
-EP_DEVICE algo::FlagTest row_is_here(const RailCombineContext& c, const RowSource& source, int position) {
+EP_DEVICE algo::FlagTest row_is_here(const RailCombineContext& c, const OwnerRows& source, int position) {
     if (kernels::combine::direct_rows(c.local, source.owner, source.rank) != nullptr) return {nullptr, 0};
     return c.local.ring.from(source.rank, source.node).row_is_here(position);
 }
 
-EP_DEVICE const uint8_t* row_at(const RailCombineContext& c, const RowSource& source, int position) {
+EP_DEVICE const uint8_t* row_at(const RailCombineContext& c, const OwnerRows& source, int position) {
     const uint8_t* rows = kernels::combine::direct_rows(c.local, source.owner, source.rank);
     return rows != nullptr ? rows + static_cast<int64_t>(position) * c.p.row_bytes
                            : c.local.ring.from(source.rank, source.node).slot(position);
 }
 
-EP_DEVICE const float* weights_at(const RailCombineContext& c, const RowSource& source, int position) {
+EP_DEVICE const float* weights_at(const RailCombineContext& c, const OwnerRows& source, int position) {
     if (kernels::combine::direct_rows(c.local, source.owner, source.rank) != nullptr)
         return kernels::combine::direct_weights(c.local, source.owner, source.rank) +
                static_cast<int64_t>(position) * c.p.num_topk;
@@ -68,14 +68,14 @@ EP_DEVICE const float* weights_at(const RailCombineContext& c, const RowSource& 
 }
 
 // After every lane's reads, and a sync().
-EP_DEVICE void give_slot_back(const RailCombineContext& c, const RowSource& source, int position) {
+EP_DEVICE void give_slot_back(const RailCombineContext& c, const OwnerRows& source, int position) {
     if (kernels::combine::direct_rows(c.local, source.owner, source.rank) == nullptr)
         c.local.ring.from(source.rank, source.node)
             .give_back(position, c.local.rows.num_rows(source.owner, source.rank));
 }
 
 // False: the row at `position` is none of those that the owner has there.
-EP_DEVICE bool is_stated(const RailCombineContext& c, const RowSource& source, int token, int position) {
+EP_DEVICE bool is_stated(const RailCombineContext& c, const OwnerRows& source, int token, int position) {
     const int num_rows = c.local.rows.num_rows(source.owner, source.rank);
     return position < num_rows ||
            refuse_position(c.local.watch, c.local.watch.heap.first_rank() + source.rank, token, position, num_rows);
@@ -146,7 +146,7 @@ public:
     }
 
 private:
-    EP_DEVICE RowSource source(int node, int rank) const { return {c_.link.peer(node), node, rank}; }
+    EP_DEVICE OwnerRows source(int node, int rank) const { return {c_.link.peer(node), node, rank}; }
     // Of the token's row at a rank here, -1: none.
     EP_DEVICE int place_of(int node, int position, int rank) const {
         const int64_t token = static_cast<int64_t>(c_.rail.first_token(node)) + position;
@@ -232,7 +232,7 @@ private:
     EP_DEVICE int num_rows() const { return c_.num_ranks() + c_.link.num_nodes(); }
     EP_DEVICE bool is_rank(int i) const { return i < c_.num_ranks(); }
     EP_DEVICE int node_of(int i) const { return i - c_.num_ranks(); }
-    EP_DEVICE RowSource source(int rank) const { return {c_.self(), c_.link.node(), rank}; }
+    EP_DEVICE OwnerRows source(int rank) const { return {c_.self(), c_.link.node(), rank}; }
 
     // Where row i of the token stands in its stream, -1: there is none.
     EP_DEVICE int place_of(int token, int i) const {

@@ -11,9 +11,8 @@
 #include "kernels/internode/rail_roles.h"
 #include "kernels/internode/stated_rows.h"
 #include "kernels/intranode/call_session.h"
-#include "kernels/intranode/dispatch_begin.h"
-#include "kernels/intranode/dispatch_context.h"
-#include "kernels/kernel_table.h"
+#include "kernels/intranode/dispatch_parts.h"
+#include "kernels/params.h"
 
 namespace deep_ep::kernels::internode::dispatch {
 inline namespace EP_BACKEND {
