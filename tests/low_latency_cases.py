@@ -103,7 +103,7 @@ def hooks_in_turn(worker: Worker, work: Workload, order: list[int]) -> None:
 
 
 def gone_after_its_last_call(worker: Worker, rounds: int) -> None:
-    """All rows are for rank 1, from rank 2. The others have nothing to wait for and go, also who holds the rows for it."""
+    """All rows are for rank 1, from rank 2. The others wait for nothing, and go; also who holds the rows for it."""
     num_tokens, hidden, num_ranks = 64, 7168, len(worker.ranks)
     topk_idx = torch.ones((num_tokens if worker.rank == 2 else 0, 1), dtype=torch.int64, device=device())
     for value in range(1, rounds + 1):
