@@ -83,7 +83,7 @@ bool barrier(const void* on_device, Complaint* complaint) {
     });
 }
 
-const void* reach(const void* window, int pe) { return nvshmem_ptr(window, pe); }
+void* reach(const void* window, int pe) { return nvshmem_ptr(window, pe); }
 
 bool orders_nic_for_all(const void* window) {
     int ordering = 0;

@@ -40,6 +40,7 @@ void NvshmemEngine::connect(const std::vector<std::string>& addresses, const std
     for (const std::string& address : addresses) all.push_back(from_bytes(address, all.size()));
     posted_ = {device_, all.size()};
     pes_ = {device_, all.size()};
+    reached_ = {device_, all.size()};
     const World::Lease lease = world_.meet(all, options_.rank, pes_.get());
     window_number_ = lease.number;
     window_ = {nullptr, lease.address, options_.window_bytes};
@@ -50,21 +51,19 @@ void NvshmemEngine::connect(const std::vector<std::string>& addresses, const std
     world_.barrier(pes_.get());
     clear_window();
     world_.barrier(pes_.get());
+    find_reached(peers);
     // All ranks of a rail choose the same size of chunks; every way carries a word now; and the kernel of set() is loaded, which
     // later might wait for kernels that wait for it.
-    is_every_peer_reached_ =
-        agree(peers, std::all_of(peers.begin(), peers.end(), [&](int peer) { return is_reached(peer); }));
+    is_every_peer_reached_ = agree(peers, is_every_peer_reached_);
 }
 
-bool NvshmemEngine::is_reached(int rank) const {
-    return world_.library().reach(window_.device, pes_here_[static_cast<size_t>(rank)]) != nullptr;
+void* NvshmemEngine::reach(int rank) const {
+    return world_.library().reach(window_.device, pes_here_[static_cast<size_t>(rank)]);
 }
 
 std::vector<const uint8_t*> NvshmemEngine::share_windows(const std::vector<int>& neighbours) {
     std::vector<const uint8_t*> windows;
-    for (const int rank : neighbours)
-        windows.push_back(
-            static_cast<const uint8_t*>(world_.library().reach(window_.device, pes_here_[static_cast<size_t>(rank)])));
+    for (const int rank : neighbours) windows.push_back(static_cast<const uint8_t*>(reach(rank)));
     std::vector<int> others(pes_here_.size());
     std::iota(others.begin(), others.end(), 0);
     others.erase(others.begin() + options_.rank);
@@ -76,6 +75,14 @@ std::vector<const uint8_t*> NvshmemEngine::share_windows(const std::vector<int>&
 void NvshmemEngine::clear_window() {
     device_->memset_async(window_.device, 0, window_.bytes, stream_.get());
     device_->synchronize_stream(stream_.get());
+}
+
+void NvshmemEngine::find_reached(const std::vector<int>& peers) {
+    std::vector<char*> reached(pes_here_.size());
+    for (const int peer : peers) reached[static_cast<size_t>(peer)] = static_cast<char*>(reach(peer));
+    device_->copy_now(reached_.get(), reached.data(), reached.size() * sizeof(char*));
+    is_every_peer_reached_ = std::all_of(peers.begin(), peers.end(),
+                                         [&](int peer) { return reached[static_cast<size_t>(peer)] != nullptr; });
 }
 
 // Is it so on this rank and on all of `ranks`, who ask this one? Over the rail, in a window that is clear and will be again.
@@ -102,7 +109,10 @@ bool NvshmemEngine::agree(const std::vector<int>& ranks, bool is_so) {
     return is_so_everywhere;
 }
 
-Params NvshmemEngine::params() const { return pack({static_cast<char*>(window_.device), pes_.get(), posted_.get()}); }
+Params NvshmemEngine::params() const {
+    return pack(
+        {static_cast<char*>(window_.device), pes_.get(), posted_.get(), reached_.get(), is_every_peer_reached_});
+}
 
 size_t NvshmemEngine::chunk_bytes() const {
     if (is_every_peer_reached_ || world_.transport() == Transport::kGpu) return 128 << 10;

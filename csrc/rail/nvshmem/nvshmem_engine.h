@@ -44,17 +44,19 @@ public:
 
 private:
     void clear_window();
+    void find_reached(const std::vector<int>& peers);
     bool agree(const std::vector<int>& ranks, bool is_so);
-    bool is_reached(int rank) const;
+    void* reach(int rank) const;
 
     const std::shared_ptr<dev::Device> device_;
     World& world_;
     const NvshmemOptions options_;
     const std::string introduction_;
-    dev::DeviceArray<Posted> posted_;  // by rank, as pes_
+    dev::DeviceArray<Posted> posted_;  // by rank, as the next two
     dev::DeviceArray<int32_t> pes_;
     std::vector<int32_t> pes_here_;  // the same, for the host
-    dev::OwnedStream stream_;        // of set()
+    dev::DeviceArray<char*> reached_;
+    dev::OwnedStream stream_;  // of set()
     int window_number_ = World::kNoWindow;
     Window window_;
     bool is_every_peer_reached_ = false;  // by loads and stores; the same on all ranks of a rail

@@ -25,6 +25,7 @@ struct Request {
     uint64_t dst, src;
     uint32_t bytes;
     uint64_t flag, value;
+    uint64_t told_bytes = 0;  // that the poster has stored itself
 };
 
 class SimEngine;
@@ -36,6 +37,7 @@ struct SimOptions {
     int steps = 1;             // that the network may take in a pass of the schedule: more where many ranks are on it
     size_t max_posted = 4096;  // requests of a rank that are under way; then posters wait
     bool shares_windows = true;
+    bool is_near = false;  // stores reach the windows of peers, too
 };
 
 class SimNetwork {
@@ -55,6 +57,8 @@ public:
     void confirm(int rank, uint64_t flag, uint64_t value);
     void confirm_at(int rank, const uint64_t* word, uint64_t value);
     std::vector<const uint8_t*> share_windows(const std::vector<int>& neighbours);
+    // The window of the peer, where stores reach it.
+    char* reach(int peer) const { return options_.is_near ? place(peer, 0) : nullptr; }
 
 private:
     struct Message;
