@@ -25,7 +25,7 @@ SEAM_INCLUDES = {
 # A library of its own, for NVSHMEM and CUDA alone, and where its kernels join those of the extension.
 NVSHMEM_LIBRARY = ('csrc/rail/nvshmem/library.cu', 'csrc/rail/nvshmem/rail_impl.h')
 NVSHMEM_KERNELS = ('csrc/kernels/nvshmem_kernels.h', 'csrc/kernels/internode/nvshmem_kernels.cc',
-                   'csrc/runtime/buffer.cc')
+                   'csrc/runtime/nvshmem_table.cc')
 WARN_LINES, MAX_LINES = 500, 700
 
 NATIVE_SUFFIXES = ('.h', '.cc', '.cpp', '.cu', '.cuh')
@@ -137,9 +137,7 @@ def check_backend_names(source: Source) -> Iterator[Finding]:
         return
     for number, line in enumerate(source.code, 1):
         found = re.match(r'\s*#\s*include\s*"(device/cuda|device/simt|rail/host|rail/nvshmem)/', line)
-        if found is None or source.path in NVSHMEM_LIBRARY:
-            continue
-        if source.path in NVSHMEM_KERNELS and found.group(1) == 'rail/nvshmem':
+        if found is None or source.path in NVSHMEM_LIBRARY + NVSHMEM_KERNELS:
             continue
         if source.path.startswith(f'csrc/{found.group(1)}/'):
             continue
