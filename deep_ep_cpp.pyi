@@ -66,7 +66,7 @@ def get_build() -> dict[str, Any]:
     'cache_hints': bool, 'topk_idx_bits': 32 or 64}. Features are of the CUDA half: False where there is none."""
 
 def use_torch(current_stream: Callable[[int], int], from_capsule: Callable[[Any], Any]) -> None:
-    """The handle of the stream that is current in the calling thread, on the GPU of that number; and torch.from_dlpack."""
+    """The handle of the stream that is current in the calling thread, on a numbered GPU; and torch.from_dlpack."""
 
 def is_cuda_built() -> bool: ...
 def is_sm90_compiled() -> bool: ...
@@ -121,7 +121,7 @@ class RowForm:
         that it is made as bytes and viewed, or None. None in the place of all that: there is no such tensor."""
 
 class LentRows:
-    """Rows in memory of a heap, in use; they keep the heap allocated beyond `destroy`. Dropping this gives them back."""
+    """Rows in memory of a heap, in use; they keep the heap beyond `destroy`. Dropping this gives them back."""
 
     @property
     def num_rows(self) -> int: ...
@@ -141,16 +141,16 @@ Address = Any  # a number, the tensor that is there, or None: 0
 # -- Records of arguments: written by tools/render_stub.py from csrc/kernels/params.h
 
 class _LayoutArgs(TypedDict, total=False):
-    topk_idx: Address  # address; [num_tokens, num_topk], -1: none
+    topk_idx: Address  # [num_tokens, num_topk], -1: none
     idx_bytes: int  # int32; 4 or 8
     num_tokens: int  # int32
     num_topk: int  # int32
     num_experts: int  # int32; of all ranks
     num_nodes: int  # int32; that the ranks are divided into, evenly
-    num_tokens_per_rank: Address  # address; output, [num_ranks]
-    num_tokens_per_node: Address  # address; output, [num_nodes]; or none
-    num_tokens_per_expert: Address  # address; output, [num_experts]
-    is_token_in_rank: Address  # address; output, bool [num_tokens, num_ranks]
+    num_tokens_per_rank: Address  # output, [num_ranks]
+    num_tokens_per_node: Address  # output, [num_nodes]; or none
+    num_tokens_per_expert: Address  # output, [num_experts]
+    is_token_in_rank: Address  # output, bool [num_tokens, num_ranks]
 
 class LayoutArgs:
     FIELDS: Tuple[Tuple[str, str, str], ...]
@@ -158,11 +158,11 @@ class LayoutArgs:
     def replace(self, **fields: Unpack[_LayoutArgs]) -> LayoutArgs: ...
 
 class _NotifyArgs(TypedDict, total=False):
-    num_tokens_per_rank: Address  # address; [num_ranks]
-    num_tokens_per_expert: Address  # address; [num_experts]
+    num_tokens_per_rank: Address  # [num_ranks]
+    num_tokens_per_expert: Address  # [num_experts]
     num_experts: int  # int32; of all ranks
     expert_alignment: int  # int32; of the counts that the host learns; 0 (across nodes only): it waits for none
-    rank_prefix_matrix: Address  # address; output, [num_ranks, num_ranks], [src][dst], inclusive over src
+    rank_prefix_matrix: Address  # output, [num_ranks, num_ranks], [src][dst], inclusive over src
     num_tokens: int  # int32; of the dispatch that follows, which must not be refused once its counts are out
     row_bytes: int  # uint32; likewise
     num_topk: int  # int32; likewise
@@ -174,31 +174,31 @@ class NotifyArgs:
     def replace(self, **fields: Unpack[_NotifyArgs]) -> NotifyArgs: ...
 
 class _DispatchArgs(TypedDict, total=False):
-    x: Address  # address; [num_tokens, row_bytes]
+    x: Address  # [num_tokens, row_bytes]
     num_tokens: int  # int32
     row_bytes: int  # uint32; a multiple of 16, below 2 GiB
-    scales: Address  # address; any 4-byte type
+    scales: Address  # any 4-byte type
     num_scales: int  # int32; of a token; 0: none
     scale_stride_token: int  # int64; in elements
     scale_stride_scale: int  # int64; in elements
-    topk_idx: Address  # address; [num_tokens, num_topk]
-    topk_weights: Address  # address; [num_tokens, num_topk]
+    topk_idx: Address  # [num_tokens, num_topk]
+    topk_weights: Address  # [num_tokens, num_topk]
     num_topk: int  # int32; 0: none
     idx_bytes: int  # int32; 4 or 8
     num_experts: int  # int32; of all ranks
-    is_cached: bool  # bool; the routing is that of an earlier call: the next three are none
-    num_tokens_per_rank: Address  # address; none: notify_dispatch has exchanged the counts; else this call does
-    num_tokens_per_expert: Address  # address; likewise
-    is_token_in_rank: Address  # address; bool [num_tokens, num_ranks]
-    rank_prefix_matrix: Address  # address; [num_ranks, num_ranks]; output where this call exchanges the counts
-    send_head: Address  # address; [num_tokens, num_ranks]: place among those sent there, -1: not sent; output unless cached
-    recv_x: Address  # address; output, [num_recv_rows, row_bytes]
-    recv_scales: Address  # address; output, [num_recv_rows, num_scales]
-    recv_topk_idx: Address  # address; output, [num_recv_rows, num_topk]
-    recv_topk_weights: Address  # address; output, [num_recv_rows, num_topk]
-    recv_src_idx: Address  # address; output, [num_recv_rows]; none: the caller has it already
+    is_cached: bool  # the routing is that of an earlier call: the next three are none
+    num_tokens_per_rank: Address  # none: notify_dispatch has exchanged the counts; else this call does
+    num_tokens_per_expert: Address  # likewise
+    is_token_in_rank: Address  # bool [num_tokens, num_ranks]
+    rank_prefix_matrix: Address  # [num_ranks, num_ranks]; output where this call exchanges the counts
+    send_head: Address  # [num_tokens, num_ranks]: place among those sent there, -1: not sent; output unless cached
+    recv_x: Address  # output, [num_recv_rows, row_bytes]
+    recv_scales: Address  # output, [num_recv_rows, num_scales]
+    recv_topk_idx: Address  # output, [num_recv_rows, num_topk]
+    recv_topk_weights: Address  # output, [num_recv_rows, num_topk]
+    recv_src_idx: Address  # output, [num_recv_rows]; none: the caller has it already
     num_recv_rows: int  # int32; that the outputs hold
-    is_worst_case: bool  # bool; fewer rows may arrive: the rest of recv_topk_idx is -1, of recv_topk_weights 0
+    is_worst_case: bool  # fewer rows may arrive: the rest of recv_topk_idx is -1, of recv_topk_weights 0
     expert_alignment: int  # int32; > 0: this call exchanges counts, num_recv_rows is a guess, wait_counts follows
 
 class DispatchArgs:
@@ -207,17 +207,17 @@ class DispatchArgs:
     def replace(self, **fields: Unpack[_DispatchArgs]) -> DispatchArgs: ...
 
 class _CombineArgs(TypedDict, total=False):
-    x: Address  # address; bfloat16 [num_rows, hidden]
+    x: Address  # bfloat16 [num_rows, hidden]
     num_rows: int  # int32
     hidden: int  # int32
-    topk_weights: Address  # address; [num_rows, num_topk]
+    topk_weights: Address  # [num_rows, num_topk]
     num_topk: int  # int32; 0: no weights
-    bias: tuple[Address, Address]  # two addresses; bfloat16 [num_tokens, hidden] each, or none
-    rank_prefix_matrix: Address  # address; of the dispatch
-    send_head: Address  # address; of the dispatch
+    bias: tuple[Address, Address]  # bfloat16 [num_tokens, hidden] each, or none
+    rank_prefix_matrix: Address  # of the dispatch
+    send_head: Address  # of the dispatch
     num_tokens: int  # int32
-    combined_x: Address  # address; output, bfloat16 [num_tokens, hidden]
-    combined_topk_weights: Address  # address; output, [num_tokens, num_topk]
+    combined_x: Address  # output, bfloat16 [num_tokens, hidden]
+    combined_topk_weights: Address  # output, [num_tokens, num_topk]
 
 class CombineArgs:
     FIELDS: Tuple[Tuple[str, str, str], ...]
@@ -225,9 +225,9 @@ class CombineArgs:
     def replace(self, **fields: Unpack[_CombineArgs]) -> CombineArgs: ...
 
 class _InternodeNotifyArgs(_NotifyArgs, total=False):
-    num_tokens_per_node: Address  # address; [N], the own node's is not used
-    recv_rank_prefix: Address  # address; output, [R]: rows that come here, inclusive over the sources
-    rail_prefix: Address  # address; output, [N]: tokens to forward for the rail peers, inclusive; the own node adds 0
+    num_tokens_per_node: Address  # [N], the own node's is not used
+    recv_rank_prefix: Address  # output, [R]: rows that come here, inclusive over the sources
+    rail_prefix: Address  # output, [N]: tokens to forward for the rail peers, inclusive; the own node adds 0
 
 class InternodeNotifyArgs:
     FIELDS: Tuple[Tuple[str, str, str], ...]
@@ -235,9 +235,9 @@ class InternodeNotifyArgs:
     def replace(self, **fields: Unpack[_InternodeNotifyArgs]) -> InternodeNotifyArgs: ...
 
 class _InternodeDispatchArgs(_DispatchArgs, total=False):
-    rail_prefix: Address  # address; [N], of the count exchange
-    send_rail_head: Address  # address; [num_tokens, N]: place in that stream, -1: none or own node; output unless cached
-    rail_head: Address  # address; [num_rail_rows, L]: place of a forwarded token at each rank, or -1; output unless cached
+    rail_prefix: Address  # [N], of the count exchange
+    send_rail_head: Address  # [num_tokens, N]: place in that stream, -1: none or own node; output unless cached
+    rail_head: Address  # [num_rail_rows, L]: place of a forwarded token at each rank, or -1; output unless cached
     num_rail_rows: int  # int32; that rail_head holds
 
 class InternodeDispatchArgs:
@@ -246,9 +246,9 @@ class InternodeDispatchArgs:
     def replace(self, **fields: Unpack[_InternodeDispatchArgs]) -> InternodeDispatchArgs: ...
 
 class _InternodeCombineArgs(_CombineArgs, total=False):
-    rail_prefix: Address  # address; [N], of the count exchange
-    send_rail_head: Address  # address; [num_tokens, N], of the dispatch
-    rail_head: Address  # address; [num_rail_tokens, L], of the dispatch
+    rail_prefix: Address  # [N], of the count exchange
+    send_rail_head: Address  # [num_tokens, N], of the dispatch
+    rail_head: Address  # [num_rail_tokens, L], of the dispatch
     num_rail_tokens: int  # int32; that rail_head holds
 
 class InternodeCombineArgs:
@@ -261,22 +261,22 @@ class _LowLatencyDispatchArgs(TypedDict, total=False):
     num_topk: int  # int32; K
     num_experts: int  # int32; of all ranks
     hidden: int  # int32
-    wait_stats: Address  # address; [R], the longest wait for each source is added, in ns; or none
-    number: Address  # address; on the device: what a send phase of its own leaves for the receive phase
-    is_fp8: bool  # bool; rows travel as FP8
-    rounds_scales: bool  # bool; to powers of two
-    packs_scales: bool  # bool; four exponents (UE8M0) in a word
-    x: Address  # address; bfloat16 [num_tokens, hidden]
-    topk_idx: Address  # address; [num_tokens, K]
+    wait_stats: Address  # [R], the longest wait for each source is added, in ns; or none
+    number: Address  # on the device: what a send phase of its own leaves for the receive phase
+    is_fp8: bool  # rows travel as FP8
+    rounds_scales: bool  # to powers of two
+    packs_scales: bool  # four exponents (UE8M0) in a word
+    x: Address  # bfloat16 [num_tokens, hidden]
+    topk_idx: Address  # [num_tokens, K]
     idx_bytes: int  # int32; 4 or 8
     num_tokens: int  # int32
-    recv_x: Address  # address; output, [El, R * T, hidden] bfloat16 or FP8
-    recv_scales: Address  # address; output, memory order [El, hidden/128 (/512 packed), R * T]
-    recv_count: Address  # address; output, [El]
-    src_info: Address  # address; output, [El, R * T]: index of the token at its source
-    layout_range: Address  # address; output, [El, R]: first row << 32 | number of rows, of local expert e from source s
-    row_of_entry: Address  # address; output, [R, T, K]: row of (source, token, k), -1: not here; for combine
-    cumulative_stats: Address  # address; [El], counts are added; or none
+    recv_x: Address  # output, [El, R * T, hidden] bfloat16 or FP8
+    recv_scales: Address  # output, memory order [El, hidden/128 (/512 packed), R * T]
+    recv_count: Address  # output, [El]
+    src_info: Address  # output, [El, R * T]: index of the token at its source
+    layout_range: Address  # output, [El, R]: first row << 32 | number of rows, of local expert e from source s
+    row_of_entry: Address  # output, [R, T, K]: row of (source, token, k), -1: not here; for combine
+    cumulative_stats: Address  # [El], counts are added; or none
 
 class LowLatencyDispatchArgs:
     FIELDS: Tuple[Tuple[str, str, str], ...]
@@ -288,16 +288,16 @@ class _LowLatencyCombineArgs(TypedDict, total=False):
     num_topk: int  # int32; K
     num_experts: int  # int32; of all ranks
     hidden: int  # int32
-    wait_stats: Address  # address; [R], the longest wait for each source is added, in ns; or none
-    number: Address  # address; on the device: what a send phase of its own leaves for the receive phase
-    uses_logfmt: bool  # bool; on the wire; see device/algo/formats.h
-    x: Address  # address; bfloat16 [El, R * T, hidden]
-    topk_idx: Address  # address; [num_tokens, K]
+    wait_stats: Address  # [R], the longest wait for each source is added, in ns; or none
+    number: Address  # on the device: what a send phase of its own leaves for the receive phase
+    uses_logfmt: bool  # on the wire; see device/algo/formats.h
+    x: Address  # bfloat16 [El, R * T, hidden]
+    topk_idx: Address  # [num_tokens, K]
     idx_bytes: int  # int32; 4 or 8
-    topk_weights: Address  # address; [num_tokens, K]
+    topk_weights: Address  # [num_tokens, K]
     num_tokens: int  # int32
-    row_of_entry: Address  # address; of the dispatch
-    combined_x: Address  # address; output, bfloat16 [num_tokens, hidden]
+    row_of_entry: Address  # of the dispatch
+    combined_x: Address  # output, bfloat16 [num_tokens, hidden]
 
 class LowLatencyCombineArgs:
     FIELDS: Tuple[Tuple[str, str, str], ...]

@@ -30,7 +30,9 @@ def render_record(name: str, records: dict[str, Fields]) -> str:
     first = f'base: {base} = ..., /, ' if base else ''
     lines = [f'class _{name}({f"_{base}" if base else "TypedDict"}, total=False):']
     for field, kind, meaning in fields[len(records[base]) if base else 0:]:
-        lines.append(f'    {field}: {PYTHON_TYPES.get(kind, "int")}  # {kind}{"; " if meaning else ""}{meaning}')
+        said = [] if kind in PYTHON_TYPES else [kind]
+        comment = '; '.join([*said, *([meaning] if meaning else [])])
+        lines.append(f'    {field}: {PYTHON_TYPES.get(kind, "int")}{"  # " if comment else ""}{comment}')
     lines += [
         '',
         f'class {name}:',
