@@ -381,6 +381,9 @@ class Buffer:
 
     @property
     def num_lend_bytes(self) -> int: ...
+    @property
+    def lend_address(self) -> int:
+        """Where what can be lent begins."""
 
     # Low latency. ticket=BOTH_PHASES: the whole call in one launch, for which `number` may be 0. ticket=SEND_PHASE: the
     # send phase, which returns the call's ticket; with that and the same arguments the receive phase. At most two

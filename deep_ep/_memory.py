@@ -135,6 +135,7 @@ class Lender:
         self._streams = streams
         self._index = streams.index if isinstance(streams, CudaStreams) else -1
         self.num_bytes = runtime.num_lend_bytes
+        self._begin = runtime.lend_address
         self.noted: dict[int, bool] = {}  # streams of calls; whether what is lent can be used there
         self._last: Optional[tuple[int, int]] = None  # tokens and received rows of the last fresh dispatch
 
@@ -147,6 +148,10 @@ class Lender:
             return None
         lent = self._take([num_rows * size for size in form.row_bytes], operation)
         return None if lent is None else form.over(lent, num_rows, self._index)
+
+    def owns(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor begins in the memory that can be lent."""
+        return self._begin <= tensor.data_ptr() < self._begin + self.num_bytes
 
     def reserve(self, form: RowForm, likely_rows: int, operation: Operation) -> Optional[Reserved]:
         """The same for a number of rows that is not known. What is not needed goes back."""

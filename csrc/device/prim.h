@@ -144,6 +144,9 @@ EP_DEVICE void bulk_load(void* shared_dst, const void* global_src, uint32_t byte
 // Joins this thread's current bulk group. The shared source may be reused after bulk_wait_read, the global destination
 // may be published after bulk_wait.                                                   CUDA: cp.async.bulk.global.shared::cta
 EP_DEVICE void bulk_store(void* global_dst, const void* shared_src, uint32_t bytes);
+// The same, but each bfloat16 is added to the one at its destination, rounded to nearest; each such sum is one access, whose
+// order against others is not known.                                    CUDA: cp.reduce.async.bulk.global.shared::cta .add.noftz.bf16
+EP_DEVICE void bulk_add_bf16(void* global_dst, const void* shared_src, uint32_t bytes);
 EP_DEVICE void bulk_commit();
 
 // Waits until at most N of this thread's committed groups are unfinished: source read (_read) or fully done.

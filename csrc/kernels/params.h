@@ -99,6 +99,7 @@ using Biases = const uint8_t* [kMaxBiases];
     FIELD(Biases, bias, "bfloat16 [num_tokens, hidden] each, or none") \
     FIELD(const int*, rank_prefix_matrix, "of the dispatch") \
     FIELD(const int*, send_head, "of the dispatch") \
+    FIELD(const int*, src_idx, "of the dispatch, [num_rows]") \
     FIELD(int, num_tokens, "") \
     FIELD(uint8_t*, combined_x, "output, bfloat16 [num_tokens, hidden]") \
     FIELD(float*, combined_topk_weights, "output, [num_tokens, num_topk]")

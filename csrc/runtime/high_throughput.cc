@@ -94,6 +94,17 @@ layout::Loan Loans::loan_for(const CombineArgs& args) const {
     return loan;
 }
 
+layout::Loan Loans::sums_for(const CombineArgs& args) const {
+    const auto num_tokens = static_cast<uint64_t>(args.num_tokens);
+    const bool has_bias = args.bias[0] != nullptr || args.bias[1] != nullptr;
+    const uint64_t weight_bytes = sizeof(float) * num_tokens * static_cast<uint64_t>(args.num_topk);
+    if (!may_lend() || has_bias || num_tokens > layout::kMaxWindow || weight_bytes > connection_.plan().num_weight_bytes)
+        return {};
+    const uint64_t sums = lent_offset(args.combined_x);
+    if (sums == 0) return {};
+    return {.topk_weights = connection_.plan().weights_offset, .num_rows = num_tokens, .sums = sums};
+}
+
 float* Loans::weights() const { return reinterpret_cast<float*>(connection_.local(connection_.plan().weights_offset)); }
 
 HighThroughput::HighThroughput(Connection& connection, const kernels::KernelTable& kernels)
@@ -186,12 +197,17 @@ void HighThroughput::combine(const CombineArgs& args, int num_sms, dev::Stream s
     const uint32_t row_bytes = check_combine_rows(args.num_tokens, args.hidden);
     const layout::SlotLayout slot = combine_slot(args);
     const layout::WindowLayout window = plan_window(connection_.plan(), slot, "combine");
-    const layout::Loan loan = loans_.loan_for(args);
+    layout::Loan loan = loans_.loan_for(args);
+    kernels::Geometry geometry = plan_combine(connection_.machine(), num_sms, slot, loan.x != 0,
+                                              args.bias[0] != nullptr || args.bias[1] != nullptr, args.num_tokens);
+    if (const auto adding = plan_adding_combine(connection_.machine(), num_sms, slot); adding && !loan.is_any()) {
+        loan = loans_.sums_for(args);
+        if (loan.is_any()) geometry = *adding;
+    }
     connection_.announce(stream, false);
     kernels_.combine({{.heap = connection_.heap_params(),
                        .watch = connection_.watch_params(),
-                       .geometry = plan_combine(connection_.machine(), num_sms, slot, loan.x != 0,
-                                                args.bias[0] != nullptr || args.bias[1] != nullptr, args.num_tokens),
+                       .geometry = geometry,
                        .slot = slot,
                        .window = window,
                        .may_lend = loans_.may_lend(),

@@ -384,6 +384,18 @@ EP_DEVICE void bulk_store([[maybe_unused]] void* global_dst, [[maybe_unused]] co
 #endif
 }
 
+EP_DEVICE void bulk_add_bf16([[maybe_unused]] void* global_dst, [[maybe_unused]] const void* shared_src,
+                             [[maybe_unused]] uint32_t bytes) {
+#if EP_PTX_HAS_BULK
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.noftz.bf16 [%0], [%1], %2;" ::"l"(
+                     ptx::global_address(global_dst)),
+                 "r"(ptx::shared_address(shared_src)), "r"(bytes)
+                 : "memory");
+#else
+    ptx::trap_unsupported();
+#endif
+}
+
 EP_DEVICE void bulk_commit() {
 #if EP_PTX_HAS_BULK
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");

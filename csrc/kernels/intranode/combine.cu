@@ -4,6 +4,8 @@
 //                  stand (our own input, slots, or the input that a peer lends), add the bias, write once, give slots back
 //   send warps     (of a rank that does not lend its input) one stream per owner: wait for a free slot, copy the row and
 //                  its weights into it, set its flag
+//   add warps      (of one of two ranks, that lends its sums, instead of reduce warps) the peer writes its rows where they are
+//                  summed, and the own ones are added there; the weights are summed by the warp that else sets flags
 //   flag warp      sets flags for the others, which would wait for their stores
 //
 // With bulk copies send warps, or both roles, keep several rows, or pieces of rows, on their way through shared memory; each form is
@@ -12,6 +14,7 @@
 // Messages, buffer map and orderings: docs/protocols/intranode.md.
 #include "device/algo/group.h"
 #include "kernels/intranode/call_session.h"
+#include "kernels/intranode/combine_add.h"
 #include "kernels/intranode/combine_context.h"
 #include "kernels/intranode/combine_reduce_staged.h"
 #include "kernels/intranode/row_return.h"
@@ -21,13 +24,18 @@ namespace deep_ep::kernels::combine {
 inline namespace EP_BACKEND {
 
 // Each role moves rows through stages of shared memory, or through registers: that wants blocks of different shape.
-template <bool kSendsStaged, bool kReducesStaged> struct Kernel {
+enum class Form { kRegisters, kSendsStaged, kStaged, kAdds };
+
+template <Form kForm> struct Kernel {
+    static constexpr bool kSendsStaged = kForm != Form::kRegisters;
+    static constexpr bool kHasFewWarps = kForm == Form::kStaged || kForm == Form::kAdds;
+
     using Params = CombineParams;
     struct Shared {
         CallState call;
         FlagRequests requests;
     };
-    static constexpr int kMaxThreads = kWarpSize * (1 + (kReducesStaged ? kMaxStagedCombineWarps : kMaxCombineWarps));
+    static constexpr int kMaxThreads = kWarpSize * (1 + (kHasFewWarps ? kMaxStagedCombineWarps : kMaxCombineWarps));
     static constexpr auto kOperation = layout::Operation::kCombine;
     static_assert(sizeof(Shared) <= kMaxCombineState);
 
@@ -76,10 +84,14 @@ template <bool kSendsStaged, bool kReducesStaged> struct Kernel {
     static EP_DEVICE bool work(algo::Block block, const Params& p, const algo::Watch& watch, Shared& shared) {
         const algo::Ring ring(watch, p.window);
         const CombineContext c{p, watch, ring, RowMap{p.rank_prefix_matrix, p.heap.num_ranks}};
-        if (p.loan.topk_weights != 0) lend_weights(block, c);
+        if (p.loan.x != 0 && p.loan.topk_weights != 0) lend_weights(block, c);
         const algo::Warp warp;
         const int num_warps = p.geometry.num_recv_warps + p.geometry.num_send_warps;
         if (prim::warp_idx() == num_warps) {
+            if constexpr (kForm == Form::kAdds) {
+                const RoleWarp self = role_warp(p.geometry, 0, 1);
+                return !peer_writes_rows(c) || add_weights(warp, c, self.idx, self.count);
+            }
             if (has_flags(warp, c)) serve_flags(warp, ring, shared.requests, num_warps);
             return true;
         }
@@ -109,11 +121,12 @@ private:
     static EP_DEVICE bool reduce_any(algo::Warp warp, const CombineContext& c, FlagRequester& flags, int reduce_warp) {
         const Geometry& geometry = c.p.geometry;
         const RoleWarp self = role_warp(geometry, reduce_warp, geometry.num_recv_warps);
-        constexpr SlotCode kSlots = kSendsStaged ? SlotCode::kInline : SlotCode::kApart;
-        if constexpr (kReducesStaged)
-            return reduce_staged(warp, c, flags, self.idx, self.count, recv_memory(geometry, reduce_warp));
-        else
-            return reduce<kSlots>(warp, c, flags, self.idx, self.count);
+        constexpr SlotCode kSlots = kForm == Form::kSendsStaged ? SlotCode::kInline : SlotCode::kApart;
+        uint8_t* memory = recv_memory(geometry, reduce_warp);
+        if constexpr (kForm == Form::kStaged) return reduce_staged(warp, c, flags, self.idx, self.count, memory);
+        if constexpr (kForm == Form::kAdds)
+            if (peer_writes_rows(c)) return add_rows(warp, c, self.idx, self.count, memory);
+        return reduce<kSlots>(warp, c, flags, self.idx, self.count);
     }
 
     static EP_DEVICE bool send_any(algo::Warp warp, const CombineContext& c, FlagRequester& flags, int send_warp) {
@@ -147,10 +160,12 @@ private:
 }  // namespace deep_ep::kernels::combine
 
 void deep_ep::kernels::launch(const CombineParams& params, dev::Stream stream) {
+    using combine::Form;
     using combine::Kernel;
     const Geometry& geometry = params.geometry;
-    const auto launch = geometry.recv.num_stages > 0   ? launch_call<Kernel<true, true>, CombineParams>
-                        : geometry.send.num_stages > 0 ? launch_call<Kernel<true, false>, CombineParams>
-                                                       : launch_call<Kernel<false, false>, CombineParams>;
+    const auto launch = params.loan.sums != 0          ? launch_call<Kernel<Form::kAdds>, CombineParams>
+                        : geometry.recv.num_stages > 0 ? launch_call<Kernel<Form::kStaged>, CombineParams>
+                        : geometry.send.num_stages > 0 ? launch_call<Kernel<Form::kSendsStaged>, CombineParams>
+                                                       : launch_call<Kernel<Form::kRegisters>, CombineParams>;
     launch("deep_ep::combine", params, geometry.num_send_warps + geometry.num_recv_warps + 1, stream);
 }

@@ -134,6 +134,22 @@ EP_DEVICE const float* direct_weights(const CombineContext& c, int rank) {
     return direct_weights(c, c.watch.heap.rank(), rank);
 }
 
+// Where `owner` has its rows, and then their weights, summed for this rank to write to; null: it takes them another way.
+struct LentSums {
+    uint8_t* rows;
+    float* weights;
+    int num_tokens;  // that both have room for
+
+    EP_DEVICE bool are_lent() const { return rows != nullptr; }
+};
+EP_DEVICE LentSums lent_sums(const CombineContext& c, int owner) {
+    if (!c.p.may_lend || owner == c.watch.heap.rank()) return {};
+    const layout::Loan& loan = algo::loan_of(c.watch, owner);
+    if (loan.sums == 0) return {};
+    return {c.watch.heap.at(owner, loan.sums), reinterpret_cast<float*>(c.watch.heap.at(owner, loan.topk_weights)),
+            static_cast<int>(loan.num_rows)};
+}
+
 // The token has a row at `rank`: then it is one of those that stand there for us.
 EP_DEVICE bool is_stated(const CombineContext& c, int rank, int token, int position) {
     if (position < 0) return true;
