@@ -1,6 +1,6 @@
 // Bare kernels: ways to move the bytes of dispatch and combine between two GPUs, without a protocol around them.
 //
-//     nvcc -std=c++17 -O3 -arch=sm_90 -o ways benchmarks/bare/intranode_ways.cu && ./ways [dispatch | combine | blocks | add]
+//     nvcc -std=c++17 -O3 -arch=sm_90 -o ways benchmarks/bare/intranode_ways.cu && ./ways [dispatch | combine | blocks | add | roles]
 //
 // Two GPUs, both directions at once, 4096 tokens that each go to both ranks, rows of 14336 and 7168 bytes. Prints
 // microseconds a launch (of 12 in a row, the slower GPU). What came out: docs/performance/intranode.md, from step 19.
@@ -524,6 +524,96 @@ template <int S, int T> __global__ void __launch_bounds__(T) add_over_link(Args 
         for (; told < count; ++told) publish(a.peer_flags + first + told * step, a.epoch);
 }
 
+// One warp of a block sets the flags that the others ask for, so that none of them waits for its stores.
+struct Requests {
+    uint32_t of_warp[32][2];
+};
+__device__ void ask(Requests& requests, int warp, int n, uint32_t value) {
+    auto* word = static_cast<volatile uint32_t*>(&requests.of_warp[warp][n & 1]);
+    while (*word != 0) {}
+    asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(smem(&requests.of_warp[warp][n & 1])), "r"(value)
+                 : "memory");
+}
+constexpr uint32_t kNoMore = 0x80000000u;
+__device__ void serve(Requests& requests, uint32_t* flags, uint32_t epoch, int num_warps) {
+    const int lane = threadIdx.x % 32;
+    bool more = lane < num_warps;
+    int n = 0;
+    while (__any_sync(0xffffffffu, more)) {
+        uint32_t request = 0;
+        if (more) {
+            const uint32_t word = smem(&requests.of_warp[lane][n & 1]);
+            asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(request) : "r"(word) : "memory");
+            if (request != 0) {
+                requests.of_warp[lane][n & 1] = 0;
+                ++n;
+            }
+        }
+        if (request == kNoMore) more = false;
+        const bool due = request != 0 && request != kNoMore;
+        if (__any_sync(0xffffffffu, due) && due) publish(flags + request - 1, epoch);
+    }
+}
+
+// Roles by block: blocks below `split` push rows by W warps, ordinary loads and stores; a warp more sets the flags where kAsks,
+// else each warp sets those of B rows together. The other blocks, R warps each: kAdds: add their own rows to what has come into
+// the result; else sum the slots. U vectors a lane.
+template <bool kAdds, bool kAsks, int W, int R, int U, int B, int T>
+__global__ void __launch_bounds__(T) roles(Args a) {
+    __shared__ Requests requests;
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32;
+    if (threadIdx.x < 64) requests.of_warp[threadIdx.x / 2][threadIdx.x % 2] = 0;
+    __syncthreads();
+    if (kAdds) meet(a);
+    if (blockIdx.x < a.split) {
+        if (warp == W && kAsks) serve(requests, a.peer_flags, a.epoch, W);
+        if (warp >= W) return;
+        int n = 0;
+        for (int t = warp * a.split + blockIdx.x; t < kTokens; t += W * a.split * B) {
+#pragma unroll 1
+            for (int b = 0; b < B && t + b * W * a.split < kTokens; ++b) {
+                const int64_t at = static_cast<int64_t>(t + b * W * a.split) * a.row;
+                move<7>(a.x + at, a.remote + at, nullptr, a.row, lane);
+            }
+            __syncwarp();
+            if (kAsks) {
+                if (lane == 0) ask(requests, warp, n++, t + 1);
+            } else if (lane < B && t + lane * W * a.split < kTokens) {
+                publish(a.peer_flags + t + lane * W * a.split, a.epoch);
+            }
+        }
+        if (kAsks && lane == 0) ask(requests, warp, n, kNoMore);
+        return;
+    }
+    if (warp >= R) return;
+    const int blocks = gridDim.x - a.split;
+    for (int t = warp * blocks + blockIdx.x - a.split; t < kTokens; t += R * blocks) {
+        const int64_t at = static_cast<int64_t>(t) * a.row;
+        if (!kAdds) {
+            if (lane == 0)
+                while (look(a.flags + t) < a.epoch) __nanosleep(20);
+            __syncwarp();
+            reduce_row<U>(a.arrived + at, a.x + at, a.result + at, a.row, lane);
+            continue;
+        }
+        bool is_here = false;
+        for (int base = lane * 16; base < a.row; base += U * 512) {
+            Vec held[U];
+#pragma unroll
+            for (int i = 0; i < U; ++i) held[i] = load(a.x + at + base + i * 512);
+            if (!is_here) {
+                if (lane == 0)
+                    while (look(a.flags + t) < a.epoch) __nanosleep(20);
+                __syncwarp();
+                is_here = true;
+            }
+#pragma unroll
+            for (int i = 0; i < U; ++i) add(a.result + at + base + i * 512, held[i]);
+        }
+    }
+}
+
 // -- Running them --------------------------------------------------------------------------------------------------------
 
 struct Gpu {
@@ -718,6 +808,28 @@ static void run_add() {
     measure_add("over the link: 4 x 2 adds, own 3 x 2", add_over_link<2, 224>, 224, 4, 14);
 }
 
+static void run_roles() {
+    std::printf("\nroles by block, what each number of blocks that send takes, rows of 14336 bytes\n");
+    const std::vector<uint8_t> sums = sums_by_pull({16, 20, 24});
+    const auto measure_splits = [&](const char* what, auto kernel, int threads, To to) {
+        CHECK(cudaMemset(gpus[0].result, 0, sums.size()));
+        for (int num_sms : {16, 20, 24})
+            for (int split = num_sms / 2 - 1; split <= num_sms / 2 + 4; ++split) {
+                char name[64];
+                std::snprintf(name, sizeof name, "%d of %d blocks send, %s", split, num_sms, what);
+                measure(name, kernel, threads, 0, kMaxRow, split, to, {num_sms});
+            }
+        check_rows(what, gpus[0].result, sums.data(), sums.size());
+    };
+    measure_splits("flag warp, 20 sum x 7", roles<false, true, 24, 20, 7, 1, 800>, 800, To::kSlots);
+    measure_splits("batch 2, 20 sum x 7", roles<false, false, 24, 20, 7, 2, 768>, 768, To::kSlots);
+    measure_splits("flag warp, 24 add x 7", roles<true, true, 24, 24, 7, 1, 800>, 800, To::kResult);
+    measure_splits("flag warp, 16 add x 14", roles<true, true, 24, 16, 14, 1, 800>, 800, To::kResult);
+    measure_splits("batch 2, 24 add x 7", roles<true, false, 24, 24, 7, 2, 768>, 768, To::kResult);
+    measure_splits("batch 4, 24 add x 7", roles<true, false, 24, 24, 7, 4, 768>, 768, To::kResult);
+    measure_splits("flag warp, 20 send, 16 add x 7", roles<true, true, 20, 16, 7, 1, 672>, 672, To::kResult);
+}
+
 static void set_up() {
     const size_t part = static_cast<size_t>(kTokens) * kMaxRow;
     for (int gpu = 0; gpu < 2; ++gpu) {
@@ -748,5 +860,6 @@ int main(int argc, char** argv) {
     if (is_wanted("combine")) run_combine();
     if (is_wanted("blocks")) run_blocks();
     if (is_wanted("add")) run_add();
+    if (is_wanted("roles")) run_roles();
     return 0;
 }

@@ -92,6 +92,13 @@ EP_DEVICE Vec16 load_shared(const Vec16* ptr);
 // Weak 16-byte store that does not pollute L1.                                        CUDA: st.global.L1::no_allocate
 EP_DEVICE void store_streaming(Vec16* ptr, Vec16 value);
 
+// Whether there is an instruction for the next one; where this is false a call is a bug.
+EP_DEVICE bool has_bf16_add();
+
+// Adds eight bfloat16 to those at `ptr`, in the memory of this GPU, where they are: nothing comes back. To nearest, ties to even.
+//                                                                                     CUDA: red.relaxed.gpu.global.add.v4.bf16x2
+EP_DEVICE void add_bf16(Vec16* ptr, Vec16 value);
+
 // ---------------------------------------------------------------------------------------------------------------
 // Arithmetic
 // ---------------------------------------------------------------------------------------------------------------
@@ -144,9 +151,6 @@ EP_DEVICE void bulk_load(void* shared_dst, const void* global_src, uint32_t byte
 // Joins this thread's current bulk group. The shared source may be reused after bulk_wait_read, the global destination
 // may be published after bulk_wait.                                                   CUDA: cp.async.bulk.global.shared::cta
 EP_DEVICE void bulk_store(void* global_dst, const void* shared_src, uint32_t bytes);
-// The same, but each bfloat16 is added to the one at its destination, rounded to nearest; each such sum is one access, whose
-// order against others is not known.                                    CUDA: cp.reduce.async.bulk.global.shared::cta .add.noftz.bf16
-EP_DEVICE void bulk_add_bf16(void* global_dst, const void* shared_src, uint32_t bytes);
 EP_DEVICE void bulk_commit();
 
 // Waits until at most N of this thread's committed groups are unfinished: source read (_read) or fully done.

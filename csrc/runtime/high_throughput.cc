@@ -200,7 +200,7 @@ void HighThroughput::combine(const CombineArgs& args, int num_sms, dev::Stream s
     layout::Loan loan = loans_.loan_for(args);
     kernels::Geometry geometry = plan_combine(connection_.machine(), num_sms, slot, loan.x != 0,
                                               args.bias[0] != nullptr || args.bias[1] != nullptr, args.num_tokens);
-    if (const auto adding = plan_adding_combine(connection_.machine(), num_sms, slot); adding && !loan.is_any()) {
+    if (const auto adding = plan_adding_combine(connection_.machine(), num_sms); adding && !loan.is_any()) {
         loan = loans_.sums_for(args);
         if (loan.is_any()) geometry = *adding;
     }

@@ -23,9 +23,8 @@ constexpr int kMixedSendWarps = 5;
 constexpr int kMixedReduceWarps = 12;
 constexpr int kMixedTokens = 4;  // of each reduce warp
 
-// Of a combine whose rows are added where they are: each of these warps has two stages of a whole row.
-constexpr int kAddingSendWarps = 4;
-constexpr int kAddingWarps = 3;
+// Of a combine whose rows are added where they are: the blocks that send, in 16ths.
+constexpr int kAddingSendShare = 9;
 
 // Of a dispatch to lenders. More blocks are slower, from here on to twice as many: own stores queue behind remote ones.
 constexpr int kLentSendWarps = 20;
@@ -309,24 +308,17 @@ kernels::Geometry plan_combine(const Machine& machine, int num_sms, const layout
     return machine.num_ranks == 2 && plain.num_blocks >= kMixedBlocks && is_large && !has_bias ? plain : staged;
 }
 
-std::optional<kernels::Geometry> plan_adding_combine(const Machine& machine, int num_sms,
-                                                     const layout::SlotLayout& slot) {
-    kernels::Geometry adding{.num_blocks = std::clamp(num_sms, 1, machine.num_sms),
-                             .num_send_warps = kAddingSendWarps,
-                             .num_recv_warps = kAddingWarps,
-                             .send = {2, static_cast<int>(layout::bulk_bytes(slot.topk_weights.end()))},
-                             .recv = {2, static_cast<int>(slot.row.bytes())}};
-    const int num_warps = std::min(kernels::kMaxStagedCombineWarps, machine.useful_block_threads / 32);
-    const auto fits = [&] {
-        return adding.num_send_warps + adding.num_recv_warps <= num_warps &&
-               kernels::staging_bytes(adding) <= machine.max_shared_bytes - kernels::kMaxCombineState;
-    };
-    while (!fits() && adding.num_send_warps > 1) {
-        --adding.num_send_warps;
-        adding.num_recv_warps = std::min(adding.num_recv_warps, adding.num_send_warps);
-    }
-    if (machine.num_ranks != 2 || !machine.has_bulk_copy || !fits()) return std::nullopt;
-    return adding;
+std::optional<kernels::Geometry> plan_adding_combine(const Machine& machine, int num_sms) {
+    const int num_blocks = std::clamp(num_sms, 1, machine.num_sms);
+    if (machine.num_ranks != 2 || !machine.has_bulk_copy || num_blocks < 2) return std::nullopt;
+    const int num_warps = std::min(kernels::kMaxAddingCombineWarps, machine.useful_block_threads / 32);
+    const int num_send_blocks = std::clamp(num_blocks * kAddingSendShare / 16, 1, num_blocks - 1);
+    return kernels::Geometry{.num_blocks = num_blocks,
+                             .num_send_warps = num_warps,
+                             .num_recv_warps = num_warps,
+                             .send = {},
+                             .recv = {},
+                             .num_send_blocks = num_send_blocks};
 }
 
 InternodeGeometry plan_internode_dispatch(const Machine& machine, const layout::Topology& topology, int num_topk,

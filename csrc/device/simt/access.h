@@ -79,9 +79,7 @@ void mbarrier_init(uint64_t* state, uint32_t arrivals);
 void mbarrier_arrive(uint64_t* state, bool has_bytes, uint32_t bytes);
 bool mbarrier_try_wait(uint64_t* state, uint32_t phase_parity);
 void bulk_load(void* shared_dst, const void* global_src, uint32_t bytes, uint64_t* mbarrier_state);
-// What a store does with its bytes at their destination.
-using BulkPut = void (*)(void* target, const void* source, size_t bytes);
-void bulk_store(void* global_dst, const void* shared_src, uint32_t bytes, BulkPut put);
+void bulk_store(void* global_dst, const void* shared_src, uint32_t bytes);
 void bulk_commit();
 void bulk_wait(int max_unfinished, BulkPart part);
 bool has_bulk_copy();

@@ -32,7 +32,7 @@ void BulkEngine::advance(size_t index) {
         std::memcpy(copy.dst, source, copy.bytes);
         mbarrier_complete_bytes(*copy.issuer, copy.mbarrier, copy.bytes);
     } else {
-        copy.put(copy.dst, copy.staged.data(), copy.bytes);
+        std::memcpy(copy.dst, copy.staged.data(), copy.bytes);
     }
     copies_.erase(copies_.begin() + static_cast<std::ptrdiff_t>(index));
 }
@@ -101,18 +101,14 @@ void bulk_load(void* shared_dst, const void* global_src, uint32_t bytes, uint64_
         BulkCopy{.issuer = &self, .dst = shared_dst, .src = global_src, .bytes = bytes, .mbarrier = mbarrier_state});
 }
 
-void bulk_store(void* global_dst, const void* shared_src, uint32_t bytes, BulkPut put) {
+void bulk_store(void* global_dst, const void* shared_src, uint32_t bytes) {
     Fiber& self = running_fiber("prim::bulk_store");
     if (running.is_seeded) perturb();
     check_operands(self, shared_src, global_dst, bytes);
     note_change();
     ++self.num_open_copies;
-    self.block->bulk().add(BulkCopy{.issuer = &self,
-                                    .group = self.num_groups,
-                                    .dst = global_dst,
-                                    .src = shared_src,
-                                    .bytes = bytes,
-                                    .put = put});
+    self.block->bulk().add(
+        BulkCopy{.issuer = &self, .group = self.num_groups, .dst = global_dst, .src = shared_src, .bytes = bytes});
 }
 
 void bulk_commit() {

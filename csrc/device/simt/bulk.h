@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <vector>
 
-#include "device/simt/access.h"
 #include "device/simt/happens_before.h"
 
 namespace deep_ep::simt {
@@ -24,7 +23,6 @@ struct BulkCopy {
     uint32_t bytes;
     uint64_t* mbarrier = nullptr;            // null: a store
     std::vector<unsigned char> staged = {};  // of a store, between its two moments
-    BulkPut put = nullptr;                   // of a store: what it does at its destination
     hb::BulkEdges edges = {};
 };
 

@@ -155,28 +155,28 @@ inline uint32_t round_to_bf16(float value) {
     return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
 }
 
-inline float float_from_bf16(uint16_t value) {
-    const uint32_t bits = static_cast<uint32_t>(value) << 16;
-    float result;
-    std::memcpy(&result, &bits, sizeof(result));
-    return result;
-}
-
-// An exact sum of two that is rounded to FP32 first has the same bits: FP32 has more than twice the digits.
-inline void add_bf16(void* target, const void* source, size_t bytes) {
-    for (size_t i = 0; i < bytes; i += sizeof(uint16_t)) {
-        uint16_t sum, value;
-        std::memcpy(&sum, static_cast<const char*>(target) + i, sizeof(sum));
-        std::memcpy(&value, static_cast<const char*>(source) + i, sizeof(value));
-        sum = static_cast<uint16_t>(round_to_bf16(float_from_bf16(sum) + float_from_bf16(value)));
-        std::memcpy(static_cast<char*>(target) + i, &sum, sizeof(sum));
-    }
-}
-
 }  // namespace detail
 
 EP_DEVICE uint32_t round_to_bf16x2(float low, float high) {
     return detail::round_to_bf16(low) | detail::round_to_bf16(high) << 16;
+}
+
+// The sum of two in FP32 has the same bits when it is rounded: FP32 has more than twice the digits.
+EP_DEVICE bool has_bf16_add() { return true; }
+EP_DEVICE void add_bf16(Vec16* ptr, Vec16 value) {
+    simt::check_aligned(ptr, sizeof(Vec16));
+    uint16_t sums[8], addends[8];
+    std::memcpy(sums, ptr, sizeof(sums));
+    std::memcpy(addends, &value, sizeof(addends));
+    const auto to_float = [](uint16_t bits) {
+        const uint32_t word = static_cast<uint32_t>(bits) << 16;
+        float result;
+        std::memcpy(&result, &word, sizeof(result));
+        return result;
+    };
+    for (int i = 0; i < 8; ++i)
+        sums[i] = static_cast<uint16_t>(detail::round_to_bf16(to_float(sums[i]) + to_float(addends[i])));
+    std::memcpy(ptr, sums, sizeof(sums));
 }
 
 EP_DEVICE bool has_fp8_rounding() { return false; }
@@ -197,11 +197,7 @@ EP_DEVICE void bulk_load(void* shared_dst, const void* global_src, uint32_t byte
     simt::bulk_load(shared_dst, global_src, bytes, &bar->state);
 }
 EP_DEVICE void bulk_store(void* global_dst, const void* shared_src, uint32_t bytes) {
-    simt::bulk_store(global_dst, shared_src, bytes,
-                     [](void* target, const void* source, size_t size) { std::memcpy(target, source, size); });
-}
-EP_DEVICE void bulk_add_bf16(void* global_dst, const void* shared_src, uint32_t bytes) {
-    simt::bulk_store(global_dst, shared_src, bytes, detail::add_bf16);
+    simt::bulk_store(global_dst, shared_src, bytes);
 }
 EP_DEVICE void bulk_commit() { simt::bulk_commit(); }
 template <int N> EP_DEVICE void bulk_wait() { simt::bulk_wait(N, simt::BulkPart::kAll); }

@@ -12,6 +12,8 @@
 // a kernel of its own.
 //
 // Messages, buffer map and orderings: docs/protocols/intranode.md.
+#include <algorithm>
+
 #include "device/algo/group.h"
 #include "kernels/intranode/call_session.h"
 #include "kernels/intranode/combine_add.h"
@@ -27,15 +29,17 @@ inline namespace EP_BACKEND {
 enum class Form { kRegisters, kSendsStaged, kStaged, kAdds };
 
 template <Form kForm> struct Kernel {
-    static constexpr bool kSendsStaged = kForm != Form::kRegisters;
-    static constexpr bool kHasFewWarps = kForm == Form::kStaged || kForm == Form::kAdds;
+    static constexpr bool kSendsStaged = kForm == Form::kStaged || kForm == Form::kSendsStaged;
+    static constexpr int kMaxWarps = kForm == Form::kStaged  ? kMaxStagedCombineWarps
+                                     : kForm == Form::kAdds ? kMaxAddingCombineWarps
+                                                            : kMaxCombineWarps;
 
     using Params = CombineParams;
     struct Shared {
         CallState call;
         FlagRequests requests;
     };
-    static constexpr int kMaxThreads = kWarpSize * (1 + (kHasFewWarps ? kMaxStagedCombineWarps : kMaxCombineWarps));
+    static constexpr int kMaxThreads = kWarpSize * (1 + kMaxWarps);
     static constexpr auto kOperation = layout::Operation::kCombine;
     static_assert(sizeof(Shared) <= kMaxCombineState);
 
@@ -76,7 +80,7 @@ template <Form kForm> struct Kernel {
     }
 
     static EP_DEVICE void prepare(algo::Block block, const Params&, const algo::Watch&, Shared& shared) {
-        algo::for_each(block, kMaxCombineWarps * kRequests,
+        algo::for_each(block, kMaxAddingCombineWarps * kRequests,
                        [&](int i) { shared.requests.of_warp[i / kRequests][i % kRequests] = 0; });
     }
     static EP_DEVICE Begun learn(algo::Block, const Params&, const algo::Watch&, Shared&) { return Begun::kReady; }
@@ -86,16 +90,13 @@ template <Form kForm> struct Kernel {
         const CombineContext c{p, watch, ring, RowMap{p.rank_prefix_matrix, p.heap.num_ranks}};
         if (p.loan.x != 0 && p.loan.topk_weights != 0) lend_weights(block, c);
         const algo::Warp warp;
+        FlagRequester flags(shared.requests, prim::warp_idx());
+        if constexpr (kForm == Form::kAdds) return work_apart(warp, c, shared.requests, flags);
         const int num_warps = p.geometry.num_recv_warps + p.geometry.num_send_warps;
         if (prim::warp_idx() == num_warps) {
-            if constexpr (kForm == Form::kAdds) {
-                const RoleWarp self = role_warp(p.geometry, 0, 1);
-                return !peer_writes_rows(c) || add_weights(warp, c, self.idx, self.count);
-            }
             if (has_flags(warp, c)) serve_flags(warp, ring, shared.requests, num_warps);
             return true;
         }
-        FlagRequester flags(shared.requests, prim::warp_idx());
         const int send_warp = prim::warp_idx() - p.geometry.num_recv_warps;
         const bool is_ok =
             send_warp < 0 ? reduce_any(warp, c, flags, prim::warp_idx()) : send_any(warp, c, flags, send_warp);
@@ -118,15 +119,39 @@ private:
         return gives_slots_back(warp, c) || (!kSendsStaged && c.p.geometry.num_send_warps > 0);
     }
 
+    // Of a rank that lends its sums: blocks that send, with a warp for the flags, and blocks that add, with one for the weights.
+    static EP_DEVICE bool work_apart(algo::Warp warp, const CombineContext& c, FlagRequests& requests,
+                                     FlagRequester& flags) {
+        const Geometry& geometry = c.p.geometry;
+        const int warp_idx = prim::warp_idx(), num_add_blocks = geometry.num_blocks - geometry.num_send_blocks;
+        const int add_block = static_cast<int>(blockIdx.x) - geometry.num_send_blocks;
+        if (add_block < 0) {
+            if (warp_idx >= geometry.num_send_warps) {
+                if (warp_idx == geometry.num_send_warps) serve_flags(warp, c.ring, requests, geometry.num_send_warps);
+                return true;
+            }
+            const bool is_ok = send(warp, c, flags, warp_idx * geometry.num_send_blocks + static_cast<int>(blockIdx.x),
+                                    geometry.num_send_warps * geometry.num_send_blocks);
+            flags.no_more(warp);
+            return is_ok;
+        }
+        if (warp_idx > geometry.num_recv_warps) return true;
+        const bool is_summed_here = peer_writes_rows(c);
+        if (warp_idx == geometry.num_recv_warps)
+            return !is_summed_here || add_weights(warp, c, add_block, num_add_blocks);
+        const RoleWarp self{warp_idx * num_add_blocks + add_block, geometry.num_recv_warps * num_add_blocks};
+        return is_summed_here ? add_rows(warp, c, self.idx, self.count)
+                              : reduce_lent_rows(&c.p, c.watch.call, &flags, self.idx, self.count);
+    }
+
     static EP_DEVICE bool reduce_any(algo::Warp warp, const CombineContext& c, FlagRequester& flags, int reduce_warp) {
         const Geometry& geometry = c.p.geometry;
         const RoleWarp self = role_warp(geometry, reduce_warp, geometry.num_recv_warps);
         constexpr SlotCode kSlots = kForm == Form::kSendsStaged ? SlotCode::kInline : SlotCode::kApart;
-        uint8_t* memory = recv_memory(geometry, reduce_warp);
-        if constexpr (kForm == Form::kStaged) return reduce_staged(warp, c, flags, self.idx, self.count, memory);
-        if constexpr (kForm == Form::kAdds)
-            if (peer_writes_rows(c)) return add_rows(warp, c, self.idx, self.count, memory);
-        return reduce<kSlots>(warp, c, flags, self.idx, self.count);
+        if constexpr (kForm == Form::kStaged)
+            return reduce_staged(warp, c, flags, self.idx, self.count, recv_memory(geometry, reduce_warp));
+        else
+            return reduce<kSlots>(warp, c, flags, self.idx, self.count);
     }
 
     static EP_DEVICE bool send_any(algo::Warp warp, const CombineContext& c, FlagRequester& flags, int send_warp) {
@@ -167,5 +192,7 @@ void deep_ep::kernels::launch(const CombineParams& params, dev::Stream stream) {
                         : geometry.recv.num_stages > 0 ? launch_call<Kernel<Form::kStaged>, CombineParams>
                         : geometry.send.num_stages > 0 ? launch_call<Kernel<Form::kSendsStaged>, CombineParams>
                                                        : launch_call<Kernel<Form::kRegisters>, CombineParams>;
-    launch("deep_ep::combine", params, geometry.num_send_warps + geometry.num_recv_warps + 1, stream);
+    const int num_warps = geometry.num_send_blocks > 0 ? std::max(geometry.num_send_warps, geometry.num_recv_warps)
+                                                       : geometry.num_send_warps + geometry.num_recv_warps;
+    launch("deep_ep::combine", params, num_warps + 1, stream);
 }

@@ -3,7 +3,6 @@
 // bits as one in FP32 that is rounded, but for the sign of a zero and the bits of a NaN.
 #pragma once
 
-#include "device/algo/ring.h"
 #include "kernels/intranode/combine_reduce.h"
 
 namespace deep_ep::kernels::combine {
@@ -60,115 +59,77 @@ EP_DEVICE bool wait_for_far_row(const CombineContext& c, const AddSources& from,
     return position < 0 || c.ring.wait(Stage::kRow, from.peer, from.port.row_is_in_place(position));
 }
 
-// One warp's tokens, item by item. Lane i knows the positions of item i of each 32: of those that are worked on, and of the next.
-class AddItems {
-public:
-    EP_DEVICE AddItems(algo::Warp warp, const CombineContext& c, const AddSources& from, int first, int step)
-        : c_(c),
-          from_(from),
-          first_(first),
-          step_(step),
-          count_(first < c.p.num_tokens ? (c.p.num_tokens - first + step - 1) / step : 0) {
-        now_ = positions_of(warp.thread_rank());
-        next_ = positions_of(warp.thread_rank() + kWarpSize);
-    }
-
-    EP_DEVICE int count() const { return count_; }
-    EP_DEVICE int token(int item) const { return first_ + item * step_; }
-
-    // Before item `item`, of which each is worked on in turn.
-    EP_DEVICE void begin(algo::Warp warp, int item) {
-        if (item == 0 || item % kWarpSize != 0) return;
-        now_ = next_;
-        next_ = positions_of(item + kWarpSize + warp.thread_rank());
-    }
-    // `item`: this one, or one that is up to 31 items later.
-    EP_DEVICE AddPositions at(int item, int current) const {
-        if (item / kWarpSize == current / kWarpSize) return of_lane(now_, item % kWarpSize);
-        return of_lane(next_, item % kWarpSize);
-    }
-
-private:
-    EP_DEVICE AddPositions positions_of(int item) const { return add_positions(c_, from_, token(item)); }
-    static EP_DEVICE AddPositions of_lane(const AddPositions& at, int lane) {
-        return {__shfl_sync(kFullMask, at.own, lane), __shfl_sync(kFullMask, at.far, lane)};
-    }
-
-    const CombineContext& c_;
-    const AddSources& from_;
-    int first_, step_, count_;
-    AddPositions now_, next_;
-};
-
-// Own rows on their way into stages.
-struct OwnRows {
-    algo::StageCursor loads, takes;
-    int num_under_way = 0;
-    int next_item = 0;  // to be looked at
-};
-
-// Loads own rows of this and later tokens, as far as there are stages.
-EP_DEVICE void load_own_rows(algo::Warp warp, const CombineContext& c, const AddSources& from,
-                             const algo::Stages& stages, const AddItems& items, int current, OwnRows& rows) {
-    const int end = current + kWarpSize < items.count() ? current + kWarpSize : items.count();
-    for (; rows.num_under_way <= stages.num_ahead() && rows.next_item < end; ++rows.next_item) {
-        const AddPositions at = items.at(rows.next_item, current);
-        if (at.own < 0 || !at.can_be(from)) continue;
-        if (warp.thread_rank() == 0) {
-            stages.wait_reusable();
-            stages.load(rows.loads, from.own_rows + static_cast<int64_t>(at.own) * c.p.row_bytes, c.p.row_bytes);
-        }
-        rows.loads.advance(c.p.geometry.recv.num_stages);
-        ++rows.num_under_way;
-    }
-}
-
-// The own row is added to the peer's, or stands alone; where neither has one, the sum is zero.
-EP_DEVICE void put_sum(algo::Warp warp, const CombineContext& c, const algo::Stages& stages, int token,
-                       const AddPositions& at, OwnRows& rows) {
-    uint8_t* sum = c.p.combined_x + static_cast<int64_t>(token) * c.p.row_bytes;
-    if (at.own < 0) {
-        if (at.far < 0)
-            algo::for_each(warp, static_cast<int>(c.p.row_bytes / sizeof(Vec16)), [&](int i) {
-                prim::store_streaming(reinterpret_cast<Vec16*>(sum) + i, Vec16{});
-            });
+// A chunk of the own row to that of the sum, which holds the peer's.
+template <int kVecs>
+EP_DEVICE void add_chunk(algo::Warp, const Held<kVecs>& own, uint8_t* sum, const Chunk<kVecs>& chunk) {
+    Vec16* target = reinterpret_cast<Vec16*>(sum) + chunk.first;
+    if (prim::has_bf16_add()) {
+#pragma unroll
+        for (int i = 0; i < kVecs; ++i)
+            if (kVecs > 1 || chunk.is_inside) prim::add_bf16(target + i * kWarpSize, own.vec[i]);
         return;
     }
-    stages.wait(rows.takes);
-    if (warp.thread_rank() == 0) {
-        prim::fence_async_global();  // the peer's row, whose flag this lane has seen
-        if (at.far >= 0)
-            prim::bulk_add_bf16(sum, stages.at(rows.takes), c.p.row_bytes);
-        else
-            prim::bulk_store(sum, stages.at(rows.takes), c.p.row_bytes);
-        prim::bulk_commit();
+    const Held<kVecs> far = load_chunk(sum, chunk);
+    algo::Bf16Sums sums[kVecs] = {};
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+        sums[i].add(far.vec[i]);
+        sums[i].add(own.vec[i]);
     }
-    rows.takes.advance(c.p.geometry.recv.num_stages);
-    --rows.num_under_way;
+    store_sums(sums, reinterpret_cast<Vec16*>(sum), chunk);
 }
 
-EP_DEVICE bool add_rows(algo::Warp warp, const CombineContext& c, int warp_idx, int num_warps, uint8_t* memory) {
-    const AddSources from = add_sources(c);
-    const algo::Stages stages(memory, c.p.geometry.recv);
-    stages.init(warp);
-    AddItems items(warp, c, from, warp_idx, num_warps);
-    OwnRows rows;
-    bool is_ok = true;
-    for (int item = 0; is_ok && item < items.count(); ++item) {
-        items.begin(warp, item);
-        load_own_rows(warp, c, from, stages, items, item, rows);
-        const AddPositions at = items.at(item, item);
-        is_ok = warp.thread_rank() != 0 ||
-                (are_stated(c, from, items.token(item), at) && wait_for_far_row(c, from, at.far));
-        is_ok = __all_sync(kFullMask, is_ok);
-        if (is_ok) put_sum(warp, c, stages, items.token(item), at, rows);
-    }
-    for (; rows.num_under_way > 0; --rows.num_under_way) {  // given up: nothing may land after the end
-        stages.wait(rows.takes);
-        rows.takes.advance(c.p.geometry.recv.num_stages);
-    }
-    if (warp.thread_rank() == 0) prim::bulk_wait<0>();
+// The own row is added to the peer's, or stands alone. Its first chunk is loaded before the peer's row is waited for.
+EP_DEVICE bool add_row(algo::Warp warp, const CombineContext& c, const AddSources& from, int token,
+                       const AddPositions& at) {
+    const int num_vecs = static_cast<int>(c.p.row_bytes / sizeof(Vec16));
+    const uint8_t* own = from.own_rows + static_cast<int64_t>(at.own) * c.p.row_bytes;
+    uint8_t* sum = c.p.combined_x + static_cast<int64_t>(token) * c.p.row_bytes;
+    bool has_waited = false, is_ok = true;
+    for_chunks<kPairVecs>(warp, num_vecs, [&](const auto& chunk) {
+        const auto held = load_chunk(own, chunk);
+        algo::issue_loads(warp);
+        if (!has_waited) is_ok = algo::all(warp, warp.thread_rank() != 0 || wait_for_far_row(c, from, at.far));
+        has_waited = true;
+        if (!is_ok) return;
+        if (at.far >= 0)
+            add_chunk(warp, held, sum, chunk);
+        else
+            store_chunk(held, sum, chunk);
+    });
     return is_ok;
+}
+
+// Neither rank has a row of the token: the sum is zero.
+EP_DEVICE void put_zeros(algo::Warp warp, const CombineContext& c, int token) {
+    auto* sum = reinterpret_cast<Vec16*>(c.p.combined_x + static_cast<int64_t>(token) * c.p.row_bytes);
+    algo::for_each(warp, static_cast<int>(c.p.row_bytes / sizeof(Vec16)),
+                   [&](int i) { prim::store_streaming(sum + i, Vec16{}); });
+}
+
+EP_DEVICE bool add_rows(algo::Warp warp, const CombineContext& c, int warp_idx, int num_warps) {
+    const AddSources from = add_sources(c);
+    AddPositions next = add_positions(c, from, warp_idx);
+    for (int token = warp_idx; token < c.p.num_tokens; token += num_warps) {
+        const AddPositions at = next;
+        next = add_positions(c, from, token + num_warps);  // under way with this token's row
+        if (!are_stated(c, from, token, at)) return false;
+        if (at.own >= 0) {
+            if (!add_row(warp, c, from, token, at)) return false;
+        } else if (at.far < 0) {
+            put_zeros(warp, c, token);
+        }
+    }
+    return true;
+}
+
+// The peer lends its input, and this rank sums as it would without lending its own sums: rare, and not to have its registers.
+EP_DEVICE_COLD bool reduce_lent_rows(const CombineParams* p, uint64_t call, FlagRequester* flags, int warp_idx,
+                                     int num_warps) {
+    const algo::Watch watch = make_watch(*p, call);
+    const algo::Ring ring(watch, p->window);
+    const CombineContext c{*p, watch, ring, RowMap{p->rank_prefix_matrix, p->heap.num_ranks}};
+    return reduce<SlotCode::kApart>(algo::Warp{}, c, *flags, warp_idx, num_warps);
 }
 
 // Sums of the weights, in rank order: a lane for each token of 32. The peer has put its own where it can write.

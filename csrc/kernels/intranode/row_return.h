@@ -75,8 +75,8 @@ EP_DEVICE bool send(algo::Warp warp, const CombineContext& c, FlagRequester& fla
         put_row(warp, c, row, place);
         if (!sums.are_lent())
             flags.row_is_here(warp, owner, position);
-        else if (warp.thread_rank() == 0)
-            port.publish_in_place(position);
+        else
+            flags.row_is_in_place(warp, owner, position);
     };
     const bool is_served = algo::serve_streams(
         warp, c.watch, Stage::kSlot, stream,

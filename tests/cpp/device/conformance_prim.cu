@@ -570,38 +570,33 @@ TEST_CASE("a row that was bulk-stored and published is there for a bulk load") {
     CHECK_EQ(num_wrong.read()[0], 0u);
 }
 
-// One thread adds `addend`, out of shared memory, to what is at `sums`.
-struct BulkAddKernel {
-    static constexpr int kWords = 2048;
+// Adds `addend` to `sums`.
+struct AddKernel {
+    static constexpr int kVecs = 512;
     struct Params {
-        const uint32_t* addend;  // [kWords], a pair of bfloat16 each
-        uint32_t* sums;
+        const Vec16* addend;  // [kVecs], eight bfloat16 each
+        Vec16* sums;
     };
     struct Shared {};
 
     static EP_DEVICE void run(const Params& p, Shared&) {
-        if (!prim::has_bulk_copy()) return;
-        auto* row = static_cast<uint32_t*>(prim::dynamic_shared());
-        for (int i = static_cast<int>(threadIdx.x); i < kWords; i += static_cast<int>(blockDim.x)) row[i] = p.addend[i];
-        prim::fence_async_shared();
-        __syncthreads();
-        if (threadIdx.x != 0) return;
-        prim::bulk_add_bf16(p.sums, row, kWords * 4);
-        prim::bulk_commit();
-        prim::bulk_wait<0>();
+        if (!prim::has_bf16_add()) return;
+        for (int i = static_cast<int>(threadIdx.x); i < kVecs; i += static_cast<int>(blockDim.x))
+            prim::add_bf16(p.sums + i, p.addend[i]);
     }
 };
 
-TEST_CASE("bulk sums of bfloat16 are those of FP32, rounded") {
+TEST_CASE("sums of bfloat16 in memory are those of FP32, rounded") {
     if (!test_device()->has_bulk_copy()) {
-        MESSAGE("skipped: no bulk copies here");
+        MESSAGE("skipped: no such instruction here");
         return;
     }
-    auto addend = numbers(BulkAddKernel::kWords, 11), before = numbers(BulkAddKernel::kWords, 12);
+    auto addend = numbers(4 * AddKernel::kVecs, 11), before = numbers(4 * AddKernel::kVecs, 12);
     for (size_t i = 0; i < addend.size(); i += 2) before[i] = addend[i] ^ 0x00010001u;  // next to each other
     Words<uint32_t> sums(before);
     const Words<uint32_t> added(addend);
-    run<BulkAddKernel>(1, 128, {added.data(), sums.data()}, BulkAddKernel::kWords * 4);
+    run<AddKernel>(1, 128,
+                   {reinterpret_cast<const Vec16*>(added.data()), reinterpret_cast<Vec16*>(sums.data())});
     const auto found = sums.read();
     const auto value = [](uint32_t word, int half) {
         const uint32_t bits = word >> (16 * half) << 16;
