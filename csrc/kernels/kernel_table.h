@@ -5,59 +5,54 @@
 
 namespace deep_ep::kernels {
 
-struct LayoutParams;
-struct NotifyDispatchParams;
-struct DispatchParams;
-struct CombineParams;
-struct InternodeNotifyParams;
-struct InternodeDispatchParams;
-struct InternodeCombineParams;
-struct LowLatencyDispatchParams;
-struct LowLatencyCombineParams;
-struct LowLatencyCall;
+// Each with its parameters, and here the only list of them. An operation is launched by the overload of launch() for its parameters,
+// at the end of its file; all are asynchronous, in stream order.
+#define EP_OPERATIONS_IN_A_NODE(OPERATION)                    \
+    OPERATION(layout, LayoutParams)                           \
+    OPERATION(notify_dispatch, NotifyDispatchParams)          \
+    OPERATION(dispatch, DispatchParams)                       \
+    OPERATION(combine, CombineParams)                         \
+    OPERATION(low_latency_dispatch, LowLatencyDispatchParams) \
+    OPERATION(low_latency_combine, LowLatencyCombineParams)   \
+    OPERATION(low_latency_clean, LowLatencyCall)
+// Over the engine that the table was compiled for.
+#define EP_OPERATIONS_ACROSS_NODES(OPERATION)              \
+    OPERATION(internode_notify, InternodeNotifyParams)     \
+    OPERATION(internode_dispatch, InternodeDispatchParams) \
+    OPERATION(internode_combine, InternodeCombineParams)
+// The same, of kernels that are compiled once more: see device/compiler.h.
+#define EP_LOW_LATENCY_ACROSS_NODES(OPERATION)                          \
+    OPERATION(internode_low_latency_dispatch, LowLatencyDispatchParams) \
+    OPERATION(internode_low_latency_combine, LowLatencyCombineParams)   \
+    OPERATION(internode_low_latency_clean, LowLatencyCall)
+#define EP_OPERATIONS(OPERATION)          \
+    EP_OPERATIONS_IN_A_NODE(OPERATION)    \
+    EP_OPERATIONS_ACROSS_NODES(OPERATION) \
+    EP_LOW_LATENCY_ACROSS_NODES(OPERATION)
 
-// All are asynchronous, in stream order.
+#define EP_PARAMS(name, Params) struct Params;
+EP_OPERATIONS(EP_PARAMS)
+#undef EP_PARAMS
+
+#define EP_ENTRY(name, Params) void (*name)(const Params& params, dev::Stream stream);
 struct KernelTable {
-    void (*layout)(const LayoutParams& params, int num_blocks, dev::Stream stream);
-    void (*notify_dispatch)(const NotifyDispatchParams& params, dev::Stream stream);
-    void (*dispatch)(const DispatchParams& params, dev::Stream stream);
-    void (*combine)(const CombineParams& params, dev::Stream stream);
-    // Across nodes, over the engine that this table was compiled for.
-    void (*internode_notify)(const InternodeNotifyParams& params, dev::Stream stream);
-    void (*internode_dispatch)(const InternodeDispatchParams& params, dev::Stream stream);
-    void (*internode_combine)(const InternodeCombineParams& params, dev::Stream stream);
-    void (*low_latency_dispatch)(const LowLatencyDispatchParams& params, dev::Stream stream);
-    void (*low_latency_combine)(const LowLatencyCombineParams& params, dev::Stream stream);
-    void (*low_latency_clean)(const LowLatencyCall& call, dev::Stream stream);
-    // The same across nodes.
-    void (*internode_low_latency_dispatch)(const LowLatencyDispatchParams& params, dev::Stream stream);
-    void (*internode_low_latency_combine)(const LowLatencyCombineParams& params, dev::Stream stream);
-    void (*internode_low_latency_clean)(const LowLatencyCall& call, dev::Stream stream);
+    EP_OPERATIONS(EP_ENTRY)
 };
+#undef EP_ENTRY
 
 const KernelTable& simt_kernel_table();
 const KernelTable& cuda_kernel_table();  // only where EP_WITH_CUDA
 
-// What the table of this back end names; each stands at the end of its operation's file.
+#define EP_LAUNCH(name, Params) void launch(const Params& params, dev::Stream stream);
 inline namespace EP_BACKEND {
-void launch(const LayoutParams& params, int num_blocks, dev::Stream stream);
-void launch(const NotifyDispatchParams& params, dev::Stream stream);
-void launch(const DispatchParams& params, dev::Stream stream);
-void launch(const CombineParams& params, dev::Stream stream);
-void launch(const InternodeNotifyParams& params, dev::Stream stream);
-void launch(const InternodeDispatchParams& params, dev::Stream stream);
-void launch(const InternodeCombineParams& params, dev::Stream stream);
-void launch(const LowLatencyDispatchParams& params, dev::Stream stream);
-void launch(const LowLatencyCombineParams& params, dev::Stream stream);
-void launch(const LowLatencyCall& call, dev::Stream stream);
+EP_OPERATIONS_IN_A_NODE(EP_LAUNCH)
+EP_OPERATIONS_ACROSS_NODES(EP_LAUNCH)
 }  // namespace EP_BACKEND
-
 #if !defined(EP_ACROSS_NODES)
 namespace EP_NODES_BACKEND {
-void launch(const LowLatencyDispatchParams& params, dev::Stream stream);
-void launch(const LowLatencyCombineParams& params, dev::Stream stream);
-void launch(const LowLatencyCall& call, dev::Stream stream);
-}  // namespace EP_NODES_BACKEND
+EP_LOW_LATENCY_ACROSS_NODES(EP_LAUNCH)
+}
 #endif
+#undef EP_LAUNCH
 
 }  // namespace deep_ep::kernels

@@ -212,10 +212,13 @@ constexpr int staging_bytes(const Geometry& geometry) {
 
 constexpr int kMaxLayoutBlocks = 16;
 
+struct LayoutGrid {
+    int num_blocks, num_threads;
+};
 struct LayoutPlan {
     int num_ranks;
-    int* partials;    // [num_ranks + num_experts + num_nodes, kMaxLayoutBlocks]
-    int num_threads;  // of a block
+    int* partials;  // [num_ranks + num_experts + num_nodes, kMaxLayoutBlocks]
+    LayoutGrid grid;
     WatchParams watch;
 };
 struct LayoutParams : LayoutPlan, LayoutArgs {};

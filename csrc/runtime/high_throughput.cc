@@ -130,13 +130,12 @@ void HighThroughput::get_dispatch_layout(const LayoutArgs& args, dev::Stream str
              " ranks, got ", args.num_nodes);
     const int max_experts = max_layout_counts(machine) - num_ranks - args.num_nodes;
     EP_CHECK(args.num_experts <= max_experts, "num_experts must be at most ", max_experts, ", got ", args.num_experts);
-    const LayoutGrid grid = plan_layout(machine, args.num_tokens);
     kernels_.layout({{.num_ranks = num_ranks,
                       .partials = layout_partials_.get(),
-                      .num_threads = grid.num_threads,
+                      .grid = plan_layout(machine, args.num_tokens),
                       .watch = connection_.watch_params()},
                      args},
-                    grid.num_blocks, stream);
+                    stream);
 }
 
 void HighThroughput::check_call() {
