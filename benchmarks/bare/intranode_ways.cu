@@ -291,8 +291,7 @@ __device__ uint32_t look(const uint32_t* flag) {
 }
 
 // One lane: rows first, first + step, ... of our input to `remote`, S stages of a whole row, flags B at a time.
-template <int S, int B>
-__device__ void send_bulk(const Args& a, uint8_t* memory, int warp, int first, int step) {
+template <int S, int B> __device__ void send_bulk(const Args& a, uint8_t* memory, int warp, int first, int step) {
     uint8_t* stages = memory + warp * (S * a.row + 128);
     auto* bars = reinterpret_cast<uint64_t*>(stages + S * a.row);
     for (int s = 0; s < S; ++s) bar_init(bars + s);
@@ -404,7 +403,8 @@ __device__ void bulk_add(void* to, const void* from, uint32_t bytes) {
 __device__ void meet(const Args& a) {
     if (threadIdx.x == 0) {
         if (blockIdx.x == 0) publish(a.peer_flags + kTokens, a.epoch);
-        while (look(a.flags + kTokens) < a.epoch) {}
+        while (look(a.flags + kTokens) < a.epoch) {
+        }
     }
     __syncthreads();
 }
@@ -530,7 +530,8 @@ struct Requests {
 };
 __device__ void ask(Requests& requests, int warp, int n, uint32_t value) {
     auto* word = static_cast<volatile uint32_t*>(&requests.of_warp[warp][n & 1]);
-    while (*word != 0) {}
+    while (*word != 0) {
+    }
     asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(smem(&requests.of_warp[warp][n & 1])), "r"(value)
                  : "memory");
 }
@@ -706,7 +707,8 @@ static void run_dispatch() {
         measure("blocks: all but 4 remote", push<4, 7>, 768, 0, row, 2000 - 4, To::kOutput);
         measure("blocks: all but 6 remote", push<4, 7>, 768, 0, row, 2000 - 6, To::kOutput);
         const int small = 14 * (2 * 7168 + 128);
-        measure("bulk load; own by bulk, 14 x 2 x 7168", push_bulk<Bulk::kOwn, 7168, 2>, 14 * 32, small, row, 0, To::kOutput);
+        measure("bulk load; own by bulk, 14 x 2 x 7168", push_bulk<Bulk::kOwn, 7168, 2>, 14 * 32, small, row, 0,
+                To::kOutput);
         measure("bulk load; remote by bulk, 14 x 2 x 7168", push_bulk<Bulk::kRemote, 7168, 2>, 14 * 32, small, row, 0,
                 To::kOutput);
         check_rows("bulk", gpus[1].out, gpus[0].x, static_cast<size_t>(kTokens) * row);
@@ -742,10 +744,14 @@ static void run_combine() {
     measure("slots, 12 plain send batch 2, 12 reduce x 4", through_slots<0, 4, 768, 7, 2>, 768, 0, row, 12, To::kSlots);
     measure("slots, 8 plain send x 14, 8 reduce x 7", through_slots<0, 7, 512, 14, 1>, 512, 0, row, 8, To::kSlots);
     measure("slots, 10 plain send x 14, 10 reduce x 7", through_slots<0, 7, 640, 14, 1>, 640, 0, row, 10, To::kSlots);
-    measure("slots, 10 plain send x 14 batch 2, 10 reduce x 7", through_slots<0, 7, 640, 14, 2>, 640, 0, row, 10, To::kSlots);
-    measure("slots, 12 plain send x 14 batch 2, 8 reduce x 7", through_slots<0, 7, 640, 14, 2>, 640, 0, row, 12, To::kSlots);
-    measure("slots, 8 plain send x 14 batch 2, 12 reduce x 7", through_slots<0, 7, 640, 14, 2>, 640, 0, row, 8, To::kSlots);
-    measure("slots, 16 plain send batch 2, 16 reduce x 4", through_slots<0, 4, 1024, 7, 2>, 1024, 0, row, 16, To::kSlots);
+    measure("slots, 10 plain send x 14 batch 2, 10 reduce x 7", through_slots<0, 7, 640, 14, 2>, 640, 0, row, 10,
+            To::kSlots);
+    measure("slots, 12 plain send x 14 batch 2, 8 reduce x 7", through_slots<0, 7, 640, 14, 2>, 640, 0, row, 12,
+            To::kSlots);
+    measure("slots, 8 plain send x 14 batch 2, 12 reduce x 7", through_slots<0, 7, 640, 14, 2>, 640, 0, row, 8,
+            To::kSlots);
+    measure("slots, 16 plain send batch 2, 16 reduce x 4", through_slots<0, 4, 1024, 7, 2>, 1024, 0, row, 16,
+            To::kSlots);
 }
 
 // Beside others that are measured: what they have to give.

@@ -98,7 +98,8 @@ layout::Loan Loans::sums_for(const CombineArgs& args) const {
     const auto num_tokens = static_cast<uint64_t>(args.num_tokens);
     const bool has_bias = args.bias[0] != nullptr || args.bias[1] != nullptr;
     const uint64_t weight_bytes = sizeof(float) * num_tokens * static_cast<uint64_t>(args.num_topk);
-    if (!may_lend() || has_bias || num_tokens > layout::kMaxWindow || weight_bytes > connection_.plan().num_weight_bytes)
+    if (!may_lend() || has_bias || num_tokens > layout::kMaxWindow ||
+        weight_bytes > connection_.plan().num_weight_bytes)
         return {};
     const uint64_t sums = lent_offset(args.combined_x);
     if (sums == 0) return {};

@@ -30,7 +30,7 @@ enum class Form { kRegisters, kSendsStaged, kStaged, kAdds };
 
 template <Form kForm> struct Kernel {
     static constexpr bool kSendsStaged = kForm == Form::kStaged || kForm == Form::kSendsStaged;
-    static constexpr int kMaxWarps = kForm == Form::kStaged  ? kMaxStagedCombineWarps
+    static constexpr int kMaxWarps = kForm == Form::kStaged ? kMaxStagedCombineWarps
                                      : kForm == Form::kAdds ? kMaxAddingCombineWarps
                                                             : kMaxCombineWarps;
 

@@ -146,8 +146,7 @@ EP_DEVICE bool has_slots(algo::Warp warp, const DispatchContext& c) {
 }
 
 // Tokens are dealt one by one, so that all warps move through the windows together.
-template <bool kHasSlots>
-EP_DEVICE bool send(algo::Warp warp, const DispatchContext& c, int warp_idx, int num_warps) {
+template <bool kHasSlots> EP_DEVICE bool send(algo::Warp warp, const DispatchContext& c, int warp_idx, int num_warps) {
     const auto notes_of = [&](int token) { return token < c.p.num_tokens ? load_notes(warp, c, token) : TokenNotes{}; };
     TokenNotes next = notes_of(warp_idx);
     for (int token = warp_idx; token < c.p.num_tokens; token += num_warps) {

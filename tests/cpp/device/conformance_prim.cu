@@ -595,8 +595,7 @@ TEST_CASE("sums of bfloat16 in memory are those of FP32, rounded") {
     for (size_t i = 0; i < addend.size(); i += 2) before[i] = addend[i] ^ 0x00010001u;  // next to each other
     Words<uint32_t> sums(before);
     const Words<uint32_t> added(addend);
-    run<AddKernel>(1, 128,
-                   {reinterpret_cast<const Vec16*>(added.data()), reinterpret_cast<Vec16*>(sums.data())});
+    run<AddKernel>(1, 128, {reinterpret_cast<const Vec16*>(added.data()), reinterpret_cast<Vec16*>(sums.data())});
     const auto found = sums.read();
     const auto value = [](uint32_t word, int half) {
         const uint32_t bits = word >> (16 * half) << 16;
