@@ -130,8 +130,12 @@ private:
                 if (warp_idx == geometry.num_send_warps) serve_flags(warp, c.ring, requests, geometry.num_send_warps);
                 return true;
             }
-            const bool is_ok = send(warp, c, flags, warp_idx * geometry.num_send_blocks + static_cast<int>(blockIdx.x),
-                                    geometry.num_send_warps * geometry.num_send_blocks);
+            const int peer = 1 - c.watch.heap.rank();
+            const LentSums sums = lent_sums(c, peer);
+            const RoleWarp self{warp_idx * geometry.num_send_blocks + static_cast<int>(blockIdx.x),
+                                geometry.num_send_warps * geometry.num_send_blocks};
+            const bool is_ok = sums.are_lent() ? send_to_sums(warp, c, sums, peer, flags, self.idx, self.count)
+                                               : send(warp, c, flags, self.idx, self.count);
             flags.no_more(warp);
             return is_ok;
         }

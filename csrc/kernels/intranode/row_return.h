@@ -88,6 +88,24 @@ EP_DEVICE bool send(algo::Warp warp, const CombineContext& c, FlagRequester& fla
     return is_served && is_ok;
 }
 
+// To one owner that lends its sums: it waits for nothing, so one warp's rows need no stream.
+EP_DEVICE bool send_to_sums(algo::Warp warp, const CombineContext& c, const LentSums& sums, int owner,
+                            FlagRequester& flags, int warp_idx, int num_warps) {
+    const int self = c.watch.heap.rank();
+    const int num_rows = c.rows.num_rows(owner, self);
+    const int64_t first_row = c.rows.first_row(owner, self);
+    int next_token = warp_idx < num_rows ? c.p.src_idx[first_row + warp_idx] : 0;
+    for (int position = warp_idx; position < num_rows; position += num_warps) {
+        const int token = next_token;
+        if (position + num_warps < num_rows) next_token = c.p.src_idx[first_row + position + num_warps];
+        const RowPlace place = place_in_sums(c, sums, owner, token);
+        if (!place.is_there()) return false;
+        put_row(warp, c, first_row + position, place);
+        flags.row_is_in_place(warp, owner, position);
+    }
+    return true;
+}
+
 // -- With bulk copies: the same work, with stages of shared memory between loads and stores -----------------------------
 
 // One send warp's rows: item n is the row at position first + n * step of one owner.
