@@ -194,6 +194,7 @@ class _CombineArgs(TypedDict, total=False):
     bias: tuple[int, int]  # two addresses; bfloat16 [num_tokens, hidden] each, or none
     rank_prefix_matrix: int  # address; of the dispatch
     send_head: int  # address; of the dispatch
+    src_idx: int  # address; of the dispatch, [num_rows]
     num_tokens: int  # int32
     combined_x: int  # address; output, bfloat16 [num_tokens, hidden]
     combined_topk_weights: int  # address; output, [num_tokens, num_topk]
