@@ -23,8 +23,10 @@ BFLOAT16 = (torch.bfloat16, )
 FLOAT32 = (torch.float32, )
 
 NO_BIASES = None, None
-# Of a combine whose output is lent: fewer are quicker through slots, and for more there are no flags.
-LEAST_SUMS_TOKENS, MOST_SUMS_TOKENS = 512, 4096
+# Of a combine whose output is lent: fewer are quicker through slots (docs/performance/intranode.md, step 39), and for more
+# tokens there are no flags.
+LEAST_SUMS_SMS = 14
+LEAST_SUMS_TOKENS, MOST_SUMS_TOKENS = 2048, 4096
 MAX_ALIGNMENT = 1 << 20  # of counts that are rounded up in 32 bits
 
 
@@ -165,7 +167,9 @@ class HighThroughput:
             })
         with open_operation(session, "combine", previous_event, async_finish, allocate_on_comm_stream) as operation:
             with operation.allocation():
-                combined = self._lent_sums(x, num_tokens, hidden, operation) if biases is NO_BIASES else None
+                combined = None
+                if biases is NO_BIASES and num_sms >= LEAST_SUMS_SMS:
+                    combined = self._lent_sums(x, num_tokens, hidden, operation)
                 if combined is None:
                     combined = session.empty[torch.bfloat16](num_tokens, hidden)
                 weights = None if topk_weights is None else session.empty[torch.float32](num_tokens, num_topk)

@@ -88,7 +88,7 @@ def test_outputs_are_lent(pool: Pool, worst_factor: int, on_comm_stream: bool) -
 @pytest.mark.parametrize("on_comm_stream", [False, True])
 def test_sums_are_lent_between_two_ranks(pool: Pool, num_ranks: int, on_comm_stream: bool) -> None:
     how = How(is_async=on_comm_stream, on_comm_stream=on_comm_stream)
-    work = Workload((700, 520, 600)[:num_ranks], hidden=256)
+    work = Workload((2048, 2100, 2200)[:num_ranks], hidden=64)
     for found in pool.run(lending.sums_are_lent, num_ranks, work, how):
         assert found == {"plain": num_ranks == 2, "with a bias": False, "of lent rows": False}
 

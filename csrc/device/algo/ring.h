@@ -60,11 +60,9 @@ public:
     }
 
     // The same flags for rows that stay where they are written, outside of the slots: position < kMaxWindow, nothing to wait for.
-    EP_DEVICE FlagMark mark_in_place(int position) const { return {full_ + position, tag(position)}; }
     EP_DEVICE void publish_in_place(int position) const {
-        const FlagMark mark = mark_in_place(position);
         // Pairs with: row_is_in_place at the receiver.
-        prim::store<prim::Order::kRelease, prim::Scope::kSys>(mark.flag, mark.value);
+        prim::store<prim::Order::kRelease, prim::Scope::kSys>(full_ + position, tag(position));
     }
     EP_DEVICE FlagTest row_is_in_place(int position) const { return {full_ + position, tag(position)}; }
 

@@ -73,7 +73,7 @@ template <Form kForm> struct Kernel {
         if (!p.may_lend) return true;
         if (blockIdx.x == 0) algo::state_loan(warp, watch, p.loan);
         if (!algo::wait_for_loans(warp, watch)) return false;
-        if (lane < num_ranks) is_ok &= is_among_lent(watch, lane, look.there);
+        if (lane < num_ranks) is_ok &= is_among_lent(watch, lane, look.there) && has_sums_for(watch, lane, look);
         for (int peer = lane + warp.size(); peer < num_ranks; peer += warp.size())
             is_ok &= is_among_lent(watch, peer, rows.span(watch.heap.rank(), peer));
         return algo::all(warp, is_ok);
@@ -119,23 +119,24 @@ private:
         return gives_slots_back(warp, c) || (!kSendsStaged && c.p.geometry.num_send_warps > 0);
     }
 
-    // Of a rank that lends its sums: blocks that send, with a warp for the flags, and blocks that add, with one for the weights.
+    // Of a rank that lends its sums: blocks that send, with a warp for the flags of slots, and blocks that add, with one for the weights.
     static EP_DEVICE bool work_apart(algo::Warp warp, const CombineContext& c, FlagRequests& requests,
                                      FlagRequester& flags) {
         const Geometry& geometry = c.p.geometry;
         const int warp_idx = prim::warp_idx(), num_add_blocks = geometry.num_blocks - geometry.num_send_blocks;
         const int add_block = static_cast<int>(blockIdx.x) - geometry.num_send_blocks;
         if (add_block < 0) {
-            if (warp_idx >= geometry.num_send_warps) {
-                if (warp_idx == geometry.num_send_warps) serve_flags(warp, c.ring, requests, geometry.num_send_warps);
-                return true;
-            }
             const int peer = 1 - c.watch.heap.rank();
             const LentSums sums = lent_sums(c, peer);
             const RoleWarp self{warp_idx * geometry.num_send_blocks + static_cast<int>(blockIdx.x),
                                 geometry.num_send_warps * geometry.num_send_blocks};
-            const bool is_ok = sums.are_lent() ? send_to_sums(warp, c, sums, peer, flags, self.idx, self.count)
-                                               : send(warp, c, flags, self.idx, self.count);
+            if (warp_idx >= geometry.num_send_warps) {
+                if (warp_idx == geometry.num_send_warps && !sums.are_lent())
+                    serve_flags(warp, c.ring, requests, geometry.num_send_warps);
+                return true;
+            }
+            if (sums.are_lent()) return send_to_sums(warp, c, sums, peer, self.idx, self.count);
+            const bool is_ok = send(warp, c, flags, self.idx, self.count);
             flags.no_more(warp);
             return is_ok;
         }
@@ -175,6 +176,17 @@ private:
         };
         return is_sound(peer, self, rows.here) && is_sound(self, peer, rows.there) &&
                has_room(watch, p.num_rows, rows.here.total);
+    }
+
+    // After wait_for_loans: of two ranks, one that lends its sums has at most a row at the other for each of its tokens.
+    static EP_DEVICE bool has_sums_for(const algo::Watch& watch, int peer, const Look& rows) {
+        const int self = watch.heap.rank();
+        const auto fit = [&](int owner, int rank, const RowSpan& span) {
+            const layout::Loan& loan = algo::loan_of(watch, owner);
+            return loan.sums == 0 || static_cast<uint64_t>(span.end - span.first) <= loan.num_rows ||
+                   refuse_rows(watch, owner, rank, span.first, span.end, static_cast<int>(loan.num_rows));
+        };
+        return fit(peer, self, rows.here) && fit(self, peer, rows.there);
     }
 
     // After wait_for_loans: our rows are among those that the peer lends.

@@ -15,7 +15,7 @@ inline namespace EP_BACKEND {
 // the others go on with the next row, and all flags that are due meanwhile share the next release.
 
 // What a warp asks for. A word, so that it needs no other to be complete; zero: none.
-enum class FlagKind : uint64_t { kRowIsHere = 1, kRowIsInPlace = 2, kSlotIsFree = 3, kNoMore = 4 };
+enum class FlagKind : uint64_t { kRowIsHere = 1, kSlotIsFree = 2, kNoMore = 3 };
 
 constexpr uint64_t make_request(FlagKind kind, int rank, int position) {
     return static_cast<uint64_t>(kind) << 60 | static_cast<uint64_t>(rank) << 32 | static_cast<uint32_t>(position);
@@ -39,9 +39,6 @@ public:
     // By the whole warp, which has met in a sync() after what the flag guards.
     EP_DEVICE void row_is_here(algo::Warp warp, int rank, int position) {
         request(warp, make_request(FlagKind::kRowIsHere, rank, position));
-    }
-    EP_DEVICE void row_is_in_place(algo::Warp warp, int rank, int position) {
-        request(warp, make_request(FlagKind::kRowIsInPlace, rank, position));
     }
     EP_DEVICE void slot_is_free(algo::Warp warp, int rank, int position) {
         request(warp, make_request(FlagKind::kSlotIsFree, rank, position));
@@ -92,10 +89,9 @@ EP_DEVICE void serve_flags(algo::Warp warp, const algo::Ring& ring, FlagRequests
         if (!is_due) continue;
         const int rank = rank_of_request(request);
         const int position = position_of_request(request);
-        const algo::FlagMark mark = kind == FlagKind::kRowIsHere      ? ring.to(rank).mark_here(position)
-                                    : kind == FlagKind::kRowIsInPlace ? ring.to(rank).mark_in_place(position)
-                                                                      : ring.from(rank).mark_free(position);
-        // Release: what the warp has asked for this after. Pairs with: row_is_here, row_is_in_place, slot_is_free at the peer. All lanes at once.
+        const algo::FlagMark mark =
+            kind == FlagKind::kRowIsHere ? ring.to(rank).mark_here(position) : ring.from(rank).mark_free(position);
+        // Release: what the warp has asked for this after. Pairs with: row_is_here, slot_is_free at the peer. All lanes at once.
         prim::store<Order::kRelease, Scope::kSys>(mark.flag, mark.value);
     }
 }

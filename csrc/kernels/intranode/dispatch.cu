@@ -97,9 +97,7 @@ EP_DEVICE TokenNotes load_notes(algo::Warp warp, const DispatchContext& c, int t
     return {position_at(c, token, warp.thread_rank()), load_metadata(warp, c, token)};
 }
 
-// One token to those of 32 ranks, from `first_rank`, that need it. Lane i speaks for rank first_rank + i. `kHasSlots`: some rank
-// takes rows through slots; where none does, nothing of them is kept in registers.
-template <bool kHasSlots>
+// One token to those of 32 ranks, from `first_rank`, that need it. Lane i speaks for rank first_rank + i.
 EP_DEVICE bool send_token(algo::Warp warp, const DispatchContext& c, int token, const Metadata& held, int first_rank,
                           int position) {
     warp.expect();
@@ -107,7 +105,7 @@ EP_DEVICE bool send_token(algo::Warp warp, const DispatchContext& c, int token, 
     const int destination = first_rank + warp.thread_rank();
     const bool is_sent = position >= 0;
     uint8_t* direct = is_sent ? direct_rows(c, destination) : nullptr;
-    const bool uses_slot = kHasSlots && is_sent && direct == nullptr;
+    const bool uses_slot = is_sent && direct == nullptr;
 
     const bool is_free =
         is_stated(c, destination, token, position) &&
@@ -120,7 +118,7 @@ EP_DEVICE bool send_token(algo::Warp warp, const DispatchContext& c, int token, 
                       : uses_slot ? c.ring.to(destination).slot(position)
                                   : direct + row * p.row_bytes;
     const uint32_t lanes = __ballot_sync(kFullMask, is_sent);
-    const uint32_t slot_lanes = kHasSlots ? __ballot_sync(kFullMask, uses_slot) : 0;
+    const uint32_t slot_lanes = __ballot_sync(kFullMask, uses_slot);
     algo::multicast_row<kUnroll>(warp, reinterpret_cast<const Vec16*>(p.x + static_cast<int64_t>(token) * p.row_bytes),
                                  static_cast<int>(p.row_bytes / sizeof(Vec16)), lanes,
                                  reinterpret_cast<Vec16*>(target));
@@ -138,24 +136,16 @@ EP_DEVICE bool send_token(algo::Warp warp, const DispatchContext& c, int token, 
     return true;
 }
 
-EP_DEVICE bool has_slots(algo::Warp warp, const DispatchContext& c) {
-    bool has_slots = false;
-    for (int rank = warp.thread_rank(); rank < c.watch.heap.num_ranks(); rank += kWarpSize)
-        has_slots |= direct_rows(c, rank) == nullptr;
-    return __any_sync(kFullMask, has_slots);
-}
-
 // Tokens are dealt one by one, so that all warps move through the windows together.
-template <bool kHasSlots> EP_DEVICE bool send(algo::Warp warp, const DispatchContext& c, int warp_idx, int num_warps) {
+EP_DEVICE bool send(algo::Warp warp, const DispatchContext& c, int warp_idx, int num_warps) {
     const auto notes_of = [&](int token) { return token < c.p.num_tokens ? load_notes(warp, c, token) : TokenNotes{}; };
     TokenNotes next = notes_of(warp_idx);
     for (int token = warp_idx; token < c.p.num_tokens; token += num_warps) {
         const TokenNotes now = next;
         next = notes_of(token + num_warps);
-        if (!send_token<kHasSlots>(warp, c, token, now.metadata, 0, now.position)) return false;
+        if (!send_token(warp, c, token, now.metadata, 0, now.position)) return false;
         for (int first = kWarpSize; first < c.watch.heap.num_ranks(); first += kWarpSize)
-            if (!send_token<kHasSlots>(warp, c, token, now.metadata, first,
-                                       position_at(c, token, first + warp.thread_rank())))
+            if (!send_token(warp, c, token, now.metadata, first, position_at(c, token, first + warp.thread_rank())))
                 return false;
     }
     return true;
@@ -306,8 +296,7 @@ template <bool kIsStaged> EP_DEVICE bool send_any(algo::Warp warp, const Dispatc
     if constexpr (kIsStaged)
         return send_staged(warp, c, self.idx, self.count, send_memory(geometry, send_warp));
     else
-        return has_slots(warp, c) ? send<true>(warp, c, self.idx, self.count)
-                                  : send<false>(warp, c, self.idx, self.count);
+        return send(warp, c, self.idx, self.count);
 }
 
 // -- The operation ---------------------------------------------------------------------------------------------------

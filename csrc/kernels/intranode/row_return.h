@@ -75,8 +75,8 @@ EP_DEVICE bool send(algo::Warp warp, const CombineContext& c, FlagRequester& fla
         put_row(warp, c, row, place);
         if (!sums.are_lent())
             flags.row_is_here(warp, owner, position);
-        else
-            flags.row_is_in_place(warp, owner, position);
+        else if (warp.thread_rank() == 0)
+            port.publish_in_place(position);
     };
     const bool is_served = algo::serve_streams(
         warp, c.watch, Stage::kSlot, stream,
@@ -88,21 +88,31 @@ EP_DEVICE bool send(algo::Warp warp, const CombineContext& c, FlagRequester& fla
     return is_served && is_ok;
 }
 
-// To one owner that lends its sums: it waits for nothing, so one warp's rows need no stream.
-EP_DEVICE bool send_to_sums(algo::Warp warp, const CombineContext& c, const LentSums& sums, int owner,
-                            FlagRequester& flags, int warp_idx, int num_warps) {
+// To one owner that lends its sums: it waits for nothing, so one warp's rows need no stream. The rows of a batch share a release.
+EP_DEVICE bool send_to_sums(algo::Warp warp, const CombineContext& c, const LentSums& sums, int owner, int warp_idx,
+                            int num_warps) {
     const int self = c.watch.heap.rank();
+    const algo::Port port = c.ring.to(owner);
     const int num_rows = c.rows.num_rows(owner, self);
     const int64_t first_row = c.rows.first_row(owner, self);
-    int next_token = warp_idx < num_rows ? c.p.src_idx[first_row + warp_idx] : 0;
-    for (int position = warp_idx; position < num_rows; position += num_warps) {
+    const auto token_of = [&](int position) { return position < num_rows ? c.p.src_idx[first_row + position] : 0; };
+    int next_token = token_of(warp_idx);
+    int published = warp_idx;
+    const auto publish_until = [&](int end) {
+        const int mine = published + warp.thread_rank() * num_warps;
+        if (mine < end && warp.thread_rank() < kPublishBatch) port.publish_in_place(mine);
+        published = end;
+    };
+    int position = warp_idx;
+    for (; position < num_rows; position += num_warps) {
+        if (position - published >= kPublishBatch * num_warps) publish_until(position);
         const int token = next_token;
-        if (position + num_warps < num_rows) next_token = c.p.src_idx[first_row + position + num_warps];
+        next_token = token_of(position + num_warps);  // under way with this row
         const RowPlace place = place_in_sums(c, sums, owner, token);
         if (!place.is_there()) return false;
         put_row(warp, c, first_row + position, place);
-        flags.row_is_in_place(warp, owner, position);
     }
+    publish_until(position);
     return true;
 }
 

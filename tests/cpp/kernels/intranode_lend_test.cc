@@ -227,6 +227,27 @@ TEST_CASE("a row that belongs to no token of its owner is refused, and nothing i
     }
 }
 
+TEST_CASE("more rows for an owner than the sums that it lends are refused") {
+    for (int at : {0, 1}) {  // who has the wrong matrix: the owner, or the other one
+        CAPTURE(at);
+        const Problem problem{.num_tokens = {5, 30}, .num_experts = 2, .drop_probability = 0.0, .sums_ranks = 1};
+        World world = make_world(problem, {.idle = simt::IdlePolicy::kAdvanceClock});
+        auto ranks = make_inputs(problem);
+        world.layout(problem, ranks);
+        world.dispatch(problem, ranks);
+        ranks[static_cast<size_t>(at)].rank_prefix_matrix[1] = 20;
+        for (int rank = 0; rank < 2; ++rank) {
+            prepare_combine(problem, ranks[static_cast<size_t>(rank)], rank);
+            world.launch_combine(problem, ranks[static_cast<size_t>(rank)], rank);
+        }
+        world.run();
+        World::collect(ranks);
+        CHECK_EQ(check_void_combine(ranks[static_cast<size_t>(at)]), "");
+        CHECK_THROWS_WITH_AS(world.buffer(at).check(),
+                             doctest::Contains("rows from rank 0 to rank 1 begin at 0 and end at 20"), InvalidArgument);
+    }
+}
+
 TEST_CASE("weights that have no room for a copy take the input through slots") {
     // One 64th of 64 KiB is 1 KiB: 20 tokens x 16 weights do not fit.
     check_round_trip({.num_tokens = {20, 20}, .num_experts = 32, .num_topk = 16, .hidden = 16, .lending_ranks = 3},
