@@ -13,6 +13,7 @@ from deep_ep._memory import RowForm, Spec, num_bytes_of
 from deep_ep._peers import CallCheck
 from deep_ep._session import Session
 from deep_ep._streams import Operation
+from deep_ep._topology import DEVICE
 from deep_ep.utils import EventHandle, EventOverlap
 from deep_ep_cpp import CombineArgs, Error, InternodeCombineArgs, LayoutArgs
 
@@ -204,7 +205,7 @@ class HighThroughput:
         """Between two ranks: an output where the peer writes its rows and this rank adds its own, or None."""
         session = self._session
         lender = session.lender
-        if (lender is None or session.num_ranks != 2 or session.topology.num_nodes != 1
+        if (lender is None or session.num_ranks != 2 or session.topology.num_nodes != 1 or session.heap != DEVICE
                 or not LEAST_SUMS_TOKENS <= num_tokens <= MOST_SUMS_TOKENS or lender.owns(x)):
             return None
         made = lender.tensors(sums_row_form(hidden), num_tokens, operation)
