@@ -1,4 +1,4 @@
-#include "kernels/kernel_table.h"
+#include "kernels/params.h"
 
 namespace deep_ep::kernels {
 

@@ -5,7 +5,6 @@
 #include <cstdint>
 
 #include "device/runtime.h"
-#include "kernels/kernel_table.h"
 #include "kernels/params_internode.h"
 #include "kernels/params_low_latency.h"
 #include "rail/nvshmem/library.h"

@@ -60,7 +60,7 @@ Buffer::Buffer(std::shared_ptr<dev::Device> device, const BufferOptions& options
     : Connection(std::move(device), options),
       kernels_(table_for(this->device()->kind(), options)),
       high_throughput_(*this, kernels_),
-      internode_(*this, kernels_, high_throughput_.loans(), high_throughput_.counts()),
+      internode_(*this, kernels_, high_throughput_),
       low_latency_(*this, kernels_) {}
 
 void Buffer::destroy(double timeout_s) noexcept {

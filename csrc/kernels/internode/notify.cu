@@ -7,7 +7,6 @@
 #include "device/launch.h"
 #include "kernels/internode/stated_rows.h"
 #include "kernels/intranode/exchange.h"
-#include "kernels/kernel_table.h"
 #include "kernels/params.h"
 
 namespace deep_ep::kernels::internode::notify {

@@ -6,7 +6,6 @@
 #include "device/algo/group.h"
 #include "device/algo/watch.h"
 #include "device/launch.h"
-#include "kernels/kernel_table.h"
 #include "kernels/params.h"
 
 namespace deep_ep::kernels::dispatch_layout {
