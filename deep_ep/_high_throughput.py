@@ -24,8 +24,8 @@ BFLOAT16 = (torch.bfloat16, )
 FLOAT32 = (torch.float32, )
 
 NO_BIASES = None, None
-# Of a combine whose output is lent: fewer are quicker through slots (docs/performance/intranode.md, step 39), and for more
-# tokens there are no flags.
+# Of a combine whose output is lent: fewer are quicker through slots (docs/performance/intranode.md, step 39), and for
+# more tokens there are no flags.
 LEAST_SUMS_SMS = 14
 LEAST_SUMS_TOKENS, MOST_SUMS_TOKENS = 2048, 4096
 MAX_ALIGNMENT = 1 << 20  # of counts that are rounded up in 32 bits
@@ -200,8 +200,7 @@ class HighThroughput:
             event = close_operation(operation)
         return combined, weights, event
 
-    def _lent_sums(self, x: torch.Tensor, num_tokens: int, hidden: int,
-                   operation: Operation) -> Optional[torch.Tensor]:
+    def _lent_sums(self, x: torch.Tensor, num_tokens: int, hidden: int, operation: Operation) -> Optional[torch.Tensor]:
         """Between two ranks: an output where the peer writes its rows and this rank adds its own, or None."""
         session = self._session
         lender = session.lender

@@ -382,7 +382,8 @@ def sums_are_lent(worker: Worker, work: Workload, how: How) -> dict[str, bool]:
 
         buffer.combine = combine
         for name, num_biases, lends in (("plain", 0, False), ("with a bias", 1, False), ("of lent rows", 0, True)):
-            PendingCall(worker, buffer, work, replace(how, lends=lends, num_sms=14)).layout().dispatch().combine(num_biases)
+            calls = replace(how, lends=lends, num_sms=14)
+            PendingCall(worker, buffer, work, calls).layout().dispatch().combine(num_biases)
             gc.collect()
             work = work.next()
     return found
