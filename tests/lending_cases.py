@@ -370,20 +370,21 @@ def lend_errors(worker: Worker) -> list[str]:
 
 def sums_are_lent(worker: Worker, work: Workload, how: How) -> dict[str, bool]:
     """Which outputs of combine lie in lent memory; every one is right."""
-    found = {}
+    cases = {"plain": (0, False), "with a bias": (1, False), "of lent rows": (0, True)}
+    found = []
     with worker.new_buffer(num_lend_bytes=LEND_BYTES) as buffer:
         region = lent_region(buffer)
         original = buffer.combine
 
         def combine(*args: Any, **options: Any) -> Any:
             result = original(*args, **options)
-            found[name] = result[0].data_ptr() in region
+            found.append(result[0].data_ptr() in region)
             return result
 
         buffer.combine = combine
-        for name, num_biases, lends in (("plain", 0, False), ("with a bias", 1, False), ("of lent rows", 0, True)):
+        for num_biases, lends in cases.values():
             calls = replace(how, lends=lends, num_sms=14)
             PendingCall(worker, buffer, work, calls).layout().dispatch().combine(num_biases)
             gc.collect()
             work = work.next()
-    return found
+    return dict(zip(cases, found))
