@@ -61,7 +61,7 @@ EP_DEVICE bool wait_for_far_row(const CombineContext& c, const AddSources& from,
 
 // A chunk of the own row to that of the sum, which holds the peer's.
 template <int kVecs>
-EP_DEVICE void add_chunk(algo::Warp, const Held<kVecs>& own, uint8_t* sum, const Chunk<kVecs>& chunk) {
+EP_DEVICE void add_chunk(algo::Warp, const algo::Piece<kVecs>& own, uint8_t* sum, const Chunk<kVecs>& chunk) {
     Vec16* target = reinterpret_cast<Vec16*>(sum) + chunk.first;
     if (prim::has_bf16_add()) {
 #pragma unroll
@@ -69,7 +69,7 @@ EP_DEVICE void add_chunk(algo::Warp, const Held<kVecs>& own, uint8_t* sum, const
             if (kVecs > 1 || chunk.is_inside) prim::add_bf16(target + i * kWarpSize, own.vec[i]);
         return;
     }
-    const Held<kVecs> far = load_chunk(sum, chunk);
+    const algo::Piece<kVecs> far = load_chunk(sum, chunk);
     algo::Bf16Sums sums[kVecs] = {};
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
