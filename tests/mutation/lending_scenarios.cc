@@ -60,6 +60,7 @@ void launch_touch(World& world, const RankTensors::Lent& lent, int rank) {
 std::string sums(uint64_t seed, uint32_t lending_ranks) {
     Problem problem = small_problem(seed, lending_ranks);
     problem.sums_ranks = 0b11;
+    problem.num_sms = 2;  // a block that sends, and one that adds
     problem.drop_probability = 0.3;
     World world = make_world(2, varied(seed), {.num_sms = 2, .useful_block_threads = 64});
     auto ranks = make_inputs(problem);
