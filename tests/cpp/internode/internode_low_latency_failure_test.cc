@@ -2,6 +2,7 @@
 #include <doctest/doctest.h>
 
 #include "core/error.h"
+#include "device/launch.h"
 #include "internode/low_latency_nodes.h"
 
 namespace deep_ep::test {
@@ -56,6 +57,48 @@ TEST_CASE(
             ranks[3].combined_x.clear();
             CHECK_EQ(check_low_latency_combine(problem, ranks), "");
         }
+    }
+}
+
+// Masks a rank, some time after it has begun.
+struct MaskKernel {
+    struct Params {
+        int* masked;
+        int num_pauses;
+    };
+    struct Shared {};
+
+    static void run(const Params& p, Shared&) {
+        for (int i = 0; i < p.num_pauses; ++i) prim::pause();
+        prim::store<prim::Order::kRelaxed, prim::Scope::kGpu>(p.masked, 1);
+    }
+};
+
+// Warps of a block share the puts of a token by turns. One that sees the mask and one that does not would count them otherwise.
+TEST_CASE("low latency across nodes: a rank that is masked while others send takes no row of theirs with it") {
+    for (uint64_t seed = 1; seed <= 40; ++seed) {
+        CAPTURE(seed);
+        NodesOptions options{.num_nodes = 3, .ranks_per_node = 1, .scheduler = seeded(seed), .network_seed = seed};
+        options.scheduler.idle = simt::IdlePolicy::kAdvanceClock;
+        options.timeout_s = 2.0;
+        options.is_shrinkable = true;
+        LowLatencyProblem problem{.num_tokens = {8, 0, 3}, .num_max_tokens = 8, .num_experts = 3, .num_topk = 2};
+        problem.drop_probability = 0;
+        LowLatencyNodes nodes(options, problem);
+        World& world = nodes.world();
+        auto ranks = make_low_latency_inputs(problem);
+        for (size_t i = 0; i < ranks[0].topk_idx.size(); ++i) ranks[0].topk_idx[i] = i % 2 == 0 ? 1 : 2;
+        for (auto& idx : ranks[2].topk_idx) idx = 2;
+        world.buffer(2).low_latency().masked_ranks()[1] = 1;
+        const dev::Stream beside = world.device(0).create_stream();
+        const auto num_pauses = static_cast<int>(seed * 3);
+        dev::launch<MaskKernel>({.name = "mask"}, beside,
+                                {&world.buffer(0).low_latency().masked_ranks()[1], num_pauses});
+        dispatch_on(world, problem, ranks, {0, 2}, Launches::kOne);
+        world.device(0).destroy_stream(beside);
+        for (int rank : {0, 2}) world.buffer(rank).check();
+        CHECK_EQ(world.buffer(2).low_latency().masked_ranks()[0], 0);
+        CHECK_EQ(check_low_latency_dispatch_of(problem, ranks, 2), "");
     }
 }
 

@@ -3,6 +3,7 @@
 #include <doctest/doctest.h>
 
 #include <cstring>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -20,6 +21,8 @@ class PromptEngine;
 struct Rail {
     std::map<int, PromptEngine*> engines{};  // by rank
     std::map<int, double> released_s{};      // likewise
+    bool shares_windows = false;
+    std::function<void()> on_release = [] {};
 };
 
 class PromptEngine final : public rail::Engine {
@@ -57,8 +60,14 @@ public:
         if (!failure.empty()) throw TransportError(failure);
     }
     bool has_left(int peer) const override { return rail_.released_s.count(peer) > 0; }
+    std::vector<const uint8_t*> share_windows(const std::vector<int>& neighbours) override {
+        return std::vector<const uint8_t*>(rail_.shares_windows ? neighbours.size() : 0);
+    }
     rail::Traffic sent_to(int) const override { return {}; }
-    void release(double timeout_s) override { rail_.released_s[rank_] = timeout_s; }
+    void release(double timeout_s) override {
+        rail_.released_s[rank_] = timeout_s;
+        rail_.on_release();
+    }
 
     uint64_t& word(uint64_t offset) { return words_.at(offset / sizeof(uint64_t)); }
 
@@ -70,10 +79,13 @@ private:
 
 struct Nodes : Rail {
     int num_nodes, ranks_per_node;
+    int64_t num_low_latency_bytes;
     simt::Scheduler scheduler{};
     std::vector<std::unique_ptr<Connection>> connections{};
 
-    Nodes(int nodes, int of_ranks) : num_nodes(nodes), ranks_per_node(of_ranks) {
+    Nodes(int nodes, int of_ranks, int64_t low_latency_bytes = 0)
+        : num_nodes(nodes), ranks_per_node(of_ranks), num_low_latency_bytes(low_latency_bytes) {
+        shares_windows = low_latency_bytes > 0;
         for (int rank = 0; rank < num_ranks(); ++rank)
             connections.push_back(
                 std::make_unique<Connection>(std::make_shared<simt::SimtDevice>(scheduler, rank), options_of(rank)));
@@ -91,7 +103,7 @@ struct Nodes : Rail {
         return {.rank = rank,
                 .num_ranks = num_ranks(),
                 .num_data_bytes = 1 << 12,
-                .num_low_latency_bytes = 0,
+                .num_low_latency_bytes = num_low_latency_bytes,
                 .timeout_s = 1,
                 .warn_s = 1,
                 .is_shrinkable = false,
@@ -225,6 +237,21 @@ TEST_CASE("rail peers are those of the same index, and the engine is released wi
     CHECK_EQ(nodes.engines.count(3), 0);
     CHECK_EQ(nodes.released_s.at(3), 0.25);
     CHECK_EQ(nodes[3].look(), "");
+}
+
+TEST_CASE("an engine receives for the neighbours who read its window until they leave too") {
+    Nodes nodes(2, 2, 1 << 20);
+    CHECK(nodes[0].node_windows() != nullptr);
+    bool is_neighbour_going = false;
+    nodes.on_release = [&] { CHECK(is_neighbour_going); };
+    nodes.scheduler.run_hosts({[&] { nodes[0].destroy(100); },
+                               [&] {
+                                   CHECK_EQ(nodes.released_s.count(0), 0);
+                                   is_neighbour_going = true;
+                                   nodes[1].destroy(100);
+                               }});
+    CHECK_EQ(nodes.released_s.size(), 2);
+    nodes.on_release = [] {};
 }
 
 TEST_CASE("within a node no engine is made") {
