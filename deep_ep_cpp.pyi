@@ -215,6 +215,7 @@ class _CombineArgs(TypedDict, total=False):
     bias: tuple[Address, Address]  # bfloat16 [num_tokens, hidden] each, or none
     rank_prefix_matrix: Address  # of the dispatch
     send_head: Address  # of the dispatch
+    src_idx: Address  # of the dispatch, [num_rows]
     num_tokens: int  # int32
     combined_x: Address  # output, bfloat16 [num_tokens, hidden]
     combined_topk_weights: Address  # output, [num_tokens, num_topk]
@@ -402,6 +403,9 @@ class Buffer:
 
     @property
     def num_lend_bytes(self) -> int: ...
+    @property
+    def lend_address(self) -> int:
+        """Where what can be lent begins."""
 
     # Low latency. ticket=BOTH_PHASES: the whole call in one launch, for which `number` may be 0. ticket=SEND_PHASE: the
     # send phase, which returns the call's ticket; with that and the same arguments the receive phase. At most two

@@ -291,6 +291,8 @@ void bind_buffer(py::module_& m) {
                  b.high_throughput().loans().note_stream(pointer<void>(stream), is_ours);
              })
         .def_property_readonly("num_lend_bytes", [](Buffer& b) { return b.plan().num_lend_bytes; })
+        .def_property_readonly(
+            "lend_address", [](Buffer& b) { return reinterpret_cast<uintptr_t>(b.high_throughput().loans().begin()); })
         .def_readonly_static("LEND_PART_OF_DATA", &runtime::kLendPartOfData)
         .def_readonly_static("LATE_NS", &layout::kLateNs)
         .def_readonly_static("SEND_PHASE", &runtime::kSendPhase)

@@ -342,6 +342,12 @@ class Handles:
             self._check_rail(rail, known[0])
         return Places(matrix, send_head, rail), known[0], known[1]
 
+    @staticmethod
+    def src_idx(handle: Any) -> torch.Tensor:
+        """Of a handle that has been read."""
+        found: torch.Tensor = handle[3] if len(handle) == 6 else handle[7]
+        return found
+
     def fact(self, places: Places) -> dict[str, Any]:
         """What tells a handle from others, for the comparison of calls. Waits for the device."""
         matrix = places.rank_prefix_matrix.tolist()

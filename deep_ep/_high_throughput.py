@@ -1,5 +1,6 @@
 """get_dispatch_layout, dispatch and combine: checks, allocation, and the native calls in between."""
 
+import functools
 from typing import Any, Optional
 
 import torch
@@ -8,10 +9,11 @@ from deep_ep import _checks
 from deep_ep._checks import KnownTensors
 from deep_ep._dispatch import INT32, Dispatch, Handle, Handles, Payload, Places, Routing
 from deep_ep._env import is_capturing
-from deep_ep._memory import Spec, num_bytes_of
+from deep_ep._memory import RowForm, Spec, num_bytes_of
 from deep_ep._peers import CallCheck
 from deep_ep._session import Session
 from deep_ep._streams import Operation
+from deep_ep._topology import DEVICE
 from deep_ep.utils import EventHandle, EventOverlap
 from deep_ep_cpp import CombineArgs, Error, InternodeCombineArgs, LayoutArgs
 
@@ -22,8 +24,18 @@ BFLOAT16 = (torch.bfloat16, )
 FLOAT32 = (torch.float32, )
 
 NO_BIASES = None, None
+# Of a combine whose output is lent: fewer are quicker through slots (docs/performance/intranode.md, step 39), and for
+# more tokens there are no flags.
+LEAST_SUMS_SMS = 14
+LEAST_SUMS_TOKENS, MOST_SUMS_TOKENS = 2048, 4096
 ROWS_ALONE = CombineArgs(topk_weights=None, num_topk=0, bias=NO_BIASES, combined_topk_weights=None)
 MAX_ALIGNMENT = 1 << 20  # of counts that are rounded up in 32 bits
+
+
+@functools.lru_cache(maxsize=16)
+def sums_row_form(hidden: int) -> RowForm:
+    """Of the output of a combine."""
+    return RowForm([((hidden, ), torch.bfloat16)])
 
 
 def open_operation(session: Session, name: str, previous_event: Optional[EventOverlap], async_finish: bool,
@@ -140,6 +152,7 @@ class HighThroughput:
         session = self._session
         device = session.streams.device
         places, num_tokens, num_rows = self._handles.read(handle)
+        src_idx = self._handles.src_idx(handle)
         given_rows, hidden = _checks.check_rows("x", x, device, BFLOAT16)
         if given_rows != num_rows:
             raise ValueError(f"x must have {num_rows} rows, those that the dispatch of this handle received, got "
@@ -156,14 +169,19 @@ class HighThroughput:
             })
         with open_operation(session, "combine", previous_event, async_finish, allocate_on_comm_stream) as operation:
             with operation.allocation():
-                combined = session.empty[torch.bfloat16](num_tokens, hidden)
+                combined = None
+                if biases is NO_BIASES and num_sms >= LEAST_SUMS_SMS:
+                    combined = self._lent_sums(x, num_tokens, hidden, operation)
+                if combined is None:
+                    combined = session.empty[torch.bfloat16](num_tokens, hidden)
                 weights = None if topk_weights is None else session.empty[torch.float32](num_tokens, num_topk)
-            operation.start((x, topk_weights, *biases, *places.read_later()), (combined, weights))
+            operation.start((x, topk_weights, src_idx, *biases, *places.read_later()), (combined, weights))
             args = ROWS_ALONE.replace(x=x,
                                       num_rows=num_rows,
                                       hidden=hidden,
                                       rank_prefix_matrix=places.rank_prefix_matrix,
                                       send_head=places.send_head,
+                                      src_idx=src_idx,
                                       num_tokens=num_tokens,
                                       combined_x=combined)
             if weights is not None or bias is not None:
@@ -183,6 +201,16 @@ class HighThroughput:
                                          num_rail_tokens=rail.head.shape[0]), num_sms, operation.stream)
             event = close_operation(operation)
         return combined, weights, event
+
+    def _lent_sums(self, x: torch.Tensor, num_tokens: int, hidden: int, operation: Operation) -> Optional[torch.Tensor]:
+        """Between two ranks: an output where the peer writes its rows and this rank adds its own, or None."""
+        session = self._session
+        lender = session.lender
+        if (lender is None or session.num_ranks != 2 or session.topology.num_nodes != 1 or session.heap != DEVICE
+                or not LEAST_SUMS_TOKENS <= num_tokens <= MOST_SUMS_TOKENS or lender.owns(x)):
+            return None
+        made = lender.tensors(sums_row_form(hidden), num_tokens, operation)
+        return None if made is None else made[0]
 
     def lend(self, shape: Any, dtype: torch.dtype) -> torch.Tensor:
         session = self._session

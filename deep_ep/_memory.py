@@ -100,6 +100,7 @@ class Lender:
         self._streams = streams
         self.index = streams.index if isinstance(streams, CudaStreams) else -1
         self.num_bytes = runtime.num_lend_bytes
+        self._begin = runtime.lend_address
         self.noted: dict[int, bool] = {}  # streams of calls; whether what is lent can be used there
         self._last: Optional[tuple[int, int]] = None  # tokens and received rows of the last fresh dispatch
 
@@ -111,6 +112,10 @@ class Lender:
         """
         lent = self._take(form, num_rows, operation) if num_rows and form.can_be_lent else None
         return None if lent is None else lent.tensors(num_rows, self.index)
+
+    def owns(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor begins in the memory that can be lent."""
+        return self._begin <= tensor.data_ptr() < self._begin + self.num_bytes
 
     def reserve(self, form: RowForm, likely_rows: int, operation: Operation) -> Optional[deep_ep_cpp.LentRows]:
         """Memory for the rows that a guess has room for, before anybody knows how many come."""

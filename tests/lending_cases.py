@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Optional
 
 import torch
@@ -365,3 +366,25 @@ def lend_errors(worker: Worker) -> list[str]:
             failure_of(lambda: other.lend((4, 8))),
             failure_of(lambda: worker.new_buffer(num_lend_bytes=100), ValueError),
         ]
+
+
+def sums_are_lent(worker: Worker, work: Workload, how: How) -> dict[str, bool]:
+    """Which outputs of combine lie in lent memory; every one is right."""
+    cases = {"plain": (0, False), "with a bias": (1, False), "of lent rows": (0, True)}
+    found = []
+    with worker.new_buffer(num_lend_bytes=LEND_BYTES) as buffer:
+        region = lent_region(buffer)
+        original = buffer.combine
+
+        def combine(*args: Any, **options: Any) -> Any:
+            result = original(*args, **options)
+            found.append(result[0].data_ptr() in region)
+            return result
+
+        buffer.combine = combine
+        for num_biases, lends in cases.values():
+            calls = replace(how, lends=lends, num_sms=14)
+            PendingCall(worker, buffer, work, calls).layout().dispatch().combine(num_biases)
+            gc.collect()
+            work = work.next()
+    return dict(zip(cases, found))

@@ -84,6 +84,20 @@ def test_outputs_are_lent(pool: Pool, worst_factor: int, on_comm_stream: bool) -
         assert found == [True] * 4
 
 
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("on_comm_stream", [False, True])
+def test_sums_are_lent_between_two_ranks(pool: Pool, num_ranks: int, on_comm_stream: bool) -> None:
+    how = How(is_async=on_comm_stream, on_comm_stream=on_comm_stream)
+    work = Workload((2048, 2100, 2200)[:num_ranks], hidden=64)
+    for found in pool.run(lending.sums_are_lent, num_ranks, work, how):
+        assert found == {"plain": num_ranks == 2, "with a bias": False, "of lent rows": False}
+
+
+def test_few_sums_are_not_lent(pool: Pool) -> None:
+    for found in pool.run(lending.sums_are_lent, 2, Workload((60, 90)), How()):
+        assert not any(found.values())
+
+
 def test_captured_calls_lend(pool: Pool) -> None:
     if not torch.cuda.is_available():
         pytest.skip("CUDA graphs need a GPU")

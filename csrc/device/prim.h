@@ -92,6 +92,13 @@ EP_DEVICE Vec16 load_shared(const Vec16* ptr);
 // Weak 16-byte store that does not pollute L1.                                        CUDA: st.global.L1::no_allocate
 EP_DEVICE void store_streaming(Vec16* ptr, Vec16 value);
 
+// Whether there is an instruction for the next one; where this is false a call is a bug.
+EP_DEVICE bool has_bf16_add();
+
+// Adds eight bfloat16 to those at `ptr`, in the memory of this GPU, where they are: nothing comes back. To nearest, ties to even.
+//                                                                                     CUDA: red.relaxed.gpu.global.add.v4.bf16x2
+EP_DEVICE void add_bf16(Vec16* ptr, Vec16 value);
+
 // ---------------------------------------------------------------------------------------------------------------
 // Arithmetic
 // ---------------------------------------------------------------------------------------------------------------

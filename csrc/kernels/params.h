@@ -100,6 +100,7 @@ using Biases = const uint8_t* [kMaxBiases];
     FIELD(Biases, bias, "bfloat16 [num_tokens, hidden] each, or none") \
     FIELD(const int*, rank_prefix_matrix, "of the dispatch") \
     FIELD(const int*, send_head, "of the dispatch") \
+    FIELD(const int*, src_idx, "of the dispatch, [num_rows]") \
     FIELD(int, num_tokens, "") \
     FIELD(uint8_t*, combined_x, "output, bfloat16 [num_tokens, hidden]") \
     FIELD(float*, combined_topk_weights, "output, [num_tokens, num_topk]")
@@ -187,6 +188,7 @@ using layout::WatchParams;
 // Of a block. Fewer threads have more registers: a lane of combine keeps 56 sums.
 constexpr int kMaxDispatchWarps = 24;
 constexpr int kMaxCombineWarps = 19;        // that move rows; one more sets their flags
+constexpr int kMaxAddingCombineWarps = 23;  // the same
 constexpr int kMaxStagedCombineWarps = 12;  // the same
 constexpr int kMaxLayoutThreads = 256;
 constexpr int kMaxNotifyThreads = 256;
@@ -202,6 +204,8 @@ struct Geometry {
     int num_recv_warps;    // in each block
     layout::Staging send;  // of each send warp
     layout::Staging recv;  // of each receive warp
+    // > 0: the first blocks send and do nothing else, the others receive. (Only where nothing is staged.)
+    int num_send_blocks = 0;
 };
 constexpr int staging_bytes(const Geometry& geometry) {
     return geometry.num_send_warps * geometry.send.bytes() + geometry.num_recv_warps * geometry.recv.bytes();

@@ -241,7 +241,8 @@ constexpr uint64_t call_of_count(uint64_t word) { return word >> 32; }
 constexpr int count_in(uint64_t word) { return static_cast<int>(static_cast<uint32_t>(word)); }
 
 // What a rank lends to its peers for one call, as offsets into its heap (0: not lent). A dispatch lends its outputs, and
-// peers write rows where they stay; a combine lends its input, and peers read rows where they stand.
+// peers write rows where they stay; a combine lends its input, and peers read rows where they stand, or its output, and the peer
+// writes each row where it is summed.
 struct Loan {
     uint64_t x = 0;
     uint64_t scales = 0;
@@ -249,6 +250,9 @@ struct Loan {
     uint64_t topk_weights = 0;
     uint64_t src_idx = 0;
     uint64_t num_rows = 0;  // that the memory at each of these has room for
+    uint64_t sums = 0;      // of a combine: its output, and topk_weights then has room for a peer's weights, by token
+
+    constexpr bool is_any() const { return x != 0 || sums != 0; }
 };
 
 // Words that ranks write into each other's memory to coordinate. [x][y] is row-major.
@@ -370,6 +374,8 @@ struct DataSplit {
         for (int k = 0; k < kTopk; ++k) missed *= 1 - 1 / static_cast<double>(num_ranks);
         return static_cast<uint64_t>(static_cast<double>(kTokens * num_ranks) * (1 - missed) * 9 / 8);
     }
+    // Of a combine's output: it is lent between two ranks, which add their rows there.
+    static constexpr uint64_t num_sums(uint64_t num_ranks) { return num_ranks == 2 ? kTokens : 0; }
     // The slots' share of the region, in 65536ths.
     static constexpr uint64_t slot_share(uint64_t num_ranks) {
         const uint64_t slots = kNumBanks * (num_ranks - 1) * kWindow;

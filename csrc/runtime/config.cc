@@ -56,7 +56,8 @@ int64_t Config::get_nvl_buffer_size_hint(int64_t hidden_bytes, int num_ranks) co
     const auto ranks = static_cast<uint64_t>(num_ranks);
     const uint64_t slots = layout::WindowLayout::bytes_for(ranks, slot.bytes, static_cast<uint64_t>(window()));
     const uint64_t metadata_bytes = kHintLentTopk * (sizeof(int64_t) + sizeof(float)) + sizeof(int);
-    const uint64_t lent = layout::DataSplit::num_rows(ranks) * (row_bytes + metadata_bytes);
+    const uint64_t lent = layout::DataSplit::num_rows(ranks) * (row_bytes + metadata_bytes) +
+                          layout::DataSplit::num_sums(ranks) * row_bytes;
     return static_cast<int64_t>(layout::DataSplit::bytes_for(slots, lent, ranks));
 }
 

@@ -94,6 +94,18 @@ layout::Loan Loans::loan_for(const CombineArgs& args) const {
     return loan;
 }
 
+layout::Loan Loans::sums_for(const CombineArgs& args) const {
+    const auto num_tokens = static_cast<uint64_t>(args.num_tokens);
+    const bool has_bias = args.bias[0] != nullptr || args.bias[1] != nullptr;
+    const uint64_t weight_bytes = sizeof(float) * num_tokens * static_cast<uint64_t>(args.num_topk);
+    if (!may_lend() || has_bias || num_tokens > layout::kMaxWindow ||
+        weight_bytes > connection_.plan().num_weight_bytes)
+        return {};
+    const uint64_t sums = lent_offset(args.combined_x);
+    if (sums == 0) return {};
+    return {.topk_weights = connection_.plan().weights_offset, .num_rows = num_tokens, .sums = sums};
+}
+
 float* Loans::weights() const { return reinterpret_cast<float*>(connection_.local(connection_.plan().weights_offset)); }
 
 HighThroughput::HighThroughput(Connection& connection, const kernels::KernelTable& kernels)
@@ -208,6 +220,10 @@ void HighThroughput::combine(const CombineArgs& args, int num_sms, dev::Stream s
     kernels::CombinePlan plan = combine_plan(args);
     plan.geometry = plan_combine(connection_.machine(), num_sms, plan.slot, plan.loan.x != 0,
                                  args.bias[0] != nullptr || args.bias[1] != nullptr, args.num_tokens);
+    if (const auto adding = plan_adding_combine(connection_.machine(), num_sms); adding && !plan.loan.is_any()) {
+        plan.loan = loans_.sums_for(args);
+        if (plan.loan.is_any()) plan.geometry = *adding;
+    }
     connection_.announce(stream, false);
     kernels_.combine({plan, args}, stream);
 }

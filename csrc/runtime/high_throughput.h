@@ -55,6 +55,7 @@ public:
 
     std::vector<std::unique_ptr<LentMemory>> lend(const std::vector<int64_t>& sizes, dev::Stream stream,
                                                   bool is_captured);
+    const uint8_t* begin() const { return connection_.local(connection_.plan().lend_offset); }
     void note_stream(dev::Stream stream, bool is_ours) { lender_->note_stream(stream, is_ours); }
 
     // Whether some rank of this node may: then calls state their loans.
@@ -62,6 +63,8 @@ public:
     // Nothing where the tensors of the call are not lent.
     layout::Loan loan_for(const DispatchArgs& args) const;
     layout::Loan loan_for(const CombineArgs& args) const;
+    // Of the output of a combine, for one of two ranks; empty: it is not in memory that can be lent, or has to hold more than sums.
+    layout::Loan sums_for(const CombineArgs& args) const;
     // Where the copy of combine's weights is that a loan names.
     float* weights() const;
 

@@ -23,6 +23,11 @@ constexpr int kMixedSendWarps = 5;
 constexpr int kMixedReduceWarps = 12;
 constexpr int kMixedTokens = 4;  // of each reduce warp
 
+// Of a combine whose rows are added where they are: the blocks that send, in 16ths, and the most that are of use
+// (docs/performance/intranode.md, step 39).
+constexpr int kAddingSendShare = 7;
+constexpr int kMaxAddingSendBlocks = 9;
+
 // Of a dispatch to lenders. More blocks are slower, from here on to twice as many: own stores queue behind remote ones.
 constexpr int kLentSendWarps = 20;
 constexpr uint64_t kLongRowBytes = 8192;
@@ -308,6 +313,19 @@ kernels::Geometry plan_combine(const Machine& machine, int num_sms, const layout
     plain.send = {2, send.stage_bytes};
     const bool is_large = num_tokens >= kMixedTokens * plain.num_recv_warps * plain.num_blocks;
     return machine.num_ranks == 2 && plain.num_blocks >= kMixedBlocks && is_large && !has_bias ? plain : staged;
+}
+
+std::optional<kernels::Geometry> plan_adding_combine(const Machine& machine, int num_sms) {
+    const int num_blocks = std::clamp(num_sms, 1, machine.num_sms);
+    if (machine.num_ranks != 2 || !machine.has_bulk_copy || num_blocks < 2) return std::nullopt;
+    const int num_warps = std::min(kernels::kMaxAddingCombineWarps, machine.useful_block_threads / 32);
+    const int num_send_blocks = std::clamp((num_blocks * kAddingSendShare + 8) / 16, 1, kMaxAddingSendBlocks);
+    return kernels::Geometry{.num_blocks = num_blocks,
+                             .num_send_warps = num_warps,
+                             .num_recv_warps = num_warps,
+                             .send = {},
+                             .recv = {},
+                             .num_send_blocks = num_send_blocks};
 }
 
 InternodeGeometry plan_internode_dispatch(const Machine& machine, const layout::Topology& topology, int num_topk,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "device/runtime.h"
 #include "kernels/params.h"
@@ -90,6 +91,8 @@ kernels::LayoutGrid plan_layout(const Machine& machine, int num_tokens);
 kernels::Geometry plan_dispatch(const Machine& machine, int num_sms, const layout::SlotLayout& slot, bool is_lent);
 kernels::Geometry plan_combine(const Machine& machine, int num_sms, const layout::SlotLayout& slot, bool is_lent,
                                bool has_bias, int num_tokens);
+// Of a rank that lends its sums; nothing: here the peer's rows cannot be added where they are.
+std::optional<kernels::Geometry> plan_adding_combine(const Machine& machine, int num_sms);
 
 // Across nodes no warp has stages; others forward between the rail and the neighbours. The roles share the warps by the rows that
 // each would move for even routing. Ranks that lend, and those without neighbours, leave out the role that has nothing to do.

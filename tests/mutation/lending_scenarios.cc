@@ -35,15 +35,6 @@ std::string one_lends(uint64_t seed) {
     return round_trip(world, small_problem(seed, 0b01));
 }
 
-// The weights alone are waited for: there are rows of one rank only.
-std::string weights_of_a_lender(uint64_t seed) {
-    Problem problem = small_problem(seed, 0b10);
-    problem.num_tokens = {4, 0};
-    problem.only_rank = 1;
-    World world = make_world(2, varied(seed), small_device(seed));
-    return round_trip(world, problem);
-}
-
 // A caller's kernel: reads and writes every word.
 struct TouchKernel {
     struct Params {
@@ -63,6 +54,44 @@ void launch_touch(World& world, const RankTensors::Lent& lent, int rank) {
     dev::launch<TouchKernel>(
         config, world.stream(rank),
         {reinterpret_cast<uint32_t*>(lent.memory->address()), static_cast<int>(lent.num_bytes / 4)});
+}
+
+// Each adds its own rows to what the other writes into its sums, again and again in the same memory.
+std::string sums(uint64_t seed, uint32_t lending_ranks) {
+    Problem problem = small_problem(seed, lending_ranks);
+    problem.sums_ranks = 0b11;
+    problem.num_sms = 2;  // a block that sends, and one that adds
+    problem.drop_probability = 0.3;
+    World world = make_world(2, varied(seed), {.num_sms = 2, .useful_block_threads = 64});
+    auto ranks = make_inputs(problem);
+    world.layout(problem, ranks);
+    world.dispatch(problem, ranks);
+    for (int rank = 0; rank < 2; ++rank) prepare_combine(problem, ranks[static_cast<size_t>(rank)], rank);
+    for (int repeat = 0; repeat < 3; ++repeat)
+        for (int rank = 0; rank < 2; ++rank) {
+            RankTensors& tensors = ranks[static_cast<size_t>(rank)];
+            world.launch_combine(problem, tensors, rank);
+            if (repeat < 2)
+                for (const RankTensors::Lent& lent : tensors.lent)
+                    if (lent.data == tensors.combined_x.data()) launch_touch(world, lent, rank);
+        }
+    world.run();
+    World::collect(ranks);
+    for (int rank = 0; rank < 2; ++rank) world.buffer(rank).check();
+    return check_combine(problem, ranks);
+}
+
+std::string both_lend_sums(uint64_t seed) { return sums(seed, 0); }
+
+std::string sums_beside_an_input(uint64_t seed) { return sums(seed, 0b10); }
+
+// The weights alone are waited for: there are rows of one rank only.
+std::string weights_of_a_lender(uint64_t seed) {
+    Problem problem = small_problem(seed, 0b10);
+    problem.num_tokens = {4, 0};
+    problem.only_rank = 1;
+    World world = make_world(2, varied(seed), small_device(seed));
+    return round_trip(world, problem);
 }
 
 // What was received is worked on, combined where it lies, worked on, and received there again, with no host in between:
@@ -219,6 +248,8 @@ constexpr Scenario kScenarios[] = {
     {"guess_with_room", guess_with_room},
     {"guess_too_small", guess_too_small},
     {"one_lends", one_lends},
+    {"both_lend_sums", both_lend_sums},
+    {"sums_beside_an_input", sums_beside_an_input},
     {"weights_of_a_lender", weights_of_a_lender},
     {"two_blocks", two_blocks},
     {"used_at_once", used_at_once},

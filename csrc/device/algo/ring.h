@@ -58,6 +58,14 @@ public:
         // Pairs with: slot_is_free at the sender.
         prim::store<prim::Order::kRelease, prim::Scope::kSys>(mark.flag, mark.value);
     }
+
+    // The same flags for rows that stay where they are written, outside of the slots: position < kMaxWindow, nothing to wait for.
+    EP_DEVICE void publish_in_place(int position) const {
+        // Pairs with: row_is_in_place at the receiver.
+        prim::store<prim::Order::kRelease, prim::Scope::kSys>(full_ + position, tag(position));
+    }
+    EP_DEVICE FlagTest row_is_in_place(int position) const { return {full_ + position, tag(position)}; }
+
     EP_DEVICE FlagMark mark_free(int position) const { return {empty_ + position % window_->window, tag(position)}; }
     // Whether a later row of this call comes into the slot.
     EP_DEVICE bool is_needed_again(int position, int num_rows) const { return position + window_->window < num_rows; }

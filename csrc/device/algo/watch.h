@@ -418,7 +418,7 @@ EP_DEVICE void return_loans(Warp warp, const Watch& watch, bool has_failed) {
     // Release: rows written, or reads done. Pairs with: wait_for_returns, wait_for_quiet at the lender.
     algo::publish<prim::Order::kRelease, prim::Scope::kSys>(
         warp, heap.num_ranks(),
-        [&](int lender) { return lender != heap.rank() && (has_failed || loan_of(watch, lender).x != 0); },
+        [&](int lender) { return lender != heap.rank() && (has_failed || loan_of(watch, lender).is_any()); },
         [&](int lender) { return heap.returned(lender, heap.rank()); }, watch.call);
 }
 

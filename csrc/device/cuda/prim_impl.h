@@ -255,6 +255,24 @@ EP_DEVICE void store_streaming(Vec16* ptr, Vec16 value) {
                  : "memory");
 }
 
+// red .v4.bf16x2: sm_90, PTX 8.1
+#if EP_PTX_HAS_BULK && (__CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 1))
+#define EP_PTX_HAS_BF16_ADD 1
+#else
+#define EP_PTX_HAS_BF16_ADD 0
+#endif
+EP_DEVICE bool has_bf16_add() { return EP_PTX_HAS_BF16_ADD != 0; }
+EP_DEVICE void add_bf16([[maybe_unused]] Vec16* ptr, [[maybe_unused]] Vec16 value) {
+#if EP_PTX_HAS_BF16_ADD
+    asm volatile("red.relaxed.gpu.global.add.noftz.v4.bf16x2 [%0], {%1, %2, %3, %4};" ::"l"(ptx::global_address(ptr)),
+                 "r"(value.word[0]), "r"(value.word[1]), "r"(value.word[2]), "r"(value.word[3])
+                 : "memory");
+#else
+    ptx::trap_unsupported();
+#endif
+}
+#undef EP_PTX_HAS_BF16_ADD
+
 #undef EP_PTX_LOAD_INPUT
 #undef EP_PTX_LOAD_SHARED_WITH_PEERS
 #undef EP_PTX_STORE_STREAMING

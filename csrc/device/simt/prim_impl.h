@@ -161,6 +161,24 @@ EP_DEVICE uint32_t round_to_bf16x2(float low, float high) {
     return detail::round_to_bf16(low) | detail::round_to_bf16(high) << 16;
 }
 
+// The sum of two in FP32 has the same bits when it is rounded: FP32 has more than twice the digits.
+EP_DEVICE bool has_bf16_add() { return true; }
+EP_DEVICE void add_bf16(Vec16* ptr, Vec16 value) {
+    simt::check_aligned(ptr, sizeof(Vec16));
+    uint16_t sums[8], addends[8];
+    std::memcpy(sums, ptr, sizeof(sums));
+    std::memcpy(addends, &value, sizeof(addends));
+    const auto to_float = [](uint16_t bits) {
+        const uint32_t word = static_cast<uint32_t>(bits) << 16;
+        float result;
+        std::memcpy(&result, &word, sizeof(result));
+        return result;
+    };
+    for (int i = 0; i < 8; ++i)
+        sums[i] = static_cast<uint16_t>(detail::round_to_bf16(to_float(sums[i]) + to_float(addends[i])));
+    std::memcpy(ptr, sums, sizeof(sums));
+}
+
 EP_DEVICE bool has_fp8_rounding() { return false; }
 EP_DEVICE uint32_t round_to_e4m3x2(float, float) { return 0; }
 

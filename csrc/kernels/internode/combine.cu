@@ -460,7 +460,8 @@ private:
             [&](int owner, int position) { return port(owner).slot_is_free(position); },
             [&](int owner, int position, int) {
                 const int64_t row = static_cast<int64_t>(c.local.rows.first_row(owner, heap.rank())) + position;
-                kernels::combine::put_row(warp, c.local, row, port(owner).slot(position));
+                kernels::combine::put_row(warp, c.local, row,
+                                          kernels::combine::place_in_slot(c.local, port(owner).slot(position)));
                 if (warp.thread_rank() == 0) port(owner).publish(position);
             });
     }

@@ -135,7 +135,7 @@ private:
         if (prim::warp_idx() == 0) {
             const algo::Warp warp;
             LaunchEnd end = count_block(warp, watch, state.has_failed != 0);
-            if (end != LaunchEnd::kOthersGoOn && p.may_lend) end = settle_loans(warp, watch, p.loan.x != 0, end);
+            if (end != LaunchEnd::kOthersGoOn && p.may_lend) end = settle_loans(warp, watch, p.loan.is_any(), end);
             if (end != LaunchEnd::kOthersGoOn) close<Operation>(0, warp, p, watch, end == LaunchEnd::kFailed);
             if (warp.thread_rank() == 0) {
                 // Counts the call. Nothing of this launch looks at the count any more, and its end publishes it: no order.

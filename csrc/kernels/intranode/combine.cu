@@ -4,14 +4,19 @@
 //                  stand (our own input, slots, or the input that a peer lends), add the bias, write once, give slots back
 //   send warps     (of a rank that does not lend its input) one stream per owner: wait for a free slot, copy the row and
 //                  its weights into it, set its flag
+//   add warps      (of one of two ranks, that lends its sums, instead of reduce warps) the peer writes its rows where they are
+//                  summed, and the own ones are added there; the weights are summed by the warp that else sets flags
 //   flag warp      sets flags for the others, which would wait for their stores
 //
 // With bulk copies send warps, or both roles, keep several rows, or pieces of rows, on their way through shared memory; each form is
 // a kernel of its own.
 //
 // Messages, buffer map and orderings: docs/protocols/intranode.md.
+#include <algorithm>
+
 #include "device/algo/group.h"
 #include "kernels/intranode/call_session.h"
+#include "kernels/intranode/combine_add.h"
 #include "kernels/intranode/combine_context.h"
 #include "kernels/intranode/combine_reduce_staged.h"
 #include "kernels/intranode/row_return.h"
@@ -21,13 +26,20 @@ namespace deep_ep::kernels::combine {
 inline namespace EP_BACKEND {
 
 // Each role moves rows through stages of shared memory, or through registers: that wants blocks of different shape.
-template <bool kSendsStaged, bool kReducesStaged> struct Kernel {
+enum class Form { kRegisters, kSendsStaged, kStaged, kAdds };
+
+template <Form kForm> struct Kernel {
+    static constexpr bool kSendsStaged = kForm == Form::kStaged || kForm == Form::kSendsStaged;
+    static constexpr int kMaxWarps = kForm == Form::kStaged ? kMaxStagedCombineWarps
+                                     : kForm == Form::kAdds ? kMaxAddingCombineWarps
+                                                            : kMaxCombineWarps;
+
     using Params = CombineParams;
     struct Shared {
         CallState call;
         FlagRequests requests;
     };
-    static constexpr int kMaxThreads = kWarpSize * (1 + (kReducesStaged ? kMaxStagedCombineWarps : kMaxCombineWarps));
+    static constexpr int kMaxThreads = kWarpSize * (1 + kMaxWarps);
     static constexpr auto kOperation = layout::Operation::kCombine;
     static_assert(sizeof(Shared) <= kMaxCombineState);
 
@@ -61,14 +73,14 @@ template <bool kSendsStaged, bool kReducesStaged> struct Kernel {
         if (!p.may_lend) return true;
         if (blockIdx.x == 0) algo::state_loan(warp, watch, p.loan);
         if (!algo::wait_for_loans(warp, watch)) return false;
-        if (lane < num_ranks) is_ok &= is_among_lent(watch, lane, look.there);
+        if (lane < num_ranks) is_ok &= is_among_lent(watch, lane, look.there) && has_sums_for(watch, lane, look);
         for (int peer = lane + warp.size(); peer < num_ranks; peer += warp.size())
             is_ok &= is_among_lent(watch, peer, rows.span(watch.heap.rank(), peer));
         return algo::all(warp, is_ok);
     }
 
     static EP_DEVICE void prepare(algo::Block block, const Params&, const algo::Watch&, Shared& shared) {
-        algo::for_each(block, kMaxCombineWarps * kRequests,
+        algo::for_each(block, kMaxAddingCombineWarps * kRequests,
                        [&](int i) { shared.requests.of_warp[i / kRequests][i % kRequests] = 0; });
     }
     static EP_DEVICE Begun learn(algo::Block, const Params&, const algo::Watch&, Shared&) { return Begun::kReady; }
@@ -76,14 +88,15 @@ template <bool kSendsStaged, bool kReducesStaged> struct Kernel {
     static EP_DEVICE bool work(algo::Block block, const Params& p, const algo::Watch& watch, Shared& shared) {
         const algo::Ring ring(watch, p.window);
         const CombineContext c{p, watch, ring, RowMap{p.rank_prefix_matrix, p.heap.num_ranks}};
-        if (p.loan.topk_weights != 0) lend_weights(block, c);
+        if (p.loan.x != 0 && p.loan.topk_weights != 0) lend_weights(block, c);
         const algo::Warp warp;
+        FlagRequester flags(shared.requests, prim::warp_idx());
+        if constexpr (kForm == Form::kAdds) return work_apart(warp, c, shared.requests, flags);
         const int num_warps = p.geometry.num_recv_warps + p.geometry.num_send_warps;
         if (prim::warp_idx() == num_warps) {
             if (has_flags(warp, c)) serve_flags(warp, ring, shared.requests, num_warps);
             return true;
         }
-        FlagRequester flags(shared.requests, prim::warp_idx());
         const int send_warp = prim::warp_idx() - p.geometry.num_recv_warps;
         const bool is_ok =
             send_warp < 0 ? reduce_any(warp, c, flags, prim::warp_idx()) : send_any(warp, c, flags, send_warp);
@@ -106,11 +119,41 @@ private:
         return gives_slots_back(warp, c) || (!kSendsStaged && c.p.geometry.num_send_warps > 0);
     }
 
+    // Of a rank that lends its sums: blocks that send, with a warp for the flags of slots, and blocks that add, with one for the weights.
+    static EP_DEVICE bool work_apart(algo::Warp warp, const CombineContext& c, FlagRequests& requests,
+                                     FlagRequester& flags) {
+        const Geometry& geometry = c.p.geometry;
+        const int warp_idx = prim::warp_idx(), num_add_blocks = geometry.num_blocks - geometry.num_send_blocks;
+        const int add_block = static_cast<int>(blockIdx.x) - geometry.num_send_blocks;
+        if (add_block < 0) {
+            const int peer = 1 - c.watch.heap.rank();
+            const LentSums sums = lent_sums(c, peer);
+            const RoleWarp self{warp_idx * geometry.num_send_blocks + static_cast<int>(blockIdx.x),
+                                geometry.num_send_warps * geometry.num_send_blocks};
+            if (warp_idx >= geometry.num_send_warps) {
+                if (warp_idx == geometry.num_send_warps && !sums.are_lent())
+                    serve_flags(warp, c.ring, requests, geometry.num_send_warps);
+                return true;
+            }
+            if (sums.are_lent()) return send_to_sums(warp, c, sums, peer, self.idx, self.count);
+            const bool is_ok = send(warp, c, flags, self.idx, self.count);
+            flags.no_more(warp);
+            return is_ok;
+        }
+        if (warp_idx > geometry.num_recv_warps) return true;
+        const bool is_summed_here = peer_writes_rows(c);
+        if (warp_idx == geometry.num_recv_warps)
+            return !is_summed_here || add_weights(warp, c, add_block, num_add_blocks);
+        const RoleWarp self{warp_idx * num_add_blocks + add_block, geometry.num_recv_warps * num_add_blocks};
+        return is_summed_here ? add_rows(warp, c, self.idx, self.count)
+                              : reduce_lent_rows(&c.p, c.watch.call, &flags, self.idx, self.count);
+    }
+
     static EP_DEVICE bool reduce_any(algo::Warp warp, const CombineContext& c, FlagRequester& flags, int reduce_warp) {
         const Geometry& geometry = c.p.geometry;
         const RoleWarp self = role_warp(geometry, reduce_warp, geometry.num_recv_warps);
-        constexpr SlotCode kSlots = kSendsStaged ? SlotCode::kInline : SlotCode::kApart;
-        if constexpr (kReducesStaged)
+        constexpr SlotCode kSlots = kForm == Form::kSendsStaged ? SlotCode::kInline : SlotCode::kApart;
+        if constexpr (kForm == Form::kStaged)
             return reduce_staged(warp, c, flags, self.idx, self.count, recv_memory(geometry, reduce_warp));
         else
             return reduce<kSlots>(warp, c, flags, self.idx, self.count);
@@ -135,6 +178,17 @@ private:
                has_room(watch, p.num_rows, rows.here.total);
     }
 
+    // After wait_for_loans: of two ranks, one that lends its sums has at most a row at the other for each of its tokens.
+    static EP_DEVICE bool has_sums_for(const algo::Watch& watch, int peer, const Look& rows) {
+        const int self = watch.heap.rank();
+        const auto fit = [&](int owner, int rank, const RowSpan& span) {
+            const layout::Loan& loan = algo::loan_of(watch, owner);
+            return loan.sums == 0 || static_cast<uint64_t>(span.end - span.first) <= loan.num_rows ||
+                   refuse_rows(watch, owner, rank, span.first, span.end, static_cast<int>(loan.num_rows));
+        };
+        return fit(peer, self, rows.here) && fit(self, peer, rows.there);
+    }
+
     // After wait_for_loans: our rows are among those that the peer lends.
     static EP_DEVICE bool is_among_lent(const algo::Watch& watch, int peer, const RowSpan& rows) {
         const layout::Loan& loan = algo::loan_of(watch, peer);
@@ -147,10 +201,14 @@ private:
 }  // namespace deep_ep::kernels::combine
 
 void deep_ep::kernels::launch(const CombineParams& params, dev::Stream stream) {
+    using combine::Form;
     using combine::Kernel;
     const Geometry& geometry = params.geometry;
-    const auto launch = geometry.recv.num_stages > 0   ? launch_call<Kernel<true, true>, CombineParams>
-                        : geometry.send.num_stages > 0 ? launch_call<Kernel<true, false>, CombineParams>
-                                                       : launch_call<Kernel<false, false>, CombineParams>;
-    launch("deep_ep::combine", params, geometry.num_send_warps + geometry.num_recv_warps + 1, stream);
+    const auto launch = params.loan.sums != 0          ? launch_call<Kernel<Form::kAdds>, CombineParams>
+                        : geometry.recv.num_stages > 0 ? launch_call<Kernel<Form::kStaged>, CombineParams>
+                        : geometry.send.num_stages > 0 ? launch_call<Kernel<Form::kSendsStaged>, CombineParams>
+                                                       : launch_call<Kernel<Form::kRegisters>, CombineParams>;
+    const int num_warps = geometry.num_send_blocks > 0 ? std::max(geometry.num_send_warps, geometry.num_recv_warps)
+                                                       : geometry.num_send_warps + geometry.num_recv_warps;
+    launch("deep_ep::combine", params, num_warps + 1, stream);
 }

@@ -28,7 +28,7 @@ constexpr int kRequests = 2;  // of a warp, at once
 
 // Of one block; shared memory. A request is zero until its warp writes it, and again when the flag warp has taken it.
 struct FlagRequests {
-    uint64_t of_warp[kMaxCombineWarps][kRequests];
+    uint64_t of_warp[kMaxAddingCombineWarps][kRequests];
 };
 
 // One warp's side.
@@ -132,6 +132,22 @@ EP_DEVICE const uint8_t* direct_rows(const CombineContext& c, int rank) {
 }
 EP_DEVICE const float* direct_weights(const CombineContext& c, int rank) {
     return direct_weights(c, c.watch.heap.rank(), rank);
+}
+
+// Where `owner` has its rows, and then their weights, summed for this rank to write to; null: it takes them another way.
+struct LentSums {
+    uint8_t* rows;
+    float* weights;
+    int num_tokens;  // that both have room for
+
+    EP_DEVICE bool are_lent() const { return rows != nullptr; }
+};
+EP_DEVICE LentSums lent_sums(const CombineContext& c, int owner) {
+    if (!c.p.may_lend || owner == c.watch.heap.rank()) return {};
+    const layout::Loan& loan = algo::loan_of(c.watch, owner);
+    if (loan.sums == 0) return {};
+    return {c.watch.heap.at(owner, loan.sums), reinterpret_cast<float*>(c.watch.heap.at(owner, loan.topk_weights)),
+            static_cast<int>(loan.num_rows)};
 }
 
 // The token has a row at `rank`: then it is one of those that stand there for us.

@@ -158,6 +158,14 @@ EP_DEVICE void store_sums(const algo::Bf16Sums (&sums)[kVecs], Vec16* target, co
         if (kVecs > 1 || chunk.is_inside) prim::store_streaming(target + i * kWarpSize, sums[i].rounded());
 }
 
+template <int kVecs>
+EP_DEVICE void store_chunk(const algo::Piece<kVecs>& held, uint8_t* row, const Chunk<kVecs>& chunk) {
+    Vec16* target = reinterpret_cast<Vec16*>(row) + chunk.first;
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i)
+        if (kVecs > 1 || chunk.is_inside) prim::store_streaming(target + i * kWarpSize, held.vec[i]);
+}
+
 // Of up to two rows.
 template <int kRows, int kVecs>
 EP_DEVICE void sum_few(algo::Warp warp, const uint8_t* const (&rows)[2], Vec16* target, const Chunk<kVecs>& chunk) {

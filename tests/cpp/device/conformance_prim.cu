@@ -570,5 +570,51 @@ TEST_CASE("a row that was bulk-stored and published is there for a bulk load") {
     CHECK_EQ(num_wrong.read()[0], 0u);
 }
 
+// Adds `addend` to `sums`.
+struct AddKernel {
+    static constexpr int kVecs = 512;
+    struct Params {
+        const Vec16* addend;  // [kVecs], eight bfloat16 each
+        Vec16* sums;
+    };
+    struct Shared {};
+
+    static EP_DEVICE void run(const Params& p, Shared&) {
+        if (!prim::has_bf16_add()) return;
+        for (int i = static_cast<int>(threadIdx.x); i < kVecs; i += static_cast<int>(blockDim.x))
+            prim::add_bf16(p.sums + i, p.addend[i]);
+    }
+};
+
+TEST_CASE("sums of bfloat16 in memory are those of FP32, rounded") {
+    if (!test_device()->has_bulk_copy()) {
+        MESSAGE("skipped: no such instruction here");
+        return;
+    }
+    auto addend = numbers(4 * AddKernel::kVecs, 11), before = numbers(4 * AddKernel::kVecs, 12);
+    for (size_t i = 0; i < addend.size(); i += 2) before[i] = addend[i] ^ 0x00010001u;  // next to each other
+    Words<uint32_t> sums(before);
+    const Words<uint32_t> added(addend);
+    run<AddKernel>(1, 128, {reinterpret_cast<const Vec16*>(added.data()), reinterpret_cast<Vec16*>(sums.data())});
+    const auto found = sums.read();
+    const auto value = [](uint32_t word, int half) {
+        const uint32_t bits = word >> (16 * half) << 16;
+        float result;
+        std::memcpy(&result, &bits, sizeof(result));
+        return result;
+    };
+    int num_wrong = 0;
+    for (size_t i = 0; i < addend.size(); ++i)
+        for (int half = 0; half < 2; ++half) {
+            const float sum = value(addend[i], half) + value(before[i], half);
+            uint32_t bits;
+            std::memcpy(&bits, &sum, sizeof(bits));
+            const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+            const float result = value(found[i], half);
+            num_wrong += sum != sum ? result == result : result != value(rounded, 0);
+        }
+    CHECK_EQ(num_wrong, 0);
+}
+
 }  // namespace
 }  // namespace deep_ep::testing

@@ -150,6 +150,104 @@ TEST_CASE("back-to-back calls of changing shape, loans on and off, cached ones b
     }
 }
 
+TEST_CASE("sums that one of two ranks lends, or both, beside inputs that are lent or not") {
+    for (uint32_t sums : {1u, 2u, 3u})
+        for (uint32_t lending : {0u, 1u, 2u, 3u})
+            for (uint32_t with_bulk_copies : {0u, 1u, 3u})
+                for (uint64_t seed : {0, 1, 2}) {
+                    CAPTURE(sums);
+                    CAPTURE(lending);
+                    CAPTURE(with_bulk_copies);
+                    CAPTURE(seed);
+                    for (int num_topk : {1, 3, 40}) {
+                        const Problem problem{.num_tokens = {37, 52},
+                                              .num_experts = 64,
+                                              .num_topk = num_topk,
+                                              .hidden = 264,
+                                              .drop_probability = num_topk < 40 ? 0.3 : 0.9,
+                                              .seed = seed + 1,
+                                              .lending_ranks = lending,
+                                              .sums_ranks = sums};
+                        World world(2, kDataBytes, seeded(seed), 100, 0, false,
+                                    {{.has_bulk_copy = (with_bulk_copies & 1u) != 0},
+                                     {.has_bulk_copy = (with_bulk_copies & 2u) != 0}},
+                                    kLendBytes);
+                        CHECK_EQ(round_trip(world, problem), "");
+                    }
+                }
+}
+
+TEST_CASE("sums are lent by ranks without tokens, for tokens without rows, and in many calls of one Buffer") {
+    World world = make_world({.num_tokens = {0, 0}}, {.seed = 3});
+    for (int round = 0; round < 8; ++round) {
+        CAPTURE(round);
+        Problem problem{.num_tokens = {round % 3 * 40, 90 - round},
+                        .num_experts = 2,
+                        .num_topk = 2,
+                        .hidden = 8 * (1 + round * 7 % 19),
+                        .num_sms = 1 + round % 3,
+                        .drop_probability = 0.1 * round,
+                        .only_rank = round % 4 == 3 ? 1 : -1,
+                        .seed = static_cast<uint64_t>(round) + 7};
+        problem.sums_ranks = static_cast<uint32_t>(round) % 4;
+        problem.lending_ranks = static_cast<uint32_t>(round / 2) % 4;
+        problem.num_biases = round == 5 ? 1 : 0;
+        CHECK_EQ(round_trip(world, problem), "");
+    }
+}
+
+// Three ranks, and outputs in memory that can be lent: they are not, and are summed as ever.
+TEST_CASE("sums of more ranks than two go through slots") {
+    check_round_trip({.num_tokens = {20, 9, 14}, .num_experts = 6, .num_topk = 3, .sums_ranks = 7});
+}
+
+TEST_CASE("a row that belongs to no token of its owner is refused, and nothing is written beside the sums") {
+    for (int bad : {-1, 30, 1 << 30}) {
+        CAPTURE(bad);
+        const Problem problem{.num_tokens = {30, 30}, .num_experts = 2, .drop_probability = 0.0, .sums_ranks = 3};
+        World world = make_world(problem, {.idle = simt::IdlePolicy::kAdvanceClock});
+        auto ranks = make_inputs(problem);
+        world.layout(problem, ranks);
+        world.dispatch(problem, ranks);
+        ranks[1].recv_src_idx[3] = bad;  // of rank 0's tokens
+        std::vector<const uint8_t*> whole;
+        std::vector<std::vector<uint8_t>> before;
+        for (int rank = 0; rank < 2; ++rank) {
+            RankTensors& tensors = ranks[static_cast<size_t>(rank)];
+            whole.push_back(world.lend(rank, kLendBytes)->address());
+            prepare_combine(problem, tensors, rank);
+            world.launch_combine(problem, tensors, rank);
+            before.emplace_back(whole.back(), whole.back() + kLendBytes);
+        }
+        world.run();
+        for (size_t rank = 0; rank < 2; ++rank) CHECK_EQ(num_stray_bytes(whole[rank], before[rank], ranks[rank]), 0);
+        World::collect(ranks);
+        CHECK_EQ(check_void_combine(ranks[1]), "");
+        CHECK_THROWS_WITH_AS(world.buffer(1).check(), doctest::Contains("must belong together"), InvalidArgument);
+    }
+}
+
+TEST_CASE("more rows for an owner than the sums that it lends are refused") {
+    for (int at : {0, 1}) {  // who has the wrong matrix: the owner, or the other one
+        CAPTURE(at);
+        const Problem problem{.num_tokens = {5, 30}, .num_experts = 2, .drop_probability = 0.0, .sums_ranks = 1};
+        World world = make_world(problem, {.idle = simt::IdlePolicy::kAdvanceClock});
+        auto ranks = make_inputs(problem);
+        world.layout(problem, ranks);
+        world.dispatch(problem, ranks);
+        ranks[static_cast<size_t>(at)].rank_prefix_matrix[1] = 20;
+        for (int rank = 0; rank < 2; ++rank) {
+            prepare_combine(problem, ranks[static_cast<size_t>(rank)], rank);
+            world.launch_combine(problem, ranks[static_cast<size_t>(rank)], rank);
+        }
+        world.run();
+        World::collect(ranks);
+        CHECK_EQ(check_void_combine(ranks[static_cast<size_t>(at)]), "");
+        CHECK_THROWS_WITH_AS(world.buffer(at).check(),
+                             doctest::Contains("rows from rank 0 to rank 1 begin at 0 and end at 20"), InvalidArgument);
+    }
+}
+
 TEST_CASE("weights that have no room for a copy take the input through slots") {
     // One 64th of 64 KiB is 1 KiB: 20 tokens x 16 weights do not fit.
     check_round_trip({.num_tokens = {20, 20}, .num_experts = 32, .num_topk = 16, .hidden = 16, .lending_ranks = 3},

@@ -197,6 +197,7 @@ kernels::CombineArgs combine_args(const Problem& problem, RankTensors& tensors, 
             .bias = {bias(0), bias(1)},
             .rank_prefix_matrix = tensors.rank_prefix_matrix.data(),
             .send_head = tensors.send_head.data(),
+            .src_idx = tensors.recv_src_idx.data(),
             .num_tokens = problem.num_tokens[static_cast<size_t>(rank)],
             .combined_x = reinterpret_cast<uint8_t*>(tensors.combined_x.data()),
             .combined_topk_weights = tensors.combined_weights.data()};
@@ -279,6 +280,7 @@ void World::combine_on(const Problem& problem, std::vector<RankTensors>& ranks, 
 void World::launch_combine(const Problem& problem, RankTensors& tensors, int rank) {
     kernels::CombineArgs args = combine_args(problem, tensors, rank);
     if (problem.lends(rank)) args.x = reinterpret_cast<const uint8_t*>(lend(tensors, rank, tensors.y));
+    if (problem.lends_sums(rank)) args.combined_x = reinterpret_cast<uint8_t*>(lend(tensors, rank, tensors.combined_x));
     buffer(rank).high_throughput().combine(args, problem.num_sms, stream(rank));
 }
 

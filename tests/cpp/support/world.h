@@ -35,6 +35,9 @@ struct Problem {
     int ranks_per_node = 0;      // 0: all are in one
     uint32_t lending_ranks = 0;  // bit i: rank i lends outputs of dispatch and inputs of combine (in a World that can)
 
+    uint32_t sums_ranks = 0;  // likewise, outputs of combine
+
+    bool lends_sums(int rank) const { return (sums_ranks >> rank & 1u) != 0; }
     bool lends(int rank) const { return (lending_ranks >> rank & 1u) != 0; }
     int num_ranks() const { return static_cast<int>(num_tokens.size()); }
 };

@@ -1,0 +1,358 @@
+// Bare kernels: combine between two GPUs, with roles by block, and with own rows added to the peer's where those are.
+//
+//     nvcc -std=c++17 -O3 -arch=sm_90 -o ways benchmarks/bare/combine_ways.cu && ./ways [blocks | add | roles]
+//
+// As intranode_ways.cu. What came out: docs/performance/intranode.md, steps 38 and 39.
+#include "intranode_ways.h"
+
+// Slots for all rows, roles by block: blocks below `split` push rows, 24 warps with ordinary loads and stores (kSend 0) or
+// `W` warps with bulk copies of kSend stages each; the other blocks sum what has come. `R` warps of each reduce.
+template <int kSend, int W, int U, int R, int B = 1> __global__ void __launch_bounds__(768) by_block(Args a) {
+    extern __shared__ __align__(128) uint8_t memory[];
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32;
+    if (blockIdx.x >= a.split) {
+        const int blocks = gridDim.x - a.split;
+        if (warp >= R) return;
+        for (int t = warp * blocks + blockIdx.x - a.split; t < kTokens; t += R * blocks) {
+            if (lane == 0)
+                while (look(a.flags + t) < a.epoch) __nanosleep(20);
+            __syncwarp();
+            const int64_t at = static_cast<int64_t>(t) * a.row;
+            reduce_row<U>(a.arrived + at, a.x + at, a.result + at, a.row, lane);
+        }
+        return;
+    }
+    if (warp >= W) return;
+    if (kSend == 0) {
+        for (int t = warp * a.split + blockIdx.x; t < kTokens; t += W * a.split) {
+            const int64_t at = static_cast<int64_t>(t) * a.row;
+            move<7>(a.x + at, a.remote + at, nullptr, a.row, lane);
+            __syncwarp();
+            if (lane == 0) publish(a.peer_flags + t, a.epoch);
+        }
+        return;
+    }
+    if (lane == 0) send_bulk<kSend == 0 ? 1 : kSend, B>(a, memory, warp, warp * a.split + blockIdx.x, W * a.split);
+}
+
+// The peer's rows come straight into our result, and our own rows are added there, by the L2: nothing of what has come is
+// loaded. Of two rows of BF16 the sum has the bits of one in FP32 that is rounded afterwards.
+__device__ void add(uint8_t* p, const Vec& v) {
+    asm volatile("red.relaxed.gpu.global.add.noftz.v4.bf16x2 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.w[0]), "r"(v.w[1]),
+                 "r"(v.w[2]), "r"(v.w[3])
+                 : "memory");
+}
+__device__ void bulk_add(void* to, const void* from, uint32_t bytes) {
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.noftz.bf16 [%0], [%1], %2;" ::"l"(to),
+                 "r"(smem(from)), "r"(bytes)
+                 : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// No row of this launch comes before the peer has ended the one before.
+__device__ void meet(const Args& a) {
+    if (threadIdx.x == 0) {
+        if (blockIdx.x == 0) publish(a.peer_flags + kTokens, a.epoch);
+        while (look(a.flags + kTokens) < a.epoch) {
+        }
+    }
+    __syncthreads();
+}
+
+// Warps below `split` of each block send (kSend 0: ordinary loads and stores; else bulk copies with so many stages), the others
+// add their own rows: kAdd 0: U vectors a lane by ordinary loads and vector reductions; else bulk copies, so many stages.
+template <int kSend, int kAdd, int U, int T, int B = 1> __global__ void __launch_bounds__(T) push_add(Args a) {
+    extern __shared__ __align__(128) uint8_t memory[];
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32;
+    meet(a);
+    if (warp < a.split) {
+        const int first = warp_of_grid(warp);
+        const int step = a.split * gridDim.x;
+        if (kSend > 0) {
+            if (lane == 0) send_bulk<kSend == 0 ? 1 : kSend, B>(a, memory, warp, first, step);
+            return;
+        }
+        for (int t = first; t < kTokens; t += step) {
+            const int64_t at = static_cast<int64_t>(t) * a.row;
+            move<7>(a.x + at, a.remote + at, nullptr, a.row, lane);
+            __syncwarp();
+            if (lane == 0) publish(a.peer_flags + t, a.epoch);
+        }
+        return;
+    }
+    const int first = warp_of_grid(warp - a.split);
+    const int step = (T / 32 - a.split) * gridDim.x;
+    if (kAdd == 0) {
+        for (int t = first; t < kTokens; t += step) {
+            const int64_t at = static_cast<int64_t>(t) * a.row;
+            bool is_here = false;
+            for (int base = lane * 16; base < a.row; base += U * 512) {
+                Vec held[U];
+#pragma unroll
+                for (int i = 0; i < U; ++i) held[i] = load(a.x + at + base + i * 512);
+                if (!is_here) {
+                    if (lane == 0)
+                        while (look(a.flags + t) < a.epoch) __nanosleep(20);
+                    __syncwarp();
+                    is_here = true;
+                }
+#pragma unroll
+                for (int i = 0; i < U; ++i) add(a.result + at + base + i * 512, held[i]);
+            }
+        }
+        return;
+    }
+    constexpr int S = kAdd == 0 ? 1 : kAdd;
+    uint8_t* stages = memory + a.split * (kSend == 0 ? 0 : kSend * a.row + 128) + (warp - a.split) * (S * a.row + 128);
+    auto* bars = reinterpret_cast<uint64_t*>(stages + S * a.row);
+    if (lane != 0) return;
+    for (int s = 0; s < S; ++s) bar_init(bars + s);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    const int count = first < kTokens ? (kTokens - first + step - 1) / step : 0;
+    auto at = [&](int item) { return static_cast<int64_t>(first + item * step) * a.row; };
+    for (int item = 0; item < S - 1 && item < count; ++item)
+        bulk_load(stages + item * a.row, a.x + at(item), a.row, bars + item);
+    for (int item = 0; item < count; ++item) {
+        const int s = item % S;
+        if (item + S - 1 < count) {
+            bulk_wait_read<0>();
+            bulk_load(stages + (item + S - 1) % S * a.row, a.x + at(item + S - 1), a.row, bars + (item + S - 1) % S);
+        }
+        while (look(a.flags + first + item * step) < a.epoch) __nanosleep(20);
+        asm volatile("fence.proxy.async;" ::: "memory");
+        bar_wait(bars + s, item / S & 1);
+        bulk_add(a.result + at(item), stages + s * a.row, a.row);
+    }
+    bulk_wait<0>();
+}
+
+// The other way round: our own rows are stored into our result, and the peer adds its own over the link. Told row by row as well.
+template <int S, int T> __global__ void __launch_bounds__(T) add_over_link(Args a) {
+    extern __shared__ __align__(128) uint8_t memory[];
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32;
+    meet(a);
+    if (lane != 0) return;
+    const bool is_own = warp >= a.split;
+    const int first = warp_of_grid(is_own ? warp - a.split : warp);
+    const int step = (is_own ? T / 32 - a.split : a.split) * gridDim.x;
+    uint8_t* stages = memory + warp * (S * a.row + 128);
+    auto* bars = reinterpret_cast<uint64_t*>(stages + S * a.row);
+    for (int s = 0; s < S; ++s) bar_init(bars + s);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    const int count = first < kTokens ? (kTokens - first + step - 1) / step : 0;
+    auto at = [&](int item) { return static_cast<int64_t>(first + item * step) * a.row; };
+    int told = 0;
+    for (int item = 0; item < S - 1 && item < count; ++item)
+        bulk_load(stages + item * a.row, a.x + at(item), a.row, bars + item);
+    for (int item = 0; item < count; ++item) {
+        const int s = item % S;
+        if (item + S - 1 < count) {
+            bulk_wait_read<0>();
+            bulk_load(stages + (item + S - 1) % S * a.row, a.x + at(item + S - 1), a.row, bars + (item + S - 1) % S);
+        }
+        if (!is_own) {
+            while (look(a.flags + first + item * step) < a.epoch) __nanosleep(20);
+            asm volatile("fence.proxy.async;" ::: "memory");
+        }
+        bar_wait(bars + s, item / S & 1);
+        if (!is_own) {
+            bulk_add(a.remote + at(item), stages + s * a.row, a.row);
+            continue;
+        }
+        bulk_store(a.result + at(item), stages + s * a.row, a.row);
+        if (item - told >= 2) {
+            bulk_wait<1>();
+            for (; told < item; ++told) publish(a.peer_flags + first + told * step, a.epoch);
+        }
+    }
+    bulk_wait<0>();
+    if (is_own)
+        for (; told < count; ++told) publish(a.peer_flags + first + told * step, a.epoch);
+}
+
+// One warp of a block sets the flags that the others ask for, so that none of them waits for its stores.
+struct Requests {
+    uint32_t of_warp[32][2];
+};
+__device__ void ask(Requests& requests, int warp, int n, uint32_t value) {
+    auto* word = static_cast<volatile uint32_t*>(&requests.of_warp[warp][n & 1]);
+    while (*word != 0) {
+    }
+    asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(smem(&requests.of_warp[warp][n & 1])), "r"(value)
+                 : "memory");
+}
+constexpr uint32_t kNoMore = 0x80000000u;
+__device__ void serve(Requests& requests, uint32_t* flags, uint32_t epoch, int num_warps) {
+    const int lane = threadIdx.x % 32;
+    bool more = lane < num_warps;
+    int n = 0;
+    while (__any_sync(0xffffffffu, more)) {
+        uint32_t request = 0;
+        if (more) {
+            const uint32_t word = smem(&requests.of_warp[lane][n & 1]);
+            asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(request) : "r"(word) : "memory");
+            if (request != 0) {
+                requests.of_warp[lane][n & 1] = 0;
+                ++n;
+            }
+        }
+        if (request == kNoMore) more = false;
+        const bool due = request != 0 && request != kNoMore;
+        if (__any_sync(0xffffffffu, due) && due) publish(flags + request - 1, epoch);
+    }
+}
+
+// Roles by block: blocks below `split` push rows by W warps, ordinary loads and stores; a warp more sets the flags where kAsks,
+// else each warp sets those of B rows together. The other blocks, R warps each: kAdds: add their own rows to what has come into
+// the result; else sum the slots. U vectors a lane.
+template <bool kAdds, bool kAsks, int W, int R, int U, int B, int T>
+__global__ void __launch_bounds__(T) roles(Args a) {
+    __shared__ Requests requests;
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32;
+    if (threadIdx.x < 64) requests.of_warp[threadIdx.x / 2][threadIdx.x % 2] = 0;
+    __syncthreads();
+    if (kAdds) meet(a);
+    if (blockIdx.x < a.split) {
+        if (warp == W && kAsks) serve(requests, a.peer_flags, a.epoch, W);
+        if (warp >= W) return;
+        int n = 0;
+        for (int t = warp * a.split + blockIdx.x; t < kTokens; t += W * a.split * B) {
+#pragma unroll 1
+            for (int b = 0; b < B && t + b * W * a.split < kTokens; ++b) {
+                const int64_t at = static_cast<int64_t>(t + b * W * a.split) * a.row;
+                move<7>(a.x + at, a.remote + at, nullptr, a.row, lane);
+            }
+            __syncwarp();
+            if (kAsks) {
+                if (lane == 0) ask(requests, warp, n++, t + 1);
+            } else if (lane < B && t + lane * W * a.split < kTokens) {
+                publish(a.peer_flags + t + lane * W * a.split, a.epoch);
+            }
+        }
+        if (kAsks && lane == 0) ask(requests, warp, n, kNoMore);
+        return;
+    }
+    if (warp >= R) return;
+    const int blocks = gridDim.x - a.split;
+    for (int t = warp * blocks + blockIdx.x - a.split; t < kTokens; t += R * blocks) {
+        const int64_t at = static_cast<int64_t>(t) * a.row;
+        if (!kAdds) {
+            if (lane == 0)
+                while (look(a.flags + t) < a.epoch) __nanosleep(20);
+            __syncwarp();
+            reduce_row<U>(a.arrived + at, a.x + at, a.result + at, a.row, lane);
+            continue;
+        }
+        bool is_here = false;
+        for (int base = lane * 16; base < a.row; base += U * 512) {
+            Vec held[U];
+#pragma unroll
+            for (int i = 0; i < U; ++i) held[i] = load(a.x + at + base + i * 512);
+            if (!is_here) {
+                if (lane == 0)
+                    while (look(a.flags + t) < a.epoch) __nanosleep(20);
+                __syncwarp();
+                is_here = true;
+            }
+#pragma unroll
+            for (int i = 0; i < U; ++i) add(a.result + at + base + i * 512, held[i]);
+        }
+    }
+}
+
+// Beside others that are measured: what they have to give.
+static std::vector<uint8_t> sums_by_pull(const std::vector<int>& sms) {
+    measure("pull, 16 warps x 7", pull<7, 512>, 512, 0, kMaxRow, 0, To::kOutput, sms);
+    std::vector<uint8_t> sums(static_cast<size_t>(kTokens) * kMaxRow);
+    CHECK(cudaMemcpy(sums.data(), gpus[0].result, sums.size(), cudaMemcpyDefault));
+    return sums;
+}
+
+static void run_blocks() {
+    const std::vector<int> sms{14, 16, 18, 20, 24};
+    std::printf("\nroles by block, rows of 14336 bytes             14 SMs     16      18      20      24\n");
+    const std::vector<uint8_t> sums = sums_by_pull(sms);
+    const auto measure_splits = [&](const char* what, auto kernel, int shared_bytes) {
+        CHECK(cudaMemset(gpus[0].result, 0, sums.size()));
+        for (int split : {5, 6, 7, 8, 9}) {
+            char name[64];
+            std::snprintf(name, sizeof name, "%d blocks send %s", split, what);
+            measure(name, kernel, 768, shared_bytes, kMaxRow, split, To::kSlots, sms);
+        }
+        check_rows(what, gpus[0].result, sums.data(), sums.size());
+    };
+    const auto stages = [](int warps, int each) { return warps * (each * kMaxRow + 128); };
+    measure_splits("plain 24; 20 reduce x 7", by_block<0, 24, 7, 20>, 0);
+    measure_splits("plain 24; 24 reduce x 4", by_block<0, 24, 4, 24>, 0);
+    measure_splits("bulk 4 x 2; 20 reduce x 7", by_block<2, 4, 7, 20, 2>, stages(4, 2));
+    measure_splits("bulk 2 x 4; 20 reduce x 7", by_block<4, 2, 7, 20, 2>, stages(2, 4));
+    measure_splits("bulk 7 x 2; 20 reduce x 7", by_block<2, 7, 7, 20, 2>, stages(7, 2));
+    measure_splits("bulk 5 x 3; 20 reduce x 7", by_block<3, 5, 7, 20, 2>, stages(5, 3));
+}
+
+static void run_add() {
+    const std::vector<int> sms{8, 12, 14, 16, 20, 24};
+    std::printf("\nadded in the result, rows of 14336 bytes         8 SMs     12      14      16      20      24\n");
+    const std::vector<uint8_t> sums = sums_by_pull(sms);
+    // Bulk copies: (send warps x stages) + (warps that add x stages).
+    const auto measure_add = [&](const char* name, auto kernel, int threads, int split, int stages) {
+        CHECK(cudaMemset(gpus[0].result, 0, sums.size()));
+        const int shared_bytes = stages == 0 ? 0 : stages * kMaxRow + 16 * 128;
+        measure(name, kernel, threads, shared_bytes, kMaxRow, split, To::kResult, sms);
+        check_rows(name, gpus[0].result, sums.data(), sums.size());
+    };
+    measure_add("bulk 3 x 2 + bulk 3 x 2", push_add<2, 2, 7, 192, 2>, 192, 3, 12);
+    measure_add("bulk 4 x 2 + bulk 3 x 2", push_add<2, 2, 7, 224, 2>, 224, 4, 14);
+    measure_add("bulk 3 x 2 + bulk 2 x 2", push_add<2, 2, 7, 160, 2>, 160, 3, 10);
+    measure_add("bulk 2 x 3 + bulk 2 x 3", push_add<3, 3, 7, 128, 2>, 128, 2, 12);
+    measure_add("bulk 2 x 4 + bulk 2 x 3", push_add<4, 3, 7, 128, 2>, 128, 2, 14);
+    measure_add("bulk 4 x 2 + plain 12 x 7", push_add<2, 0, 7, 512, 2>, 512, 4, 8);
+    measure_add("bulk 5 x 2 + plain 11 x 7", push_add<2, 0, 7, 512, 2>, 512, 5, 10);
+    measure_add("bulk 7 x 2 + plain 9 x 7", push_add<2, 0, 7, 512, 2>, 512, 7, 14);
+    measure_add("bulk 6 x 2 + plain 8 x 14", push_add<2, 0, 14, 448, 2>, 448, 6, 12);
+    measure_add("plain 12 x 7 + plain 8 x 7", push_add<0, 0, 7, 640>, 640, 12, 0);
+    measure_add("plain 14 x 7 + plain 10 x 7", push_add<0, 0, 7, 768>, 768, 14, 0);
+    measure_add("plain 16 x 7 + plain 8 x 7", push_add<0, 0, 7, 768>, 768, 16, 0);
+    measure_add("plain 12 x 7 + plain 8 x 14", push_add<0, 0, 14, 640>, 640, 12, 0);
+    measure_add("plain 12 x 7 + bulk 4 x 3", push_add<0, 3, 7, 512>, 512, 12, 12);
+    measure_add("plain 16 x 7 + bulk 3 x 2", push_add<0, 2, 7, 608>, 608, 16, 6);
+    measure_add("over the link: 3 x 2 adds, own 3 x 2", add_over_link<2, 192>, 192, 3, 12);
+    measure_add("over the link: 4 x 2 adds, own 3 x 2", add_over_link<2, 224>, 224, 4, 14);
+}
+
+static void run_roles() {
+    std::printf("\nroles by block, what each number of blocks that send takes, rows of 14336 bytes\n");
+    const std::vector<uint8_t> sums = sums_by_pull({16, 20, 24});
+    const auto measure_splits = [&](const char* what, auto kernel, int threads, To to) {
+        CHECK(cudaMemset(gpus[0].result, 0, sums.size()));
+        for (int num_sms : {16, 20, 24})
+            for (int split = num_sms / 2 - 1; split <= num_sms / 2 + 4; ++split) {
+                char name[64];
+                std::snprintf(name, sizeof name, "%d of %d blocks send, %s", split, num_sms, what);
+                measure(name, kernel, threads, 0, kMaxRow, split, to, {num_sms});
+            }
+        check_rows(what, gpus[0].result, sums.data(), sums.size());
+    };
+    measure_splits("flag warp, 20 sum x 7", roles<false, true, 24, 20, 7, 1, 800>, 800, To::kSlots);
+    measure_splits("batch 2, 20 sum x 7", roles<false, false, 24, 20, 7, 2, 768>, 768, To::kSlots);
+    measure_splits("flag warp, 24 add x 7", roles<true, true, 24, 24, 7, 1, 800>, 800, To::kResult);
+    measure_splits("flag warp, 16 add x 14", roles<true, true, 24, 16, 14, 1, 800>, 800, To::kResult);
+    measure_splits("batch 2, 24 add x 7", roles<true, false, 24, 24, 7, 2, 768>, 768, To::kResult);
+    measure_splits("batch 4, 24 add x 7", roles<true, false, 24, 24, 7, 4, 768>, 768, To::kResult);
+    measure_splits("flag warp, 20 send, 16 add x 7", roles<true, true, 20, 16, 7, 1, 672>, 672, To::kResult);
+}
+
+int main(int argc, char** argv) {
+    const auto is_wanted = [&](const char* what) { return argc < 2 || std::strcmp(argv[1], what) == 0; };
+    set_up();
+    if (is_wanted("blocks")) run_blocks();
+    if (is_wanted("add")) run_add();
+    if (is_wanted("roles")) run_roles();
+    return 0;
+}

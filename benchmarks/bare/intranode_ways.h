@@ -1,0 +1,276 @@
+// What the bare kernels in this folder have in common: two GPUs, their memory, loads and stores, and the clock.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#define CHECK(call)                                                                    \
+    do {                                                                               \
+        const cudaError_t error = (call);                                              \
+        if (error != cudaSuccess) {                                                    \
+            std::printf("%s:%d: %s\n", __FILE__, __LINE__, cudaGetErrorString(error)); \
+            std::exit(1);                                                              \
+        }                                                                              \
+    } while (0)
+
+constexpr int kTokens = 4096;
+constexpr int kMaxRow = 14336;
+
+struct Args {
+    const uint8_t* x;        // own rows
+    const uint8_t* peer_x;   // the peer's (pull)
+    uint8_t* own;            // our part of our output
+    uint8_t* remote;         // our part of the peer's output, or our slots there
+    const uint8_t* arrived;  // slots that the peer fills here
+    uint8_t* result;
+    uint32_t* flags;       // of `arrived`
+    uint32_t* peer_flags;  // of `remote`
+    uint32_t epoch;
+    int row;    // bytes
+    int split;  // of the variant: warps, or blocks
+};
+
+struct alignas(16) Vec {
+    uint32_t w[4];
+};
+
+__device__ Vec load(const uint8_t* p) {
+    Vec v;
+    asm volatile("ld.global.L1::no_allocate.v4.b32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+                 : "l"(p));
+    return v;
+}
+__device__ Vec load_smem(uint32_t p) {
+    Vec v;
+    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+                 : "r"(p));
+    return v;
+}
+__device__ void store(uint8_t* p, const Vec& v) {
+    asm volatile("st.global.L1::no_allocate.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.w[0]), "r"(v.w[1]),
+                 "r"(v.w[2]), "r"(v.w[3])
+                 : "memory");
+}
+__device__ uint32_t smem(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+__device__ int warp_of_grid(int warp) { return warp * gridDim.x + blockIdx.x; }
+
+// Piece `i` of U x 512 bytes of a row of our input, to one place or two.
+template <int U> __device__ void move(const uint8_t* from, uint8_t* first, uint8_t* second, int row, int lane) {
+    for (int base = lane * 16; base < row; base += U * 512) {
+        Vec held[U];
+#pragma unroll
+        for (int i = 0; i < U; ++i) held[i] = load(from + base + i * 512);
+#pragma unroll
+        for (int i = 0; i < U; ++i) store(first + base + i * 512, held[i]);
+        if (second == nullptr) continue;
+#pragma unroll
+        for (int i = 0; i < U; ++i) store(second + base + i * 512, held[i]);
+    }
+}
+
+__device__ void bar_init(uint64_t* bar) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(smem(bar)) : "memory");
+}
+__device__ void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* bar) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem(bar)), "r"(bytes) : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem(to)),
+        "l"(from), "r"(bytes), "r"(smem(bar))
+        : "memory");
+}
+__device__ void bulk_store(void* to, const void* from, uint32_t bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(smem(from)), "r"(bytes)
+                 : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+template <int N> __device__ void bulk_wait_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
+}
+template <int N> __device__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory"); }
+__device__ void bar_wait(uint64_t* bar, uint32_t parity) {
+    uint32_t done = 0;
+    while (done == 0)
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0,1,0,p;\n}"
+                     : "=r"(done)
+                     : "r"(smem(bar)), "r"(parity)
+                     : "memory");
+}
+
+__device__ float low(uint32_t w) { return __uint_as_float(w << 16); }
+__device__ float high(uint32_t w) { return __uint_as_float(w & 0xffff0000u); }
+__device__ uint32_t pack(float l, float h) {
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(h), "f"(l));
+    return pair;
+}
+__device__ Vec sum(const Vec& a, const Vec& b) {
+    Vec out;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) out.w[i] = pack(low(a.w[i]) + low(b.w[i]), high(a.w[i]) + high(b.w[i]));
+    return out;
+}
+
+template <int U> __device__ void reduce_row(const uint8_t* far, const uint8_t* near, uint8_t* to, int row, int lane) {
+    for (int base = lane * 16; base < row; base += U * 512) {
+        Vec f[U], n[U];
+#pragma unroll
+        for (int i = 0; i < U; ++i) f[i] = load(far + base + i * 512);
+#pragma unroll
+        for (int i = 0; i < U; ++i) n[i] = load(near + base + i * 512);
+#pragma unroll
+        for (int i = 0; i < U; ++i) store(to + base + i * 512, sum(f[i], n[i]));
+    }
+}
+
+template <int U, int T> __global__ void __launch_bounds__(T) pull(Args a) {
+    const int lane = threadIdx.x % 32;
+    for (int t = warp_of_grid(threadIdx.x / 32); t < kTokens; t += T / 32 * gridDim.x) {
+        const int64_t at = static_cast<int64_t>(t) * a.row;
+        reduce_row<U>(a.peer_x + at, a.x + at, a.result + at, a.row, lane);
+    }
+}
+
+__device__ void publish(uint32_t* flag, uint32_t value) {
+    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+__device__ uint32_t look(const uint32_t* flag) {
+    uint32_t value;
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+    return value;
+}
+
+// One lane: rows first, first + step, ... of our input to `remote`, S stages of a whole row, flags B at a time.
+template <int S, int B> __device__ void send_bulk(const Args& a, uint8_t* memory, int warp, int first, int step) {
+    uint8_t* stages = memory + warp * (S * a.row + 128);
+    auto* bars = reinterpret_cast<uint64_t*>(stages + S * a.row);
+    for (int s = 0; s < S; ++s) bar_init(bars + s);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    const int count = first < kTokens ? (kTokens - first + step - 1) / step : 0;
+    auto at = [&](int item) { return static_cast<int64_t>(first + item * step) * a.row; };
+    constexpr int kAhead = S > 2 ? S - 2 : 1;
+    int told = 0;  // items whose flag is set
+    for (int item = 0; item < kAhead && item < count; ++item)
+        bulk_load(stages + item * a.row, a.x + at(item), a.row, bars + item);
+    for (int item = 0; item < count; ++item) {
+        const int s = item % S;
+        if (item + kAhead < count) {
+            bulk_wait_read<(S > 2 ? 1 : 0)>();
+            bulk_load(stages + (item + kAhead) % S * a.row, a.x + at(item + kAhead), a.row, bars + (item + kAhead) % S);
+        }
+        bar_wait(bars + s, item / S & 1);
+        bulk_store(a.remote + at(item), stages + s * a.row, a.row);
+        if (item - told >= B) {
+            bulk_wait<1>();
+            for (; told < item; ++told) publish(a.peer_flags + first + told * step, a.epoch);
+        }
+    }
+    bulk_wait<0>();
+    for (; told < count; ++told) publish(a.peer_flags + first + told * step, a.epoch);
+}
+
+// -- Running them --------------------------------------------------------------------------------------------------------
+
+struct Gpu {
+    uint8_t *x, *out, *slots, *result;
+    uint32_t* flags;
+    cudaStream_t stream;
+    cudaEvent_t begin, end;
+};
+static Gpu gpus[2];
+static uint32_t epoch = 0;
+
+static Args args_of(int gpu, int row, int split) {
+    const Gpu &mine = gpus[gpu], &peer = gpus[1 - gpu];
+    const int64_t part = static_cast<int64_t>(kTokens) * row;
+    return {mine.x,
+            peer.x,
+            mine.out + gpu * part,
+            peer.out + gpu * part,
+            mine.slots,
+            mine.result,
+            mine.flags,
+            peer.flags,
+            epoch,
+            row,
+            split};
+}
+
+// What of the peer is written to.
+enum class To { kOutput, kSlots, kResult };
+
+template <class Kernel>
+static void measure(const char* name, Kernel kernel, int threads, int shared_bytes, int row, int split, To to,
+                    std::vector<int> sms = {8, 12, 14, 16, 20, 24}) {
+    constexpr int kLaunches = 12;
+    std::printf("%-44s", name);
+    for (int num_sms : sms) {
+        for (int gpu = 0; gpu < 2; ++gpu) {
+            CHECK(cudaSetDevice(gpu));
+            CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+        }
+        for (int i = -2; i < kLaunches; ++i) {
+            ++epoch;
+            for (int gpu = 0; gpu < 2; ++gpu) {
+                CHECK(cudaSetDevice(gpu));
+                if (i == 0) CHECK(cudaEventRecord(gpus[gpu].begin, gpus[gpu].stream));
+                Args args = args_of(gpu, row, split < 1000 ? split : split - 2000 + num_sms);
+                if (to == To::kSlots) args.remote = gpus[1 - gpu].slots;
+                if (to == To::kResult) args.remote = gpus[1 - gpu].result;
+                kernel<<<num_sms, threads, shared_bytes, gpus[gpu].stream>>>(args);
+                CHECK(cudaGetLastError());
+                if (i == kLaunches - 1) CHECK(cudaEventRecord(gpus[gpu].end, gpus[gpu].stream));
+            }
+        }
+        float slowest = 0;
+        for (int gpu = 0; gpu < 2; ++gpu) {
+            CHECK(cudaSetDevice(gpu));
+            CHECK(cudaStreamSynchronize(gpus[gpu].stream));
+            float ms = 0;
+            CHECK(cudaEventElapsedTime(&ms, gpus[gpu].begin, gpus[gpu].end));
+            slowest = ms > slowest ? ms : slowest;
+        }
+        std::printf(" %7.1f", slowest * 1000 / kLaunches);
+        std::fflush(stdout);
+    }
+    std::printf("\n");
+}
+
+static void check_rows(const char* what, const uint8_t* found, const uint8_t* expected, size_t bytes) {
+    std::vector<uint8_t> a(bytes), b(bytes);
+    CHECK(cudaMemcpy(a.data(), found, bytes, cudaMemcpyDefault));
+    CHECK(cudaMemcpy(b.data(), expected, bytes, cudaMemcpyDefault));
+    if (std::memcmp(a.data(), b.data(), bytes) != 0) std::printf("WRONG: %s\n", what);
+}
+
+static void set_up() {
+    const size_t part = static_cast<size_t>(kTokens) * kMaxRow;
+    for (int gpu = 0; gpu < 2; ++gpu) {
+        CHECK(cudaSetDevice(gpu));
+        CHECK(cudaDeviceEnablePeerAccess(1 - gpu, 0));
+        Gpu& g = gpus[gpu];
+        CHECK(cudaMalloc(&g.x, part));
+        CHECK(cudaMalloc(&g.out, 2 * part));
+        CHECK(cudaMalloc(&g.slots, part));
+        CHECK(cudaMalloc(&g.result, part));
+        CHECK(cudaMalloc(&g.flags, (kTokens + 1) * 4));
+        CHECK(cudaMemset(g.flags, 0, (kTokens + 1) * 4));
+        std::vector<uint16_t> values(part / 2);
+        for (size_t i = 0; i < values.size(); ++i)
+            values[i] = static_cast<uint16_t>(0x3c00 + (i * 2654435761u >> (13 + gpu)) % 1024);
+        CHECK(cudaMemcpy(g.x, values.data(), part, cudaMemcpyHostToDevice));
+        CHECK(cudaStreamCreateWithFlags(&g.stream, cudaStreamNonBlocking));
+        CHECK(cudaEventCreate(&g.begin));
+        CHECK(cudaEventCreate(&g.end));
+    }
+    CHECK(cudaDeviceSynchronize());
+}
