@@ -29,9 +29,11 @@ struct LowLatencyRail {
     layout::Field abort;  // RailControl::abort
     layout::LowLatencyRailControl control;
     layout::LowLatencyRailRegion region;
-    // [banks + 1][num_ranks], device-local: what this rank has told each far rank: the last call that it has received in
-    // each bank, then how often it has entered clean_low_latency_buffer.
+    // [kNumTold][num_ranks], device-local: what this rank has told each far rank: the last call that it has received in each
+    // bank, then how often it has entered clean_low_latency_buffer, then LowLatencyRailControl::entered.
     uint64_t* told;
+    static constexpr int kToldCleans = layout::kNumLowLatencyBanks, kToldEntered = kToldCleans + 1;
+    static constexpr int kNumTold = kToldEntered + 1;
 };
 
 struct LowLatencyPlan {
