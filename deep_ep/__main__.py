@@ -180,8 +180,8 @@ def main(arguments: list[str]) -> int:
         from deep_ep.bench import command
         return command.run(args, arguments)
     if args.command == "build-nvshmem":
-        from deep_ep import build_nvshmem
-        return build_nvshmem.run(args.to, [arch for arch in args.arch.split(",") if arch])
+        from deep_ep import _nvshmem
+        return _nvshmem.build_command(args.to, [arch for arch in args.arch.split(",") if arch])
     if args.command == "model":
         from deep_ep import model
         return model.run(args)

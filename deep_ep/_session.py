@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Callable, Optional, TypeVar
 import torch
 
 import deep_ep_cpp
-from deep_ep import _heap, _probes, _rail, _streams
+from deep_ep import _nvshmem, _probes, _streams, _topology
 from deep_ep._checks import BUFFER_ALIGNMENT_BYTES, MAX_INT64, check_int, check_positive
 from deep_ep._env import __version__, is_capturing, master_address
 from deep_ep._memory import EmptyTensors, Lender
@@ -73,7 +73,7 @@ class Request:
     def with_heap(self, heap: str) -> "Request":
         """Of what lies on the host nothing is lent unless the caller wants it: whoever computes with lent rows would
         read them at the rate of PCIe, each time."""
-        is_open = heap == _heap.HOST and self.num_lend_bytes is None
+        is_open = heap == _topology.HOST and self.num_lend_bytes is None
         return dataclasses.replace(self, num_lend_bytes=0) if is_open else self
 
     def lends(self, num_ranks: int) -> bool:
@@ -107,7 +107,7 @@ class Session:
         # One rank has nobody to lend to.
         self.lender = Lender(runtime, streams) if runtime.num_lend_bytes > 0 and num_ranks > 1 else None
         self.topology = topology
-        self.heap = heap  # _heap.DEVICE or HOST
+        self.heap = heap  # _topology.DEVICE or HOST
         self.rank = rank
         self.num_ranks = num_ranks
         self.cost_model = cost_model
@@ -275,18 +275,18 @@ def choose_rail(peers: Peers, agreed: Agreed, topology: Topology) -> str:
         return "host"  # is not made
     obstacles = peers.all_gather_results(
         "looking for the engine between nodes",
-        lambda: _rail.obstacle(agreed.rail, agreed.device_kind) or _rail.sharing_obstacle(topology.places))
-    engine, reason = _rail.choose(agreed.rail, obstacles)
+        lambda: _nvshmem.obstacle(agreed.rail, agreed.device_kind) or _nvshmem.sharing_obstacle(topology.places))
+    engine, reason = _nvshmem.choose_engine(agreed.rail, obstacles)
     if peers.rank == 0:
-        _rail.tell(engine, reason, agreed.device_kind)
+        _nvshmem.tell_engine(engine, reason, agreed.device_kind)
     return engine
 
 
 def choose_heap(peers: Peers, agreed: Agreed, topology: Topology) -> str:
     """The same on every rank."""
-    heap, reason = _heap.choose(agreed.heap, topology, agreed.device_kind)
+    heap, reason = _topology.choose_heap(agreed.heap, topology, agreed.device_kind)
     if peers.rank == 0:
-        _heap.tell(heap, reason)
+        _topology.tell_heap(heap, reason)
     return heap
 
 
@@ -318,16 +318,16 @@ class _Construction:
         topology = find_topology(peers.rank, [place for _, place, _ in described], agreed.ranks_per_node, agreed.heap)
         heap = choose_heap(peers, agreed, topology)
         rail = choose_rail(peers, agreed, topology)
-        cost_model = None if heap == _heap.HOST else cost_model  # models are of heaps in GPU memory
+        cost_model = None if heap == _topology.HOST else cost_model  # models are of heaps in GPU memory
         try:
             self._open(topology, rail, heap, cost_model)
         except Exception as error:
             text = str(error)
-            if not _rail.can_do_without(rail, agreed.rail, lambda: peers.all_gather(text)):
+            if not _nvshmem.can_do_without(rail, agreed.rail, lambda: peers.all_gather(text)):
                 raise
             self._discard()
             if peers.rank == 0:
-                _rail.tell("host", f"nvshmem does not begin: {text}", agreed.device_kind)
+                _nvshmem.tell_engine("host", f"nvshmem does not begin: {text}", agreed.device_kind)
             self._open(topology, "host", heap, cost_model)
         session = self._sessions[0]
         if agreed.check_calls and peers.size > 1:
@@ -336,10 +336,10 @@ class _Construction:
 
     def _open(self, topology: Topology, rail: str, heap: str, cost_model: Optional["CostModel"]) -> None:
         peers, created = self._peers, self._created
-        has_rate = rail == "nvshmem"  # see _rail.rate
+        has_rate = rail == "nvshmem"  # see _nvshmem.rail_rate
         rates = peers.all_gather_results("reading the rates of the NICs", _probes.nic_gb_per_s) if has_rate else []
-        rate = _rail.rate(rail, rates, topology.ranks_per_node)
-        if cost_model is None and rate > 0 and heap != _heap.HOST:
+        rate = _nvshmem.rail_rate(rail, rates, topology.ranks_per_node)
+        if cost_model is None and rate > 0 and heap != _topology.HOST:
             from deep_ep import model  # here as calibrate is: `python -m` loads neither twice
             cost_model = model.costs_across_nodes(topology.num_nodes, topology.ranks_per_node, rate)
         handles = peers.all_gather_results("allocating the heap", lambda: self._allocate(topology, rail, rate, heap))
@@ -387,7 +387,7 @@ class _Construction:
                                          rail=rail,
                                          rail_reach=master_address(),
                                          rail_gb_per_s=rail_gb_per_s,
-                                         is_heap_on_host=heap == _heap.HOST)
+                                         is_heap_on_host=heap == _topology.HOST)
         except Error as error:
             raise type(error)(f"Buffer: {error}; asked for num_nvl_bytes={request.num_nvl_bytes}, num_rdma_bytes="
                               f"{request.num_rdma_bytes}, num_lend_bytes={request.num_lend_bytes}") from error

@@ -1,7 +1,11 @@
-"""Which ranks share a node, found from what every rank says about its machine. The one place that decides it."""
+"""Which ranks share a node, found from what every rank says about its machine. The one place that decides it.
+
+And where the memory that a node shares lies: with the GPUs, or on the host where these do not reach each other.
+"""
 
 import functools
 import itertools
+import logging
 import platform
 import socket
 from collections.abc import Sequence
@@ -15,7 +19,9 @@ import deep_ep_cpp
 from deep_ep import _probes
 from deep_ep_cpp import Error
 
+logger = logging.getLogger("deep_ep")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+DEVICE, HOST = "device", "host"  # where that memory lies
 
 
 @dataclass(frozen=True)
@@ -203,3 +209,24 @@ def _describe_ranks(ranks: Sequence[int]) -> str:
 def _host_names(ranks: Sequence[int], places: Sequence[Place]) -> str:
     """Of containers, perhaps: a host may have several."""
     return ", ".join(dict.fromkeys(places[rank].host_name for rank in ranks))
+
+
+def choose_heap(requested: str, topology: Topology, device_kind: str) -> tuple[str, str]:
+    """DEVICE or HOST, and why. `requested`: DEEP_EP_HEAP."""
+    if device_kind != "cuda":
+        return DEVICE, "ranks of the CPU device share host memory anyway"
+    if requested:
+        return requested, f"DEEP_EP_HEAP={requested}"
+    cut = topology.first_cut()
+    if cut is None:
+        return DEVICE, "the GPUs of each node reach each other's memory, as far as they can tell"
+    first, second = (f"rank {rank} ({topology.places[rank].device})" for rank in cut)
+    return HOST, f"{first} and {second} do not reach each other's memory (no NVLink, no peer access over PCIe)"
+
+
+@functools.cache
+def tell_heap(placement: str, reason: str) -> None:
+    """Once in a process. Where nobody asked for it, the slow way is worth a warning."""
+    level = logging.WARNING if placement == HOST and not reason.startswith("DEEP_EP_HEAP") else logging.INFO
+    name = "pinned host memory, at the rate of PCIe" if placement == HOST else "GPU memory"
+    logger.log(level, "within a node, bytes go through %s: %s", name, reason)

@@ -17,14 +17,13 @@ import torch.distributed as dist
 from typing_extensions import Self
 
 import deep_ep_cpp
-from deep_ep import _checks, _env, _heap, _high_throughput, _low_latency, _waits
+from deep_ep import _checks, _env, _high_throughput, _low_latency, _peers, _topology
 from deep_ep._dispatch import Payload
 from deep_ep._memory import view_memory
-from deep_ep._peers import Peers
+from deep_ep._peers import Peers, WaitCounters
 from deep_ep._session import Request, Session, build_session
 from deep_ep._streams import CudaStreams
 from deep_ep._torch import opaque, outside_of_modes
-from deep_ep._waits import WaitCounters
 from deep_ep.utils import EventHandle, EventOverlap
 from deep_ep_cpp import Config, Error
 
@@ -194,7 +193,7 @@ class Buffer:
             return f"<Buffer of rank {self.rank} of {self.group_size}, destroyed>"
         topology, runtime = session.topology, session.runtime
         rail = f", rail: {runtime.rail_name}, {runtime.num_rail_bytes} bytes" if topology.num_nodes > 1 else ""
-        heap = ", heap in host memory" if session.heap == _heap.HOST else ""
+        heap = ", heap in host memory" if session.heap == _topology.HOST else ""
         return (
             f"<Buffer of rank {self.rank} of {self.group_size} on {session.streams.device}, node {topology.node} of "
             f"{topology.num_nodes} with {topology.ranks_per_node} rank(s){rail}{heap}, "
@@ -321,7 +320,7 @@ class Buffer:
         stages, R] on the Buffer's device; raises deep_ep.Error after `destroy`.
         """
         session = self._require_session()
-        return _waits.view_counters(session.runtime, session.num_ranks, session.streams.device)
+        return _peers.view_counters(session.runtime, session.num_ranks, session.streams.device)
 
     def dump_waits(self) -> str:
         """The same as text, the longest waits first: which rank was late, at which stage, how often. Not collective.
@@ -329,7 +328,7 @@ class Buffer:
         Waits for no kernel and no stream, so it also tells what a call that hangs has waited for before.
         """
         session = self._require_session()
-        return _waits.dump(session.runtime, session.rank, session.num_ranks)
+        return _peers.dump_waits(session.runtime, session.rank, session.num_ranks)
 
     # High throughput
 

@@ -299,8 +299,8 @@ def _check_shm() -> Finding:
 def _find_heap(requested: str, topology: Any) -> Finding:
     """The way of bytes within a node."""
     device_kind, _ = importlib.import_module("deep_ep._env").device_choice()
-    module = importlib.import_module("deep_ep._heap")
-    placement, reason = module.choose(requested, topology, device_kind)
+    module = importlib.import_module("deep_ep._topology")
+    placement, reason = module.choose_heap(requested, topology, device_kind)
     if device_kind != "cuda":
         return Finding("ok", "heap", f"host memory: {reason}")
     if placement == module.HOST:

@@ -11,7 +11,7 @@ from utils import Pool, Worker
 from workload import Workload
 
 import deep_ep_cpp
-from deep_ep import Error, TransportError, _rail
+from deep_ep import Error, TransportError, _nvshmem
 
 RANKS_PER_NODE = {"DEEP_EP_RANKS_PER_NODE": "2"}
 
@@ -62,8 +62,8 @@ def rail_after_failure(worker: Worker, sentence: str) -> str:
         return make(*args, rail="host", **options)
 
     make_on_a_bad_day.LEND_PART_OF_DATA = make.LEND_PART_OF_DATA
-    with mock.patch.object(_rail, "obstacle", return_value=""), mock.patch.object(deep_ep_cpp, "Buffer",
-                                                                                  make_on_a_bad_day):
+    with mock.patch.object(_nvshmem, "obstacle",
+                           return_value=""), mock.patch.object(deep_ep_cpp, "Buffer", make_on_a_bad_day):
         try:
             return rail_of(worker)[1]
         except Error as error:

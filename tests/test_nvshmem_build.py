@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from deep_ep import Error, _nvshmem, _probes, build_nvshmem
+from deep_ep import Error, _nvshmem, _probes
 
 pytestmark = pytest.mark.timeout(900)  # two compilers at work for a minute each, where nobody else is
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +47,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_nvshmem, "source_folder", lambda: sources)
         for version, folder in folders.items():
-            build_nvshmem.build(folder, ["90"], get_nvshmem(version))
+            _nvshmem.build(folder, ["90"], get_nvshmem(version))
     return folders
 
 
@@ -127,15 +127,15 @@ def test_version_is_read_from_the_headers(tmp_path: Path) -> None:
 
 
 def test_missing_compiler_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_nvshmem._env, "nvcc_candidates", lambda: ["/nowhere/nvcc"])
+    monkeypatch.setattr(_nvshmem._env, "nvcc_candidates", lambda: ["/nowhere/nvcc"])
     with pytest.raises(Error, match=r"no nvcc was found: install the CUDA toolkit .*CUDA_HOME"):
-        build_nvshmem.find_nvcc()
+        _nvshmem.find_nvcc()
 
 
 def test_command_says_what_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
                                   capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("NVSHMEM_DIR", str(tmp_path))
-    assert build_nvshmem.run(tmp_path, []) == 1
+    assert _nvshmem.build_command(tmp_path, []) == 1
     assert capsys.readouterr().err.startswith(f"build-nvshmem: NVSHMEM in {tmp_path}: there is no")
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from rail_group import ROOT, RailGroup, build_program
 
-from deep_ep import Error, _nvshmem, build_nvshmem
+from deep_ep import Error, _nvshmem
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 # NVLink multicast is refused by many containers, and nothing here uses it.
@@ -28,10 +28,10 @@ def program() -> Callable[[str], Path]:
         pytest.skip("no GPU here")
     try:
         installation = _nvshmem.find_installation()
-        build_nvshmem.find_nvcc()
+        _nvshmem.find_nvcc()
     except Error as error:
         pytest.skip(str(error))
-    architectures = ";".join(f"{code}-real" for code in build_nvshmem.find_architectures())
+    architectures = ";".join(f"{code}-real" for code in _nvshmem.find_architectures())
     options = ("-DEP_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}")
     environment = {"NVSHMEM_DIR": str(installation.folder)}
     return lambda name: build_program(name, ROOT / "build" / "rail_nvshmem", *options, environment=environment)

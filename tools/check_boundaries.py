@@ -25,7 +25,7 @@ SEAM_INCLUDES = {
 # A library of its own, for NVSHMEM and CUDA alone, and where its kernels join those of the extension.
 NVSHMEM_LIBRARY = ('csrc/rail/nvshmem/library.cu', 'csrc/rail/nvshmem/rail_impl.h')
 NVSHMEM_KERNELS = ('csrc/kernels/nvshmem_kernels.h', 'csrc/kernels/internode/nvshmem_kernels.cc',
-                   'csrc/runtime/nvshmem_table.cc')
+                   'csrc/runtime/buffer.cc')
 WARN_LINES, MAX_LINES = 500, 700
 
 NATIVE_SUFFIXES = ('.h', '.cc', '.cpp', '.cu', '.cuh')

@@ -20,8 +20,7 @@ PYTHON = [f'deep_ep/{name}.py' for name in ('buffer', '_high_throughput', '_disp
 HOST = [
     'deep_ep_cpp.pyi', 'csrc/deep_ep.cpp', 'csrc/bindings/record.h', 'csrc/runtime/buffer.h',
     'csrc/runtime/high_throughput.h', 'csrc/runtime/high_throughput.cc', 'csrc/runtime/connection.h',
-    'csrc/runtime/connection.cc', 'csrc/runtime/plan.h', 'csrc/runtime/plan.cc', 'csrc/kernels/kernel_table.cu',
-    'csrc/device/cuda/launch_kernel.cc'
+    'csrc/runtime/connection.cc', 'csrc/runtime/plan.h', 'csrc/runtime/plan.cc', 'csrc/device/cuda/launch_kernel.cc'
 ]
 KERNELS = ['csrc/kernels/intranode/notify_dispatch.cu', 'csrc/kernels/intranode/dispatch.cu']
 INCLUDE_FOLDERS = ('csrc', 'csrc/device/cuda')  # as the build gives them to nvcc

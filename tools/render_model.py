@@ -21,8 +21,8 @@ sys.path.insert(0, str(ROOT))
 from figures import NOTHING, Table, bring_up_to_date, time_of, to_markdown  # noqa: E402
 from published import LOW_LATENCY, PUBLISHED, Published  # noqa: E402
 
-from deep_ep import _traffic, model  # noqa: E402
-from deep_ep._traffic import BF16, COMBINE, DISPATCH, FP8, Nodes, Shape  # noqa: E402
+from deep_ep import model  # noqa: E402
+from deep_ep.model import BF16, COMBINE, DISPATCH, FP8, Nodes, Shape  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance" / "model.md"
@@ -74,10 +74,10 @@ def byte_table() -> Table:
     rows = []
     for num_nodes in (1, *NODES):
         nodes = Nodes(num_nodes, 8)
-        cells = [f"{num_nodes} x 8", f"{_traffic.distinct_nodes(TOKENS, nodes):.2f}",
-                 f"{_traffic.distinct_ranks(TOKENS, nodes):.2f}"]  # yapf: disable
+        cells = [f"{num_nodes} x 8", f"{model.distinct_nodes(TOKENS, nodes):.2f}",
+                 f"{model.distinct_ranks(TOKENS, nodes):.2f}"]  # yapf: disable
         for operation, kind in model.OPERATIONS:
-            moved = _traffic.traffic(TOKENS, nodes, operation, kind, LINKS.chunk_bytes)
+            moved = model.traffic(TOKENS, nodes, operation, kind, LINKS.chunk_bytes)
             cells += [f"{moved.rail_bytes / 1e6:.1f}", f"{moved.nvlink_bytes / 1e6:.1f}"]
         rows.append(tuple(cells))
     header = ["nodes x ranks", "distinct nodes", "distinct ranks"]

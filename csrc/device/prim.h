@@ -174,12 +174,10 @@ EP_DEVICE void sync_block(const char* file, int line);
 // The same barrier; true on every thread where `answer` is true on one. One trip less than a word of shared memory.
 EP_DEVICE bool sync_block_any(bool answer, const char* file, int line);
 
-// Every thread of the warp, the block, or a span of warps that use one named barrier, calls this, and makes all such calls in
-// the same order. Waits for nobody and orders nothing. `what` names what the group is about to do.
+// Every thread of the warp, or of the block, calls this, and makes all such calls in the same order. Waits for nobody and orders nothing. `what` names what the group is about to do.
 //                                                                  CUDA: nothing; SIMT: reports who stays away
 EP_DEVICE void expect_warp(const char* what);
 EP_DEVICE void expect_block(const char* what);
-EP_DEVICE void expect_warps(int first_warp, int num_warps, int barrier, const char* what);
 
 // Nanoseconds of a clock that runs on while the thread waits; comparable within one device only.
 //                                                                                     CUDA: %globaltimer

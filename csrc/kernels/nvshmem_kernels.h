@@ -12,17 +12,14 @@
 namespace deep_ep::kernels {
 
 // Asynchronous; they complain where they return false.
+#define EP_EXPORTED(name, Params) \
+    bool (*name)(const Params* params, dev::Stream stream, rail::nvshmem::Complaint* complaint);
 struct NvshmemKernels {
     uint64_t shape;  // kNvshmemKernelShape
-    bool (*notify)(const InternodeNotifyParams* params, dev::Stream stream, rail::nvshmem::Complaint* complaint);
-    bool (*dispatch)(const InternodeDispatchParams* params, dev::Stream stream, rail::nvshmem::Complaint* complaint);
-    bool (*combine)(const InternodeCombineParams* params, dev::Stream stream, rail::nvshmem::Complaint* complaint);
-    bool (*low_latency_dispatch)(const LowLatencyDispatchParams* params, dev::Stream stream,
-                                 rail::nvshmem::Complaint* complaint);
-    bool (*low_latency_combine)(const LowLatencyCombineParams* params, dev::Stream stream,
-                                rail::nvshmem::Complaint* complaint);
-    bool (*low_latency_clean)(const LowLatencyCall* call, dev::Stream stream, rail::nvshmem::Complaint* complaint);
+    EP_OPERATIONS_ACROSS_NODES(EP_EXPORTED)
+    EP_LOW_LATENCY_ACROSS_NODES(EP_EXPORTED)
 };
+#undef EP_EXPORTED
 
 // Both sides must have been compiled from the same parameters. (Their names are by the sources' digest too, deep_ep/_nvshmem.py.)
 constexpr uint64_t kNvshmemKernelShape =

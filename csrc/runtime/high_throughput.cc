@@ -119,13 +119,12 @@ void HighThroughput::get_dispatch_layout(const LayoutArgs& args, dev::Stream str
              " ranks, got ", args.num_nodes);
     const int max_experts = max_layout_counts(machine) - num_ranks - args.num_nodes;
     EP_CHECK(args.num_experts <= max_experts, "num_experts must be at most ", max_experts, ", got ", args.num_experts);
-    const LayoutGrid grid = plan_layout(machine, args.num_tokens);
     kernels_.layout({{.num_ranks = num_ranks,
                       .partials = layout_partials_.get(),
-                      .num_threads = grid.num_threads,
+                      .grid = plan_layout(machine, args.num_tokens),
                       .watch = connection_.watch_params()},
                      args},
-                    grid.num_blocks, stream);
+                    stream);
 }
 
 void HighThroughput::check_call() {
@@ -133,73 +132,84 @@ void HighThroughput::check_call() {
     connection_.check();
 }
 
-void HighThroughput::notify_dispatch(const NotifyArgs& args, dev::Stream stream) {
-    check_call();
+kernels::NotifyDispatchPlan HighThroughput::notify_plan(const NotifyArgs& args) {
     counts_.check_experts(args.num_experts);
-    EP_CHECK(args.expert_alignment > 0, "expert_alignment must be positive, got ", args.expert_alignment);
     check_dispatch_rows(args.num_tokens, args.row_bytes);
     static_cast<void>(plan_window(connection_.plan(), dispatch_slot(args), "dispatch"));  // it would be too late later
-    connection_.announce(stream, false);
+    const bool tells_host = args.expert_alignment > 0;
     const int num_local = num_local_experts(args.num_experts);
-    const uint64_t ticket = counts_.begin(num_local);
-    kernels_.notify_dispatch({{.heap = connection_.heap_params(),
-                               .watch = connection_.watch_params(),
-                               .num_local_experts = num_local,
-                               .counts = counts_.counts(),
-                               .ticket = ticket,
-                               .num_threads = plan_notify_threads(connection_.machine())},
-                              args},
-                             stream);
+    const uint64_t ticket = tells_host ? counts_.begin(num_local) : counts_.ticket();
+    return {.heap = connection_.heap_params(),
+            .watch = connection_.watch_params(),
+            .num_local_experts = num_local,
+            .counts = tells_host ? counts_.counts() : nullptr,
+            .ticket = ticket,
+            .num_threads = plan_notify_threads(connection_.machine())};
+}
+
+void HighThroughput::notify_dispatch(const NotifyArgs& args, dev::Stream stream) {
+    check_call();
+    EP_CHECK(args.expert_alignment > 0, "expert_alignment must be positive, got ", args.expert_alignment);
+    const kernels::NotifyDispatchPlan plan = notify_plan(args);
+    connection_.announce(stream, false);
+    kernels_.notify_dispatch({plan, args}, stream);
+}
+
+kernels::DispatchPlan HighThroughput::dispatch_plan(const DispatchArgs& args) {
+    EP_ENSURE(!args.is_cached || args.is_token_in_rank == nullptr, "a cached dispatch scans no tokens");
+    check_dispatch_rows(args.num_tokens, args.row_bytes);
+    const layout::SlotLayout slot = dispatch_slot(args);
+    const layout::WindowLayout window = plan_window(connection_.plan(), slot, "dispatch");
+    const layout::Loan loan = loans_.loan_for(args);
+    const bool tells_host = args.expert_alignment > 0;
+    const int num_local = num_local_experts(args.num_experts);
+    const uint64_t ticket = tells_host ? counts_.begin(num_local) : counts_.ticket();
+    return {.heap = connection_.heap_params(),
+            .watch = connection_.watch_params(),
+            .geometry = {},
+            .slot = slot,
+            .window = window,
+            .is_first_kernel = args.is_cached || args.num_tokens_per_rank != nullptr,
+            .may_lend = loans_.may_lend(),
+            .loan = loan,
+            .num_local_experts = num_local,
+            .counts = tells_host ? counts_.counts() : nullptr,
+            .ticket = ticket};
 }
 
 void HighThroughput::dispatch(const DispatchArgs& args, int num_sms, dev::Stream stream) {
     check_call();
     const bool exchanges_counts = args.num_tokens_per_rank != nullptr;
-    const bool tells_host = args.expert_alignment > 0;
     if (exchanges_counts) counts_.check_experts(args.num_experts);
-    EP_ENSURE(!args.is_cached || args.is_token_in_rank == nullptr, "a cached dispatch scans no tokens");
-    EP_ENSURE(exchanges_counts || !tells_host, "expert_alignment: the counts of this call have been exchanged before");
-    check_dispatch_rows(args.num_tokens, args.row_bytes);
-    const layout::SlotLayout slot = dispatch_slot(args);
-    const layout::WindowLayout window = plan_window(connection_.plan(), slot, "dispatch");
-    const layout::Loan loan = loans_.loan_for(args);
-    const int num_local = num_local_experts(args.num_experts);
-    const uint64_t ticket = tells_host ? counts_.begin(num_local) : counts_.ticket();
+    EP_ENSURE(exchanges_counts || args.expert_alignment <= 0,
+              "expert_alignment: the counts of this call have been exchanged before");
+    kernels::DispatchPlan plan = dispatch_plan(args);
+    plan.geometry = plan_dispatch(connection_.machine(), num_sms, plan.slot, plan.loan.x != 0);
     connection_.announce(stream, false);
-    kernels_.dispatch({{.heap = connection_.heap_params(),
-                        .watch = connection_.watch_params(),
-                        .geometry = plan_dispatch(connection_.machine(), num_sms, slot, loan.x != 0),
-                        .slot = slot,
-                        .window = window,
-                        .is_first_kernel = args.is_cached || exchanges_counts,
-                        .may_lend = loans_.may_lend(),
-                        .loan = loan,
-                        .num_local_experts = num_local,
-                        .counts = tells_host ? counts_.counts() : nullptr,
-                        .ticket = ticket},
-                       args},
-                      stream);
+    kernels_.dispatch({plan, args}, stream);
+}
+
+kernels::CombinePlan HighThroughput::combine_plan(const CombineArgs& args) const {
+    const uint32_t row_bytes = check_combine_rows(args.num_tokens, args.hidden);
+    const layout::SlotLayout slot = combine_slot(args);
+    return {.heap = connection_.heap_params(),
+            .watch = connection_.watch_params(),
+            .geometry = {},
+            .slot = slot,
+            .window = plan_window(connection_.plan(), slot, "combine"),
+            .may_lend = loans_.may_lend(),
+            .loan = loans_.loan_for(args),
+            .lent_weights = loans_.weights(),
+            .row_bytes = row_bytes};
 }
 
 void HighThroughput::combine(const CombineArgs& args, int num_sms, dev::Stream stream) {
     check_call();
-    const uint32_t row_bytes = check_combine_rows(args.num_tokens, args.hidden);
-    const layout::SlotLayout slot = combine_slot(args);
-    const layout::WindowLayout window = plan_window(connection_.plan(), slot, "combine");
-    const layout::Loan loan = loans_.loan_for(args);
+    kernels::CombinePlan plan = combine_plan(args);
+    plan.geometry = plan_combine(connection_.machine(), num_sms, plan.slot, plan.loan.x != 0,
+                                 args.bias[0] != nullptr || args.bias[1] != nullptr, args.num_tokens);
     connection_.announce(stream, false);
-    kernels_.combine({{.heap = connection_.heap_params(),
-                       .watch = connection_.watch_params(),
-                       .geometry = plan_combine(connection_.machine(), num_sms, slot, loan.x != 0,
-                                                args.bias[0] != nullptr || args.bias[1] != nullptr, args.num_tokens),
-                       .slot = slot,
-                       .window = window,
-                       .may_lend = loans_.may_lend(),
-                       .loan = loan,
-                       .lent_weights = loans_.weights(),
-                       .row_bytes = row_bytes},
-                      args},
-                     stream);
+    kernels_.combine({plan, args}, stream);
 }
 
 }  // namespace deep_ep::runtime

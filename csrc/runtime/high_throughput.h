@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "device/owned.h"
-#include "kernels/kernel_table.h"
+#include "kernels/params.h"
 #include "runtime/connection.h"
 #include "runtime/lender.h"
 
@@ -85,6 +85,11 @@ public:
     void combine(const CombineArgs& args, int num_sms, dev::Stream stream);
     CountExchange& counts() { return counts_; }
     Loans& loans() { return loans_; }
+
+    // A call's part within the node, of calls across nodes too: checks the arguments, and plans all but the geometry.
+    kernels::NotifyDispatchPlan notify_plan(const NotifyArgs& args);
+    kernels::DispatchPlan dispatch_plan(const DispatchArgs& args);
+    kernels::CombinePlan combine_plan(const CombineArgs& args) const;
 
 private:
     void check_call();

@@ -13,7 +13,7 @@ using kernels::InternodeNotifyArgs;
 class Internode {
 public:
     // All of them outlive this.
-    Internode(Connection& connection, const kernels::KernelTable& kernels, Loans& loans, CountExchange& counts);
+    Internode(Connection& connection, const kernels::KernelTable& kernels, HighThroughput& node);
     void release() noexcept { counters_.reset(); }
 
     // The first launch of every call that is not cached. Where an alignment is given, the host waits for the counts.
@@ -26,8 +26,7 @@ private:
 
     Connection& connection_;
     const kernels::KernelTable& kernels_;
-    Loans& loans_;
-    CountExchange& counts_;
+    HighThroughput& node_;                // a call's part within the node
     dev::DeviceArray<uint8_t> counters_;  // layout::RailCounters
 };
 

@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <string>
 
-#include "kernels/kernel_table.h"
 #include "kernels/params_low_latency.h"
 #include "runtime/connection.h"
 

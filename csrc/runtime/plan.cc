@@ -245,7 +245,7 @@ int max_layout_counts(const Machine& machine) {
     return std::min(fitting, machine.num_ranks * (2 + layout::kMaxLocalExperts));
 }
 
-LayoutGrid plan_layout(const Machine& machine, int num_tokens) {
+kernels::LayoutGrid plan_layout(const Machine& machine, int num_tokens) {
     const int max_blocks = std::min(kernels::kMaxLayoutBlocks, machine.num_sms);
     const int num_threads = std::min(kernels::kMaxLayoutThreads, machine.useful_block_threads);
     return {std::clamp((num_tokens + num_threads - 1) / num_threads, 1, max_blocks), num_threads};

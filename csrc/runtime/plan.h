@@ -84,10 +84,7 @@ void check_num_experts(int num_experts, int num_ranks);
 // Ranks, experts and nodes that one layout kernel can count: a block keeps all counts in shared memory.
 int max_layout_counts(const Machine& machine);
 
-struct LayoutGrid {
-    int num_blocks, num_threads;
-};
-LayoutGrid plan_layout(const Machine& machine, int num_tokens);
+kernels::LayoutGrid plan_layout(const Machine& machine, int num_tokens);
 
 // `is_lent`: this rank lends what peers would send to it (dispatch), or fetch from it (combine).
 kernels::Geometry plan_dispatch(const Machine& machine, int num_sms, const layout::SlotLayout& slot, bool is_lent);

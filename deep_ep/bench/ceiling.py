@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import deep_ep_cpp
-from deep_ep import _env, _heap, _topology
+from deep_ep import _env, _topology
 from deep_ep.bench.ranks import Ranks
 from deep_ep.bench.timing import Timer, median
 
@@ -63,7 +63,7 @@ def _is_heap_on_host(ranks: Ranks, device: torch.device) -> bool:
     places = ranks.allgather(_topology.place_of(_env.native_device(-1 if index is None else index), index))
     requested = str(deep_ep_cpp.get_environment()["heap"])
     topology = _topology.find_topology(ranks.rank, places, heap=requested)
-    return _heap.choose(requested, topology, device.type)[0] == _heap.HOST
+    return _topology.choose_heap(requested, topology, device.type)[0] == _topology.HOST
 
 
 def _connect(ranks: Ranks, device: torch.device, bytes_per_peer: int) -> Links:

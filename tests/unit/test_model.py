@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 import deep_ep_cpp
-from deep_ep import _probes, _rail, _traffic, model
+from deep_ep import _nvshmem, _probes, model
 from deep_ep.__main__ import build_parser, main
-from deep_ep._traffic import BF16, COMBINE, DISPATCH, FP8, Nodes, Shape
-from deep_ep.model import Links
+from deep_ep.model import BF16, COMBINE, DISPATCH, FP8, Links, Nodes, Shape
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS = Shape(4096, 7168, 8, 256)
@@ -29,16 +28,16 @@ def page() -> Any:
 
 def test_probabilities_by_hand() -> None:
     # Two of four experts: of the six pairs one misses the two that are asked for.
-    assert _traffic.share_reached(4, 2, 2) == pytest.approx(5 / 6)
-    assert _traffic.share_reached(4, 4, 1) == 1.0
+    assert model.share_reached(4, 2, 2) == pytest.approx(5 / 6)
+    assert model.share_reached(4, 4, 1) == 1.0
     shape = Shape(1, 0, 2, 4)
-    assert _traffic.distinct_nodes(shape, Nodes(2, 1)) == pytest.approx(2 * 5 / 6)
+    assert model.distinct_nodes(shape, Nodes(2, 1)) == pytest.approx(2 * 5 / 6)
     # Four ranks of one expert each: both are somewhere, and never on the same.
-    assert _traffic.distinct_ranks(shape, Nodes(2, 2)) == pytest.approx(2)
+    assert model.distinct_ranks(shape, Nodes(2, 2)) == pytest.approx(2)
     # One node of two: its two experts are both chosen.
     limited = Shape(1, 0, 2, 4, limit_nodes=1)
-    assert _traffic.distinct_nodes(limited, Nodes(2, 2)) == pytest.approx(1)
-    assert _traffic.distinct_ranks(limited, Nodes(2, 2)) == pytest.approx(2)
+    assert model.distinct_nodes(limited, Nodes(2, 2)) == pytest.approx(1)
+    assert model.distinct_ranks(limited, Nodes(2, 2)) == pytest.approx(2)
 
 
 @pytest.mark.parametrize(("num_nodes", "distinct", "payload_mb", "nvlink_mb"), [(2, 1.99, 30.6, 175),
@@ -47,8 +46,8 @@ def test_probabilities_by_hand() -> None:
 def test_bytes_are_those_of_the_design(num_nodes: int, distinct: float, payload_mb: float, nvlink_mb: float) -> None:
     """4096 tokens in FP8, uniform top-8 of 256 on nodes of eight: its table, which counts no padding."""
     nodes = Nodes(num_nodes, 8)
-    moved = _traffic.traffic(TOKENS, nodes, DISPATCH, FP8, 128 << 10)
-    assert _traffic.distinct_nodes(TOKENS, nodes) == pytest.approx(distinct, abs=0.006)
+    moved = model.traffic(TOKENS, nodes, DISPATCH, FP8, 128 << 10)
+    assert model.distinct_nodes(TOKENS, nodes) == pytest.approx(distinct, abs=0.006)
     assert moved.rail_tokens * FP8_TOKEN / 1e6 == pytest.approx(payload_mb, rel=0.002)
     assert moved.nvlink_bytes / 1e6 == pytest.approx(nvlink_mb, rel=0.003)
 
@@ -56,20 +55,20 @@ def test_bytes_are_those_of_the_design(num_nodes: int, distinct: float, payload_
 def test_rail_bytes_are_what_the_engine_is_asked_to_carry() -> None:
     """As tests/cpp/internode/internode_bytes_test.cc counts them, with a flag for each message that has one."""
     nodes, experts = Nodes(3, 8), 192
-    moved = _traffic.traffic(Shape(100, 7168, 8, experts), nodes, DISPATCH, FP8, 7552 * 10)
+    moved = model.traffic(Shape(100, 7168, 8, experts), nodes, DISPATCH, FP8, 7552 * 10)
     tokens = 100 * 2 * (1 - math.comb(128, 8) / math.comb(192, 8))
     counts = 16 + 4 * 8 + 4 * 8 * 8
     assert moved.rail_slot == 7552 == -(-FP8_TOKEN // 128) * 128
     chunks = math.ceil(tokens / 10)
     assert moved.rail_bytes == pytest.approx(tokens * 7552 + 2 * (counts + 8) + 2 * 2 * 8 + chunks * 8)
-    back = _traffic.traffic(Shape(100, 7168, 8, experts), nodes, COMBINE, FP8, 1 << 20)
+    back = model.traffic(Shape(100, 7168, 8, experts), nodes, COMBINE, FP8, 1 << 20)
     assert back.rail_slot == 14464 == -(-(14336 + 32) // 128) * 128
     assert back.rail_bytes == pytest.approx(tokens * 14464 + 2 * 2 * 8 + math.ceil(tokens * 14464 / (1 << 20)) * 8)
     assert (moved.nvlink_slot, back.nvlink_slot) == (7472, 14368)
 
 
 def test_one_node_has_no_rail() -> None:
-    moved = _traffic.traffic(TOKENS, Nodes(1, 2), DISPATCH, BF16, 1)
+    moved = model.traffic(TOKENS, Nodes(1, 2), DISPATCH, BF16, 1)
     assert moved.rail_bytes == moved.rail_tokens == 0
     # 1.99 ranks of two; one of them is the token's own.
     assert moved.nvlink_bytes / 1e6 == pytest.approx(4096 * 0.9965 * (14336 + 68 + 12) / 1e6, rel=0.001)
@@ -107,13 +106,13 @@ def test_the_bound_of_others_is_that_of_the_design() -> None:
 def test_low_latency_sends_a_copy_for_each_rank() -> None:
     """Eight far ranks of 16 and seven neighbours: a table with flag and farewell, and rows with flags."""
     shape, nodes = Shape(128, 7168, 8, 256), Nodes(2, 8)
-    copies = 128 * _traffic.distinct_ranks(shape, nodes)
+    copies = 128 * model.distinct_ranks(shape, nodes)
     table = 16 + 4 * 256 + 4 * 128 * 8 + 8 + 8
-    over_rail, over_nvlink = _traffic.low_latency_bytes(shape, nodes, DISPATCH, FP8)
+    over_rail, over_nvlink = model.low_latency_bytes(shape, nodes, DISPATCH, FP8)
     assert over_rail == pytest.approx(copies / 2 * (7392 + 8) + 8 * table)
     assert over_rail / 1e6 == pytest.approx(3.13, abs=0.005)  # as the protocol's page has it
     assert over_nvlink == pytest.approx(copies * 7 / 16 * (7392 + 8) + 7 * table)
-    back, _ = _traffic.low_latency_bytes(shape, nodes, COMBINE, FP8)
+    back, _ = model.low_latency_bytes(shape, nodes, COMBINE, FP8)
     assert back == pytest.approx(copies / 2 * (14336 + 8) + 8 * (16 + 2 * 4 * 128 * 8 + 8 + 8))
 
 
@@ -239,7 +238,7 @@ def test_nic_rates_come_from_sysfs_and_bonds_count_whole(tmp_path: Path, monkeyp
 
 def test_budgets_across_nodes_grow_with_the_call_and_stay_within_the_callers() -> None:
     costs = model.costs_across_nodes(2, 8, 50.0)
-    large = round(4096 * _traffic.distinct_ranks(TOKENS, Nodes(2, 8)) * 14336)
+    large = round(4096 * model.distinct_ranks(TOKENS, Nodes(2, 8)) * 14336)
     assert model.LEAST_SMS <= costs.budget(COMBINE, 20, large, 16) <= 20
     assert costs.budget(COMBINE, 20, large, 16) == model.predict(TOKENS, Nodes(2, 8), Links(50.0), COMBINE,
                                                                  BF16).num_sms
@@ -248,9 +247,9 @@ def test_budgets_across_nodes_grow_with_the_call_and_stay_within_the_callers() -
 
 
 def test_the_rate_of_a_rank_is_that_of_the_slowest_machine() -> None:
-    assert _rail.rate("nvshmem", [400.0, 200.0], 8) == 25.0
-    assert _rail.rate("nvshmem", [400.0, None], 8) == 0.0
-    assert _rail.rate("host", [400.0, 400.0], 8) == 0.0
+    assert _nvshmem.rail_rate("nvshmem", [400.0, 200.0], 8) == 25.0
+    assert _nvshmem.rail_rate("nvshmem", [400.0, None], 8) == 0.0
+    assert _nvshmem.rail_rate("host", [400.0, 400.0], 8) == 0.0
 
 
 def test_chunks_of_the_engine_host_have_one_size() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from deep_ep import Error, _heap
+from deep_ep import Error, _topology
 from deep_ep._session import Request
 from deep_ep._topology import Place, find_topology, this_place, unreachable_gpus
 from deep_ep.utils import check_nvlink_connections
@@ -73,28 +73,28 @@ def with_islands(*islands: str) -> list[Place]:
 def test_gpus_that_do_not_reach_each_other_share_host_memory() -> None:
     topology = find_topology(0, with_islands("aa", "bb"))
     assert topology.nodes == ((0, 1, 2, 3), )
-    heap, reason = _heap.choose("", topology, "cuda")
-    assert heap == _heap.HOST
+    heap, reason = _topology.choose_heap("", topology, "cuda")
+    assert heap == _topology.HOST
     assert reason.startswith("rank 0 (gpu-0) and rank 2 (gpu-2) do not reach each other's memory")
 
 
 def test_gpus_that_reach_each_other_keep_their_own_memory() -> None:
     for topology in (find_topology(0, with_islands("aaaa")), find_topology(0, with_islands("aa", "bb"), 2)):
-        assert _heap.choose("", topology, "cuda")[0] == _heap.DEVICE
+        assert _topology.choose_heap("", topology, "cuda")[0] == _topology.DEVICE
 
 
 def test_the_heap_that_is_asked_for_is_taken() -> None:
     together, apart = find_topology(0, with_islands("aa")), find_topology(0, with_islands("ab"))
-    assert _heap.choose("host", together, "cuda") == (_heap.HOST, "DEEP_EP_HEAP=host")
-    assert _heap.choose("device", apart, "cuda") == (_heap.DEVICE, "DEEP_EP_HEAP=device")
-    assert _heap.choose("host", together, "cpu")[0] == _heap.DEVICE  # which is host memory there
+    assert _topology.choose_heap("host", together, "cuda") == (_topology.HOST, "DEEP_EP_HEAP=host")
+    assert _topology.choose_heap("device", apart, "cuda") == (_topology.DEVICE, "DEEP_EP_HEAP=device")
+    assert _topology.choose_heap("host", together, "cpu")[0] == _topology.DEVICE  # which is host memory there
 
 
 def test_a_heap_on_the_host_is_told_once_and_as_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    _heap.tell.cache_clear()
+    _topology.tell_heap.cache_clear()
     with caplog.at_level("INFO", logger="deep_ep"):
         for reason in ("rank 0 and rank 1 do not", "rank 0 and rank 1 do not", "DEEP_EP_HEAP=host"):
-            _heap.tell(_heap.HOST, reason)
+            _topology.tell_heap(_topology.HOST, reason)
     told = "within a node, bytes go through pinned host memory, at the rate of PCIe: "
     assert [(record.levelname, record.message)
             for record in caplog.records] == [("WARNING", told + "rank 0 and rank 1 do not"),
@@ -104,8 +104,8 @@ def test_a_heap_on_the_host_is_told_once_and_as_a_warning(caplog: pytest.LogCapt
 def test_nothing_of_a_heap_on_the_host_is_lent_without_being_asked() -> None:
     automatic = Request(1 << 20, 0, None, False, 24, False, None, None)
     asked = dataclasses.replace(automatic, num_lend_bytes=256)
-    assert [request.with_heap(_heap.HOST).num_lend_bytes for request in (automatic, asked)] == [0, 256]
-    assert [request.with_heap(_heap.DEVICE).num_lend_bytes for request in (automatic, asked)] == [None, 256]
+    assert [request.with_heap(_topology.HOST).num_lend_bytes for request in (automatic, asked)] == [0, 256]
+    assert [request.with_heap(_topology.DEVICE).num_lend_bytes for request in (automatic, asked)] == [None, 256]
 
 
 def test_with_a_heap_in_gpu_memory_such_gpus_are_no_node() -> None:

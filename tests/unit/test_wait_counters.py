@@ -5,7 +5,7 @@ import torch
 from single_rank import single_rank_buffer, single_rank_dispatch
 
 import deep_ep
-from deep_ep import _waits
+from deep_ep import _peers
 
 
 def test_a_rank_alone_waits_for_nobody() -> None:
@@ -22,8 +22,8 @@ def test_a_rank_alone_waits_for_nobody() -> None:
 
 def test_views_are_of_the_memory_that_the_kernels_count_in() -> None:
     with single_rank_buffer() as buffer:
-        counters, dispatch, loan = buffer.get_wait_counters(), 2, _waits.STAGES.index("loan")
-        assert _waits.OPERATIONS[dispatch] == "dispatch"
+        counters, dispatch, loan = buffer.get_wait_counters(), 2, _peers.STAGES.index("loan")
+        assert _peers.OPERATIONS[dispatch] == "dispatch"
         counters.times_late[dispatch, loan, 0] = 4
         counters.waited_ns[dispatch, loan, 0] = 50_000_000
         assert buffer.dump_waits().splitlines()[1:] == [
@@ -34,13 +34,13 @@ def test_views_are_of_the_memory_that_the_kernels_count_in() -> None:
 
 
 def test_the_longest_in_sum_comes_first() -> None:
-    shape = len(_waits.OPERATIONS), len(_waits.STAGES), 3
-    counters = _waits.WaitCounters(_waits.OPERATIONS, _waits.STAGES, torch.zeros(shape, dtype=torch.int64),
+    shape = len(_peers.OPERATIONS), len(_peers.STAGES), 3
+    counters = _peers.WaitCounters(_peers.OPERATIONS, _peers.STAGES, torch.zeros(shape, dtype=torch.int64),
                                    torch.zeros(shape, dtype=torch.int64))  # yapf: disable
     for rank, waited_ns in enumerate((30_000, 0, 90_000)):
         counters.times_late[3, 0, rank] = waited_ns // 10_000
         counters.waited_ns[3, 0, rank] = waited_ns
-    assert [line.split()[2] for line in _waits.describe(counters)] == ["2", "0"]
+    assert [line.split()[2] for line in _peers.describe_waits(counters)] == ["2", "0"]
 
 
 def test_a_destroyed_buffer_has_none() -> None:

@@ -13,14 +13,6 @@
 namespace deep_ep::algo {
 inline namespace EP_BACKEND {
 
-// The running thread alone.
-struct Thread {
-    EP_DEVICE static constexpr int thread_rank() { return 0; }
-    EP_DEVICE static constexpr int size() { return 1; }
-    EP_DEVICE static void sync() {}
-    EP_DEVICE static void expect() {}
-};
-
 // The running warp.
 struct Warp {
     EP_DEVICE static int thread_rank() { return prim::lane_idx(); }
@@ -29,21 +21,6 @@ struct Warp {
         prim::sync_warp(file, line);
     }
     EP_DEVICE static void expect(const char* what = __builtin_FUNCTION()) { prim::expect_warp(what); }
-};
-
-// The running warp with others of its block, next to each other. `barrier` (1..15) is theirs alone as long as they use it.
-struct Warps {
-    int first;  // warp of the block
-    int count;
-    int barrier;
-
-    EP_DEVICE int thread_rank() const { return static_cast<int>(threadIdx.x) - first * prim::kWarpSize; }
-    EP_DEVICE int size() const { return count * prim::kWarpSize; }
-    EP_DEVICE bool has_this_thread() const { return thread_rank() >= 0 && thread_rank() < size(); }
-    EP_DEVICE void sync() const { prim::barrier_sync(barrier, size()); }
-    EP_DEVICE void expect(const char* what = __builtin_FUNCTION()) const {
-        prim::expect_warps(first, count, barrier, what);
-    }
 };
 
 // The running block.

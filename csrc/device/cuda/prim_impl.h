@@ -440,7 +440,6 @@ EP_DEVICE void sync_block(const char*, int) { __syncthreads(); }
 EP_DEVICE bool sync_block_any(bool answer, const char*, int) { return __syncthreads_or(answer ? 1 : 0) != 0; }
 EP_DEVICE void expect_warp(const char*) {}
 EP_DEVICE void expect_block(const char*) {}
-EP_DEVICE void expect_warps(int, int, int, const char*) {}
 
 EP_DEVICE uint64_t clock_ns() {
     uint64_t now;

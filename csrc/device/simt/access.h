@@ -86,7 +86,6 @@ bool has_bulk_copy();
 uint64_t clock_ns();
 void expect_warp(const char* what);
 void expect_block(const char* what);
-void expect_warps(int first_warp, int num_warps, int barrier, const char* what);
 void pause();
 void wake_host(uint32_t* is_asleep, int event);
 void* dynamic_shared();

@@ -86,7 +86,6 @@ void Block::start(Launch& launch, int block_idx, std::unique_ptr<StackSlab> stac
     shared_.prepare(launch.code.shared_bytes, static_cast<size_t>(launch.config.dynamic_shared_bytes));
     for (Warp& warp : warps_) warp.exited = 0, warp.num_open = 0;
     for (NamedBarrier& barrier : barriers_) barrier = NamedBarrier{};
-    for (WarpSpan& span : spans_) span = WarpSpan{};
     first_exited_ = nullptr;
     bulk_.clear();
     polling_.clear();
@@ -194,8 +193,6 @@ void Block::wait_barrier(Fiber& self, int num_threads) {
         barrier.meeting = hb::make_key();
     } else if (id == 0) {
         check_same(self, *barrier.waiting, self.block_calls, barrier.waiting->block_calls, "block");
-    } else {
-        check_same(self, *barrier.waiting, self.span_calls[id], barrier.waiting->span_calls[id], "span of warps");
     }
     hb::release(barrier.meeting);
     barrier.vote |= self.barrier_vote;

@@ -62,7 +62,6 @@ struct Fiber {
 
     GroupCalls warp_calls;
     GroupCalls block_calls;
-    GroupCalls span_calls[kNumBarriers];  // of the warps that share each barrier
 
     // Bulk groups of this thread: committed, and how many of them it has waited for.
     int num_groups = 0;
@@ -103,12 +102,6 @@ struct NamedBarrier {
     hb::Key meeting = 0;
 };
 
-// Warps that use one named barrier.
-struct WarpSpan {
-    int first = 0;
-    int count = 0;  // 0: none so far
-};
-
 class Block {
 public:
     Block(Core& core, int num_threads);
@@ -136,7 +129,6 @@ public:
     void check_exit(Fiber& self);
     void expect_warp(Fiber& self, const char* what);
     void expect_block(Fiber& self, const char* what);
-    void expect_warps(Fiber& self, const WarpSpan& span, int barrier, const char* what);
 
     Core& core() { return core_; }
     Drive& drive() { return drive_; }
@@ -183,7 +175,6 @@ private:
     std::vector<Fiber> fibers_;
     std::vector<Warp> warps_;
     NamedBarrier barriers_[kNumBarriers];
-    WarpSpan spans_[kNumBarriers];
     std::vector<Fiber*> ready_;  // ring buffer
     size_t ready_head_ = 0;
     size_t num_ready_ = 0;

@@ -41,23 +41,6 @@ void Block::expect_warp(Fiber& self, const char* what) { self.warp_calls.add(wha
 
 void Block::expect_block(Fiber& self, const char* what) { self.block_calls.add(what); }
 
-void Block::expect_warps(Fiber& self, const WarpSpan& span, int barrier, const char* what) {
-    const auto fail_span = [&](const std::string& why) {
-        fail_group(self, what,
-                   concat("warps ", span.first, "..", span.first + span.count - 1, " are to call it, ", why));
-    };
-    const int end = span.first + span.count;
-    if (barrier < 1 || barrier >= kNumBarriers || span.first < 0 || span.count < 1 || end > num_threads() / 32)
-        fail_span(concat("with barrier ", barrier, ", which this block does not have"));
-    if (self.warp() < span.first || self.warp() >= end) fail_span("and this thread is none of theirs");
-    WarpSpan& known = spans_[barrier];
-    if (known.count == 0) known = span;
-    if (known.first != span.first || known.count != span.count)
-        fail_span(
-            concat("but barrier ", barrier, " is that of warps ", known.first, "..", known.first + known.count - 1));
-    self.span_calls[barrier].add(what);
-}
-
 // Against the first that has ended: a thread that ends differs from no one who does.
 void Block::check_groups_at_exit(const Fiber& self) const {
     const Fiber* const lanes = &fibers_[static_cast<size_t>(self.warp()) * 32];
@@ -67,16 +50,6 @@ void Block::check_groups_at_exit(const Fiber& self) const {
     }
     if (first_exited_ != nullptr)
         check_same(self, *first_exited_, self.block_calls, first_exited_->block_calls, "block");
-    for (int id = 1; id < kNumBarriers; ++id) {
-        const WarpSpan& span = spans_[id];
-        if (self.warp() < span.first || self.warp() >= span.first + span.count) continue;
-        for (int warp = span.first; warp < span.first + span.count; ++warp) {
-            const uint32_t exited = warps_[static_cast<size_t>(warp)].exited;
-            if (exited == 0) continue;
-            const Fiber& other = fibers_[static_cast<size_t>(warp * 32 + __builtin_ctz(exited))];
-            check_same(self, other, self.span_calls[id], other.span_calls[id], "span of warps");
-        }
-    }
 }
 
 void expect_warp(const char* what) {
@@ -87,11 +60,6 @@ void expect_warp(const char* what) {
 void expect_block(const char* what) {
     Fiber& self = running_fiber("a group of threads");
     self.block->expect_block(self, what);
-}
-
-void expect_warps(int first_warp, int num_warps, int barrier, const char* what) {
-    Fiber& self = running_fiber("a group of threads");
-    self.block->expect_warps(self, {first_warp, num_warps}, barrier, what);
 }
 
 }  // namespace deep_ep::simt

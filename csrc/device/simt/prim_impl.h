@@ -197,9 +197,6 @@ EP_DEVICE bool sync_block_any(bool answer, const char* file, int line) {
 }
 EP_DEVICE void expect_warp(const char* what) { simt::expect_warp(what); }
 EP_DEVICE void expect_block(const char* what) { simt::expect_block(what); }
-EP_DEVICE void expect_warps(int first_warp, int num_warps, int barrier, const char* what) {
-    simt::expect_warps(first_warp, num_warps, barrier, what);
-}
 EP_DEVICE uint64_t clock_ns() { return simt::clock_ns(); }
 EP_DEVICE void pause() { simt::pause(); }
 // A deadlock is proven by two equal polls of everybody: all that a wait looks at must be in each.

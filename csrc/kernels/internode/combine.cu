@@ -6,38 +6,312 @@
 //                   forwarder on the owner's rail
 //
 // Messages, buffer map and orderings: docs/protocols/internode.md.
+#include "device/algo/formats.h"
 #include "device/algo/group.h"
-#include "kernels/internode/launch_roles.h"
-#include "kernels/internode/sum_forward.h"
-#include "kernels/internode/token_reduce.h"
-#include "kernels/intranode/combine_context.h"
+#include "kernels/internode/rail_roles.h"
+#include "kernels/internode/stated_rows.h"
+#include "kernels/intranode/call_session.h"
+#include "kernels/intranode/combine_reduce.h"
 #include "kernels/intranode/row_return.h"
-#include "kernels/kernel_table.h"
+#include "kernels/params.h"
 
 namespace deep_ep::kernels::internode::combine {
 inline namespace EP_BACKEND {
 
-struct Kernel {
-    using Params = InternodeCombineParams;
-    using Shared = State;
+// -- What the roles work with, and sums of rows wherever they stand --------------------------------------------------
+
+using kernels::combine::CombineContext;
+using prim::Vec16;
+
+// Shared memory of a block.
+struct RailCombineState {
+    CallState call;
+    int num_sent[layout::kMaxNodes];  // tokens of ours for each node, each of which one sum comes back
+};
+
+struct RailCombineContext {
+    const InternodeCombineParams& p;
+    const CombineContext& local;  // of this node
+    const RailLink& link;
+    RailMap rail;
+    const int* num_sent;
+
+    EP_DEVICE int num_ranks() const { return local.watch.heap.num_ranks(); }
+    EP_DEVICE int self() const { return local.watch.heap.first_rank() + local.watch.heap.rank(); }  // among all
+};
+
+// Rows of one owner at a rank of this node, as this rank, the owner or its forwarder, gets them.
+struct OwnerRows {
+    int owner;  // of all ranks
+    int node;   // its
+    int rank;   // of this node
+};
+
+// Has the row come? A rank that lends its rows, or this one's own, never makes anybody wait.
+EP_DEVICE algo::FlagTest row_is_here(const RailCombineContext& c, const OwnerRows& source, int position) {
+    if (kernels::combine::direct_rows(c.local, source.owner, source.rank) != nullptr) return {nullptr, 0};
+    return c.local.ring.from(source.rank, source.node).row_is_here(position);
+}
+
+EP_DEVICE const uint8_t* row_at(const RailCombineContext& c, const OwnerRows& source, int position) {
+    const uint8_t* rows = kernels::combine::direct_rows(c.local, source.owner, source.rank);
+    return rows != nullptr ? rows + static_cast<int64_t>(position) * c.p.row_bytes
+                           : c.local.ring.from(source.rank, source.node).slot(position);
+}
+
+EP_DEVICE const float* weights_at(const RailCombineContext& c, const OwnerRows& source, int position) {
+    if (kernels::combine::direct_rows(c.local, source.owner, source.rank) != nullptr)
+        return kernels::combine::direct_weights(c.local, source.owner, source.rank) +
+               static_cast<int64_t>(position) * c.p.num_topk;
+    return reinterpret_cast<const float*>(c.local.ring.from(source.rank, source.node).slot(position) +
+                                          c.p.slot.topk_weights.offset);
+}
+
+// After every lane's reads, and a sync().
+EP_DEVICE void give_slot_back(const RailCombineContext& c, const OwnerRows& source, int position) {
+    if (kernels::combine::direct_rows(c.local, source.owner, source.rank) == nullptr)
+        c.local.ring.from(source.rank, source.node)
+            .give_back(position, c.local.rows.num_rows(source.owner, source.rank));
+}
+
+// False: the row at `position` is none of those that the owner has there.
+EP_DEVICE bool is_stated(const RailCombineContext& c, const OwnerRows& source, int token, int position) {
+    const int num_rows = c.local.rows.num_rows(source.owner, source.rank);
+    return position < num_rows ||
+           refuse_position(c.local.watch, c.local.watch.heap.first_rank() + source.rank, token, position, num_rows);
+}
+
+// Calls use(i, pointer) for each of `num_sources` whose `pointer_of(i)`, of which each lane finds one at a time, is not null, in
+// ascending order.
+template <class PointerOf, class Use>
+EP_DEVICE void for_each_source(algo::Warp warp, int num_sources, const PointerOf& pointer_of, const Use& use) {
+    for (int first = 0; first < num_sources; first += kWarpSize) {
+        const int mine = first + warp.thread_rank();
+        const auto* pointer = mine < num_sources ? pointer_of(mine) : nullptr;
+        for (uint32_t rest = __ballot_sync(kFullMask, pointer != nullptr); rest != 0; rest &= rest - 1)
+            use(algo::broadcast_pointer(warp, pointer, __ffs(static_cast<int>(rest)) - 1));
+    }
+}
+
+// The FP32 sum of the sources' rows, in their order, rounded once.
+template <class PointerOf>
+EP_DEVICE void sum_rows(algo::Warp warp, int num_sources, uint32_t row_bytes, const PointerOf& pointer_of,
+                        uint8_t* target) {
+    constexpr int kVecs = 4;
+    constexpr auto kPieces = algo::Pieces::kInterleaved;
+    const int num_vecs = static_cast<int>(row_bytes / sizeof(Vec16));
+    for (int base = 0; base < num_vecs; base += algo::kChunkVecs<kVecs>) {
+        const int end = num_vecs - base;
+        algo::Bf16Sums sums[kVecs] = {};
+        for_each_source(warp, num_sources, pointer_of, [&](const uint8_t* row) {
+            const auto* vecs = reinterpret_cast<const Vec16*>(row) + base;
+            algo::Piece<kVecs> piece = {};
+            algo::load_piece(warp, kPieces, piece, end, [&](int i) { return prim::load_shared_with_peers(vecs + i); });
+#pragma unroll
+            for (int i = 0; i < kVecs; ++i) sums[i].add(piece.vec[i]);
+        });
+        auto* out = reinterpret_cast<Vec16*>(target) + base;
+        algo::for_piece<kVecs>(warp, kPieces, end,
+                               [&](int i, int vec) { prim::store_streaming(out + vec, sums[i].rounded()); });
+    }
+}
+
+template <class PointerOf>
+EP_DEVICE void sum_weights(algo::Warp warp, int num_sources, int num_topk, const PointerOf& pointer_of, float* target) {
+    for (int first = 0; first < num_topk; first += kWarpSize) {
+        const int k = first + warp.thread_rank();
+        float sum = 0.0f;
+        for_each_source(warp, num_sources, pointer_of,
+                        [&](const float* weights) { sum += k < num_topk ? weights[k] : 0.0f; });
+        if (k < num_topk) target[k] = sum;
+    }
+}
+
+// -- Forwarding ------------------------------------------------------------------------------------------------------
+// For each token of a rail peer, the sum of the rows that this node has of it, in FP32 and in rank order, rounded once into the
+// peer's staging slot. Whoever fills the last slot of a chunk posts it.
+//
+// A warp that waited for one owner's rows could hold up another owner, on whom the first one waits. So it polls.
+
+class SumForward {
+public:
+    EP_DEVICE explicit SumForward(const RailCombineContext& c) : c_(c) {}
+
+    EP_DEVICE bool run(algo::Warp warp, RoleWarp self) {
+        const algo::RowStream stream =
+            deal_nodes(warp, c_.link, self, [&](int node) { return c_.rail.num_tokens(node); });
+        return serve_tokens(
+            warp, c_.link, stream, [&](int node, int position) { return look(warp, node, position); },
+            [&](int node, int position, int count) { return forward(warp, node, position, count); });
+    }
+
+private:
+    EP_DEVICE OwnerRows source(int node, int rank) const { return {c_.link.peer(node), node, rank}; }
+    // Of the token's row at a rank here, -1: none.
+    EP_DEVICE int place_of(int node, int position, int rank) const {
+        const int64_t token = static_cast<int64_t>(c_.rail.first_token(node)) + position;
+        return rank < c_.num_ranks() ? c_.p.rail_head[token * c_.num_ranks() + rank] : -1;
+    }
+
+    // All rows have come, and the slot may be filled.
+    EP_DEVICE Lack look(algo::Warp warp, int node, int position) const {
+        Lack lack;
+        for (int rank = warp.thread_rank(); rank < c_.num_ranks() && !lack.is_set; rank += warp.size()) {
+            const int place = place_of(node, position, rank);
+            if (place < 0) continue;
+            if (!is_stated(c_, source(node, rank), position, place)) return failed_look();
+            const algo::FlagTest test = row_is_here(c_, source(node, rank), place);
+            if (c_.local.ring.is_set(test)) continue;
+            lack = {true, false, {Stage::kRow, rank}, test.expected, 0};
+        }
+        if (warp.thread_rank() != 0 || lack.is_set || !c_.link.is_reused(position)) return lack;
+        const RailWord taken = c_.link.taken_before(node, position);
+        lack.is_set = !c_.link.is_here(taken, lack.seen);
+        lack.site = c_.link.site(Stage::kRailTaken, node);
+        lack.expected = taken.expected;
+        return lack;
+    }
+
+    EP_DEVICE bool forward(algo::Warp warp, int node, int position, int count) {
+        if (!has_weights_ && !kernels::combine::wait_for_weights(warp, c_.local)) return false;
+        has_weights_ = true;
+        uint8_t* slot = c_.link.staging(node, position);
+        sum_rows(
+            warp, c_.num_ranks(), c_.p.row_bytes,
+            [&](int rank) {
+                const int place = place_of(node, position, rank);
+                return place < 0 ? nullptr : row_at(c_, source(node, rank), place);
+            },
+            slot);
+        sum_weights(
+            warp, c_.num_ranks(), c_.p.num_topk,
+            [&](int rank) {
+                const int place = place_of(node, position, rank);
+                return place < 0 ? nullptr : weights_at(c_, source(node, rank), place);
+            },
+            reinterpret_cast<float*>(slot + c_.p.rail.slot.topk_weights.offset));
+        warp.sync();  // every lane's reads and stores, each lane's release
+        algo::for_each(warp, c_.num_ranks(), [&](int rank) {
+            if (const int place = place_of(node, position, rank); place >= 0)
+                give_slot_back(c_, source(node, rank), place);
+        });
+        bool is_whole = false;
+        if (warp.thread_rank() == 0) is_whole = c_.link.count_staged(node, position, count);
+        // What other warps staged is acquired by one lane, which posts it after the barrier in this.
+        if (!algo::broadcast(warp, is_whole)) return true;
+        return c_.link.post_chunk(warp, node, c_.link.chunk_of(position), count);
+    }
+
+    const RailCombineContext& c_;
+    bool has_weights_ = false;
+};
+
+// -- Reducing --------------------------------------------------------------------------------------------------------
+// The sum of a token's rows in this node, in rank order, and of the sums that come from other nodes, in node order, and of the
+// biases; one rounding.
+
+class TokenReduce {
+public:
+    EP_DEVICE explicit TokenReduce(const RailCombineContext& c) : c_(c) {}
+
+    EP_DEVICE bool run(algo::Warp warp, RoleWarp self) const {
+        bool has_weights = false;
+        for (int token = self.idx; token < c_.p.num_tokens; token += self.count) {
+            if (!wait_for_rows(warp, token)) return false;
+            if (!has_weights && !kernels::combine::wait_for_weights(warp, c_.local)) return false;
+            has_weights = true;
+            reduce(warp, token);
+            warp.sync();  // every lane's reads, each lane's release
+            if (!give_back(warp, token)) return false;
+        }
+        return true;
+    }
+
+private:
+    // What a token's sum is made of: rows at the ranks of this node, sums of the nodes, biases.
+    EP_DEVICE int num_rows() const { return c_.num_ranks() + c_.link.num_nodes(); }
+    EP_DEVICE bool is_rank(int i) const { return i < c_.num_ranks(); }
+    EP_DEVICE int node_of(int i) const { return i - c_.num_ranks(); }
+    EP_DEVICE OwnerRows source(int rank) const { return {c_.self(), c_.link.node(), rank}; }
+
+    // Where row i of the token stands in its stream, -1: there is none.
+    EP_DEVICE int place_of(int token, int i) const {
+        if (is_rank(i))
+            return c_.p.send_head[static_cast<int64_t>(token) * c_.local.rows.num_sources +
+                                  c_.local.watch.heap.first_rank() + i];
+        if (!c_.link.is_peer(node_of(i))) return -1;
+        return c_.p.send_rail_head[static_cast<int64_t>(token) * c_.link.num_nodes() + node_of(i)];
+    }
+
+    EP_DEVICE bool wait_for_row(int token, int i, int place) const {
+        if (is_rank(i))
+            return is_stated(c_, source(i), token, place) &&
+                   c_.local.ring.wait(Stage::kRow, i, row_is_here(c_, source(i), place));
+        const int node = node_of(i);
+        return is_on_rail(c_.link, node, place, c_.num_sent[node]) &&
+               c_.link.wait(Stage::kRailChunk, node, c_.link.arrived(node, c_.link.chunk_of(place)));
+    }
+
+    EP_DEVICE bool wait_for_rows(algo::Warp warp, int token) const {
+        bool is_here = true;
+        algo::for_each(warp, num_rows(), [&](int i) {
+            if (const int place = place_of(token, i); place >= 0) is_here &= wait_for_row(token, i, place);
+        });
+        return algo::all(warp, is_here);
+    }
+
+    EP_DEVICE void reduce(algo::Warp warp, int token) const {
+        const auto row = [&](int i) -> const uint8_t* {
+            if (i >= num_rows()) {
+                const uint8_t* bias = c_.p.bias[i - num_rows()];
+                return bias == nullptr ? nullptr : bias + static_cast<int64_t>(token) * c_.p.row_bytes;
+            }
+            const int place = place_of(token, i);
+            if (place < 0) return nullptr;
+            return is_rank(i) ? row_at(c_, source(i), place) : c_.link.received(node_of(i), place);
+        };
+        const auto weights = [&](int i) -> const float* {
+            const int place = place_of(token, i);
+            if (place < 0) return nullptr;
+            if (is_rank(i)) return weights_at(c_, source(i), place);
+            return reinterpret_cast<const float*>(c_.link.received(node_of(i), place) +
+                                                  c_.p.rail.slot.topk_weights.offset);
+        };
+        sum_rows(warp, num_rows() + kMaxBiases, c_.p.row_bytes, row,
+                 c_.p.combined_x + static_cast<int64_t>(token) * c_.p.row_bytes);
+        sum_weights(warp, num_rows(), c_.p.num_topk, weights,
+                    c_.p.combined_topk_weights + static_cast<int64_t>(token) * c_.p.num_topk);
+    }
+
+    EP_DEVICE bool give_back(algo::Warp warp, int token) const {
+        bool is_ok = true;
+        algo::for_each(warp, num_rows(), [&](int i) {
+            const int place = place_of(token, i);
+            if (place < 0) return;
+            if (is_rank(i))
+                give_slot_back(c_, source(i), place);
+            else
+                is_ok &= c_.link.give_back(node_of(i), place, c_.num_sent[node_of(i)]);
+        });
+        return __all_sync(kFullMask, is_ok);
+    }
+
+    const RailCombineContext& c_;
+};
+
+// -- The operation ---------------------------------------------------------------------------------------------------
+
+struct Kernel : RoleOperation<InternodeCombineParams> {
+    using Shared = RailCombineState;
     static constexpr int kMaxThreads = kMaxInternodeCombineThreads;
-    static constexpr int kMinBlocks = 1;
     static constexpr auto kOperation = layout::Operation::kCombine;
 
     // -- The operation of a CallSession ----------------------------------------------------------------------------------
 
     static EP_DEVICE bool is_first_launch(const Params&) { return true; }
 
-    struct Look {};
-    static EP_DEVICE Look look(algo::Warp, const Params&, const algo::Watch&) { return {}; }
-
     static EP_DEVICE bool open(algo::Warp warp, const Params& p, const algo::Watch& watch, Look) {
-        const RailLink link(p.rail, watch);
-        if (blockIdx.x == 0 && !link.announce(warp)) return false;
-        if (!link.wait_for_banks(warp)) return false;
-        if (!p.may_lend) return true;
-        if (blockIdx.x == 0) algo::state_loan(warp, watch, p.loan);
-        return algo::wait_for_loans(warp, watch);
+        return open_rail(warp, p, watch, true) && (!p.may_lend || algo::wait_for_loans(warp, watch));
     }
 
     static EP_DEVICE void prepare(algo::Block block, const Params& p, const algo::Watch& watch, Shared& shared) {
@@ -59,28 +333,17 @@ struct Kernel {
         const algo::Ring ring(watch, p.window);
         const RailLink link(p.rail, watch);
         const CombineContext local{p, watch, ring, row_map(p.heap, p.rank_prefix_matrix)};
-        const Context c{p, local, link, {p.rail_prefix, watch.heap.num_nodes()}, shared.num_sent};
+        const RailCombineContext c{p, local, link, {p.rail_prefix, watch.heap.num_nodes()}, shared.num_sent};
         if (p.loan.topk_weights != 0) kernels::combine::lend_weights(block, local);
-        const Geometry& geometry = p.geometry;
         const algo::Warp warp;
-        const auto idx_from = [&](int first_warp) {
-            return (prim::warp_idx() - first_warp) * geometry.num_blocks + static_cast<int>(blockIdx.x);
-        };
-        const int first_forward = geometry.num_recv_warps;
-        const int first_send = first_forward + p.rail.num_forward_warps;
-        if (prim::warp_idx() < first_forward)
-            return TokenReduce(c).run(warp, idx_from(0), geometry.num_recv_warps * geometry.num_blocks);
-        if (prim::warp_idx() < first_send)
-            return SumForward(c).run(warp, idx_from(first_forward), p.rail.num_forward_warps * geometry.num_blocks);
-        return send(warp, c, idx_from(first_send), geometry.num_send_warps * geometry.num_blocks);
+        return run_role(
+            p, p.geometry.num_recv_warps, p.geometry.num_send_warps,
+            [&](RoleWarp self) { return TokenReduce(c).run(warp, self); },
+            [&](RoleWarp self) { return SumForward(c).run(warp, self); },
+            [&](RoleWarp self) { return send(warp, c, self); });
     }
 
     static EP_DEVICE bool check(algo::Warp, const Params&, const Shared&) { return true; }
-
-    static EP_DEVICE void close(algo::Warp warp, const Params& p, const algo::Watch& watch, bool has_failed) {
-        const RailLink link(p.rail, watch);
-        if (has_failed || !link.tell_end(warp)) link.tell_failure(warp);
-    }
 
     static EP_DEVICE void void_outputs(algo::Block block, const Params& p) {
         algo::void_output(block, p.combined_x, static_cast<int64_t>(p.num_tokens) * p.row_bytes);
@@ -99,25 +362,16 @@ private:
     }
 
     // One stream for each owner whose rows another rank of this node needs.
-    static EP_DEVICE bool send(algo::Warp warp, const Context& c, int warp_idx, int num_warps) {
+    static EP_DEVICE bool send(algo::Warp warp, const RailCombineContext& c, RoleWarp self) {
         const algo::Heap& heap = c.local.watch.heap;
-        const int num_others = heap.num_ranks() - 1;
-        const auto index_of = [&](int owner) { return owner % heap.num_ranks(); };
-        const auto owner_at = [&](int idx) {
-            const int node = (c.link.node() + idx / num_others) % heap.num_nodes();
-            return node * heap.num_ranks() + (heap.rank() + 1 + idx % num_others) % heap.num_ranks();
-        };
         const bool is_lent = c.p.loan.x != 0;
-        const algo::RowStream stream =
-            algo::deal_peers(warp, warp_idx, num_warps, num_others * heap.num_nodes(), owner_at,
-                             [&](int owner) { return is_lent ? 0 : c.local.rows.num_rows(owner, heap.rank()); });
-        const auto port = [&](int owner) { return c.local.ring.to(index_of(owner), owner / heap.num_ranks()); };
-        return algo::serve_streams_at(
-            warp, c.local.watch,
-            [&](int owner) {
-                return algo::WaitSite{Stage::kSlot, index_of(owner)};
-            },
-            stream, [&](int owner, int position) { return port(owner).slot_is_free(position); },
+        const auto port = [&](int owner) {
+            return c.local.ring.to(owner % heap.num_ranks(), owner / heap.num_ranks());
+        };
+        return serve_neighbours(
+            warp, c.link, Stage::kSlot, self,
+            [&](int owner) { return is_lent ? 0 : c.local.rows.num_rows(owner, heap.rank()); },
+            [&](int owner, int position) { return port(owner).slot_is_free(position); },
             [&](int owner, int position, int) {
                 const int64_t row = static_cast<int64_t>(c.local.rows.first_row(owner, heap.rank())) + position;
                 kernels::combine::put_row(warp, c.local, row, port(owner).slot(position));

@@ -7,7 +7,6 @@
 #include "device/launch.h"
 #include "kernels/internode/stated_rows.h"
 #include "kernels/intranode/exchange.h"
-#include "kernels/kernel_table.h"
 #include "kernels/params.h"
 
 namespace deep_ep::kernels::internode::notify {
@@ -24,7 +23,7 @@ EP_DEVICE uint64_t hash_shapes(const InternodeNotifyParams& p) {
     return hash;
 }
 
-struct Context {
+struct NotifyContext {
     const InternodeNotifyParams& p;
     const algo::Watch& watch;
     const RailLink& link;
@@ -47,16 +46,16 @@ struct Kernel {
         const algo::Watch watch = {p.watch, p.heap, layout::Operation::kNotifyDispatch,
                                    algo::current_call(p.watch.local)};
         const RailLink link(p.rail, watch);
-        const Context c{p, watch, link,
-                        layout::CountsBlock::make(static_cast<uint64_t>(p.heap.num_ranks),
-                                                  static_cast<uint64_t>(p.num_local_experts))};
+        const NotifyContext c{p, watch, link,
+                              layout::CountsBlock::make(static_cast<uint64_t>(p.heap.num_ranks),
+                                                        static_cast<uint64_t>(p.num_local_experts))};
         // It ends with a barrier: whoever failed has written the abort word.
         if (!exchange(block, c) && prim::warp_idx() == 0) link.tell_failure(algo::Warp{});
     }
 
 private:
     // False, on all threads: some wait failed, or what was told cannot be.
-    static EP_DEVICE bool exchange(algo::Block block, const Context& c) {
+    static EP_DEVICE bool exchange(algo::Block block, const NotifyContext& c) {
         bool is_ok = can_be(block, c);
         if (prim::warp_idx() == 0) is_ok &= enter(algo::Warp{}, c);
         if (algo::any(block, !is_ok)) return false;
@@ -76,7 +75,7 @@ private:
     }
 
     // Tokens for a node are at least those for any of its ranks, and at most all of those.
-    static EP_DEVICE bool can_be(algo::Block block, const Context& c) {
+    static EP_DEVICE bool can_be(algo::Block block, const NotifyContext& c) {
         bool is_ok = true;
         algo::for_each(block, c.link.num_nodes(), [&](int node) {
             if (node == c.link.node()) return;
@@ -93,7 +92,7 @@ private:
         return is_ok;
     }
 
-    static EP_DEVICE bool enter(algo::Warp warp, const Context& c) {
+    static EP_DEVICE bool enter(algo::Warp warp, const NotifyContext& c) {
         if (warp.thread_rank() == 0 && c.p.counts != nullptr)
             prim::store<Order::kRelaxed, Scope::kSys>(&c.p.counts->entered, c.p.ticket);
         algo::announce_start(warp, c.watch);
@@ -102,7 +101,7 @@ private:
         return c.link.wait_for_banks(warp);
     }
 
-    static EP_DEVICE void tell_neighbours(algo::Block block, const Context& c) {
+    static EP_DEVICE void tell_neighbours(algo::Block block, const NotifyContext& c) {
         const int self = c.watch.heap.first_rank() + c.watch.heap.rank();
         algo::for_each(block, c.num_ranks(), [&](int rank) {
             write_rank_count(c.watch, self, rank, c.p.num_tokens_per_rank[c.watch.heap.first_rank() + rank]);
@@ -113,7 +112,7 @@ private:
         });
     }
 
-    static EP_DEVICE void stage_blocks(algo::Block block, const Context& c) {
+    static EP_DEVICE void stage_blocks(algo::Block block, const NotifyContext& c) {
         const int num_experts = c.num_ranks() * c.p.num_local_experts;
         const auto word = [](uint8_t* at) { return reinterpret_cast<int*>(at); };
         c.link.for_each_peer(block, [&](int node) {
@@ -136,22 +135,22 @@ private:
     }
 
     // A warp for each node.
-    template <class Work> static EP_DEVICE bool by_warps(const Context& c, const Work& work) {
+    template <class Work> static EP_DEVICE bool by_warps(const NotifyContext& c, const Work& work) {
         bool is_ok = true;
         for (int node = prim::warp_idx(); node < c.link.num_nodes(); node += algo::Block::num_warps())
             if (node != c.link.node()) is_ok &= work(algo::Warp{}, node);
         return is_ok;
     }
 
-    static EP_DEVICE bool post_blocks(const Context& c) {
+    static EP_DEVICE bool post_blocks(const NotifyContext& c) {
         return by_warps(c, [&](algo::Warp warp, int node) { return c.link.post_counts(warp, node, c.block.bytes); });
     }
 
-    static EP_DEVICE bool pass_blocks_on(const Context& c) {
+    static EP_DEVICE bool pass_blocks_on(const NotifyContext& c) {
         return by_warps(c, [&](algo::Warp warp, int node) { return pass_on(warp, c, node); });
     }
 
-    static EP_DEVICE bool pass_on(algo::Warp warp, const Context& c, int node) {
+    static EP_DEVICE bool pass_on(algo::Warp warp, const NotifyContext& c, int node) {
         const bool is_here = warp.thread_rank() != 0 || c.link.wait(Stage::kRailCounts, node, c.link.counts_flag(node));
         if (!algo::all(warp, is_here)) return false;
         const uint8_t* at = c.link.counts(node);
@@ -172,7 +171,7 @@ private:
         return true;
     }
 
-    static EP_DEVICE bool fill_tables(algo::Block block, const Context& c) {
+    static EP_DEVICE bool fill_tables(algo::Block block, const NotifyContext& c) {
         const int self = c.watch.heap.rank();
         bool is_ok = true;
         algo::for_each(block, c.num_ranks(), [&](int rank) {
@@ -192,7 +191,7 @@ private:
         return is_ok;
     }
 
-    static EP_DEVICE void tell_host(const Context& c) {
+    static EP_DEVICE void tell_host(const NotifyContext& c) {
         prim::store<Order::kRelaxed, Scope::kSys>(&c.p.counts->num_rail_tokens,
                                                   static_cast<int64_t>(c.p.rail_prefix[c.link.num_nodes() - 1]));
         tell_num_rows(c.p.counts, c.p.recv_rank_prefix[c.watch.heap.num_sources() - 1], c.p.ticket);

@@ -15,7 +15,7 @@
 #include "kernels/intranode/combine_context.h"
 #include "kernels/intranode/combine_reduce_staged.h"
 #include "kernels/intranode/row_return.h"
-#include "kernels/kernel_table.h"
+#include "kernels/params.h"
 
 namespace deep_ep::kernels::combine {
 inline namespace EP_BACKEND {

@@ -129,8 +129,6 @@ template <int kVecs> struct Chunk {
     bool is_inside;  // of the row; where lanes have more than one vector, all of them are
 };
 
-template <int kVecs> struct Held { Vec16 vec[kVecs]; };
-
 // Calls work(chunk) for whole chunks, then for what is left, a vector of each lane at a time. Whole ones need no look at the
 // row's end, and one address for all their vectors.
 template <int kVecs, class Work> EP_DEVICE void for_chunks(algo::Warp warp, int num_vecs, const Work& work) {
@@ -143,9 +141,9 @@ template <int kVecs, class Work> EP_DEVICE void for_chunks(algo::Warp warp, int 
         work(Chunk<1>{base + warp.thread_rank(), base + warp.thread_rank() < num_vecs});
 }
 
-template <int kVecs> EP_DEVICE Held<kVecs> load_chunk(const uint8_t* row, const Chunk<kVecs>& chunk) {
+template <int kVecs> EP_DEVICE algo::Piece<kVecs> load_chunk(const uint8_t* row, const Chunk<kVecs>& chunk) {
     const Vec16* source = reinterpret_cast<const Vec16*>(row) + chunk.first;
-    Held<kVecs> held;
+    algo::Piece<kVecs> held;
 #pragma unroll
     for (int i = 0; i < kVecs; ++i)
         held.vec[i] = kVecs > 1 || chunk.is_inside ? prim::load_shared_with_peers(source + i * kWarpSize) : Vec16{};
@@ -163,7 +161,7 @@ EP_DEVICE void store_sums(const algo::Bf16Sums (&sums)[kVecs], Vec16* target, co
 // Of up to two rows.
 template <int kRows, int kVecs>
 EP_DEVICE void sum_few(algo::Warp warp, const uint8_t* const (&rows)[2], Vec16* target, const Chunk<kVecs>& chunk) {
-    Held<kVecs> held[2];
+    algo::Piece<kVecs> held[2];
 #pragma unroll
     for (int row = 0; row < kRows; ++row) held[row] = load_chunk(rows[row], chunk);
     algo::issue_loads(warp);
@@ -187,8 +185,8 @@ EP_DEVICE void reduce_many(algo::Warp warp, Vec16* target, int num_vecs, const F
         constexpr int kVecs = std::decay_t<decltype(chunk)>::kNumVecs;
         algo::Bf16Sums sums[kVecs] = {};
         for_each([&](const uint8_t* first, const uint8_t* second) {
-            const Held<kVecs> of_first = load_chunk(first, chunk);
-            const Held<kVecs> of_second = load_chunk(second != nullptr ? second : first, chunk);
+            const algo::Piece<kVecs> of_first = load_chunk(first, chunk);
+            const algo::Piece<kVecs> of_second = load_chunk(second != nullptr ? second : first, chunk);
 #pragma unroll
             for (int i = 0; i < kVecs; ++i) sums[i].add(of_first.vec[i]);
             if (second == nullptr) return;

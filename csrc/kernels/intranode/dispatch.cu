@@ -14,8 +14,8 @@
 #include "device/algo/group.h"
 #include "device/algo/ring.h"
 #include "kernels/intranode/call_session.h"
-#include "kernels/intranode/dispatch_context.h"
-#include "kernels/kernel_table.h"
+#include "kernels/intranode/dispatch_parts.h"
+#include "kernels/params.h"
 
 namespace deep_ep::kernels::dispatch {
 inline namespace EP_BACKEND {

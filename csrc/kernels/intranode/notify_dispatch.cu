@@ -3,7 +3,6 @@
 #include "device/algo/watch.h"
 #include "device/launch.h"
 #include "kernels/intranode/exchange.h"
-#include "kernels/kernel_table.h"
 #include "kernels/params.h"
 
 namespace deep_ep::kernels::notify_dispatch {

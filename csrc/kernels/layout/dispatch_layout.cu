@@ -6,7 +6,6 @@
 #include "device/algo/group.h"
 #include "device/algo/watch.h"
 #include "device/launch.h"
-#include "kernels/kernel_table.h"
 #include "kernels/params.h"
 
 namespace deep_ep::kernels::dispatch_layout {
@@ -142,10 +141,10 @@ struct Kernel {
 }  // namespace EP_BACKEND
 }  // namespace deep_ep::kernels::dispatch_layout
 
-void deep_ep::kernels::launch(const LayoutParams& params, int num_blocks, dev::Stream stream) {
+void deep_ep::kernels::launch(const LayoutParams& params, dev::Stream stream) {
     dev::LaunchConfig config;
-    config.num_blocks = num_blocks;
-    config.num_threads = params.num_threads;
+    config.num_blocks = params.grid.num_blocks;
+    config.num_threads = params.grid.num_threads;
     config.dynamic_shared_bytes =
         static_cast<int>(sizeof(int)) * (params.num_ranks + params.num_experts + params.num_nodes);
     config.name = "deep_ep::dispatch_layout";

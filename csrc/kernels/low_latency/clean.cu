@@ -2,8 +2,8 @@
 // has ended its earlier calls, and that with enable_shrink whoever does not come is masked.
 #include "device/algo/watch.h"
 #include "device/launch.h"
-#include "kernels/kernel_table.h"
 #include "kernels/low_latency/bank.h"
+#include "kernels/params.h"
 
 namespace deep_ep::kernels::low_latency::clean {
 inline namespace EP_BACKEND {

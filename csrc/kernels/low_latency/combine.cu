@@ -7,8 +7,8 @@
 //
 // Messages, buffer map and orderings: docs/protocols/low_latency.md.
 #include "device/launch.h"
-#include "kernels/kernel_table.h"
 #include "kernels/low_latency/combine_send_phase.h"
+#include "kernels/params.h"
 
 namespace deep_ep::kernels::low_latency::combine {
 inline namespace EP_BACKEND {
@@ -27,7 +27,7 @@ template <Launches kLaunches, bool kIsLogfmt, bool kUsesPackets> struct Kernel {
             p.call, layout::Operation::kLowLatencyCombine, shared.role,
             [&](LaunchSession& launch) { Send::send(Block{}, p, launch, shared); },
             [&](const CallContext& c) { return Receive::look_early(Warp{}, p, c); },
-            [&](const LaunchSession& launch, const typename Receive::EarlyLook& early) {
+            [&](const LaunchSession& launch, const typename Receive::EarlyToken& early) {
                 Receive::receive(Block{}, p, launch, early);
             });
     }

@@ -67,7 +67,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
     }
 
     // Of a warp's first token in a launch that only receives, before the number of the call is known.
-    struct EarlyLook {
+    struct EarlyToken {
         OwnToken token;
         uint64_t seen;  // this lane's flag, of a rank in a bank; 0: none
     };
@@ -76,10 +76,10 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
         return !kAcrossNodes && c.phase == Phase::kReceive && c.num_ranks() <= kWarpSize / layout::kNumLowLatencyBanks;
     }
 
-    static EP_DEVICE EarlyLook look_early(Warp warp, const Params& p, const CallContext& c) {
+    static EP_DEVICE EarlyToken look_early(Warp warp, const Params& p, const CallContext& c) {
         const int unit = first_unit();
         if (unit >= num_units(p)) return {};
-        EarlyLook early = {load_token(warp, p, c, p.call.by_parts.quotient(unit)), 0};
+        EarlyToken early = {load_token(warp, p, c, p.call.by_parts.quotient(unit)), 0};
         const int rank = warp.thread_rank() / layout::kNumLowLatencyBanks;
         const int bank = warp.thread_rank() % layout::kNumLowLatencyBanks;
         if (can_look_early(c) && rank < c.num_ranks())
@@ -287,7 +287,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
 
     // A share of one token.
     template <class Claim>
-    static EP_DEVICE void receive_token(Warp warp, const Params& p, const CallContext& c, const EarlyLook& early,
+    static EP_DEVICE void receive_token(Warp warp, const Params& p, const CallContext& c, const EarlyToken& early,
                                         int part, const Claim& claim) {
         const int first_chunk = part * p.part_chunks, behind = first_chunk + p.part_chunks;
         const int end = behind < num_chunks(p.call) ? behind : num_chunks(p.call);
@@ -318,7 +318,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
         warp.sync();
     }
 
-    static EP_DEVICE void receive(Block block, const Params& p, const LaunchSession& launch, const EarlyLook& early) {
+    static EP_DEVICE void receive(Block block, const Params& p, const LaunchSession& launch, const EarlyToken& early) {
         const CallContext& c = launch.context;
         int num_tables = 0;
         if constexpr (kAcrossNodes && kUsesPackets) num_tables = c.far().count();
@@ -329,7 +329,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
             if (unit >= num_units(p)) return;
             const bool has_looked = is_first && c.phase == Phase::kReceive;
             const int idx = p.call.by_parts.quotient(unit);
-            const EarlyLook look = has_looked ? early : EarlyLook{load_token(warp, p, c, idx), 0};
+            const EarlyToken look = has_looked ? early : EarlyToken{load_token(warp, p, c, idx), 0};
             receive_token(warp, p, c, look, p.call.by_parts.rest(unit), claim);
         });
     }

@@ -7,9 +7,9 @@
 //
 // Messages, buffer map and orderings: docs/protocols/low_latency.md.
 #include "device/launch.h"
-#include "kernels/kernel_table.h"
 #include "kernels/low_latency/dispatch_receive_phase.h"
 #include "kernels/low_latency/dispatch_send_phase.h"
+#include "kernels/params.h"
 
 namespace deep_ep::kernels::low_latency::dispatch {
 inline namespace EP_BACKEND {

@@ -62,14 +62,10 @@ struct Entries {
     uint32_t placed;  // lanes for which that holds
 };
 
-// A token's slot as far as a lane has loaded it, from some vector, or word, of the warp's share on. Of a source that is
-// left out: zeros; in a call that has failed: NaN, in every word.
-template <int kVecs> struct Held { Vec16 vec[kVecs]; };
-
 // What a warp knows of its token before it knows the rows.
 struct ReceivedToken {
     const uint8_t* slot;  // null: not here yet, or it will not come
-    Held<kFirstVecs> held;
+    algo::Piece<kFirstVecs> held;
     uint32_t scale;
     bool exists;      // among the tokens of its source
     Entries entries;  // the first 32
@@ -103,9 +99,11 @@ EP_DEVICE Entries choose_entries(Warp warp, const CallContext& c, const Unit& un
     return {entry, expert, is_placed, __ballot_sync(kFullMask, is_placed)};
 }
 
+// A token's slot as far as a lane has loaded it, from some vector, or word, of the warp's share on. Of a source that is left out:
+// zeros; in a call that has failed: NaN, in every word.
 template <int kVecs>
-EP_DEVICE Held<kVecs> load_row(Warp warp, const uint8_t* slot, uint32_t filler, int base, int end) {
-    Held<kVecs> held;
+EP_DEVICE algo::Piece<kVecs> load_row(Warp warp, const uint8_t* slot, uint32_t filler, int base, int end) {
+    algo::Piece<kVecs> held;
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
         const int idx = base + i * kWarpSize + warp.thread_rank();
@@ -202,7 +200,7 @@ EP_DEVICE void begin_token(Warp warp, const Params& p, const CallContext& c, con
 // This share of the row, to the rows of all `lanes`. `row`: this lane's, of all experts' rows.
 template <int kVecs>
 EP_DEVICE void store_row(Warp warp, const Params& p, uint32_t lanes, int row, int base, int end,
-                         const Held<kVecs>& held) {
+                         const algo::Piece<kVecs>& held) {
     warp.expect();
 #pragma unroll 1
     for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {

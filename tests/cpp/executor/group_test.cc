@@ -28,10 +28,6 @@ enum class Fault {
     kWarpAway,         // one warp stays away from a call of its block
     kWarpAwayTillEnd,
     kWarpReturned,
-    kSpanWarpAway,  // one warp stays away from a call of the span
-    kSpanWarpAwayTillEnd,
-    kSpanStranger,      // a warp that is not in the span calls for it
-    kSpanOtherBarrier,  // two spans with one barrier
 };
 
 template <class Group> EP_DEVICE void do_something(const Group& group) { group.expect(); }
@@ -69,20 +65,10 @@ template <Fault kFault> struct FaultKernel {
         block.sync();
     }
 
-    static EP_DEVICE void run_span(int warp_idx) {
-        const algo::Warps span{1, 3, 4};
-        if (is(Fault::kSpanOtherBarrier)) do_something(algo::Warps{warp_idx, 1, 4});
-        if (!span.has_this_thread() && !is(Fault::kSpanStranger)) return;
-        if (!((is(Fault::kSpanWarpAway) || is(Fault::kSpanWarpAwayTillEnd)) && warp_idx == 2)) do_something(span);
-        if (is(Fault::kSpanWarpAwayTillEnd)) return;
-        span.sync();
-    }
-
     static EP_DEVICE void run(const Params&, Shared&) {
         const int warp_idx = prim::warp_idx();
         run_block(warp_idx);
         if (warp_idx == 1) run_warp(prim::lane_idx());
-        run_span(warp_idx);
     }
 };
 
@@ -108,13 +94,10 @@ struct RanksKernel {
     struct Shared {};
 
     static EP_DEVICE void run(const Params& p, Shared&) {
-        const algo::Warps span{1, 2, 1};
         int* words = p.words;
         algo::for_each(algo::Block{}, 300, [&](int i) { ++words[i]; });
         algo::for_each(algo::Grid{}, int64_t{300}, [&](int64_t i) { ++words[i + 300]; });
-        if (span.has_this_thread()) algo::for_each(span, 300, [&](int i) { ++words[i + 600]; });
-        if (prim::warp_idx() == 3) algo::for_each(algo::Warp{}, 300, [&](int i) { ++words[i + 900]; });
-        if (threadIdx.x == 77) algo::for_each(algo::Thread{}, 300, [&](int i) { ++words[i + 1200]; });
+        if (prim::warp_idx() == 3) algo::for_each(algo::Warp{}, 300, [&](int i) { ++words[i + 600]; });
     }
 };
 
@@ -124,14 +107,14 @@ TEST_CASE("every group deals each number to one of its threads") {
     simt::Scheduler scheduler;
     simt::SimtDevice device(scheduler, 0);
     const auto stream = device.create_stream();
-    constexpr size_t kBytes = 1500 * sizeof(int);
+    constexpr size_t kBytes = 900 * sizeof(int);
     auto* words = static_cast<int*>(device.allocate(kBytes));
-    std::vector<int> counts(1500, 0);
+    std::vector<int> counts(900, 0);
     device.copy_now(words, counts.data(), kBytes);
     dev::launch<RanksKernel>({.num_threads = kNumThreads, .name = "ranks"}, stream, {words});
     device.synchronize_stream(stream);
     device.copy_now(counts.data(), words, kBytes);
-    CHECK(counts == std::vector<int>(1500, 1));
+    CHECK(counts == std::vector<int>(900, 1));
     device.free(words);
 }
 
@@ -155,11 +138,4 @@ TEST_CASE("a block that is not whole is reported") {
     check_is_reported<Fault::kWarpAway>("the threads of a block do not make the same calls");
     check_is_reported<Fault::kWarpAwayTillEnd>("the threads of a block do not make the same calls");
     check_is_reported<Fault::kWarpReturned>("");
-}
-
-TEST_CASE("a span of warps that is not whole, or not what it says, is reported") {
-    check_is_reported<Fault::kSpanWarpAway>("the threads of a span of warps do not make the same calls");
-    check_is_reported<Fault::kSpanWarpAwayTillEnd>("the threads of a span of warps do not make the same calls");
-    check_is_reported<Fault::kSpanStranger>("warps 1..3 are to call it, and this thread is none of theirs");
-    check_is_reported<Fault::kSpanOtherBarrier>("but barrier 4 is that of warps ");
 }

@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "device/owned.h"
-#include "kernels/kernel_table.h"
 #include "kernels/params_internode.h"
 #include "layout/rail.h"
 #include "layout/topology.h"
