@@ -133,7 +133,7 @@ struct LocalState {
     uint32_t num_done_blocks;  // of the running kernel; see algo::arrive
     uint32_t failure_claimed;
     uint64_t warned_calls[kNumWarningCells];  // the last call of each that a warning tells of; see warning_cell
-    uint32_t num_weight_blocks;  // of the running combine: that have copied their part of the weights
+    uint32_t num_weight_blocks;               // of the running combine: that have copied their part of the weights
     uint32_t layout_done_blocks;
     uint32_t rail_abort_claimed;  // not zero: a kernel has told the rail peers, or does, that this rank gave up
 

@@ -205,12 +205,18 @@ std::string refused_across(uint64_t seed) {
 }
 
 constexpr Scenario kScenarios[] = {
-    {"rail_credits", rail_credits},     {"rail_chunks", rail_chunks},
-    {"rail_and_slots", rail_and_slots}, {"three_nodes", three_nodes},
-    {"lent_across", lent_rows},         {"one_way_rail", one_way_rail},
-    {"counts_on_rail", counts_on_rail}, {"full_engine", full_engine},
-    {"absent_across", absent_across},   {"absent_in_exchange", absent_in_exchange},
-    {"refused_across", refused_across}, {"absent_forwarder", absent_forwarder},
+    {"rail_credits", rail_credits},
+    {"rail_chunks", rail_chunks},
+    {"rail_and_slots", rail_and_slots},
+    {"three_nodes", three_nodes},
+    {"lent_across", lent_rows},
+    {"one_way_rail", one_way_rail},
+    {"counts_on_rail", counts_on_rail},
+    {"full_engine", full_engine},
+    {"absent_across", absent_across},
+    {"absent_in_exchange", absent_in_exchange},
+    {"refused_across", refused_across},
+    {"absent_forwarder", absent_forwarder},
     {"counts_of_a_slow_rank", counts_of_a_slow_rank},
 };
 

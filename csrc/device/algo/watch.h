@@ -226,8 +226,7 @@ EP_DEVICE_COLD bool may_still_go_on(Watch watch, WaitSite site, uint64_t waited_
     if (waited_ns >= watch.words.local->warn_ns) {
         uint64_t* cell = &watch.words.local->warned_calls[layout::warning_cell(watch.operation, watch.call)];
         const uint64_t warned = prim::load<Order::kRelaxed, Scope::kGpu>(cell);
-        if (warned < watch.call &&
-            prim::compare_swap<Order::kRelaxed, Scope::kGpu>(cell, warned, watch.call) == warned)
+        if (warned < watch.call && prim::compare_swap<Order::kRelaxed, Scope::kGpu>(cell, warned, watch.call) == warned)
             write_record(&watch.words.status->warning, {layout::FailureKind::kTimeout, watch.operation,
                                                         among_all(watch, site), watch.call, expected, seen, waited_ns});
     }

@@ -99,7 +99,8 @@ EP_DEVICE_COLD void refuse_open_bank(algo::Watch watch, uint64_t needed) {
     const uint64_t ended =
         prim::load<Order::kRelaxed, Scope::kGpu>(&watch.words.local->low_latency_ended[bank_of(needed)]);
     if (ended < needed)
-        algo::fail(watch, layout::FailureKind::kBadInput, {Stage::kOpen, first_near(watch) + watch.heap.rank()}, needed, ended, 0);
+        algo::fail(watch, layout::FailureKind::kBadInput, {Stage::kOpen, first_near(watch) + watch.heap.rank()}, needed,
+                   ended, 0);
 }
 
 // False: some rank has given up.

@@ -154,8 +154,7 @@ TEST_CASE("every late call is warned of, however far calls of another kind have 
     auto tensors = make_inputs(of_three);
     world.layout(of_three, tensors);
     starts_with(
-        warning_of(world,
-                   [&](int rank) { world.launch_notify(of_three, tensors[static_cast<size_t>(rank)], rank); }),
+        warning_of(world, [&](int rank) { world.launch_notify(of_three, tensors[static_cast<size_t>(rank)], rank); }),
         "DeepEP warning: dispatch (count exchange), call 1, ");
 }
 
