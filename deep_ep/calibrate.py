@@ -218,8 +218,9 @@ def calibrate(report: dict[str, Any], to: Optional[Path]) -> tuple[Path, str, Co
     if report.get("benchmark") != "intranode":
         raise InvalidArgument(f"expected figures of the intranode benchmark, got {report.get('benchmark')!r}")
     environment = report.get("environment", {})
-    if environment.get("DEEP_EP_HEAP") == "host":
-        raise InvalidArgument("these figures are of a heap in host memory (DEEP_EP_HEAP=host), which no model is for")
+    if "host" in (report.get("heap"), environment.get("DEEP_EP_HEAP")):
+        raise InvalidArgument("these figures are of a heap in host memory (DEEP_EP_HEAP=host, or GPUs without peer "
+                              "access), which no model is for")
     num_ranks, rows = report["num_ranks"], report["rows"]
     link = 0.0 if report["ranks_as_threads"] else max((row["ceiling_gb_per_s"] for row in rows), default=0.0)
     costs = {operation: fit(samples_of(rows, operation, num_ranks), link) for operation in OPERATIONS}

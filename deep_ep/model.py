@@ -30,7 +30,6 @@ from deep_ep import _probes, calibrate
 from deep_ep_cpp import InvalidArgument
 
 FP8, BF16 = "fp8", "bf16"
-FORMATS = (FP8, BF16)
 DISPATCH, COMBINE = "dispatch", "combine"
 FP8_GROUP = 128  # channels with one scale
 BF16_BYTES = 2
@@ -42,7 +41,6 @@ NVLINK_GB_PER_S = 340.0  # what leaves a GPU of 18 links when all copy to all
 MOST_SMS = 20
 OPERATIONS = ((DISPATCH, FP8), (DISPATCH, BF16), (COMBINE, BF16))
 HIGH_THROUGHPUT, LOW_LATENCY = "high-throughput", "low-latency"
-MODES = (HIGH_THROUGHPUT, LOW_LATENCY)
 SCALING_RANKS = tuple(1 << i for i in range(1, 10))
 LARGEST_NODE = 8
 
@@ -111,10 +109,6 @@ class Traffic:
     nvlink_bytes: float
     rows: float  # that end at a rank, from everywhere
     sm_bytes: float  # that the SMs of a rank move, what stays in it included
-
-    @property
-    def rail_payload_bytes(self) -> float:
-        return self.rail_tokens * self.rail_slot
 
 
 def traffic(shape: Shape, nodes: Nodes, operation: str, kind: str, chunk_bytes: int) -> Traffic:

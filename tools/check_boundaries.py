@@ -137,7 +137,9 @@ def check_backend_names(source: Source) -> Iterator[Finding]:
         return
     for number, line in enumerate(source.code, 1):
         found = re.match(r'\s*#\s*include\s*"(device/cuda|device/simt|rail/host|rail/nvshmem)/', line)
-        if found is None or source.path in NVSHMEM_LIBRARY + NVSHMEM_KERNELS:
+        if found is None or source.path in NVSHMEM_LIBRARY:
+            continue
+        if source.path in NVSHMEM_KERNELS and found.group(1) == 'rail/nvshmem':
             continue
         if source.path.startswith(f'csrc/{found.group(1)}/'):
             continue
@@ -225,8 +227,19 @@ RULES: tuple[Rule, ...] = (
 )
 
 
+def check_header_names(sources: Iterable[Source]) -> Iterator[Finding]:
+    """Two headers of one name are told apart by nothing when they are spoken of."""
+    known: dict[str, str] = {}
+    for source in sources:
+        name = source.path.rsplit('/', 1)[-1]
+        if is_device_code(source) and name.endswith('.h') and known.setdefault(name, source.path) != source.path:
+            yield Finding(source.path, 1, 'header-name', f'{known[name]} has this name')
+
+
 def check(sources: Iterable[Source]) -> list[Finding]:
-    return [finding for source in sources for rule in RULES for finding in rule(source)]
+    listed = list(sources)
+    findings = [finding for source in listed for rule in RULES for finding in rule(source)]
+    return [*findings, *check_header_names(listed)]
 
 
 def read_sources(root: Path, paths: Sequence[str]) -> Iterator[Source]:

@@ -47,6 +47,14 @@ template <class Wait> EP_DEVICE bool set(const Rail& rail, int peer, Flag flag, 
 // One thread. At the peer, later: the counter grows by `n`, with what this thread has seen and done before.
 template <class Wait> EP_DEVICE bool add(const Rail& rail, int peer, uint64_t counter, uint64_t n, const Wait& wait);
 
+// The begin of the peer's window where loads and stores of this device reach it; null elsewhere. Who stores there has the
+// peer's leave, as for a put to these places.
+EP_DEVICE uint8_t* reach(const Rail& rail, int peer);
+
+// One thread. The flag of `num_bytes` that have been stored into the peer's window through reach(), by this thread or ordered
+// before it: what a put says of its own bytes.
+template <class Wait> EP_DEVICE bool tell(const Rail& rail, int peer, uint64_t num_bytes, Flag flag, const Wait& wait);
+
 // One thread, once it has seen `flag.value` in its own window, by whatever load. From here on it may read what the flag
 // guards; other lanes of its warp after a __syncwarp(). Of a counter: what all adds guard that it has seen.
 EP_DEVICE void confirm(const Rail& rail, Flag flag);

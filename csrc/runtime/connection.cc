@@ -56,7 +56,7 @@ Connection::Connection(std::shared_ptr<dev::Device> device, const BufferOptions&
       topology_(options.topology()),
       plan_(plan_heap(options)),
       rail_region_(plan_rail(options)),
-      machine_(Machine::of(*device_, options.num_ranks)),
+      machine_(Machine::of(*device_, options.num_ranks, options_.heap)),
       mailbox_(std::make_shared<comm::Mailbox>(topology_.index(), topology_.ranks_per_node)),
       heap_(std::make_unique<comm::SymmetricHeap>(device_, mailbox_, topology_.ranks_per_node, plan_.num_bytes,
                                                   options_.heap)),

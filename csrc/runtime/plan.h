@@ -18,10 +18,10 @@ struct Machine {
     int num_sms;
     int useful_block_threads;
     int max_shared_bytes;  // dynamic, of a block
-    bool has_bulk_copy;
+    bool has_bulk_copy;    // that pays: to and from host memory none does
     int num_ranks;
 
-    static Machine of(const dev::Device& device, int num_ranks);
+    static Machine of(const dev::Device& device, int num_ranks, dev::Placement heap);
 };
 
 // Where things are in the heap of a rank: control words, data of the high-throughput mode, data of the low-latency mode;

@@ -8,7 +8,7 @@ from typing import Callable
 import torch
 
 from deep_ep import Buffer
-from deep_ep.bench.ceiling import NO_CEILINGS, is_measurable, measure_ceilings
+from deep_ep.bench.ceiling import NO_CEILINGS, find_heap, is_measurable, measure_ceilings
 from deep_ep.bench.graphs import NO_GRAPHS
 from deep_ep.bench.host import HostTimer, timed_waits
 from deep_ep.bench.kernels import Profiler
@@ -58,6 +58,7 @@ class ModeBenchmark:
         self._options = options
         self._device = device
         self._findings = findings
+        findings.heap = find_heap(ranks, device)
         self._timer = Timer(ranks, options.is_cuda)
         self._profiler = Profiler(ranks, self._timer, options)
         # By SM budget. Threads share a GPU: there is no link.

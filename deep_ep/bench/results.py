@@ -90,6 +90,7 @@ class Findings:
     host: list[HostCost] = field(default_factory=list)
     profiles: list[Profile] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    heap: str = ""  # where the memory lies that ranks share: "device" or "host"
     failure: str = ""  # what ended the run early
     path: Path | None = None  # where to keep them
 
@@ -116,6 +117,7 @@ class Findings:
                         host=[HostCost(**cost) for cost in content["host"]],
                         profiles=profiles,
                         notices=content["notices"],
+                        heap=content["heap"],
                         failure=content["failure"])
 
 
@@ -166,6 +168,7 @@ class Report:
             "num_ranks": self.num_ranks,
             "num_devices": self.num_devices,
             "ranks_as_threads": self.is_threaded,
+            "heap": self.findings.heap,
             "notices": self.notices,
             "rows": rows,
             "host": rounded([asdict(cost) for cost in self.findings.host]),

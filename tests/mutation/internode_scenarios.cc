@@ -57,6 +57,22 @@ std::string rail_chunks(uint64_t seed) {
     return run_twice(options, small_problem(options, seed));
 }
 
+// Stores reach the peer's window: the same credits and chunks, without an engine that carries bytes.
+std::string near_credits(uint64_t seed) {
+    InternodeOptions options = one_chunk(2, 1, seed);
+    options.is_near = true;
+    return run_twice(options, small_problem(options, seed));
+}
+
+std::string near_chunks(uint64_t seed) {
+    InternodeOptions options = small_options(2, 1, seed);
+    options.is_near = true;
+    options.num_blocks = 2;
+    options.rail_slots = 8;
+    options.chunk_tokens = 2;
+    return run_twice(options, small_problem(options, seed));
+}
+
 std::string rail_and_slots(uint64_t seed) {
     InternodeOptions options = one_chunk(2, 2, seed);
     options.window = 1;
@@ -207,6 +223,8 @@ std::string refused_across(uint64_t seed) {
 constexpr Scenario kScenarios[] = {
     {"rail_credits", rail_credits},
     {"rail_chunks", rail_chunks},
+    {"near_credits", near_credits},
+    {"near_chunks", near_chunks},
     {"rail_and_slots", rail_and_slots},
     {"three_nodes", three_nodes},
     {"lent_across", lent_rows},

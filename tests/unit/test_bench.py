@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from bench_cases import same_as_collectives
 from utils import Pool
 
 import deep_ep_cpp
+from deep_ep import _topology
 from deep_ep.__main__ import build_parser, int_list, with_default_benchmark
 from deep_ep.bench.ceiling import measure_ceilings
 from deep_ep.bench.collectives import pack_topk, unpack_topk
@@ -34,6 +36,7 @@ from deep_ep.bench.routing import (
     choose_experts,
     count_copies,
 )
+from deep_ep.bench.streams import PlainStreams
 from deep_ep.bench.tables import format_findings, format_table
 from deep_ep.bench.timing import Timer
 
@@ -475,3 +478,30 @@ def test_ceilings_are_measured_where_every_rank_can() -> None:
 
 def test_benchmarks_are_no_part_of_the_product() -> None:
     assert not [name for name in dir(deep_ep_cpp.Buffer) if "bench" in name or "push" in name]
+
+
+def test_plain_streams_end_where_a_peer_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deep_ep.bench.streams.TIMEOUT_S", 0.3)
+    meeting = ThreadMeeting(2)
+
+    def take_part(rank: int) -> str:
+        ranks = ThreadRanks(meeting, rank)
+        with PlainStreams(ranks, [1 - rank], 1 << 20, is_pinned=False) as streams:
+            streams.exchange(0)
+            ranks.barrier()
+            try:
+                if rank == 0:
+                    streams.exchange(1)
+            except TimeoutError:
+                return "timed out"
+            finally:
+                ranks.barrier()
+        return "ended"
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(take_part, range(2))) == ["timed out", "ended"]
+
+
+def test_a_report_says_where_the_heap_is(tmp_path: Path) -> None:
+    report = Report("intranode", "", "cpu", num_ranks=2, num_devices=0, findings=Findings(heap=_topology.HOST))
+    assert json.loads(save(report, tmp_path, "abc").read_text())["heap"] == "host"

@@ -122,6 +122,12 @@ def test_long_files_are_warned_about_then_refused(num_lines: int, is_found: bool
     assert [(f.rule, f.is_error) for f in findings] == ([('size', is_error)] if is_found else [])
 
 
+def test_two_headers_of_one_name_are_found_among_kernels() -> None:
+    paths = ['csrc/kernels/intranode/context.h', 'csrc/kernels/internode/context.h', 'csrc/rail/host/ring.h']
+    found = checker.check([checker.make_source(path, '') for path in [*paths, 'csrc/device/algo/ring.h']])
+    assert [(finding.rule, finding.path) for finding in found] == [('header-name', paths[1])]
+
+
 def test_a_finding_names_its_line() -> None:
     source = checker.make_source('csrc/core/a.cc', '/* one\n two */\n#include "core/b.h"\nint y = getenv("A");\n')
     assert [(f.path, f.line) for f in checker.check([source])] == [('csrc/core/a.cc', 4)]

@@ -136,11 +136,14 @@ def test_calibrate_stores_what_a_report_says(tmp_path: Path, environment: dict[s
     assert load(to, "lent" if way == "slots" else "slots") is None
 
 
-def test_a_heap_in_host_memory_has_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("heap", "environment"), [("host", {}), ("", {"DEEP_EP_HEAP": "host"})])
+def test_a_heap_in_host_memory_has_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], heap: str,
+                                            environment: dict[str, str]) -> None:
+    """Also where nobody asked for one: the GPUs do not reach each other."""
     path = tmp_path / "report.json"
-    path.write_text(json.dumps(report(Cost(12.0, LINK, 45.0), {"DEEP_EP_HEAP": "host"})))
+    path.write_text(json.dumps(report(Cost(12.0, LINK, 45.0), environment) | {"heap": heap}))
     assert main(["calibrate", str(path), "--to", str(tmp_path / "model.json")]) == 1
-    assert "a heap in host memory (DEEP_EP_HEAP=host)" in capsys.readouterr().err
+    assert "a heap in host memory (DEEP_EP_HEAP=host" in capsys.readouterr().err
 
 
 def test_calibrate_names_a_report_that_will_not_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

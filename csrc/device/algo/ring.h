@@ -181,12 +181,13 @@ EP_DEVICE bool serve_streams_at(Warp warp, const Watch& watch, const SiteOf& sit
         const uint32_t ready = __ballot_sync(prim::kFullMask, is_ready);
         if (ready == 0) {
             bool may_wait = true;
-            if (has_row && polls % kPollsBetweenChecks == 0) {
+            // Not at once: the word that it looks at is the same for all warps, and a GPU looks at a word of the host's memory
+            // for one warp after the other.
+            if (has_row && ++polls % kPollsBetweenChecks == 0) {
                 if (start_ns == 0) start_ns = prim::clock_ns();
                 may_wait = may_go_on(watch, site_of(stream.peer), start_ns, flag.expected, seen);
             }
             if (!__all_sync(prim::kFullMask, may_wait)) return false;
-            ++polls;
             prim::pause();
             continue;
         }

@@ -81,15 +81,102 @@ EP_DEVICE bool is_stated(const RailCombineContext& c, const OwnerRows& source, i
            refuse_position(c.local.watch, c.local.watch.heap.first_rank() + source.rank, token, position, num_rows);
 }
 
-// Calls use(i, pointer) for each of `num_sources` whose `pointer_of(i)`, of which each lane finds one at a time, is not null, in
-// ascending order.
-template <class PointerOf, class Use>
-EP_DEVICE void for_each_source(algo::Warp warp, int num_sources, const PointerOf& pointer_of, const Use& use) {
-    for (int first = 0; first < num_sources; first += kWarpSize) {
-        const int mine = first + warp.thread_rank();
-        const auto* pointer = mine < num_sources ? pointer_of(mine) : nullptr;
-        for (uint32_t rest = __ballot_sync(kFullMask, pointer != nullptr); rest != 0; rest &= rest - 1)
-            use(algo::broadcast_pointer(warp, pointer, __ffs(static_cast<int>(rest)) - 1));
+// Those of `num_sources` whose `pointer_of(i)` is not null. Each lane finds one of 32 at a time, and remembers the first.
+template <class T, class PointerOf> class Sources {
+public:
+    EP_DEVICE Sources(algo::Warp warp, int count, const PointerOf& pointer_of)
+        : warp_(warp),
+          count_(count),
+          pointer_of_(pointer_of),
+          mine_(warp.thread_rank() < count ? pointer_of(warp.thread_rank()) : nullptr),
+          lanes_(__ballot_sync(kFullMask, mine_ != nullptr)) {}
+
+    EP_DEVICE bool are_at_most_two() const { return count_ <= kWarpSize && __popc(lanes_) <= 2; }
+
+    // Calls use(pointer, next) with the first two, the next two, ... in ascending order; `next` is null where there is none.
+    template <class Use> EP_DEVICE void for_each_pair(const Use& use) const {
+        use_lanes(mine_, lanes_, use);
+        for (int first = kWarpSize; first < count_; first += kWarpSize) {
+            const int i = first + warp_.thread_rank();
+            const T* pointer = i < count_ ? pointer_of_(i) : nullptr;
+            use_lanes(pointer, __ballot_sync(kFullMask, pointer != nullptr), use);
+        }
+    }
+
+private:
+    template <class Use> EP_DEVICE void use_lanes(const T* pointer, uint32_t rest, const Use& use) const {
+        const auto take = [&]() -> const T* {
+            if (rest == 0) return nullptr;
+            const T* taken = algo::broadcast_pointer(warp_, pointer, __ffs(static_cast<int>(rest)) - 1);
+            rest &= rest - 1;
+            return taken;
+        };
+        while (rest != 0) {
+            const T* first = take();
+            use(first, take());
+        }
+    }
+
+    algo::Warp warp_;
+    int count_;
+    const PointerOf& pointer_of_;
+    const T* mine_;
+    uint32_t lanes_;
+};
+
+// One chunk of two rows, whose loads are under way at the same time: that decides how fast a warp is. `row`: may be null.
+constexpr auto kPieces = algo::Pieces::kInterleaved;
+
+template <int kVecs> struct TwoPieces {
+    algo::Piece<kVecs> first = {}, second = {};
+
+    EP_DEVICE TwoPieces(algo::Warp warp, const uint8_t* first_row, const uint8_t* second_row, int base, int end) {
+        load(warp, first, first_row, base, end);
+        load(warp, second, second_row, base, end);
+        algo::issue_loads(warp);
+    }
+
+private:
+    static EP_DEVICE void load(algo::Warp warp, algo::Piece<kVecs>& piece, const uint8_t* row, int base, int end) {
+        if (row == nullptr) return;
+        const auto* vecs = reinterpret_cast<const Vec16*>(row) + base;
+        algo::load_piece(warp, kPieces, piece, end, [&](int i) { return prim::load_shared_with_peers(vecs + i); });
+    }
+};
+
+// Of at most two rows: nothing but what was loaded stands in registers.
+EP_DEVICE void sum_two_rows(algo::Warp warp, const uint8_t* first, const uint8_t* second, int num_vecs, Vec16* target) {
+    constexpr int kVecs = 7;
+#pragma unroll 1
+    for (int base = 0; base < num_vecs; base += algo::kChunkVecs<kVecs>) {
+        const int end = num_vecs - base;
+        const TwoPieces<kVecs> pieces(warp, first, second, base, end);
+        algo::for_piece<kVecs>(warp, kPieces, end, [&](int i, int vec) {
+            algo::Bf16Sums sums = {};
+            sums.add(pieces.first.vec[i]);
+            if (second != nullptr) sums.add(pieces.second.vec[i]);
+            prim::store_streaming(target + base + vec, sums.rounded());
+        });
+    }
+}
+
+template <class RowSources>
+EP_DEVICE void sum_many_rows(algo::Warp warp, const RowSources& sources, int num_vecs, Vec16* target) {
+    constexpr int kVecs = 4;
+#pragma unroll 1
+    for (int base = 0; base < num_vecs; base += algo::kChunkVecs<kVecs>) {
+        const int end = num_vecs - base;
+        algo::Bf16Sums sums[kVecs] = {};
+        sources.for_each_pair([&](const uint8_t* first, const uint8_t* second) {
+            const TwoPieces<kVecs> pieces(warp, first, second, base, end);
+#pragma unroll
+            for (int i = 0; i < kVecs; ++i) sums[i].add(pieces.first.vec[i]);
+            if (second == nullptr) return;
+#pragma unroll
+            for (int i = 0; i < kVecs; ++i) sums[i].add(pieces.second.vec[i]);
+        });
+        algo::for_piece<kVecs>(warp, kPieces, end,
+                               [&](int i, int vec) { prim::store_streaming(target + base + vec, sums[i].rounded()); });
     }
 }
 
@@ -97,32 +184,31 @@ EP_DEVICE void for_each_source(algo::Warp warp, int num_sources, const PointerOf
 template <class PointerOf>
 EP_DEVICE void sum_rows(algo::Warp warp, int num_sources, uint32_t row_bytes, const PointerOf& pointer_of,
                         uint8_t* target) {
-    constexpr int kVecs = 4;
-    constexpr auto kPieces = algo::Pieces::kInterleaved;
+    const Sources<uint8_t, PointerOf> sources(warp, num_sources, pointer_of);
     const int num_vecs = static_cast<int>(row_bytes / sizeof(Vec16));
-    for (int base = 0; base < num_vecs; base += algo::kChunkVecs<kVecs>) {
-        const int end = num_vecs - base;
-        algo::Bf16Sums sums[kVecs] = {};
-        for_each_source(warp, num_sources, pointer_of, [&](const uint8_t* row) {
-            const auto* vecs = reinterpret_cast<const Vec16*>(row) + base;
-            algo::Piece<kVecs> piece = {};
-            algo::load_piece(warp, kPieces, piece, end, [&](int i) { return prim::load_shared_with_peers(vecs + i); });
-#pragma unroll
-            for (int i = 0; i < kVecs; ++i) sums[i].add(piece.vec[i]);
-        });
-        auto* out = reinterpret_cast<Vec16*>(target) + base;
-        algo::for_piece<kVecs>(warp, kPieces, end,
-                               [&](int i, int vec) { prim::store_streaming(out + vec, sums[i].rounded()); });
-    }
+    auto* vecs = reinterpret_cast<Vec16*>(target);
+    if (!sources.are_at_most_two()) return sum_many_rows(warp, sources, num_vecs, vecs);
+    const uint8_t *first = nullptr, *second = nullptr;
+    sources.for_each_pair([&](const uint8_t* one, const uint8_t* other) {
+        first = one;
+        second = other;
+    });
+    sum_two_rows(warp, first, second, num_vecs, vecs);
 }
 
 template <class PointerOf>
 EP_DEVICE void sum_weights(algo::Warp warp, int num_sources, int num_topk, const PointerOf& pointer_of, float* target) {
+    if (num_topk == 0) return;
+    const Sources<float, PointerOf> sources(warp, num_sources, pointer_of);
     for (int first = 0; first < num_topk; first += kWarpSize) {
         const int k = first + warp.thread_rank();
         float sum = 0.0f;
-        for_each_source(warp, num_sources, pointer_of,
-                        [&](const float* weights) { sum += k < num_topk ? weights[k] : 0.0f; });
+        sources.for_each_pair([&](const float* weights, const float* next) {
+            if (k >= num_topk) return;
+            const float later = next == nullptr ? 0.0f : next[k];
+            sum += weights[k];
+            if (next != nullptr) sum += later;
+        });
         if (k < num_topk) target[k] = sum;
     }
 }

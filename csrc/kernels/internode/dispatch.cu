@@ -113,16 +113,68 @@ EP_DEVICE int global_expert(const RailDispatchContext& c, int token, int k) {
     return -1;
 }
 
+// What goes along with one of our tokens, where the caller has it.
+struct InputMetadata {
+    const RailDispatchContext& c;
+    int token;
+
+    EP_DEVICE int src_idx() const { return token; }
+    EP_DEVICE int expert(int k) const { return global_expert(c, token, k); }
+    EP_DEVICE float weight(int k) const { return c.p.topk_weights[static_cast<int64_t>(token) * c.p.num_topk + k]; }
+    EP_DEVICE uint32_t scale(int i) const { return kernels::dispatch::input_scale(c.p, token, i); }
+};
+
+// The same in registers, as far as they reach: a lane's first entry and its first two scales. Loaded before the row, so that one
+// trip to memory serves both, and every rank that gets the token.
+template <class Source> class HeldMetadata {
+public:
+    EP_DEVICE HeldMetadata(algo::Warp warp, const DispatchParams& p, const Source& source)
+        : source_(source), src_idx_(source.src_idx()) {
+        const int lane = warp.thread_rank();
+        if (lane < p.num_topk) {
+            expert_ = source.expert(lane);
+            weight_ = source.weight(lane);
+        }
+        if (lane < p.num_scales) first_scale_ = source.scale(lane);
+        if (lane + kWarpSize < p.num_scales) second_scale_ = source.scale(lane + kWarpSize);
+    }
+
+    EP_DEVICE int src_idx() const { return src_idx_; }
+    // `k`, `i`: of those that are this lane's in a for_each() of the warp.
+    EP_DEVICE int expert(int k) const { return k < kWarpSize ? expert_ : source_.expert(k); }
+    EP_DEVICE float weight(int k) const { return k < kWarpSize ? weight_ : source_.weight(k); }
+    EP_DEVICE uint32_t scale(int i) const {
+        return i < kWarpSize ? first_scale_ : i < 2 * kWarpSize ? second_scale_ : source_.scale(i);
+    }
+
+private:
+    const Source& source_;
+    int src_idx_, expert_ = -1;
+    float weight_ = 0.0f;
+    uint32_t first_scale_ = 0, second_scale_ = 0;
+};
+
 // Everything of a slot but its row: of the heap's windows, or of the rail's.
-template <class Slot, class Expert, class Weight, class Scale>
-EP_DEVICE void put_metadata(algo::Warp warp, const DispatchParams& p, const Slot& at, uint8_t* slot, int src_idx,
-                            const Expert& expert, const Weight& weight, const Scale& scale) {
-    if (warp.thread_rank() == 0) *reinterpret_cast<int*>(slot + at.src_idx.offset) = src_idx;
+template <class Slot, class Metadata>
+EP_DEVICE void put_metadata(algo::Warp warp, const DispatchParams& p, const Slot& at, uint8_t* slot,
+                            const Metadata& metadata) {
+    if (warp.thread_rank() == 0) *reinterpret_cast<int*>(slot + at.src_idx.offset) = metadata.src_idx();
     algo::for_each(warp, p.num_topk, [&](int k) {
-        *reinterpret_cast<int*>(slot + at.topk_idx.at(k)) = expert(k);
-        *reinterpret_cast<float*>(slot + at.topk_weights.at(k)) = weight(k);
+        *reinterpret_cast<int*>(slot + at.topk_idx.at(k)) = metadata.expert(k);
+        *reinterpret_cast<float*>(slot + at.topk_weights.at(k)) = metadata.weight(k);
     });
-    algo::for_each(warp, p.num_scales, [&](int i) { *reinterpret_cast<uint32_t*>(slot + at.scales.at(i)) = scale(i); });
+    algo::for_each(warp, p.num_scales,
+                   [&](int i) { *reinterpret_cast<uint32_t*>(slot + at.scales.at(i)) = metadata.scale(i); });
+}
+
+// To the final row of `rank`.
+template <class Metadata>
+EP_DEVICE void deliver_metadata(algo::Warp warp, const RailDispatchContext& c, int rank, int64_t final_row,
+                                const Metadata& metadata) {
+    kernels::dispatch::deliver_metadata(
+        warp, c.p, kernels::dispatch::metadata_outputs(c, rank), final_row, metadata.src_idx(),
+        [&](int k) { return kernels::dispatch::local_expert(c.p, metadata.expert(k), rank); },
+        [&](int k) { return metadata.weight(k); }, [&](int i) { return metadata.scale(i); });
 }
 
 // Where a lane's target gets the token: nowhere, straight to its final row, into a slot of a rank here, or into staging.
@@ -168,21 +220,17 @@ EP_DEVICE void stage_positions(algo::Warp warp, const RailDispatchContext& c, in
     });
 }
 
-EP_DEVICE void send_metadata(algo::Warp warp, const RailDispatchContext& c, int token, const Target& target,
-                             int place) {
+template <class Metadata>
+EP_DEVICE void send_metadata(algo::Warp warp, const RailDispatchContext& c, const Metadata& metadata,
+                             const Target& target, int place) {
     const InternodeDispatchParams& p = c.p;
-    const auto expert = [&](int k) { return global_expert(c, token, k); };
-    const auto weight = [&](int k) { return p.topk_weights[static_cast<int64_t>(token) * p.num_topk + k]; };
-    const auto scale = [&](int i) { return kernels::dispatch::input_scale(p, token, i); };
     if (target.way == Way::kDirect) {
-        kernels::dispatch::deliver_metadata(
-            warp, p, kernels::dispatch::metadata_outputs(c, place), target.final_row, token,
-            [&](int k) { return kernels::dispatch::local_expert(p, expert(k), place); }, weight, scale);
+        deliver_metadata(warp, c, place, target.final_row, metadata);
     } else if (target.way == Way::kSlot) {
-        put_metadata(warp, p, p.slot, target.row, token, expert, weight, scale);
+        put_metadata(warp, p, p.slot, target.row, metadata);
     } else {
-        put_metadata(warp, p, p.rail.slot, target.row, token, expert, weight, scale);
-        stage_positions(warp, c, token, place - c.num_ranks(), target.row);
+        put_metadata(warp, p, p.rail.slot, target.row, metadata);
+        stage_positions(warp, c, metadata.src_idx(), place - c.num_ranks(), target.row);
     }
 }
 
@@ -213,18 +261,23 @@ EP_DEVICE bool post_chunks(algo::Warp warp, const RailDispatchContext& c, int no
     return is_ok;
 }
 
-// One token to those of 32 places, from `first`, that need it: the ranks of this node, then the nodes. A lane speaks for each.
-EP_DEVICE bool send_token(algo::Warp warp, const RailDispatchContext& c, int token, int first) {
+// Places of a token: the ranks of this node, then the nodes. Where it stands among those that go there, -1: it does not.
+EP_DEVICE int position_of(const RailDispatchContext& c, int token, int place) {
+    if (token >= c.p.num_tokens) return -1;
+    if (place < c.num_ranks()) return c.position_at(token, c.watch.heap.first_rank() + place);
+    const int node = place - c.num_ranks();
+    return c.link.is_peer(node) ? c.p.send_rail_head[static_cast<int64_t>(token) * c.link.num_nodes() + node] : -1;
+}
+
+// One token to those of 32 places, from `first`, that need it. A lane speaks for each, and has its position.
+EP_DEVICE bool send_token(algo::Warp warp, const RailDispatchContext& c, int token, int first, int position) {
     warp.expect();
     const InternodeDispatchParams& p = c.p;
+    const InputMetadata input{c, token};
+    const HeldMetadata metadata(warp, p, input);
     const int place = first + warp.thread_rank();
     const bool is_rank = place < c.num_ranks();
     const int node = place - c.num_ranks();
-    int position = -1;
-    if (is_rank)
-        position = c.position_at(token, c.watch.heap.first_rank() + place);
-    else if (c.link.is_peer(node))
-        position = p.send_rail_head[static_cast<int64_t>(token) * c.link.num_nodes() + node];
     Target target;
     const bool is_ok = is_rank ? find_target(c, c.self(), c.link.node(), place, token, position, target)
                                : find_rail_target(c, node, position, target);
@@ -236,7 +289,7 @@ EP_DEVICE bool send_token(algo::Warp warp, const RailDispatchContext& c, int tok
                                  reinterpret_cast<Vec16*>(target.row));
     for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
         const int lane = __ffs(static_cast<int>(rest)) - 1;
-        send_metadata(warp, c, token, broadcast_target(warp, target, lane), first + lane);
+        send_metadata(warp, c, metadata, broadcast_target(warp, target, lane), first + lane);
     }
     warp.sync();  // every lane's stores, one lane's release
     if (target.way == Way::kSlot) c.ring.to(place, c.link.node()).publish(position);
@@ -246,9 +299,14 @@ EP_DEVICE bool send_token(algo::Warp warp, const RailDispatchContext& c, int tok
 
 // Tokens are dealt one by one, so that all warps move through the windows together.
 EP_DEVICE bool send(algo::Warp warp, const RailDispatchContext& c, RoleWarp self) {
-    for (int token = self.idx; token < c.p.num_tokens; token += self.count)
-        for (int first = 0; first < c.num_ranks() + c.link.num_nodes(); first += kWarpSize)
-            if (!send_token(warp, c, token, first)) return false;
+    int ahead = position_of(c, self.idx, warp.thread_rank());
+    for (int token = self.idx; token < c.p.num_tokens; token += self.count) {
+        const int position = ahead;
+        ahead = position_of(c, token + self.count, warp.thread_rank());  // under way while this token is
+        if (!send_token(warp, c, token, 0, position)) return false;
+        for (int first = kWarpSize; first < c.num_ranks() + c.link.num_nodes(); first += kWarpSize)
+            if (!send_token(warp, c, token, first, position_of(c, token, first + warp.thread_rank()))) return false;
+    }
     return true;
 }
 
@@ -271,6 +329,16 @@ struct RailToken {
     }
 };
 
+struct SlotMetadata {
+    const RailToken& token;
+    const layout::RailSlot& at;
+
+    EP_DEVICE int src_idx() const { return token.word<int>(at.src_idx, 0); }
+    EP_DEVICE int expert(int k) const { return token.word<int>(at.topk_idx, k); }
+    EP_DEVICE float weight(int k) const { return token.word<float>(at.topk_weights, k); }
+    EP_DEVICE uint32_t scale(int i) const { return token.word<uint32_t>(at.scales, i); }
+};
+
 EP_DEVICE int place_of(const RailDispatchContext& c, const RailToken& token, int rank) {
     const InternodeDispatchParams& p = c.p;
     int* known = p.rail_head + token.row * c.num_ranks() + rank;
@@ -280,25 +348,11 @@ EP_DEVICE int place_of(const RailDispatchContext& c, const RailToken& token, int
     return position;
 }
 
-EP_DEVICE void forward_metadata(algo::Warp warp, const RailDispatchContext& c, const RailToken& token,
-                                const Target& target, int rank) {
-    const InternodeDispatchParams& p = c.p;
-    const layout::RailSlot& at = p.rail.slot;
-    const auto expert = [&](int k) { return token.word<int>(at.topk_idx, k); };
-    const auto weight = [&](int k) { return token.word<float>(at.topk_weights, k); };
-    const auto scale = [&](int i) { return token.word<uint32_t>(at.scales, i); };
-    const int src_idx = token.word<int>(at.src_idx, 0);
-    if (target.way == Way::kDirect)
-        kernels::dispatch::deliver_metadata(
-            warp, p, kernels::dispatch::metadata_outputs(c, rank), target.final_row, src_idx,
-            [&](int k) { return kernels::dispatch::local_expert(p, expert(k), rank); }, weight, scale);
-    else
-        put_metadata(warp, p, p.slot, target.row, src_idx, expert, weight, scale);
-}
-
 // To those of 32 ranks, from `first`, that need it.
 EP_DEVICE bool forward_to(algo::Warp warp, const RailDispatchContext& c, const RailToken& token, int first) {
     const InternodeDispatchParams& p = c.p;
+    const SlotMetadata there{token, p.rail.slot};
+    const HeldMetadata metadata(warp, p, there);
     const int rank = first + warp.thread_rank();
     const int position = rank < c.num_ranks() ? place_of(c, token, rank) : -1;
     Target target;
@@ -310,7 +364,11 @@ EP_DEVICE bool forward_to(algo::Warp warp, const RailDispatchContext& c, const R
                                                               reinterpret_cast<Vec16*>(target.row));
     for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
         const int lane = __ffs(static_cast<int>(rest)) - 1;
-        forward_metadata(warp, c, token, broadcast_target(warp, target, lane), first + lane);
+        const Target to = broadcast_target(warp, target, lane);
+        if (to.way == Way::kDirect)
+            deliver_metadata(warp, c, first + lane, to.final_row, metadata);
+        else
+            put_metadata(warp, p, p.slot, to.row, metadata);
     }
     warp.sync();  // every lane's stores, one lane's release
     if (target.way == Way::kSlot) c.ring.to(rank, token.node).publish(position);

@@ -84,8 +84,11 @@ public:
         const int rest = count - chunk * window().chunk_tokens;
         return rest < window().chunk_tokens ? rest : window().chunk_tokens;
     }
+    // Where a token for the peer is written: into staging, or at once where the chunk goes if stores reach it.
     EP_DEVICE uint8_t* staging(int node, int position) const {
-        return rail::at<uint8_t>(rail_, staging_place(node, slot_of(position)));
+        uint8_t* const there = rail::reach(rail_, peer(node));
+        const uint64_t slot = slot_of(position);
+        return there != nullptr ? there + place_there(node, slot) : rail::at<uint8_t>(rail_, staging_place(node, slot));
     }
     EP_DEVICE const uint8_t* received(int node, int position) const {
         return rail::at<const uint8_t>(
@@ -112,13 +115,17 @@ public:
     EP_DEVICE bool post_chunk(algo::Warp warp, int node, int chunk, int count) const {
         warp.expect();
         const uint64_t slot = slot_of(chunk * window().chunk_tokens);
-        const uint64_t dst =
-            control().bytes + window().receive_offset(static_cast<uint64_t>(bank_), static_cast<uint64_t>(node),
-                                                      static_cast<uint64_t>(node_), slot);
         const auto bytes =
             static_cast<uint32_t>(static_cast<uint64_t>(num_tokens_of(chunk, count)) * window().slot_bytes);
-        return rail::put(rail_, peer(node), {dst, staging_place(node, slot), bytes},
-                         {control().arrived.at(chunk_word(node_, chunk)), tag(chunk)}, Room{*this, node});
+        const rail::Flag flag{control().arrived.at(chunk_word(node_, chunk)), tag(chunk)};
+        if (rail::reach(rail_, peer(node)) == nullptr)
+            return rail::put(rail_, peer(node), {place_there(node, slot), staging_place(node, slot), bytes}, flag,
+                             Room{*this, node});
+        bool is_told = true;
+        // The lane that has acquired what others stored, or one that a barrier orders after it.
+        warp.sync();
+        if (warp.thread_rank() == 0) is_told = rail::tell(rail_, peer(node), bytes, flag, Room{*this, node});
+        return __all_sync(kFullMask, is_told);
     }
     // One thread, when its warp has read the token and met in a sync(): the last one of a chunk gives it back, where its place is
     // used again in this call. False: a wait failed.
@@ -206,6 +213,12 @@ private:
     EP_DEVICE uint64_t staging_place(int node, uint64_t slot) const {
         return control().bytes + window().staging_offset(static_cast<uint64_t>(bank_), static_cast<uint64_t>(node_),
                                                          static_cast<uint64_t>(node), slot);
+    }
+
+    // Where the peer receives it.
+    EP_DEVICE uint64_t place_there(int node, uint64_t slot) const {
+        return control().bytes + window().receive_offset(static_cast<uint64_t>(bank_), static_cast<uint64_t>(node),
+                                                         static_cast<uint64_t>(node_), slot);
     }
 
     // What the peer's kernels or its host have set when it gave up, 0: nothing.

@@ -70,7 +70,7 @@ EP_DEVICE bool serve_tokens(algo::Warp warp, const RailLink& link, algo::RowStre
             continue;
         }
         bool may_wait = true;
-        if (polls++ % kPollsBetweenChecks == 0) {
+        if (++polls % kPollsBetweenChecks == 0) {  // not at once: as in serve_streams_at()
             if (start_ns == 0) start_ns = prim::clock_ns();
             if (lack.is_set) may_wait = link.may_go_on(lack.site, start_ns, lack.expected, lack.seen);
         }

@@ -33,7 +33,6 @@ public:
     size_t num_queued() const { return queue_.size(); }
     // Sends what is queued, until the connection takes no more.
     Flow send();
-    bool can_send() const { return !has_send_ended_; }
     // Everything that was sent has been acknowledged by the peer's system.
     bool is_drained() const;
     void end_sending();

@@ -96,6 +96,13 @@ template <class Wait> EP_DEVICE bool add(const Rail& rail, int peer, uint64_t co
     return detail::post(rail.ring, detail::make_command(host::Kind::kAdd, peer, counter, n), wait);
 }
 
+// Windows are memory of different machines.
+EP_DEVICE uint8_t* reach(const Rail&, int) { return nullptr; }
+
+template <class Wait> EP_DEVICE bool tell(const Rail& rail, int peer, uint64_t, Flag flag, const Wait& wait) {
+    return set(rail, peer, flag, wait);
+}
+
 EP_DEVICE void confirm(const Rail& rail, Flag flag) {
     // Pairs with: Connection::finish_message, the receiver's release of the flag.
     static_cast<void>(prim::load_from_host(at<const uint64_t>(rail, flag.offset)));

@@ -83,7 +83,7 @@ bool barrier(const void* on_device, Complaint* complaint) {
     });
 }
 
-bool is_reached(const void* window, int pe) { return nvshmem_ptr(window, pe) != nullptr; }
+void* reach(const void* window, int pe) { return nvshmem_ptr(window, pe); }
 
 struct SetKernel {
     using Params = SetParams;
@@ -124,7 +124,7 @@ extern "C" __attribute__((visibility("default"))) const deep_ep::rail::nvshmem::
         .join = &join,
         .allocate = &allocate,
         .barrier = &barrier,
-        .is_reached = &is_reached,
+        .reach = &reach,
         .launch_set = &launch_set,
     };
     return &library;

@@ -50,13 +50,13 @@ struct Library {
     bool (*allocate)(const void* on_device, size_t bytes, void** memory, Complaint* complaint);
     // * What was posted before has arrived.
     bool (*barrier)(const void* on_device, Complaint* complaint);
-    // Whether that rank's memory is reached by loads and stores.
-    bool (*is_reached)(const void* window, int pe);
+    // That rank's window where loads and stores of this GPU reach it; null elsewhere.
+    void* (*reach)(const void* window, int pe);
     // Asynchronous. The first launch of a kernel also loads it.
     bool (*launch_set)(const SetParams* params, void* stream, Complaint* complaint);
 };
 
-constexpr uint32_t kLibraryAbi = 1;
+constexpr uint32_t kLibraryAbi = 2;
 constexpr const char* kLibrarySymbol = "deep_ep_nvshmem_library";
 using GetLibrary = const Library* (*)();
 

@@ -39,6 +39,7 @@ void NvshmemEngine::connect(const std::vector<std::string>& addresses, const std
     for (const std::string& address : addresses) all.push_back(from_bytes(address, all.size()));
     posted_ = {device_, all.size()};
     pes_ = {device_, all.size()};
+    reached_ = {device_, all.size()};
     const World::Lease lease = world_.meet(all, options_.rank, pes_.get());
     window_number_ = lease.number;
     window_ = {nullptr, lease.address, options_.window_bytes};
@@ -49,7 +50,8 @@ void NvshmemEngine::connect(const std::vector<std::string>& addresses, const std
     world_.barrier(pes_.get());
     clear_window();
     world_.barrier(pes_.get());
-    greet(pes, peers);
+    find_reached(pes, peers);
+    greet(peers);
     world_.barrier(pes_.get());
     hear(peers);
     clear_window();
@@ -63,17 +65,24 @@ void NvshmemEngine::clear_window() {
     device_->synchronize_stream(stream_.get());
 }
 
+void NvshmemEngine::find_reached(const std::vector<int32_t>& pes, const std::vector<int>& peers) {
+    std::vector<char*> reached(pes.size());
+    for (const int peer : peers)
+        reached[static_cast<size_t>(peer)] =
+            static_cast<char*>(world_.library().reach(window_.device, pes[static_cast<size_t>(peer)]));
+    device_->copy_now(reached_.get(), reached.data(), reached.size() * sizeof(char*));
+    is_every_peer_reached_ = std::all_of(peers.begin(), peers.end(),
+                                         [&](int peer) { return reached[static_cast<size_t>(peer)] != nullptr; });
+}
+
 // Tells every peer, and this rank itself, whether loads and stores reach all peers of this one. So all of them choose the
 // same size of chunks; every way has carried a word; and the kernel of set() is loaded, which later might wait for kernels
 // that wait for it.
-void NvshmemEngine::greet(const std::vector<int32_t>& pes, const std::vector<int>& peers) {
-    const auto is_reached = [&](int peer) {
-        return world_.library().is_reached(window_.device, pes[static_cast<size_t>(peer)]);
-    };
-    const bool is_near = std::all_of(peers.begin(), peers.end(), is_reached);
+void NvshmemEngine::greet(const std::vector<int>& peers) {
     const uint64_t flag = 8 * static_cast<uint64_t>(options_.rank);
-    set(options_.rank, flag, is_near ? kNear : kFar);
-    for (const int peer : peers) set(peer, flag, is_near ? kNear : kFar);
+    const uint64_t word = is_every_peer_reached_ ? kNear : kFar;
+    set(options_.rank, flag, word);
+    for (const int peer : peers) set(peer, flag, word);
     device_->synchronize_stream(stream_.get());
     check();
 }
@@ -81,7 +90,6 @@ void NvshmemEngine::greet(const std::vector<int32_t>& pes, const std::vector<int
 void NvshmemEngine::hear(const std::vector<int>& peers) {
     std::vector<int> all = peers;
     all.push_back(options_.rank);
-    is_every_peer_reached_ = true;
     for (const int peer : all) {
         uint64_t word = 0;
         device_->copy_now(&word, static_cast<const char*>(window_.device) + 8 * peer, sizeof(word));
@@ -92,7 +100,10 @@ void NvshmemEngine::hear(const std::vector<int>& peers) {
     }
 }
 
-Params NvshmemEngine::params() const { return pack({static_cast<char*>(window_.device), pes_.get(), posted_.get()}); }
+Params NvshmemEngine::params() const {
+    return pack(
+        {static_cast<char*>(window_.device), pes_.get(), posted_.get(), reached_.get(), is_every_peer_reached_});
+}
 
 size_t NvshmemEngine::chunk_bytes() const {
     if (is_every_peer_reached_ || world_.transport() == Transport::kGpu) return 128 << 10;

@@ -42,15 +42,17 @@ public:
 
 private:
     void clear_window();
-    void greet(const std::vector<int32_t>& pes, const std::vector<int>& peers);
+    void find_reached(const std::vector<int32_t>& pes, const std::vector<int>& peers);
+    void greet(const std::vector<int>& peers);
     void hear(const std::vector<int>& peers);
 
     const std::shared_ptr<dev::Device> device_;
     World& world_;
     const NvshmemOptions options_;
     const std::string introduction_;
-    dev::DeviceArray<Posted> posted_;  // by rank, as pes_
+    dev::DeviceArray<Posted> posted_;  // by rank, as the next two
     dev::DeviceArray<int32_t> pes_;
+    dev::DeviceArray<char*> reached_;
     dev::OwnedStream stream_;  // of set()
     int window_number_ = World::kNoWindow;
     Window window_;

@@ -74,10 +74,19 @@ template <class Wait> EP_DEVICE bool add(const Rail& rail, int peer, uint64_t co
     return true;
 }
 
+// A put to such a peer would be copied by the calling warp alone.
+EP_DEVICE uint8_t* reach(const Rail& rail, int peer) { return reinterpret_cast<uint8_t*>(rail.view.reached[peer]); }
+
+template <class Wait> EP_DEVICE bool tell(const Rail& rail, int peer, uint64_t num_bytes, Flag flag, const Wait& wait) {
+    detail::count_bytes(rail, peer, num_bytes);
+    return set(rail, peer, flag, wait);
+}
+
 EP_DEVICE void confirm(const Rail& rail, Flag flag) {
     auto* word = at<uint64_t>(rail, flag.offset);
     // Pairs with the fence before the flag, where the peer stores it itself.
     static_cast<void>(prim::load<prim::Order::kAcquire, prim::Scope::kSys>(word));
+    if (rail.view.is_every_peer_reached) return;
     // Where a NIC stores it: NVSHMEM's own step that makes the bytes before it visible, if there is one on this machine.
     static_cast<void>(nvshmem_uint64_test(word, NVSHMEM_CMP_GE, flag.value));
 }

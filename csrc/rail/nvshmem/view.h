@@ -16,8 +16,10 @@ struct Posted {
 
 struct RailView {
     char* window;
-    const int32_t* pes;  // by rank: its number in NVSHMEM's world
-    Posted* posted;      // by rank
+    const int32_t* pes;    // by rank: its number in NVSHMEM's world
+    Posted* posted;        // by rank
+    char* const* reached;  // by rank: its window where loads and stores reach it, null elsewhere
+    bool is_every_peer_reached;
 };
 static_assert(sizeof(RailView) <= Params::kMaxBytes);
 

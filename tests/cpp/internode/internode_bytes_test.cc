@@ -78,9 +78,10 @@ void check_traffic(InternodeWorld& world, const Sums& sums) {
 }
 
 TEST_CASE("bytes and messages on the rail are those of the formula, and nothing leaves its rail") {
-    for (const uint64_t rail_slots : {2, 64}) {
+    for (const int way : {0, 1, 2, 3}) {
         InternodeOptions options{.num_nodes = 3, .ranks_per_node = 2};
-        options.rail_slots = rail_slots;
+        options.rail_slots = way % 2 == 0 ? 2 : 64;
+        options.is_near = way >= 2;
         options.chunk_tokens = 3;
         Problem problem{
             .num_tokens = {14, 9, 11, 0, 20, 7}, .num_experts = 12, .num_topk = 3, .hidden = 40, .num_scales = 2};

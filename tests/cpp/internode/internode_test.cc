@@ -53,6 +53,12 @@ std::vector<uint64_t> seeds(uint64_t count) {
     return all;
 }
 
+#if defined(EP_SIMT_TSAN)
+constexpr int kNumSeeds = 4;  // an order that is too weak shows in any schedule there
+#else
+constexpr int kNumSeeds = 12;
+#endif
+
 TEST_CASE("every topology: fresh, combined, cached, combined") {
     for (const Nodes& nodes : kTopologies) {
         const InternodeOptions options = options_for(nodes);
@@ -71,6 +77,24 @@ TEST_CASE("every topology with credits of one chunk and one warp of each role") 
     }
 }
 
+TEST_CASE("rail peers that stores reach: tokens are written where they go, under the same credits") {
+    for (const uint64_t seed : seeds(kNumSeeds))
+        for (const Nodes& nodes : kSmall) {
+            CAPTURE(seed);
+            InternodeOptions options = options_for(nodes, seed);
+            options.is_near = true;
+            options.rail_slots = 6;
+            options.chunk_tokens = 1 + seed % 3;
+            options.num_warps = 1 + static_cast<int>(seed % 2);
+            Problem problem = problem_for(options, 14);
+            problem.seed = seed + 1;
+            problem.num_scales = static_cast<int>(seed % 3);
+            problem.num_biases = static_cast<int>(seed % 2);
+            check_round_trip(options, problem);
+            check_round_trip(with_tight_credits(options), problem);
+        }
+}
+
 TEST_CASE("a call needs no more SMs than it has blocks (pitfall 38)") {
     for (const Nodes& nodes : kSmall) {
         for (uint64_t seed : seeds(4)) {
@@ -81,12 +105,6 @@ TEST_CASE("a call needs no more SMs than it has blocks (pitfall 38)") {
         }
     }
 }
-
-#if defined(EP_SIMT_TSAN)
-constexpr int kNumSeeds = 4;  // an order that is too weak shows in any schedule there
-#else
-constexpr int kNumSeeds = 12;
-#endif
 
 TEST_CASE("random schedules and networks give the same bits") {
     for (const uint64_t seed : seeds(kNumSeeds))

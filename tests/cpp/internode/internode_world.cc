@@ -96,7 +96,8 @@ InternodeWorld::InternodeWorld(const InternodeOptions& options, const Problem& l
                                        .window_bytes = rail_control_.bytes + num_rail_bytes_,
                                        .seed = options.network_seed,
                                        .steps = options.num_nodes * options.num_nodes * options.ranks_per_node,
-                                       .max_posted = options.max_posted});
+                                       .max_posted = options.max_posted,
+                                       .is_near = options.is_near});
 }
 
 InternodeWorld::~InternodeWorld() {

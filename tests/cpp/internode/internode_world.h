@@ -24,6 +24,7 @@ struct InternodeOptions {
     uint64_t rail_slots = 64;   // of a stream on the rail, in one bank
     uint64_t chunk_tokens = 4;  // as the engine likes it
     size_t max_posted = 4096;   // requests of a rank that are under way
+    bool is_near = false;       // stores reach the windows of rail peers
     uint64_t lend_bytes = 0;    // > 0: ranks can lend
     simt::SchedulerOptions scheduler = {};
     uint64_t network_seed = 0;

@@ -119,6 +119,7 @@ void for_each_seed(const std::function<void(RailOptions&)>& round) {
         CAPTURE(seed);
         RailOptions options;
         options.seed = seed;
+        options.is_near = seed % 2 == 1;
         round(options);
     }
 }

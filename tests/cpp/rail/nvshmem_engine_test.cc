@@ -84,7 +84,7 @@ Library make_library() {
                 ++fake.num_barriers;
                 return true;
             },
-        .is_reached = [](const void*, int) { return fake.is_reached; },
+        .reach = [](const void* window, int) { return fake.is_reached ? const_cast<void*>(window) : nullptr; },
         .launch_set =
             [](const SetParams* params, void*, Complaint* complaint) {
                 ++fake.num_sets;
@@ -288,6 +288,19 @@ TEST_CASE("nvshmem: a word that the host cannot send is reported by check()") {
     fake.failure = "the context is broken";
     engine->set(1, 0, 1);
     CHECK(contains(failure_of([&] { engine->check(); }), "the context is broken"));
+}
+
+TEST_CASE("nvshmem: kernels learn whose windows stores reach") {
+    for (const bool is_reached : {true, false}) {
+        Rank rank;
+        fake.is_reached = is_reached;
+        const auto engine = rank.connect(2);
+        rail::nvshmem::RailView view;
+        std::memcpy(&view, engine->params().bytes, sizeof(view));
+        CHECK_EQ(view.is_every_peer_reached, is_reached);
+        CHECK(view.reached[0] == nullptr);
+        CHECK_EQ(static_cast<void*>(view.reached[1]), is_reached ? engine->window().device : nullptr);
+    }
 }
 
 TEST_CASE("nvshmem: chunks are as large as the transport needs") {

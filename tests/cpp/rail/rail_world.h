@@ -18,6 +18,7 @@ struct RailOptions {
     size_t window_bytes = 0;
     uint64_t seed = 0;              // of the schedule and the network, where the engine has them
     uint32_t ring_capacity = 4096;  // where the engine has a ring
+    bool is_near = false;           // stores reach the windows of peers, where the engine lets a test choose
 };
 
 class RailWorld {

@@ -17,7 +17,7 @@ struct Places {
     uint32_t slot_bytes;
 
     static constexpr int kMaxSlots =
-        512;  // words stay where they are when the number of slots changes from call to call
+        2048;  // words stay where they are when the number of slots changes from call to call
 
     EP_HOST_DEVICE uint64_t word(int kind, int rank, int slot) const {
         return 8 * static_cast<uint64_t>((kind * num_ranks + rank) * kMaxSlots + slot);
@@ -104,6 +104,10 @@ EP_DEVICE bool wait_for_flag(const rail::Rail& rail, const Patience& patience, u
     return __any_sync(prim::kFullMask, is_here);
 }
 
+// A worker is a warp, of any block.
+EP_DEVICE int num_workers() { return static_cast<int>(gridDim.x * blockDim.x) / prim::kWarpSize; }
+EP_DEVICE int worker_idx() { return prim::warp_idx() + static_cast<int>(blockIdx.x * blockDim.x) / prim::kWarpSize; }
+
 // What the kernels have in common: all threads of `Kernel` call take_part().
 template <class Kernel> struct TrafficKernel {
     using Params = Traffic;
@@ -135,14 +139,29 @@ struct StreamsKernel : TrafficKernel<StreamsKernel> {
             const int slot = i % num_slots;
             if (i >= num_slots && !wait_for_flag(rail, patience, p.places.taken(peer, slot), p.tag(i - num_slots)))
                 return false;
-            auto* words = rail::at<uint32_t>(rail, p.places.staging(peer, slot));
-            const uint32_t num_words = p.num_words(p.rank, peer, i);
+            uint8_t* const there = i % 2 == 0 ? nullptr : rail::reach(rail, peer);
+            const rail::Copy copy{p.places.received(p.rank, slot), p.places.staging(peer, slot),
+                                  4 * p.num_words(p.rank, peer, i)};
+            auto* words =
+                there == nullptr ? rail::at<uint32_t>(rail, copy.src) : reinterpret_cast<uint32_t*>(there + copy.dst);
+            const uint32_t num_words = copy.bytes / 4;
             for (uint32_t w = static_cast<uint32_t>(prim::lane_idx()); w < num_words; w += prim::kWarpSize)
                 words[w] = p.content(p.rank, peer, i, w);
-            const rail::Copy copy{p.places.received(p.rank, slot), p.places.staging(peer, slot), 4 * num_words};
-            if (!rail::put(rail, peer, copy, {p.places.arrived(p.rank, slot), p.tag(i)}, patience)) return false;
+            const rail::Flag flag{p.places.arrived(p.rank, slot), p.tag(i)};
+            if (!(there == nullptr ? rail::put(rail, peer, copy, flag, patience)
+                                   : tell(rail, peer, copy.bytes, flag, patience)))
+                return false;
         }
         return true;
+    }
+
+    // One warp, whose lanes have stored the bytes.
+    static EP_DEVICE bool tell(const rail::Rail& rail, int peer, uint32_t num_bytes, rail::Flag flag,
+                               const Patience& patience) {
+        __syncwarp();  // each lane's stores, one lane's release
+        bool is_told = true;
+        if (prim::lane_idx() == 0) is_told = rail::tell(rail, peer, num_bytes, flag, patience);
+        return __all_sync(prim::kFullMask, is_told);
     }
 
     static EP_DEVICE bool receive(const Traffic& p, const rail::Rail& rail, const Patience& patience, int peer) {

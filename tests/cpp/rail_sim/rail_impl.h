@@ -46,6 +46,14 @@ template <class Wait> bool add(const Rail& rail, int peer, uint64_t counter, uin
     return detail::post(rail, {sim::Kind::kAdd, peer, 0, 0, 0, counter, n}, wait);
 }
 
+inline uint8_t* reach(const Rail& rail, int peer) {
+    return reinterpret_cast<uint8_t*>(rail.view.engine->network().reach(peer));
+}
+
+template <class Wait> bool tell(const Rail& rail, int peer, uint64_t num_bytes, Flag flag, const Wait& wait) {
+    return detail::post(rail, {sim::Kind::kSet, peer, 0, 0, 0, flag.offset, flag.value, num_bytes}, wait);
+}
+
 inline void confirm(const Rail& rail, Flag flag) {
     static_cast<void>(prim::load<prim::Order::kAcquire, prim::Scope::kSys>(at<const uint64_t>(rail, flag.offset)));
     rail.view.engine->network().confirm(rail.view.engine->rank(), flag.offset, flag.value);

@@ -228,7 +228,7 @@ void SimEngine::set(int peer, uint64_t flag, uint64_t value) {
 void SimEngine::count(const Request& request) {
     Traffic& traffic = traffic_[request.peer];
     ++traffic.num_messages;
-    traffic.num_bytes += request.bytes;
+    traffic.num_bytes += request.bytes + request.told_bytes;
 }
 
 Traffic SimEngine::sent_to(int peer) const {

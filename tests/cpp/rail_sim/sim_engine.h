@@ -25,6 +25,7 @@ struct Request {
     uint64_t dst, src;
     uint32_t bytes;
     uint64_t flag, value;
+    uint64_t told_bytes = 0;  // that the poster has stored itself
 };
 
 class SimEngine;
@@ -35,6 +36,7 @@ struct SimOptions {
     uint64_t seed = 0;
     int steps = 1;             // that the network may take in a pass of the schedule: more where many ranks are on it
     size_t max_posted = 4096;  // requests of a rank that are under way; then posters wait
+    bool is_near = false;      // stores reach the windows of peers, too
 };
 
 class SimNetwork {
@@ -52,6 +54,8 @@ public:
     bool has_room(int rank) const;
     void post(int rank, const Request& request);
     void confirm(int rank, uint64_t flag, uint64_t value);
+    // The window of the peer, where stores reach it.
+    char* reach(int peer) const { return options_.is_near ? place(peer, 0) : nullptr; }
 
 private:
     struct Message;

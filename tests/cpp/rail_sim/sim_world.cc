@@ -19,7 +19,8 @@ SimWorld::SimWorld(const RailOptions& options)
         std::make_unique<rail::sim::SimNetwork>(devices, rail::sim::SimOptions{.num_ranks = options.num_ranks,
                                                                                .window_bytes = options.window_bytes,
                                                                                .seed = options.seed,
-                                                                               .max_posted = options.ring_capacity});
+                                                                               .max_posted = options.ring_capacity,
+                                                                               .is_near = options.is_near});
 }
 
 SimWorld::~SimWorld() {

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "core/error.h"
+#include "device/simt/device.h"
 
 namespace deep_ep::runtime {
 namespace {
@@ -26,6 +27,13 @@ Machine cpu(int num_ranks) {
     machine.num_sms = 4;
     machine.useful_block_threads = 128;
     return machine;
+}
+
+TEST_CASE("plan: rows to and from a heap in host memory go through registers") {
+    simt::Scheduler scheduler;
+    const simt::SimtDevice device(scheduler, 0);
+    CHECK(Machine::of(device, 2, dev::Placement::kDevice).has_bulk_copy);
+    CHECK_FALSE(Machine::of(device, 2, dev::Placement::kHost).has_bulk_copy);
 }
 
 layout::SlotLayout dispatch_slot(uint64_t row_bytes) { return layout::SlotLayout::for_dispatch(row_bytes, 8, 56); }
@@ -193,6 +201,9 @@ TEST_CASE("across nodes the roles share the warps by their rows") {
     // A token of two nodes of one rank stays in one of them, or goes once over the rail: read twice, written to three places.
     const auto pair = plan_internode_dispatch(gpu(2), nodes_of(2, 1), 8, 20, true);
     CHECK_GT(pair.node.num_send_warps, pair.num_forward_warps);
+    // Its way back: summed there, and here with what this rank has itself.
+    const auto back = plan_internode_combine(gpu(2), nodes_of(2, 1), 8, 20, true);
+    CHECK_EQ(back.node.num_recv_warps, back.num_forward_warps);
     // With more nodes a token is forwarded more often than it is sent.
     const auto many = plan_internode_dispatch(gpu(64), nodes_of(8, 8), 8, 20, true);
     CHECK_LT(many.node.num_send_warps, many.num_forward_warps);

@@ -29,8 +29,15 @@ struct Talk {
     std::function<std::string()> hear;
 };
 
-// A stream of `num_warps` chunks at a time from rank 0 to rank 1 as it is without an engine: seconds.
+// Who sends, or receives, chunks at the same time.
+struct Workers {
+    int num_warps = 1;  // of a block
+    int num_blocks = 1;
+    bool are_blocks = false;  // a block does a chunk, instead of a warp; plain puts alone
+};
+
+// A stream of chunks from rank 0 to rank 1 as it is without an engine: seconds.
 double run_plain(const rail::Engine& engine, dev::Device& device, dev::Stream stream, const Traffic& traffic,
-                 int num_warps, const Talk& talk);
+                 const Workers& workers, const Talk& talk);
 
 }  // namespace deep_ep::testing

@@ -52,7 +52,8 @@ Descriptor call_peer(const Talk& talk) {
 }  // namespace
 
 // Blocking calls on a connection of its own, over the same slots: the least that TCP costs.
-double run_plain(const rail::Engine& engine, dev::Device&, dev::Stream, const Traffic& traffic, int, const Talk& talk) {
+double run_plain(const rail::Engine& engine, dev::Device&, dev::Stream, const Traffic& traffic, const Workers&,
+                 const Talk& talk) {
     const Places& places = traffic.places;
     const bool is_sender = traffic.rank == 0;
     const Descriptor socket = is_sender ? call_peer(talk) : answer_peer(talk);

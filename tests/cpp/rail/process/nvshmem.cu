@@ -24,14 +24,18 @@ namespace {
 
 // The same chunks between the same slots, with nothing that says when one has arrived or may be overwritten; at the end
 // the sender waits until all are there.
-struct PlainKernel : TrafficKernel<PlainKernel> {
+template <bool kAreBlocks> struct PlainKernel : TrafficKernel<PlainKernel<kAreBlocks>> {
     static EP_DEVICE void take_part(const Traffic& p, const rail::Rail& rail, const Patience&) {
-        const int num_warps = static_cast<int>(blockDim.x) / prim::kWarpSize;
-        for (int i = prim::warp_idx(); i < p.num_messages; i += num_warps) {
+        const int block = static_cast<int>(blockIdx.x), num_blocks = static_cast<int>(gridDim.x);
+        for (int i = kAreBlocks ? block : worker_idx(); i < p.num_messages;
+             i += kAreBlocks ? num_blocks : num_workers()) {
             const int slot = i % p.places.num_slots;
-            nvshmemx_putmem_nbi_warp(rail::at<char>(rail, p.places.received(0, slot)),
-                                     rail::at<char>(rail, p.places.staging(1, slot)), p.places.slot_bytes,
-                                     rail.view.pes[1]);
+            auto* to = rail::at<char>(rail, p.places.received(0, slot));
+            auto* from = rail::at<char>(rail, p.places.staging(1, slot));
+            if constexpr (kAreBlocks)
+                nvshmemx_putmem_nbi_block(to, from, p.places.slot_bytes, rail.view.pes[1]);
+            else
+                nvshmemx_putmem_nbi_warp(to, from, p.places.slot_bytes, rail.view.pes[1]);
         }
         __syncthreads();
         if (threadIdx.x == 0) nvshmem_quiet();
@@ -40,14 +44,18 @@ struct PlainKernel : TrafficKernel<PlainKernel> {
 
 }  // namespace
 
-double run_plain(const rail::Engine&, dev::Device& device, dev::Stream stream, const Traffic& traffic, int num_warps,
-                 const Talk&) {
+double run_plain(const rail::Engine&, dev::Device& device, dev::Stream stream, const Traffic& traffic,
+                 const Workers& workers, const Talk&) {
     if (traffic.rank != 0) return 0;
     dev::LaunchConfig config;
-    config.num_threads = num_warps * prim::kWarpSize;
+    config.num_threads = workers.num_warps * prim::kWarpSize;
+    config.num_blocks = workers.num_blocks;
     config.name = "plain puts";
     const auto start = Clock::now();
-    dev::launch<PlainKernel>(config, stream, traffic);
+    if (workers.are_blocks)
+        dev::launch<PlainKernel<true>>(config, stream, traffic);
+    else
+        dev::launch<PlainKernel<false>>(config, stream, traffic);
     device.synchronize_stream(stream);
     return std::chrono::duration<double>(Clock::now() - start).count();
 }

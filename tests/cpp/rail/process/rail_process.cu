@@ -3,8 +3,9 @@
 //     address HEX                 and is told those of all ranks, in order, each "address HEX"
 //     connected                   and is told what to do:
 //     streams MESSAGES SLOTS BYTES        every rank sends to every other -> {"errors": ..., "lost": ..., "bytes": ...}
-//     rate CHUNKS SLOTS BYTES [WARPS]     rank 0 sends to rank 1, a stream from each warp -> {"seconds": ...}
-//     plain CHUNKS SLOTS BYTES [WARPS]    the same without the engine: over a bare socket, with bare puts
+//     rate CHUNKS SLOTS BYTES [WARPS [BLOCKS]]     rank 0 sends to rank 1, a stream from each warp -> {"seconds": ...}
+//     plain CHUNKS SLOTS BYTES [WARPS [BLOCKS]]    the same without the engine: over a bare socket, with bare puts of warps
+//     plain_blocks CHUNKS SLOTS BYTES WARPS BLOCKS    with bare puts of whole blocks
 //     watch SECONDS                       posts to every peer until the engine reports a failure -> {"failure": ..., "seconds": ...}
 //     quit
 // An error ends it with a line "error ..." and status 1.
@@ -20,6 +21,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "device/algo/group.h"
 #include "rail/process/engine.h"
 #include "rail/streams.h"
 #include "rail/test_device.h"
@@ -38,8 +40,7 @@ double seconds_since(Clock::time_point start) { return std::chrono::duration<dou
 struct RateKernel : TrafficKernel<RateKernel> {
     static EP_DEVICE void take_part(const Traffic& p, const rail::Rail& rail, const Patience& patience) {
         bool is_whole = true;
-        const int num_warps = static_cast<int>(blockDim.x) / prim::kWarpSize;
-        for (int i = prim::warp_idx(); i < p.num_messages && is_whole; i += num_warps)
+        for (int i = worker_idx(); i < p.num_messages && is_whole; i += num_workers())
             is_whole = p.rank == 0 ? send(p, rail, patience, i) : receive(p, rail, patience, i);
         if (!is_whole && prim::lane_idx() == 0) count(p.num_lost, 1);
     }
@@ -48,7 +49,21 @@ struct RateKernel : TrafficKernel<RateKernel> {
         const int slot = i % p.places.num_slots, previous = i - p.places.num_slots;
         if (previous >= 0 && !wait_for_flag(rail, patience, p.places.taken(1, slot), p.tag(previous))) return false;
         const rail::Copy copy{p.places.received(0, slot), p.places.staging(1, slot), p.places.slot_bytes};
-        return rail::put(rail, 1, copy, {p.places.arrived(0, slot), p.tag(i)}, patience);
+        const rail::Flag flag{p.places.arrived(0, slot), p.tag(i)};
+        uint8_t* const there = rail::reach(rail, 1);
+        return there == nullptr ? rail::put(rail, 1, copy, flag, patience)
+                                : store(rail, there + copy.dst, copy, flag, patience);
+    }
+
+    // As the kernels across nodes do where stores reach the peer.
+    static EP_DEVICE bool store(const rail::Rail& rail, uint8_t* to, const rail::Copy& copy, const rail::Flag& flag,
+                                const Patience& patience) {
+        const algo::Warp warp;
+        algo::copy_row<algo::SourceKind::kInput, 8>(warp, reinterpret_cast<prim::Vec16*>(to),
+                                                    rail::at<const prim::Vec16>(rail, copy.src),
+                                                    static_cast<int>(copy.bytes / sizeof(prim::Vec16)));
+        warp.sync();  // every lane's stores, one lane's release
+        return prim::lane_idx() != 0 || rail::tell(rail, 1, copy.bytes, flag, patience);
     }
 
     static EP_DEVICE bool receive(const Traffic& p, const rail::Rail& rail, const Patience& patience, int i) {
@@ -131,18 +146,21 @@ public:
                 watch(seconds);
                 continue;
             }
-            int num_messages = 0, num_slots = 0, num_warps = 1;
+            int num_messages = 0, num_slots = 0;
+            Workers workers;
             uint32_t slot_bytes = 0;
             line >> num_messages >> num_slots >> slot_bytes;
-            if (int given = 0; line >> given) num_warps = given;
+            if (int given = 0; line >> given) workers.num_warps = given;
+            if (int given = 0; line >> given) workers.num_blocks = given;
+            workers.are_blocks = word == "plain_blocks";
             const Places places{num_ranks_, num_slots, slot_bytes};
             EP_CHECK(num_slots <= Places::kMaxSlots, "there are words for ", Places::kMaxSlots, " slots");
             EP_CHECK(places.bytes() <= engine_->window().bytes, "the window has ", engine_->window().bytes,
                      " bytes, and this needs ", places.bytes());
             ++call_;
             if (word == "streams") run_streams(places, num_messages);
-            if (word == "rate") run_rate(places, num_messages, num_warps);
-            if (word == "plain") run_plain_way(places, num_messages, num_warps);
+            if (word == "rate") run_rate(places, num_messages, workers);
+            if (word == "plain" || word == "plain_blocks") run_plain_way(places, num_messages, workers);
         }
     }
 
@@ -151,9 +169,10 @@ private:
         return {engine_->params(), places, rank_, num_messages, 1, call_, kTimeoutNs, counts_, counts_ + 1};
     }
 
-    template <class K> double run(const Places& places, int num_messages, int num_warps) {
+    template <class K> double run(const Places& places, int num_messages, const Workers& workers) {
         dev::LaunchConfig config;
-        config.num_threads = num_warps * prim::kWarpSize;
+        config.num_threads = workers.num_warps * prim::kWarpSize;
+        config.num_blocks = workers.num_blocks;
         config.name = "rail process";
         const auto start = Clock::now();
         dev::launch<K>(config, stream_, traffic(places, num_messages));
@@ -169,19 +188,19 @@ private:
     void run_streams(const Places& places, int num_messages) {
         uint64_t before = 0, after = 0;
         for (const int peer : peers_) before += engine_->sent_to(peer).num_bytes;
-        run<StreamsKernel>(places, num_messages, 2 * (num_ranks_ - 1));
+        run<StreamsKernel>(places, num_messages, {.num_warps = 2 * (num_ranks_ - 1)});
         for (const int peer : peers_) after += engine_->sent_to(peer).num_bytes;
         say(concat("{\"bytes\": ", after - before, "}"));
     }
 
-    void run_rate(const Places& places, int num_messages, int num_warps) {
-        say(concat("{\"seconds\": ", rank_ > 1 ? 0.0 : run<RateKernel>(places, num_messages, num_warps), "}"));
+    void run_rate(const Places& places, int num_messages, const Workers& workers) {
+        say(concat("{\"seconds\": ", rank_ > 1 ? 0.0 : run<RateKernel>(places, num_messages, workers), "}"));
     }
 
-    void run_plain_way(const Places& places, int num_messages, int num_warps) {
+    void run_plain_way(const Places& places, int num_messages, const Workers& workers) {
         const Talk talk{say, hear_line};
         const double seconds =
-            rank_ > 1 ? 0.0 : run_plain(*engine_, *device_, stream_, traffic(places, num_messages), num_warps, talk);
+            rank_ > 1 ? 0.0 : run_plain(*engine_, *device_, stream_, traffic(places, num_messages), workers, talk);
         say(concat("{\"seconds\": ", seconds, "}"));
     }
 
