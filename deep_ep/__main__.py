@@ -65,9 +65,13 @@ def add_bench_options(parser: argparse.ArgumentParser, benchmark: str) -> None:
     if benchmark == "intranode":
         parser.add_argument("--no-comparison", action="store_true", default=False, help="leave torch.distributed out")
     parser.add_argument("--num-processes", type=int, default=0, help="ranks (default: one per GPU; 2 on the CPU)")
-    if benchmark == "internode":
-        parser.add_argument("--ranks-per-node", type=int, default=1, help="of each virtual node (default: %(default)s)")
-    else:
+    if benchmark != "intranode":
+        ranks_per_node = 1 if benchmark == "internode" else 0
+        parser.add_argument("--ranks-per-node",
+                            type=int,
+                            default=ranks_per_node,
+                            help="of each virtual node; 0: the ranks share one (default: %(default)s)")
+    if benchmark != "internode":
         parser.add_argument("--ranks-as-threads",
                             action="store_true",
                             help="all ranks in this process, at the same time on one GPU: protocol and SM throughput "

@@ -21,7 +21,7 @@ from low_latency_pending_call import (
 )
 from pending_call import PendingCall
 from reference import Cast, low_latency_parts
-from utils import Worker
+from utils import Worker, device
 from workload import Workload
 
 import deep_ep
@@ -90,6 +90,30 @@ def held_back_hook(worker: Worker, work: Workload) -> None:
     held.received[4]()  # a second time: nothing happens
     passing.combine()
     held.combine()
+
+
+def hooks_in_turn(worker: Worker, work: Workload, order: list[int]) -> None:
+    """No rank calls its hook before the one ahead of it in `order` has received: nobody may need another's hook."""
+    pending = LowLatencyPendingCall(worker, low_latency_buffer(worker), work, Manner(FP8, "hook")).start_dispatch()
+    for turn in order:
+        if worker.rank == turn:
+            pending.finish_dispatch()
+        worker.barrier()
+    pending.combine()
+
+
+def gone_after_its_last_call(worker: Worker, rounds: int) -> None:
+    """All rows are for rank 1, from rank 2. The others wait for nothing, and go; also who holds the rows for it."""
+    num_tokens, hidden, num_ranks = 64, 7168, len(worker.ranks)
+    topk_idx = torch.ones((num_tokens if worker.rank == 2 else 0, 1), dtype=torch.int64, device=device())
+    for value in range(1, rounds + 1):
+        num_bytes = Buffer.get_low_latency_rdma_size_hint(num_tokens, hidden, num_ranks, num_ranks)
+        buffer = worker.new_buffer(1 << 12, num_rdma_bytes=num_bytes, low_latency_mode=True)
+        x = torch.full((len(topk_idx), hidden), value, dtype=torch.bfloat16, device=device())
+        rows, count, *_ = buffer.low_latency_dispatch(x, topk_idx, num_tokens, num_ranks, use_fp8=False)
+        assert count.tolist() == [num_tokens if worker.rank == 1 else 0]
+        buffer.destroy()
+        assert worker.rank != 1 or bool((rows[0, :num_tokens] == value).all())
 
 
 def side_by_side(worker: Worker, work: Workload) -> None:

@@ -99,6 +99,15 @@ def test_a_hook_that_is_not_called_blocks_nobody_forever(nodes: Nodes) -> None:
     nodes.of_one.run(cases.held_back_hook, 2, Workload((4, 7)))
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 0, 2]])
+def test_a_hook_needs_the_hook_of_no_other_rank(two: Pool, order: list[int]) -> None:
+    two.run(cases.hooks_in_turn, 4, Workload((9, 0, 16, 5)), order)
+
+
+def test_a_rank_may_go_after_its_last_call(two: Pool) -> None:
+    two.run(cases.gone_after_its_last_call, 4, 6)
+
+
 def test_inputs_may_be_dropped_and_overwritten(two: Pool) -> None:
     two.run(cases.freed_inputs, 4, Workload((16, 9, 12, 4), hidden=1024))
     two.run(cases.overwritten_inputs, 4, Workload((32, 9, 20, 4), hidden=1024))

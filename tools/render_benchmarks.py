@@ -145,7 +145,7 @@ def title_of(report: dict[str, Any]) -> str:
     where = report["machine"].get("gpu", "CPU executor")
     how = " (threads that share one)" if report["ranks_as_threads"] else ""
     settings = report.get("environment", {})
-    if report["benchmark"] == "internode":
+    if "DEEP_EP_RANKS_PER_NODE" in settings:
         num_nodes = report["num_ranks"] // int(settings["DEEP_EP_RANKS_PER_NODE"])
         how += f" on {num_nodes} virtual nodes over {settings.get('DEEP_EP_RAIL', 'host')}"
     lends = ", lending" if settings.get("DEEP_EP_LEND_BYTES", "0") not in ("0", "automatic") else ""

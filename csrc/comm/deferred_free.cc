@@ -19,10 +19,9 @@ DeferredRegions& deferred_regions() {
 
 }  // namespace
 
-bool have_peers_left(const DeferredRegion& region) {
-    if (region.mailbox == nullptr) return true;
-    for (int rank = 0; rank < region.num_ranks; ++rank) {
-        if (rank != region.mailbox->rank() && region.mailbox->presence(rank) == Presence::kHere) return false;
+bool have_peers_left(const Mailbox& mailbox, int num_ranks) {
+    for (int rank = 0; rank < num_ranks; ++rank) {
+        if (rank != mailbox.rank() && mailbox.presence(rank) == Presence::kHere) return false;
     }
     return true;
 }
@@ -37,7 +36,10 @@ void defer_free(DeferredRegion region) {
 size_t free_deferred() {
     const std::lock_guard lock(deferred_regions().mutex);
     auto& regions = deferred_regions().regions;
-    std::erase_if(regions, [](const DeferredRegion& region) { return !has_leases(region) && have_peers_left(region); });
+    std::erase_if(regions, [](const DeferredRegion& region) {
+        const bool is_mapped = region.mailbox != nullptr && !have_peers_left(*region.mailbox, region.num_ranks);
+        return !has_leases(region) && !is_mapped;
+    });
     return regions.size();
 }
 

@@ -16,10 +16,11 @@ struct DeferredRegion {
     std::shared_ptr<const Mailbox> mailbox;  // null: no peer maps the region
     int num_ranks;
     std::shared_ptr<const void> leases;  // see SymmetricHeap::lease
+    std::shared_ptr<const void> also;    // freed with it
 };
 
 // True when every other rank has said that it maps the region no more, or has ended: the system has unmapped it then.
-bool have_peers_left(const DeferredRegion& region);
+bool have_peers_left(const Mailbox& mailbox, int num_ranks);
 // True while somebody holds a copy of `leases`.
 bool has_leases(const DeferredRegion& region);
 

@@ -30,20 +30,30 @@ void SymmetricHeap::connect(const std::vector<std::string>& handles) {
     is_connected_ = true;
 }
 
-void SymmetricHeap::release(double timeout_s) noexcept {
-    if (!memory_) return;
-    const bool was_shared = !mappings_.empty() && num_ranks_ > 1;
+bool SymmetricHeap::part(double timeout_s) noexcept {
+    if (!memory_) return true;
+    was_shared_ = was_shared_ || (!mappings_.empty() && num_ranks_ > 1);
     mappings_.clear();
     is_connected_ = false;
-    DeferredRegion region{std::move(memory_), was_shared ? mailbox_ : nullptr, num_ranks_, std::move(leases_)};
     try {
         // Not before: a peer frees its memory when it hears this. (The CPU unmaps only when its kernels have ended, but
         // there the memory lives as long as any mapping of it.)
         mailbox_->tell_left();
-        const bool is_unmapped = device_->host_wait([&] { return have_peers_left(region); }, timeout_s);
+        return !was_shared_ || device_->host_wait([&] { return have_peers_left(*mailbox_, num_ranks_); }, timeout_s);
+    } catch (...) {
+        return true;  // the driver is unloading or the context is broken: the system reclaims what is left
+    }
+}
+
+void SymmetricHeap::release(double timeout_s, std::shared_ptr<const void> also) noexcept {
+    if (!memory_) return;
+    const bool is_unmapped = part(timeout_s);
+    DeferredRegion region{std::move(memory_), was_shared_ ? mailbox_ : nullptr, num_ranks_, std::move(leases_),
+                          std::move(also)};
+    try {
         if (!is_unmapped || has_leases(region)) defer_free(std::move(region));
     } catch (...) {
-        // The driver is unloading or the context is broken: the system reclaims what is left.
+        // As above.
     }
 }
 

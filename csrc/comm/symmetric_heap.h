@@ -41,9 +41,11 @@ public:
     // Ranks that run on this device; this one is one of them.
     int num_ranks_here() const { return num_ranks_here_; }
 
-    // Unmaps the peers' regions, tells them, and frees the local region once they have done the same or have ended; after
-    // `timeout_s` it goes to the list of deferred frees instead. Idempotent, never throws.
-    void release(double timeout_s) noexcept;
+    // Unmaps the peers' regions, tells them, and waits until they have done the same or have ended. False: not all have in
+    // `timeout_s`. Idempotent, never throws.
+    bool part(double timeout_s) noexcept;
+    // The same, and frees the local region then, and `also`; after `timeout_s` they go to the list of deferred frees instead.
+    void release(double timeout_s, std::shared_ptr<const void> also = nullptr) noexcept;
 
 private:
     std::shared_ptr<dev::Device> device_;
@@ -52,7 +54,7 @@ private:
     dev::OwnedShareable memory_;
     std::shared_ptr<const void> leases_ = std::make_shared<int>(0);
     std::vector<dev::Mapping> mappings_;  // of the peers' regions
-    bool is_connected_ = false;
+    bool is_connected_ = false, was_shared_ = false;
     int num_ranks_here_ = 1;
 };
 

@@ -36,6 +36,10 @@ public:
     virtual std::string address() const = 0;
     // Collective. `addresses` by rank; `peers`: the ranks that this one will exchange messages with, who name it too. Once.
     virtual void connect(const std::vector<std::string>& addresses, const std::vector<int>& peers) = 0;
+    // Collective in the group, after connect(). `neighbours`: the ranks of this node, this one among them. The window of each, for loads
+    // by this rank's kernels: who has seen a flag there may read what it guards, after rail::confirm_at(). None where the engine
+    // cannot promise that to every rank: so all ranks get some, or none does.
+    virtual std::vector<const uint8_t*> share_windows(const std::vector<int>& neighbours) = 0;
 
     virtual Window window() const = 0;
     virtual Params params() const = 0;
@@ -56,7 +60,7 @@ public:
     virtual Traffic sent_to(int peer) const = 0;
 
     // No kernel uses the engine any more. What was posted is sent first, for as long as `timeout_s`. Never collective;
-    // idempotent; throws nothing.
+    // idempotent; throws nothing. A window that is shared lives as long as the engine, beyond this.
     virtual void release(double timeout_s) = 0;
 };
 

@@ -20,7 +20,8 @@ std::unique_ptr<Engine> make_engine(const std::shared_ptr<dev::Device>& device, 
                                                                         .window_bytes = options.window_bytes,
                                                                         .interface = choice.interface,
                                                                         .reach = choice.reach,
-                                                                        .timeout_s = options.timeout_s});
+                                                                        .timeout_s = options.timeout_s,
+                                                                        .shares_window = options.shares_window});
 }
 
 }  // namespace deep_ep::rail

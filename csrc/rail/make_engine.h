@@ -22,6 +22,8 @@ struct EngineOptions {
     int rank;
     size_t window_bytes;  // the same on every rank
     double timeout_s;     // for connecting, and for a peer's machine to answer
+    bool shares_window =
+        false;  // ranks of the same node are to load from it, if the engine can; the same on every rank
 };
 
 // Throws InvalidArgument where there is no such engine, or where it does not fit this machine; TransportError where the

@@ -59,6 +59,9 @@ template <class Wait> EP_DEVICE bool tell(const Rail& rail, int peer, uint64_t n
 // guards; other lanes of its warp after a __syncwarp(). Of a counter: what all adds guard that it has seen.
 EP_DEVICE void confirm(const Rail& rail, Flag flag);
 
+// The same of a word in any window of this node, as Engine::share_windows() has given it.
+EP_DEVICE void confirm_at(const Rail& rail, const uint64_t* word, uint64_t value);
+
 }  // namespace EP_BACKEND
 }  // namespace deep_ep::rail
 

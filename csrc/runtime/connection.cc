@@ -76,8 +76,22 @@ Connection::Connection(std::shared_ptr<dev::Device> device, const BufferOptions&
 
 std::unique_ptr<rail::Engine> Connection::make_engine() const {
     if (topology_.num_nodes() == 1) return nullptr;
-    return options_.make_engine(
-        device_, {options_.rail, options_.rank, static_cast<size_t>(rail_region_.num_bytes()), options_.timeout_s});
+    return options_.make_engine(device_, {options_.rail, options_.rank, static_cast<size_t>(rail_region_.num_bytes()),
+                                          options_.timeout_s, may_share_windows()});
+}
+
+// A rank that is left out of calls, and does not know it, still reads what it was sent: with a copy for each rank that is its own.
+bool Connection::may_share_windows() const {
+    return rail_region_.has_low_latency() && topology_.ranks_per_node > 1 && !options_.is_shrinkable;
+}
+
+void Connection::share_windows() {
+    std::vector<int> neighbours;
+    for (int index = 0; index < topology_.ranks_per_node; ++index) neighbours.push_back(topology_.neighbour(index));
+    const std::vector<const uint8_t*> windows = engine_->share_windows(neighbours);
+    if (windows.empty()) return;
+    node_windows_ = {device_, windows.size()};
+    device_->copy_now(node_windows_.get(), windows.data(), windows.size() * sizeof(windows[0]));
 }
 
 std::string Connection::export_handle() const { return comm::join_handles(*mailbox_, *heap_); }
@@ -102,6 +116,7 @@ void Connection::connect_rail(const std::vector<std::string>& addresses) {
             (rail_region_.has_low_latency() || topology_.index_of(rank) == topology_.index()))
             peers.push_back(rank);
     engine_->connect(addresses, peers);
+    if (may_share_windows()) share_windows();
     is_rail_connected_ = true;
 }
 
@@ -201,11 +216,17 @@ void Connection::destroy(double timeout_s) noexcept {
     if (heap_ == nullptr) return;
     using Clock = std::chrono::steady_clock;
     const auto deadline = Clock::now() + std::chrono::duration<double>(std::clamp(timeout_s, 0.0, 1e6));
+    const auto left_s = [&] { return std::max(0.0, std::chrono::duration<double>(deadline - Clock::now()).count()); };
     desk_->close();
-    if (engine_ != nullptr) engine_->release(timeout_s);
-    engine_.reset();
-    heap_->release(std::max(0.0, std::chrono::duration<double>(deadline - Clock::now()).count()));
+    // What our engine receives may be for a neighbour that has not done with its calls.
+    const bool is_window_shared = node_windows() != nullptr;
+    if (is_window_shared && !desk_->has_failed()) heap_->part(timeout_s);
+    if (engine_ != nullptr) engine_->release(is_window_shared ? left_s() : timeout_s);
+    std::shared_ptr<rail::Engine> engine = std::move(engine_);
+    if (!is_window_shared) engine.reset();
+    heap_->release(left_s(), std::move(engine));
     heap_.reset();
+    node_windows_.reset();
     mailbox_.reset();
     local_.reset();
     wait_cells_.reset();

@@ -49,6 +49,9 @@ public:
     const HeapPlan& plan() const { return plan_; }
     const RailRegion& rail_region() const { return rail_region_; }
     const rail::Engine& engine() const { return *engine_; }  // where there are several nodes
+    // [ranks_per_node], on the device: the rail windows of this node, where a row of a low-latency dispatch crosses once for each node;
+    // null where it crosses for each rank. The same choice on every rank.
+    const uint8_t* const* node_windows() const { return node_windows_.get(); }
     const Machine& machine() const { return machine_; }
     const comm::SymmetricHeap& heap() const { return *heap_; }
     uint8_t* local(uint64_t offset) const { return heap_->local() + offset; }
@@ -87,6 +90,8 @@ public:
 
 private:
     std::unique_ptr<rail::Engine> make_engine() const;
+    bool may_share_windows() const;
+    void share_windows();
     void collect_warning();
 
     std::shared_ptr<dev::Device> device_;
@@ -99,6 +104,7 @@ private:
     std::unique_ptr<comm::SymmetricHeap> heap_;
     std::unique_ptr<rail::Engine> engine_;
     bool is_rail_connected_ = false;
+    dev::DeviceArray<const uint8_t*> node_windows_;
     dev::HostMappedObject<layout::HostStatus> status_;
     dev::DeviceArray<layout::LocalState> local_;
     dev::DeviceArray<layout::WaitCell> wait_cells_;

@@ -142,6 +142,7 @@ kernels::LowLatencyRail LowLatency::make_rail() const {
             .abort = region.control.abort,
             .control = region.low_latency_control,
             .region = region.low_latency,
+            .node_windows = nullptr,  // a combine sends sums, or rows, of one rank to one rank
             .told = told_.get()};
 }
 
@@ -189,6 +190,7 @@ kernels::LowLatencyDispatchParams LowLatency::make_params(const LowLatencyDispat
              args.hidden);
     auto call = make_call(
         args, dispatch_message(args, spans_nodes() ? args.num_experts : args.num_experts / num_ranks_, args.is_fp8));
+    call.rail.node_windows = connection_.node_windows();
     const int num_parts = plan_parts(call, num_ranks_ * args.num_max_tokens, kMostDispatchParts);
     call.by_parts = kernels::Divisor::make(num_parts);
     const int num_scales = args.is_fp8 ? args.hidden / layout::kFp8GroupSize / (args.packs_scales ? 4 : 1) : 0;

@@ -94,9 +94,9 @@ def make_options(args: argparse.Namespace, is_cuda: bool) -> Options:
 
 def choose_nodes(args: argparse.Namespace, num_ranks: int) -> int:
     """Ranks in each virtual node; 0: no such."""
-    if args.benchmark != "internode":
+    if args.benchmark == "intranode" or (args.benchmark == "low-latency" and args.ranks_per_node == 0):
         return 0
-    if num_ranks <= args.ranks_per_node or num_ranks % args.ranks_per_node:
+    if args.ranks_per_node < 1 or num_ranks <= args.ranks_per_node or num_ranks % args.ranks_per_node:
         raise SystemExit(f"--ranks-per-node must divide the {num_ranks} ranks into nodes, got {args.ranks_per_node}")
     return int(args.ranks_per_node)
 

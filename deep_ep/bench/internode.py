@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from deep_ep.bench.ceiling import measure_ceilings
 from deep_ep.bench.intranode import IntranodeBenchmark
+from deep_ep.bench.mode import carried_by
 from deep_ep.bench.routing import Shape, busiest_rail_copies
 from deep_ep.bench.streams import PlainStreams
 from deep_ep.bench.timing import median
@@ -16,8 +17,6 @@ OWN_MEMORY = "There is no ceiling: ranks of different nodes share a GPU, so no l
 
 class InternodeBenchmark(IntranodeBenchmark):
     """The same calls. Of their bytes those count that leave a node."""
-
-    has_ceiling = False  # until it is known what carries the bytes
 
     def run(self) -> None:
         self._ceilings = self._rail_ceilings()
@@ -33,7 +32,7 @@ class InternodeBenchmark(IntranodeBenchmark):
         with self._buffer(budgets[0]) as buffer:
             engine = buffer.runtime.rail_name if buffer.runtime else ""
             self._settle()
-        self._findings.notice(f"Between nodes, bytes are carried by the engine {engine.split(' ')[0]}.")
+        self._findings.notice(carried_by(engine))
         if engine.startswith("host"):
             self._findings.notice(OVER_TCP)
             return dict.fromkeys(budgets, self._plain_stream_rate())

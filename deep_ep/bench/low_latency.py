@@ -13,7 +13,7 @@ from deep_ep import Buffer
 from deep_ep.bench.graphs import EMPTY_GRAPHS, capture, capture_phases, capture_together
 from deep_ep.bench.host import NUM_TOKENS
 from deep_ep.bench.kernels import Profiler
-from deep_ep.bench.mode import ModeBenchmark, NamedCalls, Samples
+from deep_ep.bench.mode import ModeBenchmark, NamedCalls, Samples, carried_by
 from deep_ep.bench.options import Options
 from deep_ep.bench.progress import show_progress
 from deep_ep.bench.ranks import Ranks
@@ -179,6 +179,8 @@ class LowLatencyBenchmark(ModeBenchmark):
 
     def _measure_shape(self, case: Case) -> None:
         with self._buffer(case.shape) as buffer:
+            if self._options.ranks_per_node:
+                self._findings.notice(carried_by(buffer.runtime.rail_name if buffer.runtime else ""))
             workload = Workload(buffer, case.shape, self._options, self._device)
             for operation in workload.operations():
                 self._measure(operation, case)

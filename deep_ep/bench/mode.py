@@ -46,12 +46,16 @@ class Samples:
                    ceiling_gb_per_s=ceiling)
 
 
+def carried_by(engine: str) -> str:
+    """The notice. `engine`: as a Buffer names it."""
+    return f"Between nodes, bytes are carried by the engine {engine.split(' ', maxsplit=1)[0]}."
+
+
 class ModeBenchmark:
     """One rank of a benchmark. `profiled_tokens`, where they are among the cases, is the size whose kernels are
     looked at one by one; else the largest is."""
 
     profiled_tokens = 0
-    has_ceiling = True  # there is a link whose rate a kernel of its own can tell
 
     def __init__(self, ranks: Ranks, options: Options, device: torch.device, findings: Findings) -> None:
         self._ranks = ranks
@@ -61,8 +65,8 @@ class ModeBenchmark:
         findings.heap = find_heap(ranks, device)
         self._timer = Timer(ranks, options.is_cuda)
         self._profiler = Profiler(ranks, self._timer, options)
-        # By SM budget. Threads share a GPU: there is no link.
-        has_ceiling = self.has_ceiling and not options.is_threaded
+        # By SM budget. Threads share a GPU: there is no link. Between nodes it depends on what carries the bytes.
+        has_ceiling = not options.is_threaded and not options.ranks_per_node
         self._ceilings = (measure_ceilings(ranks, self._timer, options.num_sms, device)
                           if has_ceiling else dict.fromkeys(options.num_sms, 0.0))
         if has_ceiling and not is_measurable():

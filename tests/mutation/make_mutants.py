@@ -98,7 +98,7 @@ def statements(code: str) -> Iterator[Site]:
         r'prim::barrier_sync\(': 'named barrier',
         r'prim::(?:fence_async_\w+|mbarrier_init_fence)\(': 'proxy fence',
         r'prim::bulk_wait(?:_read)?<\w+>\(': 'bulk wait',
-        r'rail::confirm\(': 'confirm',
+        r'rail::confirm(?:_at)?\(': 'confirm',
     }
     for pattern, kind in kinds.items():
         for match in re.finditer(pattern, code):

@@ -317,6 +317,13 @@ def test_the_benchmark_across_nodes_counts_what_leaves_a_node(tmp_path: Path) ->
     assert any("plain socket streams" in notice for notice in content["notices"])
 
 
+def test_low_latency_is_measured_across_nodes_too(tmp_path: Path) -> None:
+    content, _ = run_benchmark("low-latency", tmp_path, "--tokens", "4", "--num-processes", "2", "--ranks-per-node", "1")
+    assert content["environment"]["DEEP_EP_RANKS_PER_NODE"] == "1"
+    assert "Between nodes, bytes are carried by the engine host." in content["notices"]
+    assert all(row["ceiling_gb_per_s"] == 0 for row in content["rows"])
+
+
 def test_ranks_that_are_threads_are_compared_with_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEEP_EP_NUM_SMS", "2")
     content, _ = run_benchmark("intranode", tmp_path, "--tokens", "4", "--ranks-as-threads", "--num-sms", "2,4")

@@ -84,6 +84,20 @@ struct CallContext {
             if (is_far(source)) return far().at<const uint64_t>(far().token_full(in_bank, source, token));
         return watch.heap.token_full(watch.heap.rank(), in_bank, near_index(source), token);
     }
+    // The same of a dispatch's row for this rank, which may lie in a neighbour's window.
+    EP_DEVICE const uint64_t* row_flag(int in_bank, int source, int token) const {
+        if constexpr (kAcrossNodes)
+            if (is_far(source))
+                return far().at_holder<const uint64_t>(source, far().token_full(in_bank, source, token));
+        return token_flag(in_bank, source, token);
+    }
+    EP_DEVICE const uint8_t* row_slot(int source, int token) const {
+        if constexpr (kAcrossNodes)
+            if (is_far(source))
+                return far().at_holder<const uint8_t>(source,
+                                                      far_message(rank(), source) + call.message.slots.at(token));
+        return slot(rank(), source, token);
+    }
     // The flag of a token at a near rank.
     EP_DEVICE uint64_t* token_flag_at(int owner, int token) const {
         return watch.heap.token_full(near_index(owner), bank, watch.heap.rank(), token);
@@ -351,8 +365,10 @@ EP_DEVICE uint32_t entries_of_rank(Warp warp, const CallContext& c, int64_t id, 
 }
 
 // Does this lane's rank, among 32 from `first_rank`, own one of the token's experts? `id`: this lane's of the first 32
-// entries.
-EP_DEVICE bool is_destination(Warp warp, const CallContext& c, const Ids& ids, int64_t id, int token, int first_rank) {
+// entries. `leaves_out(rank)`: it does without.
+template <class LeavesOut>
+EP_DEVICE bool is_destination(Warp warp, const CallContext& c, const Ids& ids, int64_t id, int token, int first_rank,
+                              const LeavesOut& leaves_out) {
     warp.expect();
     const int rank = first_rank + warp.thread_rank();
     bool is_found = false;
@@ -365,7 +381,7 @@ EP_DEVICE bool is_destination(Warp warp, const CallContext& c, const Ids& ids, i
 #pragma unroll 4
         for (int lane = 0; lane < count; ++lane) is_found |= __shfl_sync(kFullMask, owner, lane) == rank;
     }
-    return is_found && rank < c.num_ranks() && !is_masked(c.call, rank);
+    return is_found && rank < c.num_ranks() && !leaves_out(rank);
 }
 
 }  // namespace EP_BACKEND

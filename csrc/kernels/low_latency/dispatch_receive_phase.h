@@ -129,7 +129,7 @@ EP_DEVICE uint32_t load_scale(Warp warp, const Params& p, const Unit& unit, cons
 }
 
 EP_DEVICE void load_slot(Warp warp, const Params& p, const CallContext& c, const Unit& unit, ReceivedToken& token) {
-    token.slot = c.slot(c.rank(), unit.source, unit.token);
+    token.slot = c.row_slot(unit.source, unit.token);
     const Range vecs = vecs_of(p, unit);
     token.held = load_row<kFirstVecs>(warp, token.slot, 0, vecs.first, vecs.end);
     token.scale = load_scale(warp, p, unit, token.slot, 0, scales_of(p, unit).first);
@@ -142,7 +142,7 @@ EP_DEVICE void void_slot(ReceivedToken& token) {
 }
 
 EP_DEVICE const uint64_t* slot_flag(const CallContext& c, const Unit& unit) {
-    return c.token_flag(c.bank, unit.source, unit.token);
+    return c.row_flag(c.bank, unit.source, unit.token);
 }
 
 // Acquire: is the slot full?

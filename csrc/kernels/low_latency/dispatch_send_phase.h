@@ -106,16 +106,19 @@ EP_DEVICE Targets targets_of(Warp warp, const CallContext& c, int token, int ran
     }
 }
 
-// The block, after a barrier: a token that is staged, to the far ranks in `far_lanes`, a warp for each.
+// The block, after a barrier: a token that is staged, to those who hold it for the far ranks in `far_lanes`, a warp for each.
+// Ranks of a node follow each other, so `last` of those before is enough to know that one has it already.
 EP_DEVICE void put_token(Block block, const Params& p, const CallContext& c, int token, int first_rank,
-                         uint32_t far_lanes) {
+                         uint32_t far_lanes, int& last) {
     const FarRanks far = c.far();
     int turn = 0;
 #pragma unroll 1
-    for (uint32_t rest = far_lanes; rest != 0; rest &= rest - 1, ++turn) {
-        if (turn % block.num_warps() != prim::warp_idx()) continue;
-        const int peer = first_rank + __ffs(static_cast<int>(rest)) - 1;
-        // Pairs with: wait_for_slot at the destination.
+    for (uint32_t rest = far_lanes; rest != 0; rest &= rest - 1) {
+        const int peer = far.holder(first_rank + __ffs(static_cast<int>(rest)) - 1);
+        if (peer == last) continue;
+        last = peer;
+        if (turn++ % block.num_warps() != prim::warp_idx()) continue;
+        // Pairs with: wait_for_slot at the destination, or at its neighbours.
         far.put(Warp{}, peer,
                 {c.far_message(peer, c.rank()) + c.call.message.slots.at(token), c.staged_slot(token),
                  static_cast<uint32_t>(layout::align_up(p.call.message.scales.end(), 16))},
@@ -123,14 +126,17 @@ EP_DEVICE void put_token(Block block, const Params& p, const CallContext& c, int
     }
 }
 
-// One token to all ranks that need it.
-EP_DEVICE void send_token(Block block, const Params& p, const CallContext& c, int token, const Head& head) {
+// One token to all ranks that need it. Who is left out must be the same for all warps: they share the puts.
+EP_DEVICE void send_token(Block block, const Params& p, const CallContext& c, const SendPhase<Tells::kAtEnd>& phase,
+                          int token, const Head& head) {
     block.expect();
     const Warp warp;
     bool is_staged = false;
+    int last_holder = -1;
 #pragma unroll 1
     for (int first = 0; first < c.num_ranks(); first += kWarpSize) {
-        const bool is_sent = is_destination(warp, c, ids_of(p), head.id, token, first);
+        const bool is_sent =
+            is_destination(warp, c, ids_of(p), head.id, token, first, [&](int peer) { return phase.leaves_out(peer); });
         const int rank = first + warp.thread_rank();
         const uint32_t far_lanes = kAcrossNodes ? __ballot_sync(kFullMask, is_sent && c.is_far(rank)) : 0;
         const Targets targets = targets_of(warp, c, token, rank, is_sent, far_lanes, is_staged);
@@ -147,7 +153,7 @@ EP_DEVICE void send_token(Block block, const Params& p, const CallContext& c, in
         // Pairs with: wait_for_slot at the destination.
         if (prim::warp_idx() == 0 && is_sent && !c.is_far(rank))
             prim::store<Order::kRelease, Scope::kSys>(c.token_flag_at(rank, token), c.watch.call);
-        if constexpr (kAcrossNodes) put_token(block, p, c, token, first, far_lanes);
+        if constexpr (kAcrossNodes) put_token(block, p, c, token, first, far_lanes, last_holder);
     }
 }
 
@@ -182,7 +188,7 @@ EP_DEVICE void send(Block block, const Params& p, LaunchSession& launch) {
 #pragma unroll 1
     for (int token = first; is_ready && token < p.num_tokens; token += num_senders) {
         const Head next = load_head(warp, p, c, token + num_senders);
-        send_token(block, p, c, token, head);
+        send_token(block, p, c, phase, token, head);
         head = next;
     }
 }

@@ -44,6 +44,18 @@ public:
 
     template <class T> EP_DEVICE T* at(uint64_t offset) const { return rail::at<T>(rail_, offset); }
 
+    // Does one copy of a row serve all ranks of a node?
+    EP_DEVICE bool shares_rows() const { return plan_.node_windows != nullptr; }
+    // To whom a row for the far `rank` is put.
+    EP_DEVICE int holder(int rank) const {
+        return shares_rows() ? plan_.topology.rail_peer(plan_.topology.node_of(rank)) : rank;
+    }
+    // A place in the window to which the far `source` puts rows for this rank.
+    template <class T> EP_DEVICE T* at_holder(int source, uint64_t offset) const {
+        if (!shares_rows()) return at<T>(offset);
+        return reinterpret_cast<T*>(plan_.node_windows[plan_.topology.index_of(source)] + offset);
+    }
+
     // Words that `source` writes in the window of whoever it writes to.
     EP_DEVICE uint64_t received(int bank, int source) const { return plan_.control.received.at(of_bank(bank, source)); }
     EP_DEVICE uint64_t table_full(int bank, int source) const {
@@ -79,10 +91,13 @@ public:
     EP_DEVICE bool add(int peer, uint64_t counter, uint64_t n) const {
         return rail::add(rail_, peer, counter, n, Room{watch_, peer});
     }
-    // One thread that has seen the value; see rail.h.
+    // One thread that has seen the value, in a window of this node; see rail.h.
     EP_DEVICE void confirm(const uint64_t* word, uint64_t value) const {
-        rail::confirm(rail_,
-                      {static_cast<uint64_t>(reinterpret_cast<const uint8_t*>(word) - at<const uint8_t>(0)), value});
+        const auto offset = static_cast<uint64_t>(reinterpret_cast<const uint8_t*>(word) - at<const uint8_t>(0));
+        if (offset < plan_.control.end)
+            rail::confirm(rail_, {offset, value});
+        else
+            rail::confirm_at(rail_, word, value);
     }
 
     // What a rail peer's kernels or host have set when it gave up; 0: nobody has.

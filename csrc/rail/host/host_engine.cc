@@ -38,8 +38,14 @@ HostEngine::HostEngine(std::shared_ptr<dev::Device> device, const HostOptions& o
       options_(options),
       process_(getpid()),
       is_woken_by_kernels_(device_->kind() == dev::DeviceKind::kCpu),
-      window_memory_(device_, device_->allocate_host_mapped(options.window_bytes)),
-      window_{window_memory_.get().host, window_memory_.get().device, options.window_bytes},
+      window_memory_(options.shares_window
+                         ? OwnedHostMapped()
+                         : OwnedHostMapped(device_, device_->allocate_host_mapped(options.window_bytes))),
+      shared_memory_(options.shares_window ? dev::make_shareable(device_, options.window_bytes, dev::Placement::kHost)
+                                           : dev::OwnedShareable()),
+      window_(options.shares_window
+                  ? Window{shared_memory_.get().address, shared_memory_.get().address, options.window_bytes}
+                  : Window{window_memory_.get().host, window_memory_.get().device, options.window_bytes}),
       ring_(device_, options.ring_capacity),
       rendezvous_(options.rank, options.window_bytes, find_own_address(options.interface, options.reach)) {}
 
@@ -53,17 +59,38 @@ HostEngine::~HostEngine() {
     static_cast<void>(receiver_.release());
     static_cast<void>(new auto(std::move(ring_)));
     static_cast<void>(new auto(std::move(window_memory_)));
+    static_cast<void>(new auto(std::move(shared_memory_)));
+    static_cast<void>(new auto(std::move(mappings_)));
 }
 
 std::string HostEngine::name() const { return "host (TCP, " + rendezvous_.address().text() + ")"; }
 
 void HostEngine::connect(const std::vector<std::string>& addresses, const std::vector<int>& peers) {
-    for (auto& [rank, peer] : rendezvous_.meet(addresses, peers, options_.timeout_s)) {
+    const size_t border = rendezvous_.blob().size();
+    std::vector<std::string> blobs;
+    for (const std::string& address : addresses) {
+        blobs.push_back(address.substr(0, border));
+        window_handles_.push_back(address.substr(std::min(border, address.size())));
+    }
+    for (auto& [rank, peer] : rendezvous_.meet(blobs, peers, options_.timeout_s)) {
         tune(peer.socket, options_.timeout_s);
         connections_.try_emplace(rank, rank, std::move(peer.socket), peer.address, window_);
     }
     receiver_ = start_thread("deep_ep rail in", &HostEngine::run_receiver);
     sender_ = start_thread("deep_ep rail out", &HostEngine::run_sender);
+}
+
+// What a rank's receiver has stored is in memory of this machine: its flags tell everybody here the same.
+std::vector<const uint8_t*> HostEngine::share_windows(const std::vector<int>& neighbours) {
+    std::vector<const uint8_t*> windows;
+    if (!options_.shares_window) return windows;
+    for (const int rank : neighbours) {
+        if (rank != options_.rank)
+            mappings_.push_back(dev::open_mapping(device_, window_handles_.at(static_cast<size_t>(rank))));
+        const void* window = rank == options_.rank ? window_.device : mappings_.back().get();
+        windows.push_back(static_cast<const uint8_t*>(window));
+    }
+    return windows;
 }
 
 // Signals are for the threads that were there before.
@@ -150,6 +177,7 @@ void HostEngine::release(double timeout_s) {
     receiver_event_.signal();
     if (receiver_ != nullptr) receiver_->join();
     connections_.clear();
+    mappings_.clear();
     window_ = {};
     window_memory_.reset();
 }

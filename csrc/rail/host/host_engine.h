@@ -11,7 +11,7 @@
 #include <thread>
 #include <vector>
 
-#include "device/runtime.h"
+#include "device/owned.h"
 #include "rail/engine.h"
 #include "rail/host/command_ring.h"
 #include "rail/host/connection.h"
@@ -27,6 +27,7 @@ struct HostOptions {
     double timeout_s = 100;         // for connecting, and for a peer's machine to answer
     uint32_t ring_capacity = 4096;  // a power of two
     size_t max_queued = 65536;      // commands for one peer; then kernels wait until it takes some
+    bool shares_window = false;     // with ranks of this node; the same on every rank
 };
 
 class HostEngine final : public Engine {
@@ -39,8 +40,9 @@ public:
     HostEngine& operator=(const HostEngine&) = delete;
 
     std::string name() const override;
-    std::string address() const override { return rendezvous_.blob(); }
+    std::string address() const override { return rendezvous_.blob() + shared_memory_.get().handle; }
     void connect(const std::vector<std::string>& addresses, const std::vector<int>& peers) override;
+    std::vector<const uint8_t*> share_windows(const std::vector<int>& neighbours) override;
     Window window() const override { return window_; }
     Params params() const override;
     size_t chunk_bytes() const override { return 256 << 10; }
@@ -74,11 +76,14 @@ private:
     const HostOptions options_;
     const int process_;
     const bool is_woken_by_kernels_;
-    OwnedHostMapped window_memory_;
+    OwnedHostMapped window_memory_;      // either this
+    dev::OwnedShareable shared_memory_;  // or this
     Window window_;
     CommandRing ring_;
     Rendezvous rendezvous_;
-    Connections connections_;  // fixed while the threads run
+    Connections connections_;                  // fixed while the threads run
+    std::vector<std::string> window_handles_;  // by rank
+    std::vector<dev::Mapping> mappings_;       // of neighbours' windows
 
     Event sender_event_, receiver_event_;
     std::unique_ptr<std::thread> sender_, receiver_;

@@ -108,5 +108,10 @@ EP_DEVICE void confirm(const Rail& rail, Flag flag) {
     static_cast<void>(prim::load_from_host(at<const uint64_t>(rail, flag.offset)));
 }
 
+// Another process's receiver: the same memory.
+EP_DEVICE void confirm_at(const Rail&, const uint64_t* word, uint64_t) {
+    static_cast<void>(prim::load_from_host(word));
+}
+
 }  // namespace EP_BACKEND
 }  // namespace deep_ep::rail

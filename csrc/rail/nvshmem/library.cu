@@ -85,6 +85,13 @@ bool barrier(const void* on_device, Complaint* complaint) {
 
 void* reach(const void* window, int pe) { return nvshmem_ptr(window, pe); }
 
+bool orders_nic_for_all(const void* window) {
+    int ordering = 0;
+    const cudaError_t error =
+        cudaDeviceGetAttribute(&ordering, cudaDevAttrGPUDirectRDMAWritesOrdering, device_of(window));
+    return error == cudaSuccess && ordering >= cudaGPUDirectRDMAWritesOrderingAllDevices;
+}
+
 struct SetKernel {
     using Params = SetParams;
     struct Shared {};
@@ -125,6 +132,7 @@ extern "C" __attribute__((visibility("default"))) const deep_ep::rail::nvshmem::
         .allocate = &allocate,
         .barrier = &barrier,
         .reach = &reach,
+        .orders_nic_for_all = &orders_nic_for_all,
         .launch_set = &launch_set,
     };
     return &library;

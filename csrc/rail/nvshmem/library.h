@@ -52,11 +52,13 @@ struct Library {
     bool (*barrier)(const void* on_device, Complaint* complaint);
     // That rank's window where loads and stores of this GPU reach it; null elsewhere.
     void* (*reach)(const void* window, int pe);
+    // Whether CUDA promises that every GPU sees what a NIC has written to the memory of this one in its order, not only this one.
+    bool (*orders_nic_for_all)(const void* window);
     // Asynchronous. The first launch of a kernel also loads it.
     bool (*launch_set)(const SetParams* params, void* stream, Complaint* complaint);
 };
 
-constexpr uint32_t kLibraryAbi = 2;
+constexpr uint32_t kLibraryAbi = 3;
 constexpr const char* kLibrarySymbol = "deep_ep_nvshmem_library";
 using GetLibrary = const Library* (*)();
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "core/error.h"
 #include "rail/nvshmem/versions.h"
@@ -9,8 +10,8 @@
 namespace deep_ep::rail::nvshmem {
 namespace {
 
-// What ranks tell each other at first.
-constexpr uint64_t kNear = 1, kFar = 2;
+// What ranks tell each other.
+constexpr uint64_t kYes = 1, kNo = 2;
 
 std::string to_bytes(const Introduction& introduction) {
     return {reinterpret_cast<const char*>(&introduction), sizeof(introduction)};
@@ -44,20 +45,31 @@ void NvshmemEngine::connect(const std::vector<std::string>& addresses, const std
     window_number_ = lease.number;
     window_ = {nullptr, lease.address, options_.window_bytes};
 
-    const std::vector<int32_t> pes = world_.pes_of(all);
-    device_->copy_now(pes_.get(), pes.data(), pes.size() * sizeof(int32_t));
+    pes_here_ = world_.pes_of(all);
+    device_->copy_now(pes_.get(), pes_here_.data(), pes_here_.size() * sizeof(int32_t));
     // The window may be one that was used before: what was under way to it has come, then all is zero, then anybody posts.
     world_.barrier(pes_.get());
     clear_window();
     world_.barrier(pes_.get());
-    find_reached(pes, peers);
-    greet(peers);
-    world_.barrier(pes_.get());
-    hear(peers);
-    clear_window();
-    device_->memset_async(posted_.get(), 0, all.size() * sizeof(Posted), stream_.get());
-    device_->synchronize_stream(stream_.get());
-    world_.barrier(pes_.get());
+    find_reached(peers);
+    // All ranks of a rail choose the same size of chunks; every way carries a word now; and the kernel of set() is loaded, which
+    // later might wait for kernels that wait for it.
+    is_every_peer_reached_ = agree(peers, is_every_peer_reached_);
+}
+
+void* NvshmemEngine::reach(int rank) const {
+    return world_.library().reach(window_.device, pes_here_[static_cast<size_t>(rank)]);
+}
+
+std::vector<const uint8_t*> NvshmemEngine::share_windows(const std::vector<int>& neighbours) {
+    std::vector<const uint8_t*> windows;
+    for (const int rank : neighbours) windows.push_back(static_cast<const uint8_t*>(reach(rank)));
+    std::vector<int> others(pes_here_.size());
+    std::iota(others.begin(), others.end(), 0);
+    others.erase(others.begin() + options_.rank);
+    const bool is_ordered = is_every_peer_reached_ || world_.library().orders_nic_for_all(window_.device);
+    const bool is_so = is_ordered && std::find(windows.begin(), windows.end(), nullptr) == windows.end();
+    return agree(others, is_so) ? windows : std::vector<const uint8_t*>();
 }
 
 void NvshmemEngine::clear_window() {
@@ -65,39 +77,36 @@ void NvshmemEngine::clear_window() {
     device_->synchronize_stream(stream_.get());
 }
 
-void NvshmemEngine::find_reached(const std::vector<int32_t>& pes, const std::vector<int>& peers) {
-    std::vector<char*> reached(pes.size());
-    for (const int peer : peers)
-        reached[static_cast<size_t>(peer)] =
-            static_cast<char*>(world_.library().reach(window_.device, pes[static_cast<size_t>(peer)]));
+void NvshmemEngine::find_reached(const std::vector<int>& peers) {
+    std::vector<char*> reached(pes_here_.size());
+    for (const int peer : peers) reached[static_cast<size_t>(peer)] = static_cast<char*>(reach(peer));
     device_->copy_now(reached_.get(), reached.data(), reached.size() * sizeof(char*));
     is_every_peer_reached_ = std::all_of(peers.begin(), peers.end(),
                                          [&](int peer) { return reached[static_cast<size_t>(peer)] != nullptr; });
 }
 
-// Tells every peer, and this rank itself, whether loads and stores reach all peers of this one. So all of them choose the
-// same size of chunks; every way has carried a word; and the kernel of set() is loaded, which later might wait for kernels
-// that wait for it.
-void NvshmemEngine::greet(const std::vector<int>& peers) {
-    const uint64_t flag = 8 * static_cast<uint64_t>(options_.rank);
-    const uint64_t word = is_every_peer_reached_ ? kNear : kFar;
-    set(options_.rank, flag, word);
-    for (const int peer : peers) set(peer, flag, word);
+// Is it so on this rank and on all of `ranks`, who ask this one? Over the rail, in a window that is clear and will be again.
+bool NvshmemEngine::agree(const std::vector<int>& ranks, bool is_so) {
+    std::vector<int> all = ranks;
+    all.push_back(options_.rank);
+    for (const int rank : all) set(rank, 8 * static_cast<uint64_t>(options_.rank), is_so ? kYes : kNo);
     device_->synchronize_stream(stream_.get());
     check();
-}
-
-void NvshmemEngine::hear(const std::vector<int>& peers) {
-    std::vector<int> all = peers;
-    all.push_back(options_.rank);
-    for (const int peer : all) {
+    world_.barrier(pes_.get());
+    bool is_so_everywhere = true;
+    for (const int rank : all) {
         uint64_t word = 0;
-        device_->copy_now(&word, static_cast<const char*>(window_.device) + 8 * peer, sizeof(word));
-        if (word != kNear && word != kFar)
-            throw TransportError(concat("NVSHMEM: a word from rank ", peer, " to rank ", options_.rank,
+        device_->copy_now(&word, static_cast<const char*>(window_.device) + 8 * rank, sizeof(word));
+        if (word != kYes && word != kNo)
+            throw TransportError(concat("NVSHMEM: a word from rank ", rank, " to rank ", options_.rank,
                                         " has not arrived, though a barrier says so (got ", word, ")"));
-        is_every_peer_reached_ = is_every_peer_reached_ && word == kNear;
+        is_so_everywhere = is_so_everywhere && word == kYes;
     }
+    clear_window();
+    device_->memset_async(posted_.get(), 0, pes_here_.size() * sizeof(Posted), stream_.get());
+    device_->synchronize_stream(stream_.get());
+    world_.barrier(pes_.get());
+    return is_so_everywhere;
 }
 
 Params NvshmemEngine::params() const {

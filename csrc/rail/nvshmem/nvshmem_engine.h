@@ -32,6 +32,8 @@ public:
     std::string address() const override { return introduction_; }
     // Collective over all ranks, whoever the peers are, and without a deadline: NVSHMEM has none.
     void connect(const std::vector<std::string>& addresses, const std::vector<int>& peers) override;
+    // As connect(). Where stores reach every peer, or every GPU sees a NIC's writes in their order.
+    std::vector<const uint8_t*> share_windows(const std::vector<int>& neighbours) override;
     Window window() const override { return window_; }  // none before connect()
     Params params() const override;                     // not before connect()
     size_t chunk_bytes() const override;
@@ -42,9 +44,9 @@ public:
 
 private:
     void clear_window();
-    void find_reached(const std::vector<int32_t>& pes, const std::vector<int>& peers);
-    void greet(const std::vector<int>& peers);
-    void hear(const std::vector<int>& peers);
+    void find_reached(const std::vector<int>& peers);
+    bool agree(const std::vector<int>& ranks, bool is_so);
+    void* reach(int rank) const;
 
     const std::shared_ptr<dev::Device> device_;
     World& world_;
@@ -52,6 +54,7 @@ private:
     const std::string introduction_;
     dev::DeviceArray<Posted> posted_;  // by rank, as the next two
     dev::DeviceArray<int32_t> pes_;
+    std::vector<int32_t> pes_here_;  // the same, for the host
     dev::DeviceArray<char*> reached_;
     dev::OwnedStream stream_;  // of set()
     int window_number_ = World::kNoWindow;

@@ -91,5 +91,10 @@ EP_DEVICE void confirm(const Rail& rail, Flag flag) {
     static_cast<void>(nvshmem_uint64_test(word, NVSHMEM_CMP_GE, flag.value));
 }
 
+EP_DEVICE void confirm_at(const Rail&, const uint64_t* word, uint64_t) {
+    // Enough where windows are shared: flags come by stores, or the GPUs promise the order of a NIC's writes to all of them.
+    static_cast<void>(prim::load<prim::Order::kAcquire, prim::Scope::kSys>(word));
+}
+
 }  // namespace EP_BACKEND
 }  // namespace deep_ep::rail

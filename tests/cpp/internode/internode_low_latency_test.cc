@@ -33,9 +33,99 @@ TEST_CASE("low latency across nodes: any topology") {
         const int num_nodes = topology.first, ranks_per_node = topology.second;
         CAPTURE(num_nodes);
         CAPTURE(ranks_per_node);
-        const NodesOptions options{.num_nodes = num_nodes, .ranks_per_node = ranks_per_node};
+        NodesOptions options{.num_nodes = num_nodes, .ranks_per_node = ranks_per_node};
+        check_round_trip(options, problem_of(options));
+        if (ranks_per_node == 1) continue;
+        options.shares_windows = false;
         check_round_trip(options, problem_of(options));
     }
+}
+
+// Nodes of three: ranks of the last one stand in two groups of 32, and it gets one copy all the same.
+TEST_CASE("low latency across nodes: more ranks than a warp has lanes") {
+    const NodesOptions options{
+        .num_nodes = 11,
+        .ranks_per_node = 3,
+        .device = {.num_sms = 1, .has_bulk_copy = false, .useful_block_threads = 64},
+    };
+    LowLatencyProblem problem = problem_of(options);
+    problem.num_max_tokens = 8;
+    problem.num_topk = 8;
+    problem.num_experts = options.num_ranks();
+    LowLatencyNodes nodes(options, problem);
+    CHECK_EQ(low_latency_round_trip(nodes.world(), problem, Launches::kOne), "");
+}
+
+// Bytes that `rank` has put to the far rank `peer` by a dispatch, then a combine, of one launch each.
+struct Sent {
+    uint64_t dispatch, combine;
+};
+
+Sent expected_bytes(const NodesOptions& options, const LowLatencyProblem& problem,
+                    const std::vector<LowLatencyTensors>& ranks, int rank, int peer) {
+    const layout::Topology place{options.num_ranks(), options.ranks_per_node, rank};
+    const auto num_tokens = [&](int of) { return problem.num_tokens[static_cast<size_t>(of)]; };
+    const auto has_entry = [&](int source, int token, int first, int count) {
+        for (int k = 0; k < problem.num_topk; ++k) {
+            const auto expert =
+                ranks[static_cast<size_t>(source)].topk_idx[static_cast<size_t>(token * problem.num_topk + k)];
+            const int64_t owner = expert < 0 ? -1 : expert / problem.num_local_experts();
+            if (owner >= first && owner < first + count) return true;
+        }
+        return false;
+    };
+    const auto count_tokens = [&](int source, int first, int count) {
+        uint64_t found = 0;
+        for (int token = 0; token < num_tokens(source); ++token)
+            found += has_entry(source, token, first, count) ? 1 : 0;
+        return found;
+    };
+    const auto hidden = static_cast<uint64_t>(problem.hidden), num_topk = static_cast<uint64_t>(problem.num_topk);
+    const uint64_t own_entries = static_cast<uint64_t>(num_tokens(rank)) * num_topk;
+    const auto rounded = [](uint64_t bytes) { return layout::align_up(bytes, 16); };
+    const uint64_t row = problem.is_fp8 ? rounded(hidden + 4 * hidden / 128) : 2 * hidden;
+    const bool is_on_rail = place.index_of(peer) == place.index();
+    const uint64_t copies =
+        !options.shares_windows ? count_tokens(rank, peer, 1)
+        : is_on_rail ? count_tokens(rank, place.node_of(peer) * options.ranks_per_node, options.ranks_per_node)
+                     : 0;
+    const uint64_t table = rounded(16 + 4 * static_cast<uint64_t>(problem.num_experts) + 4 * own_entries);
+    const uint64_t weights =
+        rounded(16 + 4 * static_cast<uint64_t>(problem.num_max_tokens) * num_topk + 4 * own_entries);
+    return {table + copies * row, weights + count_tokens(peer, rank, 1) * 2 * hidden};
+}
+
+TEST_CASE(
+    "low latency across nodes: bytes on the rail are those of the formula: a row once for each node, or each rank") {
+    for (const bool shares_windows : {true, false})
+        for (const bool is_fp8 : {true, false}) {
+            CAPTURE(shares_windows);
+            CAPTURE(is_fp8);
+            const NodesOptions options{.num_nodes = 3, .ranks_per_node = 2, .shares_windows = shares_windows};
+            LowLatencyProblem problem = problem_of(options);
+            problem.num_topk = 4;
+            problem.is_fp8 = is_fp8;
+            LowLatencyNodes nodes(options, problem);
+            auto ranks = make_low_latency_inputs(problem);
+            const auto check = [&](uint64_t Sent::*first, uint64_t Sent::*second) {
+                for (int rank = 0; rank < options.num_ranks(); ++rank)
+                    for (int peer = 0; peer < options.num_ranks(); ++peer) {
+                        if (peer / options.ranks_per_node == rank / options.ranks_per_node) continue;
+                        CAPTURE(rank);
+                        CAPTURE(peer);
+                        const Sent sent = expected_bytes(options, problem, ranks, rank, peer);
+                        CHECK_EQ(nodes.engine(rank).sent_to(peer).num_bytes,
+                                 sent.*first + (second == nullptr ? 0 : sent.*second));
+                    }
+            };
+            dispatch_on(nodes.world(), problem, ranks, all_ranks(problem), Launches::kOne);
+            CHECK_EQ(check_low_latency_dispatch(problem, ranks), "");
+            check(&Sent::dispatch, nullptr);
+            fill_expert_rows(problem, ranks);
+            combine_on(nodes.world(), problem, ranks, all_ranks(problem), Launches::kOne);
+            CHECK_EQ(check_low_latency_combine(problem, ranks), "");
+            check(&Sent::dispatch, &Sent::combine);
+        }
 }
 
 TEST_CASE("low latency across nodes: random schedules and networks give the same bits") {
@@ -45,7 +135,8 @@ TEST_CASE("low latency across nodes: random schedules and networks give the same
                                    .ranks_per_node = seed % 2 == 0 ? 1 : 2,
                                    .scheduler = seeded(seed),
                                    .network_seed = seed,
-                                   .max_posted = seed % 4 == 1 ? size_t{2} : size_t{4096}};
+                                   .max_posted = seed % 4 == 1 ? size_t{2} : size_t{4096},
+                                   .shares_windows = seed % 5 != 0};
         LowLatencyProblem problem = problem_of(options, seed);
         problem.is_fp8 = seed % 2 == 1;
         problem.uses_logfmt = seed % 3 == 1;
@@ -143,8 +234,10 @@ std::vector<std::vector<uint16_t>> combine_in_order(const NodesOptions& options,
             send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
             world.run();  // a proven deadlock, were it to wait for anybody
         }
-        for (int rank : order) receive_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
-        world.run();
+        for (int rank : order) {
+            receive_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+            world.run();  // the same: nothing that it needs takes a launch of another rank any more
+        }
         CHECK_EQ(check_low_latency_dispatch(problem, ranks), "");
         fill_expert_rows(problem, ranks);
         for (int rank : order) {

@@ -16,6 +16,9 @@ public:
     void connect(const std::vector<std::string>& addresses, const std::vector<int>& peers) override {
         engine_.connect(addresses, peers);
     }
+    std::vector<const uint8_t*> share_windows(const std::vector<int>& neighbours) override {
+        return engine_.share_windows(neighbours);
+    }
     rail::Window window() const override { return engine_.window(); }
     rail::Params params() const override { return engine_.params(); }
     size_t chunk_bytes() const override { return engine_.chunk_bytes(); }
@@ -41,7 +44,8 @@ LowLatencyNodes::LowLatencyNodes(const NodesOptions& options, const LowLatencyPr
                                                 .window_bytes = engine.window_bytes,
                                                 .seed = options.network_seed,
                                                 .steps = options.num_ranks() * options.num_ranks(),
-                                                .max_posted = options.max_posted});
+                                                .max_posted = options.max_posted,
+                                                .shares_windows = options.shares_windows});
         return std::make_unique<BorrowedEngine>(network_->engine(engine.rank));
     };
     rail_.run = [this](simt::Scheduler& scheduler, const std::function<void()>& body) {

@@ -17,6 +17,7 @@ struct NodesOptions {
     double timeout_s = 100;
     bool is_shrinkable = false;
     size_t max_posted = 4096;    // requests of a rank that are under way
+    bool shares_windows = true;  // inside a node: of a dispatch one copy crosses for each node
     int64_t num_more_bytes = 0;  // than the size hint
     simt::DeviceOptions device = {};
 

@@ -33,7 +33,8 @@ struct FakeNvshmem {
     bool is_initialized = false;
     int pe = 0, num_pes = 0;
     int num_joined = 0, num_allocated = 0, num_barriers = 0, num_sets = 0;
-    bool has_room = true, is_reached = true, is_cut = false;
+    bool has_room = true, is_reached = true, is_cut = false, orders_nic_for_all = false;
+    int unreached = -1;   // PE
     std::string failure;  // of the next initialization
     std::vector<std::vector<char>> heap = {};
 };
@@ -84,7 +85,9 @@ Library make_library() {
                 ++fake.num_barriers;
                 return true;
             },
-        .reach = [](const void* window, int) { return fake.is_reached ? const_cast<void*>(window) : nullptr; },
+        .reach = [](const void* window,
+                    int pe) { return fake.is_reached && pe != fake.unreached ? const_cast<void*>(window) : nullptr; },
+        .orders_nic_for_all = [](const void*) { return fake.orders_nic_for_all; },
         .launch_set =
             [](const SetParams* params, void*, Complaint* complaint) {
                 ++fake.num_sets;
@@ -314,6 +317,20 @@ TEST_CASE("nvshmem: chunks are as large as the transport needs") {
     CHECK_EQ(chunk(false, transport_of("ibrc", false)), size_t{512} << 10);
     CHECK_EQ(chunk(false, transport_of("libfabric", false)), size_t{1} << 20);
     CHECK_EQ(chunk(true, transport_of("libfabric", false)), size_t{128} << 10);
+}
+
+TEST_CASE("nvshmem: windows are shared where neighbours reach them, and see what arrives there in its order") {
+    // Rank 1 is in another node, rank 2 a neighbour.
+    const auto num_shared = [](int unreached, bool orders_nic_for_all) {
+        Rank rank;
+        fake.unreached = unreached;
+        fake.orders_nic_for_all = orders_nic_for_all;
+        return rank.connect(3)->share_windows({0, 2}).size();
+    };
+    CHECK_EQ(num_shared(-1, false), 2);
+    CHECK_EQ(num_shared(1, false), 0);
+    CHECK_EQ(num_shared(1, true), 2);
+    CHECK_EQ(num_shared(2, true), 0);
 }
 
 }  // namespace

@@ -59,5 +59,10 @@ inline void confirm(const Rail& rail, Flag flag) {
     rail.view.engine->network().confirm(rail.view.engine->rank(), flag.offset, flag.value);
 }
 
+inline void confirm_at(const Rail& rail, const uint64_t* word, uint64_t value) {
+    static_cast<void>(prim::load<prim::Order::kAcquire, prim::Scope::kSys>(word));
+    rail.view.engine->network().confirm_at(rail.view.engine->rank(), word, value);
+}
+
 }  // namespace EP_BACKEND
 }  // namespace deep_ep::rail

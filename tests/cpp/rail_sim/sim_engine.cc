@@ -113,6 +113,22 @@ void SimNetwork::confirm(int rank, uint64_t flag, uint64_t value) {
     open_.erase(found);
 }
 
+std::vector<const uint8_t*> SimNetwork::share_windows(const std::vector<int>& neighbours) {
+    std::vector<const uint8_t*> windows;
+    if (options_.shares_windows)
+        for (const int rank : neighbours) windows.push_back(reinterpret_cast<const uint8_t*>(place(rank, 0)));
+    return windows;
+}
+
+// In the window of whichever rank the word is.
+void SimNetwork::confirm_at(int rank, const uint64_t* word, uint64_t value) {
+    for (const auto& engine : engines_) {
+        const auto offset = static_cast<uint64_t>(reinterpret_cast<const char*>(word) - place(engine->rank(), 0));
+        if (offset < options_.window_bytes) return confirm(engine->rank(), offset, value);
+    }
+    break_rule(concat("sim: rank ", rank, " confirms a word that is in no window"));
+}
+
 bool SimNetwork::has_messages() const {
     const hb::Quiet quiet;
     return !under_way_.empty();

@@ -36,7 +36,8 @@ struct SimOptions {
     uint64_t seed = 0;
     int steps = 1;             // that the network may take in a pass of the schedule: more where many ranks are on it
     size_t max_posted = 4096;  // requests of a rank that are under way; then posters wait
-    bool is_near = false;      // stores reach the windows of peers, too
+    bool shares_windows = true;
+    bool is_near = false;  // stores reach the windows of peers, too
 };
 
 class SimNetwork {
@@ -54,6 +55,8 @@ public:
     bool has_room(int rank) const;
     void post(int rank, const Request& request);
     void confirm(int rank, uint64_t flag, uint64_t value);
+    void confirm_at(int rank, const uint64_t* word, uint64_t value);
+    std::vector<const uint8_t*> share_windows(const std::vector<int>& neighbours);
     // The window of the peer, where stores reach it.
     char* reach(int peer) const { return options_.is_near ? place(peer, 0) : nullptr; }
 
@@ -93,6 +96,9 @@ public:
     std::string name() const override { return "sim"; }
     std::string address() const override { return {}; }
     void connect(const std::vector<std::string>&, const std::vector<int>&) override {}
+    std::vector<const uint8_t*> share_windows(const std::vector<int>& neighbours) override {
+        return network_.share_windows(neighbours);
+    }
     Window window() const override { return window_; }
     Params params() const override;
     size_t chunk_bytes() const override { return 512; }

@@ -3,6 +3,7 @@
 #include <doctest/doctest.h>
 
 #include <cstring>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -20,6 +21,8 @@ class PromptEngine;
 struct Rail {
     std::map<int, PromptEngine*> engines{};  // by rank
     std::map<int, double> released_s{};      // likewise
+    bool shares_windows = false;
+    std::function<void()> on_release = [] {};
 };
 
 class PromptEngine final : public rail::Engine {
@@ -62,8 +65,14 @@ public:
     }
     std::string loss_of(int peer) const override { return peer == 2 ? loss : ""; }
     bool has_left(int peer) const override { return rail_.released_s.count(peer) > 0; }
+    std::vector<const uint8_t*> share_windows(const std::vector<int>& neighbours) override {
+        return std::vector<const uint8_t*>(rail_.shares_windows ? neighbours.size() : 0);
+    }
     rail::Traffic sent_to(int) const override { return {}; }
-    void release(double timeout_s) override { rail_.released_s[rank_] = timeout_s; }
+    void release(double timeout_s) override {
+        rail_.released_s[rank_] = timeout_s;
+        rail_.on_release();
+    }
 
     uint64_t& word(uint64_t offset) { return words_.at(offset / sizeof(uint64_t)); }
 
@@ -75,12 +84,14 @@ private:
 
 struct Nodes : Rail {
     int num_nodes, ranks_per_node;
+    int64_t num_low_latency_bytes;
     bool is_shrinkable;
     simt::Scheduler scheduler{};
     std::vector<std::unique_ptr<Connection>> connections{};
 
-    Nodes(int nodes, int of_ranks, bool shrinks = false)
-        : num_nodes(nodes), ranks_per_node(of_ranks), is_shrinkable(shrinks) {
+    Nodes(int nodes, int of_ranks, int64_t low_latency_bytes = 0, bool shrinks = false)
+        : num_nodes(nodes), ranks_per_node(of_ranks), num_low_latency_bytes(low_latency_bytes), is_shrinkable(shrinks) {
+        shares_windows = low_latency_bytes > 0;
         for (int rank = 0; rank < num_ranks(); ++rank)
             connections.push_back(
                 std::make_unique<Connection>(std::make_shared<simt::SimtDevice>(scheduler, rank), options_of(rank)));
@@ -98,7 +109,7 @@ struct Nodes : Rail {
         return {.rank = rank,
                 .num_ranks = num_ranks(),
                 .num_data_bytes = 1 << 12,
-                .num_low_latency_bytes = is_shrinkable ? 1 << 16 : 0,
+                .num_low_latency_bytes = num_low_latency_bytes,
                 .timeout_s = 1,
                 .warn_s = 1,
                 .is_shrinkable = is_shrinkable,
@@ -207,7 +218,7 @@ TEST_CASE("a broken connection is an error of the transport at once, and passed 
 }
 
 TEST_CASE("where peers may be left out a broken connection is no failure, but what befalls the engine itself is") {
-    Nodes nodes(2, 2, true);
+    Nodes nodes(2, 2, 1 << 16, true);
     nodes.engines[0]->loss = "rail: the connection to rank 2 is broken";
     CHECK_EQ(nodes[0].look(), "");
     CHECK_NOTHROW(nodes[0].check());
@@ -244,6 +255,21 @@ TEST_CASE("rail peers are those of the same index, and the engine is released wi
     CHECK_EQ(nodes.engines.count(3), 0);
     CHECK_EQ(nodes.released_s.at(3), 0.25);
     CHECK_EQ(nodes[3].look(), "");
+}
+
+TEST_CASE("an engine receives for the neighbours who read its window until they leave too") {
+    Nodes nodes(2, 2, 1 << 20);
+    CHECK(nodes[0].node_windows() != nullptr);
+    bool is_neighbour_going = false;
+    nodes.on_release = [&] { CHECK(is_neighbour_going); };
+    nodes.scheduler.run_hosts({[&] { nodes[0].destroy(100); },
+                               [&] {
+                                   CHECK_EQ(nodes.released_s.count(0), 0);
+                                   is_neighbour_going = true;
+                                   nodes[1].destroy(100);
+                               }});
+    CHECK_EQ(nodes.released_s.size(), 2);
+    nodes.on_release = [] {};
 }
 
 TEST_CASE("within a node no engine is made") {
