@@ -136,7 +136,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nic-gbps",
                         type=positive_rate,
                         help="Gb/s in one direction of a rank's NICs (default: from sysfs, of the RDMA NICs here that "
-                        "are up, a bond with all its links, shared by --ranks-per-node)")
+                        "are up, a bond with all its links, shared by the ranks of a node)")
     parser.add_argument("--nics",
                         type=lambda text: text.split(","),
                         default=[],

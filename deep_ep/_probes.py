@@ -339,9 +339,14 @@ def rdma_ports() -> list[RdmaPort]:
 def nic_gb_per_s(names: Sequence[str] = ()) -> Optional[float]:
     """What the RDMA NICs of this machine that are up carry in one direction, in sum, in GB/s; None: unknown.
 
-    names: which devices count; empty: all.
+    names: which devices count; empty: all. Raises ValueError for a name that no device has.
     """
-    ports = [port for port in rdma_ports() if port.state == "ACTIVE" and (not names or port.device in names)]
+    all_ports = rdma_ports()
+    unknown = sorted(set(names) - {port.device for port in all_ports})
+    if unknown:
+        devices = ", ".join(dict.fromkeys(port.device for port in all_ports)) or "none"
+        raise ValueError(f"no RDMA device {', '.join(map(repr, unknown))} (this machine has: {devices})")
+    ports = [port for port in all_ports if port.state == "ACTIVE" and (not names or port.device in names)]
     known = [port.gbps for port in ports if port.gbps is not None]
     return sum(known) / BITS_PER_BYTE if known else None
 

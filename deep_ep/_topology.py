@@ -90,11 +90,15 @@ class Topology:
         return next(((i, j) for i, j in pairs if self.places[i].is_cut_from(self.places[j])), None)
 
     def __str__(self) -> str:
-        lines = [f"{self.num_ranks} ranks on {self.num_nodes} node(s), {self.origin}"]
+        lines = [f"{_count(self.num_ranks, 'rank')} on {_count(self.num_nodes, 'node')}, {self.origin}"]
         for node in self.nodes:
             ranks = ", ".join(f"{rank} ({self.places[rank].device})" for rank in node)
             lines.append(f"  {_host_names(node, self.places)}: ranks {ranks}")
         return "\n".join(lines)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def this_place(device_id: str, unreachable: frozenset[str] = frozenset()) -> Place:

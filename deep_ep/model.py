@@ -177,13 +177,14 @@ class Engine:
 
     latency_us: float  # of a small message, from GPU to GPU
     chunk_bytes: int  # that it likes best on a NIC of 400 Gb/s; as csrc/rail has it
+    is_scaled: bool = True  # by the rate of the NIC; see deep_ep._rail.rate
 
 
 ENGINES = {
     "gpu": Engine(6.5, 128 << 10),  # NVSHMEM where the GPU posts (IBGDA), or reaches the memory
     "proxy": Engine(10.0, 512 << 10),  # NVSHMEM with a proxy thread
     "fencing-proxy": Engine(15.0, 1 << 20),  # and a fence before each signal
-    "host": Engine(20.0, 256 << 10),  # TCP
+    "host": Engine(20.0, 256 << 10, is_scaled=False),  # TCP
 }
 
 
@@ -197,7 +198,8 @@ class Links:
 
     @property
     def chunk_bytes(self) -> int:
-        return deep_ep_cpp.plan_chunk_bytes(ENGINES[self.engine].chunk_bytes, self.nic_gb_per_s)
+        engine = ENGINES[self.engine]
+        return deep_ep_cpp.plan_chunk_bytes(engine.chunk_bytes, self.nic_gb_per_s if engine.is_scaled else 0.0)
 
     @property
     def rail_gb_per_s(self) -> float:
@@ -435,11 +437,15 @@ def links_of(args: Namespace) -> Links:
         return Links(0.0, args.nvlink_gb_per_s, args.engine)
     if args.nic_gbps is not None:
         return Links(args.nic_gbps / _probes.BITS_PER_BYTE, args.nvlink_gb_per_s, args.engine)
-    total = _probes.nic_gb_per_s(args.nics)
+    try:
+        total = _probes.nic_gb_per_s(args.nics)
+    except ValueError as error:
+        raise InvalidArgument(f"--nics: {error}") from error
     if total is None:
         raise InvalidArgument("this machine has no RDMA NIC that is up and tells its rate: give --nic-gbps, the rate "
                               "of a rank's NICs in Gb/s (400 for one ConnectX-7 a GPU)")
-    return Links(total / args.ranks_per_node, args.nvlink_gb_per_s, args.engine)
+    num_sharing = LARGEST_NODE if args.scaling else args.ranks_per_node
+    return Links(total / num_sharing, args.nvlink_gb_per_s, args.engine)
 
 
 def lines_of(predictions: Iterable[Prediction]) -> list[str]:

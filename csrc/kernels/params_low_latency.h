@@ -32,9 +32,11 @@ struct LowLatencyRail {
     // [ranks_per_node], device-local: the windows of this node. A row of a dispatch crosses once for each node, to the rank on its
     // source's rail, and its neighbours load it from there. Null: once for each rank.
     const uint8_t* const* node_windows;
-    // [banks + 1][num_ranks], device-local: what this rank has told each far rank: the last call that it has received in
-    // each bank, then how often it has entered clean_low_latency_buffer.
+    // [kNumTold][num_ranks], device-local: what this rank has told each far rank: the last call that it has received in each
+    // bank, then how often it has entered clean_low_latency_buffer, then LowLatencyRailControl::entered.
     uint64_t* told;
+    static constexpr int kToldCleans = layout::kNumLowLatencyBanks, kToldEntered = kToldCleans + 1;
+    static constexpr int kNumTold = kToldEntered + 1;
 };
 
 struct LowLatencyPlan {

@@ -74,6 +74,7 @@ struct LowLatencyRailControl {
     Field received;    // u64[banks][R]: the last call of the bank whose receive phase this rank has finished; it adds
     Field table_full;  // u64[banks][R]: the call whose table of this rank is there
     Field cleaned;     // u64[R]: the last clean_low_latency_buffer that this rank has entered; it adds
+    Field entered;     // u64[R]: the last call that this rank has entered and had to wait for its bank; it adds
     Field token_full;  // u64[banks][R][kMaxLowLatencyTokens]: the call for which the slot of this rank is there
     Field entry_full;  // u64[banks][kMaxLowLatencyPackets / 2]: the same of a slot by entry, of whichever rank fills it
     uint64_t end = 0;
@@ -85,6 +86,7 @@ struct LowLatencyRailControl {
         control.received = cursor.take(8, kNumLowLatencyBanks * num_ranks, kHeapAlignment);
         control.table_full = cursor.take(8, kNumLowLatencyBanks * num_ranks, kHeapAlignment);
         control.cleaned = cursor.take(8, num_ranks, kHeapAlignment);
+        control.entered = cursor.take(8, num_ranks, kHeapAlignment);
         control.token_full = cursor.take(8, kNumLowLatencyBanks * num_ranks * kMaxLowLatencyTokens, kHeapAlignment);
         control.entry_full = cursor.take(8, kNumLowLatencyBanks * (kMaxLowLatencyPackets / 2), kHeapAlignment);
         control.end = cursor.total(4096);

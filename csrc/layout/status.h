@@ -119,13 +119,21 @@ constexpr int wait_cell(Operation operation, Stage stage, int num_ranks, int pee
     return (static_cast<int>(operation) * kNumStages + static_cast<int>(stage)) * num_ranks + peer;
 }
 
+// Of each sequence of numbers one warning a call is told: calls of the high-throughput mode, low-latency calls of either bank
+// (two may be open, and waited for in any order), cleans.
+constexpr int kNumWarningCells = kNumLowLatencyBanks + 2;
+constexpr int warning_cell(Operation operation, uint64_t call) {
+    if (operation == Operation::kLowLatencyClean) return kNumLowLatencyBanks + 1;
+    return is_low_latency(operation) ? 1 + static_cast<int>(call % kNumLowLatencyBanks) : 0;
+}
+
 // Device-local, private to the rank; survives between calls.
 struct LocalState {
     uint64_t num_calls;        // completed calls of the high-throughput mode; the same on all ranks
     uint32_t num_done_blocks;  // of the running kernel; see algo::arrive
     uint32_t failure_claimed;
-    uint64_t warned_call;
-    uint32_t num_weight_blocks;  // of the running combine: that have copied their part of the weights
+    uint64_t warned_calls[kNumWarningCells];  // the last call of each that a warning tells of; see warning_cell
+    uint32_t num_weight_blocks;               // of the running combine: that have copied their part of the weights
     uint32_t layout_done_blocks;
     uint32_t rail_abort_claimed;  // not zero: a kernel has told the rail peers, or does, that this rank gave up
 
@@ -162,7 +170,10 @@ constexpr int end_of_span(uint64_t span) { return static_cast<int>(span & 0xffff
 constexpr uint64_t make_abort_code(int origin, int missing) {
     return 1ull << 63 | static_cast<uint64_t>(origin) << 32 | static_cast<uint32_t>(missing);
 }
-constexpr int abort_origin(uint64_t code) { return static_cast<int>(code >> 32 & 0x7fffffffu); }
+// This rank gave up, and its peers go on without it: its kernels end, and tell nobody.
+constexpr uint64_t kLonelyAbort = 1ull << 62;
+constexpr bool is_lonely_abort(uint64_t code) { return (code & kLonelyAbort) != 0; }
+constexpr int abort_origin(uint64_t code) { return static_cast<int>(code >> 32 & 0x3fffffffu); }
 constexpr int abort_missing(uint64_t code) { return static_cast<int>(code & 0xffffffffu); }
 
 }  // namespace deep_ep::layout

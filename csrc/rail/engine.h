@@ -58,8 +58,12 @@ public:
 
     // Throws TransportError with what has gone wrong so far, if anything has.
     virtual void check() const = 0;
+    // The same where peers may be lost: a broken connection is nothing that has gone wrong.
+    virtual void check_itself() const { check(); }
     // This peer has released its engine in order. False where an engine cannot know it: what is said of a failure then lacks it.
     virtual bool has_left(int) const { return false; }
+    // Why nothing goes to this peer, or comes from it, any more; empty: the engine knows of no loss.
+    virtual std::string loss_of(int) const { return {}; }
     // What has been posted to this peer so far.
     virtual Traffic sent_to(int peer) const = 0;
 

@@ -60,7 +60,7 @@ void FailureDesk::fail(FailureClass kind, const std::string& text, Spread spread
     if (is_closed_ || has_failed()) return;
     adopt({kind, text});
     const uint64_t code = layout::make_abort_code(at_.topology.rank, at_.topology.rank);
-    if (spread == Spread::kNobody) return write_abort(at_.topology.index(), code);
+    if (spread == Spread::kNobody) return write_abort(at_.topology.index(), code | layout::kLonelyAbort);
     mailbox_->note_abort(text);
     abort_neighbours(code);
     abort_rail_peers(code);
@@ -116,9 +116,9 @@ bool FailureDesk::is_reason_due() {
 }
 
 void FailureDesk::collect_engine_failure() {
-    if (at_.engine == nullptr || at_.does_without_peers) return;
+    if (at_.engine == nullptr) return;
     try {
-        at_.engine->check();
+        at_.does_without_peers ? at_.engine->check_itself() : at_.engine->check();
         return;
     } catch (const TransportError& error) {
         adopt({FailureClass::kTransport, describe_transport(at_.topology, error.what())});
@@ -200,12 +200,12 @@ std::vector<Progress> FailureDesk::progress(layout::Operation operation) const {
     return known;
 }
 
-// By what a rank of another node has put here: its tables come first in each call.
+// By what a rank of another node has put here: its tables come first in each call, unless it waits for its bank, and says so.
 uint64_t FailureDesk::far_progress(layout::Operation operation, int peer) const {
     const layout::LowLatencyRailControl& words = at_.low_latency_rail;
     const auto idx = static_cast<uint64_t>(peer), num_ranks = static_cast<uint64_t>(at_.topology.num_ranks);
     if (operation == layout::Operation::kLowLatencyClean) return rail_word(words.cleaned.at(idx));
-    uint64_t last = 0;
+    uint64_t last = rail_word(words.entered.at(idx));
     for (uint64_t bank = 0; bank < layout::kNumLowLatencyBanks; ++bank)
         last = std::max(last, rail_word(words.table_full.at(bank * num_ranks + idx)));
     return last;
@@ -263,7 +263,7 @@ std::string FailureDesk::stall_of(int peer) const {
 // What a neighbour's mailbox says, or the engine of a rail peer.
 std::string FailureDesk::remark(int peer) const {
     constexpr auto kLeft = "it has destroyed its Buffer";
-    if (!is_here(peer)) return at_.engine->has_left(peer) ? kLeft : "";
+    if (!is_here(peer)) return at_.engine->has_left(peer) ? kLeft : at_.engine->loss_of(peer);
     const comm::Presence presence = mailbox_->presence(index_of(peer));
     if (presence == comm::Presence::kGone) return "its process has ended";
     if (presence == comm::Presence::kLeft) return kLeft;

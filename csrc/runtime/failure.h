@@ -39,7 +39,8 @@ struct Surroundings {
     rail::Engine* engine;  // null: there is one node
     layout::RailControl rail;
     layout::LowLatencyRailControl low_latency_rail;  // where there are several nodes, and the mode
-    bool does_without_peers;  // low latency leaves out ranks of other nodes that are lost: no failure by itself
+    bool
+        does_without_peers;  // low latency leaves out ranks of other nodes that are lost: a lost connection is no failure
 };
 
 // The first failure is kept. Thread-safe: the watcher looks while the Buffer's own thread is in a call.

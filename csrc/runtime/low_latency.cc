@@ -78,7 +78,7 @@ LowLatency::LowLatency(Connection& connection, const kernels::KernelTable& kerne
       masked_(connection.device(), static_cast<size_t>(num_ranks_)),
       wait_ns_(connection.device(), 2 * static_cast<size_t>(num_ranks_)) {
     if (connection.rail_region().has_low_latency())
-        told_ = {connection.device(), (layout::kNumLowLatencyBanks + 1) * static_cast<size_t>(num_ranks_)};
+        told_ = {connection.device(), kernels::LowLatencyRail::kNumTold * static_cast<size_t>(num_ranks_)};
 }
 
 void LowLatency::release() noexcept {

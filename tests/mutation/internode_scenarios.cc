@@ -117,9 +117,7 @@ std::string one_way_rail(uint64_t seed) {
 }
 
 // Nothing but counts is exchanged, every other call, with no host between the calls.
-std::string counts_on_rail(uint64_t seed) {
-    InternodeOptions options = small_options(2, 2, seed);
-    Problem problem = small_problem(options, seed);
+std::string exchange_counts(const InternodeOptions& options, Problem problem) {
     problem.num_tokens = {0, 0, 0, 0};
     problem.num_extra_rows = 1;
     InternodeWorld world(options, problem);
@@ -136,6 +134,18 @@ std::string counts_on_rail(uint64_t seed) {
     for (int rank = 0; rank < 4; ++rank)
         if (failure_of(world, rank) != layout::FailureKind::kNone) return "a call without tokens has failed";
     return check_dispatch(call.problem, call.ranks);
+}
+
+std::string counts_on_rail(uint64_t seed) {
+    const InternodeOptions options = small_options(2, 2, seed);
+    return exchange_counts(options, small_problem(options, seed));
+}
+
+// Rank 1 has passed on what its neighbour waits for, and is slow to read what the neighbour has told.
+std::string counts_of_a_slow_rank(uint64_t seed) {
+    InternodeOptions options = small_options(2, 2, seed);
+    options.scheduler = {.slow_device = 1};
+    return exchange_counts(options, small_problem(options, seed));
 }
 
 // Rank 3 does not come to the exchange. Rank 2, to which it would pass on the counts of rank 1, must not blame rank 1.
@@ -211,13 +221,21 @@ std::string refused_across(uint64_t seed) {
 }
 
 constexpr Scenario kScenarios[] = {
-    {"rail_credits", rail_credits},     {"rail_chunks", rail_chunks},
-    {"near_credits", near_credits},     {"near_chunks", near_chunks},
-    {"rail_and_slots", rail_and_slots}, {"three_nodes", three_nodes},
-    {"lent_across", lent_rows},         {"one_way_rail", one_way_rail},
-    {"counts_on_rail", counts_on_rail}, {"full_engine", full_engine},
-    {"absent_across", absent_across},   {"absent_in_exchange", absent_in_exchange},
-    {"refused_across", refused_across}, {"absent_forwarder", absent_forwarder},
+    {"rail_credits", rail_credits},
+    {"rail_chunks", rail_chunks},
+    {"near_credits", near_credits},
+    {"near_chunks", near_chunks},
+    {"rail_and_slots", rail_and_slots},
+    {"three_nodes", three_nodes},
+    {"lent_across", lent_rows},
+    {"one_way_rail", one_way_rail},
+    {"counts_on_rail", counts_on_rail},
+    {"full_engine", full_engine},
+    {"absent_across", absent_across},
+    {"absent_in_exchange", absent_in_exchange},
+    {"refused_across", refused_across},
+    {"absent_forwarder", absent_forwarder},
+    {"counts_of_a_slow_rank", counts_of_a_slow_rank},
 };
 
 }  // namespace

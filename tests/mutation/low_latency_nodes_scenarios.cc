@@ -122,6 +122,34 @@ std::string clean_call(uint64_t seed) {
     return "";
 }
 
+// Whoever has cleaned knows that all others have ended what they launched before.
+std::string clean_with_a_slow_rank(uint64_t seed) {
+    NodesOptions options = small_nodes(2, 2, seed);
+    options.scheduler = {.slow_device = static_cast<int>(seed) % 4};
+    const LowLatencyProblem problem = small_problem(options, seed);
+    LowLatencyNodes nodes(options, problem);
+    World& world = nodes.world();
+    const int slow = options.scheduler.slow_device;
+    if (std::string difference = low_latency_round_trip(world, problem, Launches::kOne); !difference.empty())
+        return difference;
+    std::string found;
+    nodes.run([&] {
+        const dev::Event launched_before = world.device(slow).create_event();
+        auto ranks = make_low_latency_inputs(problem);
+        for (int rank = 0; rank < options.num_ranks(); ++rank)
+            launch_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank, Launches::kOne);
+        world.device(slow).record_event(launched_before, world.stream(slow));
+        for (int rank = 0; rank < options.num_ranks(); ++rank)
+            world.buffer(rank).low_latency().clean(world.stream(rank));
+        for (int rank = 0; rank < options.num_ranks(); ++rank) {
+            world.device(rank).synchronize_stream(world.stream(rank));
+            if (!world.device(slow).query_event(launched_before)) found = "a clean ended before all had entered it";
+        }
+        world.device(slow).destroy_event(launched_before);
+    });
+    return found;
+}
+
 // The last rank, of another node, does not come.
 std::string absent_far_rank(uint64_t seed) {
     NodesOptions options = small_nodes(2, 2, seed);
@@ -149,6 +177,7 @@ constexpr Scenario kScenarios[] = {
     {"low_latency_nodes_dropped_entries", dropped_entries},
     {"low_latency_nodes_two_open_calls", two_open_calls},
     {"low_latency_nodes_clean", clean_call},
+    {"low_latency_nodes_clean_with_a_slow_rank", clean_with_a_slow_rank},
     {"low_latency_nodes_absent_rank", absent_far_rank},
 };
 

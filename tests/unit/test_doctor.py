@@ -276,15 +276,15 @@ def test_topology_of_islands_and_of_virtual_nodes(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("deep_ep._env.device_choice", lambda: ("cuda", ""))
     install_nvml(monkeypatch, FakeNvml(4, 4, lambda i, j: i // 2 == j // 2))
     told = text_of(doctor.check_topology(environment_of("0")))
-    assert "4 ranks on 1 node(s)" in told
+    assert "4 ranks on 1 node" in told
     assert "[note] heap: host memory, which every GPU reaches over PCIe: rank 0 (gpu-0) and rank 2 (gpu-2)" in told
     told = text_of(doctor.check_topology(environment_of("0", heap="device", rail="host")))
-    assert "4 ranks on 2 node(s)" in told
+    assert "4 ranks on 2 nodes" in told
     assert "heap: GPU memory, over NVLink where there is one, else PCIe peer access: DEEP_EP_HEAP=device" in told
     assert "multi-node NVLink: 1 IMEX channel(s), 4 GPU(s) with fabric handles; this version does not use it" in told
     assert "rail: between nodes the engine 'host' carries rows; 'host' listens on the interface that reaches" in told
     told = text_of(doctor.check_topology(environment_of("1")))
-    assert "4 ranks on 4 node(s), DEEP_EP_RANKS_PER_NODE" in told
+    assert "4 ranks on 4 nodes, DEEP_EP_RANKS_PER_NODE" in told
     assert "rail: between nodes 'nvshmem' where it is built, else 'host' carries rows" in told
     assert "heap: GPU memory, over nothing, as a node has one GPU" in told
     monkeypatch.setattr("deep_ep._topology.places_of_this_machine", lambda: places("aaab"))

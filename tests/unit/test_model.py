@@ -227,6 +227,10 @@ def test_nic_rates_come_from_sysfs_and_bonds_count_whole(tmp_path: Path, monkeyp
     assert model.links_of(parse("--ranks-per-node", "2")).nic_gb_per_s == 50.0
     assert model.links_of(parse("--ranks-per-node", "2", "--nics", "mlx5_0")).nic_gb_per_s == 25.0
     assert model.links_of(parse("--ranks-per-node", "2", "--nic-gbps", "80")).nic_gb_per_s == 10.0
+    # Whose nodes are of eight.
+    assert model.links_of(parse("--ranks-per-node", "2", "--scaling")).nic_gb_per_s == 12.5
+    assert main(["model", "--nics", "mlx5_0,mlx5_7"]) == 1
+    assert "--nics: no RDMA device 'mlx5_7' (this machine has: mlx5_0, mlx5_1, mlx5_bond_0)" in capsys.readouterr().err
 
 
 # What Buffers take from it
@@ -246,6 +250,11 @@ def test_the_rate_of_a_rank_is_that_of_the_slowest_machine() -> None:
     assert _nvshmem.rail_rate("nvshmem", [400.0, 200.0], 8) == 25.0
     assert _nvshmem.rail_rate("nvshmem", [400.0, None], 8) == 0.0
     assert _nvshmem.rail_rate("host", [400.0, 400.0], 8) == 0.0
+
+
+def test_chunks_of_the_engine_host_have_one_size() -> None:
+    assert Links(12.5, engine="host").chunk_bytes == Links(200.0, engine="host").chunk_bytes == 256 << 10
+    assert Links(12.5, engine="gpu").chunk_bytes == 64 << 10
 
 
 def test_chunks_grow_with_the_square_root_of_the_rate() -> None:

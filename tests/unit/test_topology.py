@@ -164,7 +164,7 @@ def test_equal_host_names_are_not_one_host() -> None:
 
 def test_printed_form_names_hosts_and_devices() -> None:
     text = str(find_topology(0, places(*"ab")))
-    assert "2 ranks on 2 node(s)" in text
+    assert "2 ranks on 2 nodes" in text
     assert "name-of-b: ranks 1 (gpu-1)" in text
 
 
@@ -198,11 +198,11 @@ def test_nvlink_check_knows_what_a_bridge_can_join(monkeypatch: pytest.MonkeyPat
 
 def test_containers_of_one_machine_are_all_named() -> None:
     text = str(find_topology(0, [Place("boot", "box-1", "gpu-0"), Place("boot", "box-2", "gpu-1")]))
-    assert "1 node(s)" in text
+    assert "1 node" in text
     assert "box-1, box-2: ranks 0 (gpu-0), 1 (gpu-1)" in text
 
 
 def test_nodes_that_are_a_guess_are_called_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deep_ep._topology.BOOT_ID", Path("/nowhere"))
     text = str(find_topology(0, [this_place("gpu-0"), Place("other", "box", "gpu-1")]))
-    assert "2 node(s), told apart by host name, because /nowhere cannot be read on every rank" in text
+    assert "2 nodes, told apart by host name, because /nowhere cannot be read on every rank" in text

@@ -167,8 +167,8 @@ EP_DEVICE WaitSite among_all(const Watch& watch, WaitSite site) {
     return site;
 }
 
-// The first failure of this rank is recorded and spread over its node; later ones only return. Bad input comes with ranks of
-// all nodes.
+// The first failure of this rank is recorded and spread over its node, unless it is this rank's alone; later ones only return.
+// Bad input comes with ranks of all nodes.
 EP_DEVICE void fail(const Watch& watch, layout::FailureKind kind, WaitSite site, uint64_t expected, uint64_t seen,
                     uint64_t waited_ns) {
     if (kind != layout::FailureKind::kBadInput) site = among_all(watch, site);
@@ -177,6 +177,7 @@ EP_DEVICE void fail(const Watch& watch, layout::FailureKind kind, WaitSite site,
     const uint64_t code = kind == layout::FailureKind::kAborted
                               ? seen
                               : layout::make_abort_code(self, kind == layout::FailureKind::kTimeout ? site.peer : self);
+    if (layout::is_lonely_abort(code)) return;
     for (int peer = 0; peer < watch.heap.num_ranks(); ++peer)
         prim::store<prim::Order::kRelaxed, prim::Scope::kSys>(watch.heap.abort(peer), code);
 }
@@ -223,9 +224,9 @@ EP_DEVICE_COLD bool may_still_go_on(Watch watch, WaitSite site, uint64_t waited_
         return false;
     }
     if (waited_ns >= watch.words.local->warn_ns) {
-        const uint64_t warned = prim::load<Order::kRelaxed, Scope::kGpu>(&watch.words.local->warned_call);
-        if (warned < watch.call && prim::compare_swap<Order::kRelaxed, Scope::kGpu>(&watch.words.local->warned_call,
-                                                                                    warned, watch.call) == warned)
+        uint64_t* cell = &watch.words.local->warned_calls[layout::warning_cell(watch.operation, watch.call)];
+        const uint64_t warned = prim::load<Order::kRelaxed, Scope::kGpu>(cell);
+        if (warned < watch.call && prim::compare_swap<Order::kRelaxed, Scope::kGpu>(cell, warned, watch.call) == warned)
             write_record(&watch.words.status->warning, {layout::FailureKind::kTimeout, watch.operation,
                                                         among_all(watch, site), watch.call, expected, seen, waited_ns});
     }
@@ -255,15 +256,17 @@ struct Patience {
     }
 };
 
-// The abort word, for the one warp that is to tell the rail peers of it; 0: this rank has not given up, or another warp tells.
+// The abort word, for the one warp that is to tell the rail peers of it; 0: this rank has not given up, or they are not to
+// know, or another warp tells.
 EP_DEVICE uint64_t claim_failure(Warp warp, const Watch& watch) {
     warp.expect();
     uint64_t code = 0;
     if (warp.thread_rank() == 0) {
         code = abort_code(watch);
-        if (code != 0 && prim::compare_swap<prim::Order::kRelaxed, prim::Scope::kGpu>(
-                             &watch.words.local->rail_abort_claimed, 0u, 1u) != 0u)
-            code = 0;
+        const bool is_to_tell = code != 0 && !layout::is_lonely_abort(code) &&
+                                prim::compare_swap<prim::Order::kRelaxed, prim::Scope::kGpu>(
+                                    &watch.words.local->rail_abort_claimed, 0u, 1u) == 0u;
+        if (!is_to_tell) code = 0;
     }
     return __shfl_sync(prim::kFullMask, code, 0);
 }

@@ -1,5 +1,6 @@
 #include "device/simt/block.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "device/simt/core.h"
@@ -120,7 +121,7 @@ void Block::yield(Fiber& self) {
 }
 
 void Block::run_turn(uint64_t quantum) {
-    for (Fiber* fiber : polling_) make_ready(*fiber);
+    for (Fiber* fiber : polling_) line_up(*fiber);
     polling_.clear();
     quantum_ = quantum;
     Fiber* first = pick();
@@ -134,6 +135,17 @@ void Block::run_turn(uint64_t quantum) {
     Context::switch_to(drive_.context, first->context);
     current_fiber = nullptr;
     running = Running{};
+}
+
+bool Block::can_go_on() const {
+    return std::any_of(fibers_.begin(), fibers_.end(),
+                       [](const Fiber& fiber) { return fiber.state == FiberState::kReady; });
+}
+
+bool Block::take_changes() {
+    bool has_any = false;
+    for (Fiber& fiber : fibers_) has_any |= std::exchange(fiber.poll.has_changed_memory, false);
+    return has_any;
 }
 
 uint64_t Block::state_hash() const {

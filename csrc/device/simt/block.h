@@ -113,6 +113,8 @@ public:
     // Scheduler side: runs fibers until none is ready or `quantum` resumptions have passed.
     void run_turn(uint64_t quantum);
     bool is_finished() const { return num_live_ == 0; }
+    bool can_go_on() const;       // some fiber is ready, other than to poll again
+    bool take_changes();          // whether a fiber has changed memory since it polled, or since the last call
     uint64_t state_hash() const;  // of where every fiber stands and what it saw
     void finish_copies();         // of a finished block
 
@@ -147,6 +149,7 @@ public:
 
 private:
     void make_ready(Fiber& fiber);
+    void line_up(Fiber& fiber);          // it keeps its state
     void make_ready_next(Fiber& fiber);  // before all others: lanes of one warp stay together in the cache
     Fiber* pick();
     void enter(Fiber& fiber);
@@ -202,6 +205,10 @@ std::string describe_difference(const Fiber& other, const GroupCalls& mine, cons
 
 inline void Block::make_ready(Fiber& fiber) {
     fiber.state = FiberState::kReady;
+    line_up(fiber);
+}
+
+inline void Block::line_up(Fiber& fiber) {
     ready_[(ready_head_ + num_ready_) & (ready_.size() - 1)] = &fiber;
     ++num_ready_;
 }

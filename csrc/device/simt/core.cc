@@ -29,6 +29,8 @@ SchedulerOptions completed(SchedulerOptions options) {
     if (options.stack_bytes == 0) options.stack_bytes = kDefaultStackBytes;
     EP_ENSURE(options.idle != IdlePolicy::kAdvanceClock || options.clock == ClockKind::kVirtual,
               "IdlePolicy::kAdvanceClock needs ClockKind::kVirtual");
+    EP_ENSURE(options.slow_device < 0 || options.seed == 0,
+              "a slow device needs blocks that have their turns in order");
     return options;
 }
 

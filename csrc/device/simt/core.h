@@ -150,6 +150,8 @@ private:
     void run_pass(bool is_full);
     void run_blocks(bool is_full);
     void turn(Block& block, bool is_full);
+    void slow_turn(Block& block);
+    void run_turn(Block& block, uint64_t quantum);
     void serve_streams();
     bool serve(StreamState& stream);
     void start_launch(StreamState& stream, Launch& launch);

@@ -59,7 +59,8 @@ void Core::step() {
     for (const auto& block : blocks_) state += block->state_hash();
     num_idle_passes_ = num_idle_passes_ == 0 || state == idle_state_ ? num_idle_passes_ + 1 : 1;
     idle_state_ = state;
-    if (num_idle_passes_ >= 3) on_idle();
+    // With a slow device, whose blocks have a turn from the third on: it stays where it was as well.
+    if (num_idle_passes_ >= (options_.slow_device < 0 ? 3 : 4)) on_idle();
 }
 
 // A full pass resumes everything that can run at least once; others may leave some out, when seeded.
@@ -84,7 +85,12 @@ void Core::run_blocks(bool is_full) {
     }
     for (size_t i = 0; i < blocks_.size(); ++i) {
         Block& block = *blocks_[i];
-        if (!block.launch().device->is_condemned) turn(block, is_full);
+        if (block.launch().device->is_condemned) continue;
+        if (block.launch().device->ordinal == options_.slow_device) {
+            slow_turn(block);
+        } else {
+            turn(block, is_full);
+        }
     }
 }
 
@@ -98,6 +104,22 @@ void Core::turn(Block& block, bool is_full) {
         const uint64_t longest = rng.below(2) == 0 ? temper.short_turn : 4 * static_cast<uint64_t>(block.num_threads());
         quantum = 1 + rng.below(longest);
     }
+    run_turn(block, quantum);
+}
+
+// Nobody else can go on. Step by step, until something has changed that others may see: then they go on as far as they can.
+void Core::slow_turn(Block& block) {
+    if (num_idle_passes_ < 2) return;
+    constexpr int kMostSteps = 64;  // of each thread: one that polls with a vote can always go on
+    for (int step = 0; step < kMostSteps * block.num_threads() && !block.is_finished(); ++step) {
+        if (!block.can_go_on() && step >= block.num_threads()) break;  // all have looked
+        run_turn(block, 1);
+        if (block.take_changes()) return drive_.note_progress();
+    }
+    run_turn(block, UINT64_MAX);
+}
+
+void Core::run_turn(Block& block, uint64_t quantum) {
     block.run_turn(quantum);
     if (options_.bulk == BulkMode::kRandom && !block.launch().has_failed && !block.bulk().is_empty()) {
         try {

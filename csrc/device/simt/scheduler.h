@@ -41,6 +41,9 @@ struct SchedulerOptions {
     bool background_thread = false;  // false: the thread that makes blocking calls runs the kernels
     BulkMode bulk = BulkMode::kEager;
     int max_resident_blocks = 0;  // per device; 0: no limit
+    // With seed 0: the device of this ordinal is as slow as can be. It goes on when no other can, until it has changed something
+    // that they may see. -1: none is.
+    int slow_device = -1;
     ClockKind clock = ClockKind::kVirtual;
     // What the virtual clock shows kernels at every other look is so much behind: globaltimer may step back.
     uint64_t clock_step_back_ns = 0;

@@ -9,12 +9,12 @@ inline namespace EP_BACKEND {
 
 // Makes the word of this rank at each far rank that is not masked `value`, or leaves it where that is less.
 template <class Group>
-EP_DEVICE void tell_far(const Group& group, const LowLatencyCall& call, const FarRanks& far, int bank, uint64_t word,
+EP_DEVICE void tell_far(const Group& group, const LowLatencyCall& call, const FarRanks& far, int row, uint64_t word,
                         uint64_t value) {
     algo::for_each(group, far.count(), [&](int idx) {
         const int peer = far.rank(idx);
         if (is_masked(call, peer)) return;
-        uint64_t* told = far.told(bank, peer);
+        uint64_t* told = far.told(row, peer);
         const uint64_t before = prim::load<Order::kRelaxed, Scope::kGpu>(told);
         if (value > before && far.add(peer, word, value - before))
             prim::store<Order::kRelaxed, Scope::kGpu>(told, value);
@@ -25,6 +25,11 @@ EP_DEVICE void tell_far(const Group& group, const LowLatencyCall& call, const Fa
 template <class Group>
 EP_DEVICE void tell_far_ended(const Group& group, const CallContext& c, int bank, uint64_t ended) {
     tell_far(group, c.call, c.far(), bank, c.far().received(bank, c.rank()), ended);
+}
+
+// Far ranks see that this rank has entered a call by its table; so they would not while it waits for its bank.
+EP_DEVICE void tell_far_entered(Warp warp, const CallContext& c) {
+    tell_far(warp, c.call, c.far(), LowLatencyRail::kToldEntered, c.far().entered(c.rank()), c.watch.call);
 }
 
 // Tells the peers which calls this rank has received in earlier launches, so that the banks may be written again. Never after
@@ -94,7 +99,8 @@ EP_DEVICE_COLD void refuse_open_bank(algo::Watch watch, uint64_t needed) {
     const uint64_t ended =
         prim::load<Order::kRelaxed, Scope::kGpu>(&watch.words.local->low_latency_ended[bank_of(needed)]);
     if (ended < needed)
-        algo::fail(watch, layout::FailureKind::kBadInput, {Stage::kOpen, watch.heap.rank()}, needed, ended, 0);
+        algo::fail(watch, layout::FailureKind::kBadInput, {Stage::kOpen, first_near(watch) + watch.heap.rank()}, needed,
+                   ended, 0);
 }
 
 // False: some rank has given up.

@@ -11,7 +11,7 @@ inline namespace EP_BACKEND {
 // Which comes before any wait.
 EP_DEVICE void tell_far_clean(Warp warp, const LowLatencyCall& call, const algo::Watch& watch, uint64_t number) {
     const FarRanks far(call, watch);
-    tell_far(warp, call, far, layout::kNumLowLatencyBanks, far.cleaned(first_near(watch) + watch.heap.rank()), number);
+    tell_far(warp, call, far, LowLatencyRail::kToldCleans, far.cleaned(first_near(watch) + watch.heap.rank()), number);
 }
 
 EP_DEVICE void wait_for_far(Warp warp, const LowLatencyCall& call, const algo::Watch& watch, uint64_t number) {

@@ -62,6 +62,7 @@ public:
         return plan_.control.table_full.at(of_bank(bank, source));
     }
     EP_DEVICE uint64_t cleaned(int source) const { return plan_.control.cleaned.at(static_cast<uint64_t>(source)); }
+    EP_DEVICE uint64_t entered(int source) const { return plan_.control.entered.at(static_cast<uint64_t>(source)); }
     EP_DEVICE uint64_t token_full(int bank, int source, int token) const {
         return plan_.control.token_full.at(of_bank(bank, source) * layout::kMaxLowLatencyTokens +
                                            static_cast<uint64_t>(token));
@@ -70,7 +71,8 @@ public:
         return plan_.control.entry_full.at(static_cast<uint64_t>(bank) * (layout::kMaxLowLatencyPackets / 2) +
                                            static_cast<uint64_t>(entry));
     }
-    EP_DEVICE uint64_t* told(int bank, int peer) const { return &plan_.told[of_bank(bank, peer)]; }
+    // `row`: a bank, or one of LowLatencyRail's others.
+    EP_DEVICE uint64_t* told(int row, int peer) const { return &plan_.told[of_bank(row, peer)]; }
 
     EP_DEVICE uint64_t receive(int bank) const { return plan_.region.receive(static_cast<uint64_t>(bank)); }
     EP_DEVICE uint64_t staging(int bank) const { return plan_.region.staging(static_cast<uint64_t>(bank)); }

@@ -273,7 +273,10 @@ private:
     // The bank is not free yet, or the call has failed. The peers are told what this rank has received before anybody waits.
     EP_DEVICE void wait(Block block) const {
         block.sync();  // every warp has come to know it
-        if (is_last_warp(block) && began_first(Warp{})) tell_peers(Warp{});
+        if (is_last_warp(block) && began_first(Warp{})) {
+            tell_peers(Warp{});
+            if constexpr (kAcrossNodes) tell_far_entered(Warp{}, launch_.context);
+        }
         if (prim::warp_idx() == 0) {
             const Warp warp;
             const bool is_ready = wait_for_bank(warp, launch_.context);

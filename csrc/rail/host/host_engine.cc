@@ -132,6 +132,12 @@ void HostEngine::set(int peer, uint64_t flag, uint64_t value) {
 }
 
 void HostEngine::check() const {
+    check_itself();
+    const std::lock_guard lock(mutex_);
+    if (!loss_.empty()) throw TransportError(loss_);
+}
+
+void HostEngine::check_itself() const {
     const std::lock_guard lock(mutex_);
     if (!failure_.empty()) throw TransportError(failure_);
 }
@@ -139,6 +145,16 @@ void HostEngine::check() const {
 void HostEngine::note_failure(const std::string& text) {
     const std::lock_guard lock(mutex_);
     if (failure_.empty()) failure_ = text;
+}
+
+void HostEngine::note_loss(const std::string& text) {
+    const std::lock_guard lock(mutex_);
+    if (loss_.empty()) loss_ = text;
+}
+
+std::string HostEngine::loss_of(int peer) const {
+    const auto found = connections_.find(peer);
+    return found == connections_.end() ? "" : found->second.failure();
 }
 
 bool HostEngine::has_left(int peer) const {
@@ -306,7 +322,7 @@ void HostEngine::run_receiver() {
             auto* connection = static_cast<Connection*>(events[i].data.ptr);
             if (connection == nullptr || connection->receive() != Flow::kEnded) continue;
             epoll_ctl(epoll.get(), EPOLL_CTL_DEL, connection->fd(), nullptr);
-            if (const std::string failure = connection->failure(); !failure.empty()) note_failure(failure);
+            if (const std::string failure = connection->failure(); !failure.empty()) note_loss(failure);
         }
     }
 }

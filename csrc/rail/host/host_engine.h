@@ -48,6 +48,8 @@ public:
     size_t chunk_bytes() const override { return 256 << 10; }
     void set(int peer, uint64_t flag, uint64_t value) override;
     void check() const override;
+    void check_itself() const override;
+    std::string loss_of(int peer) const override;
     bool has_left(int peer) const override;
     Traffic sent_to(int peer) const override;
     void release(double timeout_s) override;
@@ -67,6 +69,7 @@ private:
     void say_farewell();
     void run_receiver();
     void note_failure(const std::string& text);
+    void note_loss(const std::string& text);
     std::unique_ptr<std::thread> start_thread(const char* name, void (HostEngine::*body)());
 
     const std::shared_ptr<dev::Device> device_;
@@ -95,7 +98,8 @@ private:
 
     mutable std::mutex mutex_;
     std::vector<Command> host_posts_;
-    std::string failure_;
+    std::string failure_;  // of the engine itself, the first
+    std::string loss_;     // of a connection, the first
 };
 
 }  // namespace deep_ep::rail::host

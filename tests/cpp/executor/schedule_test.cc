@@ -1,6 +1,7 @@
 // Schedules: exact replay, deadlocks, residency, streams and events, several hosts, clocks.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <set>
@@ -35,6 +36,34 @@ struct LogKernel {
             params.log[place] = params.tag + blockIdx.x * blockDim.x + threadIdx.x;
         }
         __syncthreads();
+    }
+};
+
+// Says two things, one after the other.
+struct TwoWordsKernel {
+    struct Params {
+        uint32_t* words;
+    };
+    struct Shared {};
+    static EP_DEVICE void run(const Params& params, Shared&) {
+        for (int i = 0; i < 2; ++i) {
+            if (threadIdx.x == 0) prim::store<Order::kRelaxed, Scope::kSys>(&params.words[i], 1u);
+            __syncwarp();
+        }
+    }
+};
+
+// Waits for the first word, and keeps what the second one is then.
+struct FirstWordKernel {
+    struct Params {
+        uint32_t* words;
+        uint32_t* second;
+    };
+    struct Shared {};
+    static EP_DEVICE void run(const Params& params, Shared&) {
+        if (threadIdx.x != 0) return;
+        while (prim::load<Order::kRelaxed, Scope::kSys>(&params.words[0]) == 0) prim::pause();
+        *params.second = prim::load<Order::kRelaxed, Scope::kSys>(&params.words[1]);
     }
 };
 
@@ -150,6 +179,34 @@ TEST_CASE("a grid that relies on all blocks being resident deadlocks when they a
         CHECK(contains(report, "missing lanes 0x1"));
         CHECK(contains(report, "1 of 3 blocks are not resident (max_resident_blocks = 2)"));
     }
+}
+
+TEST_CASE("a slow device goes on only when no other can, and not further than to what they wait for") {
+    for (const int slow : {-1, 1}) {
+        simt::Scheduler scheduler({.slow_device = slow});
+        simt::SimtDevice quick(scheduler, 0), other(scheduler, 1);
+        auto* words = static_cast<uint32_t*>(quick.allocate(4 * 3));
+        std::fill_n(words, 3, 0u);
+        dev::launch<TwoWordsKernel>({.name = "two words"}, other.create_stream(), {words});
+        dev::launch<FirstWordKernel>({.name = "first word"}, quick.create_stream(), {words, words + 2});
+        scheduler.run_until_idle();
+        CHECK(words[1] == 1);
+        CHECK(words[2] == (slow < 0 ? 1 : 0));
+        quick.free(words);
+    }
+}
+
+TEST_CASE("a slow device that waits for ever is a deadlock, with a poll or a vote, and needs turns in order") {
+    simt::Scheduler scheduler({.slow_device = 1});
+    simt::SimtDevice device(scheduler, 1);
+    auto* flag = static_cast<uint32_t*>(device.allocate(4 * 2));
+    std::fill_n(flag, 2, 0u);
+    dev::launch<FirstWordKernel>({.name = "first word"}, device.create_stream(), {flag, flag + 1});
+    CHECK(contains(failure_of(scheduler), "kernel \"first word\" block 0 warp 0 lanes 0x1: polls"));
+    dev::launch<VotingKernel>({.num_blocks = 2, .name = "voting"}, device.create_stream(), {flag});
+    CHECK(contains(failure_of(scheduler), "block 1 warp 0 lanes 0xffffffff: polls"));
+    device.free(flag);
+    CHECK_THROWS_AS(simt::Scheduler({.seed = 1, .slow_device = 1}), Error);
 }
 
 TEST_CASE("a warp that polls with a vote is seen to wait for ever, like one that polls with loads alone") {

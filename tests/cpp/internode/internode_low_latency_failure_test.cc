@@ -102,6 +102,49 @@ TEST_CASE("low latency across nodes: a rank that is masked while others send tak
     }
 }
 
+TEST_CASE("low latency across nodes: with enable_shrink a rank that gives up aborts nobody, nor does its kernel") {
+    const LowLatencyProblem problem = small_problem();
+    LowLatencyNodes nodes(impatient_nodes(true), problem);
+    World& world = nodes.world();
+    auto ranks = make_low_latency_inputs(problem);
+    world.buffer(0).begin_call();
+    launch_dispatch(world, problem, ranks[0], 0, Launches::kOne);
+    world.buffer(0).abandon_call("low_latency_dispatch: KeyboardInterrupt");
+    world.run();
+    CHECK_THROWS_WITH_AS(world.buffer(0).check(), doctest::Contains("KeyboardInterrupt"), Error);
+    for (int rank : {1, 2, 3}) CHECK_EQ(world.buffer(rank).look(), "");
+    dispatch_on(world, problem, ranks, {1, 2, 3}, Launches::kOne);
+    for (int rank : {1, 2, 3}) CHECK_NOTHROW(world.buffer(rank).check());
+}
+
+TEST_CASE("low latency across nodes: a rank that waits for its bank has entered the call") {
+    NodesOptions options = impatient_nodes(false);
+    options.num_nodes = 3;
+    options.ranks_per_node = 1;
+    LowLatencyProblem problem = small_problem();
+    problem.num_tokens = {5, 3, 8};
+    problem.num_experts = 6;
+    LowLatencyNodes nodes(options, problem);
+    World& world = nodes.world();
+    auto first = make_low_latency_inputs(problem), second = first, third = first;
+    // Rank 0 calls no hook, so the third call of the others finds its bank in use.
+    for (int rank = 0; rank < 3; ++rank) {
+        const auto idx = static_cast<size_t>(rank);
+        send_dispatch(world, problem, first[idx], rank);
+        if (rank != 0) receive_dispatch(world, problem, first[idx], rank);
+        send_dispatch(world, problem, second[idx], rank);
+        if (rank != 0) receive_dispatch(world, problem, second[idx], rank);
+    }
+    world.run();
+    dispatch_on(world, problem, third, {1, 2});
+    for (int rank : {1, 2}) {
+        CHECK_THROWS_WITH_AS(world.buffer(rank).check(),
+                             doctest::Contains("never entered this call: rank 0 of node 0 (its last call was 2)"),
+                             TimeoutError);
+        CHECK_EQ(world.buffer(rank).failure().find(concat("rank ", 3 - rank)), std::string::npos);
+    }
+}
+
 TEST_CASE("low latency across nodes: cleaning is a barrier, and names who does not come") {
     const LowLatencyProblem problem = small_problem();
     LowLatencyNodes nodes(impatient_nodes(false), problem);

@@ -24,6 +24,7 @@ public:
     size_t chunk_bytes() const override { return engine_.chunk_bytes(); }
     void set(int peer, uint64_t flag, uint64_t value) override { engine_.set(peer, flag, value); }
     void check() const override { engine_.check(); }
+    void check_itself() const override { engine_.check_itself(); }
     rail::Traffic sent_to(int peer) const override { return engine_.sent_to(peer); }
     void release(double timeout_s) override { engine_.release(timeout_s); }
 

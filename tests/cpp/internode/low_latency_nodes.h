@@ -1,6 +1,7 @@
 // A World of several nodes for low-latency calls: Buffers of the runtime, with the engine `sim` between the nodes.
 #pragma once
 
+#include <functional>
 #include <memory>
 
 #include "rail_sim/sim_engine.h"
@@ -28,6 +29,8 @@ public:
     LowLatencyNodes(const NodesOptions& options, const LowLatencyProblem& largest);
 
     World& world() { return *world_; }
+    // Runs `body` as host code while the rail carries what is posted.
+    void run(const std::function<void()>& body) { network_->run(world_->scheduler(), body); }
     rail::Engine& engine(int rank) { return network_->engine(rank); }
 
 private:

@@ -23,6 +23,25 @@ void let_wait(World& world) {
     onlooker.host_wait([&] { return ++looks > 100; }, 1e3);
 }
 
+// The sentence that rank 0 is warned with while the late rank is waited for.
+template <class Launch> std::string warning_of(World& world, const Launch& launch) {
+    std::string warning;
+    world.buffer(0).set_warning_handler([&](const std::string& text) { warning += text; });
+    for (int rank = 0; rank < kNumRanks; ++rank)
+        if (rank != kLate) launch(rank);
+    simt::SimtDevice onlooker(world.scheduler(), kNumRanks, {});
+    int looks = 0;
+    onlooker.host_wait(
+        [&] {
+            world.buffer(0).check();
+            return !warning.empty() || ++looks > 1000;
+        },
+        1e3);
+    launch(kLate);
+    world.run();
+    return warning;
+}
+
 // All ranks launch, the late one when the others have waited.
 template <class Launch> void run_late(World& world, const Launch& launch) {
     for (int rank = 0; rank < kNumRanks; ++rank)
@@ -114,6 +133,29 @@ TEST_CASE("low latency: a late rank is named by every replay of a graph, in disp
     }
     check_named(world, Operation::kLowLatencyDispatch, Stage::kTable, 2);
     check_named(world, Operation::kLowLatencyCombine, Stage::kTable, 2);  // its weights
+}
+
+TEST_CASE("every late call is warned of, however far calls of another kind have counted") {
+    const LowLatencyProblem problem = low_latency_problem();
+    World world(kNumRanks, kRoomy, impatient(), 100, low_latency_bytes(problem));
+    CHECK_EQ(low_latency_round_trip(world, problem, Launches::kOne), "");
+    auto ranks = make_low_latency_inputs(problem);
+    const auto starts_with = [](const std::string& text, const std::string& start) {
+        CHECK_EQ(text.substr(0, start.size()), start);
+    };
+    starts_with(warning_of(world,
+                           [&](int rank) {
+                               launch_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank, Launches::kOne);
+                           }),
+                "DeepEP warning: low_latency_dispatch, call 3, ");
+    starts_with(warning_of(world, [&](int rank) { world.buffer(rank).low_latency().clean(world.stream(rank)); }),
+                "DeepEP warning: clean_low_latency_buffer, call 1, ");
+    const Problem of_three = problem_of_three();
+    auto tensors = make_inputs(of_three);
+    world.layout(of_three, tensors);
+    starts_with(
+        warning_of(world, [&](int rank) { world.launch_notify(of_three, tensors[static_cast<size_t>(rank)], rank); }),
+        "DeepEP warning: dispatch (count exchange), call 1, ");
 }
 
 TEST_CASE("nobody is late where all come at once") {

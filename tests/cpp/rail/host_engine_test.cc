@@ -197,11 +197,15 @@ TEST_CASE("host: a message for nobody and one from outside the window are failur
         CHECK(wait_until([&] { return !error_of([&] { engines[0]->check(); }).empty(); }));
         CHECK_EQ(error_of([&] { engines[0]->check(); }),
                  "rail: a kernel posts to rank 5, which is no peer of this rank");
+        CHECK_FALSE(error_of([&] { engines[0]->check_itself(); }).empty());
+        CHECK_EQ(engines[0]->loss_of(1), "");
     }
     auto engines = make_pair();
     engines[1]->set(0, 1 << 16, 1);
     CHECK(wait_until([&] { return !error_of([&] { engines[0]->check(); }).empty(); }));
     CHECK(contains(error_of([&] { engines[0]->check(); }), "rank 1 at 127.0.0.1:"));
+    CHECK_EQ(engines[0]->loss_of(1), error_of([&] { engines[0]->check(); }));
+    CHECK_EQ(error_of([&] { engines[0]->check_itself(); }), "");
     CHECK(contains(error_of([&] { engines[0]->check(); }), "breaks the protocol"));
     // The other side is told by the end of the connection.
     CHECK(contains(error_of([&] { engines[0]->check(); }), "of a window of 65536"));

@@ -33,7 +33,7 @@ public:
     }
     ~PromptEngine() override { rail_.engines.erase(rank_); }
 
-    std::string failure;
+    std::string failure, loss;  // loss: of the connection to rank 2
     std::vector<int> peers;
     bool is_cut = false;  // what it sends is lost
 
@@ -57,8 +57,13 @@ public:
         word = value;
     }
     void check() const override {
+        check_itself();
+        if (!loss.empty()) throw TransportError(loss);
+    }
+    void check_itself() const override {
         if (!failure.empty()) throw TransportError(failure);
     }
+    std::string loss_of(int peer) const override { return peer == 2 ? loss : ""; }
     bool has_left(int peer) const override { return rail_.released_s.count(peer) > 0; }
     std::vector<const uint8_t*> share_windows(const std::vector<int>& neighbours) override {
         return std::vector<const uint8_t*>(rail_.shares_windows ? neighbours.size() : 0);
@@ -80,11 +85,12 @@ private:
 struct Nodes : Rail {
     int num_nodes, ranks_per_node;
     int64_t num_low_latency_bytes;
+    bool is_shrinkable;
     simt::Scheduler scheduler{};
     std::vector<std::unique_ptr<Connection>> connections{};
 
-    Nodes(int nodes, int of_ranks, int64_t low_latency_bytes = 0)
-        : num_nodes(nodes), ranks_per_node(of_ranks), num_low_latency_bytes(low_latency_bytes) {
+    Nodes(int nodes, int of_ranks, int64_t low_latency_bytes = 0, bool shrinks = false)
+        : num_nodes(nodes), ranks_per_node(of_ranks), num_low_latency_bytes(low_latency_bytes), is_shrinkable(shrinks) {
         shares_windows = low_latency_bytes > 0;
         for (int rank = 0; rank < num_ranks(); ++rank)
             connections.push_back(
@@ -106,7 +112,7 @@ struct Nodes : Rail {
                 .num_low_latency_bytes = num_low_latency_bytes,
                 .timeout_s = 1,
                 .warn_s = 1,
-                .is_shrinkable = false,
+                .is_shrinkable = is_shrinkable,
                 .ranks_per_node = ranks_per_node,
                 .num_rail_bytes = 1 << 12,
                 .make_engine = [this](const auto&, const rail::EngineOptions& options) {
@@ -199,7 +205,7 @@ TEST_CASE("a reason of which a word is still under way is not quoted in part") {
 
 TEST_CASE("a broken connection is an error of the transport at once, and passed on") {
     Nodes nodes(2, 2);
-    nodes.engines[0]->failure = "rail: the connection to rank 2 at 10.0.0.2:4455: Connection reset by peer (errno 104)";
+    nodes.engines[0]->loss = "rail: the connection to rank 2 at 10.0.0.2:4455: Connection reset by peer (errno 104)";
     nodes[0].look();
     CHECK_THROWS_WITH_AS(nodes[0].check(),
                          "DeepEP error: rank 0 of node 0: rail: the connection to rank 2 at 10.0.0.2:4455: Connection "
@@ -209,6 +215,18 @@ TEST_CASE("a broken connection is an error of the transport at once, and passed 
     CHECK_EQ(nodes.num_failed(), 4);
     CHECK(nodes[1].failure().find("10.0.0.2:4455") != std::string::npos);
     CHECK_THROWS_AS(nodes[3].check(), TimeoutError);
+}
+
+TEST_CASE("where peers may be left out a broken connection is no failure, but what befalls the engine itself is") {
+    Nodes nodes(2, 2, 1 << 16, true);
+    nodes.engines[0]->loss = "rail: the connection to rank 2 is broken";
+    CHECK_EQ(nodes[0].look(), "");
+    CHECK_NOTHROW(nodes[0].check());
+    nodes.engines[0]->failure = "rail: its thread 'deep_ep rail in' has ended: no memory";
+    nodes[0].look();
+    CHECK_THROWS_WITH_AS(nodes[0].check(),
+                         "DeepEP error: rank 0 of node 0: rail: its thread 'deep_ep rail in' has ended: no memory",
+                         TransportError);
 }
 
 TEST_CASE("what a kernel at a rail peer gives up for is read by a host whose kernels do not run") {
