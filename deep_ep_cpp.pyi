@@ -6,7 +6,7 @@ the native code repeats the checks that guard memory only. Methods that wait for
 GPU's launch queue is full it holds the GIL until there is room. So does check(), which is in every call: it takes less
 than a microsecond, and up to 0.3 s once, where it finds a failure whose reason another rank has yet to tell.
 """
-from typing import Any, Callable, List, Optional, Tuple, TypedDict
+from typing import Any, Callable, Iterable, List, Optional, Tuple, TypedDict
 
 from typing_extensions import Unpack
 
@@ -37,9 +37,18 @@ topk_idx_t: Any  # torch.int64 or torch.int32, lazily resolved
 
 def get_low_latency_rdma_size_hint(num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int,
                                    num_experts: int) -> int: ...
-def make_tensor(address: int, shape: List[int], dtype: Tuple[int, int], cuda_index: int, owner: object) -> Any:
-    """A DLPack capsule over row-major memory (cuda_index < 0: of the host), for torch.from_dlpack. `dtype`: DLPack's
-    code, and bits. `owner` lives as long as any tensor made of it."""
+def shape_in_memory(tensor: Any, device: Any, dtypes: Tuple[Any, ...], is_contiguous: bool) -> Any:
+    """The shape of a tensor of torch that is on `device`, of one of `dtypes` (empty: any), contiguous if that is asked
+    for, and whose values are in the memory that data_ptr() names; else None."""
+
+def matrix_shape(tensor: Any, device: Any, dtypes: Tuple[Any, ...], num_rows: Optional[int]) -> Any:
+    """The same of a contiguous matrix of `num_rows` (None: any number)."""
+
+def use_tensor_class(tensor_class: type, is_plain: Callable[[Any], bool]) -> None:
+    """torch.Tensor, and which of its subclasses name the memory that holds their values."""
+
+def make_tensor(address: int, num_bytes: int, cuda_index: int) -> Any:
+    """A DLPack capsule over bytes (cuda_index < 0: of the host), for torch.from_dlpack; their owner outlives it."""
 
 def wire_sizes(*, row_bytes: int, num_topk: int, num_scales: int, ranks_per_node: int, num_local_experts: int,
                is_combine: bool) -> Tuple[int, int, int]:
@@ -56,8 +65,8 @@ def get_build() -> dict[str, Any]:
     """What the build variables have set: {'cuda': bool, 'architectures': '90-real 100', 'sm90_features': bool,
     'cache_hints': bool, 'topk_idx_bits': 32 or 64}. Features are of the CUDA half: False where there is none."""
 
-def set_current_stream_function(function: Callable[[int], int]) -> None:
-    """The handle of the stream that is current in the calling thread, on the GPU of that number."""
+def use_torch(current_stream: Callable[[int], int], from_capsule: Callable[[Any], Any]) -> None:
+    """The handle of the stream that is current in the calling thread, on the GPU of that number; and torch.from_dlpack."""
 
 def is_cuda_built() -> bool: ...
 def is_sm90_compiled() -> bool: ...
@@ -104,32 +113,44 @@ class Device:
     def synchronize_event(self, event: int) -> None: ...
     def query_event(self, event: int) -> bool: ...
 
-class LentPieces:
-    """Pieces of a heap, in use; they keep the heap allocated beyond `destroy`. Dropping this gives them back."""
+class RowForm:
+    """What a row is in each of several tensors."""
 
-    def addresses(self) -> List[int]: ...
-    def tensors(self, specs: List[Tuple[Tuple[int, ...], int, int]], cuda_index: int) -> List[object]:
-        """As make_tensor, one over the start of each piece, of that (shape, dtype code, dtype bits); once. What a
-        tensor leaves of its piece, and nobody has used, is free at once; the rest when the last tensor over it goes."""
+    def __init__(self, parts: Iterable[Optional[Tuple[Tuple[int, ...], int, int, object]]]) -> None:
+        """Of each its shape, DLPack's code and bits of its type, and torch's dtype where DLPack has no name for it, so
+        that it is made as bytes and viewed, or None. None in the place of all that: there is no such tensor."""
+
+class LentRows:
+    """Rows in memory of a heap, in use; they keep the heap allocated beyond `destroy`. Dropping this gives them back."""
+
+    @property
+    def num_rows(self) -> int: ...
+    def addresses(self) -> Tuple[int, ...]:
+        """Of the tensors; 0: there is none."""
+    def tensors(self, num_rows: int, cuda_index: int) -> Tuple[Any, ...]:
+        """Over the first rows (cuda_index < 0: in memory of the host); once. The memory of the other rows, which nobody
+        has used, is free at once; that of a tensor when the last one over it goes."""
 
 
 # A record of arguments is made of keywords, and never changed: `replace` makes another. What has no value is 0, and an
 # operation takes a record only when every field has been given. Addresses are of row-major memory on the device. Fields
 # may be read as attributes.
 #
+Address = Any  # a number, the tensor that is there, or None: 0
+
 # -- Records of arguments: written by tools/render_stub.py from csrc/kernels/params.h
 
 class _LayoutArgs(TypedDict, total=False):
-    topk_idx: int  # address; [num_tokens, num_topk], -1: none
+    topk_idx: Address  # address; [num_tokens, num_topk], -1: none
     idx_bytes: int  # int32; 4 or 8
     num_tokens: int  # int32
     num_topk: int  # int32
     num_experts: int  # int32; of all ranks
     num_nodes: int  # int32; that the ranks are divided into, evenly
-    num_tokens_per_rank: int  # address; output, [num_ranks]
-    num_tokens_per_node: int  # address; output, [num_nodes]; or none
-    num_tokens_per_expert: int  # address; output, [num_experts]
-    is_token_in_rank: int  # address; output, bool [num_tokens, num_ranks]
+    num_tokens_per_rank: Address  # address; output, [num_ranks]
+    num_tokens_per_node: Address  # address; output, [num_nodes]; or none
+    num_tokens_per_expert: Address  # address; output, [num_experts]
+    is_token_in_rank: Address  # address; output, bool [num_tokens, num_ranks]
 
 class LayoutArgs:
     FIELDS: Tuple[Tuple[str, str, str], ...]
@@ -137,11 +158,11 @@ class LayoutArgs:
     def replace(self, **fields: Unpack[_LayoutArgs]) -> LayoutArgs: ...
 
 class _NotifyArgs(TypedDict, total=False):
-    num_tokens_per_rank: int  # address; [num_ranks]
-    num_tokens_per_expert: int  # address; [num_experts]
+    num_tokens_per_rank: Address  # address; [num_ranks]
+    num_tokens_per_expert: Address  # address; [num_experts]
     num_experts: int  # int32; of all ranks
     expert_alignment: int  # int32; of the counts that the host learns; 0 (across nodes only): it waits for none
-    rank_prefix_matrix: int  # address; output, [num_ranks, num_ranks], [src][dst], inclusive over src
+    rank_prefix_matrix: Address  # address; output, [num_ranks, num_ranks], [src][dst], inclusive over src
     num_tokens: int  # int32; of the dispatch that follows, which must not be refused once its counts are out
     row_bytes: int  # uint32; likewise
     num_topk: int  # int32; likewise
@@ -153,29 +174,29 @@ class NotifyArgs:
     def replace(self, **fields: Unpack[_NotifyArgs]) -> NotifyArgs: ...
 
 class _DispatchArgs(TypedDict, total=False):
-    x: int  # address; [num_tokens, row_bytes]
+    x: Address  # address; [num_tokens, row_bytes]
     num_tokens: int  # int32
     row_bytes: int  # uint32; a multiple of 16, below 2 GiB
-    scales: int  # address; any 4-byte type
+    scales: Address  # address; any 4-byte type
     num_scales: int  # int32; of a token; 0: none
     scale_stride_token: int  # int64; in elements
     scale_stride_scale: int  # int64; in elements
-    topk_idx: int  # address; [num_tokens, num_topk]
-    topk_weights: int  # address; [num_tokens, num_topk]
+    topk_idx: Address  # address; [num_tokens, num_topk]
+    topk_weights: Address  # address; [num_tokens, num_topk]
     num_topk: int  # int32; 0: none
     idx_bytes: int  # int32; 4 or 8
     num_experts: int  # int32; of all ranks
     is_cached: bool  # bool; the routing is that of an earlier call: the next three are none
-    num_tokens_per_rank: int  # address; none: notify_dispatch has exchanged the counts; else this call does
-    num_tokens_per_expert: int  # address; likewise
-    is_token_in_rank: int  # address; bool [num_tokens, num_ranks]
-    rank_prefix_matrix: int  # address; [num_ranks, num_ranks]; output where this call exchanges the counts
-    send_head: int  # address; [num_tokens, num_ranks]: place among those sent there, -1: not sent; output unless cached
-    recv_x: int  # address; output, [num_recv_rows, row_bytes]
-    recv_scales: int  # address; output, [num_recv_rows, num_scales]
-    recv_topk_idx: int  # address; output, [num_recv_rows, num_topk]
-    recv_topk_weights: int  # address; output, [num_recv_rows, num_topk]
-    recv_src_idx: int  # address; output, [num_recv_rows]; none: the caller has it already
+    num_tokens_per_rank: Address  # address; none: notify_dispatch has exchanged the counts; else this call does
+    num_tokens_per_expert: Address  # address; likewise
+    is_token_in_rank: Address  # address; bool [num_tokens, num_ranks]
+    rank_prefix_matrix: Address  # address; [num_ranks, num_ranks]; output where this call exchanges the counts
+    send_head: Address  # address; [num_tokens, num_ranks]: place among those sent there, -1: not sent; output unless cached
+    recv_x: Address  # address; output, [num_recv_rows, row_bytes]
+    recv_scales: Address  # address; output, [num_recv_rows, num_scales]
+    recv_topk_idx: Address  # address; output, [num_recv_rows, num_topk]
+    recv_topk_weights: Address  # address; output, [num_recv_rows, num_topk]
+    recv_src_idx: Address  # address; output, [num_recv_rows]; none: the caller has it already
     num_recv_rows: int  # int32; that the outputs hold
     is_worst_case: bool  # bool; fewer rows may arrive: the rest of recv_topk_idx is -1, of recv_topk_weights 0
     expert_alignment: int  # int32; > 0: this call exchanges counts, num_recv_rows is a guess, wait_counts follows
@@ -186,17 +207,17 @@ class DispatchArgs:
     def replace(self, **fields: Unpack[_DispatchArgs]) -> DispatchArgs: ...
 
 class _CombineArgs(TypedDict, total=False):
-    x: int  # address; bfloat16 [num_rows, hidden]
+    x: Address  # address; bfloat16 [num_rows, hidden]
     num_rows: int  # int32
     hidden: int  # int32
-    topk_weights: int  # address; [num_rows, num_topk]
+    topk_weights: Address  # address; [num_rows, num_topk]
     num_topk: int  # int32; 0: no weights
-    bias: tuple[int, int]  # two addresses; bfloat16 [num_tokens, hidden] each, or none
-    rank_prefix_matrix: int  # address; of the dispatch
-    send_head: int  # address; of the dispatch
+    bias: tuple[Address, Address]  # two addresses; bfloat16 [num_tokens, hidden] each, or none
+    rank_prefix_matrix: Address  # address; of the dispatch
+    send_head: Address  # address; of the dispatch
     num_tokens: int  # int32
-    combined_x: int  # address; output, bfloat16 [num_tokens, hidden]
-    combined_topk_weights: int  # address; output, [num_tokens, num_topk]
+    combined_x: Address  # address; output, bfloat16 [num_tokens, hidden]
+    combined_topk_weights: Address  # address; output, [num_tokens, num_topk]
 
 class CombineArgs:
     FIELDS: Tuple[Tuple[str, str, str], ...]
@@ -204,9 +225,9 @@ class CombineArgs:
     def replace(self, **fields: Unpack[_CombineArgs]) -> CombineArgs: ...
 
 class _InternodeNotifyArgs(_NotifyArgs, total=False):
-    num_tokens_per_node: int  # address; [N], the own node's is not used
-    recv_rank_prefix: int  # address; output, [R]: rows that come here, inclusive over the sources
-    rail_prefix: int  # address; output, [N]: tokens to forward for the rail peers, inclusive; the own node adds 0
+    num_tokens_per_node: Address  # address; [N], the own node's is not used
+    recv_rank_prefix: Address  # address; output, [R]: rows that come here, inclusive over the sources
+    rail_prefix: Address  # address; output, [N]: tokens to forward for the rail peers, inclusive; the own node adds 0
 
 class InternodeNotifyArgs:
     FIELDS: Tuple[Tuple[str, str, str], ...]
@@ -214,9 +235,9 @@ class InternodeNotifyArgs:
     def replace(self, **fields: Unpack[_InternodeNotifyArgs]) -> InternodeNotifyArgs: ...
 
 class _InternodeDispatchArgs(_DispatchArgs, total=False):
-    rail_prefix: int  # address; [N], of the count exchange
-    send_rail_head: int  # address; [num_tokens, N]: place in that stream, -1: none or own node; output unless cached
-    rail_head: int  # address; [num_rail_rows, L]: place of a forwarded token at each rank, or -1; output unless cached
+    rail_prefix: Address  # address; [N], of the count exchange
+    send_rail_head: Address  # address; [num_tokens, N]: place in that stream, -1: none or own node; output unless cached
+    rail_head: Address  # address; [num_rail_rows, L]: place of a forwarded token at each rank, or -1; output unless cached
     num_rail_rows: int  # int32; that rail_head holds
 
 class InternodeDispatchArgs:
@@ -225,9 +246,9 @@ class InternodeDispatchArgs:
     def replace(self, **fields: Unpack[_InternodeDispatchArgs]) -> InternodeDispatchArgs: ...
 
 class _InternodeCombineArgs(_CombineArgs, total=False):
-    rail_prefix: int  # address; [N], of the count exchange
-    send_rail_head: int  # address; [num_tokens, N], of the dispatch
-    rail_head: int  # address; [num_rail_tokens, L], of the dispatch
+    rail_prefix: Address  # address; [N], of the count exchange
+    send_rail_head: Address  # address; [num_tokens, N], of the dispatch
+    rail_head: Address  # address; [num_rail_tokens, L], of the dispatch
     num_rail_tokens: int  # int32; that rail_head holds
 
 class InternodeCombineArgs:
@@ -240,22 +261,22 @@ class _LowLatencyDispatchArgs(TypedDict, total=False):
     num_topk: int  # int32; K
     num_experts: int  # int32; of all ranks
     hidden: int  # int32
-    wait_stats: int  # address; [R], the longest wait for each source is added, in ns; or none
-    number: int  # address; on the device: what a send phase of its own leaves for the receive phase
+    wait_stats: Address  # address; [R], the longest wait for each source is added, in ns; or none
+    number: Address  # address; on the device: what a send phase of its own leaves for the receive phase
     is_fp8: bool  # bool; rows travel as FP8
     rounds_scales: bool  # bool; to powers of two
     packs_scales: bool  # bool; four exponents (UE8M0) in a word
-    x: int  # address; bfloat16 [num_tokens, hidden]
-    topk_idx: int  # address; [num_tokens, K]
+    x: Address  # address; bfloat16 [num_tokens, hidden]
+    topk_idx: Address  # address; [num_tokens, K]
     idx_bytes: int  # int32; 4 or 8
     num_tokens: int  # int32
-    recv_x: int  # address; output, [El, R * T, hidden] bfloat16 or FP8
-    recv_scales: int  # address; output, memory order [El, hidden/128 (/512 packed), R * T]
-    recv_count: int  # address; output, [El]
-    src_info: int  # address; output, [El, R * T]: index of the token at its source
-    layout_range: int  # address; output, [El, R]: first row << 32 | number of rows, of local expert e from source s
-    row_of_entry: int  # address; output, [R, T, K]: row of (source, token, k), -1: not here; for combine
-    cumulative_stats: int  # address; [El], counts are added; or none
+    recv_x: Address  # address; output, [El, R * T, hidden] bfloat16 or FP8
+    recv_scales: Address  # address; output, memory order [El, hidden/128 (/512 packed), R * T]
+    recv_count: Address  # address; output, [El]
+    src_info: Address  # address; output, [El, R * T]: index of the token at its source
+    layout_range: Address  # address; output, [El, R]: first row << 32 | number of rows, of local expert e from source s
+    row_of_entry: Address  # address; output, [R, T, K]: row of (source, token, k), -1: not here; for combine
+    cumulative_stats: Address  # address; [El], counts are added; or none
 
 class LowLatencyDispatchArgs:
     FIELDS: Tuple[Tuple[str, str, str], ...]
@@ -267,16 +288,16 @@ class _LowLatencyCombineArgs(TypedDict, total=False):
     num_topk: int  # int32; K
     num_experts: int  # int32; of all ranks
     hidden: int  # int32
-    wait_stats: int  # address; [R], the longest wait for each source is added, in ns; or none
-    number: int  # address; on the device: what a send phase of its own leaves for the receive phase
+    wait_stats: Address  # address; [R], the longest wait for each source is added, in ns; or none
+    number: Address  # address; on the device: what a send phase of its own leaves for the receive phase
     uses_logfmt: bool  # bool; on the wire; see device/algo/formats.h
-    x: int  # address; bfloat16 [El, R * T, hidden]
-    topk_idx: int  # address; [num_tokens, K]
+    x: Address  # address; bfloat16 [El, R * T, hidden]
+    topk_idx: Address  # address; [num_tokens, K]
     idx_bytes: int  # int32; 4 or 8
-    topk_weights: int  # address; [num_tokens, K]
+    topk_weights: Address  # address; [num_tokens, K]
     num_tokens: int  # int32
-    row_of_entry: int  # address; of the dispatch
-    combined_x: int  # address; output, bfloat16 [num_tokens, hidden]
+    row_of_entry: Address  # address; of the dispatch
+    combined_x: Address  # address; output, bfloat16 [num_tokens, hidden]
 
 class LowLatencyCombineArgs:
     FIELDS: Tuple[Tuple[str, str, str], ...]
@@ -371,11 +392,11 @@ class Buffer:
     def internode_notify(self, args: InternodeNotifyArgs, stream: int) -> None: ...
     def internode_dispatch(self, args: InternodeDispatchArgs, num_sms: int, stream: int) -> None: ...
     def internode_combine(self, args: InternodeCombineArgs, num_sms: int, stream: int) -> None: ...
-    def lend(self, sizes: List[int], stream: int, is_captured: bool) -> Optional[LentPieces]:
+    def lend(self, form: RowForm, num_rows: int, stream: int, is_captured: bool) -> Optional[LentRows]:
         """Memory for outputs of dispatch or inputs of combine that peers write or read in place, for later work on that
-        stream: a piece of each size; None: there is no room for all. The address tells the operations; all
+        stream; None: there is no room for all. The address tells the operations; all
         outputs of a dispatch are lent, or none. Work of one taker must come after that of the one before it.
-        `is_captured`: the pieces belong to the graph."""
+        `is_captured`: the rows belong to the graph."""
     def note_stream(self, stream: int, is_ours: bool) -> None:
         """What is lent may be in use on that stream when it comes back. `is_ours`: by kernels of this Buffer alone."""
 

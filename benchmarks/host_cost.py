@@ -1,35 +1,46 @@
 #!/usr/bin/env python3
 """What a call costs the thread that makes it, in microseconds.
 
-    python benchmarks/host_cost.py                on a GPU: one rank, 64 tokens, everything real
-    python benchmarks/host_cost.py --python-only  anywhere: streams, events and the native Buffer do nothing
+    python benchmarks/host_cost.py                    on a GPU: one rank, 64 tokens, everything real
+    python benchmarks/host_cost.py --num-ranks 2      a process and a GPU each; the figures are rank 0's
+    python benchmarks/host_cost.py --python-only      anywhere: streams, events and the native Buffer do nothing
+    python benchmarks/host_cost.py --compare old=../old new=.    built trees in turn on the same cores
 
-Figures are of the calling thread: its CPU time, least and median, and the wall time. Compare the least between trees: a
-host's cores go through slow spells of seconds, in which all takes up to twice as long. The time in which a fresh
-dispatch waits for the counts is left out; freeing the results is not. `--python-only` is for work on the Python part
-where there is no GPU; it also counts what a call asks of the device. LL is the low-latency mode.
+Figures are of the calling thread: its CPU time, least and median, and the wall time. Cores of a host differ by half,
+and go through slow spells of seconds, so trees are compared on one core, in turn: --compare keeps a process for each
+tree (and rank), of which one measures while the others sleep. The time in which a fresh dispatch waits for the counts
+is left out; freeing the results is not. `--python-only` is for work on the Python part where there is no GPU; it also
+counts what a call asks of the device. LL is the low-latency mode.
 """
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 import deep_ep_cpp
-from deep_ep import Buffer, _checks, _streams, utils
-from deep_ep._memory import Lender
+from deep_ep import Buffer
 from deep_ep.bench.host import Clock, timed_waits, waits
-from deep_ep.utils import EventPool
-from deep_ep_cpp import CombineArgs, LayoutArgs
+
+# What else is imported, where it is needed, are internals of this tree; --compare takes older ones too.
 
 HIDDEN, NUM_EXPERTS, NUM_TOPK, NUM_TOKENS = 7168, 64, 8, 64
+NUM_NVL_BYTES = 64 << 20
 NUM_LL_EXPERTS = 16  # outputs grow with them, and large ones cost the CPU's allocator a system call
 CALLS_IN_A_ROW = 20  # then the device is let catch up, so that no queue fills
 CURRENT_STREAM = 1000
@@ -120,7 +131,7 @@ def high_throughput_calls(buffer: Buffer, inputs: Inputs) -> dict[str, Callable[
     return {
         "layout": lambda: buffer.get_dispatch_layout(topk_idx, NUM_EXPERTS),
         "dispatch": lambda: buffer.dispatch(x, **fresh),
-        "dispatch, worst case": lambda: buffer.dispatch(x, num_worst_tokens=NUM_TOKENS, **fresh),
+        "dispatch, worst case": lambda: buffer.dispatch(x, num_worst_tokens=NUM_TOKENS * buffer.group_size, **fresh),
         "dispatch, cached": lambda: buffer.dispatch(x, handle),
         "combine": lambda: buffer.combine(recv_x, handle),
         "combine with weights": lambda: buffer.combine(recv_x, handle, recv_weights),
@@ -133,10 +144,11 @@ def high_throughput_calls(buffer: Buffer, inputs: Inputs) -> dict[str, Callable[
 
 def lent_calls(buffer: Buffer, inputs: Inputs) -> dict[str, Callable[[], Any]]:
     """Those whose outputs are lent, as where there are several ranks. (One rank has nobody to lend to.)"""
+    from deep_ep._memory import Lender
     session = buffer._session
     assert session is not None
     lender = Lender(LendingRuntime(deep_ep_cpp.Device(-1)), session.streams)  # type: ignore[arg-type]
-    lender._index = -1  # memory of the CPU
+    lender.index = -1  # memory of the CPU
     lender.noted[CURRENT_STREAM] = True
 
     def lending(call: Callable[[], Any]) -> None:
@@ -204,6 +216,7 @@ def low_latency_calls(buffer: Buffer, inputs: Inputs) -> dict[str, Callable[[], 
 
 def time_primitives(buffer: Buffer, device: torch.device) -> None:
     """What a call is made of, one by one: what remains when the Python part is nothing."""
+    from deep_ep_cpp import CombineArgs, LayoutArgs
     session = buffer._session
     assert session is not None
     native, runtime = session.streams.native, session.runtime
@@ -286,6 +299,7 @@ def time_primitives(buffer: Buffer, device: torch.device) -> None:
 
 def time_low_latency_parts(buffer: Buffer, device: torch.device) -> None:
     """The same for a combine: its launches, its outputs and its record, and what asks the streams."""
+    from deep_ep import _checks
     session, inputs = buffer._session, Inputs.make(device, NUM_LL_EXPERTS)
     assert session is not None
     rows, _, handle, _, _ = buffer.low_latency_dispatch(inputs.x,
@@ -328,11 +342,12 @@ def time_low_latency_parts(buffer: Buffer, device: torch.device) -> None:
 
 def pretend_cuda(buffer: Buffer, counts: Counter[str]) -> None:
     """Gives a Buffer of the CPU the stream side of a GPU's, over a device that does nothing."""
+    from deep_ep import _streams, utils
     native: Any = Nothing(counts, {"stream_kind": "plain"}, 1)
     comm_stream: Any = SimpleNamespace(cuda_stream=CURRENT_STREAM + 1, stream_id=1, device_index=0, device_type=1)
     session = buffer._session
     assert session is not None
-    pool = EventPool(native)
+    pool = utils.EventPool(native)
     session.streams = _streams.CudaStreams(0, native, pool, comm_stream)
     session.streams.device = torch.device("cpu")
     session.runtime = Nothing(counts, {"wait_counts": (NUM_TOKENS, [0] * NUM_EXPERTS, 0)},
@@ -346,41 +361,167 @@ def pretend_cuda(buffer: Buffer, counts: Counter[str]) -> None:
     utils.wait_on_current_stream = wait
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python-only", action="store_true")
-    parser.add_argument("--rounds", type=int, default=50)
-    options = parser.parse_args()
-    is_real = not options.python_only
+# -- Trees in turn -----------------------------------------------------------------------------------------------------
+
+Figures = dict[str, tuple[float, float, float]]  # of each call what `measure` returns
+
+
+class Tree:
+    """A built tree, in a process for each rank, which sleeps until it is told to measure."""
+
+    def __init__(self, path: Path, cores: list[int], num_rounds: int) -> None:
+        meeting = Path(tempfile.mkdtemp()) / "ranks"
+        command = [sys.executable, "-P", __file__, "--meeting", str(meeting), "--rounds", str(num_rounds)]
+        environment = os.environ | {"PYTHONPATH": str(path.resolve())}
+        self._ranks = [
+            subprocess.Popen([*command, f"--num-ranks={len(cores)}", f"--serve={rank}", f"--core={core}"],
+                             env=environment,
+                             text=True,
+                             stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE) for rank, core in enumerate(cores)
+        ]
+
+    def take_turn(self) -> Figures:
+        """Of rank 0."""
+        for rank in self._ranks:
+            assert rank.stdin is not None
+            rank.stdin.write("measure\n")
+            rank.stdin.flush()
+        answers = [rank.stdout.readline() for rank in self._ranks if rank.stdout is not None]
+        if not all(answers):
+            raise SystemExit("a rank has ended: see above")
+        figures: Figures = json.loads(answers[0])
+        return figures
+
+    def close(self) -> None:
+        for rank in self._ranks:
+            rank.communicate()
+
+
+def compare(trees: dict[str, Path], cores: list[int], num_turns: int, num_rounds: int, save: str) -> None:
+    """Each tree's least over all turns, and the median of its turns' least; of the first tree, the share that both are.
+
+    Slow spells outlast a turn, so that a tree's turns differ; the least of many is what the code costs at best.
+    """
+    running = {name: Tree(path, cores, num_rounds) for name, path in trees.items()}
+    found: dict[str, list[Figures]] = {name: [] for name in trees}
+    for _ in range(num_turns):
+        for name, tree in running.items():
+            found[name].append(tree.take_turn())
+    for tree in running.values():
+        tree.close()
+    if save:
+        facts = {"command": sys.argv, "cores": cores, "trees": {name: str(path) for name, path in trees.items()}}
+        columns = ["least us", "cpu us", "wall us"]
+        Path(save).write_text(json.dumps({**facts, "columns": columns, "turns": found}), encoding="utf-8")
+    first = next(iter(trees))
+    print(f"{'call':24}" + "".join(f"{name[-14:]:>15}{'median':>8}" + ("" if name == first else f"{'of ' + first:>16}")
+                                   for name in trees))
+    for call in found[first][0]:
+        text, base = f"{call:24}", (0.0, 0.0)
+        for name, turns in found.items():
+            leasts = [figures[call][0] for figures in turns if call in figures]
+            if not leasts:
+                continue
+            both = min(leasts), statistics.median(leasts)
+            base = both if name == first else base
+            text += f"{both[0]:15.1f}{both[1]:8.1f}"
+            text += "" if name == first else f"{both[0] / base[0]:8.0%}{both[1] / base[1]:8.0%}"
+        print(text)
+
+
+@contextlib.contextmanager
+def open_buffer(rank: int, num_ranks: int, meeting: str) -> Iterator[Buffer]:
+    num_bytes = Buffer.get_low_latency_rdma_size_hint(NUM_TOKENS, HIDDEN, num_ranks, NUM_LL_EXPERTS)
+    group: dict[str, Any] = {"group": None, "comm": SingleRankComm()}
+    if num_ranks > 1:
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=num_ranks)
+        group = {"group": dist.group.WORLD}
+    with Buffer(num_nvl_bytes=NUM_NVL_BYTES, num_rdma_bytes=num_bytes, low_latency_mode=True,
+                **group) as buffer, timed_waits():
+        yield buffer
+    if num_ranks > 1:
+        dist.destroy_process_group()
+
+
+def all_calls(buffer: Buffer, device: torch.device) -> dict[str, Callable[[], Any]]:
+    return {
+        **high_throughput_calls(buffer, Inputs.make(device, NUM_EXPERTS)),
+        **low_latency_calls(buffer, Inputs.make(device, NUM_LL_EXPERTS))
+    }
+
+
+def settle() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def serve(rank: int, num_ranks: int, meeting: str, core: int, num_rounds: int) -> None:
+    """Measures whenever a line comes, in the tree that Python finds."""
+    os.sched_setaffinity(0, {core})
+    answer, device = os.dup(1), torch.device("cpu")
+    os.dup2(2, 1)  # whatever else is printed
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+        device = torch.device("cuda", torch.cuda.current_device())
+    with open_buffer(rank, num_ranks, meeting) as buffer:
+        calls = all_calls(buffer, device)
+        for call in calls.values():
+            measure(call, settle, 1)
+        for _ in sys.stdin:
+            figures = {name: [round(us, 2) for us in measure(call, settle, num_rounds)] for name, call in calls.items()}
+            os.write(answer, (json.dumps(figures) + "\n").encode())
+
+
+def measure_here(is_real: bool, num_rounds: int) -> None:
     device = torch.device("cuda", torch.cuda.current_device()) if is_real else torch.device("cpu")
-    num_bytes = Buffer.get_low_latency_rdma_size_hint(NUM_TOKENS, HIDDEN, 1, NUM_LL_EXPERTS)
-    with Buffer(None, 64 << 20, num_bytes, low_latency_mode=True, comm=SingleRankComm()) as buffer, timed_waits():
+    with open_buffer(0, 1, "") as buffer:
         session = buffer._session
         assert session is not None
         real = session.streams, session.runtime
         counts: Counter[str] = Counter()
         if not is_real:
             pretend_cuda(buffer, counts)
-        calls = {
-            **high_throughput_calls(buffer, Inputs.make(device, NUM_EXPERTS)),
-            **low_latency_calls(buffer, Inputs.make(device, NUM_LL_EXPERTS))
-        }
+        calls = all_calls(buffer, device)
         if not is_real:  # nothing to record on in torch
             calls.update(lent_calls(buffer, Inputs.make(device, NUM_EXPERTS)))
             calls = {name: call for name, call in calls.items() if name[-5:] not in ("async", "apped")}
-        settle = torch.cuda.synchronize if is_real else lambda: None
         print(f"{'call':24} {'least us':>8} {'cpu us':>8} {'wall us':>8}")
         for name, call in calls.items():
             measure(call, settle, 5)
             counts.clear()
             call()
             asked = ", ".join(f"{what} {count}" for what, count in sorted(counts.items()))
-            least, cpu, wall = measure(call, settle, options.rounds)
+            least, cpu, wall = measure(call, settle, num_rounds)
             print(f"{name:24} {least:8.2f} {cpu:8.2f} {wall:8.2f}  {asked}")
         session.streams, session.runtime = real
         if is_real:
             time_primitives(buffer, device)
             time_low_latency_parts(buffer, device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python-only", action="store_true")
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--num-ranks", type=int, default=1)
+    parser.add_argument("--compare", nargs="+", metavar="NAME=PATH", help="built trees, the first one to compare with")
+    parser.add_argument("--turns", type=int, default=10)
+    parser.add_argument("--cores", help="one for each rank; else the last ones that this process may use")
+    parser.add_argument("--save", default="", help="a file for all figures of --compare, as JSON")
+    parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--meeting", help=argparse.SUPPRESS)
+    parser.add_argument("--core", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve is not None:
+        serve(options.serve, options.num_ranks, options.meeting, options.core, options.rounds)
+    elif options.compare or options.num_ranks > 1:
+        named = [tree.split("=", 1) for tree in options.compare or [f"here={Path(__file__).parents[1]}"]]
+        trees = {name: Path(path) for name, path in named}
+        cores = list(map(int, options.cores.split(","))) if options.cores else sorted(os.sched_getaffinity(0))
+        compare(trees, cores[-options.num_ranks:], options.turns, options.rounds, options.save)
+    else:
+        measure_here(not options.python_only, options.rounds)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@
 #include <functional>
 #include <memory>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "bindings/device.h"
+#include "bindings/lent_rows.h"
 #include "bindings/record.h"
-#include "core/dlpack.h"
+#include "bindings/tensor_check.h"
 #include "core/driver_floor.h"
 #include "core/env.h"
 #include "core/error.h"
@@ -171,99 +171,6 @@ py::tuple wait_counts(Buffer& buffer) {
     return py::make_tuple(counts.num_tokens, std::move(counts.num_tokens_per_expert), counts.num_rail_tokens);
 }
 
-// A capsule for torch.from_dlpack: row-major memory at `address`. `on_drop` runs when no tensor is over it any more.
-py::capsule make_capsule(void* address, std::vector<int64_t> shape, int dtype_code, int dtype_bits, int cuda_index,
-                         std::function<void()> on_drop) {
-    const dlpack::Device device =
-        cuda_index < 0 ? dlpack::Device{dlpack::kCpu, 0} : dlpack::Device{dlpack::kCuda, cuda_index};
-    auto* tensor =
-        dlpack::make_tensor(address, device, {static_cast<uint8_t>(dtype_code), static_cast<uint8_t>(dtype_bits), 1},
-                            std::move(shape), std::move(on_drop));
-    // A consumer renames the capsule and calls the deleter itself.
-    return py::capsule(tensor, "dltensor", [](PyObject* capsule) {
-        if (PyCapsule_IsValid(capsule, "dltensor") == 0) return;
-        auto* unused = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
-        unused->deleter(unused);
-    });
-}
-
-// With `owner` alive as long as any tensor over the memory.
-py::capsule make_tensor(uintptr_t address, std::vector<int64_t> shape, std::pair<int, int> dtype, int cuda_index,
-                        py::object owner) {
-    PyObject* held = owner.release().ptr();
-    return make_capsule(pointer<void>(address), std::move(shape), dtype.first, dtype.second, cuda_index, [held] {
-        if (Py_IsInitialized() == 0) return;  // the interpreter has gone, and the owner with it
-        const py::gil_scoped_acquire acquired;
-        Py_DECREF(held);
-    });
-}
-
-// torch's answer to which stream is current in the calling thread, on a GPU. Never destroyed.
-PyObject* current_stream_function = nullptr;
-
-void set_current_stream_function(py::function function) { current_stream_function = function.release().ptr(); }
-
-dev::Stream current_stream(int cuda_index) {
-    const auto handle = py::handle(current_stream_function)(cuda_index);
-    return pointer<void>(handle.cast<uintptr_t>());
-}
-
-using runtime::LentMemory;
-
-// What is lent for one call, until tensors are over it. One object and one call of Python's for all pieces: for each they would
-// cost a dispatch more than its launch.
-struct LentPieces {
-    std::vector<std::shared_ptr<LentMemory>> pieces;
-
-    std::vector<uintptr_t> addresses() const {
-        std::vector<uintptr_t> found;
-        for (const auto& piece : pieces) found.push_back(number(piece->address()));
-        return found;
-    }
-};
-
-// Null: there is no room.
-std::unique_ptr<LentPieces> lend(Buffer& buffer, const std::vector<int64_t>& sizes, uintptr_t stream,
-                                 bool is_captured) {
-    // For a graph it waits for earlier uses.
-    const auto released = is_captured ? std::make_unique<py::gil_scoped_release>() : nullptr;
-    auto lent = buffer.high_throughput().loans().lend(sizes, pointer<void>(stream), is_captured);
-    if (lent.empty()) return nullptr;
-    auto held = std::make_unique<LentPieces>();
-    for (auto& piece : lent) held->pieces.push_back(std::move(piece));
-    return held;
-}
-
-// Over lent memory, which is given back when the last tensor goes, on whichever thread.
-py::capsule make_lent_tensor(std::shared_ptr<LentMemory> memory, std::vector<int64_t> shape, int dtype_code,
-                             int dtype_bits, int cuda_index) {
-    void* address = memory->address();
-    auto on_drop = [memory = std::move(memory), cuda_index] {
-        if (cuda_index < 0 || Py_IsInitialized() == 0) return;  // its destructor does what can be done
-        const py::gil_scoped_acquire acquired;
-        memory->give_back(current_stream(cuda_index));
-    };
-    return make_capsule(address, std::move(shape), dtype_code, dtype_bits, cuda_index, std::move(on_drop));
-}
-
-using TensorSpec = std::tuple<std::vector<int64_t>, int, int>;  // shape, dtype code, dtype bits
-
-// One over the start of each piece, in order; nobody has used the rest, which is free at once.
-py::list make_lent_tensors(LentPieces& lent, std::vector<TensorSpec> specs, int cuda_index) {
-    EP_ENSURE(specs.size() == lent.pieces.size(), "there are ", lent.pieces.size(), " pieces for ", specs.size(),
-              " tensors");
-    py::list made;
-    for (size_t i = 0; i < specs.size(); ++i) {
-        auto& [shape, code, bits] = specs[i];
-        int64_t num_bytes = bits / 8;
-        for (const int64_t extent : shape) num_bytes *= extent;
-        lent.pieces[i]->shrink(static_cast<uint64_t>(num_bytes));
-        made.append(make_lent_tensor(std::move(lent.pieces[i]), std::move(shape), code, bits, cuda_index));
-    }
-    lent.pieces.clear();
-    return made;
-}
-
 // Bytes of a token on the rail, of a token over NVLink, and of the counts that go ahead to a forwarder.
 py::tuple wire_sizes(uint64_t row_bytes, uint64_t num_topk, uint64_t num_scales, uint64_t ranks_per_node,
                      uint64_t num_local_experts, bool is_combine) {
@@ -307,7 +214,7 @@ py::tuple read_waits(Buffer& buffer) {
 }
 
 void bind_buffer(py::module_& m) {
-    py::class_<LentPieces>(m, "LentPieces").def("addresses", &LentPieces::addresses).def("tensors", &make_lent_tensors);
+    bindings::bind_lent_rows(m);
     py::class_<Buffer>(m, "Buffer")
         .def(py::init([](std::shared_ptr<dev::Device> device, int rank, int num_ranks, int64_t num_data_bytes,
                          double timeout_s, double warn_s, int64_t num_low_latency_bytes, bool is_shrinkable,
@@ -371,7 +278,14 @@ void bind_buffer(py::module_& m) {
              py::arg("num_sms"), py::arg("stream"))
         .def("internode_combine", &Call<&Buffer::internode, &Internode::combine>::call, py::arg("args"),
              py::arg("num_sms"), py::arg("stream"))
-        .def("lend", &lend)
+        .def(
+            "lend",
+            [](Buffer& b, std::shared_ptr<bindings::RowForm> form, int64_t num_rows, uintptr_t stream,
+               bool is_captured) {
+                return bindings::lend(b.high_throughput().loans(), std::move(form), num_rows, pointer<void>(stream),
+                                      is_captured);
+            },
+            py::arg("form"), py::arg("num_rows"), py::arg("stream"), py::arg("is_captured"))
         .def("note_stream",
              [](Buffer& b, uintptr_t stream, bool is_ours) {
                  b.high_throughput().loans().note_stream(pointer<void>(stream), is_ours);
@@ -401,10 +315,9 @@ PYBIND11_MODULE(deep_ep_cpp, m) {
     bind_config(m);
     bind_device(m);
     bind_buffer(m);
-    if (!bindings::add_record_types(m.ptr())) throw py::error_already_set();
+    if (!bindings::add_record_types(m.ptr()) || !bindings::add_tensor_checks(m.ptr())) throw py::error_already_set();
     m.def("get_low_latency_rdma_size_hint", &LowLatency::size_hint, py::arg("num_max_dispatch_tokens_per_rank"),
           py::arg("hidden"), py::arg("num_ranks"), py::arg("num_experts"));
-    m.def("make_tensor", &make_tensor);
     m.def("wait_names", &wait_names);
     m.def("wire_sizes", &wire_sizes, py::kw_only(), py::arg("row_bytes"), py::arg("num_topk"), py::arg("num_scales"),
           py::arg("ranks_per_node"), py::arg("num_local_experts"), py::arg("is_combine"));
@@ -417,7 +330,6 @@ PYBIND11_MODULE(deep_ep_cpp, m) {
         "describe_old_driver",
         [](int runtime, int driver) { return describe_old_driver({.runtime = runtime, .driver = driver}); },
         py::arg("runtime"), py::arg("driver"));
-    m.def("set_current_stream_function", &set_current_stream_function);
     m.def(
         "part_to_lend",
         [](uint64_t num_data_bytes, uint64_t num_ranks) {

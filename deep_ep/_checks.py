@@ -4,8 +4,8 @@ TypeError: not the kind of object, or not the dtype, that is expected. ValueErro
 or combination.
 
 Every tensor that a caller gives goes through `check_tensor` or `check_matrix` before its address is taken. Several are
-checked in every call, and reading an attribute of a tensor takes about 0.1 us. So a check says first whether all is
-well, and looks for what is wrong only when it is not.
+checked in every call, and reading an attribute of a tensor takes about 0.1 us. So a check asks first, natively, whether
+all is well, and looks for what is wrong only when it is not.
 """
 
 import numbers
@@ -15,10 +15,11 @@ from typing import Any, Generic, Optional, TypeVar
 
 import torch
 
+from deep_ep_cpp import matrix_shape, shape_in_memory, use_tensor_class
+
 T = TypeVar("T")
 Reference = weakref.ref[Any]
 
-_TENSOR = torch.Tensor  # two look-ups less in every check
 ROW_ALIGNMENT_BYTES = 16
 BUFFER_ALIGNMENT_BYTES = 128
 INDEX_DTYPES = (torch.int64, torch.int32)
@@ -26,7 +27,7 @@ MAX_INT32, MAX_INT64 = 2**31 - 1, 2**63 - 1  # what the native code takes counts
 MAX_LOCAL_EXPERTS = 1024  # of the high-throughput mode; csrc/layout/heap.h
 
 
-def _name_dtypes(dtypes: Sequence[torch.dtype]) -> str:
+def _name_dtypes(dtypes: tuple[torch.dtype, ...]) -> str:
     return " or ".join(str(dtype).replace("torch.", "") for dtype in dtypes)
 
 
@@ -51,29 +52,17 @@ def _is_plain_class(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and type(value).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 
-def _shape_in_memory(value: Any, device: torch.device, dtypes: Sequence[torch.dtype],
-                     is_contiguous: bool) -> Optional[torch.Size]:
-    """The shape of a tensor whose elements are on `device`, of one of `dtypes`, where data_ptr() says; else None."""
-    try:
-        if ((type(value) is _TENSOR or _is_plain_class(value))
-                and (value.dtype in dtypes if dtypes else not (value.is_quantized or value.is_conj()))
-                and value.device == device and (value.is_contiguous() or not is_contiguous)
-                and (value.data_ptr() != 0 or not value.numel()) and not value.is_neg()):
-            shape: torch.Size = value.shape
-            return shape
-    except RuntimeError:  # sparse, nested, wrapped by torch.func: they refuse to tell some of this
-        pass
-    return None
+use_tensor_class(torch.Tensor, _is_plain_class)
 
 
 def check_tensor(name: str,
                  value: Any,
                  device: torch.device,
                  shape: Sequence[Optional[int]],
-                 dtypes: Sequence[torch.dtype] = (),
+                 dtypes: tuple[torch.dtype, ...] = (),
                  is_contiguous: bool = True) -> torch.Tensor:
     """A tensor of `shape` (None: any extent), of one of `dtypes` (empty: any), in memory on `device`."""
-    got = _shape_in_memory(value, device, dtypes, is_contiguous)
+    got = shape_in_memory(value, device, dtypes, is_contiguous)
     if got is not None and (got == shape or _has_shape(got, shape)):
         checked: torch.Tensor = value
         return checked
@@ -83,17 +72,17 @@ def check_tensor(name: str,
 def check_matrix(name: str,
                  value: Any,
                  device: torch.device,
-                 dtypes: Sequence[torch.dtype] = (),
+                 dtypes: tuple[torch.dtype, ...] = (),
                  num_rows: Optional[int] = None) -> torch.Size:
     """The shape of a contiguous 2-D tensor of one of `dtypes` (empty: any), in memory on `device`."""
-    shape = _shape_in_memory(value, device, dtypes, True)
-    if shape is not None and len(shape) == 2 and (shape[0] == num_rows or num_rows is None):
-        return shape
-    raise _find_fault(name, value, device, (num_rows, None), dtypes)
+    shape: Optional[torch.Size] = matrix_shape(value, device, dtypes, num_rows)
+    if shape is None:
+        raise _find_fault(name, value, device, (num_rows, None), dtypes)
+    return shape
 
 
 def _find_fault(name: str, value: Any, device: torch.device, shape: Sequence[Optional[int]],
-                dtypes: Sequence[torch.dtype]) -> Exception:
+                dtypes: tuple[torch.dtype, ...]) -> Exception:
     if not isinstance(value, torch.Tensor):
         return TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     fault = _find_fault_of_kind(name, value)
@@ -161,7 +150,7 @@ def check_positive(name: str, value: Any) -> float:
 def check_rows(name: str,
                value: Any,
                device: torch.device,
-               dtypes: Sequence[torch.dtype] = (),
+               dtypes: tuple[torch.dtype, ...] = (),
                num_rows: Optional[int] = None) -> torch.Size:
     """The shape of token rows: 2-D, contiguous, with whole 16-byte units in a row."""
     shape = check_matrix(name, value, device, dtypes, num_rows)
@@ -218,7 +207,9 @@ def check_sizes(name: str, value: Any) -> tuple[int, ...]:
 
 
 def check_topk_idx(topk_idx: Any, device: torch.device, num_tokens: Optional[int] = None) -> torch.Size:
-    shape = check_matrix("topk_idx", topk_idx, device, INDEX_DTYPES, num_tokens)
+    shape: Optional[torch.Size] = matrix_shape(topk_idx, device, INDEX_DTYPES, num_tokens)
+    if shape is None:
+        raise _find_fault("topk_idx", topk_idx, device, (num_tokens, None), INDEX_DTYPES)
     if shape[1] == 0:
         raise ValueError(f"topk_idx must have at least one column, got {_describe(topk_idx)}")
     return shape

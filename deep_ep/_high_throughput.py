@@ -6,7 +6,7 @@ import torch
 
 from deep_ep import _checks
 from deep_ep._checks import KnownTensors
-from deep_ep._dispatch import INT32, Dispatch, Handle, Handles, Payload, Places, Routing, address_of
+from deep_ep._dispatch import INT32, Dispatch, Handle, Handles, Payload, Places, Routing
 from deep_ep._env import is_capturing
 from deep_ep._memory import Spec, num_bytes_of
 from deep_ep._peers import CallCheck
@@ -22,6 +22,7 @@ BFLOAT16 = (torch.bfloat16, )
 FLOAT32 = (torch.float32, )
 
 NO_BIASES = None, None
+ROWS_ALONE = CombineArgs(topk_weights=None, num_topk=0, bias=NO_BIASES, combined_topk_weights=None)
 MAX_ALIGNMENT = 1 << 20  # of counts that are rounded up in 32 bits
 
 
@@ -71,16 +72,16 @@ class HighThroughput:
                 per_expert = session.empty[torch.int32](num_experts)
                 in_rank = session.empty[torch.bool](num_tokens, num_ranks)
             operation.start((topk_idx, ), (per_rank, per_node, per_expert, in_rank))
-            args = LayoutArgs(topk_idx=topk_idx.data_ptr(),
+            args = LayoutArgs(topk_idx=topk_idx,
                               idx_bytes=topk_idx.element_size(),
                               num_tokens=num_tokens,
                               num_topk=num_topk,
                               num_experts=num_experts,
                               num_nodes=num_nodes,
-                              num_tokens_per_rank=per_rank.data_ptr(),
-                              num_tokens_per_node=address_of(per_node),
-                              num_tokens_per_expert=per_expert.data_ptr(),
-                              is_token_in_rank=in_rank.data_ptr())
+                              num_tokens_per_rank=per_rank,
+                              num_tokens_per_node=per_node,
+                              num_tokens_per_expert=per_expert,
+                              is_token_in_rank=in_rank)
             session.runtime.get_dispatch_layout(args, operation.stream)
             event = close_operation(operation)
         self._known_layouts.add(True, in_rank, per_rank, per_expert)
@@ -158,26 +159,27 @@ class HighThroughput:
                 combined = session.empty[torch.bfloat16](num_tokens, hidden)
                 weights = None if topk_weights is None else session.empty[torch.float32](num_tokens, num_topk)
             operation.start((x, topk_weights, *biases, *places.read_later()), (combined, weights))
-            args = CombineArgs(x=x.data_ptr(),
-                               num_rows=num_rows,
-                               hidden=hidden,
-                               topk_weights=address_of(topk_weights),
-                               num_topk=num_topk,
-                               bias=(address_of(biases[0]), address_of(biases[1])),
-                               rank_prefix_matrix=places.rank_prefix_matrix.data_ptr(),
-                               send_head=places.send_head.data_ptr(),
-                               num_tokens=num_tokens,
-                               combined_x=combined.data_ptr(),
-                               combined_topk_weights=address_of(weights))
+            args = ROWS_ALONE.replace(x=x,
+                                      num_rows=num_rows,
+                                      hidden=hidden,
+                                      rank_prefix_matrix=places.rank_prefix_matrix,
+                                      send_head=places.send_head,
+                                      num_tokens=num_tokens,
+                                      combined_x=combined)
+            if weights is not None or bias is not None:
+                args = args.replace(topk_weights=topk_weights,
+                                    num_topk=num_topk,
+                                    bias=biases,
+                                    combined_topk_weights=weights)
             rail = places.rail
             if rail is None:
                 session.runtime.combine(args, num_sms, operation.stream)
             else:
                 session.runtime.internode_combine(
                     InternodeCombineArgs(args,
-                                         rail_prefix=rail.prefix.data_ptr(),
-                                         send_rail_head=rail.send_head.data_ptr(),
-                                         rail_head=rail.head.data_ptr(),
+                                         rail_prefix=rail.prefix,
+                                         send_rail_head=rail.send_head,
+                                         rail_head=rail.head,
                                          num_rail_tokens=rail.head.shape[0]), num_sms, operation.stream)
             event = close_operation(operation)
         return combined, weights, event

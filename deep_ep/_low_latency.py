@@ -207,10 +207,6 @@ def size_hint(num_max_tokens: int, hidden: int, num_ranks: int, num_experts: int
     return int(get_low_latency_rdma_size_hint(num_max_tokens, hidden, num_ranks, num_experts))
 
 
-def _ptr(tensor: Optional[torch.Tensor]) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 class CombineBuffers:
     """Two tensors of one shape for zero_copy: experts may fill one while a combine still sends the other."""
 
@@ -278,28 +274,30 @@ class LowLatency:
                              f"{num_tokens}")
         if num_listed != num_tokens:
             _checks.check_topk_idx(topk_idx, self._device, num_tokens)
-        self._check_stats("cumulative_local_expert_recv_stats", cumulative_stats, plan.num_local, INT32)
-        self._check_stats("dispatch_wait_recv_cost_stats", wait_stats, self._session.num_ranks, INT64)
-        if self._session.call_check is not None:
-            _compare_calls(self._session.call_check, "low_latency_dispatch", plan, Format(*map(bool, form))._asdict())
+        session = self._session
+        if cumulative_stats is not None or wait_stats is not None:
+            self._check_stats("cumulative_local_expert_recv_stats", cumulative_stats, plan.num_local, INT32)
+            self._check_stats("dispatch_wait_recv_cost_stats", wait_stats, session.num_ranks, INT64)
+        if session.call_check is not None:
+            _compare_calls(session.call_check, "low_latency_dispatch", plan, Format(*map(bool, form))._asdict())
         operation = self._open_operation("low_latency_dispatch", async_finish, return_recv_hook)
         if return_recv_hook:
             x, topk_idx = operation.snapshot(x, topk_idx)
         recv_x, scales, src_info, layout_range, recv_count = plan.make_outputs()
         src_info_ptr = src_info.data_ptr()
-        args = plan.dispatch_args.replace(wait_stats=_ptr(wait_stats),
+        args = plan.dispatch_args.replace(wait_stats=wait_stats,
                                           number=src_info_ptr + plan.number_at,
-                                          x=x.data_ptr(),
-                                          topk_idx=topk_idx.data_ptr(),
+                                          x=x,
+                                          topk_idx=topk_idx,
                                           idx_bytes=topk_idx.element_size(),
                                           num_tokens=num_tokens,
-                                          recv_x=recv_x.data_ptr(),
-                                          recv_scales=_ptr(scales),
-                                          recv_count=recv_count.data_ptr(),
+                                          recv_x=recv_x,
+                                          recv_scales=scales,
+                                          recv_count=recv_count,
                                           src_info=src_info_ptr,
-                                          layout_range=layout_range.data_ptr(),
+                                          layout_range=layout_range,
                                           row_of_entry=src_info_ptr + plan.entries_at,
-                                          cumulative_stats=_ptr(cumulative_stats))
+                                          cumulative_stats=cumulative_stats)
         tensors = (x, topk_idx, recv_x, scales, src_info, layout_range, cumulative_stats, wait_stats)
         event, hook = _run(self._session, "low_latency_dispatch", operation, args, tensors, return_recv_hook)
         self._known_handles.add(plan, src_info)
@@ -359,16 +357,16 @@ class LowLatency:
         combined = self._session.empty[torch.bfloat16](num_tokens, hidden) if out is None else out
         # Several combines may be open with one handle, so that theirs cannot lie behind src_info.
         number = self._numbers.take(operation) if return_recv_hook else None
-        args = plan.combine_args.replace(wait_stats=_ptr(wait_stats),
-                                         number=_ptr(number),
+        args = plan.combine_args.replace(wait_stats=wait_stats,
+                                         number=number,
                                          uses_logfmt=use_logfmt,
-                                         x=sent.data_ptr(),
-                                         topk_idx=topk_idx.data_ptr(),
+                                         x=sent,
+                                         topk_idx=topk_idx,
                                          idx_bytes=topk_idx.element_size(),
-                                         topk_weights=topk_weights.data_ptr(),
+                                         topk_weights=topk_weights,
                                          num_tokens=num_tokens,
                                          row_of_entry=src_info.data_ptr() + plan.entries_at,
-                                         combined_x=combined.data_ptr())
+                                         combined_x=combined)
         tensors = (sent, topk_idx, topk_weights, src_info, combined, wait_stats, number)
         event, hook = _run(self._session, "low_latency_combine", operation, args, tensors, return_recv_hook)
         if hook is not None and number is not None:

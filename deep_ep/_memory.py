@@ -36,7 +36,7 @@ LEAST_SPARE_ROWS = 64
 
 Spec = tuple[tuple[int, ...], torch.dtype]  # of a tensor to be made
 
-deep_ep_cpp.set_current_stream_function(current_stream_handle)
+deep_ep_cpp.use_torch(current_stream_handle, from_capsule)
 
 
 def view_memory(address: int, num_bytes: int, device: torch.device) -> torch.Tensor:
@@ -44,7 +44,7 @@ def view_memory(address: int, num_bytes: int, device: torch.device) -> torch.Ten
     if num_bytes == 0:
         return torch.empty(0, dtype=torch.uint8, device=device)
     index = device.index if device.type == "cuda" else -1
-    return from_capsule(deep_ep_cpp.make_tensor(address, [num_bytes], _BYTES, index, None))
+    return from_capsule(deep_ep_cpp.make_tensor(address, num_bytes, index))
 
 
 class EmptyTensors(dict[torch.dtype, Callable[..., torch.Tensor]]):
@@ -69,62 +69,27 @@ def num_bytes_of(spec: Spec) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def _as_dlpack(spec: Spec) -> tuple[tuple[int, ...], int, int]:
-    shape, dtype = spec
-    kind = _DLPACK_TYPES.get(dtype)
-    return ((*shape[:-1], shape[-1] * dtype.itemsize), *_BYTES) if kind is None else (shape, *kind)
-
-
 class RowForm:
     """What a row is in each of several tensors; worked out once, since a dispatch makes five of them for each call."""
 
     def __init__(self, specs: Sequence[Optional[Spec]]) -> None:
         """`specs`: of one row in each tensor; None: there is no such tensor."""
-        there = [spec for spec in specs if spec is not None]
-        self._are_there = [spec is not None for spec in specs]
-        self._specs = there
-        self._kinds = [(shape[1:], code, bits)
-                       for shape, code, bits in (_as_dlpack(((1, *shape), dtype)) for shape, dtype in there)]
-        self._types = [None if dtype in _DLPACK_TYPES else dtype for _, dtype in there]
-        self.row_bytes = [num_bytes_of(spec) for spec in there]
-        self.can_be_lent = 0 not in self.row_bytes
+        self._specs = specs
+        sizes = [num_bytes_of(spec) for spec in specs if spec is not None]
+        self.row_bytes = sum(sizes)
+        self.can_be_lent = 0 not in sizes
+        self.native = deep_ep_cpp.RowForm([spec if spec is None else _as_dlpack(spec) for spec in specs])
 
-    def over(self, pieces: deep_ep_cpp.LentPieces, num_rows: int, cuda_index: int) -> list[Optional[torch.Tensor]]:
-        """Over the start of lent memory, of which there is a piece for each tensor; not without rows."""
-        capsules = pieces.tensors([((num_rows, *shape), code, bits) for shape, code, bits in self._kinds], cuda_index)
-        return self._placed([
-            from_capsule(capsule) if dtype is None else from_capsule(capsule).view(dtype)
-            for capsule, dtype in zip(capsules, self._types)
-        ])
-
-    def empty(self, make: EmptyTensors, num_rows: int) -> list[Optional[torch.Tensor]]:
-        return self._placed([make[dtype](num_rows, *shape) for shape, dtype in self._specs])
-
-    def addresses(self, pieces: deep_ep_cpp.LentPieces) -> list[int]:
-        """0: there is no such tensor."""
-        found = iter(pieces.addresses())
-        return [next(found) if is_there else 0 for is_there in self._are_there]
-
-    def _placed(self, tensors: list[torch.Tensor]) -> list[Optional[torch.Tensor]]:
-        rest = iter(tensors)
-        return [next(rest) if is_there else None for is_there in self._are_there]
+    def empty(self, make: EmptyTensors, num_rows: int) -> tuple[Optional[torch.Tensor], ...]:
+        return tuple([None if spec is None else make[spec[1]](num_rows, *spec[0]) for spec in self._specs])
 
 
-class Reserved:
-    """Lent memory for the rows that a guess has room for, before anybody knows how many come."""
-
-    __slots__ = ("_cuda_index", "_form", "_pieces", "addresses", "num_rows")
-
-    def __init__(self, pieces: deep_ep_cpp.LentPieces, form: RowForm, num_rows: int, cuda_index: int) -> None:
-        self._pieces = pieces
-        self._form = form
-        self._cuda_index = cuda_index
-        self.addresses = form.addresses(pieces)
-        self.num_rows = num_rows  # that there is room for
-
-    def tensors(self, num_rows: int) -> list[Optional[torch.Tensor]]:
-        """The first rows, one at least; the memory of the others is free at once, since nobody has used it."""
-        return self._form.over(self._pieces, num_rows, self._cuda_index)
+def _as_dlpack(spec: Spec) -> tuple[tuple[int, ...], int, int, Optional[torch.dtype]]:
+    shape, dtype = spec
+    kind = _DLPACK_TYPES.get(dtype)
+    if kind is None:
+        return (*shape[:-1], (shape[-1] if shape else 1) * dtype.itemsize), *_BYTES, dtype
+    return shape, *kind, None
 
 
 class Lender:
@@ -133,31 +98,29 @@ class Lender:
     def __init__(self, runtime: deep_ep_cpp.Buffer, streams: Streams) -> None:
         self._runtime = runtime
         self._streams = streams
-        self._index = streams.index if isinstance(streams, CudaStreams) else -1
+        self.index = streams.index if isinstance(streams, CudaStreams) else -1
         self.num_bytes = runtime.num_lend_bytes
         self.noted: dict[int, bool] = {}  # streams of calls; whether what is lent can be used there
         self._last: Optional[tuple[int, int]] = None  # tokens and received rows of the last fresh dispatch
 
-    def tensors(self, form: RowForm, num_rows: int, operation: Operation) -> Optional[list[Optional[torch.Tensor]]]:
+    def tensors(self, form: RowForm, num_rows: int,
+                operation: Operation) -> Optional[tuple[Optional[torch.Tensor], ...]]:
         """Uninitialised tensors for the kernels of a call, or None: there is nothing to lend, or no room now for all.
 
         Within a capture the memory is the graph's as long as that lives.
         """
-        if not num_rows or not form.can_be_lent:
-            return None
-        lent = self._take([num_rows * size for size in form.row_bytes], operation)
-        return None if lent is None else form.over(lent, num_rows, self._index)
+        lent = self._take(form, num_rows, operation) if num_rows and form.can_be_lent else None
+        return None if lent is None else lent.tensors(num_rows, self.index)
 
-    def reserve(self, form: RowForm, likely_rows: int, operation: Operation) -> Optional[Reserved]:
-        """The same for a number of rows that is not known. What is not needed goes back."""
+    def reserve(self, form: RowForm, likely_rows: int, operation: Operation) -> Optional[deep_ep_cpp.LentRows]:
+        """Memory for the rows that a guess has room for, before anybody knows how many come."""
         if not form.can_be_lent:
             return None
         for spare_share in SPARE_SHARES:
             num_rows = likely_rows + likely_rows // spare_share + LEAST_SPARE_ROWS
-            sizes = [num_rows * size for size in form.row_bytes]
-            lent = None if sum(sizes) > self.num_bytes else self._take(sizes, operation)
+            lent = None if num_rows * form.row_bytes > self.num_bytes else self._take(form, num_rows, operation)
             if lent is not None:
-                return Reserved(lent, form, num_rows, self._index)
+                return lent
         return None
 
     def guess_rows(self, num_tokens: int, num_ranks: int) -> int:
@@ -170,7 +133,7 @@ class Lender:
     def remember_rows(self, num_tokens: int, num_rows: int) -> None:
         self._last = num_tokens, num_rows
 
-    def _take(self, sizes: list[int], operation: Operation) -> Optional[deep_ep_cpp.LentPieces]:
+    def _take(self, form: RowForm, num_rows: int, operation: Operation) -> Optional[deep_ep_cpp.LentRows]:
         noted, stream, current = self.noted, operation.stream, operation.current
         if stream not in noted:
             self._note(stream, True)
@@ -179,7 +142,8 @@ class Lender:
         if operation.is_captured:
             self._streams.wait_for_last()
         # The stream of a captured call's kernels joins the capture later than this.
-        return self._runtime.lend(sizes, current if operation.is_captured else stream, operation.is_captured)
+        return self._runtime.lend(form.native, num_rows, current if operation.is_captured else stream,
+                                  operation.is_captured)
 
     def tensor(self, spec: Spec) -> Optional[torch.Tensor]:
         """The same for the caller, who is not capturing: one tensor, which may be used on the current stream."""
@@ -188,13 +152,11 @@ class Lender:
             current = current_stream_handle(streams.index)
             self._note(current, False)
             streams.follow_last(current)
-        lent = self._runtime.lend([num_bytes_of(spec)], current, False)
+        shape, dtype = spec
+        lent = self._runtime.lend(RowForm([((), dtype)]).native, math.prod(shape), current, False)
         if isinstance(streams, CudaStreams):
             streams.set_last(current)  # calls come after whatever the current stream has waited for
-        if lent is None:
-            return None
-        tensor = from_capsule(lent.tensors([_as_dlpack(spec)], self._index)[0])
-        return tensor if spec[1] in _DLPACK_TYPES else tensor.view(spec[1])
+        return None if lent is None else lent.tensors(lent.num_rows, self.index)[0].view(shape)
 
     def used_on(self, operation: Operation) -> None:
         """A call is made that may use lent tensors."""

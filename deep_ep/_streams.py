@@ -177,7 +177,7 @@ class CudaStreams(Streams):
         return _PhasedOperation(self, current, is_async, can_pause and self.is_captured(current))
 
     def is_captured(self, stream: int) -> bool:
-        return self.native.stream_kind(stream) == "captured"
+        return stream != 0 and self.native.stream_kind(stream) == "captured"  # the default stream never is
 
     def follow(self, stream: int, event: Union[PooledEvent, HostEvent]) -> None:
         """Later work on `stream` comes after `event`."""
@@ -271,19 +271,23 @@ class _DirectOperation(Operation):
     __slots__ = ("_previous", "_streams")
 
     def __init__(self, streams: CudaStreams, previous: RecordedEvent, current: int) -> None:
-        super().__init__(False)
+        # Not by way of the base class, which takes as long as all of this.
+        self.is_async = self.is_captured = False
         self.stream = self.current = current
         self._streams = streams
         self._previous = previous
 
-    def finish(self) -> RecordedEvent:
-        self._streams.set_last(self.stream)
-        return None
-
-    def _wait_before_kernels(self) -> None:
+    def start(self, inputs: Tensors, outputs: Tensors) -> None:  # noqa: ARG002
         if self._previous is not None:
             self._streams.follow(self.stream, self._previous)
         self._streams.follow_last(self.stream)
+
+    def add(self, outputs: Tensors) -> None:
+        """They are in the order of this stream."""
+
+    def finish(self) -> RecordedEvent:
+        self._streams.set_last(self.stream)
+        return None
 
     def abandon(self) -> None:
         with contextlib.suppress(deep_ep_cpp.Error):  # it would hide the failure that brought us here

@@ -17,13 +17,13 @@ C = TypeVar("C", bound=type)
 REASON = "deep_ep talks to other processes"
 
 
-def current_stream_handle(index: int) -> int:
-    """The stream that is current in this thread on GPU `index`."""
-    try:
-        return int(torch._C._cuda_getCurrentRawStream(index))
-    except AttributeError:
-        return int(torch.cuda.current_stream(index).cuda_stream)
+def stream_handle_by_public_names(index: int) -> int:
+    return int(torch.cuda.current_stream(index).cuda_stream)
 
+
+# The stream that is current in this thread on GPU `index`.
+current_stream_handle: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream",
+                                                      stream_handle_by_public_names)
 
 StreamId = tuple[int, int, int]  # what torch calls stream_id, device_index and device_type
 

@@ -11,7 +11,7 @@ from pathlib import Path
 STUB = Path(__file__).parents[1] / 'deep_ep_cpp.pyi'
 BEGIN = '# -- Records of arguments: written by tools/render_stub.py from csrc/kernels/params.h'
 END = '# -- End of the records'
-PYTHON_TYPES = {'bool': 'bool', 'two addresses': 'tuple[int, int]'}  # the others: int
+PYTHON_TYPES = {'bool': 'bool', 'address': 'Address', 'two addresses': 'tuple[Address, Address]'}  # the others: int
 
 Fields = tuple[tuple[str, str, str], ...]
 

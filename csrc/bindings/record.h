@@ -11,11 +11,13 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "bindings/owned.h"
 #include "kernels/params.h"
 
 namespace deep_ep::bindings {
@@ -58,15 +60,28 @@ constexpr const char* kTypeName = std::is_pointer_v<T>                 ? "addres
                                   : std::is_same_v<T, kernels::Biases> ? "two addresses"
                                                                        : nullptr;
 
+// Of a number, of a tensor, or of None: 0. Nothing: of neither; maybe with an exception set.
+inline std::optional<uintptr_t> address_of(PyObject* value) {
+    static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+    if (value == Py_None) return 0;
+    if (!PyLong_Check(value)) {
+        const Owned number(PyObject_CallMethodNoArgs(value, data_ptr));
+        return number.get() != nullptr && PyLong_Check(number.get()) ? address_of(number.get()) : std::nullopt;
+    }
+    const unsigned long long address = PyLong_AsUnsignedLongLong(value);
+    if (address == std::numeric_limits<unsigned long long>::max() && PyErr_Occurred() != nullptr) return std::nullopt;
+    return static_cast<uintptr_t>(address);
+}
+
 template <class T> bool store_value(T& to, PyObject* value) {
     if constexpr (std::is_same_v<T, bool>) {
         const int truth = PyObject_IsTrue(value);
         to = truth == 1;
         return truth >= 0;
     } else if constexpr (std::is_pointer_v<T>) {
-        const unsigned long long address = PyLong_AsUnsignedLongLong(value);
-        to = reinterpret_cast<T>(static_cast<uintptr_t>(address));
-        return address != std::numeric_limits<unsigned long long>::max() || PyErr_Occurred() == nullptr;
+        const std::optional<uintptr_t> address = address_of(value);
+        if (address.has_value()) to = reinterpret_cast<T>(*address);
+        return address.has_value();
     } else if constexpr (std::is_array_v<T>) {
         if (!PyTuple_Check(value) || PyTuple_GET_SIZE(value) != std::extent_v<T>) return false;
         for (size_t i = 0; i < std::extent_v<T>; ++i)

@@ -22,6 +22,7 @@ struct DataType {
     uint8_t bits;
     uint16_t lanes;
 };
+constexpr DataType kBytes{1, 8, 1};
 
 struct Tensor {
     void* data;

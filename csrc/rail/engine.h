@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -20,6 +21,13 @@ struct Window {
 struct Params {
     static constexpr size_t kMaxBytes = 96;
     alignas(16) unsigned char bytes[kMaxBytes] = {};
+
+    template <class View> static Params of(const View& view) {
+        static_assert(sizeof(View) <= kMaxBytes);
+        Params params;
+        std::memcpy(params.bytes, &view, sizeof(view));
+        return params;
+    }
 };
 
 struct Traffic {

@@ -33,16 +33,16 @@ void Lender::forget(Use& use) {
     if (use.event) free_events_.push_back(std::move(use.event));
 }
 
-// Where a piece that comes back now may be in use. With one stream in all, the next use is there too, most likely, and in
+// Where a piece that comes back now may be in use. The next use is most likely on the stream of the last taker, and there in
 // order without an event. A stream that is being captured has nothing to wait for but what it had before.
 std::vector<Lender::Use> Lender::uses_now(std::optional<dev::Stream> stream) {
     std::vector<Use> uses;
     const bool is_noted = !stream.has_value() || std::any_of(noted_.begin(), noted_.end(), [&](const Noted& noted) {
         return noted.stream == *stream;
     });
-    const bool is_only_one = is_noted && noted_.size() == 1;
     for (const Noted& noted : noted_) {
-        const bool records = stream.has_value() && !noted.is_ours && !is_only_one && !is_captured(noted.stream);
+        const bool records =
+            stream.has_value() && !noted.is_ours && noted.stream != last_taker_ && !is_captured(noted.stream);
         uses.push_back({noted.stream, records ? record(noted.stream) : dev::OwnedEvent()});
     }
     if (!is_noted && !is_captured(*stream)) uses.push_back({*stream, record(*stream)});
@@ -135,11 +135,23 @@ std::vector<uint64_t> Lender::take_free(std::span<const uint64_t> sizes) {
 
 std::vector<uint64_t> Lender::take(std::span<const uint64_t> sizes, dev::Stream stream) {
     const std::lock_guard lock(mutex_);
+    last_taker_ = stream;
     collect(stream);
     std::vector<uint64_t> found = take_free(sizes);
+    std::vector<dev::Stream> joined;  // `stream` comes after all that these have now
+    const auto needs_no_wait = [&](const Use& use) {
+        return has_ended(use, stream) || (!use.event && std::count(joined.begin(), joined.end(), use.stream) > 0);
+    };
     const auto wait = [&](dev::Event event) { device_->stream_wait_event(stream, event); };
-    const auto settle = [&](const Use& use) { return has_ended(use, stream) || wait_for(use, wait); };
+    const auto settle = [&](const Use& use) {
+        if (needs_no_wait(use)) return true;
+        if (!wait_for(use, wait)) return false;
+        if (!use.event) joined.push_back(use.stream);
+        return true;
+    };
     while (found.empty() && !returned_.empty() && settle_oldest(settle)) found = take_free(sizes);
+    while (!joined.empty() && !returned_.empty() && settle_oldest(needs_no_wait)) {
+    }
     return found;
 }
 

@@ -82,6 +82,7 @@ private:
     std::mutex mutex_;
     LendPool pool_;
     std::vector<Noted> noted_;
+    std::optional<dev::Stream> last_taker_;
     std::deque<Returned> returned_;  // oldest first
     std::vector<Captured> captured_;
     std::vector<dev::OwnedEvent> free_events_;

@@ -45,15 +45,19 @@ constexpr double kMostChunkBytes = 4 << 20;
 
 int divide_up(int count, int by) { return (count + by - 1) / by; }
 
+kernels::Geometry without_stages(int num_blocks, int num_send_warps, int num_recv_warps) {
+    return {.num_blocks = num_blocks,
+            .num_send_warps = num_send_warps,
+            .num_recv_warps = num_recv_warps,
+            .send = {},
+            .recv = {}};
+}
+
 // Rows through registers: enough warps for the streams, and enough warps to have many loads under way.
 kernels::Geometry plan_plain(const Machine& machine, int num_sms, int max_threads) {
     const int warps = std::min(max_threads, machine.useful_block_threads) / 32 / 2;
     const int least = divide_up(machine.num_ranks - 1, warps * kStreamsOfWarp);
-    return {.num_blocks = std::max(least, std::clamp(num_sms, 1, machine.num_sms)),
-            .num_send_warps = warps,
-            .num_recv_warps = warps,
-            .send = {},
-            .recv = {}};
+    return without_stages(std::max(least, std::clamp(num_sms, 1, machine.num_sms)), warps, warps);
 }
 
 // Whether staged kernels can run this geometry: lanes stand for ranks, and a warp has one peer at most.
@@ -310,24 +314,14 @@ InternodeGeometry plan_internode_dispatch(const Machine& machine, const layout::
                                           int num_sms, bool receives_nothing) {
     const RolePlan plan = plan_roles(machine, topology, num_sms, kernels::kMaxInternodeDispatchThreads,
                                      count_role_rows(topology, num_topk, !receives_nothing, false));
-    return {{.num_blocks = plan.num_blocks,
-             .num_send_warps = plan.warps.own,
-             .num_recv_warps = plan.warps.streams,
-             .send = {},
-             .recv = {}},
-            plan.warps.forward};
+    return {without_stages(plan.num_blocks, plan.warps.own, plan.warps.streams), plan.warps.forward};
 }
 
 InternodeGeometry plan_internode_combine(const Machine& machine, const layout::Topology& topology, int num_topk,
                                          int num_sms, bool sends_nothing) {
     const RolePlan plan = plan_roles(machine, topology, num_sms, kernels::kMaxInternodeCombineThreads,
                                      count_role_rows(topology, num_topk, !sends_nothing, true));
-    return {{.num_blocks = plan.num_blocks,
-             .num_send_warps = plan.warps.streams,
-             .num_recv_warps = plan.warps.own,
-             .send = {},
-             .recv = {}},
-            plan.warps.forward};
+    return {without_stages(plan.num_blocks, plan.warps.streams, plan.warps.own), plan.warps.forward};
 }
 
 int plan_notify_threads(const Machine& machine) {

@@ -20,6 +20,7 @@ from utils import device
 import deep_ep
 import deep_ep_cpp
 from deep_ep import Buffer, _session
+from deep_ep._memory import RowForm
 from deep_ep.utils import HostEvent
 
 
@@ -313,7 +314,7 @@ def test_a_bug_of_ours_is_not_the_callers_argument() -> None:
         with pytest.raises(deep_ep.InternalError, match="a bug of deep_ep, please report it"):
             buffer.runtime.connect([])
         with pytest.raises(deep_ep.InternalError, match="every size must be positive"):
-            buffer.runtime.lend([-1], 0, False)
+            buffer.runtime.lend(RowForm([((), torch.uint8)]).native, -1, 0, False)
 
 
 class Held:

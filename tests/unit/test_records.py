@@ -3,6 +3,7 @@
 from typing import Any, Callable
 
 import pytest
+import torch
 
 import deep_ep_cpp
 from deep_ep_cpp import CombineArgs, DispatchArgs, LowLatencyDispatchArgs
@@ -38,6 +39,13 @@ def test_fields_hold_the_whole_range_of_their_type(record: Any) -> None:
             assert getattr(record(**{name: value}), name) == value, name
 
 
+def test_an_address_is_a_number_or_that_of_a_tensor() -> None:
+    rows, bias = torch.zeros(4), torch.zeros(4)
+    args = CombineArgs(x=rows[1:], topk_weights=None, bias=(bias, None), send_head=torch.empty(0))
+    assert (read(args)["x"], read(args)["bias"]) == (rows.data_ptr() + 4, (bias.data_ptr(), 0))
+    assert read(args)["topk_weights"] == read(args)["send_head"] == 0
+
+
 def test_replace_leaves_the_record_as_it_was() -> None:
     values = distinct_values(LowLatencyDispatchArgs)
     first = LowLatencyDispatchArgs(**values)
@@ -61,6 +69,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: CombineArgs(rows=1), "CombineArgs has no field 'rows'"),  # type: ignore[call-arg]
     (lambda: CombineArgs(x=-1), "CombineArgs: x must have the type address, got -1"),
     (lambda: CombineArgs(x=2**64), "CombineArgs: x must have the type address, got 18446744073709551616"),
+    (lambda: CombineArgs(x="x"), "CombineArgs: x must have the type address, got 'x'"),
     (lambda: CombineArgs(num_rows=2**31), "CombineArgs: num_rows must have the type int32, got 2147483648"),
     (lambda: CombineArgs(num_rows=1.5), "num_rows must have the type int32, got 1.5"),  # type: ignore[arg-type]
     (lambda: CombineArgs(num_rows=None), "num_rows must have the type int32, got None"),  # type: ignore[arg-type]

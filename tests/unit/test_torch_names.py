@@ -97,7 +97,7 @@ def torch_without_private_names(monkeypatch: pytest.MonkeyPatch) -> PublicCuda:
 
 
 def test_streams_are_found_without_the_private_names(torch_without_private_names: PublicCuda) -> None:
-    assert _torch.current_stream_handle(0) == 4242
+    assert _torch.stream_handle_by_public_names(0) == 4242
     assert _torch.current_stream_id(0) == (7, 0, 1)
     with _torch.CurrentStream((9, 0, 1)):
         assert torch_without_private_names.current == (9, 0, 1)

@@ -115,7 +115,7 @@ Params HostEngine::params() const {
     RingView view = ring_.view();
     view.window = static_cast<char*>(window_.device);
     view.event = sender_event_.fd();
-    return pack(view);
+    return Params::of(view);
 }
 
 void HostEngine::set(int peer, uint64_t flag, uint64_t value) {

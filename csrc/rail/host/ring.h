@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "rail/engine.h"
 
@@ -39,12 +38,5 @@ struct RingView {
     uint32_t capacity;      // a power of two
     int32_t event;          // that wakes the sender
 };
-static_assert(sizeof(RingView) <= Params::kMaxBytes);
-
-inline Params pack(const RingView& view) {
-    Params params;
-    std::memcpy(params.bytes, &view, sizeof(view));
-    return params;
-}
 
 }  // namespace deep_ep::rail::host

@@ -110,8 +110,8 @@ bool NvshmemEngine::agree(const std::vector<int>& ranks, bool is_so) {
 }
 
 Params NvshmemEngine::params() const {
-    return pack(
-        {static_cast<char*>(window_.device), pes_.get(), posted_.get(), reached_.get(), is_every_peer_reached_});
+    return Params::of(RailView{static_cast<char*>(window_.device), pes_.get(), posted_.get(), reached_.get(),
+                               is_every_peer_reached_});
 }
 
 size_t NvshmemEngine::chunk_bytes() const {

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "rail/engine.h"
 
@@ -21,12 +20,5 @@ struct RailView {
     char* const* reached;  // by rank: its window where loads and stores reach it, null elsewhere
     bool is_every_peer_reached;
 };
-static_assert(sizeof(RailView) <= Params::kMaxBytes);
-
-inline Params pack(const RailView& view) {
-    Params params;
-    std::memcpy(params.bytes, &view, sizeof(view));
-    return params;
-}
 
 }  // namespace deep_ep::rail::nvshmem

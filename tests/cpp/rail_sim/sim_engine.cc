@@ -232,9 +232,7 @@ SimEngine::~SimEngine() { device_.free_host_mapped({window_.host, window_.device
 
 Params SimEngine::params() const {
     const View view{const_cast<SimEngine*>(this), static_cast<char*>(window_.device)};
-    Params params;
-    std::memcpy(params.bytes, &view, sizeof(view));
-    return params;
+    return Params::of(view);
 }
 
 void SimEngine::set(int peer, uint64_t flag, uint64_t value) {

@@ -20,6 +20,7 @@ class ModelDevice final : public dev::Device {
 public:
     std::map<dev::Stream, Work> known;
     std::map<dev::Event, Work> events;
+    int num_records = 0;
     std::set<dev::Stream> captured;
     std::vector<std::shared_ptr<std::atomic<bool>>> graphs;
     Work ended;       // that the device has done
@@ -43,6 +44,7 @@ public:
     dev::Event create_event() override { return reinterpret_cast<dev::Event>(++num_events_); }
     void destroy_event(dev::Event event) override { CHECK_EQ(events.erase(event), 1); }
     void record_event(dev::Event event, dev::Stream stream) override {
+        ++num_records;
         CHECK_EQ(captured.count(stream), 0);
         events[event] = known[stream];
     }
@@ -128,6 +130,19 @@ TEST_CASE_FIXTURE(Fixture, "one stream: no event and no wait") {
         lender.give_back(offset, kMain);
     }
     CHECK(device->events.empty());
+}
+
+TEST_CASE_FIXTURE(Fixture,
+                  "calls on one stream: pieces leave no events behind, also where the comm stream has had calls") {
+    lender.note_stream(kMain, false);
+    lender.note_stream(kComm, true);
+    for (int i = 0; i < 40; ++i) {
+        const uint64_t offset = take(1 * kMiB, kMain);
+        device->work(kMain);
+        lender.give_back(offset, kMain);
+    }
+    CHECK_EQ(device->events.size(), 1);  // by which the comm stream is waited for, when no memory is left
+    CHECK_EQ(device->num_records, 40 / 8 - 1);
 }
 
 TEST_CASE_FIXTURE(Fixture, "the stream that is current where a tensor is dropped, on whichever thread") {
