@@ -318,7 +318,8 @@ def test_the_benchmark_across_nodes_counts_what_leaves_a_node(tmp_path: Path) ->
 
 
 def test_low_latency_is_measured_across_nodes_too(tmp_path: Path) -> None:
-    content, _ = run_benchmark("low-latency", tmp_path, "--tokens", "4", "--num-processes", "2", "--ranks-per-node", "1")
+    content, _ = run_benchmark("low-latency", tmp_path, "--tokens", "4", "--num-processes", "2", "--ranks-per-node",
+                               "1")
     assert content["environment"]["DEEP_EP_RANKS_PER_NODE"] == "1"
     assert "Between nodes, bytes are carried by the engine host." in content["notices"]
     assert all(row["ceiling_gb_per_s"] == 0 for row in content["rows"])
