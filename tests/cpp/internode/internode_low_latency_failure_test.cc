@@ -3,6 +3,7 @@
 
 #include "core/error.h"
 #include "device/launch.h"
+#include "device/prim.h"
 #include "internode/low_latency_nodes.h"
 
 namespace deep_ep::test {
