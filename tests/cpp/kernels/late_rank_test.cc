@@ -34,7 +34,7 @@ template <class Launch> std::string warning_of(World& world, const Launch& launc
     onlooker.host_wait(
         [&] {
             world.buffer(0).check();
-            return !warning.empty() || ++looks > 1000;
+            return !warning.empty() || ++looks > 20000;
         },
         1e3);
     launch(kLate);
@@ -137,7 +137,7 @@ TEST_CASE("low latency: a late rank is named by every replay of a graph, in disp
 
 TEST_CASE("every late call is warned of, however far calls of another kind have counted") {
     const LowLatencyProblem problem = low_latency_problem();
-    World world(kNumRanks, kRoomy, impatient(), 100, low_latency_bytes(problem));
+    World world(kNumRanks, kRoomy, impatient(), 0.2, low_latency_bytes(problem));
     CHECK_EQ(low_latency_round_trip(world, problem, Launches::kOne), "");
     auto ranks = make_low_latency_inputs(problem);
     const auto starts_with = [](const std::string& text, const std::string& start) {
