@@ -216,9 +216,9 @@ TEST_CASE("a row that belongs to no token of its owner is refused, and nothing i
             RankTensors& tensors = ranks[static_cast<size_t>(rank)];
             whole.push_back(world.lend(rank, kLendBytes)->address());
             prepare_combine(problem, tensors, rank);
-            world.launch_combine(problem, tensors, rank);
             before.emplace_back(whole.back(), whole.back() + kLendBytes);
         }
+        for (int rank = 0; rank < 2; ++rank) world.launch_combine(problem, ranks[static_cast<size_t>(rank)], rank);
         world.run();
         for (size_t rank = 0; rank < 2; ++rank) CHECK_EQ(num_stray_bytes(whole[rank], before[rank], ranks[rank]), 0);
         World::collect(ranks);

@@ -6,6 +6,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -19,6 +20,7 @@ namespace {
 
 class PromptEngine;
 struct Rail {
+    std::mutex guard{};                      // of the maps: ranks may leave on threads of their own
     std::map<int, PromptEngine*> engines{};  // by rank
     std::map<int, double> released_s{};      // likewise
     bool shares_windows = false;
@@ -29,9 +31,13 @@ class PromptEngine final : public rail::Engine {
 public:
     PromptEngine(Rail& rail, const rail::EngineOptions& options)
         : rail_(rail), rank_(options.rank), words_(options.window_bytes / sizeof(uint64_t)) {
+        const std::lock_guard lock(rail_.guard);
         rail_.engines[rank_] = this;
     }
-    ~PromptEngine() override { rail_.engines.erase(rank_); }
+    ~PromptEngine() override {
+        const std::lock_guard lock(rail_.guard);
+        rail_.engines.erase(rank_);
+    }
 
     std::string failure, loss;  // loss: of the connection to rank 2
     std::vector<int> peers;
@@ -50,6 +56,7 @@ public:
     rail::Params params() const override { return {}; }
     size_t chunk_bytes() const override { return 1 << 18; }
     void set(int peer, uint64_t flag, uint64_t value) override {
+        const std::lock_guard lock(rail_.guard);
         const auto found = rail_.engines.find(peer);
         if (is_cut || found == rail_.engines.end()) return;
         uint64_t& word = found->second->words_.at(flag / sizeof(uint64_t));
@@ -64,13 +71,19 @@ public:
         if (!failure.empty()) throw TransportError(failure);
     }
     std::string loss_of(int peer) const override { return peer == 2 ? loss : ""; }
-    bool has_left(int peer) const override { return rail_.released_s.count(peer) > 0; }
+    bool has_left(int peer) const override {
+        const std::lock_guard lock(rail_.guard);
+        return rail_.released_s.count(peer) > 0;
+    }
     std::vector<const uint8_t*> share_windows(const std::vector<int>& neighbours) override {
         return std::vector<const uint8_t*>(rail_.shares_windows ? neighbours.size() : 0);
     }
     rail::Traffic sent_to(int) const override { return {}; }
     void release(double timeout_s) override {
-        rail_.released_s[rank_] = timeout_s;
+        {
+            const std::lock_guard lock(rail_.guard);
+            rail_.released_s[rank_] = timeout_s;
+        }
         rail_.on_release();
     }
 
