@@ -153,28 +153,28 @@ TEST_CASE("back-to-back calls of changing shape, loans on and off, cached ones b
 TEST_CASE("sums that one of two ranks lends, or both, beside inputs that are lent or not") {
     for (uint32_t sums : {1u, 2u, 3u})
         for (uint32_t lending : {0u, 1u, 2u, 3u})
-            for (uint32_t with_bulk_copies : {0u, 1u, 3u})
-                for (uint64_t seed : {0, 1, 2}) {
-                    CAPTURE(sums);
-                    CAPTURE(lending);
-                    CAPTURE(with_bulk_copies);
-                    CAPTURE(seed);
-                    for (int num_topk : {1, 3, 40}) {
-                        const Problem problem{.num_tokens = {37, 52},
-                                              .num_experts = 64,
-                                              .num_topk = num_topk,
-                                              .hidden = 264,
-                                              .drop_probability = num_topk < 40 ? 0.3 : 0.9,
-                                              .seed = seed + 1,
-                                              .lending_ranks = lending,
-                                              .sums_ranks = sums};
-                        World world(2, kDataBytes, seeded(seed), 100, 0, false,
-                                    {{.has_bulk_copy = (with_bulk_copies & 1u) != 0},
-                                     {.has_bulk_copy = (with_bulk_copies & 2u) != 0}},
-                                    kLendBytes);
-                        CHECK_EQ(round_trip(world, problem), "");
-                    }
+            for (uint32_t with_bulk_copies : {0u, 1u, 3u}) {
+                const uint64_t seed = (sums + lending + with_bulk_copies) % 3;
+                CAPTURE(sums);
+                CAPTURE(lending);
+                CAPTURE(with_bulk_copies);
+                CAPTURE(seed);
+                for (int num_topk : {1, 3, 40}) {
+                    const Problem problem{.num_tokens = {37, 52},
+                                          .num_experts = 64,
+                                          .num_topk = num_topk,
+                                          .hidden = 264,
+                                          .drop_probability = num_topk < 40 ? 0.3 : 0.9,
+                                          .seed = seed + 1,
+                                          .lending_ranks = lending,
+                                          .sums_ranks = sums};
+                    World world(2, kDataBytes, seeded(seed), 100, 0, false,
+                                {{.has_bulk_copy = (with_bulk_copies & 1u) != 0},
+                                 {.has_bulk_copy = (with_bulk_copies & 2u) != 0}},
+                                kLendBytes);
+                    CHECK_EQ(round_trip(world, problem), "");
                 }
+            }
 }
 
 TEST_CASE("sums are lent by ranks without tokens, for tokens without rows, and in many calls of one Buffer") {
@@ -259,7 +259,7 @@ TEST_CASE("guessed numbers of rows: enough, too small, none at all, on some rank
     for (uint32_t lending : {0u, 2u, 7u})
         for (const std::vector<int>& spare : std::vector<std::vector<int>>{
                  {0, 5, 1}, {-1, 3, 0}, {-2, -1, -3}, {2, -100, 4}, {-100, -100, -100}, {0, 0, -1}})
-            for (uint64_t seed : {0, 1, 2, 3})
+            for (uint64_t seed : {0, 3})
                 for (bool lends_again : {false, true}) {
                     CAPTURE(lending);
                     CAPTURE(spare);
