@@ -4,6 +4,9 @@
 
 namespace deep_ep::bindings {
 
+// A name that is asked for again and again. Never released.
+inline PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
+
 // A reference that is released with this object.
 class Owned {
 public:

@@ -62,7 +62,7 @@ constexpr const char* kTypeName = std::is_pointer_v<T>                 ? "addres
 
 // Of a number, of a tensor, or of None: 0. Nothing: of neither; maybe with an exception set.
 inline std::optional<uintptr_t> address_of(PyObject* value) {
-    static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+    static PyObject* const data_ptr = interned("data_ptr");
     if (value == Py_None) return 0;
     if (!PyLong_Check(value)) {
         const Owned number(PyObject_CallMethodNoArgs(value, data_ptr));

@@ -8,9 +8,6 @@
 
 namespace deep_ep::bindings {
 
-// A name that is asked for again and again. Never released.
-inline PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
-
 inline bool is_true(PyObject* answer) {
     const Owned owned(answer);
     return answer != nullptr && PyObject_IsTrue(answer) == 1;

@@ -181,7 +181,8 @@ EP_DEVICE void sync_block(const char* file, int line);
 // The same barrier; true on every thread where `answer` is true on one. One trip less than a word of shared memory.
 EP_DEVICE bool sync_block_any(bool answer, const char* file, int line);
 
-// Every thread of the warp, or of the block, calls this, and makes all such calls in the same order. Waits for nobody and orders nothing. `what` names what the group is about to do.
+// Every thread of the warp, or of the block, calls this, and makes all such calls in the same order. Waits for nobody and
+// orders nothing. `what` names what the group is about to do.
 //                                                                  CUDA: nothing; SIMT: reports who stays away
 EP_DEVICE void expect_warp(const char* what);
 EP_DEVICE void expect_block(const char* what);
