@@ -348,7 +348,8 @@ PYBIND11_MODULE(deep_ep_cpp, m) {
     bind_device(m);
     bind_buffer(m);
     if (!bindings::add_record_types(m.ptr()) || !bindings::add_tensor_checks(m.ptr()) ||
-        !bindings::add_direct_calls(m.ptr())) throw py::error_already_set();
+        !bindings::add_direct_calls(m.ptr()))
+        throw py::error_already_set();
     m.def("get_low_latency_rdma_size_hint", &LowLatency::size_hint, py::arg("num_max_dispatch_tokens_per_rank"),
           py::arg("hidden"), py::arg("num_ranks"), py::arg("num_experts"));
     m.def("has_tensor_exchange", [] { return bindings::exchange_api() != nullptr; });

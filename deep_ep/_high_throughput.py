@@ -15,10 +15,18 @@ from deep_ep._session import Session
 from deep_ep._streams import Operation
 from deep_ep._topology import DEVICE
 from deep_ep.utils import EventHandle, EventOverlap
-from deep_ep_cpp import CombineArgs, DirectCalls, Error, InternodeCombineArgs, LayoutArgs, has_tensor_exchange
+from deep_ep_cpp import (
+    CombineArgs,
+    DirectCalls,
+    Error,
+    InternodeCombineArgs,
+    LayoutArgs,
+    has_tensor_exchange,
+)
 
 DispatchResult = tuple[Payload, Optional[torch.Tensor], Optional[torch.Tensor], Optional[list[int]], Optional[Handle],
                        EventOverlap]
+CombineResult = tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]
 
 BFLOAT16 = (torch.bfloat16, )
 FLOAT32 = (torch.float32, )
@@ -170,7 +178,7 @@ class HighThroughput:
 
     def combine(self, x: torch.Tensor, handle: Any, topk_weights: Optional[torch.Tensor], bias: Any, num_sms: int,
                 previous_event: Optional[EventOverlap], async_finish: bool,
-                allocate_on_comm_stream: bool) -> tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]:
+                allocate_on_comm_stream: bool) -> CombineResult:
         session = self._session
         device = session.streams.device
         places, num_tokens, num_rows = self._handles.read(handle)

@@ -91,9 +91,9 @@ class Plan:
     int32 [El]; the number of the call, int64, which its receive phase needs.
     """
 
-    __slots__ = ("count_slice", "_empty", "has_scales", "_num_ranks", "num_words", "recv_dtype", "scale_dtype",
-                 "scale_shape", "scale_strides", "combine_args", "dispatch_args", "entries_at", "expert_rows", "handle_tail", "hidden",
-                 "num_bytes_behind_src_info", "num_local", "num_max_tokens", "num_topk", "number_at")
+    __slots__ = ("_empty", "_num_ranks", "combine_args", "count_slice", "dispatch_args", "entries_at", "expert_rows",
+                 "handle_tail", "has_scales", "hidden", "num_bytes_behind_src_info", "num_local", "num_max_tokens",
+                 "num_topk", "num_words", "number_at", "recv_dtype", "scale_dtype", "scale_shape", "scale_strides")
 
     def __init__(self, shape: Shape, form: Format, num_ranks: int, spans_nodes: bool, empty: EmptyTensors) -> None:
         form.check(shape.hidden)
@@ -127,7 +127,10 @@ class Plan:
         empty, (num_local, num_rows, hidden) = self._empty, self.expert_rows
         recv_x, scales = empty[self.recv_dtype](num_local, num_rows, hidden), None
         if self.has_scales:
-            scales = torch.empty_strided(self.scale_shape, self.scale_strides, dtype=self.scale_dtype, device=empty.device)
+            scales = torch.empty_strided(self.scale_shape,
+                                         self.scale_strides,
+                                         dtype=self.scale_dtype,
+                                         device=empty.device)
         words = empty[torch.int32](self.num_words)
         recv_count = words[self.count_slice]
         layout_range = empty[torch.int64](num_local, self._num_ranks)

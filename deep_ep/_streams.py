@@ -156,8 +156,8 @@ class CudaStreams(Streams):
         # recording it.
         self._scratch = native.create_event()
         self.own_event = PooledEvent(native.create_event(), [])
-        # The operation before: its stream (None: there was none), the event behind it or behind one before it, and which
-        # of the two; whether there are several streams, so that phases leave events behind them.
+        # The operation before: its stream (None: there was none), the event behind it or behind one before it, and
+        # which of the two; whether there are several streams, so that phases leave events behind them.
         self.order = deep_ep_cpp.StreamOrder()
         self.order.last_event = self.own_event
 
@@ -241,7 +241,7 @@ class CudaStreams(Streams):
             self.order.is_shared = self.order.is_shared or not is_of_torch(stream, self.index)
             self.order.last_stream = stream
         self.order.is_marked = False
-        return self.order.is_shared
+        return bool(self.order.is_shared)
 
     def wait_for_last(self) -> None:
         """A phase that left no event is not waited for: it uses no lent memory."""

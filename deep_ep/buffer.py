@@ -435,7 +435,7 @@ class Buffer:
                 config: Optional[Config] = None,
                 previous_event: Optional[EventOverlap] = None,
                 async_finish: bool = False,
-                allocate_on_comm_stream: bool = False) -> tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]:
+                allocate_on_comm_stream: bool = False) -> _high_throughput.CombineResult:
         """Brings the rows of a dispatch back to their tokens and sums them over the ranks. Collective.
 
         x: bfloat16 [M, hidden], contiguous, rows of a multiple of 16 bytes. handle: that of the dispatch.
@@ -451,7 +451,7 @@ class Buffer:
             direct = session.direct
             if (direct is not None and bias is None and previous_event is None and not async_finish
                     and not allocate_on_comm_stream):
-                result = direct.combine(x, handle, topk_weights, num_sms)
+                result: Optional[_high_throughput.CombineResult] = direct.combine(x, handle, topk_weights, num_sms)
                 if result is not None:
                     return result
             session.begin_call()
@@ -540,10 +540,9 @@ class Buffer:
         try:
             session = self._session
             if session is not None and session.direct is not None and not async_finish:
-                result = session.direct.low_latency_dispatch(x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts,
-                                                             cumulative_local_expert_recv_stats,
-                                                             dispatch_wait_recv_cost_stats, use_fp8, round_scale,
-                                                             use_ue8m0, return_recv_hook)
+                result: Optional[_low_latency.DispatchResult] = session.direct.low_latency_dispatch(
+                    x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, cumulative_local_expert_recv_stats,
+                    dispatch_wait_recv_cost_stats, use_fp8, round_scale, use_ue8m0, return_recv_hook)
                 if result is not None:
                     return result
             return self._low_latency.dispatch(x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts,
@@ -580,8 +579,8 @@ class Buffer:
             session = self._session
             if (session is not None and session.direct is not None and not use_logfmt and not zero_copy
                     and not async_finish):
-                result = session.direct.low_latency_combine(x, topk_idx, topk_weights, handle, out,
-                                                            combine_wait_recv_cost_stats, return_recv_hook)
+                result: Optional[_low_latency.CombineResult] = session.direct.low_latency_combine(
+                    x, topk_idx, topk_weights, handle, out, combine_wait_recv_cost_stats, return_recv_hook)
                 if result is not None:
                     return result
             return self._low_latency.combine(x, topk_idx, topk_weights, handle, use_logfmt, zero_copy, async_finish,

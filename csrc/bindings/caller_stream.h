@@ -78,8 +78,8 @@ public:
 
     // Runs `call`, which launches on `stream` and closes the call. Where it throws, kernels may have been launched: those of the CPU
     // use what `tensors()` returns as long as they run; on a GPU the stream's order is enough.
-    template <class Run, class Tensors> void run(dev::Stream stream, bool is_phase, const Run& call,
-                                                 const Tensors& tensors) const {
+    template <class Run, class Tensors>
+    void run(dev::Stream stream, bool is_phase, const Run& call, const Tensors& tensors) const {
         try {
             call();
         } catch (...) {

@@ -109,9 +109,8 @@ RowKind& HighThroughputCalls::kind_of(const Payload& payload, PyObject* topk_idx
     const auto* args = read_unfinished<kernels::DispatchArgs>(found.attr("args").ptr());
     if (args == nullptr) throw py::error_already_set();
     if (kinds_.size() == kMaxKinds) kinds_.clear();
-    kinds_.push_back(std::make_unique<RowKind>(RowKind{numbers, std::move(dtypes), form,
-                                                       form.attr("native").cast<std::shared_ptr<RowForm>>(), row_bytes,
-                                                       *args}));
+    kinds_.push_back(std::make_unique<RowKind>(RowKind{
+        numbers, std::move(dtypes), form, form.attr("native").cast<std::shared_ptr<RowForm>>(), row_bytes, *args}));
     return *kinds_.back();
 }
 
@@ -192,8 +191,8 @@ py::object HighThroughputCalls::combine(PyObject* const* args) {
     if (!read_handle(args[1], handle) || !x.read(args[0], device) || !x.is(dlpack::kBFloat16) || !x.is_rows() ||
         x.extent(0) != handle.num_rows() || !num_sms.has_value() || adds_sums(handle, *num_sms))
         return py::none();
-    if (has_weights && (!weights.read(args[2], device) || !weights.is(dlpack::kFloat32) ||
-                        !weights.is_matrix() || weights.extent(0) != handle.num_rows()))
+    if (has_weights && (!weights.read(args[2], device) || !weights.is(dlpack::kFloat32) || !weights.is_matrix() ||
+                        weights.extent(0) != handle.num_rows()))
         return py::none();
     const auto stream = caller_.open();
     if (!stream.has_value() || (!lender_.is_none() && !may_lend(*stream))) return py::none();

@@ -125,8 +125,8 @@ py::object LowLatencyCalls::dispatch(PyObject* const* args, const py::object& ow
     TensorView x, topk_idx;
     const auto num_max_tokens = read_int(args[2], 1, INT32_MAX), num_experts = read_int(args[3], 1, INT32_MAX);
     if (!x.read(args[0], device) || !x.is(dlpack::kBFloat16) || !x.is_rows() ||
-        !topk_idx.read_indices(args[1], device) ||
-        topk_idx.extent(0) != x.extent(0) || !num_max_tokens || !num_experts || x.extent(0) > *num_max_tokens)
+        !topk_idx.read_indices(args[1], device) || topk_idx.extent(0) != x.extent(0) || !num_max_tokens ||
+        !num_experts || x.extent(0) > *num_max_tokens)
         return py::none();
     for (int i = 6; i < 10; ++i)
         if (!PyBool_Check(args[i])) return py::none();
@@ -145,9 +145,9 @@ py::object LowLatencyCalls::dispatch(PyObject* const* args, const py::object& ow
     static PyObject* const resize = interned("resize_");
     const auto hidden = static_cast<int64_t>(call.hidden);
     const py::object recv_x = maker_.make(kind->recv_dtype, kind->num_local, kind->num_rows, hidden);
-    const py::object scales =
-        kind->scale_dtype.is_none() ? py::object(py::none())
-                                    : maker_.make_strided(kind->scale_dtype, kind->scale_shape, kind->scale_strides);
+    const py::object scales = kind->scale_dtype.is_none()
+                                  ? py::object(py::none())
+                                  : maker_.make_strided(kind->scale_dtype, kind->scale_shape, kind->scale_strides);
     const py::object src_info = maker_.make(int32_, kind->num_words);
     const py::object layout_range = maker_.make(int64_, kind->num_local, num_ranks_);
     const py::object recv_count = result(PyObject_GetItem(src_info.ptr(), kind->count_slice.ptr()));
@@ -172,8 +172,8 @@ py::object LowLatencyCalls::dispatch(PyObject* const* args, const py::object& ow
     call.cumulative_stats = static_cast<int*>(cumulative_stats);
 
     const auto tensors = [&] {
-        return py::make_tuple(borrow(args[0]), borrow(args[1]), recv_x, scales, src_info, layout_range,
-                              borrow(args[4]), borrow(args[5]));
+        return py::make_tuple(borrow(args[0]), borrow(args[1]), recv_x, scales, src_info, layout_range, borrow(args[4]),
+                              borrow(args[5]));
     };
     uint64_t ticket = wants_hook ? runtime::kSendPhase : runtime::kBothPhases;
     caller_.run(
@@ -212,15 +212,13 @@ py::object LowLatencyCalls::combine(PyObject* const* args, const py::object& own
     const LowLatencyKind* kind = find_of_handle(args[3], num_topk);
     if (kind == nullptr || num_tokens > kind->shape[0]) return py::none();
     const int64_t hidden = kind->shape[3];
-    if (!topk_weights.read(args[2], device) || !topk_weights.is(dlpack::kFloat32) ||
-        !topk_weights.is_matrix() || topk_weights.extent(0) != num_tokens || topk_weights.extent(1) != num_topk ||
-        !x.read(args[0], device) || !x.is(dlpack::kBFloat16) || x.num_dims() != 3 || !x.is_contiguous() ||
-        x.extent(0) != kind->num_local || x.extent(1) != kind->num_rows || x.extent(2) != hidden ||
-        !x.is_aligned())
+    if (!topk_weights.read(args[2], device) || !topk_weights.is(dlpack::kFloat32) || !topk_weights.is_matrix() ||
+        topk_weights.extent(0) != num_tokens || topk_weights.extent(1) != num_topk || !x.read(args[0], device) ||
+        !x.is(dlpack::kBFloat16) || x.num_dims() != 3 || !x.is_contiguous() || x.extent(0) != kind->num_local ||
+        x.extent(1) != kind->num_rows || x.extent(2) != hidden || !x.is_aligned())
         return py::none();
     if (has_out && (!out.read(args[4], device) || !out.is(dlpack::kBFloat16) || !out.is_matrix() ||
-                    out.extent(0) != num_tokens || out.extent(1) != hidden || !out.is_aligned() ||
-                    out.overlaps(x)))
+                    out.extent(0) != num_tokens || out.extent(1) != hidden || !out.is_aligned() || out.overlaps(x)))
         return py::none();
     kernels::LowLatencyCombineArgs call = kind->combine_args;
     void* wait_stats;
@@ -290,9 +288,9 @@ void LowLatencyCalls::receive(LowLatencyHook& hook) {
     } catch (...) {
         set_python_error(std::current_exception());
         const py::error_already_set error;
-        session_.attr("abandon_call")(state->is_combine ? "the hook of low_latency_combine"
-                                                        : "the hook of low_latency_dispatch",
-                                      error.value(), state->ticket);
+        session_.attr("abandon_call")(
+            state->is_combine ? "the hook of low_latency_combine" : "the hook of low_latency_dispatch", error.value(),
+            state->ticket);
         throw error;
     }
     give_back(std::move(state->number), state->stream);

@@ -119,8 +119,7 @@ inline const dlpack::ExchangeApi*& exchange_api() {
 // Of the class whose tensors are to be read.
 inline void find_exchange_api(PyObject* tensor_class) {
     const Owned capsule(PyObject_GetAttrString(tensor_class, "__dlpack_c_exchange_api__"));
-    const void* found =
-        capsule.get() == nullptr ? nullptr : PyCapsule_GetPointer(capsule.get(), "dlpack_exchange_api");
+    const void* found = capsule.get() == nullptr ? nullptr : PyCapsule_GetPointer(capsule.get(), "dlpack_exchange_api");
     PyErr_Clear();
     const auto* api = static_cast<const dlpack::ExchangeApi*>(found);
     const bool is_known = api != nullptr && api->version.major == dlpack::kExchangeMajor && api->describe != nullptr;
