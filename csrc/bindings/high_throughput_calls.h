@@ -72,7 +72,7 @@ private:
     py::tuple received(const RowKind& kind, std::unique_ptr<LentRows> reserved, int64_t num_rows, dev::Stream stream);
     std::unique_ptr<LentRows> reserve(const RowKind& kind, int64_t num_tokens, dev::Stream stream);
     int cuda_index() const { return caller_.is_cuda() ? caller_.device().id : -1; }
-    py::object event() const { return event_class_(); }
+    py::object event() const { return result(PyObject_CallNoArgs(event_class_.ptr())); }
 
     runtime::Buffer& buffer_;
     py::object runtime_, empty_, lender_, find_kind_, event_class_, unused_;

@@ -54,7 +54,7 @@ private:
     bool read_stats(PyObject* value, const dlpack::DataType& dtype, int64_t size, void** address) const;
     py::object take_number();
     void give_back(py::object number, dev::Stream stream);
-    py::object event() const { return event_class_(); }
+    py::object event() const { return result(PyObject_CallNoArgs(event_class_.ptr())); }
 
     runtime::LowLatency& native_;
     runtime::Buffer& buffer_;
