@@ -385,6 +385,7 @@ class LowLatency:
         if isinstance(handle, (tuple, list)) and len(handle) == NUM_HANDLE_FIELDS:
             plan = self._known_handles.find(handle[0])
             if plan is not None and plan.num_topk == num_topk and plan.handle_tail == (handle[2], handle[3], handle[4]):
+                self._tell_direct(plan, handle[0])
                 return plan
         num_max_tokens, hidden, num_experts = self._check_handle(handle)
         plan, src_info = self._plan(num_max_tokens, num_topk, num_experts, hidden, PLAIN), handle[0]
@@ -399,6 +400,9 @@ class LowLatency:
 
     def _know(self, plan: Plan, src_info: torch.Tensor) -> None:
         self._known_handles.add(plan, src_info)
+        self._tell_direct(plan, src_info)
+
+    def _tell_direct(self, plan: Plan, src_info: torch.Tensor) -> None:
         if self._session.direct is not None:
             self._session.direct.add_low_latency_handle(src_info, plan)
 

@@ -71,6 +71,8 @@ void LowLatencyCalls::add_handle(const py::object& src_info, const py::object& p
 }
 
 void LowLatencyCalls::know(const py::object& src_info, const LowLatencyKind& kind) {
+    for (const auto& [reference, known] : handles_)
+        if (known == &kind && PyWeakref_GetObject(reference.ptr()) == src_info.ptr()) return;
     handles_.at(next_handle_++ % handles_.size()) = {result(PyWeakref_NewRef(src_info.ptr(), nullptr)), &kind};
 }
 
