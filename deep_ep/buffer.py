@@ -79,6 +79,13 @@ def _log_once(sentence: str) -> None:
     logger.info(sentence)
 
 
+def _is_direct(config: Any, previous_event: Any, async_finish: Any, allocate_on_comm_stream: Any) -> bool:
+    """Whether a call with these arguments may be one native step. That step begins with `begin_call`, so that nothing
+    may fail before it."""
+    return (previous_event is None and not async_finish and not allocate_on_comm_stream
+            and (config is None or type(config) is Config))
+
+
 @opaque
 class Buffer:
     """Memory that every rank of a group can reach, and expert-parallel dispatch and combine on it.
@@ -401,9 +408,9 @@ class Buffer:
         """
         session = self._session or self._require_session()
         try:
-            num_sms = self._num_sms(session, config, "dispatch", x, topk_idx)
             direct = session.direct
-            if direct is not None and previous_event is None and not async_finish and not allocate_on_comm_stream:
+            if direct is not None and _is_direct(config, previous_event, async_finish, allocate_on_comm_stream):
+                num_sms = self._num_sms(session, config, "dispatch", x, topk_idx)
                 result: Optional[_high_throughput.DispatchResult] = None
                 if handle is None and not num_worst_tokens:
                     result = direct.dispatch_fresh(x, num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert,
@@ -413,6 +420,7 @@ class Buffer:
                 if result is not None:
                     return result
             session.begin_call()
+            num_sms = self._num_sms(session, config, "dispatch", x, topk_idx)
             if handle is not None:
                 if topk_idx is not None or topk_weights is not None:
                     raise ValueError("topk_idx and topk_weights must be None when a handle is given")
@@ -447,14 +455,15 @@ class Buffer:
         """
         session = self._session or self._require_session()
         try:
-            num_sms = self._num_sms(session, config, "combine", x)
             direct = session.direct
-            if (direct is not None and bias is None and previous_event is None and not async_finish
-                    and not allocate_on_comm_stream):
-                result: Optional[_high_throughput.CombineResult] = direct.combine(x, handle, topk_weights, num_sms)
+            if (direct is not None and bias is None
+                    and _is_direct(config, previous_event, async_finish, allocate_on_comm_stream)):
+                result: Optional[_high_throughput.CombineResult] = direct.combine(
+                    x, handle, topk_weights, self._num_sms(session, config, "combine", x))
                 if result is not None:
                     return result
             session.begin_call()
+            num_sms = self._num_sms(session, config, "combine", x)
             return self._high_throughput.combine(x, handle, topk_weights, bias, num_sms, previous_event, async_finish,
                                                  allocate_on_comm_stream)
         except BaseException as error:

@@ -142,10 +142,10 @@ def test_what_is_not_usual_is_left_to_python(buffer: Buffer) -> None:
     parameter = torch.nn.Parameter(recv_x)
     for x, unusual_handle, topk_weights in ((recv_x.float(), handle, None), (recv_x[:-1], handle, None),
                                             (recv_x.t(), handle, None), (parameter, handle, None),
-                                            (recv_x, handle[:5], None), (recv_x, list(handle), None),
-                                            (recv_x, handle, weights[:, :1]), (recv_x, handle, weights.double()),
-                                            (recv_x.to("meta"), handle, None), (None, handle, None),
-                                            (recv_x.to_sparse(), handle, None)):
+                                            (recv_x, handle[:5], None), (recv_x, list(handle), None), (recv_x, handle,
+                                                                                                       weights[:, :1]),
+                                            (recv_x, handle, weights.double()), (recv_x.to("meta"), handle, None),
+                                            (None, handle, None), (recv_x.to_sparse(), handle, None)):
         assert session.direct.combine(x, unusual_handle, topk_weights, 20) is None
         assert not torch.is_tensor(session.direct.dispatch_cached(topk_weights, unusual_handle, 20))
     assert session.direct.combine(recv_x, handle, weights, 20.0) is None
