@@ -28,6 +28,11 @@ struct StreamOrder {
     }
 };
 
+struct Phase {
+    dev::Stream stream;
+    bool leaves_event;  // behind it: there are several streams
+};
+
 class CallerStream {
 public:
     // Of the Streams of a Buffer.
@@ -54,9 +59,16 @@ public:
             stream.has_value() && (!is_cuda() || native_->stream_kind(*stream) == dev::StreamKind::kPlain);
         return is_plain ? stream : std::nullopt;
     }
-    // The same for a call that leaves no event behind it, in a capture or not.
-    std::optional<dev::Stream> open_phase() const {
-        return is_cuda() && order_->is_shared != 0 ? std::nullopt : current();
+    // The same for a phase of a low-latency call, in a capture or not; see CudaStreams.enter_phase.
+    std::optional<Phase> open_phase() const {
+        const auto stream = current();
+        return stream.has_value() ? open_phase(*stream) : std::nullopt;
+    }
+    std::optional<Phase> open_phase(dev::Stream stream) const {
+        if (!is_cuda()) return Phase{stream, false};
+        const bool is_shared = order_->is_shared != 0;
+        if (!order_->is_last(stream) || (is_shared && is_captured(stream))) return std::nullopt;
+        return Phase{stream, is_shared};
     }
     bool is_captured(dev::Stream stream) const {
         return is_cuda() && stream != nullptr && native_->stream_kind(stream) == dev::StreamKind::kCaptured;
@@ -69,34 +81,36 @@ public:
         else
             streams_.attr("finish")();  // throws what a kernel has reported
     }
-    void close_phase() const {
-        if (!is_cuda()) streams_.attr("finish")();
-    }
     void begin_phase() const {
         if (is_cuda()) order_->is_marked = 0;
+    }
+    void close_phase(const Phase& phase) const {
+        if (!is_cuda())
+            streams_.attr("finish")();
+        else if (phase.leaves_event)
+            mark(phase.stream);
     }
 
     // Runs `call`, which launches on `stream` and closes the call. Where it throws, kernels may have been launched: those of the CPU
     // use what `tensors()` returns as long as they run; on a GPU the stream's order is enough.
     template <class Run, class Tensors>
-    void run(dev::Stream stream, bool is_phase, const Run& call, const Tensors& tensors) const {
+    void run(dev::Stream stream, bool leaves_event, const Run& call, const Tensors& tensors) const {
         try {
             call();
         } catch (...) {
-            abandon(stream, is_phase, tensors());
+            abandon(stream, leaves_event, tensors());
             throw;
         }
     }
 
     const py::object& streams() const { return streams_; }
-    const StreamOrder* order() const { return order_; }
 
 private:
-    void abandon(dev::Stream stream, bool is_phase, const py::tuple& tensors) const noexcept {
+    void abandon(dev::Stream stream, bool leaves_event, const py::tuple& tensors) const noexcept {
         try {
             if (!is_cuda())
                 streams_.attr("record")(tensors);
-            else if (!is_phase)
+            else if (leaves_event)
                 mark(stream);
         } catch (...) {
             // It would hide the failure that brought us here.

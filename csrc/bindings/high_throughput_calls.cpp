@@ -215,7 +215,7 @@ py::object HighThroughputCalls::combine(PyObject* const* args) {
         call.combined_topk_weights = address_at<float>(combined_weights);
     }
     caller_.run(
-        *stream, false,
+        *stream, true,
         [&] {
             buffer_.high_throughput().combine(call, static_cast<int>(*num_sms), *stream);
             caller_.close(*stream);
@@ -242,7 +242,7 @@ py::object HighThroughputCalls::dispatch_cached(PyObject* const* args) {
     call.is_worst_case = true;  // the handle may come from one: fewer rows than it has room for are no error
     set_outputs(call, made, handle.num_rows());
     caller_.run(
-        *stream, false,
+        *stream, true,
         [&] {
             buffer_.high_throughput().dispatch(call, static_cast<int>(*num_sms), *stream);
             caller_.close(*stream);
@@ -284,7 +284,7 @@ py::object HighThroughputCalls::dispatch_fresh(PyObject* const* args) {
     set_outputs(call, made, reserved->num_rows);
     int64_t num_rows = 0;
     caller_.run(
-        *stream, false,
+        *stream, true,
         [&] {
             buffer_.high_throughput().dispatch(call, static_cast<int>(*num_sms), *stream);
             counts = runtime_.attr("wait_counts")();

@@ -141,8 +141,9 @@ py::object LowLatencyCalls::dispatch(PyObject* const* args, const py::object& ow
     if (!read_stats(args[4], dlpack::kInt32, kind->num_local, &cumulative_stats) ||
         !read_stats(args[5], dlpack::kInt64, num_ranks_, &wait_stats))
         return py::none();
-    const auto stream = caller_.open_phase();
-    if (!stream.has_value() || (wants_hook && (!caller_.is_cuda() || caller_.is_captured(*stream)))) return py::none();
+    const auto phase = caller_.open_phase();
+    if (!phase.has_value() || (wants_hook && (!caller_.is_cuda() || caller_.is_captured(phase->stream))))
+        return py::none();
 
     static PyObject* const resize = interned("resize_");
     const auto hidden = static_cast<int64_t>(call.hidden);
@@ -179,11 +180,11 @@ py::object LowLatencyCalls::dispatch(PyObject* const* args, const py::object& ow
     };
     uint64_t ticket = wants_hook ? runtime::kSendPhase : runtime::kBothPhases;
     caller_.run(
-        *stream, true,
+        phase->stream, phase->leaves_event,
         [&] {
             caller_.begin_phase();
-            ticket = native_.dispatch(call, ticket, *stream);
-            if (!wants_hook) caller_.close_phase();
+            ticket = native_.dispatch(call, ticket, phase->stream);
+            caller_.close_phase(*phase);
         },
         tensors);
     know(src_info, *kind);
@@ -197,7 +198,7 @@ py::object LowLatencyCalls::dispatch(PyObject* const* args, const py::object& ow
                           .combine_args = {},
                           .is_combine = false,
                           .ticket = ticket,
-                          .stream = *stream});
+                          .stream = phase->stream});
     py::object payload = recv_x;
     if (!scales.is_none()) payload = py::make_tuple(recv_x, scales);
     const py::tuple handle = py::make_tuple(src_info, layout_range, kind->tail[0], kind->tail[1], kind->tail[2]);
@@ -225,8 +226,9 @@ py::object LowLatencyCalls::combine(PyObject* const* args, const py::object& own
     kernels::LowLatencyCombineArgs call = kind->combine_args;
     void* wait_stats;
     if (!read_stats(args[5], dlpack::kInt64, num_ranks_, &wait_stats)) return py::none();
-    const auto stream = caller_.open_phase();
-    if (!stream.has_value() || (wants_hook && (!caller_.is_cuda() || caller_.is_captured(*stream)))) return py::none();
+    const auto phase = caller_.open_phase();
+    if (!phase.has_value() || (wants_hook && (!caller_.is_cuda() || caller_.is_captured(phase->stream))))
+        return py::none();
 
     const py::object src_info = borrow(PyTuple_GET_ITEM(args[3], 0));
     const py::object combined = has_out ? borrow(args[4]) : maker_.make(bfloat16_, num_tokens, hidden);
@@ -248,11 +250,11 @@ py::object LowLatencyCalls::combine(PyObject* const* args, const py::object& own
     };
     uint64_t ticket = wants_hook ? runtime::kSendPhase : runtime::kBothPhases;
     caller_.run(
-        *stream, true,
+        phase->stream, phase->leaves_event,
         [&] {
             caller_.begin_phase();
-            ticket = native_.combine(call, ticket, *stream);
-            if (!wants_hook) caller_.close_phase();
+            ticket = native_.combine(call, ticket, phase->stream);
+            caller_.close_phase(*phase);
         },
         tensors);
     py::object hook = py::none();
@@ -265,7 +267,7 @@ py::object LowLatencyCalls::combine(PyObject* const* args, const py::object& own
                           .combine_args = call,
                           .is_combine = true,
                           .ticket = ticket,
-                          .stream = *stream});
+                          .stream = phase->stream});
     return py::make_tuple(combined, event(), hook);
 }
 
@@ -277,16 +279,17 @@ void LowLatencyCalls::receive(LowLatencyHook& hook) {
     if (state == nullptr) return;
     try {
         const dev::Stream stream = state->stream;
-        bool leaves_event = false;
-        if (caller_.order()->is_last(stream) && caller_.order()->is_shared == 0)
+        std::optional<Phase> phase = caller_.open_phase(stream);
+        if (phase.has_value())
             caller_.begin_phase();
         else
-            leaves_event = caller_.streams().attr("enter_phase")(reinterpret_cast<uintptr_t>(stream)).cast<bool>();
+            phase =
+                Phase{stream, caller_.streams().attr("enter_phase")(reinterpret_cast<uintptr_t>(stream)).cast<bool>()};
         if (state->is_combine)
             native_.combine(state->combine_args, state->ticket, stream);
         else
             native_.dispatch(state->dispatch_args, state->ticket, stream);
-        if (leaves_event) caller_.streams().attr("set_last")(reinterpret_cast<uintptr_t>(stream));
+        caller_.close_phase(*phase);
     } catch (...) {
         set_python_error(std::current_exception());
         const py::error_already_set error;

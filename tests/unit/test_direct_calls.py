@@ -1,4 +1,4 @@
-"""Calls in one native step return what the same calls return by way of Python, and leave to Python what they cannot judge."""
+"""Calls in one native step return what the same calls return by way of Python; what they cannot judge is left to it."""
 
 import gc
 import weakref
