@@ -128,8 +128,9 @@ def check_driver(native: Any) -> list[Finding]:
     if complaint:
         here = f"NVIDIA driver {version}: " if version else "no NVIDIA driver: "
         # Without any driver there is no GPU to lose.
-        return [Finding("broken", "driver", here + complaint, "update the NVIDIA driver") if version or served else
-                Finding("note", "driver", here + complaint, "none if there is no GPU; else install the driver")]  # yapf: disable
+        if version or served:
+            return [Finding("broken", "driver", here + complaint, "update the NVIDIA driver")]
+        return [Finding("note", "driver", here + complaint, "none if there is no GPU; else install the driver")]
     return [
         Finding(
             "ok", "driver", f"NVIDIA driver {version or '(version unknown)'} serves CUDA {_cuda(served)}; "
@@ -358,13 +359,11 @@ def check_rail(native: Any) -> list[Finding]:
     engines = nvshmem.engine_files()
     if engines:
         return [Finding("ok", "rail", f"between nodes 'nvshmem' carries rows: {engines[0]}")]
-    fix = "" if nvshmem.find_folder() else nvshmem.INSTALL + "; then "
+    fix = ("" if nvshmem.find_folder() else nvshmem.INSTALL + "; then ") + "python -m deep_ep build-nvshmem"
     is_missed = any(port.state == "ACTIVE" for port in probes.rdma_ports())
     level = "broken" if requested == "nvshmem" else "note" if is_missed else "ok"
     reason = f"'nvshmem' is not built{', though this machine has RDMA' if is_missed else ''}"
-    return [
-        Finding(level, "rail", f"{tcp}: {reason}", "" if level == "ok" else fix + "python -m deep_ep build-nvshmem")
-    ]
+    return [Finding(level, "rail", f"{tcp}: {reason}", "" if level == "ok" else fix)]
 
 
 def check_round_trips(torch: Any) -> list[Finding]:

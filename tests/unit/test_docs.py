@@ -114,6 +114,17 @@ def test_the_errors_page_says_everything_once() -> None:
     assert sorted(sentences) == sorted(set(sentences))
 
 
+def test_decisions_are_numbered_in_order() -> None:
+    """By section; other pages and comments name them by these numbers."""
+    headings = re.findall(r'^(##+) (\S+)', (ROOT / 'docs' / 'decisions.md').read_text(), re.MULTILINE)
+    expected, section, number = [], 0, 0
+    for level, _ in headings:
+        section, number = (section + 1, 0) if level == '##' else (section, number + 1)
+        expected.append((level, f'{section}.' if level == '##' else f'D{section}.{number}'))
+    assert len(expected) > 60
+    assert headings == expected
+
+
 def test_the_index_has_every_page() -> None:
     index = ROOT / 'docs' / 'README.md'
     targets = re.findall(r'\]\(([^)#\s]+)', index.read_text())
