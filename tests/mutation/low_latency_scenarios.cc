@@ -123,11 +123,12 @@ std::string late_weights(uint64_t seed) {
 // of rank 1, so whoever counts them has another place for these.
 std::string late_table(uint64_t seed) {
     constexpr uint64_t kTimeoutNs = 60'000;
+    const simt::DeviceOptions three_small_blocks{.num_sms = 3, .has_bulk_copy = false, .useful_block_threads = 64};
     const LowLatencyProblem problem = small_problem(seed);
     for (uint64_t i = 0; i < 25; ++i) {
         simt::SchedulerOptions options;
         options.seed = seed * 25 + i + 1;
-        World world(2, 0, options, kTimeoutNs * 1e-9, low_latency_bytes(problem), true, {{.num_sms = 3, .has_bulk_copy = false, .useful_block_threads = 64}});
+        World world(2, 0, options, kTimeoutNs * 1e-9, low_latency_bytes(problem), true, {three_small_blocks});
         auto ranks = make_low_latency_inputs(problem);
         pass_time(world, i % 2 == 0 ? 1 : 0, kTimeoutNs * 11 / 12 + i * 800);
         dispatch_on(world, problem, ranks, {0, 1});
