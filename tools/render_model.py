@@ -4,8 +4,8 @@ measured inside a node and what others have published of several; and the scalin
 
 tools/render_model.py            rewrite both; then `tools/render_benchmarks.py --plots` draws the picture anew
 tools/render_model.py --check    fail when one of them is not what the model says
-tools/render_model.py --fit      print the constants of deep_ep/model.py, fitted to the newest benchmarks (then name them
-                                 in RECORDS)
+tools/render_model.py --fit      print the constants of deep_ep/model.py, fitted to the newest benchmarks (then name
+                                 them in RECORDS)
 """
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import model_fit  # noqa: E402
 from figures import NOTHING, Table, bring_up_to_date, time_of, to_markdown  # noqa: E402
 from published import LOW_LATENCY, PUBLISHED, Published  # noqa: E402
 
@@ -39,7 +40,8 @@ END = "<!-- end -->"
 NIC_GB_PER_S = 50.0  # 400 Gb/s for each GPU
 LINKS = model.Links(NIC_GB_PER_S)
 TOKENS, DECODED = Shape(4096, 7168, 8, 256), Shape(128, 7168, 8, 256)
-# What the constants of deep_ep/model.py are fitted to: runs as callers get them, and one that lends nothing. `--fit` fits newer ones.
+# What the constants of deep_ep/model.py are fitted to: runs as callers get them, and one that lends nothing. `--fit`
+# fits newer ones.
 AS_CALLED, SLOTS, LOW = "as called", "rows through slots", "low latency"
 RECORDS = {
     AS_CALLED: "2026-11-28T1810_intranode_nvidia-h200_x2.json",
@@ -59,7 +61,7 @@ def name_of(operation: str, kind: str) -> str:
 
 
 def kind_of(report: dict[str, Any]) -> str:
-    """Which of RECORDS a run could be: on a GPU for each rank, inside a node, with no other variable of the package set."""
+    """Which of RECORDS a run could be: on a GPU for each rank, inside a node, no other variable of the package set."""
     environment = {name: value for name, value in report.get("environment", {}).items() if name.startswith("DEEP_EP_")}
     lent = environment.pop("DEEP_EP_LEND_BYTES", "")
     if environment or report["num_devices"] != report["num_ranks"] or "gpu" not in report["machine"]:
@@ -78,7 +80,7 @@ def newest(kind: str) -> tuple[str, dict[str, Any]]:
         if kind_of(report) != kind:
             continue
         with contextlib.suppress(InvalidArgument):  # too few SM budgets or sizes
-            model.measure(report)
+            model_fit.measure(report)
             found.append((report["date"], path.name, report))
     _, name, report = max(found, key=lambda one: one[0])
     return name, report
@@ -109,7 +111,7 @@ def byte_table() -> Table:
 def measured_table(report: dict[str, Any]) -> Table:
     return ("one node", "tokens", "SMs", "measured µs", "model µs", "off"), [
         (one.operation, f"{one.num_tokens}", f"{one.num_sms}" if one.num_sms else "all", f"{one.measured_us:.1f}",
-         f"{one.model_us:.1f}", per_cent(one.error)) for one in model.compare(report)
+         f"{one.model_us:.1f}", per_cent(one.error)) for one in model_fit.compare(report)
     ]
 
 
@@ -185,7 +187,7 @@ def render() -> str:
     for kind in RECORDS:
         name, report = fitted(kind)
         machine = f"{report['num_ranks']} x {report['machine']['gpu']}"
-        worst = max(abs(one.error) for one in model.compare(report))
+        worst = max(abs(one.error) for one in model_fit.compare(report))
         lines += [
             f"### Inside a node, {kind}: {machine}, {report['date'][:10]}", "",
             f"[{name}](../../benchmarks/results/{name}), queued. Largest error: {100 * worst:.1f} %.", ""
@@ -229,7 +231,9 @@ def main() -> int:
     if args.fit:
         for kind in RECORDS:
             name, report = newest(kind)
-            print(f"{kind}: {name}", *(f"  {operation}: {cost}" for operation, cost in model.measure(report).items()), sep="\n")
+            print(f"{kind}: {name}",
+                  *(f"  {operation}: {cost}" for operation, cost in model_fit.measure(report).items()),
+                  sep="\n")
         return 0
     return bring_up_to_date(wanted_files(), ROOT, "tools/render_model.py", only_checks=args.check)
 

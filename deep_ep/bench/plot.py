@@ -55,13 +55,14 @@ def plot_file(path: Path) -> str:
 
 
 def draw_scaling(plt: Any, report: Row) -> Any:
-    """Of `python -m deep_ep model --scaling`: time over ranks, a mark where another link bounds the call; and SMs, or, where
-    all of them take part, what leaves a rank over the rail."""
+    """Of `python -m deep_ep model --scaling`: time over ranks, a mark where another link bounds the call; and SMs, or,
+    where all of them take part, what leaves a rank over the rail."""
     figure, (times, beside) = plt.subplots(1, 2, figsize=(WIDTH, HEIGHT), layout="constrained")
     names = list(dict.fromkeys(name_of(row) for row in report["rows"]))
     bounds = dict(zip(("NVLink", "SMs", "rail"), "osD"))
     has_budgets = any(row["num_sms"] for row in report["rows"])
-    for color, style, name in zip(COLORS, LINE_STYLES, names):  # lines that lie on each other are seen through their gaps
+    # Lines that lie on each other are seen through their gaps.
+    for color, style, name in zip(COLORS, LINE_STYLES, names):
         rows = [row for row in report["rows"] if name_of(row) == name]
         places, look = [row["num_ranks"] for row in rows], {"color": color, "linestyle": style, "label": name}
         times.plot(places, [row["time_us"] for row in rows], **look)
@@ -72,7 +73,8 @@ def draw_scaling(plt: Any, report: Row) -> Any:
     for bound in sorted({row["bottleneck"] for row in report["rows"]}):
         times.plot([], [], marker=bounds[bound], color="black", linestyle="", label=f"bound by {bound}")
     places = sorted({row["num_ranks"] for row in report["rows"]})
-    for axes, label in ((times, "µs (predicted)"), (beside, "SMs that are enough" if has_budgets else "MB over the rail")):
+    what = "SMs that are enough" if has_budgets else "MB over the rail"
+    for axes, label in ((times, "µs (predicted)"), (beside, what)):
         axes.set_xscale("log", base=2)
         axes.set_xticks(places, [str(place) for place in places])
         axes.set(xlabel="ranks, 8 a node", ylabel=label)
@@ -93,7 +95,7 @@ def name_of(row: Row) -> str:
 
 
 def rail_mb(row: Row) -> float:
-    return sum(phase["num_bytes"] for phase in row["phases"] if phase["name"] == "rail") / 1e6
+    return float(sum(phase["num_bytes"] for phase in row["phases"] if phase["name"] == "rail")) / 1e6
 
 
 def height_of(report: Row) -> float:

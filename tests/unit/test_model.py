@@ -136,7 +136,7 @@ def test_low_latency_may_send_a_row_for_each_node(num_nodes: int, payload_mb: fl
 @pytest.mark.parametrize("kind", ["as called", "low latency", "rows through slots"])
 def test_errors_inside_a_node_are_below_a_tenth(page: Any, kind: str) -> None:
     _, report = page.fitted(kind)
-    compared = model.compare(report)
+    compared = page.model_fit.compare(report)
     assert {one.operation for one in compared} >= {"combine BF16"}
     assert max(abs(one.error) for one in compared) <= 0.1, compared
 
@@ -147,7 +147,7 @@ def test_constants_are_those_of_a_fit(page: Any, kind: str) -> None:
     assert page.newest(kind)[0] >= page.RECORDS[kind]
     _, report = page.fitted(kind)
     ranks = 0 if kind == "rows through slots" else report["num_ranks"]
-    for operation, cost in model.measure(report).items():
+    for operation, cost in page.model_fit.measure(report).items():
         used = model.LOW_LATENCY_COSTS[operation] if kind == "low latency" else model.node_cost(operation, ranks)
         assert used.latency_us == pytest.approx(cost.latency_us, rel=0.1)
         assert used.link_share == pytest.approx(cost.link_share, abs=0.05)
