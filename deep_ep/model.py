@@ -177,9 +177,9 @@ class NodeCost:
 
 # Fitted by tools/model_fit.py to benchmarks of two H200 of 2026-11-28; shares are of NVLINK_GB_PER_S. Outputs of a
 # dispatch are lent; rows of a combine go through slots, but between two ranks, which lend each other their sums.
-NODE_COSTS = {DISPATCH: NodeCost(15.3, 1.00, 49.6), COMBINE: NodeCost(21.4, 0.67, 24.8)}
-PAIR_COMBINE_COST = NodeCost(22.5, 0.94, 33.4)
-LOW_LATENCY_COSTS = {DISPATCH: NodeCost(15.3, 0.78, 0.0), COMBINE: NodeCost(13.8, 0.78, 0.0)}
+NODE_COSTS = {DISPATCH: NodeCost(15.5, 0.98, 49.6), COMBINE: NodeCost(20.1, 0.74, 30.2)}
+PAIR_COMBINE_COST = NodeCost(21.4, 0.85, 30.2)
+LOW_LATENCY_COSTS = {DISPATCH: NodeCost(14.8, 0.72, 0.0), COMBINE: NodeCost(13.7, 0.72, 0.0)}
 
 
 def node_cost(operation: str, num_ranks: int) -> NodeCost:

@@ -59,41 +59,40 @@ def compare(report: dict[str, Any], nvlink_gb_per_s: float = NVLINK_GB_PER_S) ->
 
 
 def measure(report: dict[str, Any], nvlink_gb_per_s: float = NVLINK_GB_PER_S) -> dict[str, NodeCost]:
-    """What `node_cost` or LOW_LATENCY_COSTS say of such ranks, from a report that `compare` takes: the share of the
-    link with which the largest relative error is least. Raises InvalidArgument where the high-throughput mode had fewer
+    """What `node_cost` or LOW_LATENCY_COSTS say of such ranks, from a report that `compare` takes: the constants with
+    which the sum of squared relative errors is least. Raises InvalidArgument where the high-throughput mode had fewer
     than two SM budgets or sizes."""
-    fit = _fit_low_latency if report["benchmark"] == LOW_LATENCY else _fit_high_throughput
-    shares = [percent / 100 for percent in range(50, 121)]
-    return fit(report, [(share, share * nvlink_gb_per_s) for share in shares])
-
-
-def _fit_high_throughput(report: dict[str, Any], links: Sequence[tuple[float, float]]) -> dict[str, NodeCost]:
-    costs = {}
+    is_low_latency = report["benchmark"] == LOW_LATENCY
+    shares, costs = [percent / 100 for percent in range(50, 121)], {}
     for operation in (COMBINE, ) if lends_nothing(report) else (DISPATCH, COMBINE):
-        samples = calibrate.samples_of(report["rows"], operation, report["num_ranks"])
-
-        def fitted(share: float, gb_per_s: float, samples: list[calibrate.Sample] = samples) -> tuple[float, NodeCost]:
-            cost = calibrate.fit(samples, gb_per_s)
-            errors = [cost.time_us(s.num_sms, s.num_bytes, s.remote_bytes) / s.time_us - 1 for s in samples]
-            return max(map(abs, errors)), NodeCost(cost.latency_us, share, cost.sm_gb_per_s)
-
-        costs[operation] = min((fitted(*link) for link in links), key=lambda found: found[0])[1]
+        if is_low_latency:
+            samples = _low_latency_samples(report, operation)
+            # Combine has one format, and the share of dispatch.
+            fit, among = _fit_latency, shares if operation == DISPATCH else [costs[DISPATCH].link_share]
+        else:
+            samples = calibrate.samples_of(report["rows"], operation, report["num_ranks"])
+            fit, among = calibrate.fit, shares
+        found = [(share, fit(samples, share * nvlink_gb_per_s)) for share in among]
+        share, cost = min(found, key=lambda one, samples=samples: _error(samples, one[1]))  # type: ignore[misc]
+        costs[operation] = NodeCost(cost.latency_us, share, 0.0 if is_low_latency else cost.sm_gb_per_s)
     return costs
 
 
-def _fit_low_latency(report: dict[str, Any], links: Sequence[tuple[float, float]]) -> dict[str, NodeCost]:
-    """All SMs take part, so there is no rate of one. Combine has one format, and the share of dispatch."""
-    times = {DISPATCH: [], COMBINE: []}  # type: dict[str, list[tuple[float, float]]]
-    for row in report["rows"]:
-        if row["operation"] in _LOW_LATENCY_ROWS and row["routing"] == "uniform":
-            times[_LOW_LATENCY_ROWS[row["operation"]]].append((row["queued_us"], row["remote_bytes"] / 1e3))
+def _error(samples: Sequence[calibrate.Sample], cost: calibrate.Cost) -> float:
+    return sum((cost.time_us(one.num_sms, one.num_bytes, one.remote_bytes) / one.time_us - 1)**2 for one in samples)
 
-    def fitted(operation: str, share: float, gb_per_s: float) -> tuple[float, NodeCost]:
-        rests = [time_us - kilobytes / gb_per_s for time_us, kilobytes in times[operation]]
-        latency_us = sum(rests) / len(rests)
-        errors = [(latency_us - rest) / time_us for rest, (time_us, _) in zip(rests, times[operation])]
-        return max(map(abs, errors)), NodeCost(latency_us, share, 0.0)
 
-    dispatch = min((fitted(DISPATCH, *link) for link in links), key=lambda found: found[0])[1]
-    shared = next(link for link in links if link[0] == dispatch.link_share)
-    return {DISPATCH: dispatch, COMBINE: fitted(COMBINE, *shared)[1]}
+def _low_latency_samples(report: dict[str, Any], operation: str) -> list[calibrate.Sample]:
+    """All SMs take part, and what they do beside the link does not show."""
+    return [
+        calibrate.Sample(1, 0, row["remote_bytes"], row["queued_us"]) for row in report["rows"]
+        if _LOW_LATENCY_ROWS.get(row["operation"]) == operation and row["routing"] == "uniform"
+    ]
+
+
+def _fit_latency(samples: Sequence[calibrate.Sample], link_gb_per_s: float) -> calibrate.Cost:
+    bare = calibrate.Cost(0.0, link_gb_per_s, 1.0)
+    weights = [1 / one.time_us**2 for one in samples]
+    rests = [one.time_us - bare.time_us(one.num_sms, one.num_bytes, one.remote_bytes) for one in samples]
+    latency_us = sum(weight * rest for weight, rest in zip(weights, rests)) / sum(weights)
+    return calibrate.Cost(latency_us, link_gb_per_s, 1.0)

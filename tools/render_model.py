@@ -44,8 +44,9 @@ TOKENS, DECODED = Shape(4096, 7168, 8, 256), Shape(128, 7168, 8, 256)
 # fits newer ones.
 AS_CALLED, SLOTS, LOW = "as called", "rows through slots", "low latency"
 RECORDS = {
-    AS_CALLED: "2026-11-28T1810_intranode_nvidia-h200_x2.json",
-    LOW: "2026-11-28T1810_low-latency_nvidia-h200_x2.json",
+    AS_CALLED: "2026-11-28T2042_intranode_nvidia-h200_x2.json",
+    SLOTS: "2026-11-28T2042_intranode_nvidia-h200_x2_slots.json",
+    LOW: "2026-11-28T2042_low-latency_nvidia-h200_x2.json",
 }
 # Of these sizes there are figures of others with the same shape.
 NODES = (2, 4, 8)
@@ -61,9 +62,10 @@ def name_of(operation: str, kind: str) -> str:
 
 
 def kind_of(report: dict[str, Any]) -> str:
-    """Which of RECORDS a run could be: on a GPU for each rank, inside a node, no other variable of the package set."""
+    """Which of RECORDS a run could be: on a GPU for each rank, inside a node, no other variable set that matters there."""
     environment = {name: value for name, value in report.get("environment", {}).items() if name.startswith("DEEP_EP_")}
     lent = environment.pop("DEEP_EP_LEND_BYTES", "")
+    environment.pop("DEEP_EP_RAIL_INTERFACE", None)  # inside a node there is no rail
     if environment or report["num_devices"] != report["num_ranks"] or "gpu" not in report["machine"]:
         return ""
     if "--ranks-per-node" in report["command"]:
