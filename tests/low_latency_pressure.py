@@ -52,8 +52,8 @@ def play_round(worker: Worker, sizes: Sizes, choice: Choice, seed: int) -> Diges
 
 
 def orders_of_their_own(worker: Worker, sizes: Sizes, seed: int, rounds: int) -> None:
-    """Two calls open on each of two Buffers. Each rank receives them in an order of its own, with pauses of its own, some
-    without hooks: what one rank does between its calls must be nothing to another."""
+    """Two calls open on each of two Buffers. Each rank receives them in an order of its own, with pauses of its own,
+    some without hooks: what one rank does between its calls must be nothing to another."""
     shared, mine = Choice(seed, 0), Choice(seed, worker.rank + 1)
     num_experts = sizes.experts_per_rank * worker.num_ranks
     num_bytes = Buffer.get_low_latency_rdma_size_hint(sizes.num_tokens, sizes.hidden, worker.num_ranks, num_experts)

@@ -71,8 +71,8 @@ def rail_after_failure(worker: Worker, sentence: str) -> str:
 
 
 def chosen_by_the_model(worker: Worker, *gb_per_s: float) -> tuple[float, list[int]]:
-    """Of a Buffer over `nvshmem`, on machines whose NICs have these rates: the rate that chunks are planned for, and the
-    SMs of a small and a large combine without a config. (The engine is another: this machine has no NIC.)"""
+    """Of a Buffer over `nvshmem`, on machines whose NICs have these rates: the rate that chunks are planned for, and
+    the SMs of a small and a large combine without a config. (The engine is another: this machine has no NIC.)"""
     make, rates = deep_ep_cpp.Buffer, []
 
     def make_over_tcp(*args: Any, rail: str, rail_gb_per_s: float, **options: Any) -> deep_ep_cpp.Buffer:

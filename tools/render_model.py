@@ -62,7 +62,7 @@ def name_of(operation: str, kind: str) -> str:
 
 
 def kind_of(report: dict[str, Any]) -> str:
-    """Which of RECORDS a run could be: on a GPU for each rank, inside a node, no other variable set that matters there."""
+    """Which of RECORDS a run could be: on a GPU for each rank, inside a node, with no other variable that matters."""
     environment = {name: value for name, value in report.get("environment", {}).items() if name.startswith("DEEP_EP_")}
     lent = environment.pop("DEEP_EP_LEND_BYTES", "")
     environment.pop("DEEP_EP_RAIL_INTERFACE", None)  # inside a node there is no rail
