@@ -1,5 +1,6 @@
 """Which rank was late, at which stage, how often: `Buffer.get_wait_counters` and `Buffer.dump_waits`."""
 
+import contextlib
 import re
 from collections.abc import Iterator
 
@@ -45,9 +46,12 @@ def test_a_late_rank_is_named_in_other_nodes_too(nodes_of_two: Pool, mode: str) 
 
 
 @pytest.mark.skipif(device().type != "cuda", reason="graphs are CUDA's; on the executor: late_rank_test.cc")
-def test_replays_count_and_are_read_while_they_wait(pool: Pool) -> None:
-    for rank, (waited_s, text) in enumerate(pool.run(cases.late_replays, 2, LATE)):
-        if rank == LATE:
-            continue
-        assert waited_s[LATE] > 0.5 * cases.NUM_CALLS * cases.DELAY_S, waited_s
-        assert f"for rank {LATE} to " in text
+@pytest.mark.parametrize("are_nodes", [False, True])
+def test_replays_count_and_are_read_while_they_wait(pool: Pool, are_nodes: bool) -> None:
+    with contextlib.ExitStack() as stack:
+        chosen = stack.enter_context(contextlib.closing(Pool(2, virtual_nodes(1)))) if are_nodes else pool
+        for rank, (waited_s, text) in enumerate(chosen.run(cases.late_replays, 2, LATE)):
+            if rank == LATE:
+                continue
+            assert waited_s[LATE] > 0.5 * cases.NUM_CALLS * cases.DELAY_S, waited_s
+            assert f"for rank {LATE} to " in text
