@@ -85,7 +85,7 @@ def parted(worker: Worker, buffer: deep_ep.Buffer, message: str) -> str:
 
 
 def unfinished_dispatch(worker: Worker, error: BaseException, failing: int, is_direct: bool) -> str:
-    """The allocation of the rows fails on one rank, in a direct call the wait for the counts, and it goes on with its next
+    """The allocation of the rows fails on one rank (in a direct call the wait for counts), which goes on with its next
     batch: nobody gets rows of another."""
     buffer = worker.new_buffer(1 << 24)
     pending = PendingCall(worker, buffer, small_work(worker.num_ranks)).layout()
