@@ -319,7 +319,7 @@ class LowLatency:
             spans_nodes = self._session.topology.num_nodes > 1
             plan = self._plans[key] = Plan(shape, Format(*map(bool, form)), num_ranks, spans_nodes, self._session.empty)
             if self._session.direct is not None:
-                self._session.direct.add_low_latency_plan(plan)
+                self._session.direct.add_low_latency_plan(plan=plan)
         return plan
 
     def _check_stats(self, name: str, stats: Optional[torch.Tensor], size: int, dtypes: tuple[torch.dtype]) -> None:
@@ -404,7 +404,7 @@ class LowLatency:
 
     def _tell_direct(self, plan: Plan, src_info: torch.Tensor) -> None:
         if self._session.direct is not None:
-            self._session.direct.add_low_latency_handle(src_info, plan)
+            self._session.direct.add_low_latency_handle(src_info=src_info, plan=plan)
 
     def _check_handle(self, handle: Any) -> tuple[int, int, int]:
         """Returns (T, hidden, E)."""

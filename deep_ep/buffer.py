@@ -413,10 +413,16 @@ class Buffer:
                 num_sms = self._num_sms(session, config, "dispatch", x, topk_idx)
                 result: Optional[_high_throughput.DispatchResult] = None
                 if handle is None and not num_worst_tokens:
-                    result = direct.dispatch_fresh(x, num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert,
-                                                   topk_idx, topk_weights, expert_alignment, num_sms)
+                    result = direct.dispatch_fresh(x=x,
+                                                   num_tokens_per_rank=num_tokens_per_rank,
+                                                   is_token_in_rank=is_token_in_rank,
+                                                   num_tokens_per_expert=num_tokens_per_expert,
+                                                   topk_idx=topk_idx,
+                                                   topk_weights=topk_weights,
+                                                   expert_alignment=expert_alignment,
+                                                   num_sms=num_sms)
                 elif topk_idx is None and topk_weights is None:
-                    result = direct.dispatch_cached(x, handle, num_sms)
+                    result = direct.dispatch_cached(x=x, handle=handle, num_sms=num_sms)
                 if result is not None:
                     return result
             session.begin_call()
@@ -458,8 +464,11 @@ class Buffer:
             direct = session.direct
             if (direct is not None and bias is None
                     and _is_direct(config, previous_event, async_finish, allocate_on_comm_stream)):
-                result: Optional[_high_throughput.CombineResult] = direct.combine(
-                    x, handle, topk_weights, self._num_sms(session, config, "combine", x))
+                result: Optional[_high_throughput.CombineResult] = direct.combine(x=x,
+                                                                                  handle=handle,
+                                                                                  topk_weights=topk_weights,
+                                                                                  num_sms=self._num_sms(
+                                                                                      session, config, "combine", x))
                 if result is not None:
                     return result
             session.begin_call()
@@ -550,8 +559,16 @@ class Buffer:
             session = self._session
             if session is not None and session.direct is not None and not async_finish:
                 result: Optional[_low_latency.DispatchResult] = session.direct.low_latency_dispatch(
-                    x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, cumulative_local_expert_recv_stats,
-                    dispatch_wait_recv_cost_stats, use_fp8, round_scale, use_ue8m0, return_recv_hook)
+                    x=x,
+                    topk_idx=topk_idx,
+                    num_max_tokens=num_max_dispatch_tokens_per_rank,
+                    num_experts=num_experts,
+                    cumulative_stats=cumulative_local_expert_recv_stats,
+                    wait_stats=dispatch_wait_recv_cost_stats,
+                    use_fp8=use_fp8,
+                    round_scale=round_scale,
+                    use_ue8m0=use_ue8m0,
+                    return_recv_hook=return_recv_hook)
                 if result is not None:
                     return result
             return self._low_latency.dispatch(x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts,
@@ -589,7 +606,13 @@ class Buffer:
             if (session is not None and session.direct is not None and not use_logfmt and not zero_copy
                     and not async_finish):
                 result: Optional[_low_latency.CombineResult] = session.direct.low_latency_combine(
-                    x, topk_idx, topk_weights, handle, out, combine_wait_recv_cost_stats, return_recv_hook)
+                    x=x,
+                    topk_idx=topk_idx,
+                    topk_weights=topk_weights,
+                    handle=handle,
+                    out=out,
+                    wait_stats=combine_wait_recv_cost_stats,
+                    return_recv_hook=return_recv_hook)
                 if result is not None:
                     return result
             return self._low_latency.combine(x, topk_idx, topk_weights, handle, use_logfmt, zero_copy, async_finish,

@@ -17,18 +17,41 @@ DirectCalls& read(PyObject* self) { return *reinterpret_cast<DirectCalls*>(self)
 
 using Function = py::object (*)(DirectCalls& self, PyObject* const* args);
 
-template <Function kFunction, Py_ssize_t kNumArgs>
-PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t num_args) {
-    if (num_args != kNumArgs) {
-        PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", kNumArgs, num_args);
-        return nullptr;
+// By keyword, all of them in this order: so none can be taken for another, and none has to be looked for.
+struct Signature {
+    const char* names;          // with a blank between them
+    PyObject* given = nullptr;  // the names of the last call, which the caller's code keeps: mostly it is that again
+
+    bool takes(Py_ssize_t num_positional, PyObject* keywords) {
+        if (num_positional == 0 && keywords != nullptr && keywords == given) return true;
+        const Owned blank(PyUnicode_FromString(" "));
+        const Owned joined(keywords == nullptr ? PyUnicode_FromString("") : PyUnicode_Join(blank.get(), keywords));
+        if (joined.get() == nullptr) return false;
+        if (num_positional > 0 || PyUnicode_CompareWithASCIIString(joined.get(), names) != 0) {
+            PyErr_Format(PyExc_TypeError, "takes the keywords %s, in this order, got %U", names, joined.get());
+            return false;
+        }
+        Py_INCREF(keywords);
+        Py_XSETREF(given, keywords);
+        return true;
     }
+};
+
+template <Function kFunction> Signature& signature_of() {
+    static Signature signature{""};
+    return signature;
+}
+
+template <Function kFunction>
+PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t num_positional, PyObject* keywords) {
+    if (!signature_of<kFunction>().takes(num_positional, keywords)) return nullptr;
     return guarded([&] { return kFunction(read(self), args); });
 }
 
-template <Function kFunction, Py_ssize_t kNumArgs> PyMethodDef method(const char* name, const char* text) {
-    constexpr _PyCFunctionFast kCall = &call<kFunction, kNumArgs>;
-    return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(kCall)), METH_FASTCALL, text};
+template <Function kFunction> PyMethodDef method(const char* name, const char* arguments, const char* text) {
+    signature_of<kFunction>().names = arguments;
+    constexpr _PyCFunctionFastWithKeywords kCall = &call<kFunction>;
+    return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(kCall)), METH_FASTCALL | METH_KEYWORDS, text};
 }
 
 py::object owner_of(DirectCalls& self) { return borrow(reinterpret_cast<PyObject*>(&self)); }
@@ -105,18 +128,23 @@ bool add_stream_order(PyObject* module) {
 
 bool add_direct_calls(PyObject* module) {
     static PyMethodDef methods[] = {
-        method<&combine, 4>("combine", "(x, handle, topk_weights, num_sms)"),
-        method<&dispatch_cached, 3>("dispatch_cached", "(x, handle, num_sms)"),
-        method<&dispatch_fresh, 8>("dispatch_fresh",
-                                   "(x, num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert, topk_idx, "
-                                   "topk_weights, expert_alignment, num_sms)"),
-        method<&low_latency_dispatch, 10>("low_latency_dispatch",
-                                          "(x, topk_idx, num_max_tokens, num_experts, cumulative_stats, wait_stats, "
-                                          "use_fp8, round_scale, use_ue8m0, return_recv_hook)"),
-        method<&low_latency_combine, 7>("low_latency_combine",
-                                        "(x, topk_idx, topk_weights, handle, out, wait_stats, return_recv_hook)"),
-        method<&add_low_latency_plan, 1>("add_low_latency_plan", "(plan)"),
-        method<&add_low_latency_handle, 2>("add_low_latency_handle", "(src_info, plan)"),
+        method<&combine>("combine", "x handle topk_weights num_sms", "(*, x, handle, topk_weights, num_sms)"),
+        method<&dispatch_cached>("dispatch_cached", "x handle num_sms", "(*, x, handle, num_sms)"),
+        method<&dispatch_fresh>("dispatch_fresh",
+                                "x num_tokens_per_rank is_token_in_rank num_tokens_per_expert topk_idx topk_weights "
+                                "expert_alignment num_sms",
+                                "(*, x, num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert, topk_idx, "
+                                "topk_weights, expert_alignment, num_sms)"),
+        method<&low_latency_dispatch>("low_latency_dispatch",
+                                      "x topk_idx num_max_tokens num_experts cumulative_stats wait_stats use_fp8 "
+                                      "round_scale use_ue8m0 return_recv_hook",
+                                      "(*, x, topk_idx, num_max_tokens, num_experts, cumulative_stats, wait_stats, "
+                                      "use_fp8, round_scale, use_ue8m0, return_recv_hook)"),
+        method<&low_latency_combine>("low_latency_combine",
+                                     "x topk_idx topk_weights handle out wait_stats return_recv_hook",
+                                     "(*, x, topk_idx, topk_weights, handle, out, wait_stats, return_recv_hook)"),
+        method<&add_low_latency_plan>("add_low_latency_plan", "plan", "(*, plan)"),
+        method<&add_low_latency_handle>("add_low_latency_handle", "src_info plan", "(*, src_info, plan)"),
         {nullptr, nullptr, 0, nullptr}};
     PyType_Slot slots[] = {{Py_tp_new, reinterpret_cast<void*>(&make_calls)},
                            {Py_tp_methods, methods},

@@ -19,6 +19,17 @@ template <class Args> Args unfinished(const py::object& record) {
     return *args;
 }
 
+bool refers_to(PyObject* weak_reference, PyObject* object) {
+#if PY_VERSION_HEX >= 0x030D0000
+    PyObject* found = nullptr;
+    PyWeakref_GetRef(weak_reference, &found);
+    Py_XDECREF(found);
+    return found == object;
+#else
+    return PyWeakref_GetObject(weak_reference) == object;
+#endif
+}
+
 std::array<int64_t, 4> shape_of(const kernels::LowLatencyArgs& args) {
     return {args.num_max_tokens, args.num_topk, args.num_experts, args.hidden};
 }
@@ -72,7 +83,7 @@ void LowLatencyCalls::add_handle(const py::object& src_info, const py::object& p
 
 void LowLatencyCalls::know(const py::object& src_info, const LowLatencyKind& kind) {
     for (const auto& [reference, known] : handles_)
-        if (known == &kind && PyWeakref_GetObject(reference.ptr()) == src_info.ptr()) return;
+        if (known == &kind && refers_to(reference.ptr(), src_info.ptr())) return;
     handles_.at(next_handle_++ % handles_.size()) = {result(PyWeakref_NewRef(src_info.ptr(), nullptr)), &kind};
 }
 
@@ -90,7 +101,7 @@ const LowLatencyKind* LowLatencyCalls::find_of_handle(PyObject* handle, int64_t 
     if (!PyTuple_CheckExact(handle) || PyTuple_GET_SIZE(handle) != kNumHandleFields) return nullptr;
     PyObject* src_info = PyTuple_GET_ITEM(handle, 0);
     for (const auto& [reference, kind] : handles_) {
-        if (!reference || PyWeakref_GetObject(reference.ptr()) != src_info || kind->shape[1] != num_topk) continue;
+        if (!reference || !refers_to(reference.ptr(), src_info) || kind->shape[1] != num_topk) continue;
         for (Py_ssize_t i = 0; i < 3; ++i)
             if (PyObject_RichCompareBool(PyTuple_GET_ITEM(handle, 2 + i), PyTuple_GET_ITEM(kind->tail.ptr(), i),
                                          Py_EQ) != 1)

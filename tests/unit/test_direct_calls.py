@@ -29,8 +29,8 @@ class Noted:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         call = getattr(self._direct, name)
 
-        def noted(*args: Any) -> Any:
-            result = call(*args)
+        def noted(**arguments: Any) -> Any:
+            result = call(**arguments)
             if result is not None:
                 self.made.append(name)
             return result
@@ -146,10 +146,13 @@ def test_what_is_not_usual_is_left_to_python(buffer: Buffer) -> None:
                                                                                                        weights[:, :1]),
                                             (recv_x, handle, weights.double()), (recv_x.to("meta"), handle, None),
                                             (None, handle, None), (recv_x.to_sparse(), handle, None)):
-        assert session.direct.combine(x, unusual_handle, topk_weights, 20) is None
-        assert not torch.is_tensor(session.direct.dispatch_cached(topk_weights, unusual_handle, 20))
-    assert session.direct.combine(recv_x, handle, weights, 20.0) is None
-    assert session.direct.combine(recv_x, handle, weights, 1 << 70) is None
+        assert session.direct.combine(x=x, handle=unusual_handle, topk_weights=topk_weights, num_sms=20) is None
+    for num_sms in (20.0, 1 << 70, None):
+        assert session.direct.combine(x=recv_x, handle=handle, topk_weights=weights, num_sms=num_sms) is None
+    with pytest.raises(TypeError, match="takes the keywords x handle num_sms, in this order, got handle x num_sms"):
+        session.direct.dispatch_cached(handle=handle, x=recv_x, num_sms=20)
+    with pytest.raises(TypeError, match="in this order"):
+        session.direct.dispatch_cached(recv_x, handle, 20)  # type: ignore[call-arg,misc]
 
 
 def test_a_handle_of_another_top_k_is_not_taken(buffer: Buffer) -> None:
