@@ -37,7 +37,7 @@ template <Form kForm> struct Kernel {
     using Params = CombineParams;
     struct Shared {
         CallState call;
-        FlagRequests requests;
+        FlagRequests requests[kMaxWarps];
     };
     static constexpr int kMaxThreads = kWarpSize * (1 + kMaxWarps);
     static constexpr auto kOperation = layout::Operation::kCombine;
@@ -80,8 +80,8 @@ template <Form kForm> struct Kernel {
     }
 
     static EP_DEVICE void prepare(algo::Block block, const Params&, const algo::Watch&, Shared& shared) {
-        algo::for_each(block, kMaxAddingCombineWarps * kRequests,
-                       [&](int i) { shared.requests.of_warp[i / kRequests][i % kRequests] = 0; });
+        algo::for_each(block, kMaxWarps * kRequests,
+                       [&](int i) { shared.requests[i / kRequests].word[i % kRequests] = 0; });
     }
     static EP_DEVICE Begun learn(algo::Block, const Params&, const algo::Watch&, Shared&) { return Begun::kReady; }
 
@@ -90,7 +90,7 @@ template <Form kForm> struct Kernel {
         const CombineContext c{p, watch, ring, RowMap{p.rank_prefix_matrix, p.heap.num_ranks}};
         if (p.loan.x != 0 && p.loan.topk_weights != 0) lend_weights(block, c);
         const algo::Warp warp;
-        FlagRequester flags(shared.requests, prim::warp_idx());
+        FlagRequester flags(shared.requests + prim::warp_idx());
         if constexpr (kForm == Form::kAdds) return work_apart(warp, c, shared.requests, flags);
         const int num_warps = p.geometry.num_recv_warps + p.geometry.num_send_warps;
         if (prim::warp_idx() == num_warps) {
@@ -120,7 +120,7 @@ private:
     }
 
     // Of a rank that lends its sums: blocks that send, with a warp for the flags of slots, and blocks that add, with one for the weights.
-    static EP_DEVICE bool work_apart(algo::Warp warp, const CombineContext& c, FlagRequests& requests,
+    static EP_DEVICE bool work_apart(algo::Warp warp, const CombineContext& c, FlagRequests* requests,
                                      FlagRequester& flags) {
         const Geometry& geometry = c.p.geometry;
         const int warp_idx = prim::warp_idx(), num_add_blocks = geometry.num_blocks - geometry.num_send_blocks;
@@ -162,6 +162,7 @@ private:
     static EP_DEVICE bool send_any(algo::Warp warp, const CombineContext& c, FlagRequester& flags, int send_warp) {
         const Geometry& geometry = c.p.geometry;
         const RoleWarp self = role_warp(geometry, send_warp, geometry.num_send_warps);
+        if (peer_lends_sums(c)) return send_all_to_sums(&c.p, c.watch.call, self.idx, self.count);
         if constexpr (kSendsStaged)
             return send_staged(warp, c, self.idx, self.count, send_memory(geometry, send_warp));
         else
