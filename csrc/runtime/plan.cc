@@ -25,7 +25,7 @@ constexpr int kMixedTokens = 4;  // of each reduce warp
 
 // Of a combine whose rows are added where they are: the blocks that send, in 16ths, and the most that are of use
 // (docs/performance/intranode.md, step 39).
-constexpr int kAddingSendShare = 7;
+constexpr int kAddingSendShare = 8;
 constexpr int kMaxAddingSendBlocks = 9;
 
 // Of a dispatch to lenders. More blocks are slower, from here on to twice as many: own stores queue behind remote ones.
@@ -319,7 +319,7 @@ std::optional<kernels::Geometry> plan_adding_combine(const Machine& machine, int
     const int num_blocks = std::clamp(num_sms, 1, machine.num_sms);
     if (machine.num_ranks != 2 || !machine.has_bulk_copy || num_blocks < 2) return std::nullopt;
     const int num_warps = std::min(kernels::kMaxAddingCombineWarps, machine.useful_block_threads / 32);
-    const int num_send_blocks = std::clamp((num_blocks * kAddingSendShare + 8) / 16, 1, kMaxAddingSendBlocks);
+    const int num_send_blocks = std::clamp(num_blocks * kAddingSendShare / 16, 1, kMaxAddingSendBlocks);
     return kernels::Geometry{.num_blocks = num_blocks,
                              .num_send_warps = num_warps,
                              .num_recv_warps = num_warps,

@@ -73,9 +73,9 @@ template <Form kForm> struct Kernel {
         if (!p.may_lend) return true;
         if (blockIdx.x == 0) algo::state_loan(warp, watch, p.loan);
         if (!algo::wait_for_loans(warp, watch)) return false;
-        if (lane < num_ranks) is_ok &= is_among_lent(watch, lane, look.there) && has_sums_for(watch, lane, look);
+        if (lane < num_ranks) is_ok &= fits_loans(p, watch, lane, look);
         for (int peer = lane + warp.size(); peer < num_ranks; peer += warp.size())
-            is_ok &= is_among_lent(watch, peer, rows.span(watch.heap.rank(), peer));
+            is_ok &= fits_loans(p, watch, peer, rows_between(watch, rows, peer));
         return algo::all(warp, is_ok);
     }
 
@@ -179,22 +179,18 @@ private:
                has_room(watch, p.num_rows, rows.here.total);
     }
 
-    // After wait_for_loans: of two ranks, one that lends its sums has at most a row at the other for each of its tokens.
-    static EP_DEVICE bool has_sums_for(const algo::Watch& watch, int peer, const Look& rows) {
+    // After wait_for_loans: our rows are among those that the peer lends, and of two ranks one that lends its sums has at most a row
+    // at the other for each of its tokens.
+    static EP_DEVICE bool fits_loans(const Params& p, const algo::Watch& watch, int peer, const Look& rows) {
         const int self = watch.heap.rank();
-        const auto fit = [&](int owner, int rank, const RowSpan& span) {
-            const layout::Loan& loan = algo::loan_of(watch, owner);
-            return loan.sums == 0 || static_cast<uint64_t>(span.end - span.first) <= loan.num_rows ||
-                   refuse_rows(watch, owner, rank, span.first, span.end, static_cast<int>(loan.num_rows));
+        const layout::Loan loan = algo::loan_of(watch, peer);
+        const auto fits = [&](int owner, int rank, const RowSpan& span, bool is_lent, int first, uint64_t num_lent) {
+            return !is_lent || static_cast<uint64_t>(span.end - first) <= num_lent ||
+                   refuse_rows(watch, owner, rank, span.first, span.end, static_cast<int>(num_lent));
         };
-        return fit(peer, self, rows.here) && fit(self, peer, rows.there);
-    }
-
-    // After wait_for_loans: our rows are among those that the peer lends.
-    static EP_DEVICE bool is_among_lent(const algo::Watch& watch, int peer, const RowSpan& rows) {
-        const layout::Loan& loan = algo::loan_of(watch, peer);
-        return loan.x == 0 || static_cast<uint64_t>(rows.end) <= loan.num_rows ||
-               refuse_rows(watch, watch.heap.rank(), peer, rows.first, rows.end, static_cast<int>(loan.num_rows));
+        return fits(self, peer, rows.there, loan.x != 0, 0, loan.num_rows) &&
+               fits(peer, self, rows.here, loan.sums != 0, rows.here.first, loan.num_rows) &&
+               fits(self, peer, rows.there, p.loan.sums != 0 && peer != self, rows.there.first, p.loan.num_rows);
     }
 };
 
