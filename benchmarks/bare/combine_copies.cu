@@ -99,13 +99,15 @@ static void queue_copies(const Way& way, int gpu, const Args& args) {
     for (int i = 0; i < way.num_sides; ++i) {
         CHECK(cudaStreamWaitEvent(s.stream[i], s.begin));
         if (way.start == Start::kWaitValue)
-            wait_value(s.stream[i], reinterpret_cast<CUdeviceptr>(args.flags + kTaken), epoch - 1, CU_STREAM_WAIT_VALUE_GEQ);
+            wait_value(s.stream[i], reinterpret_cast<CUdeviceptr>(args.flags + kTaken), epoch - 1,
+                       CU_STREAM_WAIT_VALUE_GEQ);
     }
     for (int c = 0; c < way.chunks.count; ++c) {
         const cudaStream_t stream = s.stream[c % way.num_sides];
         const int64_t first = c == 0 ? 0 : way.chunks.end[c - 1];
         const int64_t bytes = (way.chunks.end[c] - first) * args.row;
-        CHECK(cudaMemcpyAsync(args.remote + first * args.row, args.x + first * args.row, bytes, cudaMemcpyDefault, stream));
+        CHECK(cudaMemcpyAsync(args.remote + first * args.row, args.x + first * args.row, bytes, cudaMemcpyDefault,
+                              stream));
         if (way.flag == Flag::kWrite) {
             if (write_value(stream, reinterpret_cast<CUdeviceptr>(args.peer_flags + c), epoch, 0) != CUDA_SUCCESS) {
                 std::printf("cuStreamWriteValue32 failed\n");
@@ -257,9 +259,9 @@ int main() {
         const char* name;
         Chunks chunks;
     };
-    const Size sizes[] = {{"whole", chunks_of(kTokens, false)},      {"2048", chunks_of(2048, false)},
-                          {"1024", chunks_of(1024, false)},          {"512", chunks_of(512, false)},
-                          {"256", chunks_of(256, false)},            {"4096, tapered", chunks_of(4096, true)},
+    const Size sizes[] = {{"whole", chunks_of(kTokens, false)},    {"2048", chunks_of(2048, false)},
+                          {"1024", chunks_of(1024, false)},        {"512", chunks_of(512, false)},
+                          {"256", chunks_of(256, false)},          {"4096, tapered", chunks_of(4096, true)},
                           {"1024, tapered", chunks_of(1024, true)}};
     std::printf("\nsums of two local rows alone             4 SMs       8      12      16      24\n");
     measure_line({"sums", sizes[0].chunks, 0, Flag::kWrite, Start::kEnter, What::kSums}, {4, 8, 12, 16, 24}, sums);
@@ -275,8 +277,8 @@ int main() {
         for (const Size& size : sizes)
             for (int num_sides : {1, 2, 3})
                 if (num_sides <= size.chunks.count)
-                    measure_line({name_of(size, num_sides, flag, Start::kEnter), size.chunks, num_sides, flag, Start::kEnter,
-                                  What::kCopies},
+                    measure_line({name_of(size, num_sides, flag, Start::kEnter), size.chunks, num_sides, flag,
+                                  Start::kEnter, What::kCopies},
                                  {0}, sums);
     std::printf("\nall of it                                4 SMs       8      12      16      20\n");
     for (Start start : {Start::kEnter, Start::kWaitValue})
@@ -284,7 +286,8 @@ int main() {
             for (const Size& size : sizes)
                 for (int num_sides : {1, 2, 3})
                     if (num_sides <= size.chunks.count && (start == Start::kEnter || flag == Flag::kWrite))
-                        measure_line({name_of(size, num_sides, flag, start), size.chunks, num_sides, flag, start, What::kAll},
-                                     {4, 8, 12, 16, 20}, sums);
+                        measure_line(
+                            {name_of(size, num_sides, flag, start), size.chunks, num_sides, flag, start, What::kAll},
+                            {4, 8, 12, 16, 20}, sums);
     return 0;
 }

@@ -297,7 +297,8 @@ template <int W, int B, bool kLate> __device__ void send_rows(const Args& a, int
 
 // Roles by block as above; the blocks that add keep whole rows of their own on their way, S stages of shared memory to each of R
 // warps (S = 0: 7 vectors of each lane), and add them by ordinary instructions or, kBulk, by bulk copies.
-template <int W, int B, bool kLate, int R, int S, bool kBulk> __global__ void __launch_bounds__(768) roles_staged(Args a) {
+template <int W, int B, bool kLate, int R, int S, bool kBulk>
+__global__ void __launch_bounds__(768) roles_staged(Args a) {
     extern __shared__ __align__(128) uint8_t memory[];
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;

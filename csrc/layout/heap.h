@@ -259,13 +259,13 @@ struct Loan {
     static constexpr uint64_t kUnit = 16;
     constexpr uint64_t word(int index) const {
         switch (index) {
-        case 0: return x / kUnit;
-        case 1: return scales / kUnit;
-        case 2: return topk_idx / kUnit;
-        case 3: return topk_weights / kUnit;
-        case 4: return src_idx / kUnit;
-        case 5: return num_rows;
-        default: return sums / kUnit;
+            case 0: return x / kUnit;
+            case 1: return scales / kUnit;
+            case 2: return topk_idx / kUnit;
+            case 3: return topk_weights / kUnit;
+            case 4: return src_idx / kUnit;
+            case 5: return num_rows;
+            default: return sums / kUnit;
         }
     }
     // False: some part of it has no place in a word.

@@ -159,7 +159,8 @@ EP_DEVICE bool add_weights(algo::Warp warp, const CombineContext& c, int idx, in
     for (int first = idx * kWarpSize; first < p.num_tokens; first += count * kWarpSize) {
         const int token = first + warp.thread_rank();
         const AddPositions at = add_positions(c, from, token);
-        if (!algo::all(warp, are_stated(c, from, token, at) && wait_for_far_row(&c.p, c.watch.call, at.far))) return false;
+        if (!algo::all(warp, are_stated(c, from, token, at) && wait_for_far_row(&c.p, c.watch.call, at.far)))
+            return false;
         if (token >= p.num_tokens) continue;
         const int64_t row = static_cast<int64_t>(token) * p.num_topk;
         const float* own = at.own < 0 ? nullptr : from.own_weights + static_cast<int64_t>(at.own) * p.num_topk;

@@ -309,7 +309,8 @@ EP_DEVICE_COLD bool send_first_own_row(const DispatchParams* p, DispatchState* s
     const RowMap rows{p->rank_prefix_matrix, num_ranks};
     const RowSpan span = rows.span(self, self);
     const int position = p->send_head[static_cast<int64_t>(token) * num_ranks + self];
-    if (position < 0 || !span.can_be() || position >= span.end - span.first || span.total > p->num_recv_rows) return false;
+    if (position < 0 || !span.can_be() || position >= span.end - span.first || span.total > p->num_recv_rows)
+        return false;
     const algo::Watch watch = make_watch(*p, 0);
     const algo::Ring ring(watch, p->window);
     const DispatchContext c{*p, watch, ring, state->rows, &state->bad_token};
@@ -317,9 +318,10 @@ EP_DEVICE_COLD bool send_first_own_row(const DispatchParams* p, DispatchState* s
     int64_t id = -1;
     const Metadata held = load_metadata(warp, *p, token, id);
     if (!algo::all(warp, is_expert(*p, id))) return false;
-    algo::copy_row<algo::SourceKind::kInput, kUnroll>(warp, reinterpret_cast<Vec16*>(p->recv_x + row * p->row_bytes),
-                                                      reinterpret_cast<const Vec16*>(p->x + token * int64_t{p->row_bytes}),
-                                                      static_cast<int>(p->row_bytes / sizeof(Vec16)));
+    algo::copy_row<algo::SourceKind::kInput, kUnroll>(
+        warp, reinterpret_cast<Vec16*>(p->recv_x + row * p->row_bytes),
+        reinterpret_cast<const Vec16*>(p->x + token * int64_t{p->row_bytes}),
+        static_cast<int>(p->row_bytes / sizeof(Vec16)));
     deliver_held_metadata(warp, c, token, held, self, row);
     return true;
 }
@@ -357,7 +359,8 @@ template <bool kIsStaged> struct Kernel {
     static EP_DEVICE void prepare(algo::Block block, const Params& p, const algo::Watch& watch, Shared& shared) {
         dispatch::prepare(block, p, watch, shared);
         const bool is_first = !kIsStaged && p.is_cached && p.loan.x != 0 && prim::warp_idx() > 0;
-        const bool has_own = is_first && prim::warp_idx() < p.geometry.num_send_warps && send_first_own_row(&p, &shared);
+        const bool has_own =
+            is_first && prim::warp_idx() < p.geometry.num_send_warps && send_first_own_row(&p, &shared);
         if (prim::lane_idx() == 0) shared.has_own[prim::warp_idx()] = has_own;
         algo::Warp{}.sync();  // one lane's note, every lane's look
     }
