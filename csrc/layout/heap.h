@@ -253,30 +253,7 @@ struct Loan {
     uint64_t sums = 0;      // of a combine: its output, and topk_weights then has room for a peer's weights, by token
 
     constexpr bool is_any() const { return x != 0 || sums != 0; }
-
-    // It is stated in words that carry their call, as counts do: an offset counts units there.
-    static constexpr int kNumWords = 7;
-    static constexpr uint64_t kUnit = 16;
-    constexpr uint64_t word(int index) const {
-        switch (index) {
-            case 0: return x / kUnit;
-            case 1: return scales / kUnit;
-            case 2: return topk_idx / kUnit;
-            case 3: return topk_weights / kUnit;
-            case 4: return src_idx / kUnit;
-            case 5: return num_rows;
-            default: return sums / kUnit;
-        }
-    }
-    // False: some part of it has no place in a word.
-    constexpr bool can_be_stated() const {
-        for (int i = 0; i < kNumWords; ++i)
-            if (word(i) >> 32 != 0) return false;
-        return (x | scales | topk_idx | topk_weights | src_idx | sums) % kUnit == 0;
-    }
 };
-constexpr uint64_t make_loan_word(uint64_t call, uint64_t word) { return call << 32 | word; }
-constexpr uint64_t word_of_loan(uint64_t stated) { return stated & 0xffffffffu; }
 
 // Words that ranks write into each other's memory to coordinate. [x][y] is row-major.
 struct ControlLayout {
@@ -286,7 +263,8 @@ struct ControlLayout {
     Field expert_counts;  // u64[banks][R][kMaxLocalExperts]: entries that source i has for our experts, likewise
     Field full;           // u64[banks][N][L][kMaxWindow]: the row that rank i has put into this slot of ours
     Field empty;          // u64[banks][N][L][kMaxWindow]: the row of ours that rank i has taken out of this slot of its
-    Field loans;          // u64[banks][L][Loan::kNumWords]: what this lender lends, as make_loan_word writes it
+    Field loan_flags;     // u64[banks][L]: the call whose loan this lender has stated
+    Field loans;          // Loan[banks][L]: by lender
     Field weight_flags;   // u64[L]: the last call of which this lender's weights can be read
     Field returned;       // u64[L]: the last call in which this borrower has done with our loan
     LowLatencyControl low_latency;
@@ -302,7 +280,8 @@ struct ControlLayout {
         layout.expert_counts = cursor.take(8, kNumBanks * num_sources * kMaxLocalExperts, kHeapAlignment);
         layout.full = cursor.take(8, kNumBanks * num_sources * kMaxWindow, kHeapAlignment);
         layout.empty = cursor.take(8, kNumBanks * num_sources * kMaxWindow, kHeapAlignment);
-        layout.loans = cursor.take(8, kNumBanks * num_ranks * Loan::kNumWords, kHeapAlignment);
+        layout.loan_flags = cursor.take(8, kNumBanks * num_ranks, kHeapAlignment);
+        layout.loans = cursor.take(sizeof(Loan), kNumBanks * num_ranks, kHeapAlignment);
         layout.weight_flags = cursor.take(8, num_ranks, kHeapAlignment);
         layout.returned = cursor.take(8, num_ranks, kHeapAlignment);
         layout.low_latency = LowLatencyControl::make(cursor, num_ranks);

@@ -73,7 +73,7 @@ layout::Loan Loans::loan_for(const DispatchArgs& args) const {
     const layout::Loan loan{lent_offset(args.recv_x),        lent_offset(args.recv_scales),
                             lent_offset(args.recv_topk_idx), lent_offset(args.recv_topk_weights),
                             lent_offset(args.recv_src_idx),  static_cast<uint64_t>(args.num_recv_rows)};
-    if (loan.x == 0 || !loan.can_be_stated()) return {};
+    if (loan.x == 0) return {};
     const auto is_lent = [](const void* address, uint64_t offset) { return address == nullptr || offset != 0; };
     EP_ENSURE((args.num_scales == 0 || loan.scales != 0) &&
                   (args.num_topk == 0 || (loan.topk_idx != 0 && loan.topk_weights != 0)) &&
@@ -85,7 +85,6 @@ layout::Loan Loans::loan_for(const DispatchArgs& args) const {
 layout::Loan Loans::loan_for(const CombineArgs& args) const {
     if (!may_lend()) return {};
     layout::Loan loan{.x = lent_offset(args.x), .num_rows = static_cast<uint64_t>(args.num_rows)};
-    if (!loan.can_be_stated()) return {};
     if (loan.x == 0 || args.num_topk == 0) return loan;
     const uint64_t weight_bytes =
         sizeof(float) * static_cast<uint64_t>(args.num_rows) * static_cast<uint64_t>(args.num_topk);
@@ -103,8 +102,8 @@ layout::Loan Loans::sums_for(const CombineArgs& args) const {
         weight_bytes > connection_.plan().num_weight_bytes)
         return {};
     const uint64_t sums = lent_offset(args.combined_x);
-    const layout::Loan loan{.topk_weights = connection_.plan().weights_offset, .num_rows = num_tokens, .sums = sums};
-    return sums == 0 || !loan.can_be_stated() ? layout::Loan{} : loan;
+    if (sums == 0) return {};
+    return {.topk_weights = connection_.plan().weights_offset, .num_rows = num_tokens, .sums = sums};
 }
 
 float* Loans::weights() const { return reinterpret_cast<float*>(connection_.local(connection_.plan().weights_offset)); }
@@ -209,7 +208,7 @@ kernels::CombinePlan HighThroughput::combine_plan(const CombineArgs& args) const
             .watch = connection_.watch_params(),
             .geometry = {},
             .slot = slot,
-            .window = plan_window(connection_.plan(), slot, "combine"),
+            .window = plan_combine_window(connection_.machine(), connection_.plan(), slot),
             .may_lend = loans_.may_lend(),
             .loan = loans_.loan_for(args),
             .lent_weights = loans_.weights(),

@@ -28,6 +28,10 @@ constexpr int kMixedTokens = 4;  // of each reduce warp
 constexpr int kAddingSendShare = 8;
 constexpr int kMaxAddingSendBlocks = 9;
 
+// Of a combine between two ranks: so many bytes of slots in a bank are still in the L2 when they are summed. More are slower
+// (docs/performance/intranode.md, step 46).
+constexpr uint64_t kCachedSlotBytes = 9 << 20;
+
 // Of a dispatch to lenders. More blocks are slower, from here on to twice as many: own stores queue behind remote ones.
 constexpr int kLentSendWarps = 20;
 constexpr uint64_t kLongRowBytes = 8192;
@@ -353,6 +357,13 @@ layout::WindowLayout plan_window(const HeapPlan& heap, const layout::SlotLayout&
     EP_CHECK(num_ranks == 1 || window.window > 0, "num_nvl_bytes is too small for this ", operation,
              ": expected at least ", data_bytes_for(heap, slot), ", got ", heap.num_data_bytes,
              " (see Config.get_nvl_buffer_size_hint)");
+    return window;
+}
+
+layout::WindowLayout plan_combine_window(const Machine& machine, const HeapPlan& heap, const layout::SlotLayout& slot) {
+    layout::WindowLayout window = plan_window(heap, slot, "combine");
+    if (machine.num_ranks == 2 && machine.has_bulk_copy)
+        window.window = std::min(window.window, std::max(1, static_cast<int>(kCachedSlotBytes / slot.bytes)));
     return window;
 }
 

@@ -59,8 +59,11 @@ public:
         return bases_[owner] + control_->bytes + window.slot_offset(bank, owner, source, slot_idx, node);
     }
 
-    EP_DEVICE uint64_t* loan_words(int owner, int bank, int lender) const {
-        return word(owner, control_->loans.at((bank * num_ranks_ + lender) * layout::Loan::kNumWords));
+    EP_DEVICE uint64_t* loan_flag(int owner, int bank, int lender) const {
+        return word(owner, control_->loan_flags.at(bank * num_ranks_ + lender));
+    }
+    EP_DEVICE layout::Loan* loan(int owner, int bank, int lender) const {
+        return reinterpret_cast<layout::Loan*>(bases_[owner] + control_->loans.at(bank * num_ranks_ + lender));
     }
     EP_DEVICE uint64_t* weight_flag(int owner, int lender) const {
         return word(owner, control_->weight_flags.at(lender));
@@ -383,46 +386,32 @@ EP_DEVICE bool wait_for_banks(Warp warp, const Watch& watch) {
 EP_DEVICE void state_loan(Warp warp, const Watch& watch, const layout::Loan& loan) {
     const Heap& heap = watch.heap;
     const int bank = bank_of(watch.call);
-    for_each(warp, heap.num_ranks() * layout::Loan::kNumWords, [&](int i) {
-        const int peer = i / layout::Loan::kNumWords, index = i % layout::Loan::kNumWords;
-        // Release: what earlier kernels did with the memory lent. Each word stands for itself, so that nothing has to arrive before
-        // it. Pairs with: wait_for_loans at the peer.
-        prim::store<prim::Order::kRelease, prim::Scope::kSys>(heap.loan_words(peer, bank, heap.rank()) + index,
-                                                              layout::make_loan_word(watch.call, loan.word(index)));
+    for_each(warp, heap.num_ranks(), [&](int peer) {
+        *heap.loan(peer, bank, heap.rank()) = loan;
+        // Release: the loan, and what earlier kernels did with the memory lent. Pairs with: wait_for_loans at the peer.
+        prim::store<prim::Order::kRelease, prim::Scope::kSys>(heap.loan_flag(peer, bank, heap.rank()), watch.call);
     });
 }
 
-EP_DEVICE const uint64_t* loan_words_of(const Watch& watch, int lender) {
-    return watch.heap.loan_words(watch.heap.rank(), bank_of(watch.call), lender);
+EP_DEVICE const uint64_t* loan_flag_of(const Watch& watch, int lender) {
+    return watch.heap.loan_flag(watch.heap.rank(), bank_of(watch.call), lender);
 }
 
-// For a word of a loan, `index` counted over those of all lenders from `first_lender` on. A thread for each, so that all are under
-// way at once. Other threads may look at it after a barrier.
-EP_DEVICE bool wait_for_loan_word(const Watch& watch, int first_lender, int index) {
-    const int lender = first_lender + index / layout::Loan::kNumWords;
-    const uint64_t* word = loan_words_of(watch, lender) + index % layout::Loan::kNumWords;
-    return wait_until(watch, {layout::Stage::kLoan, lender}, layout::make_count(watch.call, 0), [&](uint64_t& seen) {
-        seen = prim::load<prim::Order::kAcquire, prim::Scope::kSys>(word);
-        return layout::is_count_of(seen, watch.call);
-    });
+// True once `lender` has stated its loan; other threads may look at it after a barrier of the block.
+EP_DEVICE bool wait_for_loan(const Watch& watch, int lender) {
+    return wait_at_least(watch, {layout::Stage::kLoan, lender}, loan_flag_of(watch, lender), watch.call);
 }
 
-// For the loans of `num_lenders` ranks. All lanes may look at them afterwards, other warps after a barrier.
-EP_DEVICE bool wait_for_loans(Warp warp, const Watch& watch, int first_lender, int num_lenders) {
-    bool is_here = true;
-    for_each(warp, num_lenders * layout::Loan::kNumWords,
-             [&](int i) { is_here &= wait_for_loan_word(watch, first_lender, i); });
-    return all(warp, is_here);
-}
+// For the loans of all ranks.
 EP_DEVICE bool wait_for_loans(Warp warp, const Watch& watch) {
-    return wait_for_loans(warp, watch, 0, watch.heap.num_ranks());
+    return wait_for_ranks(
+        warp, watch, layout::Stage::kLoan, AllRanks{}, [&](int lender) { return loan_flag_of(watch, lender); },
+        watch.call);
 }
 
-// What `lender` lends for this call, once all words of it are there. What is not looked at is not loaded.
-EP_DEVICE layout::Loan loan_of(const Watch& watch, int lender) {
-    const uint64_t* words = loan_words_of(watch, lender);
-    const auto offset = [&](int index) { return layout::word_of_loan(words[index]) * layout::Loan::kUnit; };
-    return {offset(0), offset(1), offset(2), offset(3), offset(4), layout::word_of_loan(words[5]), offset(6)};
+// What `lender` lends for this call, after wait_for_loan.
+EP_DEVICE const layout::Loan& loan_of(const Watch& watch, int lender) {
+    return *watch.heap.loan(watch.heap.rank(), bank_of(watch.call), lender);
 }
 
 // In the block that comes last: all blocks have done with what peers lend. `has_failed`: this rank may not have heard of all

@@ -441,7 +441,7 @@ struct Kernel : RoleOperation<InternodeCombineParams> {
 private:
     // After wait_for_loans: what stands at the rank is among what it lends.
     static EP_DEVICE bool are_among_lent(const algo::Watch& watch, int rank, int num_rows) {
-        const layout::Loan loan = algo::loan_of(watch, rank);
+        const layout::Loan& loan = algo::loan_of(watch, rank);
         return loan.x == 0 || static_cast<uint64_t>(num_rows) <= loan.num_rows ||
                refuse_rows(watch, watch.heap.first_rank() + watch.heap.rank(), watch.heap.first_rank() + rank, 0,
                            num_rows, static_cast<int>(loan.num_rows));

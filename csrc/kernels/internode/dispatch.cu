@@ -86,9 +86,10 @@ EP_DEVICE void prepare(algo::Block block, const InternodeDispatchParams& p, cons
     scan_columns(block, nodes, state.tiles);
 }
 
-// After its loan has come: `rank` lends what this call needs; others find out by themselves that they lend too little, and say so.
+// `rank` lends what this call needs; others find out by themselves that they lend too little, and say so.
 EP_DEVICE bool learn_loan(const InternodeDispatchParams& p, const algo::Watch& watch, int rank) {
-    const layout::Loan loan = algo::loan_of(watch, rank);
+    if (!algo::wait_for_loan(watch, rank)) return false;
+    const layout::Loan& loan = algo::loan_of(watch, rank);
     const int num_rows = row_map(p.heap, p.rank_prefix_matrix).total_rows(rank);
     if (rank == watch.heap.rank() || loan.x == 0 || static_cast<uint64_t>(num_rows) <= loan.num_rows) return true;
     return algo::wait_until(watch, {Stage::kCapacity, rank}, loan.num_rows, [](uint64_t&) { return false; });
@@ -98,12 +99,8 @@ EP_DEVICE Begun learn(algo::Block block, const InternodeDispatchParams& p, const
     const RailLink link(p.rail, watch);
     bool is_ok = rows_can_be(block, watch, row_map(p.heap, p.rank_prefix_matrix), p.num_recv_rows);
     is_ok &= rail_tokens_can_be(block, link, {p.rail_prefix, watch.heap.num_nodes()}, p.num_rail_rows);
-    const int num_ranks = watch.heap.num_ranks();
     if (is_ok && p.may_lend)
-        algo::for_each(block, num_ranks * layout::Loan::kNumWords,
-                       [&](int i) { is_ok &= algo::wait_for_loan_word(watch, 0, i); });
-    if (algo::any(block, !is_ok)) return Begun::kFailed;
-    if (p.may_lend) algo::for_each(block, num_ranks, [&](int rank) { is_ok &= learn_loan(p, watch, rank); });
+        algo::for_each(block, watch.heap.num_ranks(), [&](int rank) { is_ok &= learn_loan(p, watch, rank); });
     return algo::any(block, !is_ok) ? Begun::kFailed : Begun::kReady;
 }
 

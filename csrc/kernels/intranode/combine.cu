@@ -183,13 +183,14 @@ private:
     // at the other for each of its tokens.
     static EP_DEVICE bool fits_loans(const Params& p, const algo::Watch& watch, int peer, const Look& rows) {
         const int self = watch.heap.rank();
-        const layout::Loan loan = algo::loan_of(watch, peer);
-        const auto fits = [&](int owner, int rank, const RowSpan& span, bool is_lent, int first, uint64_t num_lent) {
-            return !is_lent || static_cast<uint64_t>(span.end - first) <= num_lent ||
-                   refuse_rows(watch, owner, rank, span.first, span.end, static_cast<int>(num_lent));
+        const layout::Loan& loan = algo::loan_of(watch, peer);
+        const uint64_t num_lent = loan.num_rows;  // under way with the two that say whether it counts
+        const auto fits = [&](int owner, int rank, const RowSpan& span, bool is_lent, int first, uint64_t num_rows) {
+            return !is_lent || static_cast<uint64_t>(span.end - first) <= num_rows ||
+                   refuse_rows(watch, owner, rank, span.first, span.end, static_cast<int>(num_rows));
         };
-        return fits(self, peer, rows.there, loan.x != 0, 0, loan.num_rows) &&
-               fits(peer, self, rows.here, loan.sums != 0, rows.here.first, loan.num_rows) &&
+        return fits(self, peer, rows.there, loan.x != 0, 0, num_lent) &&
+               fits(peer, self, rows.here, loan.sums != 0, rows.here.first, num_lent) &&
                fits(self, peer, rows.there, p.loan.sums != 0 && peer != self, rows.there.first, p.loan.num_rows);
     }
 };

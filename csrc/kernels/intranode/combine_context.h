@@ -148,7 +148,7 @@ struct LentSums {
 };
 EP_DEVICE LentSums lent_sums(const CombineContext& c, int owner) {
     if (!c.p.may_lend || owner == c.watch.heap.rank()) return {};
-    const layout::Loan loan = algo::loan_of(c.watch, owner);
+    const layout::Loan& loan = algo::loan_of(c.watch, owner);
     if (loan.sums == 0) return {};
     return {c.watch.heap.at(owner, loan.sums), reinterpret_cast<float*>(c.watch.heap.at(owner, loan.topk_weights)),
             static_cast<int>(loan.num_rows)};

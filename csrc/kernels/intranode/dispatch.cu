@@ -41,23 +41,16 @@ struct Metadata {
     }
 };
 
-// `id`: this lane's expert as the caller says it, which nobody has checked.
-EP_DEVICE Metadata load_metadata(algo::Warp warp, const DispatchParams& p, int token, int64_t& id) {
+EP_DEVICE Metadata load_metadata(algo::Warp warp, const DispatchContext& c, int token) {
+    const DispatchParams& p = c.p;
     const int lane = warp.thread_rank();
     const bool has_entry = lane < p.num_topk;
     // All loads are under way before the id is looked at.
-    id = has_entry ? input_expert(p, token, lane) : -1;
+    const int64_t id = has_entry ? input_expert(p, token, lane) : -1;
     const float weight = has_entry ? input_weight(p, token, lane) : 0.0f;
     const uint32_t first = lane < p.num_scales ? input_scale(p, token, lane) : 0;
     const uint32_t second = lane + kWarpSize < p.num_scales ? input_scale(p, token, lane + kWarpSize) : 0;
-    return {static_cast<int>(id), weight, {first, second}};
-}
-
-EP_DEVICE Metadata load_metadata(algo::Warp warp, const DispatchContext& c, int token) {
-    int64_t id = -1;
-    Metadata held = load_metadata(warp, c.p, token, id);
-    held.expert = checked_expert(c, token, id);
-    return held;
+    return {checked_expert(c, token, id), weight, {first, second}};
 }
 
 // Into the slot, or the image of one.
@@ -143,11 +136,10 @@ EP_DEVICE bool send_token(algo::Warp warp, const DispatchContext& c, int token, 
     return true;
 }
 
-// Tokens are dealt one by one, so that all warps move through the windows together. `has_own`: the first token's row is here.
-EP_DEVICE bool send(algo::Warp warp, const DispatchContext& c, int warp_idx, int num_warps, bool has_own) {
+// Tokens are dealt one by one, so that all warps move through the windows together.
+EP_DEVICE bool send(algo::Warp warp, const DispatchContext& c, int warp_idx, int num_warps) {
     const auto notes_of = [&](int token) { return token < c.p.num_tokens ? load_notes(warp, c, token) : TokenNotes{}; };
     TokenNotes next = notes_of(warp_idx);
-    if (has_own && warp.thread_rank() == c.watch.heap.rank()) next.position = -1;
     for (int token = warp_idx; token < c.p.num_tokens; token += num_warps) {
         const TokenNotes now = next;
         next = notes_of(token + num_warps);
@@ -298,42 +290,13 @@ EP_DEVICE bool send_staged(algo::Warp warp, const DispatchContext& c, int warp_i
     return item == send.count;
 }
 
-// What a warp does while another one enters the call: it puts the row that its first token has on this rank where it stays, for
-// which it needs no peer. Where all is known beforehand, that is, the routing is that of an earlier call; and where rows go straight
-// to their places. False: it has not; what the caller's tensors say is then refused in its turn, if need be.
-EP_DEVICE_COLD bool send_first_own_row(const DispatchParams* p, DispatchState* state) {
-    const algo::Warp warp;
-    const int self = p->heap.rank, num_ranks = p->heap.num_ranks;
-    const int token = role_warp(p->geometry, prim::warp_idx(), p->geometry.num_send_warps).idx;
-    if (token >= p->num_tokens || p->num_topk > kWarpSize) return false;
-    const RowMap rows{p->rank_prefix_matrix, num_ranks};
-    const RowSpan span = rows.span(self, self);
-    const int position = p->send_head[static_cast<int64_t>(token) * num_ranks + self];
-    if (position < 0 || !span.can_be() || position >= span.end - span.first || span.total > p->num_recv_rows)
-        return false;
-    const algo::Watch watch = make_watch(*p, 0);
-    const algo::Ring ring(watch, p->window);
-    const DispatchContext c{*p, watch, ring, state->rows, &state->bad_token};
-    const int64_t row = static_cast<int64_t>(span.first) + position;
-    int64_t id = -1;
-    const Metadata held = load_metadata(warp, *p, token, id);
-    if (!algo::all(warp, is_expert(*p, id))) return false;
-    algo::copy_row<algo::SourceKind::kInput, kUnroll>(
-        warp, reinterpret_cast<Vec16*>(p->recv_x + row * p->row_bytes),
-        reinterpret_cast<const Vec16*>(p->x + token * int64_t{p->row_bytes}),
-        static_cast<int>(p->row_bytes / sizeof(Vec16)));
-    deliver_held_metadata(warp, c, token, held, self, row);
-    return true;
-}
-
-template <bool kIsStaged>
-EP_DEVICE bool send_any(algo::Warp warp, const DispatchContext& c, int send_warp, bool has_own) {
+template <bool kIsStaged> EP_DEVICE bool send_any(algo::Warp warp, const DispatchContext& c, int send_warp) {
     const Geometry& geometry = c.p.geometry;
     const RoleWarp self = role_warp(geometry, send_warp, geometry.num_send_warps);
     if constexpr (kIsStaged)
         return send_staged(warp, c, self.idx, self.count, send_memory(geometry, send_warp));
     else
-        return send(warp, c, self.idx, self.count, has_own);
+        return send(warp, c, self.idx, self.count);
 }
 
 // -- The operation ---------------------------------------------------------------------------------------------------
@@ -358,11 +321,6 @@ template <bool kIsStaged> struct Kernel {
 
     static EP_DEVICE void prepare(algo::Block block, const Params& p, const algo::Watch& watch, Shared& shared) {
         dispatch::prepare(block, p, watch, shared);
-        const bool is_first = !kIsStaged && p.is_cached && p.loan.x != 0 && prim::warp_idx() > 0;
-        const bool has_own =
-            is_first && prim::warp_idx() < p.geometry.num_send_warps && send_first_own_row(&p, &shared);
-        if (prim::lane_idx() == 0) shared.has_own[prim::warp_idx()] = has_own;
-        algo::Warp{}.sync();  // one lane's note, every lane's look
     }
 
     static EP_DEVICE Begun learn(algo::Block block, const Params& p, const algo::Watch& watch, Shared& shared) {
@@ -376,7 +334,7 @@ template <bool kIsStaged> struct Kernel {
         const algo::Warp warp;
         const int recv_warp = prim::warp_idx() - geometry.num_send_warps;
         if (p.is_worst_case) mark_unused_rows(algo::Grid{}, p, shared.rows.num_rows(watch.heap.num_ranks()));
-        if (recv_warp < 0) return send_any<kIsStaged>(warp, c, prim::warp_idx(), shared.has_own[prim::warp_idx()]);
+        if (recv_warp < 0) return send_any<kIsStaged>(warp, c, prim::warp_idx());
         const RoleWarp self = role_warp(geometry, recv_warp, geometry.num_recv_warps);
         return receive(warp, c, self.idx, self.count);
     }

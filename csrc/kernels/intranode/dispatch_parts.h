@@ -149,8 +149,6 @@ struct DispatchState {
     // Input that cannot be, -1: none. Noted where it is found, for refuse_input: calls there would cost registers.
     int bad_column;  // of the prefix matrix
     int bad_token;   // with an expert id out of range
-    // Of each warp: the row that its first token has on this rank is where it stays already.
-    bool has_own[kMaxDispatchWarps];
     RowTable rows;
     ScanTile tiles[2];
 };
@@ -213,26 +211,17 @@ EP_DEVICE bool has_room_at(const DispatchParams& p, const algo::Watch& watch, in
     const int self = watch.heap.rank();
     if (rank == self) return has_room(watch, p.num_recv_rows, num_rows);
     if (!p.may_lend) return true;
-    const layout::Loan loan = algo::loan_of(watch, rank);
+    const layout::Loan& loan = algo::loan_of(watch, rank);
     if (loan.x == 0 || static_cast<uint64_t>(num_rows) <= loan.num_rows) return true;
     return wait_for_refusal(watch, loan.num_rows);
 }
 
-// One warp: of so many ranks as it has lanes, from `first_rank` on. A peer that is short as well lends only when this kernel has
-// ended, so a kernel that is short waits for no loans.
-EP_DEVICE bool learn_of(algo::Warp warp, const DispatchParams& p, const algo::Watch& watch, int first_rank,
-                        DispatchState& state) {
-    const bool is_short = state.is_short != 0;
-    const int rank = first_rank + warp.thread_rank();
-    const int num_left = watch.heap.num_ranks() - first_rank;
-    const bool has_rank = warp.thread_rank() < num_left;
+// Some thread of the block for every rank.
+EP_DEVICE bool learn_of(const DispatchParams& p, const algo::Watch& watch, int rank, DispatchState& state) {
     int total = 0;
     // The rows first: they are there already, or come before the loan does.
-    bool is_ok = !has_rank || (learn_rows(p, watch, rank, state.rows, total) && is_sound(rank, total, state));
-    if (!algo::all(warp, is_ok) || is_short) return is_ok;
-    if (p.may_lend && !algo::wait_for_loans(warp, watch, first_rank, num_left < kWarpSize ? num_left : kWarpSize))
-        return false;
-    return !has_rank || has_room_at(p, watch, rank, total);
+    return learn_rows(p, watch, rank, state.rows, total) && is_sound(rank, total, state) &&
+           (!p.may_lend || algo::wait_for_loan(watch, rank)) && has_room_at(p, watch, rank, total);
 }
 
 // Where the host has guessed how many rows come: whether they fit. Only then are the outputs lent; otherwise the host lends
@@ -330,15 +319,20 @@ EP_DEVICE Begun learn(algo::Block block, const DispatchParams& p, const algo::Wa
     if (p.num_tokens_per_rank != nullptr && blockIdx.x == 0)
         write_expert_counts(block, watch, p.num_tokens_per_expert, p.num_local_experts);
     if (p.counts != nullptr && !check_guess(block, p, watch, state)) return Begun::kFailed;
-    // The last warp: the first ones are still busy with that.
-    for (int first = 0; first < watch.heap.num_ranks() && prim::warp_idx() == block.num_warps() - 1; first += kWarpSize)
-        if (!learn_of(algo::Warp{}, p, watch, first, state))
+    const bool is_short = state.is_short != 0;
+    // The last threads: the first ones are still busy with that.
+    for (int rank = block.size() - 1 - block.thread_rank(); rank < watch.heap.num_ranks(); rank += block.size()) {
+        int total = 0;
+        // A peer that is short as well lends only when this kernel has ended.
+        if (!(is_short ? learn_rows(p, watch, rank, state.rows, total) && is_sound(rank, total, state)
+                       : learn_of(p, watch, rank, state)))
             prim::store<prim::Order::kRelaxed, prim::Scope::kCta>(&state.is_unlearned, 1u);
+    }
     block.sync();
     if (state.is_unlearned != 0) return Begun::kFailed;
     if (p.counts != nullptr && blockIdx.x == 0 && prim::warp_idx() == block.num_warps() - 1)
         tell_host(algo::Warp{}, p, make_watch(p, state.call.number), state.rows);
-    return state.is_short != 0 ? Begun::kUnfinished : Begun::kReady;
+    return is_short ? Begun::kUnfinished : Begun::kReady;
 }
 
 // -- Where the rows of a rank go, and what goes along with them -------------------------------------------------------
@@ -391,7 +385,7 @@ struct MetadataOutputs {
 template <class Context> EP_DEVICE MetadataOutputs metadata_outputs(const Context& c, int rank) {
     const DispatchParams& p = c.p;
     if (rank == c.watch.heap.rank()) return {p.recv_scales, p.recv_topk_idx, p.recv_topk_weights, p.recv_src_idx};
-    const layout::Loan loan = algo::loan_of(c.watch, rank);
+    const layout::Loan& loan = algo::loan_of(c.watch, rank);
     auto lent = [&](uint64_t offset) { return offset == 0 ? nullptr : c.watch.heap.at(rank, offset); };
     return {reinterpret_cast<uint32_t*>(lent(loan.scales)), lent(loan.topk_idx),
             reinterpret_cast<float*>(lent(loan.topk_weights)), reinterpret_cast<int*>(lent(loan.src_idx))};

@@ -64,7 +64,7 @@ TEST_CASE("with one node, places are those of ranks alone") {
     CHECK_EQ(alone.expert_counts.offset, alone.rank_counts.offset + 8 * kNumBanks * 8 * 8);
     CHECK_EQ(alone.full.offset, alone.expert_counts.offset + 8 * kNumBanks * 8 * kMaxLocalExperts);
     CHECK_EQ(alone.empty.offset, alone.full.offset + 8 * kNumBanks * 8 * kMaxWindow);
-    CHECK_EQ(alone.loans.offset, alone.empty.offset + 8 * kNumBanks * 8 * kMaxWindow);
+    CHECK_EQ(alone.loan_flags.offset, alone.empty.offset + 8 * kNumBanks * 8 * kMaxWindow);
     const auto across = ControlLayout::make(8, 4);
     CHECK_EQ(across.full.count, 4 * alone.full.count);
     CHECK_EQ(across.rank_counts.count, 4 * alone.rank_counts.count);
