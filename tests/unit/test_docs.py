@@ -115,8 +115,8 @@ def test_the_errors_page_says_everything_once() -> None:
 
 
 # Sentences that the library puts together from parts.
-COMPOSED = ('entered the call and stalled', 'mapping the heaps of the peers failed', 'within a node, bytes go through', 'connecting the nodes failed',
-            'more streams than a device with')  # yapf: disable
+COMPOSED = ('entered the call and stalled', 'mapping the heaps of the peers failed', 'connecting the nodes failed',
+            'within a node, bytes go through', 'more streams than a device with')  # yapf: disable
 
 
 def test_the_sentences_of_the_errors_page_are_those_of_the_library() -> None:
