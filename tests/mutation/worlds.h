@@ -40,9 +40,7 @@ inline std::string expect_failure(const std::string& text, const std::function<v
 
 // After a dispatch of all ranks, a call of rank 0 to which rank 1 does not come: rank 0 must name it.
 inline std::string call_alone(World& world, const Problem& problem, const std::function<void(RankTensors&)>& call) {
-    auto ranks = make_inputs(problem);
-    world.layout(problem, ranks);
-    world.dispatch(problem, ranks);
+    auto ranks = world.dispatched(problem);
     call(ranks[0]);
     world.run();
     return expect_failure("never entered this call: rank 1", [&] { world.buffer(0).check(); });

@@ -100,9 +100,7 @@ TEST_CASE("too few rows are lent: all ranks refuse the call before they write") 
                                   .drop_probability = 0.0,
                                   .lending_ranks = 7};
             World world = make_world(problem, {.seed = seed, .idle = simt::IdlePolicy::kAdvanceClock});
-            auto ranks = make_inputs(problem);
-            world.layout(problem, ranks);
-            world.dispatch(problem, ranks);
+            auto ranks = world.dispatched(problem);
             const uint8_t* whole = world.lend(1, kLendBytes)->address();
             for (int rank = 0; rank < 3; ++rank) {
                 RankTensors& tensors = ranks[static_cast<size_t>(rank)];
@@ -137,9 +135,7 @@ TEST_CASE("back-to-back calls of changing shape, loans on and off, cached ones b
             problem.num_sms = 1 + round % 3;
             problem.lending_ranks = static_cast<uint32_t>(round) % 8;
             problem.seed = static_cast<uint64_t>(round) + 100;
-            auto ranks = make_inputs(problem);
-            world.layout(problem, ranks);
-            world.dispatch(problem, ranks);
+            auto ranks = world.dispatched(problem);
             CHECK_EQ(check_dispatch(problem, ranks), "");
             problem.lending_ranks = static_cast<uint32_t>(round * 3) % 8;
             world.dispatch_cached(problem, ranks);
@@ -206,9 +202,7 @@ TEST_CASE("a row that belongs to no token of its owner is refused, and nothing i
         CAPTURE(bad);
         const Problem problem{.num_tokens = {30, 30}, .num_experts = 2, .drop_probability = 0.0, .sums_ranks = 3};
         World world = make_world(problem, {.idle = simt::IdlePolicy::kAdvanceClock});
-        auto ranks = make_inputs(problem);
-        world.layout(problem, ranks);
-        world.dispatch(problem, ranks);
+        auto ranks = world.dispatched(problem);
         ranks[1].recv_src_idx[3] = bad;  // of rank 0's tokens
         std::vector<const uint8_t*> whole;
         std::vector<std::vector<uint8_t>> before;
@@ -232,9 +226,7 @@ TEST_CASE("more rows for an owner than the sums that it lends are refused") {
         CAPTURE(at);
         const Problem problem{.num_tokens = {5, 30}, .num_experts = 2, .drop_probability = 0.0, .sums_ranks = 1};
         World world = make_world(problem, {.idle = simt::IdlePolicy::kAdvanceClock});
-        auto ranks = make_inputs(problem);
-        world.layout(problem, ranks);
-        world.dispatch(problem, ranks);
+        auto ranks = world.dispatched(problem);
         ranks[static_cast<size_t>(at)].rank_prefix_matrix[1] = 20;
         for (int rank = 0; rank < 2; ++rank) {
             prepare_combine(problem, ranks[static_cast<size_t>(rank)], rank);
@@ -290,9 +282,7 @@ TEST_CASE("guesses beside ranks that ask for the counts first, and beside worst 
             CAPTURE(spare);
             const Problem problem{.num_tokens = {9, 14, 11}, .num_experts = 6, .num_topk = 3, .lending_ranks = 7};
             World world = make_world(problem, {.seed = seed});
-            auto ranks = make_inputs(problem);
-            world.layout(problem, ranks);
-            world.dispatch(problem, ranks);  // for the numbers of rows
+            auto ranks = world.dispatched(problem);  // for the numbers of rows
             std::vector<int64_t> num_rows;
             for (const RankTensors& tensors : ranks) num_rows.push_back(tensors.num_recv_tokens);
             // Rank 0 guesses, rank 1 asks first, rank 2 has room for exactly what comes and does not wait.
@@ -363,9 +353,7 @@ void check_understated(const Understated& how) {
                           .lending_ranks = how.lending_ranks};
     World world =
         make_world(problem, {.device = {.has_bulk_copy = how.has_bulk_copy}, .idle = simt::IdlePolicy::kAdvanceClock});
-    auto ranks = make_inputs(problem);
-    world.layout(problem, ranks);
-    world.dispatch(problem, ranks);
+    auto ranks = world.dispatched(problem);
     const auto culprit = static_cast<size_t>(how.rank);
     const int num_stated = --ranks[1].num_tokens_per_rank[culprit];
     int token = problem.num_tokens[1] - 1;
@@ -416,9 +404,7 @@ TEST_CASE("a handle whose positions go beyond the rows of a rank is refused by c
                 .num_tokens = {9, 9}, .num_experts = 2, .drop_probability = 0.0, .lending_ranks = lending_ranks};
             World world = make_world(
                 problem, {.device = {.has_bulk_copy = has_bulk_copy}, .idle = simt::IdlePolicy::kAdvanceClock});
-            auto ranks = make_inputs(problem);
-            world.layout(problem, ranks);
-            world.dispatch(problem, ranks);
+            auto ranks = world.dispatched(problem);
             const int num_rows = ranks[0].num_tokens_per_rank[1];
             ranks[0].send_head[5 * 2 + 1] = num_rows + 3;
             world.combine_on(problem, ranks, {0, 1});
@@ -441,9 +427,7 @@ TEST_CASE("outputs of calls that fail, or begin after a failure, cannot pass for
             problem.lending_ranks = lends ? 1 : 0;
             World world = make_world(
                 problem, {.device = {.has_bulk_copy = has_bulk_copy}, .idle = simt::IdlePolicy::kAdvanceClock});
-            auto ranks = make_inputs(problem);
-            world.layout(problem, ranks);
-            world.dispatch(problem, ranks);
+            auto ranks = world.dispatched(problem);
             std::vector<RankTensors> calls(3, ranks[0]);
             for (RankTensors& call : calls) {
                 prepare_recv(problem, call, call.num_recv_tokens);
@@ -469,9 +453,7 @@ TEST_CASE("a peer that never enters is named by those that lend to it") {
     simt::SchedulerOptions options;
     options.idle = simt::IdlePolicy::kAdvanceClock;
     World world(3, kDataBytes, options, 2.0, 0, false, {{}}, kLendBytes);
-    auto ranks = make_inputs(problem);
-    world.layout(problem, ranks);
-    world.dispatch(problem, ranks);
+    auto ranks = world.dispatched(problem);
     world.combine_on(problem, ranks, {0, 2});
     check_absent_is_named(world, {0, 2}, 1);
 }

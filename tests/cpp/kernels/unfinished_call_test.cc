@@ -63,9 +63,7 @@ TEST_CASE("the watcher waits for the reason of a rank that it looks at later, an
     for (bool is_told : {true, false}) {
         World world(2, kRoomy, impatient());
         const Problem problem{.num_tokens = {10, 10}, .num_experts = 2, .drop_probability = 0.0};
-        auto ranks = make_inputs(problem);
-        world.layout(problem, ranks);
-        world.dispatch(problem, ranks);
+        auto ranks = world.dispatched(problem);
         world.launch_without_room(problem, ranks, 1, Counts::kUnknown);
         world.run();
         CHECK_EQ(world.buffer(0).look(), "");

@@ -288,11 +288,11 @@ std::string check_low_latency_combine(const LowLatencyProblem& problem, const st
 std::string low_latency_round_trip(World& world, const LowLatencyProblem& problem, Launches launches) {
     auto ranks = make_low_latency_inputs(problem);
     dispatch_on(world, problem, ranks, all_ranks(problem), launches);
-    for (int rank = 0; rank < problem.num_ranks(); ++rank) world.buffer(rank).check();
+    world.check_all();
     if (auto difference = check_low_latency_dispatch(problem, ranks); !difference.empty()) return difference;
     fill_expert_rows(problem, ranks);
     combine_on(world, problem, ranks, all_ranks(problem), launches);
-    for (int rank = 0; rank < problem.num_ranks(); ++rank) world.buffer(rank).check();
+    world.check_all();
     return check_low_latency_combine(problem, ranks);
 }
 
