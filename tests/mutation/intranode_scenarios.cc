@@ -237,17 +237,13 @@ std::string refused(uint64_t seed, const std::function<void(World&, const Proble
     const Problem problem{
         .num_tokens = {9, 9}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
     for (uint64_t i = 0; i < 8; ++i) {
-        simt::SchedulerOptions options;
-        options.seed = 100 * seed + i + 1;
-        options.bulk = simt::BulkMode::kRandom;
+        simt::SchedulerOptions options{.seed = 100 * seed + i + 1, .bulk = simt::BulkMode::kRandom};
         options.idle = simt::IdlePolicy::kAdvanceClock;  // a wait looks for refusals now and then only
         World world(2, region_for(problem, 2), options, 100, 0, false, {small_device(seed)});
         auto ranks = world.dispatched(problem);
         call(world, problem, ranks);
         world.run();
-        for (int rank = 0; rank < 2; ++rank)
-            if (std::string found = expect_failure("rank 1", [&] { world.buffer(rank).check(); }); !found.empty())
-                return found;
+        if (std::string found = expect_refusal_of_rank_1(world); !found.empty()) return found;
     }
     return "";
 }

@@ -87,18 +87,12 @@ EP_SCENARIO(low_latency_nodes_two_open_calls, seed) {
     LowLatencyNodes nodes(options, problem);
     World& world = nodes.world();
     for (int round = 0; round < 3; ++round) {
-        auto a = make_low_latency_inputs(problem), b = a;
-        for (size_t rank = 0; rank < a.size(); ++rank) {
-            const int r = static_cast<int>(rank);
-            send_dispatch(world, problem, a[rank], r);
-            send_dispatch(world, problem, b[rank], r);
-            receive_dispatch(world, problem, rank % 2 == 0 ? a[rank] : b[rank], r);
-            receive_dispatch(world, problem, rank % 2 == 0 ? b[rank] : a[rank], r);
-        }
-        world.run();
-        for (const auto* call : {&a, &b})
-            if (std::string difference = check_low_latency_dispatch(problem, *call); !difference.empty())
-                return difference;
+        MicroBatch a{world, problem}, b{world, problem};
+        const auto receive = [&](int rank) {
+            (rank % 2 == 0 ? a : b).receive_dispatch(rank);
+            (rank % 2 == 0 ? b : a).receive_dispatch(rank);
+        };
+        if (std::string difference = dispatch_both(a, b, receive); !difference.empty()) return difference;
     }
     return "";
 }

@@ -38,6 +38,14 @@ inline std::string expect_failure(const std::string& text, const std::function<v
     return "nothing was thrown, expected: " + text;
 }
 
+// Both ranks of a call that rank 1 has refused must name it.
+inline std::string expect_refusal_of_rank_1(World& world) {
+    for (int rank = 0; rank < 2; ++rank)
+        if (std::string found = expect_failure("rank 1", [&] { world.buffer(rank).check(); }); !found.empty())
+            return found;
+    return "";
+}
+
 // After a dispatch of all ranks, a call of rank 0 to which rank 1 does not come: rank 0 must name it.
 inline std::string call_alone(World& world, const Problem& problem, const std::function<void(RankTensors&)>& call) {
     auto ranks = world.dispatched(problem);

@@ -35,6 +35,14 @@ void check_round_trip(const Problem& problem, const Setup& setup = {}) {
     CHECK_EQ(round_trip(world, problem), "");
 }
 
+Problem of_three_ranks(uint32_t lending_ranks, int num_scales) {
+    return {.num_tokens = {13, 20, 7},
+            .num_experts = 6,
+            .num_topk = 3,
+            .num_scales = num_scales,
+            .lending_ranks = lending_ranks};
+}
+
 TEST_CASE("every mixture of ranks that lend and ranks that do not") {
     for (uint32_t lending = 0; lending < 8; ++lending) {
         for (uint64_t seed : {0, 1, 2}) {
@@ -42,13 +50,9 @@ TEST_CASE("every mixture of ranks that lend and ranks that do not") {
                 CAPTURE(lending);
                 CAPTURE(seed);
                 CAPTURE(has_bulk_copy);
-                const Problem problem{.num_tokens = {13, 20, 7},
-                                      .num_experts = 6,
-                                      .num_topk = 3,
-                                      .hidden = 1848,
-                                      .num_scales = 3,
-                                      .num_biases = 1,
-                                      .lending_ranks = lending};
+                Problem problem = of_three_ranks(lending, 3);
+                problem.hidden = 1848;
+                problem.num_biases = 1;
                 check_round_trip(problem, {.seed = seed, .device = {.has_bulk_copy = has_bulk_copy}});
             }
         }
@@ -257,12 +261,8 @@ TEST_CASE("guessed numbers of rows: enough, too small, none at all, on some rank
                     CAPTURE(spare);
                     CAPTURE(seed);
                     CAPTURE(lends_again);
-                    const Problem problem{.num_tokens = {13, 20, 7},
-                                          .num_experts = 6,
-                                          .num_topk = 3,
-                                          .num_scales = 2,
-                                          .expert_alignment = 4,
-                                          .lending_ranks = lending};
+                    Problem problem = of_three_ranks(lending, 2);
+                    problem.expert_alignment = 4;
                     World world = make_world(problem, {.seed = seed});
                     auto ranks = make_inputs(problem);
                     world.layout(problem, ranks);

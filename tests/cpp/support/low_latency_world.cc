@@ -234,6 +234,13 @@ void launch_dispatch(World& world, const LowLatencyProblem& problem, LowLatencyT
     run_phases(launches, [&](uint64_t ticket) { return dispatch(world, problem, tensors, rank, ticket); });
 }
 
+void abandon_dispatch_of_rank_0(World& world, const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks) {
+    world.buffer(0).begin_call();
+    launch_dispatch(world, problem, ranks[0], 0, Launches::kOne);
+    world.buffer(0).abandon_call("low_latency_dispatch: KeyboardInterrupt");
+    world.run();
+}
+
 void send_combine(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank) {
     tensors.combine_ticket = combine(world, problem, tensors, rank, runtime::kSendPhase);
 }

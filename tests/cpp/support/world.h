@@ -113,6 +113,11 @@ public:
     int num_ranks() const { return static_cast<int>(buffers_.size()); }
     // Runs everything that was launched. Throws what the executor found (deadlock, race of a collective, …).
     void run();
+    // `launch(rank)` for each rank, and then run().
+    template <class Launch> void run_on_all(const Launch& launch) {
+        for (int rank = 0; rank < num_ranks(); ++rank) launch(rank);
+        run();
+    }
     // Throws what any rank's Buffer has to report.
     void check_all();
 
