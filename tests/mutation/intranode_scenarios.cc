@@ -37,6 +37,20 @@ EP_SCENARIO(narrow_windows, seed) {
     return two_round_trips(world, problem);
 }
 
+// So many blocks and tokens that rows of a combine are staged on their way out alone. By one seed: these are many threads.
+EP_SCENARIO(mixed_combine, seed) {
+    if (seed != 0) return "";
+    Problem problem{
+        .num_tokens = {80, 80}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
+    simt::DeviceOptions device = small_device(seed);
+    device.num_sms = 20;
+    World world(2, region_for(problem, 8), varied(1), 100, 0, false, {device});
+    auto ranks = world.dispatched(problem);
+    problem.num_sms = device.num_sms;
+    world.combine(problem, ranks);
+    return check_combine(problem, ranks);
+}
+
 // Several slots come free before they are looked at.
 EP_SCENARIO(wide_windows, seed) {
     const Problem problem{
@@ -229,6 +243,22 @@ EP_SCENARIO(absent_in_combine, seed) {
     return call_alone(world, problem, [&](RankTensors& mine) {
         prepare_combine(problem, mine, 0);
         world.launch_combine(problem, mine, 0);
+    });
+}
+
+// The same by a warp whose first row has no slot, while other work goes on: its loads, which are late, are under way when it
+// gives up.
+EP_SCENARIO(absent_in_busy_combine, seed) {
+    constexpr uint64_t kTimeoutNs = 800'000;
+    const Problem problem{
+        .num_tokens = {9, 9}, .num_experts = 4, .hidden = 16, .num_sms = 3, .drop_probability = 0.0, .seed = seed};
+    simt::DeviceOptions device = small_device(seed);
+    device.num_sms = problem.num_sms;
+    World world(2, region_for(problem, 2), impatient(seed), kTimeoutNs * 1e-9, 0, false, {device});
+    return call_alone(world, problem, [&](RankTensors& mine) {
+        prepare_combine(problem, mine, 0);
+        world.launch_combine(problem, mine, 0);
+        pass_time(world, 1, 2 * kTimeoutNs);
     });
 }
 

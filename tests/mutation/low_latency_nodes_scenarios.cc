@@ -38,6 +38,17 @@ EP_SCENARIO(low_latency_nodes_round_trips, seed) {
     return three_round_trips(options, small_problem(options, seed));
 }
 
+// Blocks of two warps, and more entries than one of them has lanes: the table that a warp puts is the work of both.
+EP_SCENARIO(low_latency_nodes_several_warps, seed) {
+    NodesOptions options = small_nodes(2, 1, seed);
+    options.device.num_sms = 1;
+    options.device.useful_block_threads = 128;
+    LowLatencyProblem problem = small_problem(options, seed);
+    problem.num_experts = 16;
+    problem.num_topk = 8;
+    return three_round_trips(options, problem);
+}
+
 EP_SCENARIO(low_latency_nodes_neighbours_too, seed) {
     const NodesOptions options = small_nodes(2, 2, seed);
     return three_round_trips(options, small_problem(options, seed));
@@ -155,6 +166,20 @@ EP_SCENARIO(low_latency_nodes_absent_rank, seed) {
             !difference.empty())
             return difference;
     return "";
+}
+
+// Rank 2 does not come to a clean, and rank 1 comes late: rank 0 gives up first, by a lane that is not the one which tells.
+EP_SCENARIO(low_latency_nodes_failure_in_clean, seed) {
+    constexpr uint64_t kTimeoutNs = 100'000;
+    NodesOptions options = small_nodes(3, 1, seed);
+    options.scheduler = impatient(seed);
+    options.timeout_s = kTimeoutNs * 1e-9;
+    LowLatencyNodes nodes(options, small_problem(options, seed));
+    World& world = nodes.world();
+    pass_time(world, 1, kTimeoutNs / 2);
+    for (int rank : {0, 1}) world.buffer(rank).low_latency().clean(world.stream(rank));
+    world.run();
+    return expect_failure("aborted, rank 0 of node 0 gave up", [&] { world.buffer(1).check(); });
 }
 
 // No scenario masks a far rank: puts to it may be under way when its staging is written again, which is a race by design of rows
