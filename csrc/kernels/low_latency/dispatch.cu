@@ -42,6 +42,7 @@ void deep_ep::kernels::launch(const LowLatencyDispatchParams& params, dev::Strea
     dev::LaunchConfig config;
     config.num_blocks = params.call.num_blocks;
     config.num_threads = kWarpSize * params.call.num_warps;
+    config.begins_early = params.call.phase == Phase::kBoth;
     config.name = "deep_ep::low_latency::dispatch";
     switch (params.call.phase) {
         case Phase::kSend: config.dynamic_shared_bytes = table_bytes; break;

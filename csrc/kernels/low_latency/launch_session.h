@@ -353,6 +353,7 @@ enum class Launches { kPhases, kWhole };
 template <Launches kLaunches, bool kUsesPackets = false, class Send, class LookEarly, class Receive>
 EP_DEVICE void run_launch(const LowLatencyCall& call, layout::Operation operation, BlockRole& role, const Send& send,
                           const LookEarly& look_early, const Receive& receive) {
+    prim::wait_for_stream();
     if (kLaunches == Launches::kWhole) {
         LaunchSession launch(call, operation, Phase::kBoth, kUsesPackets, role);
         send(launch);
