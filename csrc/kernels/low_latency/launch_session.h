@@ -42,17 +42,21 @@ public:
 
     // The number of the call is a trip to memory, in two steps, both to be made before anything else is asked of the session.
     // The compiler waits for it at once, so loads that do not depend on it come before ask_number, and work before take_number.
-    EP_DEVICE void ask_number() { words_ = load_launch_words(Warp{}, context.call, context.phase); }
+    EP_DEVICE void ask_number() {
+        words_ = load_launch_words(Warp{}, context.call, context.phase);
+        if (context.sends() && is_last_warp(Block{}) && Warp::thread_rank() == 0)
+            begun_ = prim::fetch_increment<Order::kRelaxed, Scope::kGpu>(
+                &context.watch.words.local->low_latency_begun_blocks);
+    }
     // By warp 0 of a block that sends, between the two.
     EP_DEVICE BankLook look_at_banks() const {
         return prim::warp_idx() == 0 ? low_latency::look_at_banks(Warp{}, context) : BankLook{};
     }
     EP_DEVICE void take_number() { low_latency::take_number(Warp{}, context, words_); }
 
-    // The place of this block among those of the grid, in the order in which they begin.
-    EP_DEVICE uint32_t begin_block() const {
-        return prim::fetch_increment<Order::kRelaxed, Scope::kGpu>(&context.launch_state->begun_blocks);
-    }
+    // Lane 0 of the last warp, in a launch that sends: the place of this block among those of the grid, in the order in which
+    // they begin.
+    EP_DEVICE uint32_t order() const { return since_begin(begun_); }
 
     EP_DEVICE uint32_t claim_share() const {
         return prim::fetch_increment<Order::kRelaxed, Scope::kGpu>(&context.launch_state->next_share);
@@ -64,25 +68,33 @@ public:
         constexpr int kMostLooks = 8;
 #pragma unroll 1
         for (int looks = 0; looks < kMostLooks; ++looks)
-            if (prim::load<Order::kRelaxed, Scope::kGpu>(&context.launch_state->begun_blocks) == gridDim.x) return true;
+            if (since_begin(prim::load<Order::kRelaxed, Scope::kGpu>(
+                    &context.watch.words.local->low_latency_begun_blocks)) == gridDim.x)
+                return true;
         return false;
     }
 
-    // The block, by its last warp, will not look at the counters that count_launch changes again. Nothing of this launch
-    // looks at what the last block to settle changes, and the end of the launch publishes it, so no order is needed.
-    EP_DEVICE void settle(Warp warp) const {
-        warp.expect();
-        warp.sync();  // every lane has looked at them
-        if (warp.thread_rank() == 0 &&
-            algo::arrive<Order::kRelaxed, Scope::kGpu>(&context.launch_state->settled_blocks).is_last)
-            count_launch();
+    // The block, by one lane of its last warp, will not look at the counters that count_launch changes again. Nothing of this
+    // launch looks at what the last block to settle changes, and the end of the launch publishes it, so no order is needed.
+    // In two steps: nobody has to wait for the trip.
+    EP_DEVICE uint32_t begin_to_settle() const {
+        return prim::fetch_increment<Order::kRelaxed, Scope::kGpu>(&context.launch_state->settled_blocks);
+    }
+    EP_DEVICE void settle(uint32_t order) const {
+        if (order + 1 == gridDim.x) count_launch();
     }
 
     CallContext context;
     BlockRole& role;
 
 private:
+    // Of the blocks that begun_blocks has counted, those of this launch.
+    EP_DEVICE uint32_t since_begin(uint32_t begun) const {
+        return (begun - context.begun_before) % layout::LocalState::kNumBegun;
+    }
+
     LaunchWords words_;
+    uint32_t begun_ = 0;
 
     // For the next launch.
     EP_DEVICE void count_launch() const {
@@ -90,12 +102,16 @@ private:
         layout::LocalState* local = c.watch.words.local;
         layout::LowLatencyLaunchState* next =
             &local->low_latency_launch_states[c.launch_state == &local->low_latency_launch_states[0] ? 1 : 0];
-        prim::store<Order::kRelaxed, Scope::kGpu>(&next->begun_blocks, 0u);
+        prim::store<Order::kRelaxed, Scope::kGpu>(&next->settled_blocks, 0u);
         prim::store<Order::kRelaxed, Scope::kGpu>(&next->next_share, 0u);
         prim::store<Order::kRelaxed, Scope::kGpu>(&next->void_pieces, 0u);
         prim::store<Order::kRelaxed, Scope::kGpu>(&next->lists, 0u);
         if (kAcrossNodes) prim::store<Order::kRelaxed, Scope::kGpu>(&next->staged_rows, 0u);
-        if (c.sends()) prim::store<Order::kRelaxed, Scope::kGpu>(&local->num_low_latency_sends, c.watch.call);
+        if (c.sends()) {
+            prim::store<Order::kRelaxed, Scope::kGpu>(&local->num_low_latency_sends, c.watch.call);
+            prim::store<Order::kRelaxed, Scope::kGpu>(&local->low_latency_begun_before,
+                                                      uint64_t{c.begun_before + gridDim.x});
+        }
         if (c.phase == Phase::kSend) prim::store<Order::kRelaxed, Scope::kGpu>(c.call.number, c.watch.call);
         if (c.receives()) prim::store<Order::kRelaxed, Scope::kGpu>(&local->low_latency_ended[c.bank], c.watch.call);
         const uint64_t launches = prim::load<Order::kRelaxed, Scope::kGpu>(&local->num_low_latency_launches);
@@ -143,7 +159,8 @@ public:
         block.expect();
         if (is_last_warp(block)) {
             if (kTells == Tells::kAtEnd && began_first(Warp{})) tell_peers(Warp{});
-            launch_.settle(Warp{});
+            Warp::sync();  // every lane has looked at the counters
+            if (Warp::thread_rank() == 0) launch_.settle(launch_.begin_to_settle());
         }
         // Another warp than that, and than warp 0, which is busy with releases; a block may have but one.
         if (block.thread_rank() == (block.num_warps() > 1 ? kWarpSize : 0)) {
@@ -237,7 +254,7 @@ private:
 
     // The last warp's part.
     EP_DEVICE void begin(Warp warp) {
-        if (warp.thread_rank() == 0) order_ = launch_.begin_block();
+        if (warp.thread_rank() == 0) order_ = launch_.order();
         if (kTells == Tells::kAtEnd) return;
         const bool is_first = began_first(warp);
         if (warp.thread_rank() == 0) role().is_first = is_first ? 1 : 0;
@@ -300,47 +317,49 @@ private:
     uint32_t order_ = 0;  // of the block, in lane 0 of its last warp
 };
 
-// All blocks of a launch that only receives.
+// All blocks of a launch that only receives. It tells the peers nothing when it begins: what earlier launches had received, the
+// send phase of this call or of a later one has told, or such a launch itself.
 class ReceivePhase {
 public:
-    // The last warp is the least likely to have a unit, and no other one depends on a counter that this changes.
+    // No barrier waits for what the last warp asks here.
     EP_DEVICE ReceivePhase(Block block, const LaunchSession& launch) : launch_(launch) {
         block.expect();
         // Only send phases count calls, and they come before or after the whole launch. Compared when the phase ends: here it
         // would be waited for.
         num_sends_ = prim::load<Order::kRelaxed, Scope::kGpu>(&launch.context.watch.words.local->num_low_latency_sends);
-        if (is_last_warp(block)) begin(Warp{});
+        if (!is_last_warp(block) || Warp::thread_rank() != 0) return;
+        launch_.role.launch_state = launch_.context.launch_state;
+        order_ = launch_.begin_to_settle();
     }
 
     // Where a later call has begun already, the next one takes this bank: its send phase would wait until the peers have begun
-    // it too, were they told of this one's end only then. So the block that ends last tells them now.
+    // it too, were they told of this one's end only then. So the block that ends last tells them now; of the other bank too,
+    // whose call may have been received before this one.
     EP_DEVICE ~ReceivePhase() {
         const Block block;
         const CallContext& c = launch_.context;
+        if (is_last_warp(block) && Warp::thread_rank() == 0) launch_.settle(order_);
         if (num_sends_ == c.watch.call) return;
         // Every block's reads, the last one's release.
         uint32_t* counter = &c.watch.words.local->low_latency_read_blocks;
         if (!algo::is_last_block<Order::kAcqRel, Scope::kGpu>(block, counter, launch_.role.share)) return;
-        // Pairs with: is_bank_free at the peer.
-        algo::publish<Order::kRelease, Scope::kSys>(
-            block, c.num_near(), [&](int idx) { return !is_masked(c.call, c.near_rank(idx)); },
-            [&](int idx) { return c.watch.heap.received(idx, c.bank, c.watch.heap.rank()); }, c.watch.call);
-        if constexpr (kAcrossNodes) tell_far_ended(block, c, c.bank, c.watch.call);
+#pragma unroll 1
+        for (int bank = 0; bank < layout::kNumLowLatencyBanks; ++bank) {
+            const uint64_t ended = bank == c.bank ? c.watch.call : ended_before(c, bank);
+            // Pairs with: is_bank_free at the peer.
+            algo::publish<Order::kRelease, Scope::kSys>(
+                block, c.num_near(), [&](int idx) { return !is_masked(c.call, c.near_rank(idx)); },
+                [&](int idx) { return c.watch.heap.received(idx, bank, c.watch.heap.rank()); }, ended);
+            if constexpr (kAcrossNodes) tell_far_ended(block, c, bank, ended);
+        }
     }
     ReceivePhase(const ReceivePhase&) = delete;
     ReceivePhase& operator=(const ReceivePhase&) = delete;
 
 private:
-    EP_DEVICE void begin(Warp warp) const {
-        uint32_t order = 0;
-        if (warp.thread_rank() == 0) order = launch_.begin_block();
-        if (warp.thread_rank() == 0) launch_.role.launch_state = launch_.context.launch_state;
-        if (__shfl_sync(kFullMask, order, 0) == 0) publish_ended(warp, launch_.context);
-        launch_.settle(warp);
-    }
-
     const LaunchSession& launch_;
     uint64_t num_sends_;
+    uint32_t order_ = 0;  // in which the block settles, in lane 0 of its last warp
 };
 
 // The kernels of an operation. With a hook its two launches are of the same one, so that a profiler has one name for the
