@@ -12,7 +12,7 @@ inline namespace EP_BACKEND {
 // A release waits until all stores of the SM have arrived, so a block makes one for several tokens.
 constexpr int kTokensPerRelease = 4;
 // At weights that are not here, by a block in all of a launch that may not wait: each is a trip to memory.
-constexpr int kMostLooks = 6;
+constexpr int kMostLooks = 9;
 
 template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     using Weights = WeightSender<kUsesPackets>;
@@ -327,20 +327,13 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         return work.token < num_tokens && has_work(warp, p, c, work);
     }
 
-    // Tokens of all sources in turn, so that no link is the last; every rank begins with another source. With a hook a rank
-    // begins with its own tokens: the weights of the others come meanwhile, and sums are fewer bytes than rows.
+    // Tokens of all sources in turn, so that no link is the last; every rank begins with another source.
     static EP_DEVICE Work load_item(const Params& p, const CallContext& c, int item) {
         if (item >= num_items(p, c)) return {.source = 0, .token = 0, .first_k = 0};
-        const bool has_own = has_own_first(c);
-        if (has_own && item < p.call.num_max_tokens) return load_rows(p, c.rank(), item, 0);
-        const int other = has_own ? item - p.call.num_max_tokens : item;
-        const Divisor& by_sources = has_own ? p.call.by_other_ranks : p.call.by_ranks;
-        const int token = by_sources.quotient(other);
-        const int source = c.rank() + 1 + other - token * by_sources.value;
+        const int token = p.call.by_ranks.quotient(item);
+        const int source = c.rank() + 1 + item - token * c.num_ranks();
         return load_rows(p, source < c.num_ranks() ? source : source - c.num_ranks(), token, 0);
     }
-
-    static EP_DEVICE bool has_own_first(const CallContext& c) { return c.uses_packets && c.phase == Phase::kSend; }
 
     // The items of a block, as one of its warps goes through them: the numbers of the rows of the item after the current one
     // are under way, and its rows too once those of the current one have been added up.
