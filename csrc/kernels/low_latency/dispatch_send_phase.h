@@ -51,22 +51,33 @@ EP_DEVICE Vec16 cast(const Piece& piece, float inverse) {
     return packed;
 }
 
-// A chunk, cast and written to every target.
-EP_DEVICE void send_fp8(Warp warp, const Params& p, const Piece& piece, int chunk, const Targets& targets) {
+// What is sent of a chunk. In FP8: the first vector of the piece is the cast one.
+struct Sent {
+    Piece piece;
+    float scale;
+};
+
+EP_DEVICE Sent cast_chunk(Warp warp, const Params& p, const Piece& piece) {
     warp.expect();
+    if (p.payload != Payload::kFp8) return {piece, 0.0f};
     float largest = largest_of(piece);
 #pragma unroll
     for (int distance = 1; distance < kLanesPerGroup; distance *= 2)
         largest = fmaxf(largest, __shfl_xor_sync(kFullMask, largest, distance));
     const algo::Fp8Scale scale = algo::fp8_scale(largest, p.rounds_scales);
-    const Vec16 packed = cast(piece, scale.inverse);
+    return {{{cast(piece, scale.inverse)}}, scale.scale};
+}
+
+// To every target.
+EP_DEVICE void send_fp8(Warp warp, const Params& p, const Sent& sent, int chunk, const Targets& targets) {
+    warp.expect();
     const int vec = chunk * kWarpSize + warp.thread_rank();  // of the row in FP8
     for (uint32_t rest = targets.lanes; rest != 0; rest &= rest - 1) {
         uint8_t* slot = algo::broadcast_pointer(warp, targets.slot, __ffs(static_cast<int>(rest)) - 1);
         if (vec * kVecsOfPiece >= num_row_vecs(p.call)) continue;
-        prim::store_streaming(reinterpret_cast<Vec16*>(slot) + vec, packed);
+        prim::store_streaming(reinterpret_cast<Vec16*>(slot) + vec, sent.piece.vec[0]);
         if (vec % kLanesPerGroup == 0)
-            *reinterpret_cast<float*>(slot + p.call.message.scales.at(vec / kLanesPerGroup)) = scale.scale;
+            *reinterpret_cast<float*>(slot + p.call.message.scales.at(vec / kLanesPerGroup)) = sent.scale;
     }
 }
 
@@ -78,17 +89,21 @@ EP_DEVICE void send_bf16(Warp warp, const Params& p, const Piece& piece, int chu
     }
 }
 
-// What a warp loads of a token before it knows anything about the call.
+// What a warp loads of a token, and casts, before it knows anything about the call.
 struct Head {
-    Piece piece;  // of the warp's first chunk
-    int64_t id;   // this lane's of the first 32 entries
+    Sent sent;   // of the warp's first chunk
+    int64_t id;  // this lane's of the first 32 entries
 };
 
 EP_DEVICE Ids ids_of(const Params& p) { return {p.topk_idx, p.idx_bytes}; }
 
 EP_DEVICE Head load_head(Warp warp, const Params& p, const CallContext& c, int token) {
     if (token >= p.num_tokens) return {};
-    return {load_input_piece(warp, p, token, prim::warp_idx()), ids_of(p).load(warp, c, token, 0)};
+    return {{load_input_piece(warp, p, token, prim::warp_idx()), 0.0f}, ids_of(p).load(warp, c, token, 0)};
+}
+
+EP_DEVICE void cast_head(Warp warp, const Params& p, int token, Head& head) {
+    if (token < p.num_tokens) head.sent = cast_chunk(warp, p, head.sent.piece);
 }
 
 // The destinations of a token among 32 ranks, each in its lane. Far ranks share one slot, in staging, which one of them stands
@@ -143,11 +158,13 @@ EP_DEVICE void send_token(Block block, const Params& p, const CallContext& c, co
         is_staged |= far_lanes != 0;
 #pragma unroll 1
         for (int chunk = prim::warp_idx(); chunk < num_chunks(p.call); chunk += block.num_warps()) {
-            const Piece piece = chunk == prim::warp_idx() ? head.piece : load_input_piece(warp, p, token, chunk);
+            const Sent sent = chunk == prim::warp_idx()
+                                  ? head.sent
+                                  : cast_chunk(warp, p, load_input_piece(warp, p, token, chunk));
             if (p.payload == Payload::kFp8)
-                send_fp8(warp, p, piece, chunk, targets);
+                send_fp8(warp, p, sent, chunk, targets);
             else
-                send_bf16(warp, p, piece, chunk, targets);
+                send_bf16(warp, p, sent.piece, chunk, targets);
         }
         block.sync();  // every warp's part of the row, warp 0's releases
         // Pairs with: wait_for_slot at the destination.
@@ -180,6 +197,7 @@ EP_DEVICE void send(Block block, const Params& p, LaunchSession& launch) {
     launch.ask_number();
     const BankLook look = launch.look_at_banks();
     if (has_table) make_tile(block, c, choice, sets, 0);
+    cast_head(warp, p, first, head);  // beside the number of the call
     launch.take_number();
     const SendPhase<Tells::kAtEnd> phase(block, launch, look);
     const bool is_ready = phase.is_ready();
@@ -187,8 +205,9 @@ EP_DEVICE void send(Block block, const Params& p, LaunchSession& launch) {
     if (kAcrossNodes && has_table) keep_own_entries(block, p, c);
 #pragma unroll 1
     for (int token = first; is_ready && token < p.num_tokens; token += num_senders) {
-        const Head next = load_head(warp, p, c, token + num_senders);
+        Head next = load_head(warp, p, c, token + num_senders);
         send_token(block, p, c, phase, token, head);
+        cast_head(warp, p, token + num_senders, next);
         head = next;
     }
 }

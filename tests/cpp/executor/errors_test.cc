@@ -252,7 +252,7 @@ template <Early kWay> struct EarlyKernel {
 };
 
 template <Early kWay> std::string early_complaint(bool begins_early) {
-    simt::Scheduler scheduler({});
+    simt::Scheduler scheduler;
     simt::SimtDevice device(scheduler, 5);
     const auto stream = device.create_stream();
     auto* words = static_cast<uint32_t*>(device.allocate(4096));
