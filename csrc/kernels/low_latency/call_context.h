@@ -368,10 +368,8 @@ EP_DEVICE uint32_t entries_of_rank(Warp warp, const CallContext& c, int64_t id, 
 }
 
 // Does this lane's rank, among 32 from `first_rank`, own one of the token's experts? `id`: this lane's of the first 32
-// entries. `leaves_out(rank)`: it does without.
-template <class LeavesOut>
-EP_DEVICE bool is_destination(Warp warp, const CallContext& c, const Ids& ids, int64_t id, int token, int first_rank,
-                              const LeavesOut& leaves_out) {
+// entries.
+EP_DEVICE bool is_destination(Warp warp, const CallContext& c, const Ids& ids, int64_t id, int token, int first_rank) {
     warp.expect();
     const int rank = first_rank + warp.thread_rank();
     bool is_found = false;
@@ -384,7 +382,7 @@ EP_DEVICE bool is_destination(Warp warp, const CallContext& c, const Ids& ids, i
 #pragma unroll 4
         for (int lane = 0; lane < count; ++lane) is_found |= __shfl_sync(kFullMask, owner, lane) == rank;
     }
-    return is_found && rank < c.num_ranks() && !leaves_out(rank);
+    return is_found && rank < c.num_ranks();
 }
 
 }  // namespace EP_BACKEND

@@ -89,21 +89,24 @@ EP_DEVICE void send_bf16(Warp warp, const Params& p, const Piece& piece, int chu
     }
 }
 
-// What a warp loads of a token, and casts, before it knows anything about the call.
+// What a warp knows of a token before it knows anything about the call.
 struct Head {
-    Sent sent;   // of the warp's first chunk
-    int64_t id;  // this lane's of the first 32 entries
+    Sent sent;            // of the warp's first chunk
+    int64_t id;           // this lane's of the first 32 entries
+    bool is_destination;  // this lane's of the first 32 ranks
 };
 
 EP_DEVICE Ids ids_of(const Params& p) { return {p.topk_idx, p.idx_bytes}; }
 
 EP_DEVICE Head load_head(Warp warp, const Params& p, const CallContext& c, int token) {
     if (token >= p.num_tokens) return {};
-    return {{load_input_piece(warp, p, token, prim::warp_idx()), 0.0f}, ids_of(p).load(warp, c, token, 0)};
+    return {{load_input_piece(warp, p, token, prim::warp_idx()), 0.0f}, ids_of(p).load(warp, c, token, 0), false};
 }
 
-EP_DEVICE void cast_head(Warp warp, const Params& p, int token, Head& head) {
-    if (token < p.num_tokens) head.sent = cast_chunk(warp, p, head.sent.piece);
+EP_DEVICE void prepare_head(Warp warp, const Params& p, const CallContext& c, int token, Head& head) {
+    if (token >= p.num_tokens) return;
+    head.sent = cast_chunk(warp, p, head.sent.piece);
+    head.is_destination = is_destination(warp, c, ids_of(p), head.id, token, 0);
 }
 
 // The destinations of a token among 32 ranks, each in its lane. Far ranks share one slot, in staging, which one of them stands
@@ -150,9 +153,9 @@ EP_DEVICE void send_token(Block block, const Params& p, const CallContext& c, co
     int last_holder = -1;
 #pragma unroll 1
     for (int first = 0; first < c.num_ranks(); first += kWarpSize) {
-        const bool is_sent =
-            is_destination(warp, c, ids_of(p), head.id, token, first, [&](int peer) { return phase.leaves_out(peer); });
         const int rank = first + warp.thread_rank();
+        const bool is_one = first == 0 ? head.is_destination : is_destination(warp, c, ids_of(p), head.id, token, first);
+        const bool is_sent = is_one && !phase.leaves_out(rank);
         const uint32_t far_lanes = kAcrossNodes ? __ballot_sync(kFullMask, is_sent && c.is_far(rank)) : 0;
         const Targets targets = targets_of(warp, c, token, rank, is_sent, far_lanes, is_staged);
         is_staged |= far_lanes != 0;
@@ -197,7 +200,7 @@ EP_DEVICE void send(Block block, const Params& p, LaunchSession& launch) {
     launch.ask_number();
     const BankLook look = launch.look_at_banks();
     if (has_table) make_tile(block, c, choice, sets, 0);
-    cast_head(warp, p, first, head);  // beside the number of the call
+    prepare_head(warp, p, c, first, head);  // beside the number of the call
     launch.take_number();
     const SendPhase<Tells::kAtEnd> phase(block, launch, look);
     const bool is_ready = phase.is_ready();
@@ -207,7 +210,7 @@ EP_DEVICE void send(Block block, const Params& p, LaunchSession& launch) {
     for (int token = first; is_ready && token < p.num_tokens; token += num_senders) {
         Head next = load_head(warp, p, c, token + num_senders);
         send_token(block, p, c, phase, token, head);
-        cast_head(warp, p, token + num_senders, next);
+        prepare_head(warp, p, c, token + num_senders, next);
         head = next;
     }
 }
