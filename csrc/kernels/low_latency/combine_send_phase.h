@@ -39,7 +39,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     struct Shared {
         BlockRole role;
         Written written[kTokensPerRelease];
-        int are_weights_here[2];  // of the current token; each second one uses the other
+        int are_weights_here[2];  // of the current token; each second answer uses the other
         int has_failed;           // some warp has given up waiting: nothing more may be published
         FarPart far[kAcrossNodes ? kTokensPerRelease : 1];
         int further[2];  // as are_weights_here
@@ -47,10 +47,10 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
 
     // How far the block is.
     struct Progress {
-        int num_items;
-        int num_written;              // tokens since the last release, those of which nothing was sent included
-        int num_looks;                // of warp 0
-        int num_answers, num_places;  // across nodes: that the block has asked for, as far as this warp knows
+        int num_written;  // tokens since the last release, those of which nothing was sent included
+        int num_looks;    // of warp 0
+        int num_answers;  // of warp 0, whether weights are here
+        int num_places;   // across nodes: that the block has asked for, as far as this warp knows
     };
 
     // What a warp needs to sum one chunk of a token of `source`. Lanes stand for 32 of its top-k entries.
@@ -378,7 +378,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     static EP_DEVICE bool are_weights_here(Block block, const CallContext& c, Work& work, Progress& progress,
                                            Shared& shared) {
         block.expect();
-        int* answer = &shared.are_weights_here[(kAcrossNodes ? progress.num_answers++ : progress.num_items) % 2];
+        int* answer = &shared.are_weights_here[progress.num_answers++ % 2];
         if (prim::warp_idx() == 0) {
             bool is_here = __all_sync(kFullMask, work.is_weighed) != 0;
 #pragma unroll 1
@@ -528,7 +528,6 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
                        cursor.ahead);
             if (is_inside && sent == Sent::kSum) store_sums(warp, p, sums, chunk, slot);
         }
-        ++progress.num_items;
         if (++progress.num_written < kTokensPerRelease) return;
         publish_written(block, c, progress.num_written, shared);
         progress.num_written = 0;
