@@ -145,7 +145,8 @@ struct LocalState {
     // Blocks of all launches that send, and of those before the running one: a block counts itself without knowing which launch
     // it is of.
     uint64_t low_latency_begun_before;
-    uint32_t low_latency_begun_blocks;  // modulo kNumBegun
+    // Modulo kNumBegun. In a line of its own: all warps load the words above while blocks count themselves.
+    alignas(128) uint32_t low_latency_begun_blocks;
     static constexpr uint32_t kNumBegun = 1u << 31;
     uint32_t low_latency_done_blocks;  // counted only for statistics
     uint32_t low_latency_read_blocks;  // of a receive phase that tells the peers of its end itself

@@ -114,8 +114,8 @@ private:
         }
         if (c.phase == Phase::kSend) prim::store<Order::kRelaxed, Scope::kGpu>(c.call.number, c.watch.call);
         if (c.receives()) prim::store<Order::kRelaxed, Scope::kGpu>(&local->low_latency_ended[c.bank], c.watch.call);
-        const uint64_t launches = prim::load<Order::kRelaxed, Scope::kGpu>(&local->num_low_latency_launches);
-        prim::store<Order::kRelaxed, Scope::kGpu>(&local->num_low_latency_launches, launches + 1);
+        // Nobody waits for it, as for a load.
+        prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&local->num_low_latency_launches, uint64_t{1});
     }
 
     // The block that ends last adds the longest waits to the caller's statistics. Every block's atomics have returned when it
@@ -372,8 +372,8 @@ enum class Launches { kPhases, kWhole };
 template <Launches kLaunches, bool kUsesPackets = false, class Send, class LookEarly, class Receive>
 EP_DEVICE void run_launch(const LowLatencyCall& call, layout::Operation operation, BlockRole& role, const Send& send,
                           const LookEarly& look_early, const Receive& receive) {
-    prim::wait_for_stream();
     if (kLaunches == Launches::kWhole) {
+        prim::wait_for_stream();
         LaunchSession launch(call, operation, Phase::kBoth, kUsesPackets, role);
         send(launch);
         if (role.receives != 0) receive(launch, decltype(look_early(launch.context)){});
