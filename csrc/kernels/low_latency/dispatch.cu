@@ -20,12 +20,13 @@ template <Launches kLaunches> struct Kernel {
     static constexpr int kMinBlocks = 1;
     struct Shared {
         BlockRole role;
+        Scales scales;
     };
 
     static EP_DEVICE void run(const Params& p, Shared& shared) {
         run_launch<kLaunches>(
             p.call, layout::Operation::kLowLatencyDispatch, shared.role,
-            [&](LaunchSession& launch) { send(Block{}, p, launch); },
+            [&](LaunchSession& launch) { send(Block{}, p, launch, shared.scales); },
             [&](const CallContext& c) { return look_early(Warp{}, c, unit_of(c, first_unit())); },
             [&](const LaunchSession& launch, EarlyLook early) { receive(Block{}, p, launch, early); });
     }

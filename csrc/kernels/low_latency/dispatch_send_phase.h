@@ -68,15 +68,45 @@ EP_DEVICE Sent cast_chunk(Warp warp, const Params& p, const Piece& piece) {
     return {{{cast(piece, scale.inverse)}}, scale.scale};
 }
 
-// To every target.
-EP_DEVICE void send_fp8(Warp warp, const Params& p, const Sent& sent, int chunk, const Targets& targets) {
+// Scales of a token, in shared memory, that all warps leave there and one warp sends: a packet of the link for four of them takes
+// as long as one for 32. Tokens use the two in turn, with a barrier in each. A longer row has its scales sent by each warp, and
+// across nodes all rows: they are put right after the barrier.
+constexpr int kGatheredScales = 128;
+struct Scales {
+    alignas(16) float of_token[2][kGatheredScales];
+};
+
+EP_DEVICE int num_scales(const Params& p) { return p.call.hidden / layout::kFp8GroupSize; }
+EP_DEVICE bool gathers_scales(const Params& p) {
+    return !kAcrossNodes && p.payload == Payload::kFp8 && num_scales(p) <= kGatheredScales && num_scales(p) % 4 == 0;
+}
+
+// After a barrier, a warp.
+EP_DEVICE void send_scales(Warp warp, const Params& p, const float* scales, const Targets& targets) {
+    warp.expect();
+    const int vec = warp.thread_rank();
+    Vec16 held = {};
+    if (vec < num_scales(p) / 4) held = prim::load_shared(reinterpret_cast<const Vec16*>(scales) + vec);
+    for (uint32_t rest = targets.lanes; rest != 0; rest &= rest - 1) {
+        uint8_t* slot = algo::broadcast_pointer(warp, targets.slot, __ffs(static_cast<int>(rest)) - 1);
+        if (vec < num_scales(p) / 4)
+            prim::store_streaming(reinterpret_cast<Vec16*>(slot + p.call.message.scales.offset) + vec, held);
+    }
+    warp.sync();  // every lane's scales, the lane's release
+}
+
+// To every target. `scales`: where they are gathered; null: they go with their channels.
+EP_DEVICE void send_fp8(Warp warp, const Params& p, const Sent& sent, int chunk, const Targets& targets,
+                        float* scales) {
     warp.expect();
     const int vec = chunk * kWarpSize + warp.thread_rank();  // of the row in FP8
+    const bool has_scale = vec % kLanesPerGroup == 0 && vec * kVecsOfPiece < num_row_vecs(p.call);
+    if (scales != nullptr && has_scale) scales[vec / kLanesPerGroup] = sent.scale;
     for (uint32_t rest = targets.lanes; rest != 0; rest &= rest - 1) {
         uint8_t* slot = algo::broadcast_pointer(warp, targets.slot, __ffs(static_cast<int>(rest)) - 1);
         if (vec * kVecsOfPiece >= num_row_vecs(p.call)) continue;
         prim::store_streaming(reinterpret_cast<Vec16*>(slot) + vec, sent.piece.vec[0]);
-        if (vec % kLanesPerGroup == 0)
+        if (scales == nullptr && has_scale)
             *reinterpret_cast<float*>(slot + p.call.message.scales.at(vec / kLanesPerGroup)) = sent.scale;
     }
 }
@@ -146,7 +176,7 @@ EP_DEVICE void put_token(Block block, const Params& p, const CallContext& c, int
 
 // One token to all ranks that need it. Who is left out must be the same for all warps: they share the puts.
 EP_DEVICE void send_token(Block block, const Params& p, const CallContext& c, const SendPhase<Tells::kAtEnd>& phase,
-                          int token, const Head& head) {
+                          int token, const Head& head, float* scales) {
     block.expect();
     const Warp warp;
     bool is_staged = false;
@@ -165,11 +195,12 @@ EP_DEVICE void send_token(Block block, const Params& p, const CallContext& c, co
                                   ? head.sent
                                   : cast_chunk(warp, p, load_input_piece(warp, p, token, chunk));
             if (p.payload == Payload::kFp8)
-                send_fp8(warp, p, sent, chunk, targets);
+                send_fp8(warp, p, sent, chunk, targets, scales);
             else
                 send_bf16(warp, p, sent.piece, chunk, targets);
         }
         block.sync();  // every warp's part of the row, warp 0's releases
+        if (scales != nullptr && prim::warp_idx() == 0) send_scales(warp, p, scales, targets);
         // Pairs with: wait_for_slot at the destination.
         if (prim::warp_idx() == 0 && is_sent && !c.is_far(rank))
             prim::store<Order::kRelease, Scope::kSys>(c.token_flag_at(rank, token), c.watch.call);
@@ -188,7 +219,7 @@ EP_DEVICE void keep_own_entries(Block block, const Params& p, const CallContext&
 }
 
 // The last block makes the routing table, and sends tokens only where it is alone.
-EP_DEVICE void send(Block block, const Params& p, LaunchSession& launch) {
+EP_DEVICE void send(Block block, const Params& p, LaunchSession& launch, Scales& scales) {
     const CallContext& c = launch.context;
     const Warp warp;
     const bool has_table = blockIdx.x == gridDim.x - 1;
@@ -206,10 +237,11 @@ EP_DEVICE void send(Block block, const Params& p, LaunchSession& launch) {
     const bool is_ready = phase.is_ready();
     if (is_ready && has_table) send_routing_table(block, c, phase, choice, sets);
     if (kAcrossNodes && has_table) keep_own_entries(block, p, c);
+    int turn = 0;
 #pragma unroll 1
-    for (int token = first; is_ready && token < p.num_tokens; token += num_senders) {
+    for (int token = first; is_ready && token < p.num_tokens; token += num_senders, turn ^= 1) {
         Head next = load_head(warp, p, c, token + num_senders);
-        send_token(block, p, c, phase, token, head);
+        send_token(block, p, c, phase, token, head, gathers_scales(p) ? scales.of_token[turn] : nullptr);
         prepare_head(warp, p, c, token + num_senders, next);
         head = next;
     }
