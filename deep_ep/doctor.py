@@ -26,6 +26,7 @@ OLDEST_TORCH = (2, 1)
 LITTLE_SHM_BYTES = GIB
 SHM_SUBJECT = "/dev/shm"  # noqa: S108 - a name in the report
 START_FABRIC_MANAGER = "sudo systemctl start nvidia-fabricmanager (its version must be the driver's), then try again"
+ANY_INTERFACE = "the interface that reaches MASTER_ADDR"
 INSTALL_FIX = "build and install the package for this Python: pip install . (README.md)"
 
 
@@ -127,8 +128,9 @@ def check_driver(native: Any) -> list[Finding]:
     if complaint:
         here = f"NVIDIA driver {version}: " if version else "no NVIDIA driver: "
         # Without any driver there is no GPU to lose.
-        return [Finding("broken", "driver", here + complaint, "update the NVIDIA driver") if version or served else
-                Finding("note", "driver", here + complaint)]  # yapf: disable
+        if version or served:
+            return [Finding("broken", "driver", here + complaint, "update the NVIDIA driver")]
+        return [Finding("note", "driver", here + complaint, "none if there is no GPU; else install the driver")]
     return [
         Finding(
             "ok", "driver", f"NVIDIA driver {version or '(version unknown)'} serves CUDA {_cuda(served)}; "
@@ -155,7 +157,7 @@ def check_nvlink() -> list[Finding]:
     return [
         Finding(
             "note", "NVLink", f"does not join all GPUs (- stands for PCIe or nothing); ranks work best on GPUs that "
-            f"it joins\n{links}")
+            f"it joins\n{links}", "choose GPUs that it joins with CUDA_VISIBLE_DEVICES")
     ]
 
 
@@ -164,7 +166,8 @@ def check_gpus(torch: Any, native: Any) -> list[Finding]:
         if torch.version.cuda:
             return [Finding("note", "GPUs", "torch sees none: kernels run on the CPU executor, slowly",
                             "check the driver with nvidia-smi, and CUDA_VISIBLE_DEVICES")]  # yapf: disable
-        return [Finding("note", "GPUs", "torch is a CPU build: kernels run on the CPU executor, slowly")]
+        return [Finding("note", "GPUs", "torch is a CPU build: kernels run on the CPU executor, slowly",
+                        "none if there is no GPU; else install a torch that is built for CUDA")]  # yapf: disable
     found = []
     if not native.is_cuda_built():
         found.append(
@@ -244,7 +247,8 @@ def check_memory() -> list[Finding]:
         return [Finding("note", "memory", f"cannot tell how much is free: {error}")]
     text = f"{available / GIB:.1f} GiB free, {os.cpu_count()} CPUs"
     if available < LITTLE_MEMORY_BYTES:
-        return [Finding("note", "memory", text + ": large Buffers on the CPU will not fit")]
+        return [Finding("note", "memory", text + ": large Buffers on the CPU will not fit",
+                        "end other processes, or make Buffers smaller (docs/guides/sizing.md)")]  # yapf: disable
     return [Finding("ok", "memory", text)]
 
 
@@ -304,7 +308,8 @@ def _find_heap(requested: str, topology: Any) -> Finding:
     if device_kind != "cuda":
         return Finding("ok", "heap", f"host memory: {reason}")
     if placement == module.HOST:
-        return Finding("note", "heap", f"host memory, which every GPU reaches over PCIe: {reason}")
+        return Finding("note", "heap", f"host memory, which every GPU reaches over PCIe: {reason}",
+                       "unset DEEP_EP_HEAP" if requested else "see the line `peer access`")
     return Finding("ok", "heap", f"GPU memory, over {_name_links(topology.ranks_per_node)}: {reason}")
 
 
@@ -327,9 +332,9 @@ def check_topology(native: Any) -> list[Finding]:
     try:
         topology = module.find_topology(0, module.places_of_this_machine(), ranks_per_node, environment["heap"])
     except (ValueError, RuntimeError) as error:
-        return [Finding("note", "topology", f"a rank on each GPU of this machine would be refused: {error}")]
-    rail = f"the engine '{environment['rail']}'" if environment["rail"] else "'nvshmem' where it is built, else 'host'"
-    interface = environment["rail_interface"] or "the interface that reaches MASTER_ADDR"
+        return [Finding("note", "topology", f"a rank on each GPU of this machine would be refused: {error}",
+                        "give ranks to equally many GPUs of each group (CUDA_VISIBLE_DEVICES), or set "
+                        "DEEP_EP_RANKS_PER_NODE=1")]  # yapf: disable
     channels = probes.num_imex_channels()
     handles = probes.num_gpus_with_fabric_handles()
     fabric = f"{channels} IMEX channel(s)" if channels else "no IMEX channel"
@@ -337,9 +342,28 @@ def check_topology(native: Any) -> list[Finding]:
     return [
         Finding("ok", "topology", f"a rank on each GPU of this machine: {topology}"),
         _find_heap(environment["heap"], topology),
-        Finding("ok", "rail", f"between nodes {rail} carries rows; 'host' listens on {interface}"),
         Finding("ok", "multi-node NVLink", f"{fabric}; this version does not use it")
     ]
+
+
+def check_rail(native: Any) -> list[Finding]:
+    """What carries rows between this machine and others."""
+    environment = native.get_environment()
+    nvshmem = importlib.import_module("deep_ep._nvshmem")
+    kind, _ = importlib.import_module("deep_ep._env").device_choice()
+    requested = environment["rail"]
+    tcp = f"between nodes 'host' (TCP) carries rows; it listens on {environment['rail_interface'] or ANY_INTERFACE}"
+    if requested == "host" or kind != "cuda":
+        reason = "DEEP_EP_RAIL=host" if requested == "host" else "'nvshmem' works on GPUs only"
+        return [Finding("ok", "rail", f"{tcp}: {reason}")]
+    engines = nvshmem.engine_files()
+    if engines:
+        return [Finding("ok", "rail", f"between nodes 'nvshmem' carries rows: {engines[0]}")]
+    fix = ("" if nvshmem.find_folder() else nvshmem.INSTALL + "; then ") + "python -m deep_ep build-nvshmem"
+    is_missed = any(port.state == "ACTIVE" for port in probes.rdma_ports())
+    level = "broken" if requested == "nvshmem" else "note" if is_missed else "ok"
+    reason = f"'nvshmem' is not built{', though this machine has RDMA' if is_missed else ''}"
+    return [Finding(level, "rail", f"{tcp}: {reason}", "" if level == "ok" else fix)]
 
 
 def check_round_trips(torch: Any) -> list[Finding]:
@@ -390,7 +414,7 @@ def examine() -> list[Finding]:
     found += _guarded("deep_ep", check_package) + _guarded("GPUs", check_gpus, torch, native)
     if _has_broken(found, "deep_ep", "environment"):
         return found
-    found += _guarded("topology", check_topology, native)
+    found += _guarded("topology", check_topology, native) + _guarded("rail", check_rail, native)
     return found + _guarded("round trip", check_round_trips, torch)
 
 

@@ -48,8 +48,7 @@ class Place:
 
     @property
     def is_usual(self) -> bool:
-        is_quick = ON_CPU and not (self.ranks_per_node and self.fault.operation in LOW_LATENCY)
-        return is_quick or self.fault.moment == "in"
+        return ON_CPU or self.fault.moment == "in"
 
     def play(self, pools: "Pools") -> list[Any]:
         return pools.of(self).run(cases.struck,
@@ -77,8 +76,8 @@ class Pools(threading.local):
 
 
 def places() -> list[Place]:
-    """All of them where asked for. Else in the middle of a call only: on GPUs, where processes start slowly and wait
-    longer, and of low latency across nodes, whose news go the way of the other mode."""
+    """All of them where asked for. Else in the middle of a call only on GPUs, where processes start slowly and wait
+    longer."""
     nodes = 2 if ON_CPU else 1
     where = [(each, 0) for each in (*HIGH_THROUGHPUT, *LOW_LATENCY)]
     where += [(each, nodes) for each in (*HIGH_THROUGHPUT, *LOW_LATENCY_ACROSS)]

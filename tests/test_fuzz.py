@@ -12,7 +12,7 @@ from shrink import shrink
 from utils import Pool
 from workload import Workload
 
-SECONDS = 12.0
+SECONDS = 15.0  # for each of two topologies
 ONE_NODE, NODES = Topology(3), Topology(4, 2)
 # What failed once, as tests/fuzz.py has printed it.
 FOUND: list[Case] = [

@@ -2,11 +2,11 @@
 """Writes the figures of benchmarks/results/*.json into the documents.
 
 - docs/performance/figures.md, between its two markers: the newest run of each benchmark, machine and number of ranks,
-  the runs of tools/gpu_check.sh kept in benchmarks/results/checks, the other libraries in benchmarks/results/libraries;
-- docs/benchmarks.md, between its two markers: the list of these runs;
+  the runs of tools/gpu_check.sh kept in benchmarks/results/checks, the other libraries in benchmarks/results/libraries,
+  and first a list of all of these;
 - README.md, between its two markers, and docs/pictures/side_by_side.svg: our newest runs beside the other libraries.
 
-tools/render_benchmarks.py               rewrite all four
+tools/render_benchmarks.py               rewrite all three
 tools/render_benchmarks.py --check       fail when one of them does not say what the files say
 tools/render_benchmarks.py --plots       first make the plots that are missing beside the files (needs matplotlib)
 tools/render_benchmarks.py --text FILE   print what the page would show of these files, and write nothing
@@ -24,7 +24,6 @@ from side_by_side import Named, draw, find_sources, render_readme, render_sectio
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "benchmarks.md"
 FIGURES = ROOT / "docs" / "performance" / "figures.md"
 README = ROOT / "README.md"
 PICTURE = ROOT / "docs" / "pictures" / "side_by_side.svg"
@@ -212,13 +211,14 @@ def render_index(folder: Path) -> str:
 
 
 def link_to(record: str) -> str:
-    return f"[JSON](../benchmarks/results/{record})"
+    return f"[JSON]({RECORDS}/{record})"
 
 
 def render_results(folder: Path) -> str:
     reports = read_reports(folder)
     sources = find_sources(folder / "libraries", reports)
-    lines = render_section(sources) if sources else []
+    lines = ["### List", "", render_index(folder)] if reports else []
+    lines += render_section(sources) if sources else []
     for name, report in newest([named for named in reports if named[1]["rows"]]):
         lines += render_report(name, report, (folder / name).with_suffix(".png").exists())
     for path in sorted((folder / "checks").glob("*.json")):
@@ -258,11 +258,8 @@ def replace_between_markers(page: str, content: str) -> str:
 
 def wanted_files() -> dict[Path, str]:
     """What each document should be."""
-    page, figures, readme = (path.read_text(encoding="utf-8") for path in (PAGE, FIGURES, README))
-    wanted = {
-        PAGE: replace_between_markers(page, render_index(RESULTS)),
-        FIGURES: replace_between_markers(figures, render_results(RESULTS))
-    }
+    figures, readme = (path.read_text(encoding="utf-8") for path in (FIGURES, README))
+    wanted = {FIGURES: replace_between_markers(figures, render_results(RESULTS))}
     sources = find_sources(RESULTS / "libraries", read_reports(RESULTS))
     if sources:
         results = RESULTS.relative_to(ROOT).as_posix()

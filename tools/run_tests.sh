@@ -46,7 +46,12 @@ run_wheel() {
         lacks 'the wheel' 'its toolkit is one of Debian for x86-64 (WHEEL_CUDA names another)'
         return
     fi
-    tools/make_wheel.sh
+    # Nobody is given CI's: one architecture shows what the others would.
+    if [[ -n ${CI:-} && -z ${TORCH_CUDA_ARCH_LIST:-} ]]; then
+        TORCH_CUDA_ARCH_LIST=9.0+PTX tools/make_wheel.sh
+    else
+        tools/make_wheel.sh
+    fi
 }
 
 # The oldest nvcc, in its own C++17, for the oldest GPU: compiles, nothing is run.
@@ -75,9 +80,10 @@ run_aarch64() {
     fi
     root=$(PYTHON=.venv/bin/python tools/get_toolkit.sh aarch64) || return
     include=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("include"))')
-    # One GPU architecture: what differs on Arm is the host's half, and that is not run.
-    TORCH_CUDA_ARCH_LIST=9.0 cmake -S . -B "$folder" -G Ninja -DCMAKE_BUILD_TYPE=Release -DEP_WERROR=ON -DEP_PORTABLE=ON \
-        -DCMAKE_CXX_FLAGS_RELEASE=-O0 \
+    # What differs on Arm is the host's half: of the GPU's half PTX is enough, not optimised, since other suites
+    # compile the same kernels to machine code.
+    cmake -S . -B "$folder" -G Ninja -DCMAKE_BUILD_TYPE=Release -DEP_WERROR=ON -DEP_PORTABLE=ON \
+        -DCMAKE_CXX_FLAGS_RELEASE=-O0 -DCMAKE_CUDA_ARCHITECTURES=90-virtual "-DCMAKE_CUDA_FLAGS_RELEASE=-Xcicc -O0" \
         -DCMAKE_TOOLCHAIN_FILE=cmake/toolchains/aarch64-linux-gnu.cmake -DEP_AARCH64_ROOT="$root" -DEP_CUDA=ON \
         -DPython_EXECUTABLE="$PWD/.venv/bin/python" -DPython_INCLUDE_DIR="$include" >"$folder.log" 2>&1 || {
         cat "$folder.log"

@@ -133,13 +133,12 @@ def _exchange(hub: _Hub, device: str) -> dict[str, float]:
     choice = torch.rand(NUM_TOKENS, num_experts, generator=generator).topk(NUM_TOPK)
     topk_idx = choice.indices.to(device)
     rdma_bytes = Buffer.get_low_latency_rdma_size_hint(NUM_TOKENS, HIDDEN, hub.Get_size(), num_experts)
-    has_low_latency = num_nodes(hub.Get_size()) == 1
     times_us = {}
     for name, lend_bytes in (("through slots", 0), ("lent", BUFFER_BYTES)):
-        with Buffer(None, BUFFER_BYTES, rdma_bytes if has_low_latency else 0, low_latency_mode=has_low_latency,
-                    comm=hub, timeout_s=WAIT_S, num_lend_bytes=lend_bytes) as buffer:  # yapf: disable
+        with Buffer(None, BUFFER_BYTES, rdma_bytes, low_latency_mode=True, comm=hub, timeout_s=WAIT_S,
+                    num_lend_bytes=lend_bytes) as buffer:  # yapf: disable
             times_us[name] = _time(device, functools.partial(_high_throughput_trip, buffer, x, topk_idx, num_experts))
-            if lend_bytes == 0 and has_low_latency:
+            if lend_bytes == 0:
                 times_us["low latency"] = _time(device,
                                                 functools.partial(_low_latency_trip, buffer, x, topk_idx, num_experts))
     return times_us

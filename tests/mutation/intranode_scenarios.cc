@@ -37,6 +37,22 @@ std::string narrow_windows(uint64_t seed) {
     return two_round_trips(world, problem);
 }
 
+// So many blocks and tokens that rows of a combine are staged on their way out alone. By one seed: these are many threads.
+std::string mixed_combine(uint64_t seed) {
+    if (seed != 0) return "";
+    Problem problem{
+        .num_tokens = {80, 80}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
+    simt::DeviceOptions device = small_device(seed);
+    device.num_sms = 20;
+    World world(2, region_for(problem, 8), varied(1), 100, 0, false, {device});
+    auto ranks = make_inputs(problem);
+    world.layout(problem, ranks);
+    world.dispatch(problem, ranks);
+    problem.num_sms = device.num_sms;
+    world.combine(problem, ranks);
+    return check_combine(problem, ranks);
+}
+
 // Several slots come free before they are looked at.
 std::string wide_windows(uint64_t seed) {
     const Problem problem{
@@ -234,6 +250,22 @@ std::string absent_in_combine(uint64_t seed) {
     });
 }
 
+// The same by a warp whose first row has no slot, while other work goes on: its loads, which are late, are under way when it
+// gives up.
+std::string absent_in_busy_combine(uint64_t seed) {
+    constexpr uint64_t kTimeoutNs = 800'000;
+    const Problem problem{
+        .num_tokens = {9, 9}, .num_experts = 4, .hidden = 16, .num_sms = 3, .drop_probability = 0.0, .seed = seed};
+    simt::DeviceOptions device = small_device(seed);
+    device.num_sms = problem.num_sms;
+    World world(2, region_for(problem, 2), impatient(seed), kTimeoutNs * 1e-9, 0, false, {device});
+    return call_alone(world, problem, [&](RankTensors& mine) {
+        prepare_combine(problem, mine, 0);
+        world.launch_combine(problem, mine, 0);
+        pass_time(world, 1, 2 * kTimeoutNs);
+    });
+}
+
 // Rank 1 has no room for its rows and says so to rank 0, which stops wherever it is: nothing of it may land later.
 std::string refused(uint64_t seed, const std::function<void(World&, const Problem&, std::vector<RankTensors>&)>& call) {
     const Problem problem{
@@ -249,7 +281,7 @@ std::string refused(uint64_t seed, const std::function<void(World&, const Proble
         world.dispatch(problem, ranks);
         call(world, problem, ranks);
         world.run();
-        for (int rank = 0; rank < 2; ++rank)
+        for (int rank : {1, 0})  // rank 0 would wait for the reason, which rank 1 tells
             if (std::string found = expect_failure("rank 1", [&] { world.buffer(rank).check(); }); !found.empty())
                 return found;
     }
@@ -334,6 +366,7 @@ std::string stages_alone(uint64_t seed) {
 constexpr Scenario kScenarios[] = {
     {"stages_alone", stages_alone},
     {"narrow_windows", narrow_windows},
+    {"mixed_combine", mixed_combine},
     {"wide_windows", wide_windows},
     {"one_way_traffic", one_way_traffic},
     {"counts_alone", counts_alone},
@@ -351,6 +384,7 @@ constexpr Scenario kScenarios[] = {
     {"absent_in_dispatch", absent_in_dispatch},
     {"absent_in_worst_case", absent_in_worst_case},
     {"absent_in_combine", absent_in_combine},
+    {"absent_in_busy_combine", absent_in_busy_combine},
     {"refused_dispatch", refused_dispatch},
     {"refused_worst_case", refused_worst_case},
     {"refused_combine", refused_combine},

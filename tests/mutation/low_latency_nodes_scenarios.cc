@@ -38,6 +38,18 @@ std::string round_trips(uint64_t seed) {
     return three_round_trips(nodes, small_problem(options, seed));
 }
 
+// Blocks of two warps, and more entries than one of them has lanes: the table that a warp puts is the work of both.
+std::string several_warps(uint64_t seed) {
+    NodesOptions options = small_nodes(2, 1, seed);
+    options.device.num_sms = 1;
+    options.device.useful_block_threads = 128;
+    LowLatencyProblem problem = small_problem(options, seed);
+    problem.num_experts = 16;
+    problem.num_topk = 8;
+    LowLatencyNodes nodes(options, problem);
+    return three_round_trips(nodes, problem);
+}
+
 std::string with_neighbours(uint64_t seed) {
     const NodesOptions options = small_nodes(2, 2, seed);
     LowLatencyNodes nodes(options, small_problem(options, seed));
@@ -166,11 +178,26 @@ std::string absent_far_rank(uint64_t seed) {
     return "";
 }
 
+// Rank 2 does not come to a clean, and rank 1 comes late: rank 0 gives up first, by a lane that is not the one which tells.
+std::string failure_in_clean(uint64_t seed) {
+    constexpr uint64_t kTimeoutNs = 100'000;
+    NodesOptions options = small_nodes(3, 1, seed);
+    options.scheduler = impatient(seed);
+    options.timeout_s = kTimeoutNs * 1e-9;
+    LowLatencyNodes nodes(options, small_problem(options, seed));
+    World& world = nodes.world();
+    pass_time(world, 1, kTimeoutNs / 2);
+    for (int rank : {0, 1}) world.buffer(rank).low_latency().clean(world.stream(rank));
+    world.run();
+    return expect_failure("aborted, rank 0 of node 0 gave up", [&] { world.buffer(1).check(); });
+}
+
 // No scenario masks a far rank: puts to it may be under way when its staging is written again, which is a race by design of rows
 // that nobody reads (docs/protocols/low_latency_nodes.md), and ThreadSanitizer would end every run with it.
 
 constexpr Scenario kScenarios[] = {
     {"low_latency_nodes_round_trips", round_trips},
+    {"low_latency_nodes_several_warps", several_warps},
     {"low_latency_nodes_neighbours_too", with_neighbours},
     {"low_latency_nodes_by_source", by_source},
     {"low_latency_nodes_crowded_staging", crowded_staging},
@@ -179,6 +206,7 @@ constexpr Scenario kScenarios[] = {
     {"low_latency_nodes_clean", clean_call},
     {"low_latency_nodes_clean_with_a_slow_rank", clean_with_a_slow_rank},
     {"low_latency_nodes_absent_rank", absent_far_rank},
+    {"low_latency_nodes_failure_in_clean", failure_in_clean},
 };
 
 }  // namespace

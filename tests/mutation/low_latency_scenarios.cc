@@ -2,6 +2,7 @@
 #include "device/launch.h"
 #include "device/prim.h"
 #include "mutation/scenarios.h"
+#include "mutation/worlds.h"
 #include "support/low_latency_world.h"
 
 namespace deep_ep::test {
@@ -102,18 +103,6 @@ std::string one_way_schedules(uint64_t seed) {
     return "";
 }
 
-// One thread that passes time.
-struct DelayKernel {
-    struct Params {
-        uint64_t delay_ns;
-    };
-    struct Shared {};
-    static EP_DEVICE void run(const Params& params, Shared&) {
-        const uint64_t start_ns = prim::clock_ns();
-        while (prim::clock_ns() - start_ns < params.delay_ns) prim::pause();
-    }
-};
-
 // With a hook, rank 1 enters its combines late: rank 0 sends its rows as they are.
 std::string late_weights(uint64_t seed) {
     const LowLatencyProblem problem = small_problem(seed);
@@ -122,9 +111,7 @@ std::string late_weights(uint64_t seed) {
         auto ranks = make_low_latency_inputs(problem);
         dispatch_on(world, problem, ranks, {0, 1}, Launches::kOne);
         fill_expert_rows(problem, ranks);
-        dev::LaunchConfig config;
-        config.name = "delay";
-        dev::launch<DelayKernel>(config, world.stream(1), {200'000});
+        pass_time(world, 1, 200'000);
         combine_on(world, problem, ranks, {0, 1});
         if (std::string difference = check_low_latency_combine(problem, ranks); !difference.empty()) return difference;
     }
@@ -132,18 +119,18 @@ std::string late_weights(uint64_t seed) {
 }
 
 // A rank's table comes while the deadline for it passes: either every warp counts its rows, or none does. Its kernels begin
-// shortly before that, a little later in each try: they take some microseconds until the table.
+// shortly before that, a little later in each try: they take some microseconds until the table. Rows of rank 0 come before those
+// of rank 1, so whoever counts them has another place for these.
 std::string late_table(uint64_t seed) {
     constexpr uint64_t kTimeoutNs = 60'000;
+    const simt::DeviceOptions three_small_blocks{.num_sms = 3, .has_bulk_copy = false, .useful_block_threads = 64};
     const LowLatencyProblem problem = small_problem(seed);
     for (uint64_t i = 0; i < 25; ++i) {
         simt::SchedulerOptions options;
         options.seed = seed * 25 + i + 1;
-        World world(2, 0, options, kTimeoutNs * 1e-9, low_latency_bytes(problem), true, {small_device(0)});
+        World world(2, 0, options, kTimeoutNs * 1e-9, low_latency_bytes(problem), true, {three_small_blocks});
         auto ranks = make_low_latency_inputs(problem);
-        dev::LaunchConfig config;
-        config.name = "delay";
-        dev::launch<DelayKernel>(config, world.stream(1), {kTimeoutNs * 3 / 4 + i * kTimeoutNs / 100});
+        pass_time(world, i % 2 == 0 ? 1 : 0, kTimeoutNs * 11 / 12 + i * 800);
         dispatch_on(world, problem, ranks, {0, 1});
         for (const LowLatencyTensors& tensors : ranks)
             if (std::string difference = rows_not_placed(problem, tensors); !difference.empty()) return difference;

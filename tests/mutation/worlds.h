@@ -5,6 +5,8 @@
 #include <string>
 
 #include "core/error.h"
+#include "device/launch.h"
+#include "device/prim.h"
 #include "support/world.h"
 
 namespace deep_ep::test {
@@ -36,6 +38,31 @@ inline std::string expect_failure(const std::string& text, const std::function<v
         return std::string(error.what()).find(text) != std::string::npos ? "" : error.what();
     }
     return "nothing was thrown, expected: " + text;
+}
+
+// One thread that passes time, little by little: what it writes keeps the executor from taking it for one that waits, and the
+// clock from leaping.
+struct DelayKernel {
+    struct Params {
+        uint64_t delay_ns;
+        uint64_t* now;
+    };
+    struct Shared {};
+    static EP_DEVICE void run(const Params& params, Shared&) {
+        const uint64_t start_ns = prim::clock_ns();
+        for (uint64_t now = start_ns; now - start_ns < params.delay_ns; now = prim::clock_ns()) {
+            prim::store<prim::Order::kRelaxed, prim::Scope::kGpu>(params.now, now);
+            prim::pause();
+        }
+    }
+};
+
+// What is launched for the rank next begins so much later.
+inline void pass_time(World& world, int rank, uint64_t delay_ns) {
+    static uint64_t now;
+    dev::LaunchConfig config;
+    config.name = "delay";
+    dev::launch<DelayKernel>(config, world.stream(rank), {delay_ns, &now});
 }
 
 // After a dispatch of all ranks, a call of rank 0 to which rank 1 does not come: rank 0 must name it.

@@ -110,8 +110,39 @@ def test_the_commands_of_a_page_have_the_options_that_it_names(page: Path) -> No
 def test_the_errors_page_says_everything_once() -> None:
     table = (ROOT / 'docs' / 'errors.md').read_text().split('| sentence | usual cause | remedy |')[1].split('\n\n')[0]
     sentences = re.findall(r'^\| (`.+?) \|', table, re.MULTILINE)
-    assert len(sentences) > 40
+    assert len(sentences) > 35
     assert sorted(sentences) == sorted(set(sentences))
+
+
+# Sentences that the library puts together from parts.
+COMPOSED = ('aborted, ', 'entered the call and stalled', 'is too small for this', 'mapping the heaps of the peers failed',
+            'within a node, bytes go through', 'connecting the nodes failed', 'more streams than a device with',
+            'lazily negated')  # yapf: disable
+
+
+def test_the_sentences_of_the_errors_page_are_those_of_the_library() -> None:
+    """Their parts without numbers are literals of the sources."""
+    sources = '\n'.join(
+        path.read_text(encoding='utf-8') for folder in ('deep_ep', 'csrc') for path in (ROOT / folder).rglob('*')
+        if path.suffix in ('.py', '.cc', '.cpp', '.cu', '.h'))
+    literals = re.sub(r'"\s*,?\s*f?"', '', sources)  # of several lines
+    section = (ROOT / 'docs' / 'errors.md').read_text().split('## Sentences')[1].split('\n## ')[0]
+    for cell in re.findall(r'^\| (`.+?) \|', section, re.MULTILINE):
+        for sentence in re.findall(r'`([^`]+)`', cell):
+            parts = re.split(r'[0-9][0-9.]*|…|\.\.\.|: |[()]|got \w+', sentence)
+            missing = [part for part in (part.strip(' ,;:.') for part in parts) if len(part) > 8 and part not in literals]
+            assert not missing or any(known in sentence for known in COMPOSED), (sentence, missing)
+
+
+def test_decisions_are_numbered_in_order() -> None:
+    """By section; other pages and comments name them by these numbers."""
+    headings = re.findall(r'^(##+) (\S+)', (ROOT / 'docs' / 'decisions.md').read_text(), re.MULTILINE)
+    expected, section, number = [], 0, 0
+    for level, _ in headings:
+        section, number = (section + 1, 0) if level == '##' else (section, number + 1)
+        expected.append((level, f'{section}.' if level == '##' else f'D{section}.{number}'))
+    assert len(expected) > 60
+    assert headings == expected
 
 
 def test_the_index_has_every_page() -> None:

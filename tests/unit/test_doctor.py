@@ -236,7 +236,7 @@ def test_driver_against_build(monkeypatch: pytest.MonkeyPatch, runtime: int, ser
     found = doctor.check_driver(native_with(runtime, served))
     assert found[0].level == level
     assert says in found[0].text
-    assert (found[0].fix != "") == (level == "broken")
+    assert (found[0].fix != "") == (level != "ok")
 
 
 def test_limits_of_a_narrow_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -282,15 +282,41 @@ def test_topology_of_islands_and_of_virtual_nodes(monkeypatch: pytest.MonkeyPatc
     assert "4 ranks on 2 nodes" in told
     assert "heap: GPU memory, over NVLink where there is one, else PCIe peer access: DEEP_EP_HEAP=device" in told
     assert "multi-node NVLink: 1 IMEX channel(s), 4 GPU(s) with fabric handles; this version does not use it" in told
-    assert "rail: between nodes the engine 'host' carries rows; 'host' listens on the interface that reaches" in told
     told = text_of(doctor.check_topology(environment_of("1")))
     assert "4 ranks on 4 nodes, DEEP_EP_RANKS_PER_NODE" in told
-    assert "rail: between nodes 'nvshmem' where it is built, else 'host' carries rows" in told
     assert "heap: GPU memory, over nothing, as a node has one GPU" in told
     monkeypatch.setattr("deep_ep._topology.places_of_this_machine", lambda: places("aaab"))
     monkeypatch.setattr(doctor.probes, "IMEX_CHANNELS", tmp_path / "nothing")
     told = text_of(doctor.check_topology(environment_of("0", heap="device")))
     assert "would be refused: Buffer: every node must have equally many ranks, got ranks 0 to 2 on box" in told
+
+
+NVSHMEM_FIX = "python -m deep_ep build-nvshmem"
+
+
+@pytest.mark.parametrize(("kind", "requested", "is_built", "has_nic", "level", "says", "fix"), [
+    ("cpu", "", False, True, "ok", "'host' (TCP) carries rows; it listens on eth7: 'nvshmem' works on GPUs only", ""),
+    ("cuda", "host", True, True, "ok", "DEEP_EP_RAIL=host", ""),
+    ("cuda", "", True, True, "ok", "'nvshmem' carries rows: libdeep_ep_nvshmem-3.4.5-0.so", ""),
+    ("cuda", "", False, False, "ok", "'nvshmem' is not built", ""),
+    ("cuda", "", False, True, "note", "is not built, though this machine has RDMA", NVSHMEM_FIX),
+    ("cuda", "nvshmem", False, False, "broken", "'nvshmem' is not built", NVSHMEM_FIX),
+])
+def test_rail(monkeypatch: pytest.MonkeyPatch, kind: str, requested: str, is_built: bool, has_nic: bool, level: str,
+              says: str, fix: str) -> None:
+    ports = [probes.RdmaPort("mlx5_0", "1", "InfiniBand", "ACTIVE", 400.0)] if has_nic else []
+    monkeypatch.setattr("deep_ep._env.device_choice", lambda: (kind, ""))
+    monkeypatch.setattr("deep_ep._nvshmem.engine_files", lambda: [Path("libdeep_ep_nvshmem-3.4.5-0.so")]
+                        if is_built else [])
+    monkeypatch.setattr(probes, "rdma_ports", lambda: ports)
+    native = SimpleNamespace(get_environment=lambda: {"rail": requested, "rail_interface": "eth7"})
+    for folder in (Path("/opt/nvshmem"), None):
+        monkeypatch.setattr("deep_ep._nvshmem.find_folder", lambda folder=folder: folder)
+        found, = doctor.check_rail(native)
+        assert (found.level, found.subject) == (level, "rail")
+        assert says in found.text
+        assert found.fix.endswith(fix)
+        assert ("pip install nvidia-nvshmem" in found.fix) == (folder is None and fix != "")
 
 
 def test_fabric_handles_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,12 +377,19 @@ def test_gpus_that_torch_or_the_build_does_not_serve() -> None:
     assert "CPU build" in doctor.check_gpus(torch_with(0, cuda=None), None)[0].text
 
 
+def test_a_note_of_what_works_slowly_has_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvml(monkeypatch, FakeNvml(2, 4, nowhere))
+    assert "CUDA_VISIBLE_DEVICES" in doctor.check_nvlink()[0].fix
+    assert "install a torch" in doctor.check_gpus(torch_with(0, cuda=None), None)[0].fix
+
+
 def test_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     info = tmp_path / "meminfo"
     monkeypatch.setattr(doctor, "MEMORY_INFO", info)
     assert "cannot tell" in doctor.check_memory()[0].text
     info.write_text("MemTotal: 1000 kB\nMemAvailable: 1000 kB\n")
     assert doctor.check_memory()[0].level == "note"
+    assert "sizing.md" in doctor.check_memory()[0].fix
     info.write_text(f"MemAvailable: {8 << 20} kB\n")
     assert "8.0 GiB free" in doctor.check_memory()[0].text
 
@@ -405,14 +438,18 @@ def test_failing_probes_are_lines_of_the_report(monkeypatch: pytest.MonkeyPatch,
     assert printed.count("cannot tell: RuntimeError: the probe broke") == 8  # NVLink and the fabric both ask NVML
 
 
-def test_whatever_is_broken_has_a_fix() -> None:
+def test_whatever_is_broken_or_noted_has_a_fix() -> None:
+    """But for what cannot be told."""
     tree = ast.parse(Path(doctor.__file__).read_text())
     calls = [
         node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Finding"
     ]
-    broken = [call for call in calls if getattr(call.args[0], "value", "") == "broken"]
-    assert len(broken) > 6
-    assert [call.lineno for call in broken if len(call.args) < 4] == []
+    to_mend = [
+        call for call in calls
+        if getattr(call.args[0], "value", "") in ("broken", "note") and "cannot tell" not in ast.unparse(call)
+    ]
+    assert len(to_mend) > 15
+    assert [call.lineno for call in to_mend if len(call.args) < 4] == []
 
 
 @pytest.mark.parametrize(("levels", "status"), [(["ok", "note"], 0), (["ok", "broken"], 1)])
@@ -450,6 +487,13 @@ def test_a_round_trip_on_each_path(monkeypatch: pytest.MonkeyPatch, num_gpus: in
     assert made == expected
     assert [finding.level for finding in found[1:]] == ["ok", "broken"][:len(expected)]
     assert "there and back: lent 123 us" in found[1].text
+
+
+def test_a_round_trip_between_virtual_nodes_takes_every_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEP_EP_RANKS_PER_NODE", "1")  # of the processes that it starts
+    outcome = trip.round_trip("cpu", [0, 0])
+    assert outcome.failures == []
+    assert set(outcome.times_us) == {"through slots", "lent", "low latency"}
 
 
 def test_a_rank_that_fails_is_named_and_its_peer_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:

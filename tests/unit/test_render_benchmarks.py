@@ -146,9 +146,9 @@ def test_the_list_of_runs_leads_to_their_records(render: Any, tmp_path: Path) ->
     record = make_report(machine={"gpu": "NVIDIA H200", "num_gpus": 1})
     (tmp_path / "checks" / "a.json").write_text(json.dumps(record), encoding="utf-8")
     index = render.render_index(tmp_path)
-    link = "[JSON](../benchmarks/results/run.json)"
+    link = "[JSON](../../benchmarks/results/run.json)"
     assert f"| intranode: 2 ranks, NVIDIA H200 | 2026-01-02 | {link} |" in index
-    assert "| check: 2 ranks, 1 x NVIDIA H200 | 2026-01-02 | [JSON](../benchmarks/results/checks/a.json) |" in index
+    assert "| check: 2 ranks, 1 x NVIDIA H200 | 2026-01-02 | [JSON](../../benchmarks/results/checks/a.json) |" in index
 
 
 def test_older_files_are_still_read(render: Any) -> None:
@@ -161,18 +161,17 @@ def test_older_files_are_still_read(render: Any) -> None:
 
 def test_the_documents_say_what_the_files_say(render: Any) -> None:
     wanted = render.wanted_files()
-    assert [path.name for path in wanted] == ["benchmarks.md", "figures.md", "README.md", "side_by_side.svg"]
+    assert [path.name for path in wanted] == ["figures.md", "README.md", "side_by_side.svg"]
     stale = [path.name for path, content in wanted.items() if path.read_text(encoding="utf-8") != content]
     assert not stale, "run tools/render_benchmarks.py"
 
 
-@pytest.mark.parametrize(("name", "figure"), [("PAGE", "low-latency_"), ("FIGURES", "349"), ("README", "349"),
-                                              ("PICTURE", "349")])
+@pytest.mark.parametrize(("name", "figure"), [("FIGURES", "349"), ("README", "349"), ("PICTURE", "349")])
 def test_an_edited_figure_is_noticed_and_mended(render: Any, monkeypatch: pytest.MonkeyPatch,
                                                 capsys: pytest.CaptureFixture[str], name: str, figure: str,
                                                 tmp_path: Path) -> None:
     monkeypatch.setattr(render, "ROOT", tmp_path)
-    for kind in ("PAGE", "FIGURES", "README", "PICTURE"):
+    for kind in ("FIGURES", "README", "PICTURE"):
         original: Path = getattr(render, kind)
         monkeypatch.setattr(render, kind, tmp_path / original.name)
         (tmp_path / original.name).write_text(original.read_text(encoding="utf-8"), encoding="utf-8")

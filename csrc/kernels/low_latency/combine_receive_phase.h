@@ -310,13 +310,13 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
         }
     }
 
-    // A warp: the weights of a far rank, which this rank may not have asked for. Its place is used again two calls later.
+    // A warp: the weights of a far rank, which this rank may not have asked for. Its place is used again two calls later. Nobody
+    // reads them now, so one lane's acquire is enough: what tells the sources that the call has been received comes after a
+    // barrier of the block.
     static EP_DEVICE void see_table(Warp warp, const CallContext& c, int idx) {
-        if (idx < c.far().count() && warp.thread_rank() == 0) {
-            const int source = c.far().rank(idx);
-            wait_for_source(c.call, c.watch, Stage::kTable, source, c.table_flag(c.bank, source));
-        }
-        warp.sync();
+        if (idx >= c.far().count() || warp.thread_rank() != 0) return;
+        const int source = c.far().rank(idx);
+        wait_for_source(c.call, c.watch, Stage::kTable, source, c.table_flag(c.bank, source));
     }
 
     static EP_DEVICE void receive(Block block, const Params& p, const LaunchSession& launch, const EarlyToken& early) {

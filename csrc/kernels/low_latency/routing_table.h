@@ -163,8 +163,7 @@ EP_DEVICE void send_routing_table(Block block, const CallContext& c, const SendP
     send_tile(block, c, phase, choice, sets, 0);
 #pragma unroll 1
     for (int first = sets.num_tokens(); first < choice.num_tokens; first += sets.num_tokens()) {
-        block.sync();  // the tile before has been sent
-        make_tile(block, c, choice, sets, first);
+        make_tile(block, c, choice, sets, first);  // its first barrier comes before any entry is overwritten
         block.sync();
         send_tile(block, c, phase, choice, sets, first);
     }

@@ -42,7 +42,7 @@ EP_DEVICE void signal(const Rail& rail, int peer, uint64_t offset, uint64_t valu
 }  // namespace detail
 
 // Posting waits for room inside NVSHMEM, which takes no wait of the caller's: so these never come back without having
-// posted, and a transport that stands still holds them (docs/errors.md).
+// posted, and a transport that stands still holds them (third-party/README.md).
 
 template <class Wait> EP_DEVICE bool put(const Rail& rail, int peer, const Copy& copy, Flag flag, const Wait&) {
     const int pe = rail.view.pes[peer];

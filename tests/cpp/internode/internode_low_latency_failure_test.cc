@@ -5,6 +5,7 @@
 #include "device/launch.h"
 #include "device/prim.h"
 #include "internode/low_latency_nodes.h"
+#include "support/seeds.h"
 
 namespace deep_ep::test {
 namespace {
@@ -77,7 +78,7 @@ struct MaskKernel {
 
 // Warps of a block share the puts of a token by turns. One that sees the mask and one that does not would count them otherwise.
 TEST_CASE("low latency across nodes: a rank that is masked while others send takes no row of theirs with it") {
-    for (uint64_t seed = 1; seed <= 40; ++seed) {
+    for (uint64_t seed = 1; seed <= num_seeds(40); ++seed) {
         CAPTURE(seed);
         NodesOptions options{.num_nodes = 3, .ranks_per_node = 1, .scheduler = seeded(seed), .network_seed = seed};
         options.scheduler.idle = simt::IdlePolicy::kAdvanceClock;

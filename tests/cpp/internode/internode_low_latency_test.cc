@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "internode/low_latency_nodes.h"
+#include "support/seeds.h"
 
 namespace deep_ep::test {
 namespace {
@@ -129,7 +130,7 @@ TEST_CASE(
 }
 
 TEST_CASE("low latency across nodes: random schedules and networks give the same bits") {
-    for (uint64_t seed = 1; seed <= 12; ++seed) {
+    for (uint64_t seed = 1; seed <= num_seeds(12); ++seed) {
         CAPTURE(seed);
         const NodesOptions options{.num_nodes = seed % 3 == 0 ? 3 : 2,
                                    .ranks_per_node = seed % 2 == 0 ? 1 : 2,

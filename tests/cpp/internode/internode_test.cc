@@ -3,9 +3,11 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <numeric>
 
 #include "device/simt/happens_before.h"
 #include "internode/internode_world.h"
+#include "support/seeds.h"
 
 namespace deep_ep::test {
 namespace {
@@ -46,18 +48,13 @@ InternodeOptions with_tight_credits(InternodeOptions options) {
     return options;
 }
 
-// ThreadSanitizer needs no luck with the schedule, and time.
 std::vector<uint64_t> seeds(uint64_t count) {
-    std::vector<uint64_t> all;
-    for (uint64_t seed = 0; seed < (simt::hb::kIsEnabled ? 2 : count); ++seed) all.push_back(seed);
+    std::vector<uint64_t> all(num_seeds(count));
+    std::iota(all.begin(), all.end(), 0);
     return all;
 }
 
-#if defined(EP_SIMT_TSAN)
-constexpr int kNumSeeds = 4;  // an order that is too weak shows in any schedule there
-#else
 constexpr int kNumSeeds = 12;
-#endif
 
 TEST_CASE("every topology: fresh, combined, cached, combined") {
     for (const Nodes& nodes : kTopologies) {

@@ -7,6 +7,7 @@
 #include "core/error.h"
 #include "kernels/absent_rank.h"
 #include "layout/heap.h"
+#include "support/seeds.h"
 #include "support/world.h"
 
 namespace deep_ep::test {
@@ -56,7 +57,7 @@ TEST_CASE("every mixture of ranks that lend and ranks that do not") {
 }
 
 TEST_CASE("windows of one slot beside loans: nobody waits in a circle") {
-    for (uint64_t seed = 0; seed < 6; ++seed) {
+    for (uint64_t seed = 0; seed < num_seeds(6); ++seed) {
         CAPTURE(seed);
         const Problem problem{.num_tokens = {12, 31, 8, 17}, .num_topk = 4, .num_sms = 1, .lending_ranks = 0b0110};
         const auto slot = layout::SlotLayout::for_dispatch(static_cast<uint64_t>(problem.hidden) * 2, 4, 0);
@@ -92,7 +93,7 @@ TEST_CASE("worst-case outputs are lent: rows that nobody sent are marked") {
 // What lies behind the rows that are lent belongs to somebody else.
 TEST_CASE("too few rows are lent: all ranks refuse the call before they write") {
     for (Counts counts : {Counts::kUnknown, Counts::kKnown}) {
-        for (uint64_t seed = 0; seed < 6; ++seed) {
+        for (uint64_t seed = 0; seed < num_seeds(6); ++seed) {
             CAPTURE(seed);
             const Problem problem{.num_tokens = {10, 10, 10},
                                   .num_experts = 3,
@@ -284,7 +285,7 @@ TEST_CASE("guessed numbers of rows: enough, too small, none at all, on some rank
 }
 
 TEST_CASE("guesses beside ranks that ask for the counts first, and beside worst cases") {
-    for (uint64_t seed = 0; seed < 6; ++seed)
+    for (uint64_t seed = 0; seed < num_seeds(6); ++seed)
         for (int spare : {4, -2}) {
             CAPTURE(seed);
             CAPTURE(spare);

@@ -4,9 +4,9 @@
 #include <algorithm>
 
 #include "core/error.h"
-#include "device/simt/happens_before.h"
 #include "kernels/absent_rank.h"
 #include "layout/heap.h"
+#include "support/seeds.h"
 #include "support/world.h"
 
 namespace deep_ep::test {
@@ -115,7 +115,7 @@ TEST_CASE("a window that wraps many times: the last slot is never forgotten (pit
 }
 
 TEST_CASE("fewer receive warps than sources, and windows of one slot: no circle of waits") {
-    for (uint64_t seed = 0; seed < 6; ++seed) {
+    for (uint64_t seed = 0; seed < num_seeds(6); ++seed) {
         CAPTURE(seed);
         const Problem problem{.num_tokens = std::vector<int>(8, 12), .num_topk = 6, .num_sms = 1};
         check_round_trip(problem, region_for(problem, 1), seeded(seed));
@@ -130,9 +130,8 @@ TEST_CASE("every way through a block gives the same bits") {
     const int reduce_bytes = 2 * layout::Staging{layout::kReduceStages, layout::kReduceStageBytes}.bytes();
     for (int stages : {2, 3, 4})
         devices.push_back({.max_shared_bytes = reduce_bytes + kernels::kMaxCombineState + 2 * stages * 3900});
-    const uint64_t num_seeds = simt::hb::kIsEnabled ? 2 : 5;  // ThreadSanitizer needs no luck with the schedule
     for (const simt::DeviceOptions& device : devices) {
-        for (uint64_t seed = 0; seed < num_seeds; ++seed) {
+        for (uint64_t seed = 0; seed < num_seeds(5); ++seed) {
             for (uint64_t window : {1, 7}) {
                 CAPTURE(device.has_bulk_copy);
                 CAPTURE(device.max_shared_bytes);
@@ -148,8 +147,7 @@ TEST_CASE("every way through a block gives the same bits") {
 TEST_CASE("many blocks of two ranks: rows are staged on their way out alone") {
     const simt::DeviceOptions device{.num_sms = 20, .useful_block_threads = 64};
     const Problem problem{.num_tokens = {93, 81}, .num_topk = 3, .hidden = 1848, .num_sms = 20};
-    const uint64_t num_seeds = simt::hb::kIsEnabled ? 1 : 3;
-    for (uint64_t seed = 0; seed < num_seeds; ++seed) {
+    for (uint64_t seed = 0; seed < num_seeds(3); ++seed) {
         for (uint64_t window : {3, 128}) {
             CAPTURE(seed);
             CAPTURE(window);
