@@ -20,10 +20,7 @@ struct LaunchConfig {
     int num_threads = 32;  // a multiple of 32, at most 1024
     int dynamic_shared_bytes = 0;
     bool is_cooperative = false;  // blocks wait for each other, or for peers: all must be resident at once
-    // May begin while the kernel before it in the stream still ends, where the GPU and the code that it runs can: see
-    // prim::wait_for_stream.
-    bool begins_early = false;
-    const char* name = "";  // for reports
+    const char* name = "";        // for reports
 };
 
 inline namespace EP_BACKEND {

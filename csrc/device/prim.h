@@ -171,11 +171,6 @@ EP_DEVICE void fence_async_global();
 // Execution (one-dimensional blocks)
 // ---------------------------------------------------------------------------------------------------------------
 
-// All that the stream did before this kernel has ended, and this thread sees it. Every thread of a kernel that is launched
-// with LaunchConfig::begins_early calls it, and touches no memory before: it knows its parameters alone. In any other kernel
-// it does nothing.                                                                    CUDA: griddepcontrol.wait
-EP_DEVICE void wait_for_stream();
-
 // Named barrier `id` (1..15; 0 is __syncthreads) for exactly `num_threads` (a multiple of 32) threads of the block;
 // acquire and release at cta scope.                                                   CUDA: barrier.cta.sync
 EP_DEVICE void barrier_sync(int id, int num_threads);

@@ -54,7 +54,7 @@ struct LowLatencyPlan {
     uint64_t* decisions;  // [num_ranks], device-local: call * 2 + 1: that source counts in this call, + 0: not
     uint64_t* wait_ns;    // [num_ranks] of this call, device-local, zero between calls
     int num_local_experts;
-    Divisor by_ranks, by_local_experts, by_topk;
+    Divisor by_ranks, by_other_ranks, by_local_experts, by_topk;
     Divisor by_parts;  // of a token in the receive phase, a warp for each
     LowLatencyRail rail;
 };

@@ -82,7 +82,8 @@ struct HostCounts {
 
 // How far the blocks of one low-latency launch are. Launches use two of these in turn; each clears the other one.
 struct LowLatencyLaunchState {
-    uint32_t settled_blocks;  // will not look at the counters of LocalState again
+    uint32_t begun_blocks;
+    uint32_t settled_blocks;  // will not look at the counters of LocalState again; see algo::arrive
     uint32_t next_share;      // of the receive phase
     uint32_t void_pieces;     // of a call that fails: pieces of the outputs that warps have taken to fill them with NaN
     uint32_t lists;           // of a dispatch: a bit for each list of counts that is written; kVoidLists: they are void
@@ -142,12 +143,6 @@ struct LocalState {
     // The last call of each bank whose receive phase has been run. The next launch tells the peers.
     uint64_t low_latency_ended[kNumLowLatencyBanks];
     LowLatencyLaunchState low_latency_launch_states[2];
-    // Blocks of all launches that send, and of those before the running one: a block counts itself without knowing which launch
-    // it is of.
-    uint64_t low_latency_begun_before;
-    // Modulo kNumBegun. In a line of its own: all warps load the words above while blocks count themselves.
-    alignas(128) uint32_t low_latency_begun_blocks;
-    static constexpr uint32_t kNumBegun = 1u << 31;
     uint32_t low_latency_done_blocks;  // counted only for statistics
     uint32_t low_latency_read_blocks;  // of a receive phase that tells the peers of its end itself
 

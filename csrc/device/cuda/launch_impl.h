@@ -17,8 +17,6 @@ struct KernelState {
     int max_threads = 1024;
     // Per device: whether its dynamic shared limit has been raised to all that the device gives.
     std::array<std::atomic<bool>, kMaxDevices> is_raised{};
-    // Per device: whether the code that it runs knows prim::wait_for_stream; not asked yet, no, yes.
-    std::array<std::atomic<signed char>, kMaxDevices> waits_for_stream{};
 };
 
 // Launches `state.function` with the one parameter at `params` on the device that `stream` belongs to (a default

@@ -80,29 +80,6 @@ void raise_shared_limit(KernelState& state, int device, const LaunchConfig& conf
     is_raised.store(true, std::memory_order_release);
 }
 
-// Whether the kernel may be set up while the one before it ends: the code that this device runs waits for that, which machine
-// code made from PTX for less than 9.0 does not, even on a GPU of 9.0. Before 12.3 a stream that is captured cannot be told.
-bool can_begin_early(KernelState& state, int device) {
-#if CUDART_VERSION >= 12030
-    constexpr int kLeastVersion = 90;
-    if (device >= kMaxDevices) return false;
-    std::atomic<signed char>& answer = state.waits_for_stream[static_cast<size_t>(device)];
-    signed char known = answer.load(std::memory_order_relaxed);
-    if (known == 0) {
-        cudaFuncAttributes attributes{};
-        EP_CUDA(cudaFuncGetAttributes(&attributes, state.function));
-        const bool can = attributes.ptxVersion >= kLeastVersion && attributes.binaryVersion >= kLeastVersion;
-        known = can ? 1 : -1;
-        answer.store(known, std::memory_order_relaxed);
-    }
-    return known > 0;
-#else
-    static_cast<void>(state);
-    static_cast<void>(device);
-    return false;
-#endif
-}
-
 }  // namespace
 
 void launch_kernel(KernelState& state, const LaunchConfig& config, Stream stream, const void* params) {
@@ -112,23 +89,16 @@ void launch_kernel(KernelState& state, const LaunchConfig& config, Stream stream
     const DeviceGuard guard(device);
     raise_shared_limit(state, device, config);
 
-    std::array<cudaLaunchAttribute, 2> attributes{};
-    unsigned num_attributes = 0;
-    if (config.is_cooperative) {
-        attributes[num_attributes].id = cudaLaunchAttributeCooperative;
-        attributes[num_attributes++].val.cooperative = 1;
-    }
-    if (config.begins_early && can_begin_early(state, device)) {
-        attributes[num_attributes].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attributes[num_attributes++].val.programmaticStreamSerializationAllowed = 1;
-    }
+    cudaLaunchAttribute cooperative{};
+    cooperative.id = cudaLaunchAttributeCooperative;
+    cooperative.val.cooperative = 1;
     cudaLaunchConfig_t launch{};
     launch.gridDim = dim3(static_cast<unsigned>(config.num_blocks));
     launch.blockDim = dim3(static_cast<unsigned>(config.num_threads));
     launch.dynamicSmemBytes = static_cast<size_t>(config.dynamic_shared_bytes);
     launch.stream = cuda_stream;
-    launch.attrs = attributes.data();
-    launch.numAttrs = num_attributes;
+    launch.attrs = config.is_cooperative ? &cooperative : nullptr;
+    launch.numAttrs = config.is_cooperative ? 1 : 0;
 
     void* arguments[] = {const_cast<void*>(params)};
     const cudaError_t error = cudaLaunchKernelExC(&launch, state.function, arguments);

@@ -453,13 +453,6 @@ EP_DEVICE void barrier_sync(int id, int num_threads) {
     asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
 }
 
-// griddepcontrol: sm_90. What was compiled for less is never launched early (launch_kernel.cc).
-EP_DEVICE void wait_for_stream() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 EP_DEVICE void sync_warp(const char*, int) { __syncwarp(); }
 EP_DEVICE void sync_block(const char*, int) { __syncthreads(); }
 EP_DEVICE bool sync_block_any(bool answer, const char*, int) { return __syncthreads_or(answer ? 1 : 0) != 0; }

@@ -30,7 +30,6 @@ struct PollRecord {
 struct Running {
     PollRecord* poll;  // of the running fiber; null outside kernels
     bool is_seeded;    // yield at random before accesses
-    bool is_early;     // of a kernel that begins early, and has not waited for the stream: it may touch no memory
 };
 extern __thread Running running;
 
@@ -42,10 +41,8 @@ constexpr uint32_t kMaxSpins = 1 << 20;
 [[noreturn]] void report_spin(const void* ptr);
 
 [[noreturn]] void report_misaligned(const void* ptr, size_t alignment);
-[[noreturn]] void report_early_access(const void* ptr);
 
 inline void check_aligned(const void* ptr, size_t alignment) {
-    if (__builtin_expect(running.is_early, 0)) report_early_access(ptr);
     if (__builtin_expect(reinterpret_cast<uintptr_t>(ptr) % alignment != 0, 0)) report_misaligned(ptr, alignment);
 }
 
@@ -90,7 +87,6 @@ uint64_t clock_ns();
 void expect_warp(const char* what);
 void expect_block(const char* what);
 void pause();
-void wait_for_stream();
 void wake_host(uint32_t* is_asleep, int event);
 void* dynamic_shared();
 

@@ -27,7 +27,7 @@ void fiber_main() {
     Fiber& self = *current_fiber;
     Block& block = *self.block;
     Launch& launch = block.launch();
-    if (!self.is_early) hb::acquire(launch.begin);
+    hb::acquire(launch.begin);
     try {
         launch.code.run(launch.code.params, block.shared().static_part());
         block.check_exit(self);
@@ -97,7 +97,6 @@ void Block::start(Launch& launch, int block_idx, std::unique_ptr<StackSlab> stac
         fiber = Fiber{};
         fiber.block = this;
         fiber.thread = i;
-        fiber.is_early = launch.config.begins_early;
         fiber.stack_low = stacks_->low(i);
         fiber.context.create(stacks_->low(i), stacks_->top(i), fiber_main);
         make_ready(fiber);
@@ -229,7 +228,6 @@ void Block::leave_meeting(Fiber& self) {
 }
 
 void Block::check_exit(Fiber& self) {
-    if (self.is_early) fail(self, "returns without prim::wait_for_stream, and the kernel may begin early");
     if (self.num_open_copies != 0) fail(self, "returns with bulk stores that were never committed");
     if (self.num_groups_awaited < self.num_groups) {
         fail(self, concat("returns with ", self.num_groups - self.num_groups_awaited,
@@ -293,20 +291,6 @@ void report_misaligned(const void* ptr, size_t alignment) {
     const std::string what = concat("misaligned address ", ptr, ": ", alignment, " bytes at once");
     if (current_fiber == nullptr) throw InternalError(what);
     current_fiber->block->fail(*current_fiber, what);
-}
-
-void report_early_access(const void* ptr) {
-    current_fiber->block->fail(*current_fiber,
-                               concat("touches address ", ptr, " before prim::wait_for_stream, and the kernel may begin early"));
-}
-
-// Launches of a stream follow each other all the same; but what the kernels before have done is nothing that a thread knows
-// earlier, for ThreadSanitizer either.
-void wait_for_stream() {
-    Fiber& self = running_fiber("prim::wait_for_stream");
-    if (!self.is_early) return;
-    self.is_early = running.is_early = false;
-    hb::acquire(self.block->launch().begin);
 }
 
 void report_spin(const void* ptr) {

@@ -48,7 +48,6 @@ struct Fiber {
     const char* stack_low = nullptr;
     int thread = 0;
     FiberState state = FiberState::kReady;
-    bool is_early = false;  // see Running
 
     // Warp collective or barrier that this fiber waits for or has just completed.
     WarpOp op = WarpOp::kSync;
@@ -239,7 +238,6 @@ inline Fiber* Block::pick() {
 inline void Block::enter(Fiber& fiber) {
     current_fiber = &fiber;
     running.poll = &fiber.poll;
-    running.is_early = fiber.is_early;
     threadIdx.x = static_cast<unsigned>(fiber.thread);
     drive_.note(serial * 1024 + static_cast<uint64_t>(fiber.thread));
 }

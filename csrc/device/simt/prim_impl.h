@@ -207,7 +207,6 @@ template <int N> EP_DEVICE void bulk_wait_read() { simt::bulk_wait(N, simt::Bulk
 EP_DEVICE void fence_async_shared() { simt::hb::on_proxy_fence(); }
 EP_DEVICE void fence_async_global() { simt::hb::on_proxy_fence(); }
 
-EP_DEVICE void wait_for_stream() { simt::wait_for_stream(); }
 EP_DEVICE void barrier_sync(int id, int num_threads) { simt::block_barrier(id, num_threads, "prim::barrier_sync", 0); }
 EP_DEVICE void sync_warp(const char* file, int line) { __syncwarp(kFullMask, file, line); }
 EP_DEVICE void sync_block(const char* file, int line) { __syncthreads(file, line); }

@@ -25,7 +25,6 @@ struct CallContext {
     bool uses_packets;                            // for the weights of combine, as call.uses_packets
     layout::LowLatencyLaunchState* launch_state;  // of this launch
     int bank;
-    uint32_t begun_before;  // in a launch that sends: blocks of the launches before
 
     EP_DEVICE int rank() const { return first_near(watch) + watch.heap.rank(); }
     EP_DEVICE int num_ranks() const { return kAcrossNodes ? watch.heap.num_sources() : watch.heap.num_ranks(); }
@@ -156,18 +155,17 @@ EP_DEVICE int bank_of(uint64_t call) { return static_cast<int>(call % layout::kN
 
 // This lane's of the words that say which call this launch works on. Send phases count calls, on the device: a CUDA graph replays
 // its launches, and every replay is a new call. A receive phase finds the number where its send phase has left it. Lane 1 has
-// the number of launches, lane 2 that of the blocks that had begun before this one, the others the call's. (Were they the same
-// in all lanes, the compiler would move them to registers of the warp at once, and wait for that.)
+// the number of launches, the others the call's. (Were they the same in all lanes, the compiler would move them to registers
+// of the warp at once, and wait for that.)
 struct LaunchWords {
     uint64_t word;
 };
 
 EP_DEVICE LaunchWords load_launch_words(Warp warp, const LowLatencyCall& call, Phase phase) {
     const layout::LocalState* local = call.watch.local;
-    const uint64_t* word = phase == Phase::kReceive ? call.number : &local->num_low_latency_sends;
-    if (warp.thread_rank() == 1) word = &local->num_low_latency_launches;
-    if (warp.thread_rank() == 2) word = &local->low_latency_begun_before;
-    return {prim::load<Order::kRelaxed, Scope::kGpu>(word)};
+    const uint64_t* number = phase == Phase::kReceive ? call.number : &local->num_low_latency_sends;
+    return {
+        prim::load<Order::kRelaxed, Scope::kGpu>(warp.thread_rank() == 1 ? &local->num_low_latency_launches : number)};
 }
 
 EP_DEVICE bool is_masked(const LowLatencyCall& call, int peer) {
@@ -308,13 +306,12 @@ EP_DEVICE bool wait_for_table(const CallContext& c, int source) {
 // Before the number of the call is known.
 EP_DEVICE CallContext make_context(const LowLatencyCall& call, layout::Operation operation, Phase phase,
                                    bool uses_packets) {
-    return {call, {call.watch, call.heap, operation, 0}, phase, uses_packets, nullptr, 0, 0};
+    return {call, {call.watch, call.heap, operation, 0}, phase, uses_packets, nullptr, 0};
 }
 
 EP_DEVICE void take_number(Warp warp, CallContext& c, const LaunchWords& words) {
     warp.expect();
     const uint64_t number = __shfl_sync(kFullMask, words.word, 0), num_launches = __shfl_sync(kFullMask, words.word, 1);
-    c.begun_before = __shfl_sync(kFullMask, static_cast<uint32_t>(words.word), 2);
     c.watch.call = c.phase == Phase::kReceive ? number : number + 1;
     c.bank = bank_of(c.watch.call);
     c.launch_state = &c.call.watch.local->low_latency_launch_states[num_launches % 2];
@@ -368,8 +365,10 @@ EP_DEVICE uint32_t entries_of_rank(Warp warp, const CallContext& c, int64_t id, 
 }
 
 // Does this lane's rank, among 32 from `first_rank`, own one of the token's experts? `id`: this lane's of the first 32
-// entries.
-EP_DEVICE bool is_destination(Warp warp, const CallContext& c, const Ids& ids, int64_t id, int token, int first_rank) {
+// entries. `leaves_out(rank)`: it does without.
+template <class LeavesOut>
+EP_DEVICE bool is_destination(Warp warp, const CallContext& c, const Ids& ids, int64_t id, int token, int first_rank,
+                              const LeavesOut& leaves_out) {
     warp.expect();
     const int rank = first_rank + warp.thread_rank();
     bool is_found = false;
@@ -382,7 +381,7 @@ EP_DEVICE bool is_destination(Warp warp, const CallContext& c, const Ids& ids, i
 #pragma unroll 4
         for (int lane = 0; lane < count; ++lane) is_found |= __shfl_sync(kFullMask, owner, lane) == rank;
     }
-    return is_found && rank < c.num_ranks();
+    return is_found && rank < c.num_ranks() && !leaves_out(rank);
 }
 
 }  // namespace EP_BACKEND

@@ -58,7 +58,6 @@ void deep_ep::kernels::launch(const LowLatencyCombineParams& params, dev::Stream
     dev::LaunchConfig config;
     config.num_blocks = params.call.num_blocks;
     config.num_threads = kWarpSize * params.call.num_warps;
-    config.begins_early = params.call.phase == Phase::kBoth;
     config.name = "deep_ep::low_latency::combine";
     if (params.uses_logfmt)
         launch_format<true>(config, stream, params);

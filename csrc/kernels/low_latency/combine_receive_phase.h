@@ -140,9 +140,8 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
                 parts.entries &= EntrySlots::rows_of(seen);
             }
         } else {
-            is_expected = is_wanted =
-                is_destination(warp, c, {p.topk_idx, p.idx_bytes}, token.id, token.idx, first_rank) &&
-                !is_masked(c.call, rank);
+            is_expected = is_wanted = is_destination(warp, c, {p.topk_idx, p.idx_bytes}, token.id, token.idx,
+                                                     first_rank, [&](int peer) { return is_masked(c.call, peer); });
             if (is_expected && !is_here) is_here = wait_for_source(c.call, c.watch, Stage::kRow, rank, flag);
         }
         if (__any_sync(kFullMask, is_expected && !is_here)) parts.is_lost = has_failed(c.watch);

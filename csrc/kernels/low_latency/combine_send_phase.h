@@ -12,7 +12,7 @@ inline namespace EP_BACKEND {
 // A release waits until all stores of the SM have arrived, so a block makes one for several tokens.
 constexpr int kTokensPerRelease = 4;
 // At weights that are not here, by a block in all of a launch that may not wait: each is a trip to memory.
-constexpr int kMostLooks = 9;
+constexpr int kMostLooks = 6;
 
 template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     using Weights = WeightSender<kUsesPackets>;
@@ -39,7 +39,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     struct Shared {
         BlockRole role;
         Written written[kTokensPerRelease];
-        int are_weights_here[2];  // of the current token; each second answer uses the other
+        int are_weights_here[2];  // of the current token; each second one uses the other
         int has_failed;           // some warp has given up waiting: nothing more may be published
         FarPart far[kAcrossNodes ? kTokensPerRelease : 1];
         int further[2];  // as are_weights_here
@@ -47,10 +47,10 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
 
     // How far the block is.
     struct Progress {
-        int num_written;  // tokens since the last release, those of which nothing was sent included
-        int num_looks;    // of warp 0
-        int num_answers;  // of warp 0, whether weights are here
-        int num_places;   // across nodes: that the block has asked for, as far as this warp knows
+        int num_items;
+        int num_written;              // tokens since the last release, those of which nothing was sent included
+        int num_looks;                // of warp 0
+        int num_answers, num_places;  // across nodes: that the block has asked for, as far as this warp knows
     };
 
     // What a warp needs to sum one chunk of a token of `source`. Lanes stand for 32 of its top-k entries.
@@ -327,13 +327,20 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
         return work.token < num_tokens && has_work(warp, p, c, work);
     }
 
-    // Tokens of all sources in turn, so that no link is the last; every rank begins with another source.
+    // Tokens of all sources in turn, so that no link is the last; every rank begins with another source. With a hook a rank
+    // begins with its own tokens: the weights of the others come meanwhile, and sums are fewer bytes than rows.
     static EP_DEVICE Work load_item(const Params& p, const CallContext& c, int item) {
         if (item >= num_items(p, c)) return {.source = 0, .token = 0, .first_k = 0};
-        const int token = p.call.by_ranks.quotient(item);
-        const int source = c.rank() + 1 + item - token * c.num_ranks();
+        const bool has_own = has_own_first(c);
+        if (has_own && item < p.call.num_max_tokens) return load_rows(p, c.rank(), item, 0);
+        const int other = has_own ? item - p.call.num_max_tokens : item;
+        const Divisor& by_sources = has_own ? p.call.by_other_ranks : p.call.by_ranks;
+        const int token = by_sources.quotient(other);
+        const int source = c.rank() + 1 + other - token * by_sources.value;
         return load_rows(p, source < c.num_ranks() ? source : source - c.num_ranks(), token, 0);
     }
+
+    static EP_DEVICE bool has_own_first(const CallContext& c) { return c.uses_packets && c.phase == Phase::kSend; }
 
     // The items of a block, as one of its warps goes through them: the numbers of the rows of the item after the current one
     // are under way, and its rows too once those of the current one have been added up.
@@ -378,7 +385,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
     static EP_DEVICE bool are_weights_here(Block block, const CallContext& c, Work& work, Progress& progress,
                                            Shared& shared) {
         block.expect();
-        int* answer = &shared.are_weights_here[progress.num_answers++ % 2];
+        int* answer = &shared.are_weights_here[(kAcrossNodes ? progress.num_answers++ : progress.num_items) % 2];
         if (prim::warp_idx() == 0) {
             bool is_here = __all_sync(kFullMask, work.is_weighed) != 0;
 #pragma unroll 1
@@ -528,6 +535,7 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Sender {
                        cursor.ahead);
             if (is_inside && sent == Sent::kSum) store_sums(warp, p, sums, chunk, slot);
         }
+        ++progress.num_items;
         if (++progress.num_written < kTokensPerRelease) return;
         publish_written(block, c, progress.num_written, shared);
         progress.num_written = 0;

@@ -20,13 +20,12 @@ template <Launches kLaunches> struct Kernel {
     static constexpr int kMinBlocks = 1;
     struct Shared {
         BlockRole role;
-        Scales scales;
     };
 
     static EP_DEVICE void run(const Params& p, Shared& shared) {
         run_launch<kLaunches>(
             p.call, layout::Operation::kLowLatencyDispatch, shared.role,
-            [&](LaunchSession& launch) { send(Block{}, p, launch, shared.scales); },
+            [&](LaunchSession& launch) { send(Block{}, p, launch); },
             [&](const CallContext& c) { return look_early(Warp{}, c, unit_of(c, first_unit())); },
             [&](const LaunchSession& launch, EarlyLook early) { receive(Block{}, p, launch, early); });
     }
@@ -43,7 +42,6 @@ void deep_ep::kernels::launch(const LowLatencyDispatchParams& params, dev::Strea
     dev::LaunchConfig config;
     config.num_blocks = params.call.num_blocks;
     config.num_threads = kWarpSize * params.call.num_warps;
-    config.begins_early = params.call.phase == Phase::kBoth;
     config.name = "deep_ep::low_latency::dispatch";
     switch (params.call.phase) {
         case Phase::kSend: config.dynamic_shared_bytes = table_bytes; break;

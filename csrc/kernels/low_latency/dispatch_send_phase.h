@@ -51,63 +51,22 @@ EP_DEVICE Vec16 cast(const Piece& piece, float inverse) {
     return packed;
 }
 
-// What is sent of a chunk. In FP8: the first vector of the piece is the cast one.
-struct Sent {
-    Piece piece;
-    float scale;
-};
-
-EP_DEVICE Sent cast_chunk(Warp warp, const Params& p, const Piece& piece) {
+// A chunk, cast and written to every target.
+EP_DEVICE void send_fp8(Warp warp, const Params& p, const Piece& piece, int chunk, const Targets& targets) {
     warp.expect();
-    if (p.payload != Payload::kFp8) return {piece, 0.0f};
     float largest = largest_of(piece);
 #pragma unroll
     for (int distance = 1; distance < kLanesPerGroup; distance *= 2)
         largest = fmaxf(largest, __shfl_xor_sync(kFullMask, largest, distance));
     const algo::Fp8Scale scale = algo::fp8_scale(largest, p.rounds_scales);
-    return {{{cast(piece, scale.inverse)}}, scale.scale};
-}
-
-// Scales of a token, in shared memory, that all warps leave there and one warp sends: a packet of the link for four of them takes
-// as long as one for 32. Tokens use the two in turn, with a barrier in each. A longer row has its scales sent by each warp, and
-// across nodes all rows: they are put right after the barrier.
-constexpr int kGatheredScales = 128;
-struct Scales {
-    alignas(16) float of_token[2][kGatheredScales];
-};
-
-EP_DEVICE int num_scales(const Params& p) { return p.call.hidden / layout::kFp8GroupSize; }
-EP_DEVICE bool gathers_scales(const Params& p) {
-    return !kAcrossNodes && p.payload == Payload::kFp8 && num_scales(p) <= kGatheredScales && num_scales(p) % 4 == 0;
-}
-
-// After a barrier, a warp.
-EP_DEVICE void send_scales(Warp warp, const Params& p, const float* scales, const Targets& targets) {
-    warp.expect();
-    const int vec = warp.thread_rank();
-    Vec16 held = {};
-    if (vec < num_scales(p) / 4) held = prim::load_shared(reinterpret_cast<const Vec16*>(scales) + vec);
-    for (uint32_t rest = targets.lanes; rest != 0; rest &= rest - 1) {
-        uint8_t* slot = algo::broadcast_pointer(warp, targets.slot, __ffs(static_cast<int>(rest)) - 1);
-        if (vec < num_scales(p) / 4)
-            prim::store_streaming(reinterpret_cast<Vec16*>(slot + p.call.message.scales.offset) + vec, held);
-    }
-    warp.sync();  // every lane's scales, the lane's release
-}
-
-// To every target. `scales`: where they are gathered; null: they go with their channels.
-EP_DEVICE void send_fp8(Warp warp, const Params& p, const Sent& sent, int chunk, const Targets& targets,
-                        float* scales) {
-    warp.expect();
+    const Vec16 packed = cast(piece, scale.inverse);
     const int vec = chunk * kWarpSize + warp.thread_rank();  // of the row in FP8
-    const bool has_scale = vec % kLanesPerGroup == 0 && vec * kVecsOfPiece < num_row_vecs(p.call);
-    if (scales != nullptr && has_scale) scales[vec / kLanesPerGroup] = sent.scale;
     for (uint32_t rest = targets.lanes; rest != 0; rest &= rest - 1) {
         uint8_t* slot = algo::broadcast_pointer(warp, targets.slot, __ffs(static_cast<int>(rest)) - 1);
         if (vec * kVecsOfPiece >= num_row_vecs(p.call)) continue;
-        prim::store_streaming(reinterpret_cast<Vec16*>(slot) + vec, sent.piece.vec[0]);
-        if (scales == nullptr && has_scale)
-            *reinterpret_cast<float*>(slot + p.call.message.scales.at(vec / kLanesPerGroup)) = sent.scale;
+        prim::store_streaming(reinterpret_cast<Vec16*>(slot) + vec, packed);
+        if (vec % kLanesPerGroup == 0)
+            *reinterpret_cast<float*>(slot + p.call.message.scales.at(vec / kLanesPerGroup)) = scale.scale;
     }
 }
 
@@ -119,24 +78,17 @@ EP_DEVICE void send_bf16(Warp warp, const Params& p, const Piece& piece, int chu
     }
 }
 
-// What a warp knows of a token before it knows anything about the call.
+// What a warp loads of a token before it knows anything about the call.
 struct Head {
-    Sent sent;            // of the warp's first chunk
-    int64_t id;           // this lane's of the first 32 entries
-    bool is_destination;  // this lane's of the first 32 ranks
+    Piece piece;  // of the warp's first chunk
+    int64_t id;   // this lane's of the first 32 entries
 };
 
 EP_DEVICE Ids ids_of(const Params& p) { return {p.topk_idx, p.idx_bytes}; }
 
 EP_DEVICE Head load_head(Warp warp, const Params& p, const CallContext& c, int token) {
     if (token >= p.num_tokens) return {};
-    return {{load_input_piece(warp, p, token, prim::warp_idx()), 0.0f}, ids_of(p).load(warp, c, token, 0), false};
-}
-
-EP_DEVICE void prepare_head(Warp warp, const Params& p, const CallContext& c, int token, Head& head) {
-    if (token >= p.num_tokens) return;
-    head.sent = cast_chunk(warp, p, head.sent.piece);
-    head.is_destination = is_destination(warp, c, ids_of(p), head.id, token, 0);
+    return {load_input_piece(warp, p, token, prim::warp_idx()), ids_of(p).load(warp, c, token, 0)};
 }
 
 // The destinations of a token among 32 ranks, each in its lane. Far ranks share one slot, in staging, which one of them stands
@@ -176,31 +128,28 @@ EP_DEVICE void put_token(Block block, const Params& p, const CallContext& c, int
 
 // One token to all ranks that need it. Who is left out must be the same for all warps: they share the puts.
 EP_DEVICE void send_token(Block block, const Params& p, const CallContext& c, const SendPhase<Tells::kAtEnd>& phase,
-                          int token, const Head& head, float* scales) {
+                          int token, const Head& head) {
     block.expect();
     const Warp warp;
     bool is_staged = false;
     int last_holder = -1;
 #pragma unroll 1
     for (int first = 0; first < c.num_ranks(); first += kWarpSize) {
+        const bool is_sent =
+            is_destination(warp, c, ids_of(p), head.id, token, first, [&](int peer) { return phase.leaves_out(peer); });
         const int rank = first + warp.thread_rank();
-        const bool is_one = first == 0 ? head.is_destination : is_destination(warp, c, ids_of(p), head.id, token, first);
-        const bool is_sent = is_one && !phase.leaves_out(rank);
         const uint32_t far_lanes = kAcrossNodes ? __ballot_sync(kFullMask, is_sent && c.is_far(rank)) : 0;
         const Targets targets = targets_of(warp, c, token, rank, is_sent, far_lanes, is_staged);
         is_staged |= far_lanes != 0;
 #pragma unroll 1
         for (int chunk = prim::warp_idx(); chunk < num_chunks(p.call); chunk += block.num_warps()) {
-            const Sent sent = chunk == prim::warp_idx()
-                                  ? head.sent
-                                  : cast_chunk(warp, p, load_input_piece(warp, p, token, chunk));
+            const Piece piece = chunk == prim::warp_idx() ? head.piece : load_input_piece(warp, p, token, chunk);
             if (p.payload == Payload::kFp8)
-                send_fp8(warp, p, sent, chunk, targets, scales);
+                send_fp8(warp, p, piece, chunk, targets);
             else
-                send_bf16(warp, p, sent.piece, chunk, targets);
+                send_bf16(warp, p, piece, chunk, targets);
         }
         block.sync();  // every warp's part of the row, warp 0's releases
-        if (scales != nullptr && prim::warp_idx() == 0) send_scales(warp, p, scales, targets);
         // Pairs with: wait_for_slot at the destination.
         if (prim::warp_idx() == 0 && is_sent && !c.is_far(rank))
             prim::store<Order::kRelease, Scope::kSys>(c.token_flag_at(rank, token), c.watch.call);
@@ -219,7 +168,7 @@ EP_DEVICE void keep_own_entries(Block block, const Params& p, const CallContext&
 }
 
 // The last block makes the routing table, and sends tokens only where it is alone.
-EP_DEVICE void send(Block block, const Params& p, LaunchSession& launch, Scales& scales) {
+EP_DEVICE void send(Block block, const Params& p, LaunchSession& launch) {
     const CallContext& c = launch.context;
     const Warp warp;
     const bool has_table = blockIdx.x == gridDim.x - 1;
@@ -231,18 +180,15 @@ EP_DEVICE void send(Block block, const Params& p, LaunchSession& launch, Scales&
     launch.ask_number();
     const BankLook look = launch.look_at_banks();
     if (has_table) make_tile(block, c, choice, sets, 0);
-    prepare_head(warp, p, c, first, head);  // beside the number of the call
     launch.take_number();
     const SendPhase<Tells::kAtEnd> phase(block, launch, look);
     const bool is_ready = phase.is_ready();
     if (is_ready && has_table) send_routing_table(block, c, phase, choice, sets);
     if (kAcrossNodes && has_table) keep_own_entries(block, p, c);
-    int turn = 0;
 #pragma unroll 1
-    for (int token = first; is_ready && token < p.num_tokens; token += num_senders, turn ^= 1) {
-        Head next = load_head(warp, p, c, token + num_senders);
-        send_token(block, p, c, phase, token, head, gathers_scales(p) ? scales.of_token[turn] : nullptr);
-        prepare_head(warp, p, c, token + num_senders, next);
+    for (int token = first; is_ready && token < p.num_tokens; token += num_senders) {
+        const Head next = load_head(warp, p, c, token + num_senders);
+        send_token(block, p, c, phase, token, head);
         head = next;
     }
 }

@@ -42,21 +42,17 @@ public:
 
     // The number of the call is a trip to memory, in two steps, both to be made before anything else is asked of the session.
     // The compiler waits for it at once, so loads that do not depend on it come before ask_number, and work before take_number.
-    EP_DEVICE void ask_number() {
-        words_ = load_launch_words(Warp{}, context.call, context.phase);
-        if (context.sends() && is_last_warp(Block{}) && Warp::thread_rank() == 0)
-            begun_ = prim::fetch_increment<Order::kRelaxed, Scope::kGpu>(
-                &context.watch.words.local->low_latency_begun_blocks);
-    }
+    EP_DEVICE void ask_number() { words_ = load_launch_words(Warp{}, context.call, context.phase); }
     // By warp 0 of a block that sends, between the two.
     EP_DEVICE BankLook look_at_banks() const {
         return prim::warp_idx() == 0 ? low_latency::look_at_banks(Warp{}, context) : BankLook{};
     }
     EP_DEVICE void take_number() { low_latency::take_number(Warp{}, context, words_); }
 
-    // Lane 0 of the last warp, in a launch that sends: the place of this block among those of the grid, in the order in which
-    // they begin.
-    EP_DEVICE uint32_t order() const { return since_begin(begun_); }
+    // The place of this block among those of the grid, in the order in which they begin.
+    EP_DEVICE uint32_t begin_block() const {
+        return prim::fetch_increment<Order::kRelaxed, Scope::kGpu>(&context.launch_state->begun_blocks);
+    }
 
     EP_DEVICE uint32_t claim_share() const {
         return prim::fetch_increment<Order::kRelaxed, Scope::kGpu>(&context.launch_state->next_share);
@@ -68,54 +64,61 @@ public:
         constexpr int kMostLooks = 8;
 #pragma unroll 1
         for (int looks = 0; looks < kMostLooks; ++looks)
-            if (since_begin(prim::load<Order::kRelaxed, Scope::kGpu>(
-                    &context.watch.words.local->low_latency_begun_blocks)) == gridDim.x)
-                return true;
+            if (prim::load<Order::kRelaxed, Scope::kGpu>(&context.launch_state->begun_blocks) == gridDim.x) return true;
         return false;
     }
 
-    // The block, by one lane of its last warp, will not look at the counters that count_launch changes again. Nothing of this
-    // launch looks at what the last block to settle changes, and the end of the launch publishes it, so no order is needed.
-    // In two steps: nobody has to wait for the trip.
-    EP_DEVICE uint32_t begin_to_settle() const {
-        return prim::fetch_increment<Order::kRelaxed, Scope::kGpu>(&context.launch_state->settled_blocks);
+    // The block, by its last warp, will not look at the counters that count_launch changes again. Nothing of this launch
+    // looks at what the last block to settle changes, and the end of the launch publishes it, so no order is needed.
+    EP_DEVICE void settle(Warp warp) const {
+        warp.expect();
+        warp.sync();  // every lane has looked at them
+        if (warp.thread_rank() == 0 &&
+            algo::arrive<Order::kRelaxed, Scope::kGpu>(&context.launch_state->settled_blocks).is_last)
+            count_launch(num_launches());
     }
-    EP_DEVICE void settle(uint32_t order) const {
-        if (order + 1 == gridDim.x) count_launch();
+
+    // The same in two steps, by one thread of a block, for a launch in which nobody has to wait for the trip. It takes the number
+    // of launches along, which is a trip too.
+    struct Settling {
+        uint32_t order;
+        uint64_t num_launches;
+    };
+    EP_DEVICE Settling begin_to_settle() const {
+        return {prim::fetch_increment<Order::kRelaxed, Scope::kGpu>(&context.launch_state->settled_blocks),
+                num_launches()};
+    }
+    EP_DEVICE void settle(const Settling& settling) const {
+        if (settling.order + 1 != gridDim.x) return;
+        prim::store<Order::kRelaxed, Scope::kGpu>(&context.launch_state->settled_blocks, 0u);
+        count_launch(settling.num_launches);
     }
 
     CallContext context;
     BlockRole& role;
 
 private:
-    // Of the blocks that begun_blocks has counted, those of this launch.
-    EP_DEVICE uint32_t since_begin(uint32_t begun) const {
-        return (begun - context.begun_before) % layout::LocalState::kNumBegun;
+    LaunchWords words_;
+
+    EP_DEVICE uint64_t num_launches() const {
+        return prim::load<Order::kRelaxed, Scope::kGpu>(&context.watch.words.local->num_low_latency_launches);
     }
 
-    LaunchWords words_;
-    uint32_t begun_ = 0;
-
-    // For the next launch.
-    EP_DEVICE void count_launch() const {
+    // For the next launch. `launches`: those before this one.
+    EP_DEVICE void count_launch(uint64_t launches) const {
         const CallContext& c = context;
         layout::LocalState* local = c.watch.words.local;
         layout::LowLatencyLaunchState* next =
             &local->low_latency_launch_states[c.launch_state == &local->low_latency_launch_states[0] ? 1 : 0];
-        prim::store<Order::kRelaxed, Scope::kGpu>(&next->settled_blocks, 0u);
+        prim::store<Order::kRelaxed, Scope::kGpu>(&next->begun_blocks, 0u);
         prim::store<Order::kRelaxed, Scope::kGpu>(&next->next_share, 0u);
         prim::store<Order::kRelaxed, Scope::kGpu>(&next->void_pieces, 0u);
         prim::store<Order::kRelaxed, Scope::kGpu>(&next->lists, 0u);
         if (kAcrossNodes) prim::store<Order::kRelaxed, Scope::kGpu>(&next->staged_rows, 0u);
-        if (c.sends()) {
-            prim::store<Order::kRelaxed, Scope::kGpu>(&local->num_low_latency_sends, c.watch.call);
-            prim::store<Order::kRelaxed, Scope::kGpu>(&local->low_latency_begun_before,
-                                                      uint64_t{c.begun_before + gridDim.x});
-        }
+        if (c.sends()) prim::store<Order::kRelaxed, Scope::kGpu>(&local->num_low_latency_sends, c.watch.call);
         if (c.phase == Phase::kSend) prim::store<Order::kRelaxed, Scope::kGpu>(c.call.number, c.watch.call);
         if (c.receives()) prim::store<Order::kRelaxed, Scope::kGpu>(&local->low_latency_ended[c.bank], c.watch.call);
-        // Nobody waits for it, as for a load.
-        prim::fetch_add<Order::kRelaxed, Scope::kGpu>(&local->num_low_latency_launches, uint64_t{1});
+        prim::store<Order::kRelaxed, Scope::kGpu>(&local->num_low_latency_launches, launches + 1);
     }
 
     // The block that ends last adds the longest waits to the caller's statistics. Every block's atomics have returned when it
@@ -159,8 +162,7 @@ public:
         block.expect();
         if (is_last_warp(block)) {
             if (kTells == Tells::kAtEnd && began_first(Warp{})) tell_peers(Warp{});
-            Warp::sync();  // every lane has looked at the counters
-            if (Warp::thread_rank() == 0) launch_.settle(launch_.begin_to_settle());
+            launch_.settle(Warp{});
         }
         // Another warp than that, and than warp 0, which is busy with releases; a block may have but one.
         if (block.thread_rank() == (block.num_warps() > 1 ? kWarpSize : 0)) {
@@ -254,7 +256,7 @@ private:
 
     // The last warp's part.
     EP_DEVICE void begin(Warp warp) {
-        if (warp.thread_rank() == 0) order_ = launch_.order();
+        if (warp.thread_rank() == 0) order_ = launch_.begin_block();
         if (kTells == Tells::kAtEnd) return;
         const bool is_first = began_first(warp);
         if (warp.thread_rank() == 0) role().is_first = is_first ? 1 : 0;
@@ -317,11 +319,12 @@ private:
     uint32_t order_ = 0;  // of the block, in lane 0 of its last warp
 };
 
-// All blocks of a launch that only receives. It tells the peers nothing when it begins: what earlier launches had received, the
-// send phase of this call or of a later one has told, or such a launch itself.
+// All blocks of a launch that only receives. It tells the peers nothing when it begins: what was received before it, the send
+// phase of this call or of a later one has told, or such a launch itself.
 class ReceivePhase {
 public:
-    // No barrier waits for what the last warp asks here.
+    // The last warp is the least likely to have a unit, and no other one depends on a counter that this changes. It waits for
+    // none of them here, since the block would wait for it in its first barrier.
     EP_DEVICE ReceivePhase(Block block, const LaunchSession& launch) : launch_(launch) {
         block.expect();
         // Only send phases count calls, and they come before or after the whole launch. Compared when the phase ends: here it
@@ -329,7 +332,7 @@ public:
         num_sends_ = prim::load<Order::kRelaxed, Scope::kGpu>(&launch.context.watch.words.local->num_low_latency_sends);
         if (!is_last_warp(block) || Warp::thread_rank() != 0) return;
         launch_.role.launch_state = launch_.context.launch_state;
-        order_ = launch_.begin_to_settle();
+        settling_ = launch_.begin_to_settle();
     }
 
     // Where a later call has begun already, the next one takes this bank: its send phase would wait until the peers have begun
@@ -338,7 +341,7 @@ public:
     EP_DEVICE ~ReceivePhase() {
         const Block block;
         const CallContext& c = launch_.context;
-        if (is_last_warp(block) && Warp::thread_rank() == 0) launch_.settle(order_);
+        if (is_last_warp(block) && Warp::thread_rank() == 0) launch_.settle(settling_);
         if (num_sends_ == c.watch.call) return;
         // Every block's reads, the last one's release.
         uint32_t* counter = &c.watch.words.local->low_latency_read_blocks;
@@ -359,7 +362,7 @@ public:
 private:
     const LaunchSession& launch_;
     uint64_t num_sends_;
-    uint32_t order_ = 0;  // in which the block settles, in lane 0 of its last warp
+    LaunchSession::Settling settling_ = {};  // of lane 0 of the last warp
 };
 
 // The kernels of an operation. With a hook its two launches are of the same one, so that a profiler has one name for the
@@ -373,7 +376,6 @@ template <Launches kLaunches, bool kUsesPackets = false, class Send, class LookE
 EP_DEVICE void run_launch(const LowLatencyCall& call, layout::Operation operation, BlockRole& role, const Send& send,
                           const LookEarly& look_early, const Receive& receive) {
     if (kLaunches == Launches::kWhole) {
-        prim::wait_for_stream();
         LaunchSession launch(call, operation, Phase::kBoth, kUsesPackets, role);
         send(launch);
         if (role.receives != 0) receive(launch, decltype(look_early(launch.context)){});

@@ -233,48 +233,6 @@ TEST_CASE("misaligned words and blocking calls inside kernels") {
     CHECK(contains(complaint<Mistake::kHostCall>(), "a kernel cannot make blocking host calls"));
 }
 
-namespace {
-
-enum class Early { kWaits, kLoads, kStores, kReadsRow, kNeverWaits };
-
-// Of a kernel that may begin while the one before it still runs.
-template <Early kWay> struct EarlyKernel {
-    using Params = ::Params;
-    struct Shared {};
-    static EP_DEVICE void run(const Params& params, Shared&) {
-        if (kWay == Early::kLoads && threadIdx.x == 33) prim::load<Order::kRelaxed, Scope::kGpu>(params.words);
-        if (kWay == Early::kStores) prim::store<Order::kRelaxed, Scope::kGpu>(params.words, 1u);
-        if (kWay == Early::kReadsRow) prim::load_input(reinterpret_cast<const prim::Vec16*>(params.words));
-        if (kWay == Early::kNeverWaits && threadIdx.x == 40) return;
-        prim::wait_for_stream();
-        prim::store<Order::kRelaxed, Scope::kGpu>(params.words, 2u);
-    }
-};
-
-template <Early kWay> std::string early_complaint(bool begins_early) {
-    simt::Scheduler scheduler;
-    simt::SimtDevice device(scheduler, 5);
-    const auto stream = device.create_stream();
-    auto* words = static_cast<uint32_t*>(device.allocate(4096));
-    const dev::LaunchConfig config{.num_threads = 64, .begins_early = begins_early, .name = "early"};
-    dev::launch<EarlyKernel<kWay>>(config, stream, {words, &device, stream});
-    const std::string text = error_of([&] { device.synchronize_stream(stream); });
-    device.free(words);
-    return text;
-}
-
-}  // namespace
-
-TEST_CASE("a kernel that may begin early, and touches memory before it has waited for the stream") {
-    CHECK(contains(early_complaint<Early::kLoads>(true), "block 0 warp 1 lane 1: touches address "));
-    CHECK(contains(early_complaint<Early::kStores>(true), "before prim::wait_for_stream"));
-    CHECK(contains(early_complaint<Early::kReadsRow>(true), "before prim::wait_for_stream"));
-    CHECK(contains(early_complaint<Early::kNeverWaits>(true), "lane 8: returns without prim::wait_for_stream"));
-    CHECK(early_complaint<Early::kWaits>(true) == "");
-    CHECK(early_complaint<Early::kLoads>(false) == "");
-    CHECK(early_complaint<Early::kNeverWaits>(false) == "");
-}
-
 TEST_CASE("a poll without a pause, which would hang the executor") {
     CHECK(contains(complaint<Mistake::kSpins>(), "without prim::pause() in between"));
 }
