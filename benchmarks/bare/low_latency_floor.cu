@@ -11,20 +11,32 @@
 #include <random>
 #include <vector>
 
-#define CHECK(call)                                                                        \
-    do {                                                                                   \
-        const cudaError_t error = (call);                                                  \
-        if (error != cudaSuccess) {                                                        \
+#define CHECK(call)                                                                              \
+    do {                                                                                         \
+        const cudaError_t error = (call);                                                        \
+        if (error != cudaSuccess) {                                                              \
             std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error)); \
-            std::exit(1);                                                                  \
-        }                                                                                  \
+            std::exit(1);                                                                        \
+        }                                                                                        \
     } while (false)
 
 constexpr int kBlocks = 132, kWarps = 14, kTokens = 256, kTopk = 8, kParts = 7, kExperts = 144, kRowsOfExpert = 256;
 constexpr int kRowVecs = 448;  // 7168 bytes
 constexpr int kScaleWords = 56;
 
-enum Work { kEmpty, kTrip, kTwoTrips, kPlace, kPlaceCompact, kPlaceScales, kPlaceTwoTrips, kPlacePrefetch, kSum, kSumCompact, kSumPrefetch };
+enum Work {
+    kEmpty,
+    kTrip,
+    kTwoTrips,
+    kPlace,
+    kPlaceCompact,
+    kPlaceScales,
+    kPlaceTwoTrips,
+    kPlacePrefetch,
+    kSum,
+    kSumCompact,
+    kSumPrefetch
+};
 enum Begin { kNormal, kWaits, kTriggers };
 
 struct Params {
@@ -63,12 +75,12 @@ template <int kWork> __device__ void place(const Params& p) {
         for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
             const int target = __shfl_sync(~0u, row, __ffs(rest) - 1), expert = target / kRowsOfExpert;
             if (lane < 8)
-                p.scales[(int64_t{expert} * kScaleWords + part * 8 + lane) * kRowsOfExpert + target % kRowsOfExpert] = 1.0f;
+                p.scales[(int64_t{expert} * kScaleWords + part * 8 + lane) * kRowsOfExpert + target % kRowsOfExpert] =
+                    1.0f;
         }
     for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
         const int target = __shfl_sync(~0u, row, __ffs(rest) - 1);
-        for (int i = 0; i < 2; ++i)
-            __stcs(p.out + int64_t{target} * kRowVecs + part * 64 + i * 32 + lane, held[i]);
+        for (int i = 0; i < 2; ++i) __stcs(p.out + int64_t{target} * kRowVecs + part * 64 + i * 32 + lane, held[i]);
     }
 }
 
@@ -82,7 +94,8 @@ template <int kWork> __device__ void sum(const Params& p) {
         for (uint32_t rest = __ballot_sync(~0u, row[1] >= 0); rest != 0; rest &= rest - 1) {
             const int source = __shfl_sync(~0u, row[1], __ffs(rest) - 1);
             if (lane < 8)
-                asm volatile("prefetch.global.L2 [%0];" ::"l"(p.in + int64_t{source} * 2 * kRowVecs + warp * 64 + lane * 8));
+                asm volatile(
+                    "prefetch.global.L2 [%0];" ::"l"(p.in + int64_t{source} * 2 * kRowVecs + warp * 64 + lane * 8));
         }
     }
     for (int turn = 0; turn < 2; ++turn) {
