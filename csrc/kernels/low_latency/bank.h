@@ -52,8 +52,7 @@ EP_DEVICE void publish_ended(Warp warp, const CallContext& c) {
                                                   ended);
     }
     if constexpr (kAcrossNodes)
-        for (int bank = 0; bank < kNumBanks; ++bank)
-            tell_far_ended(warp, c, bank, ended_before(c, bank));
+        for (int bank = 0; bank < kNumBanks; ++bank) tell_far_ended(warp, c, bank, ended_before(c, bank));
 }
 
 // One look at whether a send phase may begin, by a warp that does not know the number of the call yet: that is on its way too.
