@@ -194,11 +194,11 @@ py::tuple wire_sizes(uint64_t row_bytes, uint64_t num_topk, uint64_t num_scales,
                      uint64_t num_local_experts, bool is_combine) {
     if (is_combine) {
         const auto slot = layout::SlotLayout::for_combine(row_bytes, num_topk);
-        return py::make_tuple(layout::RailSlot::for_combine(row_bytes, num_topk).bytes,
+        return py::make_tuple(layout::SlotLayout::for_combine(row_bytes, num_topk).bytes,
                               layout::bulk_bytes(slot.topk_weights.end()), 0);
     }
     const auto slot = layout::SlotLayout::for_dispatch(row_bytes, num_topk, num_scales);
-    return py::make_tuple(layout::RailSlot::for_dispatch(row_bytes, num_topk, num_scales, ranks_per_node).bytes,
+    return py::make_tuple(layout::SlotLayout::for_dispatch(row_bytes, num_topk, num_scales, ranks_per_node).bytes,
                           layout::bulk_bytes(slot.scales.end()),
                           layout::CountsBlock::make(ranks_per_node, num_local_experts).bytes);
 }
