@@ -215,7 +215,7 @@ RailRegion plan_rail(const BufferOptions& options) {
     return region;
 }
 
-layout::RailWindow plan_rail_window(const RailRegion& rail, int num_nodes, const layout::RailSlot& slot,
+layout::RailWindow plan_rail_window(const RailRegion& rail, int num_nodes, const layout::SlotLayout& slot,
                                     size_t chunk_bytes, const char* operation) {
     const auto nodes = static_cast<uint64_t>(num_nodes);
     const auto window = layout::RailWindow::make(rail.num_data_bytes, nodes, slot.bytes, chunk_bytes);

@@ -256,7 +256,7 @@ TEST_CASE("the rail window has what was asked for, or as much as the data and 16
 }
 
 TEST_CASE("a rail window needs room for a slot of each stream") {
-    const auto slot = layout::RailSlot::for_combine(14336, 8);
+    const auto slot = layout::SlotLayout::for_combine(14336, 8);
     BufferOptions small = across(3, 2);
     const auto enough = static_cast<int64_t>(layout::RailWindow::bytes_for(3, slot.bytes, 1));
     small.num_rail_bytes = enough;
