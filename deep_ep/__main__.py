@@ -142,11 +142,16 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
                         default=[],
                         metavar="NAMES",
                         help="which of them count, e.g. mlx5_0,mlx5_1")
-    parser.add_argument("--nvlink-gb-per-s",
-                        type=positive_rate,
-                        default=340.0,
-                        help="GB/s that leave a GPU when all copy to all (default: %(default)s; the ceiling that "
-                        "`bench intranode` prints)")
+    parser.add_argument(
+        "--nvlink-gb-per-s",
+        type=positive_rate,
+        default=340.0,
+        help="GB/s that leave a GPU when all copy to all (default: %(default)s, of 18 links of NVLink 4)")
+    parser.add_argument("--row-for-each-node",
+                        action="store_true",
+                        help="low latency: a row of a dispatch crosses once for each node, as over nvshmem where CUDA "
+                        "orders a NIC's writes for all devices (default: once for each rank; with --engine host: "
+                        "once for each node)")
     parser.add_argument("--engine",
                         choices=("gpu", "proxy", "fencing-proxy", "host"),
                         default="gpu",

@@ -6,9 +6,10 @@ A call of the high-throughput mode takes
 
     latency + first chunk + max(rail bytes / (0.9 * NIC), NVLink bytes / (share * NVLink), bytes / (SMs * rate of one))
 
-without the rail's parts inside a node. Latencies, shares and rates are those of one node of H100, measured and fitted
-(`measure`); 0.9 of the NIC is what every library reaches from four nodes on. What it says of several nodes is a
-prediction: nothing here has run on a NIC. docs/performance/model.md has its errors on figures that others published.
+without the rail's parts inside a node. Latencies, shares and rates are those of one node of two H200, measured and
+fitted (tools/model_fit.py); 0.9 of the NIC is what every library reaches from four nodes on. What it says of several
+nodes is a prediction: nothing here has run on a NIC. docs/performance/model.md has its errors on figures that others
+published.
 
 Counts are those of one rank in one direction; every rank has the same. A token crosses the rail once for each other
 node that has one of its experts, and NVLink once for each rank there that is not its forwarder (within a node: not the
@@ -20,7 +21,7 @@ import json
 import math
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -43,6 +44,7 @@ OPERATIONS = ((DISPATCH, FP8), (DISPATCH, BF16), (COMBINE, BF16))
 HIGH_THROUGHPUT, LOW_LATENCY = "high-throughput", "low-latency"
 SCALING_RANKS = tuple(1 << i for i in range(1, 10))
 LARGEST_NODE = 8
+LENDING_PAIR = 2  # ranks of a group that lend each other the sums of a combine
 
 # What a call moves, for even routing.
 
@@ -136,9 +138,13 @@ def _round_up(num_bytes: int) -> int:
     return -(-num_bytes // BULK_BYTES) * BULK_BYTES
 
 
-def low_latency_bytes(shape: Shape, nodes: Nodes, operation: str, kind: str) -> tuple[float, float]:
+def low_latency_bytes(shape: Shape, nodes: Nodes, operation: str, kind: str, shares_rows: bool) -> tuple[float, float]:
     """Bytes that leave a rank over the rail and over NVLink in a low-latency call without a hook: a table for each
-    rank, a row for each token and rank, and their flags. (docs/protocols/low_latency_nodes.md, messages 2f to 6f)"""
+    rank, a row for each token and rank, and their flags. (docs/protocols/low_latency_nodes.md, messages 2f to 6f)
+
+    `shares_rows`: a row of a dispatch crosses the rail once for each node, and its other ranks load it from the one
+    that has it; of what leaves a rank over NVLink a part is then rows of other nodes.
+    """
     is_combine = operation == COMBINE
     row, num_scales = row_bytes(shape.hidden, BF16 if is_combine else kind)
     copies = shape.num_tokens * distinct_ranks(shape, nodes)
@@ -146,8 +152,12 @@ def low_latency_bytes(shape: Shape, nodes: Nodes, operation: str, kind: str) -> 
     table = _round_up(16 + 4 * entries + 4 * (entries if is_combine else shape.num_experts)) + FLAG_BYTES
     slot = _round_up(row + 4 * num_scales) + FLAG_BYTES
     num_others, num_neighbours = nodes.num_ranks - nodes.ranks_per_node, nodes.ranks_per_node - 1
-    over_rail = copies * num_others / nodes.num_ranks * slot + num_others * (table + FLAG_BYTES)
-    return over_rail, copies * num_neighbours / nodes.num_ranks * slot + num_neighbours * (table + FLAG_BYTES)
+    far_copies, near_copies = copies * num_others / nodes.num_ranks, copies * num_neighbours / nodes.num_ranks
+    if shares_rows and not is_combine:
+        near_copies += far_copies * num_neighbours / nodes.ranks_per_node
+        far_copies = shape.num_tokens * distinct_nodes(shape, nodes) * (nodes.num_nodes - 1) / nodes.num_nodes
+    words = table + FLAG_BYTES
+    return far_copies * slot + num_others * words, near_copies * slot + num_neighbours * words
 
 
 # What that takes.
@@ -165,10 +175,16 @@ class NodeCost:
         return calibrate.Cost(self.latency_us, self.link_share * nvlink_gb_per_s, self.sm_gb_per_s)
 
 
-# Fitted by `measure` to the benchmarks of two H100 of 2026-11-28 as callers get them: outputs of a dispatch are lent,
-# rows of a combine go through slots. Rates of an SM are from the sweep of 2026-11-27, where few of them are the limit.
-NODE_COSTS = {DISPATCH: NodeCost(17.5, 0.92, 49.6), COMBINE: NodeCost(21.5, 0.72, 24.8)}
-LOW_LATENCY_COSTS = {DISPATCH: NodeCost(18.4, 0.87, 0.0), COMBINE: NodeCost(17.0, 0.87, 0.0)}
+# Fitted by tools/model_fit.py to benchmarks of two H200 of 2026-11-28; shares are of NVLINK_GB_PER_S. Outputs of a
+# dispatch are lent; rows of a combine go through slots, but between two ranks, which lend each other their sums.
+NODE_COSTS = {DISPATCH: NodeCost(15.5, 0.98, 49.6), COMBINE: NodeCost(20.1, 0.74, 30.2)}
+PAIR_COMBINE_COST = NodeCost(21.4, 0.85, 30.2)
+LOW_LATENCY_COSTS = {DISPATCH: NodeCost(14.8, 0.72, 0.0), COMBINE: NodeCost(13.7, 0.72, 0.0)}
+
+
+def node_cost(operation: str, num_ranks: int) -> NodeCost:
+    """Of the high-throughput mode, in a group of so many ranks."""
+    return PAIR_COMBINE_COST if operation == COMBINE and num_ranks == LENDING_PAIR else NODE_COSTS[operation]
 
 
 @dataclass(frozen=True)
@@ -195,6 +211,7 @@ class Links:
     nic_gb_per_s: float  # 0: there is one node
     nvlink_gb_per_s: float = NVLINK_GB_PER_S
     engine: str = "gpu"
+    shares_rows: bool = False  # low latency: ranks may read rows in their neighbours' windows, see low_latency_bytes
 
     @property
     def chunk_bytes(self) -> int:
@@ -275,7 +292,7 @@ def predict(shape: Shape,
     """A call of the high-throughput mode whose counts are known. num_sms: None: as few as do not make it slower."""
     chunk_bytes = links.chunk_bytes if nodes.num_nodes > 1 else 0
     moved = traffic(shape, nodes, operation, kind, chunk_bytes)
-    cost = NODE_COSTS[operation].cost(links.nvlink_gb_per_s)
+    cost = node_cost(operation, nodes.num_ranks).cost(links.nvlink_gb_per_s)
     fixed_us = cost.latency_us + (_rail_fixed_us(links, chunk_bytes) if nodes.num_nodes > 1 else 0.0)
 
     def with_sms(count: int) -> Prediction:
@@ -286,7 +303,7 @@ def predict(shape: Shape,
 
 def predict_low_latency(shape: Shape, nodes: Nodes, links: Links, operation: str, kind: str) -> Prediction:
     """Both phases of a low-latency call, without a hook."""
-    rail_bytes, nvlink_bytes = low_latency_bytes(shape, nodes, operation, kind)
+    rail_bytes, nvlink_bytes = low_latency_bytes(shape, nodes, operation, kind, links.shares_rows)
     cost = LOW_LATENCY_COSTS[operation].cost(links.nvlink_gb_per_s)
     phases = [Phase("NVLink", nvlink_bytes, cost.link_gb_per_s)]
     fixed_us = cost.latency_us
@@ -351,63 +368,6 @@ def costs_across_nodes(num_nodes: int, ranks_per_node: int, rail_gb_per_s: float
     return CostsAcrossNodes({}, Nodes(num_nodes, ranks_per_node), Links(rail_gb_per_s))
 
 
-# Against measurements inside a node
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A measured figure beside the model's."""
-
-    operation: str
-    num_tokens: int
-    num_sms: int
-    measured_us: float
-    model_us: float
-
-    @property
-    def error(self) -> float:
-        return self.model_us / self.measured_us - 1
-
-
-_HIGH_THROUGHPUT_ROWS = {"dispatch FP8 cached": DISPATCH, "dispatch BF16 cached": DISPATCH, "combine BF16": COMBINE}
-_LOW_LATENCY_ROWS = {"dispatch FP8": DISPATCH, "dispatch BF16": DISPATCH, "combine BF16": COMBINE}
-
-
-def compare(report: dict[str, Any]) -> list[Comparison]:
-    """With a report of `python -m deep_ep bench intranode|low-latency --save`: calls whose counts are known, queued."""
-    is_low_latency = report["benchmark"] == LOW_LATENCY
-    names, costs = (_LOW_LATENCY_ROWS, LOW_LATENCY_COSTS) if is_low_latency else (_HIGH_THROUGHPUT_ROWS, NODE_COSTS)
-    num_ranks, found = report["num_ranks"], []
-    for row in report["rows"]:
-        if row["operation"] not in names or row["routing"] != "uniform":
-            continue
-        cost = costs[names[row["operation"]]].cost(row["ceiling_gb_per_s"])
-        if is_low_latency:
-            model_us = cost.latency_us + row["remote_bytes"] / cost.link_gb_per_s / 1e3
-        else:
-            model_us = cost.time_us(row["num_sms"], row["remote_bytes"] * num_ranks / (num_ranks - 1),
-                                    row["remote_bytes"])
-        found.append(Comparison(row["operation"], row["num_tokens"], row["num_sms"], row["queued_us"], model_us))
-    return found
-
-
-def measure(report: dict[str, Any]) -> dict[str, NodeCost]:
-    """NODE_COSTS of a machine, from a report of the intranode benchmark: the share of the link with which the largest
-    relative error is least."""
-    ceiling = max(row["ceiling_gb_per_s"] for row in report["rows"])
-
-    def fitted(samples: Sequence[calibrate.Sample], percent: int) -> tuple[float, NodeCost]:
-        cost = calibrate.fit(samples, ceiling * percent / 100)
-        errors = [cost.time_us(s.num_sms, s.num_bytes, s.remote_bytes) / s.time_us - 1 for s in samples]
-        return max(map(abs, errors)), NodeCost(cost.latency_us, percent / 100, cost.sm_gb_per_s)
-
-    costs = {}
-    for operation in (DISPATCH, COMBINE):
-        samples = calibrate.samples_of(report["rows"], operation, report["num_ranks"])
-        costs[operation] = min((fitted(samples, percent) for percent in range(60, 101)), key=lambda found: found[0])[1]
-    return costs
-
-
 # Scaling
 
 
@@ -433,10 +393,12 @@ def scaling(mode: str, shape: Shape, links: Links, most_sms: int = MOST_SMS) -> 
 
 def links_of(args: Namespace) -> Links:
     """From the options, and where they are silent from sysfs. Raises InvalidArgument where that does not tell."""
+    shares_rows = args.row_for_each_node or args.engine == "host"
+    rest = (args.nvlink_gb_per_s, args.engine, shares_rows)
     if args.nodes == 1 and not args.scaling:
-        return Links(0.0, args.nvlink_gb_per_s, args.engine)
+        return Links(0.0, *rest)
     if args.nic_gbps is not None:
-        return Links(args.nic_gbps / _probes.BITS_PER_BYTE, args.nvlink_gb_per_s, args.engine)
+        return Links(args.nic_gbps / _probes.BITS_PER_BYTE, *rest)
     try:
         total = _probes.nic_gb_per_s(args.nics)
     except ValueError as error:
@@ -445,7 +407,7 @@ def links_of(args: Namespace) -> Links:
         raise InvalidArgument("this machine has no RDMA NIC that is up and tells its rate: give --nic-gbps, the rate "
                               "of a rank's NICs in Gb/s (400 for one ConnectX-7 a GPU)")
     num_sharing = LARGEST_NODE if args.scaling else args.ranks_per_node
-    return Links(total / num_sharing, args.nvlink_gb_per_s, args.engine)
+    return Links(total / num_sharing, *rest)
 
 
 def lines_of(predictions: Iterable[Prediction]) -> list[str]:

@@ -3,6 +3,7 @@
 One Buffer serves every shape, so that each round finds what another shape left behind in its region.
 """
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -48,6 +49,28 @@ def play_round(worker: Worker, sizes: Sizes, choice: Choice, seed: int) -> Diges
     digests.add(*(output for pending in pending_calls for output in outputs_of(pending)))
     repeat(worker, pending_calls, landings, digests)
     return digests
+
+
+def orders_of_their_own(worker: Worker, sizes: Sizes, seed: int, rounds: int) -> None:
+    """Two calls open on each of two Buffers. Each rank receives them in an order of its own, with pauses of its own,
+    some without hooks: what one rank does between its calls must be nothing to another."""
+    shared, mine = Choice(seed, 0), Choice(seed, worker.rank + 1)
+    num_experts = sizes.experts_per_rank * worker.num_ranks
+    num_bytes = Buffer.get_low_latency_rdma_size_hint(sizes.num_tokens, sizes.hidden, worker.num_ranks, num_experts)
+    buffers = [low_latency_buffer(worker, num_bytes), low_latency_buffer(worker, num_bytes + 4096)]
+    for round_idx in range(rounds):
+        manners = [replace(choose_manner(sizes, shared), mode=mine.of("hook", "hook", "async")) for _ in range(4)]
+        works = [choose_work(worker.num_ranks, sizes, shared, manner.cast, seed * 100 + round_idx * 4 + i)
+                 for i, manner in enumerate(manners)]  # yapf: disable
+        calls = [LowLatencyPendingCall(worker, buffers[i % 2], works[i], manners[i]) for i in range(4)]
+        for starts, finishes in (("start_dispatch", "finish_dispatch"), ("start_combine", "finish_combine")):
+            for call in calls:
+                getattr(call, starts)()
+                time.sleep(mine.of(0.0, 0.0, 0.0, 0.01))
+            left = list(calls)
+            while left:
+                getattr(left.pop(mine.of(*range(len(left)))), finishes)()
+                time.sleep(mine.of(0.0, 0.0, 0.02))
 
 
 def choose_manner(sizes: Sizes, choice: Choice) -> Manner:

@@ -1,6 +1,10 @@
 """Two jobs on the same hosts (pitfall 13): they share names, interfaces, SMs and /dev/shm, and nothing else."""
 
 import concurrent.futures
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import low_latency_pressure
@@ -8,6 +12,7 @@ import pressure
 import pytest
 from utils import Pool
 
+ROOT = Path(__file__).resolve().parents[1]
 ONE_NODE: dict[str, str] = {}
 NODES = {"DEEP_EP_RANKS_PER_NODE": "1", "DEEP_EP_RAIL_INTERFACE": "lo"}
 NUM_RANKS = 2
@@ -37,3 +42,17 @@ def test_two_jobs_on_the_same_hosts(environment: dict[str, str], module: Any) ->
     finally:
         for job in jobs:
             job.close()
+
+
+def test_a_full_shared_memory_mount_ends_no_process(tmp_path: Path) -> None:
+    """Mailboxes are then found under /proc. A store to a page that the mount had no room for was a SIGBUS."""
+    in_a_mount_of_its_own = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=4k tmpfs /dev/shm && exec "$@"']
+    if subprocess.run([*in_a_mount_of_its_own, "sh", "true"], check=False, capture_output=True).returncode != 0:
+        pytest.skip("this process may not mount")
+    script = tmp_path / "trip.py"
+    script.write_text("from deep_ep.bench.round_trip import round_trip\n"
+                      "if __name__ == '__main__':\n    print(round_trip('cpu', [0, 0]).failures)\n")
+    run = subprocess.run([*in_a_mount_of_its_own, "sh", sys.executable, str(script)], check=False, capture_output=True,
+                         text=True, timeout=240, env={**os.environ, "PYTHONPATH": str(ROOT)})  # yapf: disable
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "[]\n", run.stdout

@@ -146,6 +146,12 @@ def test_random_calls_under_pressure(two: Pool) -> None:
     assert found == two.run(low_latency_pressure.run, 4, sizes, seed=1, seconds=0.0, least_rounds=6)
 
 
+@pytest.mark.parametrize("topology", ["2x1", "3x2"])
+def test_every_rank_calls_its_hooks_in_an_order_of_its_own(nodes: Nodes, topology: str) -> None:
+    pool, num_ranks = nodes.pool(topology)
+    pool.run(low_latency_pressure.orders_of_their_own, num_ranks, pressure.Sizes(6, 512, 4, 3), seed=7, rounds=4)
+
+
 @pytest.mark.parametrize("late", [0, 3])
 def test_late_rank(two: Pool, late: int) -> None:
     two.run(cases.late_rank, 4, Workload((5, 9, 2, 4), routing="spread"), late)

@@ -11,7 +11,7 @@ from utils import Pool, Worker
 from workload import Workload
 
 import deep_ep_cpp
-from deep_ep import Error, TransportError, _nvshmem
+from deep_ep import Buffer, Error, TransportError, _nvshmem, _probes, model
 
 RANKS_PER_NODE = {"DEEP_EP_RANKS_PER_NODE": "2"}
 
@@ -68,6 +68,32 @@ def rail_after_failure(worker: Worker, sentence: str) -> str:
             return rail_of(worker)[1]
         except Error as error:
             return f"{type(error).__name__}: {error}"
+
+
+def chosen_by_the_model(worker: Worker, *gb_per_s: float) -> tuple[float, list[int]]:
+    """Of a Buffer over `nvshmem`, on machines whose NICs have these rates: the rate that chunks are planned for, and
+    the SMs of a small and a large combine without a config. (The engine is another: this machine has no NIC.)"""
+    make, rates = deep_ep_cpp.Buffer, []
+
+    def make_over_tcp(*args: Any, rail: str, rail_gb_per_s: float, **options: Any) -> deep_ep_cpp.Buffer:
+        rates.append(rail_gb_per_s)
+        return make(*args, rail="host", rail_gb_per_s=rail_gb_per_s, **options)
+
+    make_over_tcp.LEND_PART_OF_DATA = make.LEND_PART_OF_DATA
+    with mock.patch.object(_nvshmem, "obstacle", return_value=""), \
+            mock.patch.object(_probes, "nic_gb_per_s", return_value=gb_per_s[worker.rank]), \
+            mock.patch.object(deep_ep_cpp, "Buffer", make_over_tcp), worker.new_buffer() as buffer:
+        costs = buffer._require_session().cost_model
+        return rates[0], [costs.budget("combine", Buffer.num_sms, num_bytes, 4) for num_bytes in (1 << 10, 1 << 30)]
+
+
+def test_the_model_chooses_chunks_and_sms_by_the_rates_of_the_nics(pool: Pool) -> None:
+    """The two ranks of a machine share 1600 GB/s, those of the other 800: all plan for the slower one."""
+    expected = model.costs_across_nodes(2, 2, 400.0)
+    for rate, num_sms in pool.run(chosen_by_the_model, 4, 1600.0, 1600.0, 800.0, 800.0):
+        assert rate == 400.0
+        assert num_sms == [expected.budget("combine", Buffer.num_sms, num_bytes, 4) for num_bytes in (1 << 10, 1 << 30)]
+        assert num_sms[0] == model.LEAST_SMS < num_sms[1] <= Buffer.num_sms
 
 
 def test_where_nvshmem_does_not_begin_the_other_engine_does(pool: Pool) -> None:

@@ -1,6 +1,6 @@
 // Bare kernels: combine between two GPUs, with roles by block, and with own rows added to the peer's where those are.
 //
-//     nvcc -std=c++17 -O3 -arch=sm_90 -o ways benchmarks/bare/combine_ways.cu && ./ways [blocks | add | roles]
+//     nvcc -std=c++17 -O3 -arch=sm_90 -o ways benchmarks/bare/combine_ways.cu && ./ways [blocks | add | roles | staged]
 //
 // As intranode_ways.cu. What came out: docs/performance/intranode.md, steps 38 and 39.
 #include "intranode_ways.h"
@@ -177,6 +177,104 @@ __global__ void __launch_bounds__(T) roles(Args a) {
     reduce_slots<U>(a, first, R * blocks, lane);
 }
 
+// The sending block of the next kernel, B rows to a release. kLate: it waits for their stores while the next row is loaded.
+template <int W, int B, bool kLate> __device__ void send_rows(const Args& a, int warp, int lane) {
+    const int step = W * a.split;
+    int told = warp * a.split + blockIdx.x;
+    const auto tell_until = [&](int end) {
+        const int mine = told + lane * step;
+        if (mine < end && lane < B) publish(a.peer_flags + mine, a.epoch);
+        told = end;
+    };
+    int t = told;
+    for (; t < kTokens; t += step) {
+        const uint8_t* from = a.x + static_cast<int64_t>(t) * a.row;
+        uint8_t* to = a.remote + static_cast<int64_t>(t) * a.row;
+        const bool is_due = t - told >= B * step;
+        if (is_due && !kLate) tell_until(t);
+        for (int base = lane * 16; base < a.row; base += 7 * 512) {
+            Vec held[7];
+#pragma unroll
+            for (int i = 0; i < 7; ++i) held[i] = load(from + base + i * 512);
+            __syncwarp();
+            if (is_due && kLate && base == lane * 16) tell_until(t);
+#pragma unroll
+            for (int i = 0; i < 7; ++i) store(to + base + i * 512, held[i]);
+        }
+        __syncwarp();
+    }
+    tell_until(t);
+}
+
+// Roles by block as above; the blocks that add keep whole rows of their own on their way, S stages of shared memory to each of R
+// warps (S = 0: 7 vectors of each lane), and add them by ordinary instructions or, kBulk, by bulk copies.
+template <int W, int B, bool kLate, int R, int S, bool kBulk>
+__global__ void __launch_bounds__(768) roles_staged(Args a) {
+    extern __shared__ __align__(128) uint8_t memory[];
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32;
+    meet(a);
+    if (blockIdx.x < a.split) {
+        if (warp < W) send_rows<W, B, kLate>(a, warp, lane);
+        return;
+    }
+    if (warp >= R) return;
+    const int blocks = gridDim.x - a.split;
+    const int first = warp * blocks + blockIdx.x - a.split;
+    const int step = R * blocks;
+    const int count = first < kTokens ? (kTokens - first + step - 1) / step : 0;
+    const auto at = [&](int item) { return static_cast<int64_t>(first + item * step) * a.row; };
+    const auto wait_for = [&](int item) {
+        if (lane == 0)
+            while (look(a.flags + first + item * step) < a.epoch) __nanosleep(20);
+        __syncwarp();
+    };
+    if constexpr (S == 0) {
+        for (int item = 0; item < count; ++item)
+            for (int base = lane * 16; base < a.row; base += 7 * 512) {
+                Vec held[7];
+#pragma unroll
+                for (int i = 0; i < 7; ++i) held[i] = load(a.x + at(item) + base + i * 512);
+                if (base == lane * 16) wait_for(item);
+#pragma unroll
+                for (int i = 0; i < 7; ++i) add(a.result + at(item) + base + i * 512, held[i]);
+            }
+    } else {
+        uint8_t* stages = memory + warp * (S * a.row + 128);
+        auto* bars = reinterpret_cast<uint64_t*>(stages + S * a.row);
+        if (lane == 0) {
+            for (int s = 0; s < S; ++s) bar_init(bars + s);
+            asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            for (int item = 0; item < S && item < count; ++item)
+                bulk_load(stages + item * a.row, a.x + at(item), a.row, bars + item);
+        }
+        __syncwarp();
+        for (int item = 0; item < count; ++item) {
+            const int s = item % S;
+            wait_for(item);
+            bar_wait(bars + s, item / S & 1);
+            if (kBulk) {
+                if (lane == 0) {
+                    asm volatile("fence.proxy.async;" ::: "memory");
+                    bulk_add(a.result + at(item), stages + s * a.row, a.row);
+                    bulk_wait_read<0>();
+                }
+            } else {
+                for (int base = lane * 16; base < a.row; base += 7 * 512) {
+#pragma unroll
+                    for (int i = 0; i < 7; ++i)
+                        add(a.result + at(item) + base + i * 512, load_smem(smem(stages + s * a.row + base + i * 512)));
+                }
+                asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+                __syncwarp();
+            }
+            if (lane == 0 && item + S < count) bulk_load(stages + s * a.row, a.x + at(item + S), a.row, bars + s);
+        }
+        if (kBulk && lane == 0) bulk_wait<0>();
+    }
+}
+
 // Beside others that are measured: what they have to give.
 static std::vector<uint8_t> sums_by_pull(const std::vector<int>& sms) {
     measure("pull, 16 warps x 7", pull<7, 512>, 512, 0, kMaxRow, 0, To::kOutput, sms);
@@ -259,11 +357,33 @@ static void run_roles() {
     measure_splits("flag warp, 20 send, 16 add x 7", roles<true, true, 20, 16, 7, 1, 672>, 672, To::kResult);
 }
 
+static void run_staged() {
+    std::printf("\nroles by block, own rows added out of stages\n");
+    const std::vector<uint8_t> sums = sums_by_pull({16, 20, 24});
+    const auto measure_splits = [&](const char* what, auto kernel, int stages) {
+        CHECK(cudaMemset(gpus[0].result, 0, sums.size()));
+        for (int split = 7; split <= 11; ++split) {
+            char name[64];
+            std::snprintf(name, sizeof name, "%d blocks send, %s", split, what);
+            measure(name, kernel, 768, stages * kMaxRow + 16 * 128, kMaxRow, split, To::kResult, {16, 18, 20, 24});
+        }
+        check_rows(what, gpus[0].result, sums.data(), sums.size());
+    };
+    measure_splits("batch 2, 24 add x 7", roles_staged<24, 2, false, 24, 0, false>, 0);
+    measure_splits("late 1, 24 add x 7", roles_staged<24, 1, true, 24, 0, false>, 0);
+    measure_splits("late 2, 24 add x 7", roles_staged<24, 2, true, 24, 0, false>, 0);
+    measure_splits("late 3, 24 add x 7", roles_staged<24, 3, true, 24, 0, false>, 0);
+    measure_splits("late 2, 7 add x 2 stages", roles_staged<24, 2, true, 7, 2, false>, 14);
+    measure_splits("late 2, 14 add x 1 stage", roles_staged<24, 2, true, 14, 1, false>, 14);
+    measure_splits("late 2, 7 x 2 stages bulk", roles_staged<24, 2, true, 7, 2, true>, 14);
+}
+
 int main(int argc, char** argv) {
     const auto is_wanted = [&](const char* what) { return argc < 2 || std::strcmp(argv[1], what) == 0; };
     set_up();
     if (is_wanted("blocks")) run_blocks();
     if (is_wanted("add")) run_add();
     if (is_wanted("roles")) run_roles();
+    if (is_wanted("staged")) run_staged();
     return 0;
 }

@@ -235,21 +235,30 @@ Registry& registry() {
     return *instance;
 }
 
+// Gives the file its page now: a store to a page for which a full /dev/shm has no room ends the process (SIGBUS).
+bool reserve(const FileDescriptor& file) {
+    if (!file) return false;
+    const int error = posix_fallocate(file.get(), 0, kPageBytes);
+    if (error != 0) errno = error;
+    return error == 0;
+}
+
 FileDescriptor create_file(const Nonce& nonce) {
     const std::string path = path_of(nonce);
     FileDescriptor file(::open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
+    if (reserve(file)) return file;
+    if (file) unlink(path.c_str());
     // Peers that see this process reach it through /proc as well.
     const std::string name = "deep_ep-" + std::string(nonce.data(), nonce.size());
-    if (!file) file = FileDescriptor(memfd_create(name.c_str(), MFD_CLOEXEC));
-    if (!file) throw TransportError(concat("cannot make the mailbox ", path, ": ", std::strerror(errno)));
+    file = FileDescriptor(memfd_create(name.c_str(), MFD_CLOEXEC));
+    if (!reserve(file)) throw TransportError(concat("cannot make the mailbox ", path, ": ", std::strerror(errno)));
     return file;
 }
 
 std::shared_ptr<MailboxPage> make_page(int num_ranks, std::string& handle_bytes) {
     const Nonce nonce = random_nonce();
     FileDescriptor file = create_file(nonce);
-    MappedFile memory;
-    if (ftruncate(file.get(), kPageBytes) == 0) memory = MappedFile(file, kPageBytes);
+    MappedFile memory(file, kPageBytes);
     if (!memory) {
         const int error = errno;
         unlink(path_of(nonce).c_str());

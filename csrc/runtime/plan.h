@@ -110,6 +110,8 @@ int plan_notify_threads(const Machine& machine);
 
 // Throws where not even one slot of each stream has room.
 layout::WindowLayout plan_window(const HeapPlan& heap, const layout::SlotLayout& slot, const char* operation);
+// The same for combine inside a node, which may use fewer slots than there are.
+layout::WindowLayout plan_combine_window(const Machine& machine, const HeapPlan& heap, const layout::SlotLayout& slot);
 
 struct LowLatencyGrid {
     int num_blocks, num_warps;

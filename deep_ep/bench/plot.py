@@ -14,6 +14,7 @@ BAR_HEIGHT, LEGEND_ROW_HEIGHT, LEGEND_COLUMNS = 0.26, 0.17, 3
 MOST_BARS = 2
 COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf",
           "#000080", "#ffbb78", "#006400", "#ff9896", "#c5b0d5", "#c49c94", "#f7b6d2", "#444444")
+LINE_STYLES = ("-", "--", "-.", ":")
 OTHERS = ("nccl", "gloo")
 # Variants that would hide the others.
 LEFT_OUT = ("bias", "weights", "graph", "send", "receive")
@@ -54,21 +55,26 @@ def plot_file(path: Path) -> str:
 
 
 def draw_scaling(plt: Any, report: Row) -> Any:
-    """Of `python -m deep_ep model --scaling`: time over ranks, a mark where another link bounds the call; and SMs."""
-    figure, (times, budgets) = plt.subplots(1, 2, figsize=(WIDTH, HEIGHT), layout="constrained")
-    names = list(dict.fromkeys((row["operation"], row["kind"]) for row in report["rows"]))
+    """Of `python -m deep_ep model --scaling`: time over ranks, a mark where another link bounds the call; and SMs, or,
+    where all of them take part, what leaves a rank over the rail."""
+    figure, (times, beside) = plt.subplots(1, 2, figsize=(WIDTH, HEIGHT), layout="constrained")
+    names = list(dict.fromkeys(name_of(row) for row in report["rows"]))
     bounds = dict(zip(("NVLink", "SMs", "rail"), "osD"))
-    for color, name in zip(COLORS, names):
-        rows = [row for row in report["rows"] if (row["operation"], row["kind"]) == name]
-        label, places = f"{name[0]} {name[1].upper()}", [row["num_ranks"] for row in rows]
-        times.plot(places, [row["time_us"] for row in rows], color=color, label=label)
+    has_budgets = any(row["num_sms"] for row in report["rows"])
+    # Lines that lie on each other are seen through their gaps.
+    for color, style, name in zip(COLORS, LINE_STYLES, names):
+        rows = [row for row in report["rows"] if name_of(row) == name]
+        places, look = [row["num_ranks"] for row in rows], {"color": color, "linestyle": style, "label": name}
+        times.plot(places, [row["time_us"] for row in rows], **look)
         for row in rows:
             times.plot(row["num_ranks"], row["time_us"], marker=bounds[row["bottleneck"]], color=color)
-        budgets.plot(places, [row["num_sms"] for row in rows], color=color, marker="o", markersize=3, label=label)
-    for bound, marker in bounds.items():
-        times.plot([], [], marker=marker, color="black", linestyle="", label=f"bound by {bound}")
+        beside.plot(places, [row["num_sms"] if has_budgets else rail_mb(row) for row in rows], **look, marker="o",
+                    markersize=3)  # yapf: disable
+    for bound in sorted({row["bottleneck"] for row in report["rows"]}):
+        times.plot([], [], marker=bounds[bound], color="black", linestyle="", label=f"bound by {bound}")
     places = sorted({row["num_ranks"] for row in report["rows"]})
-    for axes, label in ((times, "µs (predicted)"), (budgets, "SMs that are enough")):
+    what = "SMs that are enough" if has_budgets else "MB over the rail"
+    for axes, label in ((times, "µs (predicted)"), (beside, what)):
         axes.set_xscale("log", base=2)
         axes.set_xticks(places, [str(place) for place in places])
         axes.set(xlabel="ranks, 8 a node", ylabel=label)
@@ -80,6 +86,16 @@ def draw_scaling(plt: Any, report: Row) -> Any:
                     f"top-{shape['num_topk']} of {shape['num_experts']}, NIC {links['nic_gb_per_s']:g} GB/s, NVLink "
                     f"{links['nvlink_gb_per_s']:g} GB/s")  # yapf: disable
     return figure
+
+
+def name_of(row: Row) -> str:
+    """Of a prediction."""
+    form = f", {row['form']}" if "form" in row else ""
+    return f"{row['operation']} {row['kind'].upper()}{form}"
+
+
+def rail_mb(row: Row) -> float:
+    return float(sum(phase["num_bytes"] for phase in row["phases"] if phase["name"] == "rail")) / 1e6
 
 
 def height_of(report: Row) -> float:

@@ -75,3 +75,31 @@ def test_nvshmem(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     monkeypatch.setattr(probes.importlib.util, "find_spec", find_spec)
     where = {"loader": "lib.so.3", "package": "/site-packages/nvidia/nvshmem", "nowhere": "not found"}[place]
     assert doctor.check_nvshmem()[0].text.startswith(where)
+
+
+NVSHMEM_FIX = "python -m deep_ep build-nvshmem"
+
+
+@pytest.mark.parametrize(("kind", "requested", "is_built", "has_nic", "level", "says", "fix"), [
+    ("cpu", "", False, True, "ok", "'host' (TCP) carries rows; it listens on eth7: 'nvshmem' works on GPUs only", ""),
+    ("cuda", "host", True, True, "ok", "DEEP_EP_RAIL=host", ""),
+    ("cuda", "", True, True, "ok", "'nvshmem' carries rows: libdeep_ep_nvshmem-3.4.5-0.so", ""),
+    ("cuda", "", False, False, "ok", "'nvshmem' is not built", ""),
+    ("cuda", "", False, True, "note", "is not built, though this machine has RDMA", NVSHMEM_FIX),
+    ("cuda", "nvshmem", False, False, "broken", "'nvshmem' is not built", NVSHMEM_FIX),
+])
+def test_rail(monkeypatch: pytest.MonkeyPatch, kind: str, requested: str, is_built: bool, has_nic: bool, level: str,
+              says: str, fix: str) -> None:
+    ports = [probes.RdmaPort("mlx5_0", "1", "InfiniBand", "ACTIVE", 400.0)] if has_nic else []
+    monkeypatch.setattr("deep_ep._env.device_choice", lambda: (kind, ""))
+    monkeypatch.setattr("deep_ep._nvshmem.engine_files", lambda: [Path("libdeep_ep_nvshmem-3.4.5-0.so")]
+                        if is_built else [])
+    monkeypatch.setattr(probes, "rdma_ports", lambda: ports)
+    native = SimpleNamespace(get_environment=lambda: {"rail": requested, "rail_interface": "eth7"})
+    for folder in (Path("/opt/nvshmem"), None):
+        monkeypatch.setattr("deep_ep._nvshmem.find_folder", lambda folder=folder: folder)
+        found, = doctor.check_rail(native)
+        assert (found.level, found.subject) == (level, "rail")
+        assert says in found.text
+        assert found.fix.endswith(fix)
+        assert ("pip install nvidia-nvshmem" in found.fix) == (folder is None and fix != "")

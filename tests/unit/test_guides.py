@@ -31,6 +31,16 @@ def test_the_blocks_of_the_guides_run(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == [f'{page}: ok' for page in pages]
 
 
+def test_every_page_with_a_python_block_is_run() -> None:
+    """Those above; tests/unit/test_docs.py and tests/test_wheel.py run that of README."""
+    pages = [*ROOT.glob('*.md'), *ROOT.glob('docs/**/*.md'), *ROOT.glob('third-party/*.md')]
+    with_blocks = {page for page in pages if '```python' in page.read_text()}
+    assert with_blocks == {page
+                           for page in GUIDES.glob('*.md')
+                           if page in with_blocks} | {ROOT / 'README.md', ROOT / 'docs' / 'api.md'}
+    assert (ROOT / 'README.md').read_text().count('```python') == 1
+
+
 def test_blocks_are_found_with_their_lines_and_their_output() -> None:
     text = 'A page\n\n```python\nx = 1\n```\n\n```text\n7\n```\n\n```\nnot run\n```\n\n```python\ny = x\n```\n'
     blocks = run_pages.blocks_of(text)
