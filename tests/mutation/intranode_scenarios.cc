@@ -24,6 +24,11 @@ int64_t region_for(const Problem& problem, uint64_t window) {
         layout::WindowLayout::bytes_for(static_cast<uint64_t>(problem.num_ranks()), slot.bytes, window));
 }
 
+Problem of_two_ranks(const std::vector<int>& num_tokens, uint64_t seed) {
+    return {
+        .num_tokens = num_tokens, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
+}
+
 std::string two_round_trips(World& world, const Problem& problem) {
     std::string difference = round_trip(world, problem);
     return difference.empty() ? round_trip(world, problem) : difference;
@@ -31,8 +36,7 @@ std::string two_round_trips(World& world, const Problem& problem) {
 
 // Every slot is waited for.
 EP_SCENARIO(narrow_windows, seed) {
-    const Problem problem{
-        .num_tokens = {11, 7}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
+    const Problem problem = of_two_ranks({11, 7}, seed);
     World world = make_world(2, region_for(problem, 2), seed);
     return two_round_trips(world, problem);
 }
@@ -40,8 +44,7 @@ EP_SCENARIO(narrow_windows, seed) {
 // So many blocks and tokens that rows of a combine are staged on their way out alone. By one seed: these are many threads.
 EP_SCENARIO(mixed_combine, seed) {
     if (seed != 0) return "";
-    Problem problem{
-        .num_tokens = {80, 80}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
+    Problem problem = of_two_ranks({80, 80}, seed);
     simt::DeviceOptions device = small_device(seed);
     device.num_sms = 20;
     World world(2, region_for(problem, 8), varied(1), 100, 0, false, {device});
@@ -53,8 +56,7 @@ EP_SCENARIO(mixed_combine, seed) {
 
 // Several slots come free before they are looked at.
 EP_SCENARIO(wide_windows, seed) {
-    const Problem problem{
-        .num_tokens = {40, 31}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
+    const Problem problem = of_two_ranks({40, 31}, seed);
     World world = make_world(2, region_for(problem, 7), seed);
     return two_round_trips(world, problem);
 }
@@ -170,8 +172,7 @@ EP_SCENARIO(many_tokens_and_experts, seed) {
 
 // Shared memory for two stages of dispatch, and none of combine's.
 EP_SCENARIO(two_stages_in_dispatch, seed) {
-    const Problem problem{
-        .num_tokens = {14, 9}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
+    const Problem problem = of_two_ranks({14, 9}, seed);
     simt::DeviceOptions device = small_device(seed);
     device.max_shared_bytes = kernels::kMaxDispatchState + 2 * 216;
     World world(2, region_for(problem, 3), varied(seed), 100, 0, false, {device});
@@ -180,8 +181,7 @@ EP_SCENARIO(two_stages_in_dispatch, seed) {
 
 // Shared memory for the stages of combine's reduce warp, and two of its send warp.
 EP_SCENARIO(two_stages_in_combine, seed) {
-    const Problem problem{
-        .num_tokens = {14, 9}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
+    const Problem problem = of_two_ranks({14, 9}, seed);
     const layout::Staging reduce{layout::kReduceStages, layout::kReduceStageBytes};
     simt::DeviceOptions device = small_device(seed);
     device.max_shared_bytes = kernels::kMaxCombineState + reduce.bytes() + 2 * 70;
@@ -191,8 +191,7 @@ EP_SCENARIO(two_stages_in_combine, seed) {
 
 // One rank moves rows with bulk copies and the other one without: each reads what the other proxy has written.
 EP_SCENARIO(two_kinds_of_device, seed) {
-    const Problem problem{
-        .num_tokens = {11, 13}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
+    const Problem problem = of_two_ranks({11, 13}, seed);
     World world(2, region_for(problem, 5), varied(seed), 100, 0, false, {small_device(seed), small_device(seed + 1)});
     return two_round_trips(world, problem);
 }
@@ -222,8 +221,7 @@ EP_SCENARIO(absent_in_counts, seed) {
 
 // Rank 1 does not come to a call whose windows wrap: rank 0 gives up with rows under way.
 EP_SCENARIO(absent_in_dispatch, seed) {
-    const Problem problem{
-        .num_tokens = {9, 9}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
+    const Problem problem = of_two_ranks({9, 9}, seed);
     World world(2, region_for(problem, 2), impatient(seed), 2, 0, false, {small_device(seed)});
     return call_alone(world, problem,
                       [&](RankTensors& mine) { world.launch_dispatch(problem, mine, 0, Counts::kKnown); });
@@ -237,8 +235,7 @@ EP_SCENARIO(absent_in_worst_case, seed) {
 }
 
 EP_SCENARIO(absent_in_combine, seed) {
-    const Problem problem{
-        .num_tokens = {9, 9}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
+    const Problem problem = of_two_ranks({9, 9}, seed);
     World world(2, region_for(problem, 2), impatient(seed), 2, 0, false, {small_device(seed)});
     return call_alone(world, problem, [&](RankTensors& mine) {
         prepare_combine(problem, mine, 0);
@@ -264,8 +261,7 @@ EP_SCENARIO(absent_in_busy_combine, seed) {
 
 // Rank 1 has no room for its rows and says so to rank 0, which stops wherever it is: nothing of it may land later.
 std::string refused(uint64_t seed, const std::function<void(World&, const Problem&, std::vector<RankTensors>&)>& call) {
-    const Problem problem{
-        .num_tokens = {9, 9}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
+    const Problem problem = of_two_ranks({9, 9}, seed);
     for (uint64_t i = 0; i < 8; ++i) {
         simt::SchedulerOptions options{.seed = 100 * seed + i + 1, .bulk = simt::BulkMode::kRandom};
         options.idle = simt::IdlePolicy::kAdvanceClock;  // a wait looks for refusals now and then only
