@@ -2,10 +2,13 @@
 
 from pathlib import Path as _Path
 
+_part = "the native extension deep_ep_cpp"
 try:
     import deep_ep_cpp as _deep_ep_cpp  # noqa: F401 - first, for the sentence below
+    _part = "torch"
+    import torch as _torch  # noqa: F401
 except ImportError as _error:
-    raise ImportError(f"deep_ep: the native extension deep_ep_cpp does not load ({_error}). To see what is wrong, run: "
+    raise ImportError(f"deep_ep: {_part} does not load ({_error}). To see what is wrong, run: "
                       f"python {_Path(__file__).with_name('doctor.py')}") from _error
 
 from deep_ep._env import __version__, features, supports
