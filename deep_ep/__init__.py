@@ -1,14 +1,15 @@
 """Dispatch and combine for Mixture-of-Experts models: `Buffer` moves tokens between the ranks of an expert group."""
 
+import sys as _sys
 from pathlib import Path as _Path
 
-_part = "the native extension deep_ep_cpp"
 try:
-    import deep_ep_cpp as _deep_ep_cpp  # noqa: F401 - first, for the sentence below
-    _part = "torch"
     import torch as _torch  # noqa: F401
+
+    import deep_ep_cpp as _deep_ep_cpp  # noqa: F401 - first, for the sentence below
 except ImportError as _error:
-    raise ImportError(f"deep_ep: {_part} does not load ({_error}). To see what is wrong, run: "
+    raise ImportError(f"deep_ep: {'torch' if 'deep_ep_cpp' in _sys.modules else 'the native extension deep_ep_cpp'} "
+                      f"does not load ({_error}). To see what is wrong, run: "
                       f"python {_Path(__file__).with_name('doctor.py')}") from _error
 
 from deep_ep._env import __version__, features, supports
