@@ -44,6 +44,10 @@ def shape_in_memory(tensor: Any, device: Any, dtypes: Tuple[Any, ...], is_contig
 def matrix_shape(tensor: Any, device: Any, dtypes: Tuple[Any, ...], num_rows: Optional[int]) -> Any:
     """The same of a contiguous matrix of `num_rows` (None: any number)."""
 
+def has_tensor_exchange() -> bool:
+    """Whether native code can read that class's tensors by itself (DLPack's C exchange, torch 2.10). Then `DirectCalls`
+    may be made."""
+
 def use_tensor_class(tensor_class: type, is_plain: Callable[[Any], bool]) -> None:
     """torch.Tensor, and which of its subclasses name the memory that holds their values."""
 
@@ -131,6 +135,34 @@ class LentRows:
         """Over the first rows (cuda_index < 0: in memory of the host); once. The memory of the other rows, which nobody
         has used, is free at once; that of a tensor when the last one over it goes."""
 
+class StreamOrder:
+    """What a Buffer knows of the operation before; see CudaStreams in deep_ep/_streams.py."""
+
+    last_stream: Any  # a number, or None
+    last_event: Any
+    is_marked: bool
+    is_shared: bool
+
+class DirectCalls:
+    """The usual calls of a Buffer in one step: checked, allocated for, launched and answered. Each function returns
+    what the call of that name does, or None: it has done nothing, and the call is to be made the other way, which also
+    says what is wrong with its arguments.
+    """
+
+    def __init__(self, session: Any, options: Any) -> None: ...
+    def combine(self, x: Any, handle: Any, topk_weights: Any, num_sms: int, /) -> Any: ...
+    def dispatch_cached(self, x: Any, handle: Any, num_sms: int, /) -> Any: ...
+    def dispatch_fresh(self, x: Any, num_tokens_per_rank: Any, is_token_in_rank: Any, num_tokens_per_expert: Any,
+                       topk_idx: Any, topk_weights: Any, expert_alignment: Any, num_sms: int, /) -> Any: ...
+    def low_latency_dispatch(self, x: Any, topk_idx: Any, num_max_tokens: Any, num_experts: Any, cumulative_stats: Any,
+                             wait_stats: Any, use_fp8: Any, round_scale: Any, use_ue8m0: Any, return_recv_hook: Any,
+                             /) -> Any: ...
+    def low_latency_combine(self, x: Any, topk_idx: Any, topk_weights: Any, handle: Any, out: Any, wait_stats: Any,
+                            return_recv_hook: Any, /) -> Any: ...
+    def add_low_latency_plan(self, plan: Any, /) -> None:
+        """From now on calls of its kind are made here."""
+    def add_low_latency_handle(self, src_info: Any, plan: Any, /) -> None:
+        """That of a handle which such a call left."""
 
 # A record of arguments is made of keywords, and never changed: `replace` makes another. What has no value is 0, and an
 # operation takes a record only when every field has been given. Addresses are of row-major memory on the device. Fields

@@ -179,6 +179,7 @@ class LendingRuntime:
                                           warn_s=5.0,
                                           num_lend_bytes=self.num_lend_bytes)
         self.lend = self._buffer.lend
+        self.lend_address = self._buffer.lend_address
 
     def note_stream(self, stream: int, is_ours: bool) -> None:
         """None is noted, so that none is asked when the memory comes back."""

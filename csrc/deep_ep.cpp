@@ -10,9 +10,12 @@
 #include <vector>
 
 #include "bindings/device.h"
+#include "bindings/direct_calls.h"
+#include "bindings/errors.h"
 #include "bindings/lent_rows.h"
 #include "bindings/record.h"
 #include "bindings/tensor_check.h"
+#include "bindings/torch_tensor.h"
 #include "core/driver_floor.h"
 #include "core/env.h"
 #include "core/error.h"
@@ -50,18 +53,19 @@ CudaVersions cuda_versions() {
 #endif
 }
 
-void bind_errors(py::module_& m) {
-    // Kept in statics and translated here, not by pybind11's register_exception: that uses std::call_once, which crashes with the
-    // C++ runtime that is linked into the wheel (tests/test_wheel.py).
-    static py::exception<Error> error(m, "Error", PyExc_RuntimeError);
-    static py::exception<CudaError> cuda_error(m, "CudaError", error.ptr());
-    static py::exception<TransportError> transport_error(m, "TransportError", error.ptr());
-    static py::exception<TimeoutError> timeout_error(m, "TimeoutError", error.ptr());
-    static py::exception<InvalidArgument> invalid_argument(m, "InvalidArgument",
-                                                           py::make_tuple(error, py::handle(PyExc_ValueError)));
-    static py::exception<InternalError> internal_error(m, "InternalError", error.ptr());
-    // Local: exceptions of other modules do not pass through the C++ runtime that is linked into this one.
-    py::register_local_exception_translator([](std::exception_ptr thrown) {
+// Kept here and translated here, not by pybind11's register_exception: that uses std::call_once, which crashes with the C++ runtime
+// that is linked into the wheel (tests/test_wheel.py). Never destroyed.
+struct Errors {
+    explicit Errors(py::module_& m)
+        : error(m, "Error", PyExc_RuntimeError),
+          cuda_error(m, "CudaError", error.ptr()),
+          transport_error(m, "TransportError", error.ptr()),
+          timeout_error(m, "TimeoutError", error.ptr()),
+          invalid_argument(m, "InvalidArgument", py::make_tuple(error, py::handle(PyExc_ValueError))),
+          internal_error(m, "InternalError", error.ptr()) {}
+
+    // Of other classes than ours it throws it again.
+    void translate(const std::exception_ptr& thrown) const {
         try {
             if (thrown) std::rethrow_exception(thrown);
         } catch (const InvalidArgument& e) {
@@ -77,7 +81,21 @@ void bind_errors(py::module_& m) {
         } catch (const Error& e) {
             py::set_error(error, e.what());
         }
-    });
+    }
+
+    py::exception<Error> error;
+    py::exception<CudaError> cuda_error;
+    py::exception<TransportError> transport_error;
+    py::exception<TimeoutError> timeout_error;
+    py::exception<InvalidArgument> invalid_argument;
+    py::exception<InternalError> internal_error;
+};
+const Errors* errors = nullptr;
+
+void bind_errors(py::module_& m) {
+    errors = new Errors(m);
+    // Local: exceptions of other modules do not pass through the C++ runtime that is linked into this one.
+    py::register_local_exception_translator([](std::exception_ptr thrown) { errors->translate(thrown); });
 }
 
 void bind_config(py::module_& m) {
@@ -176,11 +194,11 @@ py::tuple wire_sizes(uint64_t row_bytes, uint64_t num_topk, uint64_t num_scales,
                      uint64_t num_local_experts, bool is_combine) {
     if (is_combine) {
         const auto slot = layout::SlotLayout::for_combine(row_bytes, num_topk);
-        return py::make_tuple(layout::RailSlot::for_combine(row_bytes, num_topk).bytes,
+        return py::make_tuple(layout::SlotLayout::for_combine(row_bytes, num_topk).bytes,
                               layout::bulk_bytes(slot.topk_weights.end()), 0);
     }
     const auto slot = layout::SlotLayout::for_dispatch(row_bytes, num_topk, num_scales);
-    return py::make_tuple(layout::RailSlot::for_dispatch(row_bytes, num_topk, num_scales, ranks_per_node).bytes,
+    return py::make_tuple(layout::SlotLayout::for_dispatch(row_bytes, num_topk, num_scales, ranks_per_node).bytes,
                           layout::bulk_bytes(slot.scales.end()),
                           layout::CountsBlock::make(ranks_per_node, num_local_experts).bytes);
 }
@@ -309,6 +327,18 @@ void bind_buffer(py::module_& m) {
 
 }  // namespace
 
+void bindings::set_python_error(std::exception_ptr thrown) {
+    try {
+        errors->translate(thrown);
+    } catch (py::error_already_set& e) {
+        e.restore();
+    } catch (const py::builtin_exception& e) {
+        e.set_error();
+    } catch (const std::exception& e) {
+        PyErr_SetString(PyExc_RuntimeError, e.what());
+    }
+}
+
 PYBIND11_MODULE(deep_ep_cpp, m) {
     m.doc() = "Expert-parallel dispatch and combine: the native half of deep_ep.";
     bind_build(m);
@@ -317,9 +347,12 @@ PYBIND11_MODULE(deep_ep_cpp, m) {
     bind_config(m);
     bind_device(m);
     bind_buffer(m);
-    if (!bindings::add_record_types(m.ptr()) || !bindings::add_tensor_checks(m.ptr())) throw py::error_already_set();
+    if (!bindings::add_record_types(m.ptr()) || !bindings::add_tensor_checks(m.ptr()) ||
+        !bindings::add_direct_calls(m.ptr()))
+        throw py::error_already_set();
     m.def("get_low_latency_rdma_size_hint", &LowLatency::size_hint, py::arg("num_max_dispatch_tokens_per_rank"),
           py::arg("hidden"), py::arg("num_ranks"), py::arg("num_experts"));
+    m.def("has_tensor_exchange", [] { return bindings::exchange_api() != nullptr; });
     m.def("wait_names", &wait_names);
     m.def("wire_sizes", &wire_sizes, py::kw_only(), py::arg("row_bytes"), py::arg("num_topk"), py::arg("num_scales"),
           py::arg("ranks_per_node"), py::arg("num_local_experts"), py::arg("is_combine"));

@@ -301,7 +301,7 @@ class Handles:
         self._known = KnownTensors[tuple[int, int]]()  # send_head, rank_prefix_matrix, recv_src_idx: T, M
         self._known_rails = KnownTensors[int]()  # send_rail_head, rail_prefix, rail_head: T
         # In the place of the tensors of a handle that this version has no use for; no data, so all can share it.
-        self._unused = torch.empty(session.num_ranks, 0, dtype=torch.int32, device=session.streams.device)
+        self.unused = torch.empty(session.num_ranks, 0, dtype=torch.int32, device=session.streams.device)
 
     def new_places(self, num_tokens: int, num_rail_rows: int) -> Places:
         """For a fresh dispatch. `num_rail_rows`: that rail_head is to hold, 0 where nobody knows yet."""
@@ -315,7 +315,7 @@ class Handles:
     def make(self, places: Places, is_token_in_rank: torch.Tensor, recv_src_idx: torch.Tensor, num_tokens: int,
              num_rows: int) -> Handle:
         matrix, send_head, rail = places
-        unused = self._unused
+        unused = self.unused
         self._known.add((num_tokens, num_rows), send_head, matrix, recv_src_idx)
         if rail is None:
             return matrix, unused, unused, recv_src_idx, is_token_in_rank, send_head

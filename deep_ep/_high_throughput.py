@@ -7,18 +7,26 @@ import torch
 
 from deep_ep import _checks
 from deep_ep._checks import KnownTensors
-from deep_ep._dispatch import INT32, Dispatch, Handle, Handles, Payload, Places, Routing
+from deep_ep._dispatch import INT32, Dispatch, Handle, Handles, Payload, Places, Routing, kind_of
 from deep_ep._env import is_capturing
-from deep_ep._memory import RowForm, Spec, num_bytes_of
+from deep_ep._memory import LEAST_SPARE_ROWS, SPARE_SHARES, RowForm, Spec, num_bytes_of
 from deep_ep._peers import CallCheck
 from deep_ep._session import Session
 from deep_ep._streams import Operation
 from deep_ep._topology import DEVICE
 from deep_ep.utils import EventHandle, EventOverlap
-from deep_ep_cpp import CombineArgs, Error, InternodeCombineArgs, LayoutArgs
+from deep_ep_cpp import (
+    CombineArgs,
+    DirectCalls,
+    Error,
+    InternodeCombineArgs,
+    LayoutArgs,
+    has_tensor_exchange,
+)
 
 DispatchResult = tuple[Payload, Optional[torch.Tensor], Optional[torch.Tensor], Optional[list[int]], Optional[Handle],
                        EventOverlap]
+CombineResult = tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]
 
 BFLOAT16 = (torch.bfloat16, )
 FLOAT32 = (torch.float32, )
@@ -66,6 +74,28 @@ class HighThroughput:
         self._session = session
         self._handles = Handles(session)
         self._known_layouts = KnownTensors[bool]()  # is_token_in_rank, num_tokens_per_rank, num_tokens_per_expert
+
+    def make_direct(self) -> None:
+        """From now on the usual calls are made in one step, where that can be; the others come here."""
+        session = self._session
+        if session.topology.num_nodes > 1 or session.call_check is not None or not has_tensor_exchange():
+            return
+        has_sums = session.num_ranks == 2 and session.heap == DEVICE
+        session.direct = DirectCalls(
+            session, {
+                "event_class": EventOverlap,
+                "find_kind": kind_of,
+                "unused": self._handles.unused,
+                "int32": torch.int32,
+                "int64": torch.int64,
+                "float32": torch.float32,
+                "bfloat16": torch.bfloat16,
+                "least_sums_sms": LEAST_SUMS_SMS,
+                "least_sums_tokens": LEAST_SUMS_TOKENS if has_sums else MOST_SUMS_TOKENS + 1,
+                "most_sums_tokens": MOST_SUMS_TOKENS,
+                "spare_shares": SPARE_SHARES,
+                "least_spare_rows": LEAST_SPARE_ROWS
+            })
 
     def get_dispatch_layout(
         self, topk_idx: torch.Tensor, num_experts: int, previous_event: Optional[EventOverlap], async_finish: bool,
@@ -148,7 +178,7 @@ class HighThroughput:
 
     def combine(self, x: torch.Tensor, handle: Any, topk_weights: Optional[torch.Tensor], bias: Any, num_sms: int,
                 previous_event: Optional[EventOverlap], async_finish: bool,
-                allocate_on_comm_stream: bool) -> tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]:
+                allocate_on_comm_stream: bool) -> CombineResult:
         session = self._session
         device = session.streams.device
         places, num_tokens, num_rows = self._handles.read(handle)

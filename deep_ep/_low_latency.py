@@ -91,9 +91,9 @@ class Plan:
     int32 [El]; the number of the call, int64, which its receive phase needs.
     """
 
-    __slots__ = ("_count_at", "_empty", "_has_scales", "_index_shapes", "_num_words", "_recv_dtype", "_scale_dtype",
-                 "_scale_shape", "combine_args", "dispatch_args", "entries_at", "expert_rows", "handle_tail", "hidden",
-                 "num_bytes_behind_src_info", "num_local", "num_max_tokens", "num_topk", "number_at")
+    __slots__ = ("_empty", "_num_ranks", "combine_args", "count_slice", "dispatch_args", "entries_at", "expert_rows",
+                 "handle_tail", "has_scales", "hidden", "num_bytes_behind_src_info", "num_local", "num_max_tokens",
+                 "num_topk", "num_words", "number_at", "recv_dtype", "scale_dtype", "scale_shape", "scale_strides")
 
     def __init__(self, shape: Shape, form: Format, num_ranks: int, spans_nodes: bool, empty: EmptyTensors) -> None:
         form.check(shape.hidden)
@@ -108,31 +108,34 @@ class Plan:
                                                     packs_scales=form.use_ue8m0)
         self.combine_args = LowLatencyCombineArgs(**shape._asdict())
         self._empty = empty
-        self._recv_dtype = torch.float8_e4m3fn if form.use_fp8 else torch.bfloat16
-        self._has_scales = form.use_fp8
+        self.recv_dtype = torch.float8_e4m3fn if form.use_fp8 else torch.bfloat16
+        self.has_scales = form.use_fp8
         num_scales = shape.hidden // (PACKED_GROUP if form.use_ue8m0 else SCALE_GROUP)
-        self._scale_shape = (num_local, num_rows, num_scales), (num_scales * num_rows, 1, num_rows)  # with strides
-        self._scale_dtype = torch.int32 if form.use_ue8m0 else torch.float32
-        self._index_shapes = (num_local, num_rows), (num_rows, 1), (num_local, num_ranks)
+        self.scale_shape, self.scale_strides = (num_local, num_rows, num_scales), (num_scales * num_rows, 1, num_rows)
+        self.scale_dtype = torch.int32 if form.use_ue8m0 else torch.float32
+        self._num_ranks = num_ranks
         num_tables = num_ranks + 1 if spans_nodes else num_ranks
         num_indices, num_entries = num_local * num_rows, num_tables * shape.num_max_tokens * shape.num_topk
-        self._count_at = num_indices + num_entries
-        end = self._count_at + num_local
-        self._num_words = end + 3  # the number's two, one of which may have to be skipped to align them
+        end = num_indices + num_entries + num_local
+        self.count_slice = slice(end - num_local, end)
+        self.num_words = end + 3  # the number's two, one of which may have to be skipped to align them
         self.entries_at = num_indices * INT32_BYTES
         self.number_at = (end + 1) // 2 * 2 * INT32_BYTES
-        self.num_bytes_behind_src_info = (self._num_words - num_indices) * INT32_BYTES
+        self.num_bytes_behind_src_info = (self.num_words - num_indices) * INT32_BYTES
 
     def make_outputs(self) -> DispatchOutputs:
         empty, (num_local, num_rows, hidden) = self._empty, self.expert_rows
-        recv_x, scales = empty[self._recv_dtype](num_local, num_rows, hidden), None
-        if self._has_scales:
-            scales = torch.empty_strided(*self._scale_shape, dtype=self._scale_dtype, device=empty.device)
-        words = empty[torch.int32](self._num_words)
-        shape, strides, (_, num_ranks) = self._index_shapes
-        layout_range = empty[torch.int64](num_local, num_ranks)
-        return recv_x, scales, words.as_strided(shape,
-                                                strides), layout_range, words[self._count_at:self._count_at + num_local]
+        recv_x, scales = empty[self.recv_dtype](num_local, num_rows, hidden), None
+        if self.has_scales:
+            scales = torch.empty_strided(self.scale_shape,
+                                         self.scale_strides,
+                                         dtype=self.scale_dtype,
+                                         device=empty.device)
+        words = empty[torch.int32](self.num_words)
+        recv_count = words[self.count_slice]
+        layout_range = empty[torch.int64](num_local, self._num_ranks)
+        # Its memory stays as large, and no second view is made.
+        return recv_x, scales, words.resize_(num_local, num_rows), layout_range, recv_count
 
 
 class Numbers:
@@ -300,7 +303,7 @@ class LowLatency:
                                           cumulative_stats=cumulative_stats)
         tensors = (x, topk_idx, recv_x, scales, src_info, layout_range, cumulative_stats, wait_stats)
         event, hook = _run(self._session, "low_latency_dispatch", operation, args, tensors, return_recv_hook)
-        self._known_handles.add(plan, src_info)
+        self._know(plan, src_info)
         payload = recv_x if scales is None else (recv_x, scales)
         return payload, recv_count, (src_info, layout_range, *plan.handle_tail), event, hook
 
@@ -315,6 +318,8 @@ class LowLatency:
             shape = Shape(num_max_tokens, num_topk, num_experts, hidden)
             spans_nodes = self._session.topology.num_nodes > 1
             plan = self._plans[key] = Plan(shape, Format(*map(bool, form)), num_ranks, spans_nodes, self._session.empty)
+            if self._session.direct is not None:
+                self._session.direct.add_low_latency_plan(plan)
         return plan
 
     def _check_stats(self, name: str, stats: Optional[torch.Tensor], size: int, dtypes: tuple[torch.dtype]) -> None:
@@ -380,6 +385,7 @@ class LowLatency:
         if isinstance(handle, (tuple, list)) and len(handle) == NUM_HANDLE_FIELDS:
             plan = self._known_handles.find(handle[0])
             if plan is not None and plan.num_topk == num_topk and plan.handle_tail == (handle[2], handle[3], handle[4]):
+                self._tell_direct(plan, handle[0])
                 return plan
         num_max_tokens, hidden, num_experts = self._check_handle(handle)
         plan, src_info = self._plan(num_max_tokens, num_topk, num_experts, hidden, PLAIN), handle[0]
@@ -389,8 +395,16 @@ class LowLatency:
             raise ValueError(f"handle[0] (src_info) must be the very tensor that low_latency_dispatch returned for a "
                              f"topk_idx of {num_topk} columns, not a copy: {plan.num_bytes_behind_src_info} bytes "
                              f"follow in its storage, got {num_bytes}")
-        self._known_handles.add(plan, src_info)
+        self._know(plan, src_info)
         return plan
+
+    def _know(self, plan: Plan, src_info: torch.Tensor) -> None:
+        self._known_handles.add(plan, src_info)
+        self._tell_direct(plan, src_info)
+
+    def _tell_direct(self, plan: Plan, src_info: torch.Tensor) -> None:
+        if self._session.direct is not None:
+            self._session.direct.add_low_latency_handle(src_info, plan)
 
     def _check_handle(self, handle: Any) -> tuple[int, int, int]:
         """Returns (T, hidden, E)."""

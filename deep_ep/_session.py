@@ -113,6 +113,8 @@ class Session:
         self.cost_model = cost_model
         self.num_sms_override = int(deep_ep_cpp.get_environment()["num_sms"])
         self.call_check: Optional[CallCheck] = None
+        # For calls in one native step; None: where a torch or a Buffer has more to it.
+        self.direct: Optional[deep_ep_cpp.DirectCalls] = None
         self._is_closed = False
         if isinstance(streams, _streams.HostStreams):
             streams.check = self._raise_reported
@@ -176,6 +178,7 @@ class Session:
         if self._is_closed:
             return
         self._is_closed = True
+        self.direct = None
         deadline = time.monotonic() + timeout_s
         is_released = False
         try:

@@ -155,12 +155,11 @@ class CudaStreams(Streams):
         # Made here and kept: calls may come while a CUDA graph is captured, and making an event takes longer than
         # recording it.
         self._scratch = native.create_event()
-        self._own_event = PooledEvent(native.create_event(), [])
-        # The operation before: its stream, the event behind it or behind one before it, and which of the two.
-        self._last_stream: Optional[int] = None
-        self._last_event = self._own_event
-        self._is_marked = False
-        self._is_shared = False  # among several streams, so that phases leave events behind them
+        self.own_event = PooledEvent(native.create_event(), [])
+        # The operation before: its stream (None: there was none), the event behind it or behind one before it, and
+        # which of the two; whether there are several streams, so that phases leave events behind them.
+        self.order = deep_ep_cpp.StreamOrder()
+        self.order.last_event = self.own_event
 
     def operation(self, previous: RecordedEvent, is_async: bool, on_comm_stream: bool) -> Operation:
         current = current_stream_handle(self.index)
@@ -206,12 +205,12 @@ class CudaStreams(Streams):
 
     def follow_last(self, stream: int) -> None:
         """Later work on `stream` comes after the operation before."""
-        last = self._last_stream
+        last = self.order.last_stream
         if stream == last or last is None:
             return
-        self._is_shared = True
-        if self._is_marked:
-            self.native.stream_wait_event(stream, self._last_event.cuda_event)
+        self.order.is_shared = True
+        if self.order.is_marked:
+            self.native.stream_wait_event(stream, self.order.last_event.cuda_event)
         else:
             self.join(stream, last)
 
@@ -222,9 +221,9 @@ class CudaStreams(Streams):
         operation wait for what the caller has queued in between, and the stream may be gone.
         """
         if event is None:
-            event = self._own_event
+            event = self.own_event
             self.native.record_event(event.cuda_event, stream)
-        self._last_stream, self._last_event, self._is_marked = stream, event, True
+        self.order.last_stream, self.order.last_event, self.order.is_marked = stream, event, True
 
     def enter_phase(self, stream: int) -> bool:
         """A phase is launched on `stream` next. Whether it has to be marked with `set_last` then.
@@ -235,34 +234,34 @@ class CudaStreams(Streams):
         where one of them is captured: an event does not cross the border of a graph, and whoever captures on several
         streams orders them.
         """
-        if stream != self._last_stream or self._is_shared:
+        if stream != self.order.last_stream or self.order.is_shared:
             if self.native.stream_kind(stream) == "captured":
                 return False
             self.follow_last(stream)
-            self._is_shared = self._is_shared or not is_of_torch(stream, self.index)
-            self._last_stream = stream
-        self._is_marked = False
-        return self._is_shared
+            self.order.is_shared = self.order.is_shared or not is_of_torch(stream, self.index)
+            self.order.last_stream = stream
+        self.order.is_marked = False
+        return bool(self.order.is_shared)
 
     def wait_for_last(self) -> None:
         """A phase that left no event is not waited for: it uses no lent memory."""
-        self.native.synchronize_event(self._last_event.cuda_event)
+        self.native.synchronize_event(self.order.last_event.cuda_event)
 
     def drain(self, timeout_s: float) -> bool:
         # A capture that has the streams comes first. One of others goes on: the native device may be asked in it,
         # and torch's streams may not.
-        last = None if self._is_marked else self._last_stream
+        last = None if self.order.is_marked else self.order.last_stream
         if self.is_captured(self.comm) or (last is not None and self.is_captured(last)):
             return False
         # Once: where a phase left no event, another attempt would wait for what the caller has queued by then.
         self.follow_last(self.comm)
-        self._last_stream = self.comm
+        self.order.last_stream = self.comm
         self.native.record_event(self._scratch, self.comm)
         return _poll(lambda: self.native.query_event(self._scratch), timeout_s)
 
     def close(self) -> None:
         self.native.destroy_event(self._scratch)
-        self.native.destroy_event(self._own_event.cuda_event)
+        self.native.destroy_event(self.own_event.cuda_event)
 
 
 class _DirectOperation(Operation):
@@ -418,6 +417,11 @@ class HostStreams(Streams):
         self._in_flight.append(event)
         return event
 
+    def finish(self) -> None:
+        """Waits for all work so far."""
+        self.native.synchronize_stream(self.comm_stream)
+        self.end_wait()
+
     def end_wait(self) -> None:
         """The host has waited: work is complete, and may have failed."""
         self._let_go()
@@ -469,8 +473,7 @@ class _HostOperation(Operation):
     def finish(self) -> RecordedEvent:
         if self.is_async:
             return self._keep_tensors()
-        self._streams.native.synchronize_stream(self.stream)
-        self._streams.end_wait()
+        self._streams.finish()
         return None
 
     def _wait_before_kernels(self) -> None:

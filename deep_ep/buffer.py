@@ -79,6 +79,13 @@ def _log_once(sentence: str) -> None:
     logger.info(sentence)
 
 
+def _is_direct(config: Any, previous_event: Any, async_finish: Any, allocate_on_comm_stream: Any) -> bool:
+    """Whether a call with these arguments may be one native step. That step begins with `begin_call`, so that nothing
+    may fail before it."""
+    return (previous_event is None and not async_finish and not allocate_on_comm_stream
+            and (config is None or type(config) is Config))
+
+
 @opaque
 class Buffer:
     """Memory that every rank of a group can reach, and expert-parallel dispatch and combine on it.
@@ -158,6 +165,7 @@ class Buffer:
         self.num_lend_bytes: int = self.runtime.num_lend_bytes
         self._high_throughput = _high_throughput.HighThroughput(self._session)
         self._low_latency = _low_latency.LowLatency(self._session, low_latency_mode, enable_shrink)
+        self._high_throughput.make_direct()
         _log_unused_permissions(allow_mnnvl=allow_mnnvl, use_fabric=use_fabric)
 
     # Lifecycle
@@ -398,8 +406,20 @@ class Buffer:
         recv_topk_idx holds local expert numbers and -1, with weight 0, for experts elsewhere; in unused rows of
         `num_worst_tokens` it is -1, and the list is empty. With `handle`: (recv_x, None, None, None, None, event).
         """
-        session = self._begin_call()
+        session = self._session or self._require_session()
         try:
+            direct = session.direct
+            if direct is not None and _is_direct(config, previous_event, async_finish, allocate_on_comm_stream):
+                num_sms = self._num_sms(session, config, "dispatch", x, topk_idx)
+                result: Optional[_high_throughput.DispatchResult] = None
+                if handle is None and not num_worst_tokens:
+                    result = direct.dispatch_fresh(x, num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert,
+                                                   topk_idx, topk_weights, expert_alignment, num_sms)
+                elif topk_idx is None and topk_weights is None:
+                    result = direct.dispatch_cached(x, handle, num_sms)
+                if result is not None:
+                    return result
+            session.begin_call()
             num_sms = self._num_sms(session, config, "dispatch", x, topk_idx)
             if handle is not None:
                 if topk_idx is not None or topk_weights is not None:
@@ -423,7 +443,7 @@ class Buffer:
                 config: Optional[Config] = None,
                 previous_event: Optional[EventOverlap] = None,
                 async_finish: bool = False,
-                allocate_on_comm_stream: bool = False) -> tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]:
+                allocate_on_comm_stream: bool = False) -> _high_throughput.CombineResult:
         """Brings the rows of a dispatch back to their tokens and sums them over the ranks. Collective.
 
         x: bfloat16 [M, hidden], contiguous, rows of a multiple of 16 bytes. handle: that of the dispatch.
@@ -433,11 +453,19 @@ class Buffer:
 
         Returns (combined_x bfloat16 [N, hidden], combined_topk_weights float32 [N, K] or None, event).
         """
-        session = self._begin_call()
+        session = self._session or self._require_session()
         try:
-            return self._high_throughput.combine(x, handle, topk_weights, bias,
-                                                 self._num_sms(session, config, "combine", x), previous_event,
-                                                 async_finish, allocate_on_comm_stream)
+            direct = session.direct
+            if (direct is not None and bias is None
+                    and _is_direct(config, previous_event, async_finish, allocate_on_comm_stream)):
+                result: Optional[_high_throughput.CombineResult] = direct.combine(
+                    x, handle, topk_weights, self._num_sms(session, config, "combine", x))
+                if result is not None:
+                    return result
+            session.begin_call()
+            num_sms = self._num_sms(session, config, "combine", x)
+            return self._high_throughput.combine(x, handle, topk_weights, bias, num_sms, previous_event, async_finish,
+                                                 allocate_on_comm_stream)
         except BaseException as error:
             session.abandon_call("combine", error)
             raise
@@ -519,6 +547,13 @@ class Buffer:
         source rank, then token. handle: (src_info int32 [E / R, R * T], layout_range int64 [E / R, R], T, hidden, E).
         """
         try:
+            session = self._session
+            if session is not None and session.direct is not None and not async_finish:
+                result: Optional[_low_latency.DispatchResult] = session.direct.low_latency_dispatch(
+                    x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, cumulative_local_expert_recv_stats,
+                    dispatch_wait_recv_cost_stats, use_fp8, round_scale, use_ue8m0, return_recv_hook)
+                if result is not None:
+                    return result
             return self._low_latency.dispatch(x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts,
                                               cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats,
                                               (use_fp8, round_scale, use_ue8m0), async_finish, return_recv_hook)
@@ -550,6 +585,13 @@ class Buffer:
         parts in float32, in rank order, and rounds once. Returns (combined_x, event, hook or None).
         """
         try:
+            session = self._session
+            if (session is not None and session.direct is not None and not use_logfmt and not zero_copy
+                    and not async_finish):
+                result: Optional[_low_latency.CombineResult] = session.direct.low_latency_combine(
+                    x, topk_idx, topk_weights, handle, out, combine_wait_recv_cost_stats, return_recv_hook)
+                if result is not None:
+                    return result
             return self._low_latency.combine(x, topk_idx, topk_weights, handle, use_logfmt, zero_copy, async_finish,
                                              return_recv_hook, out, combine_wait_recv_cost_stats)
         except BaseException as error:

@@ -10,7 +10,7 @@ from typing import Any, Optional
 import torch
 import torch.distributed as dist
 from compare import bits, equal
-from utils import Worker
+from utils import Worker, wait_as_clients_do
 
 from deep_ep import Buffer, Config
 from deep_ep.utils import EventHandle, EventOverlap
@@ -272,9 +272,7 @@ def xtuner(worker: Worker) -> None:
                 x, topk_idx=batch.topk_idx, topk_weights=batch.topk_weights, num_tokens_per_rank=layout[0],
                 num_tokens_per_rdma_rank=layout[1], num_tokens_per_expert=layout[2], is_token_in_rank=layout[3],
                 previous_event=layout[4], async_finish=True, allocate_on_comm_stream=True)  # yapf: disable
-            mine = EventOverlap(None)
-            mine.event = event.event
-            mine.current_stream_wait()
+            wait_as_clients_do(event)
             ctx.save_for_backward(*handle)
             return (recv_x, *handle)
 

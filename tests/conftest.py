@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,13 @@ def pool() -> Iterator[Pool]:
     shared = Pool(num_processes=8)
     yield shared
     shared.close()
+
+
+@pytest.fixture
+def two(nodes: Any) -> Pool:
+    """Nodes of two ranks, of the module's `nodes`."""
+    pool: Pool = nodes.of_two
+    return pool
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from compare import bits, equal, poisoned, same_bits
 from failure_cases import failure_of
 from pending_call import How, PendingCall, dispatch_arguments, expected
-from utils import Worker
+from utils import Worker, wait_as_clients_do
 from workload import Workload
 
-from deep_ep import Buffer, Config, EventOverlap
+from deep_ep import Buffer, Config
 
 
 def whole_trip(worker: Worker,
@@ -242,9 +242,7 @@ def autograd_round_trip(worker: Worker, work: Workload) -> None:
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor) -> Any:
             recv_x, _, _, _, handle, event = buffer.dispatch(x, **pending.layout_tensors, async_finish=True)
-            overlap = EventOverlap(None)
-            overlap.event = event.event
-            overlap.current_stream_wait()
+            wait_as_clients_do(event)
             ctx.save_for_backward(*handle)
             return (recv_x, *handle)
 

@@ -194,8 +194,12 @@ class NativeCalls:
 
 
 def guesses(worker: Worker, num_tokens: list[tuple[int, int]], how: How, leaves_room: bool = True) -> list[str]:
-    """How fresh dispatches of changing sizes are made; all of them are right."""
+    """How fresh dispatches of changing sizes are made; all of them are right, as they are when made in one step."""
     with worker.new_buffer(1 << 24) as buffer:
+        for i, tokens in enumerate(num_tokens):
+            PendingCall(worker, buffer, Workload(tokens, seed=i), how).layout().dispatch().combine()
+        buffer._session.direct = None  # where the native Buffer is called by Python
+        buffer._session.lender._last = None
         native = buffer._session.runtime
         calls = buffer._session.runtime = NativeCalls(native)
         held = None if leaves_room else buffer.lend((buffer.num_lend_bytes - 4096, ), torch.uint8)

@@ -30,7 +30,7 @@ from namespaces import Namespaces
 from pending_call import How
 from test_intranode import even, uneven
 from utils import BUFFER_TIMEOUT_S, Pool, device
-from workload import ROUTINGS, SCALE_LAYOUTS, Workload
+from workload import ROUTINGS, SCALE_LAYOUTS, Workload, one_token_of
 
 FP8 = torch.float8_e4m3fn
 HAS_TCP = os.environ.get("DEEP_EP_RAIL") != "nvshmem"
@@ -64,12 +64,6 @@ def virtual_nodes(ranks_per_node: int, **environment: str) -> dict[str, str]:
 def nodes() -> Iterator[Nodes]:
     with contextlib.closing(Nodes(Pool(3, virtual_nodes(1)), Pool(8, virtual_nodes(2)))) as made:
         yield made
-
-
-@pytest.fixture
-def two(nodes: Nodes) -> Pool:
-    """Nodes of two ranks."""
-    return nodes.of_two
 
 
 # Shapes
@@ -118,8 +112,7 @@ def test_every_subset_of_empty_ranks(two: Pool) -> None:
 
 @pytest.mark.parametrize("owner", [0, 3])
 def test_one_token_in_total(two: Pool, owner: int) -> None:
-    tokens = tuple(int(rank == owner) for rank in range(4))
-    two.run(same_cases.trips, 4, [Workload(tokens, routing=routing) for routing in ("random", "one_rank", "none")])
+    two.run(same_cases.trips, 4, one_token_of(owner, num_ranks=4))
 
 
 # Payloads

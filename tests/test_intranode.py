@@ -15,7 +15,7 @@ import pytest
 import torch
 from pending_call import How
 from utils import Pool, device
-from workload import ROUTINGS, SCALE_LAYOUTS, Workload
+from workload import ROUTINGS, SCALE_LAYOUTS, Workload, one_token_of
 
 FP8 = torch.float8_e4m3fn
 
@@ -84,8 +84,7 @@ def test_every_subset_of_empty_ranks(pool: Pool) -> None:
 @pytest.mark.parametrize("owner", [0, 2])
 def test_one_token_in_total(pool: Pool, owner: int) -> None:
     """Pitfall 25."""
-    tokens = tuple(int(rank == owner) for rank in range(4))
-    pool.run(cases.trips, 4, [Workload(tokens, routing=routing) for routing in ("random", "one_rank", "none")])
+    pool.run(cases.trips, 4, one_token_of(owner, num_ranks=4))
 
 
 # Payloads

@@ -18,6 +18,11 @@ from utils import Pool, device
 from workload import ROUTINGS, Workload
 
 CASTS = {"bf16": BF16, "fp8": FP8, "rounded": FP8_ROUNDED, "ue8m0": UE8M0}
+WORKS_OF_GRAPHS = [
+    Workload((12, 9), hidden=512),
+    Workload((3, 16), hidden=1024, num_topk=2),
+    Workload((0, 5), hidden=256)
+]
 
 
 def uneven(num_ranks: int, most: int = 13) -> tuple[int, ...]:
@@ -201,9 +206,13 @@ def test_cleaning_masks_who_does_not_come(pool: Pool) -> None:
         assert "clean_low_latency_buffer, call 1" in message and "rank 2" in message, message
 
 
-def test_combine_with_the_entries_of_another_dispatch(pool: Pool) -> None:
+def check_entries_of_another_dispatch(pool: Pool) -> None:
     messages = pool.run(cases.entries_of_another_dispatch, 2, Workload((5, 9)))
     assert any("names an expert for which the dispatch" in message for message in messages), messages
+
+
+def test_combine_with_the_entries_of_another_dispatch(pool: Pool) -> None:
+    check_entries_of_another_dispatch(pool)
 
 
 # Graphs
@@ -213,8 +222,7 @@ def test_combine_with_the_entries_of_another_dispatch(pool: Pool) -> None:
 def test_graphs_of_different_sizes(pool: Pool, mode: str) -> None:
     if device().type != "cuda":
         pytest.skip("CUDA graphs need a GPU")
-    works = [Workload((12, 9), hidden=512), Workload((3, 16), hidden=1024, num_topk=2), Workload((0, 5), hidden=256)]
-    pool.run(cases.graph_replays, 2, works, mode)
+    pool.run(cases.graph_replays, 2, WORKS_OF_GRAPHS, mode)
 
 
 @pytest.mark.parametrize("mode", cases.MODES)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from low_latency_pending_call import FP8, UE8M0, Manner
 from test_internode import Nodes, virtual_nodes
-from test_low_latency import CASTS, uneven
+from test_low_latency import CASTS, WORKS_OF_GRAPHS, check_entries_of_another_dispatch, uneven
 from utils import Pool, device
 from workload import ROUTINGS, Workload
 
@@ -24,12 +24,6 @@ import deep_ep
 def nodes() -> Iterator[Nodes]:
     with contextlib.closing(Nodes(Pool(4, virtual_nodes(1)), Pool(8, virtual_nodes(2)))) as made:
         yield made
-
-
-@pytest.fixture
-def two(nodes: Nodes) -> Pool:
-    """Nodes of two ranks."""
-    return nodes.of_two
 
 
 @pytest.mark.parametrize("topology", ["2x1", "3x1", "4x1", "2x2", "3x2", "4x2"])
@@ -190,8 +184,7 @@ def test_cleaning_masks_who_does_not_come(two: Pool) -> None:
 
 
 def test_combine_with_the_entries_of_another_dispatch(nodes: Nodes) -> None:
-    messages = nodes.of_one.run(cases.entries_of_another_dispatch, 2, Workload((5, 9)))
-    assert any("names an expert for which the dispatch" in message for message in messages), messages
+    check_entries_of_another_dispatch(nodes.of_one)
 
 
 # Graphs
@@ -201,5 +194,4 @@ def test_combine_with_the_entries_of_another_dispatch(nodes: Nodes) -> None:
 def test_graphs_of_different_sizes(nodes: Nodes, mode: str) -> None:
     if device().type != "cuda":
         pytest.skip("CUDA graphs need a GPU; the executor's own are replayed in internode_low_latency_test.cc")
-    works = [Workload((12, 9), hidden=512), Workload((3, 16), hidden=1024, num_topk=2), Workload((0, 5), hidden=256)]
-    nodes.of_one.run(cases.graph_replays, 2, works, mode)
+    nodes.of_one.run(cases.graph_replays, 2, WORKS_OF_GRAPHS, mode)

@@ -25,7 +25,7 @@ from typing import Any, Optional
 import torch
 import torch.distributed as dist
 
-from deep_ep import Buffer
+from deep_ep import Buffer, EventOverlap
 from deep_ep._env import device_choice
 
 DEFAULT_DEADLINE_S = 90.0
@@ -33,6 +33,13 @@ DEFAULT_DEADLINE_S = 90.0
 FAILURE_GRACE_S = 2.0
 BUFFER_TIMEOUT_S = 30.0
 PRELOADED = ["torch", "torch.distributed", "deep_ep"]
+
+
+def wait_as_clients_do(event: EventOverlap) -> None:
+    """Some keep what the native event is, and make an EventOverlap of their own to wait with."""
+    own = EventOverlap(None)
+    own.event = event.event
+    own.current_stream_wait()
 
 
 class CaseFailed(AssertionError):

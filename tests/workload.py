@@ -102,6 +102,12 @@ class Workload:
         return self.hidden if self.dtype.itemsize == 2 else -(-self.hidden // 8) * 8
 
 
+def one_token_of(owner: int, num_ranks: int) -> list[Workload]:
+    """Nobody else has any."""
+    tokens = tuple(int(rank == owner) for rank in range(num_ranks))
+    return [Workload(tokens, routing=routing) for routing in ("random", "one_rank", "none")]
+
+
 def random_rows(rows: int,
                 hidden: int,
                 dtype: torch.dtype,

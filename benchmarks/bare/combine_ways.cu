@@ -1,6 +1,6 @@
 // Bare kernels: combine between two GPUs, with roles by block, and with own rows added to the peer's where those are.
 //
-//     nvcc -std=c++17 -O3 -arch=sm_90 -o ways benchmarks/bare/combine_ways.cu && ./ways [blocks | add | roles]
+//     nvcc -std=c++17 -O3 -arch=sm_90 -o ways benchmarks/bare/combine_ways.cu && ./ways [blocks | add | roles | staged]
 //
 // As intranode_ways.cu. What came out: docs/performance/intranode.md, steps 38 and 39.
 #include "intranode_ways.h"
@@ -11,29 +11,15 @@ template <int kSend, int W, int U, int R, int B = 1> __global__ void __launch_bo
     extern __shared__ __align__(128) uint8_t memory[];
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
+    const int first = warp * a.split + blockIdx.x;
+    const int step = W * a.split;
     if (blockIdx.x >= a.split) {
         const int blocks = gridDim.x - a.split;
-        if (warp >= R) return;
-        for (int t = warp * blocks + blockIdx.x - a.split; t < kTokens; t += R * blocks) {
-            if (lane == 0)
-                while (look(a.flags + t) < a.epoch) __nanosleep(20);
-            __syncwarp();
-            const int64_t at = static_cast<int64_t>(t) * a.row;
-            reduce_row<U>(a.arrived + at, a.x + at, a.result + at, a.row, lane);
-        }
-        return;
+        if (warp < R) reduce_slots<U>(a, warp * blocks + blockIdx.x - a.split, R * blocks, lane);
+    } else if (warp < W) {
+        if (kSend == 0) return send_plain<7>(a, first, step, lane);
+        if (lane == 0) send_bulk<kSend == 0 ? 1 : kSend, B>(a, memory, warp, {first, step});
     }
-    if (warp >= W) return;
-    if (kSend == 0) {
-        for (int t = warp * a.split + blockIdx.x; t < kTokens; t += W * a.split) {
-            const int64_t at = static_cast<int64_t>(t) * a.row;
-            move<7>(a.x + at, a.remote + at, nullptr, a.row, lane);
-            __syncwarp();
-            if (lane == 0) publish(a.peer_flags + t, a.epoch);
-        }
-        return;
-    }
-    if (lane == 0) send_bulk<kSend == 0 ? 1 : kSend, B>(a, memory, warp, warp * a.split + blockIdx.x, W * a.split);
 }
 
 // The peer's rows come straight into our result, and our own rows are added there, by the L2: nothing of what has come is
@@ -60,6 +46,32 @@ __device__ void meet(const Args& a) {
     __syncthreads();
 }
 
+// A warp: adds our own rows to the peer's where those are, U vectors a lane; the first of them are loaded before it waits.
+template <int U> __device__ void add_plain(const Args& a, int first, int step, int lane) {
+    for (int t = first; t < kTokens; t += step) {
+        const int64_t at = static_cast<int64_t>(t) * a.row;
+        bool is_here = false;
+        for (int base = lane * 16; base < a.row; base += U * 512) {
+            Vec held[U];
+#pragma unroll
+            for (int i = 0; i < U; ++i) held[i] = load(a.x + at + base + i * 512);
+            if (!is_here) await_row(a, t, lane);
+            is_here = true;
+#pragma unroll
+            for (int i = 0; i < U; ++i) add(a.result + at + base + i * 512, held[i]);
+        }
+    }
+}
+
+// One lane: the same by bulk copies, to the rows at `sums` for which our peer has set the flags.
+template <int S> __device__ void add_bulk(const Args& a, uint8_t* stages, const Rows& rows, uint8_t* sums) {
+    through_stages<S, S - 1>(a, stages, rows, [&](int item, int64_t at, const uint8_t* stage) {
+        while (look(a.flags + rows.token(item)) < a.epoch) __nanosleep(20);
+        asm volatile("fence.proxy.async;" ::: "memory");
+        bulk_add(sums + at, stage, a.row);
+    });
+}
+
 // Warps below `split` of each block send (kSend 0: ordinary loads and stores; else bulk copies with so many stages), the others
 // add their own rows: kAdd 0: U vectors a lane by ordinary loads and vector reductions; else bulk copies, so many stages.
 template <int kSend, int kAdd, int U, int T, int B = 1> __global__ void __launch_bounds__(T) push_add(Args a) {
@@ -68,65 +80,16 @@ template <int kSend, int kAdd, int U, int T, int B = 1> __global__ void __launch
     const int warp = threadIdx.x / 32;
     meet(a);
     if (warp < a.split) {
-        const int first = warp_of_grid(warp);
-        const int step = a.split * gridDim.x;
-        if (kSend > 0) {
-            if (lane == 0) send_bulk<kSend == 0 ? 1 : kSend, B>(a, memory, warp, first, step);
-            return;
-        }
-        for (int t = first; t < kTokens; t += step) {
-            const int64_t at = static_cast<int64_t>(t) * a.row;
-            move<7>(a.x + at, a.remote + at, nullptr, a.row, lane);
-            __syncwarp();
-            if (lane == 0) publish(a.peer_flags + t, a.epoch);
-        }
+        const Rows rows{warp_of_grid(warp), static_cast<int>(a.split * gridDim.x)};
+        if (kSend == 0) return send_plain<7>(a, rows.first, rows.step, lane);
+        if (lane == 0) send_bulk<kSend == 0 ? 1 : kSend, B>(a, memory, warp, rows);
         return;
     }
-    const int first = warp_of_grid(warp - a.split);
-    const int step = (T / 32 - a.split) * gridDim.x;
-    if (kAdd == 0) {
-        for (int t = first; t < kTokens; t += step) {
-            const int64_t at = static_cast<int64_t>(t) * a.row;
-            bool is_here = false;
-            for (int base = lane * 16; base < a.row; base += U * 512) {
-                Vec held[U];
-#pragma unroll
-                for (int i = 0; i < U; ++i) held[i] = load(a.x + at + base + i * 512);
-                if (!is_here) {
-                    if (lane == 0)
-                        while (look(a.flags + t) < a.epoch) __nanosleep(20);
-                    __syncwarp();
-                    is_here = true;
-                }
-#pragma unroll
-                for (int i = 0; i < U; ++i) add(a.result + at + base + i * 512, held[i]);
-            }
-        }
-        return;
-    }
+    const Rows rows{warp_of_grid(warp - a.split), static_cast<int>((T / 32 - a.split) * gridDim.x)};
+    if (kAdd == 0) return add_plain<U>(a, rows.first, rows.step, lane);
     constexpr int S = kAdd == 0 ? 1 : kAdd;
     uint8_t* stages = memory + a.split * (kSend == 0 ? 0 : kSend * a.row + 128) + (warp - a.split) * (S * a.row + 128);
-    auto* bars = reinterpret_cast<uint64_t*>(stages + S * a.row);
-    if (lane != 0) return;
-    for (int s = 0; s < S; ++s) bar_init(bars + s);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    const int count = first < kTokens ? (kTokens - first + step - 1) / step : 0;
-    auto at = [&](int item) { return static_cast<int64_t>(first + item * step) * a.row; };
-    for (int item = 0; item < S - 1 && item < count; ++item)
-        bulk_load(stages + item * a.row, a.x + at(item), a.row, bars + item);
-    for (int item = 0; item < count; ++item) {
-        const int s = item % S;
-        if (item + S - 1 < count) {
-            bulk_wait_read<0>();
-            bulk_load(stages + (item + S - 1) % S * a.row, a.x + at(item + S - 1), a.row, bars + (item + S - 1) % S);
-        }
-        while (look(a.flags + first + item * step) < a.epoch) __nanosleep(20);
-        asm volatile("fence.proxy.async;" ::: "memory");
-        bar_wait(bars + s, item / S & 1);
-        bulk_add(a.result + at(item), stages + s * a.row, a.row);
-    }
-    bulk_wait<0>();
+    if (lane == 0) add_bulk<S>(a, stages, rows, a.result);
 }
 
 // The other way round: our own rows are stored into our result, and the peer adds its own over the link. Told row by row as well.
@@ -136,43 +99,18 @@ template <int S, int T> __global__ void __launch_bounds__(T) add_over_link(Args 
     const int warp = threadIdx.x / 32;
     meet(a);
     if (lane != 0) return;
-    const bool is_own = warp >= a.split;
-    const int first = warp_of_grid(is_own ? warp - a.split : warp);
-    const int step = (is_own ? T / 32 - a.split : a.split) * gridDim.x;
     uint8_t* stages = memory + warp * (S * a.row + 128);
-    auto* bars = reinterpret_cast<uint64_t*>(stages + S * a.row);
-    for (int s = 0; s < S; ++s) bar_init(bars + s);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    const int count = first < kTokens ? (kTokens - first + step - 1) / step : 0;
-    auto at = [&](int item) { return static_cast<int64_t>(first + item * step) * a.row; };
+    if (warp < a.split)
+        return add_bulk<S>(a, stages, {warp_of_grid(warp), static_cast<int>(a.split * gridDim.x)}, a.remote);
+    const Rows rows{warp_of_grid(warp - a.split), static_cast<int>((T / 32 - a.split) * gridDim.x)};
     int told = 0;
-    for (int item = 0; item < S - 1 && item < count; ++item)
-        bulk_load(stages + item * a.row, a.x + at(item), a.row, bars + item);
-    for (int item = 0; item < count; ++item) {
-        const int s = item % S;
-        if (item + S - 1 < count) {
-            bulk_wait_read<0>();
-            bulk_load(stages + (item + S - 1) % S * a.row, a.x + at(item + S - 1), a.row, bars + (item + S - 1) % S);
-        }
-        if (!is_own) {
-            while (look(a.flags + first + item * step) < a.epoch) __nanosleep(20);
-            asm volatile("fence.proxy.async;" ::: "memory");
-        }
-        bar_wait(bars + s, item / S & 1);
-        if (!is_own) {
-            bulk_add(a.remote + at(item), stages + s * a.row, a.row);
-            continue;
-        }
-        bulk_store(a.result + at(item), stages + s * a.row, a.row);
-        if (item - told >= 2) {
-            bulk_wait<1>();
-            for (; told < item; ++told) publish(a.peer_flags + first + told * step, a.epoch);
-        }
-    }
-    bulk_wait<0>();
-    if (is_own)
-        for (; told < count; ++told) publish(a.peer_flags + first + told * step, a.epoch);
+    through_stages<S, S - 1>(a, stages, rows, [&](int item, int64_t at, const uint8_t* stage) {
+        bulk_store(a.result + at, stage, a.row);
+        if (item - told < 2) return;
+        bulk_wait<1>();
+        rows.tell(a, told, item);
+    });
+    rows.tell(a, told, rows.count());
 }
 
 // One warp of a block sets the flags that the others ask for, so that none of them waits for its stores.
@@ -221,48 +159,119 @@ __global__ void __launch_bounds__(T) roles(Args a) {
     if (blockIdx.x < a.split) {
         if (warp == W && kAsks) serve(requests, a.peer_flags, a.epoch, W);
         if (warp >= W) return;
+        if (!kAsks) return send_plain<7, B>(a, warp * a.split + blockIdx.x, W * a.split, lane);
         int n = 0;
-        for (int t = warp * a.split + blockIdx.x; t < kTokens; t += W * a.split * B) {
-#pragma unroll 1
-            for (int b = 0; b < B && t + b * W * a.split < kTokens; ++b) {
-                const int64_t at = static_cast<int64_t>(t + b * W * a.split) * a.row;
-                move<7>(a.x + at, a.remote + at, nullptr, a.row, lane);
-            }
+        for (int t = warp * a.split + blockIdx.x; t < kTokens; t += W * a.split) {
+            const int64_t at = static_cast<int64_t>(t) * a.row;
+            move<7>(a.x + at, a.remote + at, nullptr, a.row, lane);
             __syncwarp();
-            if (kAsks) {
-                if (lane == 0) ask(requests, warp, n++, t + 1);
-            } else if (lane < B && t + lane * W * a.split < kTokens) {
-                publish(a.peer_flags + t + lane * W * a.split, a.epoch);
-            }
+            if (lane == 0) ask(requests, warp, n++, t + 1);
         }
-        if (kAsks && lane == 0) ask(requests, warp, n, kNoMore);
+        if (lane == 0) ask(requests, warp, n, kNoMore);
         return;
     }
     if (warp >= R) return;
     const int blocks = gridDim.x - a.split;
-    for (int t = warp * blocks + blockIdx.x - a.split; t < kTokens; t += R * blocks) {
-        const int64_t at = static_cast<int64_t>(t) * a.row;
-        if (!kAdds) {
-            if (lane == 0)
-                while (look(a.flags + t) < a.epoch) __nanosleep(20);
+    const int first = warp * blocks + blockIdx.x - a.split;
+    if (kAdds) return add_plain<U>(a, first, R * blocks, lane);
+    reduce_slots<U>(a, first, R * blocks, lane);
+}
+
+// The sending block of the next kernel, B rows to a release. kLate: it waits for their stores while the next row is loaded.
+template <int W, int B, bool kLate> __device__ void send_rows(const Args& a, int warp, int lane) {
+    const int step = W * a.split;
+    int told = warp * a.split + blockIdx.x;
+    const auto tell_until = [&](int end) {
+        const int mine = told + lane * step;
+        if (mine < end && lane < B) publish(a.peer_flags + mine, a.epoch);
+        told = end;
+    };
+    int t = told;
+    for (; t < kTokens; t += step) {
+        const uint8_t* from = a.x + static_cast<int64_t>(t) * a.row;
+        uint8_t* to = a.remote + static_cast<int64_t>(t) * a.row;
+        const bool is_due = t - told >= B * step;
+        if (is_due && !kLate) tell_until(t);
+        for (int base = lane * 16; base < a.row; base += 7 * 512) {
+            Vec held[7];
+#pragma unroll
+            for (int i = 0; i < 7; ++i) held[i] = load(from + base + i * 512);
             __syncwarp();
-            reduce_row<U>(a.arrived + at, a.x + at, a.result + at, a.row, lane);
-            continue;
-        }
-        bool is_here = false;
-        for (int base = lane * 16; base < a.row; base += U * 512) {
-            Vec held[U];
+            if (is_due && kLate && base == lane * 16) tell_until(t);
 #pragma unroll
-            for (int i = 0; i < U; ++i) held[i] = load(a.x + at + base + i * 512);
-            if (!is_here) {
-                if (lane == 0)
-                    while (look(a.flags + t) < a.epoch) __nanosleep(20);
-                __syncwarp();
-                is_here = true;
+            for (int i = 0; i < 7; ++i) store(to + base + i * 512, held[i]);
+        }
+        __syncwarp();
+    }
+    tell_until(t);
+}
+
+// Roles by block as above; the blocks that add keep whole rows of their own on their way, S stages of shared memory to each of R
+// warps (S = 0: 7 vectors of each lane), and add them by ordinary instructions or, kBulk, by bulk copies.
+template <int W, int B, bool kLate, int R, int S, bool kBulk>
+__global__ void __launch_bounds__(768) roles_staged(Args a) {
+    extern __shared__ __align__(128) uint8_t memory[];
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32;
+    meet(a);
+    if (blockIdx.x < a.split) {
+        if (warp < W) send_rows<W, B, kLate>(a, warp, lane);
+        return;
+    }
+    if (warp >= R) return;
+    const int blocks = gridDim.x - a.split;
+    const int first = warp * blocks + blockIdx.x - a.split;
+    const int step = R * blocks;
+    const int count = first < kTokens ? (kTokens - first + step - 1) / step : 0;
+    const auto at = [&](int item) { return static_cast<int64_t>(first + item * step) * a.row; };
+    const auto wait_for = [&](int item) {
+        if (lane == 0)
+            while (look(a.flags + first + item * step) < a.epoch) __nanosleep(20);
+        __syncwarp();
+    };
+    if constexpr (S == 0) {
+        for (int item = 0; item < count; ++item)
+            for (int base = lane * 16; base < a.row; base += 7 * 512) {
+                Vec held[7];
+#pragma unroll
+                for (int i = 0; i < 7; ++i) held[i] = load(a.x + at(item) + base + i * 512);
+                if (base == lane * 16) wait_for(item);
+#pragma unroll
+                for (int i = 0; i < 7; ++i) add(a.result + at(item) + base + i * 512, held[i]);
             }
-#pragma unroll
-            for (int i = 0; i < U; ++i) add(a.result + at + base + i * 512, held[i]);
+    } else {
+        uint8_t* stages = memory + warp * (S * a.row + 128);
+        auto* bars = reinterpret_cast<uint64_t*>(stages + S * a.row);
+        if (lane == 0) {
+            for (int s = 0; s < S; ++s) bar_init(bars + s);
+            asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            for (int item = 0; item < S && item < count; ++item)
+                bulk_load(stages + item * a.row, a.x + at(item), a.row, bars + item);
         }
+        __syncwarp();
+        for (int item = 0; item < count; ++item) {
+            const int s = item % S;
+            wait_for(item);
+            bar_wait(bars + s, item / S & 1);
+            if (kBulk) {
+                if (lane == 0) {
+                    asm volatile("fence.proxy.async;" ::: "memory");
+                    bulk_add(a.result + at(item), stages + s * a.row, a.row);
+                    bulk_wait_read<0>();
+                }
+            } else {
+                for (int base = lane * 16; base < a.row; base += 7 * 512) {
+#pragma unroll
+                    for (int i = 0; i < 7; ++i)
+                        add(a.result + at(item) + base + i * 512, load_smem(smem(stages + s * a.row + base + i * 512)));
+                }
+                asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+                __syncwarp();
+            }
+            if (lane == 0 && item + S < count) bulk_load(stages + s * a.row, a.x + at(item + S), a.row, bars + s);
+        }
+        if (kBulk && lane == 0) bulk_wait<0>();
     }
 }
 
@@ -348,11 +357,33 @@ static void run_roles() {
     measure_splits("flag warp, 20 send, 16 add x 7", roles<true, true, 20, 16, 7, 1, 672>, 672, To::kResult);
 }
 
+static void run_staged() {
+    std::printf("\nroles by block, own rows added out of stages\n");
+    const std::vector<uint8_t> sums = sums_by_pull({16, 20, 24});
+    const auto measure_splits = [&](const char* what, auto kernel, int stages) {
+        CHECK(cudaMemset(gpus[0].result, 0, sums.size()));
+        for (int split = 7; split <= 11; ++split) {
+            char name[64];
+            std::snprintf(name, sizeof name, "%d blocks send, %s", split, what);
+            measure(name, kernel, 768, stages * kMaxRow + 16 * 128, kMaxRow, split, To::kResult, {16, 18, 20, 24});
+        }
+        check_rows(what, gpus[0].result, sums.data(), sums.size());
+    };
+    measure_splits("batch 2, 24 add x 7", roles_staged<24, 2, false, 24, 0, false>, 0);
+    measure_splits("late 1, 24 add x 7", roles_staged<24, 1, true, 24, 0, false>, 0);
+    measure_splits("late 2, 24 add x 7", roles_staged<24, 2, true, 24, 0, false>, 0);
+    measure_splits("late 3, 24 add x 7", roles_staged<24, 3, true, 24, 0, false>, 0);
+    measure_splits("late 2, 7 add x 2 stages", roles_staged<24, 2, true, 7, 2, false>, 14);
+    measure_splits("late 2, 14 add x 1 stage", roles_staged<24, 2, true, 14, 1, false>, 14);
+    measure_splits("late 2, 7 x 2 stages bulk", roles_staged<24, 2, true, 7, 2, true>, 14);
+}
+
 int main(int argc, char** argv) {
     const auto is_wanted = [&](const char* what) { return argc < 2 || std::strcmp(argv[1], what) == 0; };
     set_up();
     if (is_wanted("blocks")) run_blocks();
     if (is_wanted("add")) run_add();
     if (is_wanted("roles")) run_roles();
+    if (is_wanted("staged")) run_staged();
     return 0;
 }

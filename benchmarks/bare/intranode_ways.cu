@@ -151,32 +151,11 @@ template <int kSend, int U, int T, int SU = 7, int B = 1> __global__ void __laun
     extern __shared__ __align__(128) uint8_t memory[];
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
-    if (warp >= a.split) {
-        const int step = (T / 32 - a.split) * gridDim.x;
-        for (int t = warp_of_grid(warp - a.split); t < kTokens; t += step) {
-            if (lane == 0)
-                while (look(a.flags + t) < a.epoch) __nanosleep(20);
-            __syncwarp();
-            const int64_t at = static_cast<int64_t>(t) * a.row;
-            reduce_row<U>(a.arrived + at, a.x + at, a.result + at, a.row, lane);
-        }
-        return;
-    }
+    if (warp >= a.split) return reduce_slots<U>(a, warp_of_grid(warp - a.split), (T / 32 - a.split) * gridDim.x, lane);
     const int first = warp_of_grid(warp);
     const int step = a.split * gridDim.x;
-    if (kSend == 0) {
-        for (int t = first; t < kTokens; t += step * B) {
-#pragma unroll 1
-            for (int b = 0; b < B && t + b * step < kTokens; ++b) {
-                const int64_t at = static_cast<int64_t>(t + b * step) * a.row;
-                move<SU>(a.x + at, a.remote + at, nullptr, a.row, lane);
-            }
-            __syncwarp();
-            if (lane < B && t + lane * step < kTokens) publish(a.peer_flags + t + lane * step, a.epoch);
-        }
-        return;
-    }
-    if (lane == 0) send_bulk<kSend == 0 ? 1 : kSend, B>(a, memory, warp, first, step);
+    if (kSend == 0) return send_plain<SU, B>(a, first, step, lane);
+    if (lane == 0) send_bulk<kSend == 0 ? 1 : kSend, B>(a, memory, warp, {first, step});
 }
 
 static void run_dispatch() {

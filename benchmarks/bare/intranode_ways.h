@@ -148,34 +148,81 @@ __device__ uint32_t look(const uint32_t* flag) {
     return value;
 }
 
-// One lane: rows first, first + step, ... of our input to `remote`, S stages of a whole row, flags B at a time.
-template <int S, int B> __device__ void send_bulk(const Args& a, uint8_t* memory, int warp, int first, int step) {
-    uint8_t* stages = memory + warp * (S * a.row + 128);
+// A whole warp: until the peer's row `t` is here.
+__device__ void await_row(const Args& a, int t, int lane) {
+    if (lane == 0)
+        while (look(a.flags + t) < a.epoch) __nanosleep(20);
+    __syncwarp();
+}
+
+// A warp: rows first, first + step, ... of our input to `remote` by ordinary loads and stores, the flags of B rows together.
+template <int U, int B = 1> __device__ void send_plain(const Args& a, int first, int step, int lane) {
+    for (int t = first; t < kTokens; t += step * B) {
+#pragma unroll 1
+        for (int b = 0; b < B && t + b * step < kTokens; ++b) {
+            const int64_t at = static_cast<int64_t>(t + b * step) * a.row;
+            move<U>(a.x + at, a.remote + at, nullptr, a.row, lane);
+        }
+        __syncwarp();
+        if (lane < B && t + lane * step < kTokens) publish(a.peer_flags + t + lane * step, a.epoch);
+    }
+}
+
+// A warp: sums what has come into slots with our own rows.
+template <int U> __device__ void reduce_slots(const Args& a, int first, int step, int lane) {
+    for (int t = first; t < kTokens; t += step) {
+        await_row(a, t, lane);
+        const int64_t at = static_cast<int64_t>(t) * a.row;
+        reduce_row<U>(a.arrived + at, a.x + at, a.result + at, a.row, lane);
+    }
+}
+
+// One lane: the rows first, first + step, ...
+struct Rows {
+    int first, step;
+
+    __device__ int count() const { return first < kTokens ? (kTokens - first + step - 1) / step : 0; }
+    __device__ int token(int item) const { return first + item * step; }
+    // Sets the flags of items up to `end`, of which `told` have been set.
+    __device__ void tell(const Args& a, int& told, int end) const {
+        for (; told < end; ++told) publish(a.peer_flags + token(told), a.epoch);
+    }
+};
+
+// One lane: rows of our input into S stages of a whole row, kAhead of them before their turn; `put(item, at, stage)` issues the
+// bulk copy out of a stage to where the row begins.
+template <int S, int kAhead, class Put>
+__device__ void through_stages(const Args& a, uint8_t* stages, const Rows& rows, const Put& put) {
     auto* bars = reinterpret_cast<uint64_t*>(stages + S * a.row);
     for (int s = 0; s < S; ++s) bar_init(bars + s);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    const int count = first < kTokens ? (kTokens - first + step - 1) / step : 0;
-    auto at = [&](int item) { return static_cast<int64_t>(first + item * step) * a.row; };
-    constexpr int kAhead = S > 2 ? S - 2 : 1;
-    int told = 0;  // items whose flag is set
-    for (int item = 0; item < kAhead && item < count; ++item)
-        bulk_load(stages + item * a.row, a.x + at(item), a.row, bars + item);
+    const int count = rows.count();
+    auto at = [&](int item) { return static_cast<int64_t>(rows.token(item)) * a.row; };
+    auto fill = [&](int item) { bulk_load(stages + item % S * a.row, a.x + at(item), a.row, bars + item % S); };
+    for (int item = 0; item < kAhead && item < count; ++item) fill(item);
     for (int item = 0; item < count; ++item) {
-        const int s = item % S;
         if (item + kAhead < count) {
-            bulk_wait_read<(S > 2 ? 1 : 0)>();
-            bulk_load(stages + (item + kAhead) % S * a.row, a.x + at(item + kAhead), a.row, bars + (item + kAhead) % S);
+            bulk_wait_read<(S - kAhead > 1 ? S - kAhead - 1 : 0)>();
+            fill(item + kAhead);
         }
-        bar_wait(bars + s, item / S & 1);
-        bulk_store(a.remote + at(item), stages + s * a.row, a.row);
-        if (item - told >= B) {
-            bulk_wait<1>();
-            for (; told < item; ++told) publish(a.peer_flags + first + told * step, a.epoch);
-        }
+        bar_wait(bars + item % S, item / S & 1);
+        put(item, at(item), stages + item % S * a.row);
     }
     bulk_wait<0>();
-    for (; told < count; ++told) publish(a.peer_flags + first + told * step, a.epoch);
+}
+
+// One lane: rows of our input to `remote`, flags B at a time.
+template <int S, int B> __device__ void send_bulk(const Args& a, uint8_t* memory, int warp, const Rows& rows) {
+    int told = 0;
+    auto put = [&](int item, int64_t at, const uint8_t* stage) {
+        bulk_store(a.remote + at, stage, a.row);
+        if (item - told < B) return;
+        bulk_wait<1>();
+        rows.tell(a, told, item);
+    };
+    through_stages<S, (S > 2 ? S - 2 : 1)>(a, memory + warp * (S * a.row + 128), rows, put);
+    rows.tell(a, told, rows.count());
 }
 
 // -- Running them --------------------------------------------------------------------------------------------------------

@@ -5,17 +5,16 @@
 #include <cstdint>
 #include <memory>
 
+#include "core/non_copyable.h"
 #include "device/owned.h"
 
 namespace deep_ep::bench {
 
 // One launch at a time, on a stream of its own or a given one. The destructor releases, and waits for its own stream.
-class HeldSms {
+class HeldSms : NonCopyable {
 public:
     explicit HeldSms(std::shared_ptr<dev::Device> device);
     ~HeldSms();
-    HeldSms(const HeldSms&) = delete;
-    HeldSms& operator=(const HeldSms&) = delete;
 
     // Launches and returns: blocks that take `num_sms` SMs, and keep them until release() or for timeout_s. Null: a
     // stream of its own.

@@ -5,6 +5,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <functional>
 #include <memory>
 #include <tuple>
@@ -12,6 +14,7 @@
 #include <vector>
 
 #include "bindings/device.h"
+#include "bindings/tensor_check.h"
 #include "core/dlpack.h"
 #include "core/error.h"
 #include "runtime/high_throughput.h"
@@ -54,6 +57,8 @@ inline py::capsule make_tensor(uintptr_t address, int64_t num_bytes, int cuda_in
 // What a row is in each of several tensors, of which there may be fewer.
 class RowForm {
 public:
+    static constexpr size_t kMaxDims = 3;  // of a row
+
     struct Part {
         std::vector<int64_t> shape;  // of a row
         dlpack::DataType dtype;
@@ -69,6 +74,7 @@ public:
                 continue;
             }
             auto [shape, code, bits, view] = given.cast<std::tuple<std::vector<int64_t>, int, int, py::object>>();
+            EP_ENSURE(shape.size() <= kMaxDims, "a row can have at most ", kMaxDims, " dimensions");
             int64_t row_bytes = bits / 8;
             for (const int64_t extent : shape) row_bytes *= extent;
             parts_.push_back(std::make_unique<Part>(Part{std::move(shape),
@@ -88,9 +94,7 @@ private:
 class LentRows {
 public:
     LentRows(std::shared_ptr<const RowForm> form, int64_t num_rows, std::vector<std::unique_ptr<LentMemory>> pieces)
-        : num_rows(num_rows), form_(std::move(form)) {
-        for (auto& piece : pieces) pieces_.push_back(std::move(piece));
-    }
+        : num_rows(num_rows), form_(std::move(form)), pieces_(std::move(pieces)) {}
 
     const int64_t num_rows;
 
@@ -106,7 +110,7 @@ public:
     // Over the first rows, once: the memory of the others, which nobody has used, is free at once; the rest of a piece when the
     // last tensor over it goes, on whichever thread. None: there is no such tensor.
     py::tuple tensors(int64_t num_rows, int cuda_index) {
-        const auto pieces = std::exchange(pieces_, {});
+        auto pieces = std::exchange(pieces_, {});
         py::tuple made(form_->parts().size());
         size_t next = 0;
         for (size_t i = 0; i < made.size(); ++i) {
@@ -114,16 +118,22 @@ public:
             if (part == nullptr)
                 made[i] = py::none();
             else
-                made[i] = make_tensor(*part, pieces.at(next++), num_rows, cuda_index);
+                made[i] = make_tensor(*part, std::move(pieces.at(next++)), num_rows, cuda_index);
         }
         return made;
     }
 
 private:
-    static py::object make_tensor(const RowForm::Part& part, const std::shared_ptr<LentMemory>& memory,
-                                  int64_t num_rows, int cuda_index) {
-        const TorchFunctions& torch = TorchFunctions::get();
+    static py::object make_tensor(const RowForm::Part& part, std::unique_ptr<LentMemory> memory, int64_t num_rows,
+                                  int cuda_index) {
         memory->shrink(static_cast<uint64_t>(num_rows * part.row_bytes));
+        py::object made = exchange_api() == nullptr ? by_capsule(part, std::move(memory), num_rows, cuda_index)
+                                                    : by_exchange(part, std::move(memory), num_rows, cuda_index);
+        return part.view.is_none() ? made : made.attr("view")(part.view);
+    }
+
+    static py::object by_capsule(const RowForm::Part& part, std::shared_ptr<LentMemory> memory, int64_t num_rows,
+                                 int cuda_index) {
         std::vector<int64_t> shape;
         shape.reserve(part.shape.size() + 1);
         shape.push_back(num_rows);
@@ -131,19 +141,52 @@ private:
         auto on_drop = [memory, cuda_index] {
             if (cuda_index < 0 || Py_IsInitialized() == 0) return;  // its destructor does what can be done
             const py::gil_scoped_acquire acquired;
-            memory->give_back(pointer<void>(torch_stream(cuda_index)));
+            memory->give_back(pointer<void>(TorchFunctions::get().current_stream(cuda_index).cast<uintptr_t>()));
         };
-        py::object made = torch.from_capsule(
+        return TorchFunctions::get().from_capsule(
             make_capsule(memory->address(), std::move(shape), part.dtype, cuda_index, std::move(on_drop)));
-        return part.view.is_none() ? made : made.attr("view")(part.view);
     }
 
-    static uintptr_t torch_stream(int cuda_index) {
-        return TorchFunctions::get().current_stream(cuda_index).cast<uintptr_t>();
+    // What torch holds as long as a tensor is over the memory; without a call of Python's, then or now.
+    struct Loan {
+        dlpack::VersionedTensor managed;
+        std::array<int64_t, RowForm::kMaxDims + 1> shape, strides;
+        std::unique_ptr<LentMemory> memory;
+
+        static void end(dlpack::VersionedTensor* managed) {
+            const std::unique_ptr<Loan> loan(static_cast<Loan*>(managed->context));
+            const dlpack::Device& device = managed->tensor.device;
+            void* stream = nullptr;
+            if (device.type != dlpack::kCuda || Py_IsInitialized() == 0) return;
+            if (exchange_api()->current_stream(device.type, device.id, &stream) == 0) loan->memory->give_back(stream);
+        }
+    };
+
+    static py::object by_exchange(const RowForm::Part& part, std::unique_ptr<LentMemory> memory, int64_t num_rows,
+                                  int cuda_index) {
+        auto loan = std::make_unique<Loan>();
+        const size_t num_dims = part.shape.size() + 1;
+        loan->shape[0] = num_rows;
+        std::copy(part.shape.begin(), part.shape.end(), loan->shape.begin() + 1);
+        loan->strides[num_dims - 1] = 1;
+        for (size_t i = num_dims; i-- > 1;) loan->strides[i - 1] = loan->strides[i] * loan->shape[i];
+        const dlpack::Device device =
+            cuda_index < 0 ? dlpack::Device{dlpack::kCpu, 0} : dlpack::Device{dlpack::kCuda, cuda_index};
+        loan->managed = {.version = exchange_api()->version,
+                         .context = loan.get(),
+                         .deleter = &Loan::end,
+                         .flags = 0,
+                         .tensor = {memory->address(), device, static_cast<int32_t>(num_dims), part.dtype,
+                                    loan->shape.data(), loan->strides.data(), 0}};
+        loan->memory = std::move(memory);
+        void* made = nullptr;
+        if (exchange_api()->to_object(&loan->managed, &made) != 0) throw py::error_already_set();
+        static_cast<void>(loan.release());  // torch's, which ends it
+        return py::reinterpret_steal<py::object>(static_cast<PyObject*>(made));
     }
 
     std::shared_ptr<const RowForm> form_;
-    std::vector<std::shared_ptr<LentMemory>> pieces_;
+    std::vector<std::unique_ptr<LentMemory>> pieces_;
 };
 
 // Null: there is no room for all.

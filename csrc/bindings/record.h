@@ -344,6 +344,15 @@ EP_RECORDS(EP_BIND_RECORD)
 inline bool add_record_types(PyObject* module) { return true EP_RECORDS(EP_ADD_RECORD); }
 #undef EP_ADD_RECORD
 
+// The same of a record that lacks fields: those are zero.
+template <class Args> const Args* read_unfinished(PyObject* object) {
+    const RecordType& type = record_type<Args>();
+    if (Py_TYPE(object) == type.type)
+        return reinterpret_cast<const Args*>(reinterpret_cast<const Record*>(object)->args);
+    PyErr_Format(PyExc_TypeError, "expected %s, got %s", type.name, Py_TYPE(object)->tp_name);
+    return nullptr;
+}
+
 template <class Args> const Args* read(PyObject* object) {
     return static_cast<const Args*>(read_record(record_type<Args>(), object));
 }

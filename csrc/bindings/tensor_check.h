@@ -5,6 +5,7 @@
 #include <Python.h>
 
 #include "bindings/owned.h"
+#include "core/dlpack.h"
 
 namespace deep_ep::bindings {
 
@@ -109,6 +110,22 @@ inline PyObject* matrix_shape(PyObject* /*module*/, PyObject* const* args, Py_ss
     return answer(nullptr);
 }
 
+// Null: this torch has none.
+inline const dlpack::ExchangeApi*& exchange_api() {
+    static const dlpack::ExchangeApi* api = nullptr;
+    return api;
+}
+
+// Of the class whose tensors are to be read.
+inline void find_exchange_api(PyObject* tensor_class) {
+    const Owned capsule(PyObject_GetAttrString(tensor_class, "__dlpack_c_exchange_api__"));
+    const void* found = capsule.get() == nullptr ? nullptr : PyCapsule_GetPointer(capsule.get(), "dlpack_exchange_api");
+    PyErr_Clear();
+    const auto* api = static_cast<const dlpack::ExchangeApi*>(found);
+    const bool is_known = api != nullptr && api->version.major == dlpack::kExchangeMajor && api->describe != nullptr;
+    exchange_api() = is_known ? api : nullptr;
+}
+
 // use_tensor_class(type, is_plain).
 inline PyObject* use_tensor_class(PyObject* /*module*/, PyObject* const* args, Py_ssize_t num_args) {
     if (num_args != 2) {
@@ -118,6 +135,7 @@ inline PyObject* use_tensor_class(PyObject* /*module*/, PyObject* const* args, P
     Py_INCREF(args[0]);
     Py_INCREF(args[1]);
     TensorClass::get() = {args[0], args[1]};
+    find_exchange_api(args[0]);
     Py_RETURN_NONE;
 }
 

@@ -174,15 +174,13 @@ PageContent* content_of(const MappedFile& memory) { return static_cast<PageConte
 }  // namespace
 
 // One rank's page as this process maps it. The descriptor stays open for the lock.
-class MailboxPage {
+class MailboxPage : NonCopyable {
 public:
     MailboxPage(FileDescriptor file, MappedFile memory, bool is_own)
         : file_(std::move(file)), memory_(std::move(memory)), content_(content_of(memory_)), is_own_(is_own) {}
     ~MailboxPage() {
         if (is_own_ && content_->owner.pid == getpid()) unlink(path_of(content_->nonce).c_str());
     }
-    MailboxPage(const MailboxPage&) = delete;
-    MailboxPage& operator=(const MailboxPage&) = delete;
 
     PageContent& content() const { return *content_; }
     bool is_of_this_process() const { return is_own_ && content_->owner.pid == getpid(); }

@@ -11,6 +11,8 @@
 #include <string_view>
 #include <vector>
 
+#include "core/non_copyable.h"
+
 namespace deep_ep::comm {
 
 class MailboxPage;
@@ -28,7 +30,7 @@ struct Refusal {
 
 // Any thread may read once connect() is over; one at a time may write. In a forked child it is silent: the rank is still
 // the parent's.
-class Mailbox {
+class Mailbox : NonCopyable {
 public:
     // Longer texts are cut.
     static constexpr size_t kMaxTextBytes = 1024;
@@ -36,8 +38,6 @@ public:
     // Makes the page of this rank, whose process it stands for until it ends or the Mailbox goes.
     Mailbox(int rank, int num_ranks);
     ~Mailbox();
-    Mailbox(const Mailbox&) = delete;
-    Mailbox& operator=(const Mailbox&) = delete;
 
     int rank() const { return rank_; }
     // What peers need to read this rank's page: plain bytes.

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "comm/mailbox.h"
+#include "core/non_copyable.h"
 #include "device/owned.h"
 
 namespace deep_ep::comm {
@@ -14,14 +15,12 @@ namespace deep_ep::comm {
 //
 // Lifetime: a region may be freed only when no peer maps it any more. Peers say so in their mailboxes; release() waits for
 // them for a bounded time, and what is still mapped then is kept for later (see DeferredRegions).
-class SymmetricHeap {
+class SymmetricHeap : NonCopyable {
 public:
     // Allocates `bytes`, zero-filled, for the rank of the mailbox, which is connected before the heap.
     SymmetricHeap(std::shared_ptr<dev::Device> device, std::shared_ptr<Mailbox> mailbox, int num_ranks, size_t bytes,
                   dev::Placement placement = dev::Placement::kDevice);
     ~SymmetricHeap();
-    SymmetricHeap(const SymmetricHeap&) = delete;
-    SymmetricHeap& operator=(const SymmetricHeap&) = delete;
 
     // What peers need to map this region.
     const std::string& handle() const { return memory_.get().handle; }

@@ -34,11 +34,41 @@ struct Tensor {
     uint64_t byte_offset;
 };
 
+constexpr DataType kInt32{0, 32, 1}, kInt64{0, 64, 1}, kFloat32{2, 32, 1}, kBFloat16{4, 16, 1}, kBool{6, 8, 1};
+
+constexpr bool operator==(const DataType& a, const DataType& b) {
+    return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
+}
+
 struct ManagedTensor {
     Tensor tensor;
     void* context;
     void (*deleter)(ManagedTensor*);
 };
+
+// The same since version 1.
+struct Version {
+    uint32_t major, minor;
+};
+struct VersionedTensor {
+    Version version;
+    void* context;
+    void (*deleter)(VersionedTensor*);
+    uint64_t flags;
+    Tensor tensor;
+};
+
+// What a library offers to native code (version 1.3). All return 0, or else a Python exception is set. None synchronises.
+struct ExchangeApi {
+    Version version;
+    const ExchangeApi* previous;
+    void* allocate;     // not used here: torch ignores record_stream on what comes from it
+    void* from_object;  // nor this, which allocates
+    int (*to_object)(VersionedTensor* tensor, void** object);
+    int (*describe)(void* object, Tensor* tensor);  // valid as long as the object; absent in some libraries
+    int (*current_stream)(int32_t device_type, int32_t device_id, void** stream);
+};
+constexpr uint32_t kExchangeMajor = 1;
 
 // A row-major tensor. `on_drop` runs when its last user is gone, on whichever thread that is.
 inline ManagedTensor* make_tensor(void* data, Device device, DataType dtype, std::vector<int64_t> shape,

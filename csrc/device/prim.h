@@ -51,7 +51,7 @@ template <Order O, Scope S, class T> EP_DEVICE T fetch_add(T* ptr, T value);
 // Adds one to a count below 2^31 - 1, in device memory (nvcc 13.0 crashes over one in shared memory); returns the old value, for
 // which the thread waits only where it is used: the adds of a warp's threads are put together by the compiler, which then waits
 // for the sum at once. Any order.                                                     CUDA: atom.inc
-template <Order O, Scope S> EP_DEVICE uint32_t fetch_increment(uint32_t* count);
+template <Order O, Scope S, class T> EP_DEVICE T fetch_increment(T* count);
 
 // Sets bits; returns the old value. Any order.                                        CUDA: atom.or
 template <Order O, Scope S, class T> EP_DEVICE T fetch_or(T* ptr, T bits);

@@ -8,6 +8,7 @@
 #include <memory>
 #include <string>
 
+#include "core/non_copyable.h"
 #include "device/compiler.h"
 
 namespace deep_ep::dev {
@@ -34,7 +35,7 @@ struct ShareableMemory {
     std::string handle;
 };
 
-class Device {
+class Device : NonCopyable {
 public:
     virtual ~Device() = default;
 

@@ -4,7 +4,6 @@
 
 #include "kernels/params.h"
 #include "layout/rail.h"
-#include "layout/topology.h"
 #include "rail/engine.h"
 
 namespace deep_ep::kernels {
@@ -19,7 +18,7 @@ struct RailPlan {
     layout::Topology topology;
     layout::RailControl control;  // at the start of the window; its data region follows at control.bytes
     layout::RailWindow window;    // of slots of this kind (dispatch or combine)
-    layout::RailSlot slot;
+    layout::SlotLayout slot;
     uint8_t* counters;      // layout::RailCounters of device memory, zeroed when it was allocated
     int num_forward_warps;  // in each block, beside those of Geometry; not used by the count exchange
 };

@@ -290,32 +290,39 @@ struct ControlLayout {
     }
 };
 
-// One token on its way: its row, then 4-byte metadata words.
+// One token on its way, within a node or over the rail: its row, then 4-byte metadata words.
 struct SlotLayout {
     Field row;           // bytes
     Field src_idx;       // i32[0..1]: index of the token at its source
-    Field topk_idx;      // i32[K]: local expert ids, -1: not here
+    Field topk_idx;      // i32[K]: within a node local expert ids, -1: not here; over the rail global ones, -1: none
     Field topk_weights;  // f32[K]
+    Field positions;     // i32[L or 0], over the rail: place among its source's tokens at each rank there; -1: nowhere
     Field scales;        // any 4-byte type [num_scales]
     uint64_t bytes = 0;
 
-    static constexpr SlotLayout make(uint64_t row_bytes, bool has_src_idx, uint64_t num_topk, bool has_weights,
-                                     uint64_t num_scales) {
+    // `num_positions`: ranks of a node; 0 within one, and in a cached call, whose forwarders know the positions.
+    static constexpr SlotLayout for_dispatch(uint64_t row_bytes, uint64_t num_topk, uint64_t num_scales,
+                                             uint64_t num_positions = 0) {
+        return make(row_bytes, num_topk, true, num_scales, num_positions);
+    }
+    // Over the rail, the sum of one node's rows of a token, and of their weights.
+    static constexpr SlotLayout for_combine(uint64_t row_bytes, uint64_t num_topk) {
+        return make(row_bytes, num_topk, false, 0, 0);
+    }
+
+private:
+    static constexpr SlotLayout make(uint64_t row_bytes, uint64_t num_topk, bool has_routing, uint64_t num_scales,
+                                     uint64_t num_positions) {
         SlotLayout layout;
         FieldCursor cursor;
         layout.row = cursor.take(1, row_bytes, 16);
-        layout.src_idx = cursor.take(4, has_src_idx ? 1 : 0, 4);
-        layout.topk_idx = cursor.take(4, has_src_idx ? num_topk : 0, 4);
-        layout.topk_weights = cursor.take(4, has_weights ? num_topk : 0, 4);
+        layout.src_idx = cursor.take(4, has_routing ? 1 : 0, 4);
+        layout.topk_idx = cursor.take(4, has_routing ? num_topk : 0, 4);
+        layout.topk_weights = cursor.take(4, num_topk, 4);
+        layout.positions = cursor.take(4, num_positions, 4);
         layout.scales = cursor.take(4, num_scales, 4);
         layout.bytes = cursor.total(kHeapAlignment);
         return layout;
-    }
-    static constexpr SlotLayout for_dispatch(uint64_t row_bytes, uint64_t num_topk, uint64_t num_scales) {
-        return make(row_bytes, true, num_topk, true, num_scales);
-    }
-    static constexpr SlotLayout for_combine(uint64_t row_bytes, uint64_t num_topk) {
-        return make(row_bytes, false, num_topk, true, 0);
     }
 };
 

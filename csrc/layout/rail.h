@@ -14,6 +14,27 @@ constexpr int kMaxRailChunks = 512;  // of one stream in one bank: each has a fl
 constexpr int kMaxNodes = 256;
 constexpr int kRailReasonWords = 64;
 
+// Which ranks share a node and which share a rail, as kernels and layouts use it; Python finds it (deep_ep/_topology.py).
+// Nodes of equal size whose ranks follow each other: rank = node * ranks_per_node + index. A *neighbour* is a rank of the
+// same node, a *rail peer* the rank with the same index in another node; the *forwarder* of a rank in a node is the one on
+// its rail.
+struct Topology {
+    int num_ranks = 1;
+    int ranks_per_node = 1;
+    int rank = 0;
+
+    constexpr int num_nodes() const { return num_ranks / ranks_per_node; }
+    constexpr int node() const { return node_of(rank); }
+    constexpr int index() const { return index_of(rank); }
+
+    constexpr int node_of(int other) const { return other / ranks_per_node; }
+    constexpr int index_of(int other) const { return other % ranks_per_node; }
+    constexpr bool is_neighbour(int other) const { return node_of(other) == node(); }
+    constexpr int neighbour(int index) const { return node() * ranks_per_node + index; }
+    constexpr int rail_peer(int node) const { return node * ranks_per_node + index(); }
+    constexpr int forwarder(int source, int node) const { return node * ranks_per_node + index_of(source); }
+};
+
 // What a source tells its forwarder in a node before its tokens come; the forwarder passes it on to its neighbours.
 struct CountsBlock {
     Field shapes;         // u64[1]: a hash of what must be equal everywhere (row bytes, top-k, scales, experts)
@@ -113,42 +134,6 @@ struct LowLatencyRailRegion {
     }
     constexpr uint64_t receive(uint64_t bank) const { return offset + bank * bank_bytes(); }
     constexpr uint64_t staging(uint64_t bank) const { return receive(bank) + receive_bytes; }
-};
-
-// One token on the rail: its row, then 4-byte metadata words.
-struct RailSlot {
-    Field row;           // bytes
-    Field src_idx;       // i32[0..1]: index of the token at its source
-    Field topk_idx;      // i32[K]: global expert ids, -1: none
-    Field topk_weights;  // f32[K]
-    Field positions;     // i32[L or 0]: where the token stands among those of its source at each rank here; -1: nowhere
-    Field scales;        // any 4-byte type [num_scales]
-    uint64_t bytes = 0;
-
-    // `num_positions`: ranks of a node; 0 in a cached call, whose forwarders know the positions.
-    static constexpr RailSlot for_dispatch(uint64_t row_bytes, uint64_t num_topk, uint64_t num_scales,
-                                           uint64_t num_positions) {
-        return make(row_bytes, num_topk, true, num_scales, num_positions);
-    }
-    // The sum of one node's rows of a token, and of their weights.
-    static constexpr RailSlot for_combine(uint64_t row_bytes, uint64_t num_topk) {
-        return make(row_bytes, num_topk, false, 0, 0);
-    }
-
-private:
-    static constexpr RailSlot make(uint64_t row_bytes, uint64_t num_topk, bool has_routing, uint64_t num_scales,
-                                   uint64_t num_positions) {
-        RailSlot slot;
-        FieldCursor cursor;
-        slot.row = cursor.take(1, row_bytes, 16);
-        slot.src_idx = cursor.take(4, has_routing ? 1 : 0, 4);
-        slot.topk_idx = cursor.take(4, has_routing ? num_topk : 0, 4);
-        slot.topk_weights = cursor.take(4, num_topk, 4);
-        slot.positions = cursor.take(4, num_positions, 4);
-        slot.scales = cursor.take(4, num_scales, 4);
-        slot.bytes = cursor.total(kHeapAlignment);
-        return slot;
-    }
 };
 
 // Counters of a rank's own, in its device memory and zero between calls: of each chunk that it fills or empties, how many of

@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "core/non_copyable.h"
+
 namespace deep_ep::rail {
 
 // Memory of the same size on every rank. An engine sends from it and receives into it, and device code may use it.
@@ -35,7 +37,7 @@ struct Traffic {
     uint64_t num_bytes = 0;     // of puts, without the engine's headers
 };
 
-class Engine {
+class Engine : NonCopyable {
 public:
     virtual ~Engine() = default;
 

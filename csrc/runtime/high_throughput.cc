@@ -208,7 +208,7 @@ kernels::CombinePlan HighThroughput::combine_plan(const CombineArgs& args) const
             .watch = connection_.watch_params(),
             .geometry = {},
             .slot = slot,
-            .window = plan_window(connection_.plan(), slot, "combine"),
+            .window = plan_combine_window(connection_.machine(), connection_.plan(), slot),
             .may_lend = loans_.may_lend(),
             .loan = loans_.loan_for(args),
             .lent_weights = loans_.weights(),

@@ -6,9 +6,10 @@ namespace deep_ep::runtime {
 
 namespace {
 
-template <class Args> layout::RailSlot rail_dispatch_slot(const Args& args, int num_positions) {
-    return layout::RailSlot::for_dispatch(args.row_bytes, static_cast<uint64_t>(args.num_topk),
-                                          static_cast<uint64_t>(args.num_scales), static_cast<uint64_t>(num_positions));
+template <class Args> layout::SlotLayout rail_dispatch_slot(const Args& args, int num_positions) {
+    return layout::SlotLayout::for_dispatch(args.row_bytes, static_cast<uint64_t>(args.num_topk),
+                                            static_cast<uint64_t>(args.num_scales),
+                                            static_cast<uint64_t>(num_positions));
 }
 
 void share_roles(const InternodeGeometry& planned, kernels::Geometry& node, kernels::RailPlan& rail) {
@@ -24,7 +25,7 @@ Internode::Internode(Connection& connection, const kernels::KernelTable& kernels
     if (num_nodes > 1) counters_ = {connection.device(), layout::RailCounters::make(num_nodes).bytes};
 }
 
-kernels::RailPlan Internode::plan_call(const layout::RailSlot& slot, const char* operation) const {
+kernels::RailPlan Internode::plan_call(const layout::SlotLayout& slot, const char* operation) const {
     const layout::Topology& topology = connection_.topology();
     const rail::Engine& engine = connection_.engine();
     const RailRegion& region = connection_.rail_region();
@@ -68,7 +69,7 @@ void Internode::combine(const InternodeCombineArgs& args, int num_sms, dev::Stre
     connection_.check();
     kernels::CombinePlan plan = node_.combine_plan(args);
     kernels::RailPlan rail =
-        plan_call(layout::RailSlot::for_combine(plan.row_bytes, static_cast<uint64_t>(args.num_topk)), "combine");
+        plan_call(layout::SlotLayout::for_combine(plan.row_bytes, static_cast<uint64_t>(args.num_topk)), "combine");
     const bool sends_nothing = plan.loan.x != 0 || connection_.topology().ranks_per_node == 1;  // to neighbours
     share_roles(
         plan_internode_combine(connection_.machine(), connection_.topology(), args.num_topk, num_sms, sends_nothing),

@@ -22,7 +22,7 @@ public:
     void combine(const InternodeCombineArgs& args, int num_sms, dev::Stream stream);
 
 private:
-    kernels::RailPlan plan_call(const layout::RailSlot& slot, const char* operation) const;
+    kernels::RailPlan plan_call(const layout::SlotLayout& slot, const char* operation) const;
 
     Connection& connection_;
     const kernels::KernelTable& kernels_;

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/non_copyable.h"
 #include "device/owned.h"
 #include "runtime/lend_pool.h"
 
@@ -21,11 +22,9 @@ namespace deep_ep::runtime {
 //
 // Contract with the caller: takers form a chain. Work of a taker comes after that of the one before it, on whatever streams.
 // Thread-safe: whoever drops a tensor last gives its memory back.
-class Lender {
+class Lender : NonCopyable {
 public:
     Lender(std::shared_ptr<dev::Device> device, uint64_t num_bytes);
-    Lender(const Lender&) = delete;
-    Lender& operator=(const Lender&) = delete;
 
     uint64_t num_bytes() const { return pool_.num_bytes(); }
 
@@ -89,13 +88,11 @@ private:
 };
 
 // A piece of a rank's heap that peers can reach, in use as a tensor. It keeps the heap allocated.
-class LentMemory {
+class LentMemory : NonCopyable {
 public:
     LentMemory(std::shared_ptr<Lender> lender, uint64_t offset, uint8_t* address, std::shared_ptr<const void> lease)
         : lender_(std::move(lender)), offset_(offset), address_(address), lease_(std::move(lease)) {}
     ~LentMemory() { give_back(std::nullopt); }
-    LentMemory(const LentMemory&) = delete;
-    LentMemory& operator=(const LentMemory&) = delete;
 
     uint8_t* address() const { return address_; }
     void shrink(uint64_t num_bytes) { lender_->shrink(offset_, num_bytes); }

@@ -25,8 +25,12 @@ constexpr int kMixedTokens = 4;  // of each reduce warp
 
 // Of a combine whose rows are added where they are: the blocks that send, in 16ths, and the most that are of use
 // (docs/performance/intranode.md, step 39).
-constexpr int kAddingSendShare = 7;
+constexpr int kAddingSendShare = 8;
 constexpr int kMaxAddingSendBlocks = 9;
+
+// Of a combine between two ranks: so many bytes of slots in a bank are still in the L2 when they are summed. More are slower
+// (docs/performance/intranode.md, step 46).
+constexpr uint64_t kCachedSlotBytes = 9 << 20;
 
 // Of a dispatch to lenders. More blocks are slower, from here on to twice as many: own stores queue behind remote ones.
 constexpr int kLentSendWarps = 20;
@@ -211,7 +215,7 @@ RailRegion plan_rail(const BufferOptions& options) {
     return region;
 }
 
-layout::RailWindow plan_rail_window(const RailRegion& rail, int num_nodes, const layout::RailSlot& slot,
+layout::RailWindow plan_rail_window(const RailRegion& rail, int num_nodes, const layout::SlotLayout& slot,
                                     size_t chunk_bytes, const char* operation) {
     const auto nodes = static_cast<uint64_t>(num_nodes);
     const auto window = layout::RailWindow::make(rail.num_data_bytes, nodes, slot.bytes, chunk_bytes);
@@ -319,7 +323,7 @@ std::optional<kernels::Geometry> plan_adding_combine(const Machine& machine, int
     const int num_blocks = std::clamp(num_sms, 1, machine.num_sms);
     if (machine.num_ranks != 2 || !machine.has_bulk_copy || num_blocks < 2) return std::nullopt;
     const int num_warps = std::min(kernels::kMaxAddingCombineWarps, machine.useful_block_threads / 32);
-    const int num_send_blocks = std::clamp((num_blocks * kAddingSendShare + 8) / 16, 1, kMaxAddingSendBlocks);
+    const int num_send_blocks = std::clamp(num_blocks * kAddingSendShare / 16, 1, kMaxAddingSendBlocks);
     return kernels::Geometry{.num_blocks = num_blocks,
                              .num_send_warps = num_warps,
                              .num_recv_warps = num_warps,
@@ -353,6 +357,13 @@ layout::WindowLayout plan_window(const HeapPlan& heap, const layout::SlotLayout&
     EP_CHECK(num_ranks == 1 || window.window > 0, "num_nvl_bytes is too small for this ", operation,
              ": expected at least ", data_bytes_for(heap, slot), ", got ", heap.num_data_bytes,
              " (see Config.get_nvl_buffer_size_hint)");
+    return window;
+}
+
+layout::WindowLayout plan_combine_window(const Machine& machine, const HeapPlan& heap, const layout::SlotLayout& slot) {
+    layout::WindowLayout window = plan_window(heap, slot, "combine");
+    if (machine.num_ranks == 2 && machine.has_bulk_copy)
+        window.window = std::min(window.window, std::max(1, static_cast<int>(kCachedSlotBytes / slot.bytes)));
     return window;
 }
 

@@ -56,7 +56,7 @@ struct RailRegion {
 RailRegion plan_rail(const BufferOptions& options);
 
 // Throws where not even one slot of each stream has room. `chunk_bytes`: what the engine likes best.
-layout::RailWindow plan_rail_window(const RailRegion& rail, int num_nodes, const layout::RailSlot& slot,
+layout::RailWindow plan_rail_window(const RailRegion& rail, int num_nodes, const layout::SlotLayout& slot,
                                     size_t chunk_bytes, const char* operation);
 
 // What a put should have, where the engine likes `engine_bytes` best on a NIC of 50 GB/s and this one has another rate (0: not
@@ -110,6 +110,8 @@ int plan_notify_threads(const Machine& machine);
 
 // Throws where not even one slot of each stream has room.
 layout::WindowLayout plan_window(const HeapPlan& heap, const layout::SlotLayout& slot, const char* operation);
+// The same for combine inside a node, which may use fewer slots than there are.
+layout::WindowLayout plan_combine_window(const Machine& machine, const HeapPlan& heap, const layout::SlotLayout& slot);
 
 struct LowLatencyGrid {
     int num_blocks, num_warps;

@@ -14,19 +14,15 @@
 #include "mutation/scenarios.h"
 
 namespace deep_ep::test {
+
+std::vector<Scenario>& all_scenarios() {
+    static std::vector<Scenario> all;
+    return all;
+}
+
 namespace {
 
 constexpr uint64_t kSeeds[] = {0, 1, 2, 3, 6};
-
-std::vector<Scenario> all_scenarios() {
-    std::vector<Scenario> all;
-    for (const Scenario& scenario : intranode_scenarios()) all.push_back(scenario);
-    for (const Scenario& scenario : internode_scenarios()) all.push_back(scenario);
-    for (const Scenario& scenario : lending_scenarios()) all.push_back(scenario);
-    for (const Scenario& scenario : low_latency_scenarios()) all.push_back(scenario);
-    for (const Scenario& scenario : low_latency_nodes_scenarios()) all.push_back(scenario);
-    return all;
-}
 
 std::string outcome(const Scenario& scenario, uint64_t seed) {
     try {

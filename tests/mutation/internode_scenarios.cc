@@ -31,6 +31,15 @@ InternodeOptions one_chunk(int num_nodes, int ranks_per_node, uint64_t seed) {
     return options;
 }
 
+// Chunks are filled and emptied by warps of two blocks, and several stand free before they are looked at.
+InternodeOptions several_chunks(uint64_t seed) {
+    InternodeOptions options = small_options(2, 1, seed);
+    options.num_blocks = 2;
+    options.rail_slots = 8;
+    options.chunk_tokens = 2;
+    return options;
+}
+
 Problem small_problem(const InternodeOptions& options, uint64_t seed) {
     Problem problem{.num_tokens = {}, .num_experts = options.num_ranks(), .num_topk = 2, .hidden = 16, .seed = seed};
     for (int rank = 0; rank < options.num_ranks(); ++rank) problem.num_tokens.push_back(11 - 4 * (rank % 2));
@@ -43,49 +52,34 @@ std::string run_twice(const InternodeOptions& options, const Problem& problem) {
     return difference.empty() ? world.round_trip(problem) : difference;
 }
 
-std::string rail_credits(uint64_t seed) {
-    InternodeOptions options = one_chunk(2, 1, seed);
-    return run_twice(options, small_problem(options, seed));
+std::string run_twice(const InternodeOptions& options) {
+    return run_twice(options, small_problem(options, options.network_seed));
 }
 
-// Chunks are filled and emptied by warps of two blocks, and several stand free before they are looked at.
-std::string rail_chunks(uint64_t seed) {
-    InternodeOptions options = small_options(2, 1, seed);
-    options.num_blocks = 2;
-    options.rail_slots = 8;
-    options.chunk_tokens = 2;
-    return run_twice(options, small_problem(options, seed));
-}
-
-// Stores reach the peer's window: the same credits and chunks, without an engine that carries bytes.
-std::string near_credits(uint64_t seed) {
-    InternodeOptions options = one_chunk(2, 1, seed);
+// Stores reach the peer's window, without an engine that carries bytes.
+InternodeOptions near(InternodeOptions options) {
     options.is_near = true;
-    return run_twice(options, small_problem(options, seed));
+    return options;
 }
 
-std::string near_chunks(uint64_t seed) {
-    InternodeOptions options = small_options(2, 1, seed);
-    options.is_near = true;
-    options.num_blocks = 2;
-    options.rail_slots = 8;
-    options.chunk_tokens = 2;
-    return run_twice(options, small_problem(options, seed));
-}
+EP_SCENARIO(rail_credits, seed) { return run_twice(one_chunk(2, 1, seed)); }
 
-std::string rail_and_slots(uint64_t seed) {
+EP_SCENARIO(rail_chunks, seed) { return run_twice(several_chunks(seed)); }
+
+EP_SCENARIO(near_credits, seed) { return run_twice(near(one_chunk(2, 1, seed))); }
+
+EP_SCENARIO(near_chunks, seed) { return run_twice(near(several_chunks(seed))); }
+
+EP_SCENARIO(rail_and_slots, seed) {
     InternodeOptions options = one_chunk(2, 2, seed);
     options.window = 1;
-    return run_twice(options, small_problem(options, seed));
+    return run_twice(options);
 }
 
 // Streams that one warp serves by turns.
-std::string three_nodes(uint64_t seed) {
-    InternodeOptions options = one_chunk(3, 1, seed);
-    return run_twice(options, small_problem(options, seed));
-}
+EP_SCENARIO(three_nodes, seed) { return run_twice(one_chunk(3, 1, seed)); }
 
-std::string lent_rows(uint64_t seed) {
+EP_SCENARIO(lent_across, seed) {
     InternodeOptions options = one_chunk(2, 2, seed);
     options.lend_bytes = 1 << 14;
     Problem problem = small_problem(options, seed);
@@ -94,7 +88,7 @@ std::string lent_rows(uint64_t seed) {
 }
 
 // Nothing but the rail's own words orders a bank's uses: rank 1 only receives, call after call.
-std::string one_way_rail(uint64_t seed) {
+EP_SCENARIO(one_way_rail, seed) {
     InternodeOptions options = small_options(2, 1, seed);
     Problem problem = small_problem(options, seed);
     problem.num_tokens = {6, 0};
@@ -108,7 +102,7 @@ std::string one_way_rail(uint64_t seed) {
     });
     if (std::string difference = check_dispatch(problem, call.ranks, true); !difference.empty()) return difference;
     // Back again: now rank 0 only receives.
-    for (int rank = 0; rank < 2; ++rank) prepare_combine(call.problem, call.ranks[static_cast<size_t>(rank)], rank);
+    prepare_combine(call.problem, call.ranks);
     world.run([&] {
         for (int repeat = 0; repeat < 4; ++repeat)
             for (int rank = 0; rank < 2; ++rank) world.launch_combine(call, rank);
@@ -136,23 +130,21 @@ std::string exchange_counts(const InternodeOptions& options, Problem problem) {
     return check_dispatch(call.problem, call.ranks);
 }
 
-std::string counts_on_rail(uint64_t seed) {
+EP_SCENARIO(counts_on_rail, seed) {
     const InternodeOptions options = small_options(2, 2, seed);
     return exchange_counts(options, small_problem(options, seed));
 }
 
 // Rank 1 has passed on what its neighbour waits for, and is slow to read what the neighbour has told.
-std::string counts_of_a_slow_rank(uint64_t seed) {
+EP_SCENARIO(counts_of_a_slow_rank, seed) {
     InternodeOptions options = small_options(2, 2, seed);
     options.scheduler = {.slow_device = 1};
     return exchange_counts(options, small_problem(options, seed));
 }
 
 // Rank 3 does not come to the exchange. Rank 2, to which it would pass on the counts of rank 1, must not blame rank 1.
-std::string absent_forwarder(uint64_t seed) {
-    InternodeOptions options = small_options(2, 2, seed);
-    options.scheduler = impatient(seed);
-    options.timeout_s = 2;
+EP_SCENARIO(absent_forwarder, seed) {
+    const InternodeOptions options = impatient_options(2, 2, seed);
     const Problem problem = small_problem(options, seed);
     InternodeWorld world(options, problem);
     InternodeCall call(problem, options);
@@ -169,15 +161,15 @@ std::string absent_forwarder(uint64_t seed) {
 }
 
 // Posters wait for the engine.
-std::string full_engine(uint64_t seed) {
+EP_SCENARIO(full_engine, seed) {
     InternodeOptions options = small_options(2, 1, seed);
     options.max_posted = 1;
     options.chunk_tokens = 1;
-    return run_twice(options, small_problem(options, seed));
+    return run_twice(options);
 }
 
 // Rank 1 does not come to a combine; rank 0 gives up in time and leaves nothing that passes for a result.
-std::string absent_across(uint64_t seed) {
+EP_SCENARIO(absent_across, seed) {
     const InternodeOptions options = impatient_options(2, 1, seed);
     const Problem problem = small_problem(options, seed);
     InternodeWorld world(options, problem);
@@ -191,7 +183,7 @@ std::string absent_across(uint64_t seed) {
 }
 
 // Rank 1 does not come to the exchange.
-std::string absent_in_exchange(uint64_t seed) {
+EP_SCENARIO(absent_in_exchange, seed) {
     const InternodeOptions options = impatient_options(2, 1, seed);
     const Problem problem = small_problem(options, seed);
     InternodeWorld world(options, problem);
@@ -202,7 +194,7 @@ std::string absent_in_exchange(uint64_t seed) {
 }
 
 // Rank 1 refuses; rank 0 hears of it over the rail, long before its own deadline.
-std::string refused_across(uint64_t seed) {
+EP_SCENARIO(refused_across, seed) {
     InternodeOptions options = small_options(2, 1, seed);
     options.scheduler = impatient(seed);
     const Problem problem = small_problem(options, seed);
@@ -220,26 +212,6 @@ std::string refused_across(uint64_t seed) {
     return failure_of(world, 0) == layout::FailureKind::kAborted ? "" : "rank 0 has not heard of it";
 }
 
-constexpr Scenario kScenarios[] = {
-    {"rail_credits", rail_credits},
-    {"rail_chunks", rail_chunks},
-    {"near_credits", near_credits},
-    {"near_chunks", near_chunks},
-    {"rail_and_slots", rail_and_slots},
-    {"three_nodes", three_nodes},
-    {"lent_across", lent_rows},
-    {"one_way_rail", one_way_rail},
-    {"counts_on_rail", counts_on_rail},
-    {"full_engine", full_engine},
-    {"absent_across", absent_across},
-    {"absent_in_exchange", absent_in_exchange},
-    {"refused_across", refused_across},
-    {"absent_forwarder", absent_forwarder},
-    {"counts_of_a_slow_rank", counts_of_a_slow_rank},
-};
-
 }  // namespace
-
-std::span<const Scenario> internode_scenarios() { return kScenarios; }
 
 }  // namespace deep_ep::test

@@ -30,7 +30,7 @@ std::string two_round_trips(World& world, const Problem& problem) {
 }
 
 // Every slot is waited for.
-std::string narrow_windows(uint64_t seed) {
+EP_SCENARIO(narrow_windows, seed) {
     const Problem problem{
         .num_tokens = {11, 7}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
     World world = make_world(2, region_for(problem, 2), seed);
@@ -38,23 +38,21 @@ std::string narrow_windows(uint64_t seed) {
 }
 
 // So many blocks and tokens that rows of a combine are staged on their way out alone. By one seed: these are many threads.
-std::string mixed_combine(uint64_t seed) {
+EP_SCENARIO(mixed_combine, seed) {
     if (seed != 0) return "";
     Problem problem{
         .num_tokens = {80, 80}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
     simt::DeviceOptions device = small_device(seed);
     device.num_sms = 20;
     World world(2, region_for(problem, 8), varied(1), 100, 0, false, {device});
-    auto ranks = make_inputs(problem);
-    world.layout(problem, ranks);
-    world.dispatch(problem, ranks);
+    auto ranks = world.dispatched(problem);
     problem.num_sms = device.num_sms;
     world.combine(problem, ranks);
     return check_combine(problem, ranks);
 }
 
 // Several slots come free before they are looked at.
-std::string wide_windows(uint64_t seed) {
+EP_SCENARIO(wide_windows, seed) {
     const Problem problem{
         .num_tokens = {40, 31}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
     World world = make_world(2, region_for(problem, 7), seed);
@@ -62,19 +60,17 @@ std::string wide_windows(uint64_t seed) {
 }
 
 // Only rank 1 receives, call after call: its reads must end before rank 0 writes the bank again.
-std::string one_way_traffic(uint64_t seed) {
+EP_SCENARIO(one_way_traffic, seed) {
     Problem problem{
         .num_tokens = {6, 0}, .num_experts = 2, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .only_rank = 1};
     problem.seed = seed;
     World world = make_world(2, 1 << 14, seed);
-    auto ranks = make_inputs(problem);
-    world.layout(problem, ranks);
-    world.dispatch(problem, ranks);
+    auto ranks = world.dispatched(problem);
     for (int repeat = 0; repeat < 4; ++repeat)
         for (int rank = 0; rank < 2; ++rank)
             world.launch_dispatch(problem, ranks[static_cast<size_t>(rank)], rank, Counts::kKnown);
     world.run();
-    for (int rank = 0; rank < 2; ++rank) world.buffer(rank).check();
+    world.check_all();
     return check_dispatch(problem, ranks, true);
 }
 
@@ -103,15 +99,15 @@ std::string exchange_alone(uint64_t seed, Counts counts) {
         world.launch_combine(problem, tensors, rank);
     }
     world.run();
-    for (int rank = 0; rank < 2; ++rank) world.buffer(rank).check();
+    world.check_all();
     return check_combine(problem, ranks);
 }
 
-std::string counts_alone(uint64_t seed) { return exchange_alone(seed, Counts::kExchanged); }
+EP_SCENARIO(counts_alone, seed) { return exchange_alone(seed, Counts::kExchanged); }
 
 // Rank 0 must be two calls ahead of rank 1, between its counts told and read: one seed of a hundred. `kSeedOfOne` is one, found
 // by a search; a change of the kernels may ask for another one.
-std::string counts_alone_in_dispatch(uint64_t seed) {
+EP_SCENARIO(counts_alone_in_dispatch, seed) {
     constexpr uint64_t kSeedOfOne = 95;
     for (const uint64_t each : {seed, kSeedOfOne})
         if (std::string found = exchange_alone(each, Counts::kUnknown); !found.empty()) return found;
@@ -119,7 +115,7 @@ std::string counts_alone_in_dispatch(uint64_t seed) {
 }
 
 // Dispatch exchanges the counts by itself, call after call, and routing changes from call to call.
-std::string worst_cases(uint64_t seed) {
+EP_SCENARIO(worst_cases, seed) {
     World world = make_world(2, 1 << 14, seed);
     std::vector<std::pair<Problem, std::vector<RankTensors>>> calls;
     for (uint64_t i = 0; i < 4; ++i) {
@@ -131,14 +127,14 @@ std::string worst_cases(uint64_t seed) {
     }
     for (auto& [problem, ranks] : calls) world.launch_worst_case(problem, ranks);
     world.run();
-    for (int rank = 0; rank < 2; ++rank) world.buffer(rank).check();
+    world.check_all();
     for (auto& [problem, ranks] : calls)
         if (std::string difference = check_dispatch(problem, ranks); !difference.empty()) return difference;
     return "";
 }
 
 // Several warps and blocks scan, several columns.
-std::string worst_case_of_three(uint64_t seed) {
+EP_SCENARIO(worst_case_of_three, seed) {
     const Problem problem{.num_tokens = {70, 0, 3},
                           .num_experts = 3,
                           .num_topk = 2,
@@ -152,13 +148,13 @@ std::string worst_case_of_three(uint64_t seed) {
 }
 
 // Tokens in several pieces, rows from more than one peer.
-std::string three_ranks(uint64_t seed) {
+EP_SCENARIO(three_ranks, seed) {
     const Problem problem{.num_tokens = {5, 0, 9}, .num_experts = 3, .hidden = 16, .num_scales = 1, .seed = seed};
     World world = make_world(3, 1 << 14, seed);
     return round_trip(world, problem);
 }
 
-std::string rows_in_pieces(uint64_t seed) {
+EP_SCENARIO(rows_in_pieces, seed) {
     const Problem problem{
         .num_tokens = {4, 5}, .num_experts = 2, .hidden = 3600, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
     World world = make_world(2, 1 << 18, seed);
@@ -166,14 +162,14 @@ std::string rows_in_pieces(uint64_t seed) {
 }
 
 // Several blocks and warps count, scan and report: more tokens than one tile, more experts than a block has threads.
-std::string many_tokens_and_experts(uint64_t seed) {
+EP_SCENARIO(many_tokens_and_experts, seed) {
     Problem problem{.num_tokens = {200, 2}, .num_experts = 200, .num_topk = 1, .hidden = 8, .num_sms = 1, .seed = seed};
     World world = make_world(2, 1 << 20, seed);
     return round_trip(world, problem);
 }
 
 // Shared memory for two stages of dispatch, and none of combine's.
-std::string two_stages_in_dispatch(uint64_t seed) {
+EP_SCENARIO(two_stages_in_dispatch, seed) {
     const Problem problem{
         .num_tokens = {14, 9}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
     simt::DeviceOptions device = small_device(seed);
@@ -183,7 +179,7 @@ std::string two_stages_in_dispatch(uint64_t seed) {
 }
 
 // Shared memory for the stages of combine's reduce warp, and two of its send warp.
-std::string two_stages_in_combine(uint64_t seed) {
+EP_SCENARIO(two_stages_in_combine, seed) {
     const Problem problem{
         .num_tokens = {14, 9}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
     const layout::Staging reduce{layout::kReduceStages, layout::kReduceStageBytes};
@@ -194,7 +190,7 @@ std::string two_stages_in_combine(uint64_t seed) {
 }
 
 // One rank moves rows with bulk copies and the other one without: each reads what the other proxy has written.
-std::string two_kinds_of_device(uint64_t seed) {
+EP_SCENARIO(two_kinds_of_device, seed) {
     const Problem problem{
         .num_tokens = {11, 13}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
     World world(2, region_for(problem, 5), varied(seed), 100, 0, false, {small_device(seed), small_device(seed + 1)});
@@ -202,7 +198,7 @@ std::string two_kinds_of_device(uint64_t seed) {
 }
 
 // Two warps of each kind in a block.
-std::string two_warps(uint64_t seed) {
+EP_SCENARIO(two_warps, seed) {
     const Problem problem{
         .num_tokens = {13, 9}, .num_experts = 70, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
     simt::DeviceOptions device = small_device(seed);
@@ -213,7 +209,7 @@ std::string two_warps(uint64_t seed) {
 
 // -- What the host reads while kernels run --------------------------------------------------------------------------------
 
-std::string absent_in_counts(uint64_t seed) {
+EP_SCENARIO(absent_in_counts, seed) {
     const Problem problem{.num_tokens = {4, 4}, .num_experts = 4, .hidden = 16, .seed = seed};
     World world(2, 1 << 14, impatient(seed), 2, 0, false, {small_device(seed)});
     auto ranks = make_inputs(problem);
@@ -225,7 +221,7 @@ std::string absent_in_counts(uint64_t seed) {
 }
 
 // Rank 1 does not come to a call whose windows wrap: rank 0 gives up with rows under way.
-std::string absent_in_dispatch(uint64_t seed) {
+EP_SCENARIO(absent_in_dispatch, seed) {
     const Problem problem{
         .num_tokens = {9, 9}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
     World world(2, region_for(problem, 2), impatient(seed), 2, 0, false, {small_device(seed)});
@@ -233,14 +229,14 @@ std::string absent_in_dispatch(uint64_t seed) {
                       [&](RankTensors& mine) { world.launch_dispatch(problem, mine, 0, Counts::kKnown); });
 }
 
-std::string absent_in_worst_case(uint64_t seed) {
+EP_SCENARIO(absent_in_worst_case, seed) {
     const Problem problem{.num_tokens = {4, 4}, .num_experts = 4, .hidden = 16, .num_sms = 1, .seed = seed};
     World world(2, 1 << 14, impatient(seed), 2, 0, false, {small_device(seed)});
     return call_alone(world, problem,
                       [&](RankTensors& mine) { world.launch_dispatch(problem, mine, 0, Counts::kUnknown); });
 }
 
-std::string absent_in_combine(uint64_t seed) {
+EP_SCENARIO(absent_in_combine, seed) {
     const Problem problem{
         .num_tokens = {9, 9}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
     World world(2, region_for(problem, 2), impatient(seed), 2, 0, false, {small_device(seed)});
@@ -252,7 +248,7 @@ std::string absent_in_combine(uint64_t seed) {
 
 // The same by a warp whose first row has no slot, while other work goes on: its loads, which are late, are under way when it
 // gives up.
-std::string absent_in_busy_combine(uint64_t seed) {
+EP_SCENARIO(absent_in_busy_combine, seed) {
     constexpr uint64_t kTimeoutNs = 800'000;
     const Problem problem{
         .num_tokens = {9, 9}, .num_experts = 4, .hidden = 16, .num_sms = 3, .drop_probability = 0.0, .seed = seed};
@@ -271,24 +267,18 @@ std::string refused(uint64_t seed, const std::function<void(World&, const Proble
     const Problem problem{
         .num_tokens = {9, 9}, .num_experts = 4, .hidden = 16, .num_sms = 1, .drop_probability = 0.0, .seed = seed};
     for (uint64_t i = 0; i < 8; ++i) {
-        simt::SchedulerOptions options;
-        options.seed = 100 * seed + i + 1;
-        options.bulk = simt::BulkMode::kRandom;
+        simt::SchedulerOptions options{.seed = 100 * seed + i + 1, .bulk = simt::BulkMode::kRandom};
         options.idle = simt::IdlePolicy::kAdvanceClock;  // a wait looks for refusals now and then only
         World world(2, region_for(problem, 2), options, 100, 0, false, {small_device(seed)});
-        auto ranks = make_inputs(problem);
-        world.layout(problem, ranks);
-        world.dispatch(problem, ranks);
+        auto ranks = world.dispatched(problem);
         call(world, problem, ranks);
         world.run();
-        for (int rank : {1, 0})  // rank 0 would wait for the reason, which rank 1 tells
-            if (std::string found = expect_failure("rank 1", [&] { world.buffer(rank).check(); }); !found.empty())
-                return found;
+        if (std::string found = expect_refusal_of_rank_1(world); !found.empty()) return found;
     }
     return "";
 }
 
-std::string refused_dispatch(uint64_t seed) {
+EP_SCENARIO(refused_dispatch, seed) {
     return refused(seed, [](World& world, const Problem& problem, std::vector<RankTensors>& ranks) {
         ranks[1].recv_src_idx.pop_back();
         for (int rank = 0; rank < 2; ++rank)
@@ -296,7 +286,7 @@ std::string refused_dispatch(uint64_t seed) {
     });
 }
 
-std::string refused_worst_case(uint64_t seed) {
+EP_SCENARIO(refused_worst_case, seed) {
     return refused(seed, [](World& world, const Problem& problem, std::vector<RankTensors>& ranks) {
         ranks[1].recv_src_idx.pop_back();
         for (int rank = 0; rank < 2; ++rank)
@@ -304,15 +294,15 @@ std::string refused_worst_case(uint64_t seed) {
     });
 }
 
-std::string refused_combine(uint64_t seed) {
+EP_SCENARIO(refused_combine, seed) {
     return refused(seed, [](World& world, const Problem& problem, std::vector<RankTensors>& ranks) {
-        for (int rank = 0; rank < 2; ++rank) prepare_combine(problem, ranks[static_cast<size_t>(rank)], rank);
+        prepare_combine(problem, ranks);
         --ranks[1].num_recv_tokens;
         for (int rank = 0; rank < 2; ++rank) world.launch_combine(problem, ranks[static_cast<size_t>(rank)], rank);
     });
 }
 
-std::string bad_expert(uint64_t seed) {
+EP_SCENARIO(bad_expert, seed) {
     const Problem problem{.num_tokens = {4, 4}, .num_experts = 4, .hidden = 16, .seed = seed};
     World world = make_world(2, 1 << 14, seed);
     auto ranks = make_inputs(problem);
@@ -346,7 +336,7 @@ struct StagesKernel {
     }
 };
 
-std::string stages_alone(uint64_t seed) {
+EP_SCENARIO(stages_alone, seed) {
     simt::Scheduler scheduler(varied(seed));
     simt::SimtDevice device(scheduler, 0, {});
     const dev::Stream stream = device.create_stream();
@@ -363,36 +353,6 @@ std::string stages_alone(uint64_t seed) {
     return "";
 }
 
-constexpr Scenario kScenarios[] = {
-    {"stages_alone", stages_alone},
-    {"narrow_windows", narrow_windows},
-    {"mixed_combine", mixed_combine},
-    {"wide_windows", wide_windows},
-    {"one_way_traffic", one_way_traffic},
-    {"counts_alone", counts_alone},
-    {"counts_alone_in_dispatch", counts_alone_in_dispatch},
-    {"worst_cases", worst_cases},
-    {"worst_case_of_three", worst_case_of_three},
-    {"three_ranks", three_ranks},
-    {"rows_in_pieces", rows_in_pieces},
-    {"many_tokens_and_experts", many_tokens_and_experts},
-    {"two_stages_in_dispatch", two_stages_in_dispatch},
-    {"two_stages_in_combine", two_stages_in_combine},
-    {"two_kinds_of_device", two_kinds_of_device},
-    {"two_warps", two_warps},
-    {"absent_in_counts", absent_in_counts},
-    {"absent_in_dispatch", absent_in_dispatch},
-    {"absent_in_worst_case", absent_in_worst_case},
-    {"absent_in_combine", absent_in_combine},
-    {"absent_in_busy_combine", absent_in_busy_combine},
-    {"refused_dispatch", refused_dispatch},
-    {"refused_worst_case", refused_worst_case},
-    {"refused_combine", refused_combine},
-    {"bad_expert", bad_expert},
-};
-
 }  // namespace
-
-std::span<const Scenario> intranode_scenarios() { return kScenarios; }
 
 }  // namespace deep_ep::test

@@ -23,14 +23,14 @@ Problem small_problem(uint64_t seed, uint32_t lending_ranks) {
             .lending_ranks = lending_ranks};
 }
 
-std::string both_lend(uint64_t seed) {
+EP_SCENARIO(both_lend, seed) {
     World world = make_world(2, varied(seed), small_device(seed));
     const Problem problem = small_problem(seed, 0b11);
     std::string difference = round_trip(world, problem);
     return difference.empty() ? round_trip(world, problem) : difference;
 }
 
-std::string one_lends(uint64_t seed) {
+EP_SCENARIO(one_lends, seed) {
     World world = make_world(2, varied(seed), small_device(seed));
     return round_trip(world, small_problem(seed, 0b01));
 }
@@ -63,10 +63,8 @@ std::string sums(uint64_t seed, uint32_t lending_ranks) {
     problem.num_sms = 2;  // a block that sends, and one that adds
     problem.drop_probability = 0.3;
     World world = make_world(2, varied(seed), {.num_sms = 2, .useful_block_threads = 64});
-    auto ranks = make_inputs(problem);
-    world.layout(problem, ranks);
-    world.dispatch(problem, ranks);
-    for (int rank = 0; rank < 2; ++rank) prepare_combine(problem, ranks[static_cast<size_t>(rank)], rank);
+    auto ranks = world.dispatched(problem);
+    prepare_combine(problem, ranks);
     for (int repeat = 0; repeat < 3; ++repeat)
         for (int rank = 0; rank < 2; ++rank) {
             RankTensors& tensors = ranks[static_cast<size_t>(rank)];
@@ -77,16 +75,16 @@ std::string sums(uint64_t seed, uint32_t lending_ranks) {
         }
     world.run();
     World::collect(ranks);
-    for (int rank = 0; rank < 2; ++rank) world.buffer(rank).check();
+    world.check_all();
     return check_combine(problem, ranks);
 }
 
-std::string both_lend_sums(uint64_t seed) { return sums(seed, 0); }
+EP_SCENARIO(both_lend_sums, seed) { return sums(seed, 0); }
 
-std::string sums_beside_an_input(uint64_t seed) { return sums(seed, 0b10); }
+EP_SCENARIO(sums_beside_an_input, seed) { return sums(seed, 0b10); }
 
 // The weights alone are waited for: there are rows of one rank only.
-std::string weights_of_a_lender(uint64_t seed) {
+EP_SCENARIO(weights_of_a_lender, seed) {
     Problem problem = small_problem(seed, 0b10);
     problem.num_tokens = {4, 0};
     problem.only_rank = 1;
@@ -97,10 +95,8 @@ std::string weights_of_a_lender(uint64_t seed) {
 // What was received is worked on, combined where it lies, worked on, and received there again, with no host in between:
 // the kernels of a rank must end when its peers have written, and when they have read.
 std::string use_at_once(const Problem& problem, World& world) {
-    auto ranks = make_inputs(problem);
-    world.layout(problem, ranks);
-    world.dispatch(problem, ranks);
-    for (int rank = 0; rank < 2; ++rank) prepare_combine(problem, ranks[static_cast<size_t>(rank)], rank);
+    auto ranks = world.dispatched(problem);
+    prepare_combine(problem, ranks);
     for (int repeat = 0; repeat < 3; ++repeat) {
         for (int rank = 0; rank < 2; ++rank) {
             RankTensors& tensors = ranks[static_cast<size_t>(rank)];
@@ -120,17 +116,17 @@ std::string use_at_once(const Problem& problem, World& world) {
         world.launch_dispatch(problem, ranks[static_cast<size_t>(rank)], rank, Counts::kKnown);
     world.run();
     World::collect(ranks);
-    for (int rank = 0; rank < 2; ++rank) world.buffer(rank).check();
+    world.check_all();
     return check_dispatch(problem, ranks, true);
 }
 
-std::string used_at_once(uint64_t seed) {
+EP_SCENARIO(used_at_once, seed) {
     World world = make_world(2, varied(seed), small_device(seed));
     return use_at_once(small_problem(seed, 0b11), world);
 }
 
 // Only the block that comes last tells the lender; rank 0 is the only borrower, and rank 1 the only lender.
-std::string two_blocks(uint64_t seed) {
+EP_SCENARIO(two_blocks, seed) {
     Problem problem = small_problem(seed, 0b10);
     problem.num_tokens = {8, 0};
     problem.num_sms = 2;
@@ -140,13 +136,13 @@ std::string two_blocks(uint64_t seed) {
 }
 
 // The lender moves rows without bulk copies and the borrower with them: each reaches what the other proxy has touched.
-std::string borrower_with_bulk_copies(uint64_t seed) {
+EP_SCENARIO(borrower_with_bulk_copies, seed) {
     World world(2, 1 << 14, varied(seed), 100, 0, false, {small_device(seed), small_device(seed + 1)}, kLendBytes);
     return use_at_once(small_problem(seed, seed % 2 == 0 ? 0b10 : 0b01), world);
 }
 
 // Counts and loans are exchanged at once.
-std::string worst_cases_lent(uint64_t seed) {
+EP_SCENARIO(worst_cases_lent, seed) {
     Problem problem = small_problem(seed, 0b11);
     problem.num_extra_rows = 1;
     World world = make_world(2, varied(seed), small_device(seed));
@@ -169,38 +165,31 @@ std::string guess(uint64_t seed, int num_spare_rows) {
     return "";
 }
 
-std::string guess_with_room(uint64_t seed) { return guess(seed, 2); }
+EP_SCENARIO(guess_with_room, seed) { return guess(seed, 2); }
 
-std::string guess_too_small(uint64_t seed) { return guess(seed, -1); }
+EP_SCENARIO(guess_too_small, seed) { return guess(seed, -1); }
 
 // Rank 1 lends too few rows: rank 0 must not begin.
-std::string refused_loan(uint64_t seed) {
+EP_SCENARIO(refused_loan, seed) {
     const Problem problem = small_problem(seed, 0b11);
     World world = make_world(2, impatient(seed), small_device(seed));
-    auto ranks = make_inputs(problem);
-    world.layout(problem, ranks);
-    world.dispatch(problem, ranks);
+    auto ranks = world.dispatched(problem);
     for (int rank = 0; rank < 2; ++rank) {
         RankTensors& tensors = ranks[static_cast<size_t>(rank)];
         prepare_recv(problem, tensors, tensors.num_recv_tokens - rank);
         world.launch_dispatch(problem, tensors, rank, Counts::kUnknown);
     }
     world.run();
-    for (int rank = 0; rank < 2; ++rank)
-        if (std::string found = expect_failure("rank 1", [&] { world.buffer(rank).check(); }); !found.empty())
-            return found;
-    return "";
+    return expect_refusal_of_rank_1(world);
 }
 
 // Rank 1 finds in the middle of its work that it has stated a row too few, when other blocks and rank 0 have written rows
 // into its outputs: nothing of them may be left.
-std::string failed_lender(uint64_t seed) {
+EP_SCENARIO(failed_lender, seed) {
     Problem problem = small_problem(seed, 0b11);
     problem.num_sms = 2;
     World world = make_world(2, impatient(seed), small_device(seed));
-    auto ranks = make_inputs(problem);
-    world.layout(problem, ranks);
-    world.dispatch(problem, ranks);
+    auto ranks = world.dispatched(problem);
     --ranks[1].num_tokens_per_rank[0];
     for (int rank = 0; rank < 2; ++rank) {
         RankTensors& tensors = ranks[static_cast<size_t>(rank)];
@@ -214,13 +203,11 @@ std::string failed_lender(uint64_t seed) {
 }
 
 // The same in combine: rank 0 has a position beyond the rows that rank 1 has for it.
-std::string failed_combine(uint64_t seed) {
+EP_SCENARIO(failed_combine, seed) {
     Problem problem = small_problem(seed, seed % 3 == 0 ? 0b11 : 0);
     problem.num_sms = 2;
     World world = make_world(2, impatient(seed), small_device(seed));
-    auto ranks = make_inputs(problem);
-    world.layout(problem, ranks);
-    world.dispatch(problem, ranks);
+    auto ranks = world.dispatched(problem);
     for (size_t token = ranks[0].send_head.size() / 2; token-- > 0;)
         if (ranks[0].send_head[token * 2 + 1] >= 0) {
             ranks[0].send_head[token * 2 + 1] += 1000;
@@ -236,33 +223,13 @@ std::string failed_combine(uint64_t seed) {
 }
 
 // Rank 1 never comes, and rank 0, which lends, says so.
-std::string absent_borrower(uint64_t seed) {
+EP_SCENARIO(absent_borrower, seed) {
     const Problem problem = small_problem(seed, 0b11);
     World world = make_world(2, impatient(seed), small_device(seed), 2);
     return call_alone(world, problem,
                       [&](RankTensors& mine) { world.launch_dispatch(problem, mine, 0, Counts::kKnown); });
 }
 
-constexpr Scenario kScenarios[] = {
-    {"both_lend", both_lend},
-    {"guess_with_room", guess_with_room},
-    {"guess_too_small", guess_too_small},
-    {"one_lends", one_lends},
-    {"both_lend_sums", both_lend_sums},
-    {"sums_beside_an_input", sums_beside_an_input},
-    {"weights_of_a_lender", weights_of_a_lender},
-    {"two_blocks", two_blocks},
-    {"used_at_once", used_at_once},
-    {"borrower_with_bulk_copies", borrower_with_bulk_copies},
-    {"worst_cases_lent", worst_cases_lent},
-    {"refused_loan", refused_loan},
-    {"failed_lender", failed_lender},
-    {"failed_combine", failed_combine},
-    {"absent_borrower", absent_borrower},
-};
-
 }  // namespace
-
-std::span<const Scenario> lending_scenarios() { return kScenarios; }
 
 }  // namespace deep_ep::test

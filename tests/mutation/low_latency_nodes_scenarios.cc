@@ -25,59 +25,55 @@ LowLatencyProblem small_problem(const NodesOptions& options, uint64_t seed) {
     return problem;
 }
 
-std::string three_round_trips(LowLatencyNodes& nodes, const LowLatencyProblem& problem) {
+std::string three_round_trips(const NodesOptions& options, const LowLatencyProblem& problem) {
+    LowLatencyNodes nodes(options, problem);
     for (Launches launches : {Launches::kOne, Launches::kTwo, Launches::kOne})
         if (std::string difference = low_latency_round_trip(nodes.world(), problem, launches); !difference.empty())
             return difference;
     return "";
 }
 
-std::string round_trips(uint64_t seed) {
+EP_SCENARIO(low_latency_nodes_round_trips, seed) {
     const NodesOptions options = small_nodes(2, 1, seed);
-    LowLatencyNodes nodes(options, small_problem(options, seed));
-    return three_round_trips(nodes, small_problem(options, seed));
+    return three_round_trips(options, small_problem(options, seed));
 }
 
 // Blocks of two warps, and more entries than one of them has lanes: the table that a warp puts is the work of both.
-std::string several_warps(uint64_t seed) {
+EP_SCENARIO(low_latency_nodes_several_warps, seed) {
     NodesOptions options = small_nodes(2, 1, seed);
     options.device.num_sms = 1;
     options.device.useful_block_threads = 128;
     LowLatencyProblem problem = small_problem(options, seed);
     problem.num_experts = 16;
     problem.num_topk = 8;
-    LowLatencyNodes nodes(options, problem);
-    return three_round_trips(nodes, problem);
+    return three_round_trips(options, problem);
 }
 
-std::string with_neighbours(uint64_t seed) {
+EP_SCENARIO(low_latency_nodes_neighbours_too, seed) {
     const NodesOptions options = small_nodes(2, 2, seed);
-    LowLatencyNodes nodes(options, small_problem(options, seed));
-    return three_round_trips(nodes, small_problem(options, seed));
+    return three_round_trips(options, small_problem(options, seed));
 }
 
 // More top-k entries than slots by entry are for; and rows that find no place in staging.
-std::string by_source(uint64_t seed) {
+EP_SCENARIO(low_latency_nodes_by_source, seed) {
     const NodesOptions options = small_nodes(2, 1, seed);
     LowLatencyProblem problem = small_problem(options, seed);
     problem.num_experts = 36;
     problem.num_topk = 17;
-    LowLatencyNodes nodes(options, problem);
-    return three_round_trips(nodes, problem);
+    return three_round_trips(options, problem);
 }
 
 // A rank of three sends further rows than staging has places for.
-std::string crowded_staging(uint64_t seed) {
+EP_SCENARIO(low_latency_nodes_crowded_staging, seed) {
     const NodesOptions options = small_nodes(3, 1, seed);
     LowLatencyProblem problem = small_problem(options, seed);
     problem.num_topk = 8;
     problem.only_expert = 3;
     problem.drop_probability = 0;
-    LowLatencyNodes nodes(options, problem);
-    return three_round_trips(nodes, problem);
+    return three_round_trips(options, problem);
 }
 
-std::string dropped_entries(uint64_t seed) {
+EP_SCENARIO(low_latency_nodes_dropped_entries, seed) {
     const NodesOptions options = small_nodes(2, 1, seed);
     const LowLatencyProblem problem = small_problem(options, seed);
     LowLatencyNodes nodes(options, problem);
@@ -96,29 +92,23 @@ std::string dropped_entries(uint64_t seed) {
 }
 
 // Two calls open at a time, received in another order by every second rank. With neighbours, rows lie in each other's windows.
-std::string two_open_calls(uint64_t seed) {
+EP_SCENARIO(low_latency_nodes_two_open_calls, seed) {
     const NodesOptions options = small_nodes(2, seed % 2 == 0 ? 2 : 1, seed);
     const LowLatencyProblem problem = small_problem(options, seed);
     LowLatencyNodes nodes(options, problem);
     World& world = nodes.world();
     for (int round = 0; round < 3; ++round) {
-        auto a = make_low_latency_inputs(problem), b = a;
-        for (size_t rank = 0; rank < a.size(); ++rank) {
-            const int r = static_cast<int>(rank);
-            send_dispatch(world, problem, a[rank], r);
-            send_dispatch(world, problem, b[rank], r);
-            receive_dispatch(world, problem, rank % 2 == 0 ? a[rank] : b[rank], r);
-            receive_dispatch(world, problem, rank % 2 == 0 ? b[rank] : a[rank], r);
-        }
-        world.run();
-        for (const auto* call : {&a, &b})
-            if (std::string difference = check_low_latency_dispatch(problem, *call); !difference.empty())
-                return difference;
+        MicroBatch a{world, problem}, b{world, problem};
+        const auto receive = [&](int rank) {
+            (rank % 2 == 0 ? a : b).receive_dispatch(rank);
+            (rank % 2 == 0 ? b : a).receive_dispatch(rank);
+        };
+        if (std::string difference = dispatch_both(a, b, receive); !difference.empty()) return difference;
     }
     return "";
 }
 
-std::string clean_call(uint64_t seed) {
+EP_SCENARIO(low_latency_nodes_clean, seed) {
     const NodesOptions options = small_nodes(2, 2, seed);
     const LowLatencyProblem problem = small_problem(options, seed);
     LowLatencyNodes nodes(options, problem);
@@ -126,7 +116,7 @@ std::string clean_call(uint64_t seed) {
         for (int rank = 0; rank < options.num_ranks(); ++rank)
             nodes.world().buffer(rank).low_latency().clean(nodes.world().stream(rank));
         nodes.world().run();
-        for (int rank = 0; rank < options.num_ranks(); ++rank) nodes.world().buffer(rank).check();
+        nodes.world().check_all();
         if (std::string difference = low_latency_round_trip(nodes.world(), problem, Launches::kOne);
             !difference.empty())
             return difference;
@@ -135,7 +125,7 @@ std::string clean_call(uint64_t seed) {
 }
 
 // Whoever has cleaned knows that all others have ended what they launched before.
-std::string clean_with_a_slow_rank(uint64_t seed) {
+EP_SCENARIO(low_latency_nodes_clean_with_a_slow_rank, seed) {
     NodesOptions options = small_nodes(2, 2, seed);
     options.scheduler = {.slow_device = static_cast<int>(seed) % 4};
     const LowLatencyProblem problem = small_problem(options, seed);
@@ -163,7 +153,7 @@ std::string clean_with_a_slow_rank(uint64_t seed) {
 }
 
 // The last rank, of another node, does not come.
-std::string absent_far_rank(uint64_t seed) {
+EP_SCENARIO(low_latency_nodes_absent_rank, seed) {
     NodesOptions options = small_nodes(2, 2, seed);
     options.scheduler = impatient(seed);
     options.timeout_s = 2.0;
@@ -179,7 +169,7 @@ std::string absent_far_rank(uint64_t seed) {
 }
 
 // Rank 2 does not come to a clean, and rank 1 comes late: rank 0 gives up first, by a lane that is not the one which tells.
-std::string failure_in_clean(uint64_t seed) {
+EP_SCENARIO(low_latency_nodes_failure_in_clean, seed) {
     constexpr uint64_t kTimeoutNs = 100'000;
     NodesOptions options = small_nodes(3, 1, seed);
     options.scheduler = impatient(seed);
@@ -195,22 +185,6 @@ std::string failure_in_clean(uint64_t seed) {
 // No scenario masks a far rank: puts to it may be under way when its staging is written again, which is a race by design of rows
 // that nobody reads (docs/protocols/low_latency_nodes.md), and ThreadSanitizer would end every run with it.
 
-constexpr Scenario kScenarios[] = {
-    {"low_latency_nodes_round_trips", round_trips},
-    {"low_latency_nodes_several_warps", several_warps},
-    {"low_latency_nodes_neighbours_too", with_neighbours},
-    {"low_latency_nodes_by_source", by_source},
-    {"low_latency_nodes_crowded_staging", crowded_staging},
-    {"low_latency_nodes_dropped_entries", dropped_entries},
-    {"low_latency_nodes_two_open_calls", two_open_calls},
-    {"low_latency_nodes_clean", clean_call},
-    {"low_latency_nodes_clean_with_a_slow_rank", clean_with_a_slow_rank},
-    {"low_latency_nodes_absent_rank", absent_far_rank},
-    {"low_latency_nodes_failure_in_clean", failure_in_clean},
-};
-
 }  // namespace
-
-std::span<const Scenario> low_latency_nodes_scenarios() { return kScenarios; }
 
 }  // namespace deep_ep::test

@@ -35,13 +35,13 @@ std::string three_round_trips(World& world, const LowLatencyProblem& problem) {
     return "";
 }
 
-std::string round_trips(uint64_t seed) {
+EP_SCENARIO(low_latency, seed) {
     World world = make_world(small_problem(seed), seed);
     return three_round_trips(world, small_problem(seed));
 }
 
 // So many experts that a routing table is made in tiles, of two words for each expert; all tokens go to one.
-std::string tiles(uint64_t seed) {
+EP_SCENARIO(low_latency_tiles, seed) {
     LowLatencyProblem problem{
         .num_tokens = {66, 2}, .num_max_tokens = 66, .num_experts = 4000, .num_topk = 1, .hidden = 8};
     problem.only_expert = 5;
@@ -51,7 +51,7 @@ std::string tiles(uint64_t seed) {
 }
 
 // Nobody is masked; but every table is decided on.
-std::string shrinkable(uint64_t seed) {
+EP_SCENARIO(low_latency_shrinkable, seed) {
     World world = make_world(small_problem(seed), seed, true);
     return three_round_trips(world, small_problem(seed));
 }
@@ -85,17 +85,17 @@ std::string one_way_calls(uint64_t seed, uint64_t num_calls, bool is_one_warp) {
             for (size_t i : {call, call + 1}) receive_dispatch(world, problem, calls[i][rank], static_cast<int>(rank));
         }
     world.run();
-    for (int rank = 0; rank < 2; ++rank) world.buffer(rank).check();
+    world.check_all();
     for (const auto& call : calls)
         if (std::string difference = check_low_latency_dispatch(problem, call); !difference.empty()) return difference;
     return "";
 }
 
-std::string one_way(uint64_t seed) { return one_way_calls(seed, 6, seed % 3 != 0); }
+EP_SCENARIO(low_latency_one_way, seed) { return one_way_calls(seed, 6, seed % 3 != 0); }
 
 // Many short runs, each with a schedule of its own: among so many there are some in which the lanes of a warp that tells what it
 // has received are far apart, whatever the kernels look like.
-std::string one_way_schedules(uint64_t seed) {
+EP_SCENARIO(low_latency_one_way_schedules, seed) {
     constexpr uint64_t kNumSchedules = 64;
     for (uint64_t i = 1; i <= kNumSchedules; ++i)
         if (std::string difference = one_way_calls(seed * kNumSchedules + i, 4, true); !difference.empty())
@@ -104,7 +104,7 @@ std::string one_way_schedules(uint64_t seed) {
 }
 
 // With a hook, rank 1 enters its combines late: rank 0 sends its rows as they are.
-std::string late_weights(uint64_t seed) {
+EP_SCENARIO(low_latency_late_weights, seed) {
     const LowLatencyProblem problem = small_problem(seed);
     World world = make_world(problem, seed);
     for (int repeat = 0; repeat < 2; ++repeat) {
@@ -121,7 +121,7 @@ std::string late_weights(uint64_t seed) {
 // A rank's table comes while the deadline for it passes: either every warp counts its rows, or none does. Its kernels begin
 // shortly before that, a little later in each try: they take some microseconds until the table. Rows of rank 0 come before those
 // of rank 1, so whoever counts them has another place for these.
-std::string late_table(uint64_t seed) {
+EP_SCENARIO(low_latency_late_table, seed) {
     constexpr uint64_t kTimeoutNs = 60'000;
     const simt::DeviceOptions three_small_blocks{.num_sms = 3, .has_bulk_copy = false, .useful_block_threads = 64};
     const LowLatencyProblem problem = small_problem(seed);
@@ -139,7 +139,7 @@ std::string late_table(uint64_t seed) {
 }
 
 // A row that never comes, after its table: the call fails while lists of counts are written, and they must all be void.
-std::string lost_row(uint64_t seed) {
+EP_SCENARIO(low_latency_lost_row, seed) {
     LowLatencyProblem problem = small_problem(seed);
     problem.drop_probability = 0.0;
     simt::SchedulerOptions options;
@@ -177,7 +177,7 @@ struct WordKernel {
 };
 
 // What ranks did before they clean, all may count on afterwards.
-std::string clean(uint64_t seed) {
+EP_SCENARIO(low_latency_clean, seed) {
     constexpr uint64_t kNumRounds = 3;
     World world = make_world(small_problem(seed), seed);
     uint64_t seen[kNumRounds] = {};
@@ -196,20 +196,6 @@ std::string clean(uint64_t seed) {
     return "";
 }
 
-constexpr Scenario kScenarios[] = {
-    {"low_latency", round_trips},
-    {"low_latency_tiles", tiles},
-    {"low_latency_shrinkable", shrinkable},
-    {"low_latency_one_way", one_way},
-    {"low_latency_one_way_schedules", one_way_schedules},
-    {"low_latency_late_table", late_table},
-    {"low_latency_late_weights", late_weights},
-    {"low_latency_lost_row", lost_row},
-    {"low_latency_clean", clean},
-};
-
 }  // namespace
-
-std::span<const Scenario> low_latency_scenarios() { return kScenarios; }
 
 }  // namespace deep_ep::test

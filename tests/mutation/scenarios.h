@@ -2,8 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <span>
 #include <string>
+#include <vector>
 
 namespace deep_ep::test {
 
@@ -12,10 +12,17 @@ struct Scenario {
     std::string (*run)(uint64_t seed);  // what went wrong, or ""; throws as well
 };
 
-std::span<const Scenario> intranode_scenarios();
-std::span<const Scenario> internode_scenarios();
-std::span<const Scenario> lending_scenarios();
-std::span<const Scenario> low_latency_scenarios();
-std::span<const Scenario> low_latency_nodes_scenarios();
+// All that are defined with EP_SCENARIO, those of a file in their order.
+std::vector<Scenario>& all_scenarios();
+
+struct ScenarioEntry {
+    explicit ScenarioEntry(const Scenario& scenario) { all_scenarios().push_back(scenario); }
+};
+
+// `EP_SCENARIO(two_warps, seed) { ... }` defines the function two_warps(uint64_t seed) and enters it.
+#define EP_SCENARIO(name, seed)                      \
+    std::string name(uint64_t seed);                 \
+    const ScenarioEntry name##_entry{{#name, name}}; \
+    std::string name(uint64_t seed)
 
 }  // namespace deep_ep::test

@@ -40,6 +40,14 @@ inline std::string expect_failure(const std::string& text, const std::function<v
     return "nothing was thrown, expected: " + text;
 }
 
+// Both ranks of a call that rank 1 has refused must name it.
+inline std::string expect_refusal_of_rank_1(World& world) {
+    for (int rank : {1, 0})  // rank 0 would wait for the reason, which rank 1 tells
+        if (std::string found = expect_failure("rank 1", [&] { world.buffer(rank).check(); }); !found.empty())
+            return found;
+    return "";
+}
+
 // One thread that passes time, little by little: what it writes keeps the executor from taking it for one that waits, and the
 // clock from leaping.
 struct DelayKernel {
@@ -67,9 +75,7 @@ inline void pass_time(World& world, int rank, uint64_t delay_ns) {
 
 // After a dispatch of all ranks, a call of rank 0 to which rank 1 does not come: rank 0 must name it.
 inline std::string call_alone(World& world, const Problem& problem, const std::function<void(RankTensors&)>& call) {
-    auto ranks = make_inputs(problem);
-    world.layout(problem, ranks);
-    world.dispatch(problem, ranks);
+    auto ranks = world.dispatched(problem);
     call(ranks[0]);
     world.run();
     return expect_failure("never entered this call: rank 1", [&] { world.buffer(0).check(); });

@@ -214,9 +214,14 @@ EP_DEVICE void multicast_row(Warp warp, const prim::Vec16* source, int num_vecs,
 // their registers twice. Orders nothing.
 EP_DEVICE void issue_loads(Warp warp) { warp.sync(); }
 
-// One read, one write.
-template <SourceKind kKind, int kUnroll>
-EP_DEVICE void copy_row(Warp warp, prim::Vec16* destination, const prim::Vec16* source, int num_vecs) {
+struct Nothing {
+    EP_DEVICE void operator()() const {}
+};
+
+// One read, one write. `meanwhile` is called once, by all lanes, while the first loads are on their way and nothing is stored.
+template <SourceKind kKind, int kUnroll, class Meanwhile = Nothing>
+EP_DEVICE void copy_row(Warp warp, prim::Vec16* destination, const prim::Vec16* source, int num_vecs,
+                        const Meanwhile& meanwhile = {}) {
     warp.expect();
     const int lane = warp.thread_rank();
     int base = 0;
@@ -226,10 +231,12 @@ EP_DEVICE void copy_row(Warp warp, prim::Vec16* destination, const prim::Vec16* 
 #pragma unroll
         for (int i = 0; i < kUnroll; ++i) held[i] = load_vec<kKind>(source + (base + lane) + i * prim::kWarpSize);
         issue_loads(warp);
+        if (base == 0) meanwhile();
 #pragma unroll
         for (int i = 0; i < kUnroll; ++i)
             prim::store_streaming(destination + (base + lane) + i * prim::kWarpSize, held[i]);
     }
+    if (base == 0) meanwhile();
     for (int idx = base + lane; idx < num_vecs; idx += prim::kWarpSize)
         prim::store_streaming(destination + idx, load_vec<kKind>(source + idx));
 }

@@ -127,8 +127,7 @@ private:
 };
 
 CudaDevice::CudaDevice(int index) : index_(index) {
-    const DeviceGuard guard(index_);
-    const RelaxedCaptureGuard relaxed;
+    const RelaxedDeviceGuard guard(index_);
     num_sms_ = attribute(cudaDevAttrMultiProcessorCount);
     max_shared_bytes_ = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     uuid_ = uuid_of(index_);
@@ -173,8 +172,7 @@ void CudaDevice::fill_zero(void* ptr, size_t bytes) {
 }
 
 void* CudaDevice::allocate(size_t bytes) {
-    const DeviceGuard guard(index_);
-    const RelaxedCaptureGuard relaxed;
+    const RelaxedDeviceGuard guard(index_);
     void* ptr = nullptr;
     const size_t num_bytes = std::max<size_t>(bytes, 256);  // a null pointer for zero bytes would look like a failure
     const cudaError_t error = cudaMalloc(&ptr, num_bytes);
@@ -188,14 +186,12 @@ void* CudaDevice::allocate(size_t bytes) {
 
 void CudaDevice::free(void* ptr) {
     if (ptr == nullptr) return;
-    const DeviceGuard guard(index_);
-    const RelaxedCaptureGuard relaxed;
+    const RelaxedDeviceGuard guard(index_);
     EP_CUDA_RELEASE(cudaFree(ptr));
 }
 
 HostMapped CudaDevice::allocate_host_mapped(size_t bytes) {
-    const DeviceGuard guard(index_);
-    const RelaxedCaptureGuard relaxed;
+    const RelaxedDeviceGuard guard(index_);
     HostMapped memory;
     const size_t num_bytes = std::max<size_t>(bytes, 1);
     EP_CUDA(cudaHostAlloc(&memory.host, num_bytes, cudaHostAllocMapped | cudaHostAllocPortable));
@@ -208,8 +204,7 @@ HostMapped CudaDevice::allocate_host_mapped(size_t bytes) {
 
 void CudaDevice::free_host_mapped(const HostMapped& memory) {
     if (memory.host == nullptr) return;
-    const DeviceGuard guard(index_);
-    const RelaxedCaptureGuard relaxed;
+    const RelaxedDeviceGuard guard(index_);
     EP_CUDA_RELEASE(cudaFreeHost(memory.host));
 }
 
@@ -218,8 +213,7 @@ void CudaDevice::free_host_mapped(const HostMapped& memory) {
 // ---------------------------------------------------------------------------------------------------------------
 
 ShareableMemory CudaDevice::allocate_shareable(size_t bytes, Placement placement) {
-    const DeviceGuard guard(index_);
-    const RelaxedCaptureGuard relaxed;
+    const RelaxedDeviceGuard guard(index_);
     SharedHandle handle;
     handle.owner = ProcessId::of_this_process();
     handle.device_uuid = uuid_;
@@ -254,8 +248,7 @@ void* CudaDevice::allocate_on_host(SharedHandle& handle) {
 }
 
 void CudaDevice::free_shareable(const ShareableMemory& memory) {
-    const DeviceGuard guard(index_);
-    const RelaxedCaptureGuard relaxed;
+    const RelaxedDeviceGuard guard(index_);
     HostRegion region;
     {
         const std::lock_guard lock(opened_mutex_);
@@ -274,8 +267,7 @@ void* CudaDevice::open_shared(const std::string& bytes) {
         return known->second;
     }
     const SharedHandle handle = SharedHandle::unpack(bytes);
-    const DeviceGuard guard(index_);
-    const RelaxedCaptureGuard relaxed;
+    const RelaxedDeviceGuard guard(index_);
     void* address = nullptr;
     Opened opened = open(handle, address);
     opened_[address] = std::move(opened);
@@ -303,8 +295,7 @@ void CudaDevice::close_shared(void* address) {
     const auto found = opened_.find(address);
     EP_ENSURE(found != opened_.end(), "close_shared of an address that open_shared did not give");
     if (--found->second.count > 0) return;
-    const DeviceGuard guard(index_);
-    const RelaxedCaptureGuard relaxed;
+    const RelaxedDeviceGuard guard(index_);
     opened_.erase(found);
     for (auto entry = address_by_handle_.begin(); entry != address_by_handle_.end();) {
         entry = entry->second == address ? address_by_handle_.erase(entry) : std::next(entry);
@@ -332,8 +323,7 @@ OwnedMapping CudaDevice::open_mapping(const SharedHandle& handle) {
 // ---------------------------------------------------------------------------------------------------------------
 
 Stream CudaDevice::create_stream() {
-    const DeviceGuard guard(index_);
-    const RelaxedCaptureGuard relaxed;
+    const RelaxedDeviceGuard guard(index_);
     int lowest_priority = 0;
     int highest_priority = 0;
     EP_CUDA(cudaDeviceGetStreamPriorityRange(&lowest_priority, &highest_priority));
@@ -343,8 +333,7 @@ Stream CudaDevice::create_stream() {
 }
 
 void CudaDevice::destroy_stream(Stream stream) {
-    const DeviceGuard guard(index_);
-    const RelaxedCaptureGuard relaxed;
+    const RelaxedDeviceGuard guard(index_);
     EP_CUDA_RELEASE(cudaStreamDestroy(static_cast<cudaStream_t>(stream)));
 }
 
@@ -393,16 +382,14 @@ std::shared_ptr<const std::atomic<bool>> CudaDevice::watch_graph(Stream stream) 
 }
 
 Event CudaDevice::create_event() {
-    const DeviceGuard guard(index_);
-    const RelaxedCaptureGuard relaxed;
+    const RelaxedDeviceGuard guard(index_);
     cudaEvent_t event = nullptr;
     EP_CUDA(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
     return event;
 }
 
 void CudaDevice::destroy_event(Event event) {
-    const DeviceGuard guard(index_);
-    const RelaxedCaptureGuard relaxed;
+    const RelaxedDeviceGuard guard(index_);
     EP_CUDA_RELEASE(cudaEventDestroy(static_cast<cudaEvent_t>(event)));
 }
 
@@ -417,14 +404,12 @@ void CudaDevice::stream_wait_event(Stream stream, Event event) {
 }
 
 void CudaDevice::synchronize_event(Event event) {
-    const DeviceGuard guard(index_);
-    const RelaxedCaptureGuard relaxed;
+    const RelaxedDeviceGuard guard(index_);
     EP_CUDA(cudaEventSynchronize(static_cast<cudaEvent_t>(event)));
 }
 
 bool CudaDevice::query_event(Event event) {
-    const DeviceGuard guard(index_);
-    const RelaxedCaptureGuard relaxed;
+    const RelaxedDeviceGuard guard(index_);
     const cudaError_t error = cudaEventQuery(static_cast<cudaEvent_t>(event));
     if (error == cudaErrorNotReady) {
         ignore(error);
@@ -445,8 +430,7 @@ void CudaDevice::memcpy_async(void* dst, const void* src, size_t bytes, Stream s
 }
 
 void CudaDevice::copy_now(void* dst, const void* src, size_t bytes) {
-    const DeviceGuard guard(index_);
-    const RelaxedCaptureGuard relaxed;
+    const RelaxedDeviceGuard guard(index_);
     EP_CUDA(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDefault, service_stream_.get()));
     EP_CUDA(cudaStreamSynchronize(service_stream_.get()));
 }

@@ -3,16 +3,16 @@
 
 #include <cuda_runtime_api.h>
 
+#include "core/non_copyable.h"
+
 namespace deep_ep::dev::cuda {
 
 // Makes device `index` current. Restores through the driver's context stack rather than by cudaSetDevice(previous),
 // which would create a context (and take hundreds of megabytes) on a device that the thread never used.
-class DeviceGuard {
+class DeviceGuard : NonCopyable {
 public:
     explicit DeviceGuard(int index);
     ~DeviceGuard();
-    DeviceGuard(const DeviceGuard&) = delete;
-    DeviceGuard& operator=(const DeviceGuard&) = delete;
 
 private:
     bool has_pushed_ = false;
@@ -20,15 +20,21 @@ private:
 
 // Lets this thread allocate and synchronise while some stream is being captured. What runs inside must not touch the
 // capturing stream.
-class RelaxedCaptureGuard {
+class RelaxedCaptureGuard : NonCopyable {
 public:
     RelaxedCaptureGuard() noexcept;
     ~RelaxedCaptureGuard();
-    RelaxedCaptureGuard(const RelaxedCaptureGuard&) = delete;
-    RelaxedCaptureGuard& operator=(const RelaxedCaptureGuard&) = delete;
 
 private:
     cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+// Both: for calls about device `index` that have nothing to do with a capture.
+struct RelaxedDeviceGuard {
+    explicit RelaxedDeviceGuard(int index) : device(index) {}
+
+    DeviceGuard device;
+    RelaxedCaptureGuard relaxed;
 };
 
 }  // namespace deep_ep::dev::cuda

@@ -64,17 +64,23 @@ EP_DEVICE void trap_unsupported() { asm volatile("trap;" ::: "memory"); }
 // Memory
 // ---------------------------------------------------------------------------------------------------------------
 
-// Order and scope are parts of an instruction's name, and an asm statement takes a literal. So each macro `emit(order,
-// place)` is one statement for 4 and one for 8 bytes, and these choose among its spellings at compile time. (The "C"
-// constraint, which pastes constants into the text, would be shorter; CUDA 12.4 does not know it.)
-#define EP_PTX_BY_SCOPE(emit, order)         \
-    if constexpr (S == Scope::kCta) {        \
-        emit(order, ".cta");                 \
-    } else if constexpr (S == Scope::kGpu) { \
-        emit(order, ".gpu.global");          \
-    } else {                                 \
-        static_assert(S == Scope::kSys);     \
-        emit(order, ".sys.global");          \
+// Order, scope and size are parts of an instruction's name, and an asm statement takes a literal. So each macro `emit(order,
+// place, width, reg)` is one statement, and these choose among its spellings at compile time; "reg" is the constraint of a register
+// of so many bits. (The "C" constraint, which pastes constants into the text, would be shorter; CUDA 12.4 does not know it.)
+#define EP_PTX_BY_SIZE(emit, order, place) \
+    if constexpr (sizeof(T) == 4) {        \
+        emit(order, place, "32", "r")      \
+    } else {                               \
+        emit(order, place, "64", "l")      \
+    }
+#define EP_PTX_BY_SCOPE(emit, order)               \
+    if constexpr (S == Scope::kCta) {              \
+        EP_PTX_BY_SIZE(emit, order, ".cta")        \
+    } else if constexpr (S == Scope::kGpu) {       \
+        EP_PTX_BY_SIZE(emit, order, ".gpu.global") \
+    } else {                                       \
+        static_assert(S == Scope::kSys);           \
+        EP_PTX_BY_SIZE(emit, order, ".sys.global") \
     }
 #define EP_PTX_BY_ORDER_AND_SCOPE(emit)          \
     if constexpr (O == Order::kRelaxed) {        \
@@ -93,12 +99,8 @@ template <Order O, Scope S, class T> EP_DEVICE T load(const T* ptr) {
     static_assert(O == Order::kRelaxed || O == Order::kAcquire, "a load is relaxed or acquire");
     const uint64_t address = ptx::address_of<S>(ptr);
     ptx::raw_t<T> value;
-#define EP_PTX_LOAD(order, place)                                                                \
-    if constexpr (sizeof(T) == 4) {                                                              \
-        asm volatile("ld" order place ".b32 %0, [%1];" : "=r"(value) : "l"(address) : "memory"); \
-    } else {                                                                                     \
-        asm volatile("ld" order place ".b64 %0, [%1];" : "=l"(value) : "l"(address) : "memory"); \
-    }
+#define EP_PTX_LOAD(order, place, width, reg) \
+    asm volatile("ld" order place ".b" width " %0, [%1];" : "=" reg(value) : "l"(address) : "memory");
     EP_PTX_BY_ORDER_AND_SCOPE(EP_PTX_LOAD)
 #undef EP_PTX_LOAD
     return static_cast<T>(value);
@@ -109,38 +111,36 @@ template <Order O, Scope S, class T> EP_DEVICE void store(T* ptr, T value) {
     static_assert(O == Order::kRelaxed || O == Order::kRelease, "a store is relaxed or release");
     const uint64_t address = ptx::address_of<S>(ptr);
     const auto raw = static_cast<ptx::raw_t<T>>(value);
-#define EP_PTX_STORE(order, place)                                                           \
-    if constexpr (sizeof(T) == 4) {                                                          \
-        asm volatile("st" order place ".b32 [%0], %1;" ::"l"(address), "r"(raw) : "memory"); \
-    } else {                                                                                 \
-        asm volatile("st" order place ".b64 [%0], %1;" ::"l"(address), "l"(raw) : "memory"); \
-    }
+#define EP_PTX_STORE(order, place, width, reg) \
+    asm volatile("st" order place ".b" width " [%0], %1;" ::"l"(address), reg(raw) : "memory");
     EP_PTX_BY_ORDER_AND_SCOPE(EP_PTX_STORE)
 #undef EP_PTX_STORE
 }
 
+// An atomic operation with one operand; gives what was there before.
+#define EP_PTX_ATOM(operation, order, place, width, reg, operand)    \
+    asm volatile("atom" order place operation width " %0, [%1], %2;" \
+                 : "=" reg(old)                                      \
+                 : "l"(address), reg(operand)                        \
+                 : "memory");
+
 // atom.add: unsigned, because two's complement makes signed addition the same. sm_70
 template <Order O, Scope S, class T> EP_DEVICE T fetch_add(T* ptr, T value) {
     const uint64_t address = ptx::address_of<S>(ptr);
-    const auto raw = static_cast<ptx::raw_t<T>>(value);
     ptx::raw_t<T> old;
-#define EP_PTX_ADD(order, place)                                                                                   \
-    if constexpr (sizeof(T) == 4) {                                                                                \
-        asm volatile("atom" order place ".add.u32 %0, [%1], %2;" : "=r"(old) : "l"(address), "r"(raw) : "memory"); \
-    } else {                                                                                                       \
-        asm volatile("atom" order place ".add.u64 %0, [%1], %2;" : "=l"(old) : "l"(address), "l"(raw) : "memory"); \
-    }
+#define EP_PTX_ADD(order, place, width, reg) \
+    EP_PTX_ATOM(".add.u", order, place, width, reg, static_cast<ptx::raw_t<T>>(value))
     EP_PTX_BY_ORDER_AND_SCOPE(EP_PTX_ADD)
 #undef EP_PTX_ADD
     return static_cast<T>(old);
 }
 
 // atom.inc: with a limit that no count reaches; without one it is an addition to the compiler. sm_70
-template <Order O, Scope S> EP_DEVICE uint32_t fetch_increment(uint32_t* count) {
+template <Order O, Scope S, class T> EP_DEVICE T fetch_increment(T* count) {
+    static_assert(sizeof(T) == 4, "the instruction counts in 32 bits");
     const uint64_t address = ptx::address_of<S>(count);
-    uint32_t old;
-#define EP_PTX_INCREMENT(order, place) \
-    asm volatile("atom" order place ".inc.u32 %0, [%1], %2;" : "=r"(old) : "l"(address), "r"(0x7fffffffu) : "memory");
+    ptx::raw_t<T> old;
+#define EP_PTX_INCREMENT(order, place, width, reg) EP_PTX_ATOM(".inc.u", order, place, width, reg, T{0x7fffffff})
     EP_PTX_BY_ORDER_AND_SCOPE(EP_PTX_INCREMENT)
 #undef EP_PTX_INCREMENT
     return old;
@@ -149,14 +149,9 @@ template <Order O, Scope S> EP_DEVICE uint32_t fetch_increment(uint32_t* count) 
 // atom.or: sm_70
 template <Order O, Scope S, class T> EP_DEVICE T fetch_or(T* ptr, T bits) {
     const uint64_t address = ptx::address_of<S>(ptr);
-    const auto raw = static_cast<ptx::raw_t<T>>(bits);
     ptx::raw_t<T> old;
-#define EP_PTX_OR(order, place)                                                                                   \
-    if constexpr (sizeof(T) == 4) {                                                                               \
-        asm volatile("atom" order place ".or.b32 %0, [%1], %2;" : "=r"(old) : "l"(address), "r"(raw) : "memory"); \
-    } else {                                                                                                      \
-        asm volatile("atom" order place ".or.b64 %0, [%1], %2;" : "=l"(old) : "l"(address), "l"(raw) : "memory"); \
-    }
+#define EP_PTX_OR(order, place, width, reg) \
+    EP_PTX_ATOM(".or.b", order, place, width, reg, static_cast<ptx::raw_t<T>>(bits))
     EP_PTX_BY_ORDER_AND_SCOPE(EP_PTX_OR)
 #undef EP_PTX_OR
     return static_cast<T>(old);
@@ -168,25 +163,20 @@ template <Order O, Scope S, class T> EP_DEVICE T compare_swap(T* ptr, T expected
     const auto raw_expected = static_cast<ptx::raw_t<T>>(expected);
     const auto raw_desired = static_cast<ptx::raw_t<T>>(desired);
     ptx::raw_t<T> old;
-#define EP_PTX_CAS(order, place)                                         \
-    if constexpr (sizeof(T) == 4) {                                      \
-        asm volatile("atom" order place ".cas.b32 %0, [%1], %2, %3;"     \
-                     : "=r"(old)                                         \
-                     : "l"(address), "r"(raw_expected), "r"(raw_desired) \
-                     : "memory");                                        \
-    } else {                                                             \
-        asm volatile("atom" order place ".cas.b64 %0, [%1], %2, %3;"     \
-                     : "=l"(old)                                         \
-                     : "l"(address), "l"(raw_expected), "l"(raw_desired) \
-                     : "memory");                                        \
-    }
+#define EP_PTX_CAS(order, place, width, reg)                            \
+    asm volatile("atom" order place ".cas.b" width " %0, [%1], %2, %3;" \
+                 : "=" reg(old)                                         \
+                 : "l"(address), reg(raw_expected), reg(raw_desired)    \
+                 : "memory");
     EP_PTX_BY_ORDER_AND_SCOPE(EP_PTX_CAS)
 #undef EP_PTX_CAS
     return static_cast<T>(old);
 }
 
+#undef EP_PTX_ATOM
 #undef EP_PTX_BY_ORDER_AND_SCOPE
 #undef EP_PTX_BY_SCOPE
+#undef EP_PTX_BY_SIZE
 
 // fence.acq_rel.scope: sm_70
 template <Order O, Scope S> EP_DEVICE void fence() {

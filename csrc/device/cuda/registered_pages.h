@@ -2,16 +2,15 @@
 #pragma once
 
 #include "core/mapped_file.h"
+#include "core/non_copyable.h"
 
 namespace deep_ep::dev::cuda {
 
-class RegisteredPages {
+class RegisteredPages : NonCopyable {
 public:
     // For all GPUs of this process; the current one makes the call. Throws TransportError.
     explicit RegisteredPages(MappedFile memory);
     ~RegisteredPages();
-    RegisteredPages(const RegisteredPages&) = delete;
-    RegisteredPages& operator=(const RegisteredPages&) = delete;
 
     void* address() const { return device_address_; }  // for kernels, and for CUDA's copies
 

@@ -27,8 +27,6 @@ class SimtDevice : public dev::Device {
 public:
     SimtDevice(Scheduler& scheduler, int ordinal, const DeviceOptions& options = {});
     ~SimtDevice() override;
-    SimtDevice(const SimtDevice&) = delete;
-    SimtDevice& operator=(const SimtDevice&) = delete;
 
     dev::DeviceKind kind() const override { return dev::DeviceKind::kCpu; }
     int num_sms() const override { return options_.num_sms; }

@@ -13,6 +13,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/non_copyable.h"
+
 namespace deep_ep::simt::hb {
 
 using Key = uint32_t;  // 0: none
@@ -26,12 +28,10 @@ constexpr bool kIsEnabled = true;
 struct Agent;  // what is known about one CUDA thread
 
 // Executor code that allocates, or that reads what several contexts wrote, runs under this: TSan looks away.
-class Quiet {
+class Quiet : NonCopyable {
 public:
     Quiet();
     ~Quiet();
-    Quiet(const Quiet&) = delete;
-    Quiet& operator=(const Quiet&) = delete;
 };
 
 Key make_key();
@@ -45,12 +45,10 @@ void* create_context(const char* name);
 void destroy_context(void* context);
 void* current_context();
 // Runs as another context, on the same stack.
-class As {
+class As : NonCopyable {
 public:
     explicit As(void* context);
     ~As();
-    As(const As&) = delete;
-    As& operator=(const As&) = delete;
 
 private:
     void* previous_;
@@ -60,12 +58,10 @@ void* context_of(const Agent* agent);
 
 // The agents of a stream's kernels. ThreadSanitizer keeps 255 contexts apart, so the threads of a kernel continue those of
 // the kernels before it in the stream, after which they come anyway.
-class AgentPool {
+class AgentPool : NonCopyable {
 public:
     AgentPool() = default;
     ~AgentPool();
-    AgentPool(const AgentPool&) = delete;
-    AgentPool& operator=(const AgentPool&) = delete;
 
     Agent* take(uint64_t block, const void* device, bool has_bulk_copy, const char* name);
     void give_back(Agent* agent);
@@ -111,19 +107,15 @@ void on_bulk_end(Agent* issuer, Key kernel_end);
 constexpr bool kIsEnabled = false;
 
 struct Agent;
-class Quiet {
+class Quiet : NonCopyable {
 public:
     Quiet() {}
     ~Quiet() {}
-    Quiet(const Quiet&) = delete;
-    Quiet& operator=(const Quiet&) = delete;
 };
-class As {
+class As : NonCopyable {
 public:
     explicit As(void*) {}
     ~As() {}
-    As(const As&) = delete;
-    As& operator=(const As&) = delete;
 };
 struct BulkEdges {};
 
@@ -137,7 +129,7 @@ inline void* create_context(const char*) { return nullptr; }
 inline void destroy_context(void*) {}
 inline void* current_context() { return nullptr; }
 inline void* context_of(const Agent*) { return nullptr; }
-class AgentPool {
+class AgentPool : NonCopyable {
 public:
     Agent* take(uint64_t, const void*, bool, const char*) { return nullptr; }
     void give_back(Agent*) {}

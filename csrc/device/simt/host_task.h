@@ -5,6 +5,7 @@
 #include <exception>
 #include <functional>
 
+#include "core/non_copyable.h"
 #include "device/simt/context.h"
 #include "device/simt/happens_before.h"
 
@@ -13,12 +14,10 @@ namespace deep_ep::simt {
 class Core;
 struct DeviceState;
 
-class HostTask {
+class HostTask : NonCopyable {
 public:
     HostTask(Core& core, int index, const std::function<void()>& body, hb::Key begin, hb::Key end);
     ~HostTask();
-    HostTask(const HostTask&) = delete;
-    HostTask& operator=(const HostTask&) = delete;
 
     static HostTask* current();
 

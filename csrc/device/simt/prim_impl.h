@@ -57,24 +57,35 @@ template <Order O, Scope S, class T> EP_DEVICE void store(T* ptr, T value) {
     if (old != value) simt::note_change();
 }
 
-template <Order O, Scope S, class T> EP_DEVICE T fetch_add(T* ptr, T value) {
-    detail::check_word<T>();
+namespace detail {
+
+// An atomic operation; what was there before.
+template <Order O, Scope S, class T, class Operation> EP_DEVICE T update(T* ptr, const Operation& operation) {
+    check_word<T>();
     simt::before_access(ptr, sizeof(T));
-    simt::hb::on_update(ptr, detail::is_acquire(O), detail::is_release(O), static_cast<int>(S));
-    const T old = __atomic_fetch_add(ptr, value, detail::builtin_order(O, S));
+    simt::hb::on_update(ptr, is_acquire(O), is_release(O), static_cast<int>(S));
+    const T old = operation();
     simt::note_load(ptr, static_cast<uint64_t>(old));
+    return old;
+}
+
+}  // namespace detail
+
+template <Order O, Scope S, class T> EP_DEVICE T fetch_add(T* ptr, T value) {
+    constexpr int kOrder = detail::builtin_order(O, S);
+    const T old = detail::update<O, S>(ptr, [&] { return __atomic_fetch_add(ptr, value, kOrder); });
     if (value != 0) simt::note_change();
     return old;
 }
 
-template <Order O, Scope S> EP_DEVICE uint32_t fetch_increment(uint32_t* count) { return fetch_add<O, S>(count, 1u); }
+template <Order O, Scope S, class T> EP_DEVICE T fetch_increment(T* count) {
+    static_assert(sizeof(T) == 4, "the instruction counts in 32 bits");
+    return fetch_add<O, S>(count, T{1});
+}
 
 template <Order O, Scope S, class T> EP_DEVICE T fetch_or(T* ptr, T bits) {
-    detail::check_word<T>();
-    simt::before_access(ptr, sizeof(T));
-    simt::hb::on_update(ptr, detail::is_acquire(O), detail::is_release(O), static_cast<int>(S));
-    const T old = __atomic_fetch_or(ptr, bits, detail::builtin_order(O, S));
-    simt::note_load(ptr, static_cast<uint64_t>(old));
+    constexpr int kOrder = detail::builtin_order(O, S);
+    const T old = detail::update<O, S>(ptr, [&] { return __atomic_fetch_or(ptr, bits, kOrder); });
     if ((old | bits) != old) simt::note_change();
     return old;
 }

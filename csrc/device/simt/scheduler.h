@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "core/non_copyable.h"
 
 namespace deep_ep::simt {
 
@@ -55,12 +56,10 @@ struct SchedulerOptions {
     static SchedulerOptions background();
 };
 
-class Scheduler {
+class Scheduler : NonCopyable {
 public:
     explicit Scheduler(const SchedulerOptions& options = {});
     ~Scheduler();
-    Scheduler(const Scheduler&) = delete;
-    Scheduler& operator=(const Scheduler&) = delete;
 
     const SchedulerOptions& options() const;
 

@@ -7,14 +7,14 @@
 #include <memory>
 #include <vector>
 
+#include "core/non_copyable.h"
+
 namespace deep_ep::simt {
 
-class StackSlab {
+class StackSlab : NonCopyable {
 public:
     StackSlab(int count, size_t stack_bytes);
     ~StackSlab();
-    StackSlab(const StackSlab&) = delete;
-    StackSlab& operator=(const StackSlab&) = delete;
 
     int count() const { return count_; }
     size_t stack_bytes() const { return stack_bytes_; }

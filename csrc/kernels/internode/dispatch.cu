@@ -331,7 +331,7 @@ struct RailToken {
 
 struct SlotMetadata {
     const RailToken& token;
-    const layout::RailSlot& at;
+    const layout::SlotLayout& at;
 
     EP_DEVICE int src_idx() const { return token.word<int>(at.src_idx, 0); }
     EP_DEVICE int expert(int k) const { return token.word<int>(at.topk_idx, k); }

@@ -37,7 +37,7 @@ template <Form kForm> struct Kernel {
     using Params = CombineParams;
     struct Shared {
         CallState call;
-        FlagRequests requests;
+        FlagRequests requests[kMaxWarps];
     };
     static constexpr int kMaxThreads = kWarpSize * (1 + kMaxWarps);
     static constexpr auto kOperation = layout::Operation::kCombine;
@@ -73,15 +73,15 @@ template <Form kForm> struct Kernel {
         if (!p.may_lend) return true;
         if (blockIdx.x == 0) algo::state_loan(warp, watch, p.loan);
         if (!algo::wait_for_loans(warp, watch)) return false;
-        if (lane < num_ranks) is_ok &= is_among_lent(watch, lane, look.there) && has_sums_for(watch, lane, look);
+        if (lane < num_ranks) is_ok &= fits_loans(p, watch, lane, look);
         for (int peer = lane + warp.size(); peer < num_ranks; peer += warp.size())
-            is_ok &= is_among_lent(watch, peer, rows.span(watch.heap.rank(), peer));
+            is_ok &= fits_loans(p, watch, peer, rows_between(watch, rows, peer));
         return algo::all(warp, is_ok);
     }
 
     static EP_DEVICE void prepare(algo::Block block, const Params&, const algo::Watch&, Shared& shared) {
-        algo::for_each(block, kMaxAddingCombineWarps * kRequests,
-                       [&](int i) { shared.requests.of_warp[i / kRequests][i % kRequests] = 0; });
+        algo::for_each(block, kMaxWarps * kRequests,
+                       [&](int i) { shared.requests[i / kRequests].word[i % kRequests] = 0; });
     }
     static EP_DEVICE Begun learn(algo::Block, const Params&, const algo::Watch&, Shared&) { return Begun::kReady; }
 
@@ -90,7 +90,7 @@ template <Form kForm> struct Kernel {
         const CombineContext c{p, watch, ring, RowMap{p.rank_prefix_matrix, p.heap.num_ranks}};
         if (p.loan.x != 0 && p.loan.topk_weights != 0) lend_weights(block, c);
         const algo::Warp warp;
-        FlagRequester flags(shared.requests, prim::warp_idx());
+        FlagRequester flags(shared.requests + prim::warp_idx());
         if constexpr (kForm == Form::kAdds) return work_apart(warp, c, shared.requests, flags);
         const int num_warps = p.geometry.num_recv_warps + p.geometry.num_send_warps;
         if (prim::warp_idx() == num_warps) {
@@ -120,7 +120,7 @@ private:
     }
 
     // Of a rank that lends its sums: blocks that send, with a warp for the flags of slots, and blocks that add, with one for the weights.
-    static EP_DEVICE bool work_apart(algo::Warp warp, const CombineContext& c, FlagRequests& requests,
+    static EP_DEVICE bool work_apart(algo::Warp warp, const CombineContext& c, FlagRequests* requests,
                                      FlagRequester& flags) {
         const Geometry& geometry = c.p.geometry;
         const int warp_idx = prim::warp_idx(), num_add_blocks = geometry.num_blocks - geometry.num_send_blocks;
@@ -162,6 +162,7 @@ private:
     static EP_DEVICE bool send_any(algo::Warp warp, const CombineContext& c, FlagRequester& flags, int send_warp) {
         const Geometry& geometry = c.p.geometry;
         const RoleWarp self = role_warp(geometry, send_warp, geometry.num_send_warps);
+        if (peer_lends_sums(c)) return send_all_to_sums(&c.p, c.watch.call, self.idx, self.count);
         if constexpr (kSendsStaged)
             return send_staged(warp, c, self.idx, self.count, send_memory(geometry, send_warp));
         else
@@ -178,22 +179,19 @@ private:
                has_room(watch, p.num_rows, rows.here.total);
     }
 
-    // After wait_for_loans: of two ranks, one that lends its sums has at most a row at the other for each of its tokens.
-    static EP_DEVICE bool has_sums_for(const algo::Watch& watch, int peer, const Look& rows) {
+    // After wait_for_loans: our rows are among those that the peer lends, and of two ranks one that lends its sums has at most a row
+    // at the other for each of its tokens.
+    static EP_DEVICE bool fits_loans(const Params& p, const algo::Watch& watch, int peer, const Look& rows) {
         const int self = watch.heap.rank();
-        const auto fit = [&](int owner, int rank, const RowSpan& span) {
-            const layout::Loan& loan = algo::loan_of(watch, owner);
-            return loan.sums == 0 || static_cast<uint64_t>(span.end - span.first) <= loan.num_rows ||
-                   refuse_rows(watch, owner, rank, span.first, span.end, static_cast<int>(loan.num_rows));
-        };
-        return fit(peer, self, rows.here) && fit(self, peer, rows.there);
-    }
-
-    // After wait_for_loans: our rows are among those that the peer lends.
-    static EP_DEVICE bool is_among_lent(const algo::Watch& watch, int peer, const RowSpan& rows) {
         const layout::Loan& loan = algo::loan_of(watch, peer);
-        return loan.x == 0 || static_cast<uint64_t>(rows.end) <= loan.num_rows ||
-               refuse_rows(watch, watch.heap.rank(), peer, rows.first, rows.end, static_cast<int>(loan.num_rows));
+        const uint64_t num_lent = loan.num_rows;  // under way with the two that say whether it counts
+        const auto fits = [&](int owner, int rank, const RowSpan& span, bool is_lent, int first, uint64_t num_rows) {
+            return !is_lent || static_cast<uint64_t>(span.end - first) <= num_rows ||
+                   refuse_rows(watch, owner, rank, span.first, span.end, static_cast<int>(num_rows));
+        };
+        return fits(self, peer, rows.there, loan.x != 0, 0, num_lent) &&
+               fits(peer, self, rows.here, loan.sums != 0, rows.here.first, num_lent) &&
+               fits(self, peer, rows.there, p.loan.sums != 0 && peer != self, rows.there.first, p.loan.num_rows);
     }
 };
 

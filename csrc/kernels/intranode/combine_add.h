@@ -54,9 +54,24 @@ EP_DEVICE bool are_stated(const CombineContext& c, const AddSources& from, int t
     return at.far < from.num_far || refuse_position(c.watch, from.peer, token, at.far, from.num_far);
 }
 
-// Waits for the peer's row of the token.
-EP_DEVICE bool wait_for_far_row(const CombineContext& c, const AddSources& from, int position) {
-    return position < 0 || c.ring.wait(Stage::kRow, from.peer, from.port.row_is_in_place(position));
+// Waits for the peer's row of a token. Out of line: what calls it holds nothing of a row meanwhile.
+EP_DEVICE_COLD bool wait_for_far_row(const CombineParams* p, uint64_t call, int position) {
+    const algo::Watch watch = make_watch(*p, call);
+    const algo::Ring ring(watch, p->window);
+    const int peer = 1 - watch.heap.rank();
+    return position < 0 || ring.wait(Stage::kRow, peer, ring.from(peer).row_is_in_place(position));
+}
+
+// Looks for it a while, without a deadline, and so without a call for whose sake a chunk that is on its way would be put into
+// local memory.
+EP_DEVICE bool has_far_row_come(algo::Warp warp, const CombineContext& c, const AddSources& from, int position) {
+    constexpr int kLooks = 256;
+    bool is_here = warp.thread_rank() != 0;
+    for (int looks = 0; !is_here && looks < kLooks; ++looks) {
+        if (looks > 0) prim::pause();
+        is_here = c.ring.is_set(from.port.row_is_in_place(position));
+    }
+    return algo::all(warp, is_here);
 }
 
 // A chunk of the own row to that of the sum, which holds the peer's.
@@ -79,18 +94,22 @@ EP_DEVICE void add_chunk(algo::Warp, const algo::Piece<kVecs>& own, uint8_t* sum
     store_sums(sums, reinterpret_cast<Vec16*>(sum), chunk);
 }
 
-// The own row is added to the peer's, or stands alone. Its first chunk is loaded before the peer's row is waited for.
+// The own row is added to the peer's, or stands alone. Its first chunk is loaded before the peer's row is waited for, and again
+// where that takes long.
 EP_DEVICE bool add_row(algo::Warp warp, const CombineContext& c, const AddSources& from, int token,
                        const AddPositions& at) {
     const int num_vecs = static_cast<int>(c.p.row_bytes / sizeof(Vec16));
     const uint8_t* own = from.own_rows + static_cast<int64_t>(at.own) * c.p.row_bytes;
     uint8_t* sum = c.p.combined_x + static_cast<int64_t>(token) * c.p.row_bytes;
-    bool has_waited = false, is_ok = true;
+    bool is_here = at.far < 0, is_ok = true;
     for_chunks<kPairVecs>(warp, num_vecs, [&](const auto& chunk) {
-        const auto held = load_chunk(own, chunk);
+        auto held = load_chunk(own, chunk);
         algo::issue_loads(warp);
-        if (!has_waited) is_ok = algo::all(warp, warp.thread_rank() != 0 || wait_for_far_row(c, from, at.far));
-        has_waited = true;
+        if (!is_here && is_ok && !has_far_row_come(warp, c, from, at.far)) {
+            is_ok = algo::all(warp, warp.thread_rank() != 0 || wait_for_far_row(&c.p, c.watch.call, at.far));
+            held = load_chunk(own, chunk);
+        }
+        is_here = true;
         if (!is_ok) return;
         if (at.far >= 0)
             add_chunk(warp, held, sum, chunk);
@@ -140,7 +159,8 @@ EP_DEVICE bool add_weights(algo::Warp warp, const CombineContext& c, int idx, in
     for (int first = idx * kWarpSize; first < p.num_tokens; first += count * kWarpSize) {
         const int token = first + warp.thread_rank();
         const AddPositions at = add_positions(c, from, token);
-        if (!algo::all(warp, are_stated(c, from, token, at) && wait_for_far_row(c, from, at.far))) return false;
+        if (!algo::all(warp, are_stated(c, from, token, at) && wait_for_far_row(&c.p, c.watch.call, at.far)))
+            return false;
         if (token >= p.num_tokens) continue;
         const int64_t row = static_cast<int64_t>(token) * p.num_topk;
         const float* own = at.own < 0 ? nullptr : from.own_weights + static_cast<int64_t>(at.own) * p.num_topk;

@@ -26,15 +26,15 @@ constexpr int position_of_request(uint64_t request) { return static_cast<int>(st
 
 constexpr int kRequests = 2;  // of a warp, at once
 
-// Of one block; shared memory. A request is zero until its warp writes it, and again when the flag warp has taken it.
+// Of one warp of a block; shared memory. A request is zero until the warp writes it, and again when the flag warp has taken it.
 struct FlagRequests {
-    uint64_t of_warp[kMaxAddingCombineWarps][kRequests];
+    uint64_t word[kRequests];
 };
 
 // One warp's side.
 class FlagRequester {
 public:
-    EP_DEVICE FlagRequester(FlagRequests& requests, int warp_idx) : requests_(requests.of_warp[warp_idx]) {}
+    EP_DEVICE explicit FlagRequester(FlagRequests* requests) : requests_(requests) {}
 
     // By the whole warp, which has met in a sync() after what the flag guards.
     EP_DEVICE void row_is_here(algo::Warp warp, int rank, int position) {
@@ -51,7 +51,7 @@ private:
         using prim::Order;
         using prim::Scope;
         if (warp.thread_rank() == 0) {
-            uint64_t* word = requests_ + next_;
+            uint64_t* word = requests_->word + next_;
             while (prim::load<Order::kRelaxed, Scope::kCta>(word) != 0) prim::pause();
             // Release: the row, or the reads of it. Pairs with: serve_flags.
             prim::store<Order::kRelease, Scope::kCta>(word, value);
@@ -59,12 +59,12 @@ private:
         next_ = (next_ + 1) % kRequests;
     }
 
-    uint64_t* requests_;
+    FlagRequests* requests_;
     int next_ = 0;
 };
 
 // The flag warp's side: lane i serves warp i of the block.
-EP_DEVICE void serve_flags(algo::Warp warp, const algo::Ring& ring, FlagRequests& requests, int num_warps) {
+EP_DEVICE void serve_flags(algo::Warp warp, const algo::Ring& ring, FlagRequests* requests, int num_warps) {
     using prim::Order;
     using prim::Scope;
     const int lane = warp.thread_rank();
@@ -72,7 +72,7 @@ EP_DEVICE void serve_flags(algo::Warp warp, const algo::Ring& ring, FlagRequests
     for (int next = 0; __any_sync(prim::kFullMask, has_more);) {
         uint64_t request = 0;
         if (has_more) {
-            uint64_t* word = requests.of_warp[lane] + next;
+            uint64_t* word = requests[lane].word + next;
             request = prim::load<Order::kAcquire, Scope::kCta>(word);
             if (request != 0) {
                 prim::store<Order::kRelaxed, Scope::kCta>(word, uint64_t{0});
@@ -107,6 +107,10 @@ struct CombineContext {
     const algo::Ring& ring;
     RowMap rows;
 };
+
+EP_DEVICE algo::Watch make_watch(const CombineParams& p, uint64_t call) {
+    return {p.watch, p.heap, layout::Operation::kCombine, call};
+}
 
 // Where `rank` has its rows of `owner` for us to read, the first one foremost: in our own input, or in the one that it lends.
 // Null: it sends them into slots.
@@ -148,6 +152,11 @@ EP_DEVICE LentSums lent_sums(const CombineContext& c, int owner) {
     if (loan.sums == 0) return {};
     return {c.watch.heap.at(owner, loan.sums), reinterpret_cast<float*>(c.watch.heap.at(owner, loan.topk_weights)),
             static_cast<int>(loan.num_rows)};
+}
+
+// Only between two ranks.
+EP_DEVICE bool peer_lends_sums(const CombineContext& c) {
+    return c.watch.heap.num_ranks() == 2 && lent_sums(c, 1 - c.watch.heap.rank()).are_lent();
 }
 
 // The token has a row at `rank`: then it is one of those that stand there for us.

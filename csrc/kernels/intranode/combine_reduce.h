@@ -50,10 +50,6 @@ EP_DEVICE int position_of(const CombineContext& c, const RowSource& source, int 
     return source.rows != nullptr ? token : -1;
 }
 
-EP_DEVICE algo::Watch make_watch(const CombineParams& p, uint64_t call) {
-    return {p.watch, p.heap, layout::Operation::kCombine, call};
-}
-
 // Rows that come into slots, out of line: what the two take would be kept in registers beside rows that are read in place.
 // Where the row is, once it has come; null: the wait failed.
 EP_DEVICE_COLD const uint8_t* filled_slot(const CombineParams* p, uint64_t call, int rank, int position) {

@@ -48,47 +48,36 @@ EP_DEVICE void put_weights(algo::Warp warp, const CombineContext& c, int64_t row
         weights[k] = k < kWarpSize ? held : p.topk_weights[row * p.num_topk + k];
 }
 
-// Row `row` of our input, and its weights. The whole warp's stores are done when this ends.
-EP_DEVICE void put_row(algo::Warp warp, const CombineContext& c, int64_t row, const RowPlace& place) {
+// Row `row` of our input, and its weights. The whole warp's stores are done when this ends. `meanwhile`: of algo::copy_row.
+template <class Meanwhile = algo::Nothing>
+EP_DEVICE void put_row(algo::Warp warp, const CombineContext& c, int64_t row, const RowPlace& place,
+                       const Meanwhile& meanwhile = {}) {
     const CombineParams& p = c.p;
     const float weight = held_weight(warp, c, row);
     algo::copy_row<algo::SourceKind::kInput, kSendUnroll>(warp, reinterpret_cast<Vec16*>(place.row),
                                                           reinterpret_cast<const Vec16*>(p.x + row * p.row_bytes),
-                                                          static_cast<int>(p.row_bytes / sizeof(Vec16)));
+                                                          static_cast<int>(p.row_bytes / sizeof(Vec16)), meanwhile);
     put_weights(warp, c, row, weight, place.weights);
     warp.sync();  // every lane's stores, one lane's release or request
 }
 
+// To owners' slots, all of them.
 EP_DEVICE bool send(algo::Warp warp, const CombineContext& c, FlagRequester& flags, int warp_idx, int num_warps) {
     const int self = c.watch.heap.rank();
     const algo::RowStream stream = algo::deal_stream(warp, warp_idx, num_warps, self, c.watch.heap.num_ranks(),
                                                      [&](int owner) { return c.rows.num_rows(owner, self); });
-    bool is_ok = true;
-    const auto serve = [&](int owner, int position, int) {
-        const algo::Port port = c.ring.to(owner);
-        const LentSums sums = lent_sums(c, owner);
-        const int64_t row = c.rows.first_row(owner, self) + position;
-        const RowPlace place =
-            sums.are_lent() ? place_in_sums(c, sums, owner, c.p.src_idx[row]) : place_in_slot(c, port.slot(position));
-        is_ok &= place.is_there();
-        if (!place.is_there()) return;
-        put_row(warp, c, row, place);
-        if (!sums.are_lent())
-            flags.row_is_here(warp, owner, position);
-        else if (warp.thread_rank() == 0)
-            port.publish_in_place(position);
-    };
-    const bool is_served = algo::serve_streams(
+    return algo::serve_streams(
         warp, c.watch, Stage::kSlot, stream,
-        [&](int owner, int position) {
-            return lent_sums(c, owner).are_lent() ? algo::FlagTest{nullptr, 0}
-                                                  : c.ring.to(owner).slot_is_free(position);
-        },
-        serve);
-    return is_served && is_ok;
+        [&](int owner, int position) { return c.ring.to(owner).slot_is_free(position); },
+        [&](int owner, int position, int) {
+            const RowPlace place = place_in_slot(c, c.ring.to(owner).slot(position));
+            put_row(warp, c, c.rows.first_row(owner, self) + position, place);
+            flags.row_is_here(warp, owner, position);
+        });
 }
 
-// To one owner that lends its sums: it waits for nothing, so one warp's rows need no stream. The rows of a batch share a release.
+// To one owner that lends its sums: it waits for nothing, so one warp's rows need no stream. The rows of a batch share a release,
+// which waits for their stores while the next row is loaded.
 EP_DEVICE bool send_to_sums(algo::Warp warp, const CombineContext& c, const LentSums& sums, int owner, int warp_idx,
                             int num_warps) {
     const int self = c.watch.heap.rank();
@@ -105,15 +94,25 @@ EP_DEVICE bool send_to_sums(algo::Warp warp, const CombineContext& c, const Lent
     };
     int position = warp_idx;
     for (; position < num_rows; position += num_warps) {
-        if (position - published >= kPublishBatch * num_warps) publish_until(position);
         const int token = next_token;
         next_token = token_of(position + num_warps);  // under way with this row
         const RowPlace place = place_in_sums(c, sums, owner, token);
         if (!place.is_there()) return false;
-        put_row(warp, c, first_row + position, place);
+        put_row(warp, c, first_row + position, place, [&] {
+            if (position - published >= kPublishBatch * num_warps) publish_until(position);
+        });
     }
     publish_until(position);
     return true;
+}
+
+// The same by a rank that does not lend its own sums, or adds nothing to them: rare, so the ways through slots carry none of it.
+EP_DEVICE_COLD bool send_all_to_sums(const CombineParams* p, uint64_t call, int warp_idx, int num_warps) {
+    const algo::Watch watch = make_watch(*p, call);
+    const algo::Ring ring(watch, p->window);
+    const CombineContext c{*p, watch, ring, RowMap{p->rank_prefix_matrix, p->heap.num_ranks}};
+    const int owner = 1 - watch.heap.rank();
+    return send_to_sums(algo::Warp{}, c, lent_sums(c, owner), owner, warp_idx, num_warps);
 }
 
 // -- With bulk copies: the same work, with stages of shared memory between loads and stores -----------------------------
@@ -124,7 +123,6 @@ struct RowSend {
     int owner;
     int first, step, count;
     int64_t first_row;
-    LentSums sums;  // of the owner
 
     EP_DEVICE int position(int item) const { return first + item * step; }
     EP_DEVICE int64_t row(int item) const { return first_row + position(item); }
@@ -142,49 +140,18 @@ EP_DEVICE int publish_until(algo::Warp warp, const RowSend& send, int published,
     warp.sync();  // the leader's finished stores, every lane's release
     for (; published < end; published += kWarpSize) {
         const int item = published + warp.thread_rank();
-        if (item >= end) continue;
-        if (send.sums.are_lent())
-            send.port.publish_in_place(send.position(item));
-        else
-            send.port.publish(send.position(item));
+        if (item < end) send.port.publish(send.position(item));
     }
     return end;
 }
 
 // Of the items from `item` on, how many (at most 32) have a free slot, one after the other.
 EP_DEVICE int num_slots_free(algo::Warp warp, const CombineContext& c, const RowSend& send, int item) {
-    if (send.sums.are_lent()) return send.count;
     const int mine = item + warp.thread_rank();
     const bool is_free = mine < send.count && c.ring.is_set(send.port.slot_is_free(send.position(mine)));
     const uint32_t taken = ~__ballot_sync(kFullMask, is_free);
     warp.sync();  // each lane's acquire and weights, the leader's bulk stores
     return taken == 0 ? kWarpSize : __ffs(static_cast<int>(taken)) - 1;
-}
-
-// Where the rows of the items from `item` on belong at the owner, one for each lane.
-EP_DEVICE int owners_tokens(algo::Warp warp, const CombineContext& c, const RowSend& send, int item) {
-    const int mine = item + warp.thread_rank();
-    return mine < send.count ? c.p.src_idx[send.row(mine)] : 0;
-}
-
-// The staged row to its owner: the image of its slot, or the row alone to its place among the sums. False: it has none.
-// `token`: at the owner, where it lends its sums.
-EP_DEVICE bool store_staged(algo::Warp warp, const CombineContext& c, const RowSend& send, int item, int token,
-                            uint8_t* stage) {
-    const CombineParams& p = c.p;
-    const bool is_leader = warp.thread_rank() == 0;
-    if (!send.sums.are_lent()) {
-        if (is_leader)
-            prim::bulk_store(send.port.slot(send.position(item)), stage, layout::bulk_bytes(p.slot.topk_weights.end()));
-    } else {
-        const RowPlace place = place_in_sums(c, send.sums, send.owner, token);
-        if (!place.is_there()) return false;
-        if (is_leader) prim::bulk_store(place.row, stage, p.row_bytes);
-        const float* weights = place_in_slot(c, stage).weights;
-        for (int k = warp.thread_rank(); k < p.num_topk; k += kWarpSize) place.weights[k] = weights[k];
-    }
-    if (is_leader) prim::bulk_commit();
-    return true;
 }
 
 EP_DEVICE bool send_staged(algo::Warp warp, const CombineContext& c, int warp_idx, int num_warps, uint8_t* memory) {
@@ -198,8 +165,7 @@ EP_DEVICE bool send_staged(algo::Warp warp, const CombineContext& c, int warp_id
                        stream.next,
                        stream.step,
                        algo::num_rows_left(stream),
-                       c.rows.first_row(stream.peer, self),
-                       lent_sums(c, stream.peer)};
+                       c.rows.first_row(stream.peer, self)};
     const algo::Stages stages(memory, p.geometry.send);
     const bool is_leader = warp.thread_rank() == 0;
     const int ahead = stages.num_ahead();
@@ -214,7 +180,6 @@ EP_DEVICE bool send_staged(algo::Warp warp, const CombineContext& c, int warp_id
     }
     int num_free = 0;  // items whose slots are known to be free
     int published = 0;
-    int tokens = 0;  // lane i's: of item i of each 32
     int item = 0;
     for (; item < send.count; ++item) {
         const int ahead_item = loaded;
@@ -240,9 +205,11 @@ EP_DEVICE bool send_staged(algo::Warp warp, const CombineContext& c, int warp_id
             if (is_leader) prim::fence_async_global();
         }
         stages.wait(item);
-        if (send.sums.are_lent() && item % kWarpSize == 0) tokens = owners_tokens(warp, c, send, item);
-        const int token = __shfl_sync(kFullMask, tokens, item % kWarpSize);
-        if (!store_staged(warp, c, send, item, token, stages.at(item))) break;
+        if (is_leader) {
+            prim::bulk_store(send.port.slot(send.position(item)), stages.at(item),
+                             layout::bulk_bytes(p.slot.topk_weights.end()));
+            prim::bulk_commit();
+        }
         if (item - published >= kPublishBatch) {
             if (is_leader) prim::bulk_wait<1>();
             published = publish_until(warp, send, published, item);

@@ -36,8 +36,6 @@ public:
     HostEngine(std::shared_ptr<dev::Device> device, const HostOptions& options);
     // Never blocks for long: what was not released is not sent.
     ~HostEngine() override;
-    HostEngine(const HostEngine&) = delete;
-    HostEngine& operator=(const HostEngine&) = delete;
 
     std::string name() const override;
     std::string address() const override { return rendezvous_.blob() + shared_memory_.get().handle; }

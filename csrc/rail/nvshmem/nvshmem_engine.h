@@ -25,8 +25,6 @@ public:
     NvshmemEngine(std::shared_ptr<dev::Device> device, World& world, const NvshmemOptions& options);
     // Nothing collective: the window goes back to the world, for the next engine.
     ~NvshmemEngine() override { release(0); }
-    NvshmemEngine(const NvshmemEngine&) = delete;
-    NvshmemEngine& operator=(const NvshmemEngine&) = delete;
 
     std::string name() const override;
     std::string address() const override { return introduction_; }

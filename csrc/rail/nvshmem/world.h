@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "core/non_copyable.h"
 #include "rail/nvshmem/library.h"
 
 namespace deep_ep::rail::nvshmem {
@@ -33,14 +34,12 @@ struct Introduction {
     char unique_id[kUniqueIdBytes];  // of rank 0, where there is no world yet
 };
 
-class World {
+class World : NonCopyable {
 public:
     static constexpr int kNoWindow = -1;
 
     // `loaded`: the version of the NVSHMEM in this process. Throws TransportError where the library does not fit it.
     World(const Library& library, Version loaded, Transport transport);
-    World(const World&) = delete;
-    World& operator=(const World&) = delete;
 
     struct Lease {
         int number = kNoWindow;

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "bench/hold_sms.h"
+#include "core/non_copyable.h"
 #include "support/complaints.h"
 #include "support/low_latency_world.h"
 #include "support/world.h"
@@ -25,7 +26,7 @@ simt::SchedulerOptions with_free_sms(int num_free, uint64_t seed = 0) {
 }
 
 // On every rank a kernel of somebody else, in a stream of its own.
-class Others {
+class Others : NonCopyable {
 public:
     enum class Kind { kStay, kWaitForEachOther };
 
@@ -36,8 +37,6 @@ public:
         for (int rank = 0; rank < world_.num_ranks(); ++rank)
             world_.device(rank).destroy_stream(streams_[static_cast<size_t>(rank)]);
     }
-    Others(const Others&) = delete;
-    Others& operator=(const Others&) = delete;
 
     void launch_on(int rank) {
         const auto peer = static_cast<size_t>((rank + 1) % world_.num_ranks());
@@ -104,7 +103,7 @@ TEST_CASE("low latency: one free SM is enough, whoever has all others (pitfall 3
             others.launch();
             combine_on(world, problem, ranks, all_ranks(problem), launches);
             CHECK_EQ(check_low_latency_combine(problem, ranks), "");
-            for (int rank = 0; rank < 3; ++rank) world.buffer(rank).check();
+            world.check_all();
         }
     }
 }

@@ -5,6 +5,7 @@
 #include <numeric>
 #include <vector>
 
+#include "core/non_copyable.h"
 #include "device/launch.h"
 #include "device/prim.h"
 #include "device/test_device.h"
@@ -18,15 +19,13 @@ using prim::Scope;
 using prim::Vec16;
 
 // Device memory with values, for the life of a test.
-template <class T> class Words {
+template <class T> class Words : NonCopyable {
 public:
     explicit Words(size_t count) : count_(count), data_(static_cast<T*>(test_device()->allocate(count * sizeof(T)))) {}
     explicit Words(const std::vector<T>& values) : Words(values.size()) {
         test_device()->copy_now(data_, values.data(), count_ * sizeof(T));
     }
     ~Words() { test_device()->free(data_); }
-    Words(const Words&) = delete;
-    Words& operator=(const Words&) = delete;
 
     T* data() const { return data_; }
     std::vector<T> read() const {

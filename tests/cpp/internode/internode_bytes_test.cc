@@ -38,7 +38,7 @@ struct Sums {
 };
 
 // `is_back`: of a combine, in which sums of the tokens that came go back.
-void add_call(Sums& sums, const InternodeWorld& world, const InternodeCall& call, const layout::RailSlot& slot,
+void add_call(Sums& sums, const InternodeWorld& world, const InternodeCall& call, const layout::SlotLayout& slot,
               bool is_back) {
     for (int rank = 0; rank < world.num_ranks(); ++rank)
         for (int node = 0; node < world.options().num_nodes; ++node) {

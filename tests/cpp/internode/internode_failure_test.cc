@@ -56,13 +56,22 @@ struct Case {
             }
         });
     }
-    void prepare_combines() {
-        for (int rank = 0; rank < world.num_ranks(); ++rank)
-            prepare_combine(problem, call.ranks[static_cast<size_t>(rank)], rank);
+    // The same of a combine; `absent`: a rank that does not call it.
+    template <class Change> void combine(const Change& change, int absent = -1) {
+        prepare_combine(problem, call.ranks);
+        change();
+        world.run([&] {
+            for (int rank = 0; rank < world.num_ranks(); ++rank)
+                if (rank != absent) world.launch_combine(call, rank);
+        });
     }
-    void check_all_failed() {
-        for (int rank = 0; rank < world.num_ranks(); ++rank) CHECK_NE(failure_of(world, rank), FailureKind::kNone);
+    void check_all_failed_but(int absent) {
+        for (int rank = 0; rank < world.num_ranks(); ++rank) {
+            CAPTURE(rank);
+            if (rank != absent) CHECK_NE(failure_of(world, rank), FailureKind::kNone);
+        }
     }
+    void check_all_failed() { check_all_failed_but(-1); }
     const layout::WaitRecord& failure(int rank) const { return world.status(rank).failure; }
     RankTensors& tensors(int rank) { return call.ranks[static_cast<size_t>(rank)]; }
     RailTensors& rail(int rank) { return call.rails[static_cast<size_t>(rank)]; }
@@ -76,12 +85,9 @@ TEST_CASE("a rank that never enters is named by every rank of every node") {
             for (int rank = 0; rank < 6; ++rank)
                 if (rank != absent) test.world.launch_notify(test.call, rank);
         });
-        for (int rank = 0; rank < 6; ++rank) {
-            CAPTURE(rank);
-            if (rank == absent) continue;
-            CHECK_NE(failure_of(test.world, rank), FailureKind::kNone);
-            CHECK_EQ(blamed_by(test.world, rank), absent);
-        }
+        test.check_all_failed_but(absent);
+        for (int rank = 0; rank < 6; ++rank)
+            if (rank != absent) CHECK_EQ(blamed_by(test.world, rank), absent);
     }
 }
 
@@ -124,17 +130,10 @@ TEST_CASE("a rank that skips combine ends everybody in time") {
     for (const int absent : {0, 3}) {
         Case test(impatient_options(2, 2));
         REQUIRE_EQ(test.world.dispatch(test.call), "");
-        test.prepare_combines();
-        test.world.run([&] {
-            for (int rank = 0; rank < 4; ++rank)
-                if (rank != absent) test.world.launch_combine(test.call, rank);
-        });
-        for (int rank = 0; rank < 4; ++rank) {
-            CAPTURE(rank);
-            if (rank == absent) continue;
-            CHECK_NE(failure_of(test.world, rank), FailureKind::kNone);
-            CHECK_EQ(check_void_combine(test.tensors(rank)), "");
-        }
+        test.combine([] {}, absent);
+        test.check_all_failed_but(absent);
+        for (int rank = 0; rank < 4; ++rank)
+            if (rank != absent) CHECK_EQ(check_void_combine(test.tensors(rank)), "");
     }
 }
 
@@ -203,38 +202,31 @@ TEST_CASE("ranks of different nodes that disagree about shapes say so") {
 }
 
 TEST_CASE("tensors of a handle that do not belong together are refused before they are addresses") {
-    const auto combine = [](Case& test, const std::function<void()>& change) {
-        REQUIRE_EQ(test.world.dispatch(test.call), "");
-        test.prepare_combines();
-        change();
-        test.world.run([&] {
-            for (int rank = 0; rank < test.world.num_ranks(); ++rank) test.world.launch_combine(test.call, rank);
-        });
+    struct Mistake {
+        const char* name;
+        int num_nodes, ranks_per_node;
+        std::function<void(Case&)> make;
+        int refused_by;
+        Stage stage;
     };
-    SUBCASE("rows that run backwards") {
-        Case test(impatient_options(2, 2));
-        combine(test, [&] { test.tensors(0).rank_prefix_matrix[4] = -1; });
-        check_refused(test, 0, Stage::kRows);
-    }
-    SUBCASE("a row that nobody has stated") {
-        Case test(impatient_options(2, 2));
-        combine(test, [&] { test.tensors(0).send_head[0] = 100; });
-        check_refused(test, 0, Stage::kPosition);
-    }
-    SUBCASE("a forwarded token's row that nobody has stated") {
-        Case test(impatient_options(2, 2));
-        combine(test, [&] { test.rail(3).rail_head[0] = 100; });
-        check_refused(test, 3, Stage::kPosition);
-    }
-    SUBCASE("tokens on the rail that run backwards") {
-        Case test(impatient_options(3, 1));
-        combine(test, [&] { test.rail(1).rail_prefix[0] = 1 << 20; });
-        check_refused(test, 1, Stage::kRailRows);
-    }
-    SUBCASE("a place on the rail beyond the last token's") {
-        Case test(impatient_options(2, 1));
-        combine(test, [&] { test.rail(0).send_rail_head[1] = 100; });
-        check_refused(test, 0, Stage::kRailRows);
+    const Mistake mistakes[] = {
+        {"rows that run backwards", 2, 2, [](Case& test) { test.tensors(0).rank_prefix_matrix[4] = -1; }, 0,
+         Stage::kRows},
+        {"a row that nobody has stated", 2, 2, [](Case& test) { test.tensors(0).send_head[0] = 100; }, 0,
+         Stage::kPosition},
+        {"a forwarded token's row that nobody has stated", 2, 2, [](Case& test) { test.rail(3).rail_head[0] = 100; }, 3,
+         Stage::kPosition},
+        {"tokens on the rail that run backwards", 3, 1, [](Case& test) { test.rail(1).rail_prefix[0] = 1 << 20; }, 1,
+         Stage::kRailRows},
+        {"a place on the rail beyond the last token's", 2, 1, [](Case& test) { test.rail(0).send_rail_head[1] = 100; },
+         0, Stage::kRailRows},
+    };
+    for (const Mistake& mistake : mistakes) {
+        CAPTURE(mistake.name);
+        Case test(impatient_options(mistake.num_nodes, mistake.ranks_per_node));
+        REQUIRE_EQ(test.world.dispatch(test.call), "");
+        test.combine([&] { mistake.make(test); });
+        check_refused(test, mistake.refused_by, mistake.stage);
     }
 }
 
@@ -250,10 +242,7 @@ TEST_CASE("after a failure, calls that were queued end at once and say so") {
     Case test(impatient_options(2, 2));
     test.dispatch([&] { test.rail(2).rail_head.clear(); });
     test.check_all_failed();
-    test.prepare_combines();
-    test.world.run([&] {
-        for (int rank = 0; rank < 4; ++rank) test.world.launch_combine(test.call, rank);
-    });
+    test.combine([] {});
     for (int rank = 0; rank < 4; ++rank) CHECK_EQ(check_void_combine(test.tensors(rank)), "");
 }
 

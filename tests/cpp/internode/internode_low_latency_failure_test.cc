@@ -109,10 +109,7 @@ TEST_CASE("low latency across nodes: with enable_shrink a rank that gives up abo
     LowLatencyNodes nodes(impatient_nodes(true), problem);
     World& world = nodes.world();
     auto ranks = make_low_latency_inputs(problem);
-    world.buffer(0).begin_call();
-    launch_dispatch(world, problem, ranks[0], 0, Launches::kOne);
-    world.buffer(0).abandon_call("low_latency_dispatch: KeyboardInterrupt");
-    world.run();
+    abandon_dispatch_of_rank_0(world, problem, ranks);
     CHECK_THROWS_WITH_AS(world.buffer(0).check(), doctest::Contains("KeyboardInterrupt"), Error);
     for (int rank : {1, 2, 3}) CHECK_EQ(world.buffer(rank).look(), "");
     dispatch_on(world, problem, ranks, {1, 2, 3}, Launches::kOne);
@@ -155,7 +152,7 @@ TEST_CASE("low latency across nodes: cleaning is a barrier, and names who does n
     for (int round = 0; round < 3; ++round) {
         for (int rank = 0; rank < 4; ++rank) clean(rank);
         world.run();
-        for (int rank = 0; rank < 4; ++rank) world.buffer(rank).check();
+        world.check_all();
     }
     for (int rank : {1, 2, 3}) clean(rank);
     world.run();

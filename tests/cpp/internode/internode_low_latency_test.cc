@@ -205,33 +205,18 @@ TEST_CASE("low latency across nodes: two micro-batches overlap through hooks, ca
         LowLatencyNodes nodes(options, first);
         World& world = nodes.world();
         for (int round = 0; round < 3; ++round) {
-            auto a = make_low_latency_inputs(first), b = make_low_latency_inputs(second);
-            for (int rank = 0; rank < options.num_ranks(); ++rank) {
-                const auto idx = static_cast<size_t>(rank);
-                const bool is_swapped = (static_cast<uint64_t>(rank) + seed) % 2 == 0;
-                send_dispatch(world, first, a[idx], rank);
-                send_dispatch(world, second, b[idx], rank);
-                if (is_swapped) receive_dispatch(world, second, b[idx], rank);
-                receive_dispatch(world, first, a[idx], rank);
-                if (!is_swapped) receive_dispatch(world, second, b[idx], rank);
-            }
-            world.run();
-            CHECK_EQ(check_low_latency_dispatch(first, a), "");
-            CHECK_EQ(check_low_latency_dispatch(second, b), "");
-            fill_expert_rows(first, a);
-            fill_expert_rows(second, b);
-            for (int rank = 0; rank < options.num_ranks(); ++rank) {
-                const auto idx = static_cast<size_t>(rank);
-                const bool is_swapped = (static_cast<uint64_t>(rank) + seed) % 2 == 1;
-                send_combine(world, first, a[idx], rank);
-                send_combine(world, second, b[idx], rank);
-                if (is_swapped) receive_combine(world, second, b[idx], rank);
-                receive_combine(world, first, a[idx], rank);
-                if (!is_swapped) receive_combine(world, second, b[idx], rank);
-            }
-            world.run();
-            CHECK_EQ(check_low_latency_combine(first, a), "");
-            CHECK_EQ(check_low_latency_combine(second, b), "");
+            MicroBatch a{world, first}, b{world, second};
+            const auto is_swapped = [&](int rank) { return (static_cast<uint64_t>(rank) + seed) % 2 == 0; };
+            const auto receive_dispatch = [&](int rank) {
+                (is_swapped(rank) ? b : a).receive_dispatch(rank);
+                (is_swapped(rank) ? a : b).receive_dispatch(rank);
+            };
+            CHECK_EQ(dispatch_both(a, b, receive_dispatch), "");
+            const auto receive_combine = [&](int rank) {
+                (is_swapped(rank) ? a : b).receive_combine(rank);
+                (is_swapped(rank) ? b : a).receive_combine(rank);
+            };
+            CHECK_EQ(combine_both(a, b, receive_combine), "");
         }
     }
 }
@@ -299,7 +284,7 @@ TEST_CASE("low latency across nodes: entries that combine drops, and whole token
                     for (size_t i = 0; i < tensors.topk_idx.size(); ++i)
                         if (i % 3 == 0 || i / 4 % 3 == 1) tensors.topk_idx[i] = -1;
                 combine_on(nodes.world(), problem, ranks, all_ranks(problem), launches);
-                for (int rank = 0; rank < options.num_ranks(); ++rank) nodes.world().buffer(rank).check();
+                nodes.world().check_all();
                 CHECK_EQ(check_low_latency_combine(problem, ranks), "");
             }
         }

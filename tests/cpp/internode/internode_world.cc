@@ -70,8 +70,8 @@ InternodeWorld::InternodeWorld(const InternodeOptions& options, const Problem& l
     const auto slot = layout::SlotLayout::for_dispatch(row_bytes, num_topk, num_scales);
     num_data_bytes_ = layout::WindowLayout::bytes_for(static_cast<uint64_t>(options.ranks_per_node), slot.bytes,
                                                       options.window, num_nodes);
-    const auto rail_slot =
-        layout::RailSlot::for_dispatch(row_bytes, num_topk, num_scales, static_cast<uint64_t>(options.ranks_per_node));
+    const auto rail_slot = layout::SlotLayout::for_dispatch(row_bytes, num_topk, num_scales,
+                                                            static_cast<uint64_t>(options.ranks_per_node));
     num_rail_bytes_ = layout::RailWindow::bytes_for(num_nodes, rail_slot.bytes, options.rail_slots);
     std::vector<simt::SimtDevice*> devices;
     for (int rank = 0; rank < num_ranks(); ++rank) {
@@ -148,12 +148,12 @@ std::vector<layout::WaitCell> InternodeWorld::wait_cells(int rank) const {
     return cells;
 }
 
-layout::RailWindow InternodeWorld::rail_window(const layout::RailSlot& slot) const {
+layout::RailWindow InternodeWorld::rail_window(const layout::SlotLayout& slot) const {
     return layout::RailWindow::make(num_rail_bytes_, static_cast<uint64_t>(options_.num_nodes), slot.bytes,
                                     options_.chunk_tokens * slot.bytes);
 }
 
-kernels::RailPlan InternodeWorld::rail_plan(int rank, const layout::RailSlot& slot) const {
+kernels::RailPlan InternodeWorld::rail_plan(int rank, const layout::SlotLayout& slot) const {
     const layout::RailWindow window = rail_window(slot);
     EP_CHECK(window.num_chunks > 0, "the test's rail window is too small");
     return {.params = network_->engine(rank).params(),
@@ -180,17 +180,17 @@ kernels::Geometry InternodeWorld::geometry() const {
             .recv = {}};
 }
 
-layout::RailSlot InternodeWorld::dispatch_slot(const InternodeCall& call, bool is_cached) const {
+layout::SlotLayout InternodeWorld::dispatch_slot(const InternodeCall& call, bool is_cached) const {
     const Problem& problem = call.problem;
     const bool has_topk = call.has_topk && !is_cached;
-    return layout::RailSlot::for_dispatch(
+    return layout::SlotLayout::for_dispatch(
         static_cast<uint64_t>(problem.hidden) * 2, has_topk ? static_cast<uint64_t>(problem.num_topk) : 0,
         static_cast<uint64_t>(problem.num_scales), is_cached ? 0 : static_cast<uint64_t>(options_.ranks_per_node));
 }
 
-layout::RailSlot InternodeWorld::combine_slot(const InternodeCall& call) const {
-    return layout::RailSlot::for_combine(static_cast<uint64_t>(call.problem.hidden) * 2,
-                                         static_cast<uint64_t>(call.problem.num_topk));
+layout::SlotLayout InternodeWorld::combine_slot(const InternodeCall& call) const {
+    return layout::SlotLayout::for_combine(static_cast<uint64_t>(call.problem.hidden) * 2,
+                                           static_cast<uint64_t>(call.problem.num_topk));
 }
 
 // -- Launches -------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@
 #include "device/owned.h"
 #include "kernels/params_internode.h"
 #include "layout/rail.h"
-#include "layout/topology.h"
 #include "rail_sim/sim_engine.h"
 #include "support/world.h"
 
@@ -77,9 +76,9 @@ public:
     const layout::HostStatus& status(int rank) const { return *ranks_[static_cast<size_t>(rank)].status.host(); }
     std::vector<layout::WaitCell> wait_cells(int rank) const;
     layout::Topology topology(int rank) const { return {num_ranks(), options_.ranks_per_node, rank}; }
-    layout::RailWindow rail_window(const layout::RailSlot& slot) const;
-    layout::RailSlot dispatch_slot(const InternodeCall& call, bool is_cached) const;
-    layout::RailSlot combine_slot(const InternodeCall& call) const;
+    layout::RailWindow rail_window(const layout::SlotLayout& slot) const;
+    layout::SlotLayout dispatch_slot(const InternodeCall& call, bool is_cached) const;
+    layout::SlotLayout combine_slot(const InternodeCall& call) const;
     uint64_t num_calls() const { return num_calls_; }
     // What a rank of another node has told this rank's window.
     uint64_t ended(int rank, int node) const;
@@ -99,7 +98,7 @@ private:
 
     kernels::HeapParams heap_params(int rank) const;
     kernels::WatchParams watch_params(int rank) const;
-    kernels::RailPlan rail_plan(int rank, const layout::RailSlot& slot) const;
+    kernels::RailPlan rail_plan(int rank, const layout::SlotLayout& slot) const;
     layout::WindowLayout window(const layout::SlotLayout& slot) const;
     kernels::Geometry geometry() const;
     template <class T> uint64_t lend(InternodeCall& call, int rank, std::vector<T>& data);

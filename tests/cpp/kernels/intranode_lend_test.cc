@@ -36,6 +36,14 @@ void check_round_trip(const Problem& problem, const Setup& setup = {}) {
     CHECK_EQ(round_trip(world, problem), "");
 }
 
+Problem of_three_ranks(uint32_t lending_ranks, int num_scales) {
+    return {.num_tokens = {13, 20, 7},
+            .num_experts = 6,
+            .num_topk = 3,
+            .num_scales = num_scales,
+            .lending_ranks = lending_ranks};
+}
+
 TEST_CASE("every mixture of ranks that lend and ranks that do not") {
     for (uint32_t lending = 0; lending < 8; ++lending) {
         for (uint64_t seed : {0, 1, 2}) {
@@ -43,13 +51,9 @@ TEST_CASE("every mixture of ranks that lend and ranks that do not") {
                 CAPTURE(lending);
                 CAPTURE(seed);
                 CAPTURE(has_bulk_copy);
-                const Problem problem{.num_tokens = {13, 20, 7},
-                                      .num_experts = 6,
-                                      .num_topk = 3,
-                                      .hidden = 1848,
-                                      .num_scales = 3,
-                                      .num_biases = 1,
-                                      .lending_ranks = lending};
+                Problem problem = of_three_ranks(lending, 3);
+                problem.hidden = 1848;
+                problem.num_biases = 1;
                 check_round_trip(problem, {.seed = seed, .device = {.has_bulk_copy = has_bulk_copy}});
             }
         }
@@ -101,9 +105,7 @@ TEST_CASE("too few rows are lent: all ranks refuse the call before they write") 
                                   .drop_probability = 0.0,
                                   .lending_ranks = 7};
             World world = make_world(problem, {.seed = seed, .idle = simt::IdlePolicy::kAdvanceClock});
-            auto ranks = make_inputs(problem);
-            world.layout(problem, ranks);
-            world.dispatch(problem, ranks);
+            auto ranks = world.dispatched(problem);
             const uint8_t* whole = world.lend(1, kLendBytes)->address();
             for (int rank = 0; rank < 3; ++rank) {
                 RankTensors& tensors = ranks[static_cast<size_t>(rank)];
@@ -138,9 +140,7 @@ TEST_CASE("back-to-back calls of changing shape, loans on and off, cached ones b
             problem.num_sms = 1 + round % 3;
             problem.lending_ranks = static_cast<uint32_t>(round) % 8;
             problem.seed = static_cast<uint64_t>(round) + 100;
-            auto ranks = make_inputs(problem);
-            world.layout(problem, ranks);
-            world.dispatch(problem, ranks);
+            auto ranks = world.dispatched(problem);
             CHECK_EQ(check_dispatch(problem, ranks), "");
             problem.lending_ranks = static_cast<uint32_t>(round * 3) % 8;
             world.dispatch_cached(problem, ranks);
@@ -207,9 +207,7 @@ TEST_CASE("a row that belongs to no token of its owner is refused, and nothing i
         CAPTURE(bad);
         const Problem problem{.num_tokens = {30, 30}, .num_experts = 2, .drop_probability = 0.0, .sums_ranks = 3};
         World world = make_world(problem, {.idle = simt::IdlePolicy::kAdvanceClock});
-        auto ranks = make_inputs(problem);
-        world.layout(problem, ranks);
-        world.dispatch(problem, ranks);
+        auto ranks = world.dispatched(problem);
         ranks[1].recv_src_idx[3] = bad;  // of rank 0's tokens
         std::vector<const uint8_t*> whole;
         std::vector<std::vector<uint8_t>> before;
@@ -233,9 +231,7 @@ TEST_CASE("more rows for an owner than the sums that it lends are refused") {
         CAPTURE(at);
         const Problem problem{.num_tokens = {5, 30}, .num_experts = 2, .drop_probability = 0.0, .sums_ranks = 1};
         World world = make_world(problem, {.idle = simt::IdlePolicy::kAdvanceClock});
-        auto ranks = make_inputs(problem);
-        world.layout(problem, ranks);
-        world.dispatch(problem, ranks);
+        auto ranks = world.dispatched(problem);
         ranks[static_cast<size_t>(at)].rank_prefix_matrix[1] = 20;
         for (int rank = 0; rank < 2; ++rank) {
             prepare_combine(problem, ranks[static_cast<size_t>(rank)], rank);
@@ -266,12 +262,8 @@ TEST_CASE("guessed numbers of rows: enough, too small, none at all, on some rank
                     CAPTURE(spare);
                     CAPTURE(seed);
                     CAPTURE(lends_again);
-                    const Problem problem{.num_tokens = {13, 20, 7},
-                                          .num_experts = 6,
-                                          .num_topk = 3,
-                                          .num_scales = 2,
-                                          .expert_alignment = 4,
-                                          .lending_ranks = lending};
+                    Problem problem = of_three_ranks(lending, 2);
+                    problem.expert_alignment = 4;
                     World world = make_world(problem, {.seed = seed});
                     auto ranks = make_inputs(problem);
                     world.layout(problem, ranks);
@@ -291,9 +283,7 @@ TEST_CASE("guesses beside ranks that ask for the counts first, and beside worst 
             CAPTURE(spare);
             const Problem problem{.num_tokens = {9, 14, 11}, .num_experts = 6, .num_topk = 3, .lending_ranks = 7};
             World world = make_world(problem, {.seed = seed});
-            auto ranks = make_inputs(problem);
-            world.layout(problem, ranks);
-            world.dispatch(problem, ranks);  // for the numbers of rows
+            auto ranks = world.dispatched(problem);  // for the numbers of rows
             std::vector<int64_t> num_rows;
             for (const RankTensors& tensors : ranks) num_rows.push_back(tensors.num_recv_tokens);
             // Rank 0 guesses, rank 1 asks first, rank 2 has room for exactly what comes and does not wait.
@@ -364,9 +354,7 @@ void check_understated(const Understated& how) {
                           .lending_ranks = how.lending_ranks};
     World world =
         make_world(problem, {.device = {.has_bulk_copy = how.has_bulk_copy}, .idle = simt::IdlePolicy::kAdvanceClock});
-    auto ranks = make_inputs(problem);
-    world.layout(problem, ranks);
-    world.dispatch(problem, ranks);
+    auto ranks = world.dispatched(problem);
     const auto culprit = static_cast<size_t>(how.rank);
     const int num_stated = --ranks[1].num_tokens_per_rank[culprit];
     int token = problem.num_tokens[1] - 1;
@@ -417,9 +405,7 @@ TEST_CASE("a handle whose positions go beyond the rows of a rank is refused by c
                 .num_tokens = {9, 9}, .num_experts = 2, .drop_probability = 0.0, .lending_ranks = lending_ranks};
             World world = make_world(
                 problem, {.device = {.has_bulk_copy = has_bulk_copy}, .idle = simt::IdlePolicy::kAdvanceClock});
-            auto ranks = make_inputs(problem);
-            world.layout(problem, ranks);
-            world.dispatch(problem, ranks);
+            auto ranks = world.dispatched(problem);
             const int num_rows = ranks[0].num_tokens_per_rank[1];
             ranks[0].send_head[5 * 2 + 1] = num_rows + 3;
             world.combine_on(problem, ranks, {0, 1});
@@ -442,9 +428,7 @@ TEST_CASE("outputs of calls that fail, or begin after a failure, cannot pass for
             problem.lending_ranks = lends ? 1 : 0;
             World world = make_world(
                 problem, {.device = {.has_bulk_copy = has_bulk_copy}, .idle = simt::IdlePolicy::kAdvanceClock});
-            auto ranks = make_inputs(problem);
-            world.layout(problem, ranks);
-            world.dispatch(problem, ranks);
+            auto ranks = world.dispatched(problem);
             std::vector<RankTensors> calls(3, ranks[0]);
             for (RankTensors& call : calls) {
                 prepare_recv(problem, call, call.num_recv_tokens);
@@ -470,9 +454,7 @@ TEST_CASE("a peer that never enters is named by those that lend to it") {
     simt::SchedulerOptions options;
     options.idle = simt::IdlePolicy::kAdvanceClock;
     World world(3, kDataBytes, options, 2.0, 0, false, {{}}, kLendBytes);
-    auto ranks = make_inputs(problem);
-    world.layout(problem, ranks);
-    world.dispatch(problem, ranks);
+    auto ranks = world.dispatched(problem);
     world.combine_on(problem, ranks, {0, 2});
     check_absent_is_named(world, {0, 2}, 1);
 }

@@ -57,9 +57,7 @@ template <class Launch> void check_lies(const Way& way, const Launch& launch) {
         const Problem problem{
             .num_tokens = {9, 9}, .num_experts = 2, .drop_probability = 0.0, .lending_ranks = way.lending_ranks};
         World world = make_world(problem, way);
-        auto ranks = make_inputs(problem);
-        world.layout(problem, ranks);
-        world.dispatch(problem, ranks);
+        auto ranks = world.dispatched(problem);
         const Lie told = make_lies(ranks[0].rank_prefix_matrix)[lie];
         ranks[0].rank_prefix_matrix[told.source * 2 + told.destination] = told.end;
         launch(world, problem, ranks);
@@ -91,9 +89,7 @@ TEST_CASE("a prefix matrix that goes beyond what a peer lends is refused by comb
     for (bool has_bulk_copy : {false, true}) {
         const Problem problem{.num_tokens = {9, 9}, .num_experts = 2, .drop_probability = 0.0, .lending_ranks = 3};
         World world = make_world(problem, {3, has_bulk_copy});
-        auto ranks = make_inputs(problem);
-        world.layout(problem, ranks);
-        world.dispatch(problem, ranks);
+        auto ranks = world.dispatched(problem);
         for (size_t source : {0, 1}) ranks[0].rank_prefix_matrix[source * 2 + 1] += 100;
         world.combine_on(problem, ranks, {0, 1});
         check_refusal(world, "rows from rank 0 to rank 1 begin at 0");
@@ -115,9 +111,7 @@ TEST_CASE("an expert that is out of range when dispatch reads it is no -1") {
                 CAPTURE(expert);
                 const Problem problem{.num_tokens = {10, 12}, .num_experts = 2, .lending_ranks = way.lending_ranks};
                 World world = make_world(problem, way);
-                auto ranks = make_inputs(problem);
-                world.layout(problem, ranks);
-                world.dispatch(problem, ranks);
+                auto ranks = world.dispatched(problem);
                 const int token = some_token(ranks[0]);
                 ranks[0].topk_idx[static_cast<size_t>(token) * 2] = expert;
                 for (int rank = 0; rank < 2 && counts == Counts::kExchanged; ++rank)

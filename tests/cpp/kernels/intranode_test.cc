@@ -76,9 +76,7 @@ TEST_CASE("positions count up over warps, batches and columns of the scan") {
     World world(kNumRanks, kRoomy, {}, 100, 0, false, {{.useful_block_threads = 64}});
     for (int num_extra_rows : {0, 1}) {
         problem.num_extra_rows = num_extra_rows;
-        auto ranks = make_inputs(problem);
-        world.layout(problem, ranks);
-        world.dispatch(problem, ranks);
+        auto ranks = world.dispatched(problem);
         std::vector<int> next(kNumRanks, 0);
         for (size_t cell = 0; cell < ranks[3].send_head.size(); ++cell) {
             int& count = next[cell % kNumRanks];
@@ -206,9 +204,7 @@ TEST_CASE("two dispatches in flight before the first combine (pitfalls 10, 12)")
 TEST_CASE("a handle serves combine, cached dispatch and combine again, with other calls between") {
     World world(4, 1 << 17, seeded(11));
     const Problem problem{.num_tokens = {5, 12, 0, 8}, .num_scales = 1, .seed = 21};
-    auto ranks = make_inputs(problem);
-    world.layout(problem, ranks);
-    world.dispatch(problem, ranks);
+    auto ranks = world.dispatched(problem);
     world.combine(problem, ranks);
     CHECK_EQ(check_combine(problem, ranks), "");
     CHECK_EQ(round_trip(world, {.num_tokens = {3, 3, 3, 3}, .seed = 5}), "");
@@ -221,10 +217,8 @@ TEST_CASE("a handle serves combine, cached dispatch and combine again, with othe
 TEST_CASE("kernels queued without a host in between keep their order") {
     World world(2, 1 << 15, seeded(9));
     const Problem problem{.num_tokens = {20, 11}, .num_experts = 4, .seed = 2};
-    auto ranks = make_inputs(problem);
-    world.layout(problem, ranks);
-    world.dispatch(problem, ranks);
-    for (int rank = 0; rank < 2; ++rank) prepare_combine(problem, ranks[static_cast<size_t>(rank)], rank);
+    auto ranks = world.dispatched(problem);
+    prepare_combine(problem, ranks);
     for (int repeat = 0; repeat < 5; ++repeat) {
         for (int rank = 0; rank < 2; ++rank) {
             world.launch_combine(problem, ranks[static_cast<size_t>(rank)], rank);
@@ -246,9 +240,7 @@ TEST_CASE("worst-case calls beside fresh and cached ones, every rank as it likes
         World world(3, 1 << 15, seeded(seed));
         const Problem problem{
             .num_tokens = {20, 0, 11}, .num_experts = 6, .num_topk = 3, .expert_alignment = 4, .seed = seed};
-        auto ranks = make_inputs(problem);
-        world.layout(problem, ranks);
-        world.dispatch(problem, ranks);
+        auto ranks = world.dispatched(problem);
         const auto known = ranks;
         for (int repeat = 0; repeat < 6; ++repeat) {
             for (int rank = 0; rank < 3; ++rank) {
@@ -281,9 +273,7 @@ TEST_CASE("worst-case outputs that are too small are reported, nothing is writte
     for (Counts counts : {Counts::kUnknown, Counts::kKnown}) {
         World world(2, kRoomy, impatient());  // a wait looks for refusals now and then only
         const Problem problem{.num_tokens = {10, 10}, .num_experts = 2, .drop_probability = 0.0};
-        auto ranks = make_inputs(problem);
-        world.layout(problem, ranks);
-        world.dispatch(problem, ranks);
+        auto ranks = world.dispatched(problem);
         world.launch_without_room(problem, ranks, 0, counts);
         world.run();
         CHECK_THROWS_WITH_AS(world.buffer(0).check(), doctest::Contains("num_worst_tokens"), InvalidArgument);
@@ -335,9 +325,7 @@ TEST_CASE("a rank that never comes to a worst-case dispatch is named by every pe
 TEST_CASE("a rank that skips combine is named; the others end in time and write nothing") {
     World world(3, kRoomy, impatient(), 2.0);
     const Problem problem{.num_tokens = {8, 8, 8}, .num_experts = 3, .drop_probability = 0.0};
-    auto ranks = make_inputs(problem);
-    world.layout(problem, ranks);
-    world.dispatch(problem, ranks);
+    auto ranks = world.dispatched(problem);
     world.combine_on(problem, ranks, {1, 2});
     check_absent_is_named(world, {1, 2}, 0);
 }

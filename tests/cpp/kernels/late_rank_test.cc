@@ -105,10 +105,8 @@ TEST_CASE("a rank that enters a combine late is named; what it lends is waited f
         World world(kNumRanks, kRoomy, impatient(), 100, 0, false, {{}}, lends ? kRoomy : 0);
         Problem problem = problem_of_three();
         problem.lending_ranks = lends ? 7 : 0;
-        auto ranks = make_inputs(problem);
-        world.layout(problem, ranks);
-        world.dispatch(problem, ranks);
-        for (int rank = 0; rank < kNumRanks; ++rank) prepare_combine(problem, ranks[static_cast<size_t>(rank)], rank);
+        auto ranks = world.dispatched(problem);
+        prepare_combine(problem, ranks);
         run_late(world, [&](int rank) { world.launch_combine(problem, ranks[static_cast<size_t>(rank)], rank); });
         check_named(world, Operation::kCombine, lends ? Stage::kLoan : Stage::kRow, 1);
     }

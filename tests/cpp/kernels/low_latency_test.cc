@@ -142,31 +142,18 @@ TEST_CASE("low latency: two micro-batches overlap through hooks; a third call is
     const LowLatencyProblem second{.num_tokens = {1, 16, 7}, .num_experts = 6, .is_fp8 = true, .seed = 4};
     World world(3, 0, seeded(5), 100, 1 << 20);
     for (int round = 0; round < 3; ++round) {
-        auto a = make_low_latency_inputs(first);
-        auto b = make_low_latency_inputs(second);
-        for (int rank = 0; rank < 3; ++rank) {
-            const auto idx = static_cast<size_t>(rank);
-            send_dispatch(world, first, a[idx], rank);
-            send_dispatch(world, second, b[idx], rank);
-            CHECK_THROWS_WITH_AS(send_dispatch(world, second, b[idx], rank), doctest::Contains("at most 2"), Error);
-            receive_dispatch(world, first, a[idx], rank);
-            receive_dispatch(world, second, b[idx], rank);
-        }
-        world.run();
-        CHECK_EQ(check_low_latency_dispatch(first, a), "");
-        CHECK_EQ(check_low_latency_dispatch(second, b), "");
-        fill_expert_rows(first, a);
-        fill_expert_rows(second, b);
-        for (int rank = 0; rank < 3; ++rank) {
-            const auto idx = static_cast<size_t>(rank);
-            send_combine(world, first, a[idx], rank);
-            send_combine(world, second, b[idx], rank);
-            receive_combine(world, second, b[idx], rank);  // hooks in the other order
-            receive_combine(world, first, a[idx], rank);
-        }
-        world.run();
-        CHECK_EQ(check_low_latency_combine(first, a), "");
-        CHECK_EQ(check_low_latency_combine(second, b), "");
+        MicroBatch a{world, first}, b{world, second};
+        const auto receive = [&](int rank) {
+            CHECK_THROWS_WITH_AS(b.send_dispatch(rank), doctest::Contains("at most 2"), Error);
+            a.receive_dispatch(rank);
+            b.receive_dispatch(rank);
+        };
+        CHECK_EQ(dispatch_both(a, b, receive), "");
+        const auto receive_in_other_order = [&](int rank) {
+            b.receive_combine(rank);
+            a.receive_combine(rank);
+        };
+        CHECK_EQ(combine_both(a, b, receive_in_other_order), "");
     }
 }
 
@@ -174,20 +161,14 @@ TEST_CASE("low latency: an open call holds its bank: the call after the next is 
     const LowLatencyProblem held{.num_tokens = {3, 5}, .seed = 3};
     const LowLatencyProblem passing{.num_tokens = {4, 1}, .seed = 4};
     World world(2, 0, {}, 100, low_latency_bytes(held));
-    auto a = make_low_latency_inputs(held);
-    auto b = make_low_latency_inputs(passing);
-    for (int rank = 0; rank < 2; ++rank) {
-        const auto idx = static_cast<size_t>(rank);
-        send_dispatch(world, held, a[idx], rank);
-        send_dispatch(world, passing, b[idx], rank);
-        receive_dispatch(world, passing, b[idx], rank);
-        CHECK_THROWS_WITH_AS(send_dispatch(world, passing, b[idx], rank), doctest::Contains("at most 2"), Error);
-        receive_dispatch(world, held, a[idx], rank);
-        CHECK_THROWS_WITH_AS(receive_dispatch(world, held, a[idx], rank), doctest::Contains("is over"), InternalError);
-    }
-    world.run();
-    CHECK_EQ(check_low_latency_dispatch(held, a), "");
-    CHECK_EQ(check_low_latency_dispatch(passing, b), "");
+    MicroBatch a{world, held}, b{world, passing};
+    const auto receive = [&](int rank) {
+        b.receive_dispatch(rank);
+        CHECK_THROWS_WITH_AS(b.send_dispatch(rank), doctest::Contains("at most 2"), Error);
+        a.receive_dispatch(rank);
+        CHECK_THROWS_WITH_AS(a.receive_dispatch(rank), doctest::Contains("is over"), InternalError);
+    };
+    CHECK_EQ(dispatch_both(a, b, receive), "");
 }
 
 TEST_CASE("low latency: a graph is replayed between a send phase and its hook") {
@@ -195,36 +176,30 @@ TEST_CASE("low latency: a graph is replayed between a send phase and its hook") 
     const LowLatencyProblem replayed{.num_tokens = {4, 1}, .seed = 4};
     for (Launches launches : {Launches::kOne, Launches::kTwo}) {
         World world(2, 0, {}, 100, low_latency_bytes(held));
-        auto a = make_low_latency_inputs(held), b = make_low_latency_inputs(replayed);
+        MicroBatch a{world, held}, b{world, replayed};
         std::vector<simt::Graph> dispatches, combines;
         for (int rank = 0; rank < 2; ++rank) {
-            const auto idx = static_cast<size_t>(rank);
             dispatches.push_back(
-                captured(world, rank, [&] { launch_dispatch(world, replayed, b[idx], rank, launches); }));
-            combines.push_back(captured(world, rank, [&] { launch_combine(world, replayed, b[idx], rank, launches); }));
+                captured(world, rank, [&] { launch_dispatch(world, replayed, b.on(rank), rank, launches); }));
+            combines.push_back(
+                captured(world, rank, [&] { launch_combine(world, replayed, b.on(rank), rank, launches); }));
         }
         for (int round = 0; round < 3; ++round) {
-            for (int rank = 0; rank < 2; ++rank) {
-                const auto idx = static_cast<size_t>(rank);
-                send_dispatch(world, held, a[idx], rank);
-                dispatches[idx].replay(world.stream(rank));
-                receive_dispatch(world, held, a[idx], rank);
-            }
-            world.run();
-            CHECK_EQ(check_low_latency_dispatch(held, a), "");
-            CHECK_EQ(check_low_latency_dispatch(replayed, b), "");
-            fill_expert_rows(held, a);
-            fill_expert_rows(replayed, b);
-            for (int rank = 0; rank < 2; ++rank) {
-                const auto idx = static_cast<size_t>(rank);
-                send_combine(world, held, a[idx], rank);
-                combines[idx].replay(world.stream(rank));
-                receive_combine(world, held, a[idx], rank);
-            }
-            world.run();
-            CHECK_EQ(check_low_latency_combine(held, a), "");
-            CHECK_EQ(check_low_latency_combine(replayed, b), "");
-            for (int rank = 0; rank < 2; ++rank) world.buffer(rank).check();
+            world.run_on_all([&](int rank) {
+                a.send_dispatch(rank);
+                dispatches[static_cast<size_t>(rank)].replay(world.stream(rank));
+                a.receive_dispatch(rank);
+            });
+            CHECK_EQ(a.check_dispatch() + b.check_dispatch(), "");
+            fill_expert_rows(held, a.ranks);
+            fill_expert_rows(replayed, b.ranks);
+            world.run_on_all([&](int rank) {
+                a.send_combine(rank);
+                combines[static_cast<size_t>(rank)].replay(world.stream(rank));
+                a.receive_combine(rank);
+            });
+            CHECK_EQ(a.check_combine() + b.check_combine(), "");
+            world.check_all();
         }
     }
 }
@@ -266,7 +241,7 @@ TEST_CASE("low latency: expert ids out of range are as good as none, whatever th
         tensors.topk_idx[7] = problem.num_experts;
     }
     dispatch_on(world, problem, ranks, {0, 1});
-    for (int rank = 0; rank < 2; ++rank) world.buffer(rank).check();
+    world.check_all();
     CHECK_EQ(check_low_latency_dispatch(problem, ranks), "");
     fill_expert_rows(problem, ranks);
     combine_on(world, problem, ranks, {0, 1});

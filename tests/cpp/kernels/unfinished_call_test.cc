@@ -63,9 +63,7 @@ TEST_CASE("the watcher waits for the reason of a rank that it looks at later, an
     for (bool is_told : {true, false}) {
         World world(2, kRoomy, impatient());
         const Problem problem{.num_tokens = {10, 10}, .num_experts = 2, .drop_probability = 0.0};
-        auto ranks = make_inputs(problem);
-        world.layout(problem, ranks);
-        world.dispatch(problem, ranks);
+        auto ranks = world.dispatched(problem);
         world.launch_without_room(problem, ranks, 1, Counts::kUnknown);
         world.run();
         CHECK_EQ(world.buffer(0).look(), "");
@@ -122,10 +120,7 @@ TEST_CASE("a kernel that ends because its rank has given up alone aborts nobody"
     const LowLatencyProblem problem{.num_tokens = {3, 5}};
     World world(2, 0, impatient(), 100, low_latency_bytes(problem), true);
     auto ranks = make_low_latency_inputs(problem);
-    world.buffer(0).begin_call();
-    launch_dispatch(world, problem, ranks[0], 0, Launches::kOne);
-    world.buffer(0).abandon_call("low_latency_dispatch: KeyboardInterrupt");
-    world.run();
+    abandon_dispatch_of_rank_0(world, problem, ranks);
     CHECK_THROWS_WITH_AS(world.buffer(0).check(), doctest::Contains("KeyboardInterrupt"), Error);
     CHECK_EQ(world.buffer(1).look(), "");
     dispatch_on(world, problem, ranks, {1}, Launches::kOne);

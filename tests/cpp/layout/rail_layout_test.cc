@@ -5,7 +5,6 @@
 
 #include "layout/disjoint.h"
 #include "layout/rail.h"
-#include "layout/topology.h"
 
 namespace deep_ep::layout {
 namespace {
@@ -36,12 +35,12 @@ TEST_CASE("a rail slot holds its row and its metadata, whatever their sizes") {
     for (uint64_t row_bytes : {16, 5760, 14336})
         for (uint64_t num_topk : {0, 1, 7, 64})
             for (uint64_t num_scales : {0, 1, 56}) {
-                const auto slot = RailSlot::for_dispatch(row_bytes, num_topk, num_scales, 8);
+                const auto slot = SlotLayout::for_dispatch(row_bytes, num_topk, num_scales, 8);
                 check_disjoint({slot.row, slot.src_idx, slot.topk_idx, slot.topk_weights, slot.positions, slot.scales},
                                slot.bytes);
                 CHECK_EQ(slot.bytes % kHeapAlignment, 0);
                 CHECK_GE(slot.bytes, row_bytes + 4 * (1 + 2 * num_topk + 8 + num_scales));
-                const auto sum = RailSlot::for_combine(row_bytes, num_topk);
+                const auto sum = SlotLayout::for_combine(row_bytes, num_topk);
                 CHECK_EQ(sum.positions.bytes() + sum.topk_idx.bytes() + sum.scales.bytes(), 0);
                 CHECK_GE(sum.bytes, row_bytes + 4 * num_topk);
             }
@@ -79,7 +78,7 @@ TEST_CASE("what V1's callers pass is room for hundreds of tokens of each node, i
     for (const Hint& hint : kHints) {
         CAPTURE(hint.num_ranks);
         const uint64_t num_nodes = hint.num_ranks / 8;
-        const auto bf16 = RailSlot::for_dispatch(14336, 8, 0, 8), fp8 = RailSlot::for_dispatch(7168, 8, 56, 8);
+        const auto bf16 = SlotLayout::for_dispatch(14336, 8, 0, 8), fp8 = SlotLayout::for_dispatch(7168, 8, 56, 8);
         CHECK_EQ(bf16.bytes, 14464);
         CHECK_EQ(fp8.bytes, 7552);
         for (const auto& [slot_bytes, wanted] :

@@ -5,6 +5,7 @@
 #include <map>
 #include <vector>
 
+#include "core/non_copyable.h"
 #include "rail/rail_world.h"
 #include "rail/streams.h"
 #include "support/testing.h"
@@ -40,7 +41,7 @@ struct WaitKernel : TrafficKernel<WaitKernel> {
 };
 
 // A world, and what its kernels count.
-class Case {
+class Case : NonCopyable {
 public:
     Case(const RailOptions& options, const Places& places, int num_messages)
         : places_(places), num_messages_(num_messages), seed_(options.seed) {
@@ -54,8 +55,6 @@ public:
     ~Case() {
         for (const auto& [rank, counts] : counts_) world_->device(rank).free(counts);
     }
-    Case(const Case&) = delete;
-    Case& operator=(const Case&) = delete;
 
     Traffic traffic(int rank, uint64_t call) const {
         uint64_t* counts = counts_.at(rank);

@@ -10,13 +10,14 @@
 #include <vector>
 
 #include "core/error.h"
+#include "core/non_copyable.h"
 
 namespace deep_ep::testing {
 namespace {
 
 using namespace rail::host;
 
-class Ends {
+class Ends : NonCopyable {
 public:
     Ends() : window_(1 << 16) {
         int fds[2];
@@ -26,8 +27,6 @@ public:
                       rail::Window{window_.data(), window_.data(), window_.size() * sizeof(uint64_t)});
     }
     ~Ends() { hang_up(); }
-    Ends(const Ends&) = delete;
-    Ends& operator=(const Ends&) = delete;
 
     Connection& connection() { return *near_; }
     uint64_t word(uint64_t offset) const { return window_[offset / sizeof(uint64_t)]; }

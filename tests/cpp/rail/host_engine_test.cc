@@ -12,6 +12,7 @@
 #include <thread>
 
 #include "core/error.h"
+#include "core/non_copyable.h"
 #include "device/launch.h"
 #include "device/simt/device.h"
 #include "rail/host_world.h"
@@ -106,7 +107,7 @@ struct PutKernel {
 };
 
 // A device of its own, for kernels that post through any engine of this process.
-class Poster {
+class Poster : NonCopyable {
 public:
     Poster() : device_(simt::make_cpu_device()), stream_(device_->create_stream()) {
         count_ = static_cast<uint32_t*>(device_->allocate(sizeof(uint32_t)));
@@ -115,8 +116,6 @@ public:
         device_->free(count_);
         device_->destroy_stream(stream_);
     }
-    Poster(const Poster&) = delete;
-    Poster& operator=(const Poster&) = delete;
 
     // How many of `num_adds` could be posted.
     uint32_t post(const HostEngine& engine, int peer, int num_adds, double patience_s = 60) {

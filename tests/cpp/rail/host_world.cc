@@ -63,8 +63,6 @@ public:
         for (auto& engine : engines_) engine->release(10);
         for (size_t rank = 0; rank < streams_.size(); ++rank) devices_[rank]->destroy_stream(streams_[rank]);
     }
-    HostWorld(const HostWorld&) = delete;
-    HostWorld& operator=(const HostWorld&) = delete;
 
     std::vector<int> own_ranks() const override { return all_ranks(static_cast<int>(devices_.size())); }
     rail::Engine& engine(int rank) override { return *engines_[static_cast<size_t>(rank)]; }

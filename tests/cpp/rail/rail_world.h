@@ -8,6 +8,7 @@
 #include <memory>
 #include <vector>
 
+#include "core/non_copyable.h"
 #include "device/runtime.h"
 #include "rail/engine.h"
 
@@ -21,7 +22,7 @@ struct RailOptions {
     bool is_near = false;           // stores reach the windows of peers, where the engine lets a test choose
 };
 
-class RailWorld {
+class RailWorld : NonCopyable {
 public:
     using Launch = std::function<void(int rank, dev::Stream stream)>;
 

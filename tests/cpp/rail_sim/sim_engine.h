@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/non_copyable.h"
 #include "device/simt/device.h"
 #include "device/simt/drive.h"
 #include "rail/engine.h"
@@ -40,12 +41,10 @@ struct SimOptions {
     bool is_near = false;  // stores reach the windows of peers, too
 };
 
-class SimNetwork {
+class SimNetwork : NonCopyable {
 public:
     SimNetwork(const std::vector<simt::SimtDevice*>& devices, const SimOptions& options);
     ~SimNetwork();
-    SimNetwork(const SimNetwork&) = delete;
-    SimNetwork& operator=(const SimNetwork&) = delete;
 
     SimEngine& engine(int rank) { return *engines_[static_cast<size_t>(rank)]; }
     // Runs `body` as host code of the executor while the network carries what is posted, and all that is left afterwards.
@@ -90,8 +89,6 @@ class SimEngine final : public Engine {
 public:
     SimEngine(SimNetwork& network, simt::SimtDevice& device, int rank, size_t window_bytes);
     ~SimEngine() override;
-    SimEngine(const SimEngine&) = delete;
-    SimEngine& operator=(const SimEngine&) = delete;
 
     std::string name() const override { return "sim"; }
     std::string address() const override { return {}; }

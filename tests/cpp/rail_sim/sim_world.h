@@ -13,8 +13,6 @@ class SimWorld final : public RailWorld {
 public:
     explicit SimWorld(const RailOptions& options);
     ~SimWorld() override;
-    SimWorld(const SimWorld&) = delete;
-    SimWorld& operator=(const SimWorld&) = delete;
 
     std::vector<int> own_ranks() const override { return all_ranks(static_cast<int>(devices_.size())); }
     rail::Engine& engine(int rank) override { return network_->engine(rank); }

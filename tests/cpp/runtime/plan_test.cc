@@ -256,7 +256,7 @@ TEST_CASE("the rail window has what was asked for, or as much as the data and 16
 }
 
 TEST_CASE("a rail window needs room for a slot of each stream") {
-    const auto slot = layout::RailSlot::for_combine(14336, 8);
+    const auto slot = layout::SlotLayout::for_combine(14336, 8);
     BufferOptions small = across(3, 2);
     const auto enough = static_cast<int64_t>(layout::RailWindow::bytes_for(3, slot.bytes, 1));
     small.num_rail_bytes = enough;
@@ -298,6 +298,31 @@ TEST_CASE("a window needs room for a slot of each peer") {
                          InvalidArgument);
     small.num_ranks = 1;
     CHECK_NOTHROW(plan_window(plan_heap(small), slot, "dispatch"));  // it sends nothing
+}
+
+TEST_CASE("between two ranks combine uses no more slots than stay in the L2") {
+    BufferOptions large = options(0);
+    large.num_ranks = 2;
+    large.num_data_bytes = 1 << 28;
+    const HeapPlan heap = plan_heap(large);
+    const auto slot = combine_slot(14336);
+    const auto all = plan_window(heap, slot, "combine"), used = plan_combine_window(gpu(2), heap, slot);
+    CHECK_EQ(all.window, layout::kMaxWindow);
+    CHECK_GE(used.window, 640);  // what was measured
+    CHECK_LT(used.window, 700);
+    CHECK_EQ(used.slot_offset(1, 0, 1, 0), all.slot_offset(1, 0, 1, 0));
+    CHECK_EQ(plan_combine_window(gpu(2), heap, combine_slot(1 << 24)).window, 1);
+}
+
+TEST_CASE("of a rank that lends its sums half of the blocks send, and no more than are of use") {
+    for (const auto& [num_sms, num_send] : {std::pair{2, 1}, {3, 1}, {14, 7}, {16, 8}, {18, 9}, {24, 9}, {64, 9}}) {
+        const auto plan = plan_adding_combine(gpu(2), num_sms);
+        REQUIRE(plan.has_value());
+        CHECK_EQ(plan->num_blocks, num_sms);
+        CHECK_EQ(plan->num_send_blocks, num_send);
+    }
+    CHECK_FALSE(plan_adding_combine(gpu(2), 1).has_value());
+    CHECK_FALSE(plan_adding_combine(gpu(4), 16).has_value());
 }
 
 TEST_CASE("what the message of a window asks for is enough, lent part or not") {

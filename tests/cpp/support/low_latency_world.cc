@@ -234,6 +234,13 @@ void launch_dispatch(World& world, const LowLatencyProblem& problem, LowLatencyT
     run_phases(launches, [&](uint64_t ticket) { return dispatch(world, problem, tensors, rank, ticket); });
 }
 
+void abandon_dispatch_of_rank_0(World& world, const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks) {
+    world.buffer(0).begin_call();
+    launch_dispatch(world, problem, ranks[0], 0, Launches::kOne);
+    world.buffer(0).abandon_call("low_latency_dispatch: KeyboardInterrupt");
+    world.run();
+}
+
 void send_combine(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank) {
     tensors.combine_ticket = combine(world, problem, tensors, rank, runtime::kSendPhase);
 }
@@ -288,11 +295,11 @@ std::string check_low_latency_combine(const LowLatencyProblem& problem, const st
 std::string low_latency_round_trip(World& world, const LowLatencyProblem& problem, Launches launches) {
     auto ranks = make_low_latency_inputs(problem);
     dispatch_on(world, problem, ranks, all_ranks(problem), launches);
-    for (int rank = 0; rank < problem.num_ranks(); ++rank) world.buffer(rank).check();
+    world.check_all();
     if (auto difference = check_low_latency_dispatch(problem, ranks); !difference.empty()) return difference;
     fill_expert_rows(problem, ranks);
     combine_on(world, problem, ranks, all_ranks(problem), launches);
-    for (int rank = 0; rank < problem.num_ranks(); ++rank) world.buffer(rank).check();
+    world.check_all();
     return check_low_latency_combine(problem, ranks);
 }
 

@@ -80,6 +80,46 @@ void combine_on(World& world, const LowLatencyProblem& problem, std::vector<LowL
                 const std::vector<int>& callers, Launches launches = Launches::kTwo);
 std::vector<int> all_ranks(const LowLatencyProblem& problem);
 
+// Rank 0 gives a dispatch up whose kernel has been launched, and which no other rank has entered.
+void abandon_dispatch_of_rank_0(World& world, const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks);
+
+// A layer's tokens on their way to the experts and back in phases, beside those of other micro-batches.
+struct MicroBatch {
+    World& world;
+    const LowLatencyProblem& problem;
+    std::vector<LowLatencyTensors> ranks = make_low_latency_inputs(problem);
+
+    LowLatencyTensors& on(int rank) { return ranks[static_cast<size_t>(rank)]; }
+    void send_dispatch(int rank) { test::send_dispatch(world, problem, on(rank), rank); }
+    void receive_dispatch(int rank) { test::receive_dispatch(world, problem, on(rank), rank); }
+    void send_combine(int rank) { test::send_combine(world, problem, on(rank), rank); }
+    void receive_combine(int rank) { test::receive_combine(world, problem, on(rank), rank); }
+    std::string check_dispatch() const { return check_low_latency_dispatch(problem, ranks); }
+    std::string check_combine() const { return check_low_latency_combine(problem, ranks); }
+};
+
+// All ranks, run to the end: both micro-batches are sent, and `receive(rank)` receives them.
+template <class Receive> std::string dispatch_both(MicroBatch& a, MicroBatch& b, const Receive& receive) {
+    a.world.run_on_all([&](int rank) {
+        a.send_dispatch(rank);
+        b.send_dispatch(rank);
+        receive(rank);
+    });
+    return a.check_dispatch() + b.check_dispatch();
+}
+
+// Likewise, of what the experts have made of the dispatched rows.
+template <class Receive> std::string combine_both(MicroBatch& a, MicroBatch& b, const Receive& receive) {
+    fill_expert_rows(a.problem, a.ranks);
+    fill_expert_rows(b.problem, b.ranks);
+    a.world.run_on_all([&](int rank) {
+        a.send_combine(rank);
+        b.send_combine(rank);
+        receive(rank);
+    });
+    return a.check_combine() + b.check_combine();
+}
+
 // What `launch` launches for a rank, recorded.
 template <class Launch> simt::Graph captured(World& world, int rank, const Launch& launch) {
     simt::Graph graph;

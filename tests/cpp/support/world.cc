@@ -94,6 +94,10 @@ void World::run() {
     });
 }
 
+void World::check_all() {
+    for (const auto& buffer : buffers_) buffer->check();
+}
+
 std::vector<RankTensors> make_inputs(const Problem& problem) {
     std::vector<RankTensors> ranks(problem.num_tokens.size());
     for (size_t rank = 0; rank < ranks.size(); ++rank) {
@@ -142,6 +146,10 @@ void prepare_combine(const Problem& problem, RankTensors& tensors, int rank) {
     }
     tensors.combined_x.assign(num_tokens * hidden, kPoison16);
     tensors.combined_weights.assign(num_tokens * static_cast<size_t>(problem.num_topk), 12345.0f);
+}
+
+void prepare_combine(const Problem& problem, std::vector<RankTensors>& ranks) {
+    for (size_t rank = 0; rank < ranks.size(); ++rank) prepare_combine(problem, ranks[rank], static_cast<int>(rank));
 }
 
 kernels::NotifyArgs notify_args(const Problem& problem, RankTensors& tensors, int rank) {
@@ -291,7 +299,14 @@ void World::dispatch(const Problem& problem, std::vector<RankTensors>& ranks) {
         launch_fresh(problem, ranks);
     run();
     collect(ranks);
-    for (int rank = 0; rank < num_ranks(); ++rank) buffer(rank).check();
+    check_all();
+}
+
+std::vector<RankTensors> World::dispatched(const Problem& problem) {
+    auto ranks = make_inputs(problem);
+    layout(problem, ranks);
+    dispatch(problem, ranks);
+    return ranks;
 }
 
 // What the host would learn from a count exchange.
@@ -388,15 +403,15 @@ void World::dispatch_cached(const Problem& problem, std::vector<RankTensors>& ra
     }
     run();
     collect(ranks);
-    for (int rank = 0; rank < num_ranks(); ++rank) buffer(rank).check();
+    check_all();
 }
 
 void World::combine(const Problem& problem, std::vector<RankTensors>& ranks) {
-    for (int rank = 0; rank < num_ranks(); ++rank) prepare_combine(problem, ranks[static_cast<size_t>(rank)], rank);
+    prepare_combine(problem, ranks);
     for (int rank = 0; rank < num_ranks(); ++rank) launch_combine(problem, ranks[static_cast<size_t>(rank)], rank);
     run();
     collect(ranks);
-    for (int rank = 0; rank < num_ranks(); ++rank) buffer(rank).check();
+    check_all();
 }
 
 namespace {

@@ -113,9 +113,17 @@ public:
     int num_ranks() const { return static_cast<int>(buffers_.size()); }
     // Runs everything that was launched. Throws what the executor found (deadlock, race of a collective, …).
     void run();
+    // `launch(rank)` for each rank, and then run().
+    template <class Launch> void run_on_all(const Launch& launch) {
+        for (int rank = 0; rank < num_ranks(); ++rank) launch(rank);
+        run();
+    }
+    // Throws what any rank's Buffer has to report.
+    void check_all();
 
     void layout(const Problem& problem, std::vector<RankTensors>& ranks);
     void dispatch(const Problem& problem, std::vector<RankTensors>& ranks);         // fresh, or worst case
+    std::vector<RankTensors> dispatched(const Problem& problem);                    // fresh inputs after both
     void dispatch_cached(const Problem& problem, std::vector<RankTensors>& ranks);  // with the routing of a fresh one
     void combine(const Problem& problem, std::vector<RankTensors>& ranks);
 
@@ -159,6 +167,7 @@ std::vector<RankTensors> make_inputs(const Problem& problem);
 // Sizes the outputs and poisons them.
 void prepare_recv(const Problem& problem, RankTensors& tensors, int64_t num_rows);
 void prepare_combine(const Problem& problem, RankTensors& tensors, int rank);
+void prepare_combine(const Problem& problem, std::vector<RankTensors>& ranks);
 
 // Compares with the obvious loops of reference.cc; returns the first difference, or "".
 std::string check_dispatch(const Problem& problem, const std::vector<RankTensors>& ranks, bool is_cached = false);

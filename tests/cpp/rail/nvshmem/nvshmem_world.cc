@@ -34,8 +34,6 @@ public:
         engine_.release(10);
         device_->destroy_stream(stream_);
     }
-    NvshmemWorld(const NvshmemWorld&) = delete;
-    NvshmemWorld& operator=(const NvshmemWorld&) = delete;
 
     std::vector<int> own_ranks() const override { return {rank_}; }
     rail::Engine& engine(int) override { return engine_; }

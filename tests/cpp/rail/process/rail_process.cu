@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "core/non_copyable.h"
 #include "device/algo/group.h"
 #include "rail/process/engine.h"
 #include "rail/streams.h"
@@ -103,7 +104,7 @@ std::string hear_line() {
 
 std::istringstream hear() { return std::istringstream(hear_line()); }
 
-class Process {
+class Process : NonCopyable {
 public:
     explicit Process(const ProcessOptions& options)
         : rank_(options.rank),
@@ -118,8 +119,6 @@ public:
         device_->destroy_stream(stream_);
         device_->free(counts_);
     }
-    Process(const Process&) = delete;
-    Process& operator=(const Process&) = delete;
 
     void connect() {
         say("address " + to_hex(engine_->address()));

@@ -1,0 +1,94 @@
+// The same as high_throughput_calls.h for the low-latency mode, whose calls have a hook or none.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "bindings/caller_stream.h"
+#include "bindings/maker.h"
+#include "bindings/record.h"
+#include "bindings/torch_tensor.h"
+#include "runtime/buffer.h"
+
+namespace deep_ep::bindings {
+
+// What calls of one kind have in common: a `Plan` of _low_latency.py.
+struct LowLatencyKind {
+    std::array<int64_t, 4> shape;  // T, top-k, experts, hidden
+    std::array<bool, 3> form;      // use_fp8, round_scale, use_ue8m0
+    int64_t num_local, num_rows, num_words, entries_at, number_at;
+    py::object recv_dtype, scale_dtype;                  // scale_dtype: None without scales
+    py::object scale_shape, scale_strides, count_slice;  // the last one: recv_count in the words
+    py::tuple tail;                                      // of a handle: (T, hidden, experts)
+    kernels::LowLatencyDispatchArgs dispatch_args;
+    kernels::LowLatencyCombineArgs combine_args;
+};
+
+struct LowLatencyHook;
+
+class LowLatencyCalls {
+public:
+    LowLatencyCalls(const py::object& session, const py::dict& options);
+
+    // (x, topk_idx, T, experts, cumulative stats, wait stats, use_fp8, round_scale, use_ue8m0, wants hook)
+    py::object dispatch(PyObject* const* args, const py::object& owner);
+    // (x, topk_idx, topk_weights, handle, out, wait stats, wants hook)
+    py::object combine(PyObject* const* args, const py::object& owner);
+    // From now on calls of this kind are made here.
+    void add(const py::object& plan);
+    // A handle of such a call, by its src_info.
+    void add_handle(const py::object& src_info, const py::object& plan);
+
+    // Of a hook.
+    void receive(LowLatencyHook& hook);
+    void drop(LowLatencyHook& hook) noexcept;
+
+private:
+    const LowLatencyKind* find(const std::array<int64_t, 4>& shape, const std::array<bool, 3>* form) const;
+    const LowLatencyKind* find_of_handle(PyObject* handle, int64_t num_topk);
+    void know(const py::object& src_info, const LowLatencyKind& kind);
+    bool read_stats(PyObject* value, const dlpack::DataType& dtype, int64_t size, void** address) const;
+    py::object take_number();
+    void give_back(py::object number, dev::Stream stream);
+    py::object event() const { return result(PyObject_CallNoArgs(event_class_.ptr())); }
+
+    runtime::LowLatency& native_;
+    runtime::Buffer& buffer_;
+    py::object session_, runtime_, event_class_;
+    CallerStream caller_;
+    Maker maker_;
+    py::object int32_, int64_, bfloat16_;
+    int64_t num_ranks_;
+    std::vector<std::unique_ptr<LowLatencyKind>> kinds_;
+    // Handles of the last dispatches: a weak reference to src_info, and the kind.
+    std::array<std::pair<py::object, const LowLatencyKind*>, 16> handles_;
+    size_t next_handle_ = 0;
+    std::vector<py::object> free_numbers_;  // `Numbers` of _low_latency.py
+};
+
+// What a call with a hook returns, as `Hook` of _low_latency.py: launches the receive phase, once.
+struct LowLatencyHook {
+    PyObject_HEAD PyObject* weak_references;
+    struct State {
+        py::object owner;  // of `calls`
+        LowLatencyCalls* calls;
+        py::object tensors;  // that the receive phase uses
+        py::object number;   // that is given back, or none
+        kernels::LowLatencyDispatchArgs dispatch_args;
+        kernels::LowLatencyCombineArgs combine_args;
+        bool is_combine;
+        uint64_t ticket;
+        dev::Stream stream;
+    };
+    State* state;  // null: it was called
+};
+
+// false: with an exception set.
+bool add_low_latency_hook(PyObject* module);
+py::object make_hook(LowLatencyHook::State state);
+
+}  // namespace deep_ep::bindings
