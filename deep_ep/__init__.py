@@ -8,7 +8,7 @@ try:
 
     import deep_ep_cpp as _deep_ep_cpp  # noqa: F401 - first, for the sentence below
 except ImportError as _error:
-    raise ImportError(f"deep_ep: {'torch' if 'deep_ep_cpp' in _sys.modules else 'the native extension deep_ep_cpp'} "
+    raise ImportError(f"deep_ep: {'torch' if _sys.modules.get('torch') is None else 'the native extension deep_ep_cpp'} "
                       f"does not load ({_error}). To see what is wrong, run: "
                       f"python {_Path(__file__).with_name('doctor.py')}") from _error
 
