@@ -84,12 +84,17 @@ def parted(worker: Worker, buffer: deep_ep.Buffer, message: str) -> str:
     return message
 
 
-def unfinished_dispatch(worker: Worker, error: BaseException, failing: int) -> str:
-    """The allocation of the rows fails on one rank, which goes on with its next batch: nobody gets rows of another."""
-    buffer = worker.new_buffer()
+def unfinished_dispatch(worker: Worker, error: BaseException, failing: int, is_direct: bool) -> str:
+    """The allocation of the rows fails on one rank (in a direct call the wait for counts), which goes on with its next
+    batch: nobody gets rows of another."""
+    buffer = worker.new_buffer(1 << 24)
     pending = PendingCall(worker, buffer, small_work(worker.num_ranks)).layout()
     if worker.rank == failing:
-        with replaced(_dispatch.Dispatch, "_outputs", raising(error)):
+        owner, name = (deep_ep_cpp.Buffer, "wait_counts") if is_direct else (_dispatch.Dispatch, "_outputs")
+        # Within the guess no outputs are made after the counts.
+        buffer._session.lender = buffer._session.lender if is_direct else None
+        buffer._session.direct = buffer._session.direct if is_direct else None
+        with replaced(owner, name, raising(error)):
             failure_of(pending.start_dispatch, type(error))
         message = failure_of(pending.start_dispatch)
     else:
@@ -105,6 +110,7 @@ def interrupted_after_launch(worker: Worker, failing: int) -> str:
     worker.barrier()
     message = ""
     if worker.rank == failing:
+        buffer._session.direct = None  # which closes by itself
         with replaced(_high_throughput, "close_operation", raising(KeyboardInterrupt())):
             failure_of(pending.combine, KeyboardInterrupt)
         message = failure_of(buffer.check)
@@ -245,6 +251,7 @@ def watched_without_calls(worker: Worker, failing: int) -> tuple[str, str, list[
         pending = PendingCall(worker, buffer, small_work(worker.num_ranks)).layout().dispatch()
         worker.barrier()
         if worker.rank == failing:
+            buffer._session.direct = None  # which closes by itself
             with replaced(_high_throughput, "close_operation", raising(MemoryError("simulated"))):
                 failure_of(pending.combine, MemoryError)
         else:

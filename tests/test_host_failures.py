@@ -12,8 +12,10 @@ ON_CPU = device().type == "cpu"
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("simulated"), KeyboardInterrupt("simulated")])
-def test_an_unfinished_dispatch_fails_every_rank(pool: Pool, error: BaseException, num_ranks: int) -> None:
-    for message in pool.run(cases.unfinished_dispatch, num_ranks, error, 0):
+@pytest.mark.parametrize("is_direct", [False, True], ids=["", "direct"])
+def test_an_unfinished_dispatch_fails_every_rank(pool: Pool, error: BaseException, num_ranks: int,
+                                                 is_direct: bool) -> None:
+    for message in pool.run(cases.unfinished_dispatch, num_ranks, error, 0, is_direct):
         assert f"{type(error).__name__}: simulated" in message
         assert "rank 0" in message
 

@@ -175,7 +175,7 @@ def budgets(worker: Worker) -> list[int]:
                 seen.append(args[-2])
                 native.combine(*args)
 
-        buffer._session.runtime = Spy()
+        buffer._session.runtime, buffer._session.direct = Spy(), None
         for num_tokens, config in ((1, None), (64, None), (1024, None), (64, Config(6, 4, 8))):
             # Every token goes to all four experts, and so to both ranks.
             pending = PendingCall(worker, buffer, Workload((num_tokens, ) * 2,

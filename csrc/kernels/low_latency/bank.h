@@ -32,6 +32,11 @@ EP_DEVICE void tell_far_entered(Warp warp, const CallContext& c) {
     tell_far(warp, c.call, c.far(), LowLatencyRail::kToldEntered, c.far().entered(c.rank()), c.watch.call);
 }
 
+// The last call of the bank that this rank has received in an earlier launch.
+EP_DEVICE uint64_t ended_before(const CallContext& c, int bank) {
+    return prim::load<Order::kRelaxed, Scope::kGpu>(&c.watch.words.local->low_latency_ended[bank]);
+}
+
 // Tells the peers which calls this rank has received in earlier launches, so that the banks may be written again. Never after
 // a wait for what a peer does once it has begun: the peer may wait for this.
 EP_DEVICE void publish_ended(Warp warp, const CallContext& c) {
@@ -41,15 +46,13 @@ EP_DEVICE void publish_ended(Warp warp, const CallContext& c) {
     for (int i = warp.thread_rank(); i < c.num_near() * kNumBanks; i += warp.size()) {
         const int bank = i % kNumBanks;
         if (is_masked(c.call, c.near_rank(i / kNumBanks))) continue;
-        const uint64_t ended = prim::load<Order::kRelaxed, Scope::kGpu>(&c.watch.words.local->low_latency_ended[bank]);
+        const uint64_t ended = ended_before(c, bank);
         // Release: the reads of an earlier launch. Pairs with: is_bank_free at the peer.
         prim::store<Order::kRelease, Scope::kSys>(c.watch.heap.received(i / kNumBanks, bank, c.watch.heap.rank()),
                                                   ended);
     }
     if constexpr (kAcrossNodes)
-        for (int bank = 0; bank < kNumBanks; ++bank)
-            tell_far_ended(warp, c, bank,
-                           prim::load<Order::kRelaxed, Scope::kGpu>(&c.watch.words.local->low_latency_ended[bank]));
+        for (int bank = 0; bank < kNumBanks; ++bank) tell_far_ended(warp, c, bank, ended_before(c, bank));
 }
 
 // One look at whether a send phase may begin, by a warp that does not know the number of the call yet: that is on its way too.

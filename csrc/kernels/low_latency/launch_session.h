@@ -75,7 +75,23 @@ public:
         warp.sync();  // every lane has looked at them
         if (warp.thread_rank() == 0 &&
             algo::arrive<Order::kRelaxed, Scope::kGpu>(&context.launch_state->settled_blocks).is_last)
-            count_launch();
+            count_launch(num_launches());
+    }
+
+    // The same in two steps, by one thread of a block, for a launch in which nobody has to wait for the trip. It takes the number
+    // of launches along, which is a trip too.
+    struct Settling {
+        uint32_t order;
+        uint64_t num_launches;
+    };
+    EP_DEVICE Settling begin_to_settle() const {
+        return {prim::fetch_increment<Order::kRelaxed, Scope::kGpu>(&context.launch_state->settled_blocks),
+                num_launches()};
+    }
+    EP_DEVICE void settle(const Settling& settling) const {
+        if (settling.order + 1 != gridDim.x) return;
+        prim::store<Order::kRelaxed, Scope::kGpu>(&context.launch_state->settled_blocks, 0u);
+        count_launch(settling.num_launches);
     }
 
     CallContext context;
@@ -84,8 +100,12 @@ public:
 private:
     LaunchWords words_;
 
-    // For the next launch.
-    EP_DEVICE void count_launch() const {
+    EP_DEVICE uint64_t num_launches() const {
+        return prim::load<Order::kRelaxed, Scope::kGpu>(&context.watch.words.local->num_low_latency_launches);
+    }
+
+    // For the next launch. `launches`: those before this one.
+    EP_DEVICE void count_launch(uint64_t launches) const {
         const CallContext& c = context;
         layout::LocalState* local = c.watch.words.local;
         layout::LowLatencyLaunchState* next =
@@ -98,7 +118,6 @@ private:
         if (c.sends()) prim::store<Order::kRelaxed, Scope::kGpu>(&local->num_low_latency_sends, c.watch.call);
         if (c.phase == Phase::kSend) prim::store<Order::kRelaxed, Scope::kGpu>(c.call.number, c.watch.call);
         if (c.receives()) prim::store<Order::kRelaxed, Scope::kGpu>(&local->low_latency_ended[c.bank], c.watch.call);
-        const uint64_t launches = prim::load<Order::kRelaxed, Scope::kGpu>(&local->num_low_latency_launches);
         prim::store<Order::kRelaxed, Scope::kGpu>(&local->num_low_latency_launches, launches + 1);
     }
 
@@ -300,47 +319,50 @@ private:
     uint32_t order_ = 0;  // of the block, in lane 0 of its last warp
 };
 
-// All blocks of a launch that only receives.
+// All blocks of a launch that only receives. It tells the peers nothing when it begins: what was received before it, the send
+// phase of this call or of a later one has told, or such a launch itself.
 class ReceivePhase {
 public:
-    // The last warp is the least likely to have a unit, and no other one depends on a counter that this changes.
+    // The last warp is the least likely to have a unit, and no other one depends on a counter that this changes. It waits for
+    // none of them here, since the block would wait for it in its first barrier.
     EP_DEVICE ReceivePhase(Block block, const LaunchSession& launch) : launch_(launch) {
         block.expect();
         // Only send phases count calls, and they come before or after the whole launch. Compared when the phase ends: here it
         // would be waited for.
         num_sends_ = prim::load<Order::kRelaxed, Scope::kGpu>(&launch.context.watch.words.local->num_low_latency_sends);
-        if (is_last_warp(block)) begin(Warp{});
+        if (!is_last_warp(block) || Warp::thread_rank() != 0) return;
+        launch_.role.launch_state = launch_.context.launch_state;
+        settling_ = launch_.begin_to_settle();
     }
 
     // Where a later call has begun already, the next one takes this bank: its send phase would wait until the peers have begun
-    // it too, were they told of this one's end only then. So the block that ends last tells them now.
+    // it too, were they told of this one's end only then. So the block that ends last tells them now; of the other bank too,
+    // whose call may have been received before this one.
     EP_DEVICE ~ReceivePhase() {
         const Block block;
         const CallContext& c = launch_.context;
+        if (is_last_warp(block) && Warp::thread_rank() == 0) launch_.settle(settling_);
         if (num_sends_ == c.watch.call) return;
         // Every block's reads, the last one's release.
         uint32_t* counter = &c.watch.words.local->low_latency_read_blocks;
         if (!algo::is_last_block<Order::kAcqRel, Scope::kGpu>(block, counter, launch_.role.share)) return;
-        // Pairs with: is_bank_free at the peer.
-        algo::publish<Order::kRelease, Scope::kSys>(
-            block, c.num_near(), [&](int idx) { return !is_masked(c.call, c.near_rank(idx)); },
-            [&](int idx) { return c.watch.heap.received(idx, c.bank, c.watch.heap.rank()); }, c.watch.call);
-        if constexpr (kAcrossNodes) tell_far_ended(block, c, c.bank, c.watch.call);
+#pragma unroll 1
+        for (int bank = 0; bank < layout::kNumLowLatencyBanks; ++bank) {
+            const uint64_t ended = bank == c.bank ? c.watch.call : ended_before(c, bank);
+            // Pairs with: is_bank_free at the peer.
+            algo::publish<Order::kRelease, Scope::kSys>(
+                block, c.num_near(), [&](int idx) { return !is_masked(c.call, c.near_rank(idx)); },
+                [&](int idx) { return c.watch.heap.received(idx, bank, c.watch.heap.rank()); }, ended);
+            if constexpr (kAcrossNodes) tell_far_ended(block, c, bank, ended);
+        }
     }
     ReceivePhase(const ReceivePhase&) = delete;
     ReceivePhase& operator=(const ReceivePhase&) = delete;
 
 private:
-    EP_DEVICE void begin(Warp warp) const {
-        uint32_t order = 0;
-        if (warp.thread_rank() == 0) order = launch_.begin_block();
-        if (warp.thread_rank() == 0) launch_.role.launch_state = launch_.context.launch_state;
-        if (__shfl_sync(kFullMask, order, 0) == 0) publish_ended(warp, launch_.context);
-        launch_.settle(warp);
-    }
-
     const LaunchSession& launch_;
     uint64_t num_sends_;
+    LaunchSession::Settling settling_ = {};  // of lane 0 of the last warp
 };
 
 // The kernels of an operation. With a hook its two launches are of the same one, so that a profiler has one name for the
