@@ -1,12 +1,16 @@
 """Dispatch and combine for Mixture-of-Experts models: `Buffer` moves tokens between the ranks of an expert group."""
 
+import sys as _sys
 from pathlib import Path as _Path
 
 try:
-    import deep_ep_cpp as _deep_ep_cpp  # noqa: F401 - first, for the sentence below
+    import torch as _torch  # noqa: F401
+
+    import deep_ep_cpp as _deep_ep_cpp  # noqa: F401 - here, for the sentence below
 except ImportError as _error:
-    raise ImportError(f"deep_ep: the native extension deep_ep_cpp does not load ({_error}). To see what is wrong, run: "
-                      f"python {_Path(__file__).with_name('doctor.py')}") from _error
+    raise ImportError("deep_ep: {} does not load ({}). To see what is wrong, run: python {}".format(
+        "torch" if _sys.modules.get("torch") is None else "the native extension deep_ep_cpp", _error,
+        _Path(__file__).with_name("doctor.py"))) from _error
 
 from deep_ep._env import __version__, features, supports
 from deep_ep.buffer import Buffer

@@ -58,6 +58,14 @@ def test_runs_as_a_file_where_the_package_does_not_import(tmp_path: Path) -> Non
     assert "built for another Python" in report.stdout
 
 
+def test_a_missing_torch_points_to_the_doctor() -> None:
+    code = "import sys; sys.modules['torch'] = None; import deep_ep"
+    environment = {**os.environ, "PYTHONPATH": str(Path(deep_ep.__file__).parents[1])}
+    failed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "deep_ep: torch does not load" in failed.stderr
+    assert f"python {Path(deep_ep.__file__).with_name('doctor.py')}" in failed.stderr
+
+
 # Fake machines. The probes that the doctor uses are those of its own copy of the module.
 probes = doctor.probes
 

@@ -42,6 +42,19 @@ TEST_CASE("low latency across nodes: any topology") {
     }
 }
 
+TEST_CASE("low latency across nodes: one free SM is enough (pitfall 38)") {
+    for (uint64_t seed : {0, 1}) {
+        CAPTURE(seed);
+        NodesOptions options;
+        options.scheduler.seed = seed;
+        options.scheduler.max_resident_blocks = 1;
+        options.network_seed = seed;
+        check_round_trip(options, problem_of(options, seed + 1));
+        options.shares_windows = false;
+        check_round_trip(options, problem_of(options, seed + 1));
+    }
+}
+
 // Nodes of three: ranks of the last one stand in two groups of 32, and it gets one copy all the same.
 TEST_CASE("low latency across nodes: more ranks than a warp has lanes") {
     const NodesOptions options{
