@@ -5,8 +5,8 @@
 
 The driver first runs the kernels as they are, which must be clean, and says which case reaches which mutant's place.
 Then each mutant runs the cases that reach it, quickest first, until one notices. Mutants that no test can notice are
-listed, with the reason, in equivalent.json beside this file; a listed one that is noticed after all fails too, and so
-does an entry that matches nothing, so that the list stays true.
+listed, with the reason, in equivalent.json beside this file ("open": a scenario is missing); a listed one that is
+noticed after all fails too, and so does an entry that matches nothing, so that the list stays true.
 Listed ones run a few of their cases, since most of the time would go into what nothing shows; --all-cases runs all.
 """
 import argparse
