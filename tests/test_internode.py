@@ -307,7 +307,7 @@ def test_killed_rank_is_named(two: Pool) -> None:
 @pytest.mark.parametrize("failing", [0, 3])
 def test_dispatch_that_one_rank_cannot_finish(two: Pool, failing: int) -> None:
     """Its counts are out and its memory is not there: every rank is told by whom, and why."""
-    messages = two.run(host_failures.unfinished_dispatch, 4, MemoryError("simulated"), failing)
+    messages = two.run(host_failures.unfinished_dispatch, 4, MemoryError("simulated"), failing, False)
     for message in messages:
         assert f"rank {failing}" in message, messages
         assert "MemoryError: simulated" in message, messages
