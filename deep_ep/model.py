@@ -44,7 +44,8 @@ OPERATIONS = ((DISPATCH, FP8), (DISPATCH, BF16), (COMBINE, BF16))
 HIGH_THROUGHPUT, LOW_LATENCY = "high-throughput", "low-latency"
 SCALING_RANKS = tuple(1 << i for i in range(1, 10))
 LARGEST_NODE = 8
-LENDING_PAIR = 2  # ranks of a group that lend each other the sums of a combine
+# Two ranks lend each other the sums of such combines; all other rows of a combine go through slots. deep_ep/_high_throughput.py.
+LENDING_PAIR, LENT_SUMS_TOKENS, LEAST_LENT_SUMS_SMS = 2, range(2048, 4097), 14
 
 # What a call moves, for even routing.
 
@@ -178,13 +179,19 @@ class NodeCost:
 # Fitted by tools/model_fit.py to benchmarks of two H200 of 2026-11-28; shares are of NVLINK_GB_PER_S. Outputs of a
 # dispatch are lent; rows of a combine go through slots, but between two ranks, which lend each other their sums.
 NODE_COSTS = {DISPATCH: NodeCost(15.5, 0.98, 49.6), COMBINE: NodeCost(20.1, 0.74, 30.2)}
-PAIR_COMBINE_COST = NodeCost(21.4, 0.85, 30.2)
-LOW_LATENCY_COSTS = {DISPATCH: NodeCost(14.8, 0.72, 0.0), COMBINE: NodeCost(13.7, 0.72, 0.0)}
+PAIR_COMBINE_COST = NodeCost(20.1, 0.95, 36.0)
+LOW_LATENCY_COSTS = {DISPATCH: NodeCost(14.7, 0.72, 0.0), COMBINE: NodeCost(13.7, 0.72, 0.0)}
 
 
-def node_cost(operation: str, num_ranks: int) -> NodeCost:
+def lends_sums(num_ranks: int, num_tokens: int, num_sms: int) -> bool:
+    """Are the rows of such a combine added where they are summed?"""
+    return num_ranks == LENDING_PAIR and num_tokens in LENT_SUMS_TOKENS and num_sms >= LEAST_LENT_SUMS_SMS
+
+
+def node_cost(operation: str, num_ranks: int, num_tokens: int, num_sms: int) -> NodeCost:
     """Of the high-throughput mode, in a group of so many ranks."""
-    return PAIR_COMBINE_COST if operation == COMBINE and num_ranks == LENDING_PAIR else NODE_COSTS[operation]
+    has_lent_sums = operation == COMBINE and lends_sums(num_ranks, num_tokens, num_sms)
+    return PAIR_COMBINE_COST if has_lent_sums else NODE_COSTS[operation]
 
 
 @dataclass(frozen=True)
@@ -292,10 +299,11 @@ def predict(shape: Shape,
     """A call of the high-throughput mode whose counts are known. num_sms: None: as few as do not make it slower."""
     chunk_bytes = links.chunk_bytes if nodes.num_nodes > 1 else 0
     moved = traffic(shape, nodes, operation, kind, chunk_bytes)
-    cost = node_cost(operation, nodes.num_ranks).cost(links.nvlink_gb_per_s)
-    fixed_us = cost.latency_us + (_rail_fixed_us(links, chunk_bytes) if nodes.num_nodes > 1 else 0.0)
+    rail_us = _rail_fixed_us(links, chunk_bytes) if nodes.num_nodes > 1 else 0.0
 
     def with_sms(count: int) -> Prediction:
+        cost = node_cost(operation, nodes.num_ranks, shape.num_tokens, count).cost(links.nvlink_gb_per_s)
+        fixed_us = cost.latency_us + rail_us
         return Prediction(operation, kind, _phases(moved, nodes, links, cost, count), fixed_us, count, chunk_bytes)
 
     return with_sms(num_sms or _enough_sms(nodes, most_sms, lambda count: with_sms(count).time_us))

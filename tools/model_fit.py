@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deep_ep import calibrate, model
+from deep_ep import InvalidArgument, calibrate, model
 from deep_ep.model import COMBINE, DISPATCH, LOW_LATENCY, NVLINK_GB_PER_S, NodeCost
 
 
@@ -47,7 +47,7 @@ def compare(report: dict[str, Any], nvlink_gb_per_s: float = NVLINK_GB_PER_S) ->
         if operation is None or row["routing"] != "uniform" or (lends_nothing(report) and operation != COMBINE):
             continue
         measured = model.LOW_LATENCY_COSTS[operation] if is_low_latency else model.node_cost(
-            operation, _lenders(report))
+            operation, _lenders(report), row["num_tokens"], row["num_sms"])
         cost = measured.cost(nvlink_gb_per_s)
         if is_low_latency:
             model_us = cost.latency_us + row["remote_bytes"] / cost.link_gb_per_s / 1e3
@@ -69,6 +69,9 @@ def measure(report: dict[str, Any], nvlink_gb_per_s: float = NVLINK_GB_PER_S) ->
             samples = _low_latency_samples(report, operation)
             # Combine has one format, and the share of dispatch.
             fit, among = _fit_latency, shares if operation == DISPATCH else [costs[DISPATCH].link_share]
+        elif operation == COMBINE and _lenders(report) == model.LENDING_PAIR:
+            samples = calibrate.samples_of(_rows_with_lent_sums(report), operation, report["num_ranks"])
+            fit, among = _fit_rate, shares
         else:
             samples = calibrate.samples_of(report["rows"], operation, report["num_ranks"])
             fit, among = calibrate.fit, shares
@@ -88,6 +91,21 @@ def _low_latency_samples(report: dict[str, Any], operation: str) -> list[calibra
         calibrate.Sample(1, 0, row["remote_bytes"], row["queued_us"]) for row in report["rows"]
         if _LOW_LATENCY_ROWS.get(row["operation"]) == operation and row["routing"] == "uniform"
     ]
+
+
+def _rows_with_lent_sums(report: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = (row for row in report["rows"] if row["operation"] == "combine BF16")
+    return [row for row in rows if model.lends_sums(report["num_ranks"], row["num_tokens"], row["num_sms"])]
+
+
+def _fit_rate(samples: Sequence[calibrate.Sample], link_gb_per_s: float) -> calibrate.Cost:
+    """Sums are lent for a narrow range of sizes, which tells no latency: it is that of combines through slots."""
+    latency_us = model.NODE_COSTS[COMBINE].latency_us
+    rates = [one.num_bytes / (one.time_us - latency_us) / one.num_sms / 1e3 for one in samples]
+    if not rates:
+        raise InvalidArgument("no combine of these figures has lent sums")
+    return min((calibrate.Cost(latency_us, link_gb_per_s, rate) for rate in rates),
+               key=lambda cost: _error(samples, cost))
 
 
 def _fit_latency(samples: Sequence[calibrate.Sample], link_gb_per_s: float) -> calibrate.Cost:

@@ -44,9 +44,9 @@ TOKENS, DECODED = Shape(4096, 7168, 8, 256), Shape(128, 7168, 8, 256)
 # fits newer ones.
 AS_CALLED, SLOTS, LOW = "as called", "rows through slots", "low latency"
 RECORDS = {
-    AS_CALLED: "2026-11-28T2042_intranode_nvidia-h200_x2.json",
+    AS_CALLED: "2026-11-28T2128_intranode_nvidia-h200_x2.json",
     SLOTS: "2026-11-28T2042_intranode_nvidia-h200_x2_slots.json",
-    LOW: "2026-11-28T2042_low-latency_nvidia-h200_x2.json",
+    LOW: "2026-11-28T2129_low-latency_nvidia-h200_x2.json",
 }
 # Of these sizes there are figures of others with the same shape.
 NODES = (2, 4, 8)
