@@ -89,6 +89,7 @@ def unfinished_dispatch(worker: Worker, error: BaseException, failing: int, is_d
     batch: nobody gets rows of another."""
     buffer = worker.new_buffer(1 << 24)
     pending = PendingCall(worker, buffer, small_work(worker.num_ranks)).layout()
+    worker.barrier()
     if worker.rank == failing:
         owner, name = (deep_ep_cpp.Buffer, "wait_counts") if is_direct else (_dispatch.Dispatch, "_outputs")
         # Within the guess no outputs are made after the counts.
@@ -96,6 +97,11 @@ def unfinished_dispatch(worker: Worker, error: BaseException, failing: int, is_d
         buffer._session.direct = buffer._session.direct if is_direct else None
         with replaced(owner, name, raising(error)):
             failure_of(pending.start_dispatch, type(error))
+        message = failure_of(pending.start_dispatch)
+    elif is_direct:  # its rows were under way when the host failed, and the others may have theirs before they are told
+        with contextlib.suppress(deep_ep.Error):
+            pending.dispatch()
+        until(lambda: buffer.runtime.failure != "", "the reason of the other rank")
         message = failure_of(pending.start_dispatch)
     else:
         message = failure_of(lambda: (pending.dispatch(), settle(worker, buffer)))
@@ -216,6 +222,8 @@ def interrupted_wait(worker: Worker, waiting: int, where: str) -> str:
 
 def gone_peer(worker: Worker, victim: int) -> tuple[int, float]:
     """How many regions remain mapped after destroy() and three more Buffers, and how long destroy() took."""
+    gc.collect()
+    single_rank_buffer().destroy()  # what the cases before have dropped is released when the next one is built
     before = len(mapped_regions())
     buffer = worker.new_buffer()
     PendingCall(worker, buffer, small_work(worker.num_ranks)).whole_trip()

@@ -39,7 +39,7 @@ std::array<int64_t, 4> shape_of(const kernels::LowLatencyArgs& args) {
 LowLatencyCalls::LowLatencyCalls(const py::object& session, const py::dict& options)
     : native_(session.attr("runtime").cast<runtime::Buffer&>().low_latency()),
       buffer_(session.attr("runtime").cast<runtime::Buffer&>()),
-      session_(session),
+      weak_session_(py::weakref(session)),
       runtime_(session.attr("runtime")),
       event_class_(options["event_class"]),
       caller_(session.attr("streams")),
@@ -201,7 +201,8 @@ py::object LowLatencyCalls::dispatch(PyObject* const* args, const py::object& ow
     know(src_info, *kind);
     py::object hook = py::none();
     if (wants_hook)
-        hook = make_hook({.owner = owner,
+        hook = make_hook({.session = weak_session_(),
+                          .owner = owner,
                           .calls = this,
                           .tensors = tensors(),
                           .number = py::none(),
@@ -270,7 +271,8 @@ py::object LowLatencyCalls::combine(PyObject* const* args, const py::object& own
         tensors);
     py::object hook = py::none();
     if (wants_hook)
-        hook = make_hook({.owner = owner,
+        hook = make_hook({.session = weak_session_(),
+                          .owner = owner,
                           .calls = this,
                           .tensors = tensors(),
                           .number = number,
@@ -304,7 +306,7 @@ void LowLatencyCalls::receive(LowLatencyHook& hook) {
     } catch (...) {
         set_python_error(std::current_exception());
         const py::error_already_set error;
-        session_.attr("abandon_call")(
+        state->session.attr("abandon_call")(
             state->is_combine ? "the hook of low_latency_combine" : "the hook of low_latency_dispatch", error.value(),
             state->ticket);
         throw error;
@@ -317,8 +319,8 @@ void LowLatencyCalls::drop(LowLatencyHook& hook) noexcept {
     const std::unique_ptr<LowLatencyHook::State> state(std::exchange(hook.state, nullptr));
     if (state == nullptr || Py_IsInitialized() == 0) return;
     try {
-        session_.attr("abandon_hook")(state->is_combine ? "low_latency_combine" : "low_latency_dispatch",
-                                      state->ticket);
+        state->session.attr("abandon_hook")(state->is_combine ? "low_latency_combine" : "low_latency_dispatch",
+                                            state->ticket);
     } catch (py::error_already_set& error) {
         error.discard_as_unraisable("the hook of a low-latency call");
     } catch (...) {  // no memory for the texts: the peers wait for their deadline

@@ -58,7 +58,8 @@ private:
 
     runtime::LowLatency& native_;
     runtime::Buffer& buffer_;
-    py::object session_, runtime_, event_class_;
+    py::object weak_session_;  // the session has this
+    py::object runtime_, event_class_;
     CallerStream caller_;
     Maker maker_;
     py::object int32_, int64_, bfloat16_;
@@ -74,7 +75,7 @@ private:
 struct LowLatencyHook {
     PyObject_HEAD PyObject* weak_references;
     struct State {
-        py::object owner;  // of `calls`
+        py::object session, owner;  // of `calls`
         LowLatencyCalls* calls;
         py::object tensors;  // that the receive phase uses
         py::object number;   // that is given back, or none

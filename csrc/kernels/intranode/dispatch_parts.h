@@ -141,11 +141,14 @@ using prim::kFullMask;
 using prim::kWarpSize;
 using prim::Vec16;
 
+// Of the number of rows that come, as the host has guessed it.
+enum class Guess : int { kEnough, kShort, kUnknown };
+
 // Shared memory of a block.
 struct DispatchState {
     CallState call;
     uint32_t is_unlearned;  // not zero: where some rank's rows stand is not known, or they have no room
-    int is_short;           // not zero: more rows come than the host has guessed
+    Guess guess;
     // Input that cannot be, -1: none. Noted where it is found, for refuse_input: calls there would cost registers.
     int bad_column;  // of the prefix matrix
     int bad_token;   // with an expert id out of range
@@ -231,12 +234,12 @@ EP_DEVICE bool check_guess(algo::Block block, const DispatchParams& p, const alg
     if (block.thread_rank() == 0) {
         int num_rows = 0;
         const bool is_known = accumulate_rank_counts(watch, watch.heap.rank(), [&](int, int sum) { num_rows = sum; });
-        state.is_short = is_known && num_rows > p.num_recv_rows ? 1 : 0;
-        if (!is_known) prim::store<prim::Order::kRelaxed, prim::Scope::kCta>(&state.is_unlearned, 1u);
+        state.guess = !is_known ? Guess::kUnknown : num_rows > p.num_recv_rows ? Guess::kShort : Guess::kEnough;
     }
     block.sync();
-    if (state.is_unlearned != 0) return false;
-    if (state.is_short == 0 && p.may_lend && blockIdx.x == 0 && prim::warp_idx() == 0)
+    // Not is_unlearned: threads that go on may set it while others have not looked yet.
+    if (state.guess == Guess::kUnknown) return false;
+    if (state.guess == Guess::kEnough && p.may_lend && blockIdx.x == 0 && prim::warp_idx() == 0)
         algo::state_loan(algo::Warp{}, watch, p.loan);
     return true;
 }
@@ -303,7 +306,7 @@ EP_DEVICE bool input_can_be(algo::Warp warp, const DispatchParams& p, const Disp
 EP_DEVICE void prepare(algo::Block block, const DispatchParams& p, const algo::Watch& watch, DispatchState& state) {
     if (block.thread_rank() == 0) {
         state.is_unlearned = 0;
-        state.is_short = 0;
+        state.guess = Guess::kEnough;
         state.bad_column = -1;
         state.bad_token = -1;
     }
@@ -319,7 +322,7 @@ EP_DEVICE Begun learn(algo::Block block, const DispatchParams& p, const algo::Wa
     if (p.num_tokens_per_rank != nullptr && blockIdx.x == 0)
         write_expert_counts(block, watch, p.num_tokens_per_expert, p.num_local_experts);
     if (p.counts != nullptr && !check_guess(block, p, watch, state)) return Begun::kFailed;
-    const bool is_short = state.is_short != 0;
+    const bool is_short = state.guess == Guess::kShort;
     // The last threads: the first ones are still busy with that.
     for (int rank = block.size() - 1 - block.thread_rank(); rank < watch.heap.num_ranks(); rank += block.size()) {
         int total = 0;
