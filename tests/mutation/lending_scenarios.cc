@@ -56,13 +56,20 @@ void launch_touch(World& world, const RankTensors::Lent& lent, int rank) {
         {reinterpret_cast<uint32_t*>(lent.memory->address()), static_cast<int>(lent.num_bytes / 4)});
 }
 
-// Each adds its own rows to what the other writes into its sums, again and again in the same memory.
-std::string sums(uint64_t seed, uint32_t lending_ranks) {
+constexpr simt::DeviceOptions kDeviceOfSums{.num_sms = 2, .useful_block_threads = 64};
+
+Problem problem_of_sums(uint64_t seed, uint32_t lending_ranks) {
     Problem problem = small_problem(seed, lending_ranks);
     problem.sums_ranks = 0b11;
     problem.num_sms = 2;  // a block that sends, and one that adds
     problem.drop_probability = 0.3;
-    World world = make_world(2, varied(seed), {.num_sms = 2, .useful_block_threads = 64});
+    return problem;
+}
+
+// Each adds its own rows to what the other writes into its sums, again and again in the same memory.
+std::string sums(uint64_t seed, uint32_t lending_ranks) {
+    const Problem problem = problem_of_sums(seed, lending_ranks);
+    World world = make_world(2, varied(seed), kDeviceOfSums);
     auto ranks = world.dispatched(problem);
     prepare_combine(problem, ranks);
     for (int repeat = 0; repeat < 3; ++repeat)
@@ -220,6 +227,22 @@ EP_SCENARIO(failed_combine, seed) {
     world.run();
     if (std::string left = check_void_combine(ranks[0]); !left.empty()) return left + " is not void";
     return expect_failure("are stated", [&] { world.buffer(0).check(); });
+}
+
+// Rank 1 has a row of a token that rank 0 does not have, when others have been written into the sums of both: each makes its
+// own void only when the other writes there no more.
+EP_SCENARIO(failed_sums, seed) {
+    const Problem problem = problem_of_sums(seed, 0);
+    World world = make_world(2, impatient(seed), kDeviceOfSums);
+    auto ranks = world.dispatched(problem);
+    ranks[1].recv_src_idx[0] = 1000;
+    prepare_combine(problem, ranks);
+    for (int rank = 0; rank < 2; ++rank) world.launch_combine(problem, ranks[static_cast<size_t>(rank)], rank);
+    world.run();
+    World::collect(ranks);
+    for (const RankTensors& tensors : ranks)
+        if (std::string left = check_void_combine(tensors); !left.empty()) return left + " is not void";
+    return expect_refusal_of_rank_1(world);
 }
 
 // Rank 1 never comes, and rank 0, which lends, says so.

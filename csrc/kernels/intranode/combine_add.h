@@ -65,7 +65,8 @@ EP_DEVICE_COLD bool wait_for_far_row(const CombineParams* p, uint64_t call, int 
 // Looks for it a while, without a deadline, and so without a call for whose sake a chunk that is on its way would be put into
 // local memory.
 EP_DEVICE bool has_far_row_come(algo::Warp warp, const CombineContext& c, const AddSources& from, int position) {
-    // The executor, which looks at everything in each poll, gives up soon: its tests then wait out of line as well.
+    // The executor, which looks at everything in each poll, gives up soon: its tests then wait out of line as well, and its
+    // clock, which leaps while all only look, ends no failed peer's patience (wait_for_quiet) before this is told.
     constexpr int kLooks = prim::polls_per_check() == 1 ? 2 : 256;
     bool is_here = warp.thread_rank() != 0;
     for (int looks = 0; !is_here && looks < kLooks; ++looks) {
