@@ -93,7 +93,7 @@ def check_torch(torch: Any) -> list[Finding]:
 def check_numpy(torch: Any) -> list[Finding]:
     """Asks torch: a NumPy that imports may still be one that this torch was not built for."""
     try:
-        torch.zeros(1).numpy()
+        torch.empty(1).numpy()
     except RuntimeError as error:
         text = f"torch cannot use it ({error}), and torch.distributed gathers objects through it to build a Buffer"
         is_there = not isinstance(_load("numpy"), Exception)
