@@ -454,18 +454,17 @@ def test_an_old_torch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("installed", "fix"), [(None, "pip install numpy"),
                                                 (SimpleNamespace(), "pip install 'numpy<2'")])  # yapf: disable
 def test_a_numpy_that_torch_cannot_use_is_told(monkeypatch: pytest.MonkeyPatch, installed: Any, fix: str) -> None:
-    """None is there, or one of another major version than torch was built for. No rank of a round trip could start."""
+    """None is there, or one of another major version than torch was built for. The round trip does not need it."""
 
     def numpy(_: Any) -> Any:
         raise RuntimeError("Numpy is not available")
 
     monkeypatch.setitem(sys.modules, "numpy", installed)
     monkeypatch.setattr("torch.Tensor.numpy", numpy)
-    monkeypatch.setattr(doctor, "check_round_trips", lambda _: pytest.fail("it needs NumPy"))
+    monkeypatch.setattr(doctor, "check_round_trips", lambda _: [])  # takes seconds
     found = {finding.subject: finding for finding in doctor.examine()}
     assert (found["NumPy"].level, found["NumPy"].fix) == ("broken", fix)
     assert "Numpy is not available" in found["NumPy"].text
-    assert "round trip" not in found
 
 
 @pytest.mark.parametrize(("num_gpus", "expected"), [(0, [("cpu", [0, 0])]), (1, [("cpu", [0, 0]), ("cuda", [0, 0])]),
