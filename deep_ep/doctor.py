@@ -90,6 +90,17 @@ def check_torch(torch: Any) -> list[Finding]:
     return [Finding("ok", "torch", f"{torch.__version__}, built for {built_for}")]
 
 
+def check_numpy(torch: Any) -> list[Finding]:
+    """Asks torch: a NumPy that imports may still be one that this torch was not built for."""
+    try:
+        torch.empty(1).numpy()
+    except RuntimeError as error:
+        text = f"torch cannot use it ({error}), and torch.distributed needs it when a Buffer is built over a group"
+        is_there = not isinstance(_load("numpy"), Exception)
+        return [Finding("broken", "NumPy", text, "pip install 'numpy<2'" if is_there else "pip install numpy")]
+    return [Finding("ok", "NumPy", "torch can use it")]
+
+
 def check_extension(native: Any) -> list[Finding]:
     if isinstance(native, Exception):
         return [Finding("broken", "deep_ep_cpp", f"does not import: {native}", INSTALL_FIX)]
@@ -411,6 +422,7 @@ def examine() -> list[Finding]:
         found += _guarded("driver", check_driver, native)
     if _has_broken(found, "torch", "deep_ep_cpp"):
         return found
+    found += _guarded("NumPy", check_numpy, torch)
     found += _guarded("deep_ep", check_package) + _guarded("GPUs", check_gpus, torch, native)
     if _has_broken(found, "deep_ep", "environment"):
         return found

@@ -451,6 +451,22 @@ def test_an_old_torch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.check_torch(SimpleNamespace(__version__="2.13.0a0+git", version=old.version))[0].level == "ok"
 
 
+@pytest.mark.parametrize(("installed", "fix"), [(None, "pip install numpy"),
+                                                (SimpleNamespace(), "pip install 'numpy<2'")])  # yapf: disable
+def test_a_numpy_that_torch_cannot_use_is_told(monkeypatch: pytest.MonkeyPatch, installed: Any, fix: str) -> None:
+    """None is there, or one of another major version than torch was built for. The round trip does not need it."""
+
+    def numpy(_: Any) -> Any:
+        raise RuntimeError("Numpy is not available")
+
+    monkeypatch.setitem(sys.modules, "numpy", installed)
+    monkeypatch.setattr("torch.Tensor.numpy", numpy)
+    monkeypatch.setattr(doctor, "check_round_trips", lambda _: [])  # takes seconds
+    found = {finding.subject: finding for finding in doctor.examine()}
+    assert (found["NumPy"].level, found["NumPy"].fix) == ("broken", fix)
+    assert "Numpy is not available" in found["NumPy"].text
+
+
 @pytest.mark.parametrize(("num_gpus", "expected"), [(0, [("cpu", [0, 0])]), (1, [("cpu", [0, 0]), ("cuda", [0, 0])]),
                                                     (3, [("cpu", [0, 0]), ("cuda", [0, 1, 2])])])
 def test_a_round_trip_on_each_path(monkeypatch: pytest.MonkeyPatch, num_gpus: int, expected: list[Any]) -> None:
