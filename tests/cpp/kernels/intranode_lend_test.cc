@@ -276,6 +276,27 @@ TEST_CASE("guessed numbers of rows: enough, too small, none at all, on some rank
                 }
 }
 
+TEST_CASE("a host that gives up between counts and rows ends the others' kernels, whose blocks decide as one") {
+    for (uint64_t seed = 0; seed < num_seeds(24); ++seed) {
+        CAPTURE(seed);
+        const Problem problem = of_three_ranks(7, 2);
+        World world = make_world(problem, {.seed = seed, .idle = simt::IdlePolicy::kAdvanceClock});
+        auto ranks = world.dispatched(problem);  // for the numbers of rows
+        for (int rank = 0; rank < 3; ++rank) {
+            RankTensors& tensors = ranks[static_cast<size_t>(rank)];
+            prepare_recv(problem, tensors, tensors.num_recv_tokens + (rank == 0 ? -1 : 1));  // 0 would lend later
+            world.buffer(rank).begin_call();
+            world.launch_dispatch(problem, tensors, rank, Counts::kGuessed);
+        }
+        world.wait_counts(0);
+        world.buffer(0).abandon_call("dispatch: OutOfMemoryError: 7 bytes");
+        world.run();
+        for (int rank = 0; rank < 3; ++rank)
+            CHECK_THROWS_WITH_AS(world.buffer(rank).begin_call(), doctest::Contains("OutOfMemoryError: 7 bytes"),
+                                 Error);
+    }
+}
+
 TEST_CASE("guesses beside ranks that ask for the counts first, and beside worst cases") {
     for (uint64_t seed = 0; seed < num_seeds(6); ++seed)
         for (int spare : {4, -2}) {
