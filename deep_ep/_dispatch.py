@@ -9,12 +9,11 @@ from typing import Any, NamedTuple, Optional, Union
 
 import torch
 
-from deep_ep import _checks
-from deep_ep._checks import KnownTensors
-from deep_ep._memory import Lender, RowForm
+from deep_ep import _tensors
 from deep_ep._peers import HandlePart
 from deep_ep._session import Session
 from deep_ep._streams import Operation
+from deep_ep._tensors import KnownTensors, Lender, RowForm
 from deep_ep_cpp import DispatchArgs, InternodeDispatchArgs, InternodeNotifyArgs, NotifyArgs
 
 INT32 = (torch.int32, )
@@ -364,14 +363,14 @@ class Handles:
         places = (0, 3, 5) if len(handle) == 6 else (5, 7, 2)
         for place, name, shape in zip(places, ("rank_prefix_matrix", "recv_src_idx", "send_head"),
                                       ((num_ranks, self._ranks_per_node), (None, ), (None, num_ranks))):
-            _checks.check_tensor(f"handle[{place}] ({name})", handle[place], device, shape, INT32)
+            _tensors.check_tensor(f"handle[{place}] ({name})", handle[place], device, shape, INT32)
         known = send_head.shape[0], recv_src_idx.shape[0]
         self._known.add(known, send_head, matrix, recv_src_idx)
         return known
 
     def _check_rail(self, rail: Rail, num_tokens: int) -> None:
         device, num_nodes = self._session.streams.device, self._num_nodes
-        _checks.check_tensor("handle[4] (rail_prefix)", rail.prefix, device, (num_nodes, ), INT32)
-        _checks.check_tensor("handle[8] (send_rail_head)", rail.send_head, device, (num_tokens, num_nodes), INT32)
-        _checks.check_tensor("handle[9] (rail_head)", rail.head, device, (None, self._ranks_per_node), INT32)
+        _tensors.check_tensor("handle[4] (rail_prefix)", rail.prefix, device, (num_nodes, ), INT32)
+        _tensors.check_tensor("handle[8] (send_rail_head)", rail.send_head, device, (num_tokens, num_nodes), INT32)
+        _tensors.check_tensor("handle[9] (rail_head)", rail.head, device, (None, self._ranks_per_node), INT32)
         self._known_rails.add(num_tokens, rail.send_head, rail.prefix, rail.head)

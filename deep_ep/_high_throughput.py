@@ -5,14 +5,13 @@ from typing import Any, Optional
 
 import torch
 
-from deep_ep import _checks
-from deep_ep._checks import KnownTensors
+from deep_ep import _tensors
 from deep_ep._dispatch import INT32, Dispatch, Handle, Handles, Payload, Places, Routing, kind_of
 from deep_ep._env import is_capturing
-from deep_ep._memory import LEAST_SPARE_ROWS, SPARE_SHARES, RowForm, Spec, num_bytes_of
 from deep_ep._peers import CallCheck
 from deep_ep._session import Session
 from deep_ep._streams import Operation
+from deep_ep._tensors import LEAST_SPARE_ROWS, SPARE_SHARES, KnownTensors, RowForm, Spec, num_bytes_of
 from deep_ep._topology import DEVICE
 from deep_ep.utils import EventHandle, EventOverlap
 from deep_ep_cpp import (
@@ -103,9 +102,9 @@ class HighThroughput:
     ) -> tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torch.Tensor, EventOverlap]:
         session = self._session
         device, num_ranks, num_nodes = session.streams.device, session.num_ranks, session.topology.num_nodes
-        num_tokens, num_topk = _checks.check_topk_idx(topk_idx, device)
-        num_experts = _checks.check_int("num_experts", num_experts, 1, maximum=_checks.MAX_LOCAL_EXPERTS * num_ranks)
-        _checks.check_num_experts("num_experts", num_experts, num_ranks)
+        num_tokens, num_topk = _tensors.check_topk_idx(topk_idx, device)
+        num_experts = _tensors.check_int("num_experts", num_experts, 1, maximum=_tensors.MAX_LOCAL_EXPERTS * num_ranks)
+        _tensors.check_num_experts("num_experts", num_experts, num_ranks)
         with open_operation(session, "get_dispatch_layout", previous_event, async_finish,
                             allocate_on_comm_stream) as operation:
             with operation.allocation():
@@ -133,11 +132,11 @@ class HighThroughput:
                        previous_event: Optional[EventOverlap], async_finish: bool,
                        allocate_on_comm_stream: bool) -> DispatchResult:
         session = self._session
-        rows, scales = _checks.check_payload(x, session.streams.device)
+        rows, scales = _tensors.check_payload(x, session.streams.device)
         num_tokens = rows.shape[0]
         self._check_routing(routing, num_tokens)
-        expert_alignment = _checks.check_int("expert_alignment", expert_alignment, 1, maximum=MAX_ALIGNMENT)
-        num_worst_tokens = _checks.check_int("num_worst_tokens", num_worst_tokens, 0)
+        expert_alignment = _tensors.check_int("expert_alignment", expert_alignment, 1, maximum=MAX_ALIGNMENT)
+        num_worst_tokens = _tensors.check_int("num_worst_tokens", num_worst_tokens, 0)
         if num_worst_tokens and routing.topk_idx is None:
             raise ValueError(
                 "num_worst_tokens needs topk_idx and topk_weights: -1 in recv_topk_idx marks the unused rows")
@@ -164,7 +163,7 @@ class HighThroughput:
                         async_finish: bool, allocate_on_comm_stream: bool) -> DispatchResult:
         session = self._session
         places, num_tokens, num_rows = self._handles.read(handle)
-        rows, scales = _checks.check_payload(x, session.streams.device)
+        rows, scales = _tensors.check_payload(x, session.streams.device)
         if rows.shape[0] != num_tokens:
             raise ValueError(f"x must have {num_tokens} rows, the tokens of the dispatch that made the handle, got "
                              f"{rows.shape[0]}")
@@ -183,13 +182,13 @@ class HighThroughput:
         device = session.streams.device
         places, num_tokens, num_rows = self._handles.read(handle)
         src_idx = self._handles.src_idx(handle)
-        given_rows, hidden = _checks.check_rows("x", x, device, BFLOAT16)
+        given_rows, hidden = _tensors.check_rows("x", x, device, BFLOAT16)
         if given_rows != num_rows:
             raise ValueError(f"x must have {num_rows} rows, those that the dispatch of this handle received, got "
                              f"{given_rows}")
         num_topk = 0
         if topk_weights is not None:
-            _, num_topk = _checks.check_matrix("topk_weights", topk_weights, device, FLOAT32, num_rows)
+            _, num_topk = _tensors.check_matrix("topk_weights", topk_weights, device, FLOAT32, num_rows)
         biases = NO_BIASES if bias is None else _check_bias(bias, device, num_tokens, hidden)
         if session.call_check is not None:
             session.call_check.compare("combine", {
@@ -245,7 +244,7 @@ class HighThroughput:
     def lend(self, shape: Any, dtype: torch.dtype) -> torch.Tensor:
         session = self._session
         lender = session.lender
-        spec: Spec = _checks.check_sizes("shape", shape), _checks.check_dtype("dtype", dtype)
+        spec: Spec = _tensors.check_sizes("shape", shape), _tensors.check_dtype("dtype", dtype)
         num_bytes = num_bytes_of(spec)
         if lender is None and session.num_ranks > 1:
             raise Error("lend: this Buffer lends nothing; build it with a larger num_nvl_bytes, or with num_lend_bytes")
@@ -267,10 +266,10 @@ class HighThroughput:
             _check_layout(per_rank, per_expert, in_rank, device, (num_tokens, session.num_ranks))
             self._known_layouts.add(True, in_rank, per_rank, per_expert)
         if per_node is not None:
-            _checks.check_tensor("num_tokens_per_rdma_rank", per_node, device, (session.topology.num_nodes, ), INT32)
+            _tensors.check_tensor("num_tokens_per_rdma_rank", per_node, device, (session.topology.num_nodes, ), INT32)
         if routing.topk_idx is not None:
-            shape = _checks.check_topk_idx(routing.topk_idx, device, num_tokens)
-            _checks.check_tensor("topk_weights", routing.topk_weights, device, shape, FLOAT32)
+            shape = _tensors.check_topk_idx(routing.topk_idx, device, num_tokens)
+            _tensors.check_tensor("topk_weights", routing.topk_weights, device, shape, FLOAT32)
 
     def _compare_calls(self,
                        check: CallCheck,
@@ -341,10 +340,10 @@ def make_routing(num_tokens_per_rank: Optional[torch.Tensor], num_tokens_per_nod
 def _check_layout(per_rank: torch.Tensor, per_expert: torch.Tensor, in_rank: torch.Tensor, device: torch.device,
                   shape: tuple[int, int]) -> None:
     _, num_ranks = shape
-    _checks.check_tensor("num_tokens_per_rank", per_rank, device, (num_ranks, ), INT32)
-    _checks.check_tensor("is_token_in_rank", in_rank, device, shape, (torch.bool, ))
-    _checks.check_tensor("num_tokens_per_expert", per_expert, device, (None, ), INT32)
-    _checks.check_num_experts("the length of num_tokens_per_expert", per_expert.shape[0], num_ranks)
+    _tensors.check_tensor("num_tokens_per_rank", per_rank, device, (num_ranks, ), INT32)
+    _tensors.check_tensor("is_token_in_rank", in_rank, device, shape, (torch.bool, ))
+    _tensors.check_tensor("num_tokens_per_expert", per_expert, device, (None, ), INT32)
+    _tensors.check_num_experts("the length of num_tokens_per_expert", per_expert.shape[0], num_ranks)
 
 
 def _check_bias(bias: Any, device: torch.device, num_tokens: int,
@@ -354,6 +353,6 @@ def _check_bias(bias: Any, device: torch.device, num_tokens: int,
         raise ValueError(f"bias must be a tensor or a tuple of two, got a tuple of {len(given)}")
     for i, tensor in enumerate(given):
         name = f"bias[{i}]" if isinstance(bias, tuple) else "bias"
-        _checks.check_tensor(name, tensor, device, (num_tokens, hidden), BFLOAT16)
-        _checks.check_alignment(name, tensor)
+        _tensors.check_tensor(name, tensor, device, (num_tokens, hidden), BFLOAT16)
+        _tensors.check_alignment(name, tensor)
     return given[0], given[1] if len(given) == 2 else None

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 import deep_ep_cpp
 from deep_ep._env import is_capturing
-from deep_ep._memory import view_memory
+from deep_ep._tensors import view_memory
 from deep_ep_cpp import Error
 
 T = TypeVar("T")

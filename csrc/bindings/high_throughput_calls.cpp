@@ -32,7 +32,7 @@ HighThroughputCalls::HighThroughputCalls(const py::object& session, py::dict opt
 
 // -- What is given -----------------------------------------------------------------------------------------------------
 
-// `x` of dispatch: token rows, or (rows of 1-byte elements, scales). As check_payload of _checks.py.
+// `x` of dispatch: token rows, or (rows of 1-byte elements, scales). As check_payload of _tensors.py.
 bool HighThroughputCalls::read_payload(PyObject* x, Payload& payload) const {
     const bool has_scales = PyTuple_CheckExact(x) != 0;
     if (has_scales && PyTuple_GET_SIZE(x) != 2) return false;

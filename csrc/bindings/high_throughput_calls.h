@@ -40,7 +40,7 @@ struct HandleView {
 struct RowKind {
     std::array<int64_t, 4> numbers;    // hidden, scales, top-k, experts
     std::array<py::object, 3> dtypes;  // of rows, scales and indices; None: there are none
-    py::object form;                   // RowForm of _memory.py
+    py::object form;                   // RowForm of _tensors.py
     std::shared_ptr<RowForm> native;
     int64_t lent_row_bytes;  // 0: such rows cannot be lent
     kernels::DispatchArgs args;

@@ -17,14 +17,13 @@ from utils import device
 
 from deep_ep import (
     Buffer,
-    _checks,
     _dispatch,
     _high_throughput,
     _low_latency,
-    _memory,
     _peers,
     _session,
     _streams,
+    _tensors,
     _torch,
     buffer,
     utils,
@@ -32,7 +31,7 @@ from deep_ep import (
 
 HIDDEN, NUM_EXPERTS, NUM_TOPK, MAX_TOKENS = 64, 4, 2, 64
 TOKENS = (1, 5, 7, 9, 13, 2, 3, 11, 17, 23, 33, 64, 12, 31)
-MODULES = (_checks, _dispatch, _high_throughput, _low_latency, _memory, _peers, _session, _streams, buffer, utils)
+MODULES = (_dispatch, _high_throughput, _low_latency, _peers, _session, _streams, _tensors, buffer, utils)
 Layer = Callable[[Buffer, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
