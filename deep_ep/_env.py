@@ -128,11 +128,6 @@ def native_device(index: int) -> deep_ep_cpp.Device:
     return deep_ep_cpp.Device(index)
 
 
-def is_capturing() -> bool:
-    """Whether the caller's stream records a CUDA graph."""
-    return device_choice()[0] == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 __version__ = "1.3.0.dev0"  # the build reads it from here
 
 FEATURES = {

@@ -9,8 +9,7 @@ from deep_ep._peers import CallCheck
 from deep_ep._session import Session
 from deep_ep._streams import Operation, Tensors
 from deep_ep._tensors import EmptyTensors, KnownTensors, view_memory
-from deep_ep._torch import opaque, outside_of_modes
-from deep_ep.utils import EventHandle, EventOverlap, RecordedEvent
+from deep_ep.utils import EventHandle, EventOverlap, RecordedEvent, opaque, outside_of_modes
 from deep_ep_cpp import Buffer as NativeBuffer
 from deep_ep_cpp import (
     InvalidArgument,

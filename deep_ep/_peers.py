@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 
 import deep_ep_cpp
-from deep_ep._env import is_capturing
 from deep_ep._tensors import view_memory
+from deep_ep.utils import is_capturing
 from deep_ep_cpp import Error
 
 T = TypeVar("T")

@@ -16,10 +16,11 @@ import torch
 
 import deep_ep_cpp
 from deep_ep import _nvshmem, _probes, _streams, _topology
-from deep_ep._env import __version__, is_capturing, master_address
+from deep_ep._env import __version__, master_address
 from deep_ep._peers import CallCheck, Peers, describe_differences
 from deep_ep._tensors import BUFFER_ALIGNMENT_BYTES, MAX_INT64, EmptyTensors, Lender, check_int, check_positive
 from deep_ep._topology import Place, Topology, find_topology, place_of
+from deep_ep.utils import is_capturing
 from deep_ep_cpp import Error
 
 if TYPE_CHECKING:

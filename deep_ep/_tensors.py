@@ -18,7 +18,7 @@ import torch
 
 import deep_ep_cpp
 from deep_ep._streams import CudaStreams, Operation, Streams
-from deep_ep._torch import current_stream_handle, from_capsule, is_of_torch, outside_of_modes
+from deep_ep.utils import current_stream_handle, from_capsule, is_of_torch, outside_of_modes
 from deep_ep_cpp import matrix_shape, shape_in_memory, use_tensor_class
 
 T = TypeVar("T")
@@ -262,8 +262,8 @@ class KnownTensors(Generic[T]):
 #
 # Lent tensors are in the memory that peers reach: outputs of dispatch that they write, inputs of combine that they
 # read. Such a tensor is an ordinary one; when its last view is gone, its memory may be lent again. torch's allocator
-# knows nothing of it, so `Tensor.record_stream` has no effect. Instead the memory waits for every stream on which the Buffer
-# has been called, and for the one that is current where the tensor is dropped, on whichever thread that is.
+# knows nothing of it, so `Tensor.record_stream` has no effect. Instead the memory waits for every stream on which the
+# Buffer has been called, and for the one that is current where the tensor is dropped, on whichever thread that is.
 
 # What DLPack calls a type: (code, bits). Other types travel as bytes.
 _DLPACK_TYPES = {

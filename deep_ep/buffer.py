@@ -23,8 +23,7 @@ from deep_ep._peers import Peers, WaitCounters
 from deep_ep._session import Request, Session, build_session
 from deep_ep._streams import CudaStreams
 from deep_ep._tensors import view_memory
-from deep_ep._torch import opaque, outside_of_modes
-from deep_ep.utils import EventHandle, EventOverlap
+from deep_ep.utils import EventHandle, EventOverlap, opaque, outside_of_modes
 from deep_ep_cpp import Config, Error
 
 __all__ = ["Buffer", "Config", "EventHandle", "EventOverlap", "WaitCounters"]

@@ -24,7 +24,6 @@ from deep_ep import (
     _session,
     _streams,
     _tensors,
-    _torch,
     buffer,
     utils,
 )
@@ -132,7 +131,7 @@ def test_an_opaque_class_of_an_older_torch(monkeypatch: pytest.MonkeyPatch) -> N
         eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(action.SKIP, action.DEFAULT))
 
     older = types.SimpleNamespace(set_eval_frame=eval_frame.set_eval_frame, skip_code=skip_code)
-    monkeypatch.setattr(_torch, "eval_frame", older)
+    monkeypatch.setattr(utils, "eval_frame", older)
 
     def below(x: torch.Tensor) -> torch.Tensor:
         return x + 1
@@ -151,7 +150,7 @@ def test_an_opaque_class_of_an_older_torch(monkeypatch: pytest.MonkeyPatch) -> N
         def of_class(cls, x: torch.Tensor) -> torch.Tensor:
             return below(x)
 
-    calls = _torch.opaque(Calls)()
+    calls = utils.opaque(Calls)()
     assert Calls.method.__doc__ == "Adds one."
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
