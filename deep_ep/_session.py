@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Callable, Optional, TypeVar
 import torch
 
 import deep_ep_cpp
-from deep_ep import _nvshmem, _probes, _streams, _topology
+from deep_ep import _env, _nvshmem, _streams, _topology
 from deep_ep._env import __version__, master_address
 from deep_ep._peers import CallCheck, Peers, describe_differences
 from deep_ep._tensors import BUFFER_ALIGNMENT_BYTES, MAX_INT64, EmptyTensors, Lender, check_int, check_positive
@@ -340,7 +340,7 @@ class _Construction:
     def _open(self, topology: Topology, rail: str, heap: str, cost_model: Optional["CostModel"]) -> None:
         peers, created = self._peers, self._created
         has_rate = rail == "nvshmem"  # see _nvshmem.rail_rate
-        rates = peers.all_gather_results("reading the rates of the NICs", _probes.nic_gb_per_s) if has_rate else []
+        rates = peers.all_gather_results("reading the rates of the NICs", _env.nic_gb_per_s) if has_rate else []
         rate = _nvshmem.rail_rate(rail, rates, topology.ranks_per_node)
         if cost_model is None and rate > 0 and heap != _topology.HOST:
             from deep_ep import model  # here as calibrate is: `python -m` loads neither twice

@@ -16,7 +16,7 @@ from typing import Optional
 import torch
 
 import deep_ep_cpp
-from deep_ep import _probes
+from deep_ep import _env
 from deep_ep_cpp import Error
 
 logger = logging.getLogger("deep_ep")
@@ -130,7 +130,7 @@ def unreachable_gpus(index: int, device_id: str) -> frozenset[str]:
     return cut | (_cut_off_from(device_id) - seen)
 
 
-_cut_off_from = functools.cache(_probes.gpus_cut_off_from)
+_cut_off_from = functools.cache(_env.gpus_cut_off_from)
 
 
 def places_of_this_machine() -> list[Place]:

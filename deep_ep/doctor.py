@@ -53,8 +53,8 @@ def _load(name: str) -> Any:
 
 
 def _load_probes() -> ModuleType:
-    """deep_ep/_probes.py as a file, because the package may be what does not import."""
-    spec = importlib.util.spec_from_file_location("_deep_ep_probes", Path(__file__).with_name("_probes.py"))
+    """deep_ep/_env.py as a file, because the package may be what does not import."""
+    spec = importlib.util.spec_from_file_location("_deep_ep_probes", Path(__file__).with_name("_env.py"))
     assert spec is not None and spec.loader is not None  # noqa: S101, PT018 - for mypy: it ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there

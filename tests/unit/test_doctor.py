@@ -43,7 +43,7 @@ def test_runs_as_a_file_where_the_package_does_not_import(tmp_path: Path) -> Non
     """Without the extension `python -m deep_ep.doctor` cannot start, and the ImportError points to the file."""
     package = tmp_path / "deep_ep"
     package.mkdir()
-    for name in ("doctor.py", "_probes.py", "__init__.py"):
+    for name in ("doctor.py", "_env.py", "__init__.py"):
         (package / name).write_text((Path(deep_ep.__file__).parent / name).read_text())
     (tmp_path / "deep_ep_cpp.py").write_text("raise ImportError('built for another Python')")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import deep_ep"
