@@ -7,11 +7,10 @@ import torch
 
 from deep_ep import _tensors
 from deep_ep._dispatch import INT32, Dispatch, Handle, Handles, Payload, Places, Routing, kind_of
-from deep_ep._peers import CallCheck
+from deep_ep._peers import DEVICE, CallCheck
 from deep_ep._session import Session
 from deep_ep._streams import Operation
 from deep_ep._tensors import LEAST_SPARE_ROWS, SPARE_SHARES, KnownTensors, RowForm, Spec, num_bytes_of
-from deep_ep._topology import DEVICE
 from deep_ep.utils import EventHandle, EventOverlap, is_capturing
 from deep_ep_cpp import (
     CombineArgs,

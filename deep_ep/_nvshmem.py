@@ -23,7 +23,7 @@ from typing import Optional
 
 import deep_ep_cpp
 from deep_ep import _env
-from deep_ep._topology import Place
+from deep_ep._peers import Place
 from deep_ep_cpp import Error, InvalidArgument
 
 logger = logging.getLogger("deep_ep")

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from typing_extensions import Self
 
 import deep_ep_cpp
-from deep_ep import _env, _high_throughput, _low_latency, _peers, _tensors, _topology
+from deep_ep import _env, _high_throughput, _low_latency, _peers, _tensors
 from deep_ep._dispatch import Payload
 from deep_ep._peers import Peers, WaitCounters
 from deep_ep._session import Request, Session, build_session
@@ -200,7 +200,7 @@ class Buffer:
             return f"<Buffer of rank {self.rank} of {self.group_size}, destroyed>"
         topology, runtime = session.topology, session.runtime
         rail = f", rail: {runtime.rail_name}, {runtime.num_rail_bytes} bytes" if topology.num_nodes > 1 else ""
-        heap = ", heap in host memory" if session.heap == _topology.HOST else ""
+        heap = ", heap in host memory" if session.heap == _peers.HOST else ""
         return (
             f"<Buffer of rank {self.rank} of {self.group_size} on {session.streams.device}, node {topology.node} of "
             f"{topology.num_nodes} with {topology.ranks_per_node} rank(s){rail}{heap}, "

@@ -303,7 +303,7 @@ def _check_shm() -> Finding:
 def _find_heap(requested: str, topology: Any) -> Finding:
     """The way of bytes within a node."""
     device_kind, _ = importlib.import_module("deep_ep._env").device_choice()
-    module = importlib.import_module("deep_ep._topology")
+    module = importlib.import_module("deep_ep._peers")
     placement, reason = module.choose_heap(requested, topology, device_kind)
     if device_kind != "cuda":
         return Finding("ok", "heap", f"host memory: {reason}")
@@ -326,7 +326,7 @@ def _name_links(num_gpus: int) -> str:
 
 def check_topology(native: Any) -> list[Finding]:
     """The nodes of a group with a rank on each GPU of this machine, and what could join it to others."""
-    module = importlib.import_module("deep_ep._topology")
+    module = importlib.import_module("deep_ep._peers")
     environment = native.get_environment()
     ranks_per_node = int(environment["ranks_per_node"])
     try:
