@@ -225,6 +225,41 @@ def check_num_experts(name: str, num_experts: int, num_ranks: int) -> int:
     return num_experts
 
 
+def check_layout(per_rank: torch.Tensor, per_expert: torch.Tensor, in_rank: torch.Tensor, device: torch.device,
+                 shape: tuple[int, int]) -> None:
+    _, num_ranks = shape
+    check_tensor("num_tokens_per_rank", per_rank, device, (num_ranks, ), (torch.int32, ))
+    check_tensor("is_token_in_rank", in_rank, device, shape, (torch.bool, ))
+    check_tensor("num_tokens_per_expert", per_expert, device, (None, ), (torch.int32, ))
+    check_num_experts("the length of num_tokens_per_expert", per_expert.shape[0], num_ranks)
+
+
+def find_layout_fault(per_rank: torch.Tensor, per_node: Optional[torch.Tensor], in_rank: torch.Tensor) -> Optional[str]:
+    """Waits for the device."""
+    counts = {"num_tokens_per_rank": (per_rank, in_rank)}
+    if per_node is not None:
+        (num_tokens, num_ranks), num_nodes = in_rank.shape, per_node.shape[0]
+        in_node = in_rank.view(num_tokens, num_nodes, num_ranks // num_nodes).any(2)
+        counts["num_tokens_per_rdma_rank"] = per_node, in_node
+    for name, (tensor, is_sent) in counts.items():
+        given, counted = tensor.tolist(), is_sent.sum(0).tolist()
+        if given != counted:
+            return f"{name} must count the tokens in is_token_in_rank, which are {counted}, got {given}"
+    return None
+
+
+def check_bias(bias: Any, device: torch.device, num_tokens: int,
+               hidden: int) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
+    given = bias if isinstance(bias, tuple) else (bias, )
+    if not 1 <= len(given) <= 2:
+        raise ValueError(f"bias must be a tensor or a tuple of two, got a tuple of {len(given)}")
+    for i, tensor in enumerate(given):
+        name = f"bias[{i}]" if isinstance(bias, tuple) else "bias"
+        check_tensor(name, tensor, device, (num_tokens, hidden), (torch.bfloat16, ))
+        check_alignment(name, tensor)
+    return given[0], given[1] if len(given) == 2 else None
+
+
 class _NoneGiven:
     """Stands for a tensor where there are fewer than three."""
 

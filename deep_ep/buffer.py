@@ -18,7 +18,7 @@ from typing_extensions import Self
 
 import deep_ep_cpp
 from deep_ep import _env, _high_throughput, _low_latency, _peers, _tensors
-from deep_ep._dispatch import Payload
+from deep_ep._high_throughput import Payload
 from deep_ep._peers import Peers, WaitCounters
 from deep_ep._session import Request, Session, build_session
 from deep_ep._streams import CudaStreams

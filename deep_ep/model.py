@@ -44,7 +44,8 @@ OPERATIONS = ((DISPATCH, FP8), (DISPATCH, BF16), (COMBINE, BF16))
 HIGH_THROUGHPUT, LOW_LATENCY = "high-throughput", "low-latency"
 SCALING_RANKS = tuple(1 << i for i in range(1, 10))
 LARGEST_NODE = 8
-# Two ranks lend each other the sums of such combines; all other rows of a combine go through slots. deep_ep/_high_throughput.py.
+# Two ranks lend each other the sums of such combines; all other rows of a combine go through slots
+# (deep_ep/_high_throughput.py).
 LENDING_PAIR, LENT_SUMS_TOKENS, LEAST_LENT_SUMS_SMS = 2, range(2048, 4097), 14
 
 # What a call moves, for even routing.

@@ -164,7 +164,7 @@ std::unique_ptr<LentRows> HighThroughputCalls::reserve(const RowKind& kind, int6
 
 namespace {
 
-// `addresses`: of the Outputs of _dispatch.py, or the tensors.
+// `addresses`: of the Outputs of _high_throughput.py, or the tensors.
 void set_outputs(kernels::DispatchArgs& args, const py::tuple& addresses, int64_t num_rows) {
     args.recv_x = address_at<uint8_t>(addresses[0]);
     args.recv_scales = address_at<uint32_t>(addresses[1]);

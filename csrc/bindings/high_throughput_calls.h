@@ -36,7 +36,7 @@ struct HandleView {
     int64_t num_rows() const { return src_idx.extent(0); }
 };
 
-// What dispatches with rows of one kind have in common: a `Kind` of _dispatch.py.
+// What dispatches with rows of one kind have in common: a `Kind` of _high_throughput.py.
 struct RowKind {
     std::array<int64_t, 4> numbers;    // hidden, scales, top-k, experts
     std::array<py::object, 3> dtypes;  // of rows, scales and indices; None: there are none

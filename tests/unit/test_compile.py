@@ -17,7 +17,6 @@ from utils import device
 
 from deep_ep import (
     Buffer,
-    _dispatch,
     _high_throughput,
     _low_latency,
     _peers,
@@ -30,7 +29,7 @@ from deep_ep import (
 
 HIDDEN, NUM_EXPERTS, NUM_TOPK, MAX_TOKENS = 64, 4, 2, 64
 TOKENS = (1, 5, 7, 9, 13, 2, 3, 11, 17, 23, 33, 64, 12, 31)
-MODULES = (_dispatch, _high_throughput, _low_latency, _peers, _session, _streams, _tensors, buffer, utils)
+MODULES = (_high_throughput, _low_latency, _peers, _session, _streams, _tensors, buffer, utils)
 Layer = Callable[[Buffer, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
