@@ -144,7 +144,7 @@ def high_throughput_calls(buffer: Buffer, inputs: Inputs) -> dict[str, Callable[
 
 def lent_calls(buffer: Buffer, inputs: Inputs) -> dict[str, Callable[[], Any]]:
     """Those whose outputs are lent, as where there are several ranks. (One rank has nobody to lend to.)"""
-    from deep_ep._memory import Lender
+    from deep_ep._tensors import Lender
     session = buffer._session
     assert session is not None
     lender = Lender(LendingRuntime(deep_ep_cpp.Device(-1)), session.streams)  # type: ignore[arg-type]
@@ -300,7 +300,7 @@ def time_primitives(buffer: Buffer, device: torch.device) -> None:
 
 def time_low_latency_parts(buffer: Buffer, device: torch.device) -> None:
     """The same for a combine: its launches, its outputs and its record, and what asks the streams."""
-    from deep_ep import _checks
+    from deep_ep import _tensors
     session, inputs = buffer._session, Inputs.make(device, NUM_LL_EXPERTS)
     assert session is not None
     rows, _, handle, _, _ = buffer.low_latency_dispatch(inputs.x,
@@ -333,7 +333,7 @@ def time_low_latency_parts(buffer: Buffer, device: torch.device) -> None:
         "LL dispatch's outputs": plan.make_outputs,
         "LL stream's policy": lambda: session.streams.low_latency_operation(False, True),
         "LL begin_call": session.begin_call,
-        "LL check of a tensor": lambda: _checks.check_matrix("x", inputs.x, device, (torch.bfloat16, )),
+        "LL check of a tensor": lambda: _tensors.check_matrix("x", inputs.x, device, (torch.bfloat16, )),
     }
     for name, part in parts.items():
         measure(part, torch.cuda.synchronize, 5)

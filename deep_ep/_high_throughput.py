@@ -1,35 +1,43 @@
-"""get_dispatch_layout, dispatch and combine: checks, allocation, and the native calls in between."""
+"""The high-throughput mode: get_dispatch_layout, dispatch and combine, and the handle that a dispatch leaves.
+
+Checks, allocation, and the native calls in between. The native code tells "no top-k" and "no scales" by a count of
+zero, never by an address: an empty tensor's is zero.
+"""
 
 import functools
-from typing import Any, Optional
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 
-from deep_ep import _checks
-from deep_ep._checks import KnownTensors
-from deep_ep._dispatch import INT32, Dispatch, Handle, Handles, Payload, Places, Routing, kind_of
-from deep_ep._env import is_capturing
-from deep_ep._memory import LEAST_SPARE_ROWS, SPARE_SHARES, RowForm, Spec, num_bytes_of
-from deep_ep._peers import CallCheck
+from deep_ep import _tensors
+from deep_ep._peers import DEVICE, CallCheck, HandlePart
 from deep_ep._session import Session
 from deep_ep._streams import Operation
-from deep_ep._topology import DEVICE
-from deep_ep.utils import EventHandle, EventOverlap
+from deep_ep._tensors import LEAST_SPARE_ROWS, SPARE_SHARES, KnownTensors, Lender, RowForm, Spec, num_bytes_of
+from deep_ep.utils import EventHandle, EventOverlap, is_capturing
 from deep_ep_cpp import (
     CombineArgs,
     DirectCalls,
+    DispatchArgs,
     Error,
     InternodeCombineArgs,
+    InternodeDispatchArgs,
+    InternodeNotifyArgs,
     LayoutArgs,
+    NotifyArgs,
     has_tensor_exchange,
 )
 
+INT32 = (torch.int32, )
+BFLOAT16 = (torch.bfloat16, )
+FLOAT32 = (torch.float32, )
+Handle = tuple[torch.Tensor, ...]
+
+Payload = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 DispatchResult = tuple[Payload, Optional[torch.Tensor], Optional[torch.Tensor], Optional[list[int]], Optional[Handle],
                        EventOverlap]
 CombineResult = tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]
-
-BFLOAT16 = (torch.bfloat16, )
-FLOAT32 = (torch.float32, )
 
 NO_BIASES = None, None
 # Of a combine whose output is lent: fewer are quicker through slots (docs/performance/intranode.md, step 39), and for
@@ -38,6 +46,360 @@ LEAST_SUMS_SMS = 14
 LEAST_SUMS_TOKENS, MOST_SUMS_TOKENS = 2048, 4096
 ROWS_ALONE = CombineArgs(topk_weights=None, num_topk=0, bias=NO_BIASES, combined_topk_weights=None)
 MAX_ALIGNMENT = 1 << 20  # of counts that are rounded up in 32 bits
+
+
+class Rail(NamedTuple):
+    """Where tokens stand that go to other nodes, or come from there."""
+
+    prefix: torch.Tensor
+    send_head: torch.Tensor
+    head: torch.Tensor
+    recv_rank_prefix: torch.Tensor  # for callers: no later call reads it
+
+
+class Places(NamedTuple):
+    """The tensors that a fresh dispatch writes, and that later calls with its handle read."""
+
+    rank_prefix_matrix: torch.Tensor
+    send_head: torch.Tensor
+    rail: Optional[Rail]  # None: within a node
+
+    def read_later(self) -> tuple[torch.Tensor, ...]:
+        return self[:2] if self.rail is None else (*self[:2], *self.rail[:3])
+
+    def written(self) -> tuple[torch.Tensor, ...]:
+        return self[:2] if self.rail is None else (*self[:2], *self.rail)
+
+
+class Routing(NamedTuple):
+    """The checked arguments that say where tokens go in a fresh dispatch."""
+
+    num_tokens_per_rank: torch.Tensor
+    num_tokens_per_node: Optional[torch.Tensor]  # None: within a node
+    num_tokens_per_expert: torch.Tensor
+    is_token_in_rank: torch.Tensor
+    topk_idx: Optional[torch.Tensor]
+    topk_weights: Optional[torch.Tensor]
+
+
+class Outputs(NamedTuple):
+    """The tensors that a dispatch fills: in this order."""
+
+    x: torch.Tensor
+    scales: Optional[torch.Tensor]
+    topk_idx: Optional[torch.Tensor]
+    topk_weights: Optional[torch.Tensor]
+    src_idx: torch.Tensor  # absent where the call has a handle, which has it
+
+    def payload(self) -> Payload:
+        return self.x if self.scales is None else (self.x, self.scales)
+
+
+class Kind(NamedTuple):
+    """What dispatches with rows of one kind have in common."""
+
+    form: RowForm  # of the Outputs
+    args: DispatchArgs
+    notify_args: NotifyArgs
+
+
+@functools.lru_cache(maxsize=64)
+def kind_of(hidden: int, dtype: torch.dtype, num_scales: int, scale_dtype: Optional[torch.dtype], num_topk: int,
+            idx_dtype: Optional[torch.dtype], num_experts: int) -> Kind:
+    """`num_experts`: 0 where the call has a handle."""
+    form = RowForm([
+        ((hidden, ), dtype),
+        None if scale_dtype is None else ((num_scales, ), scale_dtype),
+        None if idx_dtype is None else ((num_topk, ), idx_dtype),
+        None if idx_dtype is None else ((num_topk, ), torch.float32),
+        ((), torch.int32) if num_experts else None,
+    ])
+    row_bytes = hidden * dtype.itemsize
+    args = DispatchArgs(row_bytes=row_bytes,
+                        num_scales=num_scales,
+                        num_topk=num_topk,
+                        idx_bytes=8 if idx_dtype is None else idx_dtype.itemsize,
+                        num_experts=num_experts,
+                        is_cached=num_experts == 0)
+    notify_args = NotifyArgs(num_experts=num_experts, row_bytes=row_bytes, num_topk=num_topk, num_scales=num_scales)
+    return Kind(form, args, notify_args)
+
+
+Counts = tuple[Optional[torch.Tensor], Optional[torch.Tensor]]
+NO_COUNTS: Counts = None, None  # they have been exchanged
+HOST_DOES_NOT_WAIT = 0  # in the place of an alignment
+
+
+class Dispatch:
+    """One dispatch: where its rows go, and the native calls."""
+
+    def __init__(self, session: Session, rows: torch.Tensor, scales: Optional[torch.Tensor], routing: Optional[Routing],
+                 places: Places, num_sms: int, operation: Operation) -> None:
+        self.session = session
+        self.rows = rows
+        self.scales = scales
+        self.routing = routing
+        self.places = places
+        self.num_tokens, hidden = rows.shape
+        self.topk_idx = topk_idx = None if routing is None else routing.topk_idx
+        self.counts: Counts = NO_COUNTS
+        num_experts = 0
+        if routing is not None:
+            self.counts = routing.num_tokens_per_rank, routing.num_tokens_per_expert
+            num_experts = routing.num_tokens_per_expert.shape[0]
+        self.kind = kind_of(hidden, rows.dtype, 0 if scales is None else scales.shape[1],
+                            None if scales is None else scales.dtype, 0 if topk_idx is None else topk_idx.shape[1],
+                            None if topk_idx is None else topk_idx.dtype, num_experts)
+        self.num_sms = num_sms
+        self.operation = operation
+
+    def cached(self, num_rows: int) -> Outputs:
+        with self.operation.allocation():
+            outputs = self._outputs(num_rows)
+        self.operation.start((self.rows, self.scales, *self.places.read_later()), outputs)
+        # The handle may come from a worst-case dispatch: fewer rows than it has room for are no error.
+        self._send(outputs, num_rows, NO_COUNTS, True)
+        return outputs
+
+    def worst_case(self, num_rows: int) -> Outputs:
+        with self.operation.allocation():
+            outputs = self._outputs(num_rows)
+        self._start(outputs)
+        if self.places.rail is None:
+            self._send(outputs, num_rows, self.counts, True)
+        else:
+            self._exchange_counts(HOST_DOES_NOT_WAIT)
+            self._send(outputs, num_rows, NO_COUNTS, True)
+        return outputs
+
+    def counted(self, expert_alignment: int) -> tuple[int, list[int], Outputs]:
+        """Rows that came, those of each expert, and the outputs."""
+        lender = self.session.lender
+        found = None
+        if lender is not None and self.places.rail is None:  # across nodes a kernel of its own exchanges the counts
+            found = self._guessed(lender, expert_alignment)
+        if found is None:
+            found = self._counted_first(expert_alignment)
+        if lender is not None:
+            lender.remember_rows(self.num_tokens, found[0])
+        return found
+
+    def _guessed(self, lender: Lender, expert_alignment: int) -> Optional[tuple[int, list[int], Outputs]]:
+        """The rows move while the host learns how many they are. None: there is no room for what may come."""
+        likely_rows = lender.guess_rows(self.num_tokens, self.session.num_ranks)
+        form = self.kind.form
+        reserved = lender.reserve(form, likely_rows, self.operation)
+        if reserved is None:
+            return None
+        self._start(())
+        self._send(reserved.addresses(), reserved.num_rows, self.counts, expert_alignment=expert_alignment)
+        num_rows, per_expert, _ = self.session.runtime.wait_counts()
+        if num_rows > reserved.num_rows:
+            del reserved  # its memory may serve now
+            return num_rows, per_expert, self._sent(num_rows)
+        made = reserved.tensors(num_rows, lender.index) if num_rows else form.empty(self.session.empty, 0)
+        outputs = Outputs._make(made)
+        self.operation.add_lent(outputs)
+        return num_rows, per_expert, outputs
+
+    def _counted_first(self, expert_alignment: int) -> tuple[int, list[int], Outputs]:
+        self._start(())
+        self._exchange_counts(expert_alignment)
+        num_rows, per_expert, num_rail_tokens = self.session.runtime.wait_counts()
+        return num_rows, per_expert, self._sent(num_rows, num_rail_tokens)
+
+    def _exchange_counts(self, expert_alignment: int) -> None:
+        args = self.kind.notify_args.replace(num_tokens_per_rank=self.counts[0],
+                                             num_tokens_per_expert=self.counts[1],
+                                             expert_alignment=expert_alignment,
+                                             rank_prefix_matrix=self.places.rank_prefix_matrix,
+                                             num_tokens=self.num_tokens)
+        runtime, stream, rail, routing = self.session.runtime, self.operation.stream, self.places.rail, self.routing
+        if rail is None or routing is None:
+            runtime.notify_dispatch(args, stream)
+            return
+        runtime.internode_notify(
+            InternodeNotifyArgs(args,
+                                num_tokens_per_node=routing.num_tokens_per_node,
+                                recv_rank_prefix=rail.recv_rank_prefix,
+                                rail_prefix=rail.prefix), stream)
+
+    def _sent(self, num_rows: int, num_rail_tokens: int = 0) -> Outputs:
+        """The second half of a call, whose counts have been exchanged."""
+        made: tuple[Optional[torch.Tensor], ...]
+        with self.operation.allocation():
+            made = outputs = self._outputs(num_rows)
+            if self.places.rail is not None:
+                head = self.session.empty[torch.int32](num_rail_tokens, self.session.topology.ranks_per_node)
+                self.places = self.places._replace(rail=self.places.rail._replace(head=head))
+                made = (*outputs, head)
+        self.operation.add(made)
+        self._send(outputs, num_rows, NO_COUNTS)
+        return outputs
+
+    def _start(self, outputs: tuple[Optional[torch.Tensor], ...]) -> None:
+        self.operation.start((self.rows, self.scales, *(self.routing or ())), (*self.places.written(), *outputs))
+
+    def _outputs(self, num_rows: int) -> Outputs:
+        """Lent to the peers where there is room for all."""
+        lender, form = self.session.lender, self.kind.form
+        made = None if lender is None else lender.tensors(form, num_rows, self.operation)
+        return Outputs._make(form.empty(self.session.empty, num_rows) if made is None else made)
+
+    def _send(self,
+              addresses: Iterable[Any],
+              num_rows: int,
+              counts: Counts,
+              is_worst_case: bool = False,
+              expert_alignment: int = 0) -> None:
+        """`addresses`: of the Outputs. `expert_alignment` > 0: the host waits for the counts."""
+        routing, scales, topk_idx = self.routing, self.scales, self.topk_idx
+        stride_token, stride_scale = (0, 0) if scales is None else scales.stride()
+        recv_x, recv_scales, recv_topk_idx, recv_topk_weights, recv_src_idx = addresses
+        places = self.places
+        args = self.kind.args.replace(x=self.rows,
+                                      num_tokens=self.num_tokens,
+                                      scales=scales,
+                                      scale_stride_token=stride_token,
+                                      scale_stride_scale=stride_scale,
+                                      topk_idx=topk_idx,
+                                      topk_weights=None if routing is None else routing.topk_weights,
+                                      num_tokens_per_rank=counts[0],
+                                      num_tokens_per_expert=counts[1],
+                                      is_token_in_rank=None if routing is None else routing.is_token_in_rank,
+                                      rank_prefix_matrix=places.rank_prefix_matrix,
+                                      send_head=places.send_head,
+                                      recv_x=recv_x,
+                                      recv_scales=recv_scales,
+                                      recv_topk_idx=recv_topk_idx,
+                                      recv_topk_weights=recv_topk_weights,
+                                      recv_src_idx=recv_src_idx,
+                                      num_recv_rows=num_rows,
+                                      is_worst_case=is_worst_case,
+                                      expert_alignment=expert_alignment)
+        runtime, stream, rail = self.session.runtime, self.operation.stream, places.rail
+        if rail is None:
+            runtime.dispatch(args, self.num_sms, stream)
+        else:
+            runtime.internode_dispatch(
+                InternodeDispatchArgs(args,
+                                      rail_prefix=rail.prefix,
+                                      send_rail_head=rail.send_head,
+                                      rail_head=rail.head,
+                                      num_rail_rows=rail.head.shape[0]), self.num_sms, stream)
+
+
+class Handles:
+    """Makes and reads the handles of one Buffer: what a dispatch leaves for combine and for later dispatches.
+
+    A handle is a tuple of tensors, and callers count on their order.
+
+    R ranks, N nodes of L ranks, T tokens of this rank, M rows that it received, F tokens that it forwards to its
+    node. Within a node:
+
+      rank_prefix_matrix int32 [R, R]; [src][dst]: one past the last row that dst receives from src
+      two tensors without data, of which this version has no use
+      recv_src_idx int32 [M]; index of the received token at its source
+      is_token_in_rank bool [T, R]
+      send_head int32 [T, R]; position among the tokens sent to that rank, -1: not sent
+
+    Across nodes:
+
+      is_token_in_rank bool [T, R]
+      a tensor without data
+      send_head int32 [T, R]
+      a tensor without data
+      rail_prefix int32 [N]; one past the last token that this rank forwards from the nodes up to that one
+      rank_prefix_matrix int32 [R, L]; of the ranks of this node alone
+      recv_rank_prefix int32 [R]; one past the last row that this rank receives from the ranks up to that one
+      recv_src_idx int32 [M]
+      send_rail_head int32 [T, N]; position among the tokens sent to that node, -1: not sent, or the own node
+      rail_head int32 [F, L]; position of the forwarded token among those of its source at each rank, -1: not there
+    """
+
+    def __init__(self, session: Session) -> None:
+        topology = session.topology
+        self._session = session
+        self._num_ranks, self._num_nodes = session.num_ranks, topology.num_nodes
+        self._ranks_per_node = topology.ranks_per_node
+        self._num_fields = 6 if topology.num_nodes == 1 else 10
+        self._known = KnownTensors[tuple[int, int]]()  # send_head, rank_prefix_matrix, recv_src_idx: T, M
+        self._known_rails = KnownTensors[int]()  # send_rail_head, rail_prefix, rail_head: T
+        # In the place of the tensors of a handle that this version has no use for; no data, so all can share it.
+        self.unused = torch.empty(session.num_ranks, 0, dtype=torch.int32, device=session.streams.device)
+
+    def new_places(self, num_tokens: int, num_rail_rows: int) -> Places:
+        """For a fresh dispatch. `num_rail_rows`: that rail_head is to hold, 0 where nobody knows yet."""
+        make, num_ranks, num_nodes = self._session.empty[torch.int32], self._num_ranks, self._num_nodes
+        rail = None
+        if num_nodes > 1:
+            rail = Rail(make(num_nodes), make(num_tokens, num_nodes), make(num_rail_rows, self._ranks_per_node),
+                        make(num_ranks))
+        return Places(make(num_ranks, self._ranks_per_node), make(num_tokens, num_ranks), rail)
+
+    def make(self, places: Places, is_token_in_rank: torch.Tensor, recv_src_idx: torch.Tensor, num_tokens: int,
+             num_rows: int) -> Handle:
+        matrix, send_head, rail = places
+        unused = self.unused
+        self._known.add((num_tokens, num_rows), send_head, matrix, recv_src_idx)
+        if rail is None:
+            return matrix, unused, unused, recv_src_idx, is_token_in_rank, send_head
+        self._known_rails.add(num_tokens, rail.send_head, rail.prefix, rail.head)
+        return (is_token_in_rank, unused, send_head, unused, rail.prefix, matrix, rail.recv_rank_prefix, recv_src_idx,
+                rail.send_head, rail.head)
+
+    def read(self, handle: Any) -> tuple[Places, int, int]:
+        """What is in the handle of a dispatch, also after a trip through save_for_backward; T and M."""
+        if not isinstance(handle, (tuple, list)):
+            raise TypeError(f"handle must be the tuple that dispatch returned, got {type(handle).__name__}")
+        if len(handle) != self._num_fields:
+            raise ValueError(f"handle must have {self._num_fields} tensors, got {len(handle)}")
+        rail = None
+        if len(handle) == 6:
+            matrix, _, _, recv_src_idx, _, send_head = handle
+        else:
+            _, _, send_head, _, prefix, matrix, recv_rank_prefix, recv_src_idx, send_rail_head, rail_head = handle
+            rail = Rail(prefix, send_rail_head, rail_head, recv_rank_prefix)
+        known = self._known.find(send_head, matrix, recv_src_idx)
+        if known is None:
+            known = self._check(handle, matrix, send_head, recv_src_idx)
+        if rail is not None and self._known_rails.find(rail.send_head, rail.prefix, rail.head) != known[0]:
+            self._check_rail(rail, known[0])
+        return Places(matrix, send_head, rail), known[0], known[1]
+
+    @staticmethod
+    def src_idx(handle: Any) -> torch.Tensor:
+        """Of a handle that has been read."""
+        found: torch.Tensor = handle[3] if len(handle) == 6 else handle[7]
+        return found
+
+    def fact(self, places: Places) -> dict[str, Any]:
+        """What tells a handle from others, for the comparison of calls. Waits for the device."""
+        matrix = places.rank_prefix_matrix.tolist()
+        if places.rail is None:
+            return {"the rank_prefix_matrix of the handle": matrix}
+        topology = self._session.topology
+        sent = (places.send_head >= 0).sum(0).tolist()
+        return {"the dispatch of the handle": HandlePart(sent, topology.nodes[topology.node][0], matrix)}
+
+    def _check(self, handle: Any, matrix: torch.Tensor, send_head: torch.Tensor,
+               recv_src_idx: torch.Tensor) -> tuple[int, int]:
+        """T and M."""
+        device, num_ranks = self._session.streams.device, self._num_ranks
+        places = (0, 3, 5) if len(handle) == 6 else (5, 7, 2)
+        for place, name, shape in zip(places, ("rank_prefix_matrix", "recv_src_idx", "send_head"),
+                                      ((num_ranks, self._ranks_per_node), (None, ), (None, num_ranks))):
+            _tensors.check_tensor(f"handle[{place}] ({name})", handle[place], device, shape, INT32)
+        known = send_head.shape[0], recv_src_idx.shape[0]
+        self._known.add(known, send_head, matrix, recv_src_idx)
+        return known
+
+    def _check_rail(self, rail: Rail, num_tokens: int) -> None:
+        device, num_nodes = self._session.streams.device, self._num_nodes
+        _tensors.check_tensor("handle[4] (rail_prefix)", rail.prefix, device, (num_nodes, ), INT32)
+        _tensors.check_tensor("handle[8] (send_rail_head)", rail.send_head, device, (num_tokens, num_nodes), INT32)
+        _tensors.check_tensor("handle[9] (rail_head)", rail.head, device, (None, self._ranks_per_node), INT32)
+        self._known_rails.add(num_tokens, rail.send_head, rail.prefix, rail.head)
 
 
 @functools.lru_cache(maxsize=16)
@@ -103,9 +465,9 @@ class HighThroughput:
     ) -> tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torch.Tensor, EventOverlap]:
         session = self._session
         device, num_ranks, num_nodes = session.streams.device, session.num_ranks, session.topology.num_nodes
-        num_tokens, num_topk = _checks.check_topk_idx(topk_idx, device)
-        num_experts = _checks.check_int("num_experts", num_experts, 1, maximum=_checks.MAX_LOCAL_EXPERTS * num_ranks)
-        _checks.check_num_experts("num_experts", num_experts, num_ranks)
+        num_tokens, num_topk = _tensors.check_topk_idx(topk_idx, device)
+        num_experts = _tensors.check_int("num_experts", num_experts, 1, maximum=_tensors.MAX_LOCAL_EXPERTS * num_ranks)
+        _tensors.check_num_experts("num_experts", num_experts, num_ranks)
         with open_operation(session, "get_dispatch_layout", previous_event, async_finish,
                             allocate_on_comm_stream) as operation:
             with operation.allocation():
@@ -133,11 +495,11 @@ class HighThroughput:
                        previous_event: Optional[EventOverlap], async_finish: bool,
                        allocate_on_comm_stream: bool) -> DispatchResult:
         session = self._session
-        rows, scales = _checks.check_payload(x, session.streams.device)
+        rows, scales = _tensors.check_payload(x, session.streams.device)
         num_tokens = rows.shape[0]
         self._check_routing(routing, num_tokens)
-        expert_alignment = _checks.check_int("expert_alignment", expert_alignment, 1, maximum=MAX_ALIGNMENT)
-        num_worst_tokens = _checks.check_int("num_worst_tokens", num_worst_tokens, 0)
+        expert_alignment = _tensors.check_int("expert_alignment", expert_alignment, 1, maximum=MAX_ALIGNMENT)
+        num_worst_tokens = _tensors.check_int("num_worst_tokens", num_worst_tokens, 0)
         if num_worst_tokens and routing.topk_idx is None:
             raise ValueError(
                 "num_worst_tokens needs topk_idx and topk_weights: -1 in recv_topk_idx marks the unused rows")
@@ -164,7 +526,7 @@ class HighThroughput:
                         async_finish: bool, allocate_on_comm_stream: bool) -> DispatchResult:
         session = self._session
         places, num_tokens, num_rows = self._handles.read(handle)
-        rows, scales = _checks.check_payload(x, session.streams.device)
+        rows, scales = _tensors.check_payload(x, session.streams.device)
         if rows.shape[0] != num_tokens:
             raise ValueError(f"x must have {num_tokens} rows, the tokens of the dispatch that made the handle, got "
                              f"{rows.shape[0]}")
@@ -183,14 +545,14 @@ class HighThroughput:
         device = session.streams.device
         places, num_tokens, num_rows = self._handles.read(handle)
         src_idx = self._handles.src_idx(handle)
-        given_rows, hidden = _checks.check_rows("x", x, device, BFLOAT16)
+        given_rows, hidden = _tensors.check_rows("x", x, device, BFLOAT16)
         if given_rows != num_rows:
             raise ValueError(f"x must have {num_rows} rows, those that the dispatch of this handle received, got "
                              f"{given_rows}")
         num_topk = 0
         if topk_weights is not None:
-            _, num_topk = _checks.check_matrix("topk_weights", topk_weights, device, FLOAT32, num_rows)
-        biases = NO_BIASES if bias is None else _check_bias(bias, device, num_tokens, hidden)
+            _, num_topk = _tensors.check_matrix("topk_weights", topk_weights, device, FLOAT32, num_rows)
+        biases = NO_BIASES if bias is None else _tensors.check_bias(bias, device, num_tokens, hidden)
         if session.call_check is not None:
             session.call_check.compare("combine", {
                 "the row size of x": hidden,
@@ -245,7 +607,7 @@ class HighThroughput:
     def lend(self, shape: Any, dtype: torch.dtype) -> torch.Tensor:
         session = self._session
         lender = session.lender
-        spec: Spec = _checks.check_sizes("shape", shape), _checks.check_dtype("dtype", dtype)
+        spec: Spec = _tensors.check_sizes("shape", shape), _tensors.check_dtype("dtype", dtype)
         num_bytes = num_bytes_of(spec)
         if lender is None and session.num_ranks > 1:
             raise Error("lend: this Buffer lends nothing; build it with a larger num_nvl_bytes, or with num_lend_bytes")
@@ -264,13 +626,13 @@ class HighThroughput:
         device = session.streams.device
         per_rank, per_node, per_expert, in_rank = routing[:4]
         if not self._known_layouts.find(in_rank, per_rank, per_expert) or in_rank.shape[0] != num_tokens:
-            _check_layout(per_rank, per_expert, in_rank, device, (num_tokens, session.num_ranks))
+            _tensors.check_layout(per_rank, per_expert, in_rank, device, (num_tokens, session.num_ranks))
             self._known_layouts.add(True, in_rank, per_rank, per_expert)
         if per_node is not None:
-            _checks.check_tensor("num_tokens_per_rdma_rank", per_node, device, (session.topology.num_nodes, ), INT32)
+            _tensors.check_tensor("num_tokens_per_rdma_rank", per_node, device, (session.topology.num_nodes, ), INT32)
         if routing.topk_idx is not None:
-            shape = _checks.check_topk_idx(routing.topk_idx, device, num_tokens)
-            _checks.check_tensor("topk_weights", routing.topk_weights, device, shape, FLOAT32)
+            shape = _tensors.check_topk_idx(routing.topk_idx, device, num_tokens)
+            _tensors.check_tensor("topk_weights", routing.topk_weights, device, shape, FLOAT32)
 
     def _compare_calls(self,
                        check: CallCheck,
@@ -289,25 +651,11 @@ class HighThroughput:
         if places is not None:
             facts.update(self._handles.fact(places))
         if routing is not None:
-            fault = _find_layout_fault(routing)
+            fault = _tensors.find_layout_fault(routing.num_tokens_per_rank, routing.num_tokens_per_node,
+                                               routing.is_token_in_rank)
             facts["the length of num_tokens_per_expert"] = routing.num_tokens_per_expert.shape[0]
             facts["the columns of topk_idx"] = 0 if routing.topk_idx is None else routing.topk_idx.shape[1]
         check.compare(operation, facts, fault)
-
-
-def _find_layout_fault(routing: Routing) -> Optional[str]:
-    """Waits for the device."""
-    in_rank, per_node = routing.is_token_in_rank, routing.num_tokens_per_node
-    counts = {"num_tokens_per_rank": (routing.num_tokens_per_rank, in_rank)}
-    if per_node is not None:
-        (num_tokens, num_ranks), num_nodes = in_rank.shape, per_node.shape[0]
-        in_node = in_rank.view(num_tokens, num_nodes, num_ranks // num_nodes).any(2)
-        counts["num_tokens_per_rdma_rank"] = per_node, in_node
-    for name, (tensor, is_sent) in counts.items():
-        given, counted = tensor.tolist(), is_sent.sum(0).tolist()
-        if given != counted:
-            return f"{name} must count the tokens in is_token_in_rank, which are {counted}, got {given}"
-    return None
 
 
 def copies_per_token(num_ranks: int, num_topk: int) -> float:
@@ -336,24 +684,3 @@ def make_routing(num_tokens_per_rank: Optional[torch.Tensor], num_tokens_per_nod
         raise ValueError(f"topk_idx and topk_weights must be given together, got {given} without {missing}")
     return Routing(num_tokens_per_rank, num_tokens_per_node, num_tokens_per_expert, is_token_in_rank, topk_idx,
                    topk_weights)
-
-
-def _check_layout(per_rank: torch.Tensor, per_expert: torch.Tensor, in_rank: torch.Tensor, device: torch.device,
-                  shape: tuple[int, int]) -> None:
-    _, num_ranks = shape
-    _checks.check_tensor("num_tokens_per_rank", per_rank, device, (num_ranks, ), INT32)
-    _checks.check_tensor("is_token_in_rank", in_rank, device, shape, (torch.bool, ))
-    _checks.check_tensor("num_tokens_per_expert", per_expert, device, (None, ), INT32)
-    _checks.check_num_experts("the length of num_tokens_per_expert", per_expert.shape[0], num_ranks)
-
-
-def _check_bias(bias: Any, device: torch.device, num_tokens: int,
-                hidden: int) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
-    given = bias if isinstance(bias, tuple) else (bias, )
-    if not 1 <= len(given) <= 2:
-        raise ValueError(f"bias must be a tensor or a tuple of two, got a tuple of {len(given)}")
-    for i, tensor in enumerate(given):
-        name = f"bias[{i}]" if isinstance(bias, tuple) else "bias"
-        _checks.check_tensor(name, tensor, device, (num_tokens, hidden), BFLOAT16)
-        _checks.check_alignment(name, tensor)
-    return given[0], given[1] if len(given) == 2 else None

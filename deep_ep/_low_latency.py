@@ -4,14 +4,12 @@ from typing import Any, Callable, NamedTuple, Optional, Union
 
 import torch
 
-from deep_ep import _checks
-from deep_ep._checks import KnownTensors
-from deep_ep._memory import EmptyTensors, view_memory
+from deep_ep import _tensors
 from deep_ep._peers import CallCheck
 from deep_ep._session import Session
 from deep_ep._streams import Operation, Tensors
-from deep_ep._torch import opaque, outside_of_modes
-from deep_ep.utils import EventHandle, EventOverlap, RecordedEvent
+from deep_ep._tensors import EmptyTensors, KnownTensors, view_memory
+from deep_ep.utils import EventHandle, EventOverlap, RecordedEvent, opaque, outside_of_modes
 from deep_ep_cpp import Buffer as NativeBuffer
 from deep_ep_cpp import (
     InvalidArgument,
@@ -70,11 +68,11 @@ PLAIN = Format(use_fp8=False, round_scale=False, use_ue8m0=False)
 
 
 def check_max_tokens(value: Any) -> int:
-    return _checks.check_int("num_max_dispatch_tokens_per_rank", value, 1, maximum=MAX_TOKENS)
+    return _tensors.check_int("num_max_dispatch_tokens_per_rank", value, 1, maximum=MAX_TOKENS)
 
 
 def check_num_experts(name: str, value: Any, num_ranks: int) -> int:
-    return _checks.check_num_experts(name, _checks.check_int(name, value, 1, maximum=MAX_EXPERTS), num_ranks)
+    return _tensors.check_num_experts(name, _tensors.check_int(name, value, 1, maximum=MAX_EXPERTS), num_ranks)
 
 
 # recv_x; scales, if there are any; src_info; layout_range; recv_count
@@ -204,8 +202,8 @@ class Hook:
 
 def size_hint(num_max_tokens: int, hidden: int, num_ranks: int, num_experts: int) -> int:
     check_max_tokens(num_max_tokens)
-    _checks.check_int("hidden", hidden, BF16_ALIGNMENT, BF16_ALIGNMENT)
-    _checks.check_int("num_ranks", num_ranks, 1)
+    _tensors.check_int("hidden", hidden, BF16_ALIGNMENT, BF16_ALIGNMENT)
+    _tensors.check_int("num_ranks", num_ranks, 1)
     check_num_experts("num_experts", num_experts, num_ranks)
     return int(get_low_latency_rdma_size_hint(num_max_tokens, hidden, num_ranks, num_experts))
 
@@ -269,14 +267,14 @@ class LowLatency:
                  cumulative_stats: Optional[torch.Tensor], wait_stats: Optional[torch.Tensor], form: Form,
                  async_finish: bool, return_recv_hook: bool) -> DispatchResult:
         self.require("low_latency_dispatch")
-        num_tokens, hidden = _checks.check_rows("x", x, self._device, BFLOAT16)
-        num_listed, num_topk = _checks.check_topk_idx(topk_idx, self._device)
+        num_tokens, hidden = _tensors.check_rows("x", x, self._device, BFLOAT16)
+        num_listed, num_topk = _tensors.check_topk_idx(topk_idx, self._device)
         plan = self._plan(num_max_tokens, num_topk, num_experts, hidden, form)
         if num_tokens > plan.num_max_tokens:
             raise ValueError(f"x must have at most num_max_dispatch_tokens_per_rank ({plan.num_max_tokens}) rows, got "
                              f"{num_tokens}")
         if num_listed != num_tokens:
-            _checks.check_topk_idx(topk_idx, self._device, num_tokens)
+            _tensors.check_topk_idx(topk_idx, self._device, num_tokens)
         session = self._session
         if cumulative_stats is not None or wait_stats is not None:
             self._check_stats("cumulative_local_expert_recv_stats", cumulative_stats, plan.num_local, INT32)
@@ -324,7 +322,7 @@ class LowLatency:
 
     def _check_stats(self, name: str, stats: Optional[torch.Tensor], size: int, dtypes: tuple[torch.dtype]) -> None:
         if stats is not None:
-            _checks.check_tensor(name, stats, self._device, (size, ), dtypes)
+            _tensors.check_tensor(name, stats, self._device, (size, ), dtypes)
 
     def _open_operation(self, name: str, async_finish: bool, return_recv_hook: bool) -> Operation:
         if async_finish and return_recv_hook:
@@ -341,19 +339,19 @@ class LowLatency:
         if use_logfmt and zero_copy:
             raise InvalidArgument("low_latency_combine: use_logfmt and zero_copy exclude each other")
         device = self._device
-        num_tokens, num_topk = _checks.check_topk_idx(topk_idx, device)
+        num_tokens, num_topk = _tensors.check_topk_idx(topk_idx, device)
         plan = self._plan_of(handle, num_topk)
         if num_tokens > plan.num_max_tokens:
             raise ValueError(f"topk_idx must have at most num_max_dispatch_tokens_per_rank ({plan.num_max_tokens}) "
                              f"rows, got {num_tokens}")
-        _checks.check_tensor("topk_weights", topk_weights, device, (num_tokens, num_topk), FLOAT32)
+        _tensors.check_tensor("topk_weights", topk_weights, device, (num_tokens, num_topk), FLOAT32)
         src_info, hidden = handle[0], plan.hidden
         sent = self._expert_rows(x, plan, zero_copy)
         self._check_stats("combine_wait_recv_cost_stats", wait_stats, self._session.num_ranks, INT64)
         if out is not None:
-            _checks.check_tensor("out", out, device, (num_tokens, hidden), BFLOAT16)
-            _checks.check_alignment("out", out)
-            _checks.check_apart("out", out, "x", sent)
+            _tensors.check_tensor("out", out, device, (num_tokens, hidden), BFLOAT16)
+            _tensors.check_alignment("out", out)
+            _tensors.check_apart("out", out, "x", sent)
         if self._session.call_check is not None:
             _compare_calls(self._session.call_check, "low_latency_combine", plan, {"use_logfmt": bool(use_logfmt)})
         operation = self._open_operation("low_latency_combine", async_finish, return_recv_hook)
@@ -416,15 +414,15 @@ class LowLatency:
         src_info, _, num_max_tokens, hidden, num_experts = handle
         num_ranks, num_max_tokens = self._session.num_ranks, check_max_tokens(num_max_tokens)
         num_experts = check_num_experts("handle[4] (num_experts)", num_experts, num_ranks)
-        hidden = _checks.check_int("handle[3] (hidden)", hidden, BF16_ALIGNMENT, BF16_ALIGNMENT)
-        _checks.check_tensor("handle[0] (src_info)", src_info, self._device,
-                             (num_experts // num_ranks, num_ranks * num_max_tokens), INT32)
+        hidden = _tensors.check_int("handle[3] (hidden)", hidden, BF16_ALIGNMENT, BF16_ALIGNMENT)
+        _tensors.check_tensor("handle[0] (src_info)", src_info, self._device,
+                              (num_experts // num_ranks, num_ranks * num_max_tokens), INT32)
         return num_max_tokens, hidden, num_experts
 
     def _expert_rows(self, x: Any, plan: Plan, zero_copy: bool) -> torch.Tensor:
         """What combine reads: `x`, or with zero_copy the buffer that the experts wrote to."""
-        rows = _checks.check_tensor("x", x, self._device, plan.expert_rows, BFLOAT16)
-        _checks.check_alignment("x", rows)
+        rows = _tensors.check_tensor("x", x, self._device, plan.expert_rows, BFLOAT16)
+        _tensors.check_alignment("x", rows)
         if not zero_copy:
             return rows
         buffers = self._combine_buffers.get(plan.expert_rows)

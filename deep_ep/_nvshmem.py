@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Optional
 
 import deep_ep_cpp
-from deep_ep import _env, _probes
-from deep_ep._topology import Place
+from deep_ep import _env
+from deep_ep._peers import Place
 from deep_ep_cpp import Error, InvalidArgument
 
 logger = logging.getLogger("deep_ep")
@@ -85,7 +85,7 @@ def find_folder() -> Optional[Path]:
     given = _env.nvshmem_dir()
     if given is not None:
         return given
-    folder = _probes.nvshmem_package()
+    folder = _env.nvshmem_package()
     return None if folder is None else Path(folder)
 
 

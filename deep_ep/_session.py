@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any, Callable, Optional, TypeVar
 import torch
 
 import deep_ep_cpp
-from deep_ep import _nvshmem, _probes, _streams, _topology
-from deep_ep._checks import BUFFER_ALIGNMENT_BYTES, MAX_INT64, check_int, check_positive
-from deep_ep._env import __version__, is_capturing, master_address
-from deep_ep._memory import EmptyTensors, Lender
-from deep_ep._peers import CallCheck, Peers, describe_differences
-from deep_ep._topology import Place, Topology, find_topology, place_of
+from deep_ep import _env, _nvshmem, _peers, _streams
+from deep_ep._env import __version__, master_address
+from deep_ep._peers import CallCheck, Peers, Place, Topology, describe_differences, find_topology, place_of
+from deep_ep._tensors import BUFFER_ALIGNMENT_BYTES, MAX_INT64, EmptyTensors, Lender, check_int, check_positive
+from deep_ep.utils import is_capturing
 from deep_ep_cpp import Error
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ class Request:
     def with_heap(self, heap: str) -> "Request":
         """Of what lies on the host nothing is lent unless the caller wants it: whoever computes with lent rows would
         read them at the rate of PCIe, each time."""
-        is_open = heap == _topology.HOST and self.num_lend_bytes is None
+        is_open = heap == _peers.HOST and self.num_lend_bytes is None
         return dataclasses.replace(self, num_lend_bytes=0) if is_open else self
 
     def lends(self, num_ranks: int) -> bool:
@@ -107,7 +106,7 @@ class Session:
         # One rank has nobody to lend to.
         self.lender = Lender(runtime, streams) if runtime.num_lend_bytes > 0 and num_ranks > 1 else None
         self.topology = topology
-        self.heap = heap  # _topology.DEVICE or HOST
+        self.heap = heap  # _peers.DEVICE or HOST
         self.rank = rank
         self.num_ranks = num_ranks
         self.cost_model = cost_model
@@ -287,9 +286,9 @@ def choose_rail(peers: Peers, agreed: Agreed, topology: Topology) -> str:
 
 def choose_heap(peers: Peers, agreed: Agreed, topology: Topology) -> str:
     """The same on every rank."""
-    heap, reason = _topology.choose_heap(agreed.heap, topology, agreed.device_kind)
+    heap, reason = _peers.choose_heap(agreed.heap, topology, agreed.device_kind)
     if peers.rank == 0:
-        _topology.tell_heap(heap, reason)
+        _peers.tell_heap(heap, reason)
     return heap
 
 
@@ -321,7 +320,7 @@ class _Construction:
         topology = find_topology(peers.rank, [place for _, place, _ in described], agreed.ranks_per_node, agreed.heap)
         heap = choose_heap(peers, agreed, topology)
         rail = choose_rail(peers, agreed, topology)
-        cost_model = None if heap == _topology.HOST else cost_model  # models are of heaps in GPU memory
+        cost_model = None if heap == _peers.HOST else cost_model  # models are of heaps in GPU memory
         try:
             self._open(topology, rail, heap, cost_model)
         except Exception as error:
@@ -340,9 +339,9 @@ class _Construction:
     def _open(self, topology: Topology, rail: str, heap: str, cost_model: Optional["CostModel"]) -> None:
         peers, created = self._peers, self._created
         has_rate = rail == "nvshmem"  # see _nvshmem.rail_rate
-        rates = peers.all_gather_results("reading the rates of the NICs", _probes.nic_gb_per_s) if has_rate else []
+        rates = peers.all_gather_results("reading the rates of the NICs", _env.nic_gb_per_s) if has_rate else []
         rate = _nvshmem.rail_rate(rail, rates, topology.ranks_per_node)
-        if cost_model is None and rate > 0 and heap != _topology.HOST:
+        if cost_model is None and rate > 0 and heap != _peers.HOST:
             from deep_ep import model  # here as calibrate is: `python -m` loads neither twice
             cost_model = model.costs_across_nodes(topology.num_nodes, topology.ranks_per_node, rate)
         handles = peers.all_gather_results("allocating the heap", lambda: self._allocate(topology, rail, rate, heap))
@@ -390,7 +389,7 @@ class _Construction:
                                          rail=rail,
                                          rail_reach=master_address(),
                                          rail_gb_per_s=rail_gb_per_s,
-                                         is_heap_on_host=heap == _topology.HOST)
+                                         is_heap_on_host=heap == _peers.HOST)
         except Error as error:
             raise type(error)(f"Buffer: {error}; asked for num_nvl_bytes={request.num_nvl_bytes}, num_rdma_bytes="
                               f"{request.num_rdma_bytes}, num_lend_bytes={request.num_lend_bytes}") from error

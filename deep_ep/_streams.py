@@ -22,8 +22,18 @@ from typing_extensions import Self
 
 import deep_ep_cpp
 from deep_ep._env import device_choice, native_device
-from deep_ep._torch import CurrentStream, StreamId, current_stream_handle, current_stream_id, is_of_torch
-from deep_ep.utils import EventPool, HostEvent, PooledEvent, RecordedEvent, event_pool
+from deep_ep.utils import (
+    CurrentStream,
+    EventPool,
+    HostEvent,
+    PooledEvent,
+    RecordedEvent,
+    StreamId,
+    current_stream_handle,
+    current_stream_id,
+    event_pool,
+    is_of_torch,
+)
 
 CPU_DEVICE_INDEX = -1
 # torch: lower is more urgent. Communication must not queue behind the compute that it overlaps with.

@@ -17,14 +17,13 @@ import torch.distributed as dist
 from typing_extensions import Self
 
 import deep_ep_cpp
-from deep_ep import _checks, _env, _high_throughput, _low_latency, _peers, _topology
-from deep_ep._dispatch import Payload
-from deep_ep._memory import view_memory
+from deep_ep import _env, _high_throughput, _low_latency, _peers, _tensors
+from deep_ep._high_throughput import Payload
 from deep_ep._peers import Peers, WaitCounters
 from deep_ep._session import Request, Session, build_session
 from deep_ep._streams import CudaStreams
-from deep_ep._torch import opaque, outside_of_modes
-from deep_ep.utils import EventHandle, EventOverlap
+from deep_ep._tensors import view_memory
+from deep_ep.utils import EventHandle, EventOverlap, opaque, outside_of_modes
 from deep_ep_cpp import Config, Error
 
 __all__ = ["Buffer", "Config", "EventHandle", "EventOverlap", "WaitCounters"]
@@ -201,7 +200,7 @@ class Buffer:
             return f"<Buffer of rank {self.rank} of {self.group_size}, destroyed>"
         topology, runtime = session.topology, session.runtime
         rail = f", rail: {runtime.rail_name}, {runtime.num_rail_bytes} bytes" if topology.num_nodes > 1 else ""
-        heap = ", heap in host memory" if session.heap == _topology.HOST else ""
+        heap = ", heap in host memory" if session.heap == _peers.HOST else ""
         return (
             f"<Buffer of rank {self.rank} of {self.group_size} on {session.streams.device}, node {topology.node} of "
             f"{topology.num_nodes} with {topology.ranks_per_node} rank(s){rail}{heap}, "
@@ -257,7 +256,7 @@ class Buffer:
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:
         """Sets the SM budget, an even number, of configurations made from now on."""
-        Buffer.num_sms = _checks.check_int("new_num_sms", new_num_sms, 2, 2)
+        Buffer.num_sms = _tensors.check_int("new_num_sms", new_num_sms, 2, 2)
 
     @staticmethod
     def capture() -> EventOverlap:
@@ -267,12 +266,12 @@ class Buffer:
     @staticmethod
     def get_dispatch_config(num_ranks: int) -> Config:
         """The default configuration of `dispatch` for a group of `num_ranks`."""
-        return _default_config("dispatch", Buffer.num_sms, _checks.check_int("num_ranks", num_ranks, 1))
+        return _default_config("dispatch", Buffer.num_sms, _tensors.check_int("num_ranks", num_ranks, 1))
 
     @staticmethod
     def get_combine_config(num_ranks: int) -> Config:
         """The default configuration of `combine` for a group of `num_ranks`."""
-        return _default_config("combine", Buffer.num_sms, _checks.check_int("num_ranks", num_ranks, 1))
+        return _default_config("combine", Buffer.num_sms, _tensors.check_int("num_ranks", num_ranks, 1))
 
     @staticmethod
     def get_low_latency_rdma_size_hint(num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int,
@@ -302,16 +301,16 @@ class Buffer:
         `use_rdma_buffer` gives an empty tensor. `offset` must be a multiple of the element size.
         """
         session = self._require_session()
-        item_bytes = _checks.check_dtype("dtype", dtype).itemsize
+        item_bytes = _tensors.check_dtype("dtype", dtype).itemsize
         runtime = session.runtime
         if use_rdma_buffer:
             num_rdma_bytes = self.num_rdma_bytes if session.topology.num_nodes == 1 else 0
             address, num_bytes = runtime.low_latency_data_ptr, num_rdma_bytes
         else:
             address, num_bytes = runtime.data_ptr, runtime.data_bytes
-        _checks.check_int("offset", offset, 0, item_bytes, num_bytes)
+        _tensors.check_int("offset", offset, 0, item_bytes, num_bytes)
         num_elements = (num_bytes - offset) // item_bytes
-        wanted = num_elements if size is None else math.prod(_checks.check_sizes("size", size))
+        wanted = num_elements if size is None else math.prod(_tensors.check_sizes("size", size))
         if wanted > num_elements:
             raise ValueError(f"size must fit into the {num_bytes} bytes of the buffer from byte {offset} on, got "
                              f"{wanted} elements of {item_bytes} bytes")
@@ -624,14 +623,14 @@ class Buffer:
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         """Leaves a rank out of low-latency calls from now on, or takes it back. Not collective."""
         masked = self._low_latency.masked_ranks("low_latency_update_mask_buffer")
-        if _checks.check_int("rank_to_mask", rank_to_mask, 0) >= self.group_size:
+        if _tensors.check_int("rank_to_mask", rank_to_mask, 0) >= self.group_size:
             raise ValueError(f"rank_to_mask must be below {self.group_size}, the size of the group, got {rank_to_mask}")
         masked[rank_to_mask] = int(bool(mask))
 
     def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
         """Writes to `mask_status`, int32 [R], which ranks this rank leaves out: 1, the others 0."""
         masked = self._low_latency.masked_ranks("low_latency_query_mask_buffer")
-        _checks.check_tensor("mask_status", mask_status, masked.device, tuple(masked.shape), (masked.dtype, ))
+        _tensors.check_tensor("mask_status", mask_status, masked.device, tuple(masked.shape), (masked.dtype, ))
         mask_status.copy_(masked)
 
     def low_latency_clean_mask_buffer(self) -> None:

@@ -53,8 +53,8 @@ def _load(name: str) -> Any:
 
 
 def _load_probes() -> ModuleType:
-    """deep_ep/_probes.py as a file, because the package may be what does not import."""
-    spec = importlib.util.spec_from_file_location("_deep_ep_probes", Path(__file__).with_name("_probes.py"))
+    """deep_ep/_env.py as a file, because the package may be what does not import."""
+    spec = importlib.util.spec_from_file_location("_deep_ep_probes", Path(__file__).with_name("_env.py"))
     assert spec is not None and spec.loader is not None  # noqa: S101, PT018 - for mypy: it ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there
@@ -314,7 +314,7 @@ def _check_shm() -> Finding:
 def _find_heap(requested: str, topology: Any) -> Finding:
     """The way of bytes within a node."""
     device_kind, _ = importlib.import_module("deep_ep._env").device_choice()
-    module = importlib.import_module("deep_ep._topology")
+    module = importlib.import_module("deep_ep._peers")
     placement, reason = module.choose_heap(requested, topology, device_kind)
     if device_kind != "cuda":
         return Finding("ok", "heap", f"host memory: {reason}")
@@ -337,7 +337,7 @@ def _name_links(num_gpus: int) -> str:
 
 def check_topology(native: Any) -> list[Finding]:
     """The nodes of a group with a rank on each GPU of this machine, and what could join it to others."""
-    module = importlib.import_module("deep_ep._topology")
+    module = importlib.import_module("deep_ep._peers")
     environment = native.get_environment()
     ranks_per_node = int(environment["ranks_per_node"])
     try:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Callable, Optional
 
 import deep_ep_cpp
-from deep_ep import _probes, calibrate
+from deep_ep import _env, calibrate
 from deep_ep_cpp import InvalidArgument
 
 FP8, BF16 = "fp8", "bf16"
@@ -44,7 +44,8 @@ OPERATIONS = ((DISPATCH, FP8), (DISPATCH, BF16), (COMBINE, BF16))
 HIGH_THROUGHPUT, LOW_LATENCY = "high-throughput", "low-latency"
 SCALING_RANKS = tuple(1 << i for i in range(1, 10))
 LARGEST_NODE = 8
-# Two ranks lend each other the sums of such combines; all other rows of a combine go through slots. deep_ep/_high_throughput.py.
+# Two ranks lend each other the sums of such combines; all other rows of a combine go through slots
+# (deep_ep/_high_throughput.py).
 LENDING_PAIR, LENT_SUMS_TOKENS, LEAST_LENT_SUMS_SMS = 2, range(2048, 4097), 14
 
 # What a call moves, for even routing.
@@ -406,9 +407,9 @@ def links_of(args: Namespace) -> Links:
     if args.nodes == 1 and not args.scaling:
         return Links(0.0, *rest)
     if args.nic_gbps is not None:
-        return Links(args.nic_gbps / _probes.BITS_PER_BYTE, *rest)
+        return Links(args.nic_gbps / _env.BITS_PER_BYTE, *rest)
     try:
-        total = _probes.nic_gb_per_s(args.nics)
+        total = _env.nic_gb_per_s(args.nics)
     except ValueError as error:
         raise InvalidArgument(f"--nics: {error}") from error
     if total is None:

@@ -21,7 +21,7 @@ from workload import Workload
 
 import deep_ep
 import deep_ep_cpp
-from deep_ep import _dispatch, _env, _high_throughput, _session, _streams
+from deep_ep import _env, _high_throughput, _session, _streams
 
 FAR_AWAY_S = 20.0  # an error that comes by itself comes long before
 WORK_SEED = 3
@@ -91,7 +91,7 @@ def unfinished_dispatch(worker: Worker, error: BaseException, failing: int, is_d
     pending = PendingCall(worker, buffer, small_work(worker.num_ranks)).layout()
     worker.barrier()
     if worker.rank == failing:
-        owner, name = (deep_ep_cpp.Buffer, "wait_counts") if is_direct else (_dispatch.Dispatch, "_outputs")
+        owner, name = (deep_ep_cpp.Buffer, "wait_counts") if is_direct else (_high_throughput.Dispatch, "_outputs")
         # Within the guess no outputs are made after the counts.
         buffer._session.lender = buffer._session.lender if is_direct else None
         buffer._session.direct = buffer._session.direct if is_direct else None

@@ -11,7 +11,7 @@ from utils import Pool, Worker
 from workload import Workload
 
 import deep_ep_cpp
-from deep_ep import Buffer, Error, TransportError, _nvshmem, _probes, model
+from deep_ep import Buffer, Error, TransportError, _env, _nvshmem, model
 
 RANKS_PER_NODE = {"DEEP_EP_RANKS_PER_NODE": "2"}
 
@@ -81,7 +81,7 @@ def chosen_by_the_model(worker: Worker, *gb_per_s: float) -> tuple[float, list[i
 
     make_over_tcp.LEND_PART_OF_DATA = make.LEND_PART_OF_DATA
     with mock.patch.object(_nvshmem, "obstacle", return_value=""), \
-            mock.patch.object(_probes, "nic_gb_per_s", return_value=gb_per_s[worker.rank]), \
+            mock.patch.object(_env, "nic_gb_per_s", return_value=gb_per_s[worker.rank]), \
             mock.patch.object(deep_ep_cpp, "Buffer", make_over_tcp), worker.new_buffer() as buffer:
         costs = buffer._require_session().cost_model
         return rates[0], [costs.budget("combine", Buffer.num_sms, num_bytes, 4) for num_bytes in (1 << 10, 1 << 30)]

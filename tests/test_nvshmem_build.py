@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from deep_ep import Error, _nvshmem, _probes
+from deep_ep import Error, _env, _nvshmem
 
 pytestmark = pytest.mark.timeout(900)  # two compilers at work for a minute each, where nobody else is
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,7 +102,7 @@ def test_library_shows_nothing_but_its_entry(engines: dict[str, Path]) -> None:
 
 def test_missing_nvshmem_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NVSHMEM_DIR", raising=False)
-    monkeypatch.setattr(_probes, "NVSHMEM_PACKAGE", "deep_ep.no_such_package")
+    monkeypatch.setattr(_env, "NVSHMEM_PACKAGE", "deep_ep.no_such_package")
     with pytest.raises(Error, match=r"NVSHMEM was not found: pip install nvidia-nvshmem-cu13 .*NVSHMEM_DIR"):
         _nvshmem.find_installation()
 

@@ -111,7 +111,7 @@ def test_nothing_is_needed_but_the_c_library(wheel: Path, tmp_path: Path) -> Non
 def test_stub_types_and_licences_are_inside(wheel: Path) -> None:
     names = names_in(wheel)
     assert not any(name.startswith('deep_ep_bench_cpp') for name in names)  # of the benchmarks, for builds from source
-    assert {'deep_ep_cpp.pyi', 'deep_ep/py.typed', 'deep_ep/doctor.py', 'deep_ep/_probes.py'} <= names
+    assert {'deep_ep_cpp.pyi', 'deep_ep/py.typed', 'deep_ep/doctor.py', 'deep_ep/_env.py'} <= names
     with zipfile.ZipFile(wheel) as archive:
         texts = {Path(name).name: archive.read(name).decode() for name in names if '.dist-info/licenses/' in name}
     for name, says in (('LICENSE', 'MIT License'), ('NOTICE.txt', 'Boost.Context'), ('boost.txt', 'Boost Software'),

@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PYTHON = [f'deep_ep/{name}.py' for name in ('buffer', '_high_throughput', '_dispatch', '_session',
-                                            '_checks', '_streams', '_torch', 'utils')]  # yapf: disable
+PYTHON = [f'deep_ep/{name}.py' for name in ('buffer', '_high_throughput', '_session', '_tensors',
+                                             '_streams', 'utils')]  # yapf: disable
 HOST = [
     'deep_ep_cpp.pyi', 'csrc/deep_ep.cpp', 'csrc/bindings/record.h', 'csrc/runtime/buffer.h',
     'csrc/runtime/high_throughput.h', 'csrc/runtime/high_throughput.cc', 'csrc/runtime/connection.h',

@@ -32,7 +32,7 @@ HighThroughputCalls::HighThroughputCalls(const py::object& session, py::dict opt
 
 // -- What is given -----------------------------------------------------------------------------------------------------
 
-// `x` of dispatch: token rows, or (rows of 1-byte elements, scales). As check_payload of _checks.py.
+// `x` of dispatch: token rows, or (rows of 1-byte elements, scales). As check_payload of _tensors.py.
 bool HighThroughputCalls::read_payload(PyObject* x, Payload& payload) const {
     const bool has_scales = PyTuple_CheckExact(x) != 0;
     if (has_scales && PyTuple_GET_SIZE(x) != 2) return false;
@@ -164,7 +164,7 @@ std::unique_ptr<LentRows> HighThroughputCalls::reserve(const RowKind& kind, int6
 
 namespace {
 
-// `addresses`: of the Outputs of _dispatch.py, or the tensors.
+// `addresses`: of the Outputs of _high_throughput.py, or the tensors.
 void set_outputs(kernels::DispatchArgs& args, const py::tuple& addresses, int64_t num_rows) {
     args.recv_x = address_at<uint8_t>(addresses[0]);
     args.recv_scales = address_at<uint32_t>(addresses[1]);

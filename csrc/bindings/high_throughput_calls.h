@@ -36,11 +36,11 @@ struct HandleView {
     int64_t num_rows() const { return src_idx.extent(0); }
 };
 
-// What dispatches with rows of one kind have in common: a `Kind` of _dispatch.py.
+// What dispatches with rows of one kind have in common: a `Kind` of _high_throughput.py.
 struct RowKind {
     std::array<int64_t, 4> numbers;    // hidden, scales, top-k, experts
     std::array<py::object, 3> dtypes;  // of rows, scales and indices; None: there are none
-    py::object form;                   // RowForm of _memory.py
+    py::object form;                   // RowForm of _tensors.py
     std::shared_ptr<RowForm> native;
     int64_t lent_row_bytes;  // 0: such rows cannot be lent
     kernels::DispatchArgs args;

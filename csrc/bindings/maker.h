@@ -38,7 +38,7 @@ template <class T> T* address_at(const py::handle& tensor) {
     return reinterpret_cast<T*>(*address);
 }
 
-// As `empty[dtype](shape...)` of _memory.py.
+// As `empty[dtype](shape...)` of _tensors.py.
 class Maker {
 public:
     explicit Maker(py::object empty) : empty_(std::move(empty)) {}

@@ -14,7 +14,7 @@ constexpr int kMaxRailChunks = 512;  // of one stream in one bank: each has a fl
 constexpr int kMaxNodes = 256;
 constexpr int kRailReasonWords = 64;
 
-// Which ranks share a node and which share a rail, as kernels and layouts use it; Python finds it (deep_ep/_topology.py).
+// Which ranks share a node and which share a rail, as kernels and layouts use it; Python finds it (deep_ep/_peers.py).
 // Nodes of equal size whose ranks follow each other: rank = node * ranks_per_node + index. A *neighbour* is a rank of the
 // same node, a *rail peer* the rank with the same index in another node; the *forwarder* of a rank in a node is the one on
 // its rail.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import deep_ep_cpp
-from deep_ep import _env, _topology
+from deep_ep import _env, _peers
 from deep_ep.bench.ranks import Ranks
 from deep_ep.bench.timing import Timer, median
 
@@ -60,17 +60,17 @@ def measure_ceilings(ranks: Ranks, timer: Timer, sms: list[int], device: torch.d
 def find_heap(ranks: Ranks, device: torch.device) -> str:
     """Where a Buffer of these ranks has its memory: "device" or "host". Collective."""
     index = torch.cuda.current_device() if device.type == "cuda" else None
-    places = ranks.allgather(_topology.place_of(_env.native_device(-1 if index is None else index), index))
+    places = ranks.allgather(_peers.place_of(_env.native_device(-1 if index is None else index), index))
     requested = str(deep_ep_cpp.get_environment()["heap"])
-    topology = _topology.find_topology(ranks.rank, places, heap=requested)
-    return _topology.choose_heap(requested, topology, device.type)[0]
+    topology = _peers.find_topology(ranks.rank, places, heap=requested)
+    return _peers.choose_heap(requested, topology, device.type)[0]
 
 
 def _connect(ranks: Ranks, device: torch.device, bytes_per_peer: int) -> Links:
     from deep_ep_bench_cpp import Links
 
     index = torch.cuda.current_device() if device.type == "cuda" else -1
-    links = Links(index, ranks.rank, ranks.size, bytes_per_peer, find_heap(ranks, device) == _topology.HOST)
+    links = Links(index, ranks.rank, ranks.size, bytes_per_peer, find_heap(ranks, device) == _peers.HOST)
     links.connect(ranks.allgather(links.export_handle()))
     # Zeros move faster than data on some machines.
     data = torch.randint(0, 256, (bytes_per_peer, ), dtype=torch.uint8, device=device)

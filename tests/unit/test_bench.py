@@ -16,7 +16,7 @@ from bench_cases import same_as_collectives
 from utils import Pool
 
 import deep_ep_cpp
-from deep_ep import _topology
+from deep_ep import _peers
 from deep_ep.__main__ import build_parser, int_list, with_default_benchmark
 from deep_ep.bench.ceiling import measure_ceilings
 from deep_ep.bench.collectives import pack_topk, unpack_topk
@@ -511,5 +511,5 @@ def test_plain_streams_end_where_a_peer_says_nothing(monkeypatch: pytest.MonkeyP
 
 
 def test_a_report_says_where_the_heap_is(tmp_path: Path) -> None:
-    report = Report("intranode", "", "cpu", num_ranks=2, num_devices=0, findings=Findings(heap=_topology.HOST))
+    report = Report("intranode", "", "cpu", num_ranks=2, num_devices=0, findings=Findings(heap=_peers.HOST))
     assert json.loads(save(report, tmp_path, "abc").read_text())["heap"] == "host"

@@ -17,22 +17,19 @@ from utils import device
 
 from deep_ep import (
     Buffer,
-    _checks,
-    _dispatch,
     _high_throughput,
     _low_latency,
-    _memory,
     _peers,
     _session,
     _streams,
-    _torch,
+    _tensors,
     buffer,
     utils,
 )
 
 HIDDEN, NUM_EXPERTS, NUM_TOPK, MAX_TOKENS = 64, 4, 2, 64
 TOKENS = (1, 5, 7, 9, 13, 2, 3, 11, 17, 23, 33, 64, 12, 31)
-MODULES = (_checks, _dispatch, _high_throughput, _low_latency, _memory, _peers, _session, _streams, buffer, utils)
+MODULES = (_high_throughput, _low_latency, _peers, _session, _streams, _tensors, buffer, utils)
 Layer = Callable[[Buffer, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -133,7 +130,7 @@ def test_an_opaque_class_of_an_older_torch(monkeypatch: pytest.MonkeyPatch) -> N
         eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(action.SKIP, action.DEFAULT))
 
     older = types.SimpleNamespace(set_eval_frame=eval_frame.set_eval_frame, skip_code=skip_code)
-    monkeypatch.setattr(_torch, "eval_frame", older)
+    monkeypatch.setattr(utils, "eval_frame", older)
 
     def below(x: torch.Tensor) -> torch.Tensor:
         return x + 1
@@ -152,7 +149,7 @@ def test_an_opaque_class_of_an_older_torch(monkeypatch: pytest.MonkeyPatch) -> N
         def of_class(cls, x: torch.Tensor) -> torch.Tensor:
             return below(x)
 
-    calls = _torch.opaque(Calls)()
+    calls = utils.opaque(Calls)()
     assert Calls.method.__doc__ == "Adds one."
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")

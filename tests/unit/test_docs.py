@@ -67,7 +67,7 @@ def test_the_limits_of_the_readme_are_those_of_the_library() -> None:
     most_ranks = re.search(r'constexpr int kMaxRanks = (\d+);', (ROOT / 'csrc/layout/heap.h').read_text())
     assert most_ranks is not None
     assert f'9 to {most_ranks.group(1)} on one node; more than {most_ranks.group(1)}' in readme
-    alignment = re.search(r'ROW_ALIGNMENT_BYTES = (\d+)', (ROOT / 'deep_ep/_checks.py').read_text())
+    alignment = re.search(r'ROW_ALIGNMENT_BYTES = (\d+)', (ROOT / 'deep_ep/_tensors.py').read_text())
     assert alignment is not None
     assert f'multiple of {alignment.group(1)} bytes' in readme
     for name in ('ElasticBuffer', 'HybridEPBuffer'):

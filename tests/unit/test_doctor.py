@@ -17,7 +17,7 @@ import pytest
 import deep_ep
 import deep_ep_cpp
 from deep_ep import doctor
-from deep_ep._topology import Place
+from deep_ep._peers import Place
 from deep_ep.bench import round_trip as trip
 
 
@@ -43,7 +43,7 @@ def test_runs_as_a_file_where_the_package_does_not_import(tmp_path: Path) -> Non
     """Without the extension `python -m deep_ep.doctor` cannot start, and the ImportError points to the file."""
     package = tmp_path / "deep_ep"
     package.mkdir()
-    for name in ("doctor.py", "_probes.py", "__init__.py"):
+    for name in ("doctor.py", "_env.py", "__init__.py"):
         (package / name).write_text((Path(deep_ep.__file__).parent / name).read_text())
     (tmp_path / "deep_ep_cpp.py").write_text("raise ImportError('built for another Python')")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import deep_ep"
@@ -277,7 +277,7 @@ def test_topology_of_islands_and_of_virtual_nodes(monkeypatch: pytest.MonkeyPatc
         beyond = {here: frozenset(f"gpu-{rank}" for rank, there in gpus if there != here) for _, here in gpus}
         return [Place("boot", "box", f"gpu-{rank}", unreachable=beyond[island]) for rank, island in gpus]
 
-    monkeypatch.setattr("deep_ep._topology.places_of_this_machine", lambda: places("aabb"))
+    monkeypatch.setattr("deep_ep._peers.places_of_this_machine", lambda: places("aabb"))
     monkeypatch.setattr(doctor.probes, "IMEX_CHANNELS", tmp_path)
     monkeypatch.setattr(doctor.probes, "num_gpus_with_fabric_handles", lambda: 4)
     (tmp_path / "channel0").touch()
@@ -293,7 +293,7 @@ def test_topology_of_islands_and_of_virtual_nodes(monkeypatch: pytest.MonkeyPatc
     told = text_of(doctor.check_topology(environment_of("1")))
     assert "4 ranks on 4 nodes, DEEP_EP_RANKS_PER_NODE" in told
     assert "heap: GPU memory, over nothing, as a node has one GPU" in told
-    monkeypatch.setattr("deep_ep._topology.places_of_this_machine", lambda: places("aaab"))
+    monkeypatch.setattr("deep_ep._peers.places_of_this_machine", lambda: places("aaab"))
     monkeypatch.setattr(doctor.probes, "IMEX_CHANNELS", tmp_path / "nothing")
     told = text_of(doctor.check_topology(environment_of("0", heap="device")))
     assert "would be refused: Buffer: every node must have equally many ranks, got ranks 0 to 2 on box" in told

@@ -8,7 +8,7 @@ from single_rank import single_rank_buffer, single_rank_dispatch
 from utils import device
 
 from deep_ep import Buffer
-from deep_ep._checks import KnownTensors
+from deep_ep._tensors import KnownTensors
 
 
 def tensors() -> list[torch.Tensor]:

@@ -20,7 +20,7 @@ from utils import device
 import deep_ep
 import deep_ep_cpp
 from deep_ep import Buffer, _session
-from deep_ep._memory import RowForm
+from deep_ep._tensors import RowForm
 from deep_ep.utils import HostEvent
 
 

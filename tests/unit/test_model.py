@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import deep_ep_cpp
-from deep_ep import _high_throughput, _nvshmem, _probes, model
+from deep_ep import _env, _high_throughput, _nvshmem, model
 from deep_ep.__main__ import build_parser, main
 from deep_ep.model import BF16, COMBINE, DISPATCH, FP8, Links, Nodes, Shape
 
@@ -158,7 +158,8 @@ def test_constants_are_those_of_a_fit(page: Any, kind: str) -> None:
     _, report = page.fitted(kind)
     ranks = 0 if kind == "rows through slots" else report["num_ranks"]
     for operation, cost in page.model_fit.measure(report).items():
-        used = model.LOW_LATENCY_COSTS[operation] if kind == "low latency" else model.node_cost(operation, ranks, 4096, 16)
+        used = model.LOW_LATENCY_COSTS[operation] if kind == "low latency" else model.node_cost(
+            operation, ranks, 4096, 16)
         assert used.latency_us == pytest.approx(cost.latency_us, abs=0.1)
         assert used.link_share == pytest.approx(cost.link_share, abs=0.01)
         assert used.sm_gb_per_s == pytest.approx(cost.sm_gb_per_s, abs=0.1)
@@ -245,9 +246,9 @@ def fake_port(root: Path, device: str, gbps: int, state: str = "4: ACTIVE", bond
 
 def test_nic_rates_come_from_sysfs_and_bonds_count_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                          capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(_probes, "RDMA_DEVICES", tmp_path / "infiniband")
-    monkeypatch.setattr(_probes, "INTERFACES", tmp_path / "net")
-    assert _probes.nic_gb_per_s() is None
+    monkeypatch.setattr(_env, "RDMA_DEVICES", tmp_path / "infiniband")
+    monkeypatch.setattr(_env, "INTERFACES", tmp_path / "net")
+    assert _env.nic_gb_per_s() is None
     assert main(["model"]) == 1
     assert "give --nic-gbps" in capsys.readouterr().err
     fake_port(tmp_path, "mlx5_0", 400)
@@ -258,8 +259,8 @@ def test_nic_rates_come_from_sysfs_and_bonds_count_whole(tmp_path: Path, monkeyp
         (tmp_path / "net" / link / "speed").write_text("200000\n")
     (tmp_path / "net" / "bond0" / "bonding").mkdir(parents=True)
     (tmp_path / "net" / "bond0" / "bonding" / "slaves").write_text("eth0 eth1\n")
-    assert _probes.nic_gb_per_s() == 100.0  # 400 of mlx5_0 and 2 x 200 of the bond
-    assert _probes.nic_gb_per_s(["mlx5_0"]) == 50.0
+    assert _env.nic_gb_per_s() == 100.0  # 400 of mlx5_0 and 2 x 200 of the bond
+    assert _env.nic_gb_per_s(["mlx5_0"]) == 50.0
     assert model.links_of(parse("--ranks-per-node", "2")).nic_gb_per_s == 50.0
     assert model.links_of(parse("--ranks-per-node", "2", "--nics", "mlx5_0")).nic_gb_per_s == 25.0
     assert model.links_of(parse("--ranks-per-node", "2", "--nic-gbps", "80")).nic_gb_per_s == 10.0

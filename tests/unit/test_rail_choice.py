@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from deep_ep import Error, InvalidArgument, _nvshmem
-from deep_ep._topology import Place
+from deep_ep._peers import Place
 
 
 def test_nvshmem_is_chosen_where_every_rank_can() -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from deep_ep import Error, _topology
+from deep_ep import Error, _peers
+from deep_ep._peers import Place, find_topology, this_place, unreachable_gpus
 from deep_ep._session import Request
-from deep_ep._topology import Place, find_topology, this_place, unreachable_gpus
 from deep_ep.utils import check_nvlink_connections
 
 
@@ -73,28 +73,28 @@ def with_islands(*islands: str) -> list[Place]:
 def test_gpus_that_do_not_reach_each_other_share_host_memory() -> None:
     topology = find_topology(0, with_islands("aa", "bb"))
     assert topology.nodes == ((0, 1, 2, 3), )
-    heap, reason = _topology.choose_heap("", topology, "cuda")
-    assert heap == _topology.HOST
+    heap, reason = _peers.choose_heap("", topology, "cuda")
+    assert heap == _peers.HOST
     assert reason.startswith("rank 0 (gpu-0) and rank 2 (gpu-2) do not reach each other's memory")
 
 
 def test_gpus_that_reach_each_other_keep_their_own_memory() -> None:
     for topology in (find_topology(0, with_islands("aaaa")), find_topology(0, with_islands("aa", "bb"), 2)):
-        assert _topology.choose_heap("", topology, "cuda")[0] == _topology.DEVICE
+        assert _peers.choose_heap("", topology, "cuda")[0] == _peers.DEVICE
 
 
 def test_the_heap_that_is_asked_for_is_taken() -> None:
     together, apart = find_topology(0, with_islands("aa")), find_topology(0, with_islands("ab"))
-    assert _topology.choose_heap("host", together, "cuda") == (_topology.HOST, "DEEP_EP_HEAP=host")
-    assert _topology.choose_heap("device", apart, "cuda") == (_topology.DEVICE, "DEEP_EP_HEAP=device")
-    assert _topology.choose_heap("host", together, "cpu")[0] == _topology.DEVICE  # which is host memory there
+    assert _peers.choose_heap("host", together, "cuda") == (_peers.HOST, "DEEP_EP_HEAP=host")
+    assert _peers.choose_heap("device", apart, "cuda") == (_peers.DEVICE, "DEEP_EP_HEAP=device")
+    assert _peers.choose_heap("host", together, "cpu")[0] == _peers.DEVICE  # which is host memory there
 
 
 def test_a_heap_on_the_host_is_told_once_and_as_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    _topology.tell_heap.cache_clear()
+    _peers.tell_heap.cache_clear()
     with caplog.at_level("INFO", logger="deep_ep"):
         for reason in ("rank 0 and rank 1 do not", "rank 0 and rank 1 do not", "DEEP_EP_HEAP=host"):
-            _topology.tell_heap(_topology.HOST, reason)
+            _peers.tell_heap(_peers.HOST, reason)
     told = "within a node, bytes go through pinned host memory, at the rate of PCIe: "
     assert [(record.levelname, record.message)
             for record in caplog.records] == [("WARNING", told + "rank 0 and rank 1 do not"),
@@ -104,8 +104,8 @@ def test_a_heap_on_the_host_is_told_once_and_as_a_warning(caplog: pytest.LogCapt
 def test_nothing_of_a_heap_on_the_host_is_lent_without_being_asked() -> None:
     automatic = Request(1 << 20, 0, None, False, 24, False, None, None)
     asked = dataclasses.replace(automatic, num_lend_bytes=256)
-    assert [request.with_heap(_topology.HOST).num_lend_bytes for request in (automatic, asked)] == [0, 256]
-    assert [request.with_heap(_topology.DEVICE).num_lend_bytes for request in (automatic, asked)] == [None, 256]
+    assert [request.with_heap(_peers.HOST).num_lend_bytes for request in (automatic, asked)] == [0, 256]
+    assert [request.with_heap(_peers.DEVICE).num_lend_bytes for request in (automatic, asked)] == [None, 256]
 
 
 def test_with_a_heap_in_gpu_memory_such_gpus_are_no_node() -> None:
@@ -147,9 +147,9 @@ def test_gpus_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.get_device_properties", Properties)
     monkeypatch.setattr("torch.cuda.can_device_access_peer", lambda one, other: one // 2 == other // 2)
     # The driver knows all GPUs of the machine; of those that CUDA shows, CUDA's word counts.
-    monkeypatch.setattr("deep_ep._topology._cut_off_from", lambda _: frozenset())
+    monkeypatch.setattr("deep_ep._peers._cut_off_from", lambda _: frozenset())
     assert unreachable_gpus(1, "GPU-0000-1") == {"GPU-0000-2", "GPU-0000-3"}
-    monkeypatch.setattr("deep_ep._topology._cut_off_from", lambda _: frozenset({"GPU-0000-0", "GPU-hidden"}))
+    monkeypatch.setattr("deep_ep._peers._cut_off_from", lambda _: frozenset({"GPU-0000-0", "GPU-hidden"}))
     assert unreachable_gpus(1, "GPU-0000-1") == {"GPU-0000-2", "GPU-0000-3", "GPU-hidden"}
     assert unreachable_gpus(1, "GPU-of another kind of name") == frozenset()
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: object())  # an older torch
@@ -203,6 +203,6 @@ def test_containers_of_one_machine_are_all_named() -> None:
 
 
 def test_nodes_that_are_a_guess_are_called_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deep_ep._topology.BOOT_ID", Path("/nowhere"))
+    monkeypatch.setattr("deep_ep._peers.BOOT_ID", Path("/nowhere"))
     text = str(find_topology(0, [this_place("gpu-0"), Place("other", "box", "gpu-1")]))
     assert "2 nodes, told apart by host name, because /nowhere cannot be read on every rank" in text

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from deep_ep import _torch, doctor
+from deep_ep import doctor, utils
 
 ROOT = Path(__file__).resolve().parents[2]
 # Everything else that is used has been in torch since 1.13 at least. Versions are of torch's release notes.
@@ -24,7 +24,7 @@ OLD = {
     'randn', 'rand', 'Generator', 'ones', 'full', 'frombuffer',
     'strided', 'inference_mode'
 }  # yapf: disable
-# Without public names: of _torch.py, tested below or in test_compile.py.
+# Without public names: of utils.py, tested below or in test_compile.py.
 PRIVATE = {
     '_C', '_C._cuda_getCurrentRawStream', '_C._cuda_getCurrentStream', '_C._cuda_setStream', '_C._dynamo',
     '_C.DisableTorchFunction', 'utils._python_dispatch'
@@ -92,14 +92,14 @@ class PublicCuda:
 @pytest.fixture
 def torch_without_private_names(monkeypatch: pytest.MonkeyPatch) -> PublicCuda:
     cuda = PublicCuda()
-    monkeypatch.setattr(_torch, 'torch', SimpleNamespace(cuda=cuda, _C=SimpleNamespace()))
+    monkeypatch.setattr(utils, 'torch', SimpleNamespace(cuda=cuda, _C=SimpleNamespace()))
     return cuda
 
 
 def test_streams_are_found_without_the_private_names(torch_without_private_names: PublicCuda) -> None:
-    assert _torch.stream_handle_by_public_names(0) == 4242
-    assert _torch.current_stream_id(0) == (7, 0, 1)
-    with _torch.CurrentStream((9, 0, 1)):
+    assert utils.stream_handle_by_public_names(0) == 4242
+    assert utils.current_stream_id(0) == (7, 0, 1)
+    with utils.CurrentStream((9, 0, 1)):
         assert torch_without_private_names.current == (9, 0, 1)
     assert torch_without_private_names.current == (7, 0, 1)
 
