@@ -142,7 +142,7 @@ def native_device(index: int) -> "deep_ep_cpp.Device":
     return deep_ep_cpp.Device(index)
 
 
-__version__ = "1.3.0"  # the build reads it from here
+__version__ = "1.4.0.dev0"  # the build reads it from here
 
 FEATURES = {
     "high_throughput": "dispatch and combine inside a node",
