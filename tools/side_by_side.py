@@ -60,12 +60,18 @@ DRAWN = (("High throughput: 4096 tokens per rank, hidden 7168, top-8 of 256 expe
 
 
 @dataclass(frozen=True)
-class Sources:
-    """The files that are compared; a kind of run that was not made is None."""
-    libraries: Named
+class Runs:
+    """Our newest runs on one kind of machine; a kind of run that was not made is None."""
     plain: Named | None
     lent: Named | None
     low_latency: Named | None
+
+
+@dataclass(frozen=True)
+class Sources(Runs):
+    """The files that are compared, and ours of another machine with as many GPUs that are newer."""
+    libraries: Named
+    newer: tuple[str, Runs] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,15 +94,38 @@ def find_sources(folder: Path, reports: Iterable[Named]) -> Sources | None:
     if not files:
         return None
     libraries = max(files, key=lambda named: str(named[1]["date"]))
-    ours = [named for named in reports if is_on(named[1], libraries[1]["machine"])]
-    return Sources(libraries, newest_of(ours, "intranode", is_plain), newest_of(ours, "intranode", is_lending),
-                   newest_of(ours, "low-latency", is_plain))
+    reports = list(reports)
+    ours = newest_runs(reports, libraries[1]["machine"])
+    return Sources(ours.plain, ours.lent, ours.low_latency, libraries, find_newer(reports, ours.plain))
+
+
+def newest_runs(reports: Iterable[Named], machine: str) -> Runs:
+    ours = [named for named in reports if is_on(named[1], machine)]
+    return Runs(newest_of(ours, "intranode", is_plain), newest_of(ours, "intranode", is_lending),
+                newest_of(ours, "low-latency", is_plain))
+
+
+def find_newer(reports: list[Named], plain: Named | None) -> tuple[str, Runs] | None:
+    """Of the machine with our newest run, where that is newer than `plain` and of as many GPUs."""
+    if plain is None:
+        return None
+    same = [named for named in reports
+            if named[1].get("num_ranks") == named[1].get("num_devices") == plain[1]["num_devices"]
+            and "gpu" in named[1]["machine"]]  # yapf: disable
+    newest = newest_of(same, "intranode", is_plain)
+    if newest is None or newest[1]["date"] <= plain[1]["date"]:
+        return None
+    machine = gpus_of(newest[1])
+    return machine, newest_runs(reports, machine)
 
 
 def is_on(report: Report, machine: str) -> bool:
     """Was this run made on such a machine ("2 x NVIDIA H100 80GB HBM3, ..."), one rank on each GPU?"""
-    gpus = f"{report['num_devices']} x {report['machine'].get('gpu', 'CPU')}"
-    return machine.startswith(gpus) and int(report["num_ranks"]) == int(report["num_devices"])
+    return machine.startswith(gpus_of(report)) and int(report["num_ranks"]) == int(report["num_devices"])
+
+
+def gpus_of(report: Report) -> str:
+    return f"{report['num_devices']} x {report['machine'].get('gpu', 'CPU')}"
 
 
 def newest_of(reports: Iterable[Named], benchmark: str, is_wanted: Callable[[Report], bool]) -> Named | None:
@@ -120,13 +149,16 @@ def make_lines(sources: Sources) -> list[Line]:
     return [make_line(sources, operation, num_sms) for operation, num_sms in SHOWN]
 
 
+def us_of_runs(runs: Runs, operation: Operation, num_sms: int) -> dict[str, float]:
+    is_intranode = operation.benchmark == "intranode"
+    columns = ((PLAIN, runs.plain if is_intranode else runs.low_latency), (LENT, runs.lent if is_intranode else None))
+    return {column: us for column, source in columns if source and (us := us_of_report(source[1], operation, num_sms))}
+
+
 def make_line(sources: Sources, operation: Operation, num_sms: int) -> Line:
     us = {name: us for key, name in OTHERS.items() if (us := us_of_library(sources, key, operation, num_sms))}
+    us |= us_of_runs(sources, operation, num_sms)
     plain = sources.plain if operation.benchmark == "intranode" else sources.low_latency
-    lent = sources.lent if operation.benchmark == "intranode" else None
-    for column, source in ((PLAIN, plain), (LENT, lent)):
-        if source and (ours := us_of_report(source[1], operation, num_sms)):
-            us[column] = ours
     if plain and not operation.is_fresh and (floor := floor_of(plain[1], operation, num_sms)):
         us[FLOOR] = floor
     return Line(operation, num_sms, us)
@@ -173,6 +205,9 @@ README_NOTES = """\
 - Sources: this library {ours}; [the others]({results}/libraries/{name}) ({date}).
   [docs/benchmarks.md](docs/benchmarks.md) explains the figures.
 """
+NEWER_HEAD = """\
+Newer kernels were measured on {machine}, where the other libraries were not:
+"""
 SECTION_HEAD = """\
 ### Side by side: {machine}
 
@@ -184,21 +219,34 @@ Columns: {columns}.
 """
 
 
+def links_of(runs: Runs, results: str) -> str:
+    named_runs = {"as callers get it": runs.plain, "lent": runs.lent, "low latency": runs.low_latency}
+    return ", ".join(f"[{kind}]({results}/{named[0]}) ({named[1]['date'][:10]}, commit {named[1]['commit'][:7]})"
+                     for kind, named in named_runs.items() if named)
+
+
+def render_newer(machine: str, runs: Runs, results: str) -> list[str]:
+    lines = []
+    for operation, num_sms in SHOWN:
+        us = us_of_runs(runs, operation, num_sms)
+        if us:
+            cells = [time_of(us.get(column, 0.0)) for column in (PLAIN, LENT)]
+            lines.append((operation.title, str(num_sms or NOTHING), *cells))
+    table = to_markdown((("", "SMs", PLAIN, LENT), lines))
+    return [NEWER_HEAD.format(machine=machine), *table, f"Sources: {links_of(runs, results)}.\n"]
+
+
 def render_readme(sources: Sources, results: str) -> str:
     """The table of the README with its sources; `results` is where the files lie, seen from there."""
-    runs = {"as callers get it": sources.plain, "lent": sources.lent, "low latency": sources.low_latency}
-    links = [
-        f"[{kind}]({results}/{named[0]}) ({named[1]['date'][:10]}, commit {named[1]['commit'][:7]})"
-        for kind, named in runs.items() if named
-    ]
     name, content = sources.libraries
     notes = README_NOTES.format(nothing=NOTHING,
-                                ours=", ".join(links),
+                                ours=links_of(sources, results),
                                 results=results,
                                 name=name,
                                 date=content["date"])
     table = to_markdown((("", "SMs", *COLUMNS), [line.cells() for line in make_lines(sources)]))
-    return "\n".join([README_HEAD.format(machine=machine_of(sources)), *table, notes])
+    newer = render_newer(*sources.newer, results) if sources.newer else []
+    return "\n".join([README_HEAD.format(machine=machine_of(sources)), *table, notes, *newer])
 
 
 def machine_of(sources: Sources) -> str:

@@ -253,6 +253,19 @@ def test_our_newest_runs_on_that_machine_stand_beside_the_others(render: Any, be
     assert "2 x NVIDIA H200" in page
 
 
+def test_newer_runs_elsewhere_have_a_table_of_their_own(render: Any, beside: Any) -> None:
+    ours = make_report(profiles=[profile(170.0)])
+    newer = make_report(profiles=[profile(1.5)], date="2026-03-03", machine={"gpu": "NVIDIA H100"})
+    table, _, rest = render.render_readme(beside(ours, newer), "results").partition("Newer kernels")
+    assert "on 2 x NVIDIA H100" in rest
+    assert "| BF16 dispatch, cached | 16 | 1.5 | \u2013 |" in rest
+    assert "(results/1.json) (2026-03-03" in rest
+    assert "| 1.5 |" not in table
+    older = newer | {"date": "2025-03-03"}
+    threads = make_report(profiles=[profile(1.5)], date="2026-03-03", ranks_as_threads=True, num_devices=1)
+    assert "Newer kernels" not in render.render_readme(beside(ours, older, threads), "results")
+
+
 def test_the_best_figure_is_bold_also_when_another_library_has_it(render: Any, beside: Any) -> None:
     page = render.render_readme(beside(make_report(profiles=[profile(185.0)])), "results")
     assert "| 510 | **150** | \u2013 | 185 | \u2013 |" in page
@@ -273,7 +286,7 @@ def test_the_page_has_every_figure_of_the_others(render: Any, beside: Any) -> No
 
 def test_the_plot_has_the_figures_of_the_table(render: Any) -> None:
     sources = render.find_sources(render.RESULTS / "libraries", render.read_reports(render.RESULTS))
-    table, plot = render.render_readme(sources, ""), render.draw(sources)
+    table, plot = render.render_readme(sources, "").partition("Newer kernels")[0], render.draw(sources)
     rows = [
         line for line in table.splitlines() if line.startswith(("| FP8 dispatch, cached | 16", "| BF16 combine | 16"))
     ]
