@@ -23,16 +23,19 @@ struct Handle {
 
 std::string nonce_of(const SharedFileHandle& handle) { return {handle.nonce, sizeof(handle.nonce)}; }
 
-// Makes bytes past the end of the buffer, up to the end of its last page, an error to touch.
-void poison_tail([[maybe_unused]] const MappedFile& memory, [[maybe_unused]] bool is_poisoned) {
+// The bytes of a buffer may be touched, whatever a thread's stack that was mapped here has left behind; those past its end, up
+// to the end of its last page, are an error to touch.
+void mark_mapped([[maybe_unused]] const MappedFile& memory) {
 #if defined(EP_SIMT_ASAN)
-    char* end = static_cast<char*>(memory.address()) + memory.num_bytes();
-    const size_t tail = (4096 - memory.num_bytes() % 4096) % 4096;
-    if (is_poisoned) {
-        ASAN_POISON_MEMORY_REGION(end, tail);
-    } else {
-        ASAN_UNPOISON_MEMORY_REGION(end, tail);
-    }
+    char* const end = static_cast<char*>(memory.address()) + memory.num_bytes();
+    ASAN_UNPOISON_MEMORY_REGION(memory.address(), memory.num_bytes());
+    ASAN_POISON_MEMORY_REGION(end, (4096 - memory.num_bytes() % 4096) % 4096);
+#endif
+}
+
+void unmark([[maybe_unused]] const MappedFile& memory) {
+#if defined(EP_SIMT_ASAN)
+    ASAN_UNPOISON_MEMORY_REGION(memory.address(), (memory.num_bytes() + 4095) / 4096 * 4096);
 #endif
 }
 
@@ -56,7 +59,7 @@ ShareableHeap& ShareableHeap::instance() {
 
 void* ShareableHeap::allocate(size_t bytes, std::string& handle_bytes) {
     SharedFile made = make_shared_file(bytes);
-    poison_tail(made.memory, true);
+    mark_mapped(made.memory);
     Handle handle{};
     std::memcpy(handle.magic, kMagic, sizeof(kMagic));
     handle.file = made.handle;
@@ -71,7 +74,7 @@ void ShareableHeap::free(void* address) {
     std::lock_guard lock(mutex_);
     const auto found = mappings_.find(address);
     EP_ENSURE(found != mappings_.end() && found->second.file, "free_shareable: ", address, " was not allocated here");
-    poison_tail(found->second.memory, false);
+    unmark(found->second.memory);
     mappings_.erase(found);
 }
 
@@ -86,7 +89,7 @@ void* ShareableHeap::open(const std::string& handle_bytes) {
     if (handle.pid == getpid()) throw TransportError("the shared memory has been freed by this process");
     MappedFile memory = map_shared_file(handle);
     void* const address = memory.address();
-    poison_tail(memory, true);
+    mark_mapped(memory);
     mappings_[address] = Mapping{std::move(memory), FileDescriptor(), nonce_of(handle), 1};
     return address;
 }
@@ -97,7 +100,7 @@ void ShareableHeap::close(void* address) {
     if (found == mappings_.end()) return;  // the owner, in this process, has freed it already
     Mapping& mapping = found->second;
     if (--mapping.num_opened > 0 || mapping.file) return;
-    poison_tail(mapping.memory, false);
+    unmark(mapping.memory);
     mappings_.erase(found);
 }
 

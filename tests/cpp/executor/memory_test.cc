@@ -1,5 +1,6 @@
 // Memory that processes share, and processes that fork.
 #include <doctest/doctest.h>
+#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -8,8 +9,13 @@
 
 #include "device/launch.h"
 #include "device/prim.h"
+#include "device/simt/context.h"
 #include "device/simt/device.h"
 #include "executor/faults.h"
+
+#if defined(EP_SIMT_ASAN)
+#include <sanitizer/asan_interface.h>
+#endif
 
 using namespace deep_ep;
 using prim::Order;
@@ -81,6 +87,24 @@ TEST_CASE("in its own process a handle opens as the owner's address") {
     CHECK(contains(error_of(memory.handle), "has been freed"));
     peer.close_shared(memory.address);  // late, after the owner: nothing happens
 }
+
+#if defined(EP_SIMT_ASAN)
+TEST_CASE("memory is not what a stack was that lay there before, as AddressSanitizer has it in mind") {
+    constexpr size_t kBytes = 1 << 20;
+    // Somewhere, where the kernel maps next.
+    void* const before = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    REQUIRE(before != MAP_FAILED);
+    ASAN_POISON_MEMORY_REGION(before, kBytes);
+    munmap(before, kBytes);
+    simt::Scheduler scheduler;
+    simt::SimtDevice device(scheduler, 0);
+    const auto memory = device.allocate_shareable(kBytes);
+    WARN(memory.address == before);  // else this shows nothing
+    CHECK(__asan_region_is_poisoned(memory.address, kBytes) == nullptr);
+    device.free_shareable(memory);
+    ASAN_UNPOISON_MEMORY_REGION(before, kBytes);
+}
+#endif
 
 TEST_CASE("kernels of two processes pass a message through shared memory") {
     Child child([](const std::string& handle) {
