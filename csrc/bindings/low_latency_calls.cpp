@@ -132,6 +132,38 @@ void LowLatencyCalls::give_back(py::object number, dev::Stream stream) {
     if (!number.is_none() && !caller_.is_captured(stream)) free_numbers_.push_back(std::move(number));
 }
 
+// Nothing: Python has something to do in such a call.
+std::optional<Phase> LowLatencyCalls::open_phase(bool wants_hook) const {
+    const auto phase = caller_.open_phase();
+    if (!phase.has_value() || (wants_hook && (!caller_.is_cuda() || caller_.is_captured(phase->stream))))
+        return std::nullopt;
+    return phase;
+}
+
+// Both phases of a call, or with a hook the one that sends. Returns the hook, or None.
+template <class Args, class Tensors>
+py::object LowLatencyCalls::run(const Args& args, const Phase& phase, bool wants_hook, const Tensors& tensors,
+                                const py::object& number, const py::object& owner) {
+    uint64_t ticket = wants_hook ? runtime::kSendPhase : runtime::kBothPhases;
+    caller_.run(
+        phase.stream, phase.leaves_event,
+        [&] {
+            caller_.begin_phase();
+            ticket = launch(args, ticket, phase.stream);
+            caller_.close_phase(phase);
+        },
+        tensors);
+    if (!wants_hook) return py::none();
+    return make_hook({.session = weak_session_(),
+                      .owner = owner,
+                      .calls = this,
+                      .tensors = tensors(),
+                      .number = number,
+                      .args = args,
+                      .ticket = ticket,
+                      .stream = phase.stream});
+}
+
 py::object LowLatencyCalls::dispatch(PyObject* const* args, const py::object& owner) {
     buffer_.begin_call();
     const dlpack::Device& device = caller_.device();
@@ -152,9 +184,8 @@ py::object LowLatencyCalls::dispatch(PyObject* const* args, const py::object& ow
     if (!read_stats(args[4], dlpack::kInt32, kind->num_local, &cumulative_stats) ||
         !read_stats(args[5], dlpack::kInt64, num_ranks_, &wait_stats))
         return py::none();
-    const auto phase = caller_.open_phase();
-    if (!phase.has_value() || (wants_hook && (!caller_.is_cuda() || caller_.is_captured(phase->stream))))
-        return py::none();
+    const auto phase = open_phase(wants_hook);
+    if (!phase.has_value()) return py::none();
 
     static PyObject* const resize = interned("resize_");
     const auto hidden = static_cast<int64_t>(call.hidden);
@@ -189,28 +220,8 @@ py::object LowLatencyCalls::dispatch(PyObject* const* args, const py::object& ow
         return py::make_tuple(borrow(args[0]), borrow(args[1]), recv_x, scales, src_info, layout_range, borrow(args[4]),
                               borrow(args[5]));
     };
-    uint64_t ticket = wants_hook ? runtime::kSendPhase : runtime::kBothPhases;
-    caller_.run(
-        phase->stream, phase->leaves_event,
-        [&] {
-            caller_.begin_phase();
-            ticket = native_.dispatch(call, ticket, phase->stream);
-            caller_.close_phase(*phase);
-        },
-        tensors);
     know(src_info, *kind);
-    py::object hook = py::none();
-    if (wants_hook)
-        hook = make_hook({.session = weak_session_(),
-                          .owner = owner,
-                          .calls = this,
-                          .tensors = tensors(),
-                          .number = py::none(),
-                          .dispatch_args = call,
-                          .combine_args = {},
-                          .is_combine = false,
-                          .ticket = ticket,
-                          .stream = phase->stream});
+    const py::object hook = run(call, *phase, wants_hook, tensors, py::none(), owner);
     py::object payload = recv_x;
     if (!scales.is_none()) payload = py::make_tuple(recv_x, scales);
     const py::tuple handle = py::make_tuple(src_info, layout_range, kind->tail[0], kind->tail[1], kind->tail[2]);
@@ -238,9 +249,8 @@ py::object LowLatencyCalls::combine(PyObject* const* args, const py::object& own
     kernels::LowLatencyCombineArgs call = kind->combine_args;
     void* wait_stats;
     if (!read_stats(args[5], dlpack::kInt64, num_ranks_, &wait_stats)) return py::none();
-    const auto phase = caller_.open_phase();
-    if (!phase.has_value() || (wants_hook && (!caller_.is_cuda() || caller_.is_captured(phase->stream))))
-        return py::none();
+    const auto phase = open_phase(wants_hook);
+    if (!phase.has_value()) return py::none();
 
     const py::object src_info = borrow(PyTuple_GET_ITEM(args[3], 0));
     const py::object combined = has_out ? borrow(args[4]) : maker_.make(bfloat16_, num_tokens, hidden);
@@ -260,27 +270,7 @@ py::object LowLatencyCalls::combine(PyObject* const* args, const py::object& own
         return py::make_tuple(borrow(args[0]), borrow(args[1]), borrow(args[2]), src_info, combined, borrow(args[5]),
                               number);
     };
-    uint64_t ticket = wants_hook ? runtime::kSendPhase : runtime::kBothPhases;
-    caller_.run(
-        phase->stream, phase->leaves_event,
-        [&] {
-            caller_.begin_phase();
-            ticket = native_.combine(call, ticket, phase->stream);
-            caller_.close_phase(*phase);
-        },
-        tensors);
-    py::object hook = py::none();
-    if (wants_hook)
-        hook = make_hook({.session = weak_session_(),
-                          .owner = owner,
-                          .calls = this,
-                          .tensors = tensors(),
-                          .number = number,
-                          .dispatch_args = {},
-                          .combine_args = call,
-                          .is_combine = true,
-                          .ticket = ticket,
-                          .stream = phase->stream});
+    const py::object hook = run(call, *phase, wants_hook, tensors, number, owner);
     return py::make_tuple(combined, event(), hook);
 }
 
@@ -298,16 +288,13 @@ void LowLatencyCalls::receive(LowLatencyHook& hook) {
         else
             phase =
                 Phase{stream, caller_.streams().attr("enter_phase")(reinterpret_cast<uintptr_t>(stream)).cast<bool>()};
-        if (state->is_combine)
-            native_.combine(state->combine_args, state->ticket, stream);
-        else
-            native_.dispatch(state->dispatch_args, state->ticket, stream);
+        std::visit([&](const auto& args) { launch(args, state->ticket, stream); }, state->args);
         caller_.close_phase(*phase);
     } catch (...) {
         set_python_error(std::current_exception());
         const py::error_already_set error;
         state->session.attr("abandon_call")(
-            state->is_combine ? "the hook of low_latency_combine" : "the hook of low_latency_dispatch", error.value(),
+            state->is_combine() ? "the hook of low_latency_combine" : "the hook of low_latency_dispatch", error.value(),
             state->ticket);
         throw error;
     }
@@ -319,7 +306,7 @@ void LowLatencyCalls::drop(LowLatencyHook& hook) noexcept {
     const std::unique_ptr<LowLatencyHook::State> state(std::exchange(hook.state, nullptr));
     if (state == nullptr || Py_IsInitialized() == 0) return;
     try {
-        state->session.attr("abandon_hook")(state->is_combine ? "low_latency_combine" : "low_latency_dispatch",
+        state->session.attr("abandon_hook")(state->is_combine() ? "low_latency_combine" : "low_latency_dispatch",
                                             state->ticket);
     } catch (py::error_already_set& error) {
         error.discard_as_unraisable("the hook of a low-latency call");

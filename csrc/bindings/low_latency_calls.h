@@ -5,7 +5,9 @@
 
 #include <array>
 #include <memory>
+#include <optional>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "bindings/caller_stream.h"
@@ -28,7 +30,23 @@ struct LowLatencyKind {
     kernels::LowLatencyCombineArgs combine_args;
 };
 
-struct LowLatencyHook;
+// What a call with a hook returns, as `Hook` of _low_latency.py: launches the receive phase, once.
+class LowLatencyCalls;
+struct LowLatencyHook {
+    PyObject_HEAD PyObject* weak_references;
+    struct State {
+        py::object session, owner;  // of `calls`
+        LowLatencyCalls* calls;
+        py::object tensors;  // that the receive phase uses
+        py::object number;   // that is given back, or none
+        std::variant<kernels::LowLatencyDispatchArgs, kernels::LowLatencyCombineArgs> args;
+        uint64_t ticket;
+        dev::Stream stream;
+
+        bool is_combine() const { return std::holds_alternative<kernels::LowLatencyCombineArgs>(args); }
+    };
+    State* state;  // null: it was called
+};
 
 class LowLatencyCalls {
 public:
@@ -52,6 +70,16 @@ private:
     const LowLatencyKind* find_of_handle(PyObject* handle, int64_t num_topk);
     void know(const py::object& src_info, const LowLatencyKind& kind);
     bool read_stats(PyObject* value, const dlpack::DataType& dtype, int64_t size, void** address) const;
+    std::optional<Phase> open_phase(bool wants_hook) const;
+    uint64_t launch(const kernels::LowLatencyDispatchArgs& args, uint64_t ticket, dev::Stream stream) {
+        return native_.dispatch(args, ticket, stream);
+    }
+    uint64_t launch(const kernels::LowLatencyCombineArgs& args, uint64_t ticket, dev::Stream stream) {
+        return native_.combine(args, ticket, stream);
+    }
+    template <class Args, class Tensors>
+    py::object run(const Args& args, const Phase& phase, bool wants_hook, const Tensors& tensors,
+                   const py::object& number, const py::object& owner);
     py::object take_number();
     void give_back(py::object number, dev::Stream stream);
     py::object event() const { return result(PyObject_CallNoArgs(event_class_.ptr())); }
@@ -69,23 +97,6 @@ private:
     std::array<std::pair<py::object, const LowLatencyKind*>, 16> handles_;
     size_t next_handle_ = 0;
     std::vector<py::object> free_numbers_;  // `Numbers` of _low_latency.py
-};
-
-// What a call with a hook returns, as `Hook` of _low_latency.py: launches the receive phase, once.
-struct LowLatencyHook {
-    PyObject_HEAD PyObject* weak_references;
-    struct State {
-        py::object session, owner;  // of `calls`
-        LowLatencyCalls* calls;
-        py::object tensors;  // that the receive phase uses
-        py::object number;   // that is given back, or none
-        kernels::LowLatencyDispatchArgs dispatch_args;
-        kernels::LowLatencyCombineArgs combine_args;
-        bool is_combine;
-        uint64_t ticket;
-        dev::Stream stream;
-    };
-    State* state;  // null: it was called
 };
 
 // false: with an exception set.

@@ -264,13 +264,17 @@ inline PyObject* represent_record(const RecordType& type, PyObject* self) {
     return PyUnicode_FromString((text + ")").c_str());
 }
 
+// Null with an exception set: `object` is no such record.
+inline const Record* as_record(const RecordType& type, PyObject* object) {
+    if (Py_TYPE(object) == type.type) return reinterpret_cast<const Record*>(object);
+    PyErr_Format(PyExc_TypeError, "expected %s, got %s", type.name, Py_TYPE(object)->tp_name);
+    return nullptr;
+}
+
 // The arguments, or null with an exception set: `object` is no such record, or has fields that nobody gave.
 inline const void* read_record(const RecordType& type, PyObject* object) {
-    if (Py_TYPE(object) != type.type) {
-        PyErr_Format(PyExc_TypeError, "expected %s, got %s", type.name, Py_TYPE(object)->tp_name);
-        return nullptr;
-    }
-    const auto* record = reinterpret_cast<const Record*>(object);
+    const Record* record = as_record(type, object);
+    if (record == nullptr) return nullptr;
     if (record->given == ~uint64_t{0} >> (64 - type.fields.size())) return record->args;
     std::string missing;
     for (size_t i = 0; i < type.fields.size(); ++i)
@@ -346,11 +350,8 @@ inline bool add_record_types(PyObject* module) { return true EP_RECORDS(EP_ADD_R
 
 // The same of a record that lacks fields: those are zero.
 template <class Args> const Args* read_unfinished(PyObject* object) {
-    const RecordType& type = record_type<Args>();
-    if (Py_TYPE(object) == type.type)
-        return reinterpret_cast<const Args*>(reinterpret_cast<const Record*>(object)->args);
-    PyErr_Format(PyExc_TypeError, "expected %s, got %s", type.name, Py_TYPE(object)->tp_name);
-    return nullptr;
+    const Record* record = as_record(record_type<Args>(), object);
+    return record == nullptr ? nullptr : reinterpret_cast<const Args*>(record->args);
 }
 
 template <class Args> const Args* read(PyObject* object) {
