@@ -28,6 +28,7 @@ from typing import Any, Callable, Optional
 
 import deep_ep_cpp
 from deep_ep import _env, calibrate
+from deep_ep._high_throughput import LEAST_SUMS_SMS, LEAST_SUMS_TOKENS, MOST_SUMS_TOKENS
 from deep_ep_cpp import InvalidArgument
 
 FP8, BF16 = "fp8", "bf16"
@@ -44,9 +45,7 @@ OPERATIONS = ((DISPATCH, FP8), (DISPATCH, BF16), (COMBINE, BF16))
 HIGH_THROUGHPUT, LOW_LATENCY = "high-throughput", "low-latency"
 SCALING_RANKS = tuple(1 << i for i in range(1, 10))
 LARGEST_NODE = 8
-# Two ranks lend each other the sums of such combines; all other rows of a combine go through slots
-# (deep_ep/_high_throughput.py).
-LENDING_PAIR, LENT_SUMS_TOKENS, LEAST_LENT_SUMS_SMS = 2, range(2048, 4097), 14
+LENDING_PAIR = 2  # ranks of a group that lend each other the sums of a combine
 
 # What a call moves, for even routing.
 
@@ -185,8 +184,9 @@ LOW_LATENCY_COSTS = {DISPATCH: NodeCost(14.7, 0.72, 0.0), COMBINE: NodeCost(13.7
 
 
 def lends_sums(num_ranks: int, num_tokens: int, num_sms: int) -> bool:
-    """Are the rows of such a combine added where they are summed?"""
-    return num_ranks == LENDING_PAIR and num_tokens in LENT_SUMS_TOKENS and num_sms >= LEAST_LENT_SUMS_SMS
+    """Are the rows of such a combine added where they are summed? Those of all others go through slots."""
+    return (num_ranks == LENDING_PAIR and LEAST_SUMS_TOKENS <= num_tokens <= MOST_SUMS_TOKENS
+            and num_sms >= LEAST_SUMS_SMS)
 
 
 def node_cost(operation: str, num_ranks: int, num_tokens: int, num_sms: int) -> NodeCost:

@@ -145,9 +145,12 @@ def test_errors_inside_a_node_are_below_a_tenth(page: Any, kind: str) -> None:
 
 
 def test_the_sums_of_a_pair_are_lent_where_the_library_does_so() -> None:
-    assert range(_high_throughput.LEAST_SUMS_TOKENS, _high_throughput.MOST_SUMS_TOKENS + 1) == model.LENT_SUMS_TOKENS
-    assert _high_throughput.LEAST_SUMS_SMS == model.LEAST_LENT_SUMS_SMS
-    assert model.node_cost(COMBINE, 2, 4096, 16) == model.PAIR_COMBINE_COST
+    least, most, sms = (_high_throughput.LEAST_SUMS_TOKENS, _high_throughput.MOST_SUMS_TOKENS,
+                        _high_throughput.LEAST_SUMS_SMS)  # yapf: disable
+    lent = {model.node_cost(COMBINE, 2, *call) for call in ((4096, 16), (least, sms), (most, sms))}
+    assert lent == {model.PAIR_COMBINE_COST}
+    beyond = {model.node_cost(COMBINE, 2, *call) for call in ((least - 1, sms), (most + 1, sms), (most, sms - 1))}
+    assert beyond == {model.NODE_COSTS[COMBINE]}
     slots = {model.node_cost(COMBINE, *other) for other in ((2, 1024, 16), (2, 4096, 8), (2, 4097, 16), (4, 4096, 16))}
     assert slots == {model.NODE_COSTS[COMBINE]}
 
