@@ -252,6 +252,19 @@ static Args args_of(int gpu, int row, int split) {
             split};
 }
 
+// Waits for both; how long the slower one took from `begin` to `end`.
+static float slowest_us() {
+    float slowest_ms = 0;
+    for (int gpu = 0; gpu < 2; ++gpu) {
+        CHECK(cudaSetDevice(gpu));
+        CHECK(cudaStreamSynchronize(gpus[gpu].stream));
+        float ms = 0;
+        CHECK(cudaEventElapsedTime(&ms, gpus[gpu].begin, gpus[gpu].end));
+        slowest_ms = ms > slowest_ms ? ms : slowest_ms;
+    }
+    return slowest_ms * 1000;
+}
+
 // What of the peer is written to.
 enum class To { kOutput, kSlots, kResult };
 
@@ -278,15 +291,7 @@ static void measure(const char* name, Kernel kernel, int threads, int shared_byt
                 if (i == kLaunches - 1) CHECK(cudaEventRecord(gpus[gpu].end, gpus[gpu].stream));
             }
         }
-        float slowest = 0;
-        for (int gpu = 0; gpu < 2; ++gpu) {
-            CHECK(cudaSetDevice(gpu));
-            CHECK(cudaStreamSynchronize(gpus[gpu].stream));
-            float ms = 0;
-            CHECK(cudaEventElapsedTime(&ms, gpus[gpu].begin, gpus[gpu].end));
-            slowest = ms > slowest ? ms : slowest;
-        }
-        std::printf(" %7.1f", slowest * 1000 / kLaunches);
+        std::printf(" %7.1f", slowest_us() / kLaunches);
         std::fflush(stdout);
     }
     std::printf("\n");
