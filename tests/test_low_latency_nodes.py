@@ -179,8 +179,10 @@ def test_cleaning_is_a_barrier(two: Pool) -> None:
 
 def test_cleaning_masks_who_does_not_come(two: Pool) -> None:
     assert two.run(cases.clean_without_a_rank, 4, 3, True) == [[0, 0, 0, 1]] * 3 + [None]
-    for message in two.run(cases.clean_without_a_rank, 4, 3, False)[:3]:
-        assert "clean_low_latency_buffer, call 1" in message and "rank 3 of node 1" in message, message
+    messages = two.run(cases.clean_without_a_rank, 4, 3, False)[:3]
+    assert all("rank 3 of node 1" in message for message in messages), messages
+    # A rank that is told by the engine before its own wait ends knows who gave up on whom, not in which call.
+    assert any("clean_low_latency_buffer, call 1" in message for message in messages), messages
 
 
 def test_combine_with_the_entries_of_another_dispatch(nodes: Nodes) -> None:
