@@ -387,14 +387,9 @@ private:
 
 // -- The operation ---------------------------------------------------------------------------------------------------
 
-struct Kernel : RoleOperation<InternodeCombineParams> {
-    using Shared = RailCombineState;
+struct Kernel : RoleOperation<Kernel, InternodeCombineParams, RailCombineState> {
     static constexpr int kMaxThreads = kMaxInternodeCombineThreads;
     static constexpr auto kOperation = layout::Operation::kCombine;
-
-    // -- The operation of a CallSession ----------------------------------------------------------------------------------
-
-    static EP_DEVICE bool is_first_launch(const Params&) { return true; }
 
     static EP_DEVICE bool open(algo::Warp warp, const Params& p, const algo::Watch& watch, Look) {
         return open_rail(warp, p, watch, true) && (!p.may_lend || algo::wait_for_loans(warp, watch));
@@ -429,14 +424,9 @@ struct Kernel : RoleOperation<InternodeCombineParams> {
             [&](RoleWarp self) { return send(warp, c, self); });
     }
 
-    static EP_DEVICE bool check(algo::Warp, const Params&, const Shared&) { return true; }
-
     static EP_DEVICE void void_outputs(algo::Block block, const Params& p) {
-        algo::void_output(block, p.combined_x, static_cast<int64_t>(p.num_tokens) * p.row_bytes);
-        algo::void_output(block, p.combined_topk_weights, static_cast<int64_t>(p.num_tokens) * p.num_topk * 4);
+        kernels::combine::void_combine(block, p);
     }
-
-    static EP_DEVICE void run(const Params& p, Shared& shared) { CallSession<Kernel>::run(p, shared); }
 
 private:
     // After wait_for_loans: what stands at the rank is among what it lends.

@@ -404,12 +404,9 @@ EP_DEVICE bool forward(algo::Warp warp, const RailDispatchContext& c, RoleWarp s
 
 // -- The operation ---------------------------------------------------------------------------------------------------
 
-struct Kernel : RoleOperation<InternodeDispatchParams> {
-    using Shared = RailDispatchState;
+struct Kernel : RoleOperation<Kernel, InternodeDispatchParams, RailDispatchState> {
     static constexpr int kMaxThreads = kMaxInternodeDispatchThreads;
     static constexpr auto kOperation = layout::Operation::kDispatch;
-
-    // -- The operation of a CallSession ----------------------------------------------------------------------------------
 
     static EP_DEVICE bool is_first_launch(const Params& p) { return p.is_first_kernel; }
 
@@ -454,8 +451,6 @@ struct Kernel : RoleOperation<InternodeDispatchParams> {
     static EP_DEVICE void void_outputs(algo::Block block, const Params& p) {
         kernels::dispatch::void_dispatch(block, p);
     }
-
-    static EP_DEVICE void run(const Params& p, Shared& shared) { CallSession<Kernel>::run(p, shared); }
 
 private:
     // Streams are those of all sources but the ranks that write into this rank's tensors themselves: this one, for its own tokens

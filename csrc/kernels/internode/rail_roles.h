@@ -113,12 +113,9 @@ EP_DEVICE bool run_role(const Params& p, int num_own, int num_streams, const Own
 }
 
 // What is the same in the operations of both kernels; see CallSession.
-template <class P> struct RoleOperation {
-    using Params = P;
+template <class Operation, class Params, class Shared>
+struct RoleOperation : CallOperation<Operation, Params, Shared> {
     static constexpr int kMinBlocks = 1;
-
-    struct Look {};
-    static EP_DEVICE Look look(algo::Warp, const Params&, const algo::Watch&) { return {}; }
 
     // The rail is entered after the node. `is_first`: the call's first launch, which announces it.
     static EP_DEVICE bool open_rail(algo::Warp warp, const Params& p, const algo::Watch& watch, bool is_first) {

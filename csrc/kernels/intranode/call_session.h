@@ -12,17 +12,18 @@
 // The session takes its body as an operation and does not finish in a destructor: the executor reports a mistake by an
 // exception, and a destructor that met other threads in a barrier on the way would hang or end the process.
 //
-// An operation is a kernel's type, with these static functions:
-//     bool is_first_launch(params)                      it announces the call; no kernel before it did
-//     Look look(Warp, params, watch)                    loads that are under way while the call is entered, for open
+// An operation is a kernel's type, derived from CallOperation. It has kOperation and these static functions; those marked * only
+// where the default of CallOperation does not serve:
+//   * bool is_first_launch(params)                      it announces the call; no kernel before it did
+//   * Look look(Warp, params, watch)                    loads that are under way while the call is entered, for open
 //     bool open(Warp, params, watch, look)              of each block; banks of peers may be written from here on
 //     void prepare(Block, params, watch, shared)        waits for nothing
-//     Begun learn(Block, params, watch, shared)
+//   * Begun learn(Block, params, watch, shared)
 //     bool work(Block, params, watch, shared)           False: this warp has given up
-//     bool check(Warp, params, shared)                  of each warp, where work was done or not. False: the call fails
+//   * bool check(Warp, params, shared)                  of each warp, where work was done or not. False: the call fails
 //     void void_outputs(Block, params)
-//     void close(Warp, params, watch, has_failed)       optional; of the block that comes last, when loans are settled
-// and kOperation; its Shared begins with a CallState named `call`.
+//   * void close(Warp, params, watch, has_failed)       of the block that comes last, when loans are settled
+// Its Shared begins with a CallState named `call`.
 #pragma once
 
 #include "device/algo/group.h"
@@ -123,20 +124,13 @@ private:
         return end;
     }
 
-    // The operation's own close(), if it has one. (C++17 for the oldest nvcc: the first parameter ranks the two.)
-    template <class O, class = decltype(&O::close)>
-    static EP_DEVICE void close(int, algo::Warp warp, const Params& p, const algo::Watch& watch, bool has_failed) {
-        O::close(warp, p, watch, has_failed);
-    }
-    template <class O> static EP_DEVICE void close(long, algo::Warp, const Params&, const algo::Watch&, bool) {}
-
     static EP_DEVICE void finish(algo::Block block, const Params& p, const algo::Watch& watch, CallState& state) {
         block.sync();  // what all warps did, and whether one failed
         if (prim::warp_idx() == 0) {
             const algo::Warp warp;
             LaunchEnd end = count_block(warp, watch, state.has_failed != 0);
             if (end != LaunchEnd::kOthersGoOn && p.may_lend) end = settle_loans(warp, watch, p.loan.is_any(), end);
-            if (end != LaunchEnd::kOthersGoOn) close<Operation>(0, warp, p, watch, end == LaunchEnd::kFailed);
+            if (end != LaunchEnd::kOthersGoOn) Operation::close(warp, p, watch, end == LaunchEnd::kFailed);
             if (warp.thread_rank() == 0) {
                 // Counts the call. Nothing of this launch looks at the count any more, and its end publishes it: no order.
                 if (end != LaunchEnd::kOthersGoOn)
@@ -147,6 +141,21 @@ private:
         block.sync();
         if (state.end == LaunchEnd::kFailed) Operation::void_outputs(block, p);
     }
+};
+
+// The kernel of an operation, with what most operations have in common.
+template <class Operation, class P, class S> struct CallOperation {
+    using Params = P;
+    using Shared = S;
+    struct Look {};
+
+    static EP_DEVICE bool is_first_launch(const Params&) { return true; }
+    static EP_DEVICE Look look(algo::Warp, const Params&, const algo::Watch&) { return {}; }
+    static EP_DEVICE Begun learn(algo::Block, const Params&, const algo::Watch&, Shared&) { return Begun::kReady; }
+    static EP_DEVICE bool check(algo::Warp, const Params&, const Shared&) { return true; }
+    static EP_DEVICE void close(algo::Warp, const Params&, const algo::Watch&, bool) {}
+
+    static EP_DEVICE void run(const Params& p, Shared& shared) { CallSession<Operation>::run(p, shared); }
 };
 
 // -- Which warp of a block does what part of the work, and has which part of its dynamic shared memory ---------------

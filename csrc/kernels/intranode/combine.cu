@@ -28,24 +28,26 @@ inline namespace EP_BACKEND {
 // Each role moves rows through stages of shared memory, or through registers: that wants blocks of different shape.
 enum class Form { kRegisters, kSendsStaged, kStaged, kAdds };
 
-template <Form kForm> struct Kernel {
-    static constexpr bool kSendsStaged = kForm == Form::kStaged || kForm == Form::kSendsStaged;
-    static constexpr int kMaxWarps = kForm == Form::kStaged ? kMaxStagedCombineWarps
-                                     : kForm == Form::kAdds ? kMaxAddingCombineWarps
-                                                            : kMaxCombineWarps;
+constexpr int max_warps(Form form) {
+    return form == Form::kStaged ? kMaxStagedCombineWarps
+           : form == Form::kAdds ? kMaxAddingCombineWarps
+                                 : kMaxCombineWarps;
+}
 
+// Shared memory of a block.
+template <Form kForm> struct CombineState {
+    CallState call;
+    FlagRequests requests[max_warps(kForm)];
+};
+
+template <Form kForm> struct Kernel : CallOperation<Kernel<kForm>, CombineParams, CombineState<kForm>> {
     using Params = CombineParams;
-    struct Shared {
-        CallState call;
-        FlagRequests requests[kMaxWarps];
-    };
+    using Shared = CombineState<kForm>;
+    static constexpr bool kSendsStaged = kForm == Form::kStaged || kForm == Form::kSendsStaged;
+    static constexpr int kMaxWarps = max_warps(kForm);
     static constexpr int kMaxThreads = kWarpSize * (1 + kMaxWarps);
     static constexpr auto kOperation = layout::Operation::kCombine;
     static_assert(sizeof(Shared) <= kMaxCombineState);
-
-    // -- The operation of a CallSession ----------------------------------------------------------------------------------
-
-    static EP_DEVICE bool is_first_launch(const Params&) { return true; }
 
     // Where the rows between this rank and a peer are.
     struct Look {
@@ -83,7 +85,6 @@ template <Form kForm> struct Kernel {
         algo::for_each(block, kMaxWarps * kRequests,
                        [&](int i) { shared.requests[i / kRequests].word[i % kRequests] = 0; });
     }
-    static EP_DEVICE Begun learn(algo::Block, const Params&, const algo::Watch&, Shared&) { return Begun::kReady; }
 
     static EP_DEVICE bool work(algo::Block block, const Params& p, const algo::Watch& watch, Shared& shared) {
         const algo::Ring ring(watch, p.window);
@@ -104,14 +105,7 @@ template <Form kForm> struct Kernel {
         return is_ok;
     }
 
-    static EP_DEVICE bool check(algo::Warp, const Params&, const Shared&) { return true; }
-
-    static EP_DEVICE void void_outputs(algo::Block block, const Params& p) {
-        algo::void_output(block, p.combined_x, static_cast<int64_t>(p.num_tokens) * p.row_bytes);
-        algo::void_output(block, p.combined_topk_weights, static_cast<int64_t>(p.num_tokens) * p.num_topk * 4);
-    }
-
-    static EP_DEVICE void run(const Params& p, Shared& shared) { CallSession<Kernel>::run(p, shared); }
+    static EP_DEVICE void void_outputs(algo::Block block, const Params& p) { void_combine(block, p); }
 
 private:
     // Staged send warps set flags themselves, after their bulk stores.

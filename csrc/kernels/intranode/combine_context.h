@@ -185,5 +185,11 @@ EP_DEVICE void lend_weights(algo::Block block, const CombineContext& c) {
         c.watch.call);
 }
 
+// The outputs of a call that has failed.
+EP_DEVICE void void_combine(algo::Block block, const CombineParams& p) {
+    algo::void_output(block, p.combined_x, static_cast<int64_t>(p.num_tokens) * p.row_bytes);
+    algo::void_output(block, p.combined_topk_weights, static_cast<int64_t>(p.num_tokens) * p.num_topk * 4);
+}
+
 }  // namespace EP_BACKEND
 }  // namespace deep_ep::kernels::combine

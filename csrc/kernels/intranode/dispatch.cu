@@ -302,20 +302,16 @@ template <bool kIsStaged> EP_DEVICE bool send_any(algo::Warp warp, const Dispatc
 // -- The operation ---------------------------------------------------------------------------------------------------
 
 // Rows are sent through stages of shared memory, or through registers: a kernel for both would have registers for neither.
-template <bool kIsStaged> struct Kernel {
+template <bool kIsStaged> struct Kernel : CallOperation<Kernel<kIsStaged>, DispatchParams, DispatchState> {
+    using Base = CallOperation<Kernel, DispatchParams, DispatchState>;
     using Params = DispatchParams;
     using Shared = DispatchState;
     static constexpr int kMaxThreads = kWarpSize * kMaxDispatchWarps;
     static constexpr auto kOperation = layout::Operation::kDispatch;
 
-    // -- The operation of a CallSession ----------------------------------------------------------------------------------
-
     static EP_DEVICE bool is_first_launch(const Params& p) { return p.is_first_kernel; }
 
-    struct Look {};
-    static EP_DEVICE Look look(algo::Warp, const Params&, const algo::Watch&) { return {}; }
-
-    static EP_DEVICE bool open(algo::Warp warp, const Params& p, const algo::Watch& watch, Look) {
+    static EP_DEVICE bool open(algo::Warp warp, const Params& p, const algo::Watch& watch, typename Base::Look) {
         return open_call(warp, p, watch);
     }
 
@@ -344,8 +340,6 @@ template <bool kIsStaged> struct Kernel {
     }
 
     static EP_DEVICE void void_outputs(algo::Block block, const Params& p) { void_dispatch(block, p); }
-
-    static EP_DEVICE void run(const Params& p, Shared& shared) { CallSession<Kernel>::run(p, shared); }
 };
 
 }  // namespace EP_BACKEND
