@@ -424,9 +424,7 @@ struct Kernel : RoleOperation<Kernel, InternodeCombineParams, RailCombineState> 
             [&](RoleWarp self) { return send(warp, c, self); });
     }
 
-    static EP_DEVICE void void_outputs(algo::Block block, const Params& p) {
-        kernels::combine::void_combine(block, p);
-    }
+    static EP_DEVICE void void_outputs(algo::Block block, const Params& p) { kernels::combine::void_combine(block, p); }
 
 private:
     // After wait_for_loans: what stands at the rank is among what it lends.

@@ -19,6 +19,8 @@ inline namespace EP_BACKEND {
 
 // -- What the roles work with, and how a block begins ----------------------------------------------------------------
 
+using kernels::dispatch::deliver_metadata;
+using kernels::dispatch::put_metadata;
 using prim::Vec16;
 
 // Shared memory of a block.
@@ -104,23 +106,16 @@ EP_DEVICE Begun learn(algo::Block block, const InternodeDispatchParams& p, const
     return algo::any(block, !is_ok) ? Begun::kFailed : Begun::kReady;
 }
 
-// Ids were looked at when the routing was made; one that is found here has changed since.
-EP_DEVICE int global_expert(const RailDispatchContext& c, int token, int k) {
-    const InternodeDispatchParams& p = c.p;
-    const int64_t id = algo::load_expert_id(p.topk_idx, p.idx_bytes, static_cast<int64_t>(token) * p.num_topk + k);
-    if (kernels::dispatch::is_expert(p, id)) return static_cast<int>(id);
-    prim::store<Order::kRelaxed, Scope::kCta>(c.bad_token, token);
-    return -1;
-}
-
 // What goes along with one of our tokens, where the caller has it.
 struct InputMetadata {
     const RailDispatchContext& c;
     int token;
 
     EP_DEVICE int src_idx() const { return token; }
-    EP_DEVICE int expert(int k) const { return global_expert(c, token, k); }
-    EP_DEVICE float weight(int k) const { return c.p.topk_weights[static_cast<int64_t>(token) * c.p.num_topk + k]; }
+    EP_DEVICE int expert(int k) const {
+        return kernels::dispatch::checked_expert(c, token, kernels::dispatch::input_expert(c.p, token, k));
+    }
+    EP_DEVICE float weight(int k) const { return kernels::dispatch::input_weight(c.p, token, k); }
     EP_DEVICE uint32_t scale(int i) const { return kernels::dispatch::input_scale(c.p, token, i); }
 };
 
@@ -153,29 +148,6 @@ private:
     float weight_ = 0.0f;
     uint32_t first_scale_ = 0, second_scale_ = 0;
 };
-
-// Everything of a slot but its row: of the heap's windows, or of the rail's.
-template <class Slot, class Metadata>
-EP_DEVICE void put_metadata(algo::Warp warp, const DispatchParams& p, const Slot& at, uint8_t* slot,
-                            const Metadata& metadata) {
-    if (warp.thread_rank() == 0) *reinterpret_cast<int*>(slot + at.src_idx.offset) = metadata.src_idx();
-    algo::for_each(warp, p.num_topk, [&](int k) {
-        *reinterpret_cast<int*>(slot + at.topk_idx.at(k)) = metadata.expert(k);
-        *reinterpret_cast<float*>(slot + at.topk_weights.at(k)) = metadata.weight(k);
-    });
-    algo::for_each(warp, p.num_scales,
-                   [&](int i) { *reinterpret_cast<uint32_t*>(slot + at.scales.at(i)) = metadata.scale(i); });
-}
-
-// To the final row of `rank`.
-template <class Metadata>
-EP_DEVICE void deliver_metadata(algo::Warp warp, const RailDispatchContext& c, int rank, int64_t final_row,
-                                const Metadata& metadata) {
-    kernels::dispatch::deliver_metadata(
-        warp, c.p, kernels::dispatch::metadata_outputs(c, rank), final_row, metadata.src_idx(),
-        [&](int k) { return kernels::dispatch::local_expert(c.p, metadata.expert(k), rank); },
-        [&](int k) { return metadata.weight(k); }, [&](int i) { return metadata.scale(i); });
-}
 
 // Where a lane's target gets the token: nowhere, straight to its final row, into a slot of a rank here, or into staging.
 enum class Way { kNone, kDirect, kSlot, kRail };
@@ -329,7 +301,8 @@ struct RailToken {
     }
 };
 
-struct SlotMetadata {
+// Places are worked out for each word: the pointers of a kernels::dispatch::SlotMetadata would be spilled here.
+struct ForwardedMetadata {
     const RailToken& token;
     const layout::SlotLayout& at;
 
@@ -351,7 +324,7 @@ EP_DEVICE int place_of(const RailDispatchContext& c, const RailToken& token, int
 // To those of 32 ranks, from `first`, that need it.
 EP_DEVICE bool forward_to(algo::Warp warp, const RailDispatchContext& c, const RailToken& token, int first) {
     const InternodeDispatchParams& p = c.p;
-    const SlotMetadata there{token, p.rail.slot};
+    const ForwardedMetadata there{token, p.rail.slot};
     const HeldMetadata metadata(warp, p, there);
     const int rank = first + warp.thread_rank();
     const int position = rank < c.num_ranks() ? place_of(c, token, rank) : -1;

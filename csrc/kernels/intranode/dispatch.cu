@@ -25,23 +25,13 @@ inline namespace EP_BACKEND {
 // of each destination's window, then one flag for each. With bulk copies several rows are on their way through shared memory.
 
 // What goes along with a row. The lanes load it while the row is on its way, the entries beyond theirs when they are needed.
-struct Metadata {
+struct LoadedMetadata {
     int expert;
     float weight;
     uint32_t scale[2];
-
-    EP_DEVICE int expert_at(const DispatchContext& c, int token, int k) const {
-        return k < kWarpSize ? expert : checked_expert(c, token, input_expert(c.p, token, k));
-    }
-    EP_DEVICE float weight_at(const DispatchContext& c, int token, int k) const {
-        return k < kWarpSize ? weight : input_weight(c.p, token, k);
-    }
-    EP_DEVICE uint32_t scale_at(const DispatchContext& c, int token, int i) const {
-        return i < kWarpSize ? scale[0] : i < 2 * kWarpSize ? scale[1] : input_scale(c.p, token, i);
-    }
 };
 
-EP_DEVICE Metadata load_metadata(algo::Warp warp, const DispatchContext& c, int token) {
+EP_DEVICE LoadedMetadata load_metadata(algo::Warp warp, const DispatchContext& c, int token) {
     const DispatchParams& p = c.p;
     const int lane = warp.thread_rank();
     const bool has_entry = lane < p.num_topk;
@@ -53,27 +43,21 @@ EP_DEVICE Metadata load_metadata(algo::Warp warp, const DispatchContext& c, int 
     return {checked_expert(c, token, id), weight, {first, second}};
 }
 
-// Into the slot, or the image of one.
-EP_DEVICE void put_metadata(algo::Warp warp, const DispatchContext& c, int token, const Metadata& held, uint8_t* slot) {
-    const DispatchParams& p = c.p;
-    const layout::SlotLayout& at = p.slot;
-    if (warp.thread_rank() == 0) *reinterpret_cast<int*>(slot + at.src_idx.offset) = token;
-    algo::for_each(warp, p.num_topk, [&](int k) {
-        *reinterpret_cast<int*>(slot + at.topk_idx.at(k)) = held.expert_at(c, token, k);
-        *reinterpret_cast<float*>(slot + at.topk_weights.at(k)) = held.weight_at(c, token, k);
-    });
-    algo::for_each(warp, p.num_scales,
-                   [&](int i) { *reinterpret_cast<uint32_t*>(slot + at.scales.at(i)) = held.scale_at(c, token, i); });
-}
+// All of it: `k`, `i` are those that are this lane's in a loop of the warp.
+struct TokenMetadata {
+    const DispatchContext& c;
+    int token;
+    const LoadedMetadata& loaded;
 
-// To the final row at `rank`.
-EP_DEVICE void deliver_held_metadata(algo::Warp warp, const DispatchContext& c, int token, const Metadata& held,
-                                     int rank, int64_t row) {
-    deliver_metadata(
-        warp, c.p, metadata_outputs(c, rank), row, token,
-        [&](int k) { return local_expert(c.p, held.expert_at(c, token, k), rank); },
-        [&](int k) { return held.weight_at(c, token, k); }, [&](int i) { return held.scale_at(c, token, i); });
-}
+    EP_DEVICE int src_idx() const { return token; }
+    EP_DEVICE int expert(int k) const {
+        return k < kWarpSize ? loaded.expert : checked_expert(c, token, input_expert(c.p, token, k));
+    }
+    EP_DEVICE float weight(int k) const { return k < kWarpSize ? loaded.weight : input_weight(c.p, token, k); }
+    EP_DEVICE uint32_t scale(int i) const {
+        return i < kWarpSize ? loaded.scale[0] : i < 2 * kWarpSize ? loaded.scale[1] : input_scale(c.p, token, i);
+    }
+};
 
 // The token has a row at `rank`: then it is one of those that the counts have announced there.
 EP_DEVICE bool is_stated(const DispatchContext& c, int rank, int token, int position) {
@@ -90,7 +74,7 @@ EP_DEVICE int position_at(const DispatchContext& c, int token, int rank) {
 // What lanes load for a token while the one before it is on its way. Lane i's position is that at rank i.
 struct TokenNotes {
     int position;
-    Metadata metadata;
+    LoadedMetadata metadata;
 };
 
 EP_DEVICE TokenNotes load_notes(algo::Warp warp, const DispatchContext& c, int token) {
@@ -98,8 +82,8 @@ EP_DEVICE TokenNotes load_notes(algo::Warp warp, const DispatchContext& c, int t
 }
 
 // One token to those of 32 ranks, from `first_rank`, that need it. Lane i speaks for rank first_rank + i.
-EP_DEVICE bool send_token(algo::Warp warp, const DispatchContext& c, int token, const Metadata& held, int first_rank,
-                          int position) {
+EP_DEVICE bool send_token(algo::Warp warp, const DispatchContext& c, int token, const LoadedMetadata& loaded,
+                          int first_rank, int position) {
     warp.expect();
     const DispatchParams& p = c.p;
     const int destination = first_rank + warp.thread_rank();
@@ -122,14 +106,15 @@ EP_DEVICE bool send_token(algo::Warp warp, const DispatchContext& c, int token, 
     algo::multicast_row<kUnroll>(warp, reinterpret_cast<const Vec16*>(p.x + static_cast<int64_t>(token) * p.row_bytes),
                                  static_cast<int>(p.row_bytes / sizeof(Vec16)), lanes,
                                  reinterpret_cast<Vec16*>(target));
+    const TokenMetadata metadata{c, token, loaded};
     for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
         const int lane = __ffs(static_cast<int>(rest)) - 1;
         uint8_t* slot = algo::broadcast_pointer(warp, target, lane);
         const int64_t final_row = __shfl_sync(kFullMask, row, lane);
         if ((slot_lanes >> lane & 1u) != 0)
-            put_metadata(warp, c, token, held, slot);
+            put_metadata(warp, p, p.slot, slot, metadata);
         else
-            deliver_held_metadata(warp, c, token, held, first_rank + lane, final_row);
+            deliver_metadata(warp, c, first_rank + lane, final_row, metadata);
     }
     warp.sync();  // every lane's stores, one lane's release
     if (uses_slot) c.ring.to(destination).publish(position);
@@ -162,7 +147,7 @@ EP_DEVICE int* position_in(algo::Warp warp, const DispatchParams& p, uint8_t* st
 EP_DEVICE void stage_notes(algo::Warp warp, const DispatchContext& c, int token, const TokenNotes& notes,
                            uint8_t* stage) {
     *position_in(warp, c.p, stage) = notes.position;
-    put_metadata(warp, c, token, notes.metadata, stage);
+    put_metadata(warp, c.p, c.p.slot, stage, TokenMetadata{c, token, notes.metadata});
     prim::fence_async_shared();
 }
 
@@ -236,7 +221,7 @@ EP_DEVICE void deliver_staged_metadata(algo::Warp warp, const DispatchContext& c
     for (uint32_t rest = send.direct_lanes; rest != 0; rest &= rest - 1) {
         const int rank = __ffs(static_cast<int>(rest)) - 1;
         if (__shfl_sync(kFullMask, position, rank) < 0) continue;
-        deliver_slot_metadata(warp, c, rank, __shfl_sync(kFullMask, row, rank), stage);
+        deliver_metadata(warp, c, rank, __shfl_sync(kFullMask, row, rank), SlotMetadata{stage, c.p.slot});
     }
 }
 

@@ -352,7 +352,7 @@ struct DispatchContext {
 
 // What travels is the expert's global id: the same bytes to every destination. get_dispatch_layout has refused an id
 // that is out of range, so one that is found here has changed since.
-EP_DEVICE int checked_expert(const DispatchContext& c, int token, int64_t id) {
+template <class Context> EP_DEVICE int checked_expert(const Context& c, int token, int64_t id) {
     if (is_expert(c.p, id)) return static_cast<int>(id);
     prim::store<prim::Order::kRelaxed, prim::Scope::kCta>(c.bad_token, token);
     return -1;
@@ -403,33 +403,57 @@ template <class Context> EP_DEVICE uint8_t* direct_rows(const Context& c, int ra
     return offset == 0 ? nullptr : c.watch.heap.at(rank, offset);
 }
 
-// Everything of an output row but the row itself.
-template <class Expert, class Weight, class Scale>
-EP_DEVICE void deliver_metadata(algo::Warp warp, const DispatchParams& p, const MetadataOutputs& out, int64_t row,
-                                int src_idx, const Expert& expert, const Weight& weight, const Scale& scale) {
-    warp.expect();
-    if (warp.thread_rank() == 0 && out.src_idx != nullptr) out.src_idx[row] = src_idx;
-    for (int k = warp.thread_rank(); k < p.num_topk; k += warp.size()) {
-        const int id = expert(k);
-        algo::store_expert_id(out.topk_idx, p.idx_bytes, row * p.num_topk + k, id);
-        out.topk_weights[row * p.num_topk + k] = id >= 0 ? weight(k) : 0.0f;
-    }
-    for (int i = warp.thread_rank(); i < p.num_scales; i += warp.size()) {
-        out.scales[row * p.num_scales + i] = scale(i);
-    }
+// The metadata of a token is a type with src_idx(), expert(k), weight(k) and scale(i): experts as all ranks count them. This is what
+// stands in a slot: of the heap's windows, of the rail's, or the image of one in shared memory.
+class SlotMetadata {
+public:
+    EP_DEVICE SlotMetadata(const uint8_t* slot, const layout::SlotLayout& at)
+        : experts_(reinterpret_cast<const int*>(slot + at.topk_idx.offset)),
+          weights_(reinterpret_cast<const float*>(slot + at.topk_weights.offset)),
+          scales_(reinterpret_cast<const uint32_t*>(slot + at.scales.offset)),
+          src_idx_(reinterpret_cast<const int*>(slot + at.src_idx.offset)) {}
+
+    EP_DEVICE int src_idx() const { return *src_idx_; }
+    EP_DEVICE int expert(int k) const { return experts_[k]; }
+    EP_DEVICE float weight(int k) const { return weights_[k]; }
+    EP_DEVICE uint32_t scale(int i) const { return scales_[i]; }
+
+private:
+    const int* experts_;
+    const float* weights_;
+    const uint32_t* scales_;
+    const int* src_idx_;
+};
+
+// Everything of a slot but its row.
+template <class Metadata>
+EP_DEVICE void put_metadata(algo::Warp warp, const DispatchParams& p, const layout::SlotLayout& at, uint8_t* slot,
+                            const Metadata& metadata) {
+    if (warp.thread_rank() == 0) *reinterpret_cast<int*>(slot + at.src_idx.offset) = metadata.src_idx();
+    algo::for_each(warp, p.num_topk, [&](int k) {
+        *reinterpret_cast<int*>(slot + at.topk_idx.at(k)) = metadata.expert(k);
+        *reinterpret_cast<float*>(slot + at.topk_weights.at(k)) = metadata.weight(k);
+    });
+    algo::for_each(warp, p.num_scales,
+                   [&](int i) { *reinterpret_cast<uint32_t*>(slot + at.scales.at(i)) = metadata.scale(i); });
 }
 
-// From a slot, or from the image of one in shared memory, to the final row at `rank`.
-template <class Context>
-EP_DEVICE void deliver_slot_metadata(algo::Warp warp, const Context& c, int rank, int64_t row, const uint8_t* slot) {
+// Everything of the final row at `rank` but the row itself.
+template <class Context, class Metadata>
+EP_DEVICE void deliver_metadata(algo::Warp warp, const Context& c, int rank, int64_t row, const Metadata& metadata) {
+    warp.expect();
     const DispatchParams& p = c.p;
-    const auto* ids = reinterpret_cast<const int*>(slot + p.slot.topk_idx.offset);
-    const auto* weights = reinterpret_cast<const float*>(slot + p.slot.topk_weights.offset);
-    const auto* scales = reinterpret_cast<const uint32_t*>(slot + p.slot.scales.offset);
-    deliver_metadata(
-        warp, p, metadata_outputs(c, rank), row, *reinterpret_cast<const int*>(slot + p.slot.src_idx.offset),
-        [&](int k) { return local_expert(p, ids[k], rank); }, [&](int k) { return weights[k]; },
-        [&](int i) { return scales[i]; });
+    const MetadataOutputs out = metadata_outputs(c, rank);
+    const int src_idx = metadata.src_idx();
+    if (warp.thread_rank() == 0 && out.src_idx != nullptr) out.src_idx[row] = src_idx;
+    for (int k = warp.thread_rank(); k < p.num_topk; k += warp.size()) {
+        const int id = local_expert(p, metadata.expert(k), rank);
+        algo::store_expert_id(out.topk_idx, p.idx_bytes, row * p.num_topk + k, id);
+        out.topk_weights[row * p.num_topk + k] = id >= 0 ? metadata.weight(k) : 0.0f;
+    }
+    for (int i = warp.thread_rank(); i < p.num_scales; i += warp.size()) {
+        out.scales[row * p.num_scales + i] = metadata.scale(i);
+    }
 }
 
 // -- The receiving role, of a rank that does not lend its outputs: slots to final rows, one stream of rows for each source
@@ -443,7 +467,7 @@ EP_DEVICE void receive_row(algo::Warp warp, const Context& c, const algo::Port& 
     algo::copy_row<algo::SourceKind::kFromPeer, kUnroll>(warp, reinterpret_cast<Vec16*>(p.recv_x + row * p.row_bytes),
                                                          reinterpret_cast<const Vec16*>(slot),
                                                          static_cast<int>(p.row_bytes / sizeof(Vec16)));
-    deliver_slot_metadata(warp, c, c.watch.heap.rank(), row, slot);
+    deliver_metadata(warp, c, c.watch.heap.rank(), row, SlotMetadata{slot, p.slot});
     warp.sync();  // every lane's reads, one lane's release
     if (warp.thread_rank() == 0) port.give_back(position, num_rows);
 }

@@ -58,10 +58,12 @@ EP_DEVICE algo::WaitSite count_site(const algo::Watch& watch, int source) {
     return {layout::Stage::kRailCounts, source};
 }
 
-// Adds up what the sources have counted, in their order; `word_of(source)` is where. `store(source, sum)` gets
+// Adds up what the sources have counted, in their order; `word_at(heap, bank, source)` is where. `store(source, sum)` gets
 // the sum up to each. False: a wait failed.
-template <class WordOf, class Store>
-EP_DEVICE bool accumulate_sources(const algo::Watch& watch, const WordOf& word_of, const Store& store) {
+template <class WordAt, class Store>
+EP_DEVICE bool accumulate_sources(const algo::Watch& watch, const WordAt& word_at, const Store& store) {
+    const int bank = algo::bank_of(watch.call);
+    const auto word_of = [&](int source) { return word_at(watch.heap, bank, source); };
     constexpr int kBatch = 4;  // under way at once
     const int num_sources = watch.heap.num_sources();
     int sum = 0;
@@ -97,19 +99,19 @@ EP_DEVICE bool accumulate_sources(const algo::Watch& watch, const WordOf& word_o
 // Tokens that the sources send to `destination`.
 template <class Store>
 EP_DEVICE bool accumulate_rank_counts(const algo::Watch& watch, int destination, const Store& store) {
-    const algo::Heap& heap = watch.heap;
-    const int bank = algo::bank_of(watch.call);
-    return accumulate_sources(
-        watch, [&](int source) { return heap.rank_count(heap.rank(), bank, source, destination); }, store);
+    const auto word_at = [&](const algo::Heap& heap, int bank, int source) {
+        return heap.rank_count(heap.rank(), bank, source, destination);
+    };
+    return accumulate_sources(watch, word_at, store);
 }
 
 // Entries that the sources have for one of our experts.
 template <class Store>
 EP_DEVICE bool accumulate_expert_counts(const algo::Watch& watch, int local_expert, const Store& store) {
-    const algo::Heap& heap = watch.heap;
-    const int bank = algo::bank_of(watch.call);
-    return accumulate_sources(
-        watch, [&](int source) { return heap.expert_count(heap.rank(), bank, source, local_expert); }, store);
+    const auto word_at = [&](const algo::Heap& heap, int bank, int source) {
+        return heap.expert_count(heap.rank(), bank, source, local_expert);
+    };
+    return accumulate_sources(watch, word_at, store);
 }
 
 // To the host, the entries for our experts. Each thread has an answer of its own.

@@ -168,6 +168,29 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
         });
     }
 
+    // use(bit, load(bit)) for each bit that is set, in ascending order; the loads of `kAhead` are under way at once.
+    template <int kAhead, class Load, class Use>
+    static EP_DEVICE void for_pieces(uint32_t bits, const Load& load, const Use& use) {
+        const auto first = [](uint32_t set) { return __ffs(static_cast<int>(set)) - 1; };
+#pragma unroll 1
+        while (bits != 0) {
+            Piece held[kAhead];
+            uint32_t rest = bits;
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+                if (rest == 0) break;
+                held[i] = load(first(rest));
+                rest &= rest - 1;
+            }
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+                if (bits == 0) break;
+                use(first(bits), held[i]);
+                bits &= bits - 1;
+            }
+        }
+    }
+
     // Sums that have been sent as such, of the ranks in `lanes`.
     static EP_DEVICE void add_sums(Warp warp, const CallContext& c, const OwnToken& token, const Parts& parts,
                                    uint32_t lanes, int chunk, Sums (&sums)[kVecsOfPiece]) {
@@ -183,25 +206,11 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
                 add_values(sums, values);
             }
         } else {
-#pragma unroll 1
-            while (lanes != 0) {
-                Piece held[kPartsAhead];
-                uint32_t rest = lanes;
+            const auto load = [&](int lane) { return load_sent(warp, c, slot_of(warp, c, token, parts, lane), chunk); };
+            for_pieces<kPartsAhead>(lanes, load, [&](int, const Piece& piece) {
 #pragma unroll
-                for (int i = 0; i < kPartsAhead; ++i) {
-                    if (rest == 0) break;
-                    held[i] =
-                        load_sent(warp, c, slot_of(warp, c, token, parts, __ffs(static_cast<int>(rest)) - 1), chunk);
-                    rest &= rest - 1;
-                }
-#pragma unroll
-                for (int i = 0; i < kPartsAhead; ++i) {
-                    if (lanes == 0) break;
-#pragma unroll
-                    for (int j = 0; j < kVecsOfPiece; ++j) sums[j].add(held[i].vec[j]);
-                    lanes &= lanes - 1;
-                }
-            }
+                for (int i = 0; i < kVecsOfPiece; ++i) sums[i].add(piece.vec[i]);
+            });
         }
     }
 
@@ -224,27 +233,15 @@ template <bool kIsLogfmt, bool kUsesPackets> struct Receiver {
                                    int chunk, Sums (&sums)[kVecsOfPiece]) {
         warp.expect();
         Sums part[kVecsOfPiece] = {};
-        uint32_t entries = __shfl_sync(kFullMask, parts.entries, lane);
-#pragma unroll 1
-        while (entries != 0) {
-            Piece held[kRowsAhead];
-            uint32_t rest = entries;
+        const uint32_t entries = __shfl_sync(kFullMask, parts.entries, lane);
+        const auto load = [&](int k) {
+            return load_sent(warp, c, c.part_slot(parts.first_rank + lane, token.idx, k), chunk);
+        };
+        for_pieces<kRowsAhead>(entries, load, [&](int k, const Piece& piece) {
+            const float weight = __shfl_sync(kFullMask, token.weight, k);
 #pragma unroll
-            for (int i = 0; i < kRowsAhead; ++i) {
-                if (rest == 0) break;
-                held[i] = load_sent(
-                    warp, c, c.part_slot(parts.first_rank + lane, token.idx, __ffs(static_cast<int>(rest)) - 1), chunk);
-                rest &= rest - 1;
-            }
-#pragma unroll
-            for (int i = 0; i < kRowsAhead; ++i) {
-                if (entries == 0) break;
-                const float weight = __shfl_sync(kFullMask, token.weight, __ffs(static_cast<int>(entries)) - 1);
-#pragma unroll
-                for (int j = 0; j < kVecsOfPiece; ++j) part[j].add(held[i].vec[j], weight);
-                entries &= entries - 1;
-            }
-        }
+            for (int i = 0; i < kVecsOfPiece; ++i) part[i].add(piece.vec[i], weight);
+        });
         add_as_sent(warp, sums, part);
     }
 
