@@ -8,31 +8,13 @@
 namespace deep_ep::kernels::notify_dispatch {
 inline namespace EP_BACKEND {
 
-using prim::kWarpSize;
 using prim::Order;
 using prim::Scope;
-
-constexpr int kMaxWarps = kMaxNotifyThreads / kWarpSize;
 
 struct Kernel {
     using Params = NotifyDispatchParams;
     static constexpr int kMaxThreads = kMaxNotifyThreads;
-    struct Shared {
-        int is_ok[kMaxWarps];
-    };
-
-    // Did every thread succeed?
-    static EP_DEVICE bool all_threads(algo::Block block, bool is_ok, Shared& shared) {
-        block.expect();
-        const algo::Warp warp;
-        is_ok = __all_sync(prim::kFullMask, is_ok) != 0;
-        if (warp.thread_rank() == 0) shared.is_ok[prim::warp_idx()] = is_ok;
-        block.sync();
-        bool all = true;
-        for (int idx = 0; idx < block.num_warps(); ++idx) all &= shared.is_ok[idx] != 0;
-        block.sync();
-        return all;
-    }
+    struct Shared {};
 
     static EP_DEVICE bool enter(algo::Warp warp, const Params& p, const algo::Watch& watch) {
         if (warp.thread_rank() == 0) prim::store<Order::kRelaxed, Scope::kSys>(&p.counts->entered, p.ticket);
@@ -51,11 +33,11 @@ struct Kernel {
         return is_ok;
     }
 
-    static EP_DEVICE void run(const Params& p, Shared& shared) {
+    static EP_DEVICE void run(const Params& p, Shared&) {
         const algo::Block block;
         const algo::Watch watch = {p.watch, p.heap, layout::Operation::kNotifyDispatch,
                                    algo::current_call(p.watch.local)};
-        if (!all_threads(block, prim::warp_idx() != 0 || enter(algo::Warp{}, p, watch), shared)) return;
+        if (algo::any(block, prim::warp_idx() == 0 && !enter(algo::Warp{}, p, watch))) return;
         algo::for_each(block, watch.heap.num_ranks(), [&](int rank) {
             write_rank_count(watch, watch.heap.rank(), rank, p.num_tokens_per_rank[rank]);
         });
@@ -63,7 +45,7 @@ struct Kernel {
         const bool has_matrix = fill_matrix(block, p, watch);
         const bool has_counts = tell_expert_counts(block, watch, p.counts, p.num_local_experts, p.expert_alignment);
         // Everybody's counts and sums, one thread's release.
-        if (!all_threads(block, has_matrix && has_counts, shared) || block.thread_rank() != 0) return;
+        if (algo::any(block, !has_matrix || !has_counts) || block.thread_rank() != 0) return;
         const int last_row = (watch.heap.num_ranks() - 1) * watch.heap.num_ranks();
         tell_num_rows(p.counts, p.rank_prefix_matrix[last_row + watch.heap.rank()], p.ticket);
     }
