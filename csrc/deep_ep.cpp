@@ -21,7 +21,7 @@
 #include "core/error.h"
 #include "core/interruption.h"
 #include "layout/heap.h"
-#include "layout/rail.h"
+#include "layout/status.h"
 #include "rail/nvshmem/loader.h"
 #include "rail/nvshmem/versions.h"
 #include "runtime/buffer.h"

@@ -11,7 +11,7 @@
 #include "comm/symmetric_heap.h"
 #include "device/owned.h"
 #include "kernels/params.h"
-#include "layout/rail.h"
+#include "layout/topology.h"
 #include "rail/engine.h"
 #include "runtime/failure.h"
 #include "runtime/plan.h"
