@@ -103,7 +103,6 @@ private:
     std::shared_ptr<comm::Mailbox> mailbox_;
     std::unique_ptr<comm::SymmetricHeap> heap_;
     std::unique_ptr<rail::Engine> engine_;
-    bool is_rail_connected_ = false;
     dev::DeviceArray<const uint8_t*> node_windows_;
     dev::HostMappedObject<layout::HostStatus> status_;
     dev::DeviceArray<layout::LocalState> local_;
