@@ -2,9 +2,7 @@
 // (do wrong results show, for how many of 60 seeds?) and under ThreadSanitizer (is there a report?).
 #include <doctest/doctest.h>
 
-#include <cstring>
 #include <functional>
-#include <memory>
 #include <string>
 
 #include "device/simt/device.h"
