@@ -21,7 +21,7 @@
 #include "core/error.h"
 #include "core/interruption.h"
 #include "layout/heap.h"
-#include "layout/rail.h"
+#include "layout/status.h"
 #include "rail/nvshmem/loader.h"
 #include "rail/nvshmem/versions.h"
 #include "runtime/buffer.h"
@@ -68,19 +68,19 @@ struct Errors {
     void translate(const std::exception_ptr& thrown) const {
         try {
             if (thrown) std::rethrow_exception(thrown);
-        } catch (const InvalidArgument& e) {
-            py::set_error(invalid_argument, e.what());
-        } catch (const InternalError& e) {
-            py::set_error(internal_error, e.what());
-        } catch (const TimeoutError& e) {
-            py::set_error(timeout_error, e.what());
-        } catch (const TransportError& e) {
-            py::set_error(transport_error, e.what());
-        } catch (const CudaError& e) {
-            py::set_error(cuda_error, e.what());
         } catch (const Error& e) {
-            py::set_error(error, e.what());
+            py::set_error(class_of(e), e.what());
         }
+    }
+
+private:
+    py::handle class_of(const Error& thrown) const {
+        if (dynamic_cast<const InvalidArgument*>(&thrown) != nullptr) return invalid_argument;
+        if (dynamic_cast<const InternalError*>(&thrown) != nullptr) return internal_error;
+        if (dynamic_cast<const TimeoutError*>(&thrown) != nullptr) return timeout_error;
+        if (dynamic_cast<const TransportError*>(&thrown) != nullptr) return transport_error;
+        if (dynamic_cast<const CudaError*>(&thrown) != nullptr) return cuda_error;
+        return error;
     }
 
     py::exception<Error> error;

@@ -59,7 +59,7 @@ class Place:
 class Topology:
     """Nodes of equally many ranks, which follow each other, as one rank sees them.
 
-    csrc/layout/rail.h is the same for native code: rank = node * ranks_per_node + index.
+    csrc/layout/topology.h is the same for native code: rank = node * ranks_per_node + index.
     """
 
     rank: int

@@ -11,14 +11,10 @@ template <int kSend, int W, int U, int R, int B = 1> __global__ void __launch_bo
     extern __shared__ __align__(128) uint8_t memory[];
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
-    const int first = warp * a.split + blockIdx.x;
-    const int step = W * a.split;
     if (blockIdx.x >= a.split) {
-        const int blocks = gridDim.x - a.split;
-        if (warp < R) reduce_slots<U>(a, warp * blocks + blockIdx.x - a.split, R * blocks, lane);
+        if (warp < R) reduce_slots<U>(a, rows_by_block(a, R), lane);
     } else if (warp < W) {
-        if (kSend == 0) return send_plain<7>(a, first, step, lane);
-        if (lane == 0) send_bulk<kSend == 0 ? 1 : kSend, B>(a, memory, warp, {first, step});
+        send<kSend, 7, B>(a, memory, warp, rows_by_block(a, W), lane);
     }
 }
 
@@ -47,14 +43,13 @@ __device__ void meet(const Args& a) {
 }
 
 // A warp: adds our own rows to the peer's where those are, U vectors a lane; the first of them are loaded before it waits.
-template <int U> __device__ void add_plain(const Args& a, int first, int step, int lane) {
-    for (int t = first; t < kTokens; t += step) {
+template <int U> __device__ void add_plain(const Args& a, const Rows& rows, int lane) {
+    for (int t = rows.first; t < kTokens; t += rows.step) {
         const int64_t at = static_cast<int64_t>(t) * a.row;
         bool is_here = false;
         for (int base = lane * 16; base < a.row; base += U * 512) {
             Vec held[U];
-#pragma unroll
-            for (int i = 0; i < U; ++i) held[i] = load(a.x + at + base + i * 512);
+            load(held, a.x + at + base);
             if (!is_here) await_row(a, t, lane);
             is_here = true;
 #pragma unroll
@@ -78,18 +73,13 @@ template <int kSend, int kAdd, int U, int T, int B = 1> __global__ void __launch
     extern __shared__ __align__(128) uint8_t memory[];
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
+    const Rows rows = rows_by_warp(a, T / 32);
     meet(a);
-    if (warp < a.split) {
-        const Rows rows{warp_of_grid(warp), static_cast<int>(a.split * gridDim.x)};
-        if (kSend == 0) return send_plain<7>(a, rows.first, rows.step, lane);
-        if (lane == 0) send_bulk<kSend == 0 ? 1 : kSend, B>(a, memory, warp, rows);
-        return;
-    }
-    const Rows rows{warp_of_grid(warp - a.split), static_cast<int>((T / 32 - a.split) * gridDim.x)};
-    if (kAdd == 0) return add_plain<U>(a, rows.first, rows.step, lane);
+    if (warp < a.split) return send<kSend, 7, B>(a, memory, warp, rows, lane);
+    if (kAdd == 0) return add_plain<U>(a, rows, lane);
     constexpr int S = kAdd == 0 ? 1 : kAdd;
-    uint8_t* stages = memory + a.split * (kSend == 0 ? 0 : kSend * a.row + 128) + (warp - a.split) * (S * a.row + 128);
-    if (lane == 0) add_bulk<S>(a, stages, rows, a.result);
+    uint8_t* behind_those_that_send = kSend == 0 ? memory : stages_of(memory, a.split, kSend, a.row);
+    if (lane == 0) add_bulk<S>(a, stages_of(behind_those_that_send, warp - a.split, S, a.row), rows, a.result);
 }
 
 // The other way round: our own rows are stored into our result, and the peer adds its own over the link. Told row by row as well.
@@ -99,18 +89,10 @@ template <int S, int T> __global__ void __launch_bounds__(T) add_over_link(Args 
     const int warp = threadIdx.x / 32;
     meet(a);
     if (lane != 0) return;
-    uint8_t* stages = memory + warp * (S * a.row + 128);
-    if (warp < a.split)
-        return add_bulk<S>(a, stages, {warp_of_grid(warp), static_cast<int>(a.split * gridDim.x)}, a.remote);
-    const Rows rows{warp_of_grid(warp - a.split), static_cast<int>((T / 32 - a.split) * gridDim.x)};
-    int told = 0;
-    through_stages<S, S - 1>(a, stages, rows, [&](int item, int64_t at, const uint8_t* stage) {
-        bulk_store(a.result + at, stage, a.row);
-        if (item - told < 2) return;
-        bulk_wait<1>();
-        rows.tell(a, told, item);
-    });
-    rows.tell(a, told, rows.count());
+    const Rows rows = rows_by_warp(a, T / 32);
+    uint8_t* stages = stages_of(memory, warp, S, a.row);
+    if (warp < a.split) return add_bulk<S>(a, stages, rows, a.remote);
+    send_bulk<S, 2>(a, stages, rows, a.result);
 }
 
 // One warp of a block sets the flags that the others ask for, so that none of them waits for its stores.
@@ -159,9 +141,10 @@ __global__ void __launch_bounds__(T) roles(Args a) {
     if (blockIdx.x < a.split) {
         if (warp == W && kAsks) serve(requests, a.peer_flags, a.epoch, W);
         if (warp >= W) return;
-        if (!kAsks) return send_plain<7, B>(a, warp * a.split + blockIdx.x, W * a.split, lane);
+        const Rows rows = rows_by_block(a, W);
+        if (!kAsks) return send_plain<7, B>(a, rows, lane);
         int n = 0;
-        for (int t = warp * a.split + blockIdx.x; t < kTokens; t += W * a.split) {
+        for (int t = rows.first; t < kTokens; t += rows.step) {
             const int64_t at = static_cast<int64_t>(t) * a.row;
             move<7>(a.x + at, a.remote + at, nullptr, a.row, lane);
             __syncwarp();
@@ -171,16 +154,14 @@ __global__ void __launch_bounds__(T) roles(Args a) {
         return;
     }
     if (warp >= R) return;
-    const int blocks = gridDim.x - a.split;
-    const int first = warp * blocks + blockIdx.x - a.split;
-    if (kAdds) return add_plain<U>(a, first, R * blocks, lane);
-    reduce_slots<U>(a, first, R * blocks, lane);
+    if (kAdds) return add_plain<U>(a, rows_by_block(a, R), lane);
+    reduce_slots<U>(a, rows_by_block(a, R), lane);
 }
 
-// The sending block of the next kernel, B rows to a release. kLate: it waits for their stores while the next row is loaded.
-template <int W, int B, bool kLate> __device__ void send_rows(const Args& a, int warp, int lane) {
-    const int step = W * a.split;
-    int told = warp * a.split + blockIdx.x;
+// A warp that sends of the next kernel, B rows to a release. kLate: it waits for their stores while the next row is loaded.
+template <int B, bool kLate> __device__ void send_rows(const Args& a, const Rows& rows, int lane) {
+    const int step = rows.step;
+    int told = rows.first;
     const auto tell_until = [&](int end) {
         const int mine = told + lane * step;
         if (mine < end && lane < B) publish(a.peer_flags + mine, a.epoch);
@@ -194,12 +175,10 @@ template <int W, int B, bool kLate> __device__ void send_rows(const Args& a, int
         if (is_due && !kLate) tell_until(t);
         for (int base = lane * 16; base < a.row; base += 7 * 512) {
             Vec held[7];
-#pragma unroll
-            for (int i = 0; i < 7; ++i) held[i] = load(from + base + i * 512);
+            load(held, from + base);
             __syncwarp();
             if (is_due && kLate && base == lane * 16) tell_until(t);
-#pragma unroll
-            for (int i = 0; i < 7; ++i) store(to + base + i * 512, held[i]);
+            store(to + base, held);
         }
         __syncwarp();
     }
@@ -215,44 +194,27 @@ __global__ void __launch_bounds__(768) roles_staged(Args a) {
     const int warp = threadIdx.x / 32;
     meet(a);
     if (blockIdx.x < a.split) {
-        if (warp < W) send_rows<W, B, kLate>(a, warp, lane);
+        if (warp < W) send_rows<B, kLate>(a, rows_by_block(a, W), lane);
         return;
     }
     if (warp >= R) return;
-    const int blocks = gridDim.x - a.split;
-    const int first = warp * blocks + blockIdx.x - a.split;
-    const int step = R * blocks;
-    const int count = first < kTokens ? (kTokens - first + step - 1) / step : 0;
-    const auto at = [&](int item) { return static_cast<int64_t>(first + item * step) * a.row; };
-    const auto wait_for = [&](int item) {
-        if (lane == 0)
-            while (look(a.flags + first + item * step) < a.epoch) __nanosleep(20);
-        __syncwarp();
-    };
+    const Rows rows = rows_by_block(a, R);
     if constexpr (S == 0) {
-        for (int item = 0; item < count; ++item)
-            for (int base = lane * 16; base < a.row; base += 7 * 512) {
-                Vec held[7];
-#pragma unroll
-                for (int i = 0; i < 7; ++i) held[i] = load(a.x + at(item) + base + i * 512);
-                if (base == lane * 16) wait_for(item);
-#pragma unroll
-                for (int i = 0; i < 7; ++i) add(a.result + at(item) + base + i * 512, held[i]);
-            }
+        add_plain<7>(a, rows, lane);
     } else {
-        uint8_t* stages = memory + warp * (S * a.row + 128);
+        const int count = rows.count();
+        const auto at = [&](int item) { return static_cast<int64_t>(rows.token(item)) * a.row; };
+        uint8_t* stages = stages_of(memory, warp, S, a.row);
         auto* bars = reinterpret_cast<uint64_t*>(stages + S * a.row);
         if (lane == 0) {
-            for (int s = 0; s < S; ++s) bar_init(bars + s);
-            asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            init_bars(bars, S);
             for (int item = 0; item < S && item < count; ++item)
                 bulk_load(stages + item * a.row, a.x + at(item), a.row, bars + item);
         }
         __syncwarp();
         for (int item = 0; item < count; ++item) {
             const int s = item % S;
-            wait_for(item);
+            await_row(a, rows.token(item), lane);
             bar_wait(bars + s, item / S & 1);
             if (kBulk) {
                 if (lane == 0) {
@@ -275,12 +237,20 @@ __global__ void __launch_bounds__(768) roles_staged(Args a) {
     }
 }
 
-// Beside others that are measured: what they have to give.
-static std::vector<uint8_t> sums_by_pull(const std::vector<int>& sms) {
-    measure("pull, 16 warps x 7", pull<7, 512>, 512, 0, kMaxRow, 0, To::kOutput, sms);
-    std::vector<uint8_t> sums(static_cast<size_t>(kTokens) * kMaxRow);
-    CHECK(cudaMemcpy(sums.data(), gpus[0].result, sums.size(), cudaMemcpyDefault));
-    return sums;
+// A way to make the same sums, which `measure_it` measures.
+template <class Measure>
+static void check_sums(const char* what, const std::vector<uint8_t>& sums, const Measure& measure_it) {
+    CHECK(cudaMemset(gpus[0].result, 0, sums.size()));
+    measure_it();
+    check_rows(what, gpus[0].result, sums.data(), sums.size());
+}
+
+template <class Kernel>
+static void measure_split(const char* what, Kernel kernel, int threads, int shared_bytes, int split, To to,
+                          const std::vector<int>& sms) {
+    char name[64];
+    std::snprintf(name, sizeof name, "%d blocks send, %s", split, what);
+    measure(name, kernel, threads, shared_bytes, kMaxRow, split, to, sms);
 }
 
 static void run_blocks() {
@@ -288,13 +258,9 @@ static void run_blocks() {
     std::printf("\nroles by block, rows of 14336 bytes             14 SMs     16      18      20      24\n");
     const std::vector<uint8_t> sums = sums_by_pull(sms);
     const auto measure_splits = [&](const char* what, auto kernel, int shared_bytes) {
-        CHECK(cudaMemset(gpus[0].result, 0, sums.size()));
-        for (int split : {5, 6, 7, 8, 9}) {
-            char name[64];
-            std::snprintf(name, sizeof name, "%d blocks send %s", split, what);
-            measure(name, kernel, 768, shared_bytes, kMaxRow, split, To::kSlots, sms);
-        }
-        check_rows(what, gpus[0].result, sums.data(), sums.size());
+        check_sums(what, sums, [&] {
+            for (int split : {5, 6, 7, 8, 9}) measure_split(what, kernel, 768, shared_bytes, split, To::kSlots, sms);
+        });
     };
     const auto stages = [](int warps, int each) { return warps * (each * kMaxRow + 128); };
     measure_splits("plain 24; 20 reduce x 7", by_block<0, 24, 7, 20>, 0);
@@ -311,10 +277,8 @@ static void run_add() {
     const std::vector<uint8_t> sums = sums_by_pull(sms);
     // Bulk copies: (send warps x stages) + (warps that add x stages).
     const auto measure_add = [&](const char* name, auto kernel, int threads, int split, int stages) {
-        CHECK(cudaMemset(gpus[0].result, 0, sums.size()));
         const int shared_bytes = stages == 0 ? 0 : stages * kMaxRow + 16 * 128;
-        measure(name, kernel, threads, shared_bytes, kMaxRow, split, To::kResult, sms);
-        check_rows(name, gpus[0].result, sums.data(), sums.size());
+        check_sums(name, sums, [&] { measure(name, kernel, threads, shared_bytes, kMaxRow, split, To::kResult, sms); });
     };
     measure_add("bulk 3 x 2 + bulk 3 x 2", push_add<2, 2, 7, 192, 2>, 192, 3, 12);
     measure_add("bulk 4 x 2 + bulk 3 x 2", push_add<2, 2, 7, 224, 2>, 224, 4, 14);
@@ -339,14 +303,13 @@ static void run_roles() {
     std::printf("\nroles by block, what each number of blocks that send takes, rows of 14336 bytes\n");
     const std::vector<uint8_t> sums = sums_by_pull({16, 20, 24});
     const auto measure_splits = [&](const char* what, auto kernel, int threads, To to) {
-        CHECK(cudaMemset(gpus[0].result, 0, sums.size()));
-        for (int num_sms : {16, 20, 24})
-            for (int split = num_sms / 2 - 1; split <= num_sms / 2 + 4; ++split) {
-                char name[64];
-                std::snprintf(name, sizeof name, "%d of %d blocks send, %s", split, num_sms, what);
-                measure(name, kernel, threads, 0, kMaxRow, split, to, {num_sms});
+        check_sums(what, sums, [&] {
+            for (int num_sms : {16, 20, 24}) {
+                std::printf("%d SMs:\n", num_sms);
+                for (int split = num_sms / 2 - 1; split <= num_sms / 2 + 4; ++split)
+                    measure_split(what, kernel, threads, 0, split, to, {num_sms});
             }
-        check_rows(what, gpus[0].result, sums.data(), sums.size());
+        });
     };
     measure_splits("flag warp, 20 sum x 7", roles<false, true, 24, 20, 7, 1, 800>, 800, To::kSlots);
     measure_splits("batch 2, 20 sum x 7", roles<false, false, 24, 20, 7, 2, 768>, 768, To::kSlots);
@@ -361,13 +324,10 @@ static void run_staged() {
     std::printf("\nroles by block, own rows added out of stages\n");
     const std::vector<uint8_t> sums = sums_by_pull({16, 20, 24});
     const auto measure_splits = [&](const char* what, auto kernel, int stages) {
-        CHECK(cudaMemset(gpus[0].result, 0, sums.size()));
-        for (int split = 7; split <= 11; ++split) {
-            char name[64];
-            std::snprintf(name, sizeof name, "%d blocks send, %s", split, what);
-            measure(name, kernel, 768, stages * kMaxRow + 16 * 128, kMaxRow, split, To::kResult, {16, 18, 20, 24});
-        }
-        check_rows(what, gpus[0].result, sums.data(), sums.size());
+        check_sums(what, sums, [&] {
+            for (int split = 7; split <= 11; ++split)
+                measure_split(what, kernel, 768, stages * kMaxRow + 16 * 128, split, To::kResult, {16, 18, 20, 24});
+        });
     };
     measure_splits("batch 2, 24 add x 7", roles_staged<24, 2, false, 24, 0, false>, 0);
     measure_splits("late 1, 24 add x 7", roles_staged<24, 1, true, 24, 0, false>, 0);

@@ -15,13 +15,7 @@
 #include <cstdlib>
 #include <vector>
 
-#define CHECK(call)                                                                        \
-    do {                                                                                   \
-        if (cudaError_t e = (call); e != cudaSuccess) {                                    \
-            std::fprintf(stderr, "%s:%d %s\n", __FILE__, __LINE__, cudaGetErrorString(e)); \
-            std::exit(1);                                                                  \
-        }                                                                                  \
-    } while (0)
+#include "check.h"
 
 constexpr int kRows = 4096, kBlocks = 16;
 

@@ -15,9 +15,9 @@ template <int kWay, int U> __global__ void __launch_bounds__(768) push(Args a) {
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
     const int num_warps = blockDim.x / 32;
-    const int all = num_warps * gridDim.x;
-    auto go = [&](int first, int step, bool is_own, bool is_remote) {
-        for (int t = first; t < kTokens; t += step) {
+    const Rows all = rows_of_grid(warp, num_warps);
+    auto go = [&](const Rows& rows, bool is_own, bool is_remote) {
+        for (int t = rows.first; t < kTokens; t += rows.step) {
             const uint8_t* from = a.x + static_cast<int64_t>(t) * a.row;
             uint8_t* own = a.own + static_cast<int64_t>(t) * a.row;
             uint8_t* remote = a.remote + static_cast<int64_t>(t) * a.row;
@@ -27,24 +27,11 @@ template <int kWay, int U> __global__ void __launch_bounds__(768) push(Args a) {
                 move<U>(from, is_own ? own : remote, nullptr, a.row, lane);
         }
     };
-    if (kWay == 0 || kWay == 1) go(warp_of_grid(warp), all, true, true);
-    if (kWay == 2) {
-        go(warp_of_grid(warp), all, false, true);
-        go(warp_of_grid(warp), all, true, false);
-    }
-    if (kWay == 3) {
-        if (warp < a.split)
-            go(warp_of_grid(warp), a.split * gridDim.x, false, true);
-        else
-            go(warp_of_grid(warp - a.split), (num_warps - a.split) * gridDim.x, true, false);
-    }
-    if (kWay == 4) {
-        const bool is_remote = blockIdx.x < a.split;
-        const int blocks = is_remote ? a.split : gridDim.x - a.split;
-        const int block = is_remote ? blockIdx.x : blockIdx.x - a.split;
-        go(warp * blocks + block, num_warps * blocks, !is_remote, is_remote);
-    }
-    if (kWay == 5) go(warp_of_grid(warp), all, false, true);
+    if (kWay == 0 || kWay == 1) go(all, true, true);
+    if (kWay == 2 || kWay == 5) go(all, false, true);
+    if (kWay == 2) go(all, true, false);
+    if (kWay == 3) go(rows_by_warp(a, num_warps), warp >= a.split, warp < a.split);
+    if (kWay == 4) go(rows_by_block(a, num_warps), blockIdx.x >= a.split, blockIdx.x < a.split);
     if (kWay == 6) {
         __shared__ int next[2];
         if (threadIdx.x < 2) next[threadIdx.x] = 0;
@@ -74,17 +61,11 @@ template <Bulk kWhat, int P, int S> __global__ void __launch_bounds__(768) push_
     const int warp = threadIdx.x / 32;
     uint8_t* stages = memory + warp * (S * P + 128);
     auto* bars = reinterpret_cast<uint64_t*>(stages + S * P);
-    if (lane == 0) {
-        for (int s = 0; s < S; ++s) bar_init(bars + s);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    }
+    if (lane == 0) init_bars(bars, S);
     __syncwarp();
-    const int pieces = kTokens * (a.row / P);
-    const int first = warp_of_grid(warp);
-    const int step = gridDim.x * (blockDim.x / 32);
-    const int count = first < pieces ? (pieces - first + step - 1) / step : 0;
-    auto at = [&](int item) { return static_cast<int64_t>(first + item * step) * P; };
+    const Rows pieces = rows_of_grid(warp, blockDim.x / 32);
+    const int count = count_of(kTokens * (a.row / P), pieces.first, pieces.step);
+    auto at = [&](int item) { return static_cast<int64_t>(pieces.token(item)) * P; };
     for (int item = 0; item < S - 1 && item < count; ++item)
         if (lane == 0) bulk_load(stages + item * P, a.x + at(item), P, bars + item);
     for (int item = 0; item < count; ++item) {
@@ -105,8 +86,7 @@ template <Bulk kWhat, int P, int S> __global__ void __launch_bounds__(768) push_
                 Vec held[7];
 #pragma unroll
                 for (int i = 0; i < 7; ++i) held[i] = load_smem(smem(stage) + base + i * 512);
-#pragma unroll
-                for (int i = 0; i < 7; ++i) store(to + base + i * 512, held[i]);
+                store(to + base, held);
             }
             asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         }
@@ -121,23 +101,17 @@ template <Bulk kWhat, int P, int S> __global__ void __launch_bounds__(768) push_
 template <int U, int T> __global__ void __launch_bounds__(T) pull_ahead(Args a) {
     const int lane = threadIdx.x % 32;
     const int per_row = a.row / (U * 512);
-    const int first = warp_of_grid(threadIdx.x / 32);
-    const int step = T / 32 * gridDim.x;
-    const int pieces = first < kTokens ? (kTokens - first + step - 1) / step * per_row : 0;
+    const Rows rows = rows_of_grid(threadIdx.x / 32, T / 32);
+    const int pieces = rows.count() * per_row;
     auto at = [&](int piece) {
-        return static_cast<int64_t>(first + piece / per_row * step) * a.row + piece % per_row * (U * 512) + lane * 16;
+        return static_cast<int64_t>(rows.token(piece / per_row)) * a.row + piece % per_row * (U * 512) + lane * 16;
     };
     Vec f[U];
-    if (pieces > 0)
-#pragma unroll
-        for (int i = 0; i < U; ++i) f[i] = load(a.peer_x + at(0) + i * 512);
+    if (pieces > 0) load(f, a.peer_x + at(0));
     for (int piece = 0; piece < pieces; ++piece) {
         Vec n[U], next[U];
-#pragma unroll
-        for (int i = 0; i < U; ++i) n[i] = load(a.x + at(piece) + i * 512);
-        if (piece + 1 < pieces)
-#pragma unroll
-            for (int i = 0; i < U; ++i) next[i] = load(a.peer_x + at(piece + 1) + i * 512);
+        load(n, a.x + at(piece));
+        if (piece + 1 < pieces) load(next, a.peer_x + at(piece + 1));
 #pragma unroll
         for (int i = 0; i < U; ++i) store(a.result + at(piece) + i * 512, sum(f[i], n[i]));
 #pragma unroll
@@ -151,76 +125,77 @@ template <int kSend, int U, int T, int SU = 7, int B = 1> __global__ void __laun
     extern __shared__ __align__(128) uint8_t memory[];
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
-    if (warp >= a.split) return reduce_slots<U>(a, warp_of_grid(warp - a.split), (T / 32 - a.split) * gridDim.x, lane);
-    const int first = warp_of_grid(warp);
-    const int step = a.split * gridDim.x;
-    if (kSend == 0) return send_plain<SU, B>(a, first, step, lane);
-    if (lane == 0) send_bulk<kSend == 0 ? 1 : kSend, B>(a, memory, warp, {first, step});
+    const Rows rows = rows_by_warp(a, T / 32);
+    if (warp >= a.split) return reduce_slots<U>(a, rows, lane);
+    send<kSend, SU, B>(a, memory, warp, rows, lane);
 }
 
 static void run_dispatch() {
     for (int row : {14336, 7168}) {
         std::printf("\ndispatch, rows of %d bytes                     8 SMs     12      14      16      20      24\n",
                     row);
-        measure("own, remote (24 warps)", push<0, 7>, 768, 0, row, 0, To::kOutput);
-        measure("remote, own", push<1, 7>, 768, 0, row, 0, To::kOutput);
-        check_rows("push", gpus[1].out, gpus[0].x, static_cast<size_t>(kTokens) * row);
-        measure("all remote, then all own", push<2, 7>, 768, 0, row, 0, To::kOutput);
-        measure("remote alone (no own rows)", push<5, 7>, 768, 0, row, 0, To::kOutput);
-        measure("warps: 16 remote, 8 own", push<3, 7>, 768, 0, row, 16, To::kOutput);
-        measure("warps: 12 remote, 12 own", push<3, 7>, 768, 0, row, 12, To::kOutput);
-        measure("warps: 20 remote, 4 own", push<3, 7>, 768, 0, row, 20, To::kOutput);
-        measure("warps: 16 remote, 8 own, then help", push<6, 7>, 768, 0, row, 16, To::kOutput);
-        measure("warps: 20 remote, 4 own, then help", push<6, 7>, 768, 0, row, 20, To::kOutput);
-        measure("warps: 12 remote, 12 own, then help", push<6, 7>, 768, 0, row, 12, To::kOutput);
-        measure("blocks: all but 4 remote", push<4, 7>, 768, 0, row, 2000 - 4, To::kOutput);
-        measure("blocks: all but 6 remote", push<4, 7>, 768, 0, row, 2000 - 6, To::kOutput);
-        const int small = 14 * (2 * 7168 + 128);
-        measure("bulk load; own by bulk, 14 x 2 x 7168", push_bulk<Bulk::kOwn, 7168, 2>, 14 * 32, small, row, 0,
-                To::kOutput);
-        measure("bulk load; remote by bulk, 14 x 2 x 7168", push_bulk<Bulk::kRemote, 7168, 2>, 14 * 32, small, row, 0,
-                To::kOutput);
-        check_rows("bulk", gpus[1].out, gpus[0].x, static_cast<size_t>(kTokens) * row);
-        measure("bulk load; both by bulk, 14 x 2 x 7168", push_bulk<Bulk::kBoth, 7168, 2>, 14 * 32, small, row, 0,
-                To::kOutput);
-        measure("bulk load; own by bulk, 20 x 3 x 3584", push_bulk<Bulk::kOwn, 3584, 3>, 20 * 32, 20 * (3 * 3584 + 128),
-                row, 0, To::kOutput);
-        measure("bulk load; remote by bulk, 20 x 3 x 3584", push_bulk<Bulk::kRemote, 3584, 3>, 20 * 32,
-                20 * (3 * 3584 + 128), row, 0, To::kOutput);
+        const auto check = [&](const char* what) {
+            check_rows(what, gpus[1].out, gpus[0].x, static_cast<size_t>(kTokens) * row);
+        };
+        const auto measure_push = [&](const char* name, auto kernel, int split = 0) {
+            measure(name, kernel, 768, 0, row, split, To::kOutput);
+        };
+        const auto measure_bulk = [&](const char* name, auto kernel, int warps, int stage_bytes) {
+            measure(name, kernel, warps * 32, warps * (stage_bytes + 128), row, 0, To::kOutput);
+        };
+        measure_push("own, remote (24 warps)", push<0, 7>);
+        measure_push("remote, own", push<1, 7>);
+        check("push");
+        measure_push("all remote, then all own", push<2, 7>);
+        measure_push("remote alone (no own rows)", push<5, 7>);
+        measure_push("warps: 16 remote, 8 own", push<3, 7>, 16);
+        measure_push("warps: 12 remote, 12 own", push<3, 7>, 12);
+        measure_push("warps: 20 remote, 4 own", push<3, 7>, 20);
+        measure_push("warps: 16 remote, 8 own, then help", push<6, 7>, 16);
+        measure_push("warps: 20 remote, 4 own, then help", push<6, 7>, 20);
+        measure_push("warps: 12 remote, 12 own, then help", push<6, 7>, 12);
+        measure_push("blocks: all but 4 remote", push<4, 7>, 2000 - 4);
+        measure_push("blocks: all but 6 remote", push<4, 7>, 2000 - 6);
+        measure_bulk("bulk load; own by bulk, 14 x 2 x 7168", push_bulk<Bulk::kOwn, 7168, 2>, 14, 2 * 7168);
+        measure_bulk("bulk load; remote by bulk, 14 x 2 x 7168", push_bulk<Bulk::kRemote, 7168, 2>, 14, 2 * 7168);
+        check("bulk");
+        measure_bulk("bulk load; both by bulk, 14 x 2 x 7168", push_bulk<Bulk::kBoth, 7168, 2>, 14, 2 * 7168);
+        measure_bulk("bulk load; own by bulk, 20 x 3 x 3584", push_bulk<Bulk::kOwn, 3584, 3>, 20, 3 * 3584);
+        measure_bulk("bulk load; remote by bulk, 20 x 3 x 3584", push_bulk<Bulk::kRemote, 3584, 3>, 20, 3 * 3584);
     }
 }
 
 static void run_combine() {
     const int row = kMaxRow;
     std::printf("\ncombine, rows of 14336 bytes                     8 SMs     12      14      16      20      24\n");
-    measure("pull, 24 warps x 4", pull<4, 768>, 768, 0, row, 0, To::kOutput);
-    measure("pull, 16 warps x 7", pull<7, 512>, 512, 0, row, 0, To::kOutput);
-    measure("pull, 24 warps x 7", pull<7, 768>, 768, 0, row, 0, To::kOutput);
-    measure("pull, 12 warps x 7", pull<7, 384>, 384, 0, row, 0, To::kOutput);
-    measure("pull, 32 warps x 4", pull<4, 1024>, 1024, 0, row, 0, To::kOutput);
-    measure("pull ahead, 16 warps x 4", pull_ahead<4, 512>, 512, 0, row, 0, To::kOutput);
-    measure("pull ahead, 12 warps x 7", pull_ahead<7, 384>, 384, 0, row, 0, To::kOutput);
-    const int stage2 = 2 * row + 128;
-    measure("slots, 4 bulk send x 2, 12 reduce x 7", through_slots<2, 7, 512>, 512, 4 * stage2, row, 4, To::kSlots);
+    const auto measure_pull = [&](const char* name, auto kernel, int warps) {
+        measure(name, kernel, warps * 32, 0, row, 0, To::kOutput);
+    };
+    // Of `warps`, those that send have so many stages each.
+    const auto measure_slots = [&](const char* name, auto kernel, int warps, int send_warps, int stages = 0) {
+        const int shared_bytes = stages == 0 ? 0 : send_warps * (stages * row + 128);
+        measure(name, kernel, warps * 32, shared_bytes, row, send_warps, To::kSlots);
+    };
+    measure_pull("pull, 24 warps x 4", pull<4, 768>, 24);
+    measure_pull("pull, 16 warps x 7", pull<7, 512>, 16);
+    measure_pull("pull, 24 warps x 7", pull<7, 768>, 24);
+    measure_pull("pull, 12 warps x 7", pull<7, 384>, 12);
+    measure_pull("pull, 32 warps x 4", pull<4, 1024>, 32);
+    measure_pull("pull ahead, 16 warps x 4", pull_ahead<4, 512>, 16);
+    measure_pull("pull ahead, 12 warps x 7", pull_ahead<7, 384>, 12);
+    measure_slots("slots, 4 bulk send x 2, 12 reduce x 7", through_slots<2, 7, 512>, 16, 4, 2);
     check_rows("slots", gpus[1].slots, gpus[0].x, static_cast<size_t>(kTokens) * row);
-    measure("slots, 7 bulk send x 2 batch 2, 9 reduce x 7", through_slots<2, 7, 512, 7, 2>, 512, 7 * stage2, row, 7,
-            To::kSlots);
-    measure("slots, 7 bulk send x 2 batch 4, 9 reduce x 7", through_slots<2, 7, 512, 7, 4>, 512, 7 * stage2, row, 7,
-            To::kSlots);
-    measure("slots, 7 bulk send x 2 batch 4, 13 reduce x 7", through_slots<2, 7, 640, 7, 4>, 640, 7 * stage2, row, 7,
-            To::kSlots);
-    measure("slots, 12 plain send, 12 reduce x 4", through_slots<0, 4, 768>, 768, 0, row, 12, To::kSlots);
-    measure("slots, 12 plain send batch 2, 12 reduce x 4", through_slots<0, 4, 768, 7, 2>, 768, 0, row, 12, To::kSlots);
-    measure("slots, 8 plain send x 14, 8 reduce x 7", through_slots<0, 7, 512, 14, 1>, 512, 0, row, 8, To::kSlots);
-    measure("slots, 10 plain send x 14, 10 reduce x 7", through_slots<0, 7, 640, 14, 1>, 640, 0, row, 10, To::kSlots);
-    measure("slots, 10 plain send x 14 batch 2, 10 reduce x 7", through_slots<0, 7, 640, 14, 2>, 640, 0, row, 10,
-            To::kSlots);
-    measure("slots, 12 plain send x 14 batch 2, 8 reduce x 7", through_slots<0, 7, 640, 14, 2>, 640, 0, row, 12,
-            To::kSlots);
-    measure("slots, 8 plain send x 14 batch 2, 12 reduce x 7", through_slots<0, 7, 640, 14, 2>, 640, 0, row, 8,
-            To::kSlots);
-    measure("slots, 16 plain send batch 2, 16 reduce x 4", through_slots<0, 4, 1024, 7, 2>, 1024, 0, row, 16,
-            To::kSlots);
+    measure_slots("slots, 7 bulk send x 2 batch 2, 9 reduce x 7", through_slots<2, 7, 512, 7, 2>, 16, 7, 2);
+    measure_slots("slots, 7 bulk send x 2 batch 4, 9 reduce x 7", through_slots<2, 7, 512, 7, 4>, 16, 7, 2);
+    measure_slots("slots, 7 bulk send x 2 batch 4, 13 reduce x 7", through_slots<2, 7, 640, 7, 4>, 20, 7, 2);
+    measure_slots("slots, 12 plain send, 12 reduce x 4", through_slots<0, 4, 768>, 24, 12);
+    measure_slots("slots, 12 plain send batch 2, 12 reduce x 4", through_slots<0, 4, 768, 7, 2>, 24, 12);
+    measure_slots("slots, 8 plain send x 14, 8 reduce x 7", through_slots<0, 7, 512, 14, 1>, 16, 8);
+    measure_slots("slots, 10 plain send x 14, 10 reduce x 7", through_slots<0, 7, 640, 14, 1>, 20, 10);
+    measure_slots("slots, 10 plain send x 14 batch 2, 10 reduce x 7", through_slots<0, 7, 640, 14, 2>, 20, 10);
+    measure_slots("slots, 12 plain send x 14 batch 2, 8 reduce x 7", through_slots<0, 7, 640, 14, 2>, 20, 12);
+    measure_slots("slots, 8 plain send x 14 batch 2, 12 reduce x 7", through_slots<0, 7, 640, 14, 2>, 20, 8);
+    measure_slots("slots, 16 plain send batch 2, 16 reduce x 4", through_slots<0, 4, 1024, 7, 2>, 32, 16);
 }
 
 int main(int argc, char** argv) {

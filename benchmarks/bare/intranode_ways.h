@@ -1,7 +1,6 @@
 // What the bare kernels in this folder have in common: two GPUs, their memory, loads and stores, and the clock.
 #pragma once
 
-#include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -10,14 +9,7 @@
 #include <cstring>
 #include <vector>
 
-#define CHECK(call)                                                                    \
-    do {                                                                               \
-        const cudaError_t error = (call);                                              \
-        if (error != cudaSuccess) {                                                    \
-            std::printf("%s:%d: %s\n", __FILE__, __LINE__, cudaGetErrorString(error)); \
-            std::exit(1);                                                              \
-        }                                                                              \
-    } while (0)
+#include "check.h"
 
 constexpr int kTokens = 4096;
 constexpr int kMaxRow = 14336;
@@ -61,24 +53,32 @@ __device__ void store(uint8_t* p, const Vec& v) {
 }
 __device__ uint32_t smem(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-__device__ int warp_of_grid(int warp) { return warp * gridDim.x + blockIdx.x; }
+// A lane's part of U x 512 bytes.
+template <int U> __device__ void load(Vec (&held)[U], const uint8_t* from) {
+#pragma unroll
+    for (int i = 0; i < U; ++i) held[i] = load(from + i * 512);
+}
+template <int U> __device__ void store(uint8_t* to, const Vec (&held)[U]) {
+#pragma unroll
+    for (int i = 0; i < U; ++i) store(to + i * 512, held[i]);
+}
 
 // Piece `i` of U x 512 bytes of a row of our input, to one place or two.
 template <int U> __device__ void move(const uint8_t* from, uint8_t* first, uint8_t* second, int row, int lane) {
     for (int base = lane * 16; base < row; base += U * 512) {
         Vec held[U];
-#pragma unroll
-        for (int i = 0; i < U; ++i) held[i] = load(from + base + i * 512);
-#pragma unroll
-        for (int i = 0; i < U; ++i) store(first + base + i * 512, held[i]);
-        if (second == nullptr) continue;
-#pragma unroll
-        for (int i = 0; i < U; ++i) store(second + base + i * 512, held[i]);
+        load(held, from + base);
+        store(first + base, held);
+        if (second != nullptr) store(second + base, held);
     }
 }
 
-__device__ void bar_init(uint64_t* bar) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(smem(bar)) : "memory");
+// One lane, of `count` stages.
+__device__ void init_bars(uint64_t* bars, int count) {
+    for (int s = 0; s < count; ++s)
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(smem(bars + s)) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 __device__ void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* bar) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem(bar)), "r"(bytes) : "memory");
@@ -122,20 +122,10 @@ __device__ Vec sum(const Vec& a, const Vec& b) {
 template <int U> __device__ void reduce_row(const uint8_t* far, const uint8_t* near, uint8_t* to, int row, int lane) {
     for (int base = lane * 16; base < row; base += U * 512) {
         Vec f[U], n[U];
-#pragma unroll
-        for (int i = 0; i < U; ++i) f[i] = load(far + base + i * 512);
-#pragma unroll
-        for (int i = 0; i < U; ++i) n[i] = load(near + base + i * 512);
+        load(f, far + base);
+        load(n, near + base);
 #pragma unroll
         for (int i = 0; i < U; ++i) store(to + base + i * 512, sum(f[i], n[i]));
-    }
-}
-
-template <int U, int T> __global__ void __launch_bounds__(T) pull(Args a) {
-    const int lane = threadIdx.x % 32;
-    for (int t = warp_of_grid(threadIdx.x / 32); t < kTokens; t += T / 32 * gridDim.x) {
-        const int64_t at = static_cast<int64_t>(t) * a.row;
-        reduce_row<U>(a.peer_x + at, a.x + at, a.result + at, a.row, lane);
     }
 }
 
@@ -148,6 +138,50 @@ __device__ uint32_t look(const uint32_t* flag) {
     return value;
 }
 
+// Of `total`, those that are first, first + step, ...
+__device__ int count_of(int total, int first, int step) {
+    return first < total ? (total - first + step - 1) / step : 0;
+}
+
+// The rows first, first + step, ...: a warp's, or those of one lane that issues bulk copies.
+struct Rows {
+    int first, step;
+
+    __device__ int count() const { return count_of(kTokens, first, step); }
+    __device__ int token(int item) const { return first + item * step; }
+    // One lane: sets the flags of items up to `end`, of which `told` have been set.
+    __device__ void tell(const Args& a, int& told, int end) const {
+        for (; told < end; ++told) publish(a.peer_flags + token(told), a.epoch);
+    }
+};
+
+// Of `warp`, where `num_warps` of each block share them.
+__device__ Rows rows_of_grid(int warp, int num_warps) {
+    return {static_cast<int>(warp * gridDim.x + blockIdx.x), static_cast<int>(num_warps * gridDim.x)};
+}
+// Of this warp, where those below `split` of each block have one role, the others another one.
+__device__ Rows rows_by_warp(const Args& a, int num_warps) {
+    const int warp = threadIdx.x / 32;
+    return warp < a.split ? rows_of_grid(warp, a.split) : rows_of_grid(warp - a.split, num_warps - a.split);
+}
+// The same where blocks below `split` have one role; `num_warps` of a block share the rows of this warp's.
+__device__ Rows rows_by_block(const Args& a, int num_warps) {
+    const int warp = threadIdx.x / 32;
+    const bool is_first = blockIdx.x < a.split;
+    const int blocks = is_first ? a.split : gridDim.x - a.split;
+    const int block = is_first ? blockIdx.x : blockIdx.x - a.split;
+    return {warp * blocks + block, num_warps * blocks};
+}
+
+template <int U, int T> __global__ void __launch_bounds__(T) pull(Args a) {
+    const int lane = threadIdx.x % 32;
+    const Rows rows = rows_of_grid(threadIdx.x / 32, T / 32);
+    for (int t = rows.first; t < kTokens; t += rows.step) {
+        const int64_t at = static_cast<int64_t>(t) * a.row;
+        reduce_row<U>(a.peer_x + at, a.x + at, a.result + at, a.row, lane);
+    }
+}
+
 // A whole warp: until the peer's row `t` is here.
 __device__ void await_row(const Args& a, int t, int lane) {
     if (lane == 0)
@@ -155,48 +189,35 @@ __device__ void await_row(const Args& a, int t, int lane) {
     __syncwarp();
 }
 
-// A warp: rows first, first + step, ... of our input to `remote` by ordinary loads and stores, the flags of B rows together.
-template <int U, int B = 1> __device__ void send_plain(const Args& a, int first, int step, int lane) {
-    for (int t = first; t < kTokens; t += step * B) {
+// A warp: rows of our input to `remote` by ordinary loads and stores, the flags of B rows together.
+template <int U, int B = 1> __device__ void send_plain(const Args& a, const Rows& rows, int lane) {
+    for (int t = rows.first; t < kTokens; t += rows.step * B) {
 #pragma unroll 1
-        for (int b = 0; b < B && t + b * step < kTokens; ++b) {
-            const int64_t at = static_cast<int64_t>(t + b * step) * a.row;
+        for (int b = 0; b < B && t + b * rows.step < kTokens; ++b) {
+            const int64_t at = static_cast<int64_t>(t + b * rows.step) * a.row;
             move<U>(a.x + at, a.remote + at, nullptr, a.row, lane);
         }
         __syncwarp();
-        if (lane < B && t + lane * step < kTokens) publish(a.peer_flags + t + lane * step, a.epoch);
+        const int mine = t + lane * rows.step;
+        if (lane < B && mine < kTokens) publish(a.peer_flags + mine, a.epoch);
     }
 }
 
 // A warp: sums what has come into slots with our own rows.
-template <int U> __device__ void reduce_slots(const Args& a, int first, int step, int lane) {
-    for (int t = first; t < kTokens; t += step) {
+template <int U> __device__ void reduce_slots(const Args& a, const Rows& rows, int lane) {
+    for (int t = rows.first; t < kTokens; t += rows.step) {
         await_row(a, t, lane);
         const int64_t at = static_cast<int64_t>(t) * a.row;
         reduce_row<U>(a.arrived + at, a.x + at, a.result + at, a.row, lane);
     }
 }
 
-// One lane: the rows first, first + step, ...
-struct Rows {
-    int first, step;
-
-    __device__ int count() const { return first < kTokens ? (kTokens - first + step - 1) / step : 0; }
-    __device__ int token(int item) const { return first + item * step; }
-    // Sets the flags of items up to `end`, of which `told` have been set.
-    __device__ void tell(const Args& a, int& told, int end) const {
-        for (; told < end; ++told) publish(a.peer_flags + token(told), a.epoch);
-    }
-};
-
 // One lane: rows of our input into S stages of a whole row, kAhead of them before their turn; `put(item, at, stage)` issues the
 // bulk copy out of a stage to where the row begins.
 template <int S, int kAhead, class Put>
 __device__ void through_stages(const Args& a, uint8_t* stages, const Rows& rows, const Put& put) {
     auto* bars = reinterpret_cast<uint64_t*>(stages + S * a.row);
-    for (int s = 0; s < S; ++s) bar_init(bars + s);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    init_bars(bars, S);
     const int count = rows.count();
     auto at = [&](int item) { return static_cast<int64_t>(rows.token(item)) * a.row; };
     auto fill = [&](int item) { bulk_load(stages + item % S * a.row, a.x + at(item), a.row, bars + item % S); };
@@ -212,17 +233,31 @@ __device__ void through_stages(const Args& a, uint8_t* stages, const Rows& rows,
     bulk_wait<0>();
 }
 
-// One lane: rows of our input to `remote`, flags B at a time.
-template <int S, int B> __device__ void send_bulk(const Args& a, uint8_t* memory, int warp, const Rows& rows) {
+// One lane: rows of our input to the rows at `to`, flags B at a time.
+template <int S, int B> __device__ void send_bulk(const Args& a, uint8_t* stages, const Rows& rows, uint8_t* to) {
     int told = 0;
     auto put = [&](int item, int64_t at, const uint8_t* stage) {
-        bulk_store(a.remote + at, stage, a.row);
+        bulk_store(to + at, stage, a.row);
         if (item - told < B) return;
         bulk_wait<1>();
         rows.tell(a, told, item);
     };
-    through_stages<S, (S > 2 ? S - 2 : 1)>(a, memory + warp * (S * a.row + 128), rows, put);
+    through_stages<S, (S > 2 ? S - 2 : 1)>(a, stages, rows, put);
     rows.tell(a, told, rows.count());
+}
+
+// The stages of a warp, of `stages` whole rows each.
+__device__ uint8_t* stages_of(uint8_t* memory, int warp, int stages, int row) {
+    return memory + warp * (stages * row + 128);
+}
+
+// A warp: the same to `remote`. kSend 0: by ordinary loads and stores, U vectors a lane; else by bulk copies through so many stages.
+template <int kSend, int U, int B>
+__device__ void send(const Args& a, uint8_t* memory, int warp, const Rows& rows, int lane) {
+    if constexpr (kSend == 0)
+        send_plain<U, B>(a, rows, lane);
+    else if (lane == 0)
+        send_bulk<kSend, B>(a, stages_of(memory, warp, kSend, a.row), rows, a.remote);
 }
 
 // -- Running them --------------------------------------------------------------------------------------------------------
@@ -302,6 +337,14 @@ static void check_rows(const char* what, const uint8_t* found, const uint8_t* ex
     CHECK(cudaMemcpy(a.data(), found, bytes, cudaMemcpyDefault));
     CHECK(cudaMemcpy(b.data(), expected, bytes, cudaMemcpyDefault));
     if (std::memcmp(a.data(), b.data(), bytes) != 0) std::printf("WRONG: %s\n", what);
+}
+
+// What other ways to combine have to give, on GPU 0.
+static std::vector<uint8_t> sums_by_pull(const std::vector<int>& sms) {
+    measure("pull, 16 warps x 7", pull<7, 512>, 512, 0, kMaxRow, 0, To::kOutput, sms);
+    std::vector<uint8_t> sums(static_cast<size_t>(kTokens) * kMaxRow);
+    CHECK(cudaMemcpy(sums.data(), gpus[0].result, sums.size(), cudaMemcpyDefault));
+    return sums;
 }
 
 static void set_up() {

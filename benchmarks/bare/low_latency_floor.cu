@@ -11,14 +11,7 @@
 #include <random>
 #include <vector>
 
-#define CHECK(call)                                                                              \
-    do {                                                                                         \
-        const cudaError_t error = (call);                                                        \
-        if (error != cudaSuccess) {                                                              \
-            std::printf("%s:%d %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(error)); \
-            std::exit(1);                                                                        \
-        }                                                                                        \
-    } while (false)
+#include "check.h"
 
 constexpr int kBlocks = 132, kWarps = 14, kTokens = 256, kTopk = 8, kParts = 7, kExperts = 144, kRowsOfExpert = 256;
 constexpr int kRowVecs = 448;  // 7168 bytes

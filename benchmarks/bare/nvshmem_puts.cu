@@ -20,13 +20,7 @@
 #include <cstring>
 #include <vector>
 
-#define CHECK(call)                                                                        \
-    do {                                                                                   \
-        if (cudaError_t e = (call); e != cudaSuccess) {                                    \
-            std::fprintf(stderr, "%s:%d %s\n", __FILE__, __LINE__, cudaGetErrorString(e)); \
-            std::_Exit(1);                                                                 \
-        }                                                                                  \
-    } while (0)
+#include "check.h"
 
 enum Way { kPutWarp, kPutWarpNoFlag, kPutBlock, kStoreWarp, kStoreBlock, kNumWays };
 const char* const kNames[] = {"put by a warp", "the same, no flags", "put by a block", "stores by a warp",

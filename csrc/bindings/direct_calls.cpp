@@ -19,13 +19,13 @@ using Function = py::object (*)(DirectCalls& self, PyObject* const* args);
 
 // By keyword, all of them in this order: so none can be taken for another, and none has to be looked for.
 struct Signature {
-    const char* names;          // with a blank between them
+    const char* names;          // with a comma and a blank between them
     PyObject* given = nullptr;  // the names of the last call, which the caller's code keeps: mostly it is that again
 
     bool takes(Py_ssize_t num_positional, PyObject* keywords) {
         if (num_positional == 0 && keywords != nullptr && keywords == given) return true;
-        const Owned blank(PyUnicode_FromString(" "));
-        const Owned joined(keywords == nullptr ? PyUnicode_FromString("") : PyUnicode_Join(blank.get(), keywords));
+        const Owned comma(PyUnicode_FromString(", "));
+        const Owned joined(keywords == nullptr ? PyUnicode_FromString("") : PyUnicode_Join(comma.get(), keywords));
         if (joined.get() == nullptr) return false;
         if (num_positional > 0 || PyUnicode_CompareWithASCIIString(joined.get(), names) != 0) {
             PyErr_Format(PyExc_TypeError, "takes the keywords %s, in this order, got %U", names, joined.get());
@@ -48,26 +48,18 @@ PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t num_positional,
     return guarded([&] { return kFunction(read(self), args); });
 }
 
-template <Function kFunction> PyMethodDef method(const char* name, const char* arguments, const char* text) {
+template <Function kFunction> PyMethodDef method(const char* name, const char* arguments) {
     signature_of<kFunction>().names = arguments;
     constexpr _PyCFunctionFastWithKeywords kCall = &call<kFunction>;
-    return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(kCall)), METH_FASTCALL | METH_KEYWORDS, text};
+    return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(kCall)), METH_FASTCALL | METH_KEYWORDS,
+            arguments};
 }
 
-py::object owner_of(DirectCalls& self) { return borrow(reinterpret_cast<PyObject*>(&self)); }
-
-py::object combine(DirectCalls& self, PyObject* const* args) { return self.high_throughput->combine(args); }
-py::object dispatch_cached(DirectCalls& self, PyObject* const* args) {
-    return self.high_throughput->dispatch_cached(args);
+template <auto kCall> py::object high_throughput(DirectCalls& self, PyObject* const* args) {
+    return (self.high_throughput->*kCall)(args);
 }
-py::object dispatch_fresh(DirectCalls& self, PyObject* const* args) {
-    return self.high_throughput->dispatch_fresh(args);
-}
-py::object low_latency_dispatch(DirectCalls& self, PyObject* const* args) {
-    return self.low_latency->dispatch(args, owner_of(self));
-}
-py::object low_latency_combine(DirectCalls& self, PyObject* const* args) {
-    return self.low_latency->combine(args, owner_of(self));
+template <auto kCall> py::object low_latency(DirectCalls& self, PyObject* const* args) {
+    return (self.low_latency->*kCall)(args, borrow(reinterpret_cast<PyObject*>(&self)));
 }
 py::object add_low_latency_plan(DirectCalls& self, PyObject* const* args) {
     self.low_latency->add(borrow(args[0]));
@@ -128,23 +120,20 @@ bool add_stream_order(PyObject* module) {
 
 bool add_direct_calls(PyObject* module) {
     static PyMethodDef methods[] = {
-        method<&combine>("combine", "x handle topk_weights num_sms", "(*, x, handle, topk_weights, num_sms)"),
-        method<&dispatch_cached>("dispatch_cached", "x handle num_sms", "(*, x, handle, num_sms)"),
-        method<&dispatch_fresh>("dispatch_fresh",
-                                "x num_tokens_per_rank is_token_in_rank num_tokens_per_expert topk_idx topk_weights "
-                                "expert_alignment num_sms",
-                                "(*, x, num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert, topk_idx, "
-                                "topk_weights, expert_alignment, num_sms)"),
-        method<&low_latency_dispatch>("low_latency_dispatch",
-                                      "x topk_idx num_max_tokens num_experts cumulative_stats wait_stats use_fp8 "
-                                      "round_scale use_ue8m0 return_recv_hook",
-                                      "(*, x, topk_idx, num_max_tokens, num_experts, cumulative_stats, wait_stats, "
-                                      "use_fp8, round_scale, use_ue8m0, return_recv_hook)"),
-        method<&low_latency_combine>("low_latency_combine",
-                                     "x topk_idx topk_weights handle out wait_stats return_recv_hook",
-                                     "(*, x, topk_idx, topk_weights, handle, out, wait_stats, return_recv_hook)"),
-        method<&add_low_latency_plan>("add_low_latency_plan", "plan", "(*, plan)"),
-        method<&add_low_latency_handle>("add_low_latency_handle", "src_info plan", "(*, src_info, plan)"),
+        method<&high_throughput<&HighThroughputCalls::combine>>("combine", "x, handle, topk_weights, num_sms"),
+        method<&high_throughput<&HighThroughputCalls::dispatch_cached>>("dispatch_cached", "x, handle, num_sms"),
+        method<&high_throughput<&HighThroughputCalls::dispatch_fresh>>(
+            "dispatch_fresh",
+            "x, num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert, topk_idx, topk_weights, "
+            "expert_alignment, num_sms"),
+        method<&low_latency<&LowLatencyCalls::dispatch>>(
+            "low_latency_dispatch",
+            "x, topk_idx, num_max_tokens, num_experts, cumulative_stats, wait_stats, use_fp8, round_scale, use_ue8m0, "
+            "return_recv_hook"),
+        method<&low_latency<&LowLatencyCalls::combine>>(
+            "low_latency_combine", "x, topk_idx, topk_weights, handle, out, wait_stats, return_recv_hook"),
+        method<&add_low_latency_plan>("add_low_latency_plan", "plan"),
+        method<&add_low_latency_handle>("add_low_latency_handle", "src_info, plan"),
         {nullptr, nullptr, 0, nullptr}};
     PyType_Slot slots[] = {{Py_tp_new, reinterpret_cast<void*>(&make_calls)},
                            {Py_tp_methods, methods},

@@ -4,6 +4,7 @@
 
 #include "kernels/params.h"
 #include "layout/rail.h"
+#include "layout/topology.h"
 #include "rail/engine.h"
 
 namespace deep_ep::kernels {

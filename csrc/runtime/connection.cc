@@ -117,7 +117,6 @@ void Connection::connect_rail(const std::vector<std::string>& addresses) {
             peers.push_back(rank);
     engine_->connect(addresses, peers);
     if (may_share_windows()) share_windows();
-    is_rail_connected_ = true;
 }
 
 uint8_t* Connection::data() const {

@@ -11,7 +11,7 @@
 #include "comm/symmetric_heap.h"
 #include "device/owned.h"
 #include "kernels/params.h"
-#include "layout/rail.h"
+#include "layout/topology.h"
 #include "rail/engine.h"
 #include "runtime/failure.h"
 #include "runtime/plan.h"
@@ -103,7 +103,6 @@ private:
     std::shared_ptr<comm::Mailbox> mailbox_;
     std::unique_ptr<comm::SymmetricHeap> heap_;
     std::unique_ptr<rail::Engine> engine_;
-    bool is_rail_connected_ = false;
     dev::DeviceArray<const uint8_t*> node_windows_;
     dev::HostMappedObject<layout::HostStatus> status_;
     dev::DeviceArray<layout::LocalState> local_;

@@ -13,6 +13,7 @@
 #include "device/runtime.h"
 #include "layout/rail.h"
 #include "layout/status.h"
+#include "layout/topology.h"
 #include "rail/engine.h"
 #include "runtime/failure_report.h"
 

@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "layout/rail.h"
 #include "layout/status.h"
+#include "layout/topology.h"
 
 namespace deep_ep::runtime {
 

@@ -1,7 +1,4 @@
 #include "runtime/lend_pool.h"
-
-#include <numeric>
-
 #include "core/error.h"
 #include "layout/heap.h"
 
@@ -73,10 +70,5 @@ void LendPool::free(uint64_t offset, uint64_t num_bytes) {
 }
 
 uint64_t LendPool::size_of(uint64_t offset) const { return taken_.at(offset); }
-
-uint64_t LendPool::num_bytes_taken() const {
-    return std::accumulate(taken_.begin(), taken_.end(), uint64_t{0},
-                           [](uint64_t sum, const auto& piece) { return sum + piece.second; });
-}
 
 }  // namespace deep_ep::runtime

@@ -23,7 +23,6 @@ public:
     void give_back(uint64_t offset);
 
     uint64_t num_bytes() const { return num_bytes_; }
-    uint64_t num_bytes_taken() const;
     uint64_t size_of(uint64_t offset) const;  // of a piece that is taken
 
 private:

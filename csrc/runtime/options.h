@@ -6,7 +6,7 @@
 #include <memory>
 
 #include "device/runtime.h"
-#include "layout/rail.h"
+#include "layout/topology.h"
 #include "rail/make_engine.h"
 
 namespace deep_ep::runtime {

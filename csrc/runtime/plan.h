@@ -9,6 +9,7 @@
 #include "kernels/params.h"
 #include "kernels/params_low_latency.h"
 #include "layout/rail.h"
+#include "layout/topology.h"
 #include "runtime/options.h"
 
 namespace deep_ep::runtime {

@@ -80,12 +80,12 @@ EP_SCENARIO(low_latency_nodes_dropped_entries, seed) {
     for (int round = 0; round < 3; ++round) {
         const Launches launches = (static_cast<uint64_t>(round) + seed) % 2 == 0 ? Launches::kOne : Launches::kTwo;
         auto ranks = make_low_latency_inputs(problem);
-        dispatch_on(nodes.world(), problem, ranks, all_ranks(problem), launches);
+        run_on(Call::kDispatch, nodes.world(), problem, ranks, all_ranks(problem), launches);
         fill_expert_rows(problem, ranks);
         for (auto& tensors : ranks)
             for (size_t i = 0; i < tensors.topk_idx.size(); ++i)
                 if (i % 3 == 0 || i / 3 % 2 == 1) tensors.topk_idx[i] = -1;
-        combine_on(nodes.world(), problem, ranks, all_ranks(problem), launches);
+        run_on(Call::kCombine, nodes.world(), problem, ranks, all_ranks(problem), launches);
         if (std::string difference = check_low_latency_combine(problem, ranks); !difference.empty()) return difference;
     }
     return "";
@@ -100,10 +100,10 @@ EP_SCENARIO(low_latency_nodes_two_open_calls, seed) {
     for (int round = 0; round < 3; ++round) {
         MicroBatch a{world, problem}, b{world, problem};
         const auto receive = [&](int rank) {
-            (rank % 2 == 0 ? a : b).receive_dispatch(rank);
-            (rank % 2 == 0 ? b : a).receive_dispatch(rank);
+            (rank % 2 == 0 ? a : b).receive(Call::kDispatch, rank);
+            (rank % 2 == 0 ? b : a).receive(Call::kDispatch, rank);
         };
-        if (std::string difference = dispatch_both(a, b, receive); !difference.empty()) return difference;
+        if (std::string difference = run_both(Call::kDispatch, a, b, receive); !difference.empty()) return difference;
     }
     return "";
 }
@@ -139,7 +139,7 @@ EP_SCENARIO(low_latency_nodes_clean_with_a_slow_rank, seed) {
         const dev::Event launched_before = world.device(slow).create_event();
         auto ranks = make_low_latency_inputs(problem);
         for (int rank = 0; rank < options.num_ranks(); ++rank)
-            launch_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank, Launches::kOne);
+            launch(Call::kDispatch, world, problem, ranks, rank, Launches::kOne);
         world.device(slow).record_event(launched_before, world.stream(slow));
         for (int rank = 0; rank < options.num_ranks(); ++rank)
             world.buffer(rank).low_latency().clean(world.stream(rank));
@@ -160,7 +160,7 @@ EP_SCENARIO(low_latency_nodes_absent_rank, seed) {
     const LowLatencyProblem problem = small_problem(options, seed);
     LowLatencyNodes nodes(options, problem);
     auto ranks = make_low_latency_inputs(problem);
-    dispatch_on(nodes.world(), problem, ranks, {0, 1, 2});
+    run_on(Call::kDispatch, nodes.world(), problem, ranks, {0, 1, 2});
     for (int rank : {0, 1, 2})
         if (std::string difference = expect_failure("rank 3 of node 1", [&] { nodes.world().buffer(rank).check(); });
             !difference.empty())

@@ -79,10 +79,10 @@ std::string one_way_calls(uint64_t seed, uint64_t num_calls, bool is_one_warp) {
     World world(2, 0, options, 100, low_latency_bytes(problem), false, {device});
     std::vector<std::vector<LowLatencyTensors>> calls;
     for (problem.seed = 1; problem.seed <= num_calls; ++problem.seed) calls.push_back(make_low_latency_inputs(problem));
-    for (size_t rank = 0; rank < 2; ++rank)
+    for (int rank = 0; rank < 2; ++rank)
         for (size_t call = 0; call < calls.size(); call += 2) {
-            for (size_t i : {call, call + 1}) send_dispatch(world, problem, calls[i][rank], static_cast<int>(rank));
-            for (size_t i : {call, call + 1}) receive_dispatch(world, problem, calls[i][rank], static_cast<int>(rank));
+            for (size_t i : {call, call + 1}) send(Call::kDispatch, world, problem, calls[i], rank);
+            for (size_t i : {call, call + 1}) receive(Call::kDispatch, world, problem, calls[i], rank);
         }
     world.run();
     world.check_all();
@@ -109,10 +109,10 @@ EP_SCENARIO(low_latency_late_weights, seed) {
     World world = make_world(problem, seed);
     for (int repeat = 0; repeat < 2; ++repeat) {
         auto ranks = make_low_latency_inputs(problem);
-        dispatch_on(world, problem, ranks, {0, 1}, Launches::kOne);
+        run_on(Call::kDispatch, world, problem, ranks, {0, 1}, Launches::kOne);
         fill_expert_rows(problem, ranks);
         pass_time(world, 1, 200'000);
-        combine_on(world, problem, ranks, {0, 1});
+        run_on(Call::kCombine, world, problem, ranks, {0, 1});
         if (std::string difference = check_low_latency_combine(problem, ranks); !difference.empty()) return difference;
     }
     return "";
@@ -131,7 +131,7 @@ EP_SCENARIO(low_latency_late_table, seed) {
         World world(2, 0, options, kTimeoutNs * 1e-9, low_latency_bytes(problem), true, {three_small_blocks});
         auto ranks = make_low_latency_inputs(problem);
         pass_time(world, i % 2 == 0 ? 1 : 0, kTimeoutNs * 11 / 12 + i * 800);
-        dispatch_on(world, problem, ranks, {0, 1});
+        run_on(Call::kDispatch, world, problem, ranks, {0, 1});
         for (const LowLatencyTensors& tensors : ranks)
             if (std::string difference = rows_not_placed(problem, tensors); !difference.empty()) return difference;
     }
@@ -147,10 +147,10 @@ EP_SCENARIO(low_latency_lost_row, seed) {
     options.idle = simt::IdlePolicy::kAdvanceClock;
     World world(2, 0, options, 20e-6, low_latency_bytes(problem), false, {small_device(seed)});
     auto ranks = make_low_latency_inputs(problem);
-    for (int rank = 0; rank < 2; ++rank) send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+    for (int rank = 0; rank < 2; ++rank) send(Call::kDispatch, world, problem, ranks, rank);
     world.run();
     for (int token = 0; token < problem.num_tokens[1]; ++token) low_latency_token_flag(world, 0, 1, 1, token) = 0;
-    receive_dispatch(world, problem, ranks[0], 0);
+    receive(Call::kDispatch, world, problem, ranks, 0);
     world.run();
     for (const int count : ranks[0].recv_count)
         if (count != 0) return "a call that failed says that there are rows";

@@ -149,7 +149,7 @@ def test_what_is_not_usual_is_left_to_python(buffer: Buffer) -> None:
         assert session.direct.combine(x=x, handle=unusual_handle, topk_weights=topk_weights, num_sms=20) is None
     for num_sms in (20.0, 1 << 70, None):
         assert session.direct.combine(x=recv_x, handle=handle, topk_weights=weights, num_sms=num_sms) is None
-    with pytest.raises(TypeError, match="takes the keywords x handle num_sms, in this order, got handle x num_sms"):
+    with pytest.raises(TypeError, match="takes the keywords x, handle, num_sms, in this order, got handle, x, num_sms"):
         session.direct.dispatch_cached(handle=handle, x=recv_x, num_sms=20)
     with pytest.raises(TypeError, match="in this order"):
         session.direct.dispatch_cached(recv_x, handle, 20)  # type: ignore[call-arg,misc]

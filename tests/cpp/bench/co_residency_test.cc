@@ -97,11 +97,11 @@ TEST_CASE("low latency: one free SM is enough, whoever has all others (pitfall 3
             Others others(world, Others::Kind::kStay);
             auto ranks = make_low_latency_inputs(problem);
             others.launch();
-            dispatch_on(world, problem, ranks, all_ranks(problem), launches);
+            run_on(Call::kDispatch, world, problem, ranks, all_ranks(problem), launches);
             CHECK_EQ(check_low_latency_dispatch(problem, ranks), "");
             fill_expert_rows(problem, ranks);
             others.launch();
-            combine_on(world, problem, ranks, all_ranks(problem), launches);
+            run_on(Call::kCombine, world, problem, ranks, all_ranks(problem), launches);
             CHECK_EQ(check_low_latency_combine(problem, ranks), "");
             world.check_all();
         }
@@ -153,9 +153,8 @@ TEST_CASE("low latency: ranks may launch other collectives before and after a ca
         World world(2, 0, with_free_sms(1, seed), 100, low_latency_bytes(problem));
         Others others(world, Others::Kind::kWaitForEachOther);
         auto ranks = make_low_latency_inputs(problem);
-        launch_in_two_orders(world, others, [&](int rank) {
-            launch_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank, Launches::kOne);
-        });
+        launch_in_two_orders(world, others,
+                             [&](int rank) { launch(Call::kDispatch, world, problem, ranks, rank, Launches::kOne); });
         CHECK_EQ(check_low_latency_dispatch(problem, ranks), "");
         for (int rank : {0, 1}) world.buffer(rank).check();
     }

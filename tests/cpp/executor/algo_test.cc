@@ -34,7 +34,6 @@ std::vector<uint32_t> words_after(dev::LaunchConfig config, size_t num_words, ui
     dev::launch<K>(config, stream, {words, words + num_words, num});
     device.synchronize_stream(stream);
     device.copy_now(values.data(), words, values.size() * 4);
-    device.free(words);
     return values;
 }
 

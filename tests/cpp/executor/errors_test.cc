@@ -177,7 +177,6 @@ template <Mistake kMistake> std::string complaint(const simt::SchedulerOptions& 
                                        {words, &device, stream});
     const std::string text = error_of([&] { device.synchronize_stream(stream); });
     device.synchronize_stream(stream);  // reported once, and the device works again
-    device.free(words);
     return text;
 }
 

@@ -2,9 +2,7 @@
 // (do wrong results show, for how many of 60 seeds?) and under ThreadSanitizer (is there a report?).
 #include <doctest/doctest.h>
 
-#include <cstring>
 #include <functional>
-#include <memory>
 #include <string>
 
 #include "device/simt/device.h"
@@ -27,15 +25,12 @@ struct Outcome {
 
 // Two ranks in one process, one stream each.
 struct TwoRanks {
-    explicit TwoRanks(const simt::SchedulerOptions& options) : scheduler(options) {
-        words = static_cast<uint32_t*>(first.allocate(4 * 4096));
-    }
-    ~TwoRanks() { first.free(words); }
+    explicit TwoRanks(const simt::SchedulerOptions& options) : scheduler(options) {}
 
     simt::Scheduler scheduler;
     simt::SimtDevice first{scheduler, 0}, second{scheduler, 1};
     dev::Stream first_stream = first.create_stream(), second_stream = second.create_stream();
-    uint32_t* words;
+    uint32_t* words = static_cast<uint32_t*>(first.allocate(4 * 4096));
     uint32_t* num_wrong() { return words + 2048; }
 };
 

@@ -30,7 +30,7 @@ TEST_CASE("low latency across nodes: a rank that does not come is named, with it
         LowLatencyNodes nodes(impatient_nodes(false), problem);
         World& world = nodes.world();
         auto ranks = make_low_latency_inputs(problem);
-        dispatch_on(world, problem, ranks, {0, 1, 2}, launches);
+        run_on(Call::kDispatch, world, problem, ranks, {0, 1, 2}, launches);
         for (int rank : {0, 1, 2})
             CHECK_THROWS_WITH_AS(world.buffer(rank).check(), doctest::Contains("rank 3 of node 1"), TimeoutError);
         CHECK_THROWS_WITH_AS(world.buffer(0).check(), doctest::Contains("never entered this call"), TimeoutError);
@@ -47,14 +47,14 @@ TEST_CASE(
             auto ranks = make_low_latency_inputs(problem);
             for (auto& tensors : ranks)
                 for (auto& idx : tensors.topk_idx) idx = idx >= 6 ? -1 : idx;  // none of its experts
-            dispatch_on(world, problem, ranks, {0, 1, 2}, launches);
+            run_on(Call::kDispatch, world, problem, ranks, {0, 1, 2}, launches);
             for (int rank : {0, 1, 2}) {
                 world.buffer(rank).check();
                 CHECK_EQ(world.buffer(rank).low_latency().masked_ranks()[3], 1);
                 CHECK_EQ(check_low_latency_dispatch_of(problem, ranks, rank), "");
             }
             fill_expert_rows(problem, ranks);
-            combine_on(world, problem, ranks, {0, 1, 2}, launches);
+            run_on(Call::kCombine, world, problem, ranks, {0, 1, 2}, launches);
             for (int rank : {0, 1, 2}) world.buffer(rank).check();
             ranks[3].combined_x.clear();
             CHECK_EQ(check_low_latency_combine(problem, ranks), "");
@@ -96,7 +96,7 @@ TEST_CASE("low latency across nodes: a rank that is masked while others send tak
         const auto num_pauses = static_cast<int>(seed * 3);
         dev::launch<MaskKernel>({.name = "mask"}, beside,
                                 {&world.buffer(0).low_latency().masked_ranks()[1], num_pauses});
-        dispatch_on(world, problem, ranks, {0, 2}, Launches::kOne);
+        run_on(Call::kDispatch, world, problem, ranks, {0, 2}, Launches::kOne);
         world.device(0).destroy_stream(beside);
         for (int rank : {0, 2}) world.buffer(rank).check();
         CHECK_EQ(world.buffer(2).low_latency().masked_ranks()[0], 0);
@@ -112,7 +112,7 @@ TEST_CASE("low latency across nodes: with enable_shrink a rank that gives up abo
     abandon_dispatch_of_rank_0(world, problem, ranks);
     CHECK_THROWS_WITH_AS(world.buffer(0).check(), doctest::Contains("KeyboardInterrupt"), Error);
     for (int rank : {1, 2, 3}) CHECK_EQ(world.buffer(rank).look(), "");
-    dispatch_on(world, problem, ranks, {1, 2, 3}, Launches::kOne);
+    run_on(Call::kDispatch, world, problem, ranks, {1, 2, 3}, Launches::kOne);
     for (int rank : {1, 2, 3}) CHECK_NOTHROW(world.buffer(rank).check());
 }
 
@@ -128,14 +128,13 @@ TEST_CASE("low latency across nodes: a rank that waits for its bank has entered 
     auto first = make_low_latency_inputs(problem), second = first, third = first;
     // Rank 0 calls no hook, so the third call of the others finds its bank in use.
     for (int rank = 0; rank < 3; ++rank) {
-        const auto idx = static_cast<size_t>(rank);
-        send_dispatch(world, problem, first[idx], rank);
-        if (rank != 0) receive_dispatch(world, problem, first[idx], rank);
-        send_dispatch(world, problem, second[idx], rank);
-        if (rank != 0) receive_dispatch(world, problem, second[idx], rank);
+        send(Call::kDispatch, world, problem, first, rank);
+        if (rank != 0) receive(Call::kDispatch, world, problem, first, rank);
+        send(Call::kDispatch, world, problem, second, rank);
+        if (rank != 0) receive(Call::kDispatch, world, problem, second, rank);
     }
     world.run();
-    dispatch_on(world, problem, third, {1, 2});
+    run_on(Call::kDispatch, world, problem, third, {1, 2});
     for (int rank : {1, 2}) {
         CHECK_THROWS_WITH_AS(world.buffer(rank).check(),
                              doctest::Contains("never entered this call: rank 0 of node 0 (its last call was 2)"),

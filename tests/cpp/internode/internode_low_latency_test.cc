@@ -132,11 +132,11 @@ TEST_CASE(
                                  sent.*first + (second == nullptr ? 0 : sent.*second));
                     }
             };
-            dispatch_on(nodes.world(), problem, ranks, all_ranks(problem), Launches::kOne);
+            run_on(Call::kDispatch, nodes.world(), problem, ranks, all_ranks(problem), Launches::kOne);
             CHECK_EQ(check_low_latency_dispatch(problem, ranks), "");
             check(&Sent::dispatch, nullptr);
             fill_expert_rows(problem, ranks);
-            combine_on(nodes.world(), problem, ranks, all_ranks(problem), Launches::kOne);
+            run_on(Call::kCombine, nodes.world(), problem, ranks, all_ranks(problem), Launches::kOne);
             CHECK_EQ(check_low_latency_combine(problem, ranks), "");
             check(&Sent::dispatch, &Sent::combine);
         }
@@ -208,15 +208,15 @@ TEST_CASE("low latency across nodes: two micro-batches overlap through hooks, ca
             MicroBatch a{world, first}, b{world, second};
             const auto is_swapped = [&](int rank) { return (static_cast<uint64_t>(rank) + seed) % 2 == 0; };
             const auto receive_dispatch = [&](int rank) {
-                (is_swapped(rank) ? b : a).receive_dispatch(rank);
-                (is_swapped(rank) ? a : b).receive_dispatch(rank);
+                (is_swapped(rank) ? b : a).receive(Call::kDispatch, rank);
+                (is_swapped(rank) ? a : b).receive(Call::kDispatch, rank);
             };
-            CHECK_EQ(dispatch_both(a, b, receive_dispatch), "");
+            CHECK_EQ(run_both(Call::kDispatch, a, b, receive_dispatch), "");
             const auto receive_combine = [&](int rank) {
-                (is_swapped(rank) ? a : b).receive_combine(rank);
-                (is_swapped(rank) ? b : a).receive_combine(rank);
+                (is_swapped(rank) ? a : b).receive(Call::kCombine, rank);
+                (is_swapped(rank) ? b : a).receive(Call::kCombine, rank);
             };
-            CHECK_EQ(combine_both(a, b, receive_combine), "");
+            CHECK_EQ(run_both(Call::kCombine, a, b, receive_combine), "");
         }
     }
 }
@@ -230,20 +230,20 @@ std::vector<std::vector<uint16_t>> combine_in_order(const NodesOptions& options,
     for (int repeat = 0; repeat < 2; ++repeat) {
         auto ranks = make_low_latency_inputs(problem);
         for (int rank : order) {
-            send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+            send(Call::kDispatch, world, problem, ranks, rank);
             world.run();  // a proven deadlock, were it to wait for anybody
         }
         for (int rank : order) {
-            receive_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+            receive(Call::kDispatch, world, problem, ranks, rank);
             world.run();  // the same: nothing that it needs takes a launch of another rank any more
         }
         CHECK_EQ(check_low_latency_dispatch(problem, ranks), "");
         fill_expert_rows(problem, ranks);
         for (int rank : order) {
-            send_combine(world, problem, ranks[static_cast<size_t>(rank)], rank);
+            send(Call::kCombine, world, problem, ranks, rank);
             world.run();
         }
-        for (int rank : order) receive_combine(world, problem, ranks[static_cast<size_t>(rank)], rank);
+        for (int rank : order) receive(Call::kCombine, world, problem, ranks, rank);
         world.run();
         CHECK_EQ(check_low_latency_combine(problem, ranks), "");
         for (const auto& tensors : ranks) combined.push_back(tensors.combined_x);
@@ -277,13 +277,13 @@ TEST_CASE("low latency across nodes: entries that combine drops, and whole token
             LowLatencyNodes nodes(options, problem);
             for (int round = 0; round < 3; ++round) {
                 auto ranks = make_low_latency_inputs(problem);
-                dispatch_on(nodes.world(), problem, ranks, all_ranks(problem), launches);
+                run_on(Call::kDispatch, nodes.world(), problem, ranks, all_ranks(problem), launches);
                 CHECK_EQ(check_low_latency_dispatch(problem, ranks), "");
                 fill_expert_rows(problem, ranks);
                 for (auto& tensors : ranks)
                     for (size_t i = 0; i < tensors.topk_idx.size(); ++i)
                         if (i % 3 == 0 || i / 4 % 3 == 1) tensors.topk_idx[i] = -1;
-                combine_on(nodes.world(), problem, ranks, all_ranks(problem), launches);
+                run_on(Call::kCombine, nodes.world(), problem, ranks, all_ranks(problem), launches);
                 nodes.world().check_all();
                 CHECK_EQ(check_low_latency_combine(problem, ranks), "");
             }
@@ -318,10 +318,9 @@ TEST_CASE("low latency across nodes: graphs replay, and counts are added to the 
         fill_expert_rows(problem, ranks);
         std::vector<simt::Graph> graphs;
         for (int rank = 0; rank < options.num_ranks(); ++rank) {
-            LowLatencyTensors& tensors = ranks[static_cast<size_t>(rank)];
             graphs.push_back(captured(world, rank, [&] {
-                launch_dispatch(world, problem, tensors, rank, launches);
-                launch_combine(world, problem, tensors, rank, launches);
+                launch(Call::kDispatch, world, problem, ranks, rank, launches);
+                launch(Call::kCombine, world, problem, ranks, rank, launches);
             }));
         }
         for (int round = 1; round <= 4; ++round) {

@@ -2,7 +2,6 @@
 // bit for bit.
 #include <doctest/doctest.h>
 
-#include <algorithm>
 #include <numeric>
 
 #include "device/simt/happens_before.h"

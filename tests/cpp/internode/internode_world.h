@@ -9,6 +9,7 @@
 #include "device/owned.h"
 #include "kernels/params_internode.h"
 #include "layout/rail.h"
+#include "layout/topology.h"
 #include "rail_sim/sim_engine.h"
 #include "support/world.h"
 

@@ -17,8 +17,6 @@ std::vector<uint8_t> region_of(World& world, int rank) {
     return std::vector<uint8_t>(data, data + kDataBytes);
 }
 
-enum class Call { kDispatch, kCombine };
-
 std::vector<std::vector<uint8_t>> regions_after(const Problem& problem, Call call, int fill) {
     World world(problem.num_ranks(), kDataBytes, {});
     auto ranks = make_inputs(problem);

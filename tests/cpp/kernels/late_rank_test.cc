@@ -119,11 +119,10 @@ TEST_CASE("low latency: a late rank is named by every replay of a graph, in disp
     fill_expert_rows(problem, ranks);
     std::vector<simt::Graph> dispatches, combines;
     for (int rank = 0; rank < kNumRanks; ++rank) {
-        LowLatencyTensors& tensors = ranks[static_cast<size_t>(rank)];
         dispatches.push_back(
-            captured(world, rank, [&] { launch_dispatch(world, problem, tensors, rank, Launches::kOne); }));
+            captured(world, rank, [&] { launch(Call::kDispatch, world, problem, ranks, rank, Launches::kOne); }));
         combines.push_back(
-            captured(world, rank, [&] { launch_combine(world, problem, tensors, rank, Launches::kOne); }));
+            captured(world, rank, [&] { launch(Call::kCombine, world, problem, ranks, rank, Launches::kOne); }));
     }
     for (int call = 0; call < 2; ++call) {
         run_late(world, [&](int rank) { dispatches[static_cast<size_t>(rank)].replay(world.stream(rank)); });
@@ -141,11 +140,9 @@ TEST_CASE("every late call is warned of, however far calls of another kind have 
     const auto starts_with = [](const std::string& text, const std::string& start) {
         CHECK_EQ(text.substr(0, start.size()), start);
     };
-    starts_with(warning_of(world,
-                           [&](int rank) {
-                               launch_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank, Launches::kOne);
-                           }),
-                "DeepEP warning: low_latency_dispatch, call 3, ");
+    starts_with(
+        warning_of(world, [&](int rank) { launch(Call::kDispatch, world, problem, ranks, rank, Launches::kOne); }),
+        "DeepEP warning: low_latency_dispatch, call 3, ");
     starts_with(warning_of(world, [&](int rank) { world.buffer(rank).low_latency().clean(world.stream(rank)); }),
                 "DeepEP warning: clean_low_latency_buffer, call 1, ");
     const Problem of_three = problem_of_three();

@@ -16,7 +16,7 @@ TEST_CASE("low latency: without enable_shrink a missing rank is a timeout that n
     const LowLatencyProblem problem{.num_tokens = {9, 4, 3}, .num_experts = 3};
     World world(3, 0, impatient(), 2.0, low_latency_bytes(problem));
     auto ranks = make_low_latency_inputs(problem);
-    dispatch_on(world, problem, ranks, {0, 2});
+    run_on(Call::kDispatch, world, problem, ranks, {0, 2});
     check_absent_is_named(world, {0, 2}, 1);
 }
 
@@ -61,10 +61,9 @@ TEST_CASE("low latency: replays of a graph after a failure leave NaN and no rows
             fill_expert_rows(problem, ranks);
             std::vector<simt::Graph> graphs;
             for (int rank = 0; rank < 3; ++rank) {
-                LowLatencyTensors& tensors = ranks[static_cast<size_t>(rank)];
                 graphs.push_back(captured(world, rank, [&] {
-                    launch_dispatch(world, problem, tensors, rank, launches);
-                    launch_combine(world, problem, tensors, rank, launches);
+                    launch(Call::kDispatch, world, problem, ranks, rank, launches);
+                    launch(Call::kCombine, world, problem, ranks, rank, launches);
                 }));
             }
             for (int rank = 0; rank < 3; ++rank) graphs[static_cast<size_t>(rank)].replay(world.stream(rank));
@@ -103,10 +102,10 @@ TEST_CASE("low latency: a call that fails between a table and a row: its row is 
             auto ranks = make_low_latency_inputs(problem);
             for (auto& tensors : ranks)  // every token is a row of every expert
                 for (size_t i = 0; i < tensors.topk_idx.size(); ++i) tensors.topk_idx[i] = static_cast<int64_t>(i % 4);
-            for (int rank = 0; rank < 2; ++rank) send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+            for (int rank = 0; rank < 2; ++rank) send(Call::kDispatch, world, problem, ranks, rank);
             world.run();
             low_latency_token_flag(world, 0, 1, 1, 2) = 0;  // the third token of rank 1, in the bank of call 1
-            receive_dispatch(world, problem, ranks[0], 0);
+            receive(Call::kDispatch, world, problem, ranks, 0);
             world.run();
             CHECK_THROWS_WITH_AS(world.buffer(0).check(), doctest::Contains("for rank 1 to send token rows"),
                                  TimeoutError);
@@ -131,12 +130,12 @@ TEST_CASE(
         World world(2, 0, impatient(), 2.0, low_latency_bytes(problem));
         auto ranks = make_low_latency_inputs(problem);
         for (auto& tensors : ranks) std::fill(tensors.topk_idx.begin(), tensors.topk_idx.end(), 3);  // of rank 1
-        dispatch_on(world, problem, ranks, {0, 1});
+        run_on(Call::kDispatch, world, problem, ranks, {0, 1});
         fill_expert_rows(problem, ranks);
-        for (int rank = 0; rank < 2; ++rank) send_combine(world, problem, ranks[static_cast<size_t>(rank)], rank);
+        for (int rank = 0; rank < 2; ++rank) send(Call::kCombine, world, problem, ranks, rank);
         world.run();
         low_latency_token_flag(world, 0, 0, 1, 2) = 0;  // the third token of rank 0, as rank 1 sends it back in call 2
-        for (int rank = 0; rank < 2; ++rank) receive_combine(world, problem, ranks[static_cast<size_t>(rank)], rank);
+        for (int rank = 0; rank < 2; ++rank) receive(Call::kCombine, world, problem, ranks, rank);
         world.run();
         CHECK_THROWS_AS(world.buffer(0).check(), TimeoutError);
         uint16_t* lost = ranks[0].combined_x.data() + 2 * 1024;
@@ -153,10 +152,10 @@ template <class Change>
 std::string combine_after(const LowLatencyProblem& problem, Launches launches, const Change& change) {
     World world(problem.num_ranks(), 0, impatient(), 2.0, low_latency_bytes(problem) + (1 << 20));
     auto ranks = make_low_latency_inputs(problem);
-    dispatch_on(world, problem, ranks, all_ranks(problem), launches);
+    run_on(Call::kDispatch, world, problem, ranks, all_ranks(problem), launches);
     fill_expert_rows(problem, ranks);
     change(ranks);
-    combine_on(world, problem, ranks, all_ranks(problem), launches);
+    run_on(Call::kCombine, world, problem, ranks, all_ranks(problem), launches);
     std::string found;
     for (int rank = 0; rank < problem.num_ranks(); ++rank) {
         try {
@@ -203,7 +202,7 @@ TEST_CASE("low latency: combine refuses the handles of two micro-batches that ar
     other.seed = 2;
     auto swapped = make_low_latency_inputs(other);
     World world(2, 0, impatient(), 2.0, low_latency_bytes(problem));
-    dispatch_on(world, other, swapped, {0, 1});
+    run_on(Call::kDispatch, world, other, swapped, {0, 1});
     CHECK_NE(combine_after(problem, Launches::kOne,
                            [&](auto& ranks) {
                                for (size_t rank : {0, 1}) ranks[rank].row_of_entry = swapped[rank].row_of_entry;
@@ -224,10 +223,10 @@ TEST_CASE("low latency: cleaning is a barrier of the group, takes no bank, and i
         }
         auto ranks = make_low_latency_inputs(problem);
         for (int rank = 0; rank < 3; ++rank) {
-            send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+            send(Call::kDispatch, world, problem, ranks, rank);
             CHECK_THROWS_WITH_AS(world.buffer(rank).low_latency().clean(world.stream(rank)),
                                  doctest::Contains("no low-latency call may be open, and 1 is"), Error);
-            receive_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+            receive(Call::kDispatch, world, problem, ranks, rank);
         }
         world.run();
         CHECK_EQ(check_low_latency_dispatch(problem, ranks), "");
@@ -265,9 +264,9 @@ TEST_CASE("low latency: with enable_shrink the missing rank is masked, and the o
     World world(3, 0, impatient(), 2.0, low_latency_bytes(problem), true);
     auto ranks = make_low_latency_inputs(problem);
     for (int round = 0; round < 3; ++round) {
-        dispatch_on(world, problem, ranks, {0, 2});
+        run_on(Call::kDispatch, world, problem, ranks, {0, 2});
         fill_expert_rows(problem, ranks);
-        combine_on(world, problem, ranks, {0, 2});
+        run_on(Call::kCombine, world, problem, ranks, {0, 2});
     }
     auto survivors = problem;
     survivors.num_tokens[1] = 0;
@@ -296,7 +295,7 @@ TEST_CASE("low latency: a masked rank that comes all the same is left out by eve
             for (int peer = 0; peer < 3; ++peer)
                 world.buffer(rank).low_latency().masked_ranks()[peer] = is_apart[rank] != is_apart[peer] ? 1 : 0;
         auto ranks = make_low_latency_inputs(problem);
-        dispatch_on(world, problem, ranks, {0, 1, 2});
+        run_on(Call::kDispatch, world, problem, ranks, {0, 1, 2});
         for (int rank = 0; rank < 3; ++rank) {
             auto heard = ranks;
             for (int peer = 0; peer < 3; ++peer)
@@ -326,14 +325,14 @@ TEST_CASE("low latency: a rank that was masked while late goes on, whatever shap
     World world(3, 0, impatient(), 2.0, low_latency_bytes(large), true);
     auto first = make_low_latency_inputs(small), second = make_low_latency_inputs(small);
     auto third = make_low_latency_inputs(large);
-    dispatch_on(world, small, first, {0, 2});  // masks rank 1
-    dispatch_on(world, small, second, {0, 2});
-    dispatch_on(world, large, third, {0, 2});
+    run_on(Call::kDispatch, world, small, first, {0, 2});  // masks rank 1
+    run_on(Call::kDispatch, world, small, second, {0, 2});
+    run_on(Call::kDispatch, world, large, third, {0, 2});
     // What was sent to it before it was masked is as it was; of the later calls it gets nothing but its own.
-    dispatch_on(world, small, first, {1});
+    run_on(Call::kDispatch, world, small, first, {1});
     CHECK_EQ(check_low_latency_dispatch_of(small, first, 1), "");
-    dispatch_on(world, small, second, {1});
-    dispatch_on(world, large, third, {1});
+    run_on(Call::kDispatch, world, small, second, {1});
+    run_on(Call::kDispatch, world, large, third, {1});
     for (auto* tensors : {&second, &third}) {
         const LowLatencyProblem& problem = tensors == &third ? large : small;
         auto heard = *tensors;
@@ -356,9 +355,9 @@ TEST_CASE("low latency: a masked rank that is behind and taken back too early is
     const LowLatencyProblem problem{.num_tokens = {9, 4, 7}, .num_experts = 3};
     World world(3, 0, impatient(), 2.0, low_latency_bytes(problem), true);
     auto ranks = make_low_latency_inputs(problem);
-    for (int call = 1; call <= 4; ++call) dispatch_on(world, problem, ranks, {0, 2});
+    for (int call = 1; call <= 4; ++call) run_on(Call::kDispatch, world, problem, ranks, {0, 2});
     clear_masks(world);
-    dispatch_on(world, problem, ranks, {0, 1, 2});  // the first call of rank 1, the fifth of the others
+    run_on(Call::kDispatch, world, problem, ranks, {0, 1, 2});  // the first call of rank 1, the fifth of the others
     auto heard = ranks;
     heard[1].topk_idx.clear();
     for (int rank : {0, 2}) {
@@ -375,11 +374,11 @@ TEST_CASE("low latency: what a late rank writes spoils no message of another ran
     World world(3, 0, impatient(), 2.0, low_latency_bytes(large), true);
     auto first = make_low_latency_inputs(small);
     auto third = make_low_latency_inputs(large);
-    for (int call = 1; call <= 2; ++call) dispatch_on(world, small, first, {0, 2});
-    for (int rank : {0, 2}) send_dispatch(world, large, third[static_cast<size_t>(rank)], rank);
+    for (int call = 1; call <= 2; ++call) run_on(Call::kDispatch, world, small, first, {0, 2});
+    for (int rank : {0, 2}) send(Call::kDispatch, world, large, third, rank);
     world.run();
-    dispatch_on(world, small, first, {1});  // into the bank that the others are about to read
-    for (int rank : {0, 2}) receive_dispatch(world, large, third[static_cast<size_t>(rank)], rank);
+    run_on(Call::kDispatch, world, small, first, {1});  // into the bank that the others are about to read
+    for (int rank : {0, 2}) receive(Call::kDispatch, world, large, third, rank);
     world.run();
     for (int rank : {0, 2}) CHECK_EQ(check_low_latency_dispatch_of(large, third, rank), "");
 }
@@ -391,8 +390,8 @@ TEST_CASE("low latency: nothing is written into the memory of a masked rank") {
     for (int rank : {0, 2}) world.buffer(rank).low_latency().masked_ranks()[1] = 1;
     auto ranks = make_low_latency_inputs(problem);
     for (Launches launches : {Launches::kOne, Launches::kTwo, Launches::kOne}) {
-        for (int rank : {0, 2}) launch_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank, launches);
-        combine_on(world, problem, ranks, {0, 2}, launches);
+        for (int rank : {0, 2}) launch(Call::kDispatch, world, problem, ranks, rank, launches);
+        run_on(Call::kCombine, world, problem, ranks, {0, 2}, launches);
     }
     const auto control = layout::ControlLayout::make(3);
     const uint8_t* heap = world.buffer(1).data() - control.bytes;
@@ -418,12 +417,12 @@ TEST_CASE("low latency: numbers in a peer's table that cannot be true fail the c
         CAPTURE(lie.sentence);
         World world(2, 0, {}, 2.0, bytes);
         auto ranks = make_low_latency_inputs(problem);
-        for (int rank = 0; rank < 2; ++rank) send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+        for (int rank = 0; rank < 2; ++rank) send(Call::kDispatch, world, problem, ranks, rank);
         world.run();
         const auto region = layout::LowLatencyRegion::make(static_cast<uint64_t>(bytes), 2);
         // What rank 1 has told rank 0, in the bank of call 1.
         std::memcpy(world.buffer(0).low_latency().data() + region.offset(1, 1) + lie.field.offset, &lie.stated, 4);
-        receive_dispatch(world, problem, ranks[0], 0);
+        receive(Call::kDispatch, world, problem, ranks, 0);
         world.run();
         CHECK_THROWS_WITH_AS(world.buffer(0).check(), doctest::Contains("the routing table of rank 1"),
                              InvalidArgument);
@@ -438,8 +437,8 @@ TEST_CASE("low latency: ranks with different shapes fail by name, and nothing is
     other.num_max_tokens = 64;
     World world(2, 0, impatient(), 2.0, low_latency_bytes(other));
     auto small = make_low_latency_inputs(mine), large = make_low_latency_inputs(other);
-    launch_dispatch(world, mine, small[0], 0, Launches::kOne);
-    send_dispatch(world, other, large[1], 1);
+    launch(Call::kDispatch, world, mine, small, 0, Launches::kOne);
+    send(Call::kDispatch, world, other, large, 1);
     world.run();
     CHECK_THROWS_WITH_AS(world.buffer(0).check(),
                          doctest::Contains("the routing table of rank 1 states 64 where at most 16 can be"),

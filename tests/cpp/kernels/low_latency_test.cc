@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
 #include "core/error.h"
@@ -29,7 +28,7 @@ TEST_CASE("low latency: rows of zeros have a scale, and stay zeros (pitfall 24)"
     World world(2, 0, {}, 100, low_latency_bytes(problem));
     auto ranks = make_low_latency_inputs(problem);
     for (auto& tensors : ranks) std::fill(tensors.x.begin(), tensors.x.end(), uint16_t{0});
-    dispatch_on(world, problem, ranks, {0, 1});
+    run_on(Call::kDispatch, world, problem, ranks, {0, 1});
     const auto num_rows = static_cast<size_t>(problem.num_rows());
     const auto row_bytes = static_cast<size_t>(problem.row_bytes());
     for (const LowLatencyTensors& tensors : ranks) {
@@ -144,16 +143,16 @@ TEST_CASE("low latency: two micro-batches overlap through hooks; a third call is
     for (int round = 0; round < 3; ++round) {
         MicroBatch a{world, first}, b{world, second};
         const auto receive = [&](int rank) {
-            CHECK_THROWS_WITH_AS(b.send_dispatch(rank), doctest::Contains("at most 2"), Error);
-            a.receive_dispatch(rank);
-            b.receive_dispatch(rank);
+            CHECK_THROWS_WITH_AS(b.send(Call::kDispatch, rank), doctest::Contains("at most 2"), Error);
+            a.receive(Call::kDispatch, rank);
+            b.receive(Call::kDispatch, rank);
         };
-        CHECK_EQ(dispatch_both(a, b, receive), "");
+        CHECK_EQ(run_both(Call::kDispatch, a, b, receive), "");
         const auto receive_in_other_order = [&](int rank) {
-            b.receive_combine(rank);
-            a.receive_combine(rank);
+            b.receive(Call::kCombine, rank);
+            a.receive(Call::kCombine, rank);
         };
-        CHECK_EQ(combine_both(a, b, receive_in_other_order), "");
+        CHECK_EQ(run_both(Call::kCombine, a, b, receive_in_other_order), "");
     }
 }
 
@@ -163,12 +162,12 @@ TEST_CASE("low latency: an open call holds its bank: the call after the next is 
     World world(2, 0, {}, 100, low_latency_bytes(held));
     MicroBatch a{world, held}, b{world, passing};
     const auto receive = [&](int rank) {
-        b.receive_dispatch(rank);
-        CHECK_THROWS_WITH_AS(b.send_dispatch(rank), doctest::Contains("at most 2"), Error);
-        a.receive_dispatch(rank);
-        CHECK_THROWS_WITH_AS(a.receive_dispatch(rank), doctest::Contains("is over"), InternalError);
+        b.receive(Call::kDispatch, rank);
+        CHECK_THROWS_WITH_AS(b.send(Call::kDispatch, rank), doctest::Contains("at most 2"), Error);
+        a.receive(Call::kDispatch, rank);
+        CHECK_THROWS_WITH_AS(a.receive(Call::kDispatch, rank), doctest::Contains("is over"), InternalError);
     };
-    CHECK_EQ(dispatch_both(a, b, receive), "");
+    CHECK_EQ(run_both(Call::kDispatch, a, b, receive), "");
 }
 
 TEST_CASE("low latency: a graph is replayed between a send phase and its hook") {
@@ -180,25 +179,25 @@ TEST_CASE("low latency: a graph is replayed between a send phase and its hook") 
         std::vector<simt::Graph> dispatches, combines;
         for (int rank = 0; rank < 2; ++rank) {
             dispatches.push_back(
-                captured(world, rank, [&] { launch_dispatch(world, replayed, b.on(rank), rank, launches); }));
+                captured(world, rank, [&] { launch(Call::kDispatch, world, replayed, b.ranks, rank, launches); }));
             combines.push_back(
-                captured(world, rank, [&] { launch_combine(world, replayed, b.on(rank), rank, launches); }));
+                captured(world, rank, [&] { launch(Call::kCombine, world, replayed, b.ranks, rank, launches); }));
         }
         for (int round = 0; round < 3; ++round) {
             world.run_on_all([&](int rank) {
-                a.send_dispatch(rank);
+                a.send(Call::kDispatch, rank);
                 dispatches[static_cast<size_t>(rank)].replay(world.stream(rank));
-                a.receive_dispatch(rank);
+                a.receive(Call::kDispatch, rank);
             });
-            CHECK_EQ(a.check_dispatch() + b.check_dispatch(), "");
+            CHECK_EQ(a.check(Call::kDispatch) + b.check(Call::kDispatch), "");
             fill_expert_rows(held, a.ranks);
             fill_expert_rows(replayed, b.ranks);
             world.run_on_all([&](int rank) {
-                a.send_combine(rank);
+                a.send(Call::kCombine, rank);
                 combines[static_cast<size_t>(rank)].replay(world.stream(rank));
-                a.receive_combine(rank);
+                a.receive(Call::kCombine, rank);
             });
-            CHECK_EQ(a.check_combine() + b.check_combine(), "");
+            CHECK_EQ(a.check(Call::kCombine) + b.check(Call::kCombine), "");
             world.check_all();
         }
     }
@@ -211,12 +210,11 @@ TEST_CASE("low latency: a graph that makes two calls while one is open fails at 
             World world(2, 0, {}, 100, low_latency_bytes(problem), is_shrinkable);  // a wait would be a deadlock
             auto a = make_low_latency_inputs(problem), b = make_low_latency_inputs(problem);
             for (int rank = 0; rank < 2; ++rank) {
-                const auto idx = static_cast<size_t>(rank);
                 const simt::Graph graph = captured(world, rank, [&] {
-                    launch_dispatch(world, problem, b[idx], rank, launches);
-                    launch_combine(world, problem, b[idx], rank, launches);
+                    launch(Call::kDispatch, world, problem, b, rank, launches);
+                    launch(Call::kCombine, world, problem, b, rank, launches);
                 });
-                send_dispatch(world, problem, a[idx], rank);
+                send(Call::kDispatch, world, problem, a, rank);
                 graph.replay(world.stream(rank));
             }
             world.run();
@@ -240,11 +238,11 @@ TEST_CASE("low latency: expert ids out of range are as good as none, whatever th
         tensors.topk_idx[4] = -(int64_t{1} << 32) + 2;
         tensors.topk_idx[7] = problem.num_experts;
     }
-    dispatch_on(world, problem, ranks, {0, 1});
+    run_on(Call::kDispatch, world, problem, ranks, {0, 1});
     world.check_all();
     CHECK_EQ(check_low_latency_dispatch(problem, ranks), "");
     fill_expert_rows(problem, ranks);
-    combine_on(world, problem, ranks, {0, 1});
+    run_on(Call::kCombine, world, problem, ranks, {0, 1});
     for (auto& tensors : ranks)  // for the reference, which looks every entry up
         for (auto& idx : tensors.topk_idx) idx = idx >= problem.num_experts ? -1 : idx;
     CHECK_EQ(check_low_latency_combine(problem, ranks), "");
@@ -261,8 +259,8 @@ TEST_CASE("low latency: counts and waits are added to the caller's statistics") 
     World world(2, 0, {}, 100, low_latency_bytes(problem));
     auto ranks = make_low_latency_inputs(problem);
     for (int repeat = 0; repeat < 2; ++repeat) {
-        for (int rank = 0; rank < 2; ++rank) send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
-        for (int rank = 0; rank < 2; ++rank) receive_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+        for (int rank = 0; rank < 2; ++rank) send(Call::kDispatch, world, problem, ranks, rank);
+        for (int rank = 0; rank < 2; ++rank) receive(Call::kDispatch, world, problem, ranks, rank);
         world.run();
     }
     for (const LowLatencyTensors& tensors : ranks)
@@ -278,13 +276,13 @@ std::vector<std::vector<uint16_t>> combine_in_order(const LowLatencyProblem& pro
     std::vector<std::vector<uint16_t>> combined;
     for (int repeat = 0; repeat < 2; ++repeat) {
         auto ranks = make_low_latency_inputs(problem);
-        dispatch_on(world, problem, ranks, order, Launches::kOne);
+        run_on(Call::kDispatch, world, problem, ranks, order, Launches::kOne);
         fill_expert_rows(problem, ranks);
         for (int rank : order) {
-            send_combine(world, problem, ranks[static_cast<size_t>(rank)], rank);
+            send(Call::kCombine, world, problem, ranks, rank);
             world.run();  // a proven deadlock, were it to wait for anybody
         }
-        for (int rank : order) receive_combine(world, problem, ranks[static_cast<size_t>(rank)], rank);
+        for (int rank : order) receive(Call::kCombine, world, problem, ranks, rank);
         world.run();
         for (int rank : order) world.buffer(rank).check();
         CHECK_EQ(check_low_latency_combine(problem, ranks), "");
@@ -312,23 +310,23 @@ TEST_CASE("low latency: with two calls open a send phase needs no peer that has 
     for (bool in_order : {true, false}) {
         World world(3, 0, {}, 100, low_latency_bytes(problem));
         auto first = make_low_latency_inputs(problem), second = first, third = first, fourth = first;
-        for (size_t rank = 0; rank < 3; ++rank) {
-            send_dispatch(world, problem, first[rank], static_cast<int>(rank));
-            send_dispatch(world, problem, second[rank], static_cast<int>(rank));
-            if (!in_order) receive_dispatch(world, problem, second[rank], static_cast<int>(rank));
-            receive_dispatch(world, problem, first[rank], static_cast<int>(rank));
+        for (int rank = 0; rank < 3; ++rank) {
+            send(Call::kDispatch, world, problem, first, rank);
+            send(Call::kDispatch, world, problem, second, rank);
+            if (!in_order) receive(Call::kDispatch, world, problem, second, rank);
+            receive(Call::kDispatch, world, problem, first, rank);
         }
         world.run();
-        for (size_t rank = 0; rank < 3; ++rank) {
-            send_dispatch(world, problem, third[rank], static_cast<int>(rank));
+        for (int rank = 0; rank < 3; ++rank) {
+            send(Call::kDispatch, world, problem, third, rank);
             // Its bank is that of the second call, whose end the first one's has told, as the last launch that only received.
-            if (!in_order) send_dispatch(world, problem, fourth[rank], static_cast<int>(rank));
+            if (!in_order) send(Call::kDispatch, world, problem, fourth, rank);
             world.run();  // a proven deadlock, were it to wait for the next rank
         }
-        for (size_t rank = 0; rank < 3; ++rank) {
-            if (in_order) receive_dispatch(world, problem, second[rank], static_cast<int>(rank));
-            receive_dispatch(world, problem, third[rank], static_cast<int>(rank));
-            if (!in_order) receive_dispatch(world, problem, fourth[rank], static_cast<int>(rank));
+        for (int rank = 0; rank < 3; ++rank) {
+            if (in_order) receive(Call::kDispatch, world, problem, second, rank);
+            receive(Call::kDispatch, world, problem, third, rank);
+            if (!in_order) receive(Call::kDispatch, world, problem, fourth, rank);
         }
         world.run();
         if (in_order) fourth = third;
@@ -341,9 +339,9 @@ TEST_CASE("low latency: a combine whose top-k does not fit slots by entry still 
     check_round_trip(problem);
     World world(2, 0, impatient(), 2.0, low_latency_bytes(problem) + (1 << 20));
     auto ranks = make_low_latency_inputs(problem);
-    dispatch_on(world, problem, ranks, {0, 1}, Launches::kOne);
+    run_on(Call::kDispatch, world, problem, ranks, {0, 1}, Launches::kOne);
     fill_expert_rows(problem, ranks);
-    send_combine(world, problem, ranks[0], 0);
+    send(Call::kCombine, world, problem, ranks, 0);
     world.run();
     CHECK_THROWS_WITH_AS(world.buffer(0).check(), doctest::Contains("to send its routing table"), TimeoutError);
 }
@@ -353,13 +351,15 @@ TEST_CASE("low latency: what does not fit is refused before anything is launched
     World world(2, 0, {}, 100, low_latency_bytes(problem));
     auto ranks = make_low_latency_inputs(problem);
     problem.num_max_tokens = 8;
-    CHECK_THROWS_WITH_AS(send_dispatch(world, problem, ranks[0], 0), doctest::Contains("at most"), InvalidArgument);
+    CHECK_THROWS_WITH_AS(send(Call::kDispatch, world, problem, ranks, 0), doctest::Contains("at most"),
+                         InvalidArgument);
     problem.num_max_tokens = 1000;
-    CHECK_THROWS_WITH_AS(send_dispatch(world, problem, ranks[0], 0), doctest::Contains("num_rdma_bytes"),
+    CHECK_THROWS_WITH_AS(send(Call::kDispatch, world, problem, ranks, 0), doctest::Contains("num_rdma_bytes"),
                          InvalidArgument);
     problem.num_max_tokens = 16;
     problem.num_experts = 7;
-    CHECK_THROWS_WITH_AS(send_dispatch(world, problem, ranks[0], 0), doctest::Contains("num_experts"), InvalidArgument);
+    CHECK_THROWS_WITH_AS(send(Call::kDispatch, world, problem, ranks, 0), doctest::Contains("num_experts"),
+                         InvalidArgument);
 }
 
 TEST_CASE("low latency: size hints are at most half of what the original asked for") {

@@ -106,7 +106,7 @@ TEST_CASE("an unfinished call aborts the peers; a low-latency one does not where
         auto ranks = make_low_latency_inputs(problem);
         for (int rank = 0; rank < 2; ++rank) {
             world.buffer(rank).begin_call();
-            launch_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank, Launches::kOne);
+            launch(Call::kDispatch, world, problem, ranks, rank, Launches::kOne);
         }
         world.run();
         world.buffer(0).abandon_call("low_latency_dispatch: KeyboardInterrupt");
@@ -123,7 +123,7 @@ TEST_CASE("a kernel that ends because its rank has given up alone aborts nobody"
     abandon_dispatch_of_rank_0(world, problem, ranks);
     CHECK_THROWS_WITH_AS(world.buffer(0).check(), doctest::Contains("KeyboardInterrupt"), Error);
     CHECK_EQ(world.buffer(1).look(), "");
-    dispatch_on(world, problem, ranks, {1}, Launches::kOne);
+    run_on(Call::kDispatch, world, problem, ranks, {1}, Launches::kOne);
     CHECK_NOTHROW(world.buffer(1).check());
 }
 
@@ -132,11 +132,10 @@ TEST_CASE("an open low-latency call whose hook will not come aborts the peers; o
     for (bool is_received : {false, true}) {
         World world(2, 0, impatient(), 2.0, low_latency_bytes(problem));
         auto ranks = make_low_latency_inputs(problem);
-        for (int rank = 0; rank < 2; ++rank) send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
-        for (int rank = is_received ? 0 : 1; rank < 2; ++rank)
-            receive_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+        for (int rank = 0; rank < 2; ++rank) send(Call::kDispatch, world, problem, ranks, rank);
+        for (int rank = is_received ? 0 : 1; rank < 2; ++rank) receive(Call::kDispatch, world, problem, ranks, rank);
         world.run();
-        world.buffer(0).low_latency().abandon_hook(ranks[0].dispatch_ticket, "dropped");
+        world.buffer(0).low_latency().abandon_hook(ranks[0].ticket, "dropped");
         CHECK_EQ(world.buffer(0).failure().empty(), is_received);
         CHECK_EQ(world.buffer(1).look().find("dropped") == std::string::npos, is_received);
     }
@@ -146,10 +145,10 @@ TEST_CASE("a low-latency call that is refused leaves an open one as it was") {
     const LowLatencyProblem problem{.num_tokens = {3, 5}};
     World world(2, 0, {}, 100, low_latency_bytes(problem));
     auto ranks = make_low_latency_inputs(problem);
-    for (int rank = 0; rank < 2; ++rank) send_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+    for (int rank = 0; rank < 2; ++rank) send(Call::kDispatch, world, problem, ranks, rank);
     world.buffer(0).begin_call();
     world.buffer(0).abandon_call("low_latency_combine: ValueError: x must be something else");
-    for (int rank = 0; rank < 2; ++rank) receive_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank);
+    for (int rank = 0; rank < 2; ++rank) receive(Call::kDispatch, world, problem, ranks, rank);
     world.run();
     CHECK_EQ(check_low_latency_dispatch(problem, ranks), "");
 }

@@ -1,7 +1,6 @@
 // Waits of the kernels, alone: clocks that step back, copies that do not land.
 #include <doctest/doctest.h>
 
-#include <algorithm>
 #include <atomic>
 #include <vector>
 

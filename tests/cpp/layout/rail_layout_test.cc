@@ -5,6 +5,7 @@
 
 #include "layout/disjoint.h"
 #include "layout/rail.h"
+#include "layout/topology.h"
 
 namespace deep_ep::layout {
 namespace {

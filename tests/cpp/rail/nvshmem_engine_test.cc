@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstring>
 #include <functional>
-#include <map>
 
 #include "core/error.h"
 #include "device/simt/device.h"

@@ -2,7 +2,6 @@
 // one word over the rail. The engine here delivers at once.
 #include <doctest/doctest.h>
 
-#include <cstring>
 #include <functional>
 #include <map>
 #include <memory>

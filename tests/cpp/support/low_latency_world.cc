@@ -154,22 +154,12 @@ std::vector<float> combined_row(const LowLatencyProblem& problem, const std::vec
     return sums;
 }
 
-uint64_t dispatch(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank,
-                  uint64_t ticket) {
-    return world.buffer(rank).low_latency().dispatch(dispatch_args(problem, tensors, rank), ticket, world.stream(rank));
-}
-
-uint64_t combine(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank,
-                 uint64_t ticket) {
-    return world.buffer(rank).low_latency().combine(combine_args(problem, tensors, rank), ticket, world.stream(rank));
-}
-
-// `run` launches what a ticket stands for.
-template <class Run> void run_phases(Launches launches, const Run& run) {
-    if (launches == Launches::kOne)
-        run(runtime::kBothPhases);
-    else
-        run(run(runtime::kSendPhase));
+// Launches what `ticket` stands for.
+uint64_t launch_phases(Call call, World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank,
+                       uint64_t ticket) {
+    runtime::LowLatency& native = world.buffer(rank).low_latency();
+    return call == Call::kDispatch ? native.dispatch(dispatch_args(problem, tensors, rank), ticket, world.stream(rank))
+                                   : native.combine(combine_args(problem, tensors, rank), ticket, world.stream(rank));
 }
 
 }  // namespace
@@ -221,37 +211,38 @@ void fill_expert_rows(const LowLatencyProblem& problem, std::vector<LowLatencyTe
     }
 }
 
-void send_dispatch(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank) {
-    tensors.dispatch_ticket = dispatch(world, problem, tensors, rank, runtime::kSendPhase);
+void send(Call call, World& world, const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks, int rank) {
+    LowLatencyTensors& tensors = ranks[static_cast<size_t>(rank)];
+    tensors.ticket = launch_phases(call, world, problem, tensors, rank, runtime::kSendPhase);
 }
 
-void receive_dispatch(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank) {
-    dispatch(world, problem, tensors, rank, tensors.dispatch_ticket);
+void receive(Call call, World& world, const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks,
+             int rank) {
+    LowLatencyTensors& tensors = ranks[static_cast<size_t>(rank)];
+    launch_phases(call, world, problem, tensors, rank, tensors.ticket);
 }
 
-void launch_dispatch(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank,
-                     Launches launches) {
-    run_phases(launches, [&](uint64_t ticket) { return dispatch(world, problem, tensors, rank, ticket); });
+void launch(Call call, World& world, const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks, int rank,
+            Launches launches) {
+    if (launches == Launches::kOne) {
+        launch_phases(call, world, problem, ranks[static_cast<size_t>(rank)], rank, runtime::kBothPhases);
+        return;
+    }
+    send(call, world, problem, ranks, rank);
+    receive(call, world, problem, ranks, rank);
+}
+
+void run_on(Call call, World& world, const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks,
+            const std::vector<int>& callers, Launches launches) {
+    for (int rank : callers) launch(call, world, problem, ranks, rank, launches);
+    world.run();
 }
 
 void abandon_dispatch_of_rank_0(World& world, const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks) {
     world.buffer(0).begin_call();
-    launch_dispatch(world, problem, ranks[0], 0, Launches::kOne);
+    launch(Call::kDispatch, world, problem, ranks, 0, Launches::kOne);
     world.buffer(0).abandon_call("low_latency_dispatch: KeyboardInterrupt");
     world.run();
-}
-
-void send_combine(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank) {
-    tensors.combine_ticket = combine(world, problem, tensors, rank, runtime::kSendPhase);
-}
-
-void receive_combine(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank) {
-    combine(world, problem, tensors, rank, tensors.combine_ticket);
-}
-
-void launch_combine(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank,
-                    Launches launches) {
-    run_phases(launches, [&](uint64_t ticket) { return combine(world, problem, tensors, rank, ticket); });
 }
 
 uint64_t& low_latency_token_flag(World& world, int owner, int bank, int source, int token) {
@@ -294,11 +285,11 @@ std::string check_low_latency_combine(const LowLatencyProblem& problem, const st
 
 std::string low_latency_round_trip(World& world, const LowLatencyProblem& problem, Launches launches) {
     auto ranks = make_low_latency_inputs(problem);
-    dispatch_on(world, problem, ranks, all_ranks(problem), launches);
+    run_on(Call::kDispatch, world, problem, ranks, all_ranks(problem), launches);
     world.check_all();
     if (auto difference = check_low_latency_dispatch(problem, ranks); !difference.empty()) return difference;
     fill_expert_rows(problem, ranks);
-    combine_on(world, problem, ranks, all_ranks(problem), launches);
+    run_on(Call::kCombine, world, problem, ranks, all_ranks(problem), launches);
     world.check_all();
     return check_low_latency_combine(problem, ranks);
 }
@@ -307,18 +298,6 @@ std::vector<int> all_ranks(const LowLatencyProblem& problem) {
     std::vector<int> all(problem.num_tokens.size());
     std::iota(all.begin(), all.end(), 0);
     return all;
-}
-
-void dispatch_on(World& world, const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks,
-                 const std::vector<int>& callers, Launches launches) {
-    for (int rank : callers) launch_dispatch(world, problem, ranks[static_cast<size_t>(rank)], rank, launches);
-    world.run();
-}
-
-void combine_on(World& world, const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks,
-                const std::vector<int>& callers, Launches launches) {
-    for (int rank : callers) launch_combine(world, problem, ranks[static_cast<size_t>(rank)], rank, launches);
-    world.run();
 }
 
 }  // namespace deep_ep::test

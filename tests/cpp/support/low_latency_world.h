@@ -41,25 +41,27 @@ struct LowLatencyTensors {
     std::vector<int> recv_count, src_info, row_of_entry, cumulative_stats;
     std::vector<int64_t> layout_range, wait_stats;
     std::vector<uint16_t> y, combined_x;
-    uint64_t dispatch_ticket = 0, combine_ticket = 0;
+    uint64_t ticket = 0;                                       // of the open call
     std::vector<uint64_t> numbers = std::vector<uint64_t>(2);  // of the open dispatch and combine; on the device
 };
 
 std::vector<LowLatencyTensors> make_low_latency_inputs(const LowLatencyProblem& problem);
 int64_t low_latency_bytes(const LowLatencyProblem& problem);
 
-void send_dispatch(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank);
-void receive_dispatch(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank);
+// The phases of a call on one rank.
+void send(Call call, World& world, const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks, int rank);
+void receive(Call call, World& world, const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks,
+             int rank);
 // The whole call: in one launch for both phases, or one for each.
 enum class Launches { kOne, kTwo };
-void launch_dispatch(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank,
-                     Launches launches);
-void launch_combine(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank,
-                    Launches launches);
+void launch(Call call, World& world, const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks, int rank,
+            Launches launches);
+// The same of all these ranks, run to the end.
+void run_on(Call call, World& world, const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks,
+            const std::vector<int>& callers, Launches launches = Launches::kTwo);
+std::vector<int> all_ranks(const LowLatencyProblem& problem);
 // The experts: fresh random rows.
 void fill_expert_rows(const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks);
-void send_combine(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank);
-void receive_combine(World& world, const LowLatencyProblem& problem, LowLatencyTensors& tensors, int rank);
 
 // The flag of a token of `source`, in the memory of `owner`.
 uint64_t& low_latency_token_flag(World& world, int owner, int bank, int source, int token);
@@ -73,13 +75,6 @@ std::string check_low_latency_combine(const LowLatencyProblem& problem, const st
 // Dispatch, check, combine, check; the whole of each launched at once on every rank.
 std::string low_latency_round_trip(World& world, const LowLatencyProblem& problem, Launches launches);
 
-// A dispatch or a combine of these ranks, run to the end.
-void dispatch_on(World& world, const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks,
-                 const std::vector<int>& callers, Launches launches = Launches::kTwo);
-void combine_on(World& world, const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks,
-                const std::vector<int>& callers, Launches launches = Launches::kTwo);
-std::vector<int> all_ranks(const LowLatencyProblem& problem);
-
 // Rank 0 gives a dispatch up whose kernel has been launched, and which no other rank has entered.
 void abandon_dispatch_of_rank_0(World& world, const LowLatencyProblem& problem, std::vector<LowLatencyTensors>& ranks);
 
@@ -89,35 +84,24 @@ struct MicroBatch {
     const LowLatencyProblem& problem;
     std::vector<LowLatencyTensors> ranks = make_low_latency_inputs(problem);
 
-    LowLatencyTensors& on(int rank) { return ranks[static_cast<size_t>(rank)]; }
-    void send_dispatch(int rank) { test::send_dispatch(world, problem, on(rank), rank); }
-    void receive_dispatch(int rank) { test::receive_dispatch(world, problem, on(rank), rank); }
-    void send_combine(int rank) { test::send_combine(world, problem, on(rank), rank); }
-    void receive_combine(int rank) { test::receive_combine(world, problem, on(rank), rank); }
-    std::string check_dispatch() const { return check_low_latency_dispatch(problem, ranks); }
-    std::string check_combine() const { return check_low_latency_combine(problem, ranks); }
+    void send(Call call, int rank) { test::send(call, world, problem, ranks, rank); }
+    void receive(Call call, int rank) { test::receive(call, world, problem, ranks, rank); }
+    std::string check(Call call) const {
+        return call == Call::kDispatch ? check_low_latency_dispatch(problem, ranks)
+                                       : check_low_latency_combine(problem, ranks);
+    }
 };
 
-// All ranks, run to the end: both micro-batches are sent, and `receive(rank)` receives them.
-template <class Receive> std::string dispatch_both(MicroBatch& a, MicroBatch& b, const Receive& receive) {
+// All ranks, run to the end: both micro-batches are sent, and `receive(rank)` receives them. A combine is of fresh rows.
+template <class Receive> std::string run_both(Call call, MicroBatch& a, MicroBatch& b, const Receive& receive) {
+    if (call == Call::kCombine)
+        for (MicroBatch* batch : {&a, &b}) fill_expert_rows(batch->problem, batch->ranks);
     a.world.run_on_all([&](int rank) {
-        a.send_dispatch(rank);
-        b.send_dispatch(rank);
+        a.send(call, rank);
+        b.send(call, rank);
         receive(rank);
     });
-    return a.check_dispatch() + b.check_dispatch();
-}
-
-// Likewise, of what the experts have made of the dispatched rows.
-template <class Receive> std::string combine_both(MicroBatch& a, MicroBatch& b, const Receive& receive) {
-    fill_expert_rows(a.problem, a.ranks);
-    fill_expert_rows(b.problem, b.ranks);
-    a.world.run_on_all([&](int rank) {
-        a.send_combine(rank);
-        b.send_combine(rank);
-        receive(rank);
-    });
-    return a.check_combine() + b.check_combine();
+    return a.check(call) + b.check(call);
 }
 
 // What `launch` launches for a rank, recorded.

@@ -1,7 +1,6 @@
 // The slowest obvious version of dispatch and combine, straight from the contract.
 #include <algorithm>
 #include <cstring>
-#include <set>
 
 #include "core/error.h"
 #include "device/algo/formats.h"

@@ -81,6 +81,8 @@ kernels::NotifyArgs notify_args(const Problem& problem, RankTensors& tensors, in
 kernels::DispatchArgs dispatch_args(const Problem& problem, RankTensors& tensors, int rank, bool is_cached);
 kernels::CombineArgs combine_args(const Problem& problem, RankTensors& tensors, int rank);
 
+enum class Call { kDispatch, kCombine };
+
 // What a dispatch knows of the counts of all ranks: nothing yet (worst case), notify_dispatch has exchanged them, or they
 // are those of an earlier call.
 // kGuessed: as kUnknown, but the host waits, and the outputs hold what it has guessed.
