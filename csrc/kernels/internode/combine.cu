@@ -438,16 +438,13 @@ private:
     // One stream for each owner whose rows another rank of this node needs.
     static EP_DEVICE bool send(algo::Warp warp, const RailCombineContext& c, RoleWarp self) {
         const algo::Heap& heap = c.local.watch.heap;
-        const bool is_lent = c.p.loan.x != 0;
         const auto port = [&](int owner) {
             return c.local.ring.to(owner % heap.num_ranks(), owner / heap.num_ranks());
         };
         return serve_neighbours(
-            warp, c.link, Stage::kSlot, self,
-            [&](int owner) { return is_lent ? 0 : c.local.rows.num_rows(owner, heap.rank()); },
+            warp, c.link, Stage::kSlot, self, c.local.rows, c.p.loan.x != 0,
             [&](int owner, int position) { return port(owner).slot_is_free(position); },
-            [&](int owner, int position, int) {
-                const int64_t row = static_cast<int64_t>(c.local.rows.first_row(owner, heap.rank())) + position;
+            [&](int owner, int position, int, int64_t row) {
                 kernels::combine::put_row(warp, c.local, row,
                                           kernels::combine::place_in_slot(c.local, port(owner).slot(position)));
                 if (warp.thread_rank() == 0) port(owner).publish(position);

@@ -430,14 +430,11 @@ private:
     // and for those that it forwards.
     static EP_DEVICE bool receive(algo::Warp warp, const RailDispatchContext& c, RoleWarp self) {
         const algo::Heap& heap = c.watch.heap;
-        const bool is_lent = c.p.loan.x != 0;
         const auto port = [&](int source) { return c.ring.from(source % heap.num_ranks(), source / heap.num_ranks()); };
         return serve_neighbours(
-            warp, c.link, Stage::kRow, self,
-            [&](int source) { return is_lent ? 0 : c.rows.num_rows(source, heap.rank()); },
+            warp, c.link, Stage::kRow, self, c.rows, c.p.loan.x != 0,
             [&](int source, int position) { return port(source).row_is_here(position); },
-            [&](int source, int position, int count) {
-                const int64_t row = static_cast<int64_t>(c.rows.first_row(source, heap.rank())) + position;
+            [&](int source, int position, int count, int64_t row) {
                 kernels::dispatch::receive_row(warp, c, port(source), position, count, row);
             });
     }

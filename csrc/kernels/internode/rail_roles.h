@@ -8,6 +8,7 @@
 #include "device/prim.h"
 #include "kernels/internode/rail_link.h"
 #include "kernels/intranode/call_session.h"
+#include "kernels/intranode/exchange.h"
 
 namespace deep_ep::kernels::internode {
 inline namespace EP_BACKEND {
@@ -81,11 +82,12 @@ EP_DEVICE bool serve_tokens(algo::Warp warp, const RailLink& link, algo::RowStre
 
 // -- Streams inside the node ------------------------------------------------------------------------------------------
 
-// The warp serves the rows between this rank and its neighbours to the end: a stream for each rank of any node that is not on this
-// rank's rail. `count_of(rank)`: rows of that one; `test(rank, position)`: what has to be there for the row that `serve` moves.
-template <class Count, class Test, class Serve>
-EP_DEVICE bool serve_neighbours(algo::Warp warp, const RailLink& link, Stage stage, RoleWarp self,
-                                const Count& count_of, const Test& test, const Serve& serve) {
+// The warp serves the rows between this rank and its neighbours to the end, unless they need no slots (`is_lent`): a stream for each
+// rank of any node that is not on this rank's rail. `test(rank, position)`: what has to be there for the row that
+// `serve(rank, position, count, row)` moves; `row` is its place among all that `rows` has here.
+template <class Test, class Serve>
+EP_DEVICE bool serve_neighbours(algo::Warp warp, const RailLink& link, Stage stage, RoleWarp self, const RowMap& rows,
+                                bool is_lent, const Test& test, const Serve& serve) {
     const algo::Heap& heap = link.watch().heap;
     const int num_others = heap.num_ranks() - 1;
     const auto rank_at = [&](int idx) {
@@ -93,9 +95,12 @@ EP_DEVICE bool serve_neighbours(algo::Warp warp, const RailLink& link, Stage sta
         return node * heap.num_ranks() + (heap.rank() + 1 + idx % num_others) % heap.num_ranks();
     };
     const algo::RowStream stream =
-        algo::deal_peers(warp, self.idx, self.count, num_others * heap.num_nodes(), rank_at, count_of);
+        algo::deal_peers(warp, self.idx, self.count, num_others * heap.num_nodes(), rank_at,
+                         [&](int rank) { return is_lent ? 0 : rows.num_rows(rank, heap.rank()); });
     const auto site = [&](int rank) { return algo::WaitSite{stage, rank % heap.num_ranks()}; };
-    return algo::serve_streams_at(warp, link.watch(), site, stream, test, serve);
+    return algo::serve_streams_at(warp, link.watch(), site, stream, test, [&](int rank, int position, int count) {
+        serve(rank, position, count, static_cast<int64_t>(rows.first_row(rank, heap.rank())) + position);
+    });
 }
 
 // -- Roles -----------------------------------------------------------------------------------------------------------
@@ -113,8 +118,7 @@ EP_DEVICE bool run_role(const Params& p, int num_own, int num_streams, const Own
 }
 
 // What is the same in the operations of both kernels; see CallSession.
-template <class Operation, class Params, class Shared>
-struct RoleOperation : CallOperation<Operation, Params, Shared> {
+template <class Operation, class Params, class Shared> struct RoleOperation : CallOperation<Operation, Params, Shared> {
     static constexpr int kMinBlocks = 1;
 
     // The rail is entered after the node. `is_first`: the call's first launch, which announces it.
