@@ -28,10 +28,15 @@
 #define EP_HAS_CACHE_HINTS 1
 #endif
 
+// An instruction of sm_90, which its caller asks has_bulk_copy() for, and a fence that is needed where that is true.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && EP_HAS_SM90_FEATURES
 #define EP_PTX_HAS_BULK 1
+#define EP_BULK_ASM(...) asm volatile(__VA_ARGS__)
+#define EP_BULK_FENCE(text) asm volatile(text ::: "memory")
 #else
 #define EP_PTX_HAS_BULK 0
+#define EP_BULK_ASM(...) ptx::trap_unsupported()
+#define EP_BULK_FENCE(text) asm volatile("" ::: "memory")
 #endif
 
 namespace deep_ep::prim {
@@ -308,12 +313,8 @@ EP_DEVICE void mbarrier_init(MBarrier* bar, uint32_t arrivals) {
 // fence.mbarrier_init, fence.proxy.async: sm_90. Before that there is no async proxy, and the __syncthreads that
 // follows does all that is needed.
 EP_DEVICE void mbarrier_init_fence() {
-#if EP_PTX_HAS_BULK
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#else
-    asm volatile("" ::: "memory");
-#endif
+    EP_BULK_FENCE("fence.mbarrier_init.release.cluster;");
+    EP_BULK_FENCE("fence.proxy.async.shared::cta;");
 }
 
 // mbarrier.arrive (release, cta): sm_80
@@ -324,43 +325,33 @@ EP_DEVICE void mbarrier_arrive(MBarrier* bar) {
 
 // mbarrier.arrive.expect_tx (release, cta): sm_90
 EP_DEVICE void mbarrier_arrive_expect_tx([[maybe_unused]] MBarrier* bar, [[maybe_unused]] uint32_t bytes) {
-#if EP_PTX_HAS_BULK
     [[maybe_unused]] uint64_t state;
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 %0, [%1], %2;"
-                 : "=l"(state)
-                 : "r"(ptx::shared_address(bar)), "r"(bytes)
-                 : "memory");
-#else
-    ptx::trap_unsupported();
-#endif
+    EP_BULK_ASM("mbarrier.arrive.expect_tx.shared::cta.b64 %0, [%1], %2;"
+                : "=l"(state)
+                : "r"(ptx::shared_address(bar)), "r"(bytes)
+                : "memory");
 }
 
-// mbarrier.try_wait (acquire, cta): sm_90; before that mbarrier.test_wait, which does not suspend: sm_80
+// Acquire, cta.
+#if EP_PTX_HAS_BULK
+#define EP_MBARRIER_WAIT "mbarrier.try_wait"  // sm_90
+#else
+#define EP_MBARRIER_WAIT "mbarrier.test_wait"  // sm_80; does not suspend
+#endif
 EP_DEVICE bool mbarrier_try_wait(MBarrier* bar, uint32_t phase_parity) {
     uint32_t is_complete;
-#if EP_PTX_HAS_BULK
     asm volatile(
         "{\n"
-        ".reg .pred complete;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 complete, [%1], %2;\n"
+        ".reg .pred complete;\n" EP_MBARRIER_WAIT
+        ".parity.shared::cta.b64 complete, [%1], %2;\n"
         "selp.u32 %0, 1, 0, complete;\n"
         "}"
         : "=r"(is_complete)
         : "r"(ptx::shared_address(bar)), "r"(phase_parity)
         : "memory");
-#else
-    asm volatile(
-        "{\n"
-        ".reg .pred complete;\n"
-        "mbarrier.test_wait.parity.shared::cta.b64 complete, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, complete;\n"
-        "}"
-        : "=r"(is_complete)
-        : "r"(ptx::shared_address(bar)), "r"(phase_parity)
-        : "memory");
-#endif
     return is_complete != 0;
 }
+#undef EP_MBARRIER_WAIT
 
 // ---------------------------------------------------------------------------------------------------------------
 // Bulk copies: sm_90
@@ -371,68 +362,34 @@ EP_DEVICE bool has_bulk_copy() { return EP_PTX_HAS_BULK != 0; }
 // A block outside a cluster is a cluster of its own, so its shared::cta address is a shared::cluster address too.
 EP_DEVICE void bulk_load([[maybe_unused]] void* shared_dst, [[maybe_unused]] const void* global_src,
                          [[maybe_unused]] uint32_t bytes, [[maybe_unused]] MBarrier* bar) {
-#if EP_PTX_HAS_BULK
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     ptx::shared_address(shared_dst)),
-                 "l"(ptx::global_address(global_src)), "r"(bytes), "r"(ptx::shared_address(bar))
-                 : "memory");
-#else
-    ptx::trap_unsupported();
-#endif
+    EP_BULK_ASM("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                    ptx::shared_address(shared_dst)),
+                "l"(ptx::global_address(global_src)), "r"(bytes), "r"(ptx::shared_address(bar))
+                : "memory");
 }
 
 EP_DEVICE void bulk_store([[maybe_unused]] void* global_dst, [[maybe_unused]] const void* shared_src,
                           [[maybe_unused]] uint32_t bytes) {
-#if EP_PTX_HAS_BULK
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(ptx::global_address(global_dst)),
-                 "r"(ptx::shared_address(shared_src)), "r"(bytes)
-                 : "memory");
-#else
-    ptx::trap_unsupported();
-#endif
+    EP_BULK_ASM("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(ptx::global_address(global_dst)),
+                "r"(ptx::shared_address(shared_src)), "r"(bytes)
+                : "memory");
 }
 
-EP_DEVICE void bulk_commit() {
-#if EP_PTX_HAS_BULK
-    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-#else
-    ptx::trap_unsupported();
-#endif
-}
+EP_DEVICE void bulk_commit() { EP_BULK_ASM("cp.async.bulk.commit_group;" ::: "memory"); }
 
 template <int N> EP_DEVICE void bulk_wait() {
     static_assert(N >= 0, "a number of groups");
-#if EP_PTX_HAS_BULK
-    asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
-#else
-    ptx::trap_unsupported();
-#endif
+    EP_BULK_ASM("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
 }
 
 template <int N> EP_DEVICE void bulk_wait_read() {
     static_assert(N >= 0, "a number of groups");
-#if EP_PTX_HAS_BULK
-    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
-#else
-    ptx::trap_unsupported();
-#endif
+    EP_BULK_ASM("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
 }
 
-EP_DEVICE void fence_async_shared() {
-#if EP_PTX_HAS_BULK
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#else
-    asm volatile("" ::: "memory");
-#endif
-}
+EP_DEVICE void fence_async_shared() { EP_BULK_FENCE("fence.proxy.async.shared::cta;"); }
 
-EP_DEVICE void fence_async_global() {
-#if EP_PTX_HAS_BULK
-    asm volatile("fence.proxy.async.global;" ::: "memory");
-#else
-    asm volatile("" ::: "memory");
-#endif
-}
+EP_DEVICE void fence_async_global() { EP_BULK_FENCE("fence.proxy.async.global;"); }
 
 // ---------------------------------------------------------------------------------------------------------------
 // Execution
@@ -472,4 +429,6 @@ EP_DEVICE void* dynamic_shared() {
 }  // namespace EP_BACKEND
 }  // namespace deep_ep::prim
 
+#undef EP_BULK_FENCE
+#undef EP_BULK_ASM
 #undef EP_PTX_HAS_BULK
