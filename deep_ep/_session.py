@@ -121,13 +121,7 @@ class Session:
 
     def raise_failure(self) -> None:
         """Raises the first failure of this Buffer, again and again, if there was one."""
-        if self._is_closed:
-            raise Error("this Buffer was destroyed")
-        try:
-            self.runtime.check()
-        except Error:
-            self._report_failure()
-            raise
+        self._raise_from(self.runtime.check)
 
     def _raise_reported(self) -> None:
         """The same for whoever waits for an event, which outlives a Buffer that was dropped."""
@@ -138,10 +132,13 @@ class Session:
 
     def begin_call(self) -> None:
         """The same, where a call begins that the peers take part in."""
+        self._raise_from(self.runtime.begin_call)
+
+    def _raise_from(self, ask: Callable[[], None]) -> None:
         if self._is_closed:
             raise Error("this Buffer was destroyed")
         try:
-            self.runtime.begin_call()
+            ask()
         except Error:
             self._report_failure()
             raise
@@ -258,10 +255,6 @@ def _raise_differences(facts: Sequence[Agreed]) -> None:
             raise ValueError(f"Buffer: {field.name} must be the same on every rank, got {difference}")
 
 
-def find_place(streams: _streams.Streams) -> Place:
-    return place_of(streams.native, streams.device.index if streams.kind == "cuda" else None)
-
-
 def find_cost_model(peers: Peers, request: Request, streams: _streams.Streams) -> Optional["CostModel"]:
     """Of rank 0, which speaks for all: other ranks' files may differ."""
     if peers.rank > 0:
@@ -366,7 +359,7 @@ class _Construction:
                        deep_ep_cpp.topk_idx_bits(), bool(environment["check_calls"]), str(environment["rail"]),
                        str(environment["heap"]))
         cost_model = find_cost_model(self._peers, request, streams)
-        return facts, find_place(streams), cost_model
+        return facts, place_of(streams.native, streams.device.index), cost_model
 
     def _allocate(self, topology: Topology, rail: str, rail_gb_per_s: float, heap: str) -> tuple[bytes, bytes]:
         peers, request = self._peers, self._requests[0].with_heap(heap)
