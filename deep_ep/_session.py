@@ -97,18 +97,17 @@ class Request:
 class Session:
     """What a constructed Buffer stands on."""
 
-    def __init__(self, runtime: deep_ep_cpp.Buffer, streams: _streams.Streams, topology: Topology, heap: str, rank: int,
-                 num_ranks: int, cost_model: Optional["CostModel"], on_failure: Optional[Callable[[str], Any]]) -> None:
+    def __init__(self, runtime: deep_ep_cpp.Buffer, streams: _streams.Streams, topology: Topology, heap: str,
+                 cost_model: Optional["CostModel"], on_failure: Optional[Callable[[str], Any]]) -> None:
         self.runtime = runtime
         self._on_failure = on_failure
         self.streams = streams
         self.empty = EmptyTensors(streams.device)
-        # One rank has nobody to lend to.
-        self.lender = Lender(runtime, streams) if runtime.num_lend_bytes > 0 and num_ranks > 1 else None
         self.topology = topology
+        self.rank, self.num_ranks = topology.rank, topology.num_ranks
         self.heap = heap  # _peers.DEVICE or HOST
-        self.rank = rank
-        self.num_ranks = num_ranks
+        # One rank has nobody to lend to.
+        self.lender = Lender(runtime, streams) if runtime.num_lend_bytes > 0 and self.num_ranks > 1 else None
         self.cost_model = cost_model
         self.num_sms_override = int(deep_ep_cpp.get_environment()["num_sms"])
         self.call_check: Optional[CallCheck] = None
@@ -393,9 +392,8 @@ class _Construction:
     def _begin(self, connect: Callable[[], None], topology: Topology, heap: str,
                cost_model: Optional["CostModel"]) -> None:
         connect()
-        runtime, streams, peers = self._created[0], self._opened[0], self._peers
-        self._sessions.append(
-            Session(runtime, streams, topology, heap, peers.rank, peers.size, cost_model, self._requests[0].on_failure))
+        runtime, streams = self._created[0], self._opened[0]
+        self._sessions.append(Session(runtime, streams, topology, heap, cost_model, self._requests[0].on_failure))
         runtime.start_watching()
 
     def _discard(self) -> None:
