@@ -215,6 +215,13 @@ def low_latency_calls(buffer: Buffer, inputs: Inputs) -> dict[str, Callable[[], 
     }
 
 
+def time_all(parts: dict[str, Callable[[], Any]]) -> None:
+    for name, part in parts.items():
+        measure(part, torch.cuda.synchronize, 5)
+        least, cpu, wall = measure(part, torch.cuda.synchronize, 30)
+        print(f"{name:24} {least:8.2f} {cpu:8.2f} {wall:8.2f}")
+
+
 def time_primitives(buffer: Buffer, device: torch.device) -> None:
     """What a call is made of, one by one: what remains when the Python part is nothing."""
     from deep_ep_cpp import CombineArgs, LayoutArgs
@@ -233,14 +240,19 @@ def time_primitives(buffer: Buffer, device: torch.device) -> None:
         tensor.data_ptr() for tensor in buffer.get_dispatch_layout(topk_idx, NUM_EXPERTS)[:4] if tensor is not None
     ]
     without_weights: dict[str, Any] = {"topk_weights": 0, "num_topk": 0, "bias": (0, 0), "combined_topk_weights": 0}
-    combine_args = CombineArgs(x=addresses[0],
-                               num_rows=NUM_TOKENS,
-                               hidden=HIDDEN,
-                               rank_prefix_matrix=addresses[1],
-                               send_head=addresses[2],
-                               num_tokens=NUM_TOKENS,
-                               combined_x=addresses[3],
-                               **without_weights)
+
+    def combine_record() -> CombineArgs:
+        return CombineArgs(x=addresses[0],
+                           num_rows=NUM_TOKENS,
+                           hidden=HIDDEN,
+                           rank_prefix_matrix=addresses[1],
+                           send_head=addresses[2],
+                           src_idx=addresses[2],
+                           num_tokens=NUM_TOKENS,
+                           combined_x=addresses[3],
+                           **without_weights)
+
+    combine_args = combine_record()
     layout_args = LayoutArgs(topk_idx=topk_idx.data_ptr(),
                              idx_bytes=topk_idx.element_size(),
                              num_tokens=NUM_TOKENS,
@@ -257,14 +269,7 @@ def time_primitives(buffer: Buffer, device: torch.device) -> None:
         "launch of layout":  # an ordinary one
         lambda: runtime.get_dispatch_layout(layout_args, handle),
         "combine's record":
-        lambda: CombineArgs(x=addresses[0],
-                            num_rows=NUM_TOKENS,
-                            hidden=HIDDEN,
-                            rank_prefix_matrix=addresses[1],
-                            send_head=addresses[2],
-                            num_tokens=NUM_TOKENS,
-                            combined_x=addresses[3],
-                            **without_weights),
+        combine_record,
         "native check":
         runtime.check,
         "torch.empty 2-D":
@@ -292,10 +297,7 @@ def time_primitives(buffer: Buffer, device: torch.device) -> None:
         "torch current_stream":
         lambda: torch.cuda.current_stream(device),
     }
-    for name, primitive in primitives.items():
-        measure(primitive, torch.cuda.synchronize, 5)
-        least, cpu, wall = measure(primitive, torch.cuda.synchronize, 30)
-        print(f"{name:24} {least:8.2f} {cpu:8.2f} {wall:8.2f}")
+    time_all(primitives)
 
 
 def time_low_latency_parts(buffer: Buffer, device: torch.device) -> None:
@@ -335,10 +337,7 @@ def time_low_latency_parts(buffer: Buffer, device: torch.device) -> None:
         "LL begin_call": session.begin_call,
         "LL check of a tensor": lambda: _tensors.check_matrix("x", inputs.x, device, (torch.bfloat16, )),
     }
-    for name, part in parts.items():
-        measure(part, torch.cuda.synchronize, 5)
-        least, cpu, wall = measure(part, torch.cuda.synchronize, 30)
-        print(f"{name:24} {least:8.2f} {cpu:8.2f} {wall:8.2f}")
+    time_all(parts)
 
 
 def pretend_cuda(buffer: Buffer, counts: Counter[str]) -> None:
@@ -353,6 +352,7 @@ def pretend_cuda(buffer: Buffer, counts: Counter[str]) -> None:
     session.streams.device = torch.device("cpu")
     session.runtime = Nothing(counts, {"wait_counts": (NUM_TOKENS, [0] * NUM_EXPERTS, 0)},
                               None)  # type: ignore[assignment]
+    session.direct = None  # it has the real ones
 
     def wait(event: Any) -> None:
         native.stream_wait_event(CURRENT_STREAM, event.cuda_event)

@@ -6,7 +6,7 @@ zero, never by an address: an empty tensor's is zero.
 
 import functools
 from collections.abc import Iterable
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional
 
 import torch
 
@@ -14,8 +14,20 @@ from deep_ep import _tensors
 from deep_ep._peers import DEVICE, CallCheck, HandlePart
 from deep_ep._session import Session
 from deep_ep._streams import Operation
-from deep_ep._tensors import LEAST_SPARE_ROWS, SPARE_SHARES, KnownTensors, Lender, RowForm, Spec, num_bytes_of
-from deep_ep.utils import EventHandle, EventOverlap, is_capturing
+from deep_ep._tensors import (
+    BFLOAT16,
+    FLOAT32,
+    INT32,
+    LEAST_SPARE_ROWS,
+    SPARE_SHARES,
+    KnownTensors,
+    Lender,
+    Payload,
+    RowForm,
+    Spec,
+    num_bytes_of,
+)
+from deep_ep.utils import EventHandle, EventOverlap, is_capturing, overlap_of
 from deep_ep_cpp import (
     CombineArgs,
     DirectCalls,
@@ -29,12 +41,8 @@ from deep_ep_cpp import (
     has_tensor_exchange,
 )
 
-INT32 = (torch.int32, )
-BFLOAT16 = (torch.bfloat16, )
-FLOAT32 = (torch.float32, )
 Handle = tuple[torch.Tensor, ...]
 
-Payload = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 DispatchResult = tuple[Payload, Optional[torch.Tensor], Optional[torch.Tensor], Optional[list[int]], Optional[Handle],
                        EventOverlap]
 CombineResult = tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]
@@ -83,16 +91,16 @@ class Routing(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """The tensors that a dispatch fills: in this order."""
+    """The tensors that a dispatch fills, in this order and as its arguments are named."""
 
-    x: torch.Tensor
-    scales: Optional[torch.Tensor]
-    topk_idx: Optional[torch.Tensor]
-    topk_weights: Optional[torch.Tensor]
-    src_idx: torch.Tensor  # absent where the call has a handle, which has it
+    recv_x: torch.Tensor
+    recv_scales: Optional[torch.Tensor]
+    recv_topk_idx: Optional[torch.Tensor]
+    recv_topk_weights: Optional[torch.Tensor]
+    recv_src_idx: torch.Tensor  # absent where the call has a handle, which has it
 
     def payload(self) -> Payload:
-        return self.x if self.scales is None else (self.x, self.scales)
+        return self.recv_x if self.recv_scales is None else (self.recv_x, self.recv_scales)
 
 
 class Kind(NamedTuple):
@@ -255,7 +263,6 @@ class Dispatch:
         """`addresses`: of the Outputs. `expert_alignment` > 0: the host waits for the counts."""
         routing, scales, topk_idx = self.routing, self.scales, self.topk_idx
         stride_token, stride_scale = (0, 0) if scales is None else scales.stride()
-        recv_x, recv_scales, recv_topk_idx, recv_topk_weights, recv_src_idx = addresses
         places = self.places
         args = self.kind.args.replace(x=self.rows,
                                       num_tokens=self.num_tokens,
@@ -269,11 +276,7 @@ class Dispatch:
                                       is_token_in_rank=None if routing is None else routing.is_token_in_rank,
                                       rank_prefix_matrix=places.rank_prefix_matrix,
                                       send_head=places.send_head,
-                                      recv_x=recv_x,
-                                      recv_scales=recv_scales,
-                                      recv_topk_idx=recv_topk_idx,
-                                      recv_topk_weights=recv_topk_weights,
-                                      recv_src_idx=recv_src_idx,
+                                      **Outputs._make(addresses)._asdict(),
                                       num_recv_rows=num_rows,
                                       is_worst_case=is_worst_case,
                                       expert_alignment=expert_alignment)
@@ -408,25 +411,28 @@ def sums_row_form(hidden: int) -> RowForm:
     return RowForm([((hidden, ), torch.bfloat16)])
 
 
-def open_operation(session: Session, name: str, previous_event: Optional[EventOverlap], async_finish: bool,
-                   allocate_on_comm_stream: bool) -> Operation:
+class Ordering(NamedTuple):
+    """What a call comes after, and who waits for it: three arguments of each; see docs/api.md, "Streams and events"."""
+
+    previous_event: Optional[EventOverlap]
+    async_finish: bool
+    allocate_on_comm_stream: bool
+
+
+def open_operation(session: Session, name: str, ordering: Ordering) -> Operation:
     """Settles the stream side of a call."""
+    previous_event, is_async, on_comm_stream = ordering
     previous = getattr(previous_event, "event", None)
     if previous is not None and not isinstance(previous, EventHandle):
         raise TypeError(f"{name}: previous_event.event must be an EventHandle, got {type(previous).__name__}")
-    if allocate_on_comm_stream and (previous is None or not async_finish):
+    if on_comm_stream and (previous is None or not is_async):
         raise Error(f"{name}: allocate_on_comm_stream needs a previous_event with an event, and async_finish=True")
     recorded = None if previous is None else previous._recorded
-    operation = session.streams.operation(recorded, async_finish, allocate_on_comm_stream)
+    operation = session.streams.operation(recorded, is_async, on_comm_stream)
     lender = session.lender
     if lender is not None and operation.current not in lender.noted:
-        lender.used_on(operation)
+        lender.note(operation.current)
     return operation
-
-
-def close_operation(operation: Operation) -> EventOverlap:
-    recorded = operation.finish()
-    return EventOverlap(EventHandle._wrap(recorded) if operation.is_async else None)
 
 
 class HighThroughput:
@@ -460,16 +466,14 @@ class HighThroughput:
             })
 
     def get_dispatch_layout(
-        self, topk_idx: torch.Tensor, num_experts: int, previous_event: Optional[EventOverlap], async_finish: bool,
-        allocate_on_comm_stream: bool
+            self, topk_idx: torch.Tensor, num_experts: int, ordering: Ordering
     ) -> tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torch.Tensor, EventOverlap]:
         session = self._session
         device, num_ranks, num_nodes = session.streams.device, session.num_ranks, session.topology.num_nodes
         num_tokens, num_topk = _tensors.check_topk_idx(topk_idx, device)
         num_experts = _tensors.check_int("num_experts", num_experts, 1, maximum=_tensors.MAX_LOCAL_EXPERTS * num_ranks)
         _tensors.check_num_experts("num_experts", num_experts, num_ranks)
-        with open_operation(session, "get_dispatch_layout", previous_event, async_finish,
-                            allocate_on_comm_stream) as operation:
+        with open_operation(session, "get_dispatch_layout", ordering) as operation:
             with operation.allocation():
                 per_rank = session.empty[torch.int32](num_ranks)
                 per_node = session.empty[torch.int32](num_nodes) if num_nodes > 1 else None
@@ -487,13 +491,12 @@ class HighThroughput:
                               num_tokens_per_expert=per_expert,
                               is_token_in_rank=in_rank)
             session.runtime.get_dispatch_layout(args, operation.stream)
-            event = close_operation(operation)
+            event = overlap_of(operation.finish())
         self._known_layouts.add(True, in_rank, per_rank, per_expert)
         return per_rank, per_node, per_expert, in_rank, event
 
     def dispatch_fresh(self, x: Payload, routing: Routing, expert_alignment: int, num_worst_tokens: int, num_sms: int,
-                       previous_event: Optional[EventOverlap], async_finish: bool,
-                       allocate_on_comm_stream: bool) -> DispatchResult:
+                       ordering: Ordering) -> DispatchResult:
         session = self._session
         rows, scales = _tensors.check_payload(x, session.streams.device)
         num_tokens = rows.shape[0]
@@ -505,7 +508,7 @@ class HighThroughput:
                 "num_worst_tokens needs topk_idx and topk_weights: -1 in recv_topk_idx marks the unused rows")
         if session.call_check is not None:
             self._compare_calls(session.call_check, "dispatch", rows, scales, routing)
-        with open_operation(session, "dispatch", previous_event, async_finish, allocate_on_comm_stream) as operation:
+        with open_operation(session, "dispatch", ordering) as operation:
             if operation.is_captured and not num_worst_tokens:
                 raise Error(
                     "dispatch: inside a CUDA graph the host cannot learn the receive count; pass num_worst_tokens, "
@@ -518,12 +521,11 @@ class HighThroughput:
                 per_expert: list[int] = []
             else:
                 num_rows, per_expert, outputs = call.counted(expert_alignment)
-            event = close_operation(operation)
-        handle = self._handles.make(call.places, routing.is_token_in_rank, outputs.src_idx, num_tokens, num_rows)
-        return outputs.payload(), outputs.topk_idx, outputs.topk_weights, per_expert, handle, event
+            event = overlap_of(operation.finish())
+        handle = self._handles.make(call.places, routing.is_token_in_rank, outputs.recv_src_idx, num_tokens, num_rows)
+        return outputs.payload(), outputs.recv_topk_idx, outputs.recv_topk_weights, per_expert, handle, event
 
-    def dispatch_cached(self, x: Payload, handle: Any, num_sms: int, previous_event: Optional[EventOverlap],
-                        async_finish: bool, allocate_on_comm_stream: bool) -> DispatchResult:
+    def dispatch_cached(self, x: Payload, handle: Any, num_sms: int, ordering: Ordering) -> DispatchResult:
         session = self._session
         places, num_tokens, num_rows = self._handles.read(handle)
         rows, scales = _tensors.check_payload(x, session.streams.device)
@@ -532,15 +534,14 @@ class HighThroughput:
                              f"{rows.shape[0]}")
         if session.call_check is not None:
             self._compare_calls(session.call_check, "dispatch with a handle", rows, scales, places=places)
-        with open_operation(session, "dispatch", previous_event, async_finish, allocate_on_comm_stream) as operation:
+        with open_operation(session, "dispatch", ordering) as operation:
             call = Dispatch(session, rows, scales, None, places, num_sms, operation)
             outputs = call.cached(num_rows)
-            event = close_operation(operation)
+            event = overlap_of(operation.finish())
         return outputs.payload(), None, None, None, None, event
 
     def combine(self, x: torch.Tensor, handle: Any, topk_weights: Optional[torch.Tensor], bias: Any, num_sms: int,
-                previous_event: Optional[EventOverlap], async_finish: bool,
-                allocate_on_comm_stream: bool) -> CombineResult:
+                ordering: Ordering) -> CombineResult:
         session = self._session
         device = session.streams.device
         places, num_tokens, num_rows = self._handles.read(handle)
@@ -559,7 +560,7 @@ class HighThroughput:
                 "the columns of topk_weights": num_topk,
                 **self._handles.fact(places)
             })
-        with open_operation(session, "combine", previous_event, async_finish, allocate_on_comm_stream) as operation:
+        with open_operation(session, "combine", ordering) as operation:
             with operation.allocation():
                 combined = None
                 if biases is NO_BIASES and num_sms >= LEAST_SUMS_SMS:
@@ -591,7 +592,7 @@ class HighThroughput:
                                          send_rail_head=rail.send_head,
                                          rail_head=rail.head,
                                          num_rail_tokens=rail.head.shape[0]), num_sms, operation.stream)
-            event = close_operation(operation)
+            event = overlap_of(operation.finish())
         return combined, weights, event
 
     def _lent_sums(self, x: torch.Tensor, num_tokens: int, hidden: int, operation: Operation) -> Optional[torch.Tensor]:

@@ -8,8 +8,8 @@ from deep_ep import _tensors
 from deep_ep._peers import CallCheck
 from deep_ep._session import Session
 from deep_ep._streams import Operation, Tensors
-from deep_ep._tensors import EmptyTensors, KnownTensors, view_memory
-from deep_ep.utils import EventHandle, EventOverlap, RecordedEvent, opaque, outside_of_modes
+from deep_ep._tensors import BFLOAT16, FLOAT32, INT32, INT64, EmptyTensors, KnownTensors, Payload, view_memory
+from deep_ep.utils import EventOverlap, opaque, outside_of_modes, overlap_of
 from deep_ep_cpp import Buffer as NativeBuffer
 from deep_ep_cpp import (
     InvalidArgument,
@@ -18,16 +18,11 @@ from deep_ep_cpp import (
     get_low_latency_rdma_size_hint,
 )
 
-Payload = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
 DispatchResult = tuple[Payload, torch.Tensor, tuple[Any, ...], EventOverlap, Optional[Callable[[], None]]]
 Form = tuple[bool, bool, bool]  # the three of a Format
 Args = Union[LowLatencyDispatchArgs, LowLatencyCombineArgs]
 CombineResult = tuple[torch.Tensor, EventOverlap, Optional[Callable[[], None]]]
 
-BFLOAT16 = (torch.bfloat16, )
-FLOAT32 = (torch.float32, )
-INT32 = (torch.int32, )
-INT64 = (torch.int64, )
 NUM_HANDLE_FIELDS = 5  # (src_info, layout_range, T, hidden, E): callers count on it
 
 MAX_TOKENS = 4096  # of one rank in one call; csrc/layout/heap.h
@@ -237,7 +232,6 @@ class LowLatency:
         self._device = session.streams.device
         self._is_enabled = is_enabled
         self._is_shrinkable = is_shrinkable
-        self.abandon_call = session.abandon_call
         self._plans: dict[tuple[Any, ...], Plan] = {}
         self._known_handles = KnownTensors[Plan]()  # src_info
         self._numbers = Numbers(session)
@@ -473,15 +467,9 @@ def _run(session: Session, name: str, operation: Operation, args: Args, tensors:
     try:
         ticket = launch(args, NativeBuffer.SEND_PHASE if wants_hook else NativeBuffer.BOTH_PHASES, operation.stream)
         if not wants_hook:
-            return _finished(operation.finish(), tensors), None
+            return overlap_of(operation.finish(), tensors), None
         operation.pause()
     except BaseException:
         operation.abandon()
         raise
     return EventOverlap(None), Hook(session, name, operation, args, ticket, tensors)
-
-
-def _finished(recorded: RecordedEvent, tensors: Tensors) -> EventOverlap:
-    if recorded is None:
-        return EventOverlap(None)
-    return EventOverlap(EventHandle._wrap(recorded), tuple(tensor for tensor in tensors if tensor is not None))

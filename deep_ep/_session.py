@@ -97,18 +97,17 @@ class Request:
 class Session:
     """What a constructed Buffer stands on."""
 
-    def __init__(self, runtime: deep_ep_cpp.Buffer, streams: _streams.Streams, topology: Topology, heap: str, rank: int,
-                 num_ranks: int, cost_model: Optional["CostModel"], on_failure: Optional[Callable[[str], Any]]) -> None:
+    def __init__(self, runtime: deep_ep_cpp.Buffer, streams: _streams.Streams, topology: Topology, heap: str,
+                 cost_model: Optional["CostModel"], on_failure: Optional[Callable[[str], Any]]) -> None:
         self.runtime = runtime
         self._on_failure = on_failure
         self.streams = streams
         self.empty = EmptyTensors(streams.device)
-        # One rank has nobody to lend to.
-        self.lender = Lender(runtime, streams) if runtime.num_lend_bytes > 0 and num_ranks > 1 else None
         self.topology = topology
+        self.rank, self.num_ranks = topology.rank, topology.num_ranks
         self.heap = heap  # _peers.DEVICE or HOST
-        self.rank = rank
-        self.num_ranks = num_ranks
+        # One rank has nobody to lend to.
+        self.lender = Lender(runtime, streams) if runtime.num_lend_bytes > 0 and self.num_ranks > 1 else None
         self.cost_model = cost_model
         self.num_sms_override = int(deep_ep_cpp.get_environment()["num_sms"])
         self.call_check: Optional[CallCheck] = None
@@ -121,13 +120,7 @@ class Session:
 
     def raise_failure(self) -> None:
         """Raises the first failure of this Buffer, again and again, if there was one."""
-        if self._is_closed:
-            raise Error("this Buffer was destroyed")
-        try:
-            self.runtime.check()
-        except Error:
-            self._report_failure()
-            raise
+        self._raise_from(self.runtime.check)
 
     def _raise_reported(self) -> None:
         """The same for whoever waits for an event, which outlives a Buffer that was dropped."""
@@ -138,10 +131,13 @@ class Session:
 
     def begin_call(self) -> None:
         """The same, where a call begins that the peers take part in."""
+        self._raise_from(self.runtime.begin_call)
+
+    def _raise_from(self, ask: Callable[[], None]) -> None:
         if self._is_closed:
             raise Error("this Buffer was destroyed")
         try:
-            self.runtime.begin_call()
+            ask()
         except Error:
             self._report_failure()
             raise
@@ -258,10 +254,6 @@ def _raise_differences(facts: Sequence[Agreed]) -> None:
             raise ValueError(f"Buffer: {field.name} must be the same on every rank, got {difference}")
 
 
-def find_place(streams: _streams.Streams) -> Place:
-    return place_of(streams.native, streams.device.index if streams.kind == "cuda" else None)
-
-
 def find_cost_model(peers: Peers, request: Request, streams: _streams.Streams) -> Optional["CostModel"]:
     """Of rank 0, which speaks for all: other ranks' files may differ."""
     if peers.rank > 0:
@@ -366,7 +358,7 @@ class _Construction:
                        deep_ep_cpp.topk_idx_bits(), bool(environment["check_calls"]), str(environment["rail"]),
                        str(environment["heap"]))
         cost_model = find_cost_model(self._peers, request, streams)
-        return facts, find_place(streams), cost_model
+        return facts, place_of(streams.native, streams.device.index), cost_model
 
     def _allocate(self, topology: Topology, rail: str, rail_gb_per_s: float, heap: str) -> tuple[bytes, bytes]:
         peers, request = self._peers, self._requests[0].with_heap(heap)
@@ -400,9 +392,8 @@ class _Construction:
     def _begin(self, connect: Callable[[], None], topology: Topology, heap: str,
                cost_model: Optional["CostModel"]) -> None:
         connect()
-        runtime, streams, peers = self._created[0], self._opened[0], self._peers
-        self._sessions.append(
-            Session(runtime, streams, topology, heap, peers.rank, peers.size, cost_model, self._requests[0].on_failure))
+        runtime, streams = self._created[0], self._opened[0]
+        self._sessions.append(Session(runtime, streams, topology, heap, cost_model, self._requests[0].on_failure))
         runtime.start_watching()
 
     def _discard(self) -> None:

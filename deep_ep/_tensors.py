@@ -12,7 +12,7 @@ import math
 import numbers
 import weakref
 from collections.abc import Sequence
-from typing import Any, Callable, Generic, Optional, TypeVar
+from typing import Any, Callable, Generic, Optional, TypeVar, Union
 
 import torch
 
@@ -23,9 +23,15 @@ from deep_ep_cpp import matrix_shape, shape_in_memory, use_tensor_class
 
 T = TypeVar("T")
 Reference = weakref.ref[Any]
+Payload = Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]  # rows, or rows and their scales
 
 ROW_ALIGNMENT_BYTES = 16
 BUFFER_ALIGNMENT_BYTES = 128
+# What `dtypes` of a check may be.
+INT32 = (torch.int32, )
+INT64 = (torch.int64, )
+BFLOAT16 = (torch.bfloat16, )
+FLOAT32 = (torch.float32, )
 INDEX_DTYPES = (torch.int64, torch.int32)
 MAX_INT32, MAX_INT64 = 2**31 - 1, 2**63 - 1  # what the native code takes counts and bytes as
 MAX_LOCAL_EXPERTS = 1024  # of the high-throughput mode; csrc/layout/heap.h
@@ -228,9 +234,9 @@ def check_num_experts(name: str, num_experts: int, num_ranks: int) -> int:
 def check_layout(per_rank: torch.Tensor, per_expert: torch.Tensor, in_rank: torch.Tensor, device: torch.device,
                  shape: tuple[int, int]) -> None:
     _, num_ranks = shape
-    check_tensor("num_tokens_per_rank", per_rank, device, (num_ranks, ), (torch.int32, ))
+    check_tensor("num_tokens_per_rank", per_rank, device, (num_ranks, ), INT32)
     check_tensor("is_token_in_rank", in_rank, device, shape, (torch.bool, ))
-    check_tensor("num_tokens_per_expert", per_expert, device, (None, ), (torch.int32, ))
+    check_tensor("num_tokens_per_expert", per_expert, device, (None, ), INT32)
     check_num_experts("the length of num_tokens_per_expert", per_expert.shape[0], num_ranks)
 
 
@@ -255,7 +261,7 @@ def check_bias(bias: Any, device: torch.device, num_tokens: int,
         raise ValueError(f"bias must be a tensor or a tuple of two, got a tuple of {len(given)}")
     for i, tensor in enumerate(given):
         name = f"bias[{i}]" if isinstance(bias, tuple) else "bias"
-        check_tensor(name, tensor, device, (num_tokens, hidden), (torch.bfloat16, ))
+        check_tensor(name, tensor, device, (num_tokens, hidden), BFLOAT16)
         check_alignment(name, tensor)
     return given[0], given[1] if len(given) == 2 else None
 
@@ -425,8 +431,8 @@ class Lender:
     def _take(self, form: RowForm, num_rows: int, operation: Operation) -> Optional[deep_ep_cpp.LentRows]:
         noted, stream, current = self.noted, operation.stream, operation.current
         if stream not in noted:
-            self._note(stream, True)
-        if not (noted[current] if current in noted else self._note(current, False)):
+            self.note(stream, True)
+        if not (noted[current] if current in noted else self.note(current)):
             return None
         if operation.is_captured:
             self._streams.wait_for_last()
@@ -439,7 +445,7 @@ class Lender:
         streams, current = self._streams, 0
         if isinstance(streams, CudaStreams):
             current = current_stream_handle(streams.index)
-            self._note(current, False)
+            self.note(current)
             streams.follow_last(current)
         shape, dtype = spec
         lent = self._runtime.lend(RowForm([((), dtype)]).native, math.prod(shape), current, False)
@@ -447,12 +453,9 @@ class Lender:
             streams.set_last(current)  # calls come after whatever the current stream has waited for
         return None if lent is None else lent.tensors(lent.num_rows, self.index)[0].view(shape)
 
-    def used_on(self, operation: Operation) -> None:
-        """A call is made that may use lent tensors."""
-        self._note(operation.current, False)
-
-    def _note(self, stream: int, is_ours: bool) -> bool:
-        """False: the stream is not torch's. It may be gone when the memory comes back, and then nobody can ask it."""
+    def note(self, stream: int, is_ours: bool = False) -> bool:
+        """Lent tensors may be used there. False: the stream is not torch's. It may be gone when the memory comes back,
+        and then nobody can ask it."""
         known = self.noted.get(stream)
         if known is not None:
             return known

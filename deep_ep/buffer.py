@@ -18,11 +18,11 @@ from typing_extensions import Self
 
 import deep_ep_cpp
 from deep_ep import _env, _high_throughput, _low_latency, _peers, _tensors
-from deep_ep._high_throughput import Payload
+from deep_ep._high_throughput import Ordering
 from deep_ep._peers import Peers, WaitCounters
 from deep_ep._session import Request, Session, build_session
 from deep_ep._streams import CudaStreams
-from deep_ep._tensors import view_memory
+from deep_ep._tensors import Payload, view_memory
 from deep_ep.utils import EventHandle, EventOverlap, opaque, outside_of_modes
 from deep_ep_cpp import Config, Error
 
@@ -78,11 +78,13 @@ def _log_once(sentence: str) -> None:
     logger.info(sentence)
 
 
-def _is_direct(config: Any, previous_event: Any, async_finish: Any, allocate_on_comm_stream: Any) -> bool:
-    """Whether a call with these arguments may be one native step. That step begins with `begin_call`, so that nothing
-    may fail before it."""
-    return (previous_event is None and not async_finish and not allocate_on_comm_stream
-            and (config is None or type(config) is Config))
+def _direct_calls(session: Session, config: Any, previous_event: Any, async_finish: Any,
+                  allocate_on_comm_stream: Any) -> Optional[deep_ep_cpp.DirectCalls]:
+    """Those that a high-throughput call with these arguments may be made by, in one native step. That begins with
+    `begin_call`, so that nothing may fail before it."""
+    is_usual = (previous_event is None and not async_finish and not allocate_on_comm_stream
+                and (config is None or type(config) is Config))
+    return session.direct if is_usual else None
 
 
 @opaque
@@ -230,11 +232,6 @@ class Buffer:
             raise Error("this Buffer was destroyed")
         return self._session
 
-    def _begin_call(self) -> Session:
-        session = self._session or self._require_session()
-        session.begin_call()
-        return session
-
     def check(self) -> None:
         """Raises the first failure of this Buffer, if there was one: its own, or that of a peer that stops it too.
 
@@ -368,9 +365,9 @@ class Buffer:
         Returns (num_tokens_per_rank int32 [R], num_tokens_per_rdma_rank int32 by node, or None within a node,
         num_tokens_per_expert int32 [E], is_token_in_rank bool [N, R], event).
         """
-        self._begin_call()
-        return self._high_throughput.get_dispatch_layout(topk_idx, num_experts, previous_event, async_finish,
-                                                         allocate_on_comm_stream)
+        self._require_session().begin_call()
+        ordering = Ordering(previous_event, async_finish, allocate_on_comm_stream)
+        return self._high_throughput.get_dispatch_layout(topk_idx, num_experts, ordering)
 
     def dispatch(self,
                  x: Payload,
@@ -407,10 +404,9 @@ class Buffer:
         """
         session = self._session or self._require_session()
         try:
-            direct = session.direct
-            if direct is not None and _is_direct(config, previous_event, async_finish, allocate_on_comm_stream):
-                num_sms = self._num_sms(session, config, "dispatch", x, topk_idx)
-                result: Optional[_high_throughput.DispatchResult] = None
+            direct = _direct_calls(session, config, previous_event, async_finish, allocate_on_comm_stream)
+            if direct is not None:
+                num_sms, result = self._num_sms(session, config, "dispatch", x, topk_idx), None
                 if handle is None and not num_worst_tokens:
                     result = direct.dispatch_fresh(x=x,
                                                    num_tokens_per_rank=num_tokens_per_rank,
@@ -426,16 +422,16 @@ class Buffer:
                     return result
             session.begin_call()
             num_sms = self._num_sms(session, config, "dispatch", x, topk_idx)
+            ordering = Ordering(previous_event, async_finish, allocate_on_comm_stream)
             if handle is not None:
                 if topk_idx is not None or topk_weights is not None:
                     raise ValueError("topk_idx and topk_weights must be None when a handle is given")
-                return self._high_throughput.dispatch_cached(x, handle, num_sms, previous_event, async_finish,
-                                                             allocate_on_comm_stream)
+                return self._high_throughput.dispatch_cached(x, handle, num_sms, ordering)
             routing = _high_throughput.make_routing(num_tokens_per_rank, num_tokens_per_rdma_rank,
                                                     num_tokens_per_expert, is_token_in_rank, topk_idx, topk_weights,
                                                     session.topology.num_nodes)
             return self._high_throughput.dispatch_fresh(x, routing, expert_alignment, num_worst_tokens, num_sms,
-                                                        previous_event, async_finish, allocate_on_comm_stream)
+                                                        ordering)
         except BaseException as error:
             session.abandon_call("dispatch", error)
             raise
@@ -460,20 +456,16 @@ class Buffer:
         """
         session = self._session or self._require_session()
         try:
-            direct = session.direct
-            if (direct is not None and bias is None
-                    and _is_direct(config, previous_event, async_finish, allocate_on_comm_stream)):
-                result: Optional[_high_throughput.CombineResult] = direct.combine(x=x,
-                                                                                  handle=handle,
-                                                                                  topk_weights=topk_weights,
-                                                                                  num_sms=self._num_sms(
-                                                                                      session, config, "combine", x))
+            direct = _direct_calls(session, config, previous_event, async_finish, allocate_on_comm_stream)
+            if direct is not None and bias is None:
+                num_sms = self._num_sms(session, config, "combine", x)
+                result = direct.combine(x=x, handle=handle, topk_weights=topk_weights, num_sms=num_sms)
                 if result is not None:
                     return result
             session.begin_call()
             num_sms = self._num_sms(session, config, "combine", x)
-            return self._high_throughput.combine(x, handle, topk_weights, bias, num_sms, previous_event, async_finish,
-                                                 allocate_on_comm_stream)
+            ordering = Ordering(previous_event, async_finish, allocate_on_comm_stream)
+            return self._high_throughput.combine(x, handle, topk_weights, bias, num_sms, ordering)
         except BaseException as error:
             session.abandon_call("combine", error)
             raise
@@ -520,10 +512,11 @@ class Buffer:
         shapes, nor the caller who writes to the buffer between calls. With `enable_shrink` a rank that does not come in
         time is masked; without, that is a `deep_ep.TimeoutError`. `deep_ep.Error`: a hook was not called yet.
         """
+        session = self._session or self._require_session()
         try:
             self._low_latency.clean(num_max_dispatch_tokens_per_rank, hidden, num_experts)
         except BaseException as error:
-            self._low_latency.abandon_call("clean_low_latency_buffer", error)
+            session.abandon_call("clean_low_latency_buffer", error)
             raise
 
     def low_latency_dispatch(self,
@@ -554,27 +547,26 @@ class Buffer:
         last two dimensions are column-major). For each expert the first recv_count rows are set, in the order of
         source rank, then token. handle: (src_info int32 [E / R, R * T], layout_range int64 [E / R, R], T, hidden, E).
         """
+        session = self._session or self._require_session()
         try:
-            session = self._session
-            if session is not None and session.direct is not None and not async_finish:
-                result: Optional[_low_latency.DispatchResult] = session.direct.low_latency_dispatch(
-                    x=x,
-                    topk_idx=topk_idx,
-                    num_max_tokens=num_max_dispatch_tokens_per_rank,
-                    num_experts=num_experts,
-                    cumulative_stats=cumulative_local_expert_recv_stats,
-                    wait_stats=dispatch_wait_recv_cost_stats,
-                    use_fp8=use_fp8,
-                    round_scale=round_scale,
-                    use_ue8m0=use_ue8m0,
-                    return_recv_hook=return_recv_hook)
+            if session.direct is not None and not async_finish:
+                result = session.direct.low_latency_dispatch(x=x,
+                                                             topk_idx=topk_idx,
+                                                             num_max_tokens=num_max_dispatch_tokens_per_rank,
+                                                             num_experts=num_experts,
+                                                             cumulative_stats=cumulative_local_expert_recv_stats,
+                                                             wait_stats=dispatch_wait_recv_cost_stats,
+                                                             use_fp8=use_fp8,
+                                                             round_scale=round_scale,
+                                                             use_ue8m0=use_ue8m0,
+                                                             return_recv_hook=return_recv_hook)
                 if result is not None:
                     return result
             return self._low_latency.dispatch(x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts,
                                               cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats,
                                               (use_fp8, round_scale, use_ue8m0), async_finish, return_recv_hook)
         except BaseException as error:
-            self._low_latency.abandon_call("low_latency_dispatch", error)
+            session.abandon_call("low_latency_dispatch", error)
             raise
 
     def low_latency_combine(self,
@@ -600,24 +592,22 @@ class Buffer:
         An expert's rank sums what its experts have for a token in float32 and rounds once; the owner sums those
         parts in float32, in rank order, and rounds once. Returns (combined_x, event, hook or None).
         """
+        session = self._session or self._require_session()
         try:
-            session = self._session
-            if (session is not None and session.direct is not None and not use_logfmt and not zero_copy
-                    and not async_finish):
-                result: Optional[_low_latency.CombineResult] = session.direct.low_latency_combine(
-                    x=x,
-                    topk_idx=topk_idx,
-                    topk_weights=topk_weights,
-                    handle=handle,
-                    out=out,
-                    wait_stats=combine_wait_recv_cost_stats,
-                    return_recv_hook=return_recv_hook)
+            if session.direct is not None and not use_logfmt and not zero_copy and not async_finish:
+                result = session.direct.low_latency_combine(x=x,
+                                                            topk_idx=topk_idx,
+                                                            topk_weights=topk_weights,
+                                                            handle=handle,
+                                                            out=out,
+                                                            wait_stats=combine_wait_recv_cost_stats,
+                                                            return_recv_hook=return_recv_hook)
                 if result is not None:
                     return result
             return self._low_latency.combine(x, topk_idx, topk_weights, handle, use_logfmt, zero_copy, async_finish,
                                              return_recv_hook, out, combine_wait_recv_cost_stats)
         except BaseException as error:
-            self._low_latency.abandon_call("low_latency_combine", error)
+            session.abandon_call("low_latency_combine", error)
             raise
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:

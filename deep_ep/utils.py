@@ -329,6 +329,14 @@ class EventOverlap:
             self.event.current_stream_wait()
 
 
+def overlap_of(recorded: RecordedEvent, tensors: tuple[Optional[torch.Tensor], ...] = ()) -> EventOverlap:
+    """What a call returns whose kernels are complete at `recorded`, until when `tensors` are to live."""
+    if recorded is None:
+        return EventOverlap(None)
+    return EventOverlap(EventHandle._wrap(recorded),
+                        tuple([tensor for tensor in tensors if tensor is not None]) or None)
+
+
 def check_nvlink_connections(group: dist.ProcessGroup) -> None:
     """Raises deep_ep.Error when the GPUs of `group` are PCIe cards that no NVLink bridge joins.
 

@@ -209,16 +209,14 @@ def run_rank(context: launcher.Context, sizes: Sizes, num_steps: int) -> None:
         for index in range(num_steps):
             start = time.perf_counter()
             step()
-            if context.device.type == "cuda":
-                torch.cuda.synchronize()
+            context.synchronize()
             buffer.check()  # a replay makes no call of the library that could raise
             report.step_seconds = min(report.step_seconds, time.perf_counter() - start)
             check(step, context.num_ranks, report)
             step.advance()
             if context.rank == 0:
                 context.report(f"step {index + 1} of {num_steps} done")
-        if context.device.type == "cuda":
-            torch.cuda.synchronize()
+        context.synchronize()
         torch.distributed.barrier()
     context.report(report)
 
@@ -247,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
 def print_verdict(reports: dict[str, Any], num_ranks: int) -> bool:
     print(f'\n{"":8}{"largest value":>15}{"largest difference":>20}{"relative norm":>15}{"best step":>14}')
     all_passed = len(reports) == num_ranks
-    for name, report in sorted(reports.items(), key=lambda item: int(item[0].split()[1])):
+    for name, report in launcher.by_rank(reports):
         passed = (report.largest_difference <= TOLERANCE_MAX * report.largest_value
                   and report.relative_norm <= TOLERANCE_NORM)
         all_passed &= passed

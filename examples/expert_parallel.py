@@ -27,15 +27,20 @@ Handle = tuple[Tensor, ...]
 
 
 # --- Communication with gradients -----------------------------------------------------------------------------------
+def _behind(previous: deep_ep.EventOverlap) -> dict[str, Any]:
+    """Options of a call on the communication stream, once `previous` is complete; the event that it returns says when
+    its outputs are there."""
+    return {"previous_event": previous, "async_finish": True, "allocate_on_comm_stream": True}
+
+
 class _Dispatch(torch.autograd.Function):
     """Forward: dispatch. Backward: combine, for what was sent to several ranks gets the sum of their gradients."""
 
     @staticmethod
     def forward(ctx: Any, buffer: deep_ep.Buffer, x: Tensor, topk_idx: Tensor, topk_weights: Tensor,
                 num_experts: int) -> tuple[Tensor, Tensor, Tensor, list[int], Handle]:
-        start = buffer.capture()
         per_rank, per_rdma_rank, per_expert, is_token_in_rank, counted = buffer.get_dispatch_layout(
-            topk_idx, num_experts, previous_event=start, async_finish=True, allocate_on_comm_stream=True)
+            topk_idx, num_experts, **_behind(buffer.capture()))
         recv_x, recv_topk_idx, recv_topk_weights, counts, handle, done = buffer.dispatch(
             x,
             num_tokens_per_rank=per_rank,
@@ -44,9 +49,7 @@ class _Dispatch(torch.autograd.Function):
             num_tokens_per_expert=per_expert,
             topk_idx=topk_idx,
             topk_weights=topk_weights,
-            previous_event=counted,
-            async_finish=True,
-            allocate_on_comm_stream=True)
+            **_behind(counted))
         done.current_stream_wait()
         ctx.buffer = buffer
         ctx.save_for_backward(*handle)  # a handle is a tuple of tensors, made to be kept this way
@@ -59,9 +62,7 @@ class _Dispatch(torch.autograd.Function):
         grad_x, grad_topk_weights, done = ctx.buffer.combine(grad_recv_x.contiguous(),
                                                              ctx.saved_tensors,
                                                              topk_weights=grad_recv_topk_weights.contiguous(),
-                                                             previous_event=ctx.buffer.capture(),
-                                                             async_finish=True,
-                                                             allocate_on_comm_stream=True)
+                                                             **_behind(ctx.buffer.capture()))
         done.current_stream_wait()
         return None, grad_x, None, grad_topk_weights, None
 
@@ -71,11 +72,7 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, buffer: deep_ep.Buffer, x: Tensor, *handle: Tensor) -> Tensor:
-        combined_x, _, done = buffer.combine(x,
-                                             handle,
-                                             previous_event=buffer.capture(),
-                                             async_finish=True,
-                                             allocate_on_comm_stream=True)
+        combined_x, _, done = buffer.combine(x, handle, **_behind(buffer.capture()))
         done.current_stream_wait()
         ctx.buffer = buffer
         ctx.save_for_backward(*handle)
@@ -86,9 +83,7 @@ class _Combine(torch.autograd.Function):
         handle = ctx.saved_tensors
         grad_x, _, _, _, _, done = ctx.buffer.dispatch(grads[0].contiguous(),
                                                        handle=handle,
-                                                       previous_event=ctx.buffer.capture(),
-                                                       async_finish=True,
-                                                       allocate_on_comm_stream=True)
+                                                       **_behind(ctx.buffer.capture()))
         done.current_stream_wait()
         return None, grad_x, *(None for _ in handle)
 

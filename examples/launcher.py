@@ -53,6 +53,11 @@ class Context:
     group: dist.ProcessGroup | None
     report: Callable[[Any], None]
 
+    def synchronize(self) -> None:
+        """Waits for what this rank has queued on its GPU, if it has one."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
 
 @dataclasses.dataclass
 class _Start:
@@ -194,6 +199,11 @@ def run(workers: list[Worker], device_type: str, ranks_per_node: int | None = No
             yield from _listen(processes)
         finally:
             _stop(list(processes.values()))
+
+
+def by_rank(reports: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What `make_workers`' workers reported, one thing each, in rank order."""
+    return sorted(reports.items(), key=lambda item: int(item[0].split()[1]))
 
 
 def _listen(processes: dict[mp_connection.Connection, Any]) -> Iterator[tuple[str, Any]]:

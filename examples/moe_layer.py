@@ -87,8 +87,7 @@ def _timed(function: Callable[[], Any], context: launcher.Context) -> tuple[floa
     dist.barrier()
     start = time.perf_counter()
     result = function()
-    if context.device.type == "cuda":
-        torch.cuda.synchronize()
+    context.synchronize()
     return time.perf_counter() - start, result
 
 
@@ -206,7 +205,7 @@ def _print_traffic(ranks: dict[str, RankReport], sizes: Sizes) -> None:
     row_bytes = 2 * sizes.hidden + 12 * sizes.num_topk
     print(f'\n{"":8}{"rows sent":>11}{"to others":>11}{"MB":>7}{"received":>10}'
           f'{"dispatch":>11}{"combine":>10}{"forward":>10}{"backward":>10}')
-    for rank, (name, report) in enumerate(sorted(ranks.items(), key=lambda item: int(item[0].split()[1]))):
+    for rank, (name, report) in enumerate(launcher.by_rank(ranks)):
         to_others = sum(report.sent) - report.sent[rank]
         times = "".join(f"{report.seconds[key] * 1e3:7.1f} ms"
                         for key in ("dispatch", "combine", "forward", "backward"))

@@ -1,9 +1,9 @@
 """Makes `reference`, `utils` and the case modules importable, and owns the worker processes that tests share."""
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,6 +12,7 @@ sys.path.insert(0, str(TESTS))
 
 from namespaces import Namespaces  # noqa: E402 - needs the path above
 from utils import Pool  # noqa: E402 - the same
+from virtual_nodes import Nodes, virtual_nodes  # noqa: E402 - the same
 
 
 @pytest.fixture(scope="session")
@@ -22,11 +23,16 @@ def pool() -> Iterator[Pool]:
     shared.close()
 
 
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    with contextlib.closing(Nodes(Pool(4, virtual_nodes(1)), Pool(8, virtual_nodes(2)))) as made:
+        yield made
+
+
 @pytest.fixture
-def two(nodes: Any) -> Pool:
-    """Nodes of two ranks, of the module's `nodes`."""
-    pool: Pool = nodes.of_two
-    return pool
+def two(nodes: Nodes) -> Pool:
+    """Nodes of two ranks."""
+    return nodes.of_two
 
 
 @pytest.fixture

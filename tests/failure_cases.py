@@ -58,7 +58,7 @@ def endless_patience(worker: Worker, work: Workload) -> None:
 def absent_rank(worker: Worker, work: Workload, absent: int, step: str) -> Optional[str]:
     """One rank leaves out a call: the others get a TimeoutError that names it, again and again; a new Buffer works."""
     buffer = impatient_buffer(worker)
-    pending = PendingCall(worker, buffer, work, How(settles=True)).layout()
+    pending = PendingCall(worker, buffer, work).layout()
     if step == "combine":
         pending.dispatch()
     message = None
@@ -95,7 +95,7 @@ def killed_rank(worker: Worker, work: Workload, victim: int) -> str:
     PendingCall(worker, buffer, work).whole_trip()
     if worker.rank == victim:
         os._exit(7)
-    message = failure_of(PendingCall(worker, buffer, work, How(settles=True)).whole_trip)
+    message = failure_of(PendingCall(worker, buffer, work).whole_trip)
     started = time.monotonic()
     buffer.destroy()
     buffer.destroy()

@@ -16,7 +16,7 @@ import torch
 from failure_cases import SHORT_TIMEOUT_S, settle
 from host_failure_cases import interrupt_soon, mapped_regions, small_work, until
 from low_latency_pending_call import LowLatencyPendingCall, Manner
-from pending_call import How, PendingCall
+from pending_call import PendingCall
 from single_rank import single_rank_buffer
 from utils import Worker
 
@@ -59,7 +59,7 @@ class Calls:
     def __init__(self, worker: Worker, buffer: Any) -> None:
         self._worker, self._buffer = worker, buffer
         work = small_work(worker.num_ranks)
-        self._pending = PendingCall(worker, buffer, work, How(settles=True))
+        self._pending = PendingCall(worker, buffer, work)
         self._low_latency: Any = None
         if buffer.low_latency_mode:
             self._low_latency = LowLatencyPendingCall(worker, buffer, work, Manner(settles=True))

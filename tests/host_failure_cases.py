@@ -163,7 +163,7 @@ def bad_expert_stops_peers(worker: Worker, failing: int) -> str:
 def refused_call(worker: Worker, refusing: int, is_made_good: bool) -> Optional[str]:
     """A bad argument is the business of its rank alone, until a peer has waited in vain."""
     buffer = impatient_buffer(worker)
-    pending = PendingCall(worker, buffer, small_work(worker.num_ranks), How(settles=True)).layout()
+    pending = PendingCall(worker, buffer, small_work(worker.num_ranks)).layout()
     message = None
     if worker.rank == refusing:
         failure_of(lambda: buffer.dispatch("no tensor", **pending.layout_tensors), TypeError)
@@ -240,7 +240,7 @@ def gone_peer(worker: Worker, victim: int) -> tuple[int, float]:
 
 def gone_peer_is_named(worker: Worker, victim: int) -> str:
     buffer = impatient_buffer(worker)
-    pending = PendingCall(worker, buffer, small_work(worker.num_ranks), How(settles=True)).layout()
+    pending = PendingCall(worker, buffer, small_work(worker.num_ranks)).layout()
     if worker.rank == victim:
         os._exit(0)
     message = failure_of(pending.dispatch, deep_ep.TimeoutError)

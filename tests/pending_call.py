@@ -25,7 +25,6 @@ class How:
     worst_factor: int = 0  # num_worst_tokens = factor * all tokens of the group; 0: count first
     num_sms: int = 4
     lends: bool = False  # inputs of combine come from Buffer.lend
-    settles: bool = False  # raise what the kernels reported before looking at results: for calls that are to fail
 
 
 def dispatch_arguments(counted: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from pending_call import How
 from utils import Pool, device
+from virtual_nodes import virtual_nodes
 from workload import Workload
 
 pytestmark = [
@@ -35,7 +36,7 @@ def own_gpus() -> Iterator[Pool]:
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Pool]:
-    made = Pool(num_ranks(), {"DEEP_EP_RANKS_PER_NODE": "1", "DEEP_EP_RAIL_INTERFACE": "lo"})
+    made = Pool(num_ranks(), virtual_nodes(1))
     yield made
     made.close()
 

@@ -18,6 +18,7 @@ import pytest
 from failure_cases import SHORT_TIMEOUT_S
 from fault_cases import HIGH_THROUGHPUT, LOW_LATENCY, SLACK_S, Fault, Outcome
 from utils import Pool, device
+from virtual_nodes import virtual_nodes
 
 from deep_ep import supports
 
@@ -69,7 +70,7 @@ class Pools(threading.local):
     def of(self, place: Place) -> Pool:
         nodes = place.ranks_per_node
         if nodes not in self._by_nodes:
-            environment = {"DEEP_EP_RANKS_PER_NODE": str(nodes), "DEEP_EP_RAIL_INTERFACE": "lo"} if nodes else {}
+            environment = virtual_nodes(nodes) if nodes else {}
             self._by_nodes[nodes] = Pool(place.num_ranks, environment)
             self.every.append(self._by_nodes[nodes])
         return self._by_nodes[nodes]

@@ -8,13 +8,10 @@ Nodes are virtual ones here (DEEP_EP_RANKS_PER_NODE), joined over loopback, or o
 DEEP_EP_RAIL=nvshmem asks for it. Under torchrun they are the machines.
 """
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import failure_cases as failures
@@ -25,45 +22,19 @@ import lending_cases as lending
 import modes
 import pressure
 import pytest
-import torch
+from high_throughput_trips import FP8, Trips, even, uneven
 from namespaces import Namespaces
 from pending_call import How
-from test_intranode import even, uneven
-from utils import BUFFER_TIMEOUT_S, Pool, device
-from workload import ROUTINGS, SCALE_LAYOUTS, Workload, one_token_of
-
-FP8 = torch.float8_e4m3fn
-HAS_TCP = os.environ.get("DEEP_EP_RAIL") != "nvshmem"
+from utils import BUFFER_TIMEOUT_S, Group, Pool, device
+from virtual_nodes import HAS_TCP, Nodes, virtual_nodes
+from workload import ROUTINGS, Workload
 
 
-@dataclass
-class Nodes:
-    """Pools whose processes are virtual nodes of one rank, and of two."""
+class TestTrips(Trips):
 
-    of_one: Pool
-    of_two: Pool
-
-    def close(self) -> None:
-        self.of_one.close()
-        self.of_two.close()
-
-    def pool(self, topology: str) -> tuple[Pool, int]:
-        """The processes for "nodes x ranks", and how many."""
-        num_nodes, ranks_per_node = map(int, topology.split("x"))
-        num_gpus = torch.cuda.device_count() if device().type == "cuda" else 1
-        if not HAS_TCP and num_nodes * ranks_per_node % num_gpus != 0:
-            pytest.skip("NVSHMEM wants as many ranks on each GPU")
-        return self.of_one if ranks_per_node == 1 else self.of_two, num_nodes * ranks_per_node
-
-
-def virtual_nodes(ranks_per_node: int, **environment: str) -> dict[str, str]:
-    return {"DEEP_EP_RANKS_PER_NODE": str(ranks_per_node), "DEEP_EP_RAIL_INTERFACE": "lo", **environment}
-
-
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
-    with contextlib.closing(Nodes(Pool(3, virtual_nodes(1)), Pool(8, virtual_nodes(2)))) as made:
-        yield made
+    @pytest.fixture
+    def group(self, two: Pool) -> Group:
+        return Group(two, 4)
 
 
 # Shapes
@@ -76,11 +47,6 @@ def test_topology(nodes: Nodes, topology: str) -> None:
     pool.run(same_cases.reused_handle, num_ranks, Workload(uneven(num_ranks), hidden=264, num_topk=4, seed=num_ranks))
 
 
-def test_any_hidden_size(two: Pool) -> None:
-    hiddens = (8, 24, 120, 520, 1000, 2880, 7168)
-    two.run(same_cases.trips, 4, [Workload((5, 3, 4, 0), hidden=hidden, seed=hidden) for hidden in hiddens])
-
-
 def test_any_topk_and_expert_count(two: Pool) -> None:
     """Also more than 32 entries, and more than there are experts."""
     two.run(same_cases.trips, 4, [
@@ -89,51 +55,9 @@ def test_any_topk_and_expert_count(two: Pool) -> None:
     ])
 
 
-@pytest.mark.parametrize("has_topk", [True, False])
-def test_topk_dtypes_and_none(two: Pool, has_topk: bool) -> None:
-    for idx_dtype in (torch.int32, torch.int64):
-        work = Workload(uneven(4), idx_dtype=idx_dtype, routing="holes")
-        two.run(same_cases.whole_trip, 4, work, How(has_topk=has_topk))
-
-
 def test_routings(two: Pool) -> None:
     """-1, duplicates, all tokens to one rank of the last node, all nodes, nothing at all."""
     two.run(same_cases.trips, 6, [Workload((20, 1, 0, 33, 8, 2), routing=routing) for routing in ROUTINGS])
-
-
-def test_expert_alignment(two: Pool) -> None:
-    for alignment in (2, 128):
-        two.run(same_cases.whole_trip, 4, Workload((9, 14, 2, 5)), How(expert_alignment=alignment))
-
-
-def test_every_subset_of_empty_ranks(two: Pool) -> None:
-    two.run(same_cases.empty_subsets, 4, Workload((5, 2, 9, 1), hidden=64))
-
-
-@pytest.mark.parametrize("owner", [0, 3])
-def test_one_token_in_total(two: Pool, owner: int) -> None:
-    two.run(same_cases.trips, 4, one_token_of(owner, num_ranks=4))
-
-
-# Payloads
-
-
-def test_random_bits_arrive_exactly(two: Pool) -> None:
-    two.run(same_cases.raw_rows, 4, 512, "bfloat16")
-    for dtype_name in ("uint8", "float32", "float64"):
-        two.run(same_cases.raw_rows, 4, 48, dtype_name)
-
-
-@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.int32])
-def test_scales_of_any_layout(two: Pool, scale_dtype: torch.dtype) -> None:
-    two.run(same_cases.one_byte_trip, 4, [
-        Workload((6, 0, 9, 1), hidden, 3, 4, "random", num_scales, FP8, torch.int64, num_scales, scale_dtype, layout)
-        for layout in SCALE_LAYOUTS for hidden, num_scales in ((128, 1), (2880, 23))
-    ])
-
-
-def test_scales_without_topk(two: Pool) -> None:
-    two.run(same_cases.scaled_trip, 4, Workload((6, 4, 3, 3), dtype=torch.uint8, num_scales=3), How(has_topk=False))
 
 
 # Modes
@@ -153,28 +77,10 @@ def test_too_few_worst_rows_is_an_error(two: Pool) -> None:
     assert any("num_worst_tokens" in message for message in messages), messages
 
 
-@pytest.mark.parametrize("num_biases", [0, 2])
-def test_combine_adds_bias(two: Pool, num_biases: int) -> None:
-    two.run(same_cases.whole_trip, 4, Workload((9, 0, 17, 3), hidden=264), None, num_biases)
-
-
-@pytest.mark.parametrize("is_async", [False, True])
-def test_two_dispatches_in_flight(two: Pool, is_async: bool) -> None:
-    two.run(same_cases.two_in_flight, 4, Workload((12, 5, 9, 2)), is_async)
-
-
-def test_two_buffers_side_by_side(two: Pool) -> None:
-    two.run(same_cases.two_buffers, 4, Workload((4, 8, 2, 1)))
-
-
 @pytest.mark.parametrize("topology", ["2x1", "2x2"])
 def test_destroyed_in_any_order(nodes: Nodes, topology: str) -> None:
     pool, num_ranks = nodes.pool(topology)
     pool.run(cases.destroyed_in_any_order, num_ranks, Workload(uneven(num_ranks), hidden=64))
-
-
-def test_autograd_round_trip(two: Pool) -> None:
-    two.run(same_cases.autograd_round_trip, 4, Workload((4, 8, 0, 3), hidden=64))
 
 
 def test_names_of_v1(two: Pool) -> None:
@@ -197,28 +103,10 @@ def test_some_ranks_lend_and_others_do_not(two: Pool) -> None:
     two.run(cases.some_lend, 4, Workload((9, 3, 0, 14)))
 
 
-# Events
-
-
-def test_async(two: Pool) -> None:
-    for on_comm_stream in (False, True):
-        how = How(is_async=True, on_comm_stream=on_comm_stream)
-        two.run(same_cases.whole_trip, 4, Workload((8, 3, 12, 5)), how, 1)
-
-
-def test_chained_events(two: Pool) -> None:
-    two.run(same_cases.chained_events, 4, Workload(uneven(4), routing="holes"))
-
-
-def test_inputs_may_be_freed_after_an_async_call(two: Pool) -> None:
-    two.run(same_cases.freed_inputs, 4, Workload((30, 20, 25, 9), hidden=256))
-
-
 @pytest.mark.gpu
-def test_graph_replays(two: Pool) -> None:
+def test_graph_replays_with_a_handle(two: Pool) -> None:
     if device().type != "cuda":
         pytest.skip("CUDA graphs need a GPU")
-    two.run(same_cases.graph_replays, 4, Workload((12, ) * 4, hidden=256))
     two.run(cases.cached_graph_replays, 4, Workload((9, 14, 2, 5), hidden=256))
 
 
@@ -240,10 +128,6 @@ def test_changing_shapes_back_to_back(two: Pool) -> None:
     two.run(same_cases.many_shapes, 4, 20, 2, 1 << 22)
 
 
-def test_repeats_are_bitwise_equal(two: Pool) -> None:
-    two.run(same_cases.bitwise_repeats, 4, Workload((30, 12, 25, 18), num_topk=6), 4)
-
-
 def test_random_calls_under_pressure(nodes: Nodes) -> None:
     for topology in ("2x1", "3x1"):
         pool, num_ranks = nodes.pool(topology)
@@ -254,10 +138,6 @@ def test_random_calls_under_pressure(nodes: Nodes) -> None:
 @pytest.mark.parametrize("ranks", [(1, 3, 4, 6)])
 def test_sub_groups(two: Pool, ranks: tuple[int, ...]) -> None:
     two.run(same_cases.sub_groups, len(ranks), Workload(even(len(ranks), 6)), ranks=ranks)
-
-
-def test_late_rank(two: Pool) -> None:
-    two.run(same_cases.late_rank, 4, Workload((5, 9, 2, 7)), 2)
 
 
 # What is said

@@ -13,23 +13,17 @@ import modes
 import pressure
 import pytest
 import torch
+from high_throughput_trips import FP8, Trips, even, uneven
 from pending_call import How
-from utils import Pool, device
-from workload import ROUTINGS, SCALE_LAYOUTS, Workload, one_token_of
-
-FP8 = torch.float8_e4m3fn
+from utils import Group, Pool
+from workload import ROUTINGS, Workload
 
 
-def uneven(num_ranks: int, most: int = 24) -> tuple[int, ...]:
-    """Different numbers of tokens, the last of several ranks with none."""
-    if num_ranks == 1:
-        return (most, )
-    return tuple(most * (num_ranks - 1 - rank) // (num_ranks - 1) + (rank % 2 if rank < num_ranks - 1 else 0)
-                 for rank in range(num_ranks))
+class TestTrips(Trips):
 
-
-def even(num_ranks: int, tokens: int = 16) -> tuple[int, ...]:
-    return (tokens, ) * num_ranks
+    @pytest.fixture
+    def group(self, pool: Pool) -> Group:
+        return Group(pool, 3)
 
 
 # Shapes
@@ -38,12 +32,6 @@ def even(num_ranks: int, tokens: int = 16) -> tuple[int, ...]:
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 5, 7, 8])
 def test_any_rank_count(pool: Pool, num_ranks: int) -> None:
     pool.run(cases.whole_trip, num_ranks, Workload(uneven(num_ranks), seed=num_ranks))
-
-
-def test_any_hidden_size(pool: Pool) -> None:
-    """Pitfall 22: not a multiple of a tile, not of a warp, and the smallest."""
-    hiddens = (8, 16, 24, 120, 504, 520, 1000, 1536, 2048, 2560, 2880, 3072, 4096, 5120, 6144, 7168, 8192)
-    pool.run(cases.trips, 3, [Workload((5, 3, 4), hidden=hidden, seed=hidden) for hidden in hiddens])
 
 
 def test_any_topk(pool: Pool) -> None:
@@ -57,62 +45,10 @@ def test_any_expert_count(pool: Pool, experts_per_rank: int) -> None:
     pool.run(cases.whole_trip, 3, Workload((11, 6, 8), 128, 2, experts_per_rank, seed=experts_per_rank))
 
 
-@pytest.mark.parametrize("idx_dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("has_topk", [True, False])
-def test_topk_dtypes_and_none(pool: Pool, idx_dtype: torch.dtype, has_topk: bool) -> None:
-    pool.run(cases.whole_trip, 4, Workload(uneven(4), idx_dtype=idx_dtype, routing="holes"), How(has_topk=has_topk))
-
-
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_routing(pool: Pool, routing: str) -> None:
     """Pitfall 26: -1, duplicates, all tokens to one rank, all top-k on one rank, nothing at all."""
     pool.run(cases.whole_trip, 4, Workload((20, 1, 33, 8), routing=routing))
-
-
-@pytest.mark.parametrize("expert_alignment", [1, 2, 16, 128])
-def test_expert_alignment(pool: Pool, expert_alignment: int) -> None:
-    pool.run(cases.whole_trip, 3, Workload((9, 14, 2)), How(expert_alignment=expert_alignment))
-
-
-# Empty ranks
-
-
-def test_every_subset_of_empty_ranks(pool: Pool) -> None:
-    pool.run(cases.empty_subsets, 4, Workload((5, 2, 9, 1), hidden=64))
-
-
-@pytest.mark.parametrize("owner", [0, 2])
-def test_one_token_in_total(pool: Pool, owner: int) -> None:
-    """Pitfall 25."""
-    pool.run(cases.trips, 4, one_token_of(owner, num_ranks=4))
-
-
-# Payloads
-
-
-def test_random_bits_arrive_exactly(pool: Pool) -> None:
-    """NaN payloads, infinities and denormals included."""
-    work = Workload((13, 8, 21), hidden=512, is_bit_noise=True)
-    pool.run(cases.raw_rows, 3, 512, "bfloat16")
-    pool.run(cases.scaled_trip, 3, work)
-
-
-@pytest.mark.parametrize("dtype_name", ["uint8", "int32", "float32", "float16", "float64"])
-def test_dispatch_moves_any_dtype(pool: Pool, dtype_name: str) -> None:
-    pool.run(cases.raw_rows, 2, 48, dtype_name)
-
-
-@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.int32])
-def test_scales_of_any_layout(pool: Pool, scale_dtype: torch.dtype) -> None:
-    works = [
-        Workload((6, 0, 9), hidden, 3, 4, "random", num_scales, FP8, torch.int64, num_scales, scale_dtype, layout)
-        for layout in SCALE_LAYOUTS for hidden, num_scales in ((128, 1), (2880, 23), (7168, 56))
-    ]
-    pool.run(cases.one_byte_trip, 3, works)
-
-
-def test_scales_without_topk(pool: Pool) -> None:
-    pool.run(cases.scaled_trip, 2, Workload((6, 4), dtype=torch.uint8, num_scales=3), How(has_topk=False))
 
 
 # Modes
@@ -137,42 +73,11 @@ def test_too_few_worst_rows_is_an_error(pool: Pool) -> None:
     assert any("num_worst_tokens" in message for message in messages), messages
 
 
-@pytest.mark.parametrize("num_biases", [1, 2])
-def test_combine_adds_bias(pool: Pool, num_biases: int) -> None:
-    pool.run(cases.whole_trip, 3, Workload((9, 0, 17), hidden=264), None, num_biases)
-
-
 def test_handle_serves_combine_and_cached_dispatch(pool: Pool) -> None:
     pool.run(cases.reused_handle, 4, Workload(uneven(4)))
 
 
-@pytest.mark.parametrize("is_async", [False, True])
-def test_two_dispatches_in_flight(pool: Pool, is_async: bool) -> None:
-    pool.run(cases.two_in_flight, 3, Workload((12, 5, 9)), is_async)
-
-
-def test_two_buffers_side_by_side(pool: Pool) -> None:
-    pool.run(cases.two_buffers, 3, Workload((4, 8, 2)))
-
-
-def test_autograd_round_trip(pool: Pool) -> None:
-    pool.run(cases.autograd_round_trip, 3, Workload((4, 8, 0), hidden=64))
-
-
 # Events
-
-
-@pytest.mark.parametrize("on_comm_stream", [False, True])
-def test_async(pool: Pool, on_comm_stream: bool) -> None:
-    pool.run(cases.whole_trip, 3, Workload((8, 3, 12)), How(is_async=True, on_comm_stream=on_comm_stream), 1)
-
-
-def test_chained_events(pool: Pool) -> None:
-    pool.run(cases.chained_events, 4, Workload(uneven(4), routing="holes"))
-
-
-def test_inputs_may_be_freed_after_an_async_call(pool: Pool) -> None:
-    pool.run(cases.freed_inputs, 3, Workload((30, 20, 25), hidden=1024))
 
 
 def test_results_may_be_dropped(pool: Pool) -> None:
@@ -181,13 +86,6 @@ def test_results_may_be_dropped(pool: Pool) -> None:
 
 def test_outputs_filled_by_torch(pool: Pool) -> None:
     pool.run(cases.poisoned_alloc_order, 2, Workload((40, 31), hidden=1024))
-
-
-@pytest.mark.gpu
-def test_graph_replays(pool: Pool) -> None:
-    if device().type != "cuda":
-        pytest.skip("CUDA graphs need a GPU")
-    pool.run(cases.graph_replays, 2, Workload((12, 12), hidden=256))
 
 
 # Rings and repetition
@@ -205,10 +103,6 @@ def test_too_small_buffer_is_an_error(pool: Pool) -> None:
 @pytest.mark.parametrize(("num_ranks", "seed", "num_nvl_bytes"), [(2, 1, 1 << 22), (4, 2, 1 << 22), (4, 3, 1 << 17)])
 def test_changing_shapes_back_to_back(pool: Pool, num_ranks: int, seed: int, num_nvl_bytes: int) -> None:
     pool.run(cases.many_shapes, num_ranks, 25, seed, num_nvl_bytes)
-
-
-def test_repeats_are_bitwise_equal(pool: Pool) -> None:
-    pool.run(cases.bitwise_repeats, 4, Workload((30, 12, 25, 18), num_topk=6), 6)
 
 
 def test_random_calls_under_pressure(pool: Pool) -> None:
@@ -234,11 +128,6 @@ def test_pressure_notices_other_bits() -> None:
 def test_sub_groups(pool: Pool, ranks: tuple[int, ...]) -> None:
     """Pitfall 35: global ranks that are neither contiguous nor from zero."""
     pool.run(cases.sub_groups, len(ranks), Workload(even(len(ranks), 6)), ranks=ranks)
-
-
-@pytest.mark.parametrize("late", [0, 2])
-def test_late_rank(pool: Pool, late: int) -> None:
-    pool.run(cases.late_rank, 3, Workload((5, 9, 2)), late)
 
 
 def test_mpi_communicator(pool: Pool) -> None:

@@ -11,10 +11,11 @@ import low_latency_pressure
 import pressure
 import pytest
 from utils import Pool
+from virtual_nodes import virtual_nodes
 
 ROOT = Path(__file__).resolve().parents[1]
 ONE_NODE: dict[str, str] = {}
-NODES = {"DEEP_EP_RANKS_PER_NODE": "1", "DEEP_EP_RAIL_INTERFACE": "lo"}
+NODES = virtual_nodes(1)
 NUM_RANKS = 2
 NUM_ROUNDS = 6
 

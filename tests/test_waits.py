@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import wait_cases as cases
-from test_internode import virtual_nodes
 from utils import Pool, device
+from virtual_nodes import virtual_nodes
 
 LATE = 1
 MODES = ("high-throughput", "low-latency")

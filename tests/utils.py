@@ -24,6 +24,7 @@ from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
+from workload import Workload
 
 from deep_ep import Buffer, EventOverlap
 from deep_ep._env import device_choice
@@ -209,6 +210,21 @@ class Pool:
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
+
+
+@dataclass
+class Group:
+    """Some ranks of a pool, for tests that do not mind how many these are."""
+
+    pool: Pool
+    num_ranks: int
+
+    def work(self, num_tokens: tuple[int, ...], **shape: Any) -> Workload:
+        """The first `num_tokens` are those of the ranks."""
+        return Workload(num_tokens[:self.num_ranks], **shape)
+
+    def run(self, case: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
+        return self.pool.run(case, self.num_ranks, *args, **options)
 
 
 def member() -> Worker:
