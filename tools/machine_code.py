@@ -6,8 +6,9 @@
     tools/machine_code.py --only low_latency   sources whose path contains this
     tools/machine_code.py --arch sm_80         another architecture than sm_90
 
-nvcc compiles, no GPU is needed. A kernel that differs by the order of a few instructions differs here too; `nvdisasm -c`
-(PyPI: nvidia-cuda-nvdisasm) on the two .cubin files, whose folder the last line names, shows by how much.
+nvcc compiles, no GPU is needed. A kernel that differs by the order of a few instructions differs here too:
+`nvdisasm -c` (PyPI: nvidia-cuda-nvdisasm) on the two .cubin files, in build/machine_code of each tree, shows by how
+much.
 """
 from __future__ import annotations
 
@@ -25,8 +26,11 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 CUBINS = Path('build/machine_code')
 # As csrc/CMakeLists.txt gives them to nvcc for the table of kernels without NVSHMEM.
-FLAGS = ('-std=c++20 -O3 -DNDEBUG --expt-relaxed-constexpr -DEP_DISABLE_AGGRESSIVE_PTX=0 -DEP_DISABLE_SM90_FEATURES=0 '
-         '-DEP_TOPK_IDX_BITS=64 -DEP_WITH_CUDA=1 -Icsrc -Icsrc/device/cuda -Icsrc/rail/host').split()
+FLAGS = [
+    '-std=c++20', '-O3', '-DNDEBUG', '--expt-relaxed-constexpr', '-DEP_DISABLE_AGGRESSIVE_PTX=0',
+    '-DEP_DISABLE_SM90_FEATURES=0', '-DEP_TOPK_IDX_BITS=64', '-DEP_WITH_CUDA=1', '-Icsrc', '-Icsrc/device/cuda',
+    '-Icsrc/rail/host'
+]
 
 
 class Kernel(NamedTuple):
@@ -93,7 +97,7 @@ def main() -> int:
         num_differing += len(differing)
         show(source, '- ', [kernel for kernel in old if kernel not in new])
         show(source, '+ ', differing)
-    print(f'{num_differing} of {sum(map(len, ours.values()))} kernels differ; {CUBINS} in both trees has the code')
+    print(f'{num_differing} of {sum(map(len, ours.values()))} kernels differ')
     return 1 if num_differing else 0
 
 

@@ -217,32 +217,24 @@ template <Scope S> EP_DEVICE bool load_packet(const Packet* ptr, uint32_t epoch,
 #define EP_PTX_STORE_STREAMING "st.global.v4.b32"
 #endif
 
-EP_DEVICE Vec16 load_input(const Vec16* ptr) {
-    Vec16 v;
-    asm volatile(EP_PTX_LOAD_INPUT " {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
-                 : "l"(ptx::global_address(ptr))
-                 : "memory");
-    return v;
-}
+// A vector from `address`, of the kind that the instruction takes.
+#define EP_LOAD_VEC(instruction, constraint, address)                                 \
+    Vec16 v;                                                                          \
+    asm volatile(instruction " {%0, %1, %2, %3}, [%4];"                               \
+                 : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3]) \
+                 : constraint(address)                                                \
+                 : "memory");                                                         \
+    return v
+
+EP_DEVICE Vec16 load_input(const Vec16* ptr) { EP_LOAD_VEC(EP_PTX_LOAD_INPUT, "l", ptx::global_address(ptr)); }
 
 EP_DEVICE Vec16 load_shared_with_peers(const Vec16* ptr) {
-    Vec16 v;
-    asm volatile(EP_PTX_LOAD_SHARED_WITH_PEERS " {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
-                 : "l"(ptx::global_address(ptr))
-                 : "memory");
-    return v;
+    EP_LOAD_VEC(EP_PTX_LOAD_SHARED_WITH_PEERS, "l", ptx::global_address(ptr));
 }
 
-EP_DEVICE Vec16 load_shared(const Vec16* ptr) {
-    Vec16 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
-                 : "r"(ptx::shared_address(ptr))
-                 : "memory");
-    return v;
-}
+EP_DEVICE Vec16 load_shared(const Vec16* ptr) { EP_LOAD_VEC("ld.shared.v4.u32", "r", ptx::shared_address(ptr)); }
+
+#undef EP_LOAD_VEC
 
 EP_DEVICE void store_streaming(Vec16* ptr, Vec16 value) {
     asm volatile(EP_PTX_STORE_STREAMING " [%0], {%1, %2, %3, %4};" ::"l"(ptx::global_address(ptr)), "r"(value.word[0]),
