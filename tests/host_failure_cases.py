@@ -74,6 +74,12 @@ def raising(error: BaseException) -> Callable[..., Any]:
     return fail
 
 
+def failing_at_its_end(worker: Worker, error: BaseException) -> contextlib.AbstractContextManager[None]:
+    """Synchronous calls made by way of Python fail when their kernels are launched already."""
+    operation = _streams._DirectOperation if worker.device.type == "cuda" else _streams._HostOperation
+    return replaced(operation, "finish", raising(error))
+
+
 # Calls that are announced and not finished
 
 
@@ -117,7 +123,7 @@ def interrupted_after_launch(worker: Worker, failing: int) -> str:
     message = ""
     if worker.rank == failing:
         buffer._session.direct = None  # which closes by itself
-        with replaced(_high_throughput, "close_operation", raising(KeyboardInterrupt())):
+        with failing_at_its_end(worker, KeyboardInterrupt()):
             failure_of(pending.combine, KeyboardInterrupt)
         message = failure_of(buffer.check)
     worker.barrier()
@@ -260,7 +266,7 @@ def watched_without_calls(worker: Worker, failing: int) -> tuple[str, str, list[
         worker.barrier()
         if worker.rank == failing:
             buffer._session.direct = None  # which closes by itself
-            with replaced(_high_throughput, "close_operation", raising(MemoryError("simulated"))):
+            with failing_at_its_end(worker, MemoryError("simulated")):
                 failure_of(pending.combine, MemoryError)
         else:
             until(lambda: "DeepEP" in written.read_text(), "a word on stderr")
