@@ -1,4 +1,5 @@
 #include "runtime/lend_pool.h"
+
 #include "core/error.h"
 #include "layout/heap.h"
 
