@@ -263,6 +263,7 @@ class Dispatch:
         """`addresses`: of the Outputs. `expert_alignment` > 0: the host waits for the counts."""
         routing, scales, topk_idx = self.routing, self.scales, self.topk_idx
         stride_token, stride_scale = (0, 0) if scales is None else scales.stride()
+        recv_x, recv_scales, recv_topk_idx, recv_topk_weights, recv_src_idx = addresses
         places = self.places
         args = self.kind.args.replace(x=self.rows,
                                       num_tokens=self.num_tokens,
@@ -276,7 +277,11 @@ class Dispatch:
                                       is_token_in_rank=None if routing is None else routing.is_token_in_rank,
                                       rank_prefix_matrix=places.rank_prefix_matrix,
                                       send_head=places.send_head,
-                                      **Outputs._make(addresses)._asdict(),
+                                      recv_x=recv_x,
+                                      recv_scales=recv_scales,
+                                      recv_topk_idx=recv_topk_idx,
+                                      recv_topk_weights=recv_topk_weights,
+                                      recv_src_idx=recv_src_idx,
                                       num_recv_rows=num_rows,
                                       is_worst_case=is_worst_case,
                                       expert_alignment=expert_alignment)
