@@ -1,4 +1,5 @@
-// What a launch costs the host by the size of its parameters, cooperative or not, through the runtime or the driver.
+// What a launch costs the host by the size of its parameters, cooperative or not, through the runtime or the driver; and what it
+// costs to ask whose the stream is.
 //
 //     nvcc -std=c++17 -O2 -arch=sm_90 -o launch_cost benchmarks/bare/launch_cost.cu -lcuda && taskset -c 4 ./launch_cost
 //
@@ -57,7 +58,26 @@ template <int kBytes> void measure() {
            through_runtime(1), driver_us, cudaGetErrorString(cudaGetLastError()));
 }
 
+void measure_questions() {
+    cudaStream_t stream = nullptr;
+    cudaEvent_t event = nullptr;
+    cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+    cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
+    cudaStreamCaptureStatus status;
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    int device = 0;
+    printf(
+        "cudaGetDevice %.3f, cudaStreamIsCapturing %.3f, cudaStreamGetDevice %.3f, cudaThreadExchangeStreamCaptureMode "
+        "%.3f, "
+        "cudaEventRecord %.3f\n",
+        least_us([&] { cudaGetDevice(&device); }), least_us([&] { cudaStreamIsCapturing(stream, &status); }),
+        least_us([&] { cudaStreamGetDevice(stream, &device); }),
+        least_us([&] { cudaThreadExchangeStreamCaptureMode(&mode); }),
+        least_us([&] { cudaEventRecord(event, stream); }));
+}
+
 int main() {
+    measure_questions();
     measure<64>();
     measure<64>();  // once more: the first one warms up
     measure<512>();

@@ -36,6 +36,7 @@ void HeldSms::hold(int num_sms, double timeout_s, dev::Stream stream) {
                                .is_released = device_words + 1,
                                .timeout_ns = static_cast<uint64_t>(timeout_s * 1e9)};
     if (stream == nullptr) stream = stream_.get();
+    const dev::CurrentDevice current(*device_);
 #if EP_WITH_CUDA
     if (device_->kind() == dev::DeviceKind::kCuda) return hold_sms_on_cuda(params, num_sms, shared_bytes, stream);
 #endif

@@ -45,6 +45,7 @@ void Links::push(int num_sms, dev::Stream stream) {
     for (int peer = 0; peer < num_ranks_; ++peer) params.bases[peer] = heap_.base(peer);
     const int num_blocks = std::clamp(num_sms, 1, device_->num_sms());
     if (stream == nullptr) stream = stream_.get();
+    const dev::CurrentDevice current(*device_);
 #if EP_WITH_CUDA
     if (device_->kind() == dev::DeviceKind::kCuda) return push_all_on_cuda(params, num_blocks, stream);
 #endif

@@ -24,7 +24,8 @@ struct LaunchConfig {
 };
 
 inline namespace EP_BACKEND {
-// Asynchronous, in stream order. Throws CudaError / Error when the launch is refused.
+// On the current device (CurrentDevice), of which the stream is. Asynchronous, in stream order. Throws CudaError / Error when the
+// launch is refused.
 template <class K> void launch(const LaunchConfig& config, Stream stream, const typename K::Params& params);
 }  // namespace EP_BACKEND
 

@@ -62,6 +62,10 @@ public:
     // Whether a peer that gave this handle runs on this device too. None does on the CPU: nobody has to share it.
     virtual bool holds(const std::string& handle) const = 0;
 
+    // Makes this device current in the calling thread: launches go to the current one. True: another one was, and leave() follows.
+    virtual bool enter() = 0;
+    virtual void leave() noexcept = 0;
+
     virtual Stream create_stream() = 0;
     virtual void destroy_stream(Stream stream) = 0;
     virtual void synchronize_stream(Stream stream) = 0;
@@ -86,6 +90,19 @@ public:
     // The host waits until `done()`: spins kindly on a GPU, drives or yields to the executor on the CPU. Returns
     // false when `timeout_s` passed first.
     virtual bool host_wait(const std::function<bool()>& done, double timeout_s) = 0;
+};
+
+// The device is current in this scope.
+class CurrentDevice : NonCopyable {
+public:
+    explicit CurrentDevice(Device& device) : device_(device), has_entered_(device.enter()) {}
+    ~CurrentDevice() {
+        if (has_entered_) device_.leave();
+    }
+
+private:
+    Device& device_;
+    const bool has_entered_;
 };
 
 }  // namespace deep_ep::dev

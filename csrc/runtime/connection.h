@@ -5,6 +5,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "comm/mailbox.h"
@@ -68,6 +69,13 @@ public:
     void begin_call();
     // From here on peers know, or will know, of the call that runs. (One that is captured into a graph is none yet.)
     void announce(dev::Stream stream, bool is_low_latency);
+    // Through an entry of the table of kernels, on the device of this rank, whichever is current in the calling thread.
+    template <class Params>
+    void launch(void (*entry)(const Params&, dev::Stream), const std::type_identity_t<Params>& params,
+                dev::Stream stream) const {
+        const dev::CurrentDevice current(*device_);
+        entry(params, stream);
+    }
     // The host gave up within a call, for the reason `text`. If peers know of the call it fails this Buffer and stops them;
     // else the Buffer stays as it was, and a peer that waits in vain quotes the reason.
     void abandon_call(const std::string& text);

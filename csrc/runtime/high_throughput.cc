@@ -131,12 +131,13 @@ void HighThroughput::get_dispatch_layout(const LayoutArgs& args, dev::Stream str
              " ranks, got ", args.num_nodes);
     const int max_experts = max_layout_counts(machine) - num_ranks - args.num_nodes;
     EP_CHECK(args.num_experts <= max_experts, "num_experts must be at most ", max_experts, ", got ", args.num_experts);
-    kernels_.layout({{.num_ranks = num_ranks,
-                      .partials = layout_partials_.get(),
-                      .grid = plan_layout(machine, args.num_tokens),
-                      .watch = connection_.watch_params()},
-                     args},
-                    stream);
+    connection_.launch(kernels_.layout,
+                       {{.num_ranks = num_ranks,
+                         .partials = layout_partials_.get(),
+                         .grid = plan_layout(machine, args.num_tokens),
+                         .watch = connection_.watch_params()},
+                        args},
+                       stream);
 }
 
 void HighThroughput::check_call() {
@@ -164,7 +165,7 @@ void HighThroughput::notify_dispatch(const NotifyArgs& args, dev::Stream stream)
     EP_CHECK(args.expert_alignment > 0, "expert_alignment must be positive, got ", args.expert_alignment);
     const kernels::NotifyDispatchPlan plan = notify_plan(args);
     connection_.announce(stream, false);
-    kernels_.notify_dispatch({plan, args}, stream);
+    connection_.launch(kernels_.notify_dispatch, {plan, args}, stream);
 }
 
 kernels::DispatchPlan HighThroughput::dispatch_plan(const DispatchArgs& args) {
@@ -198,7 +199,7 @@ void HighThroughput::dispatch(const DispatchArgs& args, int num_sms, dev::Stream
     kernels::DispatchPlan plan = dispatch_plan(args);
     plan.geometry = plan_dispatch(connection_.machine(), num_sms, plan.slot, plan.loan.x != 0);
     connection_.announce(stream, false);
-    kernels_.dispatch({plan, args}, stream);
+    connection_.launch(kernels_.dispatch, {plan, args}, stream);
 }
 
 kernels::CombinePlan HighThroughput::combine_plan(const CombineArgs& args) const {
@@ -225,7 +226,7 @@ void HighThroughput::combine(const CombineArgs& args, int num_sms, dev::Stream s
         if (plan.loan.is_any()) plan.geometry = *adding;
     }
     connection_.announce(stream, false);
-    kernels_.combine({plan, args}, stream);
+    connection_.launch(kernels_.combine, {plan, args}, stream);
 }
 
 }  // namespace deep_ep::runtime

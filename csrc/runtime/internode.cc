@@ -47,7 +47,7 @@ void Internode::notify(const InternodeNotifyArgs& args, dev::Stream stream) {
     const kernels::RailPlan rail =
         plan_call(rail_dispatch_slot(args, connection_.topology().ranks_per_node), "dispatch");
     connection_.announce(stream, false);
-    kernels_.internode_notify({{plan, args}, args, rail}, stream);
+    connection_.launch(kernels_.internode_notify, {{plan, args}, args, rail}, stream);
 }
 
 void Internode::dispatch(const InternodeDispatchArgs& args, int num_sms, dev::Stream stream) {
@@ -62,7 +62,7 @@ void Internode::dispatch(const InternodeDispatchArgs& args, int num_sms, dev::St
                                         receives_nothing),
                 plan.geometry, rail);
     connection_.announce(stream, false);
-    kernels_.internode_dispatch({{plan, args}, args, rail}, stream);
+    connection_.launch(kernels_.internode_dispatch, {{plan, args}, args, rail}, stream);
 }
 
 void Internode::combine(const InternodeCombineArgs& args, int num_sms, dev::Stream stream) {
@@ -75,7 +75,7 @@ void Internode::combine(const InternodeCombineArgs& args, int num_sms, dev::Stre
         plan_internode_combine(connection_.machine(), connection_.topology(), args.num_topk, num_sms, sends_nothing),
         plan.geometry, rail);
     connection_.announce(stream, false);
-    kernels_.internode_combine({{plan, args}, args, rail}, stream);
+    connection_.launch(kernels_.internode_combine, {{plan, args}, args, rail}, stream);
 }
 
 }  // namespace deep_ep::runtime

@@ -242,7 +242,7 @@ void LowLatency::clean(dev::Stream stream) {
     call.is_shrinkable = connection_.options().is_shrinkable;
     call.rail = make_rail();
     connection_.announce(stream, true);
-    spans_nodes() ? kernels_.internode_low_latency_clean(call, stream) : kernels_.low_latency_clean(call, stream);
+    connection_.launch(spans_nodes() ? kernels_.internode_low_latency_clean : kernels_.low_latency_clean, call, stream);
 }
 
 uint64_t LowLatency::enter(kernels::LowLatencyCall& call, uint64_t ticket) {
@@ -282,7 +282,7 @@ void LowLatency::abandon_hook(uint64_t ticket, const std::string& text) {
 }
 
 template <class Args, class Params>
-uint64_t LowLatency::run(const Args& args, void (*launch)(const Params&, dev::Stream), uint64_t ticket,
+uint64_t LowLatency::run(const Args& args, void (*entry)(const Params&, dev::Stream), uint64_t ticket,
                          dev::Stream stream) {
     require_rail();
     const bool is_hook = ticket != kSendPhase && ticket != kBothPhases;  // which is a call of its own
@@ -293,7 +293,7 @@ uint64_t LowLatency::run(const Args& args, void (*launch)(const Params&, dev::St
     Params params = make_params(args);
     const uint64_t entered = enter(params.call, ticket);
     connection_.announce(stream, true);
-    launch(params, stream);
+    connection_.launch(entry, params, stream);
     return entered;
 }
 

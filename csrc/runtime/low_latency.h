@@ -53,7 +53,7 @@ private:
     uint64_t open();
     void close(uint64_t ticket);
     template <class Args, class Params>
-    uint64_t run(const Args& args, void (*launch)(const Params&, dev::Stream), uint64_t ticket, dev::Stream stream);
+    uint64_t run(const Args& args, void (*entry)(const Params&, dev::Stream), uint64_t ticket, dev::Stream stream);
 
     Connection& connection_;
     const kernels::KernelTable& kernels_;

@@ -25,6 +25,13 @@ LowLatencyProblem small_problem(const NodesOptions& options, uint64_t seed) {
     return problem;
 }
 
+LowLatencyProblem small_problem(const NodesOptions& options, uint64_t seed, int num_experts, int num_topk) {
+    LowLatencyProblem problem = small_problem(options, seed);
+    problem.num_experts = num_experts;
+    problem.num_topk = num_topk;
+    return problem;
+}
+
 std::string three_round_trips(const NodesOptions& options, const LowLatencyProblem& problem) {
     LowLatencyNodes nodes(options, problem);
     for (Launches launches : {Launches::kOne, Launches::kTwo, Launches::kOne})
@@ -43,10 +50,7 @@ EP_SCENARIO(low_latency_nodes_several_warps, seed) {
     NodesOptions options = small_nodes(2, 1, seed);
     options.device.num_sms = 1;
     options.device.useful_block_threads = 128;
-    LowLatencyProblem problem = small_problem(options, seed);
-    problem.num_experts = 16;
-    problem.num_topk = 8;
-    return three_round_trips(options, problem);
+    return three_round_trips(options, small_problem(options, seed, 16, 8));
 }
 
 EP_SCENARIO(low_latency_nodes_neighbours_too, seed) {
@@ -57,10 +61,7 @@ EP_SCENARIO(low_latency_nodes_neighbours_too, seed) {
 // More top-k entries than slots by entry are for; and rows that find no place in staging.
 EP_SCENARIO(low_latency_nodes_by_source, seed) {
     const NodesOptions options = small_nodes(2, 1, seed);
-    LowLatencyProblem problem = small_problem(options, seed);
-    problem.num_experts = 36;
-    problem.num_topk = 17;
-    return three_round_trips(options, problem);
+    return three_round_trips(options, small_problem(options, seed, 36, 17));
 }
 
 // A rank of three sends further rows than staging has places for.

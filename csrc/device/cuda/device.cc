@@ -74,6 +74,9 @@ public:
     void close_shared(void* address) override;
     bool holds(const std::string& handle) const override { return SharedHandle::unpack(handle).device_uuid == uuid_; }
 
+    bool enter() override { return enter_device(index_); }
+    void leave() noexcept override { leave_device(); }
+
     Stream create_stream() override;
     void destroy_stream(Stream stream) override;
     void synchronize_stream(Stream stream) override;

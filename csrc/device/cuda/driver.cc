@@ -24,8 +24,6 @@ const Driver& driver() {
         find("cuDevicePrimaryCtxRetain", 7000, d.retain_primary);
         find("cuCtxPushCurrent", 4000, d.push_current);
         find("cuCtxPopCurrent", 4000, d.pop_current);
-        find("cuCtxGetDevice", 2000, d.current_device);
-        find("cuStreamGetCtx", 9020, d.context_of_stream);
         return d;
     }();
     return found;

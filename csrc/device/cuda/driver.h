@@ -9,8 +9,6 @@ struct Driver {
     CUresult(CUDAAPI* retain_primary)(CUcontext* context, CUdevice device) = nullptr;
     CUresult(CUDAAPI* push_current)(CUcontext context) = nullptr;
     CUresult(CUDAAPI* pop_current)(CUcontext* context) = nullptr;
-    CUresult(CUDAAPI* current_device)(CUdevice* device) = nullptr;
-    CUresult(CUDAAPI* context_of_stream)(CUstream stream, CUcontext* context) = nullptr;
 };
 
 // Looked up at the first call: the extension is not linked against the driver, so that it imports on a machine without

@@ -28,19 +28,18 @@ CUcontext primary_context(int index) {
 
 }  // namespace
 
-DeviceGuard::DeviceGuard(int index) {
+bool enter_device(int index) {
     int current = -1;
     EP_CUDA(cudaGetDevice(&current));
-    if (current == index) return;
+    if (current == index) return false;
     const CUresult result = driver().push_current(primary_context(index));
     if (result != CUDA_SUCCESS) {
         throw CudaError(concat("cannot make CUDA device ", index, " current: driver error ", static_cast<int>(result)));
     }
-    has_pushed_ = true;
+    return true;
 }
 
-DeviceGuard::~DeviceGuard() {
-    if (!has_pushed_) return;
+void leave_device() noexcept {
     CUcontext popped = nullptr;
     static_cast<void>(driver().pop_current(&popped));
 }

@@ -7,15 +7,21 @@
 
 namespace deep_ep::dev::cuda {
 
-// Makes device `index` current. Restores through the driver's context stack rather than by cudaSetDevice(previous),
-// which would create a context (and take hundreds of megabytes) on a device that the thread never used.
+// Makes device `index` current. True: another one was, and is again after leave_device(): through the driver's context stack
+// rather than by cudaSetDevice(previous), which would create a context (and take hundreds of megabytes) on a device that the
+// thread never used.
+bool enter_device(int index);
+void leave_device() noexcept;
+
 class DeviceGuard : NonCopyable {
 public:
-    explicit DeviceGuard(int index);
-    ~DeviceGuard();
+    explicit DeviceGuard(int index) : has_entered_(enter_device(index)) {}
+    ~DeviceGuard() {
+        if (has_entered_) leave_device();
+    }
 
 private:
-    bool has_pushed_ = false;
+    const bool has_entered_;
 };
 
 // Lets this thread allocate and synchronise while some stream is being captured. What runs inside must not touch the

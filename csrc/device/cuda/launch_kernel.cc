@@ -3,54 +3,10 @@
 #include <string>
 
 #include "device/cuda/cuda_error.h"
-#include "device/cuda/driver.h"
-#include "device/cuda/guard.h"
 #include "device/launch.h"
 
 namespace deep_ep::dev::cuda {
 namespace {
-
-bool is_default_stream(cudaStream_t stream) {
-    return stream == nullptr || stream == cudaStreamLegacy || stream == cudaStreamPerThread;
-}
-
-#if CUDART_VERSION >= 12080
-int owner_of(cudaStream_t stream) {
-    int device = -1;
-    EP_CUDA(cudaStreamGetDevice(stream, &device));
-    return device;
-}
-#else
-// Before 12.8 the runtime cannot say whose a stream is. The driver knows its context, and of the current context the
-// device.
-int owner_of(cudaStream_t stream) {
-    CUcontext context = nullptr;
-    CUdevice device = -1;
-    CUresult result = driver().context_of_stream(stream, &context);
-    if (result == CUDA_SUCCESS) result = driver().push_current(context);
-    if (result == CUDA_SUCCESS) {
-        result = driver().current_device(&device);
-        static_cast<void>(driver().pop_current(&context));
-    }
-    if (result != CUDA_SUCCESS) {
-        throw CudaError(
-            concat("cannot tell which CUDA device a stream belongs to: driver error ", static_cast<int>(result)));
-    }
-    return device;
-}
-#endif
-
-// A kernel has to be launched with the stream's device current. Default streams have none: they mean whatever device
-// is current, which is the caller's business.
-int device_of(cudaStream_t stream) {
-    // A stream that is being captured must not even be asked for its device; whoever captures has made it current.
-    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    if (!is_default_stream(stream)) EP_CUDA(cudaStreamIsCapturing(stream, &status));
-    if (!is_default_stream(stream) && status == cudaStreamCaptureStatusNone) return owner_of(stream);
-    int device = -1;
-    EP_CUDA(cudaGetDevice(&device));
-    return device;
-}
 
 std::string describe_launch(const LaunchConfig& config) {
     return concat("the launch of kernel '", config.name, "' with ", config.num_blocks, " blocks of ",
@@ -66,8 +22,10 @@ void check_config(const KernelState& state, const LaunchConfig& config) {
 }
 
 // Lets the kernel use all the shared memory that one block of this device may have. A limit, not a reservation.
-void raise_shared_limit(KernelState& state, int device, const LaunchConfig& config) {
+void raise_shared_limit(KernelState& state, const LaunchConfig& config) {
     if (config.dynamic_shared_bytes == 0) return;
+    int device = -1;
+    EP_CUDA(cudaGetDevice(&device));
     EP_ENSURE(device < kMaxDevices, "CUDA device index ", device, " is beyond ", kMaxDevices - 1);
     std::atomic<bool>& is_raised = state.is_raised[static_cast<size_t>(device)];
     if (is_raised.load(std::memory_order_acquire)) return;
@@ -84,10 +42,7 @@ void raise_shared_limit(KernelState& state, int device, const LaunchConfig& conf
 
 void launch_kernel(KernelState& state, const LaunchConfig& config, Stream stream, const void* params) {
     check_config(state, config);
-    const auto cuda_stream = static_cast<cudaStream_t>(stream);
-    const int device = device_of(cuda_stream);
-    const DeviceGuard guard(device);
-    raise_shared_limit(state, device, config);
+    raise_shared_limit(state, config);
 
     cudaLaunchAttribute cooperative{};
     cooperative.id = cudaLaunchAttributeCooperative;
@@ -96,7 +51,7 @@ void launch_kernel(KernelState& state, const LaunchConfig& config, Stream stream
     launch.gridDim = dim3(static_cast<unsigned>(config.num_blocks));
     launch.blockDim = dim3(static_cast<unsigned>(config.num_threads));
     launch.dynamicSmemBytes = static_cast<size_t>(config.dynamic_shared_bytes);
-    launch.stream = cuda_stream;
+    launch.stream = static_cast<cudaStream_t>(stream);
     launch.attrs = config.is_cooperative ? &cooperative : nullptr;
     launch.numAttrs = config.is_cooperative ? 1 : 0;
 

@@ -45,6 +45,9 @@ public:
     void close_shared(void* address) override;
     bool holds(const std::string&) const override { return false; }
 
+    bool enter() override { return false; }
+    void leave() noexcept override {}
+
     dev::Stream create_stream() override;
     void destroy_stream(dev::Stream stream) override;
     void synchronize_stream(dev::Stream stream) override;

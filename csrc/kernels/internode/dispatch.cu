@@ -106,49 +106,6 @@ EP_DEVICE Begun learn(algo::Block block, const InternodeDispatchParams& p, const
     return algo::any(block, !is_ok) ? Begun::kFailed : Begun::kReady;
 }
 
-// What goes along with one of our tokens, where the caller has it.
-struct InputMetadata {
-    const RailDispatchContext& c;
-    int token;
-
-    EP_DEVICE int src_idx() const { return token; }
-    EP_DEVICE int expert(int k) const {
-        return kernels::dispatch::checked_expert(c, token, kernels::dispatch::input_expert(c.p, token, k));
-    }
-    EP_DEVICE float weight(int k) const { return kernels::dispatch::input_weight(c.p, token, k); }
-    EP_DEVICE uint32_t scale(int i) const { return kernels::dispatch::input_scale(c.p, token, i); }
-};
-
-// The same in registers, as far as they reach: a lane's first entry and its first two scales. Loaded before the row, so that one
-// trip to memory serves both, and every rank that gets the token.
-template <class Source> class HeldMetadata {
-public:
-    EP_DEVICE HeldMetadata(algo::Warp warp, const DispatchParams& p, const Source& source)
-        : source_(source), src_idx_(source.src_idx()) {
-        const int lane = warp.thread_rank();
-        if (lane < p.num_topk) {
-            expert_ = source.expert(lane);
-            weight_ = source.weight(lane);
-        }
-        if (lane < p.num_scales) first_scale_ = source.scale(lane);
-        if (lane + kWarpSize < p.num_scales) second_scale_ = source.scale(lane + kWarpSize);
-    }
-
-    EP_DEVICE int src_idx() const { return src_idx_; }
-    // `k`, `i`: of those that are this lane's in a for_each() of the warp.
-    EP_DEVICE int expert(int k) const { return k < kWarpSize ? expert_ : source_.expert(k); }
-    EP_DEVICE float weight(int k) const { return k < kWarpSize ? weight_ : source_.weight(k); }
-    EP_DEVICE uint32_t scale(int i) const {
-        return i < kWarpSize ? first_scale_ : i < 2 * kWarpSize ? second_scale_ : source_.scale(i);
-    }
-
-private:
-    const Source& source_;
-    int src_idx_, expert_ = -1;
-    float weight_ = 0.0f;
-    uint32_t first_scale_ = 0, second_scale_ = 0;
-};
-
 // Where a lane's target gets the token: nowhere, straight to its final row, into a slot of a rank here, or into staging.
 enum class Way { kNone, kDirect, kSlot, kRail };
 
@@ -245,8 +202,8 @@ EP_DEVICE int position_of(const RailDispatchContext& c, int token, int place) {
 EP_DEVICE bool send_token(algo::Warp warp, const RailDispatchContext& c, int token, int first, int position) {
     warp.expect();
     const InternodeDispatchParams& p = c.p;
-    const InputMetadata input{c, token};
-    const HeldMetadata metadata(warp, p, input);
+    const kernels::dispatch::InputMetadata<RailDispatchContext> input{c, token};
+    const kernels::dispatch::HeldMetadata metadata(input, kernels::dispatch::load_words(warp, p, input));
     const int place = first + warp.thread_rank();
     const bool is_rank = place < c.num_ranks();
     const int node = place - c.num_ranks();
@@ -307,7 +264,8 @@ struct ForwardedMetadata {
     const layout::SlotLayout& at;
 
     EP_DEVICE int src_idx() const { return token.word<int>(at.src_idx, 0); }
-    EP_DEVICE int expert(int k) const { return token.word<int>(at.topk_idx, k); }
+    EP_DEVICE int id(int k) const { return token.word<int>(at.topk_idx, k); }
+    EP_DEVICE int checked(int id) const { return id; }  // by its source
     EP_DEVICE float weight(int k) const { return token.word<float>(at.topk_weights, k); }
     EP_DEVICE uint32_t scale(int i) const { return token.word<uint32_t>(at.scales, i); }
 };
@@ -325,7 +283,7 @@ EP_DEVICE int place_of(const RailDispatchContext& c, const RailToken& token, int
 EP_DEVICE bool forward_to(algo::Warp warp, const RailDispatchContext& c, const RailToken& token, int first) {
     const InternodeDispatchParams& p = c.p;
     const ForwardedMetadata there{token, p.rail.slot};
-    const HeldMetadata metadata(warp, p, there);
+    const kernels::dispatch::HeldMetadata metadata(there, kernels::dispatch::load_words(warp, p, there));
     const int rank = first + warp.thread_rank();
     const int position = rank < c.num_ranks() ? place_of(c, token, rank) : -1;
     Target target;

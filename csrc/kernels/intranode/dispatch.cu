@@ -24,41 +24,6 @@ inline namespace EP_BACKEND {
 // Our own row and those for ranks that lend their outputs go straight to their final places, the others into the next slot
 // of each destination's window, then one flag for each. With bulk copies several rows are on their way through shared memory.
 
-// What goes along with a row. The lanes load it while the row is on its way, the entries beyond theirs when they are needed.
-struct LoadedMetadata {
-    int expert;
-    float weight;
-    uint32_t scale[2];
-};
-
-EP_DEVICE LoadedMetadata load_metadata(algo::Warp warp, const DispatchContext& c, int token) {
-    const DispatchParams& p = c.p;
-    const int lane = warp.thread_rank();
-    const bool has_entry = lane < p.num_topk;
-    // All loads are under way before the id is looked at.
-    const int64_t id = has_entry ? input_expert(p, token, lane) : -1;
-    const float weight = has_entry ? input_weight(p, token, lane) : 0.0f;
-    const uint32_t first = lane < p.num_scales ? input_scale(p, token, lane) : 0;
-    const uint32_t second = lane + kWarpSize < p.num_scales ? input_scale(p, token, lane + kWarpSize) : 0;
-    return {checked_expert(c, token, id), weight, {first, second}};
-}
-
-// All of it: `k`, `i` are those that are this lane's in a loop of the warp.
-struct TokenMetadata {
-    const DispatchContext& c;
-    int token;
-    const LoadedMetadata& loaded;
-
-    EP_DEVICE int src_idx() const { return token; }
-    EP_DEVICE int expert(int k) const {
-        return k < kWarpSize ? loaded.expert : checked_expert(c, token, input_expert(c.p, token, k));
-    }
-    EP_DEVICE float weight(int k) const { return k < kWarpSize ? loaded.weight : input_weight(c.p, token, k); }
-    EP_DEVICE uint32_t scale(int i) const {
-        return i < kWarpSize ? loaded.scale[0] : i < 2 * kWarpSize ? loaded.scale[1] : input_scale(c.p, token, i);
-    }
-};
-
 // The token has a row at `rank`: then it is one of those that the counts have announced there.
 EP_DEVICE bool is_stated(const DispatchContext& c, int rank, int token, int position) {
     return position < 0 || position < c.rows.num_rows_at(rank) ||
@@ -74,16 +39,16 @@ EP_DEVICE int position_at(const DispatchContext& c, int token, int rank) {
 // What lanes load for a token while the one before it is on its way. Lane i's position is that at rank i.
 struct TokenNotes {
     int position;
-    LoadedMetadata metadata;
+    HeldWords words;
 };
 
 EP_DEVICE TokenNotes load_notes(algo::Warp warp, const DispatchContext& c, int token) {
-    return {position_at(c, token, warp.thread_rank()), load_metadata(warp, c, token)};
+    return {position_at(c, token, warp.thread_rank()), load_words(warp, c.p, InputMetadata<DispatchContext>{c, token})};
 }
 
 // One token to those of 32 ranks, from `first_rank`, that need it. Lane i speaks for rank first_rank + i.
-EP_DEVICE bool send_token(algo::Warp warp, const DispatchContext& c, int token, const LoadedMetadata& loaded,
-                          int first_rank, int position) {
+EP_DEVICE bool send_token(algo::Warp warp, const DispatchContext& c, int token, const HeldWords& words, int first_rank,
+                          int position) {
     warp.expect();
     const DispatchParams& p = c.p;
     const int destination = first_rank + warp.thread_rank();
@@ -106,7 +71,8 @@ EP_DEVICE bool send_token(algo::Warp warp, const DispatchContext& c, int token, 
     algo::multicast_row<kUnroll>(warp, reinterpret_cast<const Vec16*>(p.x + static_cast<int64_t>(token) * p.row_bytes),
                                  static_cast<int>(p.row_bytes / sizeof(Vec16)), lanes,
                                  reinterpret_cast<Vec16*>(target));
-    const TokenMetadata metadata{c, token, loaded};
+    const InputMetadata<DispatchContext> input{c, token};
+    const HeldMetadata metadata(input, words);
     for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
         const int lane = __ffs(static_cast<int>(rest)) - 1;
         uint8_t* slot = algo::broadcast_pointer(warp, target, lane);
@@ -128,9 +94,9 @@ EP_DEVICE bool send(algo::Warp warp, const DispatchContext& c, int warp_idx, int
     for (int token = warp_idx; token < c.p.num_tokens; token += num_warps) {
         const TokenNotes now = next;
         next = notes_of(token + num_warps);
-        if (!send_token(warp, c, token, now.metadata, 0, now.position)) return false;
+        if (!send_token(warp, c, token, now.words, 0, now.position)) return false;
         for (int first = kWarpSize; first < c.watch.heap.num_ranks(); first += kWarpSize)
-            if (!send_token(warp, c, token, now.metadata, first, position_at(c, token, first + warp.thread_rank())))
+            if (!send_token(warp, c, token, now.words, first, position_at(c, token, first + warp.thread_rank())))
                 return false;
     }
     return true;
@@ -147,7 +113,8 @@ EP_DEVICE int* position_in(algo::Warp warp, const DispatchParams& p, uint8_t* st
 EP_DEVICE void stage_notes(algo::Warp warp, const DispatchContext& c, int token, const TokenNotes& notes,
                            uint8_t* stage) {
     *position_in(warp, c.p, stage) = notes.position;
-    put_metadata(warp, c.p, c.p.slot, stage, TokenMetadata{c, token, notes.metadata});
+    const InputMetadata<DispatchContext> input{c, token};
+    put_metadata(warp, c.p, c.p.slot, stage, HeldMetadata(input, notes.words));
     prim::fence_async_shared();
 }
 

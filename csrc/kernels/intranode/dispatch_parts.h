@@ -425,6 +425,56 @@ private:
     const int* src_idx_;
 };
 
+// That of one of our tokens, where the caller has it. Its ids are yet to be checked.
+template <class Context> struct InputMetadata {
+    const Context& c;
+    int token;
+
+    EP_DEVICE int src_idx() const { return token; }
+    EP_DEVICE int64_t id(int k) const { return input_expert(c.p, token, k); }
+    EP_DEVICE int checked(int64_t id) const { return checked_expert(c, token, id); }
+    EP_DEVICE float weight(int k) const { return input_weight(c.p, token, k); }
+    EP_DEVICE uint32_t scale(int i) const { return input_scale(c.p, token, i); }
+};
+
+// A lane's first entry and its first two scales.
+struct HeldWords {
+    int expert;
+    float weight;
+    uint32_t scale[2];
+};
+
+// All loads are under way before the id is looked at.
+template <class Source> EP_DEVICE HeldWords load_words(algo::Warp warp, const DispatchParams& p, const Source& source) {
+    const int lane = warp.thread_rank();
+    const bool has_entry = lane < p.num_topk;
+    const auto id = has_entry ? source.id(lane) : -1;
+    const float weight = has_entry ? source.weight(lane) : 0.0f;
+    const uint32_t first = lane < p.num_scales ? source.scale(lane) : 0;
+    const uint32_t second = lane + kWarpSize < p.num_scales ? source.scale(lane + kWarpSize) : 0;
+    return {has_entry ? source.checked(id) : -1, weight, {first, second}};
+}
+
+// Metadata in registers, as far as they reach: loaded before the row is sent, so that one trip to memory serves both, and every rank
+// that gets the token. What is beyond is loaded when it is needed. `k`, `i`: of those that are this lane's in a for_each() of the warp.
+template <class Source> class HeldMetadata {
+public:
+    EP_DEVICE HeldMetadata(const Source& source, const HeldWords& words)
+        : source_(source), words_(words), src_idx_(source.src_idx()) {}
+
+    EP_DEVICE int src_idx() const { return src_idx_; }
+    EP_DEVICE int expert(int k) const { return k < kWarpSize ? words_.expert : source_.checked(source_.id(k)); }
+    EP_DEVICE float weight(int k) const { return k < kWarpSize ? words_.weight : source_.weight(k); }
+    EP_DEVICE uint32_t scale(int i) const {
+        return i < kWarpSize ? words_.scale[0] : i < 2 * kWarpSize ? words_.scale[1] : source_.scale(i);
+    }
+
+private:
+    const Source& source_;
+    HeldWords words_;
+    int src_idx_;
+};
+
 // Everything of a slot but its row.
 template <class Metadata>
 EP_DEVICE void put_metadata(algo::Warp warp, const DispatchParams& p, const layout::SlotLayout& at, uint8_t* slot,

@@ -17,6 +17,12 @@ namespace {
 
 using namespace rail::host;
 
+std::vector<char> pattern(size_t size) {
+    std::vector<char> data(size);
+    for (size_t i = 0; i < size; ++i) data[i] = static_cast<char>(i * 7 + i / 251);
+    return data;
+}
+
 class Ends : NonCopyable {
 public:
     Ends() : window_(1 << 16) {
@@ -35,6 +41,13 @@ public:
         REQUIRE_EQ(::send(far_, data, size, MSG_NOSIGNAL), static_cast<ssize_t>(size));
     }
     void tell(const Header& header) { tell(&header, sizeof(header)); }
+    // A put to 4096 whose flag is the word at 8, all of it but its last bytes.
+    std::vector<char> tell_put(size_t size, size_t num_held_back) {
+        std::vector<char> data = pattern(size);
+        tell({MessageKind::kPut, static_cast<uint32_t>(size), 4096, 8, 1});
+        tell(data.data(), size - num_held_back);
+        return data;
+    }
     std::vector<char> hear(size_t size) {
         std::vector<char> data(size);
         REQUIRE_EQ(recv(far_, data.data(), size, MSG_WAITALL), static_cast<ssize_t>(size));
@@ -52,12 +65,6 @@ private:
     std::optional<Connection> near_;
     int far_ = -1;
 };
-
-std::vector<char> pattern(size_t size) {
-    std::vector<char> data(size);
-    for (size_t i = 0; i < size; ++i) data[i] = static_cast<char>(i * 7 + i / 251);
-    return data;
-}
 
 TEST_CASE("connection: a message in single bytes, then several at once") {
     Ends ends;
@@ -88,9 +95,7 @@ TEST_CASE("connection: a message in single bytes, then several at once") {
 
 TEST_CASE("connection: a long message goes straight to its place, and what comes behind it is kept") {
     Ends ends;
-    const auto data = pattern(100'000);
-    ends.tell({MessageKind::kPut, 100'000, 4096, 8, 1});
-    ends.tell(data.data(), data.size());
+    const auto data = ends.tell_put(100'000, 0);
     ends.tell({MessageKind::kPut, 0, 0, 16, 2});
     ends.take_in();
     CHECK_EQ(std::memcmp(ends.bytes(4096), data.data(), data.size()), 0);
@@ -100,9 +105,7 @@ TEST_CASE("connection: a long message goes straight to its place, and what comes
 
 TEST_CASE("connection: a flag is not there before the last byte of its put") {
     Ends ends;
-    const auto data = pattern(50'000);
-    ends.tell({MessageKind::kPut, 50'000, 4096, 8, 1});
-    ends.tell(data.data(), data.size() - 1);
+    const auto data = ends.tell_put(50'000, 1);
     ends.take_in();
     CHECK_EQ(ends.word(8), 0);
     ends.tell(&data.back(), 1);

@@ -78,6 +78,8 @@ public:
     void* open_shared(const std::string&) override { return nullptr; }
     void close_shared(void*) override {}
     bool holds(const std::string&) const override { return false; }
+    bool enter() override { return false; }
+    void leave() noexcept override {}
     dev::Stream create_stream() override { return nullptr; }
     void destroy_stream(dev::Stream) override {}
     void synchronize_stream(dev::Stream) override {}

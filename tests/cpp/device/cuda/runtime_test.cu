@@ -180,7 +180,10 @@ TEST_CASE("the current device of the caller stays what it was") {
     const auto second = dev::make_cuda_device(1);
     const auto stream = second->create_stream();
     auto* sum = static_cast<int*>(second->allocate(sizeof(int)));
-    dev::launch<AddKernel>(add_config(3, 16), stream, {sum, 16});
+    {
+        const dev::CurrentDevice current(*second);
+        dev::launch<AddKernel>(add_config(3, 16), stream, {sum, 16});
+    }
     second->synchronize_stream(stream);
     CHECK_EQ(read_int(*second, sum), 6);
     int current = -1;
@@ -200,7 +203,10 @@ TEST_CASE("memory of one GPU can be opened on another of the same process") {
     const auto memory = first->allocate_shareable(1000);
     void* const address = second->open_shared(memory.handle);
     const auto stream = second->create_stream();
-    dev::launch<AddKernel>(add_config(3, 16), stream, {static_cast<int*>(address), 16});
+    {
+        const dev::CurrentDevice current(*second);
+        dev::launch<AddKernel>(add_config(3, 16), stream, {static_cast<int*>(address), 16});
+    }
     second->synchronize_stream(stream);
     CHECK_EQ(read_int(*first, memory.address), 6);
     second->close_shared(address);
