@@ -416,12 +416,9 @@ def sums_row_form(hidden: int) -> RowForm:
     return RowForm([((hidden, ), torch.bfloat16)])
 
 
-class Ordering(NamedTuple):
-    """What a call comes after, and who waits for it: three arguments of each; see docs/api.md, "Streams and events"."""
-
-    previous_event: Optional[EventOverlap]
-    async_finish: bool
-    allocate_on_comm_stream: bool
+# What a call comes after, and who waits for it: its previous_event, async_finish and allocate_on_comm_stream; see docs/api.md,
+# "Streams and events". (A tuple, since a record of three would take as long to make as three checks.)
+Ordering = tuple[Optional[EventOverlap], bool, bool]
 
 
 def open_operation(session: Session, name: str, ordering: Ordering) -> Operation:

@@ -18,7 +18,6 @@ from typing_extensions import Self
 
 import deep_ep_cpp
 from deep_ep import _env, _high_throughput, _low_latency, _peers, _tensors
-from deep_ep._high_throughput import Ordering
 from deep_ep._peers import Peers, WaitCounters
 from deep_ep._session import Request, Session, build_session
 from deep_ep._streams import CudaStreams
@@ -366,7 +365,7 @@ class Buffer:
         num_tokens_per_expert int32 [E], is_token_in_rank bool [N, R], event).
         """
         self._require_session().begin_call()
-        ordering = Ordering(previous_event, async_finish, allocate_on_comm_stream)
+        ordering = (previous_event, async_finish, allocate_on_comm_stream)
         return self._high_throughput.get_dispatch_layout(topk_idx, num_experts, ordering)
 
     def dispatch(self,
@@ -422,7 +421,7 @@ class Buffer:
                     return result
             session.begin_call()
             num_sms = self._num_sms(session, config, "dispatch", x, topk_idx)
-            ordering = Ordering(previous_event, async_finish, allocate_on_comm_stream)
+            ordering = (previous_event, async_finish, allocate_on_comm_stream)
             if handle is not None:
                 if topk_idx is not None or topk_weights is not None:
                     raise ValueError("topk_idx and topk_weights must be None when a handle is given")
@@ -464,7 +463,7 @@ class Buffer:
                     return result
             session.begin_call()
             num_sms = self._num_sms(session, config, "combine", x)
-            ordering = Ordering(previous_event, async_finish, allocate_on_comm_stream)
+            ordering = (previous_event, async_finish, allocate_on_comm_stream)
             return self._high_throughput.combine(x, handle, topk_weights, bias, num_sms, ordering)
         except BaseException as error:
             session.abandon_call("combine", error)
