@@ -416,8 +416,8 @@ def sums_row_form(hidden: int) -> RowForm:
     return RowForm([((hidden, ), torch.bfloat16)])
 
 
-# What a call comes after, and who waits for it: its previous_event, async_finish and allocate_on_comm_stream; see docs/api.md,
-# "Streams and events". (A tuple, since a record of three would take as long to make as three checks.)
+# What a call comes after, and who waits for it: its previous_event, async_finish and allocate_on_comm_stream; see
+# docs/api.md, "Streams and events". (A tuple, since a record of three would take as long to make as three checks.)
 Ordering = tuple[Optional[EventOverlap], bool, bool]
 
 
