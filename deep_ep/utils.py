@@ -333,8 +333,8 @@ def overlap_of(recorded: RecordedEvent, tensors: tuple[Optional[torch.Tensor], .
     """What a call returns whose kernels are complete at `recorded`, until when `tensors` are to live."""
     if recorded is None:
         return EventOverlap(None)
-    return EventOverlap(EventHandle._wrap(recorded),
-                        tuple([tensor for tensor in tensors if tensor is not None]) or None)
+    extra_tensors = tuple([tensor for tensor in tensors if tensor is not None]) if tensors else ()
+    return EventOverlap(EventHandle._wrap(recorded), extra_tensors or None)
 
 
 def check_nvlink_connections(group: dist.ProcessGroup) -> None:

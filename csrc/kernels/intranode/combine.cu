@@ -73,13 +73,18 @@ template <Form kForm> struct Kernel : CallOperation<Kernel<kForm>, CombineParams
         bool is_ok = can_be(p, watch, lane < num_ranks ? lane : 0, look);
         for (int peer = lane + warp.size(); peer < num_ranks; peer += warp.size())
             is_ok &= can_be(p, watch, peer, rows_between(watch, rows, peer));
-        if (lane == 0) shared.peer_lends_sums = false;
+        const bool is_teller = lane == (num_ranks == 2 ? 1 - watch.heap.rank() : 0);
+        if (is_teller) shared.peer_lends_sums = false;
         if (!algo::all(warp, is_ok)) return false;
         if (!p.may_lend) return true;
         if (blockIdx.x == 0) algo::state_loan(warp, watch, p.loan);
         if (!algo::wait_for_loans(warp, watch)) return false;
-        if (lane == 0 && num_ranks == 2) shared.peer_lends_sums = algo::loan_of(watch, 1 - watch.heap.rank()).sums != 0;
-        if (lane < num_ranks) is_ok &= fits_loans(p, watch, lane, look);
+        bool lends_sums = false;
+        if (lane < num_ranks) {
+            is_ok &= fits_loans(p, watch, lane, look);
+            lends_sums = algo::loan_of(watch, lane).sums != 0;  // one look with the line above
+        }
+        if (is_teller) shared.peer_lends_sums = lends_sums && num_ranks == 2;
         for (int peer = lane + warp.size(); peer < num_ranks; peer += warp.size())
             is_ok &= fits_loans(p, watch, peer, rows_between(watch, rows, peer));
         return algo::all(warp, is_ok);
