@@ -143,6 +143,13 @@ class StreamOrder:
     is_marked: bool
     is_shared: bool
 
+class TensorMaker:
+    """`maker(n, m)` is torch.empty(n, m, dtype=..., device=...) with the example's type, on its device. `empty_strided`:
+    torch's function of (shape, strides, dtype) for the current device, or None. Only where has_tensor_exchange()."""
+
+    def __init__(self, example: Any, empty_strided: Optional[Callable[..., Any]]) -> None: ...
+    def __call__(self, *extents: int) -> Any: ...
+
 class DirectCalls:
     """The usual calls of a Buffer in one step: checked, allocated for, launched and answered. Each function returns
     what the call of that name does, or None: it has done nothing, and the call is to be made the other way, which also

@@ -9,7 +9,7 @@ from deep_ep._peers import CallCheck
 from deep_ep._session import Session
 from deep_ep._streams import Operation, Tensors
 from deep_ep._tensors import BFLOAT16, FLOAT32, INT32, INT64, EmptyTensors, KnownTensors, Payload, view_memory
-from deep_ep.utils import EventOverlap, opaque, outside_of_modes, overlap_of
+from deep_ep.utils import EventOverlap, opaque, outside_of_modes, overlap_of, reinterpret
 from deep_ep_cpp import Buffer as NativeBuffer
 from deep_ep_cpp import (
     InvalidArgument,
@@ -84,9 +84,10 @@ class Plan:
     int32 [El]; the number of the call, int64, which its receive phase needs.
     """
 
-    __slots__ = ("_empty", "_num_ranks", "combine_args", "count_slice", "dispatch_args", "entries_at", "expert_rows",
-                 "handle_tail", "has_scales", "hidden", "num_bytes_behind_src_info", "num_local", "num_max_tokens",
-                 "num_topk", "num_words", "number_at", "recv_dtype", "scale_dtype", "scale_shape", "scale_strides")
+    __slots__ = ("_empty", "_num_ranks", "combine_args", "dispatch_args", "entries_at", "expert_rows", "handle_tail",
+                 "has_scales", "hidden", "num_bytes_behind_src_info", "num_local", "num_max_tokens", "num_topk",
+                 "num_words", "number_at", "recv_count_view", "recv_dtype", "scale_dtype", "scale_shape",
+                 "scale_strides", "src_info_view")
 
     def __init__(self, shape: Shape, form: Format, num_ranks: int, spans_nodes: bool, empty: EmptyTensors) -> None:
         form.check(shape.hidden)
@@ -110,7 +111,9 @@ class Plan:
         num_tables = num_ranks + 1 if spans_nodes else num_ranks
         num_indices, num_entries = num_local * num_rows, num_tables * shape.num_max_tokens * shape.num_topk
         end = num_indices + num_entries + num_local
-        self.count_slice = slice(end - num_local, end)
+        # Shape, strides and offset.
+        self.src_info_view = (num_local, num_rows), (num_rows, 1), 0
+        self.recv_count_view = (num_local, ), (1, ), end - num_local
         self.num_words = end + 3  # the number's two, one of which may have to be skipped to align them
         self.entries_at = num_indices * INT32_BYTES
         self.number_at = (end + 1) // 2 * 2 * INT32_BYTES
@@ -125,10 +128,10 @@ class Plan:
                                          dtype=self.scale_dtype,
                                          device=empty.device)
         words = empty[torch.int32](self.num_words)
-        recv_count = words[self.count_slice]
         layout_range = empty[torch.int64](num_local, self._num_ranks)
-        # Its memory stays as large, and no second view is made.
-        return recv_x, scales, words.resize_(num_local, num_rows), layout_range, recv_count
+        # The memory of both stays as large.
+        src_info, recv_count = reinterpret(words, *self.src_info_view), reinterpret(words, *self.recv_count_view)
+        return recv_x, scales, src_info, layout_range, recv_count
 
 
 class Numbers:

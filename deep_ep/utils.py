@@ -57,6 +57,16 @@ def is_of_torch(stream: int, index: int) -> bool:
 # torch.from_dlpack for a capsule, less the checks of other objects, which take as long.
 from_capsule: Callable[[object], torch.Tensor] = getattr(torch._C, "_from_dlpack", torch.utils.dlpack.from_dlpack)
 
+# What inductor's generated code allocates and views tensors with: torch.empty_strided and torch.as_strided, less the
+# dispatcher, which takes more than the rest.
+_guards = getattr(torch._C._dynamo, "guards", None)
+reinterpret: Callable[..., torch.Tensor] = getattr(_guards, "_reinterpret_tensor", torch.as_strided)
+
+
+def find_empty_strided(device_type: str) -> Optional[Callable[..., torch.Tensor]]:
+    """(shape, strides, dtype): on the current device. None: this torch has no such function."""
+    return getattr(_guards, f"_empty_strided_{device_type}", None)
+
 
 def is_capturing() -> bool:
     """Whether the caller's stream records a CUDA graph."""

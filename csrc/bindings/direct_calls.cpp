@@ -3,6 +3,7 @@
 #include "bindings/errors.h"
 #include "bindings/high_throughput_calls.h"
 #include "bindings/low_latency_calls.h"
+#include "bindings/tensor_maker.h"
 
 namespace deep_ep::bindings {
 
@@ -140,7 +141,8 @@ bool add_direct_calls(PyObject* module) {
                            {Py_tp_dealloc, reinterpret_cast<void*>(&destroy_calls)},
                            {0, nullptr}};
     PyType_Spec spec{"deep_ep_cpp.DirectCalls", sizeof(DirectCalls), 0, Py_TPFLAGS_DEFAULT, slots};
-    return add_type(module, "DirectCalls", spec) && add_stream_order(module) && add_low_latency_hook(module);
+    return add_type(module, "DirectCalls", spec) && add_stream_order(module) && add_low_latency_hook(module) &&
+           add_tensor_maker(module);
 }
 
 }  // namespace deep_ep::bindings

@@ -42,6 +42,7 @@ LowLatencyCalls::LowLatencyCalls(const py::object& session, const py::dict& opti
       weak_session_(py::weakref(session)),
       runtime_(session.attr("runtime")),
       event_class_(options["event_class"]),
+      reinterpret_(options["reinterpret"]),
       caller_(session.attr("streams")),
       maker_(session.attr("empty")),
       int32_(options["int32"]),
@@ -68,7 +69,8 @@ void LowLatencyCalls::add(const py::object& plan) {
         .scale_dtype = has_scales ? py::object(plan.attr("scale_dtype")) : py::object(py::none()),
         .scale_shape = plan.attr("scale_shape"),
         .scale_strides = plan.attr("scale_strides"),
-        .count_slice = plan.attr("count_slice"),
+        .src_info = plan.attr("src_info_view"),
+        .recv_count = plan.attr("recv_count_view"),
         .tail = plan.attr("handle_tail"),
         .dispatch_args = args,
         .combine_args = unfinished<kernels::LowLatencyCombineArgs>(plan.attr("combine_args")),
@@ -119,6 +121,11 @@ bool LowLatencyCalls::read_stats(PyObject* value, const dlpack::DataType& dtype,
         return false;
     *address = view.address<void>();
     return true;
+}
+
+py::object LowLatencyCalls::view_of(const py::object& words, const py::tuple& view) const {
+    const Owned args(PyTuple_Pack(4, words.ptr(), view[0].ptr(), view[1].ptr(), view[2].ptr()));
+    return result(PyObject_Call(reinterpret_.ptr(), args.get(), nullptr));
 }
 
 py::object LowLatencyCalls::take_number() {
@@ -187,23 +194,18 @@ py::object LowLatencyCalls::dispatch(PyObject* const* args, const py::object& ow
     const auto phase = open_phase(wants_hook);
     if (!phase.has_value()) return py::none();
 
-    static PyObject* const resize = interned("resize_");
     const auto hidden = static_cast<int64_t>(call.hidden);
     const py::object recv_x = maker_.make(kind->recv_dtype, kind->num_local, kind->num_rows, hidden);
     const py::object scales = kind->scale_dtype.is_none()
                                   ? py::object(py::none())
                                   : maker_.make_strided(kind->scale_dtype, kind->scale_shape, kind->scale_strides);
-    const py::object src_info = maker_.make(int32_, kind->num_words);
+    const py::object words = maker_.make(int32_, kind->num_words);
+    const py::object src_info = view_of(words, kind->src_info), recv_count = view_of(words, kind->recv_count);
     const py::object layout_range = maker_.make(int64_, kind->num_local, num_ranks_);
-    const py::object recv_count = result(PyObject_GetItem(src_info.ptr(), kind->count_slice.ptr()));
-    // Its memory stays as large: what lies behind it is read by combine.
-    const std::array<py::object, 2> extents{py::int_(kind->num_local), py::int_(kind->num_rows)};
-    const std::array<PyObject*, 3> resized{src_info.ptr(), extents[0].ptr(), extents[1].ptr()};
-    result(PyObject_VectorcallMethod(resize, resized.data(), resized.size(), nullptr));
 
-    const auto words = address_at<uint8_t>(src_info);
+    const auto first_word = address_at<uint8_t>(words);
     call.wait_stats = static_cast<int64_t*>(wait_stats);
-    call.number = reinterpret_cast<uint64_t*>(words + kind->number_at);
+    call.number = reinterpret_cast<uint64_t*>(first_word + kind->number_at);
     call.x = x.address<const uint8_t>();
     call.topk_idx = topk_idx.address<const void>();
     call.idx_bytes = static_cast<int>(topk_idx.item_bytes());
@@ -211,9 +213,9 @@ py::object LowLatencyCalls::dispatch(PyObject* const* args, const py::object& ow
     call.recv_x = address_at<uint8_t>(recv_x);
     call.recv_scales = address_at<uint32_t>(scales);
     call.recv_count = address_at<int>(recv_count);
-    call.src_info = reinterpret_cast<int*>(words);
+    call.src_info = reinterpret_cast<int*>(first_word);
     call.layout_range = address_at<int64_t>(layout_range);
-    call.row_of_entry = reinterpret_cast<int*>(words + kind->entries_at);
+    call.row_of_entry = reinterpret_cast<int*>(first_word + kind->entries_at);
     call.cumulative_stats = static_cast<int*>(cumulative_stats);
 
     const auto tensors = [&] {

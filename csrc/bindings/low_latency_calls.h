@@ -23,9 +23,10 @@ struct LowLatencyKind {
     std::array<int64_t, 4> shape;  // T, top-k, experts, hidden
     std::array<bool, 3> form;      // use_fp8, round_scale, use_ue8m0
     int64_t num_local, num_rows, num_words, entries_at, number_at;
-    py::object recv_dtype, scale_dtype;                  // scale_dtype: None without scales
-    py::object scale_shape, scale_strides, count_slice;  // the last one: recv_count in the words
-    py::tuple tail;                                      // of a handle: (T, hidden, experts)
+    py::object recv_dtype, scale_dtype;  // scale_dtype: None without scales
+    py::object scale_shape, scale_strides;
+    py::tuple src_info, recv_count;  // shape, strides and offset among the words
+    py::tuple tail;                  // of a handle: (T, hidden, experts)
     kernels::LowLatencyDispatchArgs dispatch_args;
     kernels::LowLatencyCombineArgs combine_args;
 };
@@ -80,6 +81,7 @@ private:
     template <class Args, class Tensors>
     py::object run(const Args& args, const Phase& phase, bool wants_hook, const Tensors& tensors,
                    const py::object& number, const py::object& owner);
+    py::object view_of(const py::object& words, const py::tuple& view) const;
     py::object take_number();
     void give_back(py::object number, dev::Stream stream);
     py::object event() const { return result(PyObject_CallNoArgs(event_class_.ptr())); }
@@ -87,7 +89,7 @@ private:
     runtime::LowLatency& native_;
     runtime::Buffer& buffer_;
     py::object weak_session_;  // the session has this
-    py::object runtime_, event_class_;
+    py::object runtime_, event_class_, reinterpret_;
     CallerStream caller_;
     Maker maker_;
     py::object int32_, int64_, bfloat16_;

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bindings/record.h"
+#include "bindings/tensor_maker.h"
 
 namespace deep_ep::bindings {
 
@@ -38,37 +39,33 @@ template <class T> T* address_at(const py::handle& tensor) {
     return reinterpret_cast<T*>(*address);
 }
 
-// As `empty[dtype](shape...)` of _tensors.py.
+// As `empty[dtype](shape...)` of _tensors.py, whose makers these are.
 class Maker {
 public:
     explicit Maker(py::object empty) : empty_(std::move(empty)) {}
 
     template <class... Extents> py::object make(const py::object& dtype, Extents... extents) {
-        const std::array<PyObject*, sizeof...(Extents)> shape{PyLong_FromLongLong(extents)...};
-        PyObject* made = PyObject_Vectorcall(find(dtype).make.ptr(), shape.data(), shape.size(), nullptr);
-        for (PyObject* extent : shape) Py_XDECREF(extent);
-        return result(made);
+        const std::array<int64_t, sizeof...(Extents)> shape{extents...};
+        return result(find(dtype).make(shape.data(), shape.size()));
     }
     // Not row-major.
     py::object make_strided(const py::object& dtype, const py::object& shape, const py::object& strides) {
-        const std::array<PyObject*, 2> args{shape.ptr(), strides.ptr()};
-        return result(PyObject_Vectorcall(find(dtype).make_strided.ptr(), args.data(), args.size(), nullptr));
+        return result(find(dtype).make_strided(shape.ptr(), strides.ptr()));
     }
 
 private:
-    struct Functions {
-        py::object dtype, make, make_strided;
-    };
-    const Functions& find(const py::object& dtype) {
-        for (const Functions& known : known_)
-            if (known.dtype.is(dtype)) return known;
-        const py::object make = empty_[dtype];  // new_empty of an example
-        known_.push_back({dtype, make, make.attr("__self__").attr("new_empty_strided")});
-        return known_.back();
+    const TensorMaker& find(const py::object& dtype) {
+        for (const py::object& known : known_)
+            if (read(known).dtype == dtype.ptr()) return read(known);
+        known_.push_back(empty_[dtype]);
+        return read(known_.back());
+    }
+    static const TensorMaker& read(const py::object& maker) {
+        return *reinterpret_cast<const TensorMaker*>(maker.ptr());
     }
 
     py::object empty_;
-    std::vector<Functions> known_;  // few
+    std::vector<py::object> known_;  // few
 };
 
 }  // namespace deep_ep::bindings

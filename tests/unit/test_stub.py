@@ -19,7 +19,7 @@ LAZY = {"EventHandle", "topk_idx_t"}  # forwarded to the Python package
 # Records of arguments are of another make; tools/render_stub.py writes what the stub says of them.
 RECORDS = {name for name, member in vars(deep_ep_cpp).items() if hasattr(member, "FIELDS")}
 # So are these: their functions have no signatures.
-UNSIGNED = {"DirectCalls", "Hook", "StreamOrder"}
+UNSIGNED = {"DirectCalls", "Hook", "StreamOrder", "TensorMaker"}
 CLASSES = {node.name: node for node in TREE.body
            if isinstance(node, ast.ClassDef) and node.name.removeprefix("_") not in RECORDS}  # yapf: disable
 FUNCTIONS = {node.name: node for node in TREE.body if isinstance(node, ast.FunctionDef)}

@@ -22,7 +22,7 @@ OLD = {
     'float64', 'int16', 'int32', 'int64', 'int8', 'uint8', 'Size', 'Tensor', 'distributed', 'utils.dlpack', 'arange',
     'version.cuda', '__version__', 'cuda.can_device_access_peer', 'cuda.get_device_properties', 'cuda.mem_get_info',
     'randn', 'rand', 'Generator', 'ones', 'full', 'frombuffer',
-    'strided', 'inference_mode'
+    'strided', 'as_strided', 'inference_mode'
 }  # yapf: disable
 # Without public names: of utils.py, tested below or in test_compile.py.
 PRIVATE = {

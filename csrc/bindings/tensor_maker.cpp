@@ -1,0 +1,113 @@
+#include "bindings/tensor_maker.h"
+
+#include <structmember.h>
+
+#include <algorithm>
+#include <array>
+
+#include "bindings/owned.h"
+#include "bindings/tensor_check.h"
+
+namespace deep_ep::bindings {
+
+namespace {
+
+constexpr size_t kMaxDims = 8;
+
+const TensorMaker& read(PyObject* self) { return *reinterpret_cast<const TensorMaker*>(self); }
+
+bool lies_on(const dlpack::Device& device, PyObject* tensor) {
+    dlpack::Tensor found;
+    if (exchange_api()->describe(tensor, &found) == 0)
+        return found.device.type == device.type && found.device.id == device.id;
+    PyErr_Clear();
+    return false;
+}
+
+PyObject* call_maker(PyObject* self, PyObject* const* args, size_t num_args, PyObject* names) {
+    const auto num_dims = static_cast<size_t>(PyVectorcall_NARGS(num_args));
+    if (names != nullptr || num_dims > kMaxDims) {
+        PyErr_Format(PyExc_TypeError, "takes at most %zu extents, and no keywords", kMaxDims);
+        return nullptr;
+    }
+    std::array<int64_t, kMaxDims> extents{};
+    for (size_t dim = 0; dim < num_dims; ++dim) extents[dim] = PyLong_AsLongLong(args[dim]);
+    return PyErr_Occurred() == nullptr ? read(self).make(extents.data(), num_dims) : nullptr;
+}
+
+// (example, empty_strided): a tensor of the type and on the device.
+PyObject* make_maker(PyTypeObject* type, PyObject* args, PyObject* /*names*/) {
+    PyObject *example, *empty_strided;
+    if (PyArg_ParseTuple(args, "OO", &example, &empty_strided) == 0) return nullptr;
+    dlpack::Tensor tensor;
+    if (exchange_api() == nullptr) {
+        PyErr_SetString(PyExc_RuntimeError, "native code cannot read the tensors of this torch");
+        return nullptr;
+    }
+    if (exchange_api()->describe(example, &tensor) != 0) return nullptr;
+    PyObject* self = type->tp_alloc(type, 0);
+    if (self == nullptr) return nullptr;
+    auto* maker = reinterpret_cast<TensorMaker*>(self);
+    maker->call = &call_maker;
+    Py_INCREF(empty_strided);
+    maker->empty_strided = empty_strided;
+    maker->new_empty_strided = PyObject_GetAttrString(example, "new_empty_strided");
+    maker->dtype = PyObject_GetAttrString(example, "dtype");
+    maker->device = tensor.device;
+    if (maker->new_empty_strided != nullptr && maker->dtype != nullptr) return self;
+    Py_DECREF(self);
+    return nullptr;
+}
+
+void destroy_maker(PyObject* self) {
+    const TensorMaker& maker = read(self);
+    Py_XDECREF(maker.empty_strided);
+    Py_XDECREF(maker.new_empty_strided);
+    Py_XDECREF(maker.dtype);
+    PyTypeObject* const type = Py_TYPE(self);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+}  // namespace
+
+PyObject* TensorMaker::make(const int64_t* extents, size_t num_dims) const {
+    const Owned shape(PyTuple_New(static_cast<Py_ssize_t>(num_dims)));
+    const Owned strides(PyTuple_New(static_cast<Py_ssize_t>(num_dims)));
+    if (shape.get() == nullptr || strides.get() == nullptr) return nullptr;
+    int64_t stride = 1;
+    for (size_t dim = num_dims; dim-- > 0;) {
+        PyTuple_SET_ITEM(shape.get(), static_cast<Py_ssize_t>(dim), PyLong_FromLongLong(extents[dim]));
+        PyTuple_SET_ITEM(strides.get(), static_cast<Py_ssize_t>(dim), PyLong_FromLongLong(stride));
+        stride *= std::max<int64_t>(extents[dim], 1);
+    }
+    return PyErr_Occurred() == nullptr ? make_strided(shape.get(), strides.get()) : nullptr;
+}
+
+PyObject* TensorMaker::make_strided(PyObject* shape, PyObject* strides) const {
+    if (empty_strided != Py_None) {
+        const Owned args(PyTuple_Pack(3, shape, strides, dtype));
+        PyObject* made = args.get() == nullptr ? nullptr : PyObject_Call(empty_strided, args.get(), nullptr);
+        if (made == nullptr || lies_on(device, made)) return made;
+        Py_DECREF(made);
+    }
+    const std::array<PyObject*, 2> args{shape, strides};
+    return PyObject_Vectorcall(new_empty_strided, args.data(), args.size(), nullptr);
+}
+
+bool add_tensor_maker(PyObject* module) {
+    static PyMemberDef members[] = {
+        {"__vectorcalloffset__", T_PYSSIZET, offsetof(TensorMaker, call), READONLY, nullptr},
+        {nullptr, 0, 0, 0, nullptr}};
+    PyType_Slot slots[] = {{Py_tp_new, reinterpret_cast<void*>(&make_maker)},
+                           {Py_tp_members, members},
+                           {Py_tp_call, reinterpret_cast<void*>(&PyVectorcall_Call)},
+                           {Py_tp_dealloc, reinterpret_cast<void*>(&destroy_maker)},
+                           {0, nullptr}};
+    PyType_Spec spec{"deep_ep_cpp.TensorMaker", sizeof(TensorMaker), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL,
+                     slots};
+    PyObject* type = PyType_FromSpec(&spec);
+    return type != nullptr && PyModule_AddObject(module, "TensorMaker", type) == 0;
+}
+
+}  // namespace deep_ep::bindings
