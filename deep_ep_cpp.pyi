@@ -144,8 +144,9 @@ class StreamOrder:
     is_shared: bool
 
 class TensorMaker:
-    """`maker(n, m)` is torch.empty(n, m, dtype=..., device=...) with the example's type, on its device. `empty_strided`:
-    torch's function of (shape, strides, dtype) for the current device, or None. Only where has_tensor_exchange()."""
+    """`maker(n, m)` is torch.empty(n, m, dtype=..., device=...) with the example's type, on its device.
+    `empty_strided`: torch's function of (shape, strides, dtype) for the current device, or None. Only where
+    has_tensor_exchange()."""
 
     def __init__(self, example: Any, empty_strided: Optional[Callable[..., Any]]) -> None: ...
     def __call__(self, *extents: int) -> Any: ...
