@@ -391,7 +391,7 @@ struct Kernel : RoleOperation<Kernel, InternodeCombineParams, RailCombineState> 
     static constexpr int kMaxThreads = kMaxInternodeCombineThreads;
     static constexpr auto kOperation = layout::Operation::kCombine;
 
-    static EP_DEVICE bool open(algo::Warp warp, const Params& p, const algo::Watch& watch, Look, Shared&) {
+    static EP_DEVICE bool open(algo::Warp warp, const Params& p, const algo::Watch& watch, Look) {
         return open_rail(warp, p, watch, true) && (!p.may_lend || algo::wait_for_loans(warp, watch));
     }
 

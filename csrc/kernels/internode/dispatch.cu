@@ -341,7 +341,7 @@ struct Kernel : RoleOperation<Kernel, InternodeDispatchParams, RailDispatchState
 
     static EP_DEVICE bool is_first_launch(const Params& p) { return p.is_first_kernel; }
 
-    static EP_DEVICE bool open(algo::Warp warp, const Params& p, const algo::Watch& watch, Look, Shared&) {
+    static EP_DEVICE bool open(algo::Warp warp, const Params& p, const algo::Watch& watch, Look) {
         return open_rail(warp, p, watch, p.is_first_kernel);
     }
 

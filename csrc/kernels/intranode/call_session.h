@@ -16,8 +16,8 @@
 // where the default of CallOperation does not serve:
 //   * bool is_first_launch(params)                      it announces the call; no kernel before it did
 //   * Look look(Warp, params, watch)                    loads that are under way while the call is entered, for open
-//     bool open(Warp, params, watch, look, shared)      of each block; banks of peers may be written from here on
-//     void prepare(Block, params, watch, shared)        waits for nothing, and writes nothing that open() does
+//     bool open(Warp, params, watch, look)              of each block; banks of peers may be written from here on
+//     void prepare(Block, params, watch, shared)        waits for nothing
 //   * Begun learn(Block, params, watch, shared)
 //     bool work(Block, params, watch, shared)           False: this warp has given up
 //   * bool check(Warp, params, shared)                  of each warp, where work was done or not. False: the call fails
@@ -94,7 +94,7 @@ private:
             const algo::Warp warp;
             const auto look = Operation::look(warp, p, watch);
             const bool is_entered =
-                enter_call(warp, watch, Operation::is_first_launch(p)) && Operation::open(warp, p, watch, look, shared);
+                enter_call(warp, watch, Operation::is_first_launch(p)) && Operation::open(warp, p, watch, look);
             if (warp.thread_rank() == 0) shared.call = {watch.call, is_entered ? 1 : 0, 0, {}};
         }
         Operation::prepare(block, p, watch, shared);

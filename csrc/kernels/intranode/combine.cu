@@ -37,7 +37,6 @@ constexpr int max_warps(Form form) {
 // Shared memory of a block.
 template <Form kForm> struct CombineState {
     CallState call;
-    bool peer_lends_sums;  // of two ranks; senders know it before their first row without a trip to memory
     FlagRequests requests[max_warps(kForm)];
 };
 
@@ -65,26 +64,18 @@ template <Form kForm> struct Kernel : CallOperation<Kernel<kForm>, CombineParams
                             warp.thread_rank() < num_ranks ? warp.thread_rank() : 0);
     }
 
-    static EP_DEVICE bool open(algo::Warp warp, const Params& p, const algo::Watch& watch, const Look& look,
-                               Shared& shared) {
+    static EP_DEVICE bool open(algo::Warp warp, const Params& p, const algo::Watch& watch, const Look& look) {
         const int num_ranks = watch.heap.num_ranks();
         const int lane = warp.thread_rank();
         const RowMap rows{p.rank_prefix_matrix, num_ranks};
         bool is_ok = can_be(p, watch, lane < num_ranks ? lane : 0, look);
         for (int peer = lane + warp.size(); peer < num_ranks; peer += warp.size())
             is_ok &= can_be(p, watch, peer, rows_between(watch, rows, peer));
-        const bool is_teller = lane == (num_ranks == 2 ? 1 - watch.heap.rank() : 0);
-        if (is_teller) shared.peer_lends_sums = false;
         if (!algo::all(warp, is_ok)) return false;
         if (!p.may_lend) return true;
         if (blockIdx.x == 0) algo::state_loan(warp, watch, p.loan);
         if (!algo::wait_for_loans(warp, watch)) return false;
-        bool lends_sums = false;
-        if (lane < num_ranks) {
-            is_ok &= fits_loans(p, watch, lane, look);
-            lends_sums = algo::loan_of(watch, lane).sums != 0;  // one look with the line above
-        }
-        if (is_teller) shared.peer_lends_sums = lends_sums && num_ranks == 2;
+        if (lane < num_ranks) is_ok &= fits_loans(p, watch, lane, look);
         for (int peer = lane + warp.size(); peer < num_ranks; peer += warp.size())
             is_ok &= fits_loans(p, watch, peer, rows_between(watch, rows, peer));
         return algo::all(warp, is_ok);
@@ -109,10 +100,7 @@ template <Form kForm> struct Kernel : CallOperation<Kernel<kForm>, CombineParams
         }
         const int send_warp = prim::warp_idx() - p.geometry.num_recv_warps;
         const bool is_ok =
-            send_warp < 0 ? reduce_any(warp, c, flags, prim::warp_idx())
-            : shared.peer_lends_sums
-                ? send_all_to_sums(&p, watch.call, role_warp(p.geometry, send_warp, p.geometry.num_send_warps))
-                : send_any(warp, c, flags, send_warp);
+            send_warp < 0 ? reduce_any(warp, c, flags, prim::warp_idx()) : send_any(warp, c, flags, send_warp);
         flags.no_more(warp);
         return is_ok;
     }
@@ -168,6 +156,7 @@ private:
     static EP_DEVICE bool send_any(algo::Warp warp, const CombineContext& c, FlagRequester& flags, int send_warp) {
         const Geometry& geometry = c.p.geometry;
         const RoleWarp self = role_warp(geometry, send_warp, geometry.num_send_warps);
+        if (peer_lends_sums(c)) return send_all_to_sums(&c.p, c.watch.call, self.idx, self.count);
         if constexpr (kSendsStaged)
             return send_staged(warp, c, self.idx, self.count, send_memory(geometry, send_warp));
         else

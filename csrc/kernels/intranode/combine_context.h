@@ -154,6 +154,11 @@ EP_DEVICE LentSums lent_sums(const CombineContext& c, int owner) {
             static_cast<int>(loan.num_rows)};
 }
 
+// Only between two ranks.
+EP_DEVICE bool peer_lends_sums(const CombineContext& c) {
+    return c.watch.heap.num_ranks() == 2 && lent_sums(c, 1 - c.watch.heap.rank()).are_lent();
+}
+
 // The token has a row at `rank`: then it is one of those that stand there for us.
 EP_DEVICE bool is_stated(const CombineContext& c, int rank, int token, int position) {
     if (position < 0) return true;

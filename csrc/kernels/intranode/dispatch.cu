@@ -263,8 +263,7 @@ template <bool kIsStaged> struct Kernel : CallOperation<Kernel<kIsStaged>, Dispa
 
     static EP_DEVICE bool is_first_launch(const Params& p) { return p.is_first_kernel; }
 
-    static EP_DEVICE bool open(algo::Warp warp, const Params& p, const algo::Watch& watch, typename Base::Look,
-                               Shared&) {
+    static EP_DEVICE bool open(algo::Warp warp, const Params& p, const algo::Watch& watch, typename Base::Look) {
         return open_call(warp, p, watch);
     }
 

@@ -107,12 +107,12 @@ EP_DEVICE bool send_to_sums(algo::Warp warp, const CombineContext& c, const Lent
 }
 
 // The same by a rank that does not lend its own sums, or adds nothing to them: rare, so the ways through slots carry none of it.
-EP_DEVICE_COLD bool send_all_to_sums(const CombineParams* p, uint64_t call, RoleWarp self) {
+EP_DEVICE_COLD bool send_all_to_sums(const CombineParams* p, uint64_t call, int warp_idx, int num_warps) {
     const algo::Watch watch = make_watch(*p, call);
     const algo::Ring ring(watch, p->window);
     const CombineContext c{*p, watch, ring, RowMap{p->rank_prefix_matrix, p->heap.num_ranks}};
     const int owner = 1 - watch.heap.rank();
-    return send_to_sums(algo::Warp{}, c, lent_sums(c, owner), owner, self.idx, self.count);
+    return send_to_sums(algo::Warp{}, c, lent_sums(c, owner), owner, warp_idx, num_warps);
 }
 
 // -- With bulk copies: the same work, with stages of shared memory between loads and stores -----------------------------
