@@ -145,10 +145,11 @@ class StreamOrder:
 
 class TensorMaker:
     """`maker(n, m)` is torch.empty(n, m, dtype=..., device=...) with the example's type, on its device.
-    `empty_strided`: torch's function of (shape, strides, dtype) for the current device, or None. Only where
-    has_tensor_exchange()."""
+    `empty_strided`: torch's function of (shape, strides, dtype) for the current device, or None; `current_device`:
+    its index, or None: there is one device. Only where has_tensor_exchange()."""
 
-    def __init__(self, example: Any, empty_strided: Optional[Callable[..., Any]]) -> None: ...
+    def __init__(self, example: Any, empty_strided: Optional[Callable[..., Any]],
+                 current_device: Optional[Callable[[], int]]) -> None: ...
     def __call__(self, *extents: int) -> Any: ...
 
 class DirectCalls:

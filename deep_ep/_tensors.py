@@ -18,7 +18,14 @@ import torch
 
 import deep_ep_cpp
 from deep_ep._streams import CudaStreams, Operation, Streams
-from deep_ep.utils import current_stream_handle, find_empty_strided, from_capsule, is_of_torch, outside_of_modes
+from deep_ep.utils import (
+    current_device,
+    current_stream_handle,
+    find_empty_strided,
+    from_capsule,
+    is_of_torch,
+    outside_of_modes,
+)
 from deep_ep_cpp import TensorMaker, has_tensor_exchange, matrix_shape, shape_in_memory, use_tensor_class
 
 T = TypeVar("T")
@@ -349,7 +356,8 @@ class EmptyTensors(dict[torch.dtype, Callable[..., torch.Tensor]]):
         example = torch.empty(0, dtype=dtype, device=self.device)
         make: Callable[..., torch.Tensor] = example.new_empty
         if has_tensor_exchange():
-            make = TensorMaker(example, find_empty_strided(self.device.type))
+            asks = current_device if self.device.type == "cuda" else None
+            make = TensorMaker(example, find_empty_strided(self.device.type), asks)
         self[dtype] = make
         return make
 

@@ -62,6 +62,9 @@ from_capsule: Callable[[object], torch.Tensor] = getattr(torch._C, "_from_dlpack
 _guards = getattr(torch._C._dynamo, "guards", None)
 reinterpret: Callable[..., torch.Tensor] = getattr(_guards, "_reinterpret_tensor", torch.as_strided)
 
+# torch.cuda.current_device(), less the look whether torch has CUDA ready.
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
 
 def find_empty_strided(device_type: str) -> Optional[Callable[..., torch.Tensor]]:
     """(shape, strides, dtype): on the current device. None: this torch has no such function."""

@@ -16,14 +16,6 @@ constexpr size_t kMaxDims = 8;
 
 const TensorMaker& read(PyObject* self) { return *reinterpret_cast<const TensorMaker*>(self); }
 
-bool lies_on(const dlpack::Device& device, PyObject* tensor) {
-    dlpack::Tensor found;
-    if (exchange_api()->describe(tensor, &found) == 0)
-        return found.device.type == device.type && found.device.id == device.id;
-    PyErr_Clear();
-    return false;
-}
-
 PyObject* call_maker(PyObject* self, PyObject* const* args, size_t num_args, PyObject* names) {
     const auto num_dims = static_cast<size_t>(PyVectorcall_NARGS(num_args));
     if (names != nullptr || num_dims > kMaxDims) {
@@ -35,10 +27,15 @@ PyObject* call_maker(PyObject* self, PyObject* const* args, size_t num_args, PyO
     return PyErr_Occurred() == nullptr ? read(self).make(extents.data(), num_dims) : nullptr;
 }
 
-// (example, empty_strided): a tensor of the type and on the device.
+PyObject* keep(PyObject* object) {
+    Py_INCREF(object);
+    return object;
+}
+
+// (example, empty_strided, current_device): a tensor of the type and on the device.
 PyObject* make_maker(PyTypeObject* type, PyObject* args, PyObject* /*names*/) {
-    PyObject *example, *empty_strided;
-    if (PyArg_ParseTuple(args, "OO", &example, &empty_strided) == 0) return nullptr;
+    PyObject *example, *empty_strided, *current_device;
+    if (PyArg_ParseTuple(args, "OOO", &example, &empty_strided, &current_device) == 0) return nullptr;
     dlpack::Tensor tensor;
     if (exchange_api() == nullptr) {
         PyErr_SetString(PyExc_RuntimeError, "native code cannot read the tensors of this torch");
@@ -49,11 +46,11 @@ PyObject* make_maker(PyTypeObject* type, PyObject* args, PyObject* /*names*/) {
     if (self == nullptr) return nullptr;
     auto* maker = reinterpret_cast<TensorMaker*>(self);
     maker->call = &call_maker;
-    Py_INCREF(empty_strided);
-    maker->empty_strided = empty_strided;
+    maker->empty_strided = keep(empty_strided);
+    maker->current_device = keep(current_device);
     maker->new_empty_strided = PyObject_GetAttrString(example, "new_empty_strided");
     maker->dtype = PyObject_GetAttrString(example, "dtype");
-    maker->device = tensor.device;
+    maker->index = tensor.device.id;
     if (maker->new_empty_strided != nullptr && maker->dtype != nullptr) return self;
     Py_DECREF(self);
     return nullptr;
@@ -62,6 +59,7 @@ PyObject* make_maker(PyTypeObject* type, PyObject* args, PyObject* /*names*/) {
 void destroy_maker(PyObject* self) {
     const TensorMaker& maker = read(self);
     Py_XDECREF(maker.empty_strided);
+    Py_XDECREF(maker.current_device);
     Py_XDECREF(maker.new_empty_strided);
     Py_XDECREF(maker.dtype);
     PyTypeObject* const type = Py_TYPE(self);
@@ -84,12 +82,19 @@ PyObject* TensorMaker::make(const int64_t* extents, size_t num_dims) const {
     return PyErr_Occurred() == nullptr ? make_strided(shape.get(), strides.get()) : nullptr;
 }
 
+// A thread that never chose a device has the first one, where an allocation would make a context.
+bool TensorMaker::is_current() const {
+    if (current_device == Py_None) return true;
+    const Owned current(PyObject_CallNoArgs(current_device));
+    const bool is_here = current.get() != nullptr && PyLong_AsLong(current.get()) == index;
+    PyErr_Clear();
+    return is_here;
+}
+
 PyObject* TensorMaker::make_strided(PyObject* shape, PyObject* strides) const {
-    if (empty_strided != Py_None) {
+    if (empty_strided != Py_None && is_current()) {
         const Owned args(PyTuple_Pack(3, shape, strides, dtype));
-        PyObject* made = args.get() == nullptr ? nullptr : PyObject_Call(empty_strided, args.get(), nullptr);
-        if (made == nullptr || lies_on(device, made)) return made;
-        Py_DECREF(made);
+        return args.get() == nullptr ? nullptr : PyObject_Call(empty_strided, args.get(), nullptr);
     }
     const std::array<PyObject*, 2> args{shape, strides};
     return PyObject_Vectorcall(new_empty_strided, args.data(), args.size(), nullptr);

@@ -6,8 +6,6 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "core/dlpack.h"
-
 namespace deep_ep::bindings {
 
 // `maker(n, m)` in Python: an uninitialised tensor of that shape, of one type and on one device. Its memory comes from torch's
@@ -17,13 +15,17 @@ struct TensorMaker {
     // (shape, strides, dtype): allocates on the device that is current in torch, without asking its dispatcher. None: there is no
     // such function.
     PyObject* empty_strided;
-    PyObject* new_empty_strided;  // (shape, strides): the same by the dispatcher, where the maker's tensors belong
+    PyObject* current_device;     // (): its index. None: there is one device
+    PyObject* new_empty_strided;  // (shape, strides): on `index`, by the dispatcher
     PyObject* dtype;
-    dlpack::Device device;
+    int index;
 
     // New references, or null with an exception set.
     PyObject* make(const int64_t* extents, size_t num_dims) const;
     PyObject* make_strided(PyObject* shape, PyObject* strides) const;
+
+private:
+    bool is_current() const;
 };
 
 // False: with an exception set. Makers may be made where native code can read tensors (exchange_api()).

@@ -12,30 +12,38 @@ from deep_ep_cpp import TensorMaker, has_tensor_exchange
 
 pytestmark = pytest.mark.skipif(not has_tensor_exchange(), reason='native code reads no tensors of this torch')
 
-WAYS: dict[str, Callable[..., torch.Tensor] | None] = {
-    'inductor': utils.find_empty_strided('cpu'),
-    'dispatcher': None,
-    'another device': lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device='meta')
+
+def must_not_allocate(*args: Any) -> torch.Tensor:
+    raise AssertionError('another device is current')
+
+
+# empty_strided and current_device of a maker for device 0.
+WAYS: dict[str, tuple[Callable[..., torch.Tensor] | None, Callable[[], int] | None]] = {
+    'inductor': (utils.find_empty_strided('cpu'), None),
+    'inductor, current': (utils.find_empty_strided('cpu'), lambda: 0),
+    'dispatcher': (None, None),
+    'another device is current': (must_not_allocate, lambda: 1),
+    'no device is current': (must_not_allocate, lambda: 1 // 0),
 }
 
 
 @pytest.fixture(params=WAYS)
-def empty_strided(request: pytest.FixtureRequest) -> Any:
+def way(request: pytest.FixtureRequest) -> Any:
     return WAYS[request.param]
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float8_e4m3fn, torch.float32, torch.int32, torch.bool])
 @pytest.mark.parametrize('shape', [(), (7, ), (0, ), (3, 5), (3, 0, 2), (2, 3, 4)])
-def test_is_as_torch_makes_it(empty_strided: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    made = TensorMaker(torch.empty(0, dtype=dtype), empty_strided)(*shape)
+def test_is_as_torch_makes_it(way: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    made = TensorMaker(torch.empty(0, dtype=dtype), *way)(*shape)
     wanted = torch.empty(shape, dtype=dtype)
     assert (made.shape, made.stride(), made.dtype, made.device) == (wanted.shape, wanted.stride(), dtype, wanted.device)
     assert made.is_contiguous() and not made.requires_grad and made._base is None
     made.zero_()
 
 
-def test_errors_are_those_of_torch(empty_strided: Any) -> None:
-    make = TensorMaker(torch.empty(0), empty_strided)
+def test_errors_are_those_of_torch(way: Any) -> None:
+    make = TensorMaker(torch.empty(0), *way)
     for wrong in ((-1, ), (1 << 62, )):
         with pytest.raises(RuntimeError):
             make(*wrong)

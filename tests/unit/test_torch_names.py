@@ -26,8 +26,8 @@ OLD = {
 }  # yapf: disable
 # Without public names: of utils.py, tested below or in test_compile.py.
 PRIVATE = {
-    '_C', '_C._cuda_getCurrentRawStream', '_C._cuda_getCurrentStream', '_C._cuda_setStream', '_C._dynamo',
-    '_C.DisableTorchFunction', 'utils._python_dispatch'
+    '_C', '_C._cuda_getCurrentRawStream', '_C._cuda_getCurrentStream', '_C._cuda_setStream', '_C._cuda_getDevice',
+    '_C._dynamo', '_C.DisableTorchFunction', 'utils._python_dispatch'
 }
 
 
