@@ -224,6 +224,7 @@ def time_all(parts: dict[str, Callable[[], Any]]) -> None:
 
 def time_primitives(buffer: Buffer, device: torch.device) -> None:
     """What a call is made of, one by one: what remains when the Python part is nothing."""
+    from deep_ep.utils import find_reinterpret
     from deep_ep_cpp import CombineArgs, LayoutArgs
     session = buffer._session
     assert session is not None
@@ -263,6 +264,7 @@ def time_primitives(buffer: Buffer, device: torch.device) -> None:
                              num_tokens_per_node=0,
                              num_tokens_per_expert=counts[1],
                              is_token_in_rank=counts[2])
+    make, view = session.empty[torch.bfloat16], find_reinterpret()
     primitives: dict[str, Callable[[], Any]] = {
         "launch of combine":  # a cooperative one
         lambda: runtime.combine(combine_args, 20, handle),
@@ -276,6 +278,8 @@ def time_primitives(buffer: Buffer, device: torch.device) -> None:
         lambda: torch.empty(NUM_TOKENS, HIDDEN, dtype=torch.bfloat16, device=device),
         "new_empty":
         lambda: x.new_empty(NUM_TOKENS, HIDDEN),
+        "an output":
+        lambda: make(NUM_TOKENS, HIDDEN),
         "torch.empty, tuple":
         lambda: torch.empty((NUM_TOKENS, HIDDEN), dtype=torch.bfloat16, device=device),
         "record_event":
@@ -292,6 +296,8 @@ def time_primitives(buffer: Buffer, device: torch.device) -> None:
         lambda: x.as_strided((2, HIDDEN), (HIDDEN, 1)),
         "slice":
         lambda: x[1:],
+        "a view of an output":
+        lambda: view(x, (2, HIDDEN), (HIDDEN, 1), 0),
         "record_stream":
         lambda: x.record_stream(session.streams.comm_stream),
         "torch current_stream":

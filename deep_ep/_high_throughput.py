@@ -27,7 +27,7 @@ from deep_ep._tensors import (
     Spec,
     num_bytes_of,
 )
-from deep_ep.utils import EventHandle, EventOverlap, is_capturing, overlap_of, reinterpret
+from deep_ep.utils import EventHandle, EventOverlap, find_reinterpret, is_capturing, overlap_of
 from deep_ep_cpp import (
     CombineArgs,
     DirectCalls,
@@ -454,7 +454,7 @@ class HighThroughput:
         session.direct = DirectCalls(
             session, {
                 "event_class": EventOverlap,
-                "reinterpret": reinterpret,
+                "reinterpret": find_reinterpret(),
                 "find_kind": kind_of,
                 "unused": self._handles.unused,
                 "int32": torch.int32,

@@ -9,7 +9,7 @@ from deep_ep._peers import CallCheck
 from deep_ep._session import Session
 from deep_ep._streams import Operation, Tensors
 from deep_ep._tensors import BFLOAT16, FLOAT32, INT32, INT64, EmptyTensors, KnownTensors, Payload, view_memory
-from deep_ep.utils import EventOverlap, opaque, outside_of_modes, overlap_of, reinterpret
+from deep_ep.utils import EventOverlap, find_reinterpret, opaque, outside_of_modes, overlap_of
 from deep_ep_cpp import Buffer as NativeBuffer
 from deep_ep_cpp import (
     InvalidArgument,
@@ -123,14 +123,12 @@ class Plan:
         empty, (num_local, num_rows, hidden) = self._empty, self.expert_rows
         recv_x, scales = empty[self.recv_dtype](num_local, num_rows, hidden), None
         if self.has_scales:
-            scales = torch.empty_strided(self.scale_shape,
-                                         self.scale_strides,
-                                         dtype=self.scale_dtype,
-                                         device=empty.device)
+            scales = empty.strided(self.scale_dtype, self.scale_shape, self.scale_strides)
         words = empty[torch.int32](self.num_words)
         layout_range = empty[torch.int64](num_local, self._num_ranks)
         # The memory of both stays as large.
-        src_info, recv_count = reinterpret(words, *self.src_info_view), reinterpret(words, *self.recv_count_view)
+        view = find_reinterpret()
+        src_info, recv_count = view(words, *self.src_info_view), view(words, *self.recv_count_view)
         return recv_x, scales, src_info, layout_range, recv_count
 
 

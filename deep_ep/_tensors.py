@@ -357,9 +357,16 @@ class EmptyTensors(dict[torch.dtype, Callable[..., torch.Tensor]]):
         make: Callable[..., torch.Tensor] = example.new_empty
         if has_tensor_exchange():
             asks = current_device if self.device.type == "cuda" else None
-            make = TensorMaker(example, find_empty_strided(self.device.type), asks)
+            make = TensorMaker(example, find_empty_strided(self.device), asks)
         self[dtype] = make
         return make
+
+    def strided(self, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
+        make = self[dtype]
+        if not isinstance(make, TensorMaker):
+            return torch.empty_strided(shape, strides, dtype=dtype, device=self.device)
+        made: torch.Tensor = make.strided(shape, strides)
+        return made
 
 
 def num_bytes_of(spec: Spec) -> int:

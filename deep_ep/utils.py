@@ -4,6 +4,7 @@ Nothing else in this package takes such names of torch. Where a version of torch
 taken. Streams of GPUs are plain numbers: torch's objects for them take longer to make than a launch takes.
 """
 
+import contextlib
 import functools
 import os
 from types import FunctionType, TracebackType
@@ -57,18 +58,8 @@ def is_of_torch(stream: int, index: int) -> bool:
 # torch.from_dlpack for a capsule, less the checks of other objects, which take as long.
 from_capsule: Callable[[object], torch.Tensor] = getattr(torch._C, "_from_dlpack", torch.utils.dlpack.from_dlpack)
 
-# What inductor's generated code allocates and views tensors with: torch.empty_strided and torch.as_strided, less the
-# dispatcher, which takes more than the rest.
-_guards = getattr(torch._C._dynamo, "guards", None)
-reinterpret: Callable[..., torch.Tensor] = getattr(_guards, "_reinterpret_tensor", torch.as_strided)
-
 # torch.cuda.current_device(), less the look whether torch has CUDA ready.
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
-
-
-def find_empty_strided(device_type: str) -> Optional[Callable[..., torch.Tensor]]:
-    """(shape, strides, dtype): on the current device. None: this torch has no such function."""
-    return getattr(_guards, f"_empty_strided_{device_type}", None)
 
 
 def is_capturing() -> bool:
@@ -164,6 +155,45 @@ def outside_of_modes(function: Callable[..., T]) -> Callable[..., T]:
             return function(*args, **kwargs)
 
     return run
+
+
+# What inductor's generated code allocates and views tensors with: torch.empty_strided and torch.as_strided, less the
+# dispatcher, which takes more than the rest. They have no public names, so what they do is tried.
+_guards = getattr(torch._C._dynamo, "guards", None)
+_SAMPLE = (2, 3), (1, 2)  # shape and strides
+
+
+def _does(function: Callable[..., torch.Tensor], wanted: Callable[..., torch.Tensor], *args: Any) -> bool:
+    try:
+        found, expected = function(*args), wanted(*args)
+        return all(getattr(found, name) == getattr(expected, name)
+                   for name in ("shape", "dtype", "device")) and found.stride() == expected.stride()
+    except Exception:  # whatever another torch makes of it
+        return False
+
+
+@functools.cache
+@outside_of_modes
+def find_reinterpret() -> Callable[..., torch.Tensor]:
+    """(tensor, shape, strides, offset): a view."""
+    found: Callable[..., torch.Tensor] = getattr(_guards, "_reinterpret_tensor", torch.as_strided)
+    return found if _does(found, torch.as_strided, torch.empty(7), *_SAMPLE, 1) else torch.as_strided
+
+
+@functools.cache
+@outside_of_modes
+def find_empty_strided(device: torch.device) -> Optional[Callable[..., torch.Tensor]]:
+    """(shape, strides, dtype): on the current device, if that is of this kind. None: this torch has no such function."""
+    found: Optional[Callable[..., torch.Tensor]] = getattr(_guards, f"_empty_strided_{device.type}", None)
+    if found is None:
+        return None
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        return found if _does(found, functools.partial(_empty_strided, device), *_SAMPLE, torch.int32) else None
+
+
+def _empty_strided(device: torch.device, shape: tuple[int, ...], strides: tuple[int, ...],
+                   dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
 # Events.

@@ -66,14 +66,13 @@ void measure_questions() {
     cudaStreamCaptureStatus status;
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
     int device = 0;
-    printf(
-        "cudaGetDevice %.3f, cudaStreamIsCapturing %.3f, cudaStreamGetDevice %.3f, cudaThreadExchangeStreamCaptureMode "
-        "%.3f, "
-        "cudaEventRecord %.3f\n",
-        least_us([&] { cudaGetDevice(&device); }), least_us([&] { cudaStreamIsCapturing(stream, &status); }),
-        least_us([&] { cudaStreamGetDevice(stream, &device); }),
-        least_us([&] { cudaThreadExchangeStreamCaptureMode(&mode); }),
-        least_us([&] { cudaEventRecord(event, stream); }));
+#if CUDART_VERSION >= 12080
+    printf("cudaStreamGetDevice %.3f, ", least_us([&] { cudaStreamGetDevice(stream, &device); }));
+#endif
+    printf("cudaGetDevice %.3f, cudaStreamIsCapturing %.3f, cudaThreadExchangeStreamCaptureMode %.3f, ",
+           least_us([&] { cudaGetDevice(&device); }), least_us([&] { cudaStreamIsCapturing(stream, &status); }),
+           least_us([&] { cudaThreadExchangeStreamCaptureMode(&mode); }));
+    printf("cudaEventRecord %.3f\n", least_us([&] { cudaEventRecord(event, stream); }));
 }
 
 int main() {

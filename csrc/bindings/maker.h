@@ -57,8 +57,10 @@ private:
     const TensorMaker& find(const py::object& dtype) {
         for (const py::object& known : known_)
             if (read(known).dtype == dtype.ptr()) return read(known);
-        known_.push_back(empty_[dtype]);
-        return read(known_.back());
+        const py::object maker = empty_[dtype];
+        if (as_tensor_maker(maker.ptr()) == nullptr) throw py::error_already_set();
+        known_.push_back(maker);
+        return read(maker);
     }
     static const TensorMaker& read(const py::object& maker) {
         return *reinterpret_cast<const TensorMaker*>(maker.ptr());

@@ -23,10 +23,10 @@ struct TensorMaker {
     // New references, or null with an exception set.
     PyObject* make(const int64_t* extents, size_t num_dims) const;
     PyObject* make_strided(PyObject* shape, PyObject* strides) const;
-
-private:
-    bool is_current() const;
 };
+
+// Null, with an exception set: it is none.
+const TensorMaker* as_tensor_maker(PyObject* object);
 
 // False: with an exception set. Makers may be made where native code can read tensors (exchange_api()).
 bool add_tensor_maker(PyObject* module);

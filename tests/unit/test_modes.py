@@ -116,3 +116,21 @@ def test_first_used_under_a_mode(mode: str) -> None:
             single_rank_dispatch(buffer)
             low_latency(buffer)
         use(buffer)
+
+
+@pytest.mark.parametrize("is_direct", [True, False])
+@pytest.mark.parametrize("use_fp8", [True, False])
+def test_real_tensors_under_a_fake_mode(use_fp8: bool, is_direct: bool) -> None:
+    """All outputs are real, or kernels would be given addresses of nothing."""
+    x = torch.ones((5, 512), dtype=torch.bfloat16, device=device())
+    topk_idx = torch.zeros((5, 1), dtype=torch.int64, device=device())
+    with Buffer(None, 1 << 20, 1 << 20, low_latency_mode=True, comm=SingleRankComm()) as buffer:
+        if not is_direct:
+            buffer._session.direct = None
+        with FakeTensorMode():
+            for _ in range(2):  # the first call of a kind goes by way of Python
+                payload, counts, handle, _, _ = buffer.low_latency_dispatch(x, topk_idx, 8, 4, use_fp8=use_fp8)
+        rows = payload[0].float() * payload[1].repeat_interleave(128, dim=2) if use_fp8 else payload
+        assert counts.tolist() == [5, 0, 0, 0]
+        assert (rows[0, :5] == 1).all()
+        assert handle[0][0, :5].tolist() == list(range(5))

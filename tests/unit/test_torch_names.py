@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NEWER = {'float8_e4m3fn': (2, 1), 'itemsize': (2, 1), 'untyped_storage': (2, 0), 'stream_id': (2, 0)}
 OLD = {
     'bfloat16', 'bool', 'cuda.Stream', 'cuda.current_device', 'cuda.current_stream', 'cuda.device_count',
-    'cuda.get_device_name', 'cuda.is_available', 'cuda.is_current_stream_capturing', 'cuda.set_device',
+    'cuda.device', 'cuda.get_device_name', 'cuda.is_available', 'cuda.is_current_stream_capturing', 'cuda.set_device',
     'cuda.set_stream', 'cuda.stream', 'device', 'dtype', 'empty', 'empty_strided', 'equal', 'float16', 'float32',
     'float64', 'int16', 'int32', 'int64', 'int8', 'uint8', 'Size', 'Tensor', 'distributed', 'utils.dlpack', 'arange',
     'version.cuda', '__version__', 'cuda.can_device_access_peer', 'cuda.get_device_properties', 'cuda.mem_get_info',

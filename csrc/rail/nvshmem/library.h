@@ -54,7 +54,7 @@ struct Library {
     void* (*reach)(const void* window, int pe);
     // Whether CUDA promises that every GPU sees what a NIC has written to the memory of this one in its order, not only this one.
     bool (*orders_nic_for_all)(const void* window);
-    // Asynchronous. The first launch of a kernel also loads it.
+    // Asynchronous, on the current device, of which the stream is. The first launch of a kernel also loads it.
     bool (*launch_set)(const SetParams* params, void* stream, Complaint* complaint);
 };
 

@@ -127,6 +127,7 @@ void NvshmemEngine::set(int peer, uint64_t flag, uint64_t value) {
     params.flag = flag;
     params.value = value;
     Complaint complaint{};
+    const dev::CurrentDevice current(*device_);  // of the watcher's thread it is the first one
     if (!world_.library().launch_set(&params, stream_.get(), &complaint) && failure_.empty())
         failure_ = concat("rail: a word for rank ", peer, " was not sent: ", complaint.text);
 }

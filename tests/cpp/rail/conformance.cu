@@ -69,6 +69,7 @@ public:
                 dev::LaunchConfig config;
                 config.num_threads = num_warps * prim::kWarpSize;
                 config.name = "rail";
+                const dev::CurrentDevice current(world_->device(rank));
                 dev::launch<K>(config, stream, traffic(rank, call));
             },
             beside);

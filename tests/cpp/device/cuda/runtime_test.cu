@@ -139,7 +139,10 @@ TEST_CASE("shareable memory on the host is written by the GPUs of this process, 
     CHECK(peer->open_shared(memory.handle) == memory.address);
     CHECK(device->holds(memory.handle));
     const auto stream = peer->create_stream();
-    dev::launch<AddKernel>(add_config(3, 16), stream, {static_cast<int*>(memory.address), 16});
+    {
+        const dev::CurrentDevice current(*peer);
+        dev::launch<AddKernel>(add_config(3, 16), stream, {static_cast<int*>(memory.address), 16});
+    }
     peer->synchronize_stream(stream);
     CHECK_EQ(read_int(*device, memory.address), 6);
     // With another nonce the handle is that of another process, which this one then maps like any peer.

@@ -51,6 +51,7 @@ double run_plain(const rail::Engine&, dev::Device& device, dev::Stream stream, c
     config.num_threads = workers.num_warps * prim::kWarpSize;
     config.num_blocks = workers.num_blocks;
     config.name = "plain puts";
+    const dev::CurrentDevice current(device);
     const auto start = Clock::now();
     if (workers.are_blocks)
         dev::launch<PlainKernel<true>>(config, stream, traffic);

@@ -174,6 +174,7 @@ private:
         config.num_blocks = workers.num_blocks;
         config.name = "rail process";
         const auto start = Clock::now();
+        const dev::CurrentDevice current(*device_);
         dev::launch<K>(config, stream_, traffic(places, num_messages));
         device_->synchronize_stream(stream_);
         const double seconds = seconds_since(start);
