@@ -168,7 +168,7 @@ def _does(function: Callable[..., torch.Tensor], wanted: Callable[..., torch.Ten
         found, expected = function(*args), wanted(*args)
         return all(getattr(found, name) == getattr(expected, name)
                    for name in ("shape", "dtype", "device")) and found.stride() == expected.stride()
-    except Exception:  # whatever another torch makes of it
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # whatever another torch makes of it
         return False
 
 
@@ -183,7 +183,7 @@ def find_reinterpret() -> Callable[..., torch.Tensor]:
 @functools.cache
 @outside_of_modes
 def find_empty_strided(device: torch.device) -> Optional[Callable[..., torch.Tensor]]:
-    """(shape, strides, dtype): on the current device, if that is of this kind. None: this torch has no such function."""
+    """(shape, strides, dtype): on the current device, if it is of this kind. None: this torch has no such function."""
     found: Optional[Callable[..., torch.Tensor]] = getattr(_guards, f"_empty_strided_{device.type}", None)
     if found is None:
         return None
