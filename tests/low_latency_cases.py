@@ -336,6 +336,7 @@ def killed_rank(worker: Worker, work: Workload, victim: int, kinds: Any = deep_e
     """Without enable_shrink: the others get an error that names the rank, and can destroy and exit."""
     buffer = impatient(worker)
     LowLatencyPendingCall(worker, buffer, work).whole_trip()
+    worker.barrier()  # what the victim has posted to other nodes has come
     if worker.rank == victim:
         os._exit(7)
     message = failure_of(LowLatencyPendingCall(worker, buffer, work, Manner(settles=True)).whole_trip, kinds)
@@ -355,6 +356,7 @@ def shrunk_group(worker: Worker, work: Workload, victim: int, dies: bool) -> Opt
     """With enable_shrink: the first call after the death takes a timeout, then the others go on without the rank."""
     buffer = impatient(worker, enable_shrink=True)
     LowLatencyPendingCall(worker, buffer, work).whole_trip()
+    worker.barrier()  # what the victim has posted to other nodes has come
     if worker.rank == victim:
         if dies:
             os._exit(7)
