@@ -1,4 +1,4 @@
-// Tensors of torch, allocated at half of what torch.empty() costs the host.
+// Tensors of torch, allocated for less than torch.empty() costs the host.
 #pragma once
 
 #include <Python.h>

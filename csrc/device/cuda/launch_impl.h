@@ -19,9 +19,8 @@ struct KernelState {
     std::array<std::atomic<bool>, kMaxDevices> is_raised{};
 };
 
-// Launches `state.function` with the one parameter at `params` on the current device, which has to be that of `stream`: asking
-// the stream costs the host more than its caller, who knows. Asynchronous; may be captured into a graph. Throws CudaError or
-// InvalidArgument.
+// Launches `state.function` with the one parameter at `params` on the current device, which has to be that of `stream`: the
+// caller knows it, and asking costs the host. Asynchronous; may be captured into a graph. Throws CudaError or InvalidArgument.
 void launch_kernel(KernelState& state, const LaunchConfig& config, Stream stream, const void* params);
 
 }  // namespace deep_ep::dev::cuda
