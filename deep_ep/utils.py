@@ -163,11 +163,11 @@ _guards = getattr(torch._C._dynamo, "guards", None)
 _SAMPLE = (2, 3), (1, 2)  # shape and strides
 
 
-def _does(function: Callable[..., torch.Tensor], wanted: Callable[..., torch.Tensor], *args: Any) -> bool:
+def _makes(wanted: torch.Tensor, function: Callable[..., torch.Tensor], *args: Any) -> bool:
     try:
-        found, expected = function(*args), wanted(*args)
-        return all(getattr(found, name) == getattr(expected, name)
-                   for name in ("shape", "dtype", "device")) and found.stride() == expected.stride()
+        found = function(*args)
+        return all(getattr(found, name) == getattr(wanted, name)
+                   for name in ("shape", "dtype", "device")) and found.stride() == wanted.stride()
     except (AttributeError, RuntimeError, TypeError, ValueError):  # whatever another torch makes of it
         return False
 
@@ -177,7 +177,8 @@ def _does(function: Callable[..., torch.Tensor], wanted: Callable[..., torch.Ten
 def find_reinterpret() -> Callable[..., torch.Tensor]:
     """(tensor, shape, strides, offset): a view."""
     found: Callable[..., torch.Tensor] = getattr(_guards, "_reinterpret_tensor", torch.as_strided)
-    return found if _does(found, torch.as_strided, torch.empty(7), *_SAMPLE, 1) else torch.as_strided
+    args = torch.empty(7), *_SAMPLE, 1
+    return found if _makes(torch.as_strided(*args), found, *args) else torch.as_strided
 
 
 @functools.cache
@@ -188,12 +189,8 @@ def find_empty_strided(device: torch.device) -> Optional[Callable[..., torch.Ten
     if found is None:
         return None
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        return found if _does(found, functools.partial(_empty_strided, device), *_SAMPLE, torch.int32) else None
-
-
-def _empty_strided(device: torch.device, shape: tuple[int, ...], strides: tuple[int, ...],
-                   dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+        wanted = torch.empty_strided(*_SAMPLE, dtype=torch.int32, device=device)
+        return found if _makes(wanted, found, *_SAMPLE, torch.int32) else None
 
 
 # Events.

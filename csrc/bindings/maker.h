@@ -56,14 +56,12 @@ public:
 private:
     const TensorMaker& find(const py::object& dtype) {
         for (const py::object& known : known_)
-            if (read(known).dtype == dtype.ptr()) return read(known);
-        const py::object maker = empty_[dtype];
-        if (as_tensor_maker(maker.ptr()) == nullptr) throw py::error_already_set();
-        known_.push_back(maker);
-        return read(maker);
-    }
-    static const TensorMaker& read(const py::object& maker) {
-        return *reinterpret_cast<const TensorMaker*>(maker.ptr());
+            if (const TensorMaker* maker = as_tensor_maker(known.ptr()); maker->dtype == dtype.ptr()) return *maker;
+        const py::object object = empty_[dtype];
+        const TensorMaker* maker = as_tensor_maker(object.ptr());
+        if (maker == nullptr) throw py::error_already_set();
+        known_.push_back(object);
+        return *maker;
     }
 
     py::object empty_;

@@ -47,6 +47,13 @@ dev::LaunchConfig add_config(int num_blocks, int shared_bytes) {
     return config;
 }
 
+// Adds 6 to the word, wherever that is, by a kernel of `device`.
+void add_from(dev::Device& device, dev::Stream stream, void* word) {
+    const dev::CurrentDevice current(device);
+    dev::launch<AddKernel>(add_config(3, 16), stream, {static_cast<int*>(word), 16});
+    device.synchronize_stream(stream);
+}
+
 int read_int(dev::Device& device, const void* address) {
     int value = -1;
     device.copy_now(&value, address, sizeof(value));
@@ -139,11 +146,7 @@ TEST_CASE("shareable memory on the host is written by the GPUs of this process, 
     CHECK(peer->open_shared(memory.handle) == memory.address);
     CHECK(device->holds(memory.handle));
     const auto stream = peer->create_stream();
-    {
-        const dev::CurrentDevice current(*peer);
-        dev::launch<AddKernel>(add_config(3, 16), stream, {static_cast<int*>(memory.address), 16});
-    }
-    peer->synchronize_stream(stream);
+    add_from(*peer, stream, memory.address);
     CHECK_EQ(read_int(*device, memory.address), 6);
     // With another nonce the handle is that of another process, which this one then maps like any peer.
     std::string other_process = memory.handle;
@@ -183,11 +186,7 @@ TEST_CASE("the current device of the caller stays what it was") {
     const auto second = dev::make_cuda_device(1);
     const auto stream = second->create_stream();
     auto* sum = static_cast<int*>(second->allocate(sizeof(int)));
-    {
-        const dev::CurrentDevice current(*second);
-        dev::launch<AddKernel>(add_config(3, 16), stream, {sum, 16});
-    }
-    second->synchronize_stream(stream);
+    add_from(*second, stream, sum);
     CHECK_EQ(read_int(*second, sum), 6);
     int current = -1;
     EP_CUDA(cudaGetDevice(&current));
@@ -206,11 +205,7 @@ TEST_CASE("memory of one GPU can be opened on another of the same process") {
     const auto memory = first->allocate_shareable(1000);
     void* const address = second->open_shared(memory.handle);
     const auto stream = second->create_stream();
-    {
-        const dev::CurrentDevice current(*second);
-        dev::launch<AddKernel>(add_config(3, 16), stream, {static_cast<int*>(address), 16});
-    }
-    second->synchronize_stream(stream);
+    add_from(*second, stream, address);
     CHECK_EQ(read_int(*first, memory.address), 6);
     second->close_shared(address);
     second->destroy_stream(stream);
